@@ -1,0 +1,40 @@
+# A fresh machine needs Python 3.11 and make. `make demo` and `make test` set themselves up.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test check bench clean
+help:
+	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
+	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
+	@echo "make check   formatting, lint, types, import rules"
+	@echo "make bench   speed and memory beside the alternatives, as ratios in one run"
+	@echo "make setup   install into $(VENV) only"
+
+setup: $(STAMP)
+
+# torch goes first and exactly: a resolver that may choose takes gigabytes of another build.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: setup
+	$(RUN)/fedsgcg study experiment=demo
+
+test: setup
+	$(RUN)/python -m pytest
+
+check: setup
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+bench: setup
+	$(RUN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,1 @@
+"""What both sides share: statistics, loss, networks, metrics, settings, errors and the wire format."""

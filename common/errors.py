@@ -1,0 +1,115 @@
+"""Errors that speak to the person who can mend them: a code, what was found, what was expected, what to do.
+
+A `FedsgcgError` may name a file and therefore a patient. Inside a hospital that is wanted; across the wire only
+`FedsgcgError.public()` travels, which keeps the code and the sentence of the catalogue and drops every free text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+CODES: Final[dict[str, str]] = {
+    # CFG: settings, before anything starts
+    "CFG-001": "The settings are not valid.",
+    "CFG-002": "The held-out hospital does not exist.",
+    "CFG-003": "A leave-one-hospital-out study needs at least two hospitals.",
+    "CFG-004": "The device that was asked for is not there.",
+    "CFG-005": "The run folder belongs to a run with other settings.",
+    "CFG-006": "Another process is using the run folder.",
+    # DAT: the data of one hospital
+    "DAT-101": "The data folder or its manifest cannot be used.",
+    "DAT-102": "The hospital has no usable case.",
+    "DAT-103": "A file cannot be read as an image.",
+    "DAT-104": "The mask does not have the shape of its image.",
+    "DAT-105": "The mask does not lie where its image lies.",
+    "DAT-106": "The image has more dimensions than a volume or a picture.",
+    "DAT-107": "The image holds values that are not finite.",
+    "DAT-108": "The image is constant.",
+    "DAT-109": "The mask holds a label value that is not declared.",
+    "DAT-110": "The mask is empty.",
+    "DAT-111": "A patient is in more than one split.",
+    "DAT-112": "The case has no mask.",
+    "DAT-113": "The slice cache cannot be written or read.",
+    # ROL: who may do what
+    "ROL-201": "A site was asked for something its role forbids.",
+    # PAY and STA: what a site sent
+    "PAY-101": "The weights hold values that are not finite.",
+    "PAY-103": "The weights do not have the names and shapes of the network.",
+    "PAY-106": "The payload cannot be decoded.",
+    "PAY-107": "The payload has another schema version.",
+    "PAY-110": "A count is not a positive whole number.",
+    "PAY-120": "The payload belongs to another run, fold, round or plan.",
+    "STA-201": "The class statistics are not valid.",
+    # TRN: training at a site
+    "TRN-301": "The training loss is not finite.",
+    "TRN-302": "The site has no training case.",
+    # RND: the round loop
+    "RND-401": "Fewer sites than the quorum joined before the deadline.",
+    "RND-402": "Fewer sites than the quorum answered the round before the deadline.",
+    "RND-403": "The held-out hospital did not answer the evaluation.",
+    "RND-404": "A site did not answer before the round's deadline.",
+    # SRV: the coordinator's disk
+    "SRV-401": "The run folder cannot be written.",
+    "SRV-402": "A file of the run folder is damaged.",
+    # SITE: anything unforeseen inside a hospital; the trace stays there
+    "SITE-500": "The site failed; the trace is in its own errors.log.",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        code: Key of `CODES`.
+        found: What was there.
+        expected: What was wanted.
+        action: What the reader should do next.
+        where: File, setting, case or site it concerns. May name a patient: never sent as it is.
+    """
+
+    code: str
+    found: str = ""
+    expected: str = ""
+    action: str = ""
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise KeyError(f"unknown error code {self.code!r}")
+
+    def __str__(self) -> str:
+        lines = [f"[{self.code}] {CODES[self.code]}" + (f" ({self.where})" if self.where else "")]
+        for label, text in (("found", self.found), ("expected", self.expected), ("do", self.action)):
+            if text:
+                lines.append(f"  {label}: {text}")
+        return "\n".join(lines)
+
+
+class FedsgcgError(Exception):
+    """One or more problems that stop what was asked for."""
+
+    def __init__(self, *problems: Problem) -> None:
+        if not problems:
+            raise ValueError("FedsgcgError needs at least one Problem")
+        self.problems: tuple[Problem, ...] = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+    @property
+    def code(self) -> str:
+        """Code of the first problem."""
+        return self.problems[0].code
+
+    def public(self) -> str:
+        """What may cross the wire: the code alone; the reader looks its sentence up in `CODES`."""
+        return self.code
+
+    def __reduce__(self) -> tuple[type[FedsgcgError], tuple[Problem, ...]]:
+        # Exceptions that take several arguments do not survive Ray's pickling without this.
+        return (type(self), self.problems)
+
+
+def fail(code: str, *, found: str = "", expected: str = "", action: str = "", where: str = "") -> FedsgcgError:
+    """Build the error for one problem; the caller raises it."""
+    return FedsgcgError(Problem(code, found, expected, action, where))

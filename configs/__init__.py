@@ -1,0 +1,1 @@
+"""The YAML settings, shipped inside the app bundle."""

@@ -1,0 +1,1 @@
+"""Joins both sides: command line, simulation, studies."""
