@@ -39,6 +39,7 @@ CODES: Final[dict[str, str]] = {
     "PAY-106": "The payload cannot be decoded.",
     "PAY-107": "The payload has another schema version.",
     "PAY-110": "A count is not a positive whole number.",
+    "PAY-111": "A count is larger than the site can have.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "STA-201": "The class statistics are not valid.",
     # TRN: training at a site
@@ -54,6 +55,7 @@ CODES: Final[dict[str, str]] = {
     "SRV-402": "A file of the run folder is damaged.",
     # SITE: anything unforeseen inside a hospital; the trace stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
+    "SITE-501": "The site's folder cannot be written or its ledger is broken; nothing leaves.",
 }
 
 

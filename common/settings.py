@@ -105,15 +105,18 @@ def _unknown_overrides(overrides: Sequence[str]) -> Iterator[Problem]:
 
 def _unknown_keys(overrides: Sequence[str], tree: Mapping[str, Any]) -> list[Problem]:
     known = sorted(_flatten(tree))
+    # A user who writes `rounds` means `federation.rounds`: the last part of a name is a way to call it.
+    full_names = {name.rpartition(".")[2]: name for name in reversed(known)} | {
+        name: name for name in [*known, *GROUPS]
+    }
     problems = []
     for text in overrides:
         key = text.partition("=")[0]
         if key in GROUPS or key.startswith(("+", "~")) or key in known:
             continue
-        tails = {name.rpartition(".")[2]: name for name in known}
-        hint = nearest(key, [*known, *GROUPS])
-        if (tail := key.rpartition(".")[2]) in tails:
-            hint = f"did you mean {tails[tail]!r}?"
+        close = difflib.get_close_matches(key, list(full_names), n=1, cutoff=0.5)
+        close = close or difflib.get_close_matches(key.rpartition(".")[2], list(full_names), n=1, cutoff=0.5)
+        hint = f"did you mean {full_names[close[0]]!r}?" if close else "see `fedsgcg settings`"
         problems.append(Problem("CFG-001", found=f"unknown setting {key!r}", expected="a known setting", action=hint))
     return problems
 
@@ -159,7 +162,6 @@ def _convert_section(kind: type, value: Any, path: str, problems: list[Problem])
         return None
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    before = len(problems)
     for name in value:
         if name not in names:
             problems.append(
@@ -173,14 +175,15 @@ def _convert_section(kind: type, value: Any, path: str, problems: list[Problem])
     required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     for name in sorted(required - set(value)):
         problems.append(Problem("CFG-001", where=f"{path}.{name}".lstrip("."), found="nothing", expected="a value"))
-    converted = {
-        name: _convert(hints[name], item, f"{path}.{name}".lstrip("."), problems)
-        for name, item in value.items()
-        if name in names
-    }
-    if len(problems) > before:
+    converted = {}
+    for name in (name for name in value if name in names):
+        faults = len(problems)
+        item = _convert(hints[name], value[name], f"{path}.{name}".lstrip("."), problems)
+        if len(problems) == faults:
+            converted[name] = item
+    if required - set(converted):
         return None
-    try:
+    try:  # also with some values refused: the rules of the others are checked with defaults in their place
         return kind(**converted)
     except FedsgcgError as error:
         problems.extend(dataclasses.replace(p, where=f"{path}.{p.where}".lstrip(".")) for p in error.problems)

@@ -7,6 +7,7 @@ seconds per array, stack.md 3.3), `message` (identity, layout, Arrow bytes, plai
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,26 +68,26 @@ class Reply:
 
 def encode_request(request: Request) -> RecordDict:
     """Lay a request out as Flower records."""
-    records = _payload_records(request.identity, request.weights, request.prototypes)
-    records["message"]["options"] = json.dumps(request.options)
-    return records
+    fields: dict[str, str | bytes] = {"options": json.dumps(request.options)}
+    return _records(request.identity, request.weights, request.prototypes, fields)
 
 
 def decode_request(records: RecordDict) -> Request:
     """Read a request; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
-    message = _message(records)
-    identity = Identity.decode(str(message["identity"]))
-    return Request(identity, _weights(records), _statistics(message, identity), json.loads(str(message["options"])))
+    identity = Identity.decode(_text(records, "identity"))
+    options = _facts(records, "options")
+    return Request(identity, _weights(records), _statistics(records, identity), options)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
     """Lay a reply out as Flower records."""
-    records = _payload_records(reply.identity, reply.weights, reply.statistics)
-    message = records["message"]
-    message["site"] = reply.site
-    message["error"] = reply.error
-    message["cases"] = reply.cases
-    message["details"] = json.dumps(reply.details)
+    fields: dict[str, str | bytes] = {
+        "site": reply.site,
+        "error": reply.error,
+        "cases": reply.cases,
+        "details": json.dumps(reply.details),
+    }
+    records = _records(reply.identity, reply.weights, reply.statistics, fields)
     if reply.metrics:
         records["metrics"] = MetricRecord({name: float(value) for name, value in reply.metrics.items()})
     return records
@@ -94,18 +95,17 @@ def encode_reply(reply: Reply) -> RecordDict:
 
 def decode_reply(records: RecordDict) -> Reply:
     """Read a reply; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
-    message = _message(records)
-    identity = Identity.decode(str(message["identity"]))
-    metrics = {str(name): _number(value) for name, value in dict(records.get("metrics") or {}).items()}
+    identity = Identity.decode(_text(records, "identity"))
+    metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
     return Reply(
         identity=identity,
-        site=str(message["site"]),
+        site=_text(records, "site"),
         weights=_weights(records),
-        statistics=_statistics(message, identity),
-        metrics=metrics,
-        cases=bytes(message["cases"]),
-        details=json.loads(str(message["details"])),
-        error=str(message["error"]),
+        statistics=_statistics(records, identity),
+        metrics={str(name): _number(value) for name, value in metrics.items()},
+        cases=_bytes(records, "cases"),
+        details=_facts(records, "details"),
+        error=_text(records, "error"),
     )
 
 
@@ -114,52 +114,78 @@ def payload_bytes(records: RecordDict) -> dict[str, int]:
     message = _message(records)
     parts = {name: len(value) for name, value in message.items() if isinstance(value, bytes) and value}
     parts["text"] = sum(len(value.encode()) for value in message.values() if isinstance(value, str))
-    if "weights" in records:
-        parts["weights"] = sum(len(array.data) for array in records["weights"].values())
-    if "metrics" in records:
-        parts["metrics"] = 8 * len(records["metrics"])
+    if arrays := records.array_records.get("weights"):
+        parts["weights"] = sum(len(array.data) for array in arrays.values())
+    if metrics := records.metric_records.get("metrics"):
+        parts["metrics"] = 8 * len(metrics)
     return parts
 
 
-def _payload_records(identity: Identity, weights: Weights | None, statistics: ClassStatistics | None) -> RecordDict:
-    message: dict[str, Any] = {"identity": identity.encode()}
-    records: dict[str, Any] = {}
+def _records(
+    identity: Identity,
+    weights: Weights | None,
+    statistics: ClassStatistics | None,
+    fields: dict[str, str | bytes],
+) -> RecordDict:
+    message = ConfigRecord({"identity": identity.encode(), **fields})
+    records = RecordDict()
     if weights is not None:
         message["layout"] = weights.encode_layout()
         records["weights"] = ArrayRecord({"values": Array(weights.values)})
     if statistics is not None:
         message["statistics"] = encode_statistics(statistics, identity)
-    records["message"] = ConfigRecord(message)
-    return RecordDict(records)
+    records["message"] = message
+    return records
 
 
 def _message(records: RecordDict) -> ConfigRecord:
-    message = records.get("message")
-    if not isinstance(message, ConfigRecord) or "identity" not in message:
-        raise fail("PAY-106", found=f"records {sorted(records)}", expected="a record called message with an identity")
+    message = records.config_records.get("message")
+    if message is None:
+        raise fail("PAY-106", found=f"records {sorted(records)}", expected="a record called message")
     return message
 
 
-def _weights(records: RecordDict) -> Weights | None:
-    if "weights" not in records:
-        return None
-    message, arrays = _message(records), records["weights"]
-    if "layout" not in message or list(arrays) != ["values"]:
-        raise fail("PAY-103", found=f"arrays {list(arrays)}", expected="one flat array with its layout")
-    return Weights.decode(str(message["layout"]), _array(arrays["values"]))
+def _text(records: RecordDict, name: str) -> str:
+    value = _message(records).get(name)
+    if not isinstance(value, str):
+        raise fail("PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as text")
+    return value
 
 
-def _array(array: Array) -> np.ndarray[Any, Any]:
+def _facts(records: RecordDict, name: str) -> dict[str, Any]:
     try:
-        return array.numpy()
+        facts = json.loads(_text(records, name))
+    except ValueError as error:
+        raise fail("PAY-106", found=f"{name} that is not JSON", expected=f"{name} as a JSON object") from error
+    if not isinstance(facts, dict):
+        raise fail("PAY-106", found=f"{name} of type {type(facts).__name__}", expected=f"{name} as a JSON object")
+    return facts
+
+
+def _bytes(records: RecordDict, name: str) -> bytes:
+    value = _message(records).get(name)
+    if not isinstance(value, bytes):
+        raise fail("PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as bytes")
+    return value
+
+
+def _weights(records: RecordDict) -> Weights | None:
+    arrays = records.array_records.get("weights")
+    if arrays is None:
+        return None
+    if list(arrays) != ["values"]:
+        raise fail("PAY-103", found=f"arrays {list(arrays)}", expected="one flat array called values")
+    try:
+        values: np.ndarray[Any, Any] = arrays["values"].numpy()
     except (TypeError, ValueError, EOFError) as error:
         raise fail("PAY-106", found="an array that cannot be read", expected="a float32 array") from error
+    return Weights.decode(_text(records, "layout"), values)
 
 
-def _statistics(message: ConfigRecord, identity: Identity) -> ClassStatistics | None:
-    if "statistics" not in message:
+def _statistics(records: RecordDict, identity: Identity) -> ClassStatistics | None:
+    if "statistics" not in _message(records):
         return None
-    statistics, stated = decode_statistics(bytes(message["statistics"]))  # type: ignore[arg-type]
+    statistics, stated = decode_statistics(_bytes(records, "statistics"))
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return statistics

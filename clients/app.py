@@ -1,0 +1,135 @@
+"""The hospital's Flower app: it enrols, describes its pixels, trains and evaluates; read top to bottom, it is a round.
+
+Every answer leaves through `clients.egress`. Every failure becomes a code; its text, which may name a patient, stays in
+the site's own `errors.log`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from clients.egress import release
+from clients.evaluation import evaluate_cases, validation_dice
+from clients.features import patients_per_class, site_statistics
+from clients.methods import Guidance
+from clients.training import load_weights, train_round, weights_of
+from clients.visit import SPLITS, Visit, guard, visiting
+from common.errors import fail
+from common.networks import build_network
+from common.payload import encode_cases
+from common.seeding import stream
+from common.statistics import ClassStatistics
+from common.wire import Reply
+
+CHANNELS = 3  # a slice with its two neighbours, or one slice three times
+
+
+def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
+    """Build the app of every site.
+
+    Args:
+        tree: Resolved settings, for simulations; without them each message reads Flower's run config.
+    """
+    app = ClientApp()
+
+    def answering(work: Callable[[Visit], RecordDict]) -> Callable[[Message, Context], Message]:
+        def handle(message: Message, context: Context) -> Message:
+            return Message(visiting(work, message, context, tree), reply_to=message)
+
+        return handle
+
+    app.query("enrol")(answering(enrol))
+    app.query("statistics")(answering(describe))
+    app.train()(answering(train))
+    app.evaluate()(answering(evaluate))
+    return app
+
+
+def enrol(visit: Visit) -> RecordDict:
+    """Say who this site is and how many usable cases it has; case names stay behind their aliases."""
+    store = visit.store
+    cases = {split: [case for case in store.cases if case.split == split] for split in SPLITS}
+    details = {
+        "site": visit.site,
+        "roles": list(visit.plan.site.roles),
+        "cases": {split: len(part) for split, part in cases.items()},
+        "patients": {split: len({case.patient for case in part}) for split, part in cases.items()},
+        "slices": {split: len(store.slices(split)) for split in SPLITS},
+        "problems": visit.public_problems(),
+    }
+    return send(visit, Reply(visit.identity, visit.site, details=details))
+
+
+def describe(visit: Visit) -> RecordDict:
+    """Send the class statistics under the received weights, before the round trains (`prototypes.memory=restart`)."""
+    guard(visit, "train")
+    return send(visit, Reply(visit.identity, visit.site, statistics=statistics(visit, received(visit))))
+
+
+def train(visit: Visit) -> RecordDict:
+    """Describe and judge the received model, then train it on the site's own slices and send it back."""
+    guard(visit, "train")
+    plan, network = visit.plan, received(visit)
+    described = statistics(visit, network) if plan.method.statistics and plan.prototypes.memory != "restart" else None
+    dice, cases = validation_dice(network, visit.store, plan, visit.device)
+    judged = {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
+    guidance = Guidance.from_prototypes(visit.request.prototypes, plan.prototypes, visit.identity.round, visit.device)
+    figures = train_round(
+        network,
+        visit.store,
+        plan,
+        site=visit.site,
+        round_number=visit.identity.round,
+        guidance=guidance,
+        device=visit.device,
+    )
+    return send(visit, Reply(visit.identity, visit.site, weights_of(network), described, figures | judged))
+
+
+def evaluate(visit: Visit) -> RecordDict:
+    """Score the received model case by case: a held-out site on its test cases, a training site on its validation."""
+    split = str(visit.request.options.get("split", "test"))
+    guard(visit, *(("train",) if split == "validation" else ("heldout", "observer")))
+    pictures = visit.home / "pictures.arrow" if split == "test" else None
+    rows = evaluate_cases(received(visit), visit.store, visit.plan, split, visit.device, pictures=pictures)
+    metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
+    return send(visit, Reply(visit.identity, visit.site, metrics=metrics, cases=encode_cases(rows)))
+
+
+def received(visit: Visit) -> nn.Module:
+    """The plan's network on the site's device, holding the weights of the request."""
+    if visit.request.weights is None:
+        raise fail("PAY-106", found="a request without weights", expected="the global model")
+    plan = visit.plan
+    network = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=0)
+    load_weights(network, visit.request.weights)
+    return network.to(visit.device)
+
+
+def statistics(visit: Visit, network: nn.Module) -> ClassStatistics:
+    """Class statistics of the site's training slices under the network's weights."""
+    rng = stream(visit.plan.seed, visit.identity.round, visit.site, "statistics")
+    return site_statistics(network, visit.store.slices("train"), visit.plan, visit.device, rng)
+
+
+def send(visit: Visit, reply: Reply) -> RecordDict:
+    """Let a reply out through the door."""
+    data = visit.plan.data
+    patients = patients_per_class(visit.store, data.num_classes) if reply.statistics is not None else None
+    return release(
+        reply,
+        visit.home,
+        kind=visit.kind,
+        privacy=visit.plan.privacy,
+        classes=list(data.classes),
+        patients=patients,
+    )
+
+
+app = build_client_app()

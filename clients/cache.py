@@ -1,0 +1,105 @@
+"""The cache folder of a site: where it is, how processes share it, and the hashes that name what it holds."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import FedsgcgError, fail
+
+
+def cache_folder(setting: str) -> Path:
+    """Return the cache folder: the setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg."""
+    return Path(setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg").expanduser()
+
+
+def cache_error(error: OSError, path: Path) -> FedsgcgError:
+    """Return DAT-113 for an error of the file system."""
+    found = f"{type(error).__name__}: {error.strerror or error}"
+    action = "Make room, or set site.cache to a folder that can be written."
+    return fail("DAT-113", found=found, expected="a folder with free space", action=action, where=str(path))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; other processes of the machine that want it wait.
+
+    Raises:
+        FedsgcgError: DAT-113 when the lock file cannot be made or locked.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError as error:
+        raise cache_error(error, path) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise cache_error(error, path) from error
+        yield
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that others see whole or not at all.
+
+    Raises:
+        FedsgcgError: DAT-113 when it cannot be written.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = file.name
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary or path.with_suffix(".none")).unlink(missing_ok=True)
+        raise cache_error(error, path) from error
+
+
+def digest(content: bytes, size: int) -> str:
+    """Return a BLAKE2b digest of `size` bytes in hex."""
+    return hashlib.blake2b(content, digest_size=size).hexdigest()
+
+
+def file_hashes(paths: Sequence[Path], memo: Path) -> dict[Path, str]:
+    """Return the content hash of every file.
+
+    A file whose size and time of change are those of the memo is not read again. A file that cannot be read gets the
+    hash "unreadable", so that whoever opens it later can say why, and a repaired file counts as changed.
+    """
+    known = _read_memo(memo)
+    fresh = {str(path.absolute()): _entry(path, known.get(str(path.absolute()))) for path in paths}
+    if any(known.get(name) != entry for name, entry in fresh.items()):
+        write_atomically(memo, json.dumps({**known, **fresh}).encode())
+    return {path: str(fresh[str(path.absolute())][2]) for path in paths}
+
+
+def _entry(path: Path, known: list[Any] | None) -> list[Any]:
+    """Return [size, time of change in ns, hash] of a file."""
+    try:
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        if known and known[:2] == stamp and known[2] != "unreadable":
+            return known
+        with path.open("rb") as file:
+            return [*stamp, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+    except OSError:
+        return [0, 0, "unreadable"]
+
+
+def _read_memo(path: Path) -> dict[str, list[Any]]:
+    """Return the remembered entries; a missing or damaged memo only costs reading the files again."""
+    try:
+        memo = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {name: entry for name, entry in memo.items() if len(entry) == 3} if isinstance(memo, dict) else {}

@@ -1,0 +1,272 @@
+"""How good a model is at this hospital: every slice predicted, nothing learned from the labels (methods.md 2.7).
+
+Evaluation uses BatchNorm's running moments, so a prediction does not depend on the slices beside it. Metrics are taken
+at the native size of the image: in three dimensions for a volume, in two for a picture.
+Legend: C output channels, S structures, Z, Y, X native slices, rows, columns; B batch, H, W training size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from scipy import ndimage
+from torch import Tensor, nn
+
+from clients.methods.guidance import IGNORE
+from clients.methods.supervised import structure_targets
+from clients.pictures import Picture, choose_picture, write_pictures
+from common.metrics import segmentation_metrics
+from common.plan import DataSettings, Plan
+
+if TYPE_CHECKING:
+    from clients.cases import Case, CaseStore, SliceTable
+
+Mask = npt.NDArray[np.bool_]
+BATCH = 16  # slices in a forward pass; eval-mode BatchNorm makes the result independent of it
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """Masks of one case at native size.
+
+    Attributes:
+        case: Whose.
+        prediction: (S, Z, Y, X) after post-processing.
+        truth: (S, Z, Y, X).
+        classes: (Z, Y, X) uint8 true class indices.
+    """
+
+    case: Case
+    prediction: Mask
+    truth: Mask
+    classes: npt.NDArray[np.uint8]
+
+
+def evaluate_cases(
+    network: nn.Module, store: CaseStore, plan: Plan, split: str, device: torch.device, *, pictures: Path | None = None
+) -> list[dict[str, Any]]:
+    """Predict and score every case of a split.
+
+    Args:
+        network: The model to judge.
+        store: The site's cases.
+        plan: Structures, decision rule, post-processing, unit of distances.
+        split: `test` or `validation`.
+        device: Where the network runs.
+        pictures: File for one slice a case, to look at; it stays at the site. None writes none.
+
+    Returns:
+        Rows of `payload.CASES_SCHEMA`, one a case and structure, cases under their aliases.
+    """
+    rows: list[dict[str, Any]] = []
+    kept: list[Picture] = []
+    for result in predict_cases(network, store, plan.data, split, device):
+        scored = case_rows(result, plan.data)
+        rows += scored
+        if pictures is not None:
+            kept.append(_picture(result, scored, store))
+    if pictures is not None:
+        write_pictures(pictures, kept, list(plan.data.structures))
+    return rows
+
+
+def predict_cases(
+    network: nn.Module, store: CaseStore, data: DataSettings, split: str, device: torch.device
+) -> Iterator[CaseResult]:
+    """Yield the masks of one case after the other; each slice of the cache is read once."""
+    table = store.slices(split)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with evaluation_mode(network):
+        for index, indices in slices_by_case(table):
+            case = store.cases[index]
+            logits = torch.cat([logits_of(network, table, part, device) for part in _parts(indices, BATCH)])
+            classes = store.truth(case)
+            decided = structures_from_logits(logits, classes.shape[1:], data)
+            prediction = post_process(decided, data, is_picture=case.is_picture)
+            yield CaseResult(case, prediction, structure_masks(classes, data), classes)
+
+
+def validation_dice(network: nn.Module, store: CaseStore, plan: Plan, device: torch.device) -> tuple[float, int]:
+    """Dice on the validation slices at training size: quick, without distances, for curves and model choice.
+
+    Returns:
+        Mean over the validation cases of the mean over structures of a case's Dice, and the number of cases. NaN and 0
+        without a validation case.
+    """
+    table = store.slices("validation")
+    if len(table) == 0:
+        return float("nan"), 0
+    cases, position = np.unique(np.asarray(table.case_of), return_inverse=True)
+    structures = plan.data.structure_classes()
+    sums = torch.zeros(3, len(cases), len(structures), dtype=torch.float64, device=device)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with evaluation_mode(network):
+        for indices in _parts(np.arange(len(table)), BATCH):
+            images, labels = (torch.from_numpy(array).to(device) for array in table.stack(indices))
+            logits, _ = network(images.to(memory_format=torch.channels_last))
+            counts = overlap_counts(decide(logits, plan.data), labels, structures).double()
+            sums.index_add_(1, torch.from_numpy(position[indices]).to(device), counts)
+    return float(dice_from_counts(sums).mean().item()), len(cases)
+
+
+def logits_of(network: nn.Module, table: SliceTable, indices: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """Logits (B, C, H, W) of some slices at training size."""
+    images, _ = table.stack(indices)
+    logits: Tensor = network(torch.from_numpy(images).to(device, memory_format=torch.channels_last))[0]
+    return logits.float()
+
+
+def decide(logits: Tensor, data: DataSettings) -> Tensor:
+    """Structures (B, S, H, W) bool from logits (B, C, H, W).
+
+    Softmax: a pixel belongs to a structure when its most likely class is one of the structure's classes. Sigmoid: when
+    its probability exceeds the threshold.
+    """
+    if data.activation == "sigmoid":
+        return logits.sigmoid() > data.threshold
+    return structure_targets(logits.argmax(1), data.structure_classes())
+
+
+def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSettings) -> Mask:
+    """Bring logits (Z, C, H, W) to the native size (Y, X) bilinearly, then decide: (S, Z, Y, X).
+
+    Slice by slice, because a whole volume of logits at native size may not fit.
+    """
+    decided = [decide(_resized(part[None], native), data)[0] for part in torch.unbind(logits)]
+    masks: Mask = torch.stack(decided, dim=1).cpu().numpy()
+    return masks
+
+
+def post_process(masks: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
+    """Keep the largest component and fill holes, each structure for itself; an empty mask stays empty.
+
+    Args:
+        masks: (S, Z, Y, X).
+        data: Which of the two steps are on.
+        is_picture: Components touch by edges or corners (8-connected) in a picture, by faces in a volume.
+    """
+    out = masks.copy()
+    for mask in out:
+        if data.largest_component:
+            mask[...] = largest_component(mask, 3 if is_picture else 1)
+        if data.fill_holes:
+            for layer in mask:
+                layer[...] = ndimage.binary_fill_holes(layer)
+    return out
+
+
+def largest_component(mask: Mask, connectivity: int) -> Mask:
+    """The connected component with the most pixels; the first in scan order among equals; empty stays empty."""
+    structure = ndimage.generate_binary_structure(mask.ndim, connectivity)
+    labels, number = ndimage.label(mask, structure)
+    if number < 2:
+        return mask
+    sizes = np.bincount(labels.reshape(-1))[1:]
+    largest: Mask = labels == 1 + int(np.argmax(sizes))
+    return largest
+
+
+def structure_masks(classes: npt.NDArray[np.uint8], data: DataSettings) -> Mask:
+    """Structures (S, Z, Y, X) of a class map (Z, Y, X)."""
+    return np.stack([np.isin(classes, indices) for indices in data.structure_classes().values()])
+
+
+def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
+    """Score one case: a row of `payload.CASES_SCHEMA` for every structure.
+
+    Distances are in native pixels or voxels; in millimetres too where the data say that their spacing is real.
+    """
+    rows = []
+    spacing = result.case.spacing if data.spacing_unit == "mm" else None
+    for name, predicted, true in zip(data.structures, result.prediction, result.truth, strict=True):
+        prediction, truth, steps = _flat(predicted, true, spacing)
+        pixels = segmentation_metrics(prediction, truth)
+        row = {
+            "case": result.case.alias,
+            "structure": name,
+            "dice": pixels.dice,
+            "asd": pixels.asd,
+            "assd": pixels.assd,
+            "hd95": pixels.hd95,
+            "unit": "pixel",
+            "empty_prediction": not prediction.any(),
+            "empty_truth": not truth.any(),
+        }
+        if steps is not None:
+            millimetres = segmentation_metrics(prediction, truth, spacing=steps)
+            row |= {"asd_mm": millimetres.asd, "assd_mm": millimetres.assd, "hd95_mm": millimetres.hd95}
+        rows.append({"asd_mm": None, "assd_mm": None, "hd95_mm": None} | row)
+    return rows
+
+
+def overlap_counts(decided: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
+    """Pixels in both, in the prediction and in the truth, (3, B, S); ignored pixels count nowhere."""
+    valid = (labels != IGNORE).unsqueeze(1)
+    truth, decided = structure_targets(labels, structures) & valid, decided & valid
+    return torch.stack([(truth & decided).sum((2, 3)), decided.sum((2, 3)), truth.sum((2, 3))])
+
+
+def dice_from_counts(counts: Tensor) -> Tensor:
+    """Dice from (3, ...) counts of both, prediction and truth; 1 where both masks are empty."""
+    both, predicted, true = counts
+    total = predicted + true
+    return torch.where(total > 0, 2 * both / total.clamp(min=1), torch.ones_like(total))
+
+
+def slices_by_case(table: SliceTable) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Yield (case index, indices of its slices from bottom to top)."""
+    owners = np.asarray(table.case_of)
+    order = np.argsort(owners, kind="stable")
+    edges = [0, *(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(order)]
+    for start, stop in pairwise(edges):
+        if stop > start:
+            yield int(owners[order[start]]), order[start:stop]
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients and with running moments; afterwards the network is in the mode it had."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        network.train(was_training)
+
+
+def _resized(logits: Tensor, native: Sequence[int]) -> Tensor:
+    return F.interpolate(logits, size=tuple(native), mode="bilinear", align_corners=False)
+
+
+def _parts(indices: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _picture(result: CaseResult, rows: list[dict[str, Any]], store: CaseStore) -> Picture:
+    return choose_picture(
+        store.image(result.case),
+        result.classes,
+        result.prediction,
+        result.truth,
+        alias=result.case.alias,
+        dice=float(np.mean([row["dice"] for row in rows])),
+    )
+
+
+def _flat(
+    prediction: Mask, truth: Mask, spacing: tuple[float, ...] | None
+) -> tuple[Mask, Mask, tuple[float, ...] | None]:
+    """Take a single slice as the plane it is: a third axis of length one would make every pixel a surface pixel."""
+    if prediction.shape[0] > 1:
+        return prediction, truth, spacing
+    return prediction[0], truth[0], spacing[1:] if spacing is not None else None

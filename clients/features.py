@@ -1,0 +1,104 @@
+"""Class statistics of a site's training pixels under the received weights (methods.md 1.2, 1.8).
+
+Every site describes the same model, the one it received, so the merged prototypes are those of the pooled pixels.
+Legend: K classes, A feature channels, B batch, N pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clients.batches import batch_indices
+from clients.device import arithmetic, precision
+from clients.methods.guidance import IGNORE, pixel_features
+from clients.methods.sgcg import labels_at
+from common.plan import Plan
+from common.sgcg import class_moments
+from common.statistics import ClassStatistics
+
+if TYPE_CHECKING:
+    from clients.cases import CaseStore, SliceTable
+
+
+def site_statistics(
+    network: nn.Module, table: SliceTable, plan: Plan, device: torch.device, rng: np.random.Generator
+) -> ClassStatistics:
+    """Count, mean and scatter of every class over all pixels of the training slices, without augmentation.
+
+    Args:
+        network: Holds the received global weights; neither its weights nor its running moments change.
+        table: The site's training slices.
+        plan: `prototypes.norm_mode` and `prototypes.normalize` decide the representation.
+        device: Where the network lies.
+        rng: Order of the slices, which matters in `norm_mode=batch` alone.
+
+    Returns:
+        Statistics in float64, (K,), (K, A) and (K, A, A).
+    """
+    dtype = precision(plan.method, device)
+    total = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
+    with torch.no_grad(), statistics_mode(network, plan.prototypes.norm_mode):
+        for indices in batch_indices(len(table), plan.method.batch_size, rng):
+            images, labels = table.stack(indices)
+            batch = torch.from_numpy(images).to(device, memory_format=torch.channels_last)
+            with arithmetic(dtype, device):
+                _, penultimate = network(batch)
+            total = total + batch_statistics(penultimate, torch.from_numpy(labels).to(device), plan)
+    return total
+
+
+def batch_statistics(penultimate: torch.Tensor, labels: torch.Tensor, plan: Plan) -> ClassStatistics:
+    """Statistics of one batch: moments on the device of the features, carried on in float64.
+
+    Args:
+        penultimate: (B, A, H, W) feature map.
+        labels: (B, H', W') class indices, 255 = ignore.
+        plan: Whether features are normalised, and K.
+    """
+    num_classes = plan.data.num_classes
+    pixels = pixel_features(penultimate, plan.prototypes.normalize)
+    labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
+    moments = class_moments(pixels, labels, num_classes, ignore_index=IGNORE)
+    count, mean, scatter = (part.double().cpu().numpy() for part in moments)
+    return ClassStatistics(count, mean, scatter)
+
+
+@contextmanager
+def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
+    """Evaluate with BatchNorm as in training (`batch`) or as in evaluation (`running`), changing no buffer.
+
+    A BatchNorm that does not track uses the moments of its batch and leaves running mean, variance and step counter
+    alone, so nothing has to be copied and put back.
+    """
+    was_training = network.training
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    network.eval()
+    try:
+        if norm_mode == "batch":
+            for layer in layers:
+                layer.train()
+                layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+        network.train(was_training)
+
+
+def patients_per_class(store: CaseStore, num_classes: int) -> npt.NDArray[np.int64]:
+    """Number of different training patients in whose slices a class occurs, (K,): what the patient floor compares."""
+    table = store.slices("train")
+    seen: list[set[str]] = [set() for _ in range(num_classes)]
+    for index, case in enumerate(table.case_of):
+        _, labels = table.stack(np.asarray([index]))
+        for value in np.flatnonzero(np.bincount(labels.reshape(-1), minlength=256)[:num_classes]):
+            seen[value].add(store.cases[int(case)].patient)
+    return np.asarray([len(patients) for patients in seen], dtype=np.int64)

@@ -1,0 +1,55 @@
+"""What the coordinator's prototypes become at a site: constants on the device, and the features they are compared with.
+
+Statistics and loss must see the same representation (methods.md 1.4), so both take their pixels from `pixel_features`.
+Legend: K classes, A feature channels, B batch, H, W height and width, N = B*H*W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from common.plan import PrototypeSettings
+from common.statistics import ClassStatistics
+
+IGNORE = 255  # label of pixels that take no part
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The global prototypes on a site's device; constants, no gradient flows into them (methods.md 1.2 point 5).
+
+    Attributes:
+        mean: (K, A) float32.
+        covariance: (K, A, A) float32, population covariance.
+        active: (K,) bool, classes with enough pixels over all sites to take part.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    active: Tensor
+
+    @classmethod
+    def from_prototypes(
+        cls, prototypes: ClassStatistics | None, settings: PrototypeSettings, round_number: int, device: torch.device
+    ) -> Guidance | None:
+        """Put the prototypes on the device; None while there are none or the warm-up lasts (methods.md 1.5)."""
+        if prototypes is None or round_number <= settings.warmup_rounds:
+            return None
+        return cls(
+            mean=torch.tensor(prototypes.mean, dtype=torch.float32, device=device),
+            covariance=torch.tensor(prototypes.covariance, dtype=torch.float32, device=device),
+            active=torch.tensor(prototypes.count >= settings.min_count, device=device),
+        )
+
+
+def pixel_features(penultimate: Tensor, normalize: bool) -> Tensor:
+    """Flatten a penultimate map (B, A, H, W) to float32 pixels (N, A), of unit length if `normalize`.
+
+    A map in channels-last memory is not copied before the normalisation.
+    """
+    pixels = penultimate.float().permute(0, 2, 3, 1).reshape(-1, penultimate.shape[1])
+    return F.normalize(pixels, dim=1, eps=1e-12) if normalize else pixels

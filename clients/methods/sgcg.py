@@ -1,0 +1,75 @@
+"""SgCG: the supervised loss plus lambda times the contrastive loss against the global prototypes (methods.md 1.3-1.7).
+
+Total loss = L_supervised + lambda * mean_i L_i, L_i in closed form, over all pixels of the batch (paper eq. 11, 13).
+Legend: K classes, A feature channels, N pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clients.methods import supervised
+from clients.methods.guidance import IGNORE, Guidance, pixel_features
+from common.plan import Plan, PrototypeSettings
+from common.sgcg import reduce_labels, sgcg_loss
+
+
+def loss(
+    logits: Tensor, penultimate: Tensor, labels: Tensor, guidance: Guidance | None, plan: Plan
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Supervised loss plus `prototypes.weight` times the contrastive loss; without guidance the first alone.
+
+    Args:
+        logits: (B, C, H, W) float32.
+        penultimate: (B, A, H, W).
+        labels: (B, H, W) class indices, 255 = ignore.
+        guidance: Global prototypes on the same device; None in the warm-up.
+        plan: Gives temperature, weight and form of the contrastive term.
+
+    Returns:
+        The loss, and its parts by name (`loss_contrast` before it is weighted).
+    """
+    total, parts = supervised.loss(logits, penultimate, labels, None, plan)
+    if guidance is None or plan.prototypes.weight == 0:
+        return total, parts
+    contrast = contrast_loss(penultimate, labels, guidance, plan.prototypes, plan.data.num_classes)
+    return total + plan.prototypes.weight * contrast, parts | {"loss_contrast": contrast.detach()}
+
+
+def contrast_loss(
+    penultimate: Tensor, labels: Tensor, guidance: Guidance, settings: PrototypeSettings, num_classes: int
+) -> Tensor:
+    """Contrastive loss of a batch: the mean over its pixels, or the mean of its per-class means (methods.md 1.4)."""
+    labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
+    balanced = settings.balance == "class"
+    value = sgcg_loss(
+        pixel_features(penultimate, settings.normalize),
+        labels,
+        guidance.mean,
+        guidance.covariance,
+        temperature=settings.temperature,
+        active=guidance.active,
+        ignore_index=IGNORE,
+        reduction="none" if balanced else "mean",
+        covariance_form=settings.covariance,
+    )
+    return class_balanced_mean(value, labels, guidance.active) if balanced else value
+
+
+def class_balanced_mean(values: Tensor, labels: Tensor, active: Tensor) -> Tensor:
+    """Mean over the active classes present of the mean of `values` (N,) over their pixels; 0 when none is present."""
+    num_classes = active.shape[0]
+    labels = labels.long()
+    known = labels < num_classes
+    index = labels.where(known, 0)
+    weight = (known & active[index]).to(values.dtype)
+    totals = torch.zeros(num_classes, dtype=values.dtype, device=values.device).index_add(0, index, values * weight)
+    counts = torch.zeros_like(totals).index_add(0, index, weight)
+    return (totals / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+
+
+def labels_at(labels: Tensor, width: int, num_classes: int) -> Tensor:
+    """Return the labels (B, H, W) at the resolution of a feature map of this width."""
+    factor = labels.shape[-1] // width
+    return labels.long() if factor == 1 else reduce_labels(labels.long(), factor, num_classes, ignore_index=IGNORE)

@@ -1,0 +1,120 @@
+"""One slice of every case to look at, as an Arrow file that stays at the site: image, truth and prediction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from common.errors import fail
+
+MAX_STRUCTURES = 8  # one bit each in a byte; later ones are not drawn
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One slice of one case; the binary fields hold height * width bytes.
+
+    Attributes:
+        case: Alias of the case.
+        dice: Mean Dice of the case over its structures.
+        z: Number of the slice.
+        image: Grey values, 0 to 255.
+        truth: True class indices.
+        prediction: Bit s is set where structure s was predicted.
+        truth_mask: Bit s is set where structure s truly is.
+        height: Rows.
+        width: Columns.
+    """
+
+    case: str
+    dice: float
+    z: int
+    image: bytes
+    truth: bytes
+    prediction: bytes
+    truth_mask: bytes
+    height: int
+    width: int
+
+
+SCHEMA = pa.schema(
+    [
+        ("case", pa.string()),
+        ("dice", pa.float64()),
+        ("z", pa.int32()),
+        ("image", pa.binary()),
+        ("truth", pa.binary()),
+        ("prediction", pa.binary()),
+        ("truth_mask", pa.binary()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
+
+
+def choose_picture(
+    image: npt.NDArray[np.float32],
+    classes: npt.NDArray[np.uint8],
+    prediction: npt.NDArray[np.bool_],
+    truth: npt.NDArray[np.bool_],
+    *,
+    alias: str,
+    dice: float,
+) -> Picture:
+    """Keep the slice with the largest true area.
+
+    Args:
+        image: (Z, Y, X) in [0, 1].
+        classes: (Z, Y, X) true class indices.
+        prediction: (S, Z, Y, X).
+        truth: (S, Z, Y, X).
+        alias: Alias of the case.
+        dice: Mean Dice of the case.
+    """
+    z = int(np.argmax(truth.any(0).sum((1, 2))))
+    grey = np.round(np.clip(image[z], 0.0, 1.0) * 255).astype(np.uint8)
+    return Picture(
+        case=alias,
+        dice=dice,
+        z=z,
+        image=grey.tobytes(),
+        truth=np.ascontiguousarray(classes[z]).tobytes(),
+        prediction=bit_mask(prediction[:, z]).tobytes(),
+        truth_mask=bit_mask(truth[:, z]).tobytes(),
+        height=grey.shape[0],
+        width=grey.shape[1],
+    )
+
+
+def bit_mask(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Join (S, Y, X) masks into one byte a pixel, structure s in bit s."""
+    joined = np.zeros(masks.shape[1:], np.uint8)
+    for bit, mask in enumerate(masks[:MAX_STRUCTURES]):
+        joined |= mask.astype(np.uint8) << np.uint8(bit)
+    return joined
+
+
+def write_pictures(path: Path, pictures: Sequence[Picture], structures: Sequence[str]) -> None:
+    """Write the pictures as an Arrow IPC file, at once or not at all.
+
+    Raises:
+        FedsgcgError: SITE-501 when the site's folder cannot be written.
+    """
+    schema = SCHEMA.with_metadata({"structures": json.dumps(list(structures)[:MAX_STRUCTURES])})
+    table = pa.Table.from_pylist([asdict(picture) for picture in pictures], schema=schema)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(table)
+        partial.replace(path)
+    except OSError as error:
+        raise fail(
+            "SITE-501", where=str(path), found=str(error), expected="a site folder that can be written"
+        ) from error

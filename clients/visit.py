@@ -1,0 +1,222 @@
+"""One message at a site: who is asked, by which plan, in which role; and the boundary that no error text crosses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from clients.cases import CaseStore, open_store
+from clients.device import choose_device
+from clients.egress import release_error
+from clients.site import discover_sites, ensure_data, open_site, resolve_cache
+from common.errors import FedsgcgError, fail
+from common.payload import Identity
+from common.plan import Plan
+from common.settings import join
+from common.wire import Request, decode_request
+
+SPLITS = ("train", "validation", "test")
+NOBODY = Identity(run="", heldout="", round=0, plan="")  # of a reply to a message that says not even what it belongs to
+LOG = logging.getLogger("fedsgcg.site")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Everything that answering one message needs.
+
+    Attributes:
+        request: What the coordinator sent.
+        plan: The settings of the federation.
+        site: Name of this site.
+        root: Folder of the data set.
+        home: The site's own folder: ledger, error log, aliases, pictures.
+        kind: Type of the message.
+    """
+
+    request: Request
+    plan: Plan
+    site: str
+    root: Path
+    home: Path
+    kind: str
+
+    @property
+    def identity(self) -> Identity:
+        """Run, fold, round and plan of the request."""
+        return self.request.identity
+
+    @property
+    def role(self) -> str:
+        """`train`, `heldout` or `observer` in this fold."""
+        return self.plan.role(self.site)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this site computes; raises CFG-004 when what is asked for is absent."""
+        return choose_device(self.plan.site.device, self.plan.site.threads)
+
+    @cached_property
+    def store(self) -> CaseStore:
+        """The site's cases, its slice cache made where it is missing; writes who is behind each alias at the site."""
+        site = open_site(self.root, self.site, self.plan.data)
+        store = open_store(site, self.plan.data, resolve_cache(self.plan.site), heldout=self.role != "train")
+        write_text(self.home / "aliases.csv", aliases_table(store))
+        problems = "\n".join(str(problem) for problem in store.problems)
+        write_text(self.home / "problems.txt", problems or "none")
+        return store
+
+    def public_problems(self) -> list[dict[str, str]]:
+        """What is wrong with the site's cases, as it may leave: codes, and aliases of the cases that have one.
+
+        A case that could not be read has no alias, since an alias needs the image (`clients.cases`).
+        """
+        alias = {case.name: case.alias for case in self.store.cases}
+        return [{"code": problem.code, "case": alias.get(problem.where, "")} for problem in self.store.problems]
+
+
+def visiting(
+    work: Callable[[Visit], RecordDict], message: Message, context: Context, tree: Mapping[str, Any] | None
+) -> RecordDict:
+    """Do the work of one message; whatever goes wrong becomes a reply that holds a code and nothing else.
+
+    Args:
+        work: The handler.
+        message: What came.
+        context: Names this node and carries Flower's run config.
+        tree: Resolved settings; None reads the run config.
+    """
+    identity, site, home = NOBODY, "", None
+    kind = str(message.metadata.message_type)
+    try:
+        identity = identity_of(message.content)
+        plan = Plan.from_tree(join(run_config=dict(context.run_config)) if tree is None else tree)
+        root = ensure_data(plan.data, plan.site.cache)
+        site = site_of(plan, root, context.node_config)
+        home = site_home(plan, site)
+        request = decode_request(message.content)
+        check_identity(request.identity, plan)
+        return work(Visit(request, plan, site, root, home, kind))
+    except Exception as error:
+        keep_trace(home, kind, identity)
+        code = error.public() if isinstance(error, FedsgcgError) else "SITE-500"
+        return release_error(code, identity, site, home, kind)
+
+
+def guard(visit: Visit, *allowed: str) -> None:
+    """Refuse what the site's role in this fold, or the site's own settings, forbid.
+
+    Raises:
+        FedsgcgError: ROL-201.
+    """
+    accepted = visit.plan.site.roles
+    if visit.role not in allowed or visit.role not in accepted:
+        raise fail(
+            "ROL-201",
+            where=visit.site,
+            found=f"{visit.kind} asked of a site whose role is {visit.role}",
+            expected=f"a role among {list(allowed)} that the site accepts ({list(accepted)})",
+        )
+
+
+def check_identity(identity: Identity, plan: Plan) -> None:
+    """Compare the request with the plan this site knows.
+
+    Raises:
+        FedsgcgError: PAY-120 when the request belongs to another plan or fold.
+    """
+    expected = (plan.digest(), plan.heldout)
+    if (identity.plan, identity.heldout) != expected:
+        raise fail(
+            "PAY-120",
+            found=f"plan {identity.plan[:12]}, held out {identity.heldout!r}",
+            expected=f"plan {expected[0][:12]}, held out {expected[1]!r}",
+            action="start coordinator and sites with the same settings",
+        )
+
+
+def identity_of(content: RecordDict) -> Identity:
+    """Identity that a message states, or `NOBODY` where it states none that can be read."""
+    try:
+        return Identity.decode(str(content["message"]["identity"]))
+    except (FedsgcgError, KeyError, TypeError):
+        return NOBODY
+
+
+def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
+    """Name of this node's site: `site` of its node config, or the k-th of the sorted names for partition k.
+
+    Raises:
+        FedsgcgError: DAT-101 when the node config names no site.
+    """
+    names = sorted(plan.data.sites) or sorted(discover_sites(root))
+    if name := str(node_config.get("site", "")):
+        if name not in names:
+            raise fail("DAT-101", found=f"site {name!r}", expected=f"one of {names}", action="Correct the node config.")
+        return name
+    number = node_config.get("partition-id")
+    if not isinstance(number, int) or not 0 <= number < len(names):
+        raise fail(
+            "DAT-101",
+            found=f"partition {number} of {len(names)} sites",
+            expected="site='name' or a partition-id that has a site in the node config",
+        )
+    return names[number]
+
+
+def site_home(plan: Plan, site: str) -> Path:
+    """Return the site's own folder: its setting with {site} replaced, or a folder inside the run's output."""
+    if plan.site.home:
+        return Path(plan.site.home.replace("{site}", site)).expanduser()
+    return Path(plan.output) / "sites" / site
+
+
+def keep_trace(home: Path | None, kind: str, identity: Identity) -> None:
+    """Append the trace of the current exception to the site's error log; to its standard error without one."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    text = f"{when} {kind} round {identity.round}\n{traceback.format_exc()}\n"
+    if home is not None:
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            with (home / "errors.log").open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+    LOG.error(text)
+
+
+def aliases_table(store: CaseStore) -> str:
+    """Who is behind each alias, as CSV (alias, case)."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["alias", "case"])
+    table.writerows([case.alias, case.name] for case in store.cases)
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of the site's folder, whole or not at all; unchanged content is left alone.
+
+    Raises:
+        FedsgcgError: SITE-501 when the site's folder cannot be written.
+    """
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        expected = "a site folder that can be written"
+        raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error

@@ -1,0 +1,172 @@
+"""`fedsgcg`: the coordinator's command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import FedsgcgError, fail
+from common.settings import GROUPS, choices_of, join
+
+HELP = """\
+Hospitals train one segmentation model together, without moving an image,
+and the model is judged at a hospital that took no part.
+
+  fedsgcg study experiment=demo
+      The demonstration: four synthetic hospitals, each left out in turn.
+
+  fedsgcg study data=promise12 data.root=DIR method=source,sgcg heldout=all seed=0,1,2
+      A leave-one-hospital-out study: hospitals left out x methods x seeds. The same
+      call again does only what is missing.
+
+  fedsgcg simulate data=promise12 data.root=DIR method=sgcg heldout=HK
+      One federation.
+
+  fedsgcg report RUN       Make RUN/report.html again from the files of the run folder.
+  fedsgcg settings [...]   Show every setting, resolved, and the names each group offers.
+  fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
+
+Settings are given as name=value: a group (data=promise12) or one value
+(federation.rounds=30). Frequent ones:
+
+  data.root=DIR            folder with manifest.csv, or one folder a hospital
+  heldout=NAME|all         the hospital that takes no part
+  federation.rounds=N      rounds
+  network.base_width=N     channels of the first block (16 = RAM-DSIR)
+  data.image_size=N        side of the training slices in pixels
+  prototypes.memory=...    cumulative | discount | lagged | restart
+  device=auto|cpu|cuda     runtime=auto|ray|inprocess    output=FOLDER
+"""
+
+EXITS = """\
+exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of ours become text and exit code 2, never a traceback."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console(stderr=False)
+    command: Callable[[argparse.Namespace, Console], int] = options.run
+    try:
+        return command(options, console)
+    except FedsgcgError as error:
+        for problem in error.problems:
+            Console(stderr=True).print(str(problem), style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. The same command goes on from the last done round.", style="yellow")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="fedsgcg", description=HELP, epilog=EXITS, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, words in (
+        ("study", _study, "hospitals left out x methods x seeds, resumable"),
+        ("simulate", _simulate, "one federation on this machine"),
+        ("settings", _settings, "show every setting, resolved"),
+    ):
+        command = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
+        command.add_argument("overrides", nargs="*", metavar="name=value", help="settings; see fedsgcg settings")
+        command.set_defaults(run=run)
+    report = commands.add_parser("report", help="make report.html again from the files of a run folder")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(run=_report)
+    hospitals = commands.add_parser("hospitals", help="write the synthetic hospitals as NIfTI files")
+    hospitals.add_argument("folder", type=Path)
+    hospitals.add_argument("--seed", type=int, default=0)
+    hospitals.set_defaults(run=_hospitals)
+    return parser
+
+
+def _study(options: argparse.Namespace, console: Console) -> int:
+    return _run(options.overrides, console, single=False)
+
+
+def _simulate(options: argparse.Namespace, console: Console) -> int:
+    return _run(options.overrides, console, single=True)
+
+
+def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
+    from deploy.study import plan_study, run_study
+
+    with console.status("looking at the hospitals and this machine"):
+        study = plan_study(overrides, single=single)
+    code = run_study(study, console)
+    _print_results(study.folder, console)
+    words = {0: "[green]completed[/green]", 3: "[yellow]degraded[/yellow]", 1: "[red]failed[/red]"}[code]
+    console.print(f"{words}; report: {study.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return code
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    from server.report import make_report
+
+    from deploy.study import collect
+
+    folder: Path = options.folder
+    if not (folder / "study.yaml").is_file():
+        raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
+    with console.status("making the report"):
+        collect(folder)
+        path = make_report(folder)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _settings(options: argparse.Namespace, console: Console) -> int:
+    import yaml
+
+    tree = join(options.overrides)
+    console.print(yaml.safe_dump(tree, sort_keys=False), highlight=False, markup=False)
+    for group in GROUPS:
+        console.print(f"{group}= {' | '.join(choices_of(group))}", highlight=False, markup=False)
+    return 0
+
+
+def _hospitals(options: argparse.Namespace, console: Console) -> int:
+    from common.phantoms import write_hospitals
+
+    with console.status("writing the synthetic hospitals"):
+        path = write_hospitals(options.folder, seed=options.seed)
+    console.print(f"hospitals: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _print_results(folder: Path, console: Console) -> None:
+    import pyarrow.parquet as pq
+
+    from server.report_tables import summary_rows
+
+    path = folder / "results.parquet"
+    if not path.exists():
+        console.print("No result yet.", style="yellow")
+        return
+    table = Table(title="Held-out hospitals: mean over cases, 95 % bootstrap interval; surface distances in pixels")
+    for title in ("method", "held out", "structure", "Dice", "95 %", "ASD", "ASSD", "HD95", "cases"):
+        table.add_column(title, justify="left" if title in ("method", "held out", "structure") else "right")
+    for row in summary_rows(pq.read_table(path)):
+        table.add_row(
+            str(row["method"]),
+            str(row["heldout"]),
+            str(row["structure"]),
+            f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}",
+            f"{row['dice_low']:.3f}–{row['dice_high']:.3f}",
+            f"{row['asd_mean']:.2f}",
+            f"{row['assd_mean']:.2f}",
+            f"{row['hd95_mean']:.2f}",
+            str(row["cases"]),
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""Live progress of a study on the console, read from the cells' `events.jsonl`.
+
+Reading files keeps it the same for every runtime: the cells may run here, in Ray workers, or on a cluster that shares
+the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from deploy.simulate import Cell
+
+POLL_S = 0.3
+STYLES = {"running": "cyan", "completed": "green", "waiting": "dim"}
+LEFT_ALIGNED = ("method", "held out", "last site", "")
+
+
+@dataclass
+class CellState:
+    """What the console knows of one cell."""
+
+    cell: Cell
+    position: int = 0  # bytes of events.jsonl that were read
+    status: str = "waiting"
+    round: int = 0
+    rounds: int = 0
+    site: str = ""
+    loss: float = float("nan")
+    dice: float = float("nan")
+    heldout_dice: float = float("nan")
+    rounds_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
+    lines: list[str] = field(default_factory=list)
+
+    def read_events(self) -> None:
+        """Take in what was appended since the last call."""
+        try:
+            with (self.cell.folder / "events.jsonl").open("rb") as file:
+                file.seek(self.position)
+                complete, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self.position += len(complete + newline)
+        for line in complete.splitlines():
+            self.take(json.loads(line))
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Update the state with one event."""
+        name = event["event"]
+        self.rounds = int(event.get("rounds", self.rounds))
+        self.round = int(event.get("round", self.round))
+        self.site = str(event.get("site", self.site))
+        self.loss = _number(event.get("loss"), self.loss)
+        self.dice = _number(event.get("validation_dice"), self.dice)
+        if name == "run.finished":
+            self.status = str(event.get("status", "ended"))
+        elif name == "heldout.done":
+            self.heldout_dice = _number(event.get("dice"), self.heldout_dice)
+        else:
+            self.status = "running"
+        if name in ("round.done", "heldout.done", "run.finished"):
+            self.lines.append(self.describe(name))
+
+    def describe(self, event: str) -> str:
+        """One line for consoles that cannot redraw."""
+        head = f"{self.cell.name}  round {self.round}/{self.rounds}"
+        if event == "round.done":
+            return f"{head}  loss {_show(self.loss)}  source-validation Dice {_show(self.dice)}"
+        if event == "heldout.done":
+            return f"{head}  held-out Dice {_show(self.heldout_dice)}"
+        return f"{head}  {self.status}"
+
+
+class Progress:
+    """Context manager that shows the cells' progress until it is left."""
+
+    def __init__(self, cells: Sequence[Cell], console: Console) -> None:
+        self.console = console
+        self.states = [CellState(cell) for cell in cells]
+        self.started = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        for state in self.states:  # what an earlier call did is known, not news
+            state.read_events()
+            state.rounds_before, state.status = state.round, "waiting"
+            state.lines.clear()
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        if self._live:
+            self._live.stop()
+
+    def time_left(self) -> str:
+        """Estimate from the rounds done in this call, over all cells."""
+        total = max((state.rounds for state in self.states), default=0)
+        done = sum(state.round - state.rounds_before for state in self.states)
+        left = sum(max(0, (state.rounds or total) - state.round) for state in self.states)
+        if not done:
+            return "estimating the time left"
+        seconds = (time.monotonic() - self.started) / done * left
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._show()
+
+    def _show(self) -> None:
+        for state in self.states:
+            state.read_events()
+            if not self._live:
+                for line in state.lines:
+                    self.console.print(f"{line}  ({self.time_left()})", highlight=False)
+            state.lines.clear()
+        if self._live:
+            self._live.update(self._render(), refresh=True)
+
+    def _render(self) -> RenderableType:
+        rounds = sum(state.rounds for state in self.states) or 1
+        done = sum(state.round for state in self.states)
+        finished = sum(state.status not in ("waiting", "running") for state in self.states)
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        head = Text(f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in (
+            "method",
+            "held out",
+            "seed",
+            "round",
+            "last site",
+            "loss",
+            "Dice (validation)",
+            "Dice (held out)",
+            "",
+        ):
+            table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right")
+        # A running cell is worth a line; of the others a few are enough, for a study may have hundreds.
+        order = sorted(self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1))
+        for state in order[:16]:
+            table.add_row(
+                state.cell.method,
+                state.cell.heldout or "–",
+                str(state.cell.seed),
+                f"{state.round}/{state.rounds}" if state.rounds else "–",
+                state.site,
+                _show(state.loss),
+                _show(state.dice),
+                _show(state.heldout_dice),
+                Text(state.status, style=STYLES.get(state.status, "yellow")),
+            )
+        return Group(head, ProgressBar(total=rounds, completed=done, width=60), table)
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, (int, float)) else otherwise
+
+
+def _show(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,155 @@
+"""One federation on one machine or cluster, in either of two ways that give the same model hash.
+
+*Hospitals in parallel* (`ray`): Flower's simulation engine, every hospital a Ray actor with its own GPU when there are
+enough and a share otherwise. *Cells in parallel* (`inprocess`): the federation runs inside one process, and a study
+runs many such processes at once (`deploy.study`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.plan import Plan
+from deploy.preflight import Machine
+
+# Ray starts its workers at nice 15, which starves a simulation on a machine that does anything else (performance.md 2);
+# the other switches keep a simulation from talking to the internet.
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One federation of a study.
+
+    Attributes:
+        method: Name of the method.
+        heldout: Name of the held-out hospital, "" for none.
+        seed: The seed.
+        tree: The resolved settings (`common.plan.Plan.from_tree`), with the cell's own `output`.
+    """
+
+    method: str
+    heldout: str
+    seed: int
+    tree: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The cell's run folder."""
+        return Path(self.tree["output"])
+
+    @property
+    def name(self) -> str:
+        """What the console calls it."""
+        return f"{self.method} · {self.heldout or 'all sites'} · seed {self.seed}"
+
+    def outcome(self) -> dict[str, Any]:
+        """What `server.app` wrote at the end of the run; empty when the cell has not ended yet."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / "outcome.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return found
+
+    @property
+    def done(self) -> bool:
+        """Whether the federation ran to its end and its results are there."""
+        return self.outcome().get("status") in ("completed", "degraded") and (self.folder / "results.parquet").exists()
+
+
+def prepare_environment() -> None:
+    """Set the variables of `ENVIRONMENT` that the user has not set, before Ray or Flower starts."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def choose_runtime(asked: str, cells: int, machine: Machine) -> str:
+    """Return `ray` or `inprocess` for `auto`.
+
+    Hospitals run in parallel only where one cell alone would leave most of the machine idle: a single cell and several
+    GPUs. Everywhere else cells in parallel use the machine without paying for a transport.
+    """
+    if asked != "auto":
+        return asked
+    return "ray" if cells == 1 and machine.gpus > 1 else "inprocess"
+
+
+def gpu_share(wanting: int, machine: Machine) -> float:
+    """GPU share of one of `wanting` parallel tasks: a whole GPU when there are enough, an equal share otherwise."""
+    if not machine.gpus:
+        return 0.0
+    return 1.0 if machine.gpus >= wanting else max(0.05, int(100 * machine.gpus / wanting) / 100)
+
+
+def run_cell_in_process(tree: Mapping[str, Any]) -> None:
+    """Run one cell in this process; whatever stops the coordinator is raised."""
+    from server.app import build_server_app
+
+    from clients.app import build_client_app
+    from deploy.inprocess import run_in_process
+
+    prepare_environment()
+    quiet_flower()
+    plan = Plan.from_tree(tree)
+    run_in_process(build_server_app(dict(tree)), build_client_app(dict(tree)), plan.data.sites)
+
+
+def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "local") -> None:
+    """Run one cell with Flower's simulation engine, one actor a hospital as far as the machine allows.
+
+    `run_simulation` is deprecated in favour of `flwr run`, which cannot hand over an exception or a callback; this
+    function is the one place to change when it goes.
+    """
+    from flwr.simulation import run_simulation
+    from server.app import build_server_app
+
+    from clients.app import build_client_app
+
+    prepare_environment()
+    quiet_flower()
+    plan = Plan.from_tree(tree)
+    training = sum(plan.role(site) == "train" for site in plan.data.sites)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices, once a process
+        run_simulation(
+            server_app=build_server_app(dict(tree)),
+            client_app=build_client_app(dict(tree)),
+            num_supernodes=len(plan.data.sites),
+            backend_config={
+                "client_resources": {"num_cpus": plan.site.threads, "num_gpus": gpu_share(training, machine)},
+                "init_args": ray_arguments(machine, address),
+            },
+        )
+
+
+def ray_arguments(machine: Machine, address: str) -> dict[str, Any]:
+    """Arguments of `ray.init`: a Ray of our own, or a running cluster at `auto` or `host:port`."""
+    if address != "local":
+        return {"address": address, "log_to_driver": False}
+    return {
+        "num_cpus": machine.cpus,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+    }
+
+
+def quiet_flower() -> None:
+    """Keep Flower's and Ray's own log lines to warnings: the console shows our events instead."""
+    for name in ("flwr", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).propagate = False

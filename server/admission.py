@@ -1,0 +1,193 @@
+"""Admission: a verdict on every payload before anything of it touches the global model.
+
+A rejected payload is listed with its code; the round goes on with the others while the quorum holds. Pure NumPy.
+Legend: K classes incl. background, A feature channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from common.payload import Identity, Weights
+from common.statistics import ClassStatistics
+
+SYMMETRY: Final = 1e-9
+"""Largest |M_ij - M_ji| relative to the largest entry: float64 round-off of a sum over millions of pixels."""
+
+NEGATIVE_EIGENVALUE: Final = 1e-5
+"""Most negative eigenvalue relative to the trace: a site may sum in float32 on its device."""
+
+UNIT_NORM: Final = 1e-3
+"""How far the mean squared length of unit-length features may lie above one (features in bf16 keep three digits)."""
+
+
+class Payload(Protocol):
+    """What a site sent, as far as admission looks at it (`common.wire.Reply` is one)."""
+
+    @property
+    def identity(self) -> Identity:
+        """Run, fold, round and plan that the payload states."""
+
+    @property
+    def site(self) -> str:
+        """Site that the payload states."""
+
+    @property
+    def weights(self) -> Weights | None:
+        """Locally trained model."""
+
+    @property
+    def statistics(self) -> ClassStatistics | None:
+        """Class statistics."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures; `examples` is the number of training slices."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a payload must be to be admitted.
+
+    Attributes:
+        identity: Identity of the request that it answers.
+        site: Site that enrolled at the node which answered.
+        reference: Global model whose names and shapes the weights must have; None when no weights are due.
+        statistics_shape: (K, A) of the statistics; None when none are due.
+        unit_norm: Whether the statistics describe unit-length features.
+        max_examples: Training slices that the site declared when it enrolled; 0 = unknown.
+    """
+
+    identity: Identity
+    site: str
+    reference: Weights | None = None
+    statistics_shape: tuple[int, int] | None = None
+    unit_norm: bool = False
+    max_examples: int = 0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a payload was admitted.
+
+    Attributes:
+        site: The site.
+        accepted: Admitted or rejected.
+        code: Error code of a rejection, "" otherwise.
+        detail: What was found, for the coordinator's log; never text that a site sent.
+    """
+
+    site: str
+    accepted: bool
+    code: str = ""
+    detail: str = ""
+
+
+def admit(payload: Payload, expectation: Expectation) -> Verdict:
+    """Judge a payload; the first rule that it breaks gives the verdict.
+
+    Codes: PAY-120 another identity or site, PAY-103 names or shapes of the weights, PAY-101 weights that are not
+    finite, PAY-110 a number of examples that is no positive whole number, PAY-111 more examples than the site has,
+    STA-201 class statistics that are missing or impossible.
+    """
+    for code, find in RULES.items():
+        if detail := find(payload, expectation):
+            return Verdict(expectation.site, False, code, detail)
+    return Verdict(expectation.site, True)
+
+
+def _foreign(payload: Payload, expectation: Expectation) -> str:
+    if payload.identity != expectation.identity:
+        return f"{payload.identity.encode()[:300]!r} instead of {expectation.identity.encode()!r}"
+    return "" if payload.site == expectation.site else f"site {payload.site[:60]!r} instead of {expectation.site!r}"
+
+
+def _misshapen(payload: Payload, expectation: Expectation) -> str:
+    if expectation.reference is None:
+        return ""
+    if payload.weights is None:
+        return "no weights"
+    wanted, found = dict(expectation.reference.layout), dict(payload.weights.layout)
+    for name in sorted({*wanted, *found}):
+        if wanted.get(name) != found.get(name):
+            return f"{name[:80]!r}: shape {found.get(name, 'absent')} instead of {wanted.get(name, 'absent')}"
+    # Equal dictionaries leave room for another order or a name twice, and the flat array would be read wrongly.
+    if payload.weights.layout != expectation.reference.layout:
+        return "the entries in another order, or one twice"
+    if [name for name, _ in payload.weights.counters] != [name for name, _ in expectation.reference.counters]:
+        return "other counters"
+    negative = [name for name, value in payload.weights.counters if value < 0]
+    return f"counter {negative[0]!r} below zero" if negative else ""
+
+
+def _not_finite(payload: Payload, expectation: Expectation) -> str:
+    if expectation.reference is None or payload.weights is None or np.isfinite(payload.weights.values).all():
+        return ""
+    state = payload.weights.to_state()
+    broken = [name for name, array in state.items() if not np.isfinite(array).all()]
+    return f"{len(broken)} entries that are not finite, the first is {broken[0]!r}"
+
+
+def _miscounted(payload: Payload, expectation: Expectation) -> str:
+    if expectation.reference is None:
+        return ""
+    examples = payload.metrics.get("examples", float("nan"))
+    return "" if examples > 0 and float(examples).is_integer() else f"{examples!r} examples"
+
+
+def _overcounted(payload: Payload, expectation: Expectation) -> str:
+    if expectation.reference is None or not expectation.max_examples:
+        return ""
+    examples = payload.metrics["examples"]
+    too_many = examples > expectation.max_examples
+    return f"{examples:.0f} examples, the site enrolled with {expectation.max_examples}" if too_many else ""
+
+
+def _impossible(payload: Payload, expectation: Expectation) -> str:
+    if expectation.statistics_shape is None:
+        return ""
+    statistics = payload.statistics
+    if statistics is None:
+        return "no class statistics"
+    if statistics.mean.shape != expectation.statistics_shape:
+        return f"statistics of shape {statistics.mean.shape} instead of {expectation.statistics_shape}"
+    if not all(np.isfinite(array).all() for array in (statistics.count, statistics.mean, statistics.scatter)):
+        return "statistics that are not finite"
+    if (statistics.count < 0).any() or (statistics.count % 1 != 0).any():
+        return "a pixel count that is negative or no whole number"
+    return _impossible_scatter(statistics, expectation.unit_norm)
+
+
+def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
+    scatter = statistics.scatter
+    size = np.abs(scatter).max(axis=(1, 2), initial=0.0)
+    if (np.abs(scatter - scatter.transpose(0, 2, 1)).max(axis=(1, 2), initial=0.0) > SYMMETRY * size).any():
+        return "a scatter matrix that is not symmetric"
+    trace = np.trace(scatter, axis1=1, axis2=2)
+    scale = np.maximum(size, np.finfo(np.float64).tiny)  # eigenvalues of scaled matrices: no overflow, no underflow
+    lowest = np.linalg.eigvalsh(scatter / scale[:, None, None]).min(axis=1, initial=0.0)
+    if (lowest < -NEGATIVE_EIGENVALUE * np.maximum(trace / scale, 0.0)).any():
+        return "a scatter matrix with a negative eigenvalue"
+    # E|x|^2 = |mean|^2 + tr(covariance), and it is at most one for unit-length features.
+    with np.errstate(over="ignore"):
+        square = np.einsum("ka,ka->k", statistics.mean, statistics.mean) + trace / np.maximum(statistics.count, 1.0)
+    if not np.isfinite(square).all():
+        return "features too large to be pooled"
+    seen = statistics.count > 0
+    if unit_norm and (square[seen] > 1.0 + UNIT_NORM).any():
+        return f"features of mean squared length {square[seen].max():.3g} where unit length is agreed"
+    return ""
+
+
+RULES: Final[Mapping[str, Callable[[Payload, Expectation], str]]] = {
+    "PAY-120": _foreign,
+    "PAY-103": _misshapen,
+    "PAY-101": _not_finite,
+    "PAY-110": _miscounted,
+    "PAY-111": _overcounted,
+    "STA-201": _impossible,
+}

@@ -1,0 +1,78 @@
+"""The coordinator's Flower app, as a table of contents.
+
+A run joins its settings into a plan (`common.settings`), opens its journal and goes on after the last done round
+(`server.journal`), waits for the hospitals (`server.enrolment`), and then, round by round (`server.rounds`): sends the
+global model and the global prototypes to the training sites (`server.exchange`), admits or rejects what they send
+(`server.admission`), merges weights and class statistics (`server.merge`), remembers prototypes (`server.prototypes`),
+and commits. At the end it chooses a model without looking at the held-out hospital (`server.heldout`), has it judged
+there, and writes the results (`server.results`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from common.errors import FedsgcgError
+from common.plan import Plan
+from common.settings import join
+from server.results import OnEvent, ignore_event
+from server.rounds import Outcome, run_federation
+
+LOG = logging.getLogger("flwr")  # Flower's own logger: `flwr run --stream` shows it
+
+
+def build_server_app(tree: Mapping[str, Any] | None = None, on_event: OnEvent = ignore_event) -> ServerApp:
+    """Build the coordinator's app.
+
+    Args:
+        tree: Resolved settings; None reads Flower's run config (`config-json` or `overrides`).
+        on_event: Called with every event of the run.
+
+    Returns:
+        The app. Its main raises FedsgcgError when the run fails, so that Flower reports the failure too.
+    """
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator, unused-ignore]
+    def main(grid: Grid, context: Context) -> None:
+        plan = plan_of(tree, context)
+        try:
+            tell(run_federation(grid, plan, on_event), plan)
+        except FedsgcgError as error:
+            LOG.error("%s", error)
+            raise
+
+    return app
+
+
+def plan_of(tree: Mapping[str, Any] | None, context: Context) -> Plan:
+    """Return the plan of a run; without an output folder it gets one under $FEDSGCG_HOME or ~/.fedsgcg.
+
+    Raises:
+        FedsgcgError: CFG-001 with every problem of the settings.
+    """
+    plan = Plan.from_tree(join(run_config=dict(context.run_config)) if tree is None else tree)
+    if plan.output:
+        return plan
+    home = Path(os.environ.get("FEDSGCG_HOME") or Path.home() / ".fedsgcg")
+    return replace(plan, output=str(home / "runs" / str(context.run_id)))
+
+
+def tell(outcome: Outcome, plan: Plan) -> None:
+    """Say where the results are; raises FedsgcgError for a run that failed."""
+    if outcome.failure:
+        raise FedsgcgError(*outcome.failure)
+    for problem in outcome.problems:
+        LOG.warning("%s", problem)
+    LOG.info("fedsgcg: %s after %d rounds, results in %s", outcome.status, outcome.rounds_done, plan.output)
+
+
+app = build_server_app()

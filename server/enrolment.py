@@ -1,0 +1,191 @@
+"""Enrolment: which hospital sits behind which node, and whether enough of them came.
+
+Node ids are random; a hospital's name comes from its own answer. A site that comes late joins in the round after.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from common.errors import FedsgcgError, Problem, fail
+from common.payload import Identity
+from common.plan import Plan
+from common.settings import nearest
+from common.wire import ENROL, Reply, Request, encode_request
+from server.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, Answer, missing, push, read_answer
+
+SETTLE_S = 0.5
+"""Quiet time after which nobody else is expected, where neither the sites' names nor a quorum are given."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One enrolled hospital.
+
+    Attributes:
+        site: Its name.
+        node: Flower's node id.
+        details: What it told about itself: cases, patients and slices of each split, problems.
+    """
+
+    site: str
+    node: int
+    details: Mapping[str, Any]
+
+    def slices(self, split: str) -> int:
+        """Slices of a split, 0 when the site did not say."""
+        counts = self.details.get("slices")
+        value = counts.get(split, 0) if isinstance(counts, Mapping) else 0
+        return value if isinstance(value, int) and value > 0 else 0
+
+
+@dataclass
+class Cohort:
+    """The hospitals of one federation, as far as they have enrolled.
+
+    Args:
+        grid: Flower's grid.
+        plan: The plan.
+
+    Attributes:
+        members: Enrolled hospitals by name.
+        refusals: Why a hospital or a node could not enrol, by its name or `node <id>`.
+    """
+
+    grid: Grid
+    plan: Plan
+    members: dict[str, Member] = field(default_factory=dict)
+    refusals: dict[str, Problem] = field(default_factory=dict)
+    _asked: dict[str, int] = field(default_factory=dict)
+    _known: set[int] = field(default_factory=set)
+
+    def poll(self) -> bool:
+        """Ask new nodes for their names and take in the answers that have come; returns whether anything was new."""
+        request = Request(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
+        new = set(self.grid.get_node_ids()) - self._known
+        for node in sorted(new):
+            if identifier := push(
+                self.grid, encode_request(request), ENROL, node, self.plan.federation.join_deadline_s
+            ):
+                self._asked[identifier] = node
+                self._known.add(node)
+        replies = list(self.grid.pull_messages(sorted(self._asked))) if self._asked else []
+        for message in replies:
+            if (identifier := message.metadata.reply_to_message_id) in self._asked:
+                node = self._asked.pop(identifier)
+                self._take(node, read_answer(message, f"node {node}"), request.identity)
+        return bool(new or replies)
+
+    def wait(self) -> None:
+        """Wait until all that are expected have enrolled, or the join deadline.
+
+        Raises:
+            FedsgcgError: CFG-002 for a held-out site that is not among the plan's sites; RND-401 when the quorum or the
+                held-out site is missing at the deadline, naming who is missing, who came and who was refused.
+        """
+        sites = self.plan.data.sites
+        if sites and self.plan.heldout and self.plan.heldout not in sites:
+            raise fail("CFG-002", found=repr(self.plan.heldout), action=nearest(self.plan.heldout, sites))
+        end = time.monotonic() + self.plan.federation.join_deadline_s
+        quiet_since, pause = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            news = self.poll()
+            now = time.monotonic()
+            quiet_since = now if news else quiet_since
+            if now >= end or self._nobody_else_expected(now - quiet_since):
+                break
+            pause = FIRST_PAUSE_S if news else min(1.5 * pause, LONGEST_PAUSE_S)
+            time.sleep(min(pause, max(0.0, end - now)))
+        self._check_presence()
+
+    @property
+    def training(self) -> dict[str, int]:
+        """Site -> node id of the enrolled sites of role `train`."""
+        return self.of_role("train")
+
+    def of_role(self, role: str) -> dict[str, int]:
+        """Site -> node id of the enrolled sites of a role."""
+        return {site: self.members[site].node for site in sorted(self.members) if self.plan.role(site) == role}
+
+    @property
+    def quorum(self) -> int:
+        """Training sites that a round needs: the plan's number, or all that are expected."""
+        return self.plan.federation.quorum or max(1, len(self._expected("train") or self.training))
+
+    def absent(self) -> list[Problem]:
+        """One problem for every expected site that has not enrolled."""
+        return [
+            self.refusals.get(site, Problem("RND-404", where=site, found="the site has not enrolled"))
+            for role in ("train", "heldout", "observer")
+            for site in self._expected(role)
+            if site not in self.members
+        ]
+
+    def _expected(self, role: str) -> list[str]:
+        named = set(self.plan.data.sites)
+        if role != "train":
+            named |= {self.plan.heldout, *self.plan.observers} - {""}
+        return sorted(site for site in named if self.plan.role(site) == role)
+
+    def _nobody_else_expected(self, quiet_s: float) -> bool:
+        expected = {*self._expected("train"), *self._expected("heldout"), *self._expected("observer")}
+        if not expected <= {*self.members, *self.refusals}:
+            return False
+        if self.plan.data.sites or self._asked:
+            return bool(self.plan.data.sites)
+        enough = len(self.training) >= max(1, self.plan.federation.quorum)
+        return enough and (self.plan.federation.quorum > 0 or quiet_s >= SETTLE_S)
+
+    def _check_presence(self) -> None:
+        heldout = self.plan.heldout
+        if len(self.training) >= self.quorum and (not heldout or heldout in self.members):
+            return
+        missing = [problem.where for problem in self.absent()]
+        reasons = [f"{name}: {problem.code}" for name, problem in sorted(self.refusals.items())]
+        raise fail(
+            "RND-401",
+            found=f"{len(self.training)} training sites ({', '.join(self.members) or 'nobody'} came"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; refused: {', '.join(reasons)}" if reasons else "")
+            + ")",
+            expected=f"{self.quorum} training sites" + (f" and the held-out site {heldout}" if heldout else ""),
+            action="start the missing sites, or lower federation.quorum; the same command goes on",
+        )
+
+    def _take(self, node: int, answer: Answer, identity: Identity) -> None:
+        try:
+            if answer.reply is None:
+                problem = answer.problem or missing(answer.site, ENROL, self.plan.federation.join_deadline_s)
+                raise FedsgcgError(replace(problem, where=answer.stated or answer.site))
+            self._admit(node, answer.reply, identity)
+        except FedsgcgError as error:
+            first = error.problems[0]
+            # A stranger must not talk its way into the place of a hospital that has already enrolled.
+            name = first.where if first.where not in self.members else f"node {node}"
+            self.refusals[name] = first
+
+    def _admit(self, node: int, reply: Reply, identity: Identity) -> None:
+        site = reply.site
+        role = self.plan.role(site)
+        if reply.identity != identity:
+            raise fail("PAY-120", where=f"node {node}", found="an answer to another run, fold or plan")
+        if not site or (self.plan.data.sites and site not in {*self.plan.data.sites, *self.plan.observers}):
+            raise fail(
+                "ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(self.plan.data.sites)
+            )
+        if site in self.members and self.members[site].node in set(self.grid.get_node_ids()):
+            raise fail("ROL-201", where=site, found=f"node {node} also calls itself {site}", expected="each site once")
+        accepted = reply.details.get("roles", [])
+        if role not in (accepted if isinstance(accepted, list) else []):
+            raise fail("ROL-201", where=site, found=f"accepts {accepted!r:.80}", expected=f"role {role}")
+        member = Member(site, node, reply.details)
+        cases = reply.details.get("cases")
+        if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:
+            raise fail("TRN-302", where=site, found="no case in its training split")
+        self.members[site] = member
+        self.refusals.pop(site, None)

@@ -1,0 +1,146 @@
+"""What came back in a round: admitted payloads and judgements, and the rows and scores that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import Problem
+from common.statistics import ClassStatistics
+from common.wire import Reply
+from server.admission import Verdict
+from server.exchange import Answer
+from server.results import mean_dice
+
+Row = dict[str, Any]
+
+SITE_METRICS: Final = (
+    *("loss", "loss_supervised", "loss_contrast", "validation_dice", "validation_cases"),
+    *("examples", "steps", "seconds", "learning_rate"),
+)
+"""Figures of a site that are kept; anything else that a site sends is dropped."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One site's answer to a contributing message, with the verdict on it.
+
+    Attributes:
+        answer: The answer.
+        verdict: Whether it was admitted.
+    """
+
+    answer: Answer
+    verdict: Verdict
+
+    @property
+    def reply(self) -> Reply:
+        """The decoded reply of an admitted payload."""
+        if self.answer.reply is None:
+            raise ValueError(f"{self.answer.site} sent no reply that could be read")
+        return self.answer.reply
+
+    def problem(self, number: int) -> Problem:
+        """The problem of a rejected or missing payload of a round."""
+        where = f"round {number}, {self.answer.site}"
+        return Problem(self.verdict.code, where=where, found=self.verdict.detail)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One site's judgement of a model.
+
+    Attributes:
+        site: The site.
+        reply: Its reply.
+        cases: Per-case rows, with the site's name.
+    """
+
+    site: str
+    reply: Reply
+    cases: list[Row]
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice over cases and structures; NaN without a case."""
+        return mean_dice(self.cases)
+
+    @property
+    def validation(self) -> tuple[float, float]:
+        """Source-validation Dice and number of cases.
+
+        The figure that a site also sends in training is preferred, so that all rounds are compared by one measure.
+        """
+        stated = validation_of(self.reply)
+        return stated if stated[1] > 0 else (self.dice, float(len({row["case"] for row in self.cases})))
+
+
+def admitted(parts: Sequence[Collected]) -> list[Collected]:
+    """Return the admitted ones."""
+    return [part for part in parts if part.verdict.accepted]
+
+
+def statistics_of(parts: Sequence[Collected]) -> list[tuple[str, ClassStatistics]]:
+    """Return (site, class statistics) of the admitted payloads that have any."""
+    replies = [part.reply for part in admitted(parts)]
+    return [(reply.site, reply.statistics) for reply in replies if reply.statistics is not None]
+
+
+def validation_of(reply: Reply) -> tuple[float, float]:
+    """Return source-validation Dice and number of cases as the site states them; (NaN, 0) without."""
+    dice = reply.metrics.get("validation_dice", math.nan)
+    return dice, 0.0 if math.isnan(dice) else reply.metrics.get("validation_cases", 1.0)
+
+
+def mean_loss(parts: Sequence[Collected]) -> float:
+    """Return the training loss over the admitted sites, weighted by their examples; NaN when one did not tell."""
+    replies = [part.reply for part in admitted(parts)]
+    total = math.fsum(reply.metrics["examples"] for reply in replies)
+    return math.fsum(reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies) / total
+
+
+def site_rows(number: int, trained: Sequence[Collected], early: Sequence[Collected] = ()) -> list[Row]:
+    """Return the sites' rows of a round: figures of the admitted, bytes of all.
+
+    Args:
+        number: Number of the round.
+        trained: Answers to the training message.
+        early: Answers to the statistics message of the same round; their bytes are added.
+    """
+    rows = []
+    before = {part.answer.site: part.answer for part in early}
+    for part in trained:
+        site, first = part.answer.site, before.get(part.answer.site, Answer(part.answer.site))
+        figures = dict(part.reply.metrics) if part.verdict.accepted else {}
+        kept = {name: figures[name] for name in SITE_METRICS if math.isfinite(figures.get(name, math.nan))}
+        kept["bytes_up"] = float(first.bytes_up + part.answer.bytes_up)
+        kept["bytes_down"] = float(first.bytes_down + part.answer.bytes_down)
+        rows += [row(number, "train", site, name, value) for name, value in kept.items()]
+    return rows
+
+
+def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
+    """Return the rows of a source validation after training: the model is that of the round before `number`."""
+    return [
+        row(number, "train", part.site, name, value)
+        for part in judged
+        for name, value in zip(("validation_dice", "validation_cases"), part.validation, strict=True)
+        if math.isfinite(value)
+    ]
+
+
+def heldout_rows(number: int, judged: Sequence[Judged], known: Sequence[Row] = ()) -> list[Row]:
+    """Return the rows of a held-out evaluation of round `number`'s model, without those that are `known` already."""
+    there = {(entry["round"], entry["site"]) for entry in known if entry["metric"] == "heldout_dice"}
+    return [
+        row(number, "heldout", part.site, "heldout_dice", part.dice)
+        for part in judged
+        if math.isfinite(part.dice) and (number, part.site) not in there
+    ]
+
+
+def row(number: int, phase: str, site: str, metric: str, value: float) -> Row:
+    """Return one row of the rounds table."""
+    return {"round": number, "phase": phase, "site": site, "cls": "", "metric": metric, "value": float(value)}

@@ -1,0 +1,275 @@
+"""Words and numbers of the report: one-sentence result, status, protocol, notes. Plain text; the page escapes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from server.report_files import DONE, Cell, StudyFiles
+from server.report_tables import AVERAGE, Difference, Interval, Row, methods_of
+
+Summary = Mapping[str, Any]
+DASH = "–"
+DECIMALS = {"dice": 3, "asd": 2, "assd": 2, "hd95": 2}
+TITLES = {"dice": "Dice", "asd": "ASD", "assd": "ASSD", "hd95": "HD95"}
+FEW_CASES = 8  # below, a percentile bootstrap is clearly too narrow
+STATUS_WORDS = {
+    "completed": "Complete",
+    "degraded": "Complete, with degraded runs",
+    "incomplete": "Not complete",
+    "failed": "Failed",
+}
+
+
+def show(value: float, decimals: int, *, sign: bool = False) -> str:
+    """Write a number with a real minus sign; a dash for one that is not known."""
+    if not math.isfinite(value):
+        return DASH
+    return f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
+
+
+def show_interval(interval: Interval, decimals: int, *, sign: bool = False) -> str:
+    """Write "low to high", or a dash when it is not known."""
+    if not math.isfinite(interval.low):
+        return DASH
+    return f"{show(interval.low, decimals, sign=sign)} to {show(interval.high, decimals, sign=sign)}"
+
+
+def show_bytes(size: float) -> str:
+    """Write a number of bytes in the unit that suits it (1 kB = 1000 B)."""
+    if not math.isfinite(size):
+        return DASH
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} GB" if size < 1000 else f"{size:,.0f} GB"
+
+
+def show_seconds(seconds: float) -> str:
+    """Write a duration as a person would say it."""
+    if not math.isfinite(seconds):
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def join_words(words: Iterable[Any]) -> str:
+    """Write "a, b and c"."""
+    parts = [str(word) for word in words]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Write a number with its noun, e.g. "1 case", "2 cases"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def focus_method(methods: Sequence[str]) -> str:
+    """The method that the study is about: `sgcg` where it takes part, else the last one."""
+    return "sgcg" if "sgcg" in methods else methods[-1] if methods else ""
+
+
+def headline(summary: Sequence[Summary], differences: Sequence[Difference], structure: str) -> str:
+    """Say the main result in one or two sentences: Dice of the main structure at hospitals that took no part."""
+    rows = [row for row in summary if row["structure"] == structure]
+    methods = methods_of(rows)
+    if not rows:
+        return "No held-out hospital has been evaluated yet."
+    focus = focus_method(methods)
+    site = AVERAGE if any(row["site"] == AVERAGE and row["method"] == focus for row in rows) else rows[0]["site"]
+    chosen = {row["method"]: row for row in rows if row["site"] == site}
+    if focus not in chosen:
+        focus = next(iter(chosen))
+    row = chosen[focus]
+    place = f"On average over {row['hospitals']} hospitals" if site == AVERAGE else f"At {site}, a hospital"
+    place += " that took no part in training"
+    if not any(row["heldout"] not in ("", AVERAGE) for row in rows):
+        place = "No hospital was held out. On the hospitals' own validation cases"
+    spread = show_interval(Interval(row["dice_mean"], row["dice_low"], row["dice_high"]), 3)
+    text = f"{place}, {focus} reaches a mean Dice of {show(row['dice_mean'], 3)}"
+    text += f" (95 % interval {spread})" if spread != DASH else ""
+    text += f" for {structure}."
+    pair = next((d for d in differences if d.site == site and d.structure == structure and d.metric == "dice"), None)
+    return f"{text} {_compared(pair)}" if pair is not None and pair.cases else text
+
+
+def _compared(pair: Difference) -> str:
+    low = show_interval(pair.interval, 3, sign=True)
+    start = f"That is {show(pair.interval.mean, 3, sign=True)} against {pair.reference} on the same cases"
+    if low == DASH:
+        return f"{start}; one case allows no interval."
+    if pair.interval.excludes_zero:
+        return f"{start}; the 95 % interval of this difference, {low}, excludes zero."
+    return f"{start}; the 95 % interval of this difference, {low}, includes zero, so no difference is shown."
+
+
+def status_sentence(study: StudyFiles) -> str:
+    """Say how many of the runs ended, and how."""
+    done = sum(cell.status in DONE for cell in study.cells)
+    text = f"{done} of {count_of(len(study.cells), 'run')} ended"
+    if study.status == "completed":
+        return f"All {len(study.cells)} runs ended as planned." if done > 1 else "The run ended as planned."
+    if study.status == "degraded":
+        return f"{text}, but some of them without every hospital in every round. Their results are shown and marked."
+    if study.status == "failed":
+        return f"{text}. There is no result to rely on."
+    return (
+        f"{text}. Tables and figures show what is there; gaps are marked. The same command runs only what is missing."
+    )
+
+
+def troubled(cells: Iterable[Cell]) -> list[dict[str, str]]:
+    """Cells that did not complete, for the banner: what, status, reason."""
+    return [
+        {"label": cell.label, "status": cell.status, "reason": cell.reason}
+        for cell in cells
+        if cell.status != "completed"
+    ]
+
+
+def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
+    """Return the protocol as (topic, lines): who trained, who judged, by which rules, on what machine."""
+    words = _protocols(study)
+    tree = next(iter(study.settings.values()), {})
+    topics = [
+        ("Who was held out", _folds(study)),
+        ("Splits", _all_of(words, "splits")),
+        ("Choice of the model", _selection(words)),
+        ("Training", _training(study, tree)),
+        ("Evaluation", _all_of(words, "evaluated")),
+        ("Post-processing", _all_of(words, "post_processing")),
+        ("Structures", _structures(tree)),
+        ("Metrics", _metrics(words)),
+        ("Unit of distance", _all_of(words, "distance_unit")),
+        ("Machine", _machine(study)),
+    ]
+    return [(topic, lines) for topic, lines in topics if lines]
+
+
+def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:
+    found = [cell.model.get("protocol") for cell in study.cells]
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
+    """Every different statement of the cells about `name`, in order."""
+    return list(dict.fromkeys(str(entry[name]) for entry in protocols if entry.get(name) not in (None, "")))
+
+
+def _folds(study: StudyFiles) -> list[str]:
+    trained = {
+        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody" for entry in _protocols(study)
+    }
+    lines = []
+    for heldout in sorted({cell.heldout for cell in study.cells}):
+        who = f"{heldout} held out" if heldout else "no hospital held out"
+        lines.append(f"{who}: {trained[heldout]} trained" if heldout in trained else f"{who}: not run to its end")
+    observers = sorted({str(name) for entry in _protocols(study) for name in entry.get("observers", [])})
+    return lines + ([f"only evaluated, never trained: {join_words(observers)}"] if observers else [])
+
+
+def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
+    rounds = sorted(
+        {int(entry["selected_round"]) for entry in protocols if isinstance(entry.get("selected_round"), int)}
+    )
+    words = [f"{text}; the held-out hospital never chooses a model" for text in _all_of(protocols, "selection")]
+    span = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}" if rounds else ""
+    return words + ([f"evaluated: the model of {span}"] if span and words else [])
+
+
+def _training(study: StudyFiles, tree: Mapping[str, Any]) -> list[str]:
+    federation, network, method = (_part(tree, name) for name in ("federation", "network", "method"))
+    seeds = sorted({cell.seed for cell in study.cells})
+    lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
+    lines.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {join_words(seeds)}")
+    if federation:
+        lines.append(f"{federation.get('rounds')} rounds, weighted by {federation.get('weighting')}")
+    if network:
+        lines.append(
+            f"{network.get('name')}, base width {network.get('base_width')}, {network.get('norm')} normalisation"
+        )
+    if method:
+        length = method.get("steps_per_round")
+        amount = (
+            count_of(int(length), "step") if length else count_of(int(method.get("local_epochs", 1)), "local epoch")
+        )
+        lines.append(f"{amount} a round, batch {method.get('batch_size')}, learning rate {method.get('learning_rate')}")
+    return lines
+
+
+def _structures(tree: Mapping[str, Any]) -> list[str]:
+    parts = _part(_part(tree, "data"), "structures")
+    return [f"{name} = {' + '.join(map(str, classes))}" for name, classes in parts.items() if isinstance(classes, list)]
+
+
+def _metrics(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
+    found: Mapping[str, Any] = next(
+        (entry["metrics"] for entry in protocols if isinstance(entry.get("metrics"), dict)), {}
+    )
+    return [f"{TITLES[name]}: {text}" if name in TITLES else str(text) for name, text in found.items()]
+
+
+def _machine(study: StudyFiles) -> list[str]:
+    tree = study.tree
+    lines = [str(tree[name]) for name in ("machine",) if tree.get(name)]
+    how = ", ".join(f"{name} {tree[name]}" for name in ("runtime", "device") if tree.get(name))
+    seconds = sum(cell.seconds for cell in study.cells if math.isfinite(cell.seconds))
+    lines += [how] if how else []
+    return lines + ([f"{show_seconds(seconds)} of run time over all runs"] if seconds else [])
+
+
+def _part(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = tree.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int) -> list[str]:
+    """Cautions that a reader of the result table must have, only those that apply."""
+    single = [row for row in summary if row["site"] != AVERAGE]
+    notes = []
+    few = sorted({row["site"] for row in single if row["cases"] < FEW_CASES})
+    if few:
+        notes.append(f"Few cases at {join_words(few)} (under {FEW_CASES}): such an interval is too narrow.")
+    seeds = {seed for row in single for seed in row["seeds"]}
+    if len(seeds) == 1:
+        notes.append("One seed: nothing here tells how much the result changes when training is repeated.")
+    short = sorted({row["site"] for row in single if len(row["seeds"]) < len(seeds)})
+    if short:
+        notes.append(f"Some seeds are missing at {join_words(short)}; the table says how many each number has.")
+    if any(row["site"] == AVERAGE and row["hospitals"] < hospitals for row in summary):
+        notes.append(f"An average over fewer than {hospitals} hospitals is marked and never called best.")
+    both = sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows)
+    if both:
+        notes.append(
+            f"In {count_of(both, 'evaluation')} truth and prediction are both empty: counted as Dice 1, distance 0."
+        )
+    return notes
+
+
+def settings_text(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[tuple[str, list[str]]]]:
+    """Return (YAML of what all methods share, [(setting, value of each method)] of what differs)."""
+    flat = {method: dict(_flatten(tree)) for method, tree in settings.items()}
+    names = list(dict.fromkeys(name for tree in flat.values() for name in tree))
+    shared: dict[str, Any] = {}
+    differing = []
+    for name in names:
+        values = [tree.get(name, DASH) for tree in flat.values()]
+        if all(value == values[0] for value in values):
+            shared[name] = values[0]
+        else:
+            differing.append((name, [str(value) for value in values]))
+    return yaml.safe_dump(shared, sort_keys=False, allow_unicode=True) if shared else "", differing
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,341 @@
+"""The round loop: whom to ask, what a round is, when it counts, and a truthful end.
+
+Own loop on Flower's `push_messages` and `pull_messages`: `Strategy.start` knows neither quorum, deadline nor resume
+(stack.md 1.3 and 3.5). A round counts when its checkpoint is on the disk; `completed` means that every planned round
+met its quorum and nothing went less than well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from flwr.serverapp import Grid
+
+from common.errors import FedsgcgError, Problem, fail
+from common.networks import build_network
+from common.payload import Identity, Weights
+from common.plan import Plan
+from common.seeding import stream_seed
+from common.wire import EVALUATE, STATISTICS, TRAIN, Request
+from server import results
+from server.admission import Expectation, Verdict, admit
+from server.checkpoint import Best, RoundRecord
+from server.disk import Disk
+from server.enrolment import Cohort
+from server.exchange import Answer, OnAnswer, exchange, ignore_answer
+from server.heldout import better, guard_recipients, source_score
+from server.journal import Journal
+from server.merge import merge_weights
+from server.prototypes import PrototypeMemory, prototype_rows
+from server.replies import (
+    Collected,
+    Judged,
+    Row,
+    admitted,
+    heldout_rows,
+    mean_loss,
+    site_rows,
+    statistics_of,
+    validation_of,
+    validation_rows,
+)
+from server.results import EventLog, OnEvent, ignore_event
+
+Status = Literal["completed", "degraded", "failed"]
+EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        status: `completed`; `degraded` when a site was missed or rejected on the way; `failed` when the run stopped.
+        rounds_done: Rounds that count.
+        digest: Hash of the selected model, "" when the run failed.
+        problems: Everything that went less than well, in order.
+        failure: What stopped the run; empty unless it failed.
+    """
+
+    status: Status
+    rounds_done: int
+    digest: str = ""
+    problems: tuple[Problem, ...] = ()
+    failure: tuple[Problem, ...] = ()
+
+
+def run_federation(grid: Grid, plan: Plan, on_event: OnEvent = ignore_event, disk: Disk | None = None) -> Outcome:
+    """Run one federation to its end, going on from the last done round of the plan's output folder.
+
+    Args:
+        grid: Flower's grid.
+        plan: The plan; `plan.output` is the run folder.
+        on_event: Called with every event.
+        disk: The way to the disk.
+
+    Returns:
+        The outcome. A run that stopped is `failed` and says why; the same call goes on where it stopped.
+
+    Raises:
+        FedsgcgError: CFG-005 or CFG-006 when the run folder is not this run's to use, SRV-401 or SRV-402 when its
+            journal cannot be opened.
+    """
+    began = time.monotonic()
+    disk = disk or Disk()
+    with Journal.of_plan(plan, disk) as journal:
+        federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
+        try:
+            return federation.run(began)
+        except FedsgcgError as error:
+            problems = (*federation.notes, *error.problems)
+            outcome = Outcome("failed", journal.done, "", problems, error.problems)
+            with suppress(FedsgcgError):  # a full disk may refuse this too; the caller gets the outcome anyway
+                federation.conclude(outcome, began)
+            return outcome
+
+
+class Federation:
+    """One federation: its cohort, its journal, and what went less than well so far (`notes`).
+
+    Args:
+        grid: Flower's grid.
+        plan: The plan.
+        journal: Journal of the run folder.
+        log: Where events go.
+        disk: The way to the disk.
+    """
+
+    def __init__(self, grid: Grid, plan: Plan, journal: Journal, log: EventLog, disk: Disk) -> None:
+        self.notes: list[Problem] = []
+        self._grid, self._plan, self._journal, self._log, self._disk = grid, plan, journal, log, disk
+        self._cohort = Cohort(grid, plan)
+        self._memory = PrototypeMemory(plan.prototypes)
+
+    def run(self, began: float) -> Outcome:
+        """Enrol the sites, do the rounds that are not done yet, choose the model and have it judged."""
+        self._disk.discard(Path(self._plan.output) / "outcome.json")
+        state = self._start()
+        for number in range(state.round + 1, self._plan.federation.rounds + 1):
+            state = self._round(state, number)
+        digest = self._finish(state)
+        outcome = Outcome("degraded" if self.notes else "completed", state.round, digest, tuple(self.notes))
+        self.conclude(outcome, began)
+        return outcome
+
+    def conclude(self, outcome: Outcome, began: float) -> None:
+        """Write how the run ended, as the last event and the last file."""
+        code = outcome.failure[0].code if outcome.failure else ""
+        self._log.emit("run.finished", status=outcome.status, code=code)
+        facts = {
+            "status": outcome.status,
+            "error": code,
+            "rounds_done": outcome.rounds_done,
+            "digest": outcome.digest,
+            "seconds": round(time.monotonic() - began, 3),
+            "problems": [results.public(problem) for problem in outcome.problems],
+        }
+        results.write_outcome(self._disk, self._plan, facts)
+
+    def _start(self) -> RoundRecord:
+        record = self._journal.resume()
+        self._log.round = self._journal.done
+        self._log.emit("run.started")
+        for problem in self._journal.damaged:
+            self._log.emit("journal.damaged", code=problem.code, where=problem.where)
+        self._cohort.wait()
+        self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
+        for problem in (*(record.notes if record else ()), *self._cohort.absent()):
+            self._note(problem)
+        return record or RoundRecord(self._identity(0), initial_weights(self._plan))
+
+    def _round(self, state: RoundRecord, number: int) -> RoundRecord:
+        """Do one round from the state after the round before, and make it durable."""
+        self._log.round = number
+        self._log.emit("round.started")
+        self._cohort.poll()
+        identity, settings = self._identity(number), self._plan.prototypes
+        early: list[Collected] = []
+        prototypes = state.prototypes
+        if self._plan.method.statistics and settings.memory == "restart":
+            early = self._collect(STATISTICS, Request(identity, state.weights), state.weights)
+            prototypes = self._memory.update(prototypes, statistics_of(early))
+        trained = self._collect(TRAIN, Request(identity, state.weights, prototypes), state.weights)
+        fresh = statistics_of(early or trained)
+        if not early:
+            prototypes = self._memory.update(prototypes, fresh)
+        rows = site_rows(number, trained, early)
+        if prototypes is not None:
+            rows += prototype_rows(self._memory, prototypes, fresh, list(self._plan.data.classes), number)
+        score = source_score([validation_of(part.reply) for part in admitted(trained)])
+        record = RoundRecord(
+            identity=identity,
+            weights=merge_weights([self._weighted(part) for part in admitted(trained)]),
+            prototypes=prototypes,
+            # What the sites measured this round is the model they received: that of the round before.
+            best=better(state.best, number - 1, score, state.weights),
+        )
+        rows += self._heldout_curve(record)
+        record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
+        self._journal.commit_round(record)
+        self._log.emit("round.done", loss=mean_loss(trained), validation_dice=score)
+        return record
+
+    def _finish(self, state: RoundRecord) -> str:
+        """Score the last model, choose one, have it judged at the held-out site, and write it all; returns its hash."""
+        plan, last = self._plan, self._plan.federation.rounds
+        validation = self._evaluate("validation", self._cohort.training, state.weights, last)
+        score = source_score([part.validation for part in validation])
+        best = better(state.best, last, score, state.weights)
+        chosen = Best(last, float("nan") if score is None else score, state.weights)
+        if plan.federation.selection == "source_validation" and best is not None:
+            chosen = best
+        rows = self._journal.rows() + validation_rows(last + 1, validation)
+        results.write_rounds(self._disk, plan, rows)
+        results.write_prototypes(self._disk, plan, state.prototypes, state.identity)
+        card = results.model_card(plan, chosen, list(self._cohort.training), prototypes=state.prototypes is not None)
+        results.write_model(self._disk, plan, chosen.weights, card)
+        judged = self._judge(chosen)
+        results.write_rounds(self._disk, plan, rows + heldout_rows(chosen.round, judged, rows))
+        if not plan.heldout:
+            if chosen.round != last:
+                validation = self._evaluate("validation", self._cohort.training, chosen.weights, chosen.round)
+            judged = [*validation, *judged]
+        results.write_results(self._disk, plan, [row for part in judged for row in part.cases])
+        return chosen.weights.digest()
+
+    def _judge(self, chosen: Best) -> list[Judged]:
+        """Have a model evaluated at the held-out site and the observers; raises RND-403 without the former's answer."""
+        heldout = self._plan.heldout
+        nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
+        judged = self._evaluate("test", nodes, chosen.weights, chosen.round)
+        if heldout and heldout not in {part.site for part in judged}:
+            reason = next((note for note in reversed(self.notes) if note.where.endswith(heldout)), None)
+            raise fail(
+                "RND-403",
+                where=heldout,
+                found=f"{reason.code} {reason.found}" if reason else "no answer",
+                expected="per-case results of its test cases",
+                action="look at that site's own log, then start the same command again: only the evaluation is left",
+            )
+        for part in judged:
+            self._log.emit("heldout.done", site=part.site, dice=part.dice)
+        return judged
+
+    def _heldout_curve(self, record: RoundRecord) -> list[Row]:
+        """Evaluate at the held-out site for the curve alone; the value is recorded and chooses nothing."""
+        federation = self._plan.federation
+        ends_here = record.round == federation.rounds and federation.selection == "last"  # judged in a moment anyway
+        if not federation.heldout_every or record.round % federation.heldout_every or ends_here:
+            return []
+        judged = self._evaluate("test", self._cohort.of_role("heldout"), record.weights, record.round)
+        for part in judged:
+            self._log.emit("heldout.done", site=part.site, dice=part.dice)
+        return heldout_rows(record.round, judged)
+
+    def _collect(self, message_type: str, request: Request, reference: Weights) -> list[Collected]:
+        """Ask the training sites, admit what they send, and insist on the quorum.
+
+        Returns:
+            One entry for every site that was asked, admitted or not, in the order of the names.
+
+        Raises:
+            FedsgcgError: RND-402 when fewer than the quorum were admitted.
+        """
+        found: dict[str, Collected] = {}
+
+        def receive(answer: Answer) -> None:
+            found[answer.site] = part = self._verdict(answer, message_type, request.identity, reference)
+            self._report(part, message_type)
+
+        self._ask(message_type, self._cohort.training, request, receive)
+        collected = [found[site] for site in sorted(found)]
+        if len(admitted(collected)) < self._cohort.quorum:
+            lost = [f"{part.answer.site} {part.verdict.code}" for part in collected if not part.verdict.accepted]
+            raise fail(
+                "RND-402",
+                where=f"round {request.identity.round}",
+                found=f"{len(admitted(collected))} admitted" + (f"; lost: {', '.join(lost)}" if lost else ""),
+                expected=f"{self._cohort.quorum} training sites",
+                action="mend those sites or lower federation.quorum, then start again: done rounds are kept",
+            )
+        return collected
+
+    def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights) -> Collected:
+        """Judge one answer; a rejection or a missing answer becomes a note."""
+        plan, training = self._plan, message_type == TRAIN
+        describing = plan.method.statistics and (plan.prototypes.memory == "restart") != training
+        if answer.reply is None:
+            problem = answer.problem or Problem("PAY-106")
+            verdict = Verdict(answer.site, False, problem.code, problem.found)
+        else:
+            expectation = Expectation(
+                identity=identity,
+                site=answer.site,
+                reference=reference if training else None,
+                statistics_shape=(plan.data.num_classes, plan.network.num_features) if describing else None,
+                unit_norm=plan.prototypes.normalize,
+                max_examples=self._cohort.members[answer.site].slices("train"),
+            )
+            verdict = admit(answer.reply, expectation)
+        if not verdict.accepted:
+            self._note(Collected(answer, verdict).problem(identity.round))
+        return Collected(answer, verdict)
+
+    def _evaluate(self, split: str, nodes: Mapping[str, int], weights: Weights, number: int) -> list[Judged]:
+        """Have a model evaluated case by case; a site without a usable answer becomes a note."""
+        identity = self._identity(number)
+        judged = []
+        for answer in self._ask(EVALUATE, nodes, Request(identity, weights, options={"split": split})):
+            problem = answer.problem
+            if answer.reply is not None:
+                verdict = admit(answer.reply, Expectation(identity, answer.site))
+                problem = None if verdict.accepted else Problem(verdict.code, found=verdict.detail)
+            try:
+                if problem is not None or answer.reply is None:
+                    raise FedsgcgError(problem or Problem("PAY-106"))
+                cases = results.read_cases(answer.reply.cases, answer.site, self._plan)
+                judged.append(Judged(answer.site, answer.reply, cases))
+            except FedsgcgError as error:
+                where = f"{split} evaluation of round {number}, {answer.site}"
+                self._note(replace(error.problems[0], where=where))
+        return judged
+
+    def _ask(
+        self, message_type: str, nodes: Mapping[str, int], request: Request, on_answer: OnAnswer = ignore_answer
+    ) -> list[Answer]:
+        guard_recipients(self._plan, message_type, nodes)
+        deadline_s = self._plan.federation.round_deadline_s
+        return exchange(self._grid, nodes, message_type, request, deadline_s=deadline_s, on_answer=on_answer)
+
+    def _report(self, part: Collected, message_type: str) -> None:
+        reply, verdict = part.answer.reply, part.verdict
+        if message_type != TRAIN and verdict.accepted:
+            return
+        figures = {name: reply.metrics.get(name) for name in EVENT_METRICS} if reply else {}
+        self._log.emit("round.reply", site=verdict.site, accepted=verdict.accepted, code=verdict.code, **figures)
+
+    def _weighted(self, part: Collected) -> tuple[str, Weights, float]:
+        reply = part.reply
+        if reply.weights is None:
+            raise AssertionError("an admitted payload of a training round has weights")
+        equal = self._plan.federation.weighting == "sites"
+        return reply.site, reply.weights, 1.0 if equal else reply.metrics["examples"]
+
+    def _note(self, problem: Problem) -> None:
+        if problem not in self.notes:
+            self.notes.append(problem)
+
+    def _identity(self, number: int) -> Identity:
+        return Identity(self._plan.run, self._plan.heldout, number, self._plan.digest())
+
+
+def initial_weights(plan: Plan) -> Weights:
+    """Return the model that round 1 starts from, a function of the plan alone."""
+    seed = stream_seed(plan.seed, "initial weights")
+    network = build_network(plan.network, results.IN_CHANNELS, plan.data.out_channels, seed)
+    return Weights.from_state({name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()})

@@ -1,0 +1,193 @@
+"""Fixed cost and seconds per empty round of a 4-hospital federation, beside plain Flower's quick-start app.
+
+Each run is a process of its own. All of them move the same network (RAM-DSIR U-Net, 3.19 M parameters), nobody trains:
+a site loads what it received and sends it back, so what is left is the framework.
+
+    plain      Flower's FedAvg strategy on Ray, one array a tensor, as the quick-start example does it
+    ray        our coordinator and wire format on Ray (hospitals in parallel)
+    inprocess  our coordinator and wire format in one process (a cell of a study)
+
+Fixed cost = seconds from the start of the process to the end of round 1; a round = mean of the rounds after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 8
+SITES = ("A", "B", "C", "D")
+KINDS = ("plain", "ray", "inprocess")
+REPEATS = 2
+
+
+def run() -> list[dict[str, Any]]:
+    """Time every kind in turn, `REPEATS` times, and return one row a kind with ratios to plain Flower."""
+    seconds: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    for _ in range(REPEATS):
+        for kind in KINDS:
+            seconds[kind].append(_timed(kind))
+    rows = []
+    for kind in KINDS:
+        best = {name: min(times[name] for times in seconds[kind]) for name in ("fixed", "round", "cpu")}
+        plain = {name: min(times[name] for times in seconds["plain"]) for name in best}
+        rows.append(
+            {
+                "part": "federation, 4 sites, 3.19 M parameters",
+                "variant": kind,
+                "fixed_s": round(best["fixed"], 2),
+                "round_s": round(best["round"], 3),
+                "cpu_s": round(best["cpu"], 2),
+                "fixed_vs_plain": round(plain["fixed"] / best["fixed"], 2),
+                "round_vs_plain": round(plain["round"] / best["round"], 2),
+            }
+        )
+    return rows
+
+
+def _timed(kind: str) -> dict[str, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.benchmarks.bench_federation", kind, folder]
+        began = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        report = json.loads(done.stdout.strip().splitlines()[-1])
+    ends: list[float] = report["round_ends"]
+    return {"fixed": ends[0] - began, "round": (ends[-1] - ends[0]) / (len(ends) - 1), "cpu": report["cpu"]}
+
+
+def _child(kind: str, folder: Path) -> dict[str, Any]:
+    from deploy.simulate import prepare_environment, quiet_flower
+
+    prepare_environment()
+    quiet_flower()
+    ends = _run_plain() if kind == "plain" else _run_ours(kind, folder)
+    return {"round_ends": ends, "cpu": sum(os.times()[:4])}
+
+
+def _run_plain() -> list[float]:
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    from common.networks import UNet
+
+    client, server, ends = ClientApp(), ServerApp(), []
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        network = UNet()
+        network.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        metrics = MetricRecord({"num-examples": 10})
+        content = RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    class Timed(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            merged = super().aggregate_train(server_round, replies)
+            ends.append(time.time())
+            return merged
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Timed(fraction_evaluate=0.0, min_available_nodes=len(SITES), min_train_nodes=len(SITES))
+        strategy.start(grid, ArrayRecord(UNet().state_dict()), num_rounds=ROUNDS)
+
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"log_to_driver": False}}
+    run_simulation(server, client, len(SITES), backend_config=backend)
+    return ends
+
+
+def _run_ours(kind: str, folder: Path) -> list[float]:
+    from server.app import build_server_app
+
+    from common.settings import join
+    from deploy.inprocess import run_in_process
+    from deploy.preflight import look_at_machine
+    from deploy.simulate import ray_arguments
+
+    tree = join([f"federation.rounds={ROUNDS}", "method=source", f"output={folder}"])
+    tree["data"]["sites"] = list(SITES)
+    client = _echo_app()
+    server = build_server_app(tree)
+    if kind == "inprocess":
+        run_in_process(server, client, SITES)
+    else:
+        from flwr.simulation import run_simulation
+
+        backend = {
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": ray_arguments(look_at_machine(), "local"),
+        }
+        run_simulation(server, client, len(SITES), backend_config=backend)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [float(event["time"]) for event in events if event["event"] == "round.done"]
+
+
+def _echo_app() -> Any:
+    """A site that enrols, loads what it received and sends it back untrained."""
+    from flwr.app import Context, Message
+    from flwr.clientapp import ClientApp
+
+    from clients.training import load_weights, weights_of
+    from common.networks import UNet
+    from common.payload import encode_cases
+    from common.wire import Reply, decode_request, encode_reply
+
+    app = ClientApp()
+
+    def site_of(context: Context) -> str:
+        return str(context.node_config.get("site") or SITES[int(context.node_config["partition-id"])])
+
+    @app.query("enrol")
+    def enrol(message: Message, context: Context) -> Message:
+        request, site = decode_request(message.content), site_of(context)
+        counts = {"train": 10, "validation": 0, "test": 0}
+        details = {
+            "site": site,
+            "roles": ["train"],
+            "cases": counts,
+            "patients": counts,
+            "slices": counts,
+            "problems": [],
+        }
+        return Message(encode_reply(Reply(request.identity, site, details=details)), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        request, network = decode_request(message.content), UNet()
+        assert request.weights
+        load_weights(network, request.weights)
+        metrics = {
+            "examples": 10.0,
+            "loss": 1.0,
+            "loss_supervised": 1.0,
+            "loss_contrast": 0.0,
+            "steps": 1.0,
+            "seconds": 0.0,
+        }
+        reply = Reply(request.identity, site_of(context), weights_of(network), metrics=metrics)
+        return Message(encode_reply(reply), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        request = decode_request(message.content)
+        return Message(
+            encode_reply(Reply(request.identity, site_of(context), cases=encode_cases([]))), reply_to=message
+        )
+
+    return app
+
+
+if __name__ == "__main__":
+    print(json.dumps(_child(sys.argv[1], Path(sys.argv[2]))))

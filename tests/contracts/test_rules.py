@@ -1,0 +1,33 @@
+"""Rules of the code that a reader may rely on: who imports whom, and what never stands in product code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = [path for room in ("server", "clients", "common", "deploy") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def test_rooms_import_each_other_only_as_the_architecture_allows() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\bimport pickle\b", r"torch\.load\(", r"yaml\.load\(", r"(?<![\w.])eval\(", r"allow_pickle=True"]
+)
+def test_nothing_that_came_over_the_wire_or_from_disk_is_executed(pattern: str) -> None:
+    hits = [str(path.relative_to(ROOT)) for path in PRODUCT if re.search(pattern, path.read_text())]
+    assert hits == []
+
+
+def test_the_packages_that_run_are_the_ones_of_this_checkout() -> None:
+    import clients
+    import common
+    import server
+
+    for package in (clients, common, server):
+        assert Path(package.__file__).resolve().is_relative_to(ROOT), package.__file__

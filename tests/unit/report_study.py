@@ -1,0 +1,284 @@
+"""A made-up study folder for tests of the report: every file a real study has, fixed random numbers, drawn discs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from clients import ledger
+from clients.pictures import Picture, bit_mask, write_pictures
+from common.payload import CASES_SCHEMA
+
+SITES = ("BIDMC", "HK", "RUNMC", "UCL")
+STRUCTURES = {"prostate": ["prostate"]}
+NESTED = {"cord": ["white_matter", "grey_matter"], "grey_matter": ["grey_matter"]}
+ROUNDS = 20
+KEYS = [pa.field("method", pa.string()), pa.field("heldout", pa.string()), pa.field("seed", pa.int64())]
+RESULTS_SCHEMA = pa.schema([*KEYS, pa.field("site", pa.string()), *CASES_SCHEMA])
+ROUNDS_SCHEMA = pa.schema(
+    [
+        *KEYS,
+        ("round", pa.int32()),
+        ("phase", pa.string()),
+        ("site", pa.string()),
+        ("cls", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+    ]
+)
+
+
+def write_study(
+    folder: Path,
+    *,
+    sites=SITES,
+    methods=("sgcg", "source"),
+    seeds=(0, 1, 2),
+    structures=STRUCTURES,
+    cases=12,
+    pictures=True,
+    skip=(),
+) -> Path:
+    """Write a study in which every cell that is not in `skip` completed; `skip` holds (method, heldout, seed)."""
+    settings = {method: _settings(method, sites, structures) for method in methods}
+    record = {
+        "created": "2026-01-05T09:00:00+00:00",
+        "updated": "2026-01-05T11:30:00+00:00",
+        "command": f"fedsgcg study data=made-up method={','.join(methods)} heldout=all seed={','.join(map(str, seeds))}",
+        "methods": sorted(methods),
+        "heldout": sorted(sites),
+        "seeds": sorted(seeds),
+        "sites": list(sites),
+        "runtime": "inprocess",
+        "device": "cpu",
+        "machine": "a test, 2 cores, 0 GPUs, Python 3.11, Linux",
+        "versions": {"fedsgcg": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0"},
+        "settings": settings,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+    for method in methods:
+        for heldout in sites:
+            for seed in seeds:
+                if (method, heldout, seed) not in skip:
+                    write_cell(folder, (method, heldout, seed), sites, structures, cases, pictures)
+    collect(folder)
+    return folder
+
+
+def collect(folder: Path) -> None:
+    for name in ("results.parquet", "rounds.parquet"):
+        tables = [pq.read_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
+        if tables:
+            pq.write_table(pa.concat_tables(tables), folder / name)
+
+
+def write_cell(folder, key, sites, structures, cases=12, pictures=True, status="completed", problems=()):
+    method, heldout, seed = key
+    cell = folder / method / heldout / str(seed)
+    cell.mkdir(parents=True, exist_ok=True)
+    training = [site for site in sites if site != heldout]
+    names = dict(zip(("method", "heldout", "seed"), key, strict=True))
+    results = result_rows(key, structures, cases)
+    pq.write_table(pa.Table.from_pylist(results, schema=RESULTS_SCHEMA), cell / "results.parquet")
+    rounds = round_rows(key, training)
+    pq.write_table(pa.Table.from_pylist(rounds, schema=ROUNDS_SCHEMA), cell / "rounds.parquet")
+    outcome = names | {
+        "status": status,
+        "error": "",
+        "digest": f"{seed}ab4" * 16,
+        "seconds": 412.5,
+        "problems": list(problems),
+    }
+    (cell / "outcome.json").write_text(json.dumps(outcome))
+    (cell / "model.json").write_text(
+        json.dumps(names | {"digest": outcome["digest"], "protocol": _protocol(heldout, training)})
+    )
+    (cell / "events.jsonl").write_text(
+        json.dumps(names | {"time": 1.0, "event": "run.started"})
+        + "\n"
+        + json.dumps(names | {"time": 413.5, "event": "run.finished", "status": status})
+        + "\n"
+    )
+    write_ledgers(cell, method, training, heldout)
+    if pictures:
+        write_discs(cell / "sites" / heldout / "pictures.arrow", key, structures, cases)
+
+
+def result_rows(key, structures, cases):
+    method, heldout, seed = key
+    rng = np.random.default_rng([abs(hash_of(heldout)), 1])
+    level = 0.74 + 0.12 * rng.random()
+    hard = rng.normal(0, 0.05, cases)
+    noise = np.random.default_rng([abs(hash_of(method + heldout)), seed])
+    rows = []
+    for case in range(cases):
+        for depth, structure in enumerate(structures):
+            dice = float(
+                np.clip(level + hard[case] - 0.08 * depth + 0.025 * (method == "sgcg") + noise.normal(0, 0.012), 0, 1)
+            )
+            empty = case == 0 and method == "source" and heldout == "HK"
+            dice = 0.0 if empty else dice
+            distance = float("nan") if empty else 9.0 * (1.02 - dice)
+            rows.append(
+                {
+                    "method": method,
+                    "heldout": heldout,
+                    "seed": seed,
+                    "site": heldout,
+                    "case": f"{hash_of(heldout + str(case)):08x}",
+                    "structure": structure,
+                    "dice": dice,
+                    "asd": distance,
+                    "assd": distance * 1.1,
+                    "hd95": distance * 3.4,
+                    "unit": "pixel",
+                    "asd_mm": None,
+                    "assd_mm": None,
+                    "hd95_mm": None,
+                    "empty_prediction": empty,
+                    "empty_truth": False,
+                }
+            )
+    return rows
+
+
+def round_rows(key, training):
+    method, heldout, seed = key
+    rng = np.random.default_rng([abs(hash_of(method + heldout)), seed, 7])
+    rows = []
+
+    def add(number, phase, site, metric, value, cls=""):
+        rows.append(
+            {"method": method, "heldout": heldout, "seed": seed, "round": number, "phase": phase}
+            | {"site": site, "cls": cls, "metric": metric, "value": float(value)}
+        )
+
+    for number in range(1, ROUNDS + 1):
+        for site in training:
+            supervised = 0.9 * np.exp(-number / 5) + 0.08 + rng.normal(0, 0.012)
+            contrast = 0.5 * np.exp(-number / 9) + 0.2 if method == "sgcg" else 0.0
+            add(number, "train", site, "loss_supervised", supervised)
+            add(number, "train", site, "loss", supervised + 0.1 * contrast)
+            add(number, "train", site, "validation_dice", 0.88 * (1 - np.exp(-(number - 1) / 3)) + rng.normal(0, 0.012))
+            add(number, "train", site, "bytes_up", 12_800_000)
+        if method == "sgcg":
+            for cls, scale in (("background", 0.02), ("prostate", 0.06)):
+                add(
+                    number,
+                    "merge",
+                    "",
+                    "between_site_trace",
+                    scale * np.exp(-number / 8) * (1 + rng.normal(0, 0.08)),
+                    cls,
+                )
+                add(number, "merge", "", "within_site_trace", 0.3 + scale * np.exp(-number / 15), cls)
+    return rows
+
+
+def write_ledgers(cell, method, training, heldout):
+    parts = {"weights": 12_740_000, "text": 1_900, "metrics": 80}
+    parts |= {"statistics": 8_600} if method == "sgcg" else {}
+    for site in training:
+        lines = []
+        path = cell / "sites" / site / "ledger.jsonl"
+        for number in range(1, ROUNDS + 1):
+            entry = {"seq": number - 1, "round": number, "kind": "train", "parts": parts, "withheld": []}
+            entry["previous"] = json.loads(lines[-1])["hash"] if lines else ledger.START
+            lines.append(json.dumps(entry | {"hash": ledger.seal(entry)}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+    ledger.append(
+        cell / "sites" / heldout / "ledger.jsonl",
+        round_number=ROUNDS,
+        kind="evaluate",
+        parts={"cases": 3_300, "text": 400},
+        withheld=[],
+        sha256="0" * 64,
+    )
+
+
+def write_discs(path, key, structures, cases, size=128):
+    """A grey slice with a bright disc a case; the prediction is the disc moved and shrunk a little."""
+    method, heldout, seed = key
+    rows, columns = np.mgrid[:size, :size]
+    found = []
+    dice = {}
+    for row in result_rows(key, structures, cases):
+        dice.setdefault(row["case"], []).append(row["dice"])
+    for case, values in dice.items():
+        rng = np.random.default_rng(abs(hash_of(case)))
+        y, x, radius = rng.uniform(50, 78), rng.uniform(50, 78), rng.uniform(16, 27)
+        ripple = 1 + 0.12 * np.sin(3 * np.arctan2(rows - y, columns - x) + rng.uniform(0, 6))
+        distance = np.hypot(rows - y, (columns - x) / 1.25) / ripple
+        moved = np.hypot(rows - y - (3 if method == "sgcg" else 6), (columns - x + 2) / 1.2) / ripple
+        truth = np.stack([distance < radius / (depth + 1) for depth in range(len(structures))])
+        guess = np.stack(
+            [moved < (0 if values[0] == 0 else radius * 0.95) / (depth + 1) for depth in range(len(structures))]
+        )
+        image = 70 + 60 * (distance < radius) + 30 * np.exp(-((rows - 64) ** 2 + (columns - 64) ** 2) / 3000)
+        image = np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
+        found.append(
+            Picture(
+                case,
+                float(np.mean(values)),
+                11,
+                image.tobytes(),
+                truth[0].astype(np.uint8).tobytes(),
+                bit_mask(guess).tobytes(),
+                bit_mask(truth).tobytes(),
+                size,
+                size,
+            )
+        )
+    write_pictures(path, found, list(structures))
+
+
+def hash_of(text: str) -> int:
+    """A number that is the same in every process."""
+    return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "big") % 4_000_000_007
+
+
+def _settings(method, sites, structures):
+    classes = {"background": [0], **{name: [place + 1] for place, name in enumerate(structures)}}
+    return {
+        "data": {"name": "made-up", "sites": list(sites), "classes": classes, "structures": dict(structures)},
+        "network": {"name": "unet", "base_width": 16, "norm": "batch"},
+        "method": {
+            "name": method,
+            "statistics": method == "sgcg",
+            "learning_rate": 0.001,
+            "batch_size": 8,
+            "local_epochs": 1,
+            "steps_per_round": 0,
+        },
+        "federation": {"rounds": ROUNDS, "weighting": "samples", "selection": "last"},
+    }
+
+
+def _protocol(heldout, training):
+    return {
+        "trained": training,
+        "heldout": heldout,
+        "observers": [],
+        "splits": "by patient; 20% of a training site's patients are source validation; every case of the held-out site is its "
+        "test set unless the manifest says otherwise",
+        "selection": "the model of the last round",
+        "selected_round": ROUNDS,
+        "rounds": ROUNDS,
+        "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
+        "post_processing": "largest connected component of each structure, holes filled",
+        "metrics": {
+            "dice": "2 |P∩T| / (|P| + |T|); 1 when both are empty",
+            "asd": "mean distance from the predicted surface to the true one",
+            "assd": "mean distance over the pooled surface points of both",
+            "hd95": "95th percentile of the pooled surface distances",
+            "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
+        },
+        "distance_unit": "pixel",
+    }
