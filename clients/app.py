@@ -77,8 +77,7 @@ def train(visit: Visit) -> RecordDict:
     guard(visit, "train")
     plan, network = visit.plan, received(visit)
     described = statistics(visit, network) if plan.method.statistics and plan.prototypes.memory != "restart" else None
-    dice, cases = validation_dice(network, visit.store, plan, visit.device)
-    judged = {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
+    before = judged(visit, network)
     guidance = Guidance.from_prototypes(visit.request.prototypes, plan.prototypes, visit.identity.round, visit.device)
     figures = train_round(
         network,
@@ -89,7 +88,7 @@ def train(visit: Visit) -> RecordDict:
         guidance=guidance,
         device=visit.device,
     )
-    return send(visit, Reply(visit.identity, visit.site, weights_of(network), described, figures | judged))
+    return send(visit, Reply(visit.identity, visit.site, weights_of(network), described, before | figures))
 
 
 def evaluate(visit: Visit) -> RecordDict:
@@ -97,9 +96,18 @@ def evaluate(visit: Visit) -> RecordDict:
     split = str(visit.request.options.get("split", "test"))
     guard(visit, *(("train",) if split == "validation" else ("heldout", "observer")))
     pictures = visit.home / "pictures.arrow" if split == "test" else None
-    rows = evaluate_cases(received(visit), visit.store, visit.plan, split, visit.device, pictures=pictures)
+    network = received(visit)
+    rows = evaluate_cases(network, visit.store, visit.plan, split, visit.device, pictures=pictures)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
+    if split == "validation":  # the measure of every other round too, so that models can be compared
+        metrics |= judged(visit, network)
     return send(visit, Reply(visit.identity, visit.site, metrics=metrics, cases=encode_cases(rows)))
+
+
+def judged(visit: Visit, network: nn.Module) -> dict[str, float]:
+    """Source-validation Dice of a network, slice by slice at training size; nothing without a validation case."""
+    dice, cases = validation_dice(network, visit.store, visit.plan, visit.device)
+    return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
 def received(visit: Visit) -> nn.Module:

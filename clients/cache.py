@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,15 +53,15 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         FedsgcgError: DAT-113 when it cannot be written.
     """
-    temporary = ""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
-            file.write(content)
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        Path(temporary or path.with_suffix(".none")).unlink(missing_ok=True)
         raise cache_error(error, path) from error
 
 
@@ -102,4 +102,5 @@ def _read_memo(path: Path) -> dict[str, list[Any]]:
         memo = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return {name: entry for name, entry in memo.items() if len(entry) == 3} if isinstance(memo, dict) else {}
+    entries = memo.items() if isinstance(memo, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 3}

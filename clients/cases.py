@@ -288,10 +288,10 @@ def _row(batch: pa.RecordBatch) -> Row:
     facts = json.loads(batch.column(0)[0].as_py())
     if "problem" in facts:
         return facts, None
-    arrays = {
-        name: np.frombuffer(batch.column(name)[0].as_buffer(), np.dtype(facts["types"][number])).reshape(
-            facts["shapes"][number]
-        )
-        for number, name in enumerate(ARRAYS)
-    }
+    arrays = {}
+    for number, name in enumerate(ARRAYS):
+        flat = np.frombuffer(batch.column(number + 1)[0].as_buffer(), np.dtype(facts["types"][number]))
+        arrays[name] = flat.reshape(facts["shapes"][number])
+        # The file is mapped for reading; writing to it would kill the process.
+        arrays[name].flags.writeable = False
     return facts, Slices(**arrays, spacing=tuple(facts["spacing"]) if facts["spacing"] else None)

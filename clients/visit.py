@@ -24,7 +24,7 @@ from clients.site import discover_sites, ensure_data, open_site, resolve_cache
 from common.errors import FedsgcgError, fail
 from common.payload import Identity
 from common.plan import Plan
-from common.settings import join
+from common.settings import plan_of_run
 from common.wire import Request, decode_request
 
 SPLITS = ("train", "validation", "test")
@@ -101,7 +101,7 @@ def visiting(
     kind = str(message.metadata.message_type)
     try:
         identity = identity_of(message.content)
-        plan = Plan.from_tree(join(run_config=dict(context.run_config)) if tree is None else tree)
+        plan = plan_of_run(tree, dict(context.run_config), context.run_id)
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config)
         home = site_home(plan, site)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.errors import fail
+from common.errors import FedsgcgError, fail
 
 Array = NDArray[Any]
 nib: Any = nibabel  # its functions carry no types
@@ -37,12 +34,6 @@ CANONICAL = ("L", "P", "S")
 MAX_BYTES = 2**32
 # A tenth of a voxel: far above the rounding of a header, far below a shift that would harm a contour.
 GEOMETRY_TOLERANCE = 0.1
-
-# What the readers raise for damaged files; Pillow says SyntaxError for a broken PNG.
-UNREADABLE: tuple[type[Exception], ...] = (
-    OSError, EOFError, ValueError, TypeError, KeyError, IndexError, OverflowError, MemoryError, SyntaxError,
-    zlib.error, struct.error, ImageFileError, HeaderDataError, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,10 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
     reader: Callable[[Path, bool], Volume] = _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
     try:
         return reader(path, mask)
-    except UNREADABLE as error:
+    except FedsgcgError:
+        raise
+    # Fed with damaged bytes, the readers raise nearly anything, SyntaxError included; one file must not stop a site.
+    except Exception as error:
         found = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
         action = "Export the file again from its source; the case is left out until then."
         raise fail("DAT-103", found=found, expected="a complete image", action=action, where=str(path)) from error

@@ -82,7 +82,9 @@ def average_surface_distance(prediction: npt.ArrayLike, truth: npt.ArrayLike, sp
     return float(_nearest(_surface_points(first, scale), _surface_points(second, scale)).mean())
 
 
-def average_symmetric_surface_distance(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None) -> float:
+def average_symmetric_surface_distance(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
+) -> float:
     """Return the mean distance over the pooled surface points of both masks; see `segmentation_metrics`."""
     return segmentation_metrics(prediction, truth, spacing).assd
 
@@ -94,14 +96,17 @@ def hausdorff_distance_95(prediction: npt.ArrayLike, truth: npt.ArrayLike, spaci
 
 def _dice(first: Mask, second: Mask) -> float:
     total = np.count_nonzero(first) + np.count_nonzero(second)
-    return 2.0 * np.count_nonzero(first & second) / total if total else 1.0
+    return float(2 * np.count_nonzero(first & second) / total) if total else 1.0
 
 
-def _surface_distances(first: Mask, second: Mask, scale: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+def _surface_distances(
+    first: Mask, second: Mask, scale: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], ...]:
     """Distances of every surface point of the first mask from the second's surface, and the other way round."""
     if not (first.any() and second.any()):
-        value = 0.0 if first.any() == second.any() else np.nan
-        return np.array([value]), np.array([value])
+        value: float = 0.0 if first.any() == second.any() else np.nan
+        alike = np.array([value])
+        return alike, alike
     first, second = _crop(first, second)
     here, there = _surface_points(first, scale), _surface_points(second, scale)
     return _nearest(here, there), _nearest(there, here)
@@ -109,8 +114,7 @@ def _surface_distances(first: Mask, second: Mask, scale: npt.NDArray[np.float64]
 
 def _nearest(points: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     tree = cKDTree(targets, balanced_tree=False, compact_nodes=False)
-    distances: npt.NDArray[np.float64] = tree.query(points)[0]
-    return distances
+    return np.asarray(tree.query(points)[0], dtype=np.float64)
 
 
 def _surface_points(mask: Mask, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -121,7 +125,8 @@ def _surface_points(mask: Mask, scale: npt.NDArray[np.float64]) -> npt.NDArray[n
     for axis in range(mask.ndim):
         for shift in (slice(None, -2), slice(2, None)):
             interior &= padded[(*core[:axis], shift, *core[axis + 1 :])]
-    return np.argwhere(mask & ~interior) * scale
+    surface = np.flatnonzero(mask & ~interior)
+    return np.stack(np.unravel_index(surface, mask.shape), axis=1) * scale
 
 
 def _crop(first: Mask, second: Mask) -> tuple[Mask, Mask]:
@@ -135,7 +140,9 @@ def _crop(first: Mask, second: Mask) -> tuple[Mask, Mask]:
     return first[tuple(box)], second[tuple(box)]
 
 
-def _checked(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing) -> tuple[Mask, Mask, npt.NDArray[np.float64]]:
+def _checked(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing
+) -> tuple[Mask, Mask, npt.NDArray[np.float64]]:
     first, second = _mask("prediction", prediction), _mask("truth", truth)
     if first.shape != second.shape:
         raise ValueError(f"prediction: found shape {first.shape}, expected that of truth, {second.shape}")

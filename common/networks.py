@@ -25,7 +25,7 @@ GROUPS: Final = 8
 NORMS: Final[dict[str, Callable[[int], nn.Module]]] = {
     "batch": nn.BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(math.gcd(GROUPS, channels), channels),
-    # One group a channel is instance normalisation, and unlike InstanceNorm2d it accepts the 1 x 1 map of a 16 x 16 image.
+    # One group a channel is instance normalisation; unlike InstanceNorm2d it accepts the 1 x 1 map of a 16 x 16 image.
     "instance": lambda channels: nn.GroupNorm(channels, channels),
 }
 
@@ -67,7 +67,9 @@ class UNet(nn.Module):
             ValueError: H or W that is not a multiple of 16.
         """
         if images.ndim != 4 or images.shape[2] % DOWNSAMPLING or images.shape[3] % DOWNSAMPLING:
-            raise ValueError(f"images: found shape {tuple(images.shape)}, expected (B, C, H, W) with H and W multiples of 16")
+            raise ValueError(
+                f"images: found shape {tuple(images.shape)}, expected (B, C, H, W) with H and W multiples of 16"
+            )
         logits, penultimate = self.decoder(self.encoder(images))
         return logits, penultimate
 
@@ -118,7 +120,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
         """Bring features to twice their size (B, p, 2h, 2w) with the help of skip (B, p/2, 2h, 2w)."""
-        # The 1 x 1 convolution and the interpolation (weights that sum to one) commute: same map, a quarter of the work.
+        # 1 x 1 convolution and interpolation (weights that sum to one) commute: the same map for a quarter of the work.
         narrow = self.narrow(self.reduce(features))
         wide = functional.interpolate(narrow, scale_factor=2, mode="bilinear", align_corners=False)
         joined: Tensor = self.join(torch.cat([skip, functional.relu(self.narrow_norm(wide))], dim=1))

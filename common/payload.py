@@ -184,6 +184,8 @@ def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
                     "PAY-106", found=f"schema {reader.schema.names}", expected="class, count, mean, scatter_upper"
                 )
             table = reader.read_all()
+            table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+            stated = Identity.decode(metadata["identity"])
         if not 0 < table.num_rows <= MAX_CLASSES or any(column.null_count for column in table.columns):
             raise fail("PAY-106", found=f"{table.num_rows} rows", expected=f"1 to {MAX_CLASSES} complete rows")
         count = table["count"].to_numpy().astype(np.float64)
@@ -197,7 +199,7 @@ def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
     rows, columns = np.triu_indices(num_features)
     scatter[:, rows, columns] = packed
     scatter[:, columns, rows] = packed
-    return ClassStatistics(count, mean, scatter), Identity.decode(metadata["identity"])
+    return ClassStatistics(count, mean, scatter), stated
 
 
 def encode_cases(rows: list[dict[str, Any]]) -> bytes:
@@ -217,7 +219,9 @@ def decode_cases(data: bytes) -> list[dict[str, Any]]:
             _check_kind(metadata, CASES_KIND)
             if not reader.schema.equals(CASES_SCHEMA):
                 raise fail("PAY-106", found=f"columns {reader.schema.names}", expected=f"columns {CASES_SCHEMA.names}")
-            rows: list[dict[str, Any]] = reader.read_all().to_pylist()
+            table = reader.read_all()
+            table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+            rows: list[dict[str, Any]] = table.to_pylist()
             return rows
     except (pa.ArrowException, ValueError, OSError) as error:
         raise fail(

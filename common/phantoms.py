@@ -78,15 +78,15 @@ SCANNERS = (
     ),
     # An old machine with a coil in the rectum, soft and flat, axes of the file permuted.
     Scanner(
-        ("P", "S", "L"), 122.0, 0.9, 4.4, {"muscle": 0.34, "fascia": 0.62, "central": 0.48, "fluid": 0.85},
-        gamma=0.8, blur=1.2, noise=0.04, bias=0.22, coil=(1.5, 26.0), gain=4200.0,
+        ("P", "S", "L"), 122.0, 0.9, 4.4, {"muscle": 0.30, "fascia": 0.50, "central": 0.42, "fluid": 0.85},
+        gamma=0.9, blur=1.1, noise=0.04, bias=0.2, coil=(0.8, 28.0), gain=4200.0,
     ),
-    # Nearly T1-weighted: fluid is dark and the zones of the gland are the other way round.
+    # Towards T1 weighting: fluid is dull, fat bright, and the zones of the gland differ less.
     Scanner(
         ("L", "A", "S"), 134.0, 1.2, 4.0,
-        {"muscle": 0.36, "fascia": 0.66, "fluid": 0.30, "peripheral": 0.40, "central": 0.55, "nodule": 0.46,
-         "wall": 0.45, "vessel": 0.25, "fat": 0.90},
-        blur=0.8, noise=0.045, bias=0.3, coil=(0.4, 45.0), gain=800.0,
+        {"muscle": 0.28, "fascia": 0.44, "fluid": 0.55, "peripheral": 0.76, "central": 0.50, "nodule": 0.56,
+         "wall": 0.36, "vessel": 0.60, "fat": 0.92},
+        blur=0.8, noise=0.04, bias=0.2, coil=(0.2, 45.0), gain=800.0,
     ),
 )  # fmt: skip
 
@@ -250,7 +250,7 @@ class Patient:
         tissue, centre, radii = self.tissue, self.centre, self.radii
         tilt = self.rng.normal(0, 0.1)
         whole = self.ellipsoid(centre, radii, tilt) + self.bumps(0.8, 7.0)
-        self.paint(whole + 1.2, tissue["capsule"])
+        self.paint(whole + 1.5, tissue["capsule"])
         self.paint(whole, tissue["peripheral"] + self.bumps(0.06, 2.0))
         inner = (radii[0] * 0.95, radii[1] * 0.70, radii[2] * 0.76)
         central = self.ellipsoid((centre[0], centre[1] - radii[1] * 0.24, centre[2]), inner, tilt)

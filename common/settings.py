@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from common.errors import FedsgcgError, Problem, fail
+
+if TYPE_CHECKING:
+    from common.plan import Plan
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("data", "network", "method", "federation", "prototypes", "privacy", "site", "experiment")
@@ -40,6 +44,26 @@ def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = N
             raise fail("CFG-001", found="config-json and overrides", expected="one of the two", where="run config")
         return cast("dict[str, Any]", json.loads(text))
     return compose([*shlex.split(str(run_config.get("overrides", ""))), *overrides])
+
+
+def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], run_id: int) -> Plan:
+    """Return the plan of a Flower run, the same at both ends.
+
+    Args:
+        tree: Resolved settings of a simulation; None reads the run config.
+        run_config: Flower's flat run config.
+        run_id: Names the folder under $FEDSGCG_HOME (or ~/.fedsgcg) that a run without `output` gets.
+
+    Raises:
+        FedsgcgError: CFG-001 with every problem of the settings.
+    """
+    from common.plan import Plan
+
+    plan = Plan.from_tree(join(run_config=run_config) if tree is None else tree)
+    if plan.output:
+        return plan
+    home = Path(os.environ.get("FEDSGCG_HOME") or Path.home() / ".fedsgcg")
+    return dataclasses.replace(plan, output=str(home / "runs" / str(run_id)))
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:

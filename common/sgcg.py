@@ -3,21 +3,32 @@
     z_k = q.mu_k / tau + q' Sigma_k q / (2 tau^2)            L = logsumexp_k z_k - q.mu_y / tau
     dL/dq = (sum_k p_k mu_k - mu_y) / tau + (sum_k p_k Sigma_k) q / tau^2,   p = softmax(z)
 
-The positive quadratic term cancels (methods.md 1.7), so that one product q [Sigma_1 | ... | Sigma_K] serves loss and
-gradient alike. Both are made chunk by chunk in the forward pass; only the gradient (N, A) is kept, whatever K.
+The positive quadratic term cancels (methods.md 1.7), so that one product Sigma_k q serves loss and gradient alike. Both
+are made in the forward pass, chunk by chunk, and only the gradient (N, A) is kept: memory does not grow with K.
 
 Legend: K classes incl. background, A feature channels, N pixels, n pixels of a chunk, q features, tau temperature.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+import math
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from common.moments import check_finite, check_labels, check_pixels, check_shape, class_moments, reduce_labels
+
+__all__ = ["class_moments", "reduce_labels", "sgcg_loss"]
+
 CovarianceForm = Literal["full", "diagonal", "none"]
 Reduction = Literal["mean", "none"]
+
+CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Numbers of the products Sigma_k q held at a time: 2 MiB stays in a core's cache, 256 MiB fills a GPU."""
+
+CHUNK_PIXELS: Final = (128, 4096)
+"""Fewest and most pixels of a chunk on a CPU: with fewer the matrix product starves, with more the cache overflows."""
 
 
 def sgcg_loss(
@@ -32,43 +43,226 @@ def sgcg_loss(
     reduction: Reduction = "mean",
     covariance_form: CovarianceForm = "full",
 ) -> Tensor:
-    """Reference form, replaced below."""
-    keep = labels != ignore_index
-    q = features.float() if features.dtype != torch.float64 else features
-    mu, sigma = mean.to(q) / temperature, covariance.to(q) / temperature**2
-    z = q @ mu.T
-    linear = z
-    if covariance_form == "full":
-        z = z + 0.5 * torch.einsum("na,kab,nb->nk", q, sigma, q)
-    elif covariance_form == "diagonal":
-        z = z + 0.5 * (q * q) @ sigma.diagonal(dim1=1, dim2=2).T
-    on = torch.ones(mean.shape[0], dtype=torch.bool, device=q.device) if active is None else active.to(q.device)
-    z = z.masked_fill(~on, torch.finfo(z.dtype).min / 2)
-    safe = torch.where(keep, labels, 0).long()
-    keep = keep & on[safe]
-    loss = torch.where(keep, z.logsumexp(1) - linear.gather(1, safe[:, None])[:, 0], 0)
-    return loss if reduction == "none" else loss.sum() / keep.sum().clamp(min=1)
+    """Compute the SgCG loss of labelled features against constant class Gaussians (methods.md 1.3, eqs. 4-11).
+
+    Computes in float32 (float64 for float64 features) whatever autocast says. The prototypes carry no gradient, and the
+    gradient itself cannot be differentiated again.
+
+    Args:
+        features: (N, A) floats.
+        labels: (N,) integers in [0, K), or `ignore_index`.
+        mean: (K, A) float32 or float64, on the device of the features.
+        covariance: (K, A, A) symmetric; unused by `none`, of which `diagonal` reads the diagonal.
+        temperature: tau, above zero.
+        active: (K,) bool, classes that take part; None = all. Pixels of other classes are dropped.
+        ignore_index: Label of pixels to drop.
+        reduction: `mean` over the pixels that were not dropped, or `none`.
+        covariance_form: `full`, `diagonal`, or `none` (prototype cross-entropy).
+
+    Returns:
+        A scalar, or (N,) with zeros at dropped pixels for `none`. Without any pixel: 0, connected to the graph.
+
+    Raises:
+        ValueError: Shapes, types or settings that do not fit; on a CPU also labels out of range and values that are not
+            finite (a GPU is not made to wait for that: there they give a loss that is not finite, or an index error).
+    """
+    _check_loss(features, labels, mean, covariance, temperature, active, reduction, covariance_form)
+    check_labels(labels, mean.shape[0], ignore_index)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    classes = labels.long()
+    kept = classes != ignore_index
+    classes = torch.where(kept, classes, 0)
+    if active is not None:
+        active = active.to(features.device)
+        kept = kept & active[classes]
+    weight = kept.to(dtype)
+    centre, spread = mean.detach().to(dtype), covariance.detach().to(dtype)
+    settings = (temperature, covariance_form, reduction)
+    losses: Tensor = _PixelLoss.apply(features, classes, weight, centre, spread, active, *settings)  # type: ignore[no-untyped-call]
+    if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):
+        check_finite(features=features, mean=mean, covariance=covariance)
+    return losses
 
 
-def class_moments(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> tuple[Tensor, Tensor, Tensor]:
-    """Reference form, replaced below."""
-    x = features.detach().double()
-    A = x.shape[1]
-    count = torch.zeros(num_classes, dtype=torch.int64, device=x.device)
-    mean = torch.zeros(num_classes, A, dtype=torch.float64, device=x.device)
-    scatter = torch.zeros(num_classes, A, A, dtype=torch.float64, device=x.device)
-    for k in range(num_classes):
-        rows = x[(labels == k) & (labels != ignore_index)]
-        if len(rows):
-            count[k], mean[k] = len(rows), rows.mean(0)
-            scatter[k] = (rows - mean[k]).T @ (rows - mean[k])
-    return count, mean, scatter
+class _PixelLoss(torch.autograd.Function):
+    """Loss of every pixel, or their mean; the gradient is made on the way and waits, unscaled, for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        covariance: Tensor,
+        active: Tensor | None,
+        temperature: float,
+        form: CovarianceForm,
+        reduction: Reduction,
+    ) -> Tensor:
+        gradient = features.new_empty(features.shape) if ctx.needs_input_grad[0] else None
+        losses = torch.empty_like(weight)
+        with torch.autocast(features.device.type, enabled=False):
+            _fill(losses, gradient, features, labels, weight, mean, covariance, active, temperature, form)
+        ctx.mean_over = weight.sum(dtype=torch.float64).clamp(min=1) if reduction == "mean" else None
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        if ctx.mean_over is None:
+            return losses
+        total: Tensor = losses.sum(dtype=torch.float64) / ctx.mean_over
+        return total.to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # only with create_graph=True; a silent zero would be worse than a stop
+            raise RuntimeError("the gradient of sgcg_loss cannot be differentiated again (create_graph=True)")
+        (gradient,) = ctx.saved_tensors
+        scale = outputs[0][:, None] if ctx.mean_over is None else (outputs[0] / ctx.mean_over).to(outputs[0].dtype)
+        # A second N x A array is made only where someone may come back for the first one.
+        scaled: Tensor = gradient * scale if _graph_is_kept() else gradient.mul_(scale)
+        return scaled.to(gradient.dtype), *[None] * 8
 
 
-def reduce_labels(labels: Tensor, factor: int, num_classes: int, majority: float = 0.75, ignore_index: int = 255) -> Tensor:
-    """Reference form, replaced below."""
-    B, H, W = labels.shape
-    onehot = torch.where(labels == ignore_index, num_classes, labels.long())
-    onehot = torch.nn.functional.one_hot(onehot, num_classes + 1).permute(0, 3, 1, 2).float()
-    share, winner = torch.nn.functional.avg_pool2d(onehot, factor).max(1)
-    return torch.where((share < majority) | (winner == num_classes), ignore_index, winner).to(labels.dtype)
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass was asked to retain its graph; True where this torch cannot tell."""
+    answer = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if answer is None else bool(answer())
+
+
+def _fill(
+    losses: Tensor,
+    gradient: Tensor | None,
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    active: Tensor | None,
+    temperature: float,
+    form: CovarianceForm,
+) -> None:
+    """Write the loss of every pixel into `losses` (N,) and its gradient, where wanted, into `gradient` (N, A)."""
+    n = _chunk_pixels(features.device.type, mean.shape)
+    quadratic = _QUADRATICS[form](covariance, temperature, min(n, features.shape[0]))
+    near, far = mean / temperature, mean * temperature
+    hidden = None
+    if active is not None:
+        hidden = mean.new_zeros(active.shape).masked_fill_(~active, torch.finfo(mean.dtype).min / 2)[:, None]
+    for start in range(0, features.shape[0], n):
+        part = slice(start, start + n)
+        pixels, label, kept = features[part], labels[None, part], weight[part]
+        target = None if gradient is None else gradient[part]
+        q = pixels.to(mean.dtype)
+        half = quadratic.evaluate(q)  # (K, n): q' Sigma_k q / (2 tau^2)
+        logits = torch.addmm(half, near, q.T)
+        log_p = (logits if hidden is None else logits.add_(hidden)).log_softmax(0)
+        # logsumexp z - q.mu_y / tau, written as two terms that are both positive: nothing cancels.
+        torch.mul(half.sub_(log_p).gather(0, label)[0], kept, out=losses[part])
+        if target is not None:
+            share = kept / temperature**2
+            p = log_p.exp_().mul_(share)
+            g = quadratic.gradient(p, q, target if target.dtype == q.dtype else torch.empty_like(q))
+            g.addmm_(p.scatter_add_(0, label, share.neg_()[None]).T, far)
+            if g is not target:
+                target.copy_(g)
+
+
+def _chunk_pixels(device: str, shape: torch.Size) -> int:
+    pixels = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // math.prod(shape)
+    return min(max(pixels, CHUNK_PIXELS[0]), CHUNK_PIXELS[1]) if device == "cpu" else max(pixels, 1)
+
+
+class _Full:
+    """Sigma_k q for all k, kept between loss and gradient of a chunk."""
+
+    def __init__(self, covariance: Tensor, temperature: float, n: int) -> None:
+        K, A, _ = covariance.shape
+        self.matrices = covariance.unbind(0)
+        self.products = list(covariance.new_empty(K, n, A).unbind(0))
+        self.scratch = covariance.new_empty(n, A)
+        self.half = covariance.new_full((A,), 0.5 / temperature**2)
+
+    def evaluate(self, q: Tensor) -> Tensor:
+        """Return (K, n) quadratic terms q' Sigma_k q / (2 tau^2) of q (n, A)."""
+        if q.shape[0] < self.scratch.shape[0]:
+            self.products, self.scratch = [t[: q.shape[0]] for t in self.products], self.scratch[: q.shape[0]]
+        terms = q.new_empty(len(self.products), q.shape[0])
+        for matrix, product, term in zip(self.matrices, self.products, terms.unbind(0), strict=True):
+            torch.mm(q, matrix, out=product)
+            torch.mv(torch.mul(product, q, out=self.scratch), self.half, out=term)
+        return terms
+
+    def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
+        """Write sum_k p_k Sigma_k q into `out` (n, A) for the q of the last `evaluate`; p is (K, n)."""
+        shares = p.unsqueeze(-1).unbind(0)
+        torch.mul(self.products[0], shares[0], out=out)
+        for product, share in zip(self.products[1:], shares[1:], strict=True):
+            out.addcmul_(product, share)
+        return out
+
+
+class _Diagonal:
+    """The same with the covariance's diagonal alone, as SePiCo's code has it (methods.md 1.10)."""
+
+    def __init__(self, covariance: Tensor, temperature: float, n: int) -> None:
+        self.variances = covariance.diagonal(dim1=1, dim2=2)
+        self.half = self.variances * (0.5 / temperature**2)
+
+    def evaluate(self, q: Tensor) -> Tensor:
+        """Return (K, n) terms of q (n, A)."""
+        return self.half @ (q * q).T
+
+    def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
+        """Write sum_k p_k diag(Sigma_k) q into `out`."""
+        return torch.mm(p.T, self.variances, out=out).mul_(q)
+
+
+class _Absent:
+    """No covariance: prototype cross-entropy."""
+
+    def __init__(self, covariance: Tensor, temperature: float, n: int) -> None:
+        self.num_classes = covariance.shape[0]
+
+    def evaluate(self, q: Tensor) -> Tensor:
+        """Return (K, n) zeros."""
+        return q.new_zeros(self.num_classes, q.shape[0])
+
+    def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
+        """Write zeros into `out`."""
+        return out.zero_()
+
+
+_QUADRATICS: Final[dict[str, type[_Full | _Diagonal | _Absent]]] = {
+    "full": _Full,
+    "diagonal": _Diagonal,
+    "none": _Absent,
+}
+
+
+def _check_loss(
+    features: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    covariance: Tensor,
+    temperature: float,
+    active: Tensor | None,
+    reduction: str,
+    form: str,
+) -> None:
+    check_pixels(features, labels)
+    A = features.shape[1]
+    check_shape("mean", mean, (None, A))
+    check_shape("covariance", covariance, (mean.shape[0], A, A))
+    for name, tensor in (("mean", mean), ("covariance", covariance)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}: found {tensor.dtype}, expected float32 or float64")
+    if active is not None:
+        check_shape("active", active, (mean.shape[0],))
+        if active.dtype != torch.bool:
+            raise ValueError(f"active: found {active.dtype}, expected bool")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature: found {temperature}, expected a finite number above zero")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction: found {reduction!r}, expected 'mean' or 'none'")
+    if form not in _QUADRATICS:
+        raise ValueError(f"covariance_form: found {form!r}, expected one of {sorted(_QUADRATICS)}")

@@ -65,7 +65,11 @@ class ClassStatistics:
     @classmethod
     def empty(cls, num_classes: int, num_features: int) -> ClassStatistics:
         """Return the statistics of no pixel at all, the identity of `+`."""
-        return cls(np.zeros(num_classes), np.zeros((num_classes, num_features)), np.zeros((num_classes, num_features, num_features)))
+        return cls(
+            np.zeros(num_classes),
+            np.zeros((num_classes, num_features)),
+            np.zeros((num_classes, num_features, num_features)),
+        )
 
     @classmethod
     def from_features(
@@ -126,11 +130,11 @@ class ClassStatistics:
         return ClassStatistics(self.count * factor, self.mean, self.scatter * factor)
 
     def weighted_equally(self) -> ClassStatistics:
-        """Return the same mean and covariance with count 1 for every seen class: equal-site weighting (methods.md 1.12)."""
+        """Return the same mean and covariance with count 1 for every seen class (equal sites, methods.md 1.12)."""
         return ClassStatistics((self.count > 0).astype(np.float64), self.mean, self.covariance)
 
     def to_sums(self, reference: npt.ArrayLike | None = None) -> tuple[Array, Array, Array]:
-        """Return the additive form: count, sum of (x - c), sum of (x - c)(x - c)^T with c = `reference` (methods.md 1.8).
+        """Return the additive form (methods.md 1.8): count, sum of x - c, sum of (x - c)(x - c)^T; c is the reference.
 
         Args:
             reference: (K, A) point known to all, e.g. the last prototypes; None = the origin.
@@ -176,14 +180,14 @@ def between_site_trace(parts: Sequence[ClassStatistics]) -> Array:
     """
     weight, mean = _weights_and_means(parts)
     centre = np.einsum("sk,ska->ka", weight, mean)
-    return np.einsum("sk,ska->k", weight, (mean - centre) ** 2)
+    return np.asarray(np.einsum("sk,ska->k", weight, (mean - centre) ** 2))
 
 
 def within_site_trace(parts: Sequence[ClassStatistics]) -> Array:
-    """Return the trace of the within part of each class, sum_s w_s tr Sigma_s (methods.md 1.8), shaped as `between_site_trace`."""
+    """Return (K,) traces of the within part, sum_s w_s tr Sigma_s (methods.md 1.8); see `between_site_trace`."""
     weight, _ = _weights_and_means(parts)
     traces = np.stack([np.trace(part.covariance, axis1=1, axis2=2) for part in parts])
-    return np.einsum("sk,sk->k", weight, traces)
+    return np.asarray(np.einsum("sk,sk->k", weight, traces))
 
 
 def _weights_and_means(parts: Sequence[ClassStatistics]) -> tuple[Array, Array]:
@@ -194,7 +198,9 @@ def _weights_and_means(parts: Sequence[ClassStatistics]) -> tuple[Array, Array]:
         _check_shape("parts", part.mean, parts[0].mean.shape)
     count = np.stack([part.count for part in parts])
     total = count.sum(axis=0)
-    return np.divide(count, total, out=np.full_like(count, np.nan), where=total > 0), np.stack([part.mean for part in parts])
+    return np.divide(count, total, out=np.full_like(count, np.nan), where=total > 0), np.stack(
+        [part.mean for part in parts]
+    )
 
 
 def _moments(rows: npt.NDArray[Any], members: npt.NDArray[np.intp]) -> tuple[Array, Array]:
@@ -230,7 +236,9 @@ def _as_float64(name: str, value: npt.ArrayLike) -> Array:
 
 
 def _check_shape(name: str, array: npt.NDArray[Any], expected: tuple[int | None, ...]) -> None:
-    if array.ndim != len(expected) or any(want not in (None, got) for want, got in zip(expected, array.shape, strict=True)):
+    if array.ndim != len(expected) or any(
+        want not in (None, got) for want, got in zip(expected, array.shape, strict=True)
+    ):
         text = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name}: found shape {array.shape}, expected ({text})")
 
@@ -246,7 +254,9 @@ def _check_labelled(features: npt.NDArray[Any], labels: npt.NDArray[Any], num_cl
     if wrong.size:
         raise ValueError(f"labels: found {int(wrong[0])}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)")
     if not np.isfinite(features).all():
-        raise ValueError(f"features: found values that are not finite in shape {features.shape}, expected finite numbers")
+        raise ValueError(
+            f"features: found values that are not finite in shape {features.shape}, expected finite numbers"
+        )
 
 
 def _reference(reference: npt.ArrayLike | None, shape: tuple[int, ...]) -> Array:

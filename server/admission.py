@@ -101,9 +101,13 @@ def admit(payload: Payload, expectation: Expectation) -> Verdict:
 
 
 def _foreign(payload: Payload, expectation: Expectation) -> str:
-    if payload.identity != expectation.identity:
-        return f"{payload.identity.encode()[:300]!r} instead of {expectation.identity.encode()!r}"
-    return "" if payload.site == expectation.site else f"site {payload.site[:60]!r} instead of {expectation.site!r}"
+    found, wanted = payload.identity, expectation.identity
+    if found.round != wanted.round:
+        return f"round {found.round} instead of {wanted.round}"
+    other = [name for name in ("run", "heldout", "plan") if getattr(found, name) != getattr(wanted, name)]
+    if payload.site != expectation.site:
+        other.append("site")
+    return f"another {' and another '.join(other)}" if other else ""
 
 
 def _misshapen(payload: Payload, expectation: Expectation) -> str:
@@ -112,16 +116,17 @@ def _misshapen(payload: Payload, expectation: Expectation) -> str:
     if payload.weights is None:
         return "no weights"
     wanted, found = dict(expectation.reference.layout), dict(payload.weights.layout)
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            return f"{name[:80]!r}: shape {found.get(name, 'absent')} instead of {wanted.get(name, 'absent')}"
+    for name in sorted(wanted):
+        if wanted[name] != found.get(name):
+            return f"{name!r}: shape {found.get(name, 'absent')} instead of {wanted[name]}"
+    if unknown := set(found) - set(wanted):
+        return f"{len(unknown)} entries that the network does not have"
     # Equal dictionaries leave room for another order or a name twice, and the flat array would be read wrongly.
     if payload.weights.layout != expectation.reference.layout:
         return "the entries in another order, or one twice"
     if [name for name, _ in payload.weights.counters] != [name for name, _ in expectation.reference.counters]:
         return "other counters"
-    negative = [name for name, value in payload.weights.counters if value < 0]
-    return f"counter {negative[0]!r} below zero" if negative else ""
+    return "a counter below zero" if any(value < 0 for _, value in payload.weights.counters) else ""
 
 
 def _not_finite(payload: Payload, expectation: Expectation) -> str:

@@ -11,10 +11,7 @@ there, and writes the results (`server.results`).
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -22,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common.errors import FedsgcgError
 from common.plan import Plan
-from common.settings import join
+from common.settings import plan_of_run
 from server.results import OnEvent, ignore_event
 from server.rounds import Outcome, run_federation
 
@@ -43,7 +40,7 @@ def build_server_app(tree: Mapping[str, Any] | None = None, on_event: OnEvent = 
 
     @app.main()  # type: ignore[untyped-decorator, unused-ignore]
     def main(grid: Grid, context: Context) -> None:
-        plan = plan_of(tree, context)
+        plan = plan_of_run(tree, dict(context.run_config), context.run_id)
         try:
             tell(run_federation(grid, plan, on_event), plan)
         except FedsgcgError as error:
@@ -51,19 +48,6 @@ def build_server_app(tree: Mapping[str, Any] | None = None, on_event: OnEvent = 
             raise
 
     return app
-
-
-def plan_of(tree: Mapping[str, Any] | None, context: Context) -> Plan:
-    """Return the plan of a run; without an output folder it gets one under $FEDSGCG_HOME or ~/.fedsgcg.
-
-    Raises:
-        FedsgcgError: CFG-001 with every problem of the settings.
-    """
-    plan = Plan.from_tree(join(run_config=dict(context.run_config)) if tree is None else tree)
-    if plan.output:
-        return plan
-    home = Path(os.environ.get("FEDSGCG_HOME") or Path.home() / ".fedsgcg")
-    return replace(plan, output=str(home / "runs" / str(context.run_id)))
 
 
 def tell(outcome: Outcome, plan: Plan) -> None:

@@ -149,7 +149,7 @@ class Cohort:
         reasons = [f"{name}: {problem.code}" for name, problem in sorted(self.refusals.items())]
         raise fail(
             "RND-401",
-            found=f"{len(self.training)} training sites ({', '.join(self.members) or 'nobody'} came"
+            found=f"{len(self.training)} training sites ({', '.join(sorted(self.members)) or 'nobody'} came"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; refused: {', '.join(reasons)}" if reasons else "")
             + ")",
@@ -182,7 +182,7 @@ class Cohort:
             raise fail("ROL-201", where=site, found=f"node {node} also calls itself {site}", expected="each site once")
         accepted = reply.details.get("roles", [])
         if role not in (accepted if isinstance(accepted, list) else []):
-            raise fail("ROL-201", where=site, found=f"accepts {accepted!r:.80}", expected=f"role {role}")
+            raise fail("ROL-201", where=site, found=f"the site does not accept role {role}")
         member = Member(site, node, reply.details)
         cases = reply.details.get("cases")
         if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:

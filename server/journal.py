@@ -113,7 +113,7 @@ class Journal:
         if record is None and (problems or later_rows):
             raise FedsgcgError(*(problems or [damage(self.folder, "rows of rounds without any checkpoint")]))
         self.damaged, self._hashes = tuple(problems), hashes
-        self._clear_after(len(hashes))
+        self._tidy(len(hashes))
         return record
 
     @property
@@ -175,9 +175,10 @@ class Journal:
             raise FedsgcgError(damage(path, f"SHA-256 {_sha(data)[:12]}…, written was {wanted[:12]}…"))
         return data
 
-    def _clear_after(self, done: int) -> None:
+    def _tidy(self, done: int) -> None:
         stale = [self._rows_path(number) for number in self._rows_present() if number > done]
-        stale += [path for path in self._checkpoints() if path > self._checkpoint_path(done)]
+        intact = [path for path in self._checkpoints() if path <= self._checkpoint_path(done)]
+        stale += [path for path in self._checkpoints() if path not in intact[:CHECKPOINTS_KEPT]]
         stale += [*self.folder.glob(".*.tmp"), *(self.folder / "rounds").glob(".*.tmp")]
         for path in stale:
             self._disk.discard(path)

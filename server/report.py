@@ -12,9 +12,10 @@ from server.report_figures import MARKERS, PALETTE
 from server.report_files import Reader, StudyFiles, read_study
 from server.report_page import PAGE
 from server.report_panels import case_figures, overlay_blocks, shift_classes, shift_figures, training_figures
-from server.report_sections import case_means, cell_rows, departure_rows, difference_tables, result_tables
+from server.report_sections import Section, case_means, cell_rows, departure_rows, difference_tables, result_tables
 from server.report_tables import (
     Difference,
+    Row,
     distance_unit,
     heldout_rows,
     methods_of,
@@ -60,7 +61,9 @@ def render(study: StudyFiles, reader: Reader) -> str:
     """Return the page; the same files give the same bytes."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = show
-    tables, figures = _tables(study, reader), _figures(study, reader)
+    rows = heldout_rows(study.results)
+    cases = case_means(rows)
+    tables, figures = _tables(study, rows, cases, reader), _figures(study, cases, reader)
     # Last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
     return environment.from_string(PAGE).render(**_words(study), **tables, **figures, problems=problems)
@@ -89,16 +92,14 @@ def _words(study: StudyFiles) -> dict[str, Any]:
     }
 
 
-def _tables(study: StudyFiles, reader: Reader) -> dict[str, Any]:
+def _tables(study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader) -> dict[str, Any]:
     """Results, differences, what left each hospital."""
-    rows = heldout_rows(study.results)
-    summary, differences = summary_rows(rows), compared(study)
+    summary, differences = summary_rows(rows), compared(rows)
     structures = _structures(study)
     hospitals = len({cell.heldout for cell in study.cells if cell.heldout})
-    cases = case_means(rows)
     left, parts = departure_rows(study, reader)
     return {
-        "headline": headline(summary, differences, structures[0] if structures else ""),
+        "headline": headline(summary, differences, structures[0] if structures else "", hospitals),
         "results": result_tables(summary, study, structures) if summary else [],
         "notes": result_notes(summary, rows, hospitals),
         "unit": distance_unit(rows),
@@ -111,22 +112,22 @@ def _tables(study: StudyFiles, reader: Reader) -> dict[str, Any]:
     }
 
 
-def _figures(study: StudyFiles, reader: Reader) -> dict[str, Any]:
+def _figures(study: StudyFiles, cases: list[Section], reader: Reader) -> dict[str, Any]:
     methods = methods_of([{"method": cell.method} for cell in study.cells])
-    cases = case_means(heldout_rows(study.results))
+    training = training_figures(study.rounds, methods)
     return {
         "methods": methods,
         "case_panels": [(name, case_figures(cases, name, methods)) for name in _structures(study)] if cases else [],
-        "training": training_figures(study.rounds, methods),
+        "training": training,
+        "training_keys": {name: any(panel["marks"][name] for panel in training) for name in ("whole", "heldout")},
         "shift": shift_figures(study.rounds, methods),
         "shift_classes": shift_classes(study.rounds),
         "overlays": overlay_blocks(study, reader, methods),
     }
 
 
-def compared(study: StudyFiles) -> list[Difference]:
+def compared(rows: list[Row]) -> list[Difference]:
     """Compare every method with the first one (`source`, where it takes part) on the same cases."""
-    rows = heldout_rows(study.results)
     reference, *others = methods_of(rows) or [""]
     return [difference for method in others for difference in paired_differences(rows, method, reference)]
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from server.report_rounds import Curve
 
@@ -35,7 +35,7 @@ PALETTE = (
 )
 DARK = {INK: "#e8ebee", MUTED: "#9ea8b3", RULE: "#3a424b", **dict(PALETTE)}
 MARKERS = ("o", "s", "^", "D", "v", "P")
-WIDTH = 420
+WIDTH = 400
 FONT = 12.5
 STYLE: Any = {
     "font.size": FONT,
@@ -99,9 +99,9 @@ def case_panel(strips: Mapping[str, Mapping[str, float]], span: tuple[float, flo
         alt: What it shows, in words.
         label: Name of the value axis.
     """
-    height = 62 + 46 * len(strips)
+    height = 56 + 44 * len(strips)
     left = 22 + 7.4 * max(map(len, strips))
-    figure, axes = _canvas(height, left=left, right=14, top=6, bottom=50)
+    figure, axes = _canvas(height, left=left, right=14, top=4, bottom=46)
     places = {name: -position for position, name in enumerate(strips)}
     _join_cases(axes, list(strips.values()), list(places.values()))
     for position, (name, cases) in enumerate(strips.items()):
@@ -190,6 +190,7 @@ def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> D
     axes.set_yscale("log")
     axes.set_ylim(*span)
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("trace of covariance", color=MUTED)
     axes.yaxis.set_label_coords(-48 / (WIDTH - 76), 0.5)

@@ -304,8 +304,8 @@ def _reason(outcome: Tree) -> str:
     found = outcome.get("problems")
     problems = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
     texts = [f"{entry.get('where', '')}: {reason_of(str(entry.get('code', '')))}".lstrip(": ") for entry in problems]
-    more = f"and {len(texts) - REASONS} more" if len(texts) > REASONS else ""
-    return "; ".join([*texts[:REASONS], more] if more else texts) or reason_of(str(outcome.get("error") or ""))
+    more = [f"And {len(texts) - REASONS} more."] if len(texts) > REASONS else []
+    return " ".join([*texts[:REASONS], *more]) or reason_of(str(outcome.get("error") or ""))
 
 
 def _seconds(outcome: Tree, events: Sequence[Tree]) -> float:

@@ -30,12 +30,31 @@ MACROS = """
 <img src="{{ d.light }}" alt="{{ d.alt }}" width="{{ d.width }}" height="{{ d.height }}"></picture>
 {% endmacro %}
 {% macro panel_class(number) %}panels{{ " single" if number == 1 else " pairs" if number in (2, 4) else "" }}{% endmacro %}
+{% macro difference_table(metrics) %}
+<table class="stacked" role="table"><caption>Mean paired difference with bootstrap 95 % interval over cases.</caption>
+<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Hospital</th><th scope="col" role="columnheader">Difference</th>
+<th scope="col" role="columnheader">95 % interval</th><th scope="col" role="columnheader">Around zero</th>
+<th scope="col" role="columnheader">Cases</th><th scope="col" role="columnheader">Each seed</th>
+<th scope="col" role="columnheader">In words</th></tr></thead>
+{% for title, rows in metrics %}
+<tbody role="rowgroup"><tr class="group" role="row"><th scope="rowgroup" role="rowheader" colspan="7">{{ title }}</th></tr>
+{% for row in rows %}
+<tr role="row"><th scope="row" role="rowheader">{{ row.site }}</th>
+<td role="cell" data-label="Difference"><div class="value">{{ row.mean }}</div></td>
+<td role="cell" data-label="95 % interval"><div class="value">{{ row.interval }}</div></td>
+<td role="cell" data-label="Around zero"><div>{{ row.bar }}</div></td>
+<td role="cell" data-label="Cases"><div>{{ row.cases }}</div></td>
+<td role="cell" data-label="Each seed" class="seeds"><div>{{ row.seeds }}</div></td>
+<td role="cell" data-label="In words"><div>{% if row.excludes %}<b>{{ row.sentence }}</b>{% else %}{{ row.sentence }}{% endif %}</div></td></tr>
+{% endfor %}</tbody>
+{% endfor %}</table>
+{% endmacro %}
 {% macro method_key() %}{% for method in methods %}<li>{{ swatch(loop.index0) }}{{ method }}</li>{% endfor %}{% endmacro %}
 """  # noqa: E501 - markup
 
 HEAD = """
 <header>
-<p class="eyebrow">fedsgcg report{% if dates %} · {{ dates[-1][1] }}{% endif %}</p>
+<p class="eyebrow">fedsgcg report{% if dates %} · {{ dates[-1][1]|string|replace("T", " ")|truncate(16, true, "", 0) }}{% endif %}</p>
 <h1>{{ title }}: how well does the model work at a hospital that took no part?</h1>
 <p class="headline">{{ headline }}</p>
 <div class="banner {{ status }}" role="status">
@@ -71,7 +90,7 @@ RESULTS = """
 {% if not results %}<p class="about">No result yet.</p>{% endif %}
 {% for table in results %}
 {% if results|length > 1 %}<h3>{{ table.structure }}</h3>{% endif %}
-<table class="stacked" role="table">
+<div class="wide"><table class="stacked{{ " dense" if table.dense }}" role="table">
 <caption>{{ table.structure }}: mean ± standard deviation; below it the bootstrap 95 % interval. A case is first averaged over
 seeds, then cases are drawn anew within each hospital (2000 times). The standard deviation is over cases, in the average
 column over hospitals. “best” marks the best mean of a column; whether it is a proven difference is told below.</caption>
@@ -88,13 +107,15 @@ column over hospitals. “best” marks the best mean of a column; whether it is
 {% for cell in row.cells %}
 {% if cell.missing is defined %}<td role="cell" class="missing" data-label="{{ table.columns[loop.index0].title }}"><div>missing</div></td>
 {% else %}<td role="cell"{% if cell.best %} class="best"{% endif %} data-label="{{ table.columns[loop.index0].title }}"><div>
-<span class="value">{{ cell.value }}</span>{% if cell.best %}<span class="tag">best</span>{% endif %}
-<small>{{ cell.interval }}</small>{% for note in cell.notes %}<small>{{ note }}</small>{% endfor %}</div></td>
+<span class="value">{{ cell.value }}{% if cell.sd and not table.dense %} {{ cell.sd }}{% endif %}</span>
+{% if cell.best %}<span class="tag">best</span>{% endif %}
+{% if cell.sd and table.dense %}<small>{{ cell.sd }}</small>{% endif %}
+{% if cell.interval != "–" %}<small>{{ cell.interval }}</small>{% endif %}{% for note in cell.notes %}<small>{{ note }}</small>{% endfor %}</div></td>
 {% endif %}
 {% endfor %}</tr>
 {% endfor %}</tbody>
 {% endfor %}
-</table>
+</table></div>
 {% endfor %}
 {% if notes %}<ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
 {% if others %}
@@ -116,23 +137,8 @@ interval around zero. Several differences are looked at, without correction for 
 the main one.</p>
 {% for table in differences %}
 <h3>{{ table.method }} minus {{ table.reference }}, {{ table.structure }}</h3>
-<table class="stacked" role="table"><caption>Mean paired difference with bootstrap 95 % interval over cases.</caption>
-<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Hospital</th><th scope="col" role="columnheader">Difference</th>
-<th scope="col" role="columnheader">95 % interval</th><th scope="col" role="columnheader">Around zero</th>
-<th scope="col" role="columnheader">Cases</th><th scope="col" role="columnheader">Each seed</th>
-<th scope="col" role="columnheader">In words</th></tr></thead>
-{% for title, rows in table.metrics.items() %}
-<tbody role="rowgroup"><tr class="group" role="row"><th scope="rowgroup" role="rowheader" colspan="7">{{ title }}</th></tr>
-{% for row in rows %}
-<tr role="row"><th scope="row" role="rowheader">{{ row.site }}</th>
-<td role="cell" data-label="Difference"><div class="value">{{ row.mean }}</div></td>
-<td role="cell" data-label="95 % interval"><div class="value">{{ row.interval }}</div></td>
-<td role="cell" data-label="Around zero"><div>{{ row.bar }}</div></td>
-<td role="cell" data-label="Cases"><div>{{ row.cases }}</div></td>
-<td role="cell" data-label="Each seed"><div>{{ row.seeds }}</div></td>
-<td role="cell" data-label="In words"><div>{% if row.excludes %}<b>{{ row.sentence }}</b>{% else %}{{ row.sentence }}{% endif %}</div></td></tr>
-{% endfor %}</tbody>
-{% endfor %}</table>
+{{ difference_table((table.metrics|list)[:1]) }}
+<details><summary>Surface distances (negative: {{ table.method }} is closer)</summary>{{ difference_table((table.metrics|list)[1:]) }}</details>
 {% endfor %}
 </section>
 {% endif %}
@@ -159,8 +165,8 @@ bar is the median, thin lines join the same case.</p>
 <p class="about">Mean over the training hospitals (each counts the same) and over seeds; the band reaches from the lowest to the highest
 seed. The supervised part of the loss is comparable between methods. Validation Dice is measured by the training hospitals on their own
 validation cases, slice by slice, and belongs to the model of that round.</p>
-<ul class="key">{{ method_key() }}<li>{{ sample("6 3", 1.4) }}whole loss, where it has a second part</li>
-<li>{{ sample("1.5 3", 1.6) }}held-out Dice, where it was followed (chooses nothing)</li></ul>
+<ul class="key">{{ method_key() }}{% if training_keys.whole %}<li>{{ sample("6 3", 1.4) }}whole loss, where it has a second part</li>{% endif %}
+{% if training_keys.heldout %}<li>{{ sample("1.5 3", 1.6) }}held-out Dice, followed only (it chooses nothing)</li>{% endif %}</ul>
 <div class="{{ panel_class(training|length) }}">
 {% for panel in training %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>
 {% endfor %}</div>
@@ -186,16 +192,15 @@ when all features shrink, so the share matters more than the height.</p>
 <section aria-labelledby="overlays">
 <h2 id="overlays">Worst, median and best case</h2>
 {% if overlays %}
-<p class="about">These are images of patients. They are here because the hospitals' own folders lie on the machine that made this page; treat
+<p class="about">These are the hospitals' own images: patients, unless the data are synthetic. They are here because the hospitals' own folders lie on the machine that made this page; treat
 the page as you treat the images. Shown is the slice with the largest true area, cropped around the structure; the Dice is that of the whole
 case, mean over structures. Cases are named by alias.</p>
 <ul class="key"><li><svg class="swatch overlay-key" aria-hidden="true" viewBox="0 0 30 14"><line x1="3" y1="7" x2="27" y2="7" stroke="#f0e442"
  stroke-width="2"/></svg>truth, solid</li><li><svg class="swatch overlay-key" aria-hidden="true" viewBox="0 0 30 14"><line x1="3" y1="7" x2="27"
  y2="7" stroke="#56b4e9" stroke-width="2.4" stroke-dasharray="6 4"/></svg>prediction, dashed</li></ul>
 {% for block in overlays %}
-<h3>{{ block.site }}</h3>
-<p class="about">Ranked by the Dice of {{ block.chosen_by }}, seed {{ block.seed }}.</p>
-<div class="cases">
+<h3>{{ block.site }} <small class="aside">ranked by the Dice of {{ block.chosen_by }}, seed {{ block.seed }}</small></h3>
+<div class="cases{{ " across" if methods|length > 2 }}" style="--methods: {{ [methods|length, 5]|min }}">
 {% for case in block.cases %}
 <div class="case"><h4>{{ case.rank|capitalize }}<small>case {{ case.case }}, slice {{ case.z }}</small></h4><div class="images">
 {% for image in case.images %}<figure>
@@ -218,12 +223,12 @@ TAIL = """
 <p class="about">
 {% if departures[0].source == "ledger" %}From each hospital's own ledger, which is written before a message leaves; over all runs of a method.
 {% else %}No ledger lies on this machine, so these are the bytes that reached the coordinator; over all runs of a method.{% endif %}
-No image, no mask and no name of a patient is among the parts.</p>
+The columns are all the parts that the messages had.</p>
 <div class="wide" tabindex="0"><table><caption>Bytes sent, by part of the message (1 kB = 1000 bytes). A message of a run that
 was started twice counts twice.</caption>
 <thead><tr><th scope="col">Method</th><th scope="col">Hospital</th><th scope="col">Messages</th><th scope="col">Training rounds</th>
 {% for part in departure_parts %}<th scope="col">{{ part }}</th>{% endfor %}
-<th scope="col">All</th><th scope="col">All, a training round</th>
+<th scope="col">All</th><th scope="col">All, per training round</th>
 {% if departures[0].source == "ledger" %}<th scope="col">Classes withheld</th>{% endif %}</tr></thead><tbody>
 {% for row in departures %}<tr><th scope="row">{{ row.method }}</th><td>{{ row.site }}</td><td>{{ row.messages }}</td><td>{{ row.rounds }}</td>
 {% for part in row.parts %}<td class="value">{{ part }}</td>{% endfor %}<td class="value">{{ row.total }}</td>

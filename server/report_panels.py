@@ -64,7 +64,11 @@ def training_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Sectio
         ]
         alt = f"Supervised loss and source-validation Dice by round, {title}: {'; '.join(ends)}."
         drawing = curve_panel(upper[fold], lower[fold], ("supervised loss", "validation Dice"), spans, alt)
-        panels.append({"title": title, "detail": "", "drawing": drawing})
+        marks = {
+            "whole": any(line.dash == "--" for line in upper[fold]),
+            "heldout": any(line.dash == ":" for line in lower[fold]),
+        }
+        panels.append({"title": title, "detail": "", "drawing": drawing, "marks": marks})
     return panels
 
 

@@ -16,6 +16,7 @@ from server.report_tables import AVERAGE, METRICS, Difference, Interval, Row, be
 from server.report_text import DECIMALS, TITLES, Summary, count_of, show, show_bytes, show_interval, show_seconds
 
 Section = dict[str, Any]
+DENSE_ABOVE = 5  # columns; then mean and standard deviation stand on two lines
 MEANING = {
     "dice": "overlap, higher is better",
     "asd": "mean distance, prediction to truth, lower is better",
@@ -39,6 +40,7 @@ def result_tables(summary: Sequence[Summary], study: StudyFiles, structures: Seq
         tables.append(
             {
                 "structure": structure,
+                "dense": len(columns) > DENSE_ABOVE,
                 "columns": [_column(site, [row for key, row in found.items() if key[1] == site]) for site in columns],
                 "metrics": [
                     {
@@ -67,10 +69,11 @@ def _metric_rows(
     found: Mapping[tuple[str, str], Summary],
     wanted: tuple[int, int],
 ) -> list[Section]:
-    best = {}
+    best: dict[str, set[str]] = {}
     for site in columns:
         rows = [found[method, site] for method in methods if (method, site) in found]
-        best[site] = best_methods([row for row in rows if site != AVERAGE or row["hospitals"] == wanted[1]], metric)
+        comparable = site != AVERAGE or all(row["hospitals"] == wanted[1] for row in rows)
+        best[site] = best_methods(rows, metric) if comparable else set()
     return [
         {
             "method": method,
@@ -94,9 +97,9 @@ def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int
         notes.append(f"{row['hospitals']} of {hospitals} hospitals")
     if len(row["seeds"]) < seeds:
         notes.append(f"{len(row['seeds'])} of {seeds} seeds")
-    spread = f" ± {show(sd, places)}" if math.isfinite(sd) else ""
     return {
-        "value": show(mean, places) + spread,
+        "value": show(mean, places),
+        "sd": f"± {show(sd, places)}" if math.isfinite(sd) else "",
         "interval": show_interval(Interval(mean, low, high), places),
         "notes": notes,
         "best": best,
@@ -127,7 +130,7 @@ def difference_tables(differences: Sequence[Difference]) -> list[Section]:
                 "excludes": entry.interval.excludes_zero,
             }
         )
-    return list(tables.values())
+    return [table | {"metrics": list(table["metrics"].items())} for table in tables.values()]
 
 
 def case_means(rows: Sequence[Row]) -> list[Section]:

@@ -36,8 +36,10 @@ nav a { text-decoration: none; } nav a:hover { text-decoration: underline; }
 .banner.failed { background: var(--bad-ground); border-color: var(--bad); } .banner.failed strong { color: var(--bad); }
 .banner ul { margin-top: 8px; padding-left: 20px; font-size: 15px; }
 .protocol { margin-top: 16px; padding: 22px 26px; background: var(--panel); border-radius: 10px; font-size: 15px;
-  display: grid; grid-template-columns: 1fr 1fr; gap: 18px 40px; }
+  columns: 2; column-gap: 44px; }
+.protocol div { break-inside: avoid; padding-bottom: 16px; } .protocol div:last-child { padding-bottom: 0; }
 .protocol dt { font-weight: 650; font-size: 14px; } .protocol dd { color: var(--muted); overflow-wrap: anywhere; }
+.stacked { margin-top: 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); font-size: 14px; padding-bottom: 10px; max-width: 90ch; }
 th, td { text-align: left; padding: 7px 14px 7px 0; vertical-align: top; border-bottom: 1px solid var(--rule); }
@@ -49,9 +51,12 @@ tr.group small { display: inline; margin-left: 8px; }
 td.missing { color: var(--muted); font-style: italic; }
 td.best .value { font-weight: 700; }
 .value { white-space: nowrap; }
+.seeds { min-width: 178px; }
+.aside { font-weight: 400; font-size: 14px; color: var(--muted); margin-left: 8px; }
 .tag { font-size: 11px; font-weight: 600; letter-spacing: 0.02em; border: 1px solid currentColor; border-radius: 4px;
   padding: 0 4px; margin-left: 6px; vertical-align: 1px; color: var(--good); white-space: nowrap; }
-.wide { overflow-x: auto; } .wide table { min-width: 640px; }
+.wide { overflow-x: auto; margin-top: 14px; } .wide table { min-width: 640px; } .wide table.stacked { min-width: 0; margin-top: 0; }
+.dense th { overflow-wrap: anywhere; } .dense th, .dense td { padding-right: 10px; }
 .num { text-align: right; }
 td.status-failed, td.status-interrupted, td.status-missing { color: var(--bad); } td.status-degraded { color: var(--warn); }
 .notes { margin-top: 14px; font-size: 14px; padding-left: 18px; }
@@ -61,8 +66,8 @@ td.status-failed, td.status-interrupted, td.status-missing { color: var(--bad); 
 .swatch.small { width: 14px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); gap: 26px 34px;
   margin-top: 14px; }
-.panels.pairs { grid-template-columns: repeat(2, minmax(0, 480px)); }
-.panels.single { grid-template-columns: minmax(0, 560px); }
+.panels.pairs { grid-template-columns: repeat(2, minmax(0, 480px)); gap: 26px 60px; }
+.panels.single { grid-template-columns: minmax(0, 480px); }
 .panels figcaption, .case figcaption { font-size: 14px; color: var(--muted); }
 .panels figcaption b { color: var(--ink); font-weight: 650; }
 .panels img { display: block; width: 100%; height: auto; }
@@ -70,9 +75,12 @@ td.status-failed, td.status-interrupted, td.status-missing { color: var(--bad); 
 .cases { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 28px; margin-top: 12px; }
 .case h4 small { font-weight: 400; color: var(--muted); font-size: 13px; display: block; }
 .case .images { display: grid; gap: 14px; margin-top: 8px; }
+.cases.across { grid-template-columns: 1fr; }
+.cases.across .images { grid-template-columns: repeat(var(--methods), minmax(0, 1fr)); }
+.case figcaption { margin-top: 4px; }
 .overlay { display: block; width: 100%; height: auto; border-radius: 6px; background: #000; }
 .overlay path { fill: none; stroke-linejoin: round; }
-.overlay .halo { stroke: #000; stroke-opacity: 0.55; stroke-width: 4.2; }
+.overlay .halo { stroke: #000; stroke-opacity: 0.4; stroke-width: 4; }
 .overlay .truth { stroke: #f0e442; stroke-width: 2; } .overlay .prediction { stroke: #56b4e9; stroke-width: 2.4; stroke-dasharray: 7 5; }
 .overlay-key { background: #3a3f45; border-radius: 4px; }
 .absent { border: 1px dashed var(--rule); border-radius: 6px; aspect-ratio: 1; display: grid; place-items: center;
@@ -86,9 +94,10 @@ pre { background: var(--panel); border-radius: 8px; padding: 14px 18px; overflow
 .hash { overflow-wrap: anywhere; font-size: 12.5px; }
 @media (max-width: 760px) {
   main { padding: 28px 18px 64px; } h1 { font-size: 25px; } h2 { margin-top: 52px; } .headline { font-size: 18px; }
-  .protocol { grid-template-columns: 1fr; padding: 18px; }
+  .protocol { columns: 1; padding: 18px; }
+  .key li { white-space: normal; }
   .panels.pairs, .panels.single { grid-template-columns: 1fr; }
-  .cases { grid-template-columns: 1fr; } .case .images { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .cases { grid-template-columns: 1fr; } .case .images, .cases.across .images { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   table.stacked, .stacked tbody, .stacked tr, .stacked td, .stacked th, .stacked caption { display: block; }
   .stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .stacked tr { border-bottom: 1px solid var(--rule); padding: 10px 0; }

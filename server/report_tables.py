@@ -82,16 +82,14 @@ class Difference:
     @property
     def sentence(self) -> str:
         """What the interval allows to say, in plain words."""
-        value, name = self.interval, "Dice" if self.metric == "dice" else self.metric.upper()
         if not self.cases:
-            return "No case in common."
-        if math.isnan(value.low):
-            return "One case in common: no interval."
-        if not value.excludes_zero:
-            return "No difference shown: the interval includes zero."
-        better = (value.mean > 0) == (self.metric == "dice")
-        word = ("higher" if value.mean > 0 else "lower") + (" (better)" if better else " (worse)")
-        return f"{name} is {word} with {self.method}: the interval excludes zero."
+            return "no case in common"
+        if math.isnan(self.interval.low):
+            return "one case in common: no interval"
+        if not self.interval.excludes_zero:
+            return "no difference shown: interval includes zero"
+        better = (self.interval.mean > 0) == (self.metric == "dice")
+        return f"{self.method} is {'better' if better else 'worse'}: interval excludes zero"
 
 
 def bootstrap_interval(
@@ -317,10 +315,10 @@ def _means(items: Mapping[Any, tuple[Any, float]]) -> dict[Any, float]:
 
 
 def best_methods(rows: Sequence[Mapping[str, Any]], metric: str) -> set[str]:
-    """Methods with the best mean among the summary rows of one column; none unless two can be compared."""
+    """Methods with the best mean among the summary rows of one column; none where all are the same."""
     means = {row["method"]: float(row[f"{metric}_mean"]) for row in rows}
     known = {name: value for name, value in means.items() if math.isfinite(value)}
-    if len(known) < 2:
+    if len(set(known.values())) < 2:
         return set()
     target = max(known.values()) if metric == "dice" else min(known.values())
     return {name for name, value in known.items() if value == target}

@@ -28,7 +28,8 @@ def show(value: float, decimals: int, *, sign: bool = False) -> str:
     """Write a number with a real minus sign; a dash for one that is not known."""
     if not math.isfinite(value):
         return DASH
-    return f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
+    rounded = round(value, decimals) + 0.0  # no minus before a zero
+    return f"{rounded:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
 
 
 def show_interval(interval: Interval, decimals: int, *, sign: bool = False) -> str:
@@ -75,8 +76,15 @@ def focus_method(methods: Sequence[str]) -> str:
     return "sgcg" if "sgcg" in methods else methods[-1] if methods else ""
 
 
-def headline(summary: Sequence[Summary], differences: Sequence[Difference], structure: str) -> str:
-    """Say the main result in one or two sentences: Dice of the main structure at hospitals that took no part."""
+def headline(summary: Sequence[Summary], differences: Sequence[Difference], structure: str, hospitals: int = 0) -> str:
+    """Say the main result in one or two sentences: Dice of the main structure at hospitals that took no part.
+
+    Args:
+        summary: Rows of `summary_rows`.
+        differences: Every method against the reference.
+        structure: The main structure.
+        hospitals: Held-out hospitals that the study asked for; an average over fewer says so.
+    """
     rows = [row for row in summary if row["structure"] == structure]
     methods = methods_of(rows)
     if not rows:
@@ -87,7 +95,8 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
     if focus not in chosen:
         focus = next(iter(chosen))
     row = chosen[focus]
-    place = f"On average over {row['hospitals']} hospitals" if site == AVERAGE else f"At {site}, a hospital"
+    among = f"{row['hospitals']} of {hospitals}" if row["hospitals"] < hospitals else row["hospitals"]
+    place = f"On average over {among} hospitals" if site == AVERAGE else f"At {site}, a hospital"
     place += " that took no part in training"
     if not any(row["heldout"] not in ("", AVERAGE) for row in rows):
         place = "No hospital was held out. On the hospitals' own validation cases"
@@ -189,7 +198,7 @@ def _training(study: StudyFiles, tree: Mapping[str, Any]) -> list[str]:
     lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
     lines.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {join_words(seeds)}")
     if federation:
-        lines.append(f"{federation.get('rounds')} rounds, weighted by {federation.get('weighting')}")
+        lines.append(f"{federation.get('rounds')} rounds, hospitals weighted by {federation.get('weighting')}")
     if network:
         lines.append(
             f"{network.get('name')}, base width {network.get('base_width')}, {network.get('norm')} normalisation"
@@ -205,7 +214,8 @@ def _training(study: StudyFiles, tree: Mapping[str, Any]) -> list[str]:
 
 def _structures(tree: Mapping[str, Any]) -> list[str]:
     parts = _part(_part(tree, "data"), "structures")
-    return [f"{name} = {' + '.join(map(str, classes))}" for name, classes in parts.items() if isinstance(classes, list)]
+    named = {str(name): [str(part) for part in classes] for name, classes in parts.items() if isinstance(classes, list)}
+    return [name if classes == [name] else f"{name} = {' + '.join(classes)}" for name, classes in named.items()]
 
 
 def _metrics(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -243,7 +253,7 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
     if short:
         notes.append(f"Some seeds are missing at {join_words(short)}; the table says how many each number has.")
     if any(row["site"] == AVERAGE and row["hospitals"] < hospitals for row in summary):
-        notes.append(f"An average over fewer than {hospitals} hospitals is marked and never called best.")
+        notes.append(f"An average over fewer than {hospitals} hospitals is marked, and no average is called best.")
     both = sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows)
     if both:
         notes.append(

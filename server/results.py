@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save
 
-from common.errors import Problem, fail
+from common.errors import FedsgcgError, Problem, fail
 from common.payload import CASES_SCHEMA, Identity, Weights, decode_cases, encode_statistics
 from common.plan import Plan
 from common.statistics import ClassStatistics
@@ -88,11 +88,16 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
     Raises:
         FedsgcgError: PAY-106 or PAY-107 for bytes, structures or Dice values that cannot be.
     """
-    rows = decode_cases(data)
+    try:
+        rows = decode_cases(data)
+    except Exception as error:  # as in `server.exchange`: hostile bytes; and what was found may quote the site's text
+        raise fail(error.code if isinstance(error, FedsgcgError) else "PAY-106", where=site) from error
     for row in rows:
         if row["structure"] not in plan.data.structures or not row["case"]:
-            found = f"structure {str(row['structure'])[:60]!r}"
-            raise fail("PAY-106", where=site, found=found, expected=" | ".join(plan.data.structures))
+            expected = f"an alias and one of {', '.join(plan.data.structures)}"
+            raise fail(
+                "PAY-106", where=site, found="a case without alias or of an unknown structure", expected=expected
+            )
         if row["dice"] is None or not 0.0 <= row["dice"] <= 1.0:
             raise fail("PAY-106", where=site, found=f"Dice {row['dice']!r}", expected="a number in [0, 1]")
     return [{"site": site, **row} for row in rows]

@@ -35,7 +35,9 @@ def hospitals(root: Path, cases: int = 4) -> Path:
 
 def tree_of(root: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     """Resolved settings of a federation on `root` whose run and cache lie below `folder`."""
-    return compose([f"data.root={root}", f"output={folder / 'run'}", f"site.cache={folder / 'cache'}", *SMALL, *overrides])
+    return compose(
+        [f"data.root={root}", f"output={folder / 'run'}", f"site.cache={folder / 'cache'}", *SMALL, *overrides]
+    )
 
 
 def plan_of(root: Path, folder: Path, *overrides: str) -> Plan:
@@ -54,7 +56,9 @@ def identity(plan: Plan, round_number: int = 1) -> Identity:
     return Identity(plan.run, plan.heldout, round_number, plan.digest())
 
 
-def ask(tree: Mapping[str, Any] | None, kind: str, records: RecordDict, node: Mapping[str, Any], run: Any = None) -> RecordDict:
+def ask(
+    tree: Mapping[str, Any] | None, kind: str, records: RecordDict, node: Mapping[str, Any], run: Any = None
+) -> RecordDict:
     """Give one message to the app, as Flower does, and return what leaves."""
     metadata = Metadata(
         run_id=1,

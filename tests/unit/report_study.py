@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,25 +13,12 @@ import yaml
 
 from clients import ledger
 from clients.pictures import Picture, bit_mask, write_pictures
-from common.payload import CASES_SCHEMA
+from server.results import RESULTS_SCHEMA, ROUNDS_SCHEMA
 
 SITES = ("BIDMC", "HK", "RUNMC", "UCL")
 STRUCTURES = {"prostate": ["prostate"]}
 NESTED = {"cord": ["white_matter", "grey_matter"], "grey_matter": ["grey_matter"]}
 ROUNDS = 20
-KEYS = [pa.field("method", pa.string()), pa.field("heldout", pa.string()), pa.field("seed", pa.int64())]
-RESULTS_SCHEMA = pa.schema([*KEYS, pa.field("site", pa.string()), *CASES_SCHEMA])
-ROUNDS_SCHEMA = pa.schema(
-    [
-        *KEYS,
-        ("round", pa.int32()),
-        ("phase", pa.string()),
-        ("site", pa.string()),
-        ("cls", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-    ]
-)
 
 
 def write_study(
@@ -49,7 +37,7 @@ def write_study(
     record = {
         "created": "2026-01-05T09:00:00+00:00",
         "updated": "2026-01-05T11:30:00+00:00",
-        "command": f"fedsgcg study data=made-up method={','.join(methods)} heldout=all seed={','.join(map(str, seeds))}",
+        "command": f"fedsgcg study data=made-up method={','.join(methods)} heldout=all",
         "methods": sorted(methods),
         "heldout": sorted(sites),
         "seeds": sorted(seeds),
@@ -112,10 +100,10 @@ def write_cell(folder, key, sites, structures, cases=12, pictures=True, status="
 
 def result_rows(key, structures, cases):
     method, heldout, seed = key
-    rng = np.random.default_rng([abs(hash_of(heldout)), 1])
+    rng = np.random.default_rng([hash_of(heldout), 1])
     level = 0.74 + 0.12 * rng.random()
     hard = rng.normal(0, 0.05, cases)
-    noise = np.random.default_rng([abs(hash_of(method + heldout)), seed])
+    noise = np.random.default_rng([hash_of(method + heldout), seed])
     rows = []
     for case in range(cases):
         for depth, structure in enumerate(structures):
@@ -150,7 +138,7 @@ def result_rows(key, structures, cases):
 
 def round_rows(key, training):
     method, heldout, seed = key
-    rng = np.random.default_rng([abs(hash_of(method + heldout)), seed, 7])
+    rng = np.random.default_rng([hash_of(method + heldout), seed, 7])
     rows = []
 
     def add(number, phase, site, metric, value, cls=""):
@@ -212,7 +200,7 @@ def write_discs(path, key, structures, cases, size=128):
     for row in result_rows(key, structures, cases):
         dice.setdefault(row["case"], []).append(row["dice"])
     for case, values in dice.items():
-        rng = np.random.default_rng(abs(hash_of(case)))
+        rng = np.random.default_rng(hash_of(case))
         y, x, radius = rng.uniform(50, 78), rng.uniform(50, 78), rng.uniform(16, 27)
         ripple = 1 + 0.12 * np.sin(3 * np.arctan2(rows - y, columns - x) + rng.uniform(0, 6))
         distance = np.hypot(rows - y, (columns - x) / 1.25) / ripple
@@ -241,7 +229,7 @@ def write_discs(path, key, structures, cases, size=128):
 
 def hash_of(text: str) -> int:
     """A number that is the same in every process."""
-    return int.from_bytes(text.encode()[-8:].rjust(8, b"\0"), "big") % 4_000_000_007
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
 
 
 def _settings(method, sites, structures):
@@ -266,8 +254,8 @@ def _protocol(heldout, training):
         "trained": training,
         "heldout": heldout,
         "observers": [],
-        "splits": "by patient; 20% of a training site's patients are source validation; every case of the held-out site is its "
-        "test set unless the manifest says otherwise",
+        "splits": "by patient; 20% of a training site's patients are source validation; every case of the held-out "
+        "site is its test set unless the manifest says otherwise",
         "selection": "the model of the last round",
         "selected_round": ROUNDS,
         "rounds": ROUNDS,

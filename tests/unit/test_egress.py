@@ -30,7 +30,12 @@ def statistics(*counts: float) -> ClassStatistics:
 
 def line(folder: Path, number: int, size: int = 5) -> None:
     ledger.append(
-        folder / LEDGER, round_number=number, kind="train", parts={"weights": size}, withheld=[], sha256=f"{number:064d}"
+        folder / LEDGER,
+        round_number=number,
+        kind="train",
+        parts={"weights": size},
+        withheld=[],
+        sha256=f"{number:064d}",
     )
 
 
@@ -99,7 +104,15 @@ def test_every_part_of_a_payload_is_in_its_digest():
     weights = Weights((("w", (2,)),), np.array([1.0, 2.0], np.float32))
     base = Reply(IDENTITY, "North", weights, statistics(100), {"loss": 1.0}, b"rows", {"a": 1})
     changed = [
-        Reply(IDENTITY, "North", Weights(weights.layout, weights.values + 1), base.statistics, base.metrics, b"rows", {"a": 1}),
+        Reply(
+            IDENTITY,
+            "North",
+            Weights(weights.layout, weights.values + 1),
+            base.statistics,
+            base.metrics,
+            b"rows",
+            {"a": 1},
+        ),
         Reply(IDENTITY, "North", weights, statistics(101), base.metrics, b"rows", {"a": 1}),
         Reply(IDENTITY, "North", weights, base.statistics, {"loss": 2.0}, b"rows", {"a": 1}),
         Reply(IDENTITY, "North", weights, base.statistics, base.metrics, b"row2", {"a": 1}),
@@ -147,6 +160,19 @@ def test_any_changed_byte_removed_or_swapped_line_is_found(tmp_path_factory, dat
     with pytest.raises(FedsgcgError) as caught:
         ledger.verify(path)
     assert caught.value.code == "SITE-501"
+
+
+def test_a_forged_line_with_a_seal_of_its_own_breaks_the_next_one(tmp_path):
+    for number in range(3):
+        line(tmp_path, number)
+    path = tmp_path / LEDGER
+    entries = [json.loads(text) for text in path.read_text().splitlines()]
+    entries[1]["parts"] = {"weights": 1}
+    entries[1]["hash"] = ledger.seal(entries[1])
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(FedsgcgError) as caught:
+        ledger.verify(path)
+    assert "line 2" in caught.value.problems[0].found
 
 
 def test_a_line_that_a_crash_cut_off_is_dropped_because_its_message_never_left(tmp_path):

@@ -62,7 +62,9 @@ def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_
     array[place] = 9
     volume = read_volume(save(tmp_path / "a.nii.gz", array, affine))
     where = np.argwhere(volume.array == 9)
-    assert where.tolist() == [[volume.array.shape[0] - 1, 0, 0]], "superior = last slice, anterior = first row, right = first column"
+    assert where.tolist() == [[volume.array.shape[0] - 1, 0, 0]], (
+        "superior = last slice, anterior = first row, right = first column"
+    )
     axis_of = {world: axis for axis, code in enumerate(codes) for world in (code,)}
     expected = [next(sizes[axis_of[c]] for c in pair if c in axis_of) for pair in ("SI", "AP", "LR")]
     assert volume.spacing == pytest.approx(tuple(expected))
@@ -99,6 +101,7 @@ def test_equal_volumes_are_written_as_equal_bytes(tmp_path):
     for name in ("a", "b"):
         write_volume(tmp_path / f"{name}.nii.gz", np.ones((2, 3, 4), np.int16), np.diag([-1.0, -1, 1, 1]))
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes()[4:8] == bytes(4), "no time stamp"
 
 
 # voxels

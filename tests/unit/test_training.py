@@ -189,7 +189,10 @@ def test_sigmoid_loss_by_hand_with_nested_structures():
 def test_a_batch_of_ignored_pixels_has_a_finite_loss_and_no_gradient():
     logits = torch.randn(2, 2, 4, 4, requires_grad=True)
     labels = torch.full((2, 4, 4), 255)
-    for value in (supervised.softmax_loss(logits, labels), supervised.sigmoid_loss(logits, labels, {"a": [1], "b": [1]})):
+    for value in (
+        supervised.softmax_loss(logits, labels),
+        supervised.sigmoid_loss(logits, labels, {"a": [1], "b": [1]}),
+    ):
         (gradient,) = torch.autograd.grad(value, logits)
         assert torch.isfinite(value)
         assert gradient.abs().max() == 0
@@ -213,7 +216,12 @@ def test_the_method_uses_all_pixels_as_its_settings_say(hospital, balance):
     labels[0, 0, 0] = 255
     total, parts = METHODS["sgcg"](logits, maps, labels, guidance, plan)
     each = sgcg_loss(
-        pixel_features(maps, True), labels.reshape(-1), guidance.mean, guidance.covariance, temperature=0.5, reduction="none"
+        pixel_features(maps, True),
+        labels.reshape(-1),
+        guidance.mean,
+        guidance.covariance,
+        temperature=0.5,
+        reduction="none",
     )
     flat = labels.reshape(-1)
     means = [each[flat == index].mean() for index in (0, 1)]

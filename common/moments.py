@@ -1,0 +1,183 @@
+"""Class moments of a batch on its own device, and label maps at the size of a feature map (methods.md 1.2, 1.4, 1.9).
+
+`common.statistics` pools what is counted here, in NumPy; this module is the part that runs where the features are.
+
+Legend: K classes incl. background, A feature channels, N pixels, B batch, H, W height and width, f reduction factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS: Final = 1 << 19
+"""Numbers of a block (2 MiB of float32) summed in the features' precision before it is added up in float64."""
+
+SHIFT_ROWS: Final = 256
+"""Rows of a class whose mean serves as the class's shift."""
+
+MASK_ELEMENTS: Final = 1 << 23
+"""Numbers of a chunk of features held in float64 on a GPU (64 MiB)."""
+
+
+def class_moments(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute count, mean and scatter of every class of a batch, without gradient (methods.md 1.2 and 1.9).
+
+    On a CPU the rows are visited class by class in blocks, about a shift near the class's mean: products in the
+    features' own precision, sums in float64. On a GPU, two passes of masked float64 products, without a host wait.
+
+    Args:
+        features: (N, A) floats.
+        labels: (N,) integers in [0, K), or `ignore_index`.
+        num_classes: K.
+        ignore_index: Label of pixels to leave out.
+
+    Returns:
+        count (K,) int64, mean (K, A) and scatter (K, A, A) float64, on the device of the features; zero where absent.
+
+    Raises:
+        ValueError: Shapes or types that do not fit; on a CPU also labels out of range and features that are not finite.
+    """
+    check_pixels(features, labels)
+    check_labels(labels, num_classes, ignore_index)
+    rows = features.detach()
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        moments = _moments_by_class if rows.device.type == "cpu" else _moments_by_mask
+        count, mean, scatter = moments(rows, labels, num_classes, ignore_index)
+        scatter = 0.5 * (scatter + scatter.mT)
+    if rows.device.type == "cpu" and not bool(torch.isfinite(scatter).all()):
+        check_finite(features=features)
+    return count, mean, scatter
+
+
+def reduce_labels(
+    labels: Tensor, factor: int, num_classes: int, majority: float = 0.75, ignore_index: int = 255
+) -> Tensor:
+    """Bring a label map to the size of a feature map that is `factor` times smaller (methods.md 1.4).
+
+    Args:
+        labels: (B, H, W) integers in [0, K), or `ignore_index`; H and W multiples of `factor`.
+        factor: Side of the square of pixels that becomes one.
+        num_classes: K.
+        majority: Share that the most frequent label must reach; "ignore" counts as a label of its own.
+        ignore_index: Label of pixels to ignore, and of squares without a majority.
+
+    Returns:
+        (B, H / factor, W / factor) of the same type.
+
+    Raises:
+        ValueError: A map whose sides are not multiples of `factor`, a majority outside [0, 1], labels out of range.
+    """
+    if labels.ndim != 3 or factor < 1 or labels.shape[1] % factor or labels.shape[2] % factor:
+        raise ValueError(f"labels: found shape {tuple(labels.shape)}, expected (B, H, W), multiples of factor={factor}")
+    if not 0 <= majority <= 1:
+        raise ValueError(f"majority: found {majority}, expected a share in [0, 1]")
+    check_labels(labels, num_classes, ignore_index)
+    B, H, W = labels.shape
+    squares = labels.reshape(B, H // factor, factor, W // factor, factor)
+    ignored = squares == ignore_index
+    most = ignored.sum((2, 4))
+    winner = torch.full_like(most, ignore_index)
+    # One class at a time keeps the memory at one map; of equals the first class wins, as an arg-max over classes would.
+    for k in reversed(range(num_classes)):
+        share = ((squares == k) & ~ignored).sum((2, 4))
+        ahead = share >= most
+        winner = torch.where(ahead, k, winner)
+        most = torch.where(ahead, share, most)
+    return winner.masked_fill_(most < majority * factor**2, ignore_index).to(labels.dtype)
+
+
+def _moments_by_class(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    keys = torch.where(labels == ignore_index, K, labels).to(torch.uint8 if K < 256 else torch.int32)
+    order = torch.argsort(keys, stable=True)  # 8-bit keys take torch's radix sort
+    count = torch.bincount(keys, minlength=K + 1)[:K]
+    mean, scatter = _zeros(rows, K)
+    start = 0
+    for k, size in enumerate(count.tolist()):
+        if size:
+            mean[k], scatter[k] = _shifted_moments(rows, order[start : start + size])
+        start += size
+    return count, mean, scatter
+
+
+def _shifted_moments(rows: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (A,) and scatter (A, A) in float64 of the rows named by `members`, about the mean of the first of them."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    shift = rows[members[:SHIFT_ROWS]].mean(0, dtype=torch.float64).to(dtype)
+    A = shift.shape[0]
+    first, second = shift.new_zeros(A, dtype=torch.float64), shift.new_zeros(A, A, dtype=torch.float64)
+    for block in _blocks(rows, members, dtype):
+        block.sub_(shift)
+        first += block.sum(0)
+        second += block.T @ block
+    offset = first / len(members)
+    return shift + offset, second - len(members) * torch.outer(offset, offset)
+
+
+def _blocks(rows: Tensor, members: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    size = max(1, BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    scratch = rows.new_empty(min(size, len(members)), rows.shape[1])
+    for part in torch.split(members, size):
+        yield torch.index_select(rows, 0, part, out=scratch[: len(part)]).to(dtype)
+
+
+def _moments_by_mask(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    n = max(1, MASK_ELEMENTS // rows.shape[1])
+    members = ((labels[:, None] == torch.arange(K, device=rows.device)) & (labels != ignore_index)[:, None]).double()
+    mean, scatter = _zeros(rows, K)
+    for part, member in zip(torch.split(rows, n), torch.split(members, n), strict=True):
+        mean.addmm_(member.T, part.double())
+    count = members.sum(0)
+    mean /= count.clamp(min=1)[:, None]
+    for part, member in zip(torch.split(rows, n), torch.split(members, n), strict=True):
+        for k in range(K):
+            centred = (part.double() - mean[k]) * member[:, k : k + 1]
+            scatter[k].addmm_(centred.T, centred)
+    return count.long(), mean, scatter
+
+
+def _zeros(rows: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    A = rows.shape[1]
+    return rows.new_zeros(K, A, dtype=torch.float64), rows.new_zeros(K, A, A, dtype=torch.float64)
+
+
+def check_pixels(features: Tensor, labels: Tensor) -> None:
+    """Refuse features that are not (N, A) floats or labels that are not (N,) integers."""
+    check_shape("features", features, (None, None))
+    check_shape("labels", labels, (features.shape[0],))
+    if not features.dtype.is_floating_point:
+        raise ValueError(f"features: found {features.dtype}, expected floats")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise ValueError(f"labels: found {labels.dtype}, expected integers")
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels outside [0, K) that are not `ignore_index`; on a CPU only, a GPU would have to wait."""
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        found = int(labels[wrong][0])
+        raise ValueError(f"labels: found {found}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)")
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Refuse tensors that hold values that are not finite."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{name}: found values that are not finite, shape {tuple(tensor.shape)}, expected finite numbers"
+            )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+    """Refuse a tensor of another shape; None stands for any size."""
+    shape = tuple(tensor.shape)
+    if len(shape) != len(expected) or any(want not in (None, got) for want, got in zip(expected, shape, strict=True)):
+        text = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected ({text})")

@@ -1,0 +1,82 @@
+"""The SgCG loss, forward and backward, beside einsum, the gather of Sigma[y], SePiCo's diagonal and the bare GEMM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.sgcg import sgcg_loss
+from tests.benchmarks import peers
+from tests.benchmarks.harness import at_least, extra_memory, one_thread, paired, ratio, row, show
+
+TEMPERATURE = 0.5
+CASES = ((65536, 32, 3), (65536, 64, 3), (16384, 64, 19), (16384, 256, 3), (4096, 256, 19))
+MAX_GATHER_ELEMENTS = 1 << 28
+PART = "sgcg_loss forward+backward"
+
+
+def inputs(N: int, A: int, K: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit-length post-ReLU features as the network makes them, and positive covariances."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(N, A, generator=generator, dtype=dtype).relu())
+    labels = torch.randint(0, K, (N,), generator=generator)
+    root = torch.randn(K, A, A, generator=generator, dtype=dtype) / A
+    return features, labels, torch.randn(K, A, generator=generator, dtype=dtype) / A**0.5, root @ root.mT
+
+
+def run() -> list[dict[str, Any]]:
+    """Measure every case and return the rows."""
+    with one_thread():
+        return show([line for case in CASES for line in _case(*case)])
+
+
+def _case(N: int, A: int, K: int) -> list[dict[str, Any]]:
+    features, labels, mean, covariance = inputs(N, A, K)
+    leaf = features.clone().requires_grad_()
+    stacked = covariance.permute(1, 0, 2).reshape(A, K * A).contiguous()
+    product = torch.empty(N, K * A)
+
+    def ours() -> Tensor:
+        return _gradient(leaf, sgcg_loss(leaf, labels, mean, covariance, temperature=TEMPERATURE))
+
+    def peer(loss: Any) -> Any:
+        return lambda: _gradient(leaf, loss(leaf, labels, mean, covariance, TEMPERATURE))
+
+    variants = {
+        "ours": ours,
+        "einsum": peer(peers.einsum_loss),
+        "diagonal": peer(peers.diagonal_loss),
+        "gemm": lambda: torch.mm(features, stacked, out=product),
+    }
+    if N * A * A <= MAX_GATHER_ELEMENTS:
+        variants["gather"] = peer(peers.gather_loss)
+    return _rows(f"N={N} A={A} K={K}", paired(variants), (N, A, K), extra_memory(ours))
+
+
+def _rows(case: str, times: dict[str, list[float]], shape: tuple[int, int, int], memory: float) -> list[dict[str, Any]]:
+    N, A, K = shape
+    einsum, ceiling = ratio(times, "einsum", "ours"), ratio(times, "gemm", "ours")
+    wanted = 4.0 if (N, A, K) == (65536, 32, 3) else None
+    share = 0.8 if A >= 256 else 0.5 if A == 64 else None
+    room = (1.5 * N * A * 4) / 2**20 + 4
+    rows = [
+        row(PART, case, "einsum / ours", einsum, "x", *_judged(einsum, wanted, "≥ 4x")),
+        row(PART, case, "share of the GEMM ceiling", ceiling, "", *_judged(ceiling, share, f"≥ {share}")),
+        row(PART, case, "SePiCo's diagonal / ours", ratio(times, "diagonal", "ours"), "x"),
+        row(PART, case, "extra memory", memory, "MiB", f"≤ {room:.1f} MiB", memory <= room),
+        row(PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"),
+    ]
+    if "gather" in times:
+        rows.append(row(PART, case, "gather of Sigma_y / ours", ratio(times, "gather", "ours"), "x"))
+    return rows
+
+
+def _judged(value: tuple[float, float, float], target: float | None, text: str) -> tuple[str, bool | None]:
+    return ("", None) if target is None else (text, at_least(value, target))
+
+
+def _gradient(leaf: Tensor, loss: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient

@@ -1,0 +1,104 @@
+"""Class moments of a batch beside ISDA's one-hot form and one bare X'X; the accuracy of thousands of merges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.sgcg import class_moments
+from common.statistics import ClassStatistics
+from tests.benchmarks import peers
+from tests.benchmarks.harness import at_least, extra_memory, one_thread, paired, ratio, row, show
+
+CASES = ((65536, 32, 3), (65536, 64, 3), (65536, 64, 19), (16384, 256, 3))
+MERGES, SITES, PIXELS, CHANNELS = 6000, 6, 256, 8
+PART = "class_moments"
+
+
+def run() -> list[dict[str, Any]]:
+    """Measure every case and return the rows."""
+    with one_thread():
+        return show([line for case in CASES for line in _case(*case)] + _batch_error() + _merge_error())
+
+
+def _case(N: int, A: int, K: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(N, A, generator=generator), torch.randint(0, K, (N,), generator=generator)
+    variants = {
+        "ours": lambda: class_moments(features, labels, K),
+        "onehot": lambda: peers.onehot_moments(features, labels, K),
+        "gram": lambda: features.T @ features,
+    }
+    times, case = paired(variants), f"N={N} A={A} K={K}"
+    isda, share, memory = ratio(times, "onehot", "ours"), ratio(times, "gram", "ours"), extra_memory(variants["ours"])
+    wanted = {(64, 19): 25.0, (64, 3): 4.0}.get((A, K))
+    return [
+        row(PART, case, "ISDA's form / ours", isda, "x", *_judged(isda, wanted)),
+        row(PART, case, "share of one X'X", share, "", *_judged(share, 0.75 if A >= 256 else None)),
+        row(PART, case, "extra memory", memory, "MiB", "≤ 32 MiB", memory <= 32),
+    ]
+
+
+def _judged(value: tuple[float, float, float], target: float | None) -> tuple[str, bool | None]:
+    return ("", None) if target is None else (f"≥ {target:g}", at_least(value, target))
+
+
+def _batch_error() -> list[dict[str, Any]]:
+    """Relative Frobenius error of the covariance where the mean is 1e5 standard deviations away from the origin."""
+    rng = np.random.default_rng(0)
+    features = (1e3 + 1e-2 * rng.standard_normal((65536, 32))).astype(np.float32)
+    labels = rng.integers(0, 3, len(features))
+    _, _, scatter = class_moments(torch.from_numpy(features), torch.from_numpy(labels), 3)
+    exact = np.stack([_scatter(features[labels == k].astype(np.float64)) for k in range(3)])
+    error = _relative(scatter.numpy(), exact)
+    return [row(PART, "mean 1e3, std 1e-2", "relative error", error, "", "≤ 1e-7", error <= 1e-7)]
+
+
+def _merge_error() -> list[dict[str, Any]]:
+    """Pool thousands of site-rounds one by one and compare with the pooled computation in extended precision."""
+    rng = np.random.default_rng(1)
+    means = 1e3 + 1e-2 * rng.standard_normal((SITES, CHANNELS))
+    state = ClassStatistics.empty(1, CHANNELS)
+    total, outer = np.zeros(CHANNELS, np.longdouble), np.zeros((CHANNELS, CHANNELS), np.longdouble)
+    for merge in range(MERGES):
+        features = means[merge % SITES] + 1e-2 * rng.standard_normal((PIXELS, CHANNELS))
+        state = state + ClassStatistics.from_features(features, np.zeros(PIXELS, np.int64), 1)
+        shifted = features.astype(np.longdouble) - 1000
+        total += shifted.sum(0)
+        outer += shifted.T @ shifted
+    n = MERGES * PIXELS
+    exact = (outer - np.multiply.outer(total, total) / n).astype(np.float64)
+    error, least = _relative(state.scatter[0], exact), float(np.linalg.eigvalsh(state.scatter[0])[0])
+    part, case = "merge", f"{MERGES} site-rounds, mean 1e3, std 1e-2"
+    return [
+        row(part, case, "relative error", error, "", "≤ 1e-8", error <= 1e-8),
+        row(
+            part,
+            case,
+            "smallest eigenvalue / trace",
+            least / np.trace(exact),
+            "",
+            "≥ -1e-12",
+            least >= -1e-12 * np.trace(exact),
+        ),
+        row(
+            part,
+            case,
+            "asymmetric entries",
+            float((state.scatter != state.scatter.transpose(0, 2, 1)).sum()),
+            "",
+            "0",
+            True,
+        ),
+    ]
+
+
+def _scatter(rows: np.ndarray) -> np.ndarray:
+    centred = rows - rows.mean(0)
+    return centred.T @ centred
+
+
+def _relative(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))

@@ -1,0 +1,241 @@
+"""Batches and augmentation: every slice once, reproducible, image and label move together."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from clients.batches import augment, batch_indices, batches, steps_of
+from clients.cases import SliceTable
+from clients.slices import STEPS, Slices
+from common.errors import FedsgcgError
+from common.plan import AugmentationSettings, MethodSettings
+
+SIDE = 32
+
+
+def table_of(count):
+    """Return a table of one case whose slice z has the constant intensity z / 100 and label z."""
+    level = np.arange(count)[:, None, None] + np.zeros((1, SIDE, SIDE))
+    image = np.rint(level / 100 * STEPS).astype(np.int16)[:, None]
+    label = level.astype(np.uint8)
+    stored = Slices(image, label, label, label, np.ones((count, 2), np.bool_), (1.0, 1.0, 1.0))
+    numbers = np.arange(count, dtype=np.int64)
+    return SliceTable(np.zeros(count, np.int64), numbers, np.ones(count, np.bool_), 1, [stored])
+
+
+def settings(**changes):
+    return MethodSettings(name="source", statistics=False, **changes)
+
+
+def order(table, method, seed=0, **options):
+    """Return the slice numbers of each batch."""
+    return [labels[:, 0, 0].tolist() for _, labels in batches(table, method, np.random.default_rng(seed), **options)]
+
+
+# batches
+
+
+def test_what_a_batch_is():
+    images, labels = next(batches(table_of(9), settings(batch_size=4), np.random.default_rng(0)))
+    assert (images.shape, images.dtype) == ((4, 3, SIDE, SIDE), torch.float32)
+    assert (labels.shape, labels.dtype) == ((4, SIDE, SIDE), torch.int64)
+    torch.testing.assert_close(images[:, 0], labels / 100.0, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (4, [4]), (5, [5]), (3, [3]), (1, [1])]
+)
+def test_sizes_of_batches(count, sizes):
+    """A single slice left over joins the batch before it; a small table is one batch."""
+    found = order(table_of(count), settings(batch_size=4))
+    assert [len(batch) for batch in found] == sizes
+    assert sorted(sum(found, [])) == list(range(count))
+
+
+def test_epochs_are_shuffled_anew_and_complete():
+    found = order(table_of(10), settings(batch_size=5, local_epochs=3))
+    assert len(found) == 6
+    epochs = [found[0] + found[1], found[2] + found[3], found[4] + found[5]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_generator_alone_decides_the_order():
+    table, method = table_of(20), settings(batch_size=4)
+    assert order(table, method, seed=3) == order(table, method, seed=3)
+    assert order(table, method, seed=3) != order(table, method, seed=4)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (2, 2), (5, 5), (11, 11)])
+def test_steps_count_batches_over_as_many_passes_as_it_takes(steps, count):
+    found = order(table_of(10), settings(batch_size=4), steps=steps)
+    assert len(found) == count
+    whole = [sum(found[start : start + 3], []) for start in range(0, count - 2, 3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in whole)
+
+
+def test_settings_say_how_long_a_round_is():
+    table = table_of(10)
+    for method in (
+        settings(batch_size=4, local_epochs=2),
+        settings(batch_size=4, steps_per_round=7, local_epochs=2),
+        settings(batch_size=3),
+        settings(batch_size=32),
+        settings(batch_size=9),
+    ):
+        assert len(order(table, method)) == steps_of(table, method)
+    assert len(order(table, settings(batch_size=4, steps_per_round=7), epochs=1)) == 3, "an argument wins"
+
+
+def test_no_slice_is_an_error():
+    table = table_of(3)
+    with pytest.raises(FedsgcgError) as caught:
+        next(batches(table.only(np.zeros(3, np.bool_)), settings(), np.random.default_rng(0)))
+    assert caught.value.code == "TRN-302"
+
+
+def test_batch_indices_by_brute_force():
+    for size in range(1, 40):
+        for batch_size in range(2, 12):
+            parts = batch_indices(size, batch_size, np.random.default_rng(size))
+            assert sorted(np.concatenate(parts).tolist()) == list(range(size))
+            assert all(len(part) == batch_size for part in parts[:-1])
+            assert 2 <= len(parts[-1]) <= batch_size + 1 or size == 1
+
+
+# augmentation
+
+
+def batch(count=6, seed=0):
+    generator = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(generator.standard_normal((count, 3, SIDE, SIDE)), (0, 0, 2, 2))
+    images = torch.from_numpy(np.clip(smooth / abs(smooth).max(), -1, 1)).float()
+    return images, (images[:, 1] > 0.1).long()
+
+
+def change(images, labels, seed=0, **amounts):
+    return augment(images, labels, AugmentationSettings(**amounts), torch.Generator().manual_seed(seed))
+
+
+ALL = {"flip": 0.5, "rotate_degrees": 20.0, "scale": 0.2, "shift": 0.1, "gamma": 0.5, "brightness": 0.2, "noise": 0.1}
+
+
+def test_nothing_changes_when_everything_is_off():
+    images, labels = batch()
+    moved, mapped = change(images, labels)
+    torch.testing.assert_close(moved, images, atol=0, rtol=0)
+    torch.testing.assert_close(mapped, labels, atol=0, rtol=0)
+
+
+def test_the_generator_alone_decides_and_the_global_one_is_left_alone():
+    images, labels = batch()
+    before = torch.get_rng_state()
+    one, two, other = (change(images, labels, seed=seed, **ALL) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+    assert not torch.equal(one[0], other[0])
+
+
+def test_inputs_are_not_changed_and_types_stay():
+    images, labels = batch()
+    kept = images.clone()
+    for dtype in (torch.int64, torch.uint8):
+        moved, mapped = change(images, labels.to(dtype), **ALL)
+        assert (moved.dtype, mapped.dtype, moved.shape, mapped.shape) == (
+            images.dtype,
+            dtype,
+            images.shape,
+            labels.shape,
+        )
+        assert moved.abs().max() <= 1
+    assert torch.equal(images, kept)
+
+
+def test_a_certain_flip_is_a_mirror_of_left_and_right():
+    images, labels = batch()
+    moved, mapped = change(images, labels, flip=1.0)
+    assert torch.equal(moved, images.flip(-1))
+    assert torch.equal(mapped, labels.flip(-1))
+
+
+def test_half_of_many_slices_are_flipped():
+    images = torch.linspace(-1, 1, 8).expand(4000, 1, 2, 8)
+    moved, mapped = change(images, torch.zeros(4000, 2, 8).long(), flip=0.5)
+    share = (moved[:, 0, 0, 0] > 0).double().mean()
+    assert 0.45 < share < 0.55
+    assert mapped.sum() == 0
+
+
+def test_labels_move_with_their_image_and_keep_their_values():
+    """Images that are themselves label maps must still be so after rotation, scaling, shift and flip."""
+    spots = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal((8, SIDE, SIDE)), (0, 3, 3)) > 0
+    labels = torch.from_numpy(np.where(spots, 255, 2)).long()
+    images = torch.from_numpy(spots * 2.0 - 1.0).float()[:, None].expand(-1, 3, -1, -1)
+    moved, mapped = change(images, labels, **{**ALL, "gamma": 0.0, "brightness": 0.0, "noise": 0.0})
+    assert set(mapped.unique().tolist()) == {2, 255}
+    clear = moved[:, 0].abs() > 0.99
+    assert clear.float().mean() > 0.6
+    assert torch.equal((moved[:, 0] > 0)[clear], (mapped == 255)[clear])
+    assert not torch.equal(mapped, labels)
+
+
+def test_geometry_stays_within_its_limits_by_tracking_a_spot():
+    """The spot's distance from the centre changes by at most the scale, its place by at most the shift."""
+    side = 65
+    y, x = np.indices((side, side)) - side // 2
+    spot = torch.from_numpy(np.exp(-((y + 16) ** 2 + x**2) / 18)).float() * 2 - 1
+    images, labels = spot.expand(64, 1, -1, -1), torch.zeros(64, side, side).long()
+
+    def places(**amounts):
+        moved = (change(images, labels, **amounts)[0][:, 0] + 1).numpy()
+        return np.array([ndimage.center_of_mass(one) for one in moved]) - side // 2
+
+    turned = places(rotate_degrees=30.0)
+    angles = np.degrees(np.arctan2(turned[:, 1], -turned[:, 0]))
+    assert 20 < abs(angles).max() <= 30.5
+    np.testing.assert_allclose(np.hypot(*turned.T), 16, atol=0.5)
+    sized = places(scale=0.25)
+    assert -16 * 1.25 - 0.5 <= sized[:, 0].min() < -18
+    assert -14 < sized[:, 0].max() <= -16 * 0.75 + 0.5
+    shifted = places(shift=0.1)
+    assert abs(shifted - [-16, 0]).max() <= 6.5 + 0.2
+    assert abs(shifted - [-16, 0]).max() > 4
+
+
+def test_every_slice_draws_its_own_change():
+    images, labels = batch(1)
+    many = images.expand(8, -1, -1, -1), labels.expand(8, -1, -1)
+    for name, amount in ALL.items():
+        moved, _ = change(*many, **{name: amount})
+        assert len({one.numpy().tobytes() for one in moved}) >= 2, name
+
+
+def test_brightness_gamma_and_noise_by_hand():
+    images = torch.full((500, 1, 4, 4), 0.0)
+    labels = torch.zeros(500, 4, 4).long()
+    offsets = change(images, labels, brightness=0.3)[0][:, 0, 0, 0]
+    assert -0.3 <= offsets.min() < -0.25
+    assert 0.25 < offsets.max() <= 0.3
+    # At intensity 0, i.e. 0.5 on the unit scale, gamma g gives 0.5 ** exp(u), u in [-0.5, 0.5].
+    curved = (change(images, labels, gamma=0.5)[0][:, 0, 0, 0] + 1) / 2
+    assert 0.5 ** np.exp(0.5) <= curved.min() < 0.5 ** np.exp(0.4)
+    assert 0.5 ** np.exp(-0.4) < curved.max() <= 0.5 ** np.exp(-0.5)
+    spread = change(images, labels, noise=0.2)[0].std(dim=(1, 2, 3))
+    assert spread.max() < 0.4
+    assert spread.mean() == pytest.approx(0.1, abs=0.02), "drawn uniformly between zero and the setting"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_augmentation_on_the_device_never_waits_for_it():
+    images, labels = (tensor.cuda() for tensor in batch())
+    generator = torch.Generator("cuda").manual_seed(0)
+    amounts = AugmentationSettings(**ALL)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved, mapped = augment(images, labels, amounts, generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert moved.device.type == mapped.device.type == "cuda"

@@ -1,0 +1,396 @@
+"""The slice cache: what a slice holds, when it is built again, and that nothing else is read."""
+
+import csv
+import multiprocessing
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clients.cases import open_store
+from clients.site import discover_sites, open_site
+from clients.slices import class_indices, resize, scale_intensity
+from common.errors import FedsgcgError
+from common.imaging import affine_as, read_volume, write_volume
+from common.phantoms import write_hospitals
+
+
+def write_case(folder, name, image, mask, codes=("L", "P", "S")):
+    """Write one canonical (Z, Y, X) case with spacing (3, 2, 1) mm."""
+    folder.mkdir(parents=True, exist_ok=True)
+    affine = affine_as(codes, np.diag([-1.0, -2.0, 3.0, 1.0]), image.shape)
+    write_volume(folder / f"{name}_image.nii.gz", image, affine)
+    write_volume(folder / f"{name}_mask.nii.gz", mask, affine)
+
+
+def ramp(z=4, side=32):
+    """Return an image (Z, side, side) whose slice z lies between z and z + 1, and a mask in slices 1 and 2."""
+    image = np.arange(z)[:, None, None] * 100 + np.linspace(0, 99, side)[None, None, :] + np.zeros((z, side, 1))
+    mask = np.zeros((z, side, side), np.uint8)
+    mask[1:3, 4:20, 8:16] = 1
+    return image.astype(np.int16), mask
+
+
+def store_of(root, data, cache, site=None, heldout=False):
+    site = site or discover_sites(root)[0]
+    return open_store(open_site(root, site, data), data, cache, heldout=heldout)
+
+
+@pytest.fixture
+def one(tmp_path, make_data):
+    """A hospital with three cases of known pixels."""
+    for name in ("a", "b", "c"):
+        write_case(tmp_path / "data" / "S", name, *ramp())
+    return tmp_path / "data", make_data(image_size=32, intensity="minmax", validation_fraction=0.0), tmp_path / "cache"
+
+
+# what a slice is
+
+
+def test_a_stack_holds_the_neighbours_and_repeats_the_outermost_slice(one):
+    table = store_of(*one).slices("train")
+    images, labels = table.stack([0, 1, 3])
+    assert images.shape == (3, 3, 32, 32)
+    assert images.dtype == np.float32
+    assert labels.dtype == np.uint8
+    image, mask = ramp()
+    scaled = image / 399 * 2 - 1  # the largest value is 300 + 99
+    for row, (z, neighbours) in enumerate([(0, (0, 0, 1)), (1, (0, 1, 2)), (3, (2, 3, 3))]):
+        for channel, neighbour in enumerate(neighbours):
+            np.testing.assert_allclose(images[row, channel], scaled[neighbour], atol=2e-5)
+        np.testing.assert_array_equal(labels[row], mask[z])
+
+
+def test_stack_one_repeats_the_slice(one, make_data):
+    data = make_data(image_size=32, intensity="minmax", validation_fraction=0.0, stack=1)
+    images, _ = store_of(one[0], data, one[2]).slices("train").stack([0])
+    np.testing.assert_array_equal(images[0, 0], images[0, 2])
+    np.testing.assert_allclose(images[0, 1], ramp()[0][0] / 399 * 2 - 1, atol=2e-5)
+
+
+def test_table_knows_the_case_and_the_foreground_of_each_slice(one, make_data):
+    store = store_of(*one)
+    table = store.slices("train")
+    assert len(table) == 12
+    assert table.case_of.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert table.z_of.tolist() == [0, 1, 2, 3] * 3
+    assert table.has_foreground.tolist() == [False, True, True, False] * 3
+    assert len(store.slices("validation")) == len(store.slices("test")) == 0
+    only = store_of(
+        one[0], make_data(image_size=32, intensity="minmax", validation_fraction=0.0, train_slices="foreground"), one[2]
+    )
+    chosen = only.slices("train")
+    assert chosen.z_of.tolist() == [1, 2] * 3
+    # Neighbours that are not in the table are still seen.
+    np.testing.assert_array_equal(chosen.stack([0])[0], table.stack([1])[0])
+
+
+def test_foreground_means_the_declared_structures_alone(one, make_data):
+    """A class that belongs to no structure is learned but does not count as foreground."""
+    data = make_data(
+        image_size=32, classes={"background": [0], "bladder": [1], "gland": [2]}, structures={"gland": ["gland"]}
+    )
+    image, mask = ramp()
+    mask[3, 0, 0] = 2
+    write_case(one[0] / "S", "d", image, mask)
+    store = store_of(one[0], data, one[2], heldout=True)
+    assert [case.has_foreground for case in store.cases] == [False, False, False, True]
+    assert store.slices("test").has_foreground.tolist() == [False] * 15 + [True]
+
+
+def test_case_facts(one):
+    store = store_of(*one, heldout=True)
+    first = store.cases[0]
+    assert store.site == "S"
+    assert (first.index, first.name, first.patient, first.split, first.num_slices) == (0, "a", "a", "test", 4)
+    assert first.native_shape == (4, 32, 32)
+    assert first.spacing == pytest.approx((3.0, 2.0, 1.0))
+    assert not first.is_picture
+    assert len({case.alias for case in store.cases}) == 3
+    assert all(case.alias != "a" and len(case.alias) == 10 for case in store.cases)
+
+
+def test_native_truth_and_image_keep_their_size(tmp_path, make_data):
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 500, (3, 40, 56)).astype(np.int16), rng.integers(0, 2, (3, 40, 56)).astype(np.uint8)
+    write_case(tmp_path / "S", "a", image, mask, ("P", "S", "R"))
+    data = make_data(image_size=32, intensity="minmax")
+    store = store_of(tmp_path, data, tmp_path / "cache", heldout=True)
+    np.testing.assert_array_equal(store.truth(store.cases[0]), mask)
+    np.testing.assert_allclose(store.image(store.cases[0]), (image - image.min()) / np.ptp(image), atol=1 / 254)
+    assert store.slices("test").stack([0])[0].shape == (1, 3, 32, 32)
+
+
+def test_every_orientation_of_one_patient_gives_the_same_slices(tmp_path, make_data):
+    rng = np.random.default_rng(1)
+    image, mask = rng.integers(0, 500, (4, 32, 32)).astype(np.int16), rng.integers(0, 2, (4, 32, 32)).astype(np.uint8)
+    for name, codes in (("a", ("L", "P", "S")), ("b", ("R", "A", "S")), ("c", ("S", "L", "A"))):
+        write_case(tmp_path / "S", name, image, mask, codes)
+    table = store_of(tmp_path, make_data(image_size=32), tmp_path / "cache", heldout=True).slices("test")
+    images, labels = table.stack(range(12))
+    for start in (4, 8):
+        np.testing.assert_array_equal(images[start : start + 4], images[:4])
+        np.testing.assert_array_equal(labels[start : start + 4], labels[:4])
+
+
+def test_pictures_in_grey_and_colour(tmp_path, make_data):
+    (tmp_path / "S").mkdir()
+    colours = np.random.default_rng(0).integers(0, 256, (40, 48, 3)).astype(np.uint8)
+    labels = np.zeros((40, 48), np.uint8)
+    labels[10:30, 10:30], labels[15:20, 15:20] = 128, 30
+    for name, pixels in (("colour", colours), ("grey", colours[..., 0])):
+        Image.fromarray(pixels).save(tmp_path / "S" / f"{name}_image.png")
+        Image.fromarray(labels).save(tmp_path / "S" / f"{name}_mask.png")
+    data = make_data(
+        image_size=32, intensity="minmax", classes={"background": [0], "rim": [128], "cup": [30]},
+        structures={"disc": ["rim", "cup"], "cup": ["cup"]},
+    )  # fmt: skip
+    store = store_of(tmp_path, data, tmp_path / "cache", heldout=True)
+    assert [(c.is_picture, c.spacing, c.num_slices, c.native_shape) for c in store.cases] == [
+        (True, None, 1, (1, 40, 48))
+    ] * 2
+    images, small = store.slices("test").stack([0, 1])
+    assert np.ptp(images[0], axis=0).max() > 0.1, "colours stay apart"
+    assert np.ptp(images[1], axis=0).max() == 0, "grey is repeated"
+    assert np.unique(small).tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(store.truth(store.cases[0])[0], np.select([labels == 128, labels == 30], [1, 2]))
+
+
+# intensity, labels, size
+
+
+@pytest.mark.parametrize("mode", ["percentile", "minmax", "zscore"])
+def test_intensity_by_hand(mode):
+    array = np.arange(101, dtype=np.float32)
+    found = scale_intensity(array, mode)
+    if mode == "minmax":
+        expected = array / 50 - 1
+    elif mode == "percentile":
+        expected = np.clip((array - 1) / 98 * 2 - 1, -1, 1)
+    else:
+        expected = (array - 50) / (3 * np.sqrt((101**2 - 1) / 12))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_an_image_with_a_few_bright_voxels_and_huge_values_still_scales():
+    spike = np.zeros(1000, np.float32)
+    spike[0] = 7
+    np.testing.assert_array_equal(scale_intensity(spike, "percentile"), np.where(spike == 7, 1, -1))
+    huge = np.array([-3e38, 0, 3e38], np.float32)
+    np.testing.assert_allclose(scale_intensity(huge, "minmax"), [-1, 0, 1])
+
+
+def test_hot_spots_do_not_flatten_the_rest():
+    tissue = np.tile(np.linspace(100, 200, 100, dtype=np.float32), 100)
+    hot = tissue.copy()
+    hot[:20] = 32000
+    assert np.ptp(scale_intensity(hot, "percentile")[20:]) > 1.9
+
+
+def test_labels_map_to_class_indices_in_order_of_declaration():
+    classes = {"background": [0], "rim": [5, 7], "cup": [2]}
+    found = class_indices(np.array([[0, 5], [2, 7]], np.float32), classes, "case")
+    assert found.tolist() == [[0, 1], [2, 1]]
+    with pytest.raises(FedsgcgError, match=r"values 0\.5, 9") as caught:
+        class_indices(np.array([0, 9, 0.5], np.float32), classes, "case")
+    assert caught.value.code == "DAT-109"
+
+
+@pytest.mark.parametrize(("size", "side"), [((64, 64), 32), ((20, 50), 32), ((33, 47), 64)])
+def test_resizing_keeps_means_places_and_label_values(size, side):
+    image = np.add.outer(np.linspace(0, 1, size[0]), np.linspace(0, 3, size[1])).astype(np.float32)[None, None]
+    small = resize(image, side, labels=False)
+    assert small.shape == (1, 1, side, side)
+    assert small.mean() == pytest.approx(image.mean(), abs=0.01)
+    labels = (image > 2).astype(np.uint8) * 3
+    mapped = resize(labels, side, labels=True)
+    assert np.unique(mapped).tolist() == [0, 3]
+    # Centres are aligned: image and label agree wherever the image is clear of the border value.
+    clear = abs(small - 2) > 4 / side + 3 / size[1]
+    np.testing.assert_array_equal((small > 2)[clear], (mapped == 3)[clear])
+
+
+def test_downsampling_averages_images_instead_of_skipping_pixels():
+    stripes = np.tile((np.arange(128) % 4 == 0).astype(np.float32), (128, 1))[None, None]
+    small = resize(stripes, 32, labels=False)[..., 2:-2]
+    np.testing.assert_allclose(small, 0.25, atol=0.05)
+
+
+def test_a_resized_label_is_the_one_at_the_centre_of_its_pixel():
+    labels = np.random.default_rng(0).integers(0, 5, (96, 96)).astype(np.uint8)
+    np.testing.assert_array_equal(resize(labels[None, None], 32, labels=True)[0, 0], labels[1::3, 1::3])
+
+
+# the cache
+
+
+def test_no_image_file_is_opened_after_the_store_is_open(one):
+    root, data, cache = one
+    store = store_of(root, data, cache)
+    before = store.slices("train").stack(range(12))
+    shutil.rmtree(root)
+    again = store.slices("train").stack(range(12))
+    for left, right in zip(before, again, strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert store.truth(store.cases[2]).sum() == ramp()[1].sum()
+
+
+def test_opening_again_reads_no_image_and_writes_nothing(one, monkeypatch):
+    root, data, cache = one
+    first = store_of(root, data, cache)
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    site = open_site(root, "S", data)
+    for case in site.cases:
+        # Same size and time, other content: hashing it again would give another cache file.
+        status = case.image.stat()
+        case.image.write_bytes(bytes(status.st_size))
+        os.utime(case.image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = open_store(site, data, cache, heldout=False)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == files
+    np.testing.assert_array_equal(second.slices("train").stack([5])[0], first.slices("train").stack([5])[0])
+
+
+def test_slices_are_views_of_the_mapped_file(one):
+    store = store_of(*one)
+    view = store.truth(store.cases[0])
+    assert not view.flags.owndata
+    assert not view.flags.writeable
+
+
+def test_both_roles_share_one_cache_file(one):
+    root, data, cache = one
+    store_of(root, data, cache)
+    store_of(root, data, cache, heldout=True)
+    assert len(list((cache / "slices").glob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": 48}, {"intensity": "zscore"}, {"classes": {"background": [0, 9], "gland": [1]}}]
+)
+def test_settings_that_shape_a_slice_make_a_new_cache(one, make_data, change):
+    root, data, cache = one
+    store_of(root, data, cache)
+    base = {"image_size": 32, "intensity": "minmax", "validation_fraction": 0.0}
+    store = store_of(root, make_data(**{**base, **change}), cache)
+    assert len(list((cache / "slices").glob("*.arrow"))) == 2
+    assert store.slices("train").stack([0])[0].shape[-1] == change.get("image_size", 32)
+
+
+def test_a_changed_file_is_noticed(one):
+    root, data, cache = one
+    store_of(root, data, cache)
+    image, mask = ramp()
+    write_case(root / "S", "b", image, np.roll(mask, 2, axis=1))
+    store = store_of(root, data, cache)
+    np.testing.assert_array_equal(store.truth(store.cases[1]), np.roll(mask, 2, axis=1))
+
+
+def test_an_alias_follows_the_case_and_not_its_company(one, make_data):
+    root, data, cache = one
+    before = {case.name: case.alias for case in store_of(root, data, cache).cases}
+    (root / "S" / "a_image.nii.gz").unlink()
+    after = {case.name: case.alias for case in store_of(root, make_data(image_size=48), cache).cases}
+    assert after == {name: before[name] for name in ("b", "c")}
+
+
+def test_an_alias_cannot_be_guessed_from_the_name(one):
+    """Other pixels under the same name give another alias, so a list of names does not reveal who is who."""
+    root, data, cache = one
+    before = store_of(root, data, cache).cases[0].alias
+    image, mask = ramp()
+    write_case(root / "S", "a", image + 1, mask)
+    after = store_of(root, data, cache).cases[0]
+    assert after.name == "a"
+    assert after.alias != before
+
+
+def _open_in_process(root, data, cache):
+    torch.set_num_threads(1)
+    return int(store_of(root, data, cache).slices("train").stack([1])[1].sum())
+
+
+def test_several_processes_may_open_a_cold_cache_at_once(one):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        sums = pool.starmap(_open_in_process, [one] * 3)
+    assert sums == [ramp()[1][1].sum()] * 3
+    assert len(list((one[2] / "slices").glob("*.arrow"))) == 1
+    assert not list(one[2].rglob("*.tmp"))
+
+
+# real images
+
+
+@pytest.mark.realdata
+def test_prostate_images_have_the_counts_of_their_manifest(real_data, make_data, tmp_path):
+    root, data = real_data("promise12"), make_data("promise12", image_size=64)
+    rows = {row["image"]: row for row in csv.DictReader((root / "manifest.csv").open())}
+    assert discover_sites(root) == ("BIDMC", "HK", "RUNMC", "UCL")
+    seen = 0
+    for name in discover_sites(root):
+        store = store_of(root, data, tmp_path, name, heldout=True)
+        assert store.problems == ()
+        for case in store.cases:
+            row = rows[f"{name}/{case.name}_image.nii.gz"]
+            x, y, z = (int(size) for size in row["shape"].split("x"))
+            assert case.native_shape == (z, y, x)
+            assert case.spacing == pytest.approx([float(s) for s in row["spacing_mm"].split("x")][::-1])
+            assert case.patient == row["patient_id"]
+            truth = store.truth(case)
+            assert int((truth == 1).sum()) == int(row["gland_voxels"])
+            assert int(truth.any(axis=(1, 2)).sum()) == int(row["slices_with_gland"])
+            seen += 1
+    assert seen == len(rows) == 50
+
+
+@pytest.mark.realdata
+def test_spinal_cords_are_nested_and_upright(real_data, make_data, tmp_path):
+    root, data = real_data("spinegm"), make_data("spinegm", image_size=64)
+    rows = {row["image"]: row for row in csv.DictReader((root / "manifest.csv").open())}
+    for name in discover_sites(root):
+        store = store_of(root, data, tmp_path, name, heldout=False)
+        assert {case.split for case in store.cases} == {"train"}, "one patient a site: the patient trains"
+        for case in store.cases:
+            row = rows[f"{name}/{case.name}_image.nii.gz"]
+            truth = store.truth(case)
+            assert int((truth > 0).sum()) == int(row["cord_voxels"])
+            assert int((truth == 2).sum()) == int(row["gm_voxels"])
+            # A landmark: the ventral horns are stout, the dorsal horns slim, so more grey matter lies in front.
+            in_front = behind = 0
+            for slice_truth in truth:
+                rows_of_grey = np.nonzero(slice_truth == 2)[0]
+                if len(rows_of_grey):
+                    middle = (rows_of_grey.min() + rows_of_grey.max()) / 2
+                    in_front, behind = in_front + (rows_of_grey < middle).sum(), behind + (rows_of_grey > middle).sum()
+            assert in_front > 1.05 * behind
+
+
+def test_synthetic_hospitals_open_at_every_site(hospitals, make_data, tmp_path):
+    data = make_data(image_size=48)
+    for name in discover_sites(hospitals):
+        store = store_of(hospitals, data, tmp_path, name)
+        assert len(store.cases) == 5
+        assert store.problems == ()
+        images, labels = store.slices("train").stack([0, 1, 2])
+        assert images.min() >= -1
+        assert images.max() <= 1
+        assert images.std() > 0.2
+        case = store.cases[0]
+        mask = read_volume(hospitals / name / f"{case.name}_mask.nii.gz", mask=True).array
+        np.testing.assert_array_equal(store.truth(case), mask)
+
+
+def test_a_store_of_the_written_hospitals_does_not_depend_on_the_folder(make_data, tmp_path):
+    """Aliases and pixels follow content alone, so that two sites of one study on two machines agree."""
+    stores = [
+        store_of(
+            write_hospitals(tmp_path / name, sites=["A"], cases_per_site=2, shape=(4, 32, 32)),
+            make_data(image_size=32), tmp_path / f"cache-{name}", heldout=True,
+        )
+        for name in ("x", "y")
+    ]  # fmt: skip
+    assert [c.alias for c in stores[0].cases] == [c.alias for c in stores[1].cases]
+    for left, right in zip(*(store.slices("test").stack(range(8)) for store in stores), strict=True):
+        np.testing.assert_array_equal(left, right)

@@ -1,0 +1,296 @@
+"""Evaluation: decisions, post-processing and scores by hand, and the whole path on a small hospital."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from clients import evaluation
+from clients.cases import Case, CaseStore, SliceTable, open_store
+from clients.evaluation import (
+    CaseResult,
+    case_rows,
+    dice_from_counts,
+    evaluate_cases,
+    largest_component,
+    overlap_counts,
+    post_process,
+    structure_masks,
+    structures_from_logits,
+    validation_dice,
+)
+from clients.pictures import bit_mask, choose_picture
+from clients.site import open_site
+from clients.training import weights_of
+from common.networks import build_network
+from common.payload import CASES_SCHEMA, decode_cases, encode_cases
+from common.plan import DataSettings, Plan
+from tests import sites
+
+CPU = torch.device("cpu")
+
+
+def nested(**changes) -> DataSettings:
+    settings = DataSettings(
+        name="test",
+        root="",
+        sites=[],
+        classes={"background": [0], "white": [1], "grey": [2]},
+        structures={"cord": ["white", "grey"], "grey": ["grey"]},
+    )
+    return replace(settings, **changes)
+
+
+def a_case(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float] | None = None, picture: bool = False
+) -> Case:
+    return Case(0, "name", "alias", "patient", "test", shape[0], shape, spacing, picture, True)
+
+
+def test_softmax_decides_the_largest_class_and_unites_classes_to_structures():
+    logits = torch.tensor([[0.0, 3.0, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 2.0]])  # class x pixel
+    masks = structures_from_logits(logits.view(1, 3, 1, 3), (1, 3), nested())
+    # Pixel 0 is white, pixel 1 background, pixel 2 grey.
+    assert masks.shape == (2, 1, 1, 3)
+    assert masks[0, 0, 0].tolist() == [True, False, True]
+    assert masks[1, 0, 0].tolist() == [False, False, True]
+
+
+def test_sigmoid_decides_each_structure_above_its_threshold():
+    below, above = math.log(3.0) - 0.01, math.log(3.0) + 0.01  # probability 0.75 is the threshold
+    logits = torch.tensor([[below, above], [above, -1.0]]).view(1, 2, 1, 2)
+    masks = structures_from_logits(logits, (1, 2), nested(activation="sigmoid", threshold=0.75))
+    assert masks[:, 0, 0].tolist() == [[False, True], [True, False]]
+
+
+def test_logits_are_brought_to_the_native_size_before_the_decision():
+    # Foreground leads by 3 in the left of two pixels and trails by 1 in the right one; four times as wide natively.
+    logits = torch.zeros(1, 2, 1, 2)
+    logits[0, 1, 0] = torch.tensor([3.0, -1.0])
+    data = nested(classes={"background": [0], "a": [1]}, structures={"a": ["a"]})
+    masks = structures_from_logits(logits, (1, 8), data)
+    # Sample j of 8 lies at (j + 0.5) / 4 - 0.5, clipped to [0, 1]; the lead 3 - 4 x is positive below x = 0.75.
+    expected = [3 - 4 * min(max((j + 0.5) / 4 - 0.5, 0), 1) > 0 for j in range(8)]
+    assert masks[0, 0, 0].tolist() == expected
+    assert sum(expected) == 5  # deciding first and enlarging the mask would give 4
+
+
+def test_the_largest_component_of_a_volume_joins_by_faces_of_a_picture_by_corners_too():
+    mask = np.zeros((1, 4, 4), bool)
+    mask[0, 0, 0] = mask[0, 1, 1] = True  # touch by a corner
+    mask[0, 3, 1:4] = True
+    assert largest_component(mask, 1).sum() == 3
+    mask[0, 2, 2] = True  # joins all of them by corners in the plane
+    assert largest_component(mask, 3).sum() == 6
+    assert largest_component(mask, 1).sum() == 4
+
+
+def test_post_processing_joins_corners_in_pictures_only():
+    masks = np.zeros((1, 1, 4, 4), bool)
+    masks[0, 0, [0, 1, 3], [0, 1, 3]] = True  # two pixels that touch by a corner, and one alone
+    assert post_process(masks, nested(), is_picture=True).sum() == 2
+    assert post_process(masks, nested(), is_picture=False).sum() == 1
+
+
+def test_components_of_a_volume_reach_through_slices():
+    mask = np.zeros((3, 3, 3), bool)
+    mask[:, 1, 1] = True
+    mask[0, 0, 0] = True  # touches the column by an edge only
+    assert largest_component(mask, 1).sum() == 3
+
+
+def test_of_equal_components_the_first_is_kept():
+    mask = np.zeros((1, 1, 5), bool)
+    mask[0, 0, [0, 4]] = True
+    assert largest_component(mask, 1)[0, 0].tolist() == [True, False, False, False, False]
+
+
+def test_holes_are_filled_in_each_slice_by_itself():
+    ring = np.ones((3, 3), bool)
+    ring[1, 1] = False
+    masks = np.stack([ring, ring])[None]  # a tube: open in three dimensions, a hole in each slice
+    assert post_process(masks, nested(), is_picture=False).all()
+    assert not post_process(masks, nested(fill_holes=False), is_picture=False)[0, :, 1, 1].any()
+
+
+def test_structures_are_processed_apart_and_the_input_is_left_alone():
+    masks = np.zeros((2, 1, 1, 6), bool)
+    masks[0, 0, 0, [0, 1, 5]] = True
+    masks[1, 0, 0, [0, 4, 5]] = True
+    before = masks.copy()
+    out = post_process(masks, nested(), is_picture=False)
+    assert out[:, 0, 0].astype(int).tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(masks, before)
+    np.testing.assert_array_equal(post_process(masks, nested(largest_component=False), is_picture=False), before)
+
+
+@pytest.mark.parametrize("picture", [True, False])
+def test_an_empty_prediction_stays_empty(picture):
+    assert not post_process(np.zeros((2, 3, 4, 4), bool), nested(), is_picture=picture).any()
+
+
+def test_structure_masks_unite_the_true_classes():
+    masks = structure_masks(np.array([[[0, 1, 2]]], np.uint8), nested())
+    assert masks[:, 0, 0].tolist() == [[False, True, True], [False, False, True]]
+
+
+def scored(prediction: np.ndarray, truth: np.ndarray, case: Case, **changes) -> dict:
+    data = nested(classes={"background": [0], "a": [1]}, structures={"a": ["a"]}, **changes)
+    (row,) = case_rows(CaseResult(case, prediction[None], truth[None], truth.astype(np.uint8)), data)
+    return row
+
+
+def test_a_score_by_hand_in_pixels_and_millimetres():
+    truth, prediction = np.zeros((2, 3, 6), bool), np.zeros((2, 3, 6), bool)
+    truth[:, 1, 1] = True
+    prediction[:, 1, 3] = True  # the same column, two pixels to the side
+    row = scored(prediction, truth, a_case((2, 3, 6), (4.0, 1.0, 0.5)))
+    assert row["dice"] == 0.0
+    assert (row["asd"], row["assd"], row["hd95"]) == (2.0, 2.0, 2.0)
+    assert (row["asd_mm"], row["assd_mm"], row["hd95_mm"]) == (1.0, 1.0, 1.0)
+    assert (row["unit"], row["case"], row["structure"]) == ("pixel", "alias", "a")
+    nominal = scored(prediction, truth, a_case((2, 3, 6), (4.0, 1.0, 0.5)), spacing_unit="pixel")
+    assert (nominal["asd"], nominal["asd_mm"]) == (2.0, None)
+
+
+def test_a_single_slice_is_scored_as_a_plane():
+    truth = np.zeros((1, 7, 7), bool)
+    truth[0, 1:6, 1:6] = True
+    prediction = np.zeros((1, 7, 7), bool)
+    prediction[0, 2:5, 2:5] = True
+    row = scored(prediction, truth, a_case((1, 7, 7), (9.0, 2.0, 2.0)))
+    # The eight pixels of the inner ring lie one pixel from the outer ring. In three dimensions the inner pixels would
+    # count as surface too and the distance would be zero.
+    assert row["asd"] == pytest.approx(1.0)
+    assert row["asd_mm"] == pytest.approx(2.0)
+
+
+def test_empty_masks_are_flagged_and_defined():
+    empty, full = np.zeros((2, 3, 3), bool), np.ones((2, 3, 3), bool)
+    both = scored(empty, empty, a_case((2, 3, 3)))
+    assert (both["dice"], both["asd"], both["empty_prediction"], both["empty_truth"]) == (1.0, 0.0, True, True)
+    one = scored(empty, full, a_case((2, 3, 3)))
+    assert (one["dice"], one["empty_prediction"], one["empty_truth"]) == (0.0, True, False)
+    assert math.isnan(one["asd"])
+    assert math.isnan(one["hd95"])
+
+
+def test_overlap_counts_and_dice_by_hand():
+    labels = torch.tensor([[[0, 1, 2, 255]], [[0, 0, 0, 0]]])
+    decided = torch.tensor([[[[0, 1, 1, 1]], [[0, 1, 0, 1]]], [[[0, 0, 0, 0]], [[1, 0, 0, 0]]]]).bool()
+    counts = overlap_counts(decided, labels, {"cord": [1, 2], "grey": [2]})
+    assert counts[:, 0].tolist() == [[2, 0], [2, 1], [2, 1]]  # both, prediction, truth of the first slice
+    values = dice_from_counts(counts.double())
+    assert values.tolist() == [[1.0, 0.0], [1.0, 0.0]]  # the second slice: both empty; only predicted
+
+
+def test_bits_and_choice_of_a_picture():
+    truth = np.zeros((2, 3, 2, 2), bool)
+    truth[0, 1] = True
+    truth[1, 1, 0, 0] = True
+    image = np.zeros((3, 2, 2), np.float32)
+    image[1] = [[0.0, 0.5], [1.0, 2.0]]
+    classes = np.zeros((3, 2, 2), np.uint8)
+    picture = choose_picture(image, classes, np.zeros_like(truth), truth, alias="a", dice=0.25)
+    assert picture.z == 1
+    assert list(picture.truth_mask) == [3, 1, 1, 1]
+    assert list(picture.image) == [0, 128, 255, 255]
+    assert (picture.height, picture.width) == (2, 2)
+    assert not any(picture.prediction)
+    assert bit_mask(np.ones((9, 1, 1), bool))[0, 0] == 255
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sites.hospitals(tmp_path_factory.mktemp("evaluation") / "data")
+
+
+def opened(root: Path, *overrides: str, heldout: bool) -> tuple[Plan, CaseStore, torch.nn.Module]:
+    plan = sites.plan_of(root, root.parent, *overrides)
+    store = open_store(open_site(root, "South", plan.data), plan.data, root.parent / "cache", heldout=heldout)
+    return plan, store, build_network(plan.network, 3, plan.data.out_channels, 3)
+
+
+def test_every_case_is_scored_under_its_alias_and_the_pictures_show_the_same(root, tmp_path):
+    plan, store, network = opened(root, heldout=True)
+    rows = evaluate_cases(network, store, plan, "test", CPU, pictures=tmp_path / "site" / "pictures.arrow")
+    assert [row["case"] for row in rows] == [case.alias for case in store.cases]
+    assert decode_cases(encode_cases(rows)) == rows
+    assert set(rows[0]) == set(CASES_SCHEMA.names)
+    with pa.ipc.open_file(tmp_path / "site" / "pictures.arrow") as reader:
+        table = reader.read_all()
+    assert json.loads(table.schema.metadata[b"structures"]) == ["gland"]
+    for row, picture, case in zip(rows, table.to_pylist(), store.cases, strict=True):
+        assert picture["case"] == row["case"]
+        assert picture["dice"] == pytest.approx(row["dice"])
+        truth = store.truth(case)
+        assert picture["z"] == int((truth > 0).sum((1, 2)).argmax())
+        assert picture["truth"] == truth[picture["z"]].tobytes()
+        assert len(picture["prediction"]) == picture["height"] * picture["width"] == truth[0].size
+
+
+def test_scores_equal_a_plain_recomputation(root):
+    plan, store, network = opened(root, "data.largest_component=false", "data.fill_holes=false", heldout=True)
+    rows = evaluate_cases(network, store, plan, "test", CPU)
+    table = store.slices("test")
+    for row, case in zip(rows, store.cases, strict=True):
+        images, _ = table.stack(np.flatnonzero(table.case_of == case.index))
+        truth = store.truth(case)
+        with torch.no_grad():
+            logits, _ = network.eval()(torch.from_numpy(images))
+            native = torch.nn.functional.interpolate(logits, truth.shape[1:], mode="bilinear", align_corners=False)
+        prediction = native.argmax(1).numpy() == 1
+        dice = 2 * (prediction & (truth == 1)).sum() / (prediction.sum() + (truth == 1).sum())
+        assert row["dice"] == pytest.approx(dice, abs=1e-3)
+
+
+def test_evaluation_changes_nothing_and_does_not_depend_on_the_batch(root, monkeypatch):
+    plan, store, network = opened(root, heldout=True)
+    before = weights_of(network.train()).digest()
+    rows = evaluate_cases(network, store, plan, "test", CPU)
+    assert weights_of(network).digest() == before
+    assert network.training
+    monkeypatch.setattr(evaluation, "BATCH", 1)
+    for row, alone in zip(rows, evaluate_cases(network, store, plan, "test", CPU), strict=True):
+        assert alone["dice"] == pytest.approx(row["dice"], abs=1e-3)
+
+
+def test_each_slice_of_the_cache_is_read_once(root, monkeypatch):
+    plan, store, network = opened(root, heldout=True)
+    read: list[int] = []
+    stack = SliceTable.stack
+
+    def counted(table, indices):
+        read.extend(int(index) for index in indices)
+        return stack(table, indices)
+
+    monkeypatch.setattr(SliceTable, "stack", counted)
+    evaluate_cases(network, store, plan, "test", CPU)
+    assert sorted(read) == list(range(len(store.slices("test"))))
+
+
+def test_validation_dice_is_the_mean_over_cases_at_training_size(root):
+    plan, store, network = opened(root, "data.validation_fraction=0.6", heldout=False)
+    table = store.slices("validation")
+    assert 0 < len(set(table.case_of)) < 4
+    dices = []
+    for index in sorted(set(table.case_of)):
+        images, labels = table.stack(np.flatnonzero(table.case_of == index))
+        with torch.no_grad():
+            prediction = network.eval()(torch.from_numpy(images))[0].argmax(1).numpy() == 1
+        dices.append(2 * (prediction & (labels == 1)).sum() / (prediction.sum() + (labels == 1).sum()))
+    value, cases = validation_dice(network, store, plan, CPU)
+    assert cases == len(dices)
+    assert value == pytest.approx(np.mean(dices), abs=1e-3)
+
+
+def test_without_validation_cases_there_is_no_dice(root):
+    plan, store, network = opened(root, "data.validation_fraction=0", heldout=False)
+    value, cases = validation_dice(network, store, plan, CPU)
+    assert math.isnan(value)
+    assert cases == 0

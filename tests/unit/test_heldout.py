@@ -1,0 +1,73 @@
+"""The protocol: who may be asked to train, how a model is chosen, and what the report is told."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import FedsgcgError
+from common.payload import Weights
+from common.wire import ENROL, EVALUATE, STATISTICS, TRAIN
+from server.heldout import better, guard_recipients, protocol, source_score
+from tests.faults.plans import small_plan
+
+MODEL = Weights((("x", (1,)),), np.zeros(1, np.float32))
+OTHER = Weights((("x", (1,)),), np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("kind", [TRAIN, STATISTICS])
+@pytest.mark.parametrize("recipient", ["D", "C"])
+def test_neither_the_heldout_site_nor_an_observer_may_contribute(kind: str, recipient: str, tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, observers=["C"])
+    guard_recipients(plan, kind, ["A", "B"])
+    with pytest.raises(FedsgcgError) as caught:
+        guard_recipients(plan, kind, ["A", recipient])
+    assert caught.value.code == "ROL-201"
+    assert recipient in str(caught.value)
+
+
+def test_everybody_may_enrol_and_be_evaluated(tmp_path: Path) -> None:
+    for kind in (ENROL, EVALUATE):
+        guard_recipients(small_plan(tmp_path), kind, ["A", "D"])
+
+
+def test_source_score_weighs_sites_by_their_cases() -> None:
+    assert source_score([(0.5, 1), (0.9, 3)]) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "nonsense", [(np.nan, 2), (1.5, 2), (-0.1, 2), (0.5, 0), (0.5, -1), (0.5, np.inf), (0.5, np.nan)]
+)
+def test_source_score_leaves_nonsense_out(nonsense: tuple[float, float]) -> None:
+    assert source_score([(0.5, 2), nonsense]) == 0.5
+    assert source_score([nonsense]) is None
+
+
+def test_best_model_is_kept_until_a_better_one_comes() -> None:
+    first = better(None, 1, 0.5, MODEL)
+    assert first is not None
+    assert (first.round, first.score) == (1, 0.5)
+    assert better(first, 2, 0.5, OTHER) is first  # an equal score keeps the earlier one
+    assert better(first, 2, 0.4, OTHER) is first
+    assert better(first, 2, None, OTHER) is first
+    second = better(first, 3, 0.6, OTHER)
+    assert second is not None
+    assert (second.round, second.weights) == (3, OTHER)
+
+
+def test_the_untrained_model_is_never_chosen() -> None:
+    assert better(None, 0, 0.99, MODEL) is None
+
+
+def test_protocol_says_who_trained_and_how_the_model_was_chosen(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, federation__selection="source_validation", data__fill_holes=False)
+    found = protocol(plan, ["B", "A"], 2)
+    assert found["trained"] == ["A", "B"]
+    assert found["heldout"] == "D"
+    assert found["selected_round"] == 2
+    assert "training sites' own validation" in found["selection"]
+    assert "20%" in found["splits"]
+    assert found["post_processing"] == "largest connected component of each structure"
+    assert found["structures"] == {"gland": ["gland"]}
+    bare = small_plan(tmp_path, data__fill_holes=False, data__largest_component=False)
+    assert protocol(bare, ["A"], 3)["post_processing"] == "none"

@@ -1,0 +1,235 @@
+"""Means, bootstrap intervals and paired differences, against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.report_tables import (
+    AVERAGE,
+    best_methods,
+    bootstrap_interval,
+    distance_unit,
+    heldout_rows,
+    methods_of,
+    other_rows,
+    paired_differences,
+    summary_rows,
+)
+
+NAN = float("nan")
+VALUES = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+
+
+def row(method="sgcg", heldout="HK", seed=0, site=None, case="a", structure="gland", dice=0.5, asd=2.0, **more):
+    empty = math.isnan(asd)
+    base = {"method": method, "heldout": heldout, "seed": seed, "site": site or heldout, "case": case}
+    base |= {"structure": structure, "dice": dice, "asd": asd, "assd": asd, "hd95": 3 * asd, "unit": "pixel"}
+    base |= {"asd_mm": None, "assd_mm": None, "hd95_mm": None, "empty_prediction": empty, "empty_truth": False}
+    return base | more
+
+
+class TestBootstrap:
+    def test_equal_values_have_an_interval_of_zero_width_exactly(self):
+        found = bootstrap_interval([[0.1] * 7, [0.1] * 3])
+        assert (found.low, found.high) == (found.mean, found.mean) == (0.1, 0.1)
+
+    def test_mean_is_the_mean_of_group_means_not_of_values(self):
+        assert bootstrap_interval([[1.0, 3.0], [10.0]]).mean == 6.0
+
+    def test_no_value_and_one_value(self):
+        for empty in ([], [[]], [[NAN, float("inf")]]):
+            found = bootstrap_interval(empty)
+            assert all(map(math.isnan, (found.mean, found.low, found.high)))
+        single = bootstrap_interval([[4.0], [6.0]])
+        assert single.mean == 5.0
+        assert math.isnan(single.low)
+        assert not single.excludes_zero
+
+    def test_undefined_values_change_nothing(self):
+        assert bootstrap_interval([[1.0, NAN, 2.0, 5.0]]) == bootstrap_interval([[1.0, 2.0, 5.0]])
+
+    def test_ends_are_the_quantiles_of_a_binomial(self):
+        # 20 cases, half are one: 20 times a resampled mean is Binomial(20, 1/2), with 2.5 and 97.5 % points 6 and 14.
+        found = bootstrap_interval([[0.0] * 10 + [1.0] * 10], resamples=20000)
+        assert found.low == pytest.approx(0.3)
+        assert found.high == pytest.approx(0.7)
+
+    def test_groups_are_drawn_apart(self):
+        # Cases drawn across groups would let the mean wander between 0 and 10; within a group nothing varies.
+        found = bootstrap_interval([[0.0] * 5, [10.0] * 5])
+        assert (found.low, found.high) == (5.0, 5.0)
+
+    def test_level_widens_the_interval(self):
+        values = [np.arange(15.0)]
+        narrow, wide = bootstrap_interval(values, level=0.5), bootstrap_interval(values, level=0.99)
+        assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+
+    def test_a_large_group_is_drawn_in_blocks(self):
+        values = np.random.default_rng(0).normal(size=30_000)
+        found = bootstrap_interval([values], resamples=200)
+        assert found.low < found.mean < found.high
+        assert found.high - found.low == pytest.approx(2 * 1.96 / math.sqrt(30_000), rel=0.25)
+
+    def test_ninety_five_percent_intervals_hold_the_truth_about_that_often(self):
+        rng = np.random.default_rng(4)
+        trials = [bootstrap_interval([rng.normal(1.0, 2.0, 40)], seed=trial) for trial in range(300)]
+        assert 0.90 <= np.mean([found.low <= 1.0 <= found.high for found in trials]) <= 0.98
+
+    @settings(max_examples=40, deadline=None)
+    @given(VALUES, st.floats(-50, 50), st.floats(0.1, 10))
+    def test_law_shift_and_scale_move_the_interval_along(self, values, shift, scale):
+        before = bootstrap_interval([values], resamples=200)
+        after = bootstrap_interval([np.array(values) * scale + shift], resamples=200)
+        expected = [end * scale + shift for end in (before.mean, before.low, before.high)]
+        assert [after.mean, after.low, after.high] == pytest.approx(expected, abs=1e-6)
+
+    @settings(max_examples=40, deadline=None)
+    @given(VALUES)
+    def test_law_interval_stays_within_the_values(self, values):
+        found = bootstrap_interval([values], resamples=200)
+        assert min(values) - 1e-9 <= found.low <= found.high <= max(values) + 1e-9
+
+
+class TestSummary:
+    def test_seeds_are_averaged_per_case_before_cases(self):
+        rows = [
+            row(case="a", seed=0, dice=0.2),
+            row(case="a", seed=1, dice=0.4),
+            row(case="b", seed=0, dice=0.9),  # one seed only: counts as one case all the same
+        ]
+        (found,) = summary_rows(rows)
+        assert found["dice_mean"] == pytest.approx((0.3 + 0.9) / 2)
+        assert found["dice_sd"] == pytest.approx(np.std([0.3, 0.9], ddof=1))
+        assert (found["cases"], found["seeds"], found["evaluations"]) == (2, [0, 1], 3)
+        assert found["dice_low"] == pytest.approx(0.3)
+        assert found["dice_high"] == pytest.approx(0.9)
+
+    def test_distances_of_empty_masks_are_left_out_and_counted_while_dice_counts(self):
+        rows = [row(case="a", dice=0.0, asd=NAN), row(case="b", dice=0.8, asd=1.0), row(case="c", dice=0.7, asd=3.0)]
+        (found,) = summary_rows(rows)
+        assert (found["asd_mean"], found["hd95_mean"], found["asd_excluded"], found["dice_excluded"]) == (
+            2.0,
+            6.0,
+            1,
+            0,
+        )
+        assert found["dice_mean"] == pytest.approx(0.5)
+
+    def test_a_null_distance_is_undefined(self):
+        (found,) = summary_rows([row(asd_mm=None) | {"asd": None, "assd": None, "hd95": None}])
+        assert math.isnan(found["asd_mean"])
+        assert found["asd_excluded"] == 1
+
+    def test_both_masks_empty_is_counted(self):
+        (found,) = summary_rows([row(dice=1.0, asd=0.0, empty_prediction=True, empty_truth=True), row(case="b")])
+        assert found["both_empty"] == 1
+        assert found["asd_excluded"] == 0
+
+    def test_average_lets_every_hospital_count_the_same(self):
+        rows = [row(heldout="HK", case=str(case), dice=0.9) for case in range(9)] + [row(heldout="UCL", dice=0.5)]
+        *hospitals, average = summary_rows(rows)
+        assert [found["site"] for found in hospitals] == ["HK", "UCL"]
+        assert average["site"] == average["heldout"] == AVERAGE
+        assert average["dice_mean"] == pytest.approx(0.7)
+        assert average["dice_sd"] == pytest.approx(np.std([0.9, 0.5], ddof=1))
+        assert (average["hospitals"], average["cases"]) == (2, 10)
+
+    def test_equal_aliases_at_two_hospitals_are_two_cases(self):
+        assert summary_rows([row(heldout="HK"), row(heldout="UCL")])[-1]["cases"] == 2
+
+    def test_reads_an_arrow_table(self):
+        rows = [row(), row(case="b")]
+        assert summary_rows(pa.Table.from_pylist(rows)) == summary_rows(rows)
+
+    def test_millimetres_only_when_every_distance_has_them(self):
+        mm = {"asd_mm": 1.0, "assd_mm": 1.0, "hd95_mm": 2.0}
+        assert distance_unit([row(**mm), row(case="b", asd=NAN)]) == "mm"
+        assert distance_unit([row(**mm), row(case="b")]) == "pixel"
+        (found,) = summary_rows([row(**mm)])
+        assert (found["unit"], found["asd_mean"], found["dice_mean"]) == ("mm", 1.0, 0.5)
+
+    def test_observers_are_kept_apart(self):
+        rows = [row(), row(site="watcher", dice=0.1)]
+        assert [found["site"] for found in summary_rows(rows)] == ["HK"]
+        assert [found["site"] for found in other_rows(rows)] == ["watcher"]
+
+    def test_without_a_held_out_hospital_every_evaluation_is_shown(self):
+        rows = [row(heldout="", site="HK"), row(heldout="", site="UCL")]
+        assert heldout_rows(rows) == rows
+        assert other_rows(rows) == []
+
+    def test_the_baseline_comes_first(self):
+        assert methods_of([row("sgcg"), row("ram"), row("source")]) == ["source", "ram", "sgcg"]
+
+
+class TestDifferences:
+    def differences(self, rows, metric="dice"):
+        return {d.site: d for d in paired_differences(rows, "sgcg", "source") if d.metric == metric}
+
+    def test_pairs_by_case_and_seed(self):
+        rows = [
+            row("sgcg", case="a", seed=0, dice=0.8),
+            row("sgcg", case="a", seed=1, dice=0.9),
+            row("sgcg", case="b", seed=0, dice=0.5),
+            row("sgcg", case="only here", dice=0.1),
+            row("source", case="a", seed=0, dice=0.7),
+            row("source", case="a", seed=1, dice=0.6),
+            row("source", case="b", seed=0, dice=0.5),
+            row("source", case="b", seed=1, dice=0.1),  # sgcg has no seed 1 for b
+        ]
+        found = self.differences(rows)["HK"]
+        assert found.cases == 2
+        assert found.interval.mean == pytest.approx(((0.1 + 0.3) / 2 + 0.0) / 2)
+        assert found.seeds == pytest.approx({0: 0.05, 1: 0.3})
+
+    def test_pairing_removes_what_cases_share(self):
+        hard = np.random.default_rng(0).uniform(0.2, 0.8, 20)
+        rows = [row("source", case=str(i), dice=d) for i, d in enumerate(hard)]
+        rows += [row("sgcg", case=str(i), dice=d + 0.02) for i, d in enumerate(hard)]
+        found = self.differences(rows)["HK"].interval
+        assert (found.low, found.high) == pytest.approx((0.02, 0.02))
+        assert found.excludes_zero
+
+    def test_a_pair_with_an_undefined_distance_is_left_out(self):
+        rows = [row("sgcg", asd=1.0), row("source", asd=NAN, dice=0.0)]
+        assert self.differences(rows, "asd")["HK"].cases == 0
+        assert self.differences(rows, "asd")["HK"].sentence == "no case in common"
+
+    def test_average_counts_hospitals_the_same(self):
+        rows = [row("sgcg", "HK", case=str(i), dice=0.6) for i in range(4)] + [row("sgcg", "UCL", dice=0.9)]
+        rows += [row("source", "HK", case=str(i), dice=0.5) for i in range(4)] + [row("source", "UCL", dice=0.6)]
+        found = self.differences(rows)[AVERAGE]
+        assert found.interval.mean == pytest.approx(0.2)
+        assert (found.cases, found.groups) == (5, 2)
+
+    @pytest.mark.parametrize(
+        ("metric", "change", "word"),
+        [("dice", 0.1, "better"), ("dice", -0.1, "worse"), ("asd", 0.1, "worse"), ("asd", -0.1, "better")],
+    )
+    def test_sentence_knows_which_direction_is_good(self, metric, change, word):
+        rows = [row("source", case=c, **{metric: 0.5}) for c in "abc"]
+        rows += [row("sgcg", case=c, **{metric: 0.5 + change}) for c in "abc"]
+        assert self.differences(rows, metric)["HK"].sentence == f"sgcg is {word}: interval excludes zero"
+
+    def test_sentence_without_a_difference_or_an_interval(self):
+        rows = [row("source", case=c, dice=0.5) for c in "ab"]
+        rows += [row("sgcg", case="a", dice=0.6), row("sgcg", case="b", dice=0.4)]
+        assert self.differences(rows)["HK"].sentence == "no difference shown: interval includes zero"
+        assert self.differences(rows[1:3])["HK"].sentence == "no case in common"
+        assert self.differences([rows[0], rows[2]])["HK"].sentence == "one case in common: no interval"
+
+
+def test_best_is_highest_dice_and_lowest_distance_and_nobody_in_a_tie_of_all():
+    rows = [
+        {"method": m, "dice_mean": d, "asd_mean": a} for m, d, a in (("x", 0.8, 1.0), ("y", 0.9, 3.0), ("z", 0.9, NAN))
+    ]
+    assert best_methods(rows, "dice") == {"y", "z"}
+    assert best_methods(rows, "asd") == {"x"}
+    assert best_methods(rows[1:], "dice") == set()
+    assert best_methods(rows[1:], "asd") == set()
