@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup
-	$(RUN)/fedsgcg study experiment=demo
+	$(RUN)/fedsgcg study experiment=demo method=source,sgcg heldout=all
 
 test: setup
 	$(RUN)/python -m pytest

@@ -115,7 +115,7 @@ def received(visit: Visit) -> nn.Module:
     if visit.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = visit.plan
-    network = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=0)
+    network = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=None)
     load_weights(network, visit.request.weights)
     return network.to(visit.device)
 

@@ -143,14 +143,17 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
             module.reset_parameters()
 
 
-def build_network(settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int) -> nn.Module:
+def build_network(
+    settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int | None
+) -> nn.Module:
     """Build a network whose weights depend on the seed alone; torch's global random state is left untouched.
 
     Args:
         settings: Name, base width and norm.
         in_channels: Channels of an image.
         out_channels: Channels of the logits.
-        generator_seed: Seed of the initialisation, e.g. `common.seeding.stream_seed(seed, "weights")`.
+        generator_seed: Seed of the initialisation, e.g. `common.seeding.stream_seed(seed, "weights")`; None leaves the
+            weights undefined, for a caller that loads all of them (the draws cost more than the loading).
 
     Raises:
         ValueError: A name that `NETWORKS` does not hold.
@@ -160,7 +163,8 @@ def build_network(settings: NetworkSettings, in_channels: int, out_channels: int
     with torch.device("meta"):  # shapes only: the constructors of torch's layers would draw from the global generator
         network = NETWORKS[settings.name](in_channels, out_channels, settings.base_width, settings.norm)
     network.to_empty(device="cpu")
-    initialise(network, torch.Generator().manual_seed(generator_seed))
+    if generator_seed is not None:
+        initialise(network, torch.Generator().manual_seed(generator_seed))
     return network
 
 

@@ -27,7 +27,7 @@ Point = tuple[float, float, float]
 
 SITES = ("East", "North", "South", "West")
 # Part of the name of the folder that holds them: raise it when the images change, so that no old ones are found.
-VERSION = 1
+VERSION = 2
 SOFT_EDGE_MM = 1.0
 
 # Brightness of tissue on a T2-weighted image, bladder = 1.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ HELP = """\
 Hospitals train one segmentation model together, without moving an image,
 and the model is judged at a hospital that took no part.
 
-  fedsgcg study experiment=demo
+  fedsgcg study experiment=demo method=source,sgcg heldout=all
       The demonstration: four synthetic hospitals, each left out in turn.
 
   fedsgcg study data=promise12 data.root=DIR method=source,sgcg heldout=all seed=0,1,2
@@ -43,6 +45,10 @@ Settings are given as name=value: a group (data=promise12) or one value
   device=auto|cpu|cuda     runtime=auto|ray|inprocess    output=FOLDER
 """
 
+COLUMNS = ("method", "held out", "structure", "Dice ± sd", "95 % interval", "ASD", "ASSD", "HD95", "cases")
+DISTANCES = ("asd", "assd", "hd95")
+NARROWEST = 110  # columns of a console that is a file or a pipe, where 80 would break the table
+
 EXITS = """\
 exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted
 """
@@ -52,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of ours become text and exit code 2, never a traceback."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    console = Console(stderr=False)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=NARROWEST)
     command: Callable[[argparse.Namespace, Console], int] = options.run
     try:
         return command(options, console)
@@ -108,9 +116,8 @@ def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:
-    from server.report import make_report
-
     from deploy.study import collect
+    from server.report import make_report
 
     folder: Path = options.folder
     if not (folder / "study.yaml").is_file():
@@ -150,20 +157,19 @@ def _print_results(folder: Path, console: Console) -> None:
     if not path.exists():
         console.print("No result yet.", style="yellow")
         return
-    table = Table(title="Held-out hospitals: mean over cases, 95 % bootstrap interval; surface distances in pixels")
-    for title in ("method", "held out", "structure", "Dice", "95 %", "ASD", "ASSD", "HD95", "cases"):
-        table.add_column(title, justify="left" if title in ("method", "held out", "structure") else "right")
-    for row in summary_rows(pq.read_table(path)):
+    rows = summary_rows(pq.read_table(path))
+    unit = rows[0]["unit"] if rows else ""
+    table = Table(title=f"Judged at hospitals that took no part (mean over cases; distances in {unit})")
+    for title in COLUMNS:
+        table.add_column(title, justify="left" if title in COLUMNS[:3] else "right", no_wrap=True)
+    for row in rows:
+        distances = ["–" if math.isnan(row[f"{name}_mean"]) else f"{row[f'{name}_mean']:.2f}" for name in DISTANCES]
+        spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
+        interval = f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
+        head = [str(row[name]) for name in ("method", "heldout", "structure")]
+        end = row["heldout"] == "average"
         table.add_row(
-            str(row["method"]),
-            str(row["heldout"]),
-            str(row["structure"]),
-            f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}",
-            f"{row['dice_low']:.3f}–{row['dice_high']:.3f}",
-            f"{row['asd_mean']:.2f}",
-            f"{row['assd_mean']:.2f}",
-            f"{row['hd95_mean']:.2f}",
-            str(row["cases"]),
+            *head, spread, interval, *distances, str(row["cases"]), style="bold" if end else "", end_section=end
         )
     console.print(table)
 

@@ -97,10 +97,9 @@ def gpu_share(wanting: int, machine: Machine) -> float:
 
 def run_cell_in_process(tree: Mapping[str, Any]) -> None:
     """Run one cell in this process; whatever stops the coordinator is raised."""
-    from server.app import build_server_app
-
     from clients.app import build_client_app
     from deploy.inprocess import run_in_process
+    from server.app import build_server_app
 
     prepare_environment()
     quiet_flower()
@@ -115,9 +114,9 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     function is the one place to change when it goes.
     """
     from flwr.simulation import run_simulation
-    from server.app import build_server_app
 
     from clients.app import build_client_app
+    from server.app import build_server_app
 
     prepare_environment()
     quiet_flower()

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Context, Message, RecordDict
-from server.app import build_server_app
 
 from clients.app import build_client_app
 from common.plan import Plan
 from common.wire import EVALUATE, STATISTICS, TRAIN, decode_reply
 from deploy.inprocess import InProcessGrid, run_in_process
+from server.app import build_server_app
 from tests.journeys import small
 
 
