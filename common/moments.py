@@ -160,6 +160,9 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse labels outside [0, K) that are not `ignore_index`; on a CPU only, a GPU would have to wait."""
     if labels.device.type != "cpu" or not labels.numel():
         return
+    low, high = labels.aminmax()
+    if int(low) >= 0 and int(high) < num_classes:
+        return
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(wrong.any()):
         found = int(labels[wrong][0])

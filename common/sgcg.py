@@ -24,8 +24,8 @@ __all__ = ["class_moments", "reduce_labels", "sgcg_loss"]
 CovarianceForm = Literal["full", "diagonal", "none"]
 Reduction = Literal["mean", "none"]
 
-CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 26}
-"""Numbers of the products Sigma_k q held at a time: 2 MiB stays in a core's cache, 256 MiB fills a GPU."""
+CHUNK_ELEMENTS: Final = {"cpu": 3 << 18, "cuda": 1 << 26}
+"""Numbers of the products Sigma_k q held at a time: 3 MiB stays in a core's cache, 256 MiB fills a GPU."""
 
 CHUNK_PIXELS: Final = (128, 4096)
 """Fewest and most pixels of a chunk on a CPU: with fewer the matrix product starves, with more the cache overflows."""
@@ -73,19 +73,22 @@ def sgcg_loss(
     kept = classes != ignore_index
     classes = torch.where(kept, classes, 0)
     if active is not None:
-        active = active.to(features.device)
+        active = active.to(features.device, non_blocking=True)
         kept = kept & active[classes]
     weight = kept.to(dtype)
+    if reduction == "mean":
+        weight /= kept.sum().clamp(min=1)
     centre, spread = mean.detach().to(dtype), covariance.detach().to(dtype)
-    settings = (temperature, covariance_form, reduction)
-    losses: Tensor = _PixelLoss.apply(features, classes, weight, centre, spread, active, *settings)  # type: ignore[no-untyped-call]
+    losses: Tensor = _PixelLoss.apply(  # type: ignore[no-untyped-call]
+        features, classes, weight, centre, spread, active, temperature, covariance_form, reduction
+    )
     if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):
         check_finite(features=features, mean=mean, covariance=covariance)
     return losses
 
 
 class _PixelLoss(torch.autograd.Function):
-    """Loss of every pixel, or their mean; the gradient is made on the way and waits, unscaled, for the backward."""
+    """Weighted loss of every pixel, or their sum; the gradient is made on the way and waits for the backward pass."""
 
     @staticmethod
     def forward(
@@ -100,27 +103,28 @@ class _PixelLoss(torch.autograd.Function):
         form: CovarianceForm,
         reduction: Reduction,
     ) -> Tensor:
-        gradient = features.new_empty(features.shape) if ctx.needs_input_grad[0] else None
+        gradient = None
+        if ctx.needs_input_grad[0]:  # float16 cannot hold 1 / N of a gradient before the loss scale has come in
+            dtype = weight.dtype if features.dtype == torch.float16 else features.dtype
+            gradient = features.new_empty(features.shape, dtype=dtype)
+            ctx.save_for_backward(gradient)
+        ctx.dtype = features.dtype
         losses = torch.empty_like(weight)
         with torch.autocast(features.device.type, enabled=False):
             _fill(losses, gradient, features, labels, weight, mean, covariance, active, temperature, form)
-        ctx.mean_over = weight.sum(dtype=torch.float64).clamp(min=1) if reduction == "mean" else None
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        if ctx.mean_over is None:
-            return losses
-        total: Tensor = losses.sum(dtype=torch.float64) / ctx.mean_over
-        return total.to(losses.dtype)
+        return losses if reduction == "none" else losses.sum(dtype=torch.float64).to(losses.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # only with create_graph=True; a silent zero would be worse than a stop
             raise RuntimeError("the gradient of sgcg_loss cannot be differentiated again (create_graph=True)")
         (gradient,) = ctx.saved_tensors
-        scale = outputs[0][:, None] if ctx.mean_over is None else (outputs[0] / ctx.mean_over).to(outputs[0].dtype)
-        # A second N x A array is made only where someone may come back for the first one.
-        scaled: Tensor = gradient * scale if _graph_is_kept() else gradient.mul_(scale)
-        return scaled.to(gradient.dtype), *[None] * 8
+        scale = outputs[0][:, None] if outputs[0].ndim else outputs[0]
+        if _graph_is_kept():  # someone may come back for it
+            gradient = gradient * scale
+        elif scale.ndim or scale.device.type != "cpu" or scale.item() != 1:
+            gradient.mul_(scale)
+        return gradient.to(ctx.dtype), *[None] * 8
 
 
 def _graph_is_kept() -> bool:

@@ -61,7 +61,7 @@ def test_all_wrong_values_are_named_at_once_with_what_was_expected() -> None:
 
 def test_command_line_beats_experiment_beats_group() -> None:
     assert compose(["data=promise12"])["data"]["image_size"] == 128
-    assert compose(["data=promise12", "experiment=demo"])["data"]["image_size"] == 64
+    assert compose(["data=promise12", "experiment=demo"])["data"]["image_size"] == 48
     assert compose(["data=promise12", "experiment=demo", "data.image_size=96"])["data"]["image_size"] == 96
 
 

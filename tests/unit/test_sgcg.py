@@ -208,3 +208,31 @@ def test_reduced_labels_by_hand():
 def test_label_reduction_refuses_bad_input_by_name(labels, factor, majority, message):
     with pytest.raises(ValueError, match=message):
         reduce_labels(labels, factor, 3, majority)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", ["full", "diagonal", "none"])
+def test_a_gpu_gives_the_same_without_making_the_host_wait(form):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(5000, 8, generator=generator))
+    labels = torch.randint(0, 3, (5000,), generator=generator)
+    labels[::9] = 255
+    root, active = torch.randn(4, 8, 8, generator=generator), torch.tensor([True, True, False, True])
+    arguments = (labels, torch.randn(4, 8, generator=generator), root @ root.mT / 8)
+    here = features.clone().requires_grad_()
+    wanted = sgcg_loss(here, *arguments, temperature=0.5, active=active, covariance_form=form)
+    wanted.backward()
+    there = features.cuda().requires_grad_()
+    moved, on = [tensor.cuda() for tensor in arguments], active.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = sgcg_loss(there, *moved, temperature=0.5, active=on, covariance_form=form)
+        found.backward()
+        moments = class_moments(there, moved[0], 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-4, atol=1e-8)
+    for one, other in zip(moments, class_moments(features, labels, 4), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-5)
