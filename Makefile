@@ -25,7 +25,7 @@ demo: setup
 	$(RUN)/fedsgcg study experiment=demo method=source,sgcg heldout=all
 
 test: setup
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist worksteal
 
 check: setup
 	$(RUN)/ruff format --check .

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from common.errors import FedsgcgError, fail
 from common.settings import GROUPS, choices_of, join
+from deploy.simulate import Cell
 
 HELP = """\
 Hospitals train one segmentation model together, without moving an image,
@@ -109,10 +110,22 @@ def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
     with console.status("looking at the hospitals and this machine"):
         study = plan_study(overrides, single=single)
     code = run_study(study, console)
+    _print_left_out(study.cells, console)
     _print_results(study.folder, console)
     words = {0: "[green]completed[/green]", 3: "[yellow]degraded[/yellow]", 1: "[red]failed[/red]"}[code]
     console.print(f"{words}; report: {study.folder / 'report.html'}", highlight=False, soft_wrap=True)
     return code
+
+
+def _print_left_out(cells: Sequence[Cell], console: Console) -> None:
+    """Say which hospitals left cases out, by code; which files these are stands in the hospital's own folder."""
+    from server.report_text import case_lines
+
+    lines = [line for line in case_lines([cell.outcome() for cell in cells]) if "left out" in line]
+    for line in lines:
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if lines:
+        console.print("Which files, and what to do: sites/<site>/problems.txt in a cell's folder.", style="yellow")
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:

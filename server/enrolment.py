@@ -6,13 +6,14 @@ Node ids are random; a hospital's name comes from its own answer. A site that co
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.serverapp import Grid
 
-from common.errors import FedsgcgError, Problem, fail
+from common.errors import CODES, FedsgcgError, Problem, fail
 from common.payload import Identity
 from common.plan import Plan
 from common.settings import nearest
@@ -39,9 +40,20 @@ class Member:
 
     def slices(self, split: str) -> int:
         """Slices of a split, 0 when the site did not say."""
-        counts = self.details.get("slices")
+        return self.count("slices", split)
+
+    def count(self, kind: str, split: str) -> int:
+        """`cases`, `patients` or `slices` of a split, 0 when the site did not say."""
+        counts = self.details.get(kind)
         value = counts.get(split, 0) if isinstance(counts, Mapping) else 0
         return value if isinstance(value, int) and value > 0 else 0
+
+    def problem_codes(self) -> list[str]:
+        """Codes of the cases that the site left out; anything that is no code of ours is dropped."""
+        problems = self.details.get("problems")
+        entries = problems if isinstance(problems, list) else []
+        codes = [entry.get("code") for entry in entries if isinstance(entry, Mapping)]
+        return sorted(code for code in codes if isinstance(code, str) and code in CODES)
 
 
 @dataclass
@@ -116,6 +128,17 @@ class Cohort:
     def quorum(self) -> int:
         """Training sites that a round needs: the plan's number, or all that are expected."""
         return self.plan.federation.quorum or max(1, len(self._expected("train") or self.training))
+
+    def census(self) -> dict[str, dict[str, Any]]:
+        """What each enrolled site has: `cases` by split, and `left_out`, its unusable cases counted by error code."""
+        return {
+            site: {
+                "role": self.plan.role(site),
+                "cases": {split: member.count("cases", split) for split in ("train", "validation", "test")},
+                "left_out": dict(Counter(member.problem_codes())),
+            }
+            for site, member in sorted(self.members.items())
+        }
 
     def absent(self) -> list[Problem]:
         """One problem for every expected site that has not enrolled."""

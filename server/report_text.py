@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from common.errors import CODES
 from server.report_files import DONE, Cell, StudyFiles
 from server.report_tables import AVERAGE, Difference, Interval, Row, methods_of
 
@@ -148,6 +149,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
     tree = next(iter(study.settings.values()), {})
     topics = [
         ("Who was held out", _folds(study)),
+        ("Cases", case_lines([cell.outcome for cell in study.cells])),
         ("Splits", _all_of(words, "splits")),
         ("Choice of the model", _selection(words)),
         ("Training", _training(study, tree)),
@@ -159,6 +161,26 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Machine", _machine(study)),
     ]
     return [(topic, lines) for topic, lines in topics if lines]
+
+
+def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line a hospital: its cases, and those it left out with the sentence of their code.
+
+    Args:
+        outcomes: What the cells' `outcome.json` say.
+    """
+    lines: dict[str, str] = {}
+    for outcome in outcomes:
+        census = outcome.get("sites")
+        for site, facts in (census if isinstance(census, Mapping) else {}).items():
+            cases, left_out = facts.get("cases", {}), facts.get("left_out", {})
+            line = f"{site}: {count_of(sum(cases.values()), 'usable case')}"
+            if left_out:
+                reasons = [f"{number} × {code} {CODES.get(code, '')}".rstrip(" .") for code, number in left_out.items()]
+                line += f", {sum(left_out.values())} left out ({'; '.join(reasons)})"
+            # A held-out fold and a training fold may leave out different cases: show the fold with more to tell.
+            lines[site] = max(lines.get(site, ""), line, key=len)
+    return [lines[site] for site in sorted(lines)]
 
 
 def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:

@@ -138,6 +138,7 @@ class Federation:
             "digest": outcome.digest,
             "seconds": round(time.monotonic() - began, 3),
             "problems": [results.public(problem) for problem in outcome.problems],
+            "sites": self._cohort.census(),
         }
         results.write_outcome(self._disk, self._plan, facts)
 
