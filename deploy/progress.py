@@ -88,7 +88,7 @@ class Progress:
 
     def __init__(self, cells: Sequence[Cell], console: Console) -> None:
         self.console = console
-        self.states = [CellState(cell) for cell in cells]
+        self.states = [CellState(cell, rounds=int(cell.tree["federation"]["rounds"])) for cell in cells]
         self.started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -115,9 +115,8 @@ class Progress:
 
     def time_left(self) -> str:
         """Estimate from the rounds done in this call, over all cells."""
-        total = max((state.rounds for state in self.states), default=0)
         done = sum(state.round - state.rounds_before for state in self.states)
-        left = sum(max(0, (state.rounds or total) - state.round) for state in self.states)
+        left = sum(max(0, state.rounds - state.round) for state in self.states)
         if not done:
             return "estimating the time left"
         seconds = (time.monotonic() - self.started) / done * left
@@ -163,14 +162,16 @@ class Progress:
                 state.cell.method,
                 state.cell.heldout or "–",
                 str(state.cell.seed),
-                f"{state.round}/{state.rounds}" if state.rounds else "–",
+                f"{state.round}/{state.rounds}" if state.round else "–",
                 state.site,
                 _show(state.loss),
                 _show(state.dice),
                 _show(state.heldout_dice),
                 Text(state.status, style=STYLES.get(state.status, "yellow")),
             )
-        return Group(head, ProgressBar(total=rounds, completed=done, width=60), table)
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=rounds, completed=done, width=60))
+        return Group(head, bar, table)
 
 
 def _number(value: Any, otherwise: float) -> float:

@@ -122,8 +122,9 @@ def run_study(study: Study, console: Console) -> int:
         if missing:
             with Progress(study.cells, console):
                 errors = _run_cells(study, missing)
-        collect(study.folder)
-        make_report(study.folder)
+        with console.status("making the report"):
+            collect(study.folder)
+            make_report(study.folder)
     for name, text in errors.items():
         console.print(f"[bold red]{name} failed[/bold red]\n{text}", highlight=False)
     return exit_code(study.cells)
