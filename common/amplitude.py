@@ -95,7 +95,7 @@ def mix_window_amplitudes(images: Tensor, amplitudes: Tensor, ratio: Tensor, win
 def _amplitudes(name: str, images: Tensor, half: int) -> Tensor:
     with torch.no_grad(), _exact_products(images.device):
         amplitudes = torch.hypot(*_spectrum(images, half))
-    if images.device.type == "cpu" and not bool(torch.isfinite(amplitudes).all()):
+    if images.device.type == "cpu" and not math.isfinite(amplitudes.sum().item()):
         check_finite(**{name: images})
     return amplitudes
 
@@ -108,7 +108,7 @@ def _mix(images: Tensor, amplitudes: Tensor, ratio: Tensor, half: int) -> Tensor
     with torch.no_grad(), _exact_products(images.device):
         change = _change(_spectrum(own, half), amplitudes.to(dtype), share)
         mixed = _add_inverse(own, change, half)
-    if images.device.type == "cpu" and not all(bool(torch.isfinite(part).all()) for part in change):
+    if images.device.type == "cpu" and not math.isfinite(sum(part.sum().item() for part in change)):
         check_finite(images=images, amplitudes=amplitudes)
     return mixed
 
@@ -181,7 +181,8 @@ def _add_inverse(images: Tensor, change: tuple[Tensor, Tensor], half: int) -> Te
     waves[:, :, 0, :, 0], waves[:, :, 0, :, 1] = a + b, -u - v
     waves[:, :, 1, :, 0], waves[:, :, 1, :, 1] = v - u, b - a
     lines = torch.bmm(transform.rows_back.expand(B * C, -1, -1), waves.view(B * C, 2 * size, 2 * size))
-    return torch.addmm(images.view(-1, W), lines.view(-1, 2 * size), transform.columns_back).view(B, C, H, W)
+    added = torch.mm(lines.view(-1, 2 * size), transform.columns_back).view(B, C, H, W)
+    return added.add_(images)
 
 
 @contextmanager

@@ -15,12 +15,21 @@ import torch
 
 from deploy.preflight import look_at_machine
 from deploy.study import describe_machine
-from tests.benchmarks import bench_federation, bench_loss, bench_metrics, bench_statistics
+from tests.benchmarks import (
+    bench_amplitude,
+    bench_federation,
+    bench_loss,
+    bench_metrics,
+    bench_statistics,
+    bench_step,
+)
 
 PARTS = {
     "loss": bench_loss.run,
     "statistics": bench_statistics.run,
+    "amplitude": bench_amplitude.run,
     "metrics": bench_metrics.run,
+    "step": bench_step.run,
     "federation": bench_federation.run,
 }
 FOLDER = Path("runs/benchmarks")

@@ -142,8 +142,9 @@ def _echo_app() -> Any:
     from flwr.clientapp import ClientApp
 
     from clients.training import load_weights, weights_of
-    from common.networks import UNet
+    from common.networks import build_network
     from common.payload import encode_cases
+    from common.plan import NetworkSettings
     from common.wire import Reply, decode_request, encode_reply
 
     app = ClientApp()
@@ -167,7 +168,8 @@ def _echo_app() -> Any:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        request, network = decode_request(message.content), UNet()
+        request = decode_request(message.content)
+        network = build_network(NetworkSettings(), 3, 2, generator_seed=None)  # as clients.app makes it
         assert request.weights
         load_weights(network, request.weights)
         metrics = {

@@ -1,0 +1,118 @@
+"""One training step (forward, both losses, backward, Adam) in the product's memory order beside the contiguous one.
+
+ours        as `clients.training` does it: modules and images in channels-last memory
+contiguous  the same modules and optimiser, everything in NCHW order
+published   as the paper's code has it: NCHW, 1 x 1 convolutions after the upsampling, Adam without fusion
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clients.methods import METHODS, Guidance
+from common.networks import DecoderBlock, build_network
+from common.plan import Plan
+from common.settings import compose
+from common.statistics import ClassStatistics
+from tests.benchmarks.bench_amplitude import pictures
+from tests.benchmarks.harness import at_least, one_thread, paired, ratio, row, show
+
+B, SIDE = 4, 128
+STEPS, SMALL_SIDE = 10, 64
+PART = "training step"
+KINDS = ("ours", "contiguous", "published")
+
+
+def run() -> list[dict[str, Any]]:
+    """Measure one size and return the rows."""
+    plan = Plan.from_tree(compose(["method=sgcg", f"data.image_size={SIDE}", f"method.batch_size={B}", "device=cpu"]))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # as `clients.device.choose_device` has it on a CPU
+    try:
+        with one_thread():
+            return show(_rows(plan))
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _rows(plan: Plan) -> list[dict[str, Any]]:
+    name = f"U-Net {plan.network.base_width}, B={B}, {plan.method.name}"
+    times, case = paired({kind: make_step(plan, kind, SIDE) for kind in KINDS}, rounds=5), f"{name}, {SIDE} x {SIDE}"
+    gains = {kind: ratio(times, kind, "ours") for kind in KINDS[1:]}
+    rate = ratio({**times, "1": [1e3 * B] * len(times["ours"])}, "1", "ours")
+    return [
+        *(row(PART, case, f"{k} / ours", gain, "x", "≥ 1.15x", at_least(gain, 1.15)) for k, gain in gains.items()),
+        row(PART, case, "ours", rate, "images/s"),
+        *_differences(plan, f"{name}, {SMALL_SIDE} x {SMALL_SIDE}, {STEPS} steps"),
+    ]
+
+
+def _differences(plan: Plan, case: str) -> list[dict[str, Any]]:
+    def losses(kind: str, dtype: torch.dtype, nudge: float = 0.0) -> np.ndarray:
+        step = make_step(plan, kind, SMALL_SIDE, dtype, nudge)
+        return np.array([step() for _ in range(STEPS)])
+
+    exact = abs(losses("ours", torch.float64) - losses("contiguous", torch.float64)).max()
+    plain = losses("contiguous", torch.float32)
+    other = abs(losses("ours", torch.float32) - plain).max()
+    itself = abs(losses("contiguous", torch.float32, nudge=torch.finfo(torch.float32).eps) - plain).max()
+    return [
+        row(PART, case, "loss, contiguous - ours, float64", exact, "", "≤ 1e-4", bool(exact <= 1e-4)),
+        row(PART, case, "loss, contiguous - ours, float32", other, ""),
+        row(PART, case, "loss, contiguous - itself after a nudge, float32", itself, ""),
+    ]
+
+
+def make_step(
+    plan: Plan, kind: str, side: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0
+) -> Callable[[], float]:
+    """Return a step on a fresh network of the plan's seed; each call trains it once more and gives the loss."""
+    order = torch.channels_last if kind == "ours" else torch.contiguous_format
+    network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(dtype, memory_format=order).train()
+    if kind == "published":
+        for block in network.decoder.blocks:
+            block.__class__ = _PublishedBlock
+    optimizer = torch.optim.Adam(network.parameters(), lr=plan.method.learning_rate, fused=kind != "published")
+    images, labels, guidance = _batch(plan, side)
+    images = (images * (1 + nudge)).to(dtype).to(memory_format=order)
+
+    def step() -> float:
+        logits, penultimate = network(images)
+        loss, _ = METHODS[plan.method.name](logits, penultimate, labels, guidance, plan)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+class _PublishedBlock(DecoderBlock):
+    def forward(self, features: Tensor, skip: Tensor) -> Tensor:
+        wide = functional.interpolate(self.reduce(features), scale_factor=2, mode="bilinear", align_corners=False)
+        narrow = functional.relu(self.narrow_norm(self.narrow(wide)))
+        return self.join(torch.cat([skip, narrow], dim=1))
+
+
+def _batch(plan: Plan, side: int) -> tuple[Tensor, Tensor, Guidance]:
+    """Images, labels that follow their brightness (a quarter is foreground), and prototypes of random unit features."""
+    K, A = plan.data.num_classes, plan.network.num_features
+    images = pictures(B, side, side, seed=1)
+    smooth = functional.avg_pool2d(images.mean(1), 9, stride=1, padding=4)
+    labels = torch.bucketize(smooth, torch.quantile(smooth, torch.linspace(0.75, 0.95, K - 1)))
+    rng = np.random.default_rng(0)
+    features = np.abs(rng.normal(size=(400, A)))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    prototypes = ClassStatistics.from_features(features, rng.integers(0, K, 400), K)
+    guidance = Guidance(
+        mean=torch.tensor(prototypes.mean, dtype=torch.float32),
+        covariance=torch.tensor(prototypes.covariance, dtype=torch.float32),
+        active=torch.ones(K, dtype=torch.bool),
+    )
+    return images, labels, guidance
