@@ -38,8 +38,10 @@ FOLDER = Path("runs/benchmarks")
 def main() -> None:
     """Run the parts that were asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"default: all of {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(PARTS)}")
     parts = parser.parse_args().parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"unknown parts {sorted(unknown)}, known: {', '.join(PARTS)}")
     facts = {
         "machine": describe_machine(look_at_machine()),
         "date": datetime.now(UTC).date().isoformat(),
