@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from clients.cases import fingerprint
 from clients.egress import release
 from clients.evaluation import evaluate_cases, validation_dice
 from clients.features import patients_per_class, site_statistics
@@ -52,7 +53,10 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
 
 
 def enrol(visit: Visit) -> RecordDict:
-    """Say who this site is and how many usable cases it has; case names stay behind their aliases."""
+    """Say who this site is and how many usable cases it has; case names stay behind their aliases.
+
+    `data` is a digest by which the coordinator notices that the site's files or splits changed within a run.
+    """
     store = visit.store
     cases = {split: [case for case in store.cases if case.split == split] for split in SPLITS}
     details = {
@@ -62,6 +66,7 @@ def enrol(visit: Visit) -> RecordDict:
         "patients": {split: len({case.patient for case in part}) for split, part in cases.items()},
         "slices": {split: len(store.slices(split)) for split in SPLITS},
         "problems": visit.public_problems(),
+        "data": fingerprint(store),
     }
     return send(visit, Reply(visit.identity, visit.site, details=details))
 

@@ -70,6 +70,11 @@ def digest(content: bytes, size: int) -> str:
     return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
+def hash_memo(cache: Path, site: str) -> Path:
+    """Return the file that remembers the content hashes of a site's files."""
+    return cache / "hashes" / f"{digest(site.encode(), 8)}.json"
+
+
 def file_hashes(paths: Sequence[Path], memo: Path) -> dict[Path, str]:
     """Return the content hash of every file.
 

@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clients.cache import cache_error, digest, file_hashes, locked
-from clients.site import CaseFile, Site, splits
+from clients.cache import cache_error, digest, file_hashes, hash_memo, locked
+from clients.site import CaseFile, Site, open_site, splits
 from clients.slices import STEPS, Slices, prepare
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import DataSettings
@@ -120,6 +120,7 @@ class CaseStore:
         problems: What was left out, and empty masks that were kept for testing. `where` is a case name: stays here.
         data: The settings the slices were made with.
         stored: The arrays of each case.
+        key: Content key of the site's files and of the settings that shape a slice; names the cache file.
     """
 
     site: str
@@ -127,6 +128,7 @@ class CaseStore:
     problems: tuple[Problem, ...]
     data: DataSettings
     stored: tuple[Slices, ...]
+    key: str
 
     def slices(self, split: str) -> SliceTable:
         """Return the slices of a split; of `train` only those with a structure when `data.train_slices` says so."""
@@ -162,7 +164,7 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool) ->
             cannot be written or read.
     """
     files = {file.name: file for file in site.cases}
-    rows = _cached(site, data, cache)
+    key, rows = _cached(site, data, cache)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
     empty = {facts["name"] for facts, slices in good if not _shown(slices, data).any()}
@@ -175,7 +177,40 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool) ->
         _case(index, facts, slices, files[facts["name"]], split, data)
         for index, ((facts, slices), split) in enumerate(zip(kept, chosen, strict=True))
     )
-    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in kept))
+    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in kept), key)
+
+
+def fingerprint(store: CaseStore) -> str:
+    """Return a short hex digest of what a site trains and is judged on: its files' content and its splits.
+
+    It depends on no path and no machine, so that the coordinator can notice that a site's data changed within a run.
+    """
+    assigned = [[case.name, case.patient, case.split] for case in store.cases]
+    return digest(json.dumps([store.key, assigned]).encode(), 8)
+
+
+def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache: Path) -> str:
+    """Return a hex digest of the content and the listing of some sites' files, without building their cache.
+
+    Args:
+        root: Data root.
+        sites: Names of the hospitals; their order does not matter.
+        data: Settings with which the sites are opened.
+        cache: Cache folder, which remembers the hashes of files that did not change.
+
+    Raises:
+        FedsgcgError: DAT-101 or DAT-102 when a site cannot be listed, DAT-113 when the cache cannot be written.
+    """
+    listed: list[object] = []
+    for name in sorted(sites):
+        site = open_site(root, name, data)
+        hashes = file_hashes(_files(site), hash_memo(cache, name))
+        left_out = [[problem.code, problem.where.removeprefix(str(root))] for problem in site.quarantined]
+        listed.append([name, left_out])
+        for case in site.cases:
+            mask = hashes[case.mask] if case.mask else ""
+            listed.append([case.name, case.patient, case.split, hashes[case.image], mask])
+    return digest(json.dumps(listed).encode(), 16)
 
 
 def _shown(slices: Slices, data: DataSettings) -> NDArray[np.bool_]:
@@ -219,11 +254,16 @@ def _empty_mask(name: str, *, heldout: bool) -> Problem:
 Row = tuple[dict[str, Any], Slices | None]
 
 
-def _cached(site: Site, data: DataSettings, cache: Path) -> list[Row]:
-    """Return the rows of the site's cache file, which is built first when it is missing or damaged."""
-    paths = [path for case in site.cases for path in (case.image, case.mask) if path is not None]
-    hashes = file_hashes(paths, cache / "hashes" / f"{digest(site.name.encode(), 8)}.json")
-    path = cache / "slices" / f"{_key(site, data, hashes)}.arrow"
+def _files(site: Site) -> list[Path]:
+    """Return all image and mask files of a site."""
+    return [path for case in site.cases for path in (case.image, case.mask) if path is not None]
+
+
+def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]]:
+    """Return the key and the rows of the site's cache file, which is built first when it is missing or damaged."""
+    hashes = file_hashes(_files(site), hash_memo(cache, site.name))
+    key = _key(site, data, hashes)
+    path = cache / "slices" / f"{key}.arrow"
     damage = ""
     for _ in range(2):
         if damage or not path.is_file():
@@ -232,7 +272,7 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> list[Row]:
                 if damage or not path.is_file():
                     _build(site, data, hashes, path)
         try:
-            return _open(path)
+            return key, _open(path)
         except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
             damage = f"{type(error).__name__}: {error}"
     raise fail("DAT-113", found=damage, expected="a readable cache", action="Delete the file.", where=str(path))

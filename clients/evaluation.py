@@ -147,7 +147,10 @@ def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSett
 
 
 def post_process(masks: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
-    """Keep the largest component and fill holes, each structure for itself; an empty mask stays empty.
+    """Keep the largest component and fill holes of each structure; an empty mask stays empty.
+
+    A structure whose classes are among those of another lies inside it: the outer one is processed first and the inner
+    one is cut to it, so that nested structures do not come apart. With both steps off the masks stay as they are.
 
     Args:
         masks: (S, Z, Y, X).
@@ -155,13 +158,23 @@ def post_process(masks: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
         is_picture: Components touch by edges or corners (8-connected) in a picture, by faces in a volume.
     """
     out = masks.copy()
-    for mask in out:
-        if data.largest_component:
-            mask[...] = largest_component(mask, 3 if is_picture else 1)
-        if data.fill_holes:
-            for layer in mask:
-                layer[...] = ndimage.binary_fill_holes(layer)
+    if not (data.largest_component or data.fill_holes):
+        return out
+    parts = [set(classes) for classes in data.structure_classes().values()]
+    for inner in sorted(range(len(out)), key=lambda index: -len(parts[index])):
+        outer = [out[index] for index, classes in enumerate(parts) if classes > parts[inner]]
+        room = np.logical_and.reduce([np.ones_like(out[inner]), *outer])
+        out[inner] = _tidied(out[inner] & room, data, is_picture=is_picture) & room
     return out
+
+
+def _tidied(mask: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
+    """One structure (Z, Y, X) after the steps that are on."""
+    if data.largest_component:
+        mask = largest_component(mask, 3 if is_picture else 1)
+    if data.fill_holes:
+        mask = np.stack([ndimage.binary_fill_holes(layer) for layer in mask])
+    return mask
 
 
 def largest_component(mask: Mask, connectivity: int) -> Mask:

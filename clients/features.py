@@ -97,8 +97,10 @@ def patients_per_class(store: CaseStore, num_classes: int) -> npt.NDArray[np.int
     """Number of different training patients in whose slices a class occurs, (K,): what the patient floor compares."""
     table = store.slices("train")
     seen: list[set[str]] = [set() for _ in range(num_classes)]
-    for index, case in enumerate(table.case_of):
-        _, labels = table.stack(np.asarray([index]))
-        for value in np.flatnonzero(np.bincount(labels.reshape(-1), minlength=256)[:num_classes]):
-            seen[value].add(store.cases[int(case)].patient)
+    for index in np.unique(table.case_of):
+        stored, chosen = store.stored[index], table.z_of[table.case_of == index]
+        # A small structure may vanish when a slice is resized: the slice must hold the class at training size too.
+        for value in np.flatnonzero(stored.present[chosen].any(axis=0))[:num_classes]:
+            if (stored.label[chosen[stored.present[chosen, value]]] == value).any():
+                seen[value].add(store.cases[int(index)].patient)
     return np.asarray([len(patients) for patients in seen], dtype=np.int64)

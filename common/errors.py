@@ -17,6 +17,7 @@ CODES: Final[dict[str, str]] = {
     "CFG-004": "The device that was asked for is not there.",
     "CFG-005": "The run folder belongs to a run with other settings.",
     "CFG-006": "Another process is using the run folder.",
+    "CFG-007": "The Ray cluster cannot be reached.",
     # DAT: the data of one hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
@@ -42,14 +43,16 @@ CODES: Final[dict[str, str]] = {
     "PAY-111": "A count is larger than the site can have.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "STA-201": "The class statistics are not valid.",
+    "STA-203": "Too few classes have prototypes: the contrastive loss is off.",
     # TRN: training at a site
     "TRN-301": "The training loss is not finite.",
     "TRN-302": "The site has no training case.",
     # RND: the round loop
-    "RND-401": "Fewer sites than the quorum joined before the deadline.",
+    "RND-401": "The sites that the run needs did not all join in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",
     "RND-403": "The held-out hospital did not answer the evaluation.",
     "RND-404": "A site did not answer before the round's deadline.",
+    "RND-405": "No site has a validation case: the last model is taken.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",

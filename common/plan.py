@@ -11,11 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 from common.errors import FedsgcgError, Problem
 
 Checks = Iterator[tuple[bool, str, str]]
+# The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, here because a plan is read without torch.
+NETWORK_NAMES = ("unet",)
+METHOD_NAMES = ("source", "sgcg")
 
 
 class Section:
@@ -31,7 +35,7 @@ class Section:
 
     def __post_init__(self) -> None:
         wrong = [
-            Problem("CFG-001", where=name, found=repr(getattr(self, name)), expected=expected)
+            Problem("CFG-001", where=name, found=repr(attrgetter(name)(self)), expected=expected)
             for holds, name, expected in self.checks()
             if not holds
         ]
@@ -193,7 +197,8 @@ class MethodSettings(Section):
     precision: Literal["auto", "float32", "bf16"] = "auto"
 
     def checks(self) -> Checks:
-        """Rates and sizes are positive."""
+        """The method exists; rates and sizes are positive."""
+        yield self.name in METHOD_NAMES, "name", " | ".join(METHOD_NAMES)
         yield self.learning_rate > 0, "learning_rate", "more than zero"
         yield self.poly_power >= 0, "poly_power", "zero or more"
         yield self.weight_decay >= 0, "weight_decay", "zero or more"
@@ -343,6 +348,10 @@ class Plan(Section):
     observers: tuple[str, ...] = ()
     run: str = "run"
     output: str = "runs"
+
+    def checks(self) -> Checks:
+        """The network exists; `common.networks` refuses an unknown one too, but only when a site builds it."""
+        yield self.network.name in NETWORK_NAMES, "network.name", " | ".join(NETWORK_NAMES)
 
     def role(self, site: str) -> str:
         """Return `train`, `heldout` or `observer` for a site of this fold."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import shlex
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GROUPS = ("data", "network", "method", "federation", "prototypes", "privacy", "site", "experiment")
+# Folders and names: whatever a user writes is meant to the letter, with blanks, commas, brackets and equals signs.
+FOLDERS = ("data.root", "output", "site.home", "site.cache")
+LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
 
 T = TypeVar("T")
 
@@ -36,14 +40,17 @@ def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = N
         run_config: Flower's flat run config; `config-json` replaces the YAML, `overrides` is put before `overrides`.
 
     Raises:
-        FedsgcgError: CFG-001 with every unknown setting and the nearest known one.
+        FedsgcgError: CFG-001 with every unknown setting and the nearest known one, and every setting given twice.
     """
     run_config = run_config or {}
     if text := str(run_config.get("config-json", "")):
         if overrides or run_config.get("overrides"):
             raise fail("CFG-001", found="config-json and overrides", expected="one of the two", where="run config")
         return cast("dict[str, Any]", json.loads(text))
-    return compose([*shlex.split(str(run_config.get("overrides", ""))), *overrides])
+    given = [*_words(str(run_config.get("overrides", ""))), *overrides]
+    if twice := list(_given_twice(given)):
+        raise FedsgcgError(*twice, *_mistakes(given))
+    return compose(given)
 
 
 def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], run_id: int) -> Plan:
@@ -67,30 +74,25 @@ def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], r
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose `configs/run.yaml` with Hydra, after checking that every override names something that exists."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """Compose `configs/run.yaml` with Hydra, after checking that every override names something that exists.
 
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        problems = list(_unknown_overrides(overrides))
-        choices = [text for text in overrides if text.partition("=")[0].lstrip("+") in GROUPS]
-        try:
-            if not problems:
-                base = OmegaConf.to_container(hydra_compose("run", choices))
-                problems += _unknown_keys(overrides, cast("dict[str, Any]", base))
-            if problems:
-                raise FedsgcgError(*problems)
-            composed = hydra_compose("run", list(overrides))
-            return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise fail(
-                "CFG-001", found=str(error).strip() or repr(error), expected="settings that Hydra can compose"
-            ) from error
+    Of a setting given twice the last counts. The values of `LITERAL` settings never reach Hydra's grammar.
+
+    Raises:
+        FedsgcgError: CFG-001 with every override that cannot be used.
+    """
+    if problems := _mistakes(overrides):
+        raise FedsgcgError(*problems)
+    plain = [text for text in overrides if _key(text) not in LITERAL]
+    try:
+        tree = _composed(plain)
+    except _hydra_errors() as error:
+        faulty = [text for text in plain if not _composes(text)] or plain
+        raise FedsgcgError(*(_unreadable(text) for text in faulty)) from error
+    for text in overrides:
+        if (key := _key(text)) in LITERAL:
+            _put(tree, key, _literal(key, text.partition("=")[2]))
+    return tree
 
 
 def build(cls: type[T], tree: Mapping[str, Any]) -> T:
@@ -113,36 +115,147 @@ def choices_of(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def _unknown_overrides(overrides: Sequence[str]) -> Iterator[Problem]:
+def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = hydra_compose("run", list(overrides))
+        return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+
+
+@functools.lru_cache
+def _known_settings(choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of all settings and sections under some choices of groups, sorted."""
+    return tuple(sorted(_flatten(_composed(choices))))
+
+
+def _hydra_errors() -> tuple[type[Exception], ...]:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return HydraException, OmegaConfBaseException
+
+
+def _composes(text: str) -> bool:
+    try:
+        _composed([text])
+    except _hydra_errors():
+        return False
+    return True
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _literal(key: str, value: str) -> str:
+    """Return a value as it was meant: without quotes about the whole of it, a folder with the home directory put in."""
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1].replace("\\" + value[0], value[0])
+    return os.path.expanduser(value) if key in FOLDERS else value
+
+
+def _put(tree: dict[str, Any], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree[section]
+    tree[name] = value
+
+
+def _words(line: str) -> list[str]:
+    """Split a line of overrides as a shell does."""
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        action = "close every quote"
+        raise fail("CFG-001", where="overrides", found=line, expected="name=value ...", action=action) from error
+
+
+def _given_twice(overrides: Sequence[str]) -> Iterator[Problem]:
+    values: dict[str, list[str]] = {}
+    for text in overrides:
+        values.setdefault(_key(text), []).append(text)
+    for key, texts in values.items():
+        if len(texts) > 1:
+            found = " and ".join(texts)
+            yield Problem("CFG-001", where=key, found=found, expected="one value", action="leave one of them out")
+
+
+def _mistakes(overrides: Sequence[str]) -> list[Problem]:
+    """Return everything that is wrong with the overrides before any value is looked at."""
+    problems: list[Problem] = []
+    choices, named = [], []
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator:
-            yield Problem("CFG-001", found=text, expected="name=value", where="command line")
-        elif key in GROUPS and value not in choices_of(key):
-            yield Problem(
-                "CFG-001",
-                found=f"{key}={value}",
-                expected=" | ".join(choices_of(key)),
-                action=nearest(value, choices_of(key)),
-            )
-
-
-def _unknown_keys(overrides: Sequence[str], tree: Mapping[str, Any]) -> list[Problem]:
-    known = sorted(_flatten(tree))
-    # A user who writes `rounds` means `federation.rounds`: the last part of a name is a way to call it.
-    full_names = {name.rpartition(".")[2]: name for name in reversed(known)} | {
-        name: name for name in [*known, *GROUPS]
-    }
-    problems = []
-    for text in overrides:
-        key = text.partition("=")[0]
-        if key in GROUPS or key.startswith(("+", "~")) or key in known:
-            continue
-        close = difflib.get_close_matches(key, list(full_names), n=1, cutoff=0.5)
-        close = close or difflib.get_close_matches(key.rpartition(".")[2], list(full_names), n=1, cutoff=0.5)
-        hint = f"did you mean {full_names[close[0]]!r}?" if close else "see `fedsgcg settings`"
-        problems.append(Problem("CFG-001", found=f"unknown setting {key!r}", expected="a known setting", action=hint))
+        if not separator and not text.startswith(("+", "~")):
+            problems.append(Problem("CFG-001", found=text, expected="name=value", where="command line"))
+        elif key not in GROUPS:
+            named.append(text)
+        elif value in choices_of(key):
+            choices.append(text)
+        else:
+            expected, action = " | ".join(choices_of(key)), nearest(value, choices_of(key))
+            problems.append(Problem("CFG-001", found=text, expected=expected, action=action))
+    known = _known_settings(tuple(choices))
+    for text in named:
+        if _key(text) not in known:
+            problems.append(_unknown(_key(text), known))
+        elif _key(text) not in LITERAL and not _is_one_value(text):
+            problems.append(_unreadable(text))
     return problems
+
+
+def _is_one_value(text: str) -> bool:
+    """Whether Hydra reads an override as one value; `1,2` without brackets is a sweep over two."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    try:
+        return not OverridesParser.create().parse_override(text).is_sweep_override()
+    except _hydra_errors():
+        return False
+
+
+def _unreadable(text: str) -> Problem:
+    key, _, value = text.partition("=")
+    quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+    action = f"put the value in quotes: '{key}=\"{quoted}\"'"
+    if "," in value or value.startswith("["):
+        action += f'; of a list, each part: \'{key}=["A","B"]\''
+    return Problem("CFG-001", where=key, found=text, expected="name=value", action=action)
+
+
+def _unknown(key: str, known: Sequence[str]) -> Problem:
+    """Return the problem of a name that no setting has, with the one that was probably meant."""
+    hint = _meant(key.lstrip("+~"), known)
+    return Problem("CFG-001", found=f"unknown setting {key!r}", expected="a known setting", action=hint)
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    # A user who writes `rounds` means `federation.rounds`: the last part of a name is a way to call it.
+    ends = {name.rpartition(".")[2]: name for name in reversed(known)} | {name: name for name in [*known, *GROUPS]}
+    group, _, tail = key.rpartition(".")
+    inside = [name.removeprefix(f"{group}.") for name in known if group and name.startswith(f"{group}.")]
+    if key in ends:
+        close = [ends[key]]
+    elif inside:
+        close = [f"{group}.{name}" for name in _alike(tail, inside)] or [ends[tail] for _ in range(tail in ends)]
+        close = close or [f"{group}.{name}" for name in difflib.get_close_matches(tail, inside, n=1)]
+        if not close:
+            return f"settings of {group}: {', '.join(inside)}"
+    else:
+        close = [ends[name] for word in (key, tail) for name in difflib.get_close_matches(word, list(ends), 1, 0.5)]
+    return f"did you mean {close[0]!r}?" if close else "see `fedsgcg settings`"
+
+
+def _alike(word: str, names: Sequence[str]) -> list[str]:
+    """Names that a short form may stand for: their initials (`lr`), then their beginning, then a part of them."""
+    initials = [name for name in names if "".join(part[:1] for part in name.split("_")) == word]
+    begins = [name for name in names if len(word) > 1 and name.startswith(word)]
+    return [*initials, *begins, *(name for name in names if len(word) > 2 and word in name)]
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -173,16 +286,28 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
         return str(value)  # YAML reads a hospital called 12 as a number
     if kind in (int, bool) and type(value) is kind:
         return value
-    expected = (
-        " | ".join(str(item) for item in arguments) if origin is Literal else getattr(kind, "__name__", str(kind))
-    )
+    expected = " | ".join(str(item) for item in arguments) if origin is Literal else _in_words(origin or kind)
     problems.append(Problem("CFG-001", where=path, found=repr(value), expected=expected))
     return None
 
 
+def _in_words(kind: Any) -> str:
+    """Say what a type is to someone who does not program."""
+    words = {
+        list: "a list such as [A,B]",
+        tuple: "a list such as [A,B]",
+        dict: "names and values such as {A: 1}",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }
+    return words.get(kind, str(kind))
+
+
 def _convert_section(kind: type, value: Any, path: str, problems: list[Problem]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(Problem("CFG-001", where=path, found=repr(value), expected=f"settings of {kind.__name__}"))
+        problems.append(Problem("CFG-001", where=path, found=repr(value), expected=_in_words(dict)))
         return None
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]

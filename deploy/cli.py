@@ -6,13 +6,15 @@ import argparse
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from common.errors import FedsgcgError, fail
+from common.errors import FedsgcgError, Problem, fail
 from common.settings import GROUPS, choices_of, join
 from deploy.simulate import Cell
 
@@ -48,11 +50,26 @@ Settings are given as name=value: a group (data=promise12) or one value
 
 COLUMNS = ("method", "held out", "structure", "Dice ± sd", "95 % interval", "ASD", "ASSD", "HD95", "cases")
 DISTANCES = ("asd", "assd", "hd95")
+MOST_PROBLEMS = 8
 NARROWEST = 110  # columns of a console that is a file or a pipe, where 80 would break the table
 
 EXITS = """\
 exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted
 """
+
+
+def run() -> None:
+    """Run one command and leave, also past a hospital or a coordinator that is still at work in another thread.
+
+    A thread inside torch brings the interpreter down when it shuts down around it, and Flower's coordinator thread
+    would keep an interrupted process until the round's deadline.
+    """
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.name == "hospitals" or not thread.daemon for thread in threading.enumerate()[1:]):
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +129,7 @@ def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
     code = run_study(study, console)
     _print_left_out(study.cells, console)
     _print_results(study.folder, console)
+    _print_problems(study.cells, console)
     words = {0: "[green]completed[/green]", 3: "[yellow]degraded[/yellow]", 1: "[red]failed[/red]"}[code]
     console.print(f"{words}; report: {study.folder / 'report.html'}", highlight=False, soft_wrap=True)
     return code
@@ -119,7 +137,7 @@ def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
 
 def _print_left_out(cells: Sequence[Cell], console: Console) -> None:
     """Say which hospitals left cases out, by code; which files these are stands in the hospital's own folder."""
-    from server.report_text import case_lines
+    from server.report_cases import case_lines
 
     lines = [line for line in case_lines([cell.outcome() for cell in cells]) if "left out" in line]
     for line in lines:
@@ -128,14 +146,26 @@ def _print_left_out(cells: Sequence[Cell], console: Console) -> None:
         console.print("Which files, and what to do: sites/<site>/problems.txt in a cell's folder.", style="yellow")
 
 
+def _print_problems(cells: Sequence[Cell], console: Console) -> None:
+    """Say what went less than well in cells that count, and how to run them again."""
+    degraded = [cell for cell in cells if cell.outcome().get("status") == "degraded"]
+    for cell in degraded[:MOST_PROBLEMS]:
+        console.print(f"{cell.name} is degraded:", style="yellow", highlight=False, markup=False)
+        for problem in cell.outcome().get("problems", [])[:MOST_PROBLEMS]:
+            console.print(f"  {Problem(**problem)}", highlight=False, markup=False, soft_wrap=True)
+    if degraded:
+        console.print("A degraded cell counts. To run it again, remove its folder and call again.", style="yellow")
+
+
 def _report(options: argparse.Namespace, console: Console) -> int:
-    from deploy.study import collect
+    from deploy.record import collect, read_record
     from server.report import make_report
 
     folder: Path = options.folder
     if not (folder / "study.yaml").is_file():
         raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
     with console.status("making the report"):
+        read_record(folder)
         collect(folder)
         path = make_report(folder)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
@@ -172,14 +202,17 @@ def _print_results(folder: Path, console: Console) -> None:
         return
     rows = summary_rows(pq.read_table(path))
     unit = rows[0]["unit"] if rows else ""
-    table = Table(title=f"Judged at hospitals that took no part (mean over cases; distances in {unit})")
+    judged = "Judged at hospitals that took no part"
+    if any(not row["heldout"] for row in rows):
+        judged = "Nobody was held out: the training hospitals' own validation cases"
+    table = Table(title=f"{judged} (mean over cases; distances in {unit})")
     for title in COLUMNS:
         table.add_column(title, justify="left" if title in COLUMNS[:3] else "right", no_wrap=True)
     for row in rows:
         distances = ["–" if math.isnan(row[f"{name}_mean"]) else f"{row[f'{name}_mean']:.2f}" for name in DISTANCES]
         spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
-        interval = f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
-        head = [str(row[name]) for name in ("method", "heldout", "structure")]
+        interval = "–" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
+        head = [escape(str(row[name])) for name in ("method", "heldout", "structure")]
         end = row["heldout"] == "average"
         table.add_row(
             *head, spread, interval, *distances, str(row["cases"]), style="bold" if end else "", end_section=end
@@ -188,4 +221,4 @@ def _print_results(folder: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

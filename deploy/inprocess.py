@@ -7,6 +7,7 @@ are, encoded and decoded by `common.wire` exactly as on a real link; only Flower
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -23,6 +24,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.seeding import stream_seed
+
+CLOSING_S = 2.0
 
 
 class InProcessGrid(Grid):
@@ -45,7 +48,8 @@ class InProcessGrid(Grid):
         self._waiting: queue.Queue[Message | None] = queue.Queue()
         self._replies: dict[str, Message] = {}
         self._lock = threading.Lock()
-        threading.Thread(target=self._work, name="hospitals", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="hospitals", daemon=True)
+        self._thread.start()
 
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to."""
@@ -99,8 +103,12 @@ class InProcessGrid(Grid):
         return replies
 
     def close(self) -> None:
-        """Let the hospitals' thread end once it has served what is queued."""
+        """Drop what is queued and let the hospitals' thread end; a hospital that is at work gets a moment to finish."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.get_nowait()
         self._waiting.put(None)
+        self._thread.join(CLOSING_S)
 
     def _work(self) -> None:
         while (message := self._waiting.get()) is not None:

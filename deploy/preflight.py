@@ -7,13 +7,13 @@ federation each site answers these questions itself when it enrols.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.site import discover_sites, ensure_data, resolve_cache
-from common.errors import FedsgcgError, Problem
+from clients.site import discover_sites, ensure_data, open_site, resolve_cache
+from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import nearest
 
@@ -32,8 +32,15 @@ class Machine:
 
 
 def look_at_machine(cpus: int = 0) -> Machine:
-    """Count cores (or take `cpus` when it is not 0) and CUDA devices."""
+    """Count cores (or take `cpus` when it is not 0) and CUDA devices.
+
+    Raises:
+        FedsgcgError: CFG-001 for a negative number of cores.
+    """
     import torch
+
+    if cpus < 0:
+        raise fail("CFG-001", where="ray.cpus", found=str(cpus), expected="a whole number, 0 (all) or more")
 
     return Machine(cpus or len(os.sched_getaffinity(0)), torch.cuda.device_count() if torch.cuda.is_available() else 0)
 
@@ -121,3 +128,87 @@ def check_folder(folder: Path) -> None:
                 "SRV-401", where=str(folder), found=str(error), action="choose another output=FOLDER or free the disk"
             )
         ) from error
+
+
+def check_plan(plan: Plan, device: str) -> None:
+    """Refuse a fold that could only fail after its start.
+
+    Args:
+        plan: The fold, with `data.sites` filled in.
+        device: `cpu` or `cuda`, where the sites compute.
+
+    Raises:
+        FedsgcgError: All problems at once: CFG-001 for settings that do not go together, CFG-002 for an unknown
+            held-out hospital, CFG-003 when no site is left to train, CFG-004 for what the device does not have.
+    """
+    training = [site for site in plan.data.sites if plan.role(site) == "train"]
+    problems = [
+        *_role_problems(plan, training),
+        *_selection_problems(plan, training),
+        *_place_problems(plan),
+        *_device_problems(plan, device),
+    ]
+    if problems:
+        raise FedsgcgError(*problems)
+
+
+def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
+    """Yield what is wrong with who is held out, who only observes, and who is left to train."""
+    sites = plan.data.sites
+    if plan.heldout and plan.heldout not in sites:
+        yield Problem("CFG-002", repr(plan.heldout), " | ".join(sites), nearest(plan.heldout, sites), "heldout")
+    for name in plan.observers:
+        if name not in sites:
+            yield Problem("CFG-001", repr(name), "a hospital of the data", nearest(name, sites), "observers")
+        elif name == plan.heldout:
+            expected, action = "a hospital that is not held out", "take it out of observers: it is evaluated anyway"
+            yield Problem("CFG-001", repr(name), expected, action, "observers")
+    quorum = plan.federation.quorum
+    if not training:
+        found, action = f"none of {len(sites)} hospitals", "take a name out of heldout or observers"
+        yield Problem("CFG-003", found, "at least one training hospital", action, "observers")
+    elif quorum > len(training):
+        expected = f"at most {len(training)}, the number of training hospitals ({', '.join(training)})"
+        yield Problem("CFG-001", str(quorum), expected, "lower it, or set 0 for all of them", "federation.quorum")
+
+
+def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
+    """Yield the problem of a model to be chosen on validation cases that no training site has."""
+    if plan.federation.selection != "source_validation" or plan.data.validation_fraction > 0:
+        return
+    root = Path(plan.data.root)
+    try:
+        cases = [case for site in training for case in open_site(root, site, plan.data).cases] if plan.data.root else []
+    except FedsgcgError as error:
+        yield from error.problems
+        return
+    if any(case.split == "validation" for case in cases):
+        return
+    expected = "validation patients at the training hospitals"
+    action = "set data.validation_fraction above 0, or federation.selection=last"
+    found = "source_validation with data.validation_fraction=0"
+    yield Problem("CFG-001", found, expected, action, "federation.selection")
+
+
+def _place_problems(plan: Plan) -> Iterator[Problem]:
+    """Yield the problem of several sites that would write into one folder."""
+    home = plan.site.home
+    if home and "{site}" not in home and len(plan.data.sites) > 1:
+        expected = "a folder of its own for each hospital: {site} stands for the hospital's name"
+        action = f"site.home={home.rstrip('/')}/{{site}}"
+        yield Problem("CFG-001", repr(home), expected, action, "site.home")
+
+
+def _device_problems(plan: Plan, device: str) -> Iterator[Problem]:
+    """Yield what the plan asks of the device and the device does not have."""
+    import torch
+
+    from clients.device import precision
+
+    if plan.site.device == "cuda" and device != "cuda":
+        action = "set site.device=auto or cpu, or device=cuda on a machine that has it"
+        yield Problem("CFG-004", f"device {device}", "a CUDA device", action, "site.device")
+    try:
+        precision(plan.method, torch.device(device))
+    except FedsgcgError as error:
+        yield from error.problems

@@ -40,7 +40,9 @@ class CellState:
     site: str = ""
     loss: float = float("nan")
     dice: float = float("nan")
+    dice_round: int = 0  # round of the model that `dice` belongs to: sites judge what they receive
     heldout_dice: float = float("nan")
+    observer_dice: float = float("nan")
     rounds_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
     lines: list[str] = field(default_factory=list)
 
@@ -64,20 +66,28 @@ class CellState:
         self.site = str(event.get("site", self.site))
         self.loss = _number(event.get("loss"), self.loss)
         self.dice = _number(event.get("validation_dice"), self.dice)
+        self.dice_round = int(event.get("validation_round", self.round))
         if name == "run.finished":
             self.status = str(event.get("status", "ended"))
         elif name == "heldout.done":
             self.heldout_dice = _number(event.get("dice"), self.heldout_dice)
+        elif name == "observer.done":
+            self.observer_dice = _number(event.get("dice"), self.observer_dice)
         else:
             self.status = "running"
-        if name in ("round.done", "heldout.done", "run.finished"):
+        if name in ("round.done", "validation.done", "heldout.done", "observer.done", "run.finished"):
             self.lines.append(self.describe(name))
 
     def describe(self, event: str) -> str:
         """One line for consoles that cannot redraw."""
         head = f"{self.cell.name}  round {self.round}/{self.rounds}"
         if event == "round.done":
-            return f"{head}  loss {_show(self.loss)}  source-validation Dice {_show(self.dice)}"
+            before = f"source-validation Dice of round {self.dice_round} {_show(self.dice)}"
+            return f"{head}  loss {_show(self.loss)}" + (f"  {before}" if self.dice_round else "")
+        if event == "validation.done":
+            return f"{head}  source-validation Dice {_show(self.dice)}"
+        if event == "observer.done":
+            return f"{head}  observer {self.site}  Dice {_show(self.observer_dice)}"
         if event == "heldout.done":
             return f"{head}  held-out Dice {_show(self.heldout_dice)}"
         return f"{head}  {self.status}"
@@ -131,7 +141,7 @@ class Progress:
             state.read_events()
             if not self._live:
                 for line in state.lines:
-                    self.console.print(f"{line}  ({self.time_left()})", highlight=False)
+                    self.console.print(f"{line}  ({self.time_left()})", highlight=False, markup=False)
             state.lines.clear()
         if self._live:
             self._live.update(self._render(), refresh=True)
@@ -160,10 +170,10 @@ class Progress:
         for state in order[:16]:
             table.add_row(
                 state.cell.method,
-                state.cell.heldout or "–",
+                Text(state.cell.heldout or "–"),
                 str(state.cell.seed),
                 f"{state.round}/{state.rounds}" if state.round else "–",
-                state.site,
+                Text(state.site),
                 _show(state.loss),
                 _show(state.dice),
                 _show(state.heldout_dice),

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import fail
 from common.plan import Plan
 from deploy.preflight import Machine
 
@@ -59,10 +60,14 @@ class Cell:
 
     def outcome(self) -> dict[str, Any]:
         """What `server.app` wrote at the end of the run; empty when the cell has not ended yet."""
+        path = self.folder / "outcome.json"
         try:
-            found: dict[str, Any] = json.loads((self.folder / "outcome.json").read_text())
+            found: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            action = "remove the cell's folder and call again"
+            raise fail("SRV-402", where=str(path), found="text that is not JSON", action=action) from error
         return found
 
     @property

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import shlex
+import socket
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 from rich.console import Console
 
+from clients.cases import data_fingerprint
+from clients.site import resolve_cache
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import choices_of, join, nearest
-from deploy.preflight import Machine, check_device, check_folder, check_heldout, locate_hospitals, look_at_machine
+from deploy.preflight import (
+    Machine,
+    check_device,
+    check_folder,
+    check_heldout,
+    check_plan,
+    locate_hospitals,
+    look_at_machine,
+)
 from deploy.progress import Progress
+from deploy.record import AXES, check_same_study, collect, write_record
 from deploy.simulate import (
     Cell,
     choose_runtime,
@@ -39,10 +44,9 @@ from deploy.simulate import (
     run_cell_in_process,
     run_cell_on_ray,
 )
-from server.disk import Disk
-from server.journal import decisive_settings, differences, lock_file
+from server.journal import lock_file
 
-AXES = ("method", "heldout", "seed")
+RAY_ANSWERS_WITHIN_S = 5.0
 # Places and machines: changing them does not make another study.
 NOT_IDENTITY = ("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site")
 
@@ -59,6 +63,8 @@ class Study:
         machine: What this machine offers.
         ray_address: `local`, `auto` or `host:port`.
         overrides: The command line, for the record.
+        command: `study` or `simulate`, for the record.
+        data: Fingerprint of the hospitals' files (`clients.cases.data_fingerprint`).
     """
 
     folder: Path
@@ -68,6 +74,8 @@ class Study:
     machine: Machine
     ray_address: str
     overrides: tuple[str, ...]
+    command: str
+    data: str
 
 
 def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
@@ -101,8 +109,12 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         for heldout in heldouts
         for name in methods
     )
+    _check_cells(cells, device)
     runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells), machine)
-    return Study(folder, cells, runtime, device, machine, str(base["ray"]["address"]), tuple(overrides))
+    command = "simulate" if single else "study"
+    address = _ray_address(str(base["ray"]["address"]))
+    data = _fingerprint(Plan.from_tree(cells[0].tree))
+    return Study(folder, cells, runtime, device, machine, address, tuple(overrides), command, data)
 
 
 def run_study(study: Study, console: Console) -> int:
@@ -111,8 +123,8 @@ def run_study(study: Study, console: Console) -> int:
 
     check_folder(study.folder)
     with _locked(study.folder):
-        _check_same_study(study)
-        _write_record(study)
+        check_same_study(study)
+        write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
         console.print(
             f"[bold]{len(study.cells)} cells[/bold], {len(missing)} to do, in {study.folder}", highlight=False
@@ -126,7 +138,8 @@ def run_study(study: Study, console: Console) -> int:
             collect(study.folder)
             make_report(study.folder)
     for name, text in errors.items():
-        console.print(f"[bold red]{name} failed[/bold red]\n{text}", highlight=False)
+        console.print(f"{name} failed", style="bold red", highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     return exit_code(study.cells)
 
 
@@ -140,22 +153,26 @@ def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str
     """Take `method`, `heldout` and `seed` off a command line: (values by axis, the rest)."""
     values: dict[str, list[str]] = {}
     rest: list[str] = []
+    problems: list[Problem] = []
     for text in overrides:
         key, separator, value = text.partition("=")
-        if separator and key in AXES:
-            items = [item.strip().strip("'\"") for item in value.strip("[]").split(",")]
-            values[key] = [item for item in dict.fromkeys(items) if item or key == "heldout"]
-        else:
+        if not separator or key not in AXES:
             rest.append(text)
-    unknown = [name for name in values.get("method", []) if name not in choices_of("method")]
-    if unknown:
-        known = choices_of("method")
-        raise FedsgcgError(
-            *(
-                Problem("CFG-001", where="method", found=name, expected=" | ".join(known), action=nearest(name, known))
-                for name in unknown
-            )
-        )
+            continue
+        if key in values:
+            found = f"{key}={','.join(values[key])} and {text}"
+            action = f"put the values in one: {key}=A,B"
+            problems.append(Problem("CFG-001", where=key, found=found, expected="one value", action=action))
+        items = [item.strip().strip("'\"") for item in value.strip("[]").split(",")]
+        values[key] = [item for item in dict.fromkeys(items) if item or key == "heldout"]
+    known = choices_of("method")
+    problems += [
+        Problem("CFG-001", where="method", found=name, expected=" | ".join(known), action=nearest(name, known))
+        for name in values.get("method", [])
+        if name not in known
+    ]
+    if problems:
+        raise FedsgcgError(*problems)
     return values, rest
 
 
@@ -163,17 +180,6 @@ def identity(tree: Mapping[str, Any]) -> str:
     """Hash of the settings that make two calls the same study: everything but the axes, places and machines."""
     kept = {name: value for name, value in tree.items() if name not in NOT_IDENTITY}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def collect(folder: Path) -> None:
-    """Join the cells' `results.parquet` and `rounds.parquet` into the study's own."""
-    disk = Disk()
-    for name in ("results.parquet", "rounds.parquet"):
-        tables = [pq.read_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
-        if tables:
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
-            disk.write(folder / name, bytes(sink.getvalue()))
 
 
 def _run_cells(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
@@ -245,6 +251,36 @@ def _choice(tree: Mapping[str, Any]) -> str:
     return str(tree["method"]["name"])
 
 
+def _check_cells(cells: Sequence[Cell], device: str) -> None:
+    """Raise one error with everything that is impossible in any of the cells."""
+    problems: dict[Problem, None] = {}
+    for cell in cells:
+        try:
+            check_plan(Plan.from_tree(cell.tree), device)
+        except FedsgcgError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise FedsgcgError(*problems)
+
+
+def _ray_address(address: str) -> str:
+    """Return `local`, `auto` or a `host:port` that answers: Ray itself would try for minutes."""
+    if address in ("local", "auto"):
+        return address
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=RAY_ANSWERS_WITHIN_S).close()
+    except (OSError, ValueError) as error:
+        action = "start the cluster (ray start --head), or use ray.address=local"
+        raise fail("CFG-007", where="ray.address", found=f"{address}: {error}", action=action) from error
+    return address
+
+
+def _fingerprint(plan: Plan) -> str:
+    """Fingerprint of the hospitals' files, so that a run folder is never taken for a study of other images."""
+    return data_fingerprint(Path(plan.data.root), plan.data.sites, plan.data, resolve_cache(plan.site))
+
+
 def _runtime(name: str) -> str:
     if name not in ("auto", "ray", "inprocess"):
         raise fail("CFG-001", where="runtime", found=name, expected="auto | ray | inprocess")
@@ -268,64 +304,6 @@ def _explain_runtime(study: Study, missing: int) -> str:
             " (Ray tasks)" if missing > 1 else ""
         )
     return f"runtime={study.runtime} ({how}), device={study.device}, {place}"
-
-
-def _check_same_study(study: Study) -> None:
-    path = study.folder / "study.yaml"
-    if not path.exists():
-        return
-    before = yaml.safe_load(path.read_text())["settings"]
-    problems = [
-        problem
-        for method, tree in _settings_by_method(study).items()
-        for problem in differences(before.get(method, tree), tree, f"{path}, {method}")
-    ]
-    if problems:
-        raise FedsgcgError(*problems)
-
-
-def _settings_by_method(study: Study) -> dict[str, Any]:
-    """Settings of each method as `study.yaml` keeps them: what decides the outcome, less what differs between cells."""
-    return {cell.method: _decisive(cell.tree) for cell in study.cells}
-
-
-def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
-    kept = decisive_settings(Plan.from_tree(tree))
-    return {name: value for name, value in kept.items() if name not in AXES or name == "method"}
-
-
-def _write_record(study: Study) -> None:
-    """Write `study.yaml`, keeping what earlier calls with more methods, hospitals or seeds had asked for."""
-    path = study.folder / "study.yaml"
-    before = yaml.safe_load(path.read_text()) if path.exists() else {}
-    record = {
-        "created": before.get("created", datetime.now(UTC).isoformat(timespec="seconds")),
-        "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "fedsgcg study " + shlex.join(study.overrides),
-        "methods": sorted({*before.get("methods", []), *(cell.method for cell in study.cells)}),
-        "heldout": sorted({*before.get("heldout", []), *(cell.heldout for cell in study.cells)}),
-        "seeds": sorted({*before.get("seeds", []), *(cell.seed for cell in study.cells)}),
-        "sites": study.cells[0].tree["data"]["sites"],
-        "runtime": study.runtime,
-        "device": study.device,
-        "machine": describe_machine(study.machine),
-        "versions": {
-            name: version(name) for name in ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
-        },
-        "settings": {**before.get("settings", {}), **_settings_by_method(study)},
-    }
-    Disk().write(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
-
-
-def describe_machine(machine: Machine) -> str:
-    """One line on the machine: processor, cores, GPUs, Python."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:  # not Linux: the platform module's name has to do
-        name = platform.machine()
-    return f"{name}, {machine.cpus} cores, {machine.gpus} GPUs, Python {platform.python_version()}, {platform.system()}"
 
 
 @contextmanager

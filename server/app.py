@@ -41,11 +41,8 @@ def build_server_app(tree: Mapping[str, Any] | None = None, on_event: OnEvent = 
     @app.main()  # type: ignore[untyped-decorator, unused-ignore]
     def main(grid: Grid, context: Context) -> None:
         plan = plan_of_run(tree, dict(context.run_config), context.run_id)
-        try:
-            tell(run_federation(grid, plan, on_event), plan)
-        except FedsgcgError as error:
-            LOG.error("%s", error)
-            raise
+        # A failure is raised and not logged as well: Flower prints what an app raises.
+        tell(run_federation(grid, plan, on_event), plan)
 
     return app
 

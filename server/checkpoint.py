@@ -28,7 +28,7 @@ SCHEMA_VERSION: Final = "1"
 ROWS_SCHEMA = pa.schema(
     [
         pa.field("round", pa.int32()),
-        pa.field("phase", pa.string()),  # train | merge | heldout
+        pa.field("phase", pa.string()),  # train | merge | heldout | observer
         pa.field("site", pa.string()),  # "" = all sites
         pa.field("cls", pa.string()),  # "" or the name of a class
         pa.field("metric", pa.string()),

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from flwr.serverapp import Grid
 
@@ -19,6 +19,10 @@ from common.plan import Plan
 from common.settings import nearest
 from common.wire import ENROL, Reply, Request, encode_request
 from server.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, Answer, missing, push, read_answer
+from server.words import not_enough_enrolled
+
+UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
+"""Codes with which a hospital says that it has no usable case."""
 
 SETTLE_S = 0.5
 """Quiet time after which nobody else is expected, where neither the sites' names nor a quorum are given."""
@@ -49,7 +53,7 @@ class Member:
         return value if isinstance(value, int) and value > 0 else 0
 
     def problem_codes(self) -> list[str]:
-        """Codes of the cases that the site left out; anything that is no code of ours is dropped."""
+        """Codes of the site's problems with its cases; anything that is no code of ours is dropped."""
         problems = self.details.get("problems")
         entries = problems if isinstance(problems, list) else []
         codes = [entry.get("code") for entry in entries if isinstance(entry, Mapping)]
@@ -126,28 +130,44 @@ class Cohort:
 
     @property
     def quorum(self) -> int:
-        """Training sites that a round needs: the plan's number, or all that are expected."""
-        return self.plan.federation.quorum or max(1, len(self._expected("train") or self.training))
+        """Training sites that a round needs: the plan's number, or all that are expected and have a usable case."""
+        expected = [site for site in self._expected("train") if not self._unusable(site)]
+        return self.plan.federation.quorum or max(1, len(expected or self.training))
 
     def census(self) -> dict[str, dict[str, Any]]:
-        """What each enrolled site has: `cases` by split, and `left_out`, its unusable cases counted by error code."""
+        """What each enrolled site has.
+
+        Returns:
+            By site: `role`; `cases` by split; `left_out`, unusable cases counted by error code; and `flagged`, cases
+            that are evaluated all the same, likewise counted.
+        """
         return {
             site: {
                 "role": self.plan.role(site),
                 "cases": {split: member.count("cases", split) for split in ("train", "validation", "test")},
-                "left_out": dict(Counter(member.problem_codes())),
+                "left_out": dict(Counter(code for code in member.problem_codes() if not self._kept(site, code))),
+                "flagged": dict(Counter(code for code in member.problem_codes() if self._kept(site, code))),
             }
             for site, member in sorted(self.members.items())
         }
 
+    def _kept(self, site: str, code: str) -> bool:
+        """Whether a case with this problem stays: an empty mask teaches nothing, but it can be a test."""
+        return code == "DAT-110" and self.plan.role(site) != "train"
+
     def absent(self) -> list[Problem]:
-        """One problem for every expected site that has not enrolled."""
+        """One problem for every site that has not enrolled though it was expected, or came without a usable case."""
+        expected = [site for role in ("train", "heldout", "observer") for site in self._expected(role)]
+        came = [] if self.plan.data.sites else [site for site in sorted(self.refusals) if self._unusable(site)]
         return [
             self.refusals.get(site, Problem("RND-404", where=site, found="the site has not enrolled"))
-            for role in ("train", "heldout", "observer")
-            for site in self._expected(role)
+            for site in dict.fromkeys([*expected, *came])
             if site not in self.members
         ]
+
+    def _unusable(self, site: str) -> bool:
+        """Whether a site answered that it has nothing to train on; it is not missing, and waiting would not help."""
+        return site not in self.members and site in self.refusals and self.refusals[site].code in UNUSABLE
 
     def _expected(self, role: str) -> list[str]:
         named = set(self.plan.data.sites)
@@ -168,17 +188,9 @@ class Cohort:
         heldout = self.plan.heldout
         if len(self.training) >= self.quorum and (not heldout or heldout in self.members):
             return
-        missing = [problem.where for problem in self.absent()]
-        reasons = [f"{name}: {problem.code}" for name, problem in sorted(self.refusals.items())]
-        raise fail(
-            "RND-401",
-            found=f"{len(self.training)} training sites ({', '.join(sorted(self.members)) or 'nobody'} came"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; refused: {', '.join(reasons)}" if reasons else "")
-            + ")",
-            expected=f"{self.quorum} training sites" + (f" and the held-out site {heldout}" if heldout else ""),
-            action="start the missing sites, or lower federation.quorum; the same command goes on",
-        )
+        needed = [*self._expected("train"), *([heldout] if heldout else [])]
+        silent = [site for site in needed if site not in self.members and site not in self.refusals]
+        raise not_enough_enrolled(self.plan, list(self.training), self.quorum, self.refusals, silent)
 
     def _take(self, node: int, answer: Answer, identity: Identity) -> None:
         try:

@@ -53,13 +53,14 @@ def better(best: Best | None, number: int, score: float | None, weights: Weights
     return Best(number, score, weights)
 
 
-def protocol(plan: Plan, training: Sequence[str], selected_round: int) -> dict[str, Any]:
+def protocol(plan: Plan, training: Sequence[str], selected_round: int, *, validated: bool = True) -> dict[str, Any]:
     """Return the protocol in words, for `model.json` and the report's protocol box.
 
     Args:
         plan: The plan of the federation.
         training: Names of the sites that trained.
         selected_round: Round whose model was evaluated.
+        validated: Whether that model has a source-validation score; without one nothing could be chosen by it.
     """
     data, federation = plan.data, plan.federation
     return {
@@ -70,7 +71,7 @@ def protocol(plan: Plan, training: Sequence[str], selected_round: int) -> dict[s
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source validation; every "
             "case of the held-out site is its test set unless the manifest says otherwise"
         ),
-        "selection": SELECTIONS[federation.selection],
+        "selection": SELECTIONS[federation.selection] if validated else SELECTIONS["last"] + _unvalidated(plan),
         "selected_round": selected_round,
         "rounds": federation.rounds,
         "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
@@ -93,6 +94,12 @@ METRICS = {
     "hd95": "95th percentile of the pooled surface distances",
     "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
 }
+
+
+def _unvalidated(plan: Plan) -> str:
+    """What to add where no site had a validation case; nothing where none was needed."""
+    wanted = plan.federation.selection == "source_validation"
+    return ", because no site has a validation case to choose by" if wanted else ""
 
 
 def _post_processing(plan: Plan) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.errors import Problem
+from common.plan import Plan
 from common.statistics import ClassStatistics
 from common.wire import Reply
 from server.admission import Verdict
@@ -131,14 +132,18 @@ def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
     ]
 
 
-def heldout_rows(number: int, judged: Sequence[Judged], known: Sequence[Row] = ()) -> list[Row]:
-    """Return the rows of a held-out evaluation of round `number`'s model, without those that are `known` already."""
-    there = {(entry["round"], entry["site"]) for entry in known if entry["metric"] == "heldout_dice"}
-    return [
-        row(number, "heldout", part.site, "heldout_dice", part.dice)
-        for part in judged
-        if math.isfinite(part.dice) and (number, part.site) not in there
-    ]
+def judged_rows(plan: Plan, number: int, judged: Sequence[Judged], known: Sequence[Row] = ()) -> list[Row]:
+    """Return the rows of an evaluation of round `number`'s model, without those that are `known` already.
+
+    The held-out site's are of phase `heldout` and metric `heldout_dice`, an observer's `observer` and `observer_dice`.
+    """
+    there = {(entry["round"], entry["site"], entry["metric"]) for entry in known}
+    rows = []
+    for part in judged:
+        phase = "heldout" if part.site == plan.heldout else "observer"
+        if math.isfinite(part.dice) and (number, part.site, f"{phase}_dice") not in there:
+            rows.append(row(number, phase, part.site, f"{phase}_dice", part.dice))
+    return rows
 
 
 def row(number: int, phase: str, site: str, metric: str, value: float) -> Row:

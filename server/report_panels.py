@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from server.report_cases import count_of
 from server.report_figures import Line, case_panel, curve_panel, log_span_of, shift_panel, span_of
 from server.report_files import DONE, Cell, Picture, Reader, StudyFiles
 from server.report_overlays import choose_cases, crop_box, overlay
 from server.report_rounds import Curve, curves
 from server.report_tables import Row
-from server.report_text import count_of, focus_method, show
+from server.report_text import focus_method, show
 
 Section = dict[str, Any]
 Curves = Mapping[tuple[str, str, str], Curve]

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from server.report_cases import count_of
 from server.report_files import Reader, StudyFiles
 from server.report_overlays import interval_bar
 from server.report_rounds import departures
 from server.report_tables import AVERAGE, METRICS, Difference, Interval, Row, best_methods, distance_unit, value_of
-from server.report_text import DECIMALS, TITLES, Summary, count_of, show, show_bytes, show_interval, show_seconds
+from server.report_text import DECIMALS, TITLES, Summary, show, show_bytes, show_interval, show_seconds
 
 Section = dict[str, Any]
 DENSE_ABOVE = 5  # columns; then mean and standard deviation stand on two lines

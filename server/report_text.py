@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from common.errors import CODES
+from server.report_cases import case_lines, count_of, join_words, left_out_sentence
 from server.report_files import DONE, Cell, StudyFiles
 from server.report_tables import AVERAGE, Difference, Interval, Row, methods_of
 
@@ -61,17 +61,6 @@ def show_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def join_words(words: Iterable[Any]) -> str:
-    """Write "a, b and c"."""
-    parts = [str(word) for word in words]
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
-
-
-def count_of(number: int, noun: str) -> str:
-    """Write a number with its noun, e.g. "1 case", "2 cases"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def focus_method(methods: Sequence[str]) -> str:
     """The method that the study is about: `sgcg` where it takes part, else the last one."""
     return "sgcg" if "sgcg" in methods else methods[-1] if methods else ""
@@ -120,7 +109,12 @@ def _compared(pair: Difference) -> str:
 
 
 def status_sentence(study: StudyFiles) -> str:
-    """Say how many of the runs ended, and how."""
+    """Say how many of the runs ended, and how, and whether hospitals left cases out."""
+    left_out = left_out_sentence([cell.outcome for cell in study.cells])
+    return " ".join(filter(None, (_how_runs_ended(study), left_out)))
+
+
+def _how_runs_ended(study: StudyFiles) -> str:
     done = sum(cell.status in DONE for cell in study.cells)
     text = f"{done} of {count_of(len(study.cells), 'run')} ended"
     if study.status == "completed":
@@ -161,26 +155,6 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Machine", _machine(study)),
     ]
     return [(topic, lines) for topic, lines in topics if lines]
-
-
-def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line a hospital: its cases, and those it left out with the sentence of their code.
-
-    Args:
-        outcomes: What the cells' `outcome.json` say.
-    """
-    lines: dict[str, str] = {}
-    for outcome in outcomes:
-        census = outcome.get("sites")
-        for site, facts in (census if isinstance(census, Mapping) else {}).items():
-            cases, left_out = facts.get("cases", {}), facts.get("left_out", {})
-            line = f"{site}: {count_of(sum(cases.values()), 'usable case')}"
-            if left_out:
-                reasons = [f"{number} × {code} {CODES.get(code, '')}".rstrip(" .") for code, number in left_out.items()]
-                line += f", {sum(left_out.values())} left out ({'; '.join(reasons)})"
-            # A held-out fold and a training fold may leave out different cases: show the fold with more to tell.
-            lines[site] = max(lines.get(site, ""), line, key=len)
-    return [lines[site] for site in sorted(lines)]
 
 
 def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:

@@ -45,7 +45,11 @@ RESULTS_SCHEMA = pa.schema(
     [*CELL_FIELDS, pa.field("site", pa.string()), *CASES_SCHEMA],
     metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.results"},
 )
-ROUNDS_SCHEMA = pa.schema([*CELL_FIELDS, *ROWS_SCHEMA], metadata=ROWS_SCHEMA.metadata)
+ROUNDS_NOTE: Final = "validation_dice of row round=r was measured on the model received in round r, that of round r-1"
+ROUNDS_SCHEMA = pa.schema(
+    [*CELL_FIELDS, *ROWS_SCHEMA],
+    metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.rounds", "validation_dice": ROUNDS_NOTE},
+)
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -167,7 +171,7 @@ def model_card(plan: Plan, chosen: Best, training: Sequence[str], *, prototypes:
         "rounds": plan.federation.rounds,
         "validation_dice": chosen.score,
         "prototypes": "prototypes.arrow" if prototypes else None,
-        "protocol": protocol(plan, training, chosen.round),
+        "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score)),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 from flwr.serverapp import Grid
 
-from common.errors import FedsgcgError, Problem, fail
+from common.errors import FedsgcgError, Problem
 from common.networks import build_network
 from common.payload import Identity, Weights
 from common.plan import Plan
@@ -37,7 +37,7 @@ from server.replies import (
     Judged,
     Row,
     admitted,
-    heldout_rows,
+    judged_rows,
     mean_loss,
     site_rows,
     statistics_of,
@@ -45,8 +45,10 @@ from server.replies import (
     validation_rows,
 )
 from server.results import EventLog, OnEvent, ignore_event
+from server.words import heldout_unanswered, quorum_missed, too_few_classes
 
 Status = Literal["completed", "degraded", "failed"]
+NO_VALIDATION: Final = "raise data.validation_fraction, or take federation.selection=last"
 EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 
 
@@ -166,6 +168,9 @@ class Federation:
             early = self._collect(STATISTICS, Request(identity, state.weights), state.weights)
             prototypes = self._memory.update(prototypes, statistics_of(early))
         trained = self._collect(TRAIN, Request(identity, state.weights, prototypes), state.weights)
+        problem = too_few_classes(self._plan, number, prototypes, early or trained)
+        if problem and problem.code not in {note.code for note in self.notes}:  # told once, not in every round
+            self._note(problem)
         fresh = statistics_of(early or trained)
         if not early:
             prototypes = self._memory.update(prototypes, fresh)
@@ -183,7 +188,7 @@ class Federation:
         rows += self._heldout_curve(record)
         record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
         self._journal.commit_round(record)
-        self._log.emit("round.done", loss=mean_loss(trained), validation_dice=score)
+        self._log.emit("round.done", loss=mean_loss(trained), validation_dice=score, validation_round=number - 1)
         return record
 
     def _finish(self, state: RoundRecord) -> str:
@@ -191,17 +196,20 @@ class Federation:
         plan, last = self._plan, self._plan.federation.rounds
         validation = self._evaluate("validation", self._cohort.training, state.weights, last)
         score = source_score([part.validation for part in validation])
+        self._log.emit("validation.done", round=last, validation_dice=score)
         best = better(state.best, last, score, state.weights)
         chosen = Best(last, float("nan") if score is None else score, state.weights)
         if plan.federation.selection == "source_validation" and best is not None:
             chosen = best
+        elif plan.federation.selection == "source_validation":
+            self._note(Problem("RND-405", where="source validation", action=NO_VALIDATION))
         rows = self._journal.rows() + validation_rows(last + 1, validation)
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, state.prototypes, state.identity)
         card = results.model_card(plan, chosen, list(self._cohort.training), prototypes=state.prototypes is not None)
         results.write_model(self._disk, plan, chosen.weights, card)
         judged = self._judge(chosen)
-        results.write_rounds(self._disk, plan, rows + heldout_rows(chosen.round, judged, rows))
+        results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))
         if not plan.heldout:
             if chosen.round != last:
                 validation = self._evaluate("validation", self._cohort.training, chosen.weights, chosen.round)
@@ -216,15 +224,10 @@ class Federation:
         judged = self._evaluate("test", nodes, chosen.weights, chosen.round)
         if heldout and heldout not in {part.site for part in judged}:
             reason = next((note for note in reversed(self.notes) if note.where.endswith(heldout)), None)
-            raise fail(
-                "RND-403",
-                where=heldout,
-                found=f"{reason.code} {reason.found}" if reason else "no answer",
-                expected="per-case results of its test cases",
-                action="look at that site's own log, then start the same command again: only the evaluation is left",
-            )
+            raise heldout_unanswered(self._plan, reason)
         for part in judged:
-            self._log.emit("heldout.done", site=part.site, dice=part.dice)
+            event = "heldout.done" if part.site == heldout else "observer.done"
+            self._log.emit(event, site=part.site, dice=part.dice)
         return judged
 
     def _heldout_curve(self, record: RoundRecord) -> list[Row]:
@@ -236,7 +239,7 @@ class Federation:
         judged = self._evaluate("test", self._cohort.of_role("heldout"), record.weights, record.round)
         for part in judged:
             self._log.emit("heldout.done", site=part.site, dice=part.dice)
-        return heldout_rows(record.round, judged)
+        return judged_rows(self._plan, record.round, judged)
 
     def _collect(self, message_type: str, request: Request, reference: Weights) -> list[Collected]:
         """Ask the training sites, admit what they send, and insist on the quorum.
@@ -256,14 +259,7 @@ class Federation:
         self._ask(message_type, self._cohort.training, request, receive)
         collected = [found[site] for site in sorted(found)]
         if len(admitted(collected)) < self._cohort.quorum:
-            lost = [f"{part.answer.site} {part.verdict.code}" for part in collected if not part.verdict.accepted]
-            raise fail(
-                "RND-402",
-                where=f"round {request.identity.round}",
-                found=f"{len(admitted(collected))} admitted" + (f"; lost: {', '.join(lost)}" if lost else ""),
-                expected=f"{self._cohort.quorum} training sites",
-                action="mend those sites or lower federation.quorum, then start again: done rounds are kept",
-            )
+            raise quorum_missed(self._plan, collected, self._cohort.quorum, request.identity.round)
         return collected
 
     def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights) -> Collected:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from deploy.preflight import look_at_machine
-from deploy.study import describe_machine
+from deploy.record import describe_machine
 from tests.benchmarks import (
     bench_amplitude,
     bench_federation,

@@ -1,13 +1,16 @@
 """The settings: every group composes, every mistake is named at once, and the public option list is frozen."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clients.methods import METHODS
 from common.errors import FedsgcgError
-from common.plan import Plan
+from common.networks import NETWORKS
+from common.plan import METHOD_NAMES, NETWORK_NAMES, Plan
 from common.settings import GROUPS, choices_of, compose, join
 
 FROZEN = Path(__file__).with_name("options.txt")
@@ -83,3 +86,106 @@ def test_plan_survives_its_own_tree_and_ignores_places_in_its_digest() -> None:
     assert elsewhere.digest() == plan.digest()
     assert Plan.from_tree(join(["heldout=C"])).digest() != plan.digest()
     assert Plan.from_tree(join(["heldout=B", "prototypes.temperature=1"])).digest() != plan.digest()
+
+
+def refused(*overrides: str) -> FedsgcgError:
+    with pytest.raises(FedsgcgError) as caught:
+        Plan.from_tree(join(overrides))
+    assert {problem.code for problem in caught.value.problems} == {"CFG-001"}
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/tmp/My Data (1)", "/tmp/lr=1,2", "/x/{site}", "/a[b]", "/it's", '/say "hi"', "/a:b%c", "/${x}", "/tmp/Zürich"],
+)
+@pytest.mark.parametrize("key", ["data.root", "output", "site.home", "site.cache"])
+def test_a_folder_is_taken_to_the_letter(key: str, value: str) -> None:
+    tree: Any = join([f"{key}={value}"])
+    for part in key.split("."):
+        tree = tree[part]
+    assert tree == value
+
+
+def test_quotes_about_a_whole_value_are_not_part_of_it_and_the_home_folder_is_put_in() -> None:
+    tree = join(["output='a b'", 'data.root="~/x"', "site.home=~/homes/{site}", "run=~y", "heldout=St. Mary, (2)"])
+    home = str(Path.home())
+    assert (tree["output"], tree["data"]["root"], tree["site"]["home"]) == (
+        "a b",
+        f"{home}/x",
+        f"{home}/homes/{{site}}",
+    )
+    assert (tree["run"], tree["heldout"]) == ("~y", "St. Mary, (2)")
+    assert join(run_config={"overrides": "output='/tmp/a b'"})["output"] == "/tmp/a b"
+
+
+@pytest.mark.parametrize(
+    "text", ["data.sites=[A", "data.sites=A,B", "data.name=a (b", "seed=${nope}", "data.name=a:{b"]
+)
+def test_a_value_that_cannot_be_read_names_its_argument_and_no_library(text: str) -> None:
+    (problem,) = refused("federation.rounds=3", text).problems
+    key, _, value = text.partition("=")
+    assert (problem.where, problem.found, problem.expected) == (key, text, "name=value")
+    assert f"'{key}=\"{value}\"'" in problem.action
+    assert "hydra" not in str(problem).lower()
+
+
+def test_an_open_quote_in_a_line_of_overrides_is_refused() -> None:
+    with pytest.raises(FedsgcgError, match="close every quote"):
+        join(run_config={"overrides": "output='a"})
+
+
+@pytest.mark.parametrize("text", ["+data.root=/x", "~data.root", "++seed=3", "+experiment=demo", "~data"])
+def test_settings_can_be_changed_not_added_nor_removed(text: str) -> None:
+    assert "unknown setting" in str(refused(text))
+
+
+def test_a_setting_given_twice_is_refused_with_both_values() -> None:
+    error = refused("federation.rounds=2", "seed=1", "federation.rounds=3", "data=synthetic", "data=promise12")
+    assert [problem.found for problem in error.problems] == [
+        "federation.rounds=2 and federation.rounds=3",
+        "data=synthetic and data=promise12",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("method.lr", "method.learning_rate"),
+        ("prototypes.temp", "prototypes.temperature"),
+        ("federation.deadline", "federation.join_deadline_s"),
+        ("method.temperature", "prototypes.temperature"),
+        ("data.augmentation.rotate", "data.augmentation.rotate_degrees"),
+        ("rounds", "federation.rounds"),
+    ],
+)
+def test_the_setting_that_was_probably_meant_is_named(given: str, meant: str) -> None:
+    assert f"did you mean {meant!r}?" in str(refused(f"{given}=1"))
+
+
+def test_without_a_near_name_the_settings_of_the_group_are_listed() -> None:
+    assert "settings of privacy: min_patients, min_pixels" in str(refused("privacy.zzz=1"))
+
+
+def test_types_are_named_in_words() -> None:
+    error = refused(
+        *("data.sites=3", "seed=a", "method.learning_rate=b", "data.fill_holes=2", "data.name=[a]", "data.classes=4")
+    )
+    assert {problem.where: problem.expected for problem in error.problems} == {
+        "data.sites": "a list such as [A,B]",
+        "seed": "a whole number",
+        "method.learning_rate": "a number",
+        "data.fill_holes": "true or false",
+        "data.name": "text",
+        "data.classes": "names and values such as {A: 1}",
+    }
+
+
+def test_the_names_that_a_plan_accepts_are_those_that_exist() -> None:
+    assert set(NETWORKS) == set(NETWORK_NAMES)
+    assert set(METHODS) == set(METHOD_NAMES)
+    assert "unet" in str(refused("network.name=vnet"))
+    assert "source | sgcg" in str(refused("method.name=sgcq"))
+    plan = Plan.from_tree(join())
+    with pytest.raises(FedsgcgError, match="network.name"):
+        dataclasses.replace(plan, network=dataclasses.replace(plan.network, name="vnet"))

@@ -21,8 +21,9 @@ SMALL = (
 
 
 def overrides(hospitals: Path, output: Path, *more: str) -> list[str]:
-    """Command line of a small study on the hospitals of a folder."""
-    return [f"data.root={hospitals}", f"output={output}", *SMALL, *more]
+    """Command line of a small study on the hospitals of a folder; of a setting given twice, the later counts."""
+    texts = (f"data.root={hospitals}", f"output={output}", *SMALL, *more)
+    return list({text.partition("=")[0]: text for text in texts}.values())
 
 
 def plan(hospitals: Path, output: Path, *more: str) -> Study:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def test_a_site_enrols_with_its_cases_counted_by_split(root, tmp_path):
     assert reply.details["slices"]["train"] == 4 * counts["train"]
     assert reply.details["patients"] == counts
     assert asked(plan, wire.ENROL, "South", 0).details["cases"] == {"train": 0, "validation": 0, "test": 4}
+
+
+def test_a_site_tells_when_its_data_changed_and_never_where_they_lie(root, tmp_path):
+    told = [asked(federation(root, tmp_path / name), wire.ENROL, "North", 0).details["data"] for name in ("a", "b")]
+    assert len(told[0]) == 16
+    assert told[0] == told[1]
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(root, copy)
+    assert (
+        asked(sites.plan_of(copy, tmp_path / "c", "heldout=South"), wire.ENROL, "North", 0).details["data"] == told[0]
+    )
+    resplit = federation(root, tmp_path, "data.validation_fraction=0.6")
+    assert asked(resplit, wire.ENROL, "North", 0).details["data"] != told[0]
+    shutil.copy(copy / "North/North-001_mask.nii.gz", copy / "North/North-002_mask.nii.gz")
+    changed = asked(sites.plan_of(copy, tmp_path / "c", "heldout=South"), wire.ENROL, "North", 0).details["data"]
+    assert changed not in told
 
 
 def test_the_aliases_are_explained_at_the_site_only(root, tmp_path):

@@ -118,15 +118,46 @@ def test_holes_are_filled_in_each_slice_by_itself():
     assert not post_process(masks, nested(fill_holes=False), is_picture=False)[0, :, 1, 1].any()
 
 
-def test_structures_are_processed_apart_and_the_input_is_left_alone():
-    masks = np.zeros((2, 1, 1, 6), bool)
-    masks[0, 0, 0, [0, 1, 5]] = True
-    masks[1, 0, 0, [0, 4, 5]] = True
+def row(*masks: list[int]) -> np.ndarray:
+    """Structures (S, 1, 1, X) from rows of zeros and ones."""
+    return np.array(masks, bool)[:, None, None]
+
+
+def test_separate_structures_are_processed_apart_and_the_input_is_left_alone():
+    apart = nested(structures={"white": ["white"], "grey": ["grey"]})
+    masks = row([1, 1, 0, 0, 0, 1], [1, 0, 0, 0, 1, 1])
     before = masks.copy()
-    out = post_process(masks, nested(), is_picture=False)
-    assert out[:, 0, 0].astype(int).tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
+    out = post_process(masks, apart, is_picture=False)
+    np.testing.assert_array_equal(out, row([1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]))
     np.testing.assert_array_equal(masks, before)
-    np.testing.assert_array_equal(post_process(masks, nested(largest_component=False), is_picture=False), before)
+    off = post_process(masks, nested(largest_component=False, fill_holes=False), is_picture=False)
+    np.testing.assert_array_equal(off, before)
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_a_nested_structure_stays_inside_the_one_around_it(outer_first):
+    # The cord has two parts, three and two pixels wide; most of the grey matter lies in the part that is dropped.
+    cord, grey = [1, 1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1, 1]
+    kept_cord, kept_grey = [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]
+    structures = {"cord": ["white", "grey"], "grey": ["grey"]}
+    if outer_first:
+        out = post_process(row(cord, grey), nested(structures=structures), is_picture=False)
+        np.testing.assert_array_equal(out, row(kept_cord, kept_grey))
+    else:
+        turned = nested(structures=dict(reversed(structures.items())))
+        out = post_process(row(grey, cord), turned, is_picture=False)
+        np.testing.assert_array_equal(out, row(kept_grey, kept_cord))
+
+
+def test_a_filled_hole_of_the_inner_structure_stays_inside_the_outer_one():
+    inner = np.ones((5, 5), bool)
+    inner[2, 2] = False
+    outer = inner.copy()  # sigmoid structures are decided apart: with largest_component alone the hole stays open
+    masks = np.stack([outer, inner])[:, None]
+    filled = post_process(masks, nested(), is_picture=True)
+    assert filled.all()
+    kept = post_process(masks, nested(fill_holes=False), is_picture=True)
+    np.testing.assert_array_equal(kept, masks)
 
 
 @pytest.mark.parametrize("picture", [True, False])

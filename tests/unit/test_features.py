@@ -1,6 +1,7 @@
 """Class statistics of a site: of the received model, of every training pixel, and without touching the model."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,21 @@ def test_patients_are_counted_not_cases_nor_slices(root, tmp_path):
     assert len([case for case in store.cases if case.split == "train"]) == 4
     assert patients_per_class(store, plan.data.num_classes).tolist() == [2, 2]
     assert patients_per_class(store, 3).tolist() == [2, 2, 0]
+
+
+def test_patients_are_those_whose_training_slices_hold_the_class_and_no_image_is_read(root, monkeypatch):
+    plan, store, _ = opened(root)
+    table = store.slices("train")
+    _, labels = table.stack(np.arange(len(table)))
+    patients = np.array([store.cases[index].patient for index in table.case_of])
+    expected = [len(set(patients[(labels == value).any(axis=(1, 2))])) for value in range(2)]
+
+    def unread(*_):
+        raise AssertionError("images are not needed")
+
+    monkeypatch.setattr(type(table), "stack", unread)
+    assert patients_per_class(store, plan.data.num_classes).tolist() == expected
+    first = store.stored[int(table.case_of[0])]
+    vanished = replace(first, label=np.zeros_like(first.label))  # the structure was lost when the slices were resized
+    stored = tuple(vanished if slices is first else slices for slices in store.stored)
+    assert patients_per_class(replace(store, stored=stored), 2).tolist() == [expected[0], expected[1] - 1]

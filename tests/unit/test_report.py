@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from common.errors import FedsgcgError
+from common.errors import CODES, FedsgcgError
 from server.report import make_report
 from server.report_tables import summary_rows
 from tests.unit.report_study import NESTED, ROUNDS, SITES, STRUCTURES, collect, result_rows, write_cell, write_study
@@ -161,7 +161,7 @@ class TestUnfinishedStudies:
         (cell / "journal").mkdir()
         page = page_of(tmp_path)
         assert "Failed. 0 of 4 runs ended. There is no result to rely on." in page.text
-        assert "join: RND-401 Fewer sites than the quorum joined before the deadline." in page.text
+        assert f"join: RND-401 {CODES['RND-401']}" in page.text
         assert "No held-out hospital has been evaluated yet." in page.text
 
     def test_a_degraded_run_counts_and_is_marked(self, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.cases import data_fingerprint
 from clients.site import CaseFile, discover_sites, ensure_data, open_site, resolve_cache, split_of, splits
 from common.errors import FedsgcgError
 from common.plan import SiteSettings
@@ -211,3 +212,28 @@ def test_data_without_a_root(tmp_path, make_data):
     assert problems_of(ensure_data, make_data("promise12"), str(tmp_path))[0].code == "DAT-101"
     assert problems_of(ensure_data, make_data(root=str(tmp_path / "no")), str(tmp_path))[0].code == "DAT-101"
     assert ensure_data(make_data("promise12", root=str(tmp_path)), "") == tmp_path
+
+
+# the fingerprint of several sites
+
+
+def test_the_fingerprint_follows_content_and_manifest_not_place_nor_order(tmp_path, make_data):
+    def made(name, split="train"):
+        root = root_with(tmp_path / name, "site,image,mask,split", f"A,a.png,m.png,{split}", "B,b.png,m.png,")
+        for file in ("a.png", "b.png", "m.png"):
+            (root / file).write_bytes(file.encode())
+        return root
+
+    def taken(root, *names):
+        return data_fingerprint(root, names, make_data(), tmp_path / "cache")
+
+    one, other = made("one"), made("other")
+    assert taken(one, "A", "B") == taken(other, "B", "A")
+    assert taken(one, "A") != taken(one, "A", "B")
+    assert not (tmp_path / "cache/slices").exists()
+    (other / "b.png").write_bytes(b"new content")
+    assert taken(other, "A", "B") != taken(one, "A", "B")
+    assert taken(other, "A") == taken(one, "A")
+    assert taken(made("third", split="test"), "A", "B") != taken(one, "A", "B")
+    (other / "a.png").unlink()
+    assert taken(other, "A") != taken(one, "A")

@@ -1,0 +1,142 @@
+"""The study's record, `study.yaml`: what was asked, on which data, with which versions; and the joined tables."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from common.errors import FedsgcgError, Problem, fail
+from common.plan import Plan
+from deploy.preflight import Machine
+from server.disk import Disk
+from server.journal import decisive_settings, differences
+
+if TYPE_CHECKING:
+    from deploy.study import Study
+
+AXES = ("method", "heldout", "seed")
+PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `study.yaml`; empty when there is none yet.
+
+    Raises:
+        FedsgcgError: SRV-402 when it is damaged.
+    """
+    path = folder / "study.yaml"
+    if not path.exists():
+        return {}
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise damaged(path, "text that is not YAML") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise damaged(path, "no settings in it")
+    return record
+
+
+def check_same_study(study: Study) -> None:
+    """Refuse a folder that holds a study with other settings or of other data, naming what differs (CFG-005)."""
+    before = read_record(study.folder)
+    if not before:
+        return
+    path = study.folder / "study.yaml"
+    problems = [
+        problem
+        for method, tree in settings_by_method(study).items()
+        for problem in differences(before["settings"].get(method, tree), tree, f"{path}, {method}")
+    ]
+    if not problems and before.get("data", study.data) != study.data:
+        problems.append(
+            Problem(
+                "CFG-005",
+                where=str(path),
+                found=f"other images, masks or patients (data {study.data})",
+                expected=f"the data of the first call (data {before['data']})",
+                action="give the old data.root, or another output=FOLDER",
+            )
+        )
+    if problems:
+        raise FedsgcgError(*problems)
+
+
+def write_record(study: Study) -> None:
+    """Write `study.yaml`, keeping what earlier calls with more methods, hospitals or seeds had asked for."""
+    before = read_record(study.folder)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    first = study.cells[0].tree
+    record = {
+        "created": before.get("created", now),
+        "updated": now,
+        "command": f"fedsgcg {study.command} " + shlex.join(study.overrides),
+        "methods": sorted({*before.get("methods", []), *(cell.method for cell in study.cells)}),
+        "heldout": sorted({*before.get("heldout", []), *(cell.heldout for cell in study.cells)}),
+        "seeds": sorted({*before.get("seeds", []), *(cell.seed for cell in study.cells)}),
+        "sites": first["data"]["sites"],
+        "root": first["data"]["root"],
+        "data": study.data,
+        "runtime": study.runtime,
+        "device": study.device,
+        "machine": describe_machine(study.machine),
+        "versions": {name: version(name) for name in PACKAGES},
+        "settings": {**before.get("settings", {}), **settings_by_method(study)},
+    }
+    Disk().write(study.folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+
+
+def settings_by_method(study: Study) -> dict[str, Any]:
+    """Settings of each method as `study.yaml` keeps them: what decides the outcome, less what differs between cells."""
+    return {cell.method: _decisive(cell.tree) for cell in study.cells}
+
+
+def collect(folder: Path) -> None:
+    """Join the cells' `results.parquet` and `rounds.parquet` into the study's own.
+
+    Raises:
+        FedsgcgError: SRV-402 naming a table that is damaged, SRV-401 when the disk refuses.
+    """
+    for name in ("results.parquet", "rounds.parquet"):
+        tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
+        if tables:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
+            Disk().write(folder / name, bytes(sink.getvalue()))
+
+
+def damaged(path: Path, found: str) -> FedsgcgError:
+    """The error for a file of a run folder that cannot be read."""
+    action = "remove the cell's folder (or the study's) and call again"
+    return fail("SRV-402", where=str(path), found=found, expected="a file that fedsgcg wrote", action=action)
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, "not a Parquet table") from error
+
+
+def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
+    kept = decisive_settings(Plan.from_tree(tree))
+    return {name: value for name, value in kept.items() if name not in AXES or name == "method"}
+
+
+def describe_machine(machine: Machine) -> str:
+    """One line on the machine: processor, cores, GPUs, Python."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:  # not Linux: the platform module's name has to do
+        name = platform.machine()
+    return f"{name}, {machine.cpus} cores, {machine.gpus} GPUs, Python {platform.python_version()}, {platform.system()}"
