@@ -97,7 +97,7 @@ def _entry(path: Path, known: list[Any] | None) -> list[Any]:
             return known
         with path.open("rb") as file:
             return [*stamp, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
-    except OSError:
+    except OSError:  # the case is told as unusable when it is read; here it only must not look unchanged
         return [0, 0, "unreadable"]
 
 

@@ -104,17 +104,6 @@ def locate_hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
     return located
 
 
-def check_heldout(names: list[str], sites: list[str]) -> None:
-    """Refuse held-out names that no hospital has (CFG-002), all of them at once."""
-    problems = [
-        Problem("CFG-002", found=repr(name), expected=" | ".join(sites), action=nearest(name, sites))
-        for name in names
-        if name and name not in sites
-    ]
-    if problems:
-        raise FedsgcgError(*problems)
-
-
 def check_folder(folder: Path) -> None:
     """Make the run folder, or say why it cannot be written (SRV-401)."""
     try:

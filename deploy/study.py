@@ -10,8 +10,7 @@ import hashlib
 import json
 import socket
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from deploy.preflight import (
     Machine,
     check_device,
     check_folder,
-    check_heldout,
     check_plan,
     locate_hospitals,
     look_at_machine,
@@ -93,7 +91,6 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     sites: list[str] = located["data"]["sites"]
     heldouts = values.get("heldout") or [str(base["heldout"])]
     heldouts = sites if heldouts == ["all"] else heldouts
-    check_heldout(heldouts, sites)
     seeds = [_seed(text) for text in values.get("seed") or [str(base["seed"])]]
     if single and len(methods) * len(heldouts) * len(seeds) > 1:
         raise fail(
@@ -122,7 +119,7 @@ def run_study(study: Study, console: Console) -> int:
     from server.report import make_report
 
     check_folder(study.folder)
-    with _locked(study.folder):
+    with lock_file(study.folder / "lock"):
         check_same_study(study)
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
@@ -304,9 +301,3 @@ def _explain_runtime(study: Study, missing: int) -> str:
             " (Ray tasks)" if missing > 1 else ""
         )
     return f"runtime={study.runtime} ({how}), device={study.device}, {place}"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with lock_file(folder / "lock"):
-        yield
