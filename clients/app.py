@@ -15,15 +15,17 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from clients.cases import fingerprint
-from clients.egress import release
+from clients.egress import apply_floors, release
 from clients.evaluation import evaluate_cases, validation_dice
 from clients.features import patients_per_class, site_statistics
-from clients.methods import Guidance
+from clients.mixing import site_amplitudes
+from clients.overlay import build_guide, keep_statistics, sent_statistics
 from clients.training import load_weights, train_round, weights_of
 from clients.visit import SPLITS, Visit, guard, visiting
 from common.errors import fail
-from common.networks import build_network
+from common.networks import UNet, build_network
 from common.payload import encode_cases
+from common.plan import SHARES
 from common.seeding import stream
 from common.statistics import ClassStatistics
 from common.wire import Reply
@@ -47,6 +49,7 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
 
     app.query("enrol")(answering(enrol))
     app.query("statistics")(answering(describe))
+    app.query("amplitudes")(answering(share))
     app.train()(answering(train))
     app.evaluate()(answering(evaluate))
     return app
@@ -57,16 +60,17 @@ def enrol(visit: Visit) -> RecordDict:
 
     `data` is a digest by which the coordinator notices that the site's files or splits changed within a run.
     """
-    store = visit.store
-    cases = {split: [case for case in store.cases if case.split == split] for split in SPLITS}
+    stores, splits = visit.stores, SPLITS
+    cases = {split: [case for store in stores for case in store.cases if case.split == split] for split in splits}
     details = {
         "site": visit.site,
         "roles": list(visit.plan.site.roles),
         "cases": {split: len(part) for split, part in cases.items()},
         "patients": {split: len({case.patient for case in part}) for split, part in cases.items()},
-        "slices": {split: len(store.slices(split)) for split in SPLITS},
+        "slices": {split: sum(len(store.slices(split)) for store in stores) for split in splits},
         "problems": visit.public_problems(),
-        "data": fingerprint(store),
+        "data": " ".join(fingerprint(store) for store in stores),
+        "shares": list(visit.plan.site.shares),
     }
     return send(visit, Reply(visit.identity, visit.site, details=details))
 
@@ -80,20 +84,39 @@ def describe(visit: Visit) -> RecordDict:
 def train(visit: Visit) -> RecordDict:
     """Describe and judge the received model, then train it on the site's own slices and send it back."""
     guard(visit, "train")
-    plan, network = visit.plan, received(visit)
+    plan, network, number = visit.plan, received(visit), visit.identity.round
     described = statistics(visit, network) if plan.method.statistics and plan.prototypes.memory != "restart" else None
     before = judged(visit, network)
-    guidance = Guidance.from_prototypes(visit.request.prototypes, plan.prototypes, visit.identity.round, visit.device)
-    figures = train_round(
+    last, state = visit.state.load(number)
+    own = leaving(visit, described) if plan.prototypes.memory == "overlay" else None
+    sent = sent_statistics(state) if last == number - 1 else None
+    figures, state = train_round(
         network,
-        visit.store,
+        visit.stores,
         plan,
         site=visit.site,
-        round_number=visit.identity.round,
-        guidance=guidance,
+        round_number=number,
+        guide=build_guide(visit.request.prototypes, sent, own, plan, number, visit.device),
         device=visit.device,
+        amplitudes=visit.request.amplitudes,
+        state=state,
     )
+    if state or own is not None:
+        visit.state.store(number, state | keep_statistics(own))
     return send(visit, Reply(visit.identity, visit.site, weights_of(network), described, before | figures))
+
+
+def share(visit: Visit) -> RecordDict:
+    """Send the amplitudes of the site's training slices, where its own file allows it (methods.md 2.8)."""
+    guard(visit, "train")
+    ram = visit.plan.method.ram
+    wanted = SHARES.get(ram.sharing, "")
+    if wanted not in visit.plan.site.shares:
+        raise fail("ROL-202", found=f"site.shares={list(visit.plan.site.shares)}", expected=wanted)
+    tables = [store.slices("train") for store in visit.stores]
+    amplitudes = site_amplitudes(tables, ram, visit.site, visit.plan.seed, visit.device)
+    encoded = amplitudes if isinstance(amplitudes, bytes) else amplitudes.encode()
+    return send(visit, Reply(visit.identity, visit.site, amplitudes=encoded))
 
 
 def evaluate(visit: Visit) -> RecordDict:
@@ -102,7 +125,7 @@ def evaluate(visit: Visit) -> RecordDict:
     guard(visit, *(("train",) if split == "validation" else ("heldout", "observer")))
     pictures = visit.home / "pictures.arrow" if split == "test" else None
     network = received(visit)
-    rows = evaluate_cases(network, visit.store, visit.plan, split, visit.device, pictures=pictures)
+    rows = evaluate_cases(network, visit.stores, visit.plan, split, visit.device, pictures=pictures)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
     if split == "validation":  # the measure of every other round too, so that models can be compared
         metrics |= judged(visit, network)
@@ -111,30 +134,42 @@ def evaluate(visit: Visit) -> RecordDict:
 
 def judged(visit: Visit, network: nn.Module) -> dict[str, float]:
     """Source-validation Dice of a network, slice by slice at training size; nothing without a validation case."""
-    dice, cases = validation_dice(network, visit.store, visit.plan, visit.device)
+    dice, cases = validation_dice(network, visit.stores, visit.plan, visit.device)
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
-def received(visit: Visit) -> nn.Module:
+def received(visit: Visit) -> UNet:
     """The plan's network on the site's device, holding the weights of the request."""
     if visit.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = visit.plan
     network = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=None)
     load_weights(network, visit.request.weights)
-    return network.to(visit.device)
+    network.to(visit.device)
+    return network
 
 
 def statistics(visit: Visit, network: nn.Module) -> ClassStatistics:
-    """Class statistics of the site's training slices under the network's weights."""
-    rng = stream(visit.plan.seed, visit.identity.round, visit.site, "statistics")
-    return site_statistics(network, visit.store.slices("train"), visit.plan, visit.device, rng)
+    """Class statistics of the site's training slices under the network's weights, pooled over its hospitals."""
+    total = ClassStatistics.empty(visit.plan.data.num_classes, visit.plan.network.num_features)
+    for store in visit.stores:
+        rng = stream(visit.plan.seed, visit.identity.round, store.site, "statistics")
+        total = total + site_statistics(network, store.slices("train"), visit.plan, visit.device, rng)
+    return total
+
+
+def leaving(visit: Visit, described: ClassStatistics | None) -> ClassStatistics | None:
+    """The site's statistics as they will leave, without the classes that its floors withhold."""
+    if described is None:
+        return None
+    patients = patients_per_class(visit.stores, visit.plan.data.num_classes)
+    return apply_floors(described, patients, visit.plan.privacy)[0]
 
 
 def send(visit: Visit, reply: Reply) -> RecordDict:
     """Let a reply out through the door."""
     data = visit.plan.data
-    patients = patients_per_class(visit.store, data.num_classes) if reply.statistics is not None else None
+    patients = patients_per_class(visit.stores, data.num_classes) if reply.statistics is not None else None
     return release(
         reply,
         visit.home,

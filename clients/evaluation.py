@@ -52,13 +52,19 @@ class CaseResult:
 
 
 def evaluate_cases(
-    network: nn.Module, store: CaseStore, plan: Plan, split: str, device: torch.device, *, pictures: Path | None = None
+    network: nn.Module,
+    stores: Sequence[CaseStore],
+    plan: Plan,
+    split: str,
+    device: torch.device,
+    *,
+    pictures: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Predict and score every case of a split.
 
     Args:
         network: The model to judge.
-        store: The site's cases.
+        stores: The cases of each hospital that the site owns.
         plan: Structures, decision rule, post-processing, unit of distances.
         split: `test` or `validation`.
         device: Where the network runs.
@@ -69,11 +75,12 @@ def evaluate_cases(
     """
     rows: list[dict[str, Any]] = []
     kept: list[Picture] = []
-    for result in predict_cases(network, store, plan.data, split, device):
-        scored = case_rows(result, plan.data)
-        rows += scored
-        if pictures is not None:
-            kept.append(_picture(result, scored, store))
+    for store in stores:
+        for result in predict_cases(network, store, plan.data, split, device):
+            scored = case_rows(result, plan.data)
+            rows += scored
+            if pictures is not None:
+                kept.append(_picture(result, scored, store))
     if pictures is not None:
         write_pictures(pictures, kept, list(plan.data.structures))
     return rows
@@ -95,16 +102,23 @@ def predict_cases(
             yield CaseResult(case, prediction, structure_masks(classes, data), classes)
 
 
-def validation_dice(network: nn.Module, store: CaseStore, plan: Plan, device: torch.device) -> tuple[float, int]:
+def validation_dice(
+    network: nn.Module, stores: Sequence[CaseStore], plan: Plan, device: torch.device
+) -> tuple[float, int]:
     """Dice on the validation slices at training size: quick, without distances, for curves and model choice.
 
     Returns:
-        Mean over the validation cases of the mean over structures of a case's Dice, and the number of cases. NaN and 0
-        without a validation case.
+        Mean over the validation cases of all hospitals of the mean over structures of a case's Dice, and the number of
+        cases. NaN and 0 without a validation case.
     """
-    table = store.slices("validation")
-    if len(table) == 0:
-        return float("nan"), 0
+    tables = [table for store in stores if len(table := store.slices("validation"))]
+    found = [_validation_dice(network, table, plan, device) for table in tables]
+    number = sum(cases for _, cases in found)
+    return sum(dice * cases for dice, cases in found) / number if number else float("nan"), number
+
+
+def _validation_dice(network: nn.Module, table: SliceTable, plan: Plan, device: torch.device) -> tuple[float, int]:
+    """Mean Dice over the cases of one table, and their number."""
     cases, position = np.unique(np.asarray(table.case_of), return_inverse=True)
     structures = plan.data.structure_classes()
     sums = torch.zeros(3, len(cases), len(structures), dtype=torch.float64, device=device)

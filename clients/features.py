@@ -6,7 +6,7 @@ Legend: K classes, A feature channels, B batch, N pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -93,14 +93,15 @@ def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
         network.train(was_training)
 
 
-def patients_per_class(store: CaseStore, num_classes: int) -> npt.NDArray[np.int64]:
+def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
     """Number of different training patients in whose slices a class occurs, (K,): what the patient floor compares."""
-    table = store.slices("train")
-    seen: list[set[str]] = [set() for _ in range(num_classes)]
-    for index in np.unique(table.case_of):
-        stored, chosen = store.stored[index], table.z_of[table.case_of == index]
-        # A small structure may vanish when a slice is resized: the slice must hold the class at training size too.
-        for value in np.flatnonzero(stored.present[chosen].any(axis=0))[:num_classes]:
-            if (stored.label[chosen[stored.present[chosen, value]]] == value).any():
-                seen[value].add(store.cases[int(index)].patient)
+    seen: list[set[tuple[str, str]]] = [set() for _ in range(num_classes)]
+    for store in stores:
+        table = store.slices("train")
+        for index in np.unique(table.case_of):
+            stored, chosen = store.stored[index], table.z_of[table.case_of == index]
+            # A small structure may vanish when a slice is resized: the slice must hold the class at training size too.
+            for value in np.flatnonzero(stored.present[chosen].any(axis=0))[:num_classes]:
+                if (stored.label[chosen[stored.present[chosen, value]]] == value).any():
+                    seen[value].add((store.site, store.cases[int(index)].patient))
     return np.asarray([len(patients) for patients in seen], dtype=np.int64)

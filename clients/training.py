@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
-from clients.batches import augment, batches, steps_of
-from clients.device import arithmetic, precision
-from clients.methods import METHODS, Guidance
+from clients.batches import Batch, augment, gather, index_batches, steps_of
+from clients.methods import METHODS, Guide, Source
+from clients.mixing import Mixer, build_mixer
 from common.errors import fail
+from common.networks import UNet
 from common.payload import Weights
 from common.plan import Plan
 from common.seeding import stream, stream_seed
@@ -21,62 +22,156 @@ from common.seeding import stream, stream_seed
 if TYPE_CHECKING:
     from clients.cases import CaseStore, SliceTable
 
-PARTS = ("loss", "loss_supervised", "loss_contrast")
+MOMENTS: Final = "adam."
+LOCAL: Final = "local."
 
 
 def train_round(
-    network: nn.Module,
-    store: CaseStore,
+    network: UNet,
+    stores: Sequence[CaseStore],
     plan: Plan,
     *,
     site: str,
     round_number: int,
-    guidance: Guidance | None,
+    guide: Guide | None,
     device: torch.device,
-) -> dict[str, float]:
+    amplitudes: bytes = b"",
+    state: dict[str, Tensor] | None = None,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
+
+    A step that does not fit into the GPU's memory is cut into parts whose gradients are accumulated, and the round
+    starts over from the received weights; the figure `micro_batches` says so.
 
     Args:
         network: Holds the received weights; afterwards the locally trained ones.
-        store: The site's cases; its training slices are used.
+        stores: The cases of each hospital whose data the site owns; their training slices are used.
         plan: Method, schedule and augmentation.
         site: Name of the site, which names its random streams.
         round_number: From 1; places the round in the learning-rate schedule and names the random streams.
-        guidance: Global prototypes, or None.
+        guide: Gives the global prototypes, or None.
         device: Where to compute.
+        amplitudes: Amplitudes of other sites, for `method.ram.sharing=summary` and `bank`.
+        state: What `train_round` returned in the site's last round; None starts fresh.
 
     Returns:
-        Figures of the round: examples (training slices), steps, seconds, learning_rate (of the first step), and the
-        mean over the steps of loss, loss_supervised and loss_contrast.
+        Figures of the round: examples (training slices), steps, seconds, learning_rate (of the first step),
+        micro_batches, and the mean over the steps of the loss and of its parts. And the state that stays at the site.
 
     Raises:
-        FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is not finite.
+        FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is not finite,
+            SITE-502 when the memory does not hold even the smallest part of a step.
     """
     began = time.perf_counter()
-    table = store.slices("train")
-    if len(table) == 0:
-        raise fail("TRN-302", where=site, found="no slice in the training split", expected="one or more")
-    network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    steps = steps_of(table, plan.method)
-    optimizer = torch.optim.Adam(network.parameters(), weight_decay=plan.method.weight_decay, fused=True)
-    sums = torch.zeros(len(PARTS), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    dtype = precision(plan.method, device)
-    for step, (images, labels) in enumerate(round_batches(table, plan, round_number, site, device)):
-        set_learning_rate(optimizer, plan, round_number, step / steps)
-        with arithmetic(dtype, device):
-            logits, penultimate = network(images)
-        total, parts = METHODS[plan.method.name](logits.float(), penultimate, labels, guidance, plan)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        sums += torch.stack([total.detach(), *(parts[name] for name in PARTS[1:])])
-        if device.type == "cpu" and not math.isfinite(total.item()):
-            raise _diverged(site, round_number, step)
-    return _figures(network, sums, steps, site, round_number) | {
-        "examples": float(len(table)),
+    tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
+    received = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    micro_batches = plan.site.micro_batches
+    while True:
+        try:
+            mixer = build_mixer(tables, plan, site, round_number, amplitudes, device)
+            batches = round_batches(tables, plan, round_number, site, names, device, mixer)
+            session = Session(network, plan, len(stores), device, state or {})
+            figures = session.train(batches, steps_of(tables, plan.method), guide, round_number, micro_batches)
+            break
+        except torch.OutOfMemoryError as error:
+            micro_batches *= 2
+            if micro_batches > plan.method.batch_size // 2:
+                raise _out_of_memory(plan) from error
+            torch.cuda.empty_cache()
+            network.load_state_dict(received)
+    return figures | {
+        "examples": float(sum(len(table) for table in tables)),
         "learning_rate": learning_rate(plan, round_number, 0.0),
+        "micro_batches": float(micro_batches),
         "seconds": time.perf_counter() - began,
-    }
+    }, session.state()
+
+
+class Session:
+    """Method and optimiser of one round.
+
+    Args:
+        network: Trained in place.
+        plan: Method and schedule.
+        domains: D, hospitals whose data the client owns.
+        device: Where to compute.
+        state: As `state()` returned it after the client's last round; missing parts start fresh.
+    """
+
+    def __init__(
+        self, network: UNet, plan: Plan, domains: int, device: torch.device, state: Mapping[str, Tensor]
+    ) -> None:
+        network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self._plan, self._device = plan, device
+        self.method: Source = METHODS[plan.method.name](network, plan, domains, device)
+        self.method.local.train()
+        self._optimizer = torch.optim.Adam(
+            self.method.groups(), lr=plan.method.learning_rate, weight_decay=plan.method.weight_decay, fused=True
+        )
+        self._restore(state)
+
+    def train(
+        self, batches: Iterator[Batch], steps: int, guide: Guide | None, round_number: int, micro_batches: int
+    ) -> dict[str, float]:
+        """Take one step a batch.
+
+        Returns:
+            Number of steps, and the mean over them of the loss and of its parts.
+
+        Raises:
+            FedsgcgError: TRN-301 when the loss or a trained weight is not finite.
+        """
+        names = ("loss", *self.method.parts)
+        on_cpu = self._device.type == "cpu"
+        sums = torch.zeros(len(names), dtype=torch.float64 if on_cpu else torch.float32, device=self._device)
+        for step, batch in enumerate(batches):
+            set_learning_rate(self._optimizer, self._plan, round_number, step / steps)
+            found = self.step(batch, guide, micro_batches)
+            sums += found
+            if on_cpu and not math.isfinite(found[0].item()):
+                raise _diverged(round_number, step)
+        return self._figures(names, sums, steps, round_number)
+
+    def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
+        """Take one step; returns the loss and its parts, detached, in the order of `method.parts`."""
+        self._optimizer.zero_grad(set_to_none=True)
+        found: list[Tensor] = []
+        for share, part in batch.parts(micro_batches):
+            total, parts = self.method.loss(part, guide)
+            (total if share == 1 else share * total).backward()  # type: ignore[no-untyped-call]
+            zero = torch.zeros_like(total)
+            values = torch.stack([total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)])
+            found.append(values if share == 1 else share * values)
+        self._optimizer.step()
+        return torch.stack(found).sum(0)
+
+    def state(self) -> dict[str, Tensor]:
+        """What stays at the site: local networks always, Adam's moments with `federation.moments=keep`."""
+        tensors = {f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()}
+        if self._plan.federation.moments == "keep":
+            for index, moments in self._optimizer.state_dict()["state"].items():
+                tensors |= {f"{MOMENTS}{index}.{name}": tensor for name, tensor in moments.items()}
+        return tensors
+
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        if local := {name.removeprefix(LOCAL): tensor for name, tensor in state.items() if name.startswith(LOCAL)}:
+            self.method.local.load_state_dict(local)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            if name.startswith(MOMENTS):
+                index, _, kind = name.removeprefix(MOMENTS).partition(".")
+                moments.setdefault(int(index), {})[kind] = tensor
+        if moments and self._plan.federation.moments == "keep":
+            self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
+
+    def _figures(self, names: Sequence[str], sums: Tensor, steps: int, round_number: int) -> dict[str, float]:
+        """Read the sums once at the end: on a GPU this is the only wait of the round; NaN and Inf survive any sum."""
+        weights = self.method.network.state_dict().values()
+        finite = torch.stack([torch.isfinite(tensor).all() for tensor in weights]).all()
+        values = (sums / steps).tolist()
+        if not (bool(finite) and all(math.isfinite(value) for value in values)):
+            raise _diverged(round_number, steps)
+        return dict(zip(names, values, strict=True)) | {"steps": float(steps)}
 
 
 def learning_rate(plan: Plan, round_number: int, share: float) -> float:
@@ -92,20 +187,40 @@ def learning_rate(plan: Plan, round_number: int, share: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, plan: Plan, round_number: int, share: float) -> None:
-    """Give the optimiser the rate of this point of the run."""
+    """Give every group of the optimiser its share of the rate of this point of the run."""
+    rate = learning_rate(plan, round_number, share)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(plan, round_number, share)
+        group["lr"] = rate * group["factor"]
 
 
 def round_batches(
-    table: SliceTable, plan: Plan, round_number: int, site: str, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the augmented batches of a round on the device: images (B, C, S, S), labels (B, S, S)."""
+    tables: Sequence[SliceTable],
+    plan: Plan,
+    round_number: int,
+    site: str,
+    names: Sequence[str],
+    device: torch.device,
+    mixer: Mixer | None = None,
+) -> Iterator[Batch]:
+    """Yield the augmented batches of a round on the device.
+
+    Args:
+        tables: The slices of each source domain.
+        plan: Batch sizes, augmentation, seed.
+        round_number: Names the random streams.
+        site: Name of the client, which names the stream of the augmentation.
+        names: The hospital of each table, which names the stream of its shuffles.
+        device: Where the batches go.
+        mixer: Makes the amplitude-mixed copies; None for methods without.
+    """
     generator = torch.Generator(device).manual_seed(stream_seed(plan.seed, round_number, site, "augment"))
-    rng = stream(plan.seed, round_number, site, "batches")
-    for images, labels in batches(table, plan.method, rng):
-        changed, moved = augment(images.to(device), labels.to(device), plan.data.augmentation, generator)
-        yield changed.to(memory_format=torch.channels_last), moved
+    rngs = [stream(plan.seed, round_number, name, "batches") for name in names]
+    for chosen in index_batches(tables, plan.method, rngs):
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in gather(tables, chosen))
+        sizes = tuple(len(numbers) for numbers in chosen)
+        changed, moved = augment(images, labels, plan.data.augmentation, generator)
+        mixed = mixer(changed, sizes).to(memory_format=torch.channels_last) if mixer else None
+        yield Batch(changed.to(memory_format=torch.channels_last), moved, sizes, mixed)
 
 
 def load_weights(network: nn.Module, weights: Weights) -> None:
@@ -130,20 +245,19 @@ def weights_of(network: nn.Module) -> Weights:
     return Weights.from_state({name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()})
 
 
-def _figures(network: nn.Module, sums: Tensor, steps: int, site: str, round_number: int) -> dict[str, float]:
-    """Read the sums once at the end: on a GPU this is the only wait of the round; NaN and Inf survive any sum."""
-    finite = torch.stack([torch.isfinite(tensor).all() for tensor in network.state_dict().values()]).all()
-    values = (sums / steps).tolist()
-    if not (bool(finite) and all(math.isfinite(value) for value in values)):
-        raise _diverged(site, round_number, steps)
-    return dict(zip(PARTS, values, strict=True)) | {"steps": float(steps)}
-
-
-def _diverged(site: str, round_number: int, step: int) -> Exception:
+def _diverged(round_number: int, step: int) -> Exception:
     return fail(
         "TRN-301",
-        where=site,
         found=f"a loss or weight that is not finite in round {round_number}, step {step}",
         expected="finite numbers",
         action="lower method.learning_rate; nothing of this round leaves the site",
+    )
+
+
+def _out_of_memory(plan: Plan) -> Exception:
+    return fail(
+        "SITE-502",
+        found=f"a batch of {plan.method.batch_size} slices of {plan.data.image_size} pixels, in parts of two",
+        expected="a step that fits into the memory of the GPU",
+        action="lower data.image_size or network.base_width, or take a GPU with more memory",
     )

@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from clients.cases import CaseStore, open_store
 from clients.device import choose_device
 from clients.egress import release_error
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
+from clients.state import LocalState
 from common.errors import FedsgcgError, fail
 from common.payload import Identity
 from common.plan import Plan
@@ -68,22 +69,34 @@ class Visit:
         return choose_device(self.plan.site.device, self.plan.site.threads)
 
     @cached_property
-    def store(self) -> CaseStore:
-        """The site's cases, its slice cache made where it is missing; writes who is behind each alias at the site."""
-        site = open_site(self.root, self.site, self.plan.data)
-        store = open_store(site, self.plan.data, resolve_cache(self.plan.site), heldout=self.role != "train")
-        write_text(self.home / "aliases.csv", aliases_table(store))
-        problems = "\n".join(str(problem) for problem in store.problems)
+    def stores(self) -> tuple[CaseStore, ...]:
+        """The cases of every hospital that the site owns: one, or all source domains of a pooled run.
+
+        The slice cache is made where it is missing, and who is behind each alias is written down at the site.
+        """
+        data, cache = self.plan.data, resolve_cache(self.plan.site)
+        sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
+        stores = tuple(open_store(site, data, cache, heldout=self.role != "train") for site in sites)
+        write_text(self.home / "aliases.csv", aliases_table(stores))
+        problems = "\n".join(str(problem) for store in stores for problem in store.problems)
         write_text(self.home / "problems.txt", problems or "none")
-        return store
+        return stores
+
+    @property
+    def state(self) -> LocalState:
+        """What the site keeps of its own training in this run."""
+        return LocalState.of(self.home, self.identity)
 
     def public_problems(self) -> list[dict[str, str]]:
         """What is wrong with the site's cases, as it may leave: codes, and aliases of the cases that have one.
 
         A case that could not be read has no alias, since an alias needs the image (`clients.cases`).
         """
-        alias = {case.name: case.alias for case in self.store.cases}
-        return [{"code": problem.code, "case": alias.get(problem.where, "")} for problem in self.store.problems]
+        found = []
+        for store in self.stores:
+            alias = {case.name: case.alias for case in store.cases}
+            found += [{"code": problem.code, "case": alias.get(problem.where, "")} for problem in store.problems]
+        return found
 
 
 def visiting(
@@ -160,7 +173,7 @@ def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
     Raises:
         FedsgcgError: DAT-101 when the node config names no site.
     """
-    names = sorted(plan.data.sites) or sorted(discover_sites(root))
+    names = list(plan.members()) or sorted(discover_sites(root))
     if name := str(node_config.get("site", "")):
         if name not in names:
             raise fail("DAT-101", found=f"site {name!r}", expected=f"one of {names}", action="Correct the node config.")
@@ -195,12 +208,12 @@ def keep_trace(home: Path | None, kind: str, identity: Identity) -> None:
     LOG.error(text)
 
 
-def aliases_table(store: CaseStore) -> str:
+def aliases_table(stores: Sequence[CaseStore]) -> str:
     """Who is behind each alias, as CSV (alias, case)."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["alias", "case"])
-    table.writerows([case.alias, case.name] for case in store.cases)
+    table.writerows([case.alias, case.name] for store in stores for case in store.cases)
     return text.getvalue()
 
 

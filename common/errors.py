@@ -34,6 +34,7 @@ CODES: Final[dict[str, str]] = {
     "DAT-113": "The slice cache cannot be written or read.",
     # ROL: who may do what
     "ROL-201": "A site was asked for something its role forbids.",
+    "ROL-202": "A site was asked to share what its own file does not allow.",
     # PAY and STA: what a site sent
     "PAY-101": "The weights hold values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",
@@ -58,6 +59,7 @@ CODES: Final[dict[str, str]] = {
     "SRV-402": "A file of the run folder is damaged.",
     # SITE: anything unforeseen inside a hospital; the trace stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
+    "SITE-502": "The memory of the site's device does not hold one training step.",
     "SITE-501": "The site's folder cannot be written or its ledger is broken; nothing leaves.",
 }
 

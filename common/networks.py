@@ -1,7 +1,9 @@
 """The segmentation network: the U-Net of RAM-DSIR (methods.md 2.2), base width and normalisation configurable.
 
+Also DSIR's restoration decoder, which exists in training alone and never leaves a client.
 Legend: B batch, C output channels, H, W height and width (multiples of 16), w base width (16 in RAM-DSIR),
-A = 2w channels of the penultimate map, the representation that class statistics and SgCG loss describe.
+A channels of the feature map that class statistics and SgCG loss describe: 2w at full resolution for the penultimate
+map, A' for a projection of it, 16w at 1/16 of the resolution for the bottleneck. D source domains.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ DOWNSAMPLING: Final = 16
 GROUPS: Final = 8
 """Groups of `norm="group"`, fewer where the channels do not divide by it."""
 
+FEATURES: Final = ("penultimate", "projection", "bottleneck")
+
 NORMS: Final[dict[str, Callable[[int], nn.Module]]] = {
     "batch": nn.BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(math.gcd(GROUPS, channels), channels),
@@ -38,20 +42,35 @@ class UNet(nn.Module):
         out_channels: C, channels of the logits.
         base_width: w, channels of the first block.
         norm: `batch`, `group` or `instance`.
+        features: `penultimate`, `projection` or `bottleneck`: the feature map beside the logits (methods.md 1.4).
+        projection: A' of `features="projection"`.
 
     Raises:
-        ValueError: An unknown norm, or a width that is not a positive even number.
+        ValueError: An unknown norm or feature map, or a width that is not a positive even number.
     """
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 2, base_width: int = 16, norm: str = "batch") -> None:
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 2,
+        base_width: int = 16,
+        norm: str = "batch",
+        features: str = "penultimate",
+        projection: int = 32,
+    ) -> None:
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm: found {norm!r}, expected one of {sorted(NORMS)}")
+        if features not in FEATURES:
+            raise ValueError(f"features: found {features!r}, expected one of {FEATURES}")
         if base_width < 2 or base_width % 2:
             raise ValueError(f"base_width: found {base_width}, expected a positive even number")
         widths = [base_width << level for level in range(5)]
+        self.features = features
         self.encoder = Encoder(in_channels, widths, NORMS[norm])
         self.decoder = Decoder(out_channels, widths, NORMS[norm])
+        if features == "projection":
+            self.projection = projection_head(widths[1], projection, NORMS[norm])
         initialise(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,17 +80,29 @@ class UNet(nn.Module):
             images: (B, in_channels, H, W).
 
         Returns:
-            Logits (B, C, H, W) and the penultimate map (B, 2w, H, W), which is not negative.
+            Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not negative, its projection
+            (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
 
         Raises:
             ValueError: H or W that is not a multiple of 16.
         """
+        return self.decode(self.encode(images))
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Return the encoder's five maps of images (B, in_channels, H, W); the last is what DSIR restores from."""
         if images.ndim != 4 or images.shape[2] % DOWNSAMPLING or images.shape[3] % DOWNSAMPLING:
             raise ValueError(
                 f"images: found shape {tuple(images.shape)}, expected (B, C, H, W) with H and W multiples of 16"
             )
-        logits, penultimate = self.decoder(self.encoder(images))
-        return logits, penultimate
+        maps: list[Tensor] = self.encoder(images)
+        return maps
+
+    def decode(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return logits and feature map of an encoding."""
+        logits, penultimate = self.decoder(maps)
+        if self.features == "bottleneck":
+            return logits, maps[-1]
+        return logits, self.projection(penultimate) if self.features == "projection" else penultimate
 
 
 class Encoder(nn.Module):
@@ -127,6 +158,73 @@ class DecoderBlock(nn.Module):
         return joined
 
 
+class RestorationDecoder(nn.Module):
+    """DSIR's second decoder: restores an image from the deepest map of its mixed copy (methods.md 2.2).
+
+    It has no skips, and a BatchNorm for each source domain (614 755 parameters at base width 16 with three domains). It
+    is used in training alone.
+
+    Args:
+        base_width: w of the U-Net it belongs to.
+        domains: D, source domains of the client.
+        out_channels: Channels of an image.
+    """
+
+    def __init__(self, base_width: int, domains: int, out_channels: int = 3) -> None:
+        super().__init__()
+        planes = [base_width << level for level in (4, 3, 2, 1)]
+        self.blocks = nn.ModuleList(RestorationBlock(p, domains) for p in planes)
+        self.head = nn.Conv2d(planes[-1] // 2, out_channels, 3, padding=1)
+        initialise(self)
+
+    def forward(self, deepest: Tensor, domain: int) -> Tensor:
+        """Restore images (B, 3, H, W) in [-1, 1] of one domain from their deepest map (B, 16w, H/16, W/16)."""
+        for block in self.blocks:
+            deepest = block(deepest, domain)
+        restored: Tensor = self.head(deepest).tanh()
+        return restored
+
+
+class RestorationBlock(nn.Module):
+    """conv3x3 p -> p/2, bilinear x2, conv1x1, conv3x3; each followed by the domain's BatchNorm and ReLU."""
+
+    def __init__(self, planes: int, domains: int) -> None:
+        super().__init__()
+        half = planes // 2
+        self.reduce = nn.Conv2d(planes, half, 3, padding=1)
+        self.narrow = nn.Conv2d(half, half, 1)
+        self.refine = nn.Conv2d(half, half, 3, padding=1)
+        self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(half) for _ in range(domains)) for _ in range(3))
+
+    def forward(self, features: Tensor, domain: int) -> Tensor:
+        """Bring features (B, p, h, w) to (B, p/2, 2h, 2w)."""
+        features = functional.relu(self._norm(0, domain)(self.reduce(features)))
+        # As in `DecoderBlock`: the 1 x 1 convolution and the interpolation commute.
+        wide = functional.interpolate(self.narrow(features), scale_factor=2, mode="bilinear", align_corners=False)
+        features = functional.relu(self._norm(1, domain)(wide))
+        return functional.relu(self._norm(2, domain)(self.refine(features)))
+
+    def _norm(self, layer: int, domain: int) -> nn.Module:
+        domains = self.norms[layer]
+        if not isinstance(domains, nn.ModuleList):
+            raise TypeError("the norms of a layer are a ModuleList")
+        return domains[domain]
+
+
+def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """Two 1 x 1 convolutions; without a final ReLU the features may point anywhere on the sphere (methods.md 1.4)."""
+    return nn.Sequential(nn.Conv2d(before, before, 1), norm(before), nn.ReLU(inplace=True), nn.Conv2d(before, after, 1))
+
+
+def build_restoration(base_width: int, domains: int, generator_seed: int) -> RestorationDecoder:
+    """Build a restoration decoder whose weights depend on the seed alone (as `build_network`)."""
+    with torch.device("meta"):
+        decoder = RestorationDecoder(base_width, domains)
+    decoder.to_empty(device="cpu")
+    initialise(decoder, torch.Generator().manual_seed(generator_seed))
+    return decoder
+
+
 def initialise(network: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw all weights anew: kaiming-normal (fan-out) convolutions, zero biases, unit norms (methods.md 2.2).
 
@@ -143,13 +241,11 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
             module.reset_parameters()
 
 
-def build_network(
-    settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int | None
-) -> nn.Module:
+def build_network(settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int | None) -> UNet:
     """Build a network whose weights depend on the seed alone; torch's global random state is left untouched.
 
     Args:
-        settings: Name, base width and norm.
+        settings: Name, base width, norm and feature map.
         in_channels: Channels of an image.
         out_channels: Channels of the logits.
         generator_seed: Seed of the initialisation, e.g. `common.seeding.stream_seed(seed, "weights")`; None leaves the
@@ -161,7 +257,9 @@ def build_network(
     if settings.name not in NETWORKS:
         raise ValueError(f"name: found {settings.name!r}, expected one of {sorted(NETWORKS)}")
     with torch.device("meta"):  # shapes only: the constructors of torch's layers would draw from the global generator
-        network = NETWORKS[settings.name](in_channels, out_channels, settings.base_width, settings.norm)
+        network = NETWORKS[settings.name](
+            in_channels, out_channels, settings.base_width, settings.norm, settings.features, settings.projection
+        )
     network.to_empty(device="cpu")
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -177,5 +275,5 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after), nn.ReLU(inplace=True))
 
 
-NETWORKS: Final[dict[str, Callable[[int, int, int, str], nn.Module]]] = {"unet": UNet}
-"""Networks by name; each is built from (in_channels, out_channels, base_width, norm)."""
+NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int], UNet]]] = {"unet": UNet}
+"""Networks by name; each is built from (in_channels, out_channels, base_width, norm, features, projection)."""

@@ -19,7 +19,11 @@ from common.errors import FedsgcgError, Problem
 Checks = Iterator[tuple[bool, str, str]]
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, here because a plan is read without torch.
 NETWORK_NAMES = ("unet",)
-METHOD_NAMES = ("source", "sgcg")
+METHOD_NAMES = ("source", "ram", "sgcg", "ram_sgcg")
+CONTRASTIVE = ("sgcg", "ram_sgcg")
+MIXING = ("ram", "ram_sgcg")
+SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
+POOLED = "pooled"  # the one site that owns every source domain with `federation=pooled`
 
 
 class Section:
@@ -154,20 +158,62 @@ class NetworkSettings(Section):
         name: Key of `common.networks.NETWORKS`.
         base_width: Channels of the first block (16 = RAM-DSIR); the penultimate map has twice as many.
         norm: `batch`, `group` or `instance` normalisation.
+        features: Representation that class statistics and the contrastive loss describe (methods.md 1.4):
+            `penultimate` (full resolution, not negative), `projection` (a training-only head of two 1 x 1 convolutions
+            on it, no final ReLU) or `bottleneck` (1/16 of the resolution).
+        projection: A' of `features=projection`.
     """
 
     name: str = "unet"
     base_width: int = 16
     norm: Literal["batch", "group", "instance"] = "batch"
+    features: Literal["penultimate", "projection", "bottleneck"] = "penultimate"
+    projection: int = 32
 
     def checks(self) -> Checks:
         """The width is a positive multiple of four, so that groups divide it."""
         yield self.base_width >= 4 and self.base_width % 4 == 0, "base_width", "4 or more and a multiple of 4"
+        yield self.projection >= 1, "projection", "1 or more"
 
     @property
     def num_features(self) -> int:
-        """A, channels of the penultimate map."""
-        return 2 * self.base_width
+        """A, channels of the feature map that the network returns beside the logits."""
+        widths = {"penultimate": 2 * self.base_width, "bottleneck": 16 * self.base_width}
+        return widths.get(self.features, self.projection)
+
+
+@dataclass(frozen=True)
+class RamSettings(Section):
+    """RAM-DSIR: amplitude mixing, consistency of the two views and restoration (methods.md 2.5, 2.6, 2.8).
+
+    Attributes:
+        sharing: Whose amplitudes an image is mixed with. `local`: other images of the same client (with
+            `federation=pooled` images of the other domains), nothing more leaves a site. `summary`: drawn from the
+            log-normal summary of the other sites' window amplitudes. `bank`: window amplitudes of single images of the
+            other sites. The last two need the consent of every site's own file.
+        window: Half window as a share of the shorter side.
+        consistency: Weight of the consistency of the two views' predictions.
+        divergence: `channels` as published; `symmetric_bernoulli` adds the complementary half, for sigmoid outputs.
+        restoration: Weight of the restoration loss; 0 leaves the restoration decoder out.
+        encoder_rate: Learning rate of the encoder as a share of the others', while the restoration decoder is on.
+        bank_size: Images a site gives to `sharing=bank`.
+    """
+
+    sharing: Literal["local", "summary", "bank"] = "local"
+    window: float = 0.1
+    consistency: float = 0.5
+    divergence: Literal["channels", "symmetric_bernoulli"] = "channels"
+    restoration: float = 0.1
+    encoder_rate: float = 0.5
+    bank_size: int = 32
+
+    def checks(self) -> Checks:
+        """The window fits into the spectrum, weights are not negative."""
+        yield 0 < self.window <= 0.5, "window", "a share in (0, 0.5]"
+        yield self.consistency >= 0, "consistency", "zero or more"
+        yield self.restoration >= 0, "restoration", "zero or more"
+        yield 0 < self.encoder_rate <= 1, "encoder_rate", "a share in (0, 1]"
+        yield self.bank_size >= 1, "bank_size", "1 or more"
 
 
 @dataclass(frozen=True)
@@ -175,15 +221,18 @@ class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised) or `sgcg`.
-        statistics: Whether a site computes and sends class statistics (`sgcg` needs them).
+        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or `ram_sgcg` (both).
+        statistics: Whether a site computes and sends class statistics (the contrastive methods need them).
         learning_rate: Adam's rate at the start; falls as (1 - progress) ** poly_power over all rounds.
         poly_power: Exponent of that fall; 0 keeps the rate.
         weight_decay: Adam's weight decay.
         batch_size: Slices in a step.
+        batch_per_domain: Slices of each source domain in a step of a client that owns several (`federation=pooled`), in
+            the order of the hospitals' names; empty = `batch_size` shared out evenly.
         local_epochs: Passes over a site's training slices in a round.
         steps_per_round: Training steps in a round instead of whole epochs; 0 = use `local_epochs`.
         precision: `auto` takes bf16 on hardware that has it and float32 elsewhere.
+        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
     """
 
     name: str
@@ -192,9 +241,11 @@ class MethodSettings(Section):
     poly_power: float = 0.9
     weight_decay: float = 0.0
     batch_size: int = 8
+    batch_per_domain: tuple[int, ...] = ()
     local_epochs: int = 1
     steps_per_round: int = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    ram: RamSettings = RamSettings()
 
     def checks(self) -> Checks:
         """The method exists; rates and sizes are positive."""
@@ -205,7 +256,19 @@ class MethodSettings(Section):
         yield self.batch_size >= 2, "batch_size", "2 or more (BatchNorm needs more than one slice)"
         yield self.local_epochs >= 1, "local_epochs", "1 or more"
         yield self.steps_per_round >= 0, "steps_per_round", "0 or more"
-        yield self.statistics or self.name != "sgcg", "statistics", "true for sgcg, which learns from class statistics"
+        yield all(size >= 1 for size in self.batch_per_domain), "batch_per_domain", "1 or more slices of each domain"
+        needed = self.name in CONTRASTIVE
+        yield self.statistics or not needed, "statistics", f"true for {self.name}, which learns from class statistics"
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether the method learns from the global prototypes."""
+        return self.name in CONTRASTIVE
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the method mixes amplitudes."""
+        return self.name in MIXING
 
 
 @dataclass(frozen=True)
@@ -218,12 +281,15 @@ class PrototypeSettings(Section):
         warmup_rounds: Rounds in which statistics are collected and the term is off.
         normalize: Unit-length features in statistics and loss alike.
         covariance: `full`, `diagonal`, or `none` (prototype cross-entropy).
-        memory: What the server keeps between rounds (methods.md 1.8).
+        memory: What the server keeps between rounds, and how a site uses it (methods.md 1.8; `server.prototypes`).
         discount: gamma of `memory=discount`.
+        momentum: beta of `memory=momentum`, the share of the fresh statistics.
         weighting: `pixels` = pooled over all pixels, `sites` = every site weighs the same in each class.
         balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
         norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in evaluation.
         min_count: A class with fewer pixels over all sites takes no part in the loss.
+        views: Views of a batch whose pixels enter the contrastive term, each averaged over its own pixels and summed:
+            `source`, and `ram`, the amplitude-mixed copy (methods.md 1.6). Statistics come from the source view alone.
     """
 
     temperature: float = 0.5
@@ -231,12 +297,14 @@ class PrototypeSettings(Section):
     warmup_rounds: int = 1
     normalize: bool = True
     covariance: Literal["full", "diagonal", "none"] = "full"
-    memory: Literal["cumulative", "discount", "lagged", "restart"] = "lagged"
+    memory: Literal["cumulative", "discount", "lagged", "restart", "momentum", "overlay"] = "lagged"
     discount: float = 0.9
+    momentum: float = 0.5
     weighting: Literal["pixels", "sites"] = "pixels"
     balance: Literal["pixel", "class"] = "pixel"
     norm_mode: Literal["batch", "running"] = "batch"
     min_count: int = 2
+    views: tuple[str, ...] = ("source",)
 
     def checks(self) -> Checks:
         """Temperature is positive, the discount is a proper fraction."""
@@ -244,6 +312,9 @@ class PrototypeSettings(Section):
         yield self.weight >= 0, "weight", "zero or more"
         yield self.warmup_rounds >= 0, "warmup_rounds", "zero or more"
         yield 0 < self.discount < 1, "discount", "a fraction in (0, 1)"
+        yield 0 < self.momentum <= 1, "momentum", "a fraction in (0, 1]"
+        yield set(self.views) <= {"source", "ram"} and bool(self.views), "views", "[source], [ram] or [source,ram]"
+        yield len(set(self.views)) == len(self.views), "views", "each view once"
         yield self.min_count >= 1, "min_count", "1 or more"
 
 
@@ -252,6 +323,11 @@ class FederationSettings(Section):
     """The round loop of the coordinator.
 
     Attributes:
+        ownership: Who owns which source domain. `by_site`: every hospital is a client with its own data. `pooled`: one
+            client owns all source domains, the papers' centralised setting. `local`: one hospital trains alone; a
+            study makes one cell of each training hospital.
+        moments: Adam's moments at the start of a round: `restart` at zero, or `keep` those of the site's round before,
+            which makes a pooled run one uninterrupted training.
         rounds: Number of rounds.
         quorum: Training sites that must join and answer; 0 = all of them.
         join_deadline_s: Seconds to wait for sites at the start.
@@ -264,6 +340,8 @@ class FederationSettings(Section):
             The value never selects a model.
     """
 
+    ownership: Literal["by_site", "pooled", "local"] = "by_site"
+    moments: Literal["restart", "keep"] = "restart"
     rounds: int = 20
     quorum: int = 0
     join_deadline_s: float = 120.0
@@ -310,6 +388,12 @@ class SiteSettings(Section):
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads of a training process; fixed, because the order of sums depends on it.
         roles: Roles this site accepts.
+        shares: What the site agrees to send besides weights and class statistics: `amplitude_summary`,
+            `amplitude_bank` (methods.md 2.8).
+        micro_batches: Parts into which a step is cut where the memory does not hold it; gradients are accumulated, so
+            the step is the same but for BatchNorm, which sees the parts.
+        feature_samples: Pixels of each class whose features the site keeps for the report's t-SNE (`features.arrow` in
+            the site's folder, which only a simulation's report can read); 0 keeps none.
     """
 
     home: str
@@ -317,10 +401,16 @@ class SiteSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
     roles: tuple[str, ...] = ("train", "heldout", "observer")
+    shares: tuple[str, ...] = ()
+    micro_batches: int = 1
+    feature_samples: int = 0
 
     def checks(self) -> Checks:
         """The roles are known ones."""
         yield self.threads >= 1, "threads", "1 or more"
+        yield self.micro_batches >= 1, "micro_batches", "1 or more"
+        yield self.feature_samples >= 0, "feature_samples", "0 (none) or more"
+        yield set(self.shares) <= set(SHARES.values()), "shares", ", ".join(SHARES.values())
         yield set(self.roles) <= {"train", "heldout", "observer"}, "roles", "train, heldout, observer"
 
 
@@ -334,6 +424,8 @@ class Plan(Section):
         observers: Sites that receive the final model and are evaluated, but neither train nor count as held out.
         run: Identifier of the run that every payload carries.
         output: The cell's folder on the coordinator.
+        label: What tables call this federation; "" = the method's name.
+        setting: What a study varies here besides method, held-out hospital and seed, e.g. `prototypes.weight=0.5`.
     """
 
     data: DataSettings
@@ -348,10 +440,36 @@ class Plan(Section):
     observers: tuple[str, ...] = ()
     run: str = "run"
     output: str = "runs"
+    label: str = ""
+    setting: str = ""
 
     def checks(self) -> Checks:
         """The network exists; `common.networks` refuses an unknown one too, but only when a site builds it."""
         yield self.network.name in NETWORK_NAMES, "network.name", " | ".join(NETWORK_NAMES)
+        mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
+        yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
+        pooled = self.federation.ownership == "pooled"
+        yield not pooled or self.method.ram.sharing == "local", "method.ram.sharing", "local with federation=pooled"
+        overlay = self.prototypes.memory == "overlay" and self.prototypes.weighting != "pixels"
+        yield not overlay, "prototypes.weighting", "pixels with memory=overlay, which takes a site's own sums out again"
+
+    def members(self) -> tuple[str, ...]:
+        """Names of the sites of this federation; empty where any hospital may come."""
+        if self.federation.ownership != "pooled":
+            return tuple(sorted(self.data.sites))
+        return tuple(sorted({POOLED, self.heldout, *self.observers} - {""}))
+
+    def hospitals_of(self, site: str) -> tuple[str, ...]:
+        """Hospitals whose data a site owns: itself, or every source domain of a pooled run."""
+        if self.federation.ownership != "pooled" or site != POOLED:
+            return (site,)
+        return tuple(name for name in sorted(self.data.sites) if self.role(name) == "train")
+
+    @property
+    def trained_on(self) -> str:
+        """The one hospital that trains with `ownership=local`, "" otherwise."""
+        alone = [site for site in self.data.sites if self.role(site) == "train"]
+        return alone[0] if self.federation.ownership == "local" and len(alone) == 1 else ""
 
     def role(self, site: str) -> str:
         """Return `train`, `heldout` or `observer` for a site of this fold."""
@@ -362,7 +480,7 @@ class Plan(Section):
     def digest(self) -> str:
         """SHA-256 of what decides the outcome: everything but places, devices and the run's name."""
         tree = asdict(self)
-        for name in ("site", "run", "output"):
+        for name in ("site", "run", "output", "label", "setting"):
             tree.pop(name)
         tree["data"].pop("root")
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

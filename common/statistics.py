@@ -119,6 +119,32 @@ class ClassStatistics:
             ),
         )
 
+    def without(self, part: ClassStatistics) -> ClassStatistics:
+        """Take pooled pixels out again, those of a site that leaves or that knows its own better (methods.md 1.8).
+
+        The inverse of `+` up to rounding; a class whose last pixel is taken becomes an absent one.
+
+        Raises:
+            ValueError: A part of another shape, or with more pixels of a class than there are.
+        """
+        if self.mean.shape != part.mean.shape:
+            raise ValueError(f"part: found mean of shape {part.mean.shape}, expected {self.mean.shape}")
+        if (part.count > self.count).any():
+            raise ValueError(f"part: found counts {part.count.tolist()}, expected at most {self.count.tolist()}")
+        count = self.count - part.count
+        left = count > 0
+        delta = np.where((part.count > 0)[:, None], part.mean - self.mean, 0.0)
+        ratio = np.divide(part.count, count, out=np.zeros_like(count), where=left)
+        mean = np.where(left[:, None], self.mean - ratio[:, None] * delta, 0.0)
+        between = (self.count * ratio)[:, None, None] * (delta[:, :, None] * delta[:, None, :])
+        scatter = np.where(left[:, None, None], self.scatter - part.scatter - between, 0.0)
+        return ClassStatistics(count, mean, scatter)
+
+    def scaled(self, factors: npt.ArrayLike) -> ClassStatistics:
+        """Scale the count of each class by its own factor (K,), leaving means and covariances."""
+        factor = np.asarray(factors, dtype=np.float64)
+        return ClassStatistics(self.count * factor, self.mean, self.scatter * factor[:, None, None])
+
     def discounted(self, factor: float) -> ClassStatistics:
         """Scale every count (and with it the scatter) by `factor`, leaving mean and covariance (methods.md 1.8).
 

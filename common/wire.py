@@ -20,6 +20,7 @@ from common.statistics import ClassStatistics
 
 ENROL = "query.enrol"
 STATISTICS = "query.statistics"
+AMPLITUDES = "query.amplitudes"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
@@ -33,12 +34,14 @@ class Request:
         weights: The global model; absent in an enrolment.
         prototypes: Global class statistics; absent while none are known or the method needs none.
         options: Plain settings of this one message, e.g. `{"split": "test"}`.
+        amplitudes: Arrow bytes of the amplitudes that the sites share (`common.amplitudes`); empty where none do.
     """
 
     identity: Identity
     weights: Weights | None = None
     prototypes: ClassStatistics | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    amplitudes: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Reply:
         cases: Arrow bytes of per-case results (`common.payload.encode_cases`).
         details: Plain facts, e.g. of an enrolment.
         error: Error code when the site failed; everything else is then absent.
+        amplitudes: Arrow bytes of the site's amplitudes (`common.amplitudes`), where its own file allows that.
     """
 
     identity: Identity
@@ -64,11 +68,12 @@ class Reply:
     cases: bytes = b""
     details: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    amplitudes: bytes = b""
 
 
 def encode_request(request: Request) -> RecordDict:
     """Lay a request out as Flower records."""
-    fields: dict[str, str | bytes] = {"options": json.dumps(request.options)}
+    fields: dict[str, str | bytes] = {"options": json.dumps(request.options), "amplitudes": request.amplitudes}
     return _records(request.identity, request.weights, request.prototypes, fields)
 
 
@@ -76,7 +81,8 @@ def decode_request(records: RecordDict) -> Request:
     """Read a request; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
     identity = Identity.decode(_text(records, "identity"))
     options = _facts(records, "options")
-    return Request(identity, _weights(records), _statistics(records, identity), options)
+    amplitudes = _bytes(records, "amplitudes")
+    return Request(identity, _weights(records), _statistics(records, identity), options, amplitudes)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -85,6 +91,7 @@ def encode_reply(reply: Reply) -> RecordDict:
         "site": reply.site,
         "error": reply.error,
         "cases": reply.cases,
+        "amplitudes": reply.amplitudes,
         "details": json.dumps(reply.details),
     }
     records = _records(reply.identity, reply.weights, reply.statistics, fields)
@@ -104,6 +111,7 @@ def decode_reply(records: RecordDict) -> Reply:
         statistics=_statistics(records, identity),
         metrics={str(name): _number(value) for name, value in metrics.items()},
         cases=_bytes(records, "cases"),
+        amplitudes=_bytes(records, "amplitudes"),
         details=_facts(records, "details"),
         error=_text(records, "error"),
     )

@@ -37,16 +37,18 @@ class Cell:
     """One federation of a study.
 
     Attributes:
-        method: Name of the method.
+        method: Label of what is compared: the method, and what the study varies of it.
         heldout: Name of the held-out hospital, "" for none.
         seed: The seed.
         tree: The resolved settings (`common.plan.Plan.from_tree`), with the cell's own `output`.
+        trained_on: The one hospital that trains with `federation=local`.
     """
 
     method: str
     heldout: str
     seed: int
     tree: dict[str, Any]
+    trained_on: str = ""
 
     @property
     def folder(self) -> Path:
@@ -56,7 +58,8 @@ class Cell:
     @property
     def name(self) -> str:
         """What the console calls it."""
-        return f"{self.method} · {self.heldout or 'all sites'} · seed {self.seed}"
+        alone = f" · {self.trained_on} alone" if self.trained_on else ""
+        return f"{self.method} · {self.heldout or 'all sites'} · seed {self.seed}{alone}"
 
     def outcome(self) -> dict[str, Any]:
         """What `server.app` wrote at the end of the run; empty when the cell has not ended yet."""
@@ -109,7 +112,7 @@ def run_cell_in_process(tree: Mapping[str, Any]) -> None:
     prepare_environment()
     quiet_flower()
     plan = Plan.from_tree(tree)
-    run_in_process(build_server_app(dict(tree)), build_client_app(dict(tree)), plan.data.sites)
+    run_in_process(build_server_app(dict(tree)), build_client_app(dict(tree)), plan.members())
 
 
 def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "local") -> None:
@@ -126,13 +129,13 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     prepare_environment()
     quiet_flower()
     plan = Plan.from_tree(tree)
-    training = sum(plan.role(site) == "train" for site in plan.data.sites)
+    training = sum(plan.role(site) == "train" for site in plan.members())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices, once a process
         run_simulation(
             server_app=build_server_app(dict(tree)),
             client_app=build_client_app(dict(tree)),
-            num_supernodes=len(plan.data.sites),
+            num_supernodes=len(plan.members()),
             backend_config={
                 "client_resources": {"num_cpus": plan.site.threads, "num_gpus": gpu_share(training, machine)},
                 "init_args": ray_arguments(machine, address),

@@ -158,7 +158,7 @@ class Cohort:
     def absent(self) -> list[Problem]:
         """One problem for every site that has not enrolled though it was expected, or came without a usable case."""
         expected = [site for role in ("train", "heldout", "observer") for site in self._expected(role)]
-        came = [] if self.plan.data.sites else [site for site in sorted(self.refusals) if self._unusable(site)]
+        came = [] if self.plan.members() else [site for site in sorted(self.refusals) if self._unusable(site)]
         return [
             self.refusals.get(site, Problem("RND-404", where=site, found="the site has not enrolled"))
             for site in dict.fromkeys([*expected, *came])
@@ -170,7 +170,7 @@ class Cohort:
         return site not in self.members and site in self.refusals and self.refusals[site].code in UNUSABLE
 
     def _expected(self, role: str) -> list[str]:
-        named = set(self.plan.data.sites)
+        named = set(self.plan.members())
         if role != "train":
             named |= {self.plan.heldout, *self.plan.observers} - {""}
         return sorted(site for site in named if self.plan.role(site) == role)
@@ -179,8 +179,8 @@ class Cohort:
         expected = {*self._expected("train"), *self._expected("heldout"), *self._expected("observer")}
         if not expected <= {*self.members, *self.refusals}:
             return False
-        if self.plan.data.sites or self._asked:
-            return bool(self.plan.data.sites)
+        if self.plan.members() or self._asked:
+            return bool(self.plan.members())
         enough = len(self.training) >= max(1, self.plan.federation.quorum)
         return enough and (self.plan.federation.quorum > 0 or quiet_s >= SETTLE_S)
 
@@ -209,10 +209,9 @@ class Cohort:
         role = self.plan.role(site)
         if reply.identity != identity:
             raise fail("PAY-120", where=f"node {node}", found="an answer to another run, fold or plan")
-        if not site or (self.plan.data.sites and site not in {*self.plan.data.sites, *self.plan.observers}):
-            raise fail(
-                "ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(self.plan.data.sites)
-            )
+        members = self.plan.members()
+        if not site or (members and site not in {*members, *self.plan.observers}):
+            raise fail("ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(members))
         if site in self.members and self.members[site].node in set(self.grid.get_node_ids()):
             raise fail("ROL-201", where=site, found=f"node {node} also calls itself {site}", expected="each site once")
         accepted = reply.details.get("roles", [])

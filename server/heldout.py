@@ -12,10 +12,10 @@ from typing import Any
 from common.errors import fail
 from common.payload import Weights
 from common.plan import Plan
-from common.wire import STATISTICS, TRAIN
+from common.wire import AMPLITUDES, STATISTICS, TRAIN
 from server.checkpoint import Best
 
-CONTRIBUTING = (TRAIN, STATISTICS)
+CONTRIBUTING = (TRAIN, STATISTICS, AMPLITUDES)
 """Message types whose replies flow into the global model."""
 
 

@@ -187,7 +187,7 @@ class Journal:
 def decisive_settings(plan: Plan) -> dict[str, Any]:
     """The settings that the plan's digest covers: all but places, devices and the run's name."""
     tree = plan.to_tree()
-    for name in ("site", "run", "output"):
+    for name in ("site", "run", "output", "label", "setting"):
         tree.pop(name)
     tree["data"].pop("root")
     return tree

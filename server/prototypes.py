@@ -6,6 +6,8 @@
 | `discount` | gamma · previous + sum of the fresh ones | an exponentially weighted stream |
 | `lagged` | sum of the fresh ones, each of the *received* global model | one model: that of the round before |
 | `restart` | the same, exchanged before the round's training | one model: that of this round |
+| `momentum` | a step of beta from the previous mean and covariance to the fresh ones | a stream, whatever the counts |
+| `overlay` | as `lagged`; a site keeps its own part fresh in training (`clients.overlay`) | one model, own part now |
 
 Source: methods.md 1.8 and 1.12. Legend: K classes incl. background, A feature channels, S sites.
 """
@@ -48,8 +50,10 @@ class PrototypeMemory:
         if not fresh:
             return previous
         merged = merge_statistics(fresh, self.settings.weighting)
-        if previous is None or self.settings.memory in ("lagged", "restart"):
+        if previous is None or self.settings.memory in ("lagged", "restart", "overlay"):
             return merged
+        if self.settings.memory == "momentum":
+            return moved(previous, merged, self.settings.momentum)
         kept = previous.discounted(self.settings.discount) if self.settings.memory == "discount" else previous
         return kept + merged
 
@@ -66,6 +70,22 @@ class PrototypeMemory:
             "between_site_trace": between_site_trace(parts).tolist(),
             "within_site_trace": within_site_trace(parts).tolist(),
         }
+
+
+def moved(previous: ClassStatistics, fresh: ClassStatistics, beta: float) -> ClassStatistics:
+    """Move mean and covariance a share of the way to the fresh ones, whatever the counts (methods.md 1.8).
+
+    mean += beta d, covariance = (1-beta) S + beta S' + beta (1-beta) d d^T with d = fresh mean - mean: the mixture of
+    both at the weights 1-beta and beta. A class absent on one side is taken from the other.
+
+    Returns:
+        The mixture, counted as the fresh pixels, or the previous ones where there are none.
+    """
+    keep = previous.weighted_equally().scaled(np.where(fresh.count > 0, 1.0 - beta, 1.0))
+    take = fresh.weighted_equally().scaled(np.where(previous.count > 0, beta, 1.0))
+    mixture = keep + take
+    count = np.where(fresh.count > 0, fresh.count, previous.count)
+    return ClassStatistics(count, mixture.mean, mixture.covariance * count[:, None, None])
 
 
 def prototype_rows(

@@ -18,7 +18,8 @@ from server.results import mean_dice
 Row = dict[str, Any]
 
 SITE_METRICS: Final = (
-    *("loss", "loss_supervised", "loss_contrast", "validation_dice", "validation_cases"),
+    *("loss", "loss_supervised", "loss_contrast", "loss_consistency", "loss_restoration"),
+    *("validation_dice", "validation_cases", "micro_batches"),
     *("examples", "steps", "seconds", "learning_rate"),
 )
 """Figures of a site that are kept; anything else that a site sends is dropped."""
@@ -67,6 +68,12 @@ class Judged:
     def dice(self) -> float:
         """Mean Dice over cases and structures; NaN without a case."""
         return mean_dice(self.cases)
+
+    @property
+    def asd(self) -> float:
+        """Mean ASD over cases and structures where it is defined; NaN without one."""
+        known = [row["asd"] for row in self.cases if row["asd"] is not None and math.isfinite(row["asd"])]
+        return math.fsum(known) / len(known) if known else math.nan
 
     @property
     def validation(self) -> tuple[float, float]:
@@ -135,14 +142,16 @@ def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
 def judged_rows(plan: Plan, number: int, judged: Sequence[Judged], known: Sequence[Row] = ()) -> list[Row]:
     """Return the rows of an evaluation of round `number`'s model, without those that are `known` already.
 
-    The held-out site's are of phase `heldout` and metric `heldout_dice`, an observer's `observer` and `observer_dice`.
+    The held-out site's are of phase `heldout` and metrics `heldout_dice` and `heldout_asd`, an observer's of phase
+    `observer`, with `observer_dice` and `observer_asd`.
     """
     there = {(entry["round"], entry["site"], entry["metric"]) for entry in known}
     rows = []
     for part in judged:
         phase = "heldout" if part.site == plan.heldout else "observer"
-        if math.isfinite(part.dice) and (number, part.site, f"{phase}_dice") not in there:
-            rows.append(row(number, phase, part.site, f"{phase}_dice", part.dice))
+        for metric, value in ((f"{phase}_dice", part.dice), (f"{phase}_asd", part.asd)):
+            if math.isfinite(value) and (number, part.site, metric) not in there:
+                rows.append(row(number, phase, part.site, metric, value))
     return rows
 
 

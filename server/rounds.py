@@ -21,9 +21,10 @@ from common.networks import build_network
 from common.payload import Identity, Weights
 from common.plan import Plan
 from common.seeding import stream_seed
-from common.wire import EVALUATE, STATISTICS, TRAIN, Request
+from common.wire import AMPLITUDES, EVALUATE, STATISTICS, TRAIN, Request
 from server import results
 from server.admission import Expectation, Verdict, admit
+from server.amplitudes import check_consent, merge_amplitudes, sharing_level
 from server.checkpoint import Best, RoundRecord
 from server.disk import Disk
 from server.enrolment import Cohort
@@ -117,11 +118,13 @@ class Federation:
         self._grid, self._plan, self._journal, self._log, self._disk = grid, plan, journal, log, disk
         self._cohort = Cohort(grid, plan)
         self._memory = PrototypeMemory(plan.prototypes)
+        self._amplitudes = b""
 
     def run(self, began: float) -> Outcome:
         """Enrol the sites, do the rounds that are not done yet, choose the model and have it judged."""
         self._disk.discard(Path(self._plan.output) / "outcome.json")
         state = self._start()
+        self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):
             state = self._round(state, number)
         digest = self._finish(state)
@@ -156,6 +159,20 @@ class Federation:
             self._note(problem)
         return record or RoundRecord(self._identity(0), initial_weights(self._plan))
 
+    def _shared_amplitudes(self) -> bytes:
+        """Collect what the sites share of their amplitudes; nothing with `method.ram.sharing=local`.
+
+        Raises:
+            FedsgcgError: ROL-202 for every site whose own file does not allow it, RND-402 without the quorum.
+        """
+        level = sharing_level(self._plan)
+        if not level:
+            return b""
+        check_consent(level, self._cohort.members, self._cohort.training)
+        identity = self._identity(0)
+        collected = self._collect(AMPLITUDES, Request(identity), None)
+        return merge_amplitudes(self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)])
+
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
         """Do one round from the state after the round before, and make it durable."""
         self._log.round = number
@@ -167,7 +184,8 @@ class Federation:
         if self._plan.method.statistics and settings.memory == "restart":
             early = self._collect(STATISTICS, Request(identity, state.weights), state.weights)
             prototypes = self._memory.update(prototypes, statistics_of(early))
-        trained = self._collect(TRAIN, Request(identity, state.weights, prototypes), state.weights)
+        request = Request(identity, state.weights, prototypes, amplitudes=self._amplitudes)
+        trained = self._collect(TRAIN, request, state.weights)
         problem = too_few_classes(self._plan, number, prototypes, early or trained)
         if problem and problem.code not in {note.code for note in self.notes}:  # told once, not in every round
             self._note(problem)
@@ -241,7 +259,7 @@ class Federation:
             self._log.emit("heldout.done", site=part.site, dice=part.dice)
         return judged_rows(self._plan, record.round, judged)
 
-    def _collect(self, message_type: str, request: Request, reference: Weights) -> list[Collected]:
+    def _collect(self, message_type: str, request: Request, reference: Weights | None) -> list[Collected]:
         """Ask the training sites, admit what they send, and insist on the quorum.
 
         Returns:
@@ -262,10 +280,10 @@ class Federation:
             raise quorum_missed(self._plan, collected, self._cohort.quorum, request.identity.round)
         return collected
 
-    def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights) -> Collected:
+    def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights | None) -> Collected:
         """Judge one answer; a rejection or a missing answer becomes a note."""
         plan, training = self._plan, message_type == TRAIN
-        describing = plan.method.statistics and (plan.prototypes.memory == "restart") != training
+        describing = message_type == (STATISTICS if plan.prototypes.memory == "restart" else TRAIN)
         if answer.reply is None:
             problem = answer.problem or Problem("PAY-106")
             verdict = Verdict(answer.site, False, problem.code, problem.found)
@@ -274,7 +292,9 @@ class Federation:
                 identity=identity,
                 site=answer.site,
                 reference=reference if training else None,
-                statistics_shape=(plan.data.num_classes, plan.network.num_features) if describing else None,
+                statistics_shape=(plan.data.num_classes, plan.network.num_features)
+                if describing and plan.method.statistics
+                else None,
                 unit_norm=plan.prototypes.normalize,
                 max_examples=self._cohort.members[answer.site].slices("train"),
             )

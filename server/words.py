@@ -53,7 +53,7 @@ def not_enough_enrolled(
     found += [f"missing: {', '.join(missing)}"] if missing else []
     refused = {name: sentence(problem.code) for name, problem in sorted(refusals.items()) if name != heldout}
     found += [f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}"] if refused else []
-    known = [name for name in sorted(refusals) if name in {heldout, *plan.data.sites}]
+    known = [name for name in sorted(refusals) if name in {heldout, *plan.members()}]
     actions = [f"mend what stands in {error_logs(plan, known)}"] if known else []
     actions += [f"start {', '.join(missing)}"] if missing else []
     actions += ["lower federation.quorum"] if 0 < len(training) < quorum else []

@@ -1,22 +1,16 @@
-"""The training methods, each a function from what the network gave to the loss of one step.
+"""The training methods: what each makes of a batch, which networks it needs beside the U-Net, and its loss.
 
-A method reads the logits, the penultimate map and the labels of one batch, and the global prototypes where it learns
-from them. It runs in float32 outside autocast (methods.md 1.7). To add one, write a file here and name it in `METHODS`.
+A method runs the network on a batch and returns the loss in float32 outside autocast (methods.md 1.7). To add one,
+write a file here, name it in `METHODS` and in `common.plan.METHOD_NAMES`, and give it a file in `configs/method`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from clients.methods.guidance import Guidance, Guide
+from clients.methods.ram import Ram, RamSgCG
+from clients.methods.sgcg import SgCG
+from clients.methods.supervised import Loss, Source, View
 
-import torch
+METHODS: dict[str, type[Source]] = {"source": Source, "ram": Ram, "sgcg": SgCG, "ram_sgcg": RamSgCG}
 
-from clients.methods import sgcg, supervised
-from clients.methods.guidance import Guidance
-from common.plan import Plan
-
-Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
-Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Guidance | None, Plan], Loss]
-
-METHODS: dict[str, Method] = {"source": supervised.loss, "sgcg": sgcg.loss}
-
-__all__ = ["METHODS", "Guidance", "Loss", "Method"]
+__all__ = ["METHODS", "Guidance", "Guide", "Loss", "Source", "View"]

@@ -7,6 +7,7 @@ Legend: K classes, A feature channels, B batch, H, W height and width, N = B*H*W
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,6 +17,13 @@ from common.plan import PrototypeSettings
 from common.statistics import ClassStatistics
 
 IGNORE = 255  # label of pixels that take no part
+
+
+class Guide(Protocol):
+    """Gives the prototypes that a batch is compared with."""
+
+    def after(self, features: Tensor, labels: Tensor) -> Guidance:
+        """Return the prototypes once a batch's features (B, A, h, w) and labels (B, H, W) are known."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,20 @@ class Guidance:
         """Put the prototypes on the device; None while there are none or the warm-up lasts (methods.md 1.5)."""
         if prototypes is None or round_number <= settings.warmup_rounds:
             return None
+        return cls.of(prototypes, settings, device)
+
+    @classmethod
+    def of(cls, prototypes: ClassStatistics, settings: PrototypeSettings, device: torch.device) -> Guidance:
+        """Put the prototypes on the device."""
         return cls(
             mean=torch.tensor(prototypes.mean, dtype=torch.float32, device=device),
             covariance=torch.tensor(prototypes.covariance, dtype=torch.float32, device=device),
             active=torch.tensor(prototypes.count >= settings.min_count, device=device),
         )
+
+    def after(self, features: Tensor, labels: Tensor) -> Guidance:
+        """Return these prototypes: they stay as they are within a round."""
+        return self
 
 
 def pixel_features(penultimate: Tensor, normalize: bool) -> Tensor:

@@ -1,40 +1,43 @@
-"""SgCG: the supervised loss plus lambda times the contrastive loss against the global prototypes (methods.md 1.3-1.7).
+"""SgCG: a method's loss plus lambda times the contrastive loss against the global prototypes (methods.md 1.3-1.7).
 
-Total loss = L_supervised + lambda * mean_i L_i, L_i in closed form, over all pixels of the batch (paper eq. 11, 13).
+Total loss = L_method + lambda * sum over views of mean_i L_i, L_i in closed form, over all pixels of the batch (paper
+eq. 11-13; methods.md 1.6 on the views).
 Legend: K classes, A feature channels, N pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from clients.methods import supervised
-from clients.methods.guidance import IGNORE, Guidance, pixel_features
+from clients.batches import Batch
+from clients.methods.guidance import IGNORE, Guidance, Guide, pixel_features
+from clients.methods.supervised import Loss, Source, View
 from common.plan import Plan, PrototypeSettings
 from common.sgcg import reduce_labels, sgcg_loss
 
 
-def loss(
-    logits: Tensor, penultimate: Tensor, labels: Tensor, guidance: Guidance | None, plan: Plan
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Supervised loss plus `prototypes.weight` times the contrastive loss; without guidance the first alone.
+class SgCG(Source):
+    """The supervised baseline plus the contrastive term."""
 
-    Args:
-        logits: (B, C, H, W) float32.
-        penultimate: (B, A, H, W).
-        labels: (B, H, W) class indices, 255 = ignore.
-        guidance: Global prototypes on the same device; None in the warm-up.
-        plan: Gives temperature, weight and form of the contrastive term.
+    def loss(self, batch: Batch, guide: Guide | None) -> Loss:
+        """Supervised loss plus `prototypes.weight` times the contrastive loss; without a guide the first alone."""
+        views = self.forward(batch)
+        total, parts = self.supervised(batch, views)
+        if guide is None or self.plan.prototypes.weight == 0:
+            return total, parts
+        contrast = contrast_of_views(views, batch.labels, guide, self.plan)
+        return total + self.plan.prototypes.weight * contrast, parts | {"loss_contrast": contrast.detach()}
 
-    Returns:
-        The loss, and its parts by name (`loss_contrast` before it is weighted).
-    """
-    total, parts = supervised.loss(logits, penultimate, labels, None, plan)
-    if guidance is None or plan.prototypes.weight == 0:
-        return total, parts
-    contrast = contrast_loss(penultimate, labels, guidance, plan.prototypes, plan.data.num_classes)
-    return total + plan.prototypes.weight * contrast, parts | {"loss_contrast": contrast.detach()}
+
+def contrast_of_views(views: Sequence[View], labels: Tensor, guide: Guide, plan: Plan) -> Tensor:
+    """Sum over the plan's views of the contrastive loss; statistics follow the source view alone (methods.md 1.6)."""
+    guidance = guide.after(views[0].features, labels)
+    chosen = [view for view in views if view.name in plan.prototypes.views]
+    losses = [contrast_loss(view.features, labels, guidance, plan.prototypes, plan.data.num_classes) for view in chosen]
+    return torch.stack(losses).sum()
 
 
 def contrast_loss(

@@ -1,42 +1,101 @@
 """The supervised baseline: cross-entropy plus Dice, as RAM-DSIR trains its segmentation branch (methods.md 2.6).
 
-Legend: B batch, C output channels, S structures, H, W height and width.
+`Source` is also what every other method builds on: it owns the network's forward passes and the optimiser's groups.
+Legend: B batch, C output channels, S structures, H, W height and width, D source domains of the client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
-from clients.methods.guidance import IGNORE, Guidance
-from common.plan import Plan
+from clients.batches import Batch
+from clients.device import arithmetic, precision
+from clients.methods.guidance import IGNORE, Guide
+from common.networks import UNet
+from common.plan import DataSettings, Plan
 
 SMOOTH = 1e-5  # of numerator and denominator, as in the published code
+Loss = tuple[Tensor, dict[str, Tensor]]
 
 
-def loss(
-    logits: Tensor, penultimate: Tensor, labels: Tensor, guidance: Guidance | None, plan: Plan
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Supervised loss of one batch; the penultimate map and the prototypes are not used.
+@dataclass(frozen=True)
+class View:
+    """What the network gave for one view of a batch.
+
+    Attributes:
+        name: `source` or `ram`, as `prototypes.views` calls it.
+        logits: (B, C, H, W) float32.
+        features: (B, A, h, w) feature map.
+    """
+
+    name: str
+    logits: Tensor
+    features: Tensor
+
+
+class Source:
+    """Supervised training on a client's own slices.
 
     Args:
-        logits: (B, C, H, W) float32.
-        penultimate: (B, A, H, W), unused.
-        labels: (B, H, W) class indices, 255 = ignore.
-        guidance: Unused.
-        plan: Names the activation and the structures.
+        network: Holds the received weights; trained in place.
+        plan: Method, activation, structures.
+        domains: D.
+        device: Where to compute.
 
-    Returns:
-        The loss, and its parts by name.
+    Attributes:
+        network: As given.
+        plan: As given.
+        local: Networks that exist in training alone and stay at the site; empty here.
+        parts: Names of the loss's parts, in the order of the report.
     """
-    if plan.data.activation == "softmax":
-        value = softmax_loss(logits, labels)
-    else:
-        value = sigmoid_loss(logits, labels, plan.data.structure_classes())
-    return value, {"loss_supervised": value.detach(), "loss_contrast": torch.zeros_like(value)}
+
+    parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
+
+    def __init__(self, network: UNet, plan: Plan, domains: int, device: torch.device) -> None:
+        self.network, self.plan, self.device = network, plan, device
+        self.local = nn.ModuleDict()
+        self._dtype = precision(plan.method, device)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser; `factor` is a group's share of the learning rate."""
+        return [{"params": list(self.network.parameters()), "factor": 1.0}]
+
+    def loss(self, batch: Batch, guide: Guide | None) -> Loss:
+        """Loss of one batch and its parts by name (before they are weighted), in float32 outside autocast.
+
+        Args:
+            batch: Slices on the device.
+            guide: The prototypes; unused without a contrastive term.
+        """
+        return self.supervised(batch, self.forward(batch))
+
+    def forward(self, batch: Batch) -> list[View]:
+        """Run the network on the batch."""
+        return [self.view("source", batch.images)]
+
+    def view(self, name: str, images: Tensor) -> View:
+        """Run the network on one view (B, C, H, W)."""
+        with arithmetic(self._dtype, self.device):
+            logits, features = self.network(images)
+        return View(name, logits.float(), features)
+
+    def supervised(self, batch: Batch, views: Sequence[View]) -> Loss:
+        """Segmentation loss of the source view."""
+        value = segmentation_loss(views[0].logits, batch.labels, self.plan.data)
+        return value, {"loss_supervised": value.detach()}
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, data: DataSettings) -> Tensor:
+    """Entropy plus Dice of logits (B, C, H, W) against labels (B, H, W), by the data's activation."""
+    if data.activation == "softmax":
+        return softmax_loss(logits, labels)
+    return sigmoid_loss(logits, labels, data.structure_classes())
 
 
 def softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_the_names_that_a_plan_accepts_are_those_that_exist() -> None:
     assert set(NETWORKS) == set(NETWORK_NAMES)
     assert set(METHODS) == set(METHOD_NAMES)
     assert "unet" in str(refused("network.name=vnet"))
-    assert "source | sgcg" in str(refused("method.name=sgcq"))
+    assert "source | ram | sgcg | ram_sgcg" in str(refused("method.name=sgcq"))
     plan = Plan.from_tree(join())
     with pytest.raises(FedsgcgError, match="network.name"):
         dataclasses.replace(plan, network=dataclasses.replace(plan.network, name="vnet"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from clients.batches import augment, batch_indices, batches, steps_of
+from clients.batches import Batch, augment, batch_indices, domain_sizes, gather, index_batches, steps_of
 from clients.cases import SliceTable
 from clients.slices import STEPS, Slices
 from common.errors import FedsgcgError
@@ -28,16 +28,18 @@ def settings(**changes):
     return MethodSettings(name="source", statistics=False, **changes)
 
 
-def order(table, method, seed=0, **options):
+def order(table, method, seed=0):
     """Return the slice numbers of each batch."""
-    return [labels[:, 0, 0].tolist() for _, labels in batches(table, method, np.random.default_rng(seed), **options)]
+    chosen = index_batches([table], method, [np.random.default_rng(seed)])
+    return [gather([table], numbers)[1][:, 0, 0].tolist() for numbers in chosen]
 
 
 # batches
 
 
 def test_what_a_batch_is():
-    images, labels = next(batches(table_of(9), settings(batch_size=4), np.random.default_rng(0)))
+    table = table_of(9)
+    images, labels = gather([table], next(index_batches([table], settings(batch_size=4), [np.random.default_rng(0)])))
     assert (images.shape, images.dtype) == ((4, 3, SIDE, SIDE), torch.float32)
     assert (labels.shape, labels.dtype) == ((4, SIDE, SIDE), torch.int64)
     torch.testing.assert_close(images[:, 0], labels / 100.0, atol=2e-5, rtol=0)
@@ -69,7 +71,7 @@ def test_the_generator_alone_decides_the_order():
 
 @pytest.mark.parametrize(("steps", "count"), [(1, 1), (2, 2), (5, 5), (11, 11)])
 def test_steps_count_batches_over_as_many_passes_as_it_takes(steps, count):
-    found = order(table_of(10), settings(batch_size=4), steps=steps)
+    found = order(table_of(10), settings(batch_size=4, steps_per_round=steps))
     assert len(found) == count
     whole = [sum(found[start : start + 3], []) for start in range(0, count - 2, 3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in whole)
@@ -84,15 +86,51 @@ def test_settings_say_how_long_a_round_is():
         settings(batch_size=32),
         settings(batch_size=9),
     ):
-        assert len(order(table, method)) == steps_of(table, method)
-    assert len(order(table, settings(batch_size=4, steps_per_round=7), epochs=1)) == 3, "an argument wins"
+        assert len(order(table, method)) == steps_of([table], method)
 
 
 def test_no_slice_is_an_error():
     table = table_of(3)
     with pytest.raises(FedsgcgError) as caught:
-        next(batches(table.only(np.zeros(3, np.bool_)), settings(), np.random.default_rng(0)))
+        next(index_batches([table.only(np.zeros(3, np.bool_))], settings(), [np.random.default_rng(0)]))
     assert caught.value.code == "TRN-302"
+
+
+def test_a_pooled_epoch_is_the_longest_domain_and_the_others_start_over_newly_shuffled():
+    tables, method = [table_of(12), table_of(4)], settings(batch_size=6, local_epochs=2)
+    steps = list(index_batches(tables, method, [np.random.default_rng(1), np.random.default_rng(2)]))
+    assert len(steps) == steps_of(tables, method) == 8  # three of each domain a step, twelve slices, two epochs
+    long, short = ([numbers[domain].tolist() for numbers in steps] for domain in (0, 1))
+    assert sorted(sum(long[:4], [])) == sorted(sum(long[4:], [])) == list(range(12))
+    assert long[:4] != long[4:]
+    passes = [step for step in short]
+    assert [len(step) for step in passes] == [4] * 8  # three and a single one left over join
+    assert len({tuple(step) for step in passes}) > 4, "a replayed first pass would show one order only"
+
+
+def test_slices_of_each_domain_in_a_step():
+    assert domain_sizes(settings(batch_size=8), 1) == (8,)
+    assert domain_sizes(settings(batch_size=8), 3) == (3, 3, 2)
+    assert domain_sizes(settings(batch_size=2), 3) == (1, 1, 1)
+    assert domain_sizes(settings(batch_per_domain=(3, 6, 7)), 3) == (3, 6, 7)
+    with pytest.raises(FedsgcgError, match="batch_per_domain"):
+        domain_sizes(settings(batch_per_domain=(3, 6)), 3)
+
+
+def test_parts_of_a_batch_hold_every_domain_and_every_slice_once():
+    images = torch.arange(10.0).view(10, 1, 1, 1)
+    whole = Batch(images, torch.arange(10).view(10, 1, 1), (6, 4), images + 100)
+    assert [share for share, _ in whole.parts(1)] == [1.0]
+    parts = whole.parts(3)
+    assert [share for share, _ in parts] == [0.4, 0.3, 0.3]
+    assert [part.sizes for _, part in parts] == [(2, 2), (2, 1), (2, 1)]
+    assert sorted(torch.cat([part.labels for _, part in parts]).flatten().tolist()) == list(range(10))
+    for _, part in parts:
+        assert part.mixed is not None
+        assert (part.mixed - part.images == 100).all()
+        assert part.images.flatten().tolist() == part.labels.flatten().tolist()
+        assert (part.labels[: part.sizes[0]] < 6).all()
+    assert len(whole.parts(100)) == 4, "no part without a slice of each domain"
 
 
 def test_batch_indices_by_brute_force():

@@ -81,7 +81,7 @@ def test_training_replies_with_weights_statistics_and_figures(root, tmp_path):
     assert reply.statistics.count.sum() == reply.metrics["examples"] * 32 * 32
     assert set(reply.metrics) == {
         *("examples", "steps", "loss", "loss_supervised", "loss_contrast", "learning_rate", "seconds"),
-        *("validation_dice", "validation_cases"),
+        *("validation_dice", "validation_cases", "micro_batches"),
     }
     assert 0 <= reply.metrics["validation_dice"] <= 1
 

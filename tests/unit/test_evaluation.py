@@ -249,7 +249,7 @@ def opened(root: Path, *overrides: str, heldout: bool) -> tuple[Plan, CaseStore,
 
 def test_every_case_is_scored_under_its_alias_and_the_pictures_show_the_same(root, tmp_path):
     plan, store, network = opened(root, heldout=True)
-    rows = evaluate_cases(network, store, plan, "test", CPU, pictures=tmp_path / "site" / "pictures.arrow")
+    rows = evaluate_cases(network, [store], plan, "test", CPU, pictures=tmp_path / "site" / "pictures.arrow")
     assert [row["case"] for row in rows] == [case.alias for case in store.cases]
     assert decode_cases(encode_cases(rows)) == rows
     assert set(rows[0]) == set(CASES_SCHEMA.names)
@@ -267,7 +267,7 @@ def test_every_case_is_scored_under_its_alias_and_the_pictures_show_the_same(roo
 
 def test_scores_equal_a_plain_recomputation(root):
     plan, store, network = opened(root, "data.largest_component=false", "data.fill_holes=false", heldout=True)
-    rows = evaluate_cases(network, store, plan, "test", CPU)
+    rows = evaluate_cases(network, [store], plan, "test", CPU)
     table = store.slices("test")
     for row, case in zip(rows, store.cases, strict=True):
         images, _ = table.stack(np.flatnonzero(table.case_of == case.index))
@@ -283,11 +283,11 @@ def test_scores_equal_a_plain_recomputation(root):
 def test_evaluation_changes_nothing_and_does_not_depend_on_the_batch(root, monkeypatch):
     plan, store, network = opened(root, heldout=True)
     before = weights_of(network.train()).digest()
-    rows = evaluate_cases(network, store, plan, "test", CPU)
+    rows = evaluate_cases(network, [store], plan, "test", CPU)
     assert weights_of(network).digest() == before
     assert network.training
     monkeypatch.setattr(evaluation, "BATCH", 1)
-    for row, alone in zip(rows, evaluate_cases(network, store, plan, "test", CPU), strict=True):
+    for row, alone in zip(rows, evaluate_cases(network, [store], plan, "test", CPU), strict=True):
         assert alone["dice"] == pytest.approx(row["dice"], abs=1e-3)
 
 
@@ -301,7 +301,7 @@ def test_each_slice_of_the_cache_is_read_once(root, monkeypatch):
         return stack(table, indices)
 
     monkeypatch.setattr(SliceTable, "stack", counted)
-    evaluate_cases(network, store, plan, "test", CPU)
+    evaluate_cases(network, [store], plan, "test", CPU)
     assert sorted(read) == list(range(len(store.slices("test"))))
 
 
@@ -315,13 +315,13 @@ def test_validation_dice_is_the_mean_over_cases_at_training_size(root):
         with torch.no_grad():
             prediction = network.eval()(torch.from_numpy(images))[0].argmax(1).numpy() == 1
         dices.append(2 * (prediction & (labels == 1)).sum() / (prediction.sum() + (labels == 1).sum()))
-    value, cases = validation_dice(network, store, plan, CPU)
+    value, cases = validation_dice(network, [store], plan, CPU)
     assert cases == len(dices)
     assert value == pytest.approx(np.mean(dices), abs=1e-3)
 
 
 def test_without_validation_cases_there_is_no_dice(root):
     plan, store, network = opened(root, "data.validation_fraction=0", heldout=False)
-    value, cases = validation_dice(network, store, plan, CPU)
+    value, cases = validation_dice(network, [store], plan, CPU)
     assert math.isnan(value)
     assert cases == 0

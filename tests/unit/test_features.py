@@ -115,8 +115,8 @@ def test_patients_are_counted_not_cases_nor_slices(root, tmp_path):
         writer.writerows(rows)
     plan, store, _ = opened(copy, "data.validation_fraction=0")
     assert len([case for case in store.cases if case.split == "train"]) == 4
-    assert patients_per_class(store, plan.data.num_classes).tolist() == [2, 2]
-    assert patients_per_class(store, 3).tolist() == [2, 2, 0]
+    assert patients_per_class([store], plan.data.num_classes).tolist() == [2, 2]
+    assert patients_per_class([store], 3).tolist() == [2, 2, 0]
 
 
 def test_patients_are_those_whose_training_slices_hold_the_class_and_no_image_is_read(root, monkeypatch):
@@ -130,8 +130,8 @@ def test_patients_are_those_whose_training_slices_hold_the_class_and_no_image_is
         raise AssertionError("images are not needed")
 
     monkeypatch.setattr(type(table), "stack", unread)
-    assert patients_per_class(store, plan.data.num_classes).tolist() == expected
+    assert patients_per_class([store], plan.data.num_classes).tolist() == expected
     first = store.stored[int(table.case_of[0])]
     vanished = replace(first, label=np.zeros_like(first.label))  # the structure was lost when the slices were resized
     stored = tuple(vanished if slices is first else slices for slices in store.stored)
-    assert patients_per_class(replace(store, stored=stored), 2).tolist() == [expected[0], expected[1] - 1]
+    assert patients_per_class([replace(store, stored=stored)], 2).tolist() == [expected[0], expected[1] - 1]

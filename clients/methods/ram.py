@@ -1,0 +1,121 @@
+"""RAM-DSIR: both views segmented, kept consistent, and the image restored from its mixed copy (methods.md 2.1-2.6).
+
+L_ram = seg(x) + seg(x_f) + 0.5 * KD(p_f, p) + 0.1 * sum over domains of MSE(rec_d(x5(x_f)), x).
+Legend: B batch, C output channels, H, W height and width, D source domains of the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from clients.batches import Batch
+from clients.device import arithmetic
+from clients.methods.guidance import IGNORE
+from clients.methods.sgcg import SgCG
+from clients.methods.supervised import Loss, Source, View, segmentation_loss
+from common.networks import RestorationDecoder, UNet, build_restoration
+from common.plan import Plan
+from common.seeding import stream_seed
+
+CLAMP: Final = 1e-7
+"""Probabilities stay this far from 0 and 1: the published form gives infinity when one saturates."""
+
+
+class Ram(Source):
+    """RAM-DSIR; its restoration decoder is the site's own and never leaves."""
+
+    parts = (*Source.parts, "loss_consistency", "loss_restoration")
+
+    def __init__(self, network: UNet, plan: Plan, domains: int, device: torch.device) -> None:
+        super().__init__(network, plan, domains, device)
+        if plan.method.ram.restoration > 0:
+            seed = stream_seed(plan.seed, "restoration")
+            decoder = build_restoration(plan.network.base_width, domains, seed)
+            self.local["restoration"] = decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The encoder learns slower while the restoration decoder is on (methods.md 2.6)."""
+        if not self.local:
+            return super().groups()
+        encoder = list(self.network.encoder.parameters())
+        inside = {id(parameter) for parameter in encoder}
+        rest = [parameter for parameter in self.network.parameters() if id(parameter) not in inside]
+        return [
+            {"params": encoder, "factor": self.plan.method.ram.encoder_rate},
+            {"params": [*rest, *self.local.parameters()], "factor": 1.0},
+        ]
+
+    def forward(self, batch: Batch) -> list[View]:
+        """Run the network on the slices and on their mixed copies, each with the BatchNorm moments of its own."""
+        self._deepest: Tensor | None = None
+        return [self.view("source", batch.images), self._mixed_view(batch)]
+
+    def supervised(self, batch: Batch, views: Sequence[View]) -> Loss:
+        """Segmentation of both views, their consistency, and restoration."""
+        settings, data = self.plan.method.ram, self.plan.data
+        plain, mixed = views
+        both = segmentation_loss(plain.logits, batch.labels, data) + segmentation_loss(mixed.logits, batch.labels, data)
+        valid = (batch.labels != IGNORE).unsqueeze(1)
+        bernoulli = settings.divergence == "symmetric_bernoulli"
+        probabilities = [probability(view.logits, data.activation) for view in views]
+        consistency = consistency_loss(probabilities[0], probabilities[1], valid, symmetric=bernoulli)
+        restoration = self._restoration(batch)
+        total = both + settings.consistency * consistency + settings.restoration * restoration
+        parts = {"loss_supervised": both, "loss_consistency": consistency, "loss_restoration": restoration}
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def _mixed_view(self, batch: Batch) -> View:
+        if batch.mixed is None:
+            raise ValueError("batch.mixed: found None, expected the amplitude-mixed copies")
+        with arithmetic(self._dtype, self.device):
+            maps = self.network.encode(batch.mixed)
+            logits, features = self.network.decode(maps)
+        self._deepest = maps[-1]
+        return View("ram", logits.float(), features)
+
+    def _restoration(self, batch: Batch) -> Tensor:
+        """Sum over the domains of the mean squared error of the restored slices."""
+        decoder = self.local["restoration"] if self.local else None
+        if not isinstance(decoder, RestorationDecoder) or self._deepest is None:
+            return batch.images.new_zeros(())
+        sizes, errors = list(batch.sizes), []
+        for domain, (deepest, images) in enumerate(
+            zip(torch.split(self._deepest, sizes), torch.split(batch.images, sizes), strict=True)
+        ):
+            with arithmetic(self._dtype, self.device):
+                restored = decoder(deepest, domain)
+            errors.append(F.mse_loss(restored.float(), images))
+        return torch.stack(errors).sum()
+
+
+class RamSgCG(Ram, SgCG):
+    """RAM-DSIR plus the contrastive term, the papers' method: SgCG's total over RAM-DSIR's views and loss."""
+
+
+def probability(logits: Tensor, activation: str) -> Tensor:
+    """Probabilities (B, C, H, W), clamped to [1e-7, 1 - 1e-7]."""
+    value = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
+    return value.clamp(CLAMP, 1 - CLAMP)
+
+
+def consistency_loss(first: Tensor, second: Tensor, valid: Tensor, *, symmetric: bool = False) -> Tensor:
+    """Symmetric Kullback-Leibler divergence of two predictions, mean over all elements; gradient into both.
+
+    mean(b (log b - log a)) + mean(a (log a - log b)) = mean((a - b)(log a - log b)) (methods.md 2.6).
+
+    Args:
+        first: (B, C, H, W) probabilities in (0, 1).
+        second: The same of the other view.
+        valid: (B, 1, H, W) bool, pixels that count.
+        symmetric: Add the complementary half (1 - p): the divergence of two Bernoulli variables.
+    """
+    difference = first - second
+    value = difference * (first.log() - second.log())
+    if symmetric:
+        value = value - difference * (torch.log1p(-first) - torch.log1p(-second))
+    return (value * valid).sum() / (valid.sum() * first.shape[1]).clamp(min=1)
