@@ -23,7 +23,6 @@ from server.journal import decisive_settings, differences
 if TYPE_CHECKING:
     from deploy.study import Study
 
-AXES = ("method", "heldout", "seed")
 PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
 
 
@@ -128,7 +127,9 @@ def _table(path: Path) -> pa.Table:
 
 def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = decisive_settings(Plan.from_tree(tree))
-    return {name: value for name, value in kept.items() if name not in AXES or name == "method"}
+    if kept["federation"]["ownership"] == "local":  # another hospital in every cell
+        kept["data"] = {**kept["data"], "sites": []}
+    return {name: value for name, value in kept.items() if name not in ("heldout", "seed")}
 
 
 def describe_machine(machine: Machine) -> str:

@@ -1,4 +1,4 @@
-"""A study: hospitals left out x methods x seeds, each cell one federation, as many at once as the machine allows.
+"""A study: hospitals left out x variants x seeds, each cell one federation, as many at once as the machine allows.
 
 A study's folder is its state. A second call with the same settings finds the same folder and runs only the cells that
 are missing; a cell that was cut off goes on from its last done round.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import socket
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from clients.cases import data_fingerprint
 from clients.site import resolve_cache
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
-from common.settings import choices_of, join, nearest
+from common.settings import join
+from deploy.grid import AXES, Variant, folder_name, split_axes, variants, with_grid
 from deploy.preflight import (
     Machine,
     check_device,
@@ -31,7 +32,7 @@ from deploy.preflight import (
     look_at_machine,
 )
 from deploy.progress import Progress
-from deploy.record import AXES, check_same_study, collect, write_record
+from deploy.record import check_same_study, collect, write_record
 from deploy.simulate import (
     Cell,
     choose_runtime,
@@ -46,7 +47,7 @@ from server.journal import lock_file
 
 RAY_ANSWERS_WITHIN_S = 5.0
 # Places and machines: changing them does not make another study.
-NOT_IDENTITY = ("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site")
+NOT_IDENTITY = ("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site", "grid")
 
 
 @dataclass(frozen=True)
@@ -80,32 +81,33 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     """Turn a command line into a study, checking everything that can be checked before the start.
 
     Args:
-        overrides: Settings as `name=value`; `method`, `heldout` and `seed` take several values with commas, and
-            `heldout=all` leaves out every hospital in turn.
+        overrides: Settings as `name=value`; one with commas varies (`deploy.grid`), and `heldout=all` leaves out every
+            hospital in turn.
         single: Refuse more than one cell (`fedsgcg simulate`).
     """
     values, rest = split_axes(overrides)
-    base = join([*rest, *(f"method={name}" for name in values.get("method", [])[:1])])
-    methods = values.get("method") or [_choice(base)]
+    axes = with_grid(values, join(_alone(rest, values))["grid"], rest)
+    base = join(_alone(rest, axes))
     located = locate_hospitals(base)
     sites: list[str] = located["data"]["sites"]
-    heldouts = values.get("heldout") or [str(base["heldout"])]
+    heldouts = [item.strip("'\"") for item in axes.get("heldout", [])] or [str(base["heldout"])]
     heldouts = sites if heldouts == ["all"] else heldouts
-    seeds = [_seed(text) for text in values.get("seed") or [str(base["seed"])]]
-    if single and len(methods) * len(heldouts) * len(seeds) > 1:
-        raise fail(
-            "CFG-001", found="several methods, hospitals or seeds", expected="one of each", action="use `fedsgcg study`"
-        )
+    seeds = [_seed(text) for text in axes.get("seed") or [str(base["seed"])]]
+    compared = variants(axes, _choice(base), str(base["federation"]["ownership"]))
     machine = look_at_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
-    folder = Path(str(base["output"]) or f"runs/{base['data']['name']}-{identity(located)[:8]}").resolve()
-    trees = {name: _for_method(rest, name, located) for name in methods}
+    folder = Path(str(base["output"]) or f"runs/{_name(base, overrides)}-{identity(located)[:8]}").resolve()
+    trees = {variant.label: _tree_of(variant, rest, located) for variant in compared}
     cells = tuple(
-        _cell(trees[name], folder, name, heldout, seed, device)
+        cell
         for seed in seeds
         for heldout in heldouts
-        for name in methods
+        for variant in compared
+        for cell in _cells(trees[variant.label], folder, variant, heldout, seed, device)
     )
+    if single and len(cells) > 1:
+        found, action = f"{len(cells)} cells: several methods, hospitals, seeds or settings", "use `fedsgcg study`"
+        raise fail("CFG-001", found=found, expected="one of each", action=action)
     _check_cells(cells, device)
     runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells), machine)
     command = "simulate" if single else "study"
@@ -146,36 +148,12 @@ def exit_code(cells: Iterable[Cell]) -> int:
     return 1 if states - {"completed", "degraded"} else 3 if "degraded" in states else 0
 
 
-def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Take `method`, `heldout` and `seed` off a command line: (values by axis, the rest)."""
-    values: dict[str, list[str]] = {}
-    rest: list[str] = []
-    problems: list[Problem] = []
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator or key not in AXES:
-            rest.append(text)
-            continue
-        if key in values:
-            found = f"{key}={','.join(values[key])} and {text}"
-            action = f"put the values in one: {key}=A,B"
-            problems.append(Problem("CFG-001", where=key, found=found, expected="one value", action=action))
-        items = [item.strip().strip("'\"") for item in value.strip("[]").split(",")]
-        values[key] = [item for item in dict.fromkeys(items) if item or key == "heldout"]
-    known = choices_of("method")
-    problems += [
-        Problem("CFG-001", where="method", found=name, expected=" | ".join(known), action=nearest(name, known))
-        for name in values.get("method", [])
-        if name not in known
-    ]
-    if problems:
-        raise FedsgcgError(*problems)
-    return values, rest
-
-
 def identity(tree: Mapping[str, Any]) -> str:
     """Hash of the settings that make two calls the same study: everything but the axes, places and machines."""
     kept = {name: value for name, value in tree.items() if name not in NOT_IDENTITY}
+    kept["federation"] = {
+        name: value for name, value in tree["federation"].items() if name not in ("ownership", "moments")
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -204,9 +182,11 @@ def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
     ray.init(**ray_arguments(study.machine, study.ray_address))
     try:
         threads = int(cells[0].tree["site"]["threads"])
-        at_once = min(len(cells), max(1, study.machine.cpus // threads))
+        whole = ray.cluster_resources()  # type: ignore[no-untyped-call]  # of this machine, or of all machines of a cluster
+        machine = Machine(int(whole.get("CPU", 1)), int(whole.get("GPU", 0)))
+        at_once = min(len(cells), max(1, machine.cpus // threads))
         task = ray.remote(run_cell_in_process).options(
-            num_cpus=threads, num_gpus=gpu_share(at_once, study.machine), max_retries=0
+            num_cpus=threads, num_gpus=gpu_share(at_once, machine), max_retries=0
         )
         waiting = {task.remote(cell.tree): cell for cell in cells}
         errors = {}
@@ -230,18 +210,48 @@ def describe(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _cell(tree: Mapping[str, Any], folder: Path, method: str, heldout: str, seed: int, device: str) -> Cell:
-    output = folder / method / (heldout or "all-sites") / str(seed)
-    run = f"{folder.name}/{method}/{heldout or 'all-sites'}/{seed}"
-    own = {**tree, "heldout": heldout, "seed": seed, "output": str(output), "run": run}
+def _cells(
+    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int, device: str
+) -> Iterator[Cell]:
+    """Yield the cells of a variant at one fold and seed: one, or with `federation=local` one a training hospital."""
+    if variant.federation != "local":
+        yield _cell(tree, folder, variant, heldout, seed, device, "")
+        return
+    training = [site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]]
+    for site in training:
+        data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
+        yield _cell({**tree, "data": data, "observers": []}, folder, variant, heldout, seed, device, site)
+
+
+def _cell(
+    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int, device: str, trained_on: str
+) -> Cell:
+    fold = f"{seed}-{trained_on}" if trained_on else str(seed)
+    parts = (folder_name(variant.label), heldout or "all-sites", fold)
+    own = {**tree, "heldout": heldout, "seed": seed, "output": str(folder.joinpath(*parts))}
+    own |= {"run": "/".join((folder.name, *parts)), "label": variant.label, "setting": " ".join(variant.settings)}
     own["site"] = {**tree["site"], "device": device}
     Plan.from_tree(own)
-    return Cell(method, heldout, seed, own)
+    return Cell(variant.label, heldout, seed, own, trained_on)
 
 
-def _for_method(rest: Sequence[str], method: str, located: Mapping[str, Any]) -> dict[str, Any]:
-    tree = join([*rest, f"method={method}"])
-    return {**tree, "data": located["data"], "site": located["site"]}
+def _tree_of(variant: Variant, rest: Sequence[str], located: Mapping[str, Any]) -> dict[str, Any]:
+    tree = join([*(text for text in rest if text.partition("=")[0] not in AXES), *variant.overrides])
+    return {**tree, "data": {**tree["data"], "root": located["data"]["root"], "sites": located["data"]["sites"]}} | {
+        "site": located["site"]
+    }
+
+
+def _alone(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
+    """The settings that do not vary, with the first method and federation, which others are built on."""
+    groups = [f"{name}={axes[name][0]}" for name in ("method", "federation") if axes.get(name)]
+    return [*rest, *groups]
+
+
+def _name(tree: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """Data and experiment: two experiments on the same data are two folders, whatever cells they share."""
+    experiments = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
+    return "-".join([str(tree["data"]["name"]), *(name for name in experiments if name != "none")])
 
 
 def _choice(tree: Mapping[str, Any]) -> str:

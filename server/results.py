@@ -39,7 +39,15 @@ PREPROCESSING: Final = (
     *("largest_component", "fill_holes", "spacing_unit"),
 )
 
-CELL_FIELDS = [pa.field("method", pa.string()), pa.field("heldout", pa.string()), pa.field("seed", pa.int64())]
+CELL_FIELDS = [
+    pa.field("method", pa.string()),  # label of what is compared: the method, and what the study varies of it
+    pa.field("heldout", pa.string()),
+    pa.field("seed", pa.int64()),
+    pa.field("trains", pa.string()),  # training method
+    pa.field("federation", pa.string()),  # by_site | pooled | local
+    pa.field("setting", pa.string()),  # swept settings, e.g. prototypes.weight=0.5
+    pa.field("trained_on", pa.string()),  # the one hospital that trained, with federation=local
+]
 
 RESULTS_SCHEMA = pa.schema(
     [*CELL_FIELDS, pa.field("site", pa.string()), *CASES_SCHEMA],
@@ -82,8 +90,16 @@ class EventLog:
 
 
 def cell_of(plan: Plan) -> dict[str, Any]:
-    """Method, held-out site and seed: what names a cell of a study."""
-    return {"method": plan.method.name, "heldout": plan.heldout, "seed": plan.seed}
+    """What names a cell of a study: label, held-out site, seed, and what lies behind the label."""
+    return {
+        "method": plan.label or plan.method.name,
+        "heldout": plan.heldout,
+        "seed": plan.seed,
+        "trains": plan.method.name,
+        "federation": plan.federation.ownership,
+        "setting": plan.setting,
+        "trained_on": plan.trained_on,
+    }
 
 
 def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
