@@ -7,17 +7,22 @@ Legend: K classes incl. background, A feature channels, N pixels, B batch, H, W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
 from typing import Final
 
 import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS: Final = 1 << 19
-"""Numbers of a block (2 MiB of float32) summed in the features' precision before it is added up in float64."""
+"""Numbers of a block (2 MiB of float32) that is gathered, shifted and multiplied while it lies in the cache."""
+
+SUM_ROWS: Final = 8192
+"""Most rows whose products are summed in the features' precision before float64 takes over."""
 
 SHIFT_ROWS: Final = 256
 """Rows of a class whose mean serves as the class's shift."""
+
+_TRITON: Final = importlib.util.find_spec("triton") is not None
 
 MASK_ELEMENTS: Final = 1 << 23
 """Numbers of a chunk of features held in float64 on a GPU (64 MiB)."""
@@ -29,7 +34,8 @@ def class_moments(
     """Compute count, mean and scatter of every class of a batch, without gradient (methods.md 1.2 and 1.9).
 
     On a CPU the rows are visited class by class in blocks, about a shift near the class's mean: products in the
-    features' own precision, sums in float64. On a GPU, two passes of masked float64 products, without a host wait.
+    features' own precision, sums in float64. On a GPU, two passes without a host wait: Triton kernels that do the same
+    (`common.kernels`), or masked float64 products for float64 features and where there is no Triton.
 
     Args:
         features: (N, A) floats.
@@ -47,7 +53,10 @@ def class_moments(
     check_labels(labels, num_classes, ignore_index)
     rows = features.detach()
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        moments = _moments_by_class if rows.device.type == "cpu" else _moments_by_mask
+        if triton_kernels(rows):
+            moments = _moments_by_kernel
+        else:
+            moments = _moments_by_class if rows.device.type == "cpu" else _moments_by_mask
         count, mean, scatter = moments(rows, labels, num_classes, ignore_index)
         scatter = 0.5 * (scatter + scatter.mT)
     if rows.device.type == "cpu" and not bool(torch.isfinite(scatter).all()):
@@ -111,19 +120,17 @@ def _shifted_moments(rows: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     shift = rows[members[:SHIFT_ROWS]].mean(0, dtype=torch.float64).to(dtype)
     A = shift.shape[0]
     first, second = shift.new_zeros(A, dtype=torch.float64), shift.new_zeros(A, A, dtype=torch.float64)
-    for block in _blocks(rows, members, dtype):
-        block.sub_(shift)
-        first += block.sum(0)
-        second += block.T @ block
+    size = max(1, min(SUM_ROWS, BLOCK_ELEMENTS // max(1, A)))
+    scratch, partial = rows.new_empty(min(size, len(members)), A), shift.new_empty(A, A)
+    for group in torch.split(members, SUM_ROWS):
+        partial.zero_()
+        for part in torch.split(group, size):
+            block = torch.index_select(rows, 0, part, out=scratch[: len(part)]).to(dtype).sub_(shift)
+            first += block.sum(0)
+            partial.addmm_(block.T, block)
+        second += partial
     offset = first / len(members)
     return shift + offset, second - len(members) * torch.outer(offset, offset)
-
-
-def _blocks(rows: Tensor, members: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    size = max(1, BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    scratch = rows.new_empty(min(size, len(members)), rows.shape[1])
-    for part in torch.split(members, size):
-        yield torch.index_select(rows, 0, part, out=scratch[: len(part)]).to(dtype)
 
 
 def _moments_by_mask(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,9 +148,22 @@ def _moments_by_mask(rows: Tensor, labels: Tensor, K: int, ignore_index: int) ->
     return count.long(), mean, scatter
 
 
+def _moments_by_kernel(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    from common import kernels
+
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return kernels.class_moments(rows, labels.contiguous(), K, ignore_index)
+
+
 def _zeros(rows: Tensor, K: int) -> tuple[Tensor, Tensor]:
     A = rows.shape[1]
     return rows.new_zeros(K, A, dtype=torch.float64), rows.new_zeros(K, A, A, dtype=torch.float64)
+
+
+def triton_kernels(features: Tensor, widest: int | None = None) -> bool:
+    """Whether `common.kernels` computes these features: on a GPU, with Triton, not float64, not wider than `widest`."""
+    fits = features.dtype != torch.float64 and (widest is None or features.shape[1] <= widest)
+    return fits and features.device.type == "cuda" and _TRITON and features.shape[1] > 0
 
 
 def check_pixels(features: Tensor, labels: Tensor) -> None:

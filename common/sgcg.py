@@ -16,18 +16,30 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from common.moments import check_finite, check_labels, check_pixels, check_shape, class_moments, reduce_labels
+from common.moments import (
+    check_finite,
+    check_labels,
+    check_pixels,
+    check_shape,
+    class_moments,
+    reduce_labels,
+    triton_kernels,
+)
 
 __all__ = ["class_moments", "reduce_labels", "sgcg_loss"]
 
 CovarianceForm = Literal["full", "diagonal", "none"]
 Reduction = Literal["mean", "none"]
 
-CHUNK_ELEMENTS: Final = {"cpu": 3 << 18, "cuda": 1 << 26}
-"""Numbers of the products Sigma_k q held at a time: 3 MiB stays in a core's cache, 256 MiB fills a GPU."""
+CHUNK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Numbers of the products Sigma_k q held at a time: 2 MiB stays in a core's cache, 256 MiB fills a GPU."""
 
-CHUNK_PIXELS: Final = (128, 4096)
+MAX_KERNEL_CHANNELS: Final = 128
+"""Widest features of the Triton kernel: wider tiles of Sigma_k leave no room, and there plain GEMMs are the limit."""
+
+CHUNK_PIXELS: Final = (256, 4096)
 """Fewest and most pixels of a chunk on a CPU: with fewer the matrix product starves, with more the cache overflows."""
 
 
@@ -42,11 +54,13 @@ def sgcg_loss(
     ignore_index: int = 255,
     reduction: Reduction = "mean",
     covariance_form: CovarianceForm = "full",
+    unit_norm: bool = False,
 ) -> Tensor:
     """Compute the SgCG loss of labelled features against constant class Gaussians (methods.md 1.3, eqs. 4-11).
 
     Computes in float32 (float64 for float64 features) whatever autocast says. The prototypes carry no gradient, and the
-    gradient itself cannot be differentiated again.
+    gradient itself cannot be differentiated again. On a GPU with Triton one kernel makes loss and gradient
+    (`common.kernels`), unless the features are float64 or wider than it holds, or the covariance is not `full`.
 
     Args:
         features: (N, A) floats.
@@ -58,6 +72,7 @@ def sgcg_loss(
         ignore_index: Label of pixels to drop.
         reduction: `mean` over the pixels that were not dropped, or `none`.
         covariance_form: `full`, `diagonal`, or `none` (prototype cross-entropy).
+        unit_norm: Divide the features of each pixel by their length first (methods.md 1.4).
 
     Returns:
         A scalar, or (N,) with zeros at dropped pixels for `none`. Without any pixel: 0, connected to the graph.
@@ -69,16 +84,24 @@ def sgcg_loss(
     _check_loss(features, labels, mean, covariance, temperature, active, reduction, covariance_form)
     check_labels(labels, mean.shape[0], ignore_index)
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    centre, spread = mean.detach().to(dtype), covariance.detach().to(dtype)
+    if active is not None:
+        active = active.to(features.device, non_blocking=True)
+    if covariance_form == "full" and triton_kernels(features, widest=MAX_KERNEL_CHANNELS):
+        one_pass: Tensor = _KernelLoss.apply(  # type: ignore[no-untyped-call]
+            features, labels, centre, spread, active, temperature, ignore_index, unit_norm, reduction
+        )
+        return one_pass
+    if unit_norm:
+        features = functional.normalize(features.to(dtype), dim=1, eps=1e-12)
     classes = labels.long()
     kept = classes != ignore_index
     classes = torch.where(kept, classes, 0)
     if active is not None:
-        active = active.to(features.device, non_blocking=True)
         kept = kept & active[classes]
     weight = kept.to(dtype)
     if reduction == "mean":
         weight /= kept.sum().clamp(min=1)
-    centre, spread = mean.detach().to(dtype), covariance.detach().to(dtype)
     losses: Tensor = _PixelLoss.apply(  # type: ignore[no-untyped-call]
         features, classes, weight, centre, spread, active, temperature, covariance_form, reduction
     )
@@ -103,12 +126,7 @@ class _PixelLoss(torch.autograd.Function):
         form: CovarianceForm,
         reduction: Reduction,
     ) -> Tensor:
-        gradient = None
-        if ctx.needs_input_grad[0]:  # float16 cannot hold 1 / N of a gradient before the loss scale has come in
-            dtype = weight.dtype if features.dtype == torch.float16 else features.dtype
-            gradient = features.new_empty(features.shape, dtype=dtype)
-            ctx.save_for_backward(gradient)
-        ctx.dtype = features.dtype
+        gradient = _make_gradient(ctx, features)
         losses = torch.empty_like(weight)
         with torch.autocast(features.device.type, enabled=False):
             _fill(losses, gradient, features, labels, weight, mean, covariance, active, temperature, form)
@@ -116,15 +134,75 @@ class _PixelLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # only with create_graph=True; a silent zero would be worse than a stop
-            raise RuntimeError("the gradient of sgcg_loss cannot be differentiated again (create_graph=True)")
-        (gradient,) = ctx.saved_tensors
-        scale = outputs[0][:, None] if outputs[0].ndim else outputs[0]
-        if _graph_is_kept():  # someone may come back for it
-            gradient = gradient * scale
-        elif scale.ndim or scale.device.type != "cpu" or scale.item() != 1:
-            gradient.mul_(scale)
-        return gradient.to(ctx.dtype), *[None] * 8
+        return _scaled(ctx, outputs[0]), *[None] * 8
+
+
+class _KernelLoss(torch.autograd.Function):
+    """The same by one Triton kernel; the number of pixels is known after it and divides in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        covariance: Tensor,
+        active: Tensor | None,
+        temperature: float,
+        ignore_index: int,
+        unit_norm: bool,
+        reduction: Reduction,
+    ) -> Tensor:
+        from common import kernels
+
+        gradient = _make_gradient(ctx, features)
+        losses, number = kernels.pixel_losses(
+            features if features.stride(1) == 1 else features.contiguous(),
+            labels.contiguous(),
+            mean.contiguous(),
+            covariance.contiguous(),
+            active,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            unit_norm=unit_norm,
+            gradient=gradient,
+        )
+        ctx.number = None
+        if reduction == "none":
+            return losses
+        ctx.number = number.clamp(min=1)
+        total: Tensor = losses.sum(dtype=torch.float64) / ctx.number
+        return total.to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = outputs[0] if ctx.number is None else outputs[0] / ctx.number
+        return _scaled(ctx, scale), *[None] * 8
+
+
+def _make_gradient(ctx: Any, features: Tensor) -> Tensor | None:
+    """Room for the gradient, kept for the backward pass; None where nobody will ask for it."""
+    ctx.dtype = features.dtype
+    if not ctx.needs_input_grad[0]:
+        return None
+    # float16 cannot hold 1 / N of a gradient before the loss scale has come in, nor a large one without it.
+    dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
+    gradient = torch.empty(features.shape, dtype=dtype, device=features.device)
+    ctx.save_for_backward(gradient)
+    return gradient
+
+
+def _scaled(ctx: Any, scale: Tensor) -> Tensor:
+    """The kept gradient times the incoming one (() or (N,)), in place where nobody can come back for it."""
+    if torch.is_grad_enabled():  # only with create_graph=True; a silent zero would be worse than a stop
+        raise RuntimeError("the gradient of sgcg_loss cannot be differentiated again (create_graph=True)")
+    gradient: Tensor = ctx.saved_tensors[0]
+    scale = scale[:, None] if scale.ndim else scale
+    if _graph_is_kept():
+        gradient = gradient * scale
+    elif scale.ndim or scale.device.type != "cpu" or scale.item() != 1:
+        gradient.mul_(scale)
+    return gradient.to(ctx.dtype)
 
 
 def _graph_is_kept() -> bool:
@@ -147,26 +225,28 @@ def _fill(
 ) -> None:
     """Write the loss of every pixel into `losses` (N,) and its gradient, where wanted, into `gradient` (N, A)."""
     n = _chunk_pixels(features.device.type, mean.shape)
-    quadratic = _QUADRATICS[form](covariance, temperature, min(n, features.shape[0]))
     near, far = mean / temperature, mean * temperature
+    share = weight / temperature**2
+    pull = share.neg()[None]
     hidden = None
     if active is not None:
         hidden = mean.new_zeros(active.shape).masked_fill_(~active, torch.finfo(mean.dtype).min / 2)[:, None]
-    for start in range(0, features.shape[0], n):
-        part = slice(start, start + n)
-        pixels, label, kept = features[part], labels[None, part], weight[part]
-        target = None if gradient is None else gradient[part]
+    quadratic = _QUADRATICS[form](covariance, temperature)
+    targets = [None] * max(1, -(-features.shape[0] // n)) if gradient is None else torch.split(gradient, n)
+    # Views are made for all chunks at once: one by one they would cost as much as the arithmetic of a small chunk.
+    rows = (torch.split(tensor, n) for tensor in (features, weight, share, losses))
+    columns = (torch.split(tensor, n, 1) for tensor in (labels[None], pull))
+    for pixels, kept, scale, loss, label, minus, target in zip(*rows, *columns, targets, strict=True):
         q = pixels.to(mean.dtype)
         half = quadratic.evaluate(q)  # (K, n): q' Sigma_k q / (2 tau^2)
         logits = torch.addmm(half, near, q.T)
         log_p = (logits if hidden is None else logits.add_(hidden)).log_softmax(0)
         # logsumexp z - q.mu_y / tau, written as two terms that are both positive: nothing cancels.
-        torch.mul(half.sub_(log_p).gather(0, label)[0], kept, out=losses[part])
+        torch.mul(half.sub_(log_p).gather(0, label)[0], kept, out=loss)
         if target is not None:
-            share = kept / temperature**2
-            p = log_p.exp_().mul_(share)
+            p = log_p.exp_().mul_(scale)
             g = quadratic.gradient(p, q, target if target.dtype == q.dtype else torch.empty_like(q))
-            g.addmm_(p.scatter_add_(0, label, share.neg_()[None]).T, far)
+            g.addmm_(p.scatter_add_(0, label, minus).T, far)
             if g is not target:
                 target.copy_(g)
 
@@ -179,28 +259,33 @@ def _chunk_pixels(device: str, shape: torch.Size) -> int:
 class _Full:
     """Sigma_k q for all k, kept between loss and gradient of a chunk."""
 
-    def __init__(self, covariance: Tensor, temperature: float, n: int) -> None:
+    def __init__(self, covariance: Tensor, temperature: float) -> None:
         K, A, _ = covariance.shape
-        self.matrices = covariance.unbind(0)
-        self.products = list(covariance.new_empty(K, n, A).unbind(0))
-        self.scratch = covariance.new_empty(n, A)
+        # One product with [Sigma_1 | ... | Sigma_K]: K narrow ones take up to twice the time. Symmetry spares the copy.
+        self.matrix = covariance.reshape(K * A, A).T
         self.half = covariance.new_full((A,), 0.5 / temperature**2)
+        self._make_room(0)
+
+    def _make_room(self, n: int) -> None:
+        A, width = self.matrix.shape
+        self.products, self.scratch = self.matrix.new_empty(n, width), self.matrix.new_empty(n, A)
+        self.terms = self.matrix.new_empty(width // A, n)
+        self.by_class = torch.split(self.products, A, 1), self.terms.unbind(0)
 
     def evaluate(self, q: Tensor) -> Tensor:
-        """Return (K, n) quadratic terms q' Sigma_k q / (2 tau^2) of q (n, A)."""
-        if q.shape[0] < self.scratch.shape[0]:
-            self.products, self.scratch = [t[: q.shape[0]] for t in self.products], self.scratch[: q.shape[0]]
-        terms = q.new_empty(len(self.products), q.shape[0])
-        for matrix, product, term in zip(self.matrices, self.products, terms.unbind(0), strict=True):
-            torch.mm(q, matrix, out=product)
+        """Return (K, n) quadratic terms q' Sigma_k q / (2 tau^2) of q (n, A); valid until the next call."""
+        if len(q) != len(self.scratch):
+            self._make_room(len(q))
+        torch.mm(q, self.matrix, out=self.products)
+        for product, term in zip(*self.by_class, strict=True):
             torch.mv(torch.mul(product, q, out=self.scratch), self.half, out=term)
-        return terms
+        return self.terms
 
     def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
         """Write sum_k p_k Sigma_k q into `out` (n, A) for the q of the last `evaluate`; p is (K, n)."""
-        shares = p.unsqueeze(-1).unbind(0)
-        torch.mul(self.products[0], shares[0], out=out)
-        for product, share in zip(self.products[1:], shares[1:], strict=True):
+        (first, *others), (share, *shares) = self.by_class[0], p[:, :, None].unbind(0)
+        torch.mul(first, share, out=out)
+        for product, share in zip(others, shares, strict=True):
             out.addcmul_(product, share)
         return out
 
@@ -208,7 +293,7 @@ class _Full:
 class _Diagonal:
     """The same with the covariance's diagonal alone, as SePiCo's code has it (methods.md 1.10)."""
 
-    def __init__(self, covariance: Tensor, temperature: float, n: int) -> None:
+    def __init__(self, covariance: Tensor, temperature: float) -> None:
         self.variances = covariance.diagonal(dim1=1, dim2=2)
         self.half = self.variances * (0.5 / temperature**2)
 
@@ -224,7 +309,7 @@ class _Diagonal:
 class _Absent:
     """No covariance: prototype cross-entropy."""
 
-    def __init__(self, covariance: Tensor, temperature: float, n: int) -> None:
+    def __init__(self, covariance: Tensor, temperature: float) -> None:
         self.num_classes = covariance.shape[0]
 
     def evaluate(self, q: Tensor) -> Tensor:

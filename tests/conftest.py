@@ -11,6 +11,10 @@ import yaml
 from common.phantoms import write_hospitals
 from common.plan import AugmentationSettings, DataSettings
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which it decides when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # The order of floating-point sums depends on the number of threads.
