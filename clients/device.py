@@ -36,6 +36,8 @@ def choose_device(device: str, threads: int = 1) -> torch.device:
     # On a CPU the same seed must give the same hash; on a GPU the deterministic kernels of bilinear upsampling cost
     # too much, and reproducibility has a stated tolerance there (reliability.md I7).
     torch.use_deterministic_algorithms(chosen.type == "cpu")
+    # Batches of one shape come thousands of times: the first may try which convolution is fastest.
+    torch.backends.cudnn.benchmark = chosen.type == "cuda"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return chosen
 
