@@ -4,12 +4,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench bench-gpu clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
 	@echo "make check   formatting, lint, types, import rules"
 	@echo "make bench   speed and memory beside the alternatives, as ratios in one run"
+	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
 	@echo "make setup   install into $(VENV) only"
 
 setup: $(STAMP)
@@ -35,6 +36,9 @@ check: setup
 
 bench: setup
 	$(RUN)/python -m tests.benchmarks
+
+bench-gpu: setup
+	$(RUN)/python -m tests.benchmarks gpu --folder runs/benchmarks-gpu
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

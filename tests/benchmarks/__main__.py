@@ -4,6 +4,7 @@ Writes `runs/benchmarks/benchmarks.parquet` and `benchmarks.md`, with machine an
 """
 
 import argparse
+import importlib
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,31 +16,18 @@ import torch
 
 from deploy.preflight import look_at_machine
 from deploy.record import describe_machine
-from tests.benchmarks import (
-    bench_amplitude,
-    bench_federation,
-    bench_loss,
-    bench_metrics,
-    bench_statistics,
-    bench_step,
-)
 
-PARTS = {
-    "loss": bench_loss.run,
-    "statistics": bench_statistics.run,
-    "amplitude": bench_amplitude.run,
-    "metrics": bench_metrics.run,
-    "step": bench_step.run,
-    "federation": bench_federation.run,
-}
+PARTS = ("loss", "statistics", "amplitude", "metrics", "step", "federation", "end_to_end", "gpu")
 FOLDER = Path("runs/benchmarks")
 
 
 def main() -> None:
     """Run the parts that were asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(PARTS)}")
-    parts = parser.parse_args().parts or list(PARTS)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all but gpu")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the tables go")
+    options = parser.parse_args()
+    parts = options.parts or [part for part in PARTS if part != "gpu"]
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts {sorted(unknown)}, known: {', '.join(PARTS)}")
     facts = {
@@ -48,12 +36,16 @@ def main() -> None:
         "torch": torch.__version__,
         "system": platform.platform(terse=True),
     }
-    rows = [line for part in parts for line in PARTS[part]()]
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    # A machine with a GPU need not have what the other parts compare with.
+    modules = [importlib.import_module(f"tests.benchmarks.bench_{part}") for part in parts]
+    rows = [line for module in modules for line in module.run()]
+    options.folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows).replace_schema_metadata(facts)
-    pq.write_table(table, FOLDER / "benchmarks.parquet", compression="zstd")
-    (FOLDER / "benchmarks.md").write_text(markdown(rows, facts))
-    print(f"tables: {FOLDER}/benchmarks.parquet and benchmarks.md")
+    pq.write_table(table, options.folder / "benchmarks.parquet", compression="zstd")
+    (options.folder / "benchmarks.md").write_text(markdown(rows, facts))
+    print(f"tables: {options.folder}/benchmarks.parquet and benchmarks.md")
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:

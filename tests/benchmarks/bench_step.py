@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clients.batches import Batch
 from clients.methods import METHODS, Guidance
 from common.networks import DecoderBlock, build_network
 from common.plan import Plan
@@ -77,14 +78,15 @@ def make_step(
     network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(dtype, memory_format=order).train()
     if kind == "published":
         for block in network.decoder.blocks:
-            block.__class__ = _PublishedBlock
+            block.__class__ = PublishedBlock
     optimizer = torch.optim.Adam(network.parameters(), lr=plan.method.learning_rate, fused=kind != "published")
-    images, labels, guidance = _batch(plan, side)
+    images, labels, guidance = make_batch(plan, side)
     images = (images * (1 + nudge)).to(dtype).to(memory_format=order)
+    method = METHODS[plan.method.name](network, plan, 1, torch.device("cpu"))
+    batch = Batch(images, labels, (B,))
 
     def step() -> float:
-        logits, penultimate = network(images)
-        loss, _ = METHODS[plan.method.name](logits, penultimate, labels, guidance, plan)
+        loss, _ = method.loss(batch, guidance)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -93,17 +95,19 @@ def make_step(
     return step
 
 
-class _PublishedBlock(DecoderBlock):
+class PublishedBlock(DecoderBlock):
+    """The decoder block with its 1 x 1 convolution after the upsampling."""
+
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
         wide = functional.interpolate(self.reduce(features), scale_factor=2, mode="bilinear", align_corners=False)
         narrow = functional.relu(self.narrow_norm(self.narrow(wide)))
         return self.join(torch.cat([skip, narrow], dim=1))
 
 
-def _batch(plan: Plan, side: int) -> tuple[Tensor, Tensor, Guidance]:
+def make_batch(plan: Plan, side: int, count: int = B) -> tuple[Tensor, Tensor, Guidance]:
     """Images, labels that follow their brightness (a quarter is foreground), and prototypes of random unit features."""
     K, A = plan.data.num_classes, plan.network.num_features
-    images = pictures(B, side, side, seed=1)
+    images = pictures(count, side, side, seed=1)
     smooth = functional.avg_pool2d(images.mean(1), 9, stride=1, padding=4)
     labels = torch.bucketize(smooth, torch.quantile(smooth, torch.linspace(0.75, 0.95, K - 1)))
     rng = np.random.default_rng(0)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from medpy.metric import binary
 from torch import Tensor
+
+from common.metrics import Metrics
 
 
 def einsum_loss(features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float) -> Tensor:
@@ -56,10 +57,23 @@ def onehot_moments(features: Tensor, labels: Tensor, num_classes: int) -> tuple[
 
 def medpy_dice_and_asd(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """What RAM-DSIR calls: medpy's `dc` and its one-directional `asd`."""
+    from medpy.metric import binary
+
     return binary.dc(prediction, truth), binary.asd(prediction, truth)
 
 
 def medpy_four(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float, float, float]:
     """Dice, ASD both ways and ASSD with medpy."""
+    from medpy.metric import binary
+
     back = binary.asd(truth, prediction)
     return *medpy_dice_and_asd(prediction, truth), back, binary.assd(prediction, truth)
+
+
+def medpy_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] | None) -> Metrics:
+    """All the product's figures, one call of medpy each; both masks hold something."""
+    from medpy.metric import binary
+
+    pair = prediction, truth
+    back, symmetric = binary.asd(truth, prediction, spacing), binary.assd(*pair, spacing)
+    return Metrics(binary.dc(*pair), binary.asd(*pair, spacing), symmetric, binary.hd95(*pair, spacing), back)

@@ -1,0 +1,364 @@
+"""What only a GPU can show: kernels beside their torch forms, the training step, the shares of loss and mixing in it.
+
+    eager    float32 as an ordinary loop has it: NCHW, every kernel launched on its own, Adam without fusion, a plain
+             copy of each batch and the loss read after each step
+    ours     as the product computes: bf16 where the card has it, channels-last, captured steps, prefetched batches,
+             amplitudes mixed and slices augmented on the device
+
+`python -m tests.benchmarks gpu` on a machine with a CUDA device, under eight minutes on one H100; without one it
+refuses. The sizes are parameters, so that a test can run all of it small on a CPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.batches import Batch, augment
+from clients.cases import open_store
+from clients.device import choose_device, describe_hardware
+from clients.evaluation import evaluate_cases
+from clients.methods import METHODS, Guidance
+from clients.prefetch import prefetch
+from clients.replay import Replay, adam, set_rate
+from clients.site import open_site
+from clients.training import train_round
+from common import moments, sgcg
+from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from common.networks import build_network
+from common.phantoms import write_hospitals
+from common.plan import Plan
+from common.settings import compose
+from common.sgcg import class_moments, sgcg_loss
+from tests.benchmarks import peers
+from tests.benchmarks.bench_loss import inputs
+from tests.benchmarks.bench_step import make_batch
+from tests.benchmarks.harness import at_least, ratio, row, show
+
+Times = dict[str, list[float]]
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: pixels of a kernel, slices and side of a batch, steps and repeats, volumes and slices."""
+
+    pixels: int = 1 << 19
+    batch: int = 8
+    side: int = 256
+    steps: int = 60
+    repeats: int = 5
+    slices: int = 256
+    volumes: int = 50
+    depth: int = 16
+
+
+def run() -> list[dict[str, Any]]:
+    """Measure on the first CUDA device and return the rows; without one, stop and say what was found."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"the gpu part needs a CUDA device that PyTorch can use; found {describe_hardware()}")
+    return show(measure(choose_device("cuda"), Sizes()))
+
+
+def measure(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
+    """All rows."""
+    rows = []
+    for part in (_kernels, _mixing, _steps, _evaluation):
+        print(f"{part.__name__.strip('_')} …", flush=True)
+        rows += part(device, sizes)
+    return rows
+
+
+def timed(variants: dict[str, Work], device: torch.device, repeats: int, inner: int = 10) -> Times:
+    """Milliseconds of a call, by events on the device where there are any; the variants alternate."""
+    times: Times = {name: [] for name in variants}
+    for work in variants.values():
+        for _ in range(5):
+            work()
+    for _ in range(repeats):
+        for name, work in variants.items():
+            with _Clock(device) as clock:
+                for _ in range(inner):
+                    work()
+            times[name].append(clock.milliseconds / inner)
+    return times
+
+
+class _Clock:
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.milliseconds = device, 0.0
+
+    def __enter__(self) -> _Clock:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self.milliseconds = 1e3 * (time.perf_counter() - self._began)
+
+
+def _kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
+    rows = []
+    for A, K in ((32, 3), (64, 3)):
+        features, labels, mean, covariance = (part.to(device) for part in inputs(sizes.pixels, A, K))
+        leaf = features.requires_grad_()
+
+        def loss(form: Callable[..., Tensor], leaf: Tensor = leaf, rest: Any = (labels, mean, covariance)) -> Work:
+            return lambda: torch.autograd.grad(form(leaf, *rest, temperature=0.5), leaf)
+
+        variants = {
+            "ours": loss(sgcg_loss),
+            "torch": _without_kernels(loss(sgcg_loss)),
+            "einsum": loss(peers.einsum_loss),
+            "moments": lambda f=features, y=labels, K=K: class_moments(f, y, K),
+            "moments torch": _without_kernels(lambda f=features, y=labels, K=K: class_moments(f, y, K)),
+        }
+        times, case = timed(variants, device, sizes.repeats), f"N={sizes.pixels} A={A} K={K}"
+        rows += [
+            row("sgcg_loss, GPU", case, "einsum / ours", ratio(times, "einsum", "ours"), "x"),
+            row("sgcg_loss, GPU", case, "torch form / ours", ratio(times, "torch", "ours"), "x"),
+            row("sgcg_loss, GPU", case, "ours, forward+backward", _middle(times, "ours"), "ms"),
+            row("class_moments, GPU", case, "torch form / ours", ratio(times, "moments torch", "moments"), "x"),
+            row("class_moments, GPU", case, "ours", _middle(times, "moments"), "ms"),
+            *_kernel_errors(leaf, labels, mean, covariance, case),
+        ]
+    return rows
+
+
+def _kernel_errors(leaf: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, case: str) -> list[dict[str, Any]]:
+    """Relative errors against the same in float64, the law."""
+    results = []
+    for dtype in (leaf.dtype, torch.float64):
+        here = leaf.detach().to(dtype).requires_grad_()
+        loss = sgcg_loss(here, labels, mean, covariance, temperature=0.5)
+        (gradient,) = torch.autograd.grad(loss, here)
+        results.append((loss.detach().double(), gradient.double(), class_moments(here, labels, len(mean))[2]))
+    (loss, gradient, scatter), (exact, slope, product) = results
+    errors = {
+        "loss": float(abs(loss - exact) / exact),
+        "gradient": float((gradient - slope).norm() / slope.norm()),
+        "scatter": float((scatter - product).norm() / product.norm()),
+    }
+    limits = {"loss": 1e-6, "gradient": 1e-6, "scatter": 1e-6}
+    return [
+        row("kernels, GPU", case, f"relative error, {name}", error, "", f"≤ {limits[name]:g}", error <= limits[name])
+        for name, error in errors.items()
+    ]
+
+
+def _without_kernels(work: Work) -> Work:
+    def torch_form() -> None:
+        before = sgcg.triton_kernels, moments.triton_kernels
+        sgcg.triton_kernels = moments.triton_kernels = lambda *_, **__: False
+        try:
+            work()
+        finally:
+            sgcg.triton_kernels, moments.triton_kernels = before
+
+    return torch_form
+
+
+def _mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
+    from tests.benchmarks.bench_amplitude import fft_mix, pictures
+
+    images, partners = (pictures(sizes.batch, sizes.side, sizes.side, seed=seed).to(device) for seed in (1, 2))
+    share = torch.full((sizes.batch,), 0.3, device=device)
+    kept = window_amplitudes(partners)
+    variants = {
+        "ours": lambda: mix_amplitude(images, partners, share),
+        "kept": lambda: mix_window_amplitudes(images, kept, share),
+        "fft": lambda: fft_mix(images, partners, share, 0.1),
+    }
+    times, case = timed(variants, device, sizes.repeats), f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}"
+    gap = float((variants["ours"]() - variants["fft"]()).abs().max())
+    part = "mix_amplitude, GPU"
+    return [
+        row(part, case, "whole FFT / ours", ratio(times, "fft", "ours"), "x"),
+        row(part, case, "whole FFT / kept partners", ratio(times, "fft", "kept"), "x"),
+        row(part, case, "ours", _middle(times, "ours"), "ms"),
+        row(part, case, "largest difference from the whole FFT", gap, "", "≤ 2e-6", gap <= 2e-6),
+    ]
+
+
+def _plan(method: str, sizes: Sizes, *overrides: str) -> Plan:
+    fixed = [f"method={method}", f"data.image_size={sizes.side}", f"method.batch_size={sizes.batch}"]
+    return Plan.from_tree(compose([*fixed, *overrides]))
+
+
+class _Loop:
+    """A training loop over slices of a memory-mapped file."""
+
+    def __init__(self, plan: Plan, device: torch.device, sizes: Sizes, slices: np.ndarray, *, eager: bool) -> None:
+        order = torch.contiguous_format if eager else torch.channels_last
+        self.device, self.sizes, self.plan, self.slices, self.order = device, sizes, plan, slices, order
+        network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(device, memory_format=order)
+        self.method = METHODS[plan.method.name](network.train(), plan, 1, device)
+        self.method.local.to(memory_format=order).train()
+        images, labels, guidance = make_batch(plan, sizes.side, sizes.batch)
+        self.labels, self.partners = labels, window_amplitudes(images.to(device))
+        self.guidance = Guidance(*(getattr(guidance, name).to(device) for name in ("mean", "covariance", "active")))
+        self.eager, self.share = eager, torch.full((sizes.batch,), 0.3, device=device)
+        if eager:
+            groups = [{**group, "lr": 1e-3} for group in self.method.groups()]
+            self.optimizer = torch.optim.Adam(groups, lr=1e-3)
+        else:
+            self.optimizer = adam(self.method.groups(), 1e-3, 0.0, device)
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.step = self._step if eager else Replay(self._step, self._clear, device)
+
+    def _clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, images: Tensor, labels: Tensor, mixed: Tensor) -> Tensor:
+        self._clear()
+        with_copy = mixed if self.plan.method.mixes else None
+        loss, _ = self.method.loss(Batch(images, labels, (len(images),), with_copy), self.guidance)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Augment and mix a batch that lies on the device."""
+        changed, moved = augment(images, labels, self.plan.data.augmentation, self.generator)
+        mixed = mix_window_amplitudes(changed, self.partners, self.share).clamp(-1, 1)
+        return changed.to(memory_format=self.order), moved, mixed.to(memory_format=self.order)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read random slices from the file, as a step of an epoch does."""
+        rng = np.random.default_rng(0)
+        for _ in range(self.sizes.steps):
+            chosen = np.sort(rng.integers(0, len(self.slices), self.sizes.batch))
+            yield torch.from_numpy(self.slices[chosen]), self.labels
+
+    def once(self) -> float:
+        """Train all steps; images a second."""
+        with _Clock(self.device) as clock:
+            if self.eager:
+                for images, labels in self.batches():
+                    self.step(*self.prepare(images.to(self.device), labels.to(self.device))).item()
+            else:
+                for number, (images, labels) in enumerate(prefetch(self.batches(), self.device)):
+                    set_rate(self.optimizer, 1e-3 * (1 - number / self.sizes.steps))
+                    self.step(*self.prepare(images, labels))
+        return 1e3 * self.sizes.steps * self.sizes.batch / clock.milliseconds
+
+
+def _steps(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slices.npy"
+        shape = (sizes.slices, 3, sizes.side, sizes.side)
+        slices = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        slices[:] = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+        slices.flush()
+        return _step_rows(device, sizes, np.load(path, mmap_mode="r"))
+
+
+def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[dict[str, Any]]:
+    plan, plain = _plan("ram_sgcg", sizes), _plan("ram", sizes)
+    single = _plan("ram_sgcg", sizes, "method.precision=float32")
+    loops = {
+        "ours": _Loop(plan, device, sizes, slices, eager=False),
+        "ours without SgCG": _Loop(plain, device, sizes, slices, eager=False),
+        "eager": _Loop(single, device, sizes, slices, eager=True),
+    }
+    rates: Times = {name: [] for name in loops}
+    for loop in loops.values():
+        loop.once()
+    waits = _waits(loops["ours"], device)
+    for _ in range(sizes.repeats):
+        for name, loop in loops.items():
+            rates[name].append(loop.once())
+    ours = loops["ours"]
+    fixed = ours.prepare(torch.from_numpy(np.array(slices[: sizes.batch])).to(device), ours.labels.to(device))
+    without = loops["ours without SgCG"]
+    parts = timed(
+        {
+            "step": lambda: ours.step(*fixed),
+            "step without SgCG": lambda: without.step(*fixed),
+            "mixing": lambda: mix_window_amplitudes(fixed[0], ours.partners, ours.share).clamp(-1, 1),
+        },
+        device,
+        sizes.repeats,
+    )
+    share = tuple(1 - 1 / value for value in ratio(parts, "step", "step without SgCG"))
+    mixing = ratio(parts, "mixing", "step")
+    part, case = "training step, GPU", f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}"
+    speed, gain = _middle(rates, "ours"), ratio(rates, "ours", "eager")
+    return [
+        row(part, case, "ours, whole loop", speed, "images/s", "≥ 1500", at_least(speed, 1500)),
+        row(part, case, "eager float32 loop", _middle(rates, "eager"), "images/s"),
+        row(part, case, "ours / eager float32", gain, "x", "≥ 3x", at_least(gain, 3)),
+        row(part, case, "ours, the step alone", _middle(parts, "step"), "ms"),
+        row(part, case, "share of SgCG in the step", share, "", "≤ 0.03", share[0] <= 0.03),
+        row(part, case, "mixing, as a share of the step", mixing, "", "≤ 0.02", mixing[0] <= 0.02),
+        row(part, case, "host waits in a warm loop", float(waits), "", "0", waits == 0),
+    ]
+
+
+def _waits(loop: _Loop, device: torch.device) -> int:
+    """Whether a warm loop makes the host wait for the device: 1 when CUDA's debug mode stops it, 0 otherwise."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, labels in prefetch(loop.batches(), device):
+            loop.step(*loop.prepare(images, labels))
+    except RuntimeError as error:
+        print(f"a host wait: {error}")
+        return 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return 0
+
+
+def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
+    """A test set of volumes beside one local epoch of a hospital with as many patients."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = (sizes.depth, sizes.side, sizes.side)
+        write_hospitals(folder / "data", sites=("North", "South"), cases_per_site=sizes.volumes, shape=shape)
+        plan = _plan("ram_sgcg", sizes, f"data.root={folder / 'data'}", "method.local_epochs=1")
+        opened = (open_site(folder / "data", site, plan.data) for site in ("North", "South"))
+        training, test = (
+            open_store(site, plan.data, folder / "cache", heldout=heldout)
+            for site, heldout in zip(opened, (False, True), strict=True)
+        )
+        network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(device)
+        guide = make_batch(plan, sizes.side, sizes.batch)[2]
+        guide = Guidance(*(getattr(guide, name).to(device) for name in ("mean", "covariance", "active")))
+
+        def epoch() -> None:
+            train_round(network, [training], plan, site="North", round_number=1, guide=guide, device=device)
+
+        work = {"epoch": epoch, "evaluation": lambda: evaluate_cases(network, [test], plan, "test", device)}
+        times: Times = {name: [] for name in work}
+        for kind, call in work.items():
+            call()
+            for _ in range(3):
+                with _Clock(device) as clock:
+                    call()
+                times[kind].append(clock.milliseconds / 1e3)
+    part, case = "evaluation, GPU", f"{sizes.volumes} volumes of {sizes.depth} x {sizes.side} x {sizes.side}"
+    gain = ratio(times, "epoch", "evaluation")
+    return [
+        row(part, case, "a local epoch / evaluation", gain, "x", "≥ 1x", at_least(gain, 1)),
+        row(part, case, "a local epoch", _middle(times, "epoch"), "s"),
+        row(part, case, "evaluation", _middle(times, "evaluation"), "s"),
+    ]
+
+
+def _middle(times: Times, name: str) -> tuple[float, float, float]:
+    """Median and quartiles of a variant."""
+    return ratio({name: times[name], "1": [1.0] * len(times[name])}, name, "1")

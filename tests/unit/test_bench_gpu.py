@@ -1,0 +1,31 @@
+"""The benchmark of the GPU runs whole, small and on a CPU, so that it does not first fail where a GPU is paid for."""
+
+import pytest
+import torch
+
+from tests.benchmarks import bench_gpu
+
+
+@pytest.mark.slow
+def test_every_row_of_the_issue_is_measured():
+    sizes = bench_gpu.Sizes(pixels=600, batch=2, side=32, steps=3, repeats=2, slices=6, volumes=3, depth=4)
+    rows = bench_gpu.measure(torch.device("cpu"), sizes)
+    measures = {(row["part"], row["measure"]): row for row in rows}
+    for part, measure in (
+        ("training step, GPU", "ours, whole loop"),
+        ("training step, GPU", "ours / eager float32"),
+        ("training step, GPU", "share of SgCG in the step"),
+        ("training step, GPU", "mixing, as a share of the step"),
+        ("training step, GPU", "host waits in a warm loop"),
+        ("evaluation, GPU", "a local epoch / evaluation"),
+    ):
+        assert measures[part, measure]["target"]
+    errors = [row for row in rows if row["measure"].startswith("relative error")]
+    assert len(errors) == 6
+    assert all(row["met"] == "yes" for row in errors)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_refuses_and_says_what_it_found():
+    with pytest.raises(SystemExit, match=r"needs a CUDA device.*found torch .* built for CUDA none; no NVIDIA driver"):
+        bench_gpu.run()
