@@ -94,7 +94,6 @@ def train(visit: Visit) -> RecordDict:
         network,
         visit.stores,
         plan,
-        site=visit.site,
         round_number=number,
         guide=build_guide(visit.request.prototypes, sent, own, plan, number, visit.device),
         device=visit.device,

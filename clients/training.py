@@ -31,7 +31,6 @@ def train_round(
     stores: Sequence[CaseStore],
     plan: Plan,
     *,
-    site: str,
     round_number: int,
     guide: Guide | None,
     device: torch.device,
@@ -47,7 +46,6 @@ def train_round(
         network: Holds the received weights; afterwards the locally trained ones.
         stores: The cases of each hospital whose data the site owns; their training slices are used.
         plan: Method, schedule and augmentation.
-        site: Name of the site, which names its random streams.
         round_number: From 1; places the round in the learning-rate schedule and names the random streams.
         guide: Gives the global prototypes, or None.
         device: Where to compute.
@@ -68,8 +66,8 @@ def train_round(
     micro_batches = plan.site.micro_batches
     while True:
         try:
-            mixer = build_mixer(tables, plan, site, round_number, amplitudes, device)
-            batches = round_batches(tables, plan, round_number, site, names, device, mixer)
+            mixer = build_mixer(tables, plan, client_name(names), round_number, amplitudes, device)
+            batches = round_batches(tables, plan, round_number, names, device, mixer)
             session = Session(network, plan, len(stores), device, state or {})
             figures = session.train(batches, steps_of(tables, plan.method), guide, round_number, micro_batches)
             break
@@ -156,11 +154,15 @@ class Session:
     def _restore(self, state: Mapping[str, Tensor]) -> None:
         if local := {name.removeprefix(LOCAL): tensor for name, tensor in state.items() if name.startswith(LOCAL)}:
             self.method.local.load_state_dict(local)
+        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
             if name.startswith(MOMENTS):
                 index, _, kind = name.removeprefix(MOMENTS).partition(".")
-                moments.setdefault(int(index), {})[kind] = tensor
+                like = trained[int(index)]
+                # The fused kernel walks through memory: moments must lie as their parameter does, channels last.
+                moment = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+                moments.setdefault(int(index), {})[kind] = moment
         if moments and self._plan.federation.moments == "keep":
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
 
@@ -193,11 +195,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, plan: Plan, round_number
         group["lr"] = rate * group["factor"]
 
 
+def client_name(hospitals: Sequence[str]) -> str:
+    """Name of a client's random streams: that of its hospitals, so that one domain is the same pooled or by site."""
+    return "+".join(hospitals)
+
+
 def round_batches(
     tables: Sequence[SliceTable],
     plan: Plan,
     round_number: int,
-    site: str,
     names: Sequence[str],
     device: torch.device,
     mixer: Mixer | None = None,
@@ -208,12 +214,11 @@ def round_batches(
         tables: The slices of each source domain.
         plan: Batch sizes, augmentation, seed.
         round_number: Names the random streams.
-        site: Name of the client, which names the stream of the augmentation.
-        names: The hospital of each table, which names the stream of its shuffles.
+        names: The hospital of each table, which names the random streams.
         device: Where the batches go.
         mixer: Makes the amplitude-mixed copies; None for methods without.
     """
-    generator = torch.Generator(device).manual_seed(stream_seed(plan.seed, round_number, site, "augment"))
+    generator = torch.Generator(device).manual_seed(stream_seed(plan.seed, round_number, client_name(names), "augment"))
     rngs = [stream(plan.seed, round_number, name, "batches") for name in names]
     for chosen in index_batches(tables, plan.method, rngs):
         images, labels = (tensor.to(device, non_blocking=True) for tensor in gather(tables, chosen))

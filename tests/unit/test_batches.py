@@ -103,9 +103,8 @@ def test_a_pooled_epoch_is_the_longest_domain_and_the_others_start_over_newly_sh
     long, short = ([numbers[domain].tolist() for numbers in steps] for domain in (0, 1))
     assert sorted(sum(long[:4], [])) == sorted(sum(long[4:], [])) == list(range(12))
     assert long[:4] != long[4:]
-    passes = [step for step in short]
-    assert [len(step) for step in passes] == [4] * 8  # three and a single one left over join
-    assert len({tuple(step) for step in passes}) > 4, "a replayed first pass would show one order only"
+    assert [len(step) for step in short] == [4] * 8  # three and a single one left over join
+    assert len({tuple(step) for step in short}) > 4, "a replayed first pass would show one order only"
 
 
 def test_slices_of_each_domain_in_a_step():

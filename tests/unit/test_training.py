@@ -42,10 +42,10 @@ def fresh(plan: Plan, seed: int = 0) -> torch.nn.Module:
     return build_network(plan.network, 3, plan.data.out_channels, seed)
 
 
-def trained(plan: Plan, store: CaseStore, round_number: int = 1, guidance: Guidance | None = None, site: str = "North"):
+def trained(plan: Plan, store: CaseStore, round_number: int = 1, guidance: Guidance | None = None):
     choose_device("cpu", threads=1)
     network = fresh(plan)
-    figures, _ = train_round(network, [store], plan, site=site, round_number=round_number, guide=guidance, device=CPU)
+    figures, _ = train_round(network, [store], plan, round_number=round_number, guide=guidance, device=CPU)
     return weights_of(network).digest(), figures
 
 
@@ -62,7 +62,7 @@ def test_the_same_seed_round_and_site_give_the_same_weights_and_any_other_does_n
     torch.manual_seed(123)  # the global generator has no say
     assert trained(plan, store)[0] == first
     assert trained(plan, store, round_number=2)[0] != first
-    assert trained(plan, store, site="Elsewhere")[0] != first
+    assert trained(plan, dataclasses.replace(store, site="Elsewhere"))[0] != first
     assert trained(dataclasses.replace(plan, seed=1), store)[0] != first
 
 
@@ -81,8 +81,8 @@ def test_figures_of_a_round(hospital):
 def test_training_lowers_the_loss(hospital):
     plan, store = opened(hospital, "method.local_epochs=10", "method.poly_power=0")
     network = fresh(plan)
-    before, _ = train_round(network, [store], plan, site="North", round_number=1, guide=None, device=CPU)
-    after, _ = train_round(network, [store], plan, site="North", round_number=2, guide=None, device=CPU)
+    before, _ = train_round(network, [store], plan, round_number=1, guide=None, device=CPU)
+    after, _ = train_round(network, [store], plan, round_number=2, guide=None, device=CPU)
     assert after["loss"] < before["loss"]
 
 

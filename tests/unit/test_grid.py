@@ -1,0 +1,132 @@
+"""What a study varies: axes of the command line and of an experiment, and the variants they make."""
+
+import pytest
+
+from common.errors import FedsgcgError
+from deploy.grid import Variant, folder_name, split_axes, variants, with_grid
+from deploy.study import plan_study
+from tests import sites
+
+
+def labels(axes, method="source"):
+    return [variant.label for variant in variants(axes, method, "by_site")]
+
+
+def test_a_value_with_commas_is_an_axis_and_everything_else_stays():
+    axes, rest = split_axes(
+        [
+            *("method=[source,sgcg]", "prototypes.weight=0.1,0.5", "prototypes.views=[source],[source,ram]"),
+            *("data.sites=[A,B]", "federation.rounds=3", "data.root=/a,/b", "heldout=A,'B'", "seed=0"),
+        ]
+    )
+    assert axes == {
+        "method": ["source", "sgcg"],
+        "prototypes.weight": ["0.1", "0.5"],
+        "prototypes.views": ["[source]", "[source,ram]"],
+        "heldout": ["A", "'B'"],
+        "seed": ["0"],
+    }
+    assert rest == ["data.sites=[A,B]", "federation.rounds=3", "data.root=/a,/b"]
+
+
+def test_all_mistakes_of_the_axes_are_named_at_once():
+    with pytest.raises(FedsgcgError) as caught:
+        split_axes(["method=sgcq", "method=ram", "federation=by_sight", "data.sites=A,B"])
+    text = str(caught.value)
+    for words in ("method=sgcq and method=ram", "by_site", "data.sites=[A,B]"):
+        assert words in text
+
+
+def test_the_command_line_beats_the_experiment():
+    grid = {
+        "method": ["source", "sgcg"],
+        "prototypes.weight": [0.1, 1.0],
+        "prototypes.views": [["source"], ["source", "ram"]],
+    }
+    assert with_grid({"method": ["ram"]}, grid, ["prototypes.weight=0.3"]) == {
+        "method": ["ram"],
+        "prototypes.views": ["[source]", "[source,ram]"],
+    }
+    with pytest.raises(FedsgcgError, match="method"):
+        with_grid({}, {"method": ["nonsense"]}, [])
+
+
+def test_labels_name_what_differs_and_nothing_else():
+    assert labels({}) == ["source"]
+    assert labels({"method": ["source", "ram"]}) == ["source", "ram"]
+    assert labels({"federation": ["pooled"]}) == ["source"]
+    assert labels({"federation": ["pooled", "by_site"]}) == ["source pooled", "source by_site"]
+    swept = {"method": ["ram", "ram_sgcg"], "prototypes.weight": ["0.1", "1"], "method.ram.sharing": ["local"]}
+    assert labels(swept) == [
+        "ram sharing=local",
+        "ram_sgcg weight=0.1 sharing=local",
+        "ram_sgcg weight=1 sharing=local",
+    ]
+    ends = {"prototypes.weighting": ["pixels"], "federation.weighting": ["sites"]}
+    assert labels(ends, "sgcg") == ["sgcg prototypes.weighting=pixels federation.weighting=sites"]
+
+
+def test_a_variant_is_a_command_line_of_its_own():
+    variant = Variant("sgcg weight=1", "sgcg", "pooled", ("prototypes.weight=1",))
+    assert variant.overrides == ["method=sgcg", "federation=pooled", "prototypes.weight=1"]
+    assert folder_name("sgcg pooled root=a/b") == "sgcg,pooled,root=a-b"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    from common.phantoms import write_hospitals
+
+    return write_hospitals(tmp_path_factory.mktemp("grid"), sites=("A", "B", "C"), cases_per_site=2, shape=(4, 40, 40))
+
+
+def planned(root, tmp_path, *overrides):
+    places = [f"data.root={root}", f"output={tmp_path / 'run'}", f"site.cache={tmp_path / 'cache'}"]
+    return plan_study([*places, *sites.SMALL, *overrides])
+
+
+def test_local_makes_a_cell_of_each_training_hospital(root, tmp_path):
+    study = planned(root, tmp_path, "federation=local,by_site", "heldout=A,B", "method=source")
+    found = [(cell.method, cell.heldout, cell.trained_on, cell.tree["data"]["sites"]) for cell in study.cells]
+    assert found == [
+        ("source local", "A", "B", ["A", "B"]),
+        ("source local", "A", "C", ["A", "C"]),
+        ("source by_site", "A", "", ["A", "B", "C"]),
+        ("source local", "B", "A", ["A", "B"]),
+        ("source local", "B", "C", ["B", "C"]),
+        ("source by_site", "B", "", ["A", "B", "C"]),
+    ]
+    assert len({cell.folder for cell in study.cells}) == 6
+
+
+def test_a_swept_value_of_the_wrong_kind_is_named(root, tmp_path):
+    with pytest.raises(FedsgcgError) as caught:
+        planned(root, tmp_path, "method=sgcg", "prototypes.weight=0.1,much")
+    assert caught.value.problems[0].where == "prototypes.weight"
+    assert "a number" in str(caught.value)
+    with pytest.raises(FedsgcgError, match="more than zero"):
+        planned(root, tmp_path, "method=sgcg", "prototypes.temperature=0.5,-1")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "cells"),
+    [("ablation", 4), ("federation_cost", 8), ("lambda_sweep", 6), ("temperature_sweep", 7), ("memory_policies", 6)],
+)
+def test_experiments_are_the_grids_they_say(root, tmp_path, experiment, cells):
+    study = planned(root, tmp_path, f"experiment={experiment}", "heldout=A")
+    assert len(study.cells) == cells
+    assert len({cell.method for cell in study.cells}) == len({cell.folder.parent.parent for cell in study.cells})
+
+
+def test_the_same_grid_is_the_same_folder_and_more_values_are_too(root, tmp_path):
+    places = [f"data.root={root}", f"site.cache={tmp_path / 'cache'}", *sites.SMALL]
+    folders = [
+        plan_study([*places, *more]).folder.name
+        for more in (
+            ["method=sgcg", "prototypes.weight=0.1,1"],
+            ["method=sgcg", "prototypes.weight=0.1,1,2", "federation=pooled,by_site"],
+            ["experiment=lambda_sweep"],
+            ["method=sgcg", "federation.rounds=9"] if "federation.rounds=4" not in places else ["method=sgcg"],
+        )
+    ]
+    assert folders[0] == folders[1] == folders[3]
+    assert folders[2].startswith("synthetic-lambda_sweep-")
