@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from clients.cache import cache_error, cache_folder, locked
+from common.datasets import fetch_advice
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import suffix_of
 from common.plan import DataSettings, SiteSettings
@@ -82,10 +83,11 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
     if data.root:
         root = Path(data.root).expanduser()
         if not root.is_dir():
-            raise fail("DAT-101", found="no such folder", expected="a folder", action="Set data.root.", where=str(root))
+            action = f"Set data.root to the prepared folder. {fetch_advice(data.name)}"
+            raise fail("DAT-101", found="no such folder", expected="a folder", action=action, where=str(root))
         return root
     if data.name != "synthetic":
-        found, action = "data.root is empty", "Set data.root=<folder with manifest.csv>."
+        found, action = "data.root is empty", f"Set data.root=<prepared folder>. {fetch_advice(data.name)}"
         raise fail("DAT-101", found=found, expected="a folder", action=action, where=data.name)
     return _synthetic(cache_folder(cache))
 

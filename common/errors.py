@@ -32,6 +32,14 @@ CODES: Final[dict[str, str]] = {
     "DAT-111": "A patient is in more than one split.",
     "DAT-112": "The case has no mask.",
     "DAT-113": "The slice cache cannot be written or read.",
+    # DAT-12x: preparing a downloaded data set
+    "DAT-120": "The data set is not there.",
+    "DAT-121": "The output folder cannot be used.",
+    "DAT-122": "A file of the data set is missing.",
+    "DAT-123": "A file does not belong to the data set.",
+    "DAT-124": "The number of cases is not the published one.",
+    "DAT-125": "The case cannot be converted.",
+    "DAT-126": "The output folder cannot be written.",
     # ROL: who may do what
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from common.errors import FedsgcgError, Problem, fail
 from common.settings import GROUPS, choices_of, join
+from deploy.prepare import command as data
 from deploy.simulate import Cell
 
 HELP = """\
@@ -35,6 +36,7 @@ and the model is judged at a hospital that took no part.
   fedsgcg report RUN       Make RUN/report.html again from the files of the run folder.
   fedsgcg settings [...]   Show every setting, resolved, and the names each group offers.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
+  fedsgcg data list        Data sets with settings; `data prepare NAME` says what to fetch.
 
 Settings are given as name=value: a group (data=promise12) or one value
 (federation.rounds=30). Frequent ones:
@@ -110,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("folder", type=Path)
     hospitals.add_argument("--seed", type=int, default=0)
     hospitals.set_defaults(run=_hospitals)
+    data.add_parser(commands)
     return parser
 
 

@@ -209,7 +209,9 @@ def test_synthetic_hospitals_are_made_once(tmp_path, make_data):
 
 
 def test_data_without_a_root(tmp_path, make_data):
-    assert problems_of(ensure_data, make_data("promise12"), str(tmp_path))[0].code == "DAT-101"
+    (problem,) = problems_of(ensure_data, make_data("fundus"), str(tmp_path))
+    assert problem.code == "DAT-101"
+    assert "github.com/emma-sjwang/Dofe" in problem.action, "it says what to fetch"
     assert problems_of(ensure_data, make_data(root=str(tmp_path / "no")), str(tmp_path))[0].code == "DAT-101"
     assert ensure_data(make_data("promise12", root=str(tmp_path)), "") == tmp_path
 

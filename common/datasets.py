@@ -1,0 +1,175 @@
+"""The data sets that ship with settings: whose they are, how many cases were published, their terms, where to get them.
+
+Facts only: nothing is read or downloaded here. `deploy.prepare` turns a downloaded folder into the canonical form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """One hospital of a published data set.
+
+    Attributes:
+        name: Name in the canonical form.
+        source: What its publishers call it.
+        train: Published number of training cases; all cases where the publishers made no split.
+        test: Published number of test cases; 0 where the publishers made no split.
+    """
+
+    name: str
+    source: str
+    train: int
+    test: int = 0
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A published data set.
+
+    Attributes:
+        name: As in `data=NAME` and `fedsgcg data prepare NAME`.
+        title: What it shows.
+        hospitals: The hospitals, in the order of the papers.
+        counted: Where the numbers of cases are from.
+        terms: Licence or terms of use, as far as they are known to us.
+        cite: What to cite.
+        fetch: Steps that get the files, one sentence each.
+        layouts: Folder layouts that `prepare` reads.
+    """
+
+    name: str
+    title: str
+    hospitals: tuple[Hospital, ...]
+    counted: str
+    terms: str
+    cite: str
+    fetch: tuple[str, ...]
+    layouts: tuple[str, ...]
+
+
+FUNDUS: Final = DataSet(
+    name="fundus",
+    title="optic disc and cup in colour fundus photographs, 800 x 800 crops about the disc",
+    hospitals=(
+        Hospital("Domain1", "Drishti-GS", 50, 51),
+        Hospital("Domain2", "RIM-ONE r3", 99, 60),
+        Hospital("Domain3", "REFUGE, training part", 320, 80),
+        Hospital("Domain4", "REFUGE, validation part", 320, 80),
+    ),
+    counted="list files of RAM-DSIR (github.com/zzzqzhou/RAM-DSIR, dataset/fundus)",
+    terms=(
+        "research only, no redistribution: RIM-ONE r3 forbids it in its read-me; Drishti-GS and REFUGE ask for "
+        "registration and have terms of their own, which you accept there"
+    ),
+    cite="Wang et al., DoFE, IEEE TMI 2020; Sivaswamy et al. 2014; Fumero et al. 2015; Orlando et al., REFUGE, 2020",
+    fetch=(
+        "The released crops: follow the data link in github.com/emma-sjwang/Dofe (Google Drive file "
+        "1p33nsWQaiZMAgsruDoJLyatoq5XAH-TH), unpack it.",
+        "Optional: copy DomainN_train.list and DomainN_test.list of github.com/zzzqzhou/RAM-DSIR (dataset/fundus) "
+        "beside the folders Domain1 to Domain4; without them the published names that ship with fedsgcg are used.",
+        "Or the original releases, unpacked below one folder: Drishti-GS1 (cvit.iiit.ac.in), RIM-ONE r3 "
+        "(medimrg.webs.ull.es), REFUGE Training400 and Validation400 with their Disc_Cup_Masks "
+        "(refuge.grand-challenge.org).",
+    ),
+    layouts=(
+        "Domain1 ... Domain4, each with train/ROIs/image, train/ROIs/mask, test/ROIs/image, test/ROIs/mask",
+        "the original releases anywhere below one folder, with their own file names",
+    ),
+)
+
+PROSTATE: Final = DataSet(
+    name="prostate",
+    title="whole prostate in T2-weighted MRI, 384 x 384 in plane",
+    hospitals=(
+        Hospital("RUNMC", "ISBI (NCI-ISBI 2013, 3 T)", 30),
+        Hospital("BMC", "ISBI_1.5 (NCI-ISBI 2013, 1.5 T)", 30),
+        Hospital("I2CVB", "I2CVB (HCRUDB)", 19),
+        Hospital("UCL", "PROMISE12, UCL", 13),
+        Hospital("BIDMC", "PROMISE12, BIDMC", 12),
+        Hospital("HK", "PROMISE12, HK", 12),
+    ),
+    counted="recalled from the papers; the training lists in github.com/liuquande/SAML hold as many names",
+    terms="research with citation; the three sources (NCI-ISBI 2013, I2CVB, PROMISE12) have terms of their own",
+    cite="Liu et al., SAML, MICCAI 2020; Bloch et al. 2015; Lemaitre et al. 2015; Litjens et al. 2014",
+    fetch=(
+        "Follow the data link on liuquande.github.io/SAML and unpack it: one folder a site with CaseNN.nii.gz and "
+        "CaseNN_segmentation.nii.gz.",
+        "The processed slices that RAM-DSIR links to (.npy) hold no whole volumes and cannot be used.",
+    ),
+    layouts=(
+        "RUNMC or ISBI, BMC or ISBI_1.5, I2CVB or HCRUDB, UCL, BIDMC, HK, each with CaseNN[_segmentation].nii.gz",
+    ),
+)
+
+PROMISE12: Final = DataSet(
+    name="promise12",
+    title="whole prostate in T2-weighted MRI, 128 x 128 copy, nominal spacing",
+    hospitals=(
+        Hospital("RUNMC", "cases 13-25", 13),
+        Hospital("UCL", "cases 01, 26-37", 13),
+        Hospital("BIDMC", "cases 00, 02-12", 12),
+        Hospital("HK", "cases 38-49", 12),
+    ),
+    counted="PROMISE12 training cases of four hospitals",
+    terms="research with citation; no statement that allows redistribution was found",
+    cite="Litjens et al., Medical Image Analysis 18(2), 359-373, 2014 (doi 10.1016/j.media.2013.12.002)",
+    fetch=(
+        "A 128-pixel copy: image_train00..49.npy and label_train00..49.npy of github.com/YipengHu/promise12, branch "
+        "data; or the challenge's own files, Zenodo record 8026660.",
+        "Save each case as NIfTI <SITE>/CaseNN_image.nii.gz and <SITE>/CaseNN_mask.nii.gz (RUNMC 13-25, UCL 01 and "
+        "26-37, BIDMC 00 and 02-12, HK 38-49); a manifest.csv with site,image,mask,patient_id may stand beside them.",
+    ),
+    layouts=("manifest.csv, or one folder a hospital with CaseNN_image.nii.gz and CaseNN_mask.nii.gz",),
+)
+
+SPINEGM: Final = DataSet(
+    name="spinegm",
+    title="spinal cord and its grey matter in T2*-weighted MRI",
+    hospitals=(
+        Hospital("CEITEC", "sub-10062, two sessions", 2),
+        Hospital("Juntendo", "sub-9669", 1),
+        Hospital("Milan", "sub-9709, two sessions", 2),
+        Hospital("NWU", "sub-9584", 1),
+        Hospital("Philips", "sub-9604", 1),
+        Hospital("UCL", "sub-9418", 1),
+    ),
+    counted="volumes that have image and both labels in the public repository",
+    terms="CC0 1.0 (public domain); credit the Spinal Cord Gray Matter Imaging Challenge all the same",
+    cite="github.com/sct-pipeline/gm-challenge-data",
+    fetch=(
+        "Clone github.com/sct-pipeline/gm-challenge-data (BIDS; labels in derivatives/labels).",
+        "Join *_seg-manual (1) and *_gmseg-manual (2) into one mask and save <SITE>/<case>_image.nii.gz and "
+        "<SITE>/<case>_mask.nii.gz; a manifest.csv with site,image,mask,patient_id may stand beside them.",
+    ),
+    layouts=("manifest.csv, or one folder a hospital with <case>_image.nii.gz and <case>_mask.nii.gz",),
+)
+
+CATALOGUE: Final = {data_set.name: data_set for data_set in (FUNDUS, PROSTATE, PROMISE12, SPINEGM)}
+
+OWN_DATA: Final = (
+    "Your own images: one folder a hospital with <case>_image.nii.gz and <case>_mask.nii.gz (or pictures), or a CSV "
+    "with the columns site, image, mask and, if you like, patient_id and split. Check and copy them with "
+    "`fedsgcg data prepare manifest SOURCE -o FOLDER`, declare classes and structures in the data settings, and set "
+    "data.root=FOLDER."
+)
+
+
+def fetch_advice(name: str) -> str:
+    """Say what to download from where, and how to prepare it, for `data=NAME`; own data get the layout they need.
+
+    Returns:
+        Lines of text. `synthetic` needs nothing; a name that is not published gets the advice for own data.
+    """
+    if name == "synthetic":
+        return "The synthetic hospitals need no download: they are written when they are first used."
+    data_set = CATALOGUE.get(name)
+    if data_set is None:
+        return OWN_DATA
+    steps = [f"{number}. {step}" for number, step in enumerate(data_set.fetch, 1)]
+    prepare = f"{len(steps) + 1}. fedsgcg data prepare {name} DOWNLOADED -o FOLDER, then set data.root=FOLDER"
+    head = f"fedsgcg downloads nothing. To get {name} ({data_set.title}):"
+    return "\n".join([head, *steps, prepare, f"Terms: {data_set.terms}.", f"Cite: {data_set.cite}."])

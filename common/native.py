@@ -1,0 +1,74 @@
+"""Results in the geometry of the file they belong to: header, affine and axes of a NIfTI, size of a picture.
+
+Legend: Z, Y, X = slices, rows, columns of the canonical orientation (`common.imaging`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.imaging import VOLUME_SUFFIXES, Volume, suffix_of, to_native
+
+nib: Any = nibabel  # its functions carry no types
+Array = NDArray[Any]
+
+PALETTE = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
+"""Colours of label values 0 to 7 in a picture's mask (Okabe and Ito): a viewer shows them, a reader sees the values."""
+
+
+def write_like(path: Path, array: Array, volume: Volume, source: Path) -> None:
+    """Write a canonical array as NIfTI with the header, affine and axes of the file its image came from.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        array: (Z, Y, X), or (S, Z, Y, X) for one map a structure, which becomes the fourth axis; its type is kept.
+        volume: The image as it was read.
+        source: The file it was read from.
+    """
+    maps = [to_native(part, volume) for part in (array if array.ndim == 4 else array[None])]
+    write_native(path, np.stack(maps, axis=-1) if array.ndim == 4 else maps[0], source)
+
+
+def write_native(path: Path, voxels: Array, source: Path) -> None:
+    """Write voxels (i, j, k[, s]) with the header and affine of another file.
+
+    The bytes depend on content and header alone (no time stamp), so that equal results have equal hashes.
+    """
+    reference = nib.load(str(source))
+    header = reference.header.copy()
+    header.set_data_dtype(voxels.dtype)
+    header["cal_max"], header["cal_min"] = 0, 0
+    image = type(reference)(np.ascontiguousarray(voxels), None, header)
+    content = image.to_bytes()
+    path.write_bytes(gzip.compress(content, 1, mtime=0) if suffix_of(path) == ".nii.gz" else content)
+
+
+def picture_bytes(array: Array) -> bytes:
+    """Return a PNG of (H, W) or (H, W, 3) uint8 values."""
+    return _png(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def mask_bytes(labels: NDArray[np.uint8]) -> bytes:
+    """Return a palette PNG of (H, W) label values: the pixels are the values, the palette makes them visible."""
+    picture = Image.fromarray(np.ascontiguousarray(labels), mode="P")
+    picture.putpalette(PALETTE)
+    return _png(picture)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a path names a NIfTI file."""
+    return suffix_of(path) in VOLUME_SUFFIXES
+
+
+def _png(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    return sink.getvalue()

@@ -1,0 +1,136 @@
+"""`fedsgcg data list` and `fedsgcg data prepare NAME SOURCE -o FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from common.datasets import CATALOGUE, OWN_DATA
+from common.errors import Problem, fail
+from deploy.prepare import fundus, own, prostate
+from deploy.prepare.conversion import REPORT, Outcome, absent, convert
+
+NAMES: Final = (*CATALOGUE, "manifest")
+SHOWN: Final = 12
+"""Problems on the console; all of them stand in the folder's report."""
+
+PREPARE = """\
+Convert a downloaded data set, or your own images, into the folder that data.root names.
+Nothing is downloaded; without SOURCE it says what to fetch from where. The same call again
+converts only what changed. Files that cannot be used are listed, and the rest goes on.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `data` with its two commands to the subparsers of `fedsgcg`."""
+    data = commands.add_parser("data", help="list the data sets, or convert one into the canonical folder")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="data sets that ship with settings: hospitals, cases, terms")
+    listing.set_defaults(run=run_list)
+    raw = argparse.RawDescriptionHelpFormatter
+    prepare = actions.add_parser("prepare", help="convert a data set", description=PREPARE, formatter_class=raw)
+    prepare.add_argument("name", metavar="NAME", choices=NAMES, help=" | ".join(NAMES) + " (own data)")
+    prepare.add_argument(
+        "source", metavar="SOURCE", type=Path, nargs="?", help="downloaded folder, or a CSV of own data"
+    )
+    prepare.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="new folder for the canonical form")
+    prepare.add_argument(
+        "--link", action="store_true", help="link to files that need no change instead of copying them"
+    )
+    words = "share of a published training part kept for source validation (default 0.2)"
+    prepare.add_argument("--validation", metavar="SHARE", type=float, default=0.2, help=words)
+    prepare.set_defaults(run=run_prepare)
+
+
+def run_list(options: argparse.Namespace, console: Console) -> int:
+    """Show the data sets."""
+    del options
+    table = Table(title="Data sets with settings (data=NAME); nothing is downloaded")
+    for title in ("name", "what", "hospitals (published cases)", "terms"):
+        table.add_column(title, no_wrap=title == "name", ratio=None if title == "name" else 1)
+    for data_set in CATALOGUE.values():
+        hospitals = ", ".join(
+            f"{hospital.name} {hospital.train}" + (f"/{hospital.test}" if hospital.test else "")
+            for hospital in data_set.hospitals
+        )
+        table.add_row(data_set.name, data_set.title, hospitals, data_set.terms, end_section=True)
+    console.print(table)
+    console.print("fedsgcg data prepare NAME      says what to fetch from where", highlight=False)
+    console.print(OWN_DATA, highlight=False, style="dim")
+    return 0
+
+
+def run_prepare(options: argparse.Namespace, console: Console) -> int:
+    """Convert one data set; 0 when all is as published, 3 when something is missing, extra or cannot be used."""
+    name, source, folder = options.name, options.source, options.output
+    if source is None or not source.exists():
+        raise absent(name, source, "no such folder" if source is not None else "no SOURCE was given")
+    if folder is None:
+        raise fail("DAT-121", found="no folder", expected="-o FOLDER", action="Name a new folder.", where="-o")
+    if not 0 <= options.validation < 1:
+        raise fail("CFG-001", where="--validation", found=f"{options.validation:g}", expected="a fraction in [0, 1)")
+    labels = None
+    with console.status(f"looking through {source}"):
+        if name in ("fundus", "prostate"):
+            finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
+            found = finder(source, options.validation, link=options.link)
+        else:
+            found, labels = own.find(name, source, link=options.link)
+    outcome = convert(name, source, folder, found, console)
+    _print(name, folder, outcome, labels.advice() if labels and name == "manifest" else "", console)
+    return 3 if outcome.problems else 0
+
+
+def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Console) -> None:
+    console.print(_counts(name, outcome))
+    for note in [*outcome.notes[:SHOWN], advice]:
+        if note:
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    if len(outcome.notes) > SHOWN:
+        console.print(f"... and {len(outcome.notes) - SHOWN} more notes", highlight=False)
+    _print_problems(outcome.problems, console)
+    data_set = CATALOGUE.get(name)
+    if data_set:
+        console.print(f"terms: {data_set.terms}", highlight=False, markup=False, soft_wrap=True)
+    done = f"{outcome.written} converted" + (f", {outcome.kept} unchanged since the last call" if outcome.kept else "")
+    wrong = f"; {len(outcome.problems)} problems" if outcome.problems else ""
+    state = "[yellow]incomplete[/yellow]" if outcome.problems else "[green]complete[/green]"
+    console.print(f"{state}: {done}{wrong}; report: {folder / REPORT}", highlight=False, soft_wrap=True)
+    choice = name if data_set else "NAME"
+    console.print(
+        f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...", highlight=False, soft_wrap=True
+    )
+
+
+def _print_problems(problems: Sequence[Problem], console: Console) -> None:
+    for problem in problems[:SHOWN]:
+        console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if len(problems) > SHOWN:
+        console.print(f"... and {len(problems) - SHOWN} more", style="yellow")
+
+
+def _counts(name: str, outcome: Outcome) -> Table:
+    """Converted cases of each hospital beside the published numbers."""
+    data_set = CATALOGUE.get(name)
+    published = {hospital.name: hospital for hospital in data_set.hospitals} if data_set else {}
+    caption = f"published counts: {data_set.counted}" if data_set else None
+    table = Table(title=f"{name}: cases", caption=caption, caption_justify="left", min_width=64 if data_set else None)
+    titles = ("hospital", "known as", "cases", "published") if data_set else ("hospital", "cases")
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("hospital", "known as") else "right")
+    for site in [*published, *sorted({site for site, _ in outcome.counts} - published.keys())]:
+        hospital = published.get(site)
+        parts = ("train", "test") if hospital and hospital.test else ("",)
+        got = "/".join(str(outcome.counts.get((site, part), 0)) for part in parts)
+        if hospital is None:
+            table.add_row(escape(site), *([""] if data_set else []), got, *(["none"] if data_set else []))
+            continue
+        wanted = "/".join(str(count) for count in (hospital.train, hospital.test)[: len(parts)])
+        table.add_row(site, hospital.source, got, wanted, style="" if got == wanted else "yellow")
+    return table

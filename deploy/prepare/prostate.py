@@ -1,0 +1,99 @@
+"""Prostate MRI of six sites in the layout of SAML: whole volumes, labels 1 and 2 merged (methods.md 2.3)."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from common.datasets import PROSTATE
+from common.errors import fail
+from common.imaging import check_image, read_volume, suffix_of, to_native
+from common.native import write_native
+from deploy.prepare.conversion import Found, Work, absent, image_files, take
+
+FOLDERS: Final = {
+    **{"isbi": "RUNMC", "runmc": "RUNMC", "isbi15": "BMC", "bmc": "BMC", "i2cvb": "I2CVB", "hcrudb": "I2CVB"},
+    **{"ucl": "UCL", "bidmc": "BIDMC", "hk": "HK"},
+}
+"""Folder name in small letters and digits -> hospital; both naming habits of the release."""
+
+FILE: Final = re.compile(r"(?P<case>case[ _-]?\d+)(?P<mask>[ _-]segmentation)?\.nii(\.gz)?", re.IGNORECASE)
+
+
+def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
+    """List the cases of the six sites.
+
+    Args:
+        source: The folder that was downloaded and unpacked.
+        validation_fraction: Not needed: without a published split the patients are divided when a study starts.
+        link: Link to images instead of copying them.
+
+    Raises:
+        FedsgcgError: DAT-120 when no site's folder is there, saying what to fetch.
+    """
+    del validation_fraction
+    files = image_files(source)
+    images: dict[tuple[str, str], Path] = {}
+    masks: dict[tuple[str, str], Path] = {}
+    found = Found(f"SAML, one folder a site below {source}")
+    for path in files:
+        site, match = _site_of(path, source), FILE.fullmatch(path.name)
+        if site and match:
+            key = (site, f"Case{int(''.join(filter(str.isdigit, match['case']))):02d}")
+            if (masks if match["mask"] else images).setdefault(key, path) != path:
+                found.surplus(path, f"a second file of {site} {key[1]}")
+    if not images and not masks:
+        raise absent("prostate", source, f"{len(files)} image files, none called CaseNN in a folder of a known site")
+    for key in sorted(images.keys() | masks.keys()):
+        site, case = key
+        if key not in images:
+            found.missing(masks[key], f"image beside the mask of {site} {case}")
+        elif key not in masks:
+            found.missing(images[key], f"mask beside the image of {site} {case}")
+        else:
+            found.work.append(_work(site, case, images[key], masks[key], link=link))
+    present = {site for site, _ in images}
+    for hospital in PROSTATE.hospitals:
+        if hospital.name not in present:
+            found.missing(source / hospital.name, f"folder of {hospital.name}, in the release {hospital.source}")
+    found.extras(files)
+    return found
+
+
+def _site_of(path: Path, source: Path) -> str:
+    """Return the hospital of a file, from the nearest folder with a known name; "" for none."""
+    names = ("".join(filter(str.isalnum, part.lower())) for part in reversed(path.relative_to(source).parts[:-1]))
+    return next((FOLDERS[name] for name in names if name in FOLDERS), "")
+
+
+def _work(site: str, case: str, image: Path, mask: Path, *, link: bool) -> Work:
+    suffixes = (suffix_of(image), ".nii.gz")
+    make = partial(_make, image, mask, link)
+    # Every site counts its cases from 00: the hospital's name keeps the patients, and so the splits, apart.
+    return Work(site, case, (image, mask), suffixes, make, patient=f"{site}-{case}")
+
+
+def _make(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) -> str:
+    """Check the pair, take the image as it is, merge the labels on the image's own grid."""
+    scan, drawn = read_volume(image), read_volume(mask, mask=True)
+    check_image(scan, str(image))
+    values = np.unique(drawn.array)
+    if not set(values.tolist()) <= {0.0, 1.0, 2.0}:
+        found = "values " + ", ".join(f"{value:g}" for value in values[:8])
+        raise fail("DAT-109", found=found, expected="0, 1 and 2", action="Get the mask again.", where=str(mask))
+    if not values.any():
+        raise fail("DAT-125", found="an empty mask", expected="a prostate", action="Check it.", where=str(mask))
+    voxels, grid = to_native(drawn.array, drawn), to_native(scan.array, scan)
+    if voxels.shape != grid.shape:
+        found, expected = ("x".join(map(str, array.shape)) for array in (voxels, grid))
+        raise fail("DAT-104", found=found, expected=expected, action="Get both files again.", where=str(mask))
+    take(image, to_image, link=link)
+    # Upstream reads voxels and no header: voxel (i, j, k) of the mask belongs to voxel (i, j, k) of the image.
+    write_native(to_mask, (voxels > 0).astype(np.uint8), image)
+    if np.allclose(drawn.affine, scan.affine, atol=1e-3):
+        return ""
+    return "the mask's header places it elsewhere; its voxels were taken one for one, as upstream does"

@@ -1,0 +1,64 @@
+"""Small files in the layouts and with the names of the published data sets, as a test needs them."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+
+from deploy.prepare.fundus_names import PUBLISHED
+
+
+def picture(path: Path, pixels: np.ndarray) -> np.ndarray:
+    """Write a picture and return its pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=95)
+    return pixels
+
+
+def disc_mask(shape: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
+    """Return a filled circle (H, W)."""
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    return np.asarray((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 <= radius**2)
+
+
+def grey_mask(shape: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
+    """Return grey values as the release and REFUGE have them: cup 0, disc 128, background 255."""
+    inner, outer = disc_mask(shape, centre, radius / 2), disc_mask(shape, centre, radius)
+    return np.where(inner, 0, np.where(outer, 128, 255)).astype(np.uint8)
+
+
+def colours(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Return random colours (H, W, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+def released(
+    root: Path, side: int, names: dict[tuple[str, str], Iterable[str]] | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write the released fundus layout; returns image and grey mask of each case."""
+    made = {}
+    for (domain, part), cases in (names or PUBLISHED).items():
+        for number, case in enumerate(sorted(cases)):
+            folder = root / domain / part / "ROIs"
+            image = picture(folder / "image" / f"{case}.png", colours((side, side), number))
+            mask = picture(folder / "mask" / f"{case}.png", grey_mask((side, side), (side / 2, side / 2), side / 4))
+            made[case] = (image, mask)
+    return made
+
+
+def volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> np.ndarray:
+    """Write (i, j, k) voxels as NIfTI and return them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([-0.5, -0.5, 3.0, 1.0]) if affine is None else affine), path)
+    return array
+
+
+def scan(seed: int, shape: tuple[int, int, int] = (24, 20, 5)) -> tuple[np.ndarray, np.ndarray]:
+    """Return a random image and a mask with labels 1 and 2, as (i, j, k)."""
+    image = np.random.default_rng(seed).integers(0, 900, shape).astype(np.int16)
+    mask = np.zeros(shape, np.uint8)
+    mask[8:16, 6:14, 1:4] = 1
+    mask[10:14, 8:12, 2] = 2
+    return image, mask
