@@ -54,7 +54,11 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
         FedsgcgError: DAT-103 to DAT-109 or DAT-112, naming what is wrong with the case.
     """
     image, mask = _read(case)
-    truth = class_indices(mask.array, data.classes, case.name)
+    return to_slices(image, class_indices(mask.array, data.classes, case.name), data)
+
+
+def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:
+    """Bring an image and its class indices (Z, Y, X) into the form of a training slice."""
     pixels = image.array[None] if image.is_picture else image.array[:, None]
     scaled = scale_intensity(pixels, data.intensity)
     small = resize(scaled, data.image_size, labels=False)

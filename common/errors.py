@@ -40,6 +40,17 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    # MOD: using a model
+    "MOD-801": "The model's files cannot be read.",
+    "MOD-802": "The model was written by another version.",
+    "MOD-803": "The weights are not those that the model names.",
+    "MOD-804": "The weights do not fit the model's network.",
+    "MOD-805": "The labels do not fit.",
+    "MOD-806": "The image is not of the kind that the model was trained on.",
+    "MOD-807": "The model's prototypes cannot be used.",
+    "MOD-808": "The predictions cannot be written.",
+    "MOD-809": "There is no image to predict.",
+    "MOD-810": "The image could not be predicted.",
     # ROL: who may do what
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",

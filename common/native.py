@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.imaging import VOLUME_SUFFIXES, Volume, suffix_of, to_native
+from common.imaging import Volume, suffix_of, to_native
 
 nib: Any = nibabel  # its functions carry no types
 Array = NDArray[Any]
@@ -63,9 +63,9 @@ def mask_bytes(labels: NDArray[np.uint8]) -> bytes:
     return _png(picture)
 
 
-def is_volume(path: Path) -> bool:
-    """Whether a path names a NIfTI file."""
-    return suffix_of(path) in VOLUME_SUFFIXES
+def wide_bytes(labels: NDArray[Any]) -> bytes:
+    """Return a 16-bit PNG of (H, W) label values above 255."""
+    return _png(Image.fromarray(labels.astype(np.uint16)))
 
 
 def _png(picture: Image.Image) -> bytes:

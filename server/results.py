@@ -187,6 +187,7 @@ def model_card(plan: Plan, chosen: Best, training: Sequence[str], *, prototypes:
         "rounds": plan.federation.rounds,
         "validation_dice": chosen.score,
         "prototypes": "prototypes.arrow" if prototypes else None,
+        "normalize": plan.prototypes.normalize,
         "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score)),
     }
 

@@ -1,0 +1,247 @@
+"""`fedsgcg-site predict MODEL IMAGE... -o DIR`: use a model on images of this hospital. Nothing leaves it.
+
+Masks get the geometry of their image and the label values of the training masks. The preprocessing, the decisions and
+the post-processing are those of evaluation, function by function, so that a score told here is the score told there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.console import Console
+
+from clients.confidence import Gaussians
+from clients.device import choose_device
+from clients.evaluation import BATCH, structure_masks
+from clients.model import Model, load_model
+from clients.overlays import overlay
+from clients.predict_files import Job, check_output, jobs_of_data, jobs_of_images, save, write
+from clients.predict_scores import Scores
+from clients.prediction import Prediction, Predictor
+from clients.slices import class_indices
+from common.console import counted
+from common.errors import FedsgcgError, Problem, fail
+from common.imaging import check_geometry, read_volume
+from common.native import mask_bytes, picture_bytes, wide_bytes, write_like
+
+PREDICT: Final = """\
+Predict masks with a trained model. MODEL is the folder that holds model.json (or a file in
+it); IMAGE is a NIfTI volume, a picture, or a folder of them. Masks are written with the
+geometry of their image and the label values of the training masks. With --data the cases
+of a prepared folder are predicted and scored. A file that cannot be used is listed at the
+end, and the rest goes on.
+"""
+EXITS: Final = "exit codes: 0 all is well, 1 nothing could be predicted, 2 bad model or settings, 3 some files failed\n"
+
+
+def add_parser(commands: Any) -> None:
+    """Add `predict` to the subparsers of `fedsgcg-site`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    words = "use a model on images of this hospital"
+    add_arguments(commands.add_parser("predict", help=words, description=PREDICT, epilog=EXITS, formatter_class=raw))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `predict` to a parser."""
+    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of the model, or model.json / .safetensors")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="images, or folders of images")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--data", metavar="FOLDER", type=Path, help="prepared folder: predict and score its cases")
+    parser.add_argument("--site", metavar="NAME", help="with --data: this hospital only")
+    splits = ("train", "validation", "test")
+    parser.add_argument("--split", choices=splits, help="with --data: cases that the manifest puts there only")
+    parser.add_argument("--probability", action="store_true", help="write each structure's probability too")
+    parser.add_argument(
+        "--confidence", action="store_true", help="write the distance to the prototypes as a map in [0, 1]"
+    )
+    parser.add_argument("--overlay", action="store_true", help="write a PNG with the outlines, one slice a case")
+    parser.add_argument("--overwrite", action="store_true", help="write over results that are there already")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--batch", metavar="N", type=int, default=BATCH, help=f"slices at once (default {BATCH})")
+    parser.add_argument("--threads", metavar="N", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.set_defaults(run=run_predict, ours=True)
+
+
+def run_predict(options: argparse.Namespace, console: Console) -> int:
+    """Predict every image; see `EXITS` for what is returned."""
+    _check(options)
+    model = load_model(options.model)
+    gaussians = _gaussians(options, model)
+    jobs = jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
+    found, left_out = jobs_of_images(options.images, jobs)
+    check_output(options.output, found, _endings(options), overwrite=options.overwrite)
+    _introduce(options, model, len(found), left_out, console)
+    device = choose_device(options.device, options.threads)
+    wanted = gaussians(device) if gaussians else None
+    predictor = Predictor(model, device, options.batch, options.probability, wanted)
+    scores = Scores(model.data)
+    failed: list[tuple[Job, Problem]] = []
+    items = counted(found, console, "predicting") if console.is_terminal else iter(found)
+    for number, job in enumerate(items, 1):
+        place = f"[{number}/{len(found)}] {job.shown}"
+        try:
+            line = _one(predictor, job, options, scores)
+            console.print(f"{place}  {line}", highlight=False, markup=False, soft_wrap=True)
+        except FedsgcgError as error:
+            failed += [(job, problem) for problem in error.problems]
+            console.print(f"{place}  [{error.code}] not predicted", style="yellow", highlight=False, markup=False)
+    return _finish(options, scores, failed, len(found), console)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `predict` alone (`python -m clients.predict`)."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="predict", description=PREDICT, epilog=EXITS, formatter_class=raw)
+    add_arguments(parser)
+    console = Console()
+    try:
+        return run_predict(parser.parse_args(arguments), console)
+    except FedsgcgError as error:
+        for problem in error.problems:
+            Console(stderr=True).print(str(problem), style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("batch", "threads"):
+        if getattr(options, name) < 1:
+            raise fail("CFG-001", where=f"--{name}", found=str(getattr(options, name)), expected="1 or more")
+    if (options.site or options.split) and not options.data:
+        raise fail("CFG-001", where="--site, --split", found="no --data", expected="--data FOLDER")
+    if not options.images and not options.data:
+        raise fail("MOD-809", found="no IMAGE and no --data", expected="images, a folder of images, or --data FOLDER")
+
+
+def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gaussians] | None:
+    """Return how to put the prototypes on a device; raises MOD-807 when they are wanted and absent."""
+    if not options.confidence:
+        return None
+    prototypes = model.prototypes
+    if prototypes is None:
+        found = "prototypes.arrow is not there" if model.card.get("prototypes") else "a method without statistics"
+        action = "Leave --confidence out, or train with method.statistics=true."
+        raise fail("MOD-807", where=str(options.model), found=found, expected="prototypes.arrow", action=action)
+    return lambda device: Gaussians.of(prototypes, device)
+
+
+def _endings(options: argparse.Namespace) -> tuple[str, ...]:
+    wanted = (("_probability", options.probability), ("_confidence", options.confidence), ("_overlay", options.overlay))
+    return ("_mask", *(ending for ending, on in wanted if on))
+
+
+def _introduce(options: argparse.Namespace, model: Model, images: int, left_out: int, console: Console) -> None:
+    card = model.card
+    trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
+    words = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}, trained at {trained}"
+    console.print(f"{words}; {images} images to {options.output}", highlight=False, markup=False, soft_wrap=True)
+    if left_out:
+        console.print(f"{left_out} files that are masks or results by their names are passed over", style="dim")
+
+
+def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores) -> str:
+    """Predict one image, write what is wanted of it, and return a line about it."""
+    started = time.monotonic()
+    data = predictor.model.data
+    try:
+        prediction = predictor.predict(job.image)
+    except (RuntimeError, MemoryError, ValueError) as error:  # out of memory, or a size that the network cannot take
+        action = "Try a smaller --batch, or --device cpu."
+        raise fail("MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action) from error
+    truth = _truth(job, prediction, predictor.model)
+    _write_maps(options.output / job.name, job, prediction, list(data.structures))
+    words = [_sizes(prediction, predictor.model)]
+    if truth is not None:
+        words.append(scores.add(job, prediction, truth))
+    if prediction.confidence is not None and prediction.masks.any():
+        words.append(f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}")
+    if options.overlay:
+        drawn = None if truth is None else structure_masks(truth, data)
+        picture = overlay(prediction, list(data.structures), Path(job.name).name, drawn)
+        save(options.output / f"{job.name}_overlay.png", lambda path: path.write_bytes(picture))
+    return "  ".join([*words, f"{time.monotonic() - started:.1f} s"])
+
+
+def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
+    """Return the true class indices (Z, Y, X), None for an image without a mask."""
+    if job.mask is None:
+        return None
+    mask = read_volume(job.mask, mask=True)
+    check_geometry(prediction.volume, mask, str(job.image))
+    return class_indices(mask.array, model.data.classes, str(job.mask))
+
+
+def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
+    """Write the mask and the maps that are there, in the geometry of the image."""
+    if not prediction.volume.is_picture:
+        for ending, array in (
+            ("_mask", prediction.labels),
+            ("_probability", _single(prediction.probability)),
+            ("_confidence", prediction.confidence),
+        ):
+            if array is not None:
+                target = base.with_name(f"{base.name}{ending}{job.suffix}")
+                save(target, lambda path, array=array: write_like(path, array, prediction.volume, job.image))  # type: ignore[misc]
+        return
+    small = prediction.labels.dtype == np.uint8
+    contents = {"_mask": (mask_bytes if small else wide_bytes)(prediction.labels[0])}
+    if prediction.probability is not None:
+        maps = zip(structures, prediction.probability, strict=True)
+        contents |= {f"_probability_{name}": picture_bytes(_grey(layers[0])) for name, layers in maps}
+    if prediction.confidence is not None:
+        contents["_confidence"] = picture_bytes(_grey(prediction.confidence[0]))
+    for ending, content in contents.items():
+        write(base.with_name(f"{base.name}{ending}.png"), content)
+
+
+def _single(maps: Any) -> Any:
+    """One structure needs no fourth axis."""
+    return maps[0] if maps is not None and len(maps) == 1 else maps
+
+
+def _grey(values: Any) -> Any:
+    return np.rint(values * 255).astype(np.uint8)
+
+
+def _sizes(prediction: Prediction, model: Model) -> str:
+    """Say how large each structure is."""
+    voxel = float(np.prod(prediction.volume.spacing)) / 1000
+    parts = []
+    for name, mask in zip(model.data.structures, prediction.masks, strict=True):
+        pixels = int(mask.sum())
+        real = model.data.spacing_unit == "mm" and not prediction.volume.is_picture
+        size = (
+            f"{pixels * voxel:.1f} ml" if real else f"{pixels} {'pixels' if prediction.volume.is_picture else 'voxels'}"
+        )
+        parts.append(f"{name} {size}" if pixels else f"{name} not found")
+    return ", ".join(parts)
+
+
+def _finish(
+    options: argparse.Namespace, scores: Scores, failed: Sequence[tuple[Job, Problem]], images: int, console: Console
+) -> int:
+    """Show the scores and what failed."""
+    if scores.rows:
+        scores.write(options.output / "scores.csv")
+        console.print(scores.table())
+        console.print(f"scores: {options.output / 'scores.csv'}", highlight=False, soft_wrap=True)
+    for _, problem in failed:
+        console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
+    lost = len({job.name for job, _ in failed})
+    words = f"{images - lost} of {images} images predicted" + (f", {lost} failed (above)" if lost else "")
+    console.print(words, style="yellow" if lost else "green", highlight=False)
+    if lost == images:
+        return 1
+    return 3 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Which images to predict, what their results are called, and writing these whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from clients.site import discover_sites, open_site
+from common.errors import FedsgcgError, Problem, fail
+from common.imaging import VOLUME_SUFFIXES, suffix_of
+from common.plan import DataSettings
+
+RESULT: Final = re.compile(r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE)
+"""Names of masks and of results: in a folder of images they are no images."""
+
+SHOWN: Final = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to predict.
+
+    Attributes:
+        image: The file.
+        name: Path of its results below the output folder, without ending.
+        mask: Its true mask, None when it is not scored.
+        site: Name of its hospital, "" for an image that was named on the command line.
+        case: Name of the case.
+    """
+
+    image: Path
+    name: str
+    mask: Path | None = None
+    site: str = ""
+    case: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the results: that of a volume, else PNG."""
+        suffix = suffix_of(self.image)
+        return suffix if suffix in VOLUME_SUFFIXES else ".png"
+
+    @property
+    def shown(self) -> str:
+        """What a line on the console calls it."""
+        return f"{self.site} {self.case}" if self.site else self.image.name
+
+
+def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[list[Job], int]:
+    """Add the images that were named to some jobs; folders are looked through.
+
+    Returns:
+        All jobs, each with a name of its own, and the number of files passed over as masks or results.
+
+    Raises:
+        FedsgcgError: MOD-809 for a path that is not there, or when there is no image at all.
+    """
+    found, left_out = list(jobs), 0
+    for path in images:
+        if path.is_dir():
+            inside = [file for file in sorted(path.rglob("*")) if suffix_of(file) and not file.name.startswith(".")]
+            kept = [file for file in inside if not RESULT.fullmatch(stem_of(file))]
+            left_out += len(inside) - len(kept)
+            found += [Job(file, (file.parent.relative_to(path) / stem_of(file)).as_posix()) for file in kept]
+        elif path.exists():
+            found.append(Job(path, stem_of(path)))
+        else:
+            raise fail("MOD-809", where=str(path), found="no such file", expected="an image or a folder of images")
+    if not found:
+        where = ", ".join(map(str, images))
+        raise fail("MOD-809", where=where, found="no image file", expected="NIfTI volumes or pictures")
+    return _distinct(found), left_out
+
+
+def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | None) -> list[Job]:
+    """List the cases of a prepared folder with their masks.
+
+    Args:
+        root: Folder with `manifest.csv` or one folder a hospital.
+        data: The model's data settings.
+        site: The one hospital wanted, None for all.
+        split: Only cases that the manifest puts there, None for all.
+
+    Raises:
+        FedsgcgError: DAT-101 or DAT-102 when the folder or the hospital cannot be used, MOD-809 without a case.
+    """
+    jobs = []
+    for name in [site] if site else discover_sites(root):
+        for case in open_site(root, name, data).cases:
+            if split is None or case.split == split:
+                jobs.append(Job(case.image, f"{name}/{Path(case.name).name}", case.mask, name, case.name))
+    if not jobs:
+        found = f"no case of split {split}" if split else "no case"
+        raise fail("MOD-809", where=str(root), found=found, expected="cases to predict")
+    return jobs
+
+
+def stem_of(path: Path) -> str:
+    """Return a file's name without suffix and `_image`."""
+    suffix = suffix_of(path)
+    return (path.name[: -len(suffix)] if suffix else path.name).removesuffix("_image")
+
+
+def check_output(folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, overwrite: bool) -> None:
+    """Refuse before any work what could not be written, or would be written over.
+
+    Raises:
+        FedsgcgError: MOD-808 for results that are there already, or that are the images or masks themselves.
+    """
+    inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
+    suffixes = {"_overlay": ".png"}
+    targets = [folder / f"{job.name}{ending}{suffixes.get(ending, job.suffix)}" for job in jobs for ending in endings]
+    own = [path for path in targets if path.resolve() in inputs]
+    there = [] if overwrite else [path for path in targets if path.exists()]
+    problems = [
+        Problem("MOD-808", "it is one of the images or masks", "another folder", "Choose another DIR.", str(path))
+        for path in own[:SHOWN]
+    ]
+    if there and not own:
+        found = f"{len(there)} results are there already"
+        action = "Choose another DIR, or write over them with --overwrite."
+        problems += [Problem("MOD-808", found, "a folder without them", action, str(there[0]))]
+    if problems:
+        raise FedsgcgError(*problems)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refused(folder, error) from error
+
+
+def save(path: Path, into: Callable[[Path], object]) -> None:
+    """Write a file that others see whole or not at all; raises MOD-808 when the disk refuses."""
+    suffix = suffix_of(path)
+    half = path.with_name(f".{os.getpid()}.part{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            into(half)
+            half.replace(path)
+        finally:
+            half.unlink(missing_ok=True)
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write bytes as `save` does."""
+    save(path, lambda half: half.write_bytes(content))
+
+
+def refused(path: Path, error: OSError) -> FedsgcgError:
+    """The error for a disk that refuses."""
+    found, expected = f"{type(error).__name__}: {error.strerror or error}", "a folder with room that can be written"
+    return fail("MOD-808", where=str(path), found=found, expected=expected, action="Make room, or choose another DIR.")
+
+
+def _distinct(jobs: Sequence[Job]) -> list[Job]:
+    """Give every job a name of its own: its folder's is put before those that several share, then a number."""
+    for _ in range(2):
+        common = Counter(job.name.lower() for job in jobs)
+        jobs = [
+            replace(job, name=f"{job.image.parent.name}_{job.name}") if common[job.name.lower()] > 1 else job
+            for job in jobs
+        ]
+    seen: Counter[str] = Counter()
+    numbered = []
+    for job in jobs:
+        seen[job.name.lower()] += 1
+        number = seen[job.name.lower()]
+        numbered.append(replace(job, name=f"{job.name}_{number}") if number > 1 else job)
+    return numbered

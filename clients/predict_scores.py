@@ -1,0 +1,91 @@
+"""Scores of predictions whose truth is known: the same figures as evaluation, as CSV and as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
+
+from clients.cases import Case
+from clients.evaluation import CaseResult, case_rows, structure_masks
+from clients.predict_files import Job, write
+from clients.prediction import Prediction
+from common.payload import CASES_SCHEMA
+from common.plan import DataSettings
+
+COLUMNS = ("site", *CASES_SCHEMA.names)
+
+
+class Scores:
+    """Collects a row for every case and structure.
+
+    Attributes:
+        data: Structures and unit of distances.
+        rows: `COLUMNS` -> value; `case` is the case's own name, for the table stays at the hospital.
+    """
+
+    def __init__(self, data: DataSettings) -> None:
+        self.data = data
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, job: Job, prediction: Prediction, truth: NDArray[np.uint8]) -> str:
+        """Score one case against its true class indices (Z, Y, X); return its Dice in words."""
+        volume = prediction.volume
+        case = Case(
+            index=0,
+            name=job.case,
+            alias=job.case,
+            patient="",
+            split="test",
+            num_slices=truth.shape[0],
+            native_shape=(truth.shape[0], truth.shape[1], truth.shape[2]),
+            spacing=None if volume.is_picture else volume.spacing,
+            is_picture=volume.is_picture,
+            has_foreground=bool(truth.any()),
+        )
+        found = case_rows(CaseResult(case, prediction.masks, structure_masks(truth, self.data), truth), self.data)
+        self.rows += [{"site": job.site, **row} for row in found]
+        return "Dice " + ", ".join(f"{row['dice']:.3f}" for row in found)
+
+    def write(self, path: Path) -> None:
+        """Write all rows as CSV; a figure that is not defined is empty. Raises MOD-808."""
+        sink = io.StringIO()
+        writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({name: _text(row[name]) for name in COLUMNS})
+        write(path, sink.getvalue().encode())
+
+    def table(self) -> Table:
+        """Return the mean over cases of each hospital and structure."""
+        real = self.data.spacing_unit == "mm" and any(row["asd_mm"] is not None for row in self.rows)
+        unit, ending = ("mm", "_mm") if real else ("pixel", "")
+        table = Table(title=f"Scores: mean over cases (distances in {unit})")
+        for title in ("hospital", "structure", "cases", "Dice ± sd", "ASD", "ASSD", "HD95"):
+            table.add_column(title, justify="left" if title in ("hospital", "structure") else "right")
+        for site in sorted({row["site"] for row in self.rows}):
+            for structure in self.data.structures:
+                mine = [row for row in self.rows if (row["site"], row["structure"]) == (site, structure)]
+                dice = [row["dice"] for row in mine]
+                distances = [_mean([row[f"{name}{ending}"] for row in mine]) for name in ("asd", "assd", "hd95")]
+                spread = f"{np.mean(dice):.3f}" + (f" ± {np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "")
+                table.add_row(escape(site), escape(structure), str(len(mine)), spread, *distances)
+        return table
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Mean of the figures that are defined."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return f"{np.mean(known):.2f}" if known else "–"
+
+
+def _text(value: Any) -> Any:
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
