@@ -1,10 +1,11 @@
-"""One slice of a prediction to look at, as PNG: the image in grey with the outlines of the structures. It stays here."""
+"""One slice of a prediction to look at, as PNG: the image in grey with the outlines of the structures."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,24 +37,21 @@ def overlay(prediction: Prediction, structures: Sequence[str], title: str, truth
         A PNG.
     """
     z, why = chosen_slice(prediction.masks, truth)
-    image, masks = prediction.display[z], prediction.masks[:, z]
-    both = [(masks, COLOURS, "solid")] + ([(truth[:, z], (TRUTH,), "dashed")] if truth is not None else [])
-    top, bottom, left, right = _frame(np.logical_or.reduce([part.any(0) for part, _, _ in both]))
-    figure = Figure(figsize=(6.4, 7.0), dpi=100, facecolor="white", layout="constrained")
+    outlines = _outlines(prediction.masks[:, z], structures)
+    if truth is not None:
+        outlines += [_Outline(mask, TRUTH, "dashed", "truth" * (index == 0)) for index, mask in enumerate(truth[:, z])]
+    maps = 1 if prediction.confidence is None else 2
+    figure = Figure(figsize=(6.4 * maps, 7.2), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    spacing = prediction.volume.spacing
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, aspect=spacing[1] / spacing[2], interpolation="nearest")
-    for part, colours, style in both:
-        for index, mask in enumerate(part):
-            _outline(axes, mask, colours[index % len(colours)], style)
-    axes.set_xlim(left - 0.5, right - 0.5)
-    axes.set_ylim(bottom - 0.5, top - 0.5)
-    axes.set_axis_off()
+    _panel(figure.add_subplot(1, maps, 1), prediction.display[z] / 255, "gray", outlines, prediction)
+    if prediction.confidence is not None:  # shows where the features are far from the prototypes
+        axes = figure.add_subplot(1, maps, maps)
+        shown = _panel(axes, prediction.confidence[z], "cividis", outlines, prediction)
+        axes.set_title("confidence: nearness to the prototype", fontsize=10)
+        figure.colorbar(shown, ax=axes, shrink=0.6)
     number = "" if len(prediction.display) == 1 else f"\nslice {z + 1} of {len(prediction.display)}, {why}"
-    axes.set_title(title + number, fontsize=10, wrap=True)
-    lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=name) for i, name in enumerate(structures)]
-    lines += [Line2D([], [], color=TRUTH, linestyle="dashed", label="truth")] if truth is not None else []
+    figure.suptitle(title + number, fontsize=10)
+    lines = [Line2D([], [], color=one.colour, linestyle=one.style, label=one.name) for one in outlines if one.name]
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
@@ -75,12 +73,38 @@ def chosen_slice(masks: Mask, truth: Mask | None) -> tuple[int, str]:
     return int(filled[filled.size // 2]), "the middle of what was found"
 
 
-def _outline(axes: object, mask: Mask, colour: str, style: str) -> None:
-    """Draw along the edges of the pixels of a mask (Y, X)."""
-    if mask.any():
-        padded = np.pad(mask, 1).astype(float)
-        rows, columns = (np.arange(size) - 1 for size in padded.shape)
-        axes.contour(columns, rows, padded, levels=[0.5], colors=[colour], linestyles=[style], linewidths=1.8)  # type: ignore[attr-defined]
+@dataclass(frozen=True)
+class _Outline:
+    """One mask (Y, X) and how its edge is drawn; `name` is "" for one that the legend passes over."""
+
+    mask: Mask
+    colour: str
+    style: Literal["solid", "dashed"]
+    name: str
+
+
+def _outlines(masks: Mask, structures: Sequence[str]) -> list[_Outline]:
+    """Return how the predicted structures are drawn."""
+    pairs = enumerate(zip(masks, structures, strict=True))
+    return [_Outline(mask, COLOURS[i % len(COLOURS)], "solid", f"{name} (predicted)") for i, (mask, name) in pairs]
+
+
+def _panel(axes: Any, values: NDArray[Any], colours: str, outlines: Sequence[_Outline], prediction: Prediction) -> Any:
+    """Draw a slice with values in [0, 1] and the outlines along the edges of their pixels."""
+    spacing = prediction.volume.spacing
+    drawn = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect=spacing[1] / spacing[2], interpolation="nearest")
+    for one in outlines:
+        if one.mask.any():
+            padded = np.pad(one.mask, 1).astype(float)
+            rows, columns = (np.arange(size) - 1 for size in padded.shape)
+            axes.contour(
+                columns, rows, padded, levels=[0.5], colors=[one.colour], linestyles=[one.style], linewidths=1.8
+            )
+    top, bottom, left, right = _frame(np.logical_or.reduce([one.mask for one in outlines]))
+    axes.set_xlim(left - 0.5, right - 0.5)
+    axes.set_ylim(bottom - 0.5, top - 0.5)
+    axes.set_axis_off()
+    return drawn
 
 
 def _frame(marked: Mask) -> tuple[int, int, int, int]:

@@ -165,7 +165,8 @@ def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Sc
         words.append(f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}")
     if options.overlay:
         drawn = None if truth is None else structure_masks(truth, data)
-        picture = overlay(prediction, list(data.structures), Path(job.name).name, drawn)
+        title = f"{job.site} {Path(job.name).name}  {words[1] if drawn is not None else ''}".strip()
+        picture = overlay(prediction, list(data.structures), title, drawn)
         save(options.output / f"{job.name}_overlay.png", lambda path: path.write_bytes(picture))
     return "  ".join([*words, f"{time.monotonic() - started:.1f} s"])
 
@@ -176,7 +177,13 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
         return None
     mask = read_volume(job.mask, mask=True)
     check_geometry(prediction.volume, mask, str(job.image))
-    return class_indices(mask.array, model.data.classes, str(job.mask))
+    try:
+        return class_indices(mask.array, model.data.classes, str(job.mask))
+    except FedsgcgError as error:
+        (problem,) = error.problems
+        action = "Score it with a model of these labels, or leave --data out."
+        where = str(job.mask)
+        raise fail("MOD-805", where=where, found=problem.found, expected=problem.expected, action=action) from error
 
 
 def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:

@@ -160,11 +160,13 @@ def refused(path: Path, error: OSError) -> FedsgcgError:
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:
-    """Give every job a name of its own: its folder's is put before those that several share, then a number."""
-    for _ in range(2):
+    """Give every job a name of its own: its folders' names come before one that several share, and then a number."""
+    for depth in (1, 2):
         common = Counter(job.name.lower() for job in jobs)
         jobs = [
-            replace(job, name=f"{job.image.parent.name}_{job.name}") if common[job.name.lower()] > 1 else job
+            replace(job, name="_".join([*job.image.absolute().parts[-1 - depth : -1], stem_of(job.image)]))
+            if common[job.name.lower()] > 1
+            else job
             for job in jobs
         ]
     seen: Counter[str] = Counter()

@@ -20,8 +20,10 @@ from common.imaging import Volume, suffix_of, to_native
 nib: Any = nibabel  # its functions carry no types
 Array = NDArray[Any]
 
-PALETTE = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
-"""Colours of label values 0 to 7 in a picture's mask (Okabe and Ito): a viewer shows them, a reader sees the values."""
+_FIRST = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
+PALETTE = (*_FIRST, *(level for value in range(8, 256) for level in 3 * (value,)))
+"""Colours of label values in a picture's mask (Okabe and Ito, then grey): a viewer shows colours, a reader sees values.
+All 256 are named: a picture with a shorter palette is stored with fewer bits, which cuts large values off."""
 
 
 def write_like(path: Path, array: Array, volume: Volume, source: Path) -> None:
