@@ -25,7 +25,11 @@ from common.imaging import Volume, affine_as, read_volume, write_volume
 from common.native import mask_bytes, wide_bytes, write_like
 from common.networks import build_network
 from common.payload import Identity, Weights
+from common.plan import Plan
+from common.settings import compose
 from common.statistics import ClassStatistics
+from server.checkpoint import Best
+from server.disk import Disk
 
 
 def code_of(call, *arguments, **keywords):
@@ -281,24 +285,25 @@ def test_an_overlay_shows_image_prediction_truth_and_confidence(tmp_path):
 # models
 
 
-@pytest.fixture
-def stored(tmp_path, make_data):
-    """A model folder as the coordinator writes it, with random weights and prototypes."""
-    from common.plan import Plan
-    from common.settings import compose
-    from server.checkpoint import Best
-    from server.disk import Disk
-
-    plan = Plan.from_tree(compose(["network.base_width=4", "data.image_size=32", f"output={tmp_path / 'm'}"]))
-    (tmp_path / "m").mkdir()
+def store(folder, *overrides):
+    """Write a model folder as the coordinator does, with random weights and prototypes."""
+    plan = Plan.from_tree(compose(["network.base_width=4", "data.image_size=32", f"output={folder}", *overrides]))
+    folder.mkdir()
     state = build_network(plan.network, 3, 2, 5).state_dict()
     weights = Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})
     card = server.results.model_card(plan, Best(1, 0.5, weights), ["A"], prototypes=True)
     server.results.write_model(Disk(), plan, weights, card)
     rng = np.random.default_rng(0)
-    statistics = ClassStatistics.from_features(rng.normal(size=(50, 8)), rng.integers(0, 2, 50), 2)
+    features = rng.normal(size=(50, plan.network.num_features))
+    statistics = ClassStatistics.from_features(features, rng.integers(0, 2, 50), 2)
     server.results.write_prototypes(Disk(), plan, statistics, Identity("run", "", 1, plan.digest()))
-    return tmp_path / "m"
+    return folder
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A small model of volumes."""
+    return store(tmp_path / "m")
 
 
 def change(folder, **fields):
@@ -387,6 +392,16 @@ def test_predictions_do_not_depend_on_the_batch(stored, tmp_path):
     np.testing.assert_allclose(one.confidence, many.confidence, atol=1e-4)
     assert ((one.confidence >= 0) & (one.confidence <= 1)).all()
     np.testing.assert_array_equal(one.labels, one.classes)
+
+
+@pytest.mark.parametrize("features", ["projection", "bottleneck"])
+def test_confidence_works_with_every_representation(features, tmp_path):
+    model = load_model(store(tmp_path / "m", f"network.features={features}", "network.projection=6"))
+    write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
+    gaussians = Gaussians.of(model.prototypes, torch.device("cpu"))
+    found = Predictor(model, torch.device("cpu"), 4, False, gaussians).predict(tmp_path / "v.nii.gz")
+    assert found.confidence.shape == found.labels.shape
+    assert (found.confidence > 0).all()
 
 
 @pytest.mark.parametrize(
