@@ -1,0 +1,134 @@
+"""A sample of pixel features of one site, as an Arrow file that stays at the site (for the report's t-SNE).
+
+Pixel features are not class statistics: they tell about single pixels of single patients. They never travel; a
+simulation, where every site lies on one machine, writes them on request so that a researcher can look at them.
+
+Legend: N sampled pixels, A feature channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from common.errors import fail
+
+FILE: Final = "features.arrow"
+KIND: Final = "fedsgcg.feature_samples"
+SCHEMA_VERSION: Final = "1"
+PIXELS_A_CLASS: Final = 300
+"""Pixels of one class that a site writes at most: enough for a picture, too few to be a copy of its data."""
+MAX_FEATURES: Final = 4096
+MAX_PIXELS: Final = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSamples:
+    """Features of sampled pixels.
+
+    Attributes:
+        features: (N, A) float32, in the representation that the method compares.
+        classes: (N,) int64 true class indices.
+        site: The site whose pixels they are.
+        method: What was trained, "" if not said.
+    """
+
+    features: npt.NDArray[np.float32]
+    classes: npt.NDArray[np.int64]
+    site: str
+    method: str = ""
+
+
+def sample_pixels(classes: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Choose at most `PIXELS_A_CLASS` pixels of every class, without replacement.
+
+    Args:
+        classes: (N,) class indices; negative ones and 255 (ignore) are never chosen.
+        rng: Source of randomness.
+
+    Returns:
+        Indices into `classes`, ascending.
+    """
+    chosen = []
+    for label in np.unique(classes[(classes >= 0) & (classes != 255)]):
+        members = np.flatnonzero(classes == label)
+        chosen.append(rng.choice(members, min(PIXELS_A_CLASS, members.size), replace=False))
+    return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
+
+
+def write_feature_samples(
+    path: Path, features: npt.ArrayLike, classes: npt.ArrayLike, site: str, method: str = ""
+) -> None:
+    """Write sampled features as an Arrow IPC file, at once or not at all.
+
+    Args:
+        path: File, `sites/<site>/features.arrow` of a cell.
+        features: (N, A) floats.
+        classes: (N,) class indices.
+        site: Name of the site.
+        method: What was trained.
+
+    Raises:
+        ValueError: Shapes that do not fit, or features that are not finite.
+        FedsgcgError: SITE-501 when the site's folder cannot be written.
+    """
+    rows, labels = np.ascontiguousarray(features, dtype=np.float32), np.asarray(classes, dtype=np.int64)
+    if rows.ndim != 2 or labels.shape != rows.shape[:1] or not 0 < rows.shape[1] <= MAX_FEATURES:
+        raise ValueError(f"features: found {rows.shape} with classes {labels.shape}, expected (N, A) and (N,)")
+    if not np.isfinite(rows).all():
+        raise ValueError("features: found values that are not finite, expected finite ones")
+    schema = _schema(rows.shape[1]).with_metadata(
+        {"kind": KIND, "schema_version": SCHEMA_VERSION, "site": site, "method": method}
+    )
+    columns = [pa.array(labels), pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])]
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+        partial.replace(path)
+    except OSError as error:
+        raise fail(
+            "SITE-501", where=str(path), found=str(error), expected="a site folder that can be written"
+        ) from error
+
+
+def read_feature_samples(path: Path) -> FeatureSamples:
+    """Read what `write_feature_samples` wrote.
+
+    Raises:
+        ValueError: Another kind, version or layout, or features that are not finite.
+        OSError: A file that cannot be read.
+        pa.ArrowException: A file that is no Arrow file.
+    """
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        _check(table, metadata)
+        width = table.schema.field("features").type.list_size
+        flat = table["features"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        features = np.array(flat, dtype=np.float32).reshape(-1, width)
+        classes = np.array(table["class"].to_numpy(), dtype=np.int64)
+    if not np.isfinite(features).all():
+        raise ValueError("feature samples: found values that are not finite")
+    return FeatureSamples(features, classes, metadata.get("site", ""), metadata.get("method", ""))
+
+
+def _schema(num_features: int) -> pa.Schema:
+    return pa.schema([pa.field("class", pa.int64()), pa.field("features", pa.list_(pa.float32(), num_features))])
+
+
+def _check(table: pa.Table, metadata: dict[str, str]) -> None:
+    if (metadata.get("kind"), metadata.get("schema_version")) != (KIND, SCHEMA_VERSION):
+        raise ValueError(f"feature samples: found kind {metadata.get('kind')!r}, expected {KIND} {SCHEMA_VERSION}")
+    width = getattr(table.schema.field("features").type, "list_size", 0) if "features" in table.column_names else 0
+    if not 0 < width <= MAX_FEATURES or not table.schema.remove_metadata().equals(_schema(width)):
+        raise ValueError(f"feature samples: found columns {table.column_names}, expected class and features")
+    if table.num_rows > MAX_PIXELS or any(column.null_count for column in table.columns):
+        raise ValueError(f"feature samples: found {table.num_rows} rows, expected complete ones")
