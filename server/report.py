@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
-from server.disk import Disk
+from server.disk import Disk, refusals
+from server.report_claims import claims_section, hospital_tables, main_claims
+from server.report_differences import CaseValues, Difference
+from server.report_features import similarity_section, tsne_section
 from server.report_figures import MARKERS, PALETTE
-from server.report_files import Reader, StudyFiles, read_study
+from server.report_files import StudyFiles, read_study
+from server.report_gallery import gallery
+from server.report_labels import FEDERATION_WORDS, Group, Label, figure_groups, label_colours, main_labels, main_pairs
+from server.report_overlays import Images
 from server.report_page import PAGE
 from server.report_panels import case_figures, overlay_blocks, shift_classes, shift_figures, training_figures
-from server.report_sections import Section, case_means, cell_rows, departure_rows, difference_tables, result_tables
-from server.report_tables import (
-    Difference,
-    Row,
-    distance_unit,
-    heldout_rows,
-    methods_of,
-    other_rows,
-    paired_differences,
-    summary_rows,
-)
+from server.report_papers import ablation_tables, layouts_of, paper_notes, paper_tables, seeds_note
+from server.report_published import published_for
+from server.report_reader import Reader
+from server.report_sections import Section, case_means, cell_rows, departure_rows, result_tables
+from server.report_studies import federation_section, sweep_sections, sweeps_of
+from server.report_tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 from server.report_text import (
     STATUS_WORDS,
     headline,
@@ -38,7 +41,7 @@ CASE_ROWS = 3000  # of the table of all cases; more would make the page heavy, a
 
 
 def make_report(study: Path) -> Path:
-    """Write `report.html` into a study folder from the files that are there.
+    """Write `report.html` into a study folder from the files that are there, and its figures into `figures/`.
 
     Pictures of patients are drawn only from sites whose folder lies on this machine.
 
@@ -52,21 +55,32 @@ def make_report(study: Path) -> Path:
         FedsgcgError: SRV-402 when the folder holds neither a study nor a run, SRV-401 when it cannot be written.
     """
     files, reader = read_study(study)
-    page = render(files, reader)
-    Disk().write(study / "report.html", page.encode())
+    content = contents(files, reader)
+    disk = Disk()
+    with refusals(study / "figures"):
+        disk.make_folder(study / "figures")
+    for name, data in gallery(content):
+        disk.write(study / "figures" / name, data)
+    disk.write(study / "report.html", render(content).encode())
     return study / "report.html"
 
 
-def render(study: StudyFiles, reader: Reader) -> str:
+def render(content: Mapping[str, Any]) -> str:
     """Return the page; the same files give the same bytes."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["show"] = show
+    return environment.from_string(PAGE).render(**content)
+
+
+def contents(study: StudyFiles, reader: Reader) -> dict[str, Any]:
+    """Return everything that the page shows, by the name that its template uses."""
     rows = heldout_rows(study.results)
-    cases = case_means(rows)
-    tables, figures = _tables(study, rows, cases, reader), _figures(study, cases, reader)
+    cases, labels = case_means(rows), study.labels
+    tables = _tables(study, rows, cases, reader)
+    figures = _figures(study, cases, reader, labels) | _questions(study, rows, labels)
     # Last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
-    return environment.from_string(PAGE).render(**_words(study), **tables, **figures, problems=problems)
+    return {**_words(study), **tables, **figures, "problems": problems}
 
 
 def _words(study: StudyFiles) -> dict[str, Any]:
@@ -87,23 +101,23 @@ def _words(study: StudyFiles) -> dict[str, Any]:
         "versions": study.tree.get("versions") if isinstance(study.tree.get("versions"), dict) else {},
         "folder": study.folder.resolve().name,
         "cells": cell_rows(study),
+        "alone": any(cell.trained_on for cell in study.cells),
         "palette": PALETTE,
         "markers": MARKERS,
+        "federation_words": FEDERATION_WORDS,
     }
 
 
 def _tables(study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader) -> dict[str, Any]:
-    """Results, differences, what left each hospital."""
-    summary, differences = summary_rows(rows), compared(rows)
+    """Results in all metrics, cases, what left each hospital."""
+    summary = summary_rows(rows)
     structures = _structures(study)
-    hospitals = len({cell.heldout for cell in study.cells if cell.heldout})
     left, parts = departure_rows(study, reader)
     return {
-        "headline": headline(summary, differences, structures[0] if structures else "", hospitals),
         "results": result_tables(summary, study, structures) if summary else [],
-        "notes": result_notes(summary, rows, hospitals),
+        "notes": result_notes(summary, rows, _hospitals(study)),
         "unit": distance_unit(rows),
-        "differences": difference_tables(differences),
+        "structures": structures,
         "others": summary_rows([{**row, "heldout": ""} for row in other_rows(study.results)]),
         "case_table": cases[:CASE_ROWS],
         "cases_in_all": len(cases),
@@ -112,24 +126,75 @@ def _tables(study: StudyFiles, rows: list[Row], cases: list[Section], reader: Re
     }
 
 
-def _figures(study: StudyFiles, cases: list[Section], reader: Reader) -> dict[str, Any]:
-    methods = methods_of([{"method": cell.method} for cell in study.cells])
-    training = training_figures(study.rounds, methods)
+def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) -> dict[str, Any]:
+    """The study's questions and their answers: papers' tables, ablation, claims, sweeps, federation."""
+    structures, colours = _structures(study), label_colours(labels)
+    values = CaseValues(rows)
+    claims: list[Difference] = main_claims(values, labels, structures) if rows else []
+    sites = sorted({cell.heldout for cell in study.cells if cell.heldout} | {site for _, site in values.places})
+    published = published_for(str(_data(study).get("name", "")), structures)
+    printed = CaseValues(rows, "pixel") if published else values
+    layouts = layouts_of(printed, structures, sites, published) if rows else []
+    sections = sweep_sections(sweeps_of(labels, study.settings), values, structures, colours) if rows else []
     return {
-        "methods": methods,
-        "case_panels": [(name, case_figures(cases, name, methods)) for name in _structures(study)] if cases else [],
-        "training": training,
-        "training_keys": {name: any(panel["marks"][name] for panel in training) for name in ("whole", "heldout")},
-        "shift": shift_figures(study.rounds, methods),
-        "shift_classes": shift_classes(study.rounds),
-        "overlays": overlay_blocks(study, reader, methods),
+        "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
+        "papers": paper_tables(layouts, labels, colours),
+        "paper_notes": paper_notes(published) if rows else [],
+        "paper_seeds": seeds_note(values, main_labels(labels)),
+        "ablation": ablation_tables(layouts, labels, colours),
+        "differences": claims_section(claims, structures) if claims else None,
+        "hospital_tables": hospital_tables(values, main_pairs(labels), structures) if len(values.places) > 1 else [],
+        "sweeps": sections,
+        "federation": federation_section(values, labels, structures, colours) if rows else None,
     }
 
 
-def compared(rows: list[Row]) -> list[Difference]:
-    """Compare every method with the first one (`source`, where it takes part) on the same cases."""
-    reference, *others = methods_of(rows) or [""]
-    return [difference for method in others for difference in paired_differences(rows, method, reference)]
+def _figures(study: StudyFiles, cases: list[Section], reader: Reader, labels: Mapping[str, Label]) -> dict[str, Any]:
+    groups, colours, images = figure_groups(labels), label_colours(labels), Images()
+    structures = _structures(study)
+
+    def case_parts(group: Group) -> list[Section]:
+        found = [(name, case_figures(cases, name, group.labels, colours)) for name in structures]
+        return [{"title": name if len(structures) > 1 else "", "panels": panels} for name, panels in found if panels]
+
+    def own_rounds(group: Group) -> list[Row]:
+        return [row for row in study.rounds if row["method"] in group.labels]
+
+    training = _blocks(groups, lambda group: _part(training_figures(own_rounds(group), group.labels, colours)))
+    marks = [panel["marks"] for block in training for part in block["parts"] for panel in part["panels"]]
+    return {
+        "methods": list(labels),
+        "colours": colours,
+        "most_shown": max((len(group.labels) for group in groups), default=0),
+        "case_panels": _blocks(groups, case_parts) if cases else [],
+        "training": training,
+        "training_keys": {name: any(mark[name] for mark in marks) for name in ("whole", "heldout")},
+        "shift": _blocks(groups, lambda group: _part(shift_figures(own_rounds(group), group.labels))),
+        "shift_classes": shift_classes(study.rounds),
+        "tsne": tsne_section(study, reader),
+        "likeness": similarity_section(study, reader),
+        "overlays": overlay_blocks(study, reader, groups, images),
+        "slices": images.markup,
+    }
+
+
+def _blocks(groups: Sequence[Group], draw: Callable[[Group], list[Section]]) -> list[Section]:
+    """One block of panels a group of labels, without groups that have nothing to draw."""
+    blocks = []
+    for group in groups:
+        parts = draw(group)
+        if parts:
+            head = {"title": group.title, "labels": group.labels, "left_out": group.left_out, "more": Markup("")}
+            blocks.append(head | {"parts": parts})
+    return blocks
+
+
+def _part(panels: list[Section]) -> list[Section]:
+    return [{"title": "", "panels": panels}] if panels else []
+
+
+def _hospitals(study: StudyFiles) -> int:
+    return len({cell.heldout for cell in study.cells if cell.heldout})
 
 
 def _structures(study: StudyFiles) -> list[str]:

@@ -11,12 +11,15 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -45,6 +48,7 @@ STYLE: Any = {
     "axes.linewidth": 0.8,
     "text.parse_math": False,  # names come from hospitals
 }
+PNG_DPI = 160
 RASTER_ABOVE = 2000  # points of one strip; more are drawn as pixels, or the page grows without end
 
 
@@ -58,6 +62,8 @@ class Drawing:
         alt: What it shows, in words.
         width: In CSS pixels.
         height: In CSS pixels.
+        svg: The light version, for a file.
+        png: The light version on white, in more pixels, for a file.
     """
 
     light: str
@@ -65,6 +71,8 @@ class Drawing:
     alt: str
     width: int
     height: int
+    svg: bytes
+    png: bytes
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,13 @@ def colour(index: int) -> str:
 
 
 @mpl.rc_context(STYLE)
-def case_panel(strips: Mapping[str, Mapping[str, float]], span: tuple[float, float], alt: str, label: str) -> Drawing:
+def case_panel(
+    strips: Mapping[str, Mapping[str, float]],
+    span: tuple[float, float],
+    alt: str,
+    label: str,
+    colours: Mapping[str, int] | None = None,
+) -> Drawing:
     """Draw one horizontal strip a method: every case a point, quartile box, median; cases joined across methods.
 
     Args:
@@ -98,14 +112,17 @@ def case_panel(strips: Mapping[str, Mapping[str, float]], span: tuple[float, flo
         span: Ends of the value axis, the same for all hospitals.
         alt: What it shows, in words.
         label: Name of the value axis.
+        colours: Colour of each method; its place where not given.
     """
     height = 56 + 44 * len(strips)
     left = 22 + 7.4 * max(map(len, strips))
-    figure, axes = _canvas(height, left=left, right=14, top=4, bottom=46)
+    figure, axes = canvas_of(height, left=left, right=14, top=4, bottom=46)
     places = {name: -position for position, name in enumerate(strips)}
     _join_cases(axes, list(strips.values()), list(places.values()))
     for position, (name, cases) in enumerate(strips.items()):
-        _strip(axes, np.array([cases[case] for case in sorted(cases)]), places[name], position)
+        _strip(
+            axes, np.array([cases[case] for case in sorted(cases)]), places[name], (colours or {}).get(name, position)
+        )
     axes.set_yticks(list(places.values()), list(places))
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(0.55 - len(strips), 0.5)
@@ -113,17 +130,17 @@ def case_panel(strips: Mapping[str, Mapping[str, float]], span: tuple[float, flo
     axes.set_xlabel(label, color=MUTED)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=RULE, linewidth=0.7)
-    return _drawing(figure, height, alt)
+    return finish(figure, height, alt)
 
 
 def _join_cases(axes: Axes, strips: Sequence[Mapping[str, float]], places: Sequence[float]) -> None:
-    for (first, below), (second, above) in zip(
-        zip(strips, places, strict=True), list(zip(strips, places, strict=True))[1:], strict=False
-    ):
+    lines = []
+    for (first, below), (second, above) in pairwise(zip(strips, places, strict=True)):
         shared = sorted(first.keys() & second.keys())
         if len(shared) <= 200:
-            for case in shared:
-                axes.plot([first[case], second[case]], [below, above], color=MUTED, alpha=0.28, linewidth=0.7, zorder=1)
+            lines += [[(first[case], below), (second[case], above)] for case in shared]
+    known = [line for line in lines if np.isfinite(line).all()]
+    axes.add_collection(LineCollection(known, colors=MUTED, alpha=0.28, linewidths=0.7, zorder=1))
 
 
 def _strip(axes: Axes, values: np.ndarray[Any, Any], place: float, index: int) -> None:
@@ -150,42 +167,41 @@ def _strip(axes: Axes, values: np.ndarray[Any, Any], place: float, index: int) -
 
 @mpl.rc_context(STYLE)
 def curve_panel(
-    upper: Sequence[Line],
-    lower: Sequence[Line],
-    labels: tuple[str, str],
-    spans: Sequence[tuple[float, float]],
-    alt: str,
+    parts: Sequence[Sequence[Line]], labels: Sequence[str], spans: Sequence[tuple[float, float]], alt: str
 ) -> Drawing:
-    """Draw two stacked axes over the same rounds, e.g. loss above Dice.
+    """Draw stacked axes over the same rounds, e.g. loss above Dice above ASD.
 
     Args:
-        upper: Lines of the upper axes.
-        lower: Lines of the lower axes.
-        labels: Names of the two value axes.
-        spans: Ends of the two value axes.
+        parts: Lines of each axes, from the top.
+        labels: Names of the value axes.
+        spans: Ends of the value axes.
         alt: What it shows, in words.
     """
-    height = 360
+    one, gap, foot = 146 if len(parts) < 3 else 122, 12, 44
+    height = foot + len(parts) * (one + gap)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
-    top = figure.add_axes((62 / WIDTH, 202 / height, (WIDTH - 76) / WIDTH, 146 / height))
-    bottom = figure.add_axes((62 / WIDTH, 44 / height, (WIDTH - 76) / WIDTH, 146 / height), sharex=top)
-    for axes, lines, label, span in ((top, upper, labels[0], spans[0]), (bottom, lower, labels[1], spans[1])):
-        _plain(axes)
+    shared: Axes | None = None
+    for place, (lines, label, span) in enumerate(zip(parts, labels, spans, strict=True)):
+        base = foot + (len(parts) - 1 - place) * (one + gap)
+        box = (62 / WIDTH, base / height, (WIDTH - 76) / WIDTH, one / height)
+        axes = figure.add_axes(box, sharex=shared)
+        shared = shared or axes
+        plain_axes(axes)
         _draw_lines(axes, lines)
         axes.set_ylabel(label, color=MUTED)
         axes.set_ylim(*span)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_label_coords(-46 / (WIDTH - 76), 0.5)
-    _round_axis(bottom)
-    top.tick_params(labelbottom=False)
-    return _drawing(figure, height, alt)
+        axes.tick_params(labelbottom=place == len(parts) - 1)
+    _round_axis(axes)
+    return finish(figure, height, alt)
 
 
 @mpl.rc_context(STYLE)
 def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> Drawing:
     """Draw the trace of the scatter between and within hospitals by round, on a logarithmic axis."""
     height = 250
-    figure, axes = _canvas(height, left=62, right=14, top=10, bottom=44)
+    figure, axes = canvas_of(height, left=62, right=14, top=10, bottom=44)
     _draw_lines(axes, lines)
     axes.set_yscale("log")
     axes.set_ylim(*span)
@@ -195,7 +211,7 @@ def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> D
     axes.set_ylabel("trace of covariance", color=MUTED)
     axes.yaxis.set_label_coords(-48 / (WIDTH - 76), 0.5)
     _round_axis(axes)
-    return _drawing(figure, height, alt)
+    return finish(figure, height, alt)
 
 
 def span_of(lines: Sequence[Line], *, floor: float | None = None, ceiling: float | None = None) -> tuple[float, float]:
@@ -238,16 +254,19 @@ def _round_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
-def _canvas(height: float, *, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
-    """Return a figure with one axes at fixed margins, so that panels side by side line up."""
-    figure = Figure(figsize=(WIDTH / 72, height / 72))
-    box = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
+def canvas_of(
+    height: float, *, left: float, right: float, top: float, bottom: float, width: float = WIDTH
+) -> tuple[Figure, Axes]:
+    """Return a figure with one axes at fixed margins (CSS pixels), so that panels side by side line up."""
+    figure = Figure(figsize=(width / 72, height / 72))
+    box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
     axes = figure.add_axes(box)
-    _plain(axes)
+    plain_axes(axes)
     return figure, axes
 
 
-def _plain(axes: Axes) -> None:
+def plain_axes(axes: Axes) -> None:
+    """Give axes the report's look: two thin spines, light grid lines across, muted labels."""
     axes.patch.set_alpha(0)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
@@ -257,20 +276,27 @@ def _plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _drawing(figure: Figure, height: int, alt: str) -> Drawing:
+def finish(figure: Figure, height: int, alt: str, width: int = WIDTH) -> Drawing:
+    """Turn a drawn figure into its light and dark version and its files."""
     figure.patch.set_alpha(0)
-    stream = io.StringIO()
+    stream, image = io.StringIO(), io.BytesIO()
     canvas: Any = FigureCanvasSVG(figure)
     canvas.print_svg(stream, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = _lean(stream.getvalue())
     dark = re.sub("|".join(DARK), lambda match: DARK[match.group()], text)
-    return Drawing(data_uri(text), data_uri(dark), alt, WIDTH, height)
+    figure.patch.set_alpha(1)
+    figure.patch.set_facecolor("white")
+    figure.set_dpi(PNG_DPI)
+    raster: Any = FigureCanvasAgg(figure)
+    raster.print_png(image, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return Drawing(data_uri(text), data_uri(dark), alt, width, height, text.encode(), image.getvalue())
 
 
 def _lean(svg: str) -> str:
-    """Drop what a browser does not need: prologue, metadata, comments, blank space."""
+    """Drop what a browser does not need: prologue, metadata, comments, blank space, digits below 1/100 pixel."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' d="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group()), svg)
     return re.sub(r">\s+<", "><", svg).strip()
 
 

@@ -6,24 +6,19 @@ Pictures and ledgers lie at the sites; they are read only where the site's folde
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
-
 from common.errors import CODES, Problem, fail
+from server.report_labels import Label, labels_of, read_label
+from server.report_reader import Reader, Tree
 from server.report_tables import Row, methods_of
 
-Tree = dict[str, Any]
-Key = tuple[str, str, int]
+Key = tuple[str, str, int, str]  # label, held-out hospital, seed, the one hospital that trained
 ALL_SITES = "all-sites"
 DONE = ("completed", "degraded")
 REASONS = 3  # problems of a run that the banner spells out
@@ -34,7 +29,7 @@ class Cell:
     """One federation of the study.
 
     Attributes:
-        method: Method.
+        method: Label of what is compared.
         heldout: Held-out hospital, "" for none.
         seed: Seed.
         folder: Where it lies, or would lie.
@@ -43,6 +38,7 @@ class Cell:
         model: What `model.json` says, {} if absent.
         outcome: What `outcome.json` says, {} if absent.
         seconds: Wall-clock time, NaN if unknown.
+        trained_on: The one hospital that trained, "" when all did.
     """
 
     method: str
@@ -54,16 +50,18 @@ class Cell:
     model: Tree
     outcome: Tree
     seconds: float
+    trained_on: str = ""
 
     @property
     def key(self) -> Key:
-        """Method, held-out hospital, seed."""
-        return self.method, self.heldout, self.seed
+        """Label, held-out hospital, seed, the one hospital that trained."""
+        return self.method, self.heldout, self.seed, self.trained_on
 
     @property
     def label(self) -> str:
-        """Method, held-out hospital and seed for a reader."""
-        return f"{self.method} · {self.heldout or 'no hospital'} held out · seed {self.seed}"
+        """Label, held-out hospital and seed for a reader."""
+        alone = f" · {self.trained_on} alone" if self.trained_on else ""
+        return f"{self.method} · {self.heldout or 'no hospital'} held out · seed {self.seed}{alone}"
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,19 @@ class StudyFiles:
 
     @property
     def settings(self) -> dict[str, Tree]:
-        """Resolved settings by method."""
+        """Resolved settings by label."""
         found = self.tree.get("settings", {})
         return (
             {str(name): tree for name, tree in found.items() if isinstance(tree, dict)}
             if isinstance(found, dict)
             else {}
         )
+
+    @property
+    def labels(self) -> dict[str, Label]:
+        """What is compared, by label, in order; told by the tables where they have the columns."""
+        told = {str(row["method"]): row for rows in (self.rounds, self.results) for row in rows}
+        return labels_of(told.get(cell.method, {"method": cell.method}) for cell in self.cells)
 
     @property
     def status(self) -> str:
@@ -107,93 +111,9 @@ class StudyFiles:
         return "degraded" if states <= set(DONE) else "incomplete"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One slice of one case, with truth and prediction.
-
-    Attributes:
-        case: Alias of the case.
-        dice: Dice of the case, mean over structures.
-        z: Slice number.
-        image: (H, W) uint8.
-        truth: (H, W) uint8, bit s set where structure s is true.
-        prediction: (H, W) uint8, likewise.
-        structures: Names of the bits.
-    """
-
-    case: str
-    dice: float
-    z: int
-    image: npt.NDArray[np.uint8]
-    truth: npt.NDArray[np.uint8]
-    prediction: npt.NDArray[np.uint8]
-    structures: tuple[str, ...]
-
-
-class Reader:
-    """Reads files and collects what could not be read."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.problems: list[Problem] = []
-
-    def tree(self, path: Path) -> Tree:
-        """Return a YAML or JSON mapping, {} if absent or damaged."""
-        try:
-            text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-            tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-        except (OSError, ValueError, yaml.YAMLError):
-            tree = None
-        if not isinstance(tree, dict):
-            self._damaged(path)
-            return {}
-        return tree
-
-    def rows(self, path: Path, columns: Sequence[str]) -> list[Row]:
-        """Return the rows of a Parquet file, [] if absent, damaged or without the columns."""
-        if not path.is_file():
-            return []
-        try:
-            table = pq.ParquetFile(path).read()
-        except (OSError, pa.ArrowException):
-            self._damaged(path)
-            return []
-        if missing := sorted(set(columns) - set(table.column_names)):
-            self._damaged(path, f"no column {', '.join(missing)}")
-            return []
-        return list(table.to_pylist())
-
-    def lines(self, path: Path) -> list[Tree]:
-        """Return the JSON objects of a file with one a line; a torn line (killed writer) is skipped."""
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        except OSError:
-            self._damaged(path)
-            return []
-        return list(_objects(text))
-
-    def pictures(self, path: Path) -> list[Picture]:
-        """Return the pictures that a site kept, [] if they are not on this machine."""
-        if not path.is_file():
-            return []
-        try:
-            with pa.memory_map(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
-            names = _structure_names(table.schema.metadata)
-            return [_picture(row, names) for row in table.to_pylist()]
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
-            self._damaged(path)
-            return []
-
-    def _damaged(self, path: Path, found: str = "a file that cannot be read") -> None:
-        where = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
-        problem = Problem("SRV-402", found=found, action="run the study again: it makes what is missing", where=where)
-        if problem not in self.problems:
-            self.problems.append(problem)
-
-
 RESULT_COLUMNS = ("method", "heldout", "seed", "site", "case", "structure", "dice", "asd", "assd", "hd95")
 ROUND_COLUMNS = ("method", "heldout", "seed", "round", "phase", "site", "cls", "metric", "value")
+CELL_NAME = re.compile(r"(-?\d+)(?:-(.+))?")  # <seed>[-<trained_on>]
 
 
 def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
@@ -228,14 +148,14 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
         for key, path in keyed.items()
     ]
     order = {name: place for place, name in enumerate(methods_of([{"method": cell.method} for cell in cells]))}
-    cells.sort(key=lambda cell: (order[cell.method], cell.heldout, cell.seed))
+    cells.sort(key=lambda cell: (order[cell.method], *cell.key[1:]))
     return StudyFiles(folder, tree, tuple(cells), results, rounds, tuple(reader.problems)), reader
 
 
 def cell_folder(study: Path, key: Key) -> Path:
     """Return where a cell of a study lies."""
-    method, heldout, seed = key
-    return study / method / (heldout or ALL_SITES) / str(seed)
+    method, heldout, seed, trained_on = key
+    return study / method / (heldout or ALL_SITES) / (f"{seed}-{trained_on}" if trained_on else str(seed))
 
 
 def reason_of(code: str) -> str:
@@ -250,7 +170,7 @@ def _cell_folders(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for path in sorted(folder.glob("*/*/*")):
-        if path.name.lstrip("-").isdigit() and any((path / mark).exists() for mark in marks):
+        if CELL_NAME.fullmatch(path.name) and any((path / mark).exists() for mark in marks):
             yield path
 
 
@@ -262,21 +182,31 @@ def _key_of(path: Path, folder: Path) -> Key:
         for entry in (*rows[:1], *events[:1], model):
             if {"method", "heldout", "seed"} <= set(entry) and isinstance(entry["method"], str):
                 return _key(entry)
-        return "run", "", 0
-    fold = path.parent.name
-    return path.parents[1].name, "" if fold == ALL_SITES else fold, int(path.name)
+        return "run", "", 0, ""
+    fold, name = path.parent.name, CELL_NAME.fullmatch(path.name)
+    seed, alone = name.groups() if name else ("0", None)
+    return path.parents[1].name, "" if fold == ALL_SITES else fold, int(seed), alone or ""
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
-    return str(entry["method"]), str(entry["heldout"]), int(entry["seed"])
+    return str(entry["method"]), str(entry["heldout"]), int(entry["seed"]), str(entry.get("trained_on") or "")
 
 
 def _wanted(tree: Tree) -> list[Key]:
-    """Cells that were asked for: every method with every fold and seed."""
+    """Cells that were asked for: every label with every fold and seed, and every training hospital where one trains."""
     axes = [tree.get(name, []) for name in ("methods", "heldout", "seeds")]
-    if not all(isinstance(axis, list) for axis in axes):
+    sites = tree.get("sites", [])
+    if not all(isinstance(axis, list) for axis in (*axes, sites)):
         return []
-    return [(str(method), str(heldout), int(seed)) for method, heldout, seed in product(*axes)]
+    return [
+        (str(method), str(heldout), int(seed), trained)
+        for method, heldout, seed in product(*axes)
+        for trained in (_alone(sites, str(heldout)) if read_label({"method": method}).federation == "local" else [""])
+    ]
+
+
+def _alone(sites: Sequence[Any], heldout: str) -> list[str]:
+    return [str(site) for site in sites if site != heldout]
 
 
 def _all_rows(reader: Reader, folder: Path, found: Mapping[Key, Path], name: str, columns: Sequence[str]) -> list[Row]:
@@ -296,7 +226,9 @@ def _cell(reader: Reader, key: Key, where: Path, *, found: bool, has_results: bo
     status = str(outcome.get("status") or next(ends, {}).get("status") or ("completed" if has_results else ""))
     if status not in {*DONE, "failed"}:
         status = "interrupted" if found else "missing"
-    return Cell(*key, where, status, _reason(outcome), model, outcome, _seconds(outcome, events))
+    method, heldout, seed, trained_on = key
+    reason, seconds = _reason(outcome), _seconds(outcome, events)
+    return Cell(method, heldout, seed, where, status, reason, model, outcome, seconds, trained_on)
 
 
 def _reason(outcome: Tree) -> str:
@@ -314,25 +246,3 @@ def _seconds(outcome: Tree, events: Sequence[Tree]) -> float:
         return float(outcome["seconds"])
     times = [float(event["time"]) for event in events if isinstance(event.get("time"), (int, float))]
     return max(times) - min(times) if times else float("nan")
-
-
-def _objects(text: str) -> Iterator[Tree]:
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
-
-
-def _structure_names(metadata: Mapping[bytes, bytes] | None) -> tuple[str, ...]:
-    return tuple(str(name) for name in json.loads((metadata or {}).get(b"structures", b"[]")))
-
-
-def _picture(row: Row, names: tuple[str, ...]) -> Picture:
-    shape = int(row["height"]), int(row["width"])
-    image, truth, prediction = (
-        np.frombuffer(row[name], np.uint8).reshape(shape) for name in ("image", "truth_mask", "prediction")
-    )
-    return Picture(str(row["case"]), float(row["dice"]), int(row["z"]), image, truth, prediction, names)

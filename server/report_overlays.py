@@ -1,14 +1,15 @@
 """Overlays: one slice of a case with the contours of truth (solid) and prediction (dashed), as inline SVG.
 
-They show patients, so they are drawn only from pictures that already lie on this machine. The slice is a small JPEG,
-the contours are vectors; the lines differ in dash and colour, so that they can be told apart without colour.
+They show patients, so they are drawn only from pictures that already lie on this machine. The slice is a small JPEG
+that stands in the page once, the contours are vectors. Truth is red and predictions green and blue, as in the papers;
+the lines differ in dash too, so that they can be told apart without colour.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,20 +17,47 @@ from contourpy import contour_generator
 from markupsafe import Markup
 from PIL import Image
 
-from server.report_files import Picture
-from server.report_tables import Interval
+from server.intervals import Interval
+from server.report_reader import Picture
 
 Box = tuple[int, int, int, int]
+PREDICTIONS = 4  # colours of structures
 SIDE = 320  # pixels of the drawn picture: enough for the widest place on the page
 
 
-def choose_cases(pictures: Sequence[Picture]) -> list[tuple[str, str]]:
-    """Return (rank, case) of the worst, the median and the best case by Dice; fewer where there are fewer cases."""
-    dice: dict[str, float] = {}
-    for picture in pictures:
-        if np.isfinite(picture.dice):
-            dice.setdefault(picture.case, picture.dice)
-    ordered = sorted(dice, key=lambda case: (dice[case], case))
+class Images:
+    """Slices that overlays refer to: every method draws its contours on the same picture."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, str]] = {}
+
+    def add(self, uri: str, width: str, height: str) -> str:
+        """Keep a picture and return its name on the page."""
+        markup = f'<image id="{{}}" href="{uri}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        name = f"slice-{len(self._found)}"
+        return self._found.setdefault(markup, (name, markup.format(name)))[0]
+
+    @property
+    def markup(self) -> Markup:
+        """All pictures, to stand once in the page."""
+        return Markup("".join(text for _, text in self._found.values()))  # noqa: S704 - made here, base64
+
+
+def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, str]]:
+    """Return (rank, case) of the worst, the median and the best case; fewer where there are fewer cases.
+
+    Args:
+        pictures: Pictures of each method. Cases are ranked by the mean of their Dice over the methods that have all of
+            it; a case that some method lacks is taken only where no case is complete.
+    """
+    dice: dict[str, dict[str, float]] = {}
+    for name, found in pictures.items():
+        for picture in found:
+            if np.isfinite(picture.dice):
+                dice.setdefault(picture.case, {}).setdefault(name, picture.dice)
+    most = max((len(values) for values in dice.values()), default=0)
+    mean = {case: sum(values.values()) / most for case, values in dice.items() if len(values) == most}
+    ordered = sorted(mean, key=lambda case: (mean[case], case))
     places = {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1} if ordered else {}
     chosen: dict[str, str] = {}
     for rank in ("worst", "best", "median"):
@@ -64,31 +92,33 @@ def _range(centre: int, side: int, length: int) -> tuple[int, int]:
     return start, start + side
 
 
-def overlay(picture: Picture, box: Box, label: str) -> Markup:
+def overlay(picture: Picture, box: Box, label: str, images: Images) -> Markup:
     """Draw a picture, cropped to `box`, with every structure's contours.
 
     Args:
         picture: Slice, truth and prediction.
         box: Part of the slice to show (`crop_box`).
         label: What a reader who cannot see it is told; plain text, escaped here.
+        images: Where the slice itself is kept.
     """
     top, bottom, left, right = box
     height, width = bottom - top, right - left
     scale = SIDE / max(height, width)
+    size = f"{width * scale:.0f}", f"{height * scale:.0f}"
     lines = []
     for bit in range(max(1, len(picture.structures))):
-        for masks, name in ((picture.truth, "truth"), (picture.prediction, "prediction")):
+        for masks, name in ((picture.truth, "truth"), (picture.prediction, f"prediction p{bit % PREDICTIONS}")):
             path = contour_path(((masks[top:bottom, left:right] >> bit) & 1).astype(bool), scale)
             if path:
                 lines.append(f'<path class="halo" d="{path}"/><path class="{name}" d="{path}"/>')
     return Markup(
         '<svg class="overlay" role="img" aria-label="{label}" viewBox="0 0 {width} {height}">'
-        '<image href="{image}" width="{width}" height="{height}" preserveAspectRatio="none"/>{lines}</svg>'
+        '<use href="#{image}"/>{lines}</svg>'
     ).format(
         label=label,
-        width=f"{width * scale:.0f}",
-        height=f"{height * scale:.0f}",
-        image=Markup(_jpeg(picture.image[top:bottom, left:right], scale)),  # noqa: S704 - made here, base64
+        width=size[0],
+        height=size[1],
+        image=images.add(_jpeg(picture.image[top:bottom, left:right], scale), *size),
         lines=Markup("".join(lines)),  # noqa: S704 - made here, numbers only
     )
 

@@ -3,6 +3,8 @@
 No script, no font, no address of elsewhere; the content policy forbids them. Every value is escaped by the environment.
 """
 
+from server.report_page_figures import FIGURES
+from server.report_page_results import CLAIM_MACROS, RESULTS
 from server.report_style import STYLE
 
 MACROS = """
@@ -30,26 +32,9 @@ MACROS = """
 <img src="{{ d.light }}" alt="{{ d.alt }}" width="{{ d.width }}" height="{{ d.height }}"></picture>
 {% endmacro %}
 {% macro panel_class(number) %}panels{{ " single" if number == 1 else " pairs" if number in (2, 4) else "" }}{% endmacro %}
-{% macro difference_table(metrics) %}
-<table class="stacked" role="table"><caption>Mean paired difference with bootstrap 95 % interval over cases.</caption>
-<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Hospital</th><th scope="col" role="columnheader">Difference</th>
-<th scope="col" role="columnheader">95 % interval</th><th scope="col" role="columnheader">Around zero</th>
-<th scope="col" role="columnheader">Cases</th><th scope="col" role="columnheader">Each seed</th>
-<th scope="col" role="columnheader">In words</th></tr></thead>
-{% for title, rows in metrics %}
-<tbody role="rowgroup"><tr class="group" role="row"><th scope="rowgroup" role="rowheader" colspan="7">{{ title }}</th></tr>
-{% for row in rows %}
-<tr role="row"><th scope="row" role="rowheader">{{ row.site }}</th>
-<td role="cell" data-label="Difference"><div class="value">{{ row.mean }}</div></td>
-<td role="cell" data-label="95 % interval"><div class="value">{{ row.interval }}</div></td>
-<td role="cell" data-label="Around zero"><div>{{ row.bar }}</div></td>
-<td role="cell" data-label="Cases"><div>{{ row.cases }}</div></td>
-<td role="cell" data-label="Each seed" class="seeds"><div>{{ row.seeds }}</div></td>
-<td role="cell" data-label="In words"><div>{% if row.excludes %}<b>{{ row.sentence }}</b>{% else %}{{ row.sentence }}{% endif %}</div></td></tr>
-{% endfor %}</tbody>
-{% endfor %}</table>
-{% endmacro %}
-{% macro method_key() %}{% for method in methods %}<li>{{ swatch(loop.index0) }}{{ method }}</li>{% endfor %}{% endmacro %}
+{% macro contour(name, dash) %}
+<svg class="swatch overlay-key" aria-hidden="true" viewBox="0 0 30 14"><line class="{{ name }}" x1="3" y1="7" x2="27" y2="7" stroke-width="2.4" stroke-dasharray="{{ dash }}"/></svg>
+{%- endmacro %}
 """  # noqa: E501 - markup
 
 HEAD = """
@@ -70,10 +55,14 @@ HEAD = """
 </ul>{% endif %}
 </div>
 <nav aria-label="Contents"><a href="#protocol">Protocol</a><a href="#results">Results</a>
+{% if ablation %}<a href="#ablation">Ablation</a>{% endif %}
 {% if differences %}<a href="#differences">Differences</a>{% endif %}
+{% for sweep in sweeps %}<a href="#sweep-{{ loop.index }}">{{ sweep.name }}</a>{% endfor %}
+{% if federation %}<a href="#federation">Federation</a>{% endif %}
 {% if case_panels %}<a href="#cases">Every case</a>{% endif %}
-{% if training %}<a href="#training">Training</a>{% endif %}
+{% if training %}<a href="#training">Convergence</a>{% endif %}
 {% if shift %}<a href="#shift">Shift between hospitals</a>{% endif %}
+{% if tsne.rows is defined or likeness.panels %}<a href="#features">Features</a>{% endif %}
 <a href="#overlays">Overlays</a><a href="#left">What left each hospital</a><a href="#appendix">Appendix</a></nav>
 </header>
 <section aria-labelledby="protocol">
@@ -81,138 +70,6 @@ HEAD = """
 <dl class="protocol">
 {% for topic, lines in protocol %}<div><dt>{{ topic }}</dt>{% for line in lines %}<dd>{{ line }}</dd>{% endfor %}</div>
 {% endfor %}</dl>
-</section>
-"""  # noqa: E501 - markup
-
-RESULTS = """
-<section aria-labelledby="results">
-<h2 id="results">Results</h2>
-{% if not results %}<p class="about">No result yet.</p>{% endif %}
-{% for table in results %}
-{% if results|length > 1 %}<h3>{{ table.structure }}</h3>{% endif %}
-<div class="wide"><table class="stacked{{ " dense" if table.dense }}" role="table">
-<caption>{{ table.structure }}: mean ± standard deviation; below it the bootstrap 95 % interval. A case is first averaged over
-seeds, then cases are drawn anew within each hospital (2000 times). The standard deviation is over cases, in the average
-column over hospitals. “best” marks the best mean of a column; whether it is a proven difference is told below.</caption>
-<thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Method</th>
-{% for column in table.columns %}
-<th scope="col" role="columnheader">{{ column.title }}<small>{{ column.detail }}</small></th>
-{% endfor %}</tr></thead>
-{% for metric in table.metrics %}
-<tbody role="rowgroup">
-<tr class="group" role="row"><th scope="rowgroup" role="rowheader" colspan="{{ table.columns|length + 1 }}">{{ metric.title }}
-<small>{{ metric.meaning }}</small></th></tr>
-{% for row in metric.rows %}
-<tr role="row"><th scope="row" role="rowheader"><span class="swatched">{{ swatch(row.index, false) }}{{ row.method }}</span></th>
-{% for cell in row.cells %}
-{% if cell.missing is defined %}<td role="cell" class="missing" data-label="{{ table.columns[loop.index0].title }}"><div>missing</div></td>
-{% else %}<td role="cell"{% if cell.best %} class="best"{% endif %} data-label="{{ table.columns[loop.index0].title }}"><div>
-<span class="value">{{ cell.value }}{% if cell.sd and not table.dense %} {{ cell.sd }}{% endif %}</span>
-{% if cell.best %}<span class="tag">best</span>{% endif %}
-{% if cell.sd and table.dense %}<small>{{ cell.sd }}</small>{% endif %}
-{% if cell.interval != "–" %}<small>{{ cell.interval }}</small>{% endif %}{% for note in cell.notes %}<small>{{ note }}</small>{% endfor %}</div></td>
-{% endif %}
-{% endfor %}</tr>
-{% endfor %}</tbody>
-{% endfor %}
-</table></div>
-{% endfor %}
-{% if notes %}<ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
-{% if others %}
-<h3>Other evaluations</h3>
-<div class="wide" tabindex="0"><table><caption>Observers, and validation cases of runs that held no hospital out; means over runs. They
-take no part in the numbers above.</caption>
-<thead><tr><th scope="col">Method</th><th scope="col">Site</th><th scope="col">Structure</th><th scope="col">Dice</th>
-<th scope="col">95 % interval</th><th scope="col">Cases</th></tr></thead><tbody>
-{% for row in others %}<tr><th scope="row">{{ row.method }}</th><td>{{ row.site }}</td><td>{{ row.structure }}</td>
-<td>{{ row.dice_mean|show(3) }}</td><td>{{ row.dice_low|show(3) }} to {{ row.dice_high|show(3) }}</td><td>{{ row.cases }}</td></tr>
-{% endfor %}</tbody></table></div>
-{% endif %}
-</section>
-{% if differences %}
-<section aria-labelledby="differences">
-<h2 id="differences">Differences between methods</h2>
-<p class="about">Both methods judged the same cases with the same seeds; a case counts where both have a value. The bar shows the
-interval around zero. Several differences are looked at, without correction for their number: Dice on average over the hospitals is
-the main one.</p>
-{% for table in differences %}
-<h3>{{ table.method }} minus {{ table.reference }}, {{ table.structure }}</h3>
-{{ difference_table((table.metrics|list)[:1]) }}
-<details><summary>Surface distances (negative: {{ table.method }} is closer)</summary>{{ difference_table((table.metrics|list)[1:]) }}</details>
-{% endfor %}
-</section>
-{% endif %}
-"""  # noqa: E501 - markup
-
-FIGURES = """
-{% if case_panels %}
-<section aria-labelledby="cases">
-<h2 id="cases">Every case</h2>
-<p class="about">A point is one case of the held-out hospital, averaged over seeds. The box spans the middle half of the cases, the thick
-bar is the median, thin lines join the same case.</p>
-<ul class="key">{{ method_key() }}</ul>
-{% for structure, panels in case_panels %}
-{% if case_panels|length > 1 %}<h3>{{ structure }}</h3>{% endif %}
-<div class="{{ panel_class(panels|length) }}">
-{% for panel in panels %}<figure><figcaption><b>{{ panel.title }}</b> · {{ panel.detail }}</figcaption>{{ drawing(panel.drawing) }}</figure>
-{% endfor %}</div>
-{% endfor %}
-</section>
-{% endif %}
-{% if training %}
-<section aria-labelledby="training">
-<h2 id="training">Training, round by round</h2>
-<p class="about">Mean over the training hospitals (each counts the same) and over seeds; the band reaches from the lowest to the highest
-seed. The supervised part of the loss is comparable between methods. Validation Dice is measured by the training hospitals on their own
-validation cases, slice by slice, and belongs to the model of that round.</p>
-<ul class="key">{{ method_key() }}{% if training_keys.whole %}<li>{{ sample("6 3", 1.4) }}whole loss, where it has a second part</li>{% endif %}
-{% if training_keys.heldout %}<li>{{ sample("1.5 3", 1.6) }}held-out Dice, followed only (it chooses nothing)</li>{% endif %}</ul>
-<div class="{{ panel_class(training|length) }}">
-{% for panel in training %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>
-{% endfor %}</div>
-</section>
-{% endif %}
-{% if shift %}
-<section aria-labelledby="shift">
-<h2 id="shift">Shift between hospitals, class by class</h2>
-<p class="about">The pooled covariance of the features of a class splits exactly into a part between the hospitals' means and a part within
-hospitals. The trace of the part between is the shift between the training hospitals that the network still sees. Both can shrink together
-when all features shrink, so the share matters more than the height.</p>
-<ul class="key">{% for name in shift_classes %}<li>{{ swatch(loop.index0) }}{{ name }}</li>{% endfor %}
-<li>{{ sample("") }}between hospitals</li><li>{{ sample("6 3", 1.4) }}within hospitals</li></ul>
-<div class="{{ panel_class(shift|length) }}">
-{% for panel in shift %}<figure><figcaption><b>{{ panel.title }}</b>{% if panel.detail %} · {{ panel.detail }}{% endif %}</figcaption>
-{{ drawing(panel.drawing) }}
-{% if panel.shares %}<p class="shares">Share between hospitals at the end:
-{% for entry in panel.shares %}{{ entry.name }} {{ entry.share }}{{ "" if loop.last else ", " }}{% endfor %}</p>{% endif %}
-</figure>
-{% endfor %}</div>
-</section>
-{% endif %}
-<section aria-labelledby="overlays">
-<h2 id="overlays">Worst, median and best case</h2>
-{% if overlays %}
-<p class="about">These are the hospitals' own images: patients, unless the data are synthetic. They are here because the hospitals' own folders lie on the machine that made this page; treat
-the page as you treat the images. Shown is the slice with the largest true area, cropped around the structure; the Dice is that of the whole
-case, mean over structures. Cases are named by alias.</p>
-<ul class="key"><li><svg class="swatch overlay-key" aria-hidden="true" viewBox="0 0 30 14"><line x1="3" y1="7" x2="27" y2="7" stroke="#f0e442"
- stroke-width="2"/></svg>truth, solid</li><li><svg class="swatch overlay-key" aria-hidden="true" viewBox="0 0 30 14"><line x1="3" y1="7" x2="27"
- y2="7" stroke="#56b4e9" stroke-width="2.4" stroke-dasharray="6 4"/></svg>prediction, dashed</li></ul>
-{% for block in overlays %}
-<h3>{{ block.site }} <small class="aside">ranked by the Dice of {{ block.chosen_by }}, seed {{ block.seed }}</small></h3>
-<div class="cases{{ " across" if methods|length > 2 }}" style="--methods: {{ [methods|length, 5]|min }}">
-{% for case in block.cases %}
-<div class="case"><h4>{{ case.rank|capitalize }}<small>case {{ case.case }}, slice {{ case.z }}</small></h4><div class="images">
-{% for image in case.images %}<figure>
-{% if image.drawing %}{{ image.drawing }}{% else %}<div class="absent">no picture of {{ image.method }} here</div>{% endif %}
-<figcaption>{{ swatch(image.index, false) }}{{ image.method }}{% if image.dice %} · Dice {{ image.dice }}{% endif %}</figcaption></figure>
-{% endfor %}</div></div>
-{% endfor %}</div>
-{% endfor %}
-{% else %}
-<p class="about">No overlay: pictures of patients stay at their hospital, and no hospital's folder lies on the machine that made this
-page.</p>
-{% endif %}
 </section>
 """  # noqa: E501 - markup
 
@@ -241,13 +98,14 @@ was started twice counts twice.</caption>
 <h3>Make this again</h3>
 <pre>{% if command %}{{ command }}
 {% endif %}fedsgcg report {{ folder }}</pre>
-<p class="about">The first line goes on with what is missing in its run folder; the second makes this page again from the files.</p>
+<p class="about">The first line goes on with what is missing in its run folder; the second makes this page again from the files. Every
+figure of this page is also in <code>figures/</code> beside it, as SVG and PNG.</p>
 <details{% if status != "completed" %} open{% endif %}><summary>Runs ({{ cells|length }})</summary>
 <div class="wide" tabindex="0"><table><caption>Every run of the study. The hash is the SHA-256 of the chosen model's names, shapes
 and values.</caption>
-<thead><tr><th scope="col">Method</th><th scope="col">Held out</th><th scope="col">Seed</th><th scope="col">Status</th><th scope="col">Time</th>
+<thead><tr><th scope="col">Method</th><th scope="col">Held out</th>{% if alone %}<th scope="col">Trained alone</th>{% endif %}<th scope="col">Seed</th><th scope="col">Status</th><th scope="col">Time</th>
 <th scope="col">Chosen round</th><th scope="col">Model hash</th></tr></thead><tbody>
-{% for row in cells %}<tr><th scope="row">{{ row.cell.method }}</th><td>{{ row.cell.heldout or "none" }}</td><td>{{ row.cell.seed }}</td>
+{% for row in cells %}<tr><th scope="row">{{ row.cell.method }}</th><td>{{ row.cell.heldout or "none" }}</td>{% if alone %}<td>{{ row.cell.trained_on or "–" }}</td>{% endif %}<td>{{ row.cell.seed }}</td>
 <td class="status-{{ row.cell.status }}">{{ row.cell.status }}{% if row.cell.reason %}<small>{{ row.cell.reason }}</small>{% endif %}</td>
 <td class="value">{{ row.time }}</td><td>{{ row.round }}</td><td class="hash"><code>{{ row.digest }}</code></td></tr>
 {% endfor %}</tbody></table></div></details>
@@ -280,7 +138,7 @@ mask is empty.{% if case_table|length < cases_in_all %} The first {{ case_table|
 </section>
 """  # noqa: E501 - markup
 
-PAGE = f"""{MACROS}<!doctype html>
+PAGE = f"""{MACROS}{CLAIM_MACROS}<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

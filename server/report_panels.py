@@ -12,19 +12,23 @@ from markupsafe import Markup
 
 from server.report_cases import count_of
 from server.report_figures import Line, case_panel, curve_panel, log_span_of, shift_panel, span_of
-from server.report_files import DONE, Cell, Picture, Reader, StudyFiles
-from server.report_overlays import choose_cases, crop_box, overlay
+from server.report_files import DONE, Cell, StudyFiles
+from server.report_labels import Group
+from server.report_overlays import Images, choose_cases, crop_box, overlay
+from server.report_reader import Picture, Reader
 from server.report_rounds import Curve, curves
 from server.report_tables import Row
-from server.report_text import focus_method, show
+from server.report_text import show
 
 Section = dict[str, Any]
 Curves = Mapping[tuple[str, str, str], Curve]
 
 
-def case_figures(cases: Sequence[Section], structure: str, methods: Sequence[str]) -> list[Section]:
+def case_figures(
+    cases: Sequence[Section], structure: str, methods: Sequence[str], colours: Mapping[str, int] | None = None
+) -> list[Section]:
     """One strip plot a hospital: Dice of every case with every method."""
-    chosen = [case for case in cases if case["structure"] == structure]
+    chosen = [case for case in cases if case["structure"] == structure and case["method"] in methods]
     values = [case["dice"] for case in chosen if math.isfinite(case["dice"])]
     low = max(0.0, math.floor((min(values, default=0.0) - 0.02) * 20) / 20)
     panels = []
@@ -33,28 +37,41 @@ def case_figures(cases: Sequence[Section], structure: str, methods: Sequence[str
         for case in chosen:
             if case["site"] == site:
                 strips[case["method"]][case["case"]] = case["dice"]
-        middles = [f"{name} median {show(float(np.nanmedian(list(s.values()))), 3)}" for name, s in strips.items() if s]
+        middles = [f"{name} median {show(_median(s), 3)}" for name, s in strips.items() if s]
         alt = f"Dice of {structure} for every case at {site}: {', '.join(middles)}."
-        drawing = case_panel(strips, (low, 1.003), alt, "Dice of a case, mean over seeds")
+        drawing = case_panel(strips, (low, 1.003), alt, "Dice of a case, mean over seeds", colours)
         panels.append({"title": site, "detail": count_of(max(map(len, strips.values())), "case"), "drawing": drawing})
     return panels
 
 
-def training_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
-    """One panel a fold: supervised loss above source-validation Dice, by round."""
-    supervised = curves(rows, "loss_supervised") or curves(rows, "loss")
-    total, validation = curves(rows, "loss"), curves(rows, "validation_dice")
-    heldout = curves([row for row in rows if row["site"] == row["heldout"]], "heldout_dice")
-    folds = sorted({key[0] for found in (supervised, validation) for key in found})
-    upper = {fold: _lines(supervised, fold, methods) + _companions(total, supervised, fold, methods) for fold in folds}
-    lower = {
-        fold: _lines(validation, fold, methods) + _lines(heldout, fold, methods, dash=":", strong=False)
-        for fold in folds
-    }
-    spans = (
-        span_of([line for lines in upper.values() for line in lines], floor=0.0),
-        span_of([line for lines in lower.values() for line in lines], floor=0.0, ceiling=1.0),
-    )
+def _median(strip: Mapping[str, float]) -> float:
+    known = [value for value in strip.values() if math.isfinite(value)]
+    return float(np.median(known)) if known else math.nan
+
+
+def training_figures(
+    rows: Sequence[Row], methods: Sequence[str], colours: Mapping[str, int] | None = None
+) -> list[Section]:
+    """One panel a fold: supervised loss above source-validation Dice, above held-out ASD where it was followed."""
+    painted = dict(colours or {name: place for place, name in enumerate(methods)})
+    found = {name: curves(rows, name) for name in ("loss_supervised", "loss", "validation_dice")}
+    judged = [row for row in rows if row["site"] == row["heldout"]]
+    heldout, distance = curves(judged, "heldout_dice"), curves(judged, "heldout_asd")
+    supervised, validation = found["loss_supervised"] or found["loss"], found["validation_dice"]
+    chosen = {name: painted[name] for name in methods}
+    folds = sorted({key[0] for part in (supervised, validation) for key in part if key[1] in chosen})
+    upper = {f: _lines(supervised, f, chosen) + _companions(found["loss"], supervised, f, chosen) for f in folds}
+    dash: dict[str, Any] = {"dash": ":", "strong": False}
+    lower = {fold: _lines(validation, fold, chosen) + _lines(heldout, fold, chosen, **dash) for fold in folds}
+    third = {fold: _lines(distance, fold, chosen, **dash) for fold in folds}
+    parts = [upper, lower, *([third] if any(third.values()) else [])]
+    labels = ["supervised loss", "Dice" if any(_lines(heldout, f, chosen) for f in folds) else "validation Dice"]
+    labels += ["held-out ASD"] if len(parts) > 2 else []
+    ceilings = (None, 1.0, None)
+    spans = [
+        span_of([line for lines in part.values() for line in lines], floor=0.0, ceiling=ceiling)
+        for part, ceiling in zip(parts, ceilings, strict=False)
+    ]
     panels = []
     for fold in folds:
         title = f"{fold} held out" if fold else "no hospital held out"
@@ -64,10 +81,10 @@ def training_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Sectio
             if (fold, method, "") in supervised
         ]
         alt = f"Supervised loss and source-validation Dice by round, {title}: {'; '.join(ends)}."
-        drawing = curve_panel(upper[fold], lower[fold], ("supervised loss", "validation Dice"), spans, alt)
+        drawing = curve_panel([part[fold] for part in parts], labels, spans, alt)
         marks = {
             "whole": any(line.dash == "--" for line in upper[fold]),
-            "heldout": any(line.dash == ":" for line in lower[fold]),
+            "heldout": any(line.dash == ":" for line in (*lower[fold], *third[fold])),
         }
         panels.append({"title": title, "detail": "", "drawing": drawing, "marks": marks})
     return panels
@@ -78,22 +95,22 @@ def _end(found: Curves, fold: str, method: str) -> str:
     return show(float(curve.mean[-1]), 3) if curve else "–"
 
 
-def _lines(found: Curves, fold: str, methods: Sequence[str], *, dash: str = "-", strong: bool = True) -> list[Line]:
+def _lines(found: Curves, fold: str, colours: Mapping[str, int], *, dash: str = "-", strong: bool = True) -> list[Line]:
     return [
         Line(found[fold, method, ""], index, dash, strong)
-        for index, method in enumerate(methods)
+        for method, index in colours.items()
         if (fold, method, "") in found
     ]
 
 
-def _companions(total: Curves, supervised: Curves, fold: str, methods: Sequence[str]) -> list[Line]:
+def _companions(total: Curves, supervised: Curves, fold: str, colours: Mapping[str, int]) -> list[Line]:
     """The whole loss, where it holds more than the supervised part."""
-    lines = _lines(total, fold, methods, dash="--", strong=False)
     kept = []
-    for line in lines:
-        part = supervised.get((fold, methods[line.colour], ""))
-        same = part is not None and part.mean.shape == line.curve.mean.shape and np.allclose(part.mean, line.curve.mean)
-        kept += [] if same else [line]
+    for method, index in colours.items():
+        for line in _lines(total, fold, {method: index}, dash="--", strong=False):
+            part = supervised.get((fold, method, ""))
+            alike = part is not None and part.mean.shape == line.curve.mean.shape
+            kept += [] if alike and part is not None and np.allclose(part.mean, line.curve.mean) else [line]
     return kept
 
 
@@ -102,7 +119,8 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
     between, within = curves(rows, "between_site_trace"), curves(rows, "within_site_trace")
     classes = shift_classes(rows)
     panels: list[Section] = []
-    for fold, method in sorted({key[:2] for key in between}, key=lambda key: (key[0], methods.index(key[1]))):
+    wanted = {key[:2] for key in between if key[1] in methods}
+    for fold, method in sorted(wanted, key=lambda key: (key[0], methods.index(key[1]))):
         lines, shares = [], []
         for index, name in enumerate(classes):
             key = fold, method, name
@@ -133,39 +151,57 @@ def shift_classes(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["cls"] for row in rows if row["metric"] == "between_site_trace" and row["cls"]))
 
 
-def overlay_blocks(study: StudyFiles, reader: Reader, methods: Sequence[str]) -> list[Section]:
-    """One block a hospital: worst, median and best case of the main method, the same slice with every method."""
-    focus, blocks = focus_method(methods), []
+MOST_OVERLAYS = 12  # labels of one case
+
+
+def overlay_blocks(study: StudyFiles, reader: Reader, groups: Sequence[Group], images: Images) -> list[Section]:
+    """One block a hospital: worst, median and best case by the mean over labels, the same slice with every label."""
+    wanted = [name for group in groups for name in group.labels][:MOST_OVERLAYS]
+    blocks = []
     for fold in sorted({cell.heldout for cell in study.cells}):
-        ready = [cell for cell in study.cells if cell.heldout == fold and cell.status in DONE]
+        ready = [cell for cell in study.cells if cell.heldout == fold and cell.status in DONE and cell.method in wanted]
         for site in sorted({path.parent.name for cell in ready for path in cell.folder.glob("sites/*/pictures.arrow")}):
-            cells = sorted(
-                (c for c in ready if _picture_path(c, site).is_file()), key=lambda c: (c.method != focus, c.seed)
-            )
-            shown = [cell for cell in cells if cell.seed == cells[0].seed]
+            shown = _one_seed([cell for cell in ready if _picture_path(cell, site).is_file()])
             pictures = {cell.method: reader.pictures(_picture_path(cell, site)) for cell in shown}
-            block = _overlay_block(pictures, methods, cells[0].method)
-            if block:
-                blocks.append({"site": site, "seed": cells[0].seed, "chosen_by": cells[0].method, "cases": block})
+            cases = _overlay_cases(pictures, groups, images)
+            if cases:
+                alone = sorted({f"{cell.method}: the model of {cell.trained_on}" for cell in shown if cell.trained_on})
+                blocks.append({"site": site, "seed": shown[0].seed, "cases": cases, "alone": alone})
     return blocks
+
+
+def _one_seed(cells: Sequence[Cell]) -> list[Cell]:
+    """One cell a label, all of the seed that most labels have; of hospitals that trained alone, the first."""
+    by_seed: dict[int, dict[str, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.key):
+        by_seed.setdefault(cell.seed, {}).setdefault(cell.method, cell)
+    return list(by_seed[min(by_seed, key=lambda seed: (-len(by_seed[seed]), seed))].values())
 
 
 def _picture_path(cell: Cell, site: str) -> Path:
     return cell.folder / "sites" / site / "pictures.arrow"
 
 
-def _overlay_block(pictures: Mapping[str, Sequence[Picture]], methods: Sequence[str], chosen_by: str) -> list[Section]:
+def _overlay_cases(pictures: Mapping[str, Sequence[Picture]], groups: Sequence[Group], images: Images) -> list[Section]:
     cases = []
-    for rank, case in choose_cases(pictures[chosen_by]):
+    for rank, case in choose_cases(pictures):
         versions = {name: next((p for p in found if p.case == case), None) for name, found in pictures.items()}
         present = [picture for picture in versions.values() if picture is not None]
         box = crop_box(present)
-        images = []
-        for method in methods:
-            picture = versions.get(method)
-            label = f"{rank} case {case}, {method}: contours of truth (solid) and prediction (dashed)"
-            drawing = overlay(picture, box, label) if picture is not None else Markup("")
-            dice = show(picture.dice, 3) if picture is not None else ""
-            images.append({"method": method, "drawing": drawing, "dice": dice, "index": methods.index(method)})
-        cases.append({"rank": rank, "case": case, "z": present[0].z, "images": images})
+        rows = []
+        for group in groups:
+            drawn = [_overlay_image(name, versions.get(name), box, (rank, case), images) for name in group.labels]
+            rows.append({"title": group.title, "images": drawn})
+        known = [picture.dice for picture in present if math.isfinite(picture.dice)]
+        mean = show(float(np.mean(known)), 3) if known else "–"
+        cases.append({"rank": rank, "case": case, "z": present[0].z, "mean": mean, "groups": rows})
     return cases
+
+
+def _overlay_image(
+    name: str, picture: Picture | None, box: tuple[int, int, int, int], what: tuple[str, str], images: Images
+) -> Section:
+    if picture is None:
+        return {"method": name, "drawing": Markup(""), "dice": ""}
+    label = f"{what[0]} case {what[1]}, {name}: contours of truth (solid) and prediction (dashed)"
+    return {"method": name, "drawing": overlay(picture, box, label, images), "dice": show(picture.dice, 3)}

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from server.report_files import Cell, Reader
+from server.report_files import Cell
+from server.report_reader import Reader
 from server.report_tables import Row
 
 Floats = npt.NDArray[np.float64]
@@ -56,14 +57,18 @@ def curves(rows: Iterable[Row], metric: str) -> dict[tuple[str, str, str], Curve
 
 def _curve(rounds: Mapping[int, Mapping[int, Mapping[bool, list[float]]]]) -> Curve:
     numbers = sorted(rounds)
-    by_round = [[float(np.mean(sides.get(True) or sides[False])) for sides in rounds[r].values()] for r in numbers]
+    by_round = [[_mean(sides.get(True) or sides[False]) for sides in rounds[r].values()] for r in numbers]
     return Curve(
         rounds=np.array(numbers, dtype=np.float64),
-        mean=np.array([np.mean(values) for values in by_round]),
-        low=np.array([np.min(values) for values in by_round]),
-        high=np.array([np.max(values) for values in by_round]),
+        mean=np.array([_mean(values) for values in by_round]),
+        low=np.array([min(values) for values in by_round]),
+        high=np.array([max(values) for values in by_round]),
         seeds=max(len(values) for values in by_round),
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 @dataclass

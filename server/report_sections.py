@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from server.intervals import Interval
 from server.report_cases import count_of
-from server.report_files import Reader, StudyFiles
+from server.report_differences import Difference
+from server.report_files import StudyFiles
 from server.report_overlays import interval_bar
+from server.report_reader import Reader
 from server.report_rounds import departures
-from server.report_tables import AVERAGE, METRICS, Difference, Interval, Row, best_methods, distance_unit, value_of
+from server.report_tables import AVERAGE, METRICS, Row, best_methods, distance_unit, value_of
 from server.report_text import DECIMALS, TITLES, Summary, show, show_bytes, show_interval, show_seconds
 
 Section = dict[str, Any]

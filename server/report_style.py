@@ -56,6 +56,17 @@ td.best .value { font-weight: 700; }
 .tag { font-size: 11px; font-weight: 600; letter-spacing: 0.02em; border: 1px solid currentColor; border-radius: 4px;
   padding: 0 4px; margin-left: 6px; vertical-align: 1px; color: var(--good); white-space: nowrap; }
 .wide { overflow-x: auto; margin-top: 14px; } .wide table { min-width: 640px; } .wide table.stacked { min-width: 0; margin-top: 0; }
+.paper b { font-weight: 750; } .paper tbody th { padding-right: 18px; }
+tr.printed th, tr.printed td, tr.printed .value { color: var(--muted); } tr.printed .tag { color: var(--muted); font-weight: 400; }
+.printed-notes { border-left: 3px solid var(--rule); padding: 2px 0 2px 14px; max-width: 90ch; } .printed-notes ul { padding-left: 18px; }
+.tick { font-weight: 650; } .onlynarrow { display: none; }
+.claims { margin: 14px 0 0; padding: 0; list-style: none; max-width: 96ch; }
+.claims li { padding: 5px 0 5px 26px; position: relative; } .claims li::before { position: absolute; left: 2px; font-weight: 700; }
+.claims .holds::before { content: "✓"; color: var(--good); } .claims .open::before { content: "○"; color: var(--muted); }
+.claims .open { color: var(--muted); }
+.panels.planes { grid-template-columns: repeat(2, minmax(0, 420px)); gap: 26px 60px; }
+.panels.matrices { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 26px 44px; } .matrices img { width: auto; max-width: 100%; }
+h4.part { margin-top: 20px; }
 .dense th { overflow-wrap: anywhere; } .dense th, .dense td { padding-right: 10px; }
 .num { text-align: right; }
 td.status-failed, td.status-interrupted, td.status-missing { color: var(--bad); } td.status-degraded { color: var(--warn); }
@@ -81,10 +92,15 @@ td.status-failed, td.status-interrupted, td.status-missing { color: var(--bad); 
 .overlay { display: block; width: 100%; height: auto; border-radius: 6px; background: #000; }
 .overlay path { fill: none; stroke-linejoin: round; }
 .overlay .halo { stroke: #000; stroke-opacity: 0.4; stroke-width: 4; }
-.overlay .truth { stroke: #f0e442; stroke-width: 2; } .overlay .prediction { stroke: #56b4e9; stroke-width: 2.4; stroke-dasharray: 7 5; }
+.overlay .truth, .overlay-key .truth { stroke: #ff5a47; } .overlay .truth { stroke-width: 2; }
+.overlay .prediction { stroke-width: 2.4; stroke-dasharray: 7 5; }
+.overlay .p0, .overlay-key .p0 { stroke: #2ee6a8; } .overlay .p1, .overlay-key .p1 { stroke: #6cc7ff; }
+.overlay .p2, .overlay-key .p2 { stroke: #f0e442; } .overlay .p3, .overlay-key .p3 { stroke: #e79ac6; }
+.store { position: absolute; }
 .overlay-key { background: #3a3f45; border-radius: 4px; }
 .absent { border: 1px dashed var(--rule); border-radius: 6px; aspect-ratio: 1; display: grid; place-items: center;
   color: var(--muted); font-size: 13px; padding: 12px; text-align: center; }
+.case .inner { border: 0; margin-top: 8px; padding-top: 0; } .inner > summary { font-weight: 400; font-size: 14px; color: var(--muted); }
 .interval .zero { stroke: var(--muted); stroke-width: 1; } .interval .bar { stroke: var(--c1); stroke-width: 3.2; }
 .interval circle { fill: var(--c1); } .interval { display: block; margin-top: 2px; }
 details { margin-top: 18px; border-top: 1px solid var(--rule); padding-top: 14px; }
@@ -96,7 +112,7 @@ pre { background: var(--panel); border-radius: 8px; padding: 14px 18px; overflow
   main { padding: 28px 18px 64px; } h1 { font-size: 25px; } h2 { margin-top: 52px; } .headline { font-size: 18px; }
   .protocol { columns: 1; padding: 18px; }
   .key li { white-space: normal; }
-  .panels.pairs, .panels.single { grid-template-columns: 1fr; }
+  .panels.pairs, .panels.single, .panels.planes { grid-template-columns: 1fr; } .onlynarrow { display: inline; }
   .cases { grid-template-columns: 1fr; } .case .images, .cases.across .images { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   table.stacked, .stacked tbody, .stacked tr, .stacked td, .stacked th, .stacked caption { display: block; }
   .stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }

@@ -1,11 +1,10 @@
-"""Numbers of the report: means, bootstrap intervals and paired differences, from rows of `results.parquet`.
+"""Numbers of the report: means with bootstrap intervals, from rows of `results.parquet`.
 
 Protocol (methods.md 2.7): a case's value is first averaged over seeds, then cases are averaged within a hospital, then
 hospitals count the same in the average. A surface distance is undefined when one mask is empty; such a prediction is
-left out of the mean and counted. Intervals come from drawing cases anew, with replacement, within each hospital: they
-say how much the choice of cases matters, not how much training at random matters (that is what the seeds show).
+left out of the mean and counted. Where hospitals trained alone, the models that they made are averaged per case first.
 
-Legend: M metrics, R resamples, n cases of one hospital.
+Legend: M metrics, n cases of one hospital.
 """
 
 from __future__ import annotations
@@ -13,124 +12,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from server.intervals import NAN, bootstrap_interval
+from server.report_labels import label_order
+
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
 
 METRICS = ("dice", "asd", "assd", "hd95")
 AVERAGE = "average"
-RESAMPLES = 2000
-LEVEL = 0.95
-NAN = float("nan")
-_BLOCK = 4_000_000  # random indices drawn at once: 32 MB
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its bootstrap interval; NaN where it cannot be known.
-
-    Attributes:
-        mean: Mean of the group means.
-        low: Lower end.
-        high: Upper end.
-    """
-
-    mean: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether both ends lie on the same side of zero; False when an end is unknown."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Method minus reference at one hospital (or the average), paired by case and seed.
-
-    Attributes:
-        method: The method.
-        reference: What is subtracted.
-        site: Hospital, or `AVERAGE`.
-        structure: Structure.
-        metric: One of `METRICS`.
-        unit: "" for Dice, else pixel or mm.
-        interval: Mean difference over cases with its interval.
-        cases: Cases that both methods have a value for.
-        seeds: Mean difference of each seed, by seed.
-        groups: Hospitals in it.
-    """
-
-    method: str
-    reference: str
-    site: str
-    structure: str
-    metric: str
-    unit: str
-    interval: Interval
-    cases: int
-    seeds: dict[int, float]
-    groups: int
-
-    @property
-    def sentence(self) -> str:
-        """What the interval allows to say, in plain words."""
-        if not self.cases:
-            return "no case in common"
-        if math.isnan(self.interval.low):
-            return "one case in common: no interval"
-        if not self.interval.excludes_zero:
-            return "no difference shown: interval includes zero"
-        better = (self.interval.mean > 0) == (self.metric == "dice")
-        return f"{self.method} is {'better' if better else 'worse'}: interval excludes zero"
-
-
-def bootstrap_interval(
-    values_by_group: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> Interval:
-    """Percentile bootstrap of the mean of group means, drawing within each group.
-
-    Args:
-        values_by_group: One array (n,) a hospital; values that are not finite are left out, empty groups too.
-        resamples: Number of resamples R.
-        level: Share of resampled means inside the interval.
-        seed: Seed of the draw; groups of equal sizes are drawn alike, so that methods are compared on the same draws.
-
-    Returns:
-        Mean and interval; all NaN without a value, ends NaN when no group has two values.
-    """
-    groups = [
-        array[np.isfinite(array)] for array in (np.asarray(g, dtype=np.float64).reshape(-1) for g in values_by_group)
-    ]
-    groups = [group for group in groups if group.size]
-    if not groups:
-        return Interval(NAN, NAN, NAN)
-    mean = float(np.mean([group.mean() for group in groups]))
-    if max(group.size for group in groups) < 2:
-        return Interval(mean, NAN, NAN)
-    rng = np.random.default_rng(seed)
-    draws = np.mean([_resampled_means(group, resamples, rng) for group in groups], axis=0)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
-
-
-def _resampled_means(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Return the means (R,) of `resamples` draws with replacement, in blocks that bound the memory."""
-    # Offsets from the first value keep the mean of a constant sample exact.
-    offset, rows = values[0], max(1, _BLOCK // values.size)
-    shifted = values - offset
-    parts = [
-        shifted[rng.integers(0, values.size, (min(rows, resamples - start), values.size))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
-    return np.asarray(np.concatenate(parts) + offset)
+MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
 
 
 def as_rows(results: pa.Table | Iterable[Row]) -> list[Row]:
@@ -139,14 +35,41 @@ def as_rows(results: pa.Table | Iterable[Row]) -> list[Row]:
 
 
 def methods_of(rows: Iterable[Row]) -> list[str]:
-    """Methods in a fixed order: `source` (the baseline) first, then by name."""
-    return sorted({str(row["method"]) for row in rows}, key=lambda name: (name != "source", name))
+    """Labels in a fixed order: `source` (the baseline) first (`label_order`)."""
+    return sorted({str(row["method"]) for row in rows}, key=label_order)
 
 
 def heldout_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows of held-out hospitals; all rows where no run held a hospital out."""
+    """Rows of held-out hospitals, one a label, seed, case and structure; all rows where no run held a hospital out."""
     rows = list(rows)
-    return [row for row in rows if _judges(row)] or rows
+    return merge_models([row for row in rows if _judges(row)] or rows)
+
+
+def merge_models(rows: list[Row]) -> list[Row]:
+    """Average the models that hospitals trained alone (`trained_on`) per case: one row for each label and seed.
+
+    The merged row tells how many evaluations it stands for and in how many of them each metric is undefined.
+    """
+    if not any(row.get("trained_on") for row in rows):
+        return rows
+    grouped: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        grouped[tuple(row[name] for name in ("method", "heldout", "seed", "site", "case", "structure"))].append(row)
+    return [_merged(part) if part[0].get("trained_on") else part[0] for part in grouped.values()]
+
+
+def _merged(rows: Sequence[Row]) -> Row:
+    values = {name: [number(row, name) for row in rows] for name in (*METRICS, *MILLIMETRES)}
+    known = {name: [value for value in column if math.isfinite(value)] for name, column in values.items()}
+    return {
+        **rows[0],
+        **{name: float(np.mean(column)) if column else None for name, column in known.items()},
+        "empty_prediction": any(row.get("empty_prediction") for row in rows),
+        "empty_truth": any(row.get("empty_truth") for row in rows),
+        "trained_on": "",
+        "evaluations": len(rows),
+        "undefined": {name: len(rows) - len(known[name]) for name in METRICS},
+    }
 
 
 def other_rows(rows: Iterable[Row]) -> list[Row]:
@@ -209,12 +132,18 @@ def _facts(rows: Sequence[Row]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "cases": len({(row["heldout"], row["site"], row["case"]) for row in rows}),
         "seeds": sorted({int(row["seed"]) for row in rows}),
-        "evaluations": len(rows),
+        "evaluations": sum(int(row.get("evaluations", 1)) for row in rows),
         "both_empty": sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows),
     }
     for metric in METRICS:
-        facts[f"{metric}_excluded"] = sum(not math.isfinite(number(row, metric)) for row in rows)
+        facts[f"{metric}_excluded"] = sum(_undefined(row, metric) for row in rows)
     return facts
+
+
+def _undefined(row: Row, metric: str) -> int:
+    """Evaluations of a row in which a metric has no value."""
+    merged = row.get("undefined")
+    return int(merged[metric]) if merged else int(not math.isfinite(number(row, metric)))
 
 
 def _case_values(rows: Sequence[Row], unit: str) -> Floats:
@@ -246,72 +175,6 @@ def _spread(groups: Sequence[Floats]) -> dict[str, float]:
             f"{metric}_high": interval.high,
         }
     return spread
-
-
-def paired_differences(results: pa.Table | Iterable[Row], method: str, reference: str) -> list[Difference]:
-    """Compare two methods on the same cases and seeds, per structure, metric and hospital, and on average.
-
-    A pair is (hospital, case, seed) with a defined value for both methods; pairs are averaged over seeds, then cases.
-    """
-    rows = heldout_rows(as_rows(results))
-    unit = distance_unit(rows)
-    differences = []
-    for structure in sorted({row["structure"] for row in rows}):
-        chosen = [row for row in rows if row["structure"] == structure]
-        sites = sorted({(row["heldout"], row["site"]) for row in chosen})
-        for metric in METRICS:
-            pairs = _pairs(chosen, metric, unit, method, reference)
-            parts = [{key: value for key, value in pairs.items() if key[:2] == site} for site in sites]
-            named = [(site[1], [part]) for site, part in zip(sites, parts, strict=True)]
-            if len(sites) > 1:
-                named.append((AVERAGE, parts))
-            for name, groups in named:
-                differences.append(_difference((method, reference, name, structure, metric, unit), groups))
-    return differences
-
-
-Pairs = dict[tuple[str, str, str, int], float]
-
-
-def _pairs(rows: Sequence[Row], metric: str, unit: str, method: str, reference: str) -> Pairs:
-    """Return (heldout, site, case, seed) -> value of `method` minus value of `reference`."""
-    sides: dict[str, Pairs] = {method: {}, reference: {}}
-    for row in rows:
-        value = value_of(row, metric, unit)
-        if row["method"] in sides and math.isfinite(value):
-            sides[row["method"]][row["heldout"], row["site"], row["case"], int(row["seed"])] = value
-    ours, theirs = sides[method], sides[reference]
-    return {key: ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())}
-
-
-def _difference(names: tuple[str, str, str, str, str, str], groups: Sequence[Pairs]) -> Difference:
-    values, by_seed = [], defaultdict(list)
-    for group in groups:
-        cases = _means({key: (key[2], value) for key, value in group.items()})
-        values.append(np.array(list(cases.values())))
-        for seed, value in _means({key: (key[3], value) for key, value in group.items()}).items():
-            by_seed[seed].append(value)
-    method, reference, site, structure, metric, unit = names
-    return Difference(
-        method=method,
-        reference=reference,
-        site=site,
-        structure=structure,
-        metric=metric,
-        unit="" if metric == "dice" else unit,
-        interval=bootstrap_interval(values),
-        cases=sum(part.size for part in values),
-        seeds={seed: float(np.mean(part)) for seed, part in sorted(by_seed.items())},
-        groups=sum(bool(part.size) for part in values),
-    )
-
-
-def _means(items: Mapping[Any, tuple[Any, float]]) -> dict[Any, float]:
-    """Mean of the values that share a key."""
-    collected: dict[Any, list[float]] = defaultdict(list)
-    for key, value in items.values():
-        collected[key].append(value)
-    return {key: float(np.mean(part)) for key, part in collected.items()}
 
 
 def best_methods(rows: Sequence[Mapping[str, Any]], metric: str) -> set[str]:

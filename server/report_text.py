@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
+from server.intervals import Interval
 from server.report_cases import case_lines, count_of, join_words, left_out_sentence
+from server.report_differences import Difference
 from server.report_files import DONE, Cell, StudyFiles
-from server.report_tables import AVERAGE, Difference, Interval, Row, methods_of
+from server.report_tables import AVERAGE, Row, methods_of
 
 Summary = Mapping[str, Any]
 DASH = "–"
@@ -40,6 +42,13 @@ def show_interval(interval: Interval, decimals: int, *, sign: bool = False) -> s
     return f"{show(interval.low, decimals, sign=sign)} to {show(interval.high, decimals, sign=sign)}"
 
 
+def show_p(p: float) -> str:
+    """Write a p value: two digits, "under 0.001" for the smallest, a dash for one that is not known."""
+    if not math.isfinite(p):
+        return DASH
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+
+
 def show_bytes(size: float) -> str:
     """Write a number of bytes in the unit that suits it (1 kB = 1000 B)."""
     if not math.isfinite(size):
@@ -62,8 +71,11 @@ def show_seconds(seconds: float) -> str:
 
 
 def focus_method(methods: Sequence[str]) -> str:
-    """The method that the study is about: `sgcg` where it takes part, else the last one."""
-    return "sgcg" if "sgcg" in methods else methods[-1] if methods else ""
+    """The label that the study is about: RAM with SgCG, or SgCG, where they take part, else the last one."""
+    for trains in ("ram_sgcg", "sgcg"):
+        if found := [name for name in methods if name.split()[0] == trains]:
+            return found[0]
+    return methods[-1] if methods else ""
 
 
 def headline(summary: Sequence[Summary], differences: Sequence[Difference], structure: str, hospitals: int = 0) -> str:
@@ -71,7 +83,7 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
 
     Args:
         summary: Rows of `summary_rows`.
-        differences: Every method against the reference.
+        differences: The study's main comparisons, most telling first.
         structure: The main structure.
         hospitals: Held-out hospitals that the study asked for; an average over fewer says so.
     """
@@ -94,18 +106,20 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
     text = f"{place}, {focus} reaches a mean Dice of {show(row['dice_mean'], 3)}"
     text += f" (95 % interval {spread})" if spread != DASH else ""
     text += f" for {structure}."
-    pair = next((d for d in differences if d.site == site and d.structure == structure and d.metric == "dice"), None)
-    return f"{text} {_compared(pair)}" if pair is not None and pair.cases else text
+    pairs = [d for d in differences if d.structure == structure and d.metric == "dice" and d.method == focus]
+    pair = next((d for d in pairs if d.site == site and d.cases), None)
+    return f"{text} {_compared(pair)}" if pair is not None else text
 
 
 def _compared(pair: Difference) -> str:
-    low = show_interval(pair.interval, 3, sign=True)
     start = f"That is {show(pair.interval.mean, 3, sign=True)} against {pair.reference} on the same cases"
-    if low == DASH:
+    interval = show_interval(pair.interval, 3, sign=True)
+    if interval == DASH:
         return f"{start}; one case allows no interval."
-    if pair.interval.excludes_zero:
-        return f"{start}; the 95 % interval of this difference, {low}, excludes zero."
-    return f"{start}; the 95 % interval of this difference, {low}, includes zero, so no difference is shown."
+    facts = f"95 % interval {interval}, corrected p {show_p(pair.p)}"
+    if pair.holds:
+        return f"{start} ({facts}): the difference holds."
+    return f"{start} ({facts}): {pair.sentence}."
 
 
 def status_sentence(study: StudyFiles) -> str:

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server import report_figures as figures
-from server.report_files import Cell, Picture, Reader
+from server.intervals import Interval
+from server.report_files import Cell
 from server.report_overlays import choose_cases, contour_path, crop_box, interval_bar, overlay
+from server.report_reader import Picture, Reader
 from server.report_rounds import Curve, curves, departures
-from server.report_tables import Interval
 from server.report_text import (
     headline,
     join_words,

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.intervals import bootstrap_interval
+from server.report_differences import paired_differences
 from server.report_tables import (
     AVERAGE,
     best_methods,
-    bootstrap_interval,
     distance_unit,
     heldout_rows,
     methods_of,
     other_rows,
-    paired_differences,
     summary_rows,
 )
 

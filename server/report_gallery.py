@@ -1,0 +1,62 @@
+"""Figures of the page as files: one SVG and one PNG each, under names that say what they show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from server.report_figures import Drawing
+
+SECTIONS = {
+    "case_panels": "cases",
+    "training": "convergence",
+    "shift": "shift",
+    "tsne": "tsne",
+    "likeness": "likeness",
+    "sweeps": "sweep",
+    "federation": "federation",
+}
+LONGEST = 80
+
+
+def gallery(content: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    """Return (file name, bytes) of every figure of the page, SVG and PNG.
+
+    Args:
+        content: What the page shows (`server.report.contents`).
+    """
+    files: dict[str, bytes] = {}
+    for section, name in SECTIONS.items():
+        for words, drawing in _drawings(content.get(section), [name]):
+            stem = _free_name(_slug(words), files)
+            files |= {f"{stem}.svg": drawing.svg, f"{stem}.png": drawing.png}
+    return list(files.items())
+
+
+def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]]:
+    """Every drawing below a part of the page, with the titles on the way to it."""
+    if isinstance(part, Mapping):
+        own = [str(part[key]) for key in ("kind", "name", "title") if isinstance(part.get(key), str) and part[key]]
+        found = [part["detail"]] if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str) else []
+        if isinstance(part.get("drawing"), Drawing):
+            yield [*words, *own, *found], part["drawing"]
+        for value in part.values():
+            if isinstance(value, (Mapping, list)):
+                yield from _drawings(value, [*words, *own])
+    elif isinstance(part, list):
+        for entry in part:
+            yield from _drawings(entry, words)
+
+
+def _slug(words: list[str]) -> str:
+    plain = [re.sub(r"[^a-z0-9.]+", "-", word.partition(":")[0].lower()).strip("-.") for word in words]
+    return "-".join(word for word in dict.fromkeys(plain) if word)[:LONGEST].strip("-.")
+
+
+def _free_name(stem: str, taken: Mapping[str, bytes]) -> str:
+    number, name = 1, stem
+    while f"{name}.svg" in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    return name

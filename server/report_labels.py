@@ -1,0 +1,168 @@
+"""What is compared: labels such as "sgcg", "sgcg pooled" or "ram_sgcg weight=0.5", taken apart and put in order.
+
+A study compares labels. Each is a training method in a federation, with swept settings where there are any. The files
+of a study say so in columns; older files have the label only, which is then read word by word.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+TRAINS = ("source", "ram", "sgcg", "ram_sgcg")
+"""Training methods in the order of the ablation: nothing, one part, the other, both."""
+FEDERATIONS = ("by_site", "pooled", "local")
+FEDERATION_WORDS = {
+    "by_site": "federated: every hospital trains on its own images",
+    "pooled": "pooled: one place has the images of all training hospitals",
+    "local": "local: one hospital trains alone (mean over the hospitals)",
+}
+MOST_COLOURS = 6  # labels that one figure can tell apart
+
+
+@dataclass(frozen=True)
+class Label:
+    """One thing that is compared.
+
+    Attributes:
+        name: The label itself.
+        trains: Training method.
+        federation: by_site, pooled or local.
+        setting: Swept settings as (name, value), in order.
+    """
+
+    name: str
+    trains: str
+    federation: str
+    setting: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether no setting is swept."""
+        return not self.setting
+
+
+def read_label(row: Row) -> Label:
+    """Take a label apart by the columns of its row, or by its own words where a column is absent.
+
+    Args:
+        row: Has `method`; may have `trains`, `federation` and `setting`.
+    """
+    name = str(row["method"])
+    words = name.split()
+    spoken = [word for word in words if word in FEDERATIONS]
+    federation = str(row.get("federation") or (spoken[0] if spoken else "by_site"))
+    stated = row.get("setting")
+    parts = str(stated).split() if stated is not None else words
+    setting = tuple((left, right) for left, sign, right in (part.partition("=") for part in parts) if sign and left)
+    return Label(name, str(row.get("trains") or (words[0] if words else name)), federation, setting)
+
+
+def labels_of(rows: Iterable[Row]) -> dict[str, Label]:
+    """Return every label of the rows by its name, in the order of the report; the first row of a label tells it."""
+    found: dict[str, Label] = {}
+    for row in rows:
+        if str(row["method"]) not in found:
+            found[str(row["method"])] = read_label(row)
+    return {name: found[name] for name in sorted(found, key=label_order)}
+
+
+def label_order(name: str) -> tuple[Any, ...]:
+    """Sort key of a label: method (as in the ablation), federation, then settings, numbers by size."""
+    label = read_label({"method": name})
+    method = TRAINS.index(label.trains) if label.trains in TRAINS else len(TRAINS)
+    place = FEDERATIONS.index(label.federation) if label.federation in FEDERATIONS else len(FEDERATIONS)
+    return method, label.trains, place, _natural(name), name
+
+
+def value_order(text: str) -> tuple[float, str]:
+    """Sort key of a setting's value: numbers by size, then words."""
+    number = numeric(text)
+    return (math.inf, text) if math.isnan(number) else (number, "")
+
+
+def numeric(text: str) -> float:
+    """Return a setting's value as a number; NaN for a word."""
+    try:
+        number = float(text)
+    except ValueError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _natural(text: str) -> tuple[tuple[float, str], ...]:
+    return tuple(value_order(part) for part in re.split(r"[ =]", text))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Labels that one figure shows together.
+
+    Attributes:
+        title: What they share, "" when there is only one group.
+        labels: The labels, in order, at most as many as there are colours.
+        left_out: Labels of the group that no figure shows.
+    """
+
+    title: str
+    labels: tuple[str, ...]
+    left_out: int = 0
+
+
+def main_labels(labels: Mapping[str, Label]) -> list[Label]:
+    """Labels without a swept setting; all of them where every label has one."""
+    return [label for label in labels.values() if label.plain] or list(labels.values())
+
+
+def figure_groups(labels: Mapping[str, Label]) -> list[Group]:
+    """Put the main labels into groups that share a figure, one a federation."""
+    by_federation: dict[str, list[str]] = {}
+    for label in main_labels(labels):
+        by_federation.setdefault(label.federation, []).append(label.name)
+    order = sorted(by_federation, key=lambda name: FEDERATIONS.index(name) if name in FEDERATIONS else 9)
+    return [
+        Group(
+            FEDERATION_WORDS.get(name, name) if len(order) > 1 else "",
+            tuple(by_federation[name][:MOST_COLOURS]),
+            max(0, len(by_federation[name]) - MOST_COLOURS),
+        )
+        for name in order
+    ]
+
+
+def label_colours(labels: Mapping[str, Label]) -> dict[str, int]:
+    """Colour of every label: its training method's, or its own where labels of a method share a figure."""
+    methods = list(dict.fromkeys(label.trains for label in labels.values()))
+    colours = {name: methods.index(label.trains) for name, label in labels.items()}
+    for group in figure_groups(labels):
+        if len({colours[name] for name in group.labels}) < len(group.labels):
+            colours |= {name: place for place, name in enumerate(group.labels)}
+    return colours
+
+
+def main_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
+    """Return (label, reference) of the comparisons that the study is about, within one federation.
+
+    Each part is compared with the same training without it: RAM with source, SgCG with source, both with each one and
+    with source. Another method is compared with source, or with the first label where there is no source.
+    """
+    pairs: list[tuple[str, str]] = []
+    for group in figure_groups(labels):
+        found = {labels[name].trains: name for name in reversed(group.labels)}
+        if len(found) < len(group.labels):  # one method with several settings
+            pairs += [(name, group.labels[0]) for name in group.labels[1:]]
+            continue
+        for name in group.labels:
+            pairs += [(name, found[part]) for part in _references(labels[name].trains, list(found))]
+    return pairs
+
+
+def _references(trains: str, present: Sequence[str]) -> list[str]:
+    wanted = {"ram": ["source"], "sgcg": ["source"], "ram_sgcg": ["ram", "sgcg", "source"]}.get(trains, ["source"])
+    usable = [part for part in wanted if part in present and part != trains]
+    return usable or [part for part in present[-1:] if part != trains]
