@@ -17,12 +17,13 @@ from torch import nn
 from clients.cases import fingerprint
 from clients.egress import apply_floors, release
 from clients.evaluation import evaluate_cases, validation_dice
-from clients.features import patients_per_class, site_statistics
+from clients.features import patients_per_class, sample_features, site_statistics
 from clients.mixing import site_amplitudes
 from clients.overlay import build_guide, keep_statistics, sent_statistics
 from clients.training import load_weights, train_round, weights_of
 from clients.visit import SPLITS, Visit, guard, visiting
 from common.errors import fail
+from common.feature_samples import FILE, write_feature_samples
 from common.networks import UNet, build_network
 from common.payload import encode_cases
 from common.plan import SHARES
@@ -124,11 +125,23 @@ def evaluate(visit: Visit) -> RecordDict:
     guard(visit, *(("train",) if split == "validation" else ("heldout", "observer")))
     pictures = visit.home / "pictures.arrow" if split == "test" else None
     network = received(visit)
+    keep_features(visit, network, split)
     rows = evaluate_cases(network, visit.stores, visit.plan, split, visit.device, pictures=pictures)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
     if split == "validation":  # the measure of every other round too, so that models can be compared
         metrics |= judged(visit, network)
     return send(visit, Reply(visit.identity, visit.site, metrics=metrics, cases=encode_cases(rows)))
+
+
+def keep_features(visit: Visit, network: nn.Module, split: str) -> None:
+    """Keep features of some pixels in the site's folder, with `site.feature_samples`; nothing of it is sent."""
+    if not visit.plan.site.feature_samples:
+        return
+    for store in visit.stores:
+        rng = stream(visit.plan.seed, store.site, "feature samples")
+        found = sample_features(network, store.slices(split), visit.plan, visit.device, rng)
+        home = visit.home if len(visit.stores) == 1 else visit.home.parent / store.site
+        write_feature_samples(home / FILE, *found, store.site, visit.plan.label or visit.plan.method.name)
 
 
 def judged(visit: Visit, network: nn.Module) -> dict[str, float]:

@@ -20,12 +20,15 @@ from clients.batches import batch_indices
 from clients.device import arithmetic, precision
 from clients.methods.guidance import IGNORE, pixel_features
 from clients.methods.sgcg import labels_at
+from common.feature_samples import sample_pixels
 from common.plan import Plan
 from common.sgcg import class_moments
 from common.statistics import ClassStatistics
 
 if TYPE_CHECKING:
     from clients.cases import CaseStore, SliceTable
+
+SAMPLED_BATCHES, SAMPLED_SLICES = 4, 8  # slices from which the pixels of a t-SNE are drawn
 
 
 def site_statistics(
@@ -53,6 +56,32 @@ def site_statistics(
                 _, penultimate = network(batch)
             total = total + batch_statistics(penultimate, torch.from_numpy(labels).to(device), plan)
     return total
+
+
+def sample_features(
+    network: nn.Module, table: SliceTable, plan: Plan, device: torch.device, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Draw features of single pixels of some slices, for the t-SNE of a simulation's report; they stay at the site.
+
+    Returns:
+        Features (P, A), in the representation that the loss compares, and true classes (P,), at most
+        `site.feature_samples` pixels of each class.
+    """
+    slices = rng.permutation(len(table))[: SAMPLED_BATCHES * SAMPLED_SLICES]
+    most = -(-plan.site.feature_samples // SAMPLED_BATCHES)
+    features, classes = [np.zeros((0, plan.network.num_features), np.float32)], [np.zeros(0, np.int64)]
+    dtype = precision(plan.method, device)
+    with torch.no_grad(), statistics_mode(network, "running"):
+        for start in range(0, len(slices), SAMPLED_SLICES):
+            images, labels = table.stack(slices[start : start + SAMPLED_SLICES])
+            with arithmetic(dtype, device):
+                _, maps = network(torch.from_numpy(images).to(device, memory_format=torch.channels_last))
+            small = labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes).reshape(-1).numpy()
+            chosen = sample_pixels(small, rng, most)
+            pixels = pixel_features(maps, plan.prototypes.normalize)[torch.from_numpy(chosen).to(device)]
+            features.append(pixels.cpu().numpy())
+            classes.append(small[chosen])
+    return np.concatenate(features), np.concatenate(classes)
 
 
 def batch_statistics(penultimate: torch.Tensor, labels: torch.Tensor, plan: Plan) -> ClassStatistics:

@@ -44,12 +44,15 @@ class FeatureSamples:
     method: str = ""
 
 
-def sample_pixels(classes: npt.NDArray[np.int64], rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Choose at most `PIXELS_A_CLASS` pixels of every class, without replacement.
+def sample_pixels(
+    classes: npt.NDArray[np.int64], rng: np.random.Generator, most: int = PIXELS_A_CLASS
+) -> npt.NDArray[np.int64]:
+    """Choose at most `most` pixels of every class, without replacement.
 
     Args:
         classes: (N,) class indices; negative ones and 255 (ignore) are never chosen.
         rng: Source of randomness.
+        most: Pixels of one class.
 
     Returns:
         Indices into `classes`, ascending.
@@ -57,7 +60,7 @@ def sample_pixels(classes: npt.NDArray[np.int64], rng: np.random.Generator) -> n
     chosen = []
     for label in np.unique(classes[(classes >= 0) & (classes != 255)]):
         members = np.flatnonzero(classes == label)
-        chosen.append(rng.choice(members, min(PIXELS_A_CLASS, members.size), replace=False))
+        chosen.append(rng.choice(members, min(most, members.size), replace=False))
     return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
 
 

@@ -409,7 +409,7 @@ class SiteSettings(Section):
         """The roles are known ones."""
         yield self.threads >= 1, "threads", "1 or more"
         yield self.micro_batches >= 1, "micro_batches", "1 or more"
-        yield self.feature_samples >= 0, "feature_samples", "0 (none) or more"
+        yield 0 <= self.feature_samples <= 300, "feature_samples", "0 (none) to 300"
         yield set(self.shares) <= set(SHARES.values()), "shares", ", ".join(SHARES.values())
         yield set(self.roles) <= {"train", "heldout", "observer"}, "roles", "train, heldout, observer"
 
