@@ -166,7 +166,7 @@ def augment(
         flipped = draw.uniform(0, 1) < settings.flip
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         labels = torch.where(flipped[:, None, None], labels.flip(-1), labels)
-    if settings.rotate_degrees or settings.scale or settings.shift:
+    if settings.rotate_degrees or settings.scale or settings.shift or settings.zoom:
         images, labels = _move(images, labels, settings, draw)
     return _recolour(images, settings, draw), labels
 
@@ -190,11 +190,25 @@ def _move(images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: 
     shift_x, shift_y = (draw.uniform(-2, 2) * settings.shift for _ in range(2))
     cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
     rows = [torch.stack([cosine, -sine, shift_x], 1), torch.stack([sine, cosine, shift_y], 1)]
+    if settings.zoom:
+        rows = _zoomed(rows, settings.zoom, draw)
     grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False).to(images.dtype)
     moved = functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     as_image = labels[:, None].to(images.dtype)
     mapped = functional.grid_sample(as_image, grid, mode="nearest", padding_mode="border", align_corners=False)
     return moved, mapped[:, 0].to(labels.dtype)
+
+
+def _zoomed(rows: list[Tensor], zoom: float, draw: _Draw) -> list[Tensor]:
+    """Let the map (rows of x and y, (B, 3) each) look at a random window of the slice, 1 / factor of a side wide."""
+    enlarged = draw.uniform(0, 1) < 0.5
+    for axis, row in enumerate(rows):
+        factor = torch.where(enlarged, 1 + draw.uniform(0, 1) * zoom, 1.0)
+        offset = draw.uniform(-1, 1) * (1 - 1 / factor)
+        window = row / factor[:, None]
+        window[:, 2] += offset
+        rows[axis] = window
+    return rows
 
 
 def _recolour(images: Tensor, settings: AugmentationSettings, draw: _Draw) -> Tensor:

@@ -59,6 +59,8 @@ class AugmentationSettings(Section):
         gamma: Contrast exponent, exp(uniform(-gamma, gamma)) on the image scaled to [0, 1].
         brightness: Offset on the [-1, 1] scale, uniform in plus/minus.
         noise: Largest standard deviation of Gaussian noise on the [-1, 1] scale; drawn uniformly per slice.
+        zoom: RAM-DSIR's augmentation (methods.md 2.3): with probability one half each side is enlarged by a factor of
+            its own, uniform in [1, 1 + zoom], and a random window of the image's size is kept.
     """
 
     flip: float = 0.0
@@ -68,6 +70,7 @@ class AugmentationSettings(Section):
     gamma: float = 0.0
     brightness: float = 0.0
     noise: float = 0.0
+    zoom: float = 0.0
 
     def checks(self) -> Checks:
         """Every amount is zero or more; probabilities and relative amounts stay below one."""
@@ -75,7 +78,7 @@ class AugmentationSettings(Section):
         yield 0 <= self.rotate_degrees <= 180, "rotate_degrees", "degrees in [0, 180]"
         yield 0 <= self.scale < 1, "scale", "a fraction in [0, 1)"
         yield 0 <= self.shift < 1, "shift", "a fraction in [0, 1)"
-        for name in ("gamma", "brightness", "noise"):
+        for name in ("gamma", "brightness", "noise", "zoom"):
             yield getattr(self, name) >= 0, name, "zero or more"
 
 

@@ -276,3 +276,18 @@ def test_augmentation_on_the_device_never_waits_for_it():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert moved.device.type == mapped.device.type == "cuda"
+
+
+def test_a_zoomed_window_lies_in_the_slice_and_moves_image_and_label_together():
+    side, count = 64, 200
+    columns = torch.linspace(-1, 1, side).expand(count, 3, side, side)
+    labels = torch.arange(side).expand(count, side, side)
+    moved, mapped = augment(columns, labels, AugmentationSettings(zoom=0.5), torch.Generator().manual_seed(0))
+    widths = (moved[:, 0, 0, -1] - moved[:, 0, 0, 0]).numpy() / (columns[0, 0, 0, -1] - columns[0, 0, 0, 0]).item()
+    whole = np.isclose(widths, 1, atol=1e-5)
+    assert 0.35 < whole.mean() < 0.65, "half of the slices stay as they are"
+    assert (widths[~whole] >= 1 / 1.5 - 1e-3).all()
+    assert widths[~whole].min() < 0.72
+    assert widths[~whole].max() > 0.9
+    expected = (moved[:, 0] + 1) / 2 * (side - 1)
+    assert (expected - mapped).abs().max() <= 0.51
