@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections import Counter
@@ -113,8 +114,7 @@ def check_output(folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, o
         FedsgcgError: MOD-808 for results that are there already, or that are the images or masks themselves.
     """
     inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
-    suffixes = {"_overlay": ".png"}
-    targets = [folder / f"{job.name}{ending}{suffixes.get(ending, job.suffix)}" for job in jobs for ending in endings]
+    targets = [path for job in jobs for ending in endings for path in _targets(folder, job, ending)]
     own = [path for path in targets if path.resolve() in inputs]
     there = [] if overwrite else [path for path in targets if path.exists()]
     problems = [
@@ -131,6 +131,14 @@ def check_output(folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, o
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise refused(folder, error) from error
+
+
+def _targets(folder: Path, job: Job, ending: str) -> list[Path]:
+    """Return what one kind of result is called; of a picture's probabilities those that are there."""
+    if ending == "_probability" and job.suffix == ".png":
+        place = folder / job.name
+        return sorted(place.parent.glob(f"{glob.escape(place.name)}{ending}_*.png"))
+    return [folder / f"{job.name}{ending}{'.png' if ending == '_overlay' else job.suffix}"]
 
 
 def save(path: Path, into: Callable[[Path], object]) -> None:

@@ -53,7 +53,9 @@ class Scores:
         )
         found = case_rows(CaseResult(case, prediction.masks, structure_masks(truth, self.data), truth), self.data)
         self.rows += [{"site": job.site, **row} for row in found]
-        return "Dice " + ", ".join(f"{row['dice']:.3f}" for row in found)
+        if len(found) == 1:
+            return f"Dice {found[0]['dice']:.3f}"
+        return "Dice " + ", ".join(f"{row['structure']} {row['dice']:.3f}" for row in found)
 
     def write(self, path: Path) -> None:
         """Write all rows as CSV; a figure that is not defined is empty. Raises MOD-808."""

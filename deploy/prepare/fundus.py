@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clients.site import split_of
 from common.datasets import FUNDUS
@@ -129,7 +129,7 @@ def grey_values(path: Path) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("L"))
+            return np.asarray(ImageOps.exif_transpose(picture).convert("L"))
     except Exception as error:  # damaged bytes raise nearly anything; one file must not stop the others
         found = f"{type(error).__name__}: {error}"
         raise fail("DAT-103", found=found, action="Get the file again.", where=str(path)) from error

@@ -21,6 +21,12 @@ FOLDERS: Final = {
 }
 """Folder name in small letters and digits -> hospital; both naming habits of the release."""
 
+LISTED: Final = {
+    **{"RUNMC": range(30), "BMC": range(30), "I2CVB": range(19), "HK": range(38, 50)},
+    **{"UCL": (1, *range(26, 38)), "BIDMC": (0, 1, *range(3, 13))},
+}
+"""Numbers of the cases in the training lists of SAML (commit 3842011): they name what a site with too few cases lacks."""
+
 FILE: Final = re.compile(r"(?P<case>case[ _-]?\d+)(?P<mask>[ _-]segmentation)?\.nii(\.gz)?", re.IGNORECASE)
 
 
@@ -56,12 +62,21 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
             found.missing(images[key], f"mask beside the image of {site} {case}")
         else:
             found.work.append(_work(site, case, images[key], masks[key], link=link))
-    present = {site for site, _ in images}
-    for hospital in PROSTATE.hospitals:
-        if hospital.name not in present:
-            found.missing(source / hospital.name, f"folder of {hospital.name}, in the release {hospital.source}")
+    _name_missing(source, set(images), found)
     found.extras(files)
     return found
+
+
+def _name_missing(source: Path, images: set[tuple[str, str]], found: Found) -> None:
+    """Note every site that is not there, and every listed case of a site with fewer cases than published."""
+    for hospital in PROSTATE.hospitals:
+        name, present = hospital.name, {case for site, case in images if site == hospital.name}
+        if not present:
+            found.missing(source / name, f"folder of {name}, in the release {hospital.source}")
+        elif len(present) < hospital.train:
+            for number in LISTED[name]:
+                if (case := f"Case{number:02d}") not in present:
+                    found.missing(source / name / f"{case}.nii.gz", f"{case}, which SAML's list of {name} has")
 
 
 def _site_of(path: Path, source: Path) -> str:

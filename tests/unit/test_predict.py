@@ -243,6 +243,10 @@ def test_nothing_is_written_over_unless_asked_and_never_an_input(tmp_path):
     job = Job(image, "x")
     assert code_of(check_output, tmp_path, [job], ["_mask"], overwrite=False) == "MOD-808"
     check_output(tmp_path, [job], ["_mask"], overwrite=True)
+    touch(tmp_path / "[eye]_probability_cup.png")
+    eye = Job(tmp_path / "[eye].png", "[eye]")
+    assert code_of(check_output, tmp_path, [eye], ["_probability"], overwrite=False) == "MOD-808"
+    check_output(tmp_path, [eye], ["_mask"], overwrite=False)
     own = replace(job, mask=mask)
     assert code_of(check_output, tmp_path, [own], ["_mask"], overwrite=True) == "MOD-808"
     (tmp_path / "file").write_bytes(b"")

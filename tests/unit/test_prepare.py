@@ -351,6 +351,8 @@ def test_other_ways_to_write_the_names(tmp_path, names, case, mask):
     ]
     text = report(tmp_path / "out")
     assert all(f"folder of {site}" in text for site in ("UCL", "BIDMC", "HK"))
+    assert text.count("which SAML's list of I2CVB has") == 18, "each of the other cases by its name"
+    assert "I2CVB/Case03.nii.gz" not in text
 
 
 def test_a_mask_whose_header_lies_elsewhere_is_taken_voxel_for_voxel_and_noted(tmp_path, make_data):
