@@ -169,7 +169,7 @@ def _figures(study: StudyFiles, cases: list[Section], reader: Reader, labels: Ma
         "case_panels": _blocks(groups, case_parts) if cases else [],
         "training": training,
         "training_keys": {name: any(mark[name] for mark in marks) for name in ("whole", "heldout")},
-        "shift": _blocks(groups, lambda group: _part(shift_figures(own_rounds(group), group.labels))),
+        "shift": _blocks(groups, lambda group: _part(shift_figures(own_rounds(group), group.labels)))[:1],
         "shift_classes": shift_classes(study.rounds),
         "tsne": tsne_section(study, reader),
         "likeness": similarity_section(study, reader),

@@ -12,7 +12,7 @@ from server.report_differences import CaseValues, Difference, compare_everywhere
 from server.report_labels import FEDERATIONS, Label, main_pairs
 from server.report_overlays import interval_bar
 from server.report_tables import AVERAGE
-from server.report_text import DECIMALS, TITLES, show, show_interval, show_p
+from server.report_text import DECIMALS, TITLES, show, show_ends, show_p
 
 Section = dict[str, Any]
 CLAIMED = ("dice", "asd")
@@ -63,7 +63,7 @@ def claim_row(entry: Difference, span: float) -> Section:
     places = DECIMALS[entry.metric]
     return {
         "mean": show(entry.interval.mean, places, sign=True),
-        "interval": show_interval(entry.interval, places, sign=True),
+        "interval": show_ends(entry.interval, places),
         "bar": interval_bar(entry.interval, span),
         "cases": entry.cases,
         "p": show_p(entry.p),
@@ -92,8 +92,8 @@ def claim_sentence(entry: Difference, several: bool) -> str:
         return f"{start}: no case in common."
     unit = f" {entry.unit}" if entry.unit else ""
     size = f"{show(entry.interval.mean, places, sign=True)}{unit}"
-    facts = [f"95 % interval {show_interval(entry.interval, places, sign=True)}"]
-    facts += [count_of(entry.cases, "case"), f"corrected p {show_p(entry.p)}"]
+    facts = [f"95 % interval {show_ends(entry.interval, places)}"]
+    facts += [count_of(entry.cases, "case"), f"corrected p\u00a0{show_p(entry.p)}"]
     verdict = entry.sentence.partition(": ")
     words = "the difference holds" if entry.holds else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
     return f"{start}: {size} ({'; '.join(facts)}); {words}."

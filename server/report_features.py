@@ -21,18 +21,18 @@ import numpy.typing as npt
 from common.feature_samples import FILE, FeatureSamples
 from common.statistics import ClassStatistics
 from server.report_files import DONE, Cell, StudyFiles
-from server.report_labels import Label, main_labels
+from server.report_labels import Label, figure_groups
 from server.report_plots import matrix_panel, scatter_panel
 from server.report_reader import Reader
 
 Floats = npt.NDArray[np.float64]
 Section = dict[str, Any]
 
-SHOWN_PIXELS = 700  # of one t-SNE: two of them take a few seconds
+SHOWN_PIXELS = 500  # of one t-SNE: two of them take a few seconds
 NEIGHBOURS = 10
 FEWEST = 12  # pixels below which a t-SNE says nothing
 MOST_CELLS = 24  # whose prototypes are averaged for one label
-MOST_MATRICES = 8
+MOST_MATRICES = 6
 PAIRS = (("ram", "ram_sgcg"), ("source", "sgcg"), ("source", "ram_sgcg"))
 """Training without and with SgCG, most telling first."""
 USUAL_TEMPERATURE = 0.5
@@ -154,7 +154,7 @@ def tsne(features: Floats) -> Floats:
     from sklearn.manifold import TSNE  # costs a second: only where there is something to draw
 
     perplexity = min(30.0, (len(features) - 1) / 4)
-    model = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=500, n_jobs=1)
+    model = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=400, n_jobs=1)
     return np.asarray(model.fit_transform(features), dtype=np.float64)
 
 
@@ -191,14 +191,15 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
     """Matrices of how alike the classes are for every main label: cosine of means, and SgCG's own likeness."""
     names = class_names(study)
     panels = []
-    for label in main_labels(study.labels)[:MOST_MATRICES]:
-        cells = [cell for cell in study.cells if cell.method == label.name and cell.status in DONE][:MOST_CELLS]
+    labels = [name for group in figure_groups(study.labels) for name in group.labels]
+    for label in labels[:MOST_MATRICES]:
+        cells = [cell for cell in study.cells if cell.method == label and cell.status in DONE][:MOST_CELLS]
         found = list(_statistics(cells, reader))
         widest = max((part.num_classes for _, part in found), default=0)
         parts = [(sampled, part) for sampled, part in found if part.num_classes == widest]
         if not parts:
             continue
-        tau = temperature(study.settings.get(label.name, {}))
+        tau = temperature(study.settings.get(label, {}))
         titles = [names.get(place, f"class {place}") for place in range(widest)]
         detail = f"mean of {len(parts)} run{'s' if len(parts) > 1 else ''}" + (
             ", from sampled pixels" if any(sampled for sampled, _ in parts) else ""
@@ -208,9 +209,9 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
             ("share", mean_of([logit_shares(p, tau) for _, p in parts])),
         ):
             words = "Cosine between class means" if kind == "cosine" else "SgCG's likeness of class means to classes"
-            alt = f"{words}, {label.name}, {detail}. {_said(matrix, titles)}"
+            alt = f"{words}, {label}, {detail}. {_said(matrix, titles)}"
             drawing = matrix_panel(matrix, titles, alt)
-            panels.append({"kind": kind, "title": label.name, "detail": detail, "drawing": drawing, "tau": f"{tau:g}"})
+            panels.append({"kind": kind, "title": label, "detail": detail, "drawing": drawing, "tau": f"{tau:g}"})
     return {"panels": panels, "kinds": [kind for kind in ("cosine", "share") if panels]}
 
 

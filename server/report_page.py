@@ -62,7 +62,7 @@ HEAD = """
 {% if case_panels %}<a href="#cases">Every case</a>{% endif %}
 {% if training %}<a href="#training">Convergence</a>{% endif %}
 {% if shift %}<a href="#shift">Shift between hospitals</a>{% endif %}
-{% if tsne.rows is defined or likeness.panels %}<a href="#features">Features</a>{% endif %}
+<a href="#features">Features</a>
 <a href="#overlays">Overlays</a><a href="#left">What left each hospital</a><a href="#appendix">Appendix</a></nav>
 </header>
 <section aria-labelledby="protocol">

@@ -48,7 +48,6 @@ when all features shrink, so the share matters more than the height.</p>
 {{ folded(shift, false) }}
 </section>
 {% endif %}
-{% if tsne.rows is defined or likeness.panels %}
 <section aria-labelledby="features">
 <h2 id="features">Pixel features</h2>
 {% if tsne.absent is defined %}<p class="about">{{ tsne.absent }}</p>
@@ -75,7 +74,6 @@ pixel of a class; its numbers are the shares that the contrastive loss gives to 
 {% endfor %}</div>
 {% endfor %}
 </section>
-{% endif %}
 <section aria-labelledby="overlays">
 <h2 id="overlays">Worst, median and best case</h2>
 {% if overlays %}
@@ -87,7 +85,7 @@ case, mean over structures. Cases are ranked by the mean over the methods and na
 <svg class="store" aria-hidden="true" width="0" height="0"><defs>{{ slices }}</defs></svg>
 {% for block in overlays %}
 <h3>{{ block.site }} <small class="aside">ranked by the mean Dice over methods, seed {{ block.seed }}</small></h3>
-{% for text in block.alone %}<p class="about">{{ text }}</p>{% endfor %}
+{% if block.alone %}<p class="about">Of the hospitals that trained alone, the model of {{ block.alone|join(" or ") }} is shown.</p>{% endif %}
 <div class="cases{{ " across" if most_shown > 2 }}" style="--methods: {{ [most_shown, 6]|min }}">
 {% for case in block.cases %}
 <div class="case"><h4>{{ case.rank|capitalize }}<small>case {{ case.case }}, slice {{ case.z }}, mean Dice {{ case.mean }}</small></h4>

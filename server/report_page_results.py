@@ -21,17 +21,19 @@ CLAIM_MACROS = """
 {% endfor %}</tbody>
 {% endfor %}</table>
 {% endmacro %}
-{% macro claim_list(sentences, most=14) %}
+{% macro claim_list(sentences, most=12) %}
 <ul class="claims">
 {% for claim in sentences[:most] %}<li class="{{ "holds" if claim.holds else "open" }}">{{ claim.text }}</li>
 {% endfor %}</ul>
-{% if sentences|length > most %}<p class="about">And {{ sentences|length - most }} more, in the table.</p>{% endif %}
+{% if sentences|length > most %}<details><summary>{{ sentences|length - most }} more sentences</summary><ul class="claims">
+{% for claim in sentences[most:] %}<li class="{{ "holds" if claim.holds else "open" }}">{{ claim.text }}</li>
+{% endfor %}</ul></details>{% endif %}
 {% endmacro %}
-{% macro paper_cell(cell, title) %}
+{% macro paper_cell(cell, title, dense) %}
 {% if cell.missing is defined %}<td role="cell" class="missing" data-label="{{ title }}"><div>missing</div></td>
 {% else %}<td role="cell" data-label="{{ title }}"><div><span class="value">
 {%- for part in cell.parts %}{% if part.bold %}<b>{{ part.text }}</b>{% else %}{{ part.text }}{% endif %}{{ "" if loop.last else " / " }}{% endfor -%}
-</span>{% if cell.sd %}<small>{{ cell.sd }}</small>{% endif %}{% if cell.interval %}<small>{{ cell.interval }}</small>{% endif %}
+</span>{% if cell.sd %}<small{% if cell.parts|length == 1 and not dense %} class="sd"{% endif %}>{{ cell.sd }}</small>{% endif %}{% if cell.interval %}<small>{{ cell.interval }}</small>{% endif %}
 {% for note in cell.notes %}<small>{{ note }}</small>{% endfor %}</div></td>
 {% endif %}
 {% endmacro %}
@@ -52,7 +54,7 @@ CLAIM_MACROS = """
 <td role="cell" data-label="SgCG"><div><span class="tick">{{ "✓" if row.ticks and row.ticks[1] else "–" }}</span>{% if row.published %} <small>printed</small>{% endif %}</div></td>
 {% elif row.published %}<th scope="row" role="rowheader">{{ row.label }}<span class="tag">printed</span></th>
 {% else %}<th scope="row" role="rowheader"><span class="swatched">{{ swatch(row.index, false) }}{{ row.label }}</span></th>{% endif %}
-{% for cell in row.cells %}{{ paper_cell(cell, table.columns[loop.index0].title) }}{% endfor %}</tr>
+{% for cell in row.cells %}{{ paper_cell(cell, table.columns[loop.index0].title, table.dense) }}{% endfor %}</tr>
 {% endfor %}</tbody>
 {% endfor %}</table></div>
 {% endmacro %}
@@ -63,8 +65,9 @@ RESULTS = """
 <h2 id="results">Results</h2>
 {% if not results %}<p class="about">No result yet.</p>{% endif %}
 {% for table in papers %}
-{{ paper_table(table, table.title ~ " of " ~ table.structures ~ " at hospitals that took no part (" ~ paper_seeds ~ ")"
-  ~ (", 95 % interval over cases under the average" if table.columns|length > 1 else "")
+{{ paper_table(table, table.title ~ ": " ~ table.structures
+  ~ (" at hospitals that took no part in training; " if table.judged else " on the hospitals’ own validation cases; ") ~ paper_seeds
+  ~ ("; under the average its 95 % interval over cases" if table.columns|length > 1 else "")
   ~ ". Bold: best of its column, and every paired difference to the other rows holds.") }}
 {% endfor %}
 {% if paper_notes %}<div class="notes printed-notes"><p>{{ paper_notes[0] }}</p><ul>{% for note in paper_notes[1:] %}<li>{{ note }}</li>{% endfor %}</ul></div>{% endif %}
@@ -119,8 +122,9 @@ take no part in the numbers above.</caption>
 <p class="about">RAM mixes the low frequencies of images and restores them, SgCG adds the contrastive term on class prototypes. A tick says
 that the part took part in training; whether the differences hold is told below.</p>
 {% for table in ablation %}
-{% if ablation|length > 1 %}<h3>{{ table.title }}</h3>{% endif %}
+{% if ablation|length > 1 and not loop.first %}<details><summary>{{ table.title }}</summary>{% elif ablation|length > 1 %}<h3>{{ table.title }}</h3>{% endif %}
 {{ paper_table(table, "Ablation: " ~ table.structures ~ " (" ~ paper_seeds ~ ").", true) }}
+{% if not loop.first %}</details>{% endif %}
 {% endfor %}
 </section>
 {% endif %}

@@ -165,7 +165,7 @@ def overlay_blocks(study: StudyFiles, reader: Reader, groups: Sequence[Group], i
             pictures = {cell.method: reader.pictures(_picture_path(cell, site)) for cell in shown}
             cases = _overlay_cases(pictures, groups, images)
             if cases:
-                alone = sorted({f"{cell.method}: the model of {cell.trained_on}" for cell in shown if cell.trained_on})
+                alone = sorted({cell.trained_on for cell in shown if cell.trained_on})
                 blocks.append({"site": site, "seed": shown[0].seed, "cases": cases, "alone": alone})
     return blocks
 

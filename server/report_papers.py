@@ -42,6 +42,10 @@ class Layout:
         self, values: CaseValues, structures: Sequence[str], sites: Sequence[str], published: Published | None
     ) -> None:
         self.values, self.structures, self.published = values, list(structures), published
+        self.judged = any(heldout for heldout, _ in values.places)
+        if published:
+            domains = {site: published.domain_of(site) for site in sites}
+            sites = sorted(sites, key=lambda site: (domains[site] is None, domains[site] or 0, site))
         places = {site: (heldout, site) for heldout, site in values.places}
         self.columns: list[tuple[str, Place | None]] = [(site, places.get(site, (site, site))) for site in sites]
         self.hospitals = len(sites)
@@ -84,6 +88,8 @@ class Layout:
             ends.append(_ends(interval, metric))
             if place is None and 0 < len(cases) < self.hospitals:
                 notes.append(f"{len(cases)} of {self.hospitals} hospitals")
+        if place is None and self.published and len(self.structures) > 1:
+            notes.append(f"together {_shown(self._together(name, metric), metric)}")
         if all(part["text"] == DASH for part in parts):
             return {"missing": True}
         return {
@@ -92,6 +98,11 @@ class Layout:
             "interval": " / ".join(ends) if place is None and all(ends) else "",
             "notes": list(dict.fromkeys(notes)),
         }
+
+    def _together(self, name: str, metric: str) -> float:
+        """Average over hospitals and structures, as it is printed."""
+        means = [self.values.interval(name, structure, metric).mean for structure in self.structures]
+        return float(np.mean(means))
 
     def _winners(self, labels: Sequence[Label], metric: str, place: Place | None) -> list[str]:
         """Best label of a column for each structure, "" where the lead over some other label does not hold."""
@@ -196,6 +207,7 @@ def _table(layout: Layout, metric: str, groups: Sequence[Section]) -> Section:
         "title": title,
         "metric": metric,
         "structures": " / ".join(layout.structures),
+        "judged": layout.judged,
         "columns": layout.heads(),
         "groups": list(groups),
         "printed": any(row["published"] for group in groups for row in group["rows"]),

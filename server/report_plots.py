@@ -250,8 +250,9 @@ def matrix_panel(values: npt.NDArray[np.float64], names: Sequence[str], alt: str
         names: Name of each class.
         alt: What it shows, in words.
     """
-    size, left = 44 if len(names) > 4 else 58, 24 + 7.4 * max(len(_short(name, 14)) for name in names)
-    width = round(left + size * len(names) + 12)
+    longest = max(len(_short(name, 14)) for name in names)
+    size, wide, left = 46, max(52, 10 + 7.6 * longest), 24 + 7.4 * longest
+    width = round(left + wide * len(names) + 12)
     height = round(34 + size * len(names) + 6)
     figure, axes = canvas_of(height, left=left, right=12, top=34, bottom=6, width=width)
     for row, column in np.ndindex(values.shape):
@@ -266,7 +267,7 @@ def matrix_panel(values: npt.NDArray[np.float64], names: Sequence[str], alt: str
     axes.set_xlim(0, len(names))
     axes.set_ylim(-len(names), 0)
     axes.set_yticks([-place - 0.5 for place in range(len(names))], [_short(name, 14) for name in names])
-    axes.set_xticks([place + 0.5 for place in range(len(names))], [_short(name, max(4, size // 7)) for name in names])
+    axes.set_xticks([place + 0.5 for place in range(len(names))], [_short(name, 14) for name in names])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelcolor=INK)
     axes.grid(visible=False)

@@ -56,6 +56,7 @@ td.best .value { font-weight: 700; }
 .tag { font-size: 11px; font-weight: 600; letter-spacing: 0.02em; border: 1px solid currentColor; border-radius: 4px;
   padding: 0 4px; margin-left: 6px; vertical-align: 1px; color: var(--good); white-space: nowrap; }
 .wide { overflow-x: auto; margin-top: 14px; } .wide table { min-width: 640px; } .wide table.stacked { min-width: 0; margin-top: 0; }
+.stacked.paper { margin-bottom: 30px; } .paper .value + small.sd { display: inline; margin-left: 7px; white-space: nowrap; }
 .paper b { font-weight: 750; } .paper tbody th { padding-right: 18px; }
 tr.printed th, tr.printed td, tr.printed .value { color: var(--muted); } tr.printed .tag { color: var(--muted); font-weight: 400; }
 .printed-notes { border-left: 3px solid var(--rule); padding: 2px 0 2px 14px; max-width: 90ch; } .printed-notes ul { padding-left: 18px; }
@@ -65,7 +66,8 @@ tr.printed th, tr.printed td, tr.printed .value { color: var(--muted); } tr.prin
 .claims .holds::before { content: "✓"; color: var(--good); } .claims .open::before { content: "○"; color: var(--muted); }
 .claims .open { color: var(--muted); }
 .panels.planes { grid-template-columns: repeat(2, minmax(0, 420px)); gap: 26px 60px; }
-.panels.matrices { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 26px 44px; } .matrices img { width: auto; max-width: 100%; }
+.panels.matrices { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 26px 44px; }
+.panels.matrices img { width: auto; max-width: 100%; } .matrices figcaption { max-width: 300px; }
 h4.part { margin-top: 20px; }
 .dense th { overflow-wrap: anywhere; } .dense th, .dense td { padding-right: 10px; }
 .num { text-align: right; }

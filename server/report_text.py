@@ -46,7 +46,14 @@ def show_p(p: float) -> str:
     """Write a p value: two digits, "under 0.001" for the smallest, a dash for one that is not known."""
     if not math.isfinite(p):
         return DASH
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+
+
+def show_ends(interval: Interval, decimals: int) -> str:
+    """Write "low to high" with signs, and with more digits where an end would look like zero and is not."""
+    ends = [interval.low, interval.high]
+    hidden = [end for end in ends if end != 0 and abs(end) < 0.5 * 10**-decimals]
+    return show_interval(interval, decimals + 1 if hidden else decimals, sign=True)
 
 
 def show_bytes(size: float) -> str:
@@ -113,10 +120,10 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
 
 def _compared(pair: Difference) -> str:
     start = f"That is {show(pair.interval.mean, 3, sign=True)} against {pair.reference} on the same cases"
-    interval = show_interval(pair.interval, 3, sign=True)
+    interval = show_ends(pair.interval, 3)
     if interval == DASH:
         return f"{start}; one case allows no interval."
-    facts = f"95 % interval {interval}, corrected p {show_p(pair.p)}"
+    facts = f"95 % interval {interval}, corrected p\u00a0{show_p(pair.p)}"
     if pair.holds:
         return f"{start} ({facts}): the difference holds."
     return f"{start} ({facts}): {pair.sentence}."
@@ -182,9 +189,18 @@ def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def _folds(study: StudyFiles) -> list[str]:
+    together = [cell.model.get("protocol") for cell in study.cells if not cell.trained_on]
     trained = {
-        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody" for entry in _protocols(study)
+        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody"
+        for entry in together
+        if isinstance(entry, dict)
     }
+    alone: dict[str, set[str]] = {}
+    for cell in study.cells:
+        if cell.trained_on and cell.model:
+            alone.setdefault(cell.heldout, set()).add(cell.trained_on)
+    for heldout, names in alone.items():
+        trained.setdefault(heldout, f"{join_words(sorted(names))}{', each' if len(names) > 1 else ''} alone")
     lines = []
     for heldout in sorted({cell.heldout for cell in study.cells}):
         who = f"{heldout} held out" if heldout else "no hospital held out"
@@ -264,6 +280,12 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
         notes.append(f"Some seeds are missing at {join_words(short)}; the table says how many each number has.")
     if any(row["site"] == AVERAGE and row["hospitals"] < hospitals for row in summary):
         notes.append(f"An average over fewer than {hospitals} hospitals is marked, and no average is called best.")
+    undefined = sum(int(row["asd_excluded"]) for row in single)
+    if undefined:
+        notes.append(
+            f"In {count_of(undefined, 'evaluation')} one mask is empty: no surface distance, left out of its mean. The "
+            "table of all four metrics says where."
+        )
     both = sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows)
     if both:
         notes.append(

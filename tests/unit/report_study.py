@@ -77,7 +77,8 @@ def collect(folder: Path) -> None:
 
 def label_of(trains, federation="by_site", setting=""):
     """A label as a study writes it: the short name of each swept setting, the federation unless it is by_site."""
-    short = [part.rpartition(".")[2] for part in setting.split()]
+    parts = [part.partition("=") for part in setting.split()]
+    short = [f"{name.rpartition('.')[2]}={value}" for name, _, value in parts]
     return " ".join([trains, *([] if federation == "by_site" else [federation]), *short])
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from server import report_figures as figures
 from server.intervals import Interval
 from server.report_files import Cell
-from server.report_overlays import choose_cases, contour_path, crop_box, interval_bar, overlay
+from server.report_overlays import Images, choose_cases, contour_path, crop_box, interval_bar, overlay
 from server.report_reader import Picture, Reader
 from server.report_rounds import Curve, curves, departures
 from server.report_text import (
@@ -126,10 +126,16 @@ class TestOverlays:
 
     def test_worst_median_best(self):
         cases = [picture(name, dice) for name, dice in zip("abcde", (0.5, 0.9, 0.1, 0.7, NAN), strict=True)]
-        assert choose_cases(cases) == [("worst", "c"), ("median", "a"), ("best", "b")]
-        assert choose_cases(cases[:2]) == [("worst", "a"), ("best", "b")]
-        assert choose_cases(cases[:1]) == [("worst", "a")]
-        assert choose_cases([]) == []
+        assert choose_cases({"sgcg": cases}) == [("worst", "c"), ("median", "a"), ("best", "b")]
+        assert choose_cases({"sgcg": cases[:2]}) == [("worst", "a"), ("best", "b")]
+        assert choose_cases({"sgcg": cases[:1]}) == [("worst", "a")]
+        assert choose_cases({}) == choose_cases({"sgcg": []}) == []
+
+    def test_no_method_chooses_alone(self):
+        ours = [picture(name, dice) for name, dice in zip("abc", (0.9, 0.5, 0.4), strict=True)]
+        theirs = [picture(name, dice) for name, dice in zip("abcd", (0.1, 0.6, 0.8, 0.0), strict=True)]
+        # Means 0.5, 0.55, 0.6; d is judged by one method only.
+        assert choose_cases({"sgcg": ours, "source": theirs}) == [("worst", "a"), ("median", "b"), ("best", "c")]
 
     def test_crop_holds_every_mask_and_stays_in_the_picture(self):
         truth, prediction = np.zeros((100, 120), np.uint8), np.zeros((100, 120), np.uint8)
@@ -146,13 +152,23 @@ class TestOverlays:
     def test_truth_and_prediction_differ_by_more_than_colour_and_labels_are_escaped(self):
         mask = np.zeros((20, 30), np.uint8)
         mask[5:9, 5:9] = 1
-        text = str(overlay(picture(truth=mask, prediction=mask), (0, 20, 0, 30), '<script> "x"'))
+        images = Images()
+        text = str(overlay(picture(truth=mask, prediction=mask), (0, 20, 0, 30), '<script> "x"', images))
         assert "<script" not in text
-        assert text.count('class="truth"') == text.count('class="prediction"') == 1
+        assert text.count('class="truth"') == text.count('class="prediction p0"') == 1
         root = ET.fromstring(text)
         assert root.attrib["viewBox"] == "0 0 320 213"
-        image = base64.b64decode(root.find("image").attrib["href"].partition(",")[2])
-        assert image.startswith(b"\xff\xd8\xff")
+        image = ET.fromstring(str(images.markup))
+        assert root.find("use").attrib["href"] == f"#{image.attrib['id']}"
+        assert base64.b64decode(image.attrib["href"].partition(",")[2]).startswith(b"\xff\xd8\xff")
+
+    def test_the_same_slice_stands_in_the_page_once(self):
+        images, box = Images(), (0, 20, 0, 30)
+        texts = [str(overlay(picture(), box, name, images)) for name in ("source", "sgcg")]
+        other = str(overlay(picture(size=(22, 30)), (0, 22, 0, 30), "x", images))
+        assert str(images.markup).count("<image") == 2
+        assert all("#slice-0" in text for text in texts)
+        assert "#slice-1" in other
 
     def test_an_interval_bar_lies_on_its_side_of_zero(self):
         root = ET.fromstring(str(interval_bar(Interval(0.2, 0.1, 0.3), 0.3)))
@@ -170,9 +186,9 @@ class TestFigures:
             {"source": {"a": 0.5, "b": 0.8}, "sgcg": {"a": 0.6, "$x_1$": 0.7}}, (0.4, 1), "alt", "Dice"
         )
         yield figures.case_panel({"source": {}, "sgcg": {"a": NAN}}, (0.4, 1), "alt", "Dice")
-        yield figures.curve_panel(
-            [line], [figures.Line(self.curve, 1, ":", False)], ("a", "b"), [(0, 1), (0, 1)], "alt"
-        )
+        other = figures.Line(self.curve, 1, ":", False)
+        yield figures.curve_panel([[line], [other]], ("a", "b"), [(0, 1), (0, 1)], "alt")
+        yield figures.curve_panel([[line], [other], []], ("a", "b", "c"), [(0, 1), (0, 1), (0, 2)], "alt")
         yield figures.shift_panel([line], figures.log_span_of([line]), "alt")
         yield figures.shift_panel([], figures.log_span_of([]), "alt")
 

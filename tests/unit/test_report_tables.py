@@ -213,16 +213,19 @@ class TestDifferences:
         [("dice", 0.1, "better"), ("dice", -0.1, "worse"), ("asd", 0.1, "worse"), ("asd", -0.1, "better")],
     )
     def test_sentence_knows_which_direction_is_good(self, metric, change, word):
-        rows = [row("source", case=c, **{metric: 0.5}) for c in "abc"]
-        rows += [row("sgcg", case=c, **{metric: 0.5 + change}) for c in "abc"]
-        assert self.differences(rows, metric)["HK"].sentence == f"sgcg is {word}: interval excludes zero"
+        rows = [row("source", case=c, **{metric: 0.5}) for c in "abcdefghijkl"]
+        rows += [row("sgcg", case=c, **{metric: 0.5 + change}) for c in "abcdefghijkl"]
+        assert self.differences(rows, metric)["HK"].sentence == f"sgcg is {word}: the difference holds"
 
     def test_sentence_without_a_difference_or_an_interval(self):
         rows = [row("source", case=c, dice=0.5) for c in "ab"]
         rows += [row("sgcg", case="a", dice=0.6), row("sgcg", case="b", dice=0.4)]
-        assert self.differences(rows)["HK"].sentence == "no difference shown: interval includes zero"
+        assert self.differences(rows)["HK"].sentence == "no difference shown: the interval includes zero"
         assert self.differences(rows[1:3])["HK"].sentence == "no case in common"
-        assert self.differences([rows[0], rows[2]])["HK"].sentence == "one case in common: no interval"
+        assert (
+            self.differences([rows[0], rows[2]])["HK"].sentence
+            == "one case in common: no interval, no difference shown"
+        )
 
 
 def test_best_is_highest_dice_and_lowest_distance_and_nobody_in_a_tie_of_all():

@@ -1,0 +1,444 @@
+"""Labels, papers' tables, claims, sweeps and federation: against values worked out by hand, then on a whole page."""
+
+from __future__ import annotations
+
+import math
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.report import make_report
+from server.report_claims import claim_sentence, federation_pairs, main_claims
+from server.report_differences import CaseValues, compare_everywhere, compare_on_average
+from server.report_labels import (
+    Label,
+    figure_groups,
+    label_colours,
+    label_order,
+    labels_of,
+    main_pairs,
+    read_label,
+)
+from server.report_papers import ablation_tables, layouts_of, paper_tables
+from server.report_plots import is_logarithmic
+from server.report_published import PUBLISHED, published_for
+from server.report_studies import sweeps_of
+from server.report_tables import heldout_rows, merge_models, methods_of, summary_rows
+from tests.unit.report_study import ARMS, FUNDUS, FUNDUS_SITES, label_of, write_large_study
+from tests.unit.test_report import Page
+from tests.unit.test_report_tables import row
+
+NAN = float("nan")
+LABELS = labels_of(
+    {"method": label_of(trains, federation), "trains": trains, "federation": federation, "setting": ""}
+    for trains in ARMS
+    for federation in ("by_site", "pooled", "local")
+)
+
+
+def label_rows(name, **columns):
+    return {"method": name, **columns}
+
+
+class TestLabels:
+    def test_columns_tell_what_a_label_is(self):
+        found = read_label(
+            {"method": "x", "trains": "ram_sgcg", "federation": "pooled", "setting": "prototypes.weight=0.5 a.b=c"}
+        )
+        assert found == Label("x", "ram_sgcg", "pooled", (("prototypes.weight", "0.5"), ("a.b", "c")))
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("sgcg", Label("sgcg", "sgcg", "by_site")),
+            ("sgcg pooled", Label("sgcg pooled", "sgcg", "pooled")),
+            ("ram_sgcg weight=0.5", Label("ram_sgcg weight=0.5", "ram_sgcg", "by_site", (("weight", "0.5"),))),
+            ("", Label("", "", "by_site")),
+        ],
+    )
+    def test_without_columns_the_words_of_the_label_do(self, name, expected):
+        assert read_label({"method": name}) == expected
+        assert read_label({"method": name, "trains": None, "federation": None, "setting": None}) == expected
+
+    def test_order_is_that_of_the_ablation_and_numbers_go_by_size(self):
+        names = [
+            "ram_sgcg weight=10",
+            "other",
+            "sgcg",
+            "ram_sgcg weight=9",
+            "ram",
+            "ram_sgcg",
+            "source pooled",
+            "source",
+        ]
+        assert methods_of([{"method": name} for name in names]) == [
+            *("source", "source pooled", "ram", "sgcg", "ram_sgcg", "ram_sgcg weight=9", "ram_sgcg weight=10", "other"),
+        ]
+
+    @given(st.lists(st.text(alphabet="ab= 1.9", max_size=8), unique=True, max_size=6), st.randoms())
+    def test_law_any_names_have_one_order(self, names, random):
+        mixed = random.sample(names, len(names))
+        assert sorted(mixed, key=label_order) == sorted(names, key=label_order)
+
+    def test_each_part_is_compared_with_the_same_training_without_it(self):
+        four = {name: label for name, label in LABELS.items() if label.federation == "by_site"}
+        assert main_pairs(four) == [
+            ("ram", "source"),
+            ("sgcg", "source"),
+            *(("ram_sgcg", part) for part in ("ram", "sgcg", "source")),
+        ]
+        assert len(main_pairs(LABELS)) == 15
+        assert all(LABELS[a].federation == LABELS[b].federation for a, b in main_pairs(LABELS))
+
+    def test_without_the_usual_reference_the_first_label_is_it(self):
+        assert main_pairs(labels_of([{"method": "fedx"}, {"method": "fedy"}])) == [("fedy", "fedx")]
+        assert main_pairs(labels_of([{"method": "sgcg"}])) == []
+        swept = labels_of([{"method": f"sgcg weight={value}"} for value in (1, 10, 2)])
+        assert main_pairs(swept) == [("sgcg weight=2", "sgcg weight=1"), ("sgcg weight=10", "sgcg weight=1")]
+
+    def test_a_method_has_one_colour_in_every_federation(self):
+        colours = label_colours(LABELS)
+        assert colours["ram_sgcg"] == colours["ram_sgcg pooled"] == colours["ram_sgcg local"] == 3
+        swept = labels_of([{"method": f"sgcg weight={value}"} for value in range(9)])
+        (group,) = figure_groups(swept)
+        assert (len(group.labels), group.left_out) == (6, 3)
+        assert len({label_colours(swept)[name] for name in group.labels}) == 6
+
+    def test_federations_are_compared_in_both_directions_of_interest(self):
+        pairs = federation_pairs({name: label for name, label in LABELS.items() if label.trains == "sgcg"})
+        assert pairs == [("sgcg", "sgcg pooled"), ("sgcg", "sgcg local"), ("sgcg pooled", "sgcg local")]
+        assert federation_pairs(labels_of([{"method": "sgcg"}, {"method": "source"}])) == []
+
+
+class TestHospitalsThatTrainedAlone:
+    rows = (
+        row("sgcg local", case="a", dice=0.2, asd=4.0, trained_on="A"),
+        row("sgcg local", case="a", dice=0.0, asd=NAN, trained_on="B"),
+        row("sgcg local", case="a", dice=0.7, asd=1.0, seed=1, trained_on="A"),
+        row("sgcg", case="a", dice=0.9, trained_on=""),
+    )
+
+    def test_their_models_are_averaged_per_case_and_seed(self):
+        merged = {(entry["method"], entry["seed"]): entry for entry in merge_models(list(self.rows))}
+        assert len(merged) == 3
+        assert merged["sgcg local", 0]["dice"] == pytest.approx(0.1)
+        assert merged["sgcg local", 0]["asd"] == 4.0  # the other model has no distance
+        assert merged["sgcg", 0] is self.rows[3]
+
+    def test_undefined_distances_of_every_model_are_counted(self):
+        found = {entry["method"]: entry for entry in summary_rows(self.rows)}
+        local = found["sgcg local"]
+        assert local["dice_mean"] == pytest.approx((0.1 + 0.7) / 2)
+        assert (local["evaluations"], local["asd_excluded"], local["cases"]) == (3, 1, 1)
+
+    def test_they_are_one_side_of_a_pair(self):
+        found = CaseValues(self.rows).difference(("sgcg", "sgcg local"), "gland", "dice")
+        assert (found.cases, found.interval.mean) == (1, pytest.approx(0.8))  # seed 0, which both have
+
+    def test_merging_twice_is_merging_once(self):
+        once = heldout_rows(self.rows)
+        assert heldout_rows(once) == once
+
+
+class TestDifferences:
+    @staticmethod
+    def two(gain, n=12, **more):
+        rows = [row("source", case=str(i), dice=0.5 + 0.01 * i, **more) for i in range(n)]
+        return rows + [row("sgcg", case=str(i), dice=0.5 + 0.01 * i + gain(i), **more) for i in range(n)]
+
+    def test_holds_when_interval_and_corrected_test_agree(self):
+        (found,) = compare_on_average(CaseValues(self.two(lambda _: 0.02)), [("sgcg", "source")], ["gland"], ["dice"])
+        assert found.holds
+        assert found.test.p == pytest.approx(2 / 2**12)
+        assert claim_sentence(found, several=False) == (
+            "sgcg against source, Dice at HK: +0.020 (95 % interval +0.020 to +0.020; 12 cases; "
+            "corrected p\u00a0<\u00a00.001); the difference holds."
+        )
+
+    def test_too_few_cases_can_show_nothing_and_say_so(self):
+        (found,) = compare_on_average(
+            CaseValues(self.two(lambda _: 0.02, 5)), [("sgcg", "source")], ["gland"], ["dice"]
+        )
+        assert found.interval.excludes_zero
+        assert not found.holds
+        assert found.sentence == "no difference shown: 5 cases are too few for a test among 1 comparisons"
+
+    def test_a_test_alone_is_no_claim(self):
+        # Eleven small gains and one large loss: the ranks speak for a gain, the mean does not.
+        (found,) = compare_on_average(
+            CaseValues(self.two(lambda i: -0.4 if i == 0 else 0.02)), [("sgcg", "source")], ["gland"], ["dice"]
+        )
+        assert found.p < 0.05
+        assert not found.holds
+        assert "interval includes zero, although the test alone would say so" in found.sentence
+
+    def test_correction_counts_every_comparison_of_the_table(self):
+        rows = self.two(lambda _: 0.02) + self.two(lambda _: 0.02, heldout="UCL")
+        table = compare_everywhere(CaseValues(rows), ("sgcg", "source"))
+        assert len(table) == 4 * 3  # four metrics; two hospitals and the average
+        # The distances are all the same: p = 1 for six of them takes part, too.
+        assert {entry.family for entry in table} == {12}
+        dice = {entry.site: entry for entry in table if entry.metric == "dice"}
+        assert dice["average"].corrected == pytest.approx(12 * 2 / 2**24)
+        assert dice["HK"].corrected == pytest.approx(11 * 2 / 2**12)
+
+    def test_seeds_of_unequal_places_are_not_averaged(self):
+        rows = [row(seed=0, dice=0.4), row(seed=1, dice=0.6), row(heldout="UCL", seed=0, dice=0.8)]
+        values = CaseValues(rows)
+        assert values.by_seed("sgcg", "gland", "dice") == {0: pytest.approx(0.6)}
+        assert values.by_seed("sgcg", "gland", "dice", ("HK", "HK")) == {0: 0.4, 1: 0.6}
+
+
+class TestPublished:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_every_row_has_every_domain_and_structure(self, name):
+        table = PUBLISHED[name]
+        for rows in table.rows.values():
+            for entry in rows:
+                assert len(entry.values) == len(table.domains)
+                assert {len(domain) for domain in entry.values} == {len(table.structures)}
+
+    def test_averages_that_do_not_follow_from_their_row_are_told(self):
+        # methods.md 1.11: recomputed by hand.
+        prostate = {entry.method: entry for entry in PUBLISHED["prostate"].rows["dice"]}
+        assert prostate["SgCG"].recomputed == pytest.approx(88.31333, abs=1e-4)
+        assert prostate["Source"].recomputed == pytest.approx(84.07, abs=0.01)
+        assert {name for name, entry in prostate.items() if entry.printed_otherwise} >= {"SgCG", "Source", "BigAug"}
+        fundus = {entry.method: entry for entry in PUBLISHED["fundus"].rows["asd"]}
+        assert fundus["DoFE"].recomputed == pytest.approx(11.33125)
+        assert [name for name, entry in fundus.items() if entry.printed_otherwise] == ["DoFE"]
+        assert not any(entry.printed_otherwise for entry in PUBLISHED["fundus"].rows["dice"])
+
+    def test_only_the_same_data_and_structures_have_printed_rows(self):
+        assert published_for("fundus", ["disc", "cup"]) is PUBLISHED["fundus"]
+        assert published_for("fundus_paper", ["cup", "disc"]) is PUBLISHED["fundus"]
+        assert published_for("fundus", ["cup"]) is None
+        assert published_for("promise12", ["prostate"]) is None
+        assert published_for("prostates", ["prostate"]) is None
+
+    def test_sites_find_their_domain_by_any_usual_name(self):
+        fundus, prostate = PUBLISHED["fundus"], PUBLISHED["prostate"]
+        assert [fundus.domain_of(site) for site in ("Drishti-GS", "RIM_ONE", "refuge-train", "Domain4", "refuge")] == [
+            *(0, 1, 2, 3),
+            None,
+        ]
+        assert [prostate.domain_of(site) for site in ("RUNMC", "ISBI_1.5", "isbi", "hk", "elsewhere")] == [
+            0,
+            1,
+            0,
+            5,
+            None,
+        ]
+
+
+class TestPaperTables:
+    @staticmethod
+    def rows():
+        found = []
+        for method, gain in (("source", 0.0), ("sgcg", 0.05), ("ram", 0.0501)):
+            for site in ("HK", "UCL"):
+                for seed in (0, 1):
+                    for i in range(12):
+                        noise = 0.001 * ((i * 7 + len(method) * 3) % 5)
+                        found.append(row(method, site, seed, case=str(i), dice=0.6 + gain + noise + 0.01 * seed))
+        return found
+
+    def table(self, rows, metric="dice", sites=("HK", "UCL")):
+        labels = labels_of(rows)
+        layouts = layouts_of(CaseValues(rows), ["gland"], sites, None)
+        return next(t for t in paper_tables(layouts, labels, {}) if t["metric"] == metric)
+
+    def test_numbers_are_per_cent_with_their_spread_over_seeds(self):
+        (group,) = self.table(self.rows())["groups"]
+        source = group["rows"][0]
+        # Seeds differ by exactly 0.01: sd = 0.01 / sqrt(2) = 0.71 per cent.
+        assert source["label"] == "source"
+        assert [cell["sd"] for cell in source["cells"]] == ["± 0.71"] * 3
+        noise = sum((i * 7 + 18) % 5 for i in range(12)) / 12 / 10
+        assert source["cells"][0]["parts"][0]["text"] == f"{60.5 + noise:.2f}"
+
+    def test_bold_only_where_the_lead_over_every_row_holds(self):
+        bold = lambda table: [  # noqa: E731
+            (row["label"], place)
+            for row in table["groups"][0]["rows"]
+            for place, cell in enumerate(row["cells"])
+            for part in cell.get("parts", [])
+            if part["bold"]
+        ]
+        assert bold(self.table(self.rows())) == []  # ram and sgcg cannot be told apart
+        two = [entry for entry in self.rows() if entry["method"] != "ram"]
+        assert bold(self.table(two)) == [("sgcg", 0), ("sgcg", 1), ("sgcg", 2)]
+        assert bold(self.table(two, "asd")) == []
+
+    def test_no_average_leads_that_lacks_a_hospital(self):
+        two = [e for e in self.rows() if e["method"] != "ram" and (e["method"], e["heldout"]) != ("sgcg", "UCL")]
+        sgcg = self.table(two)["groups"][0]["rows"][1]
+        assert sgcg["cells"][1] == {"missing": True}
+        assert sgcg["cells"][2]["notes"] == ["1 of 2 hospitals"]
+        assert not sgcg["cells"][2]["parts"][0]["bold"]
+
+    def test_ablation_needs_three_arms_and_ticks_their_parts(self):
+        rows = self.rows()
+        layouts = layouts_of(CaseValues(rows), ["gland"], ["HK", "UCL"], None)
+        (table,) = ablation_tables(layouts, labels_of(rows), {})
+        ticks = [entry["ticks"] for entry in table["groups"][0]["rows"]]
+        assert ticks == [(False, False), (True, False), (False, True)]
+        assert ablation_tables(layouts, labels_of(row for row in rows if row["method"] != "ram"), {}) == []
+
+
+class TestSweeps:
+    def test_only_labels_that_differ_in_nothing_else_share_a_line(self):
+        rows = [
+            {"method": f"{t} {s}", "trains": t, "federation": f, "setting": s}
+            for t, f, s in [
+                ("sgcg", "by_site", "p.weight=1"),
+                ("sgcg", "by_site", "p.weight=0.01"),
+                ("sgcg", "pooled", "p.weight=1"),
+                ("sgcg", "by_site", "p.weight=1 p.tau=2"),
+                ("sgcg", "by_site", "p.weight=5 p.tau=2"),
+            ]
+        ]
+        (weight,) = sweeps_of(labels_of(rows), {})
+        assert weight.name == "p.weight"
+        assert [list(line) for line in weight.all_lines()] == [["0.01", "1"], ["1", "5"]]
+        assert weight.numbers
+
+    def test_the_label_without_the_sweep_stands_at_its_own_value(self):
+        labels = labels_of([{"method": "sgcg"}, {"method": "sgcg weight=0.01"}, {"method": "sgcg weight=1"}])
+        (sweep,) = sweeps_of(labels, {"sgcg": {"prototypes": {"weight": 0.1}, "method": {"name": "sgcg"}}})
+        (line,) = sweep.all_lines()
+        assert list(line) == ["0.01", "0.1", "1"]
+        assert line["0.1"] == "sgcg"
+        (alone,) = sweeps_of(labels, {})
+        assert list(alone.all_lines()[0]) == ["0.01", "1"]
+
+    def test_words_are_no_numbers_and_one_value_is_no_sweep(self):
+        (sweep,) = sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "sgcg memory=b"}]), {})
+        assert not sweep.numbers
+        assert sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "source"}]), {}) == []
+
+    def test_an_axis_is_logarithmic_when_its_values_span_decades(self):
+        assert is_logarithmic([0.01, 0.1, 1])
+        assert not is_logarithmic([1, 2, 3])
+        assert not is_logarithmic([0, 0.1, 100])
+        assert not is_logarithmic([5.0])
+
+
+SMALL = {
+    "sites": ("A", "B"),
+    "seeds": (0,),
+    "cases": 8,
+    "weights": ("0.01", "1"),
+    "temperatures": (),
+    "memories": ("x",),
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return write_large_study(tmp_path_factory.mktemp("large"), **(SMALL | {"seeds": (0, 1)}))
+
+
+@pytest.fixture(scope="module")
+def html(large):
+    return make_report(large).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+class TestWholePage:
+    def test_has_a_section_for_every_question(self, page):
+        ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+        assert ids >= {"ablation", "differences", "sweep-1", "sweep-2", "federation", "features", "overlays"}
+        assert "Swept setting: prototypes.memory" in page.text
+        assert "a ring marks the value of the runs that did not sweep it" in page.text
+        assert "Of the 10 nearest neighbours of a pixel" in page.text
+
+    def test_numbers_of_the_local_models_are_those_of_all_of_them(self, large, page):
+        rows = [r for r in pq.read_table(large / "results.parquet").to_pylist() if r["method"] == "ram_sgcg local"]
+        by_case = {}
+        for entry in rows:
+            by_case.setdefault((entry["heldout"], entry["case"]), []).append(entry["dice"])
+        by_site = {}
+        for (site, _), values in by_case.items():
+            by_site.setdefault(site, []).append(sum(values) / len(values))
+        average = sum(sum(v) / len(v) for v in by_site.values()) / len(by_site)
+        assert f"{100 * average:.2f}" in page.text
+
+    def test_finds_the_gain_and_the_cost_that_were_made_up(self, page):
+        assert "✓" in page.text
+        claims = page.text[page.text.index("What federation costs") :]
+        assert "ram_sgcg against ram_sgcg local, Dice: +0.0" in claims
+        assert "the difference holds" in claims
+
+    def test_every_claim_that_is_made_is_in_the_tables_family(self, large):
+        rows = pq.read_table(large / "results.parquet").to_pylist()
+        claims = main_claims(CaseValues(rows), labels_of(rows), ["prostate"])
+        assert len(claims) == 15 * 2
+        assert {entry.family for entry in claims} == {30}
+        assert all(math.isnan(c.test.p) or c.test.p <= c.corrected <= 1 for c in claims)
+
+    def test_nothing_is_fetched_and_the_same_files_give_the_same_page(self, large, html, page):
+        for tag, attributes in page.tags:
+            for name in ("src", "srcset", "href"):
+                value = attributes.get(name)
+                assert value is None or value.startswith(("data:image/", "#")), (tag, name)
+        assert make_report(large).read_text() == html
+
+    def test_references_of_pictures_and_links_exist(self, page):
+        ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        assert {entry["href"][1:] for entry in (*page.all("use"), *page.all("a"))} <= set(ids)
+        assert all(head.get("scope") for head in page.all("th"))
+        assert len(page.all("table")) == len(page.all("caption"))
+
+    def test_tables_of_an_older_version_give_the_same_sections(self, tmp_path):
+        page = Page(make_report(write_large_study(tmp_path, **SMALL, columns=False, features=False)).read_text())
+        ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+        assert ids >= {"ablation", "differences", "sweep-1", "federation"}
+        assert "No t-SNE: pixel features stay at their hospital" in page.text
+
+    def test_fundus_has_the_printed_rows_beside_ours_in_the_papers_order(self, tmp_path):
+        write_large_study(
+            tmp_path,
+            **(SMALL | {"sites": FUNDUS_SITES, "weights": (), "memories": (), "cases": 6}),
+            structures=FUNDUS,
+            name="fundus",
+            federations=("pooled",),
+            features=False,
+        )
+        page = Page(make_report(tmp_path).read_text())
+        heads = "drishti domain 1 rim_one domain 2 refuge_train domain 3 refuge_val domain 4 Average"
+        assert heads in page.text
+        assert "SgCG printed 86.65 / 95.92 80.40 / 90.39 87.48 / 95.07 86.27 / 94.18 89.55" in page.text
+        assert (
+            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 the row gives 11.33" in page.text
+        )
+        assert "must not be compared digit by digit" in page.text
+        assert "withdrawn" in page.text
+
+    def test_a_label_without_any_cell_and_names_of_hospitals_that_are_markup(self, tmp_path):
+        nasty = "<b>x</b> $\\alpha$"
+        skip = {"sgcg", "ram_sgcg pooled"}
+        study = write_large_study(
+            tmp_path, **(SMALL | {"sites": (nasty, "B & C")}), skip=skip, structures={"<i>": ["<i>"]}
+        )
+        page = Page(make_report(study).read_text())
+        assert "Not complete." in page.text
+        assert not {"i", "script"} & {tag for tag, _ in page.tags}
+        assert nasty in " ".join(page.words)
+        assert all(path.suffix in {".svg", ".png"} for path in (study / "figures").iterdir())
+
+    def test_a_cell_of_a_hospital_that_trained_alone_is_named(self, tmp_path):
+        study = write_large_study(tmp_path, **(SMALL | {"weights": (), "memories": ()}), federations=("local",))
+        (study / "sgcg local" / "A" / "0-B" / "outcome.json").unlink()
+        (study / "sgcg local" / "A" / "0-B" / "events.jsonl").unlink()
+        (study / "sgcg local" / "A" / "0-B" / "results.parquet").unlink()
+        text = Page(make_report(study).read_text()).text
+        assert "A held out: B alone trained" in text
+        assert "sgcg local · A held out · seed 0 · B alone" in text
