@@ -26,7 +26,7 @@ from server.report_plots import is_logarithmic
 from server.report_published import PUBLISHED, published_for
 from server.report_studies import sweeps_of
 from server.report_tables import heldout_rows, merge_models, methods_of, summary_rows
-from tests.unit.report_study import ARMS, FUNDUS, FUNDUS_SITES, label_of, write_large_study
+from tests.unit.report_study import ARMS, FUNDUS, FUNDUS_SITES, collect, label_of, write_large_study
 from tests.unit.test_report import Page
 from tests.unit.test_report_tables import row
 
@@ -336,6 +336,10 @@ SMALL = {
 }
 
 
+PLAIN = SMALL | {"weights": (), "memories": (), "arms": ("source", "ram", "sgcg")}
+OLD = {"arms": ("ram", "sgcg", "ram_sgcg"), "federations": ("by_site", "pooled"), "memories": (), "cases": 3}
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     return write_large_study(tmp_path_factory.mktemp("large"), **(SMALL | {"seeds": (0, 1)}))
@@ -383,12 +387,11 @@ class TestWholePage:
         assert {entry.family for entry in claims} == {30}
         assert all(math.isnan(c.test.p) or c.test.p <= c.corrected <= 1 for c in claims)
 
-    def test_nothing_is_fetched_and_the_same_files_give_the_same_page(self, large, html, page):
+    def test_nothing_is_fetched_from_anywhere(self, page):
         for tag, attributes in page.tags:
             for name in ("src", "srcset", "href"):
                 value = attributes.get(name)
                 assert value is None or value.startswith(("data:image/", "#")), (tag, name)
-        assert make_report(large).read_text() == html
 
     def test_references_of_pictures_and_links_exist(self, page):
         ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -398,7 +401,9 @@ class TestWholePage:
         assert len(page.all("table")) == len(page.all("caption"))
 
     def test_tables_of_an_older_version_give_the_same_sections(self, tmp_path):
-        page = Page(make_report(write_large_study(tmp_path, **SMALL, columns=False, features=False)).read_text())
+        page = Page(
+            make_report(write_large_study(tmp_path, **(SMALL | OLD), columns=False, features=False)).read_text()
+        )
         ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
         assert ids >= {"ablation", "differences", "sweep-1", "federation"}
         assert "No t-SNE: pixel features stay at their hospital" in page.text
@@ -406,10 +411,9 @@ class TestWholePage:
     def test_fundus_has_the_printed_rows_beside_ours_in_the_papers_order(self, tmp_path):
         write_large_study(
             tmp_path,
-            **(SMALL | {"sites": FUNDUS_SITES, "weights": (), "memories": (), "cases": 6}),
+            **(PLAIN | {"sites": FUNDUS_SITES, "cases": 2, "arms": ("ram", "ram_sgcg"), "federations": ("pooled",)}),
             structures=FUNDUS,
             name="fundus",
-            federations=("pooled",),
             features=False,
         )
         page = Page(make_report(tmp_path).read_text())
@@ -424,10 +428,8 @@ class TestWholePage:
 
     def test_a_label_without_any_cell_and_names_of_hospitals_that_are_markup(self, tmp_path):
         nasty = "<b>x</b> $\\alpha$"
-        skip = {"sgcg", "ram_sgcg pooled"}
-        study = write_large_study(
-            tmp_path, **(SMALL | {"sites": (nasty, "B & C")}), skip=skip, structures={"<i>": ["<i>"]}
-        )
+        few = PLAIN | {"sites": (nasty, "B & C"), "federations": ("by_site",), "cases": 3}
+        study = write_large_study(tmp_path, **few, skip={"sgcg"}, structures={"<i>": ["<i>"]})
         page = Page(make_report(study).read_text())
         assert "Not complete." in page.text
         assert not {"i", "script"} & {tag for tag, _ in page.tags}
@@ -435,10 +437,11 @@ class TestWholePage:
         assert all(path.suffix in {".svg", ".png"} for path in (study / "figures").iterdir())
 
     def test_a_cell_of_a_hospital_that_trained_alone_is_named(self, tmp_path):
-        study = write_large_study(tmp_path, **(SMALL | {"weights": (), "memories": ()}), federations=("local",))
+        study = write_large_study(tmp_path, **(PLAIN | {"federations": ("local",)}), features=False)
         (study / "sgcg local" / "A" / "0-B" / "outcome.json").unlink()
         (study / "sgcg local" / "A" / "0-B" / "events.jsonl").unlink()
         (study / "sgcg local" / "A" / "0-B" / "results.parquet").unlink()
+        collect(study)
         text = Page(make_report(study).read_text()).text
         assert "A held out: B alone trained" in text
-        assert "sgcg local · A held out · seed 0 · B alone" in text
+        assert "sgcg local · A held out · seed 0 · B alone: interrupted" in text
