@@ -29,10 +29,13 @@ BLOCK: Final = 32
 
 
 class Mixer(Protocol):
-    """Makes the amplitude-mixed copy of a batch."""
+    """Makes the amplitude-mixed copy of a batch: what it needs is drawn on the CPU, ahead, and mixed on the device."""
 
-    def __call__(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return the copies (B, C, S, S) in [-1, 1] of images whose first `sizes[0]` are of the first domain, ..."""
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw partners and ratios (B,) of a batch whose first `sizes[0]` slices are of the first domain, ..."""
+
+    def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
+        """Return the copies (B, C, S, S) in [-1, 1] of images with what `draw` gave."""
 
 
 class LocalMixer:
@@ -47,12 +50,14 @@ class LocalMixer:
     def __init__(self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator) -> None:
         self._tables, self._settings, self._rng = tables, settings, rng
 
-    def __call__(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Mix each slice with a partner of a domain other than its own."""
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw a slice (C, S, S) of a domain other than its own for each slice of a batch."""
         partners = np.concatenate([self._partners(domain, size) for domain, size in enumerate(sizes)])
-        ratio = draw_ratio(self._rng, images)
-        mixed = mix_amplitude(images, torch.from_numpy(partners).to(images.device), ratio, self._settings.window)
-        return mixed.clamp(-1, 1)
+        return torch.from_numpy(partners), draw_ratio(self._rng, len(partners))
+
+    def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
+        """Mix each slice with its partner (B, C, S, S)."""
+        return mix_amplitude(images, partners, ratio.to(images.dtype), self._settings.window).clamp(-1, 1)
 
     def _partners(self, domain: int, size: int) -> npt.NDArray[np.float32]:
         others = [number for number in range(len(self._tables)) if number != domain] or [domain]
@@ -90,11 +95,14 @@ class SharedMixer:
         if number < 1:
             raise fail("PAY-106", found="amplitudes of no other site", expected="those of at least one")
 
-    def __call__(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Mix each slice with amplitudes of other sites; `sizes` does not matter."""
-        amplitudes = torch.from_numpy(self._draw(len(images)).astype(np.float32)).to(images.device)
-        mixed = mix_window_amplitudes(images, amplitudes, draw_ratio(self._rng, images), self._settings.window)
-        return mixed.clamp(-1, 1)
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw amplitudes (C, 2, b + 1, b + 1) of other sites for each slice of a batch."""
+        amplitudes = torch.from_numpy(self._draw(sum(sizes)).astype(np.float32))
+        return amplitudes, draw_ratio(self._rng, len(amplitudes))
+
+    def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
+        """Mix each slice with its amplitudes (B, C, 2, b + 1, b + 1)."""
+        return mix_window_amplitudes(images, partners, ratio.to(images.dtype), self._settings.window).clamp(-1, 1)
 
     def _draw(self, count: int) -> npt.NDArray[np.floating]:
         if self._bank.size:
@@ -127,10 +135,9 @@ def build_mixer(
     return SharedMixer(amplitudes, own, settings, rng)
 
 
-def draw_ratio(rng: np.random.Generator, images: Tensor) -> Tensor:
+def draw_ratio(rng: np.random.Generator, count: int) -> Tensor:
     """Draw (B,) shares of an image's own amplitude from {0.1, ..., 1.0}."""
-    drawn = rng.integers(1, RATIOS + 1, len(images)) / RATIOS
-    return torch.from_numpy(drawn).to(images.device, images.dtype)
+    return torch.from_numpy(rng.integers(1, RATIOS + 1, count) / RATIOS)
 
 
 def site_amplitudes(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
 
-from clients.batches import Batch, augment, gather, index_batches, steps_of
-from clients.methods import METHODS, Guide, Source
+from clients.batches import Batch, Chosen, augment, gather, index_batches, steps_of
+from clients.methods import METHODS, Guidance, Guide, Source
 from clients.mixing import Mixer, build_mixer
+from clients.prefetch import prefetch
+from clients.replay import Replay, adam, set_rate
 from common.errors import fail
 from common.networks import UNet
 from common.payload import Weights
@@ -103,9 +105,9 @@ class Session:
         self._plan, self._device = plan, device
         self.method: Source = METHODS[plan.method.name](network, plan, domains, device)
         self.method.local.train()
-        self._optimizer = torch.optim.Adam(
-            self.method.groups(), lr=plan.method.learning_rate, weight_decay=plan.method.weight_decay, fused=True
-        )
+        self._optimizer = adam(self.method.groups(), plan.method.learning_rate, plan.method.weight_decay, device)
+        self._replay = Replay(self._work, self._clear, device)
+        self._guide: Guide | None = None
         self._restore(state)
 
     def train(
@@ -123,7 +125,7 @@ class Session:
         on_cpu = self._device.type == "cpu"
         sums = torch.zeros(len(names), dtype=torch.float64 if on_cpu else torch.float32, device=self._device)
         for step, batch in enumerate(batches):
-            set_learning_rate(self._optimizer, self._plan, round_number, step / steps)
+            set_rate(self._optimizer, learning_rate(self._plan, round_number, step / steps))
             found = self.step(batch, guide, micro_batches)
             sums += found
             if on_cpu and not math.isfinite(found[0].item()):
@@ -132,16 +134,32 @@ class Session:
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
         """Take one step; returns the loss and its parts, detached, in the order of `method.parts`."""
-        self._optimizer.zero_grad(set_to_none=True)
+        if guide is not self._guide:  # a captured step holds the prototypes that it was captured with
+            self._guide, self._replay = guide, Replay(self._work, self._clear, self._device)
+        if isinstance(guide, Guidance | None):
+            self._cut = batch.sizes, micro_batches
+            tensors = [batch.images, batch.labels, *([] if batch.mixed is None else [batch.mixed])]
+            return self._replay(*tensors, key=self._cut)
+        return self._train(batch, micro_batches)  # a guide that changes within the round cannot be captured
+
+    def _work(self, images: Tensor, labels: Tensor, mixed: Tensor | None = None) -> Tensor:
+        sizes, micro_batches = self._cut
+        return self._train(Batch(images, labels, sizes, mixed), micro_batches)
+
+    def _train(self, batch: Batch, micro_batches: int) -> Tensor:
+        self._clear()
         found: list[Tensor] = []
         for share, part in batch.parts(micro_batches):
-            total, parts = self.method.loss(part, guide)
+            total, parts = self.method.loss(part, self._guide)
             (total if share == 1 else share * total).backward()  # type: ignore[no-untyped-call]
             zero = torch.zeros_like(total)
             values = torch.stack([total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)])
             found.append(values if share == 1 else share * values)
         self._optimizer.step()
         return torch.stack(found).sum(0)
+
+    def _clear(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """What stays at the site: local networks always, Adam's moments with `federation.moments=keep`."""
@@ -188,13 +206,6 @@ def learning_rate(plan: Plan, round_number: int, share: float) -> float:
     return float(plan.method.learning_rate * max(0.0, 1.0 - progress) ** plan.method.poly_power)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, plan: Plan, round_number: int, share: float) -> None:
-    """Give every group of the optimiser its share of the rate of this point of the run."""
-    rate = learning_rate(plan, round_number, share)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-
-
 def client_name(hospitals: Sequence[str]) -> str:
     """Name of a client's random streams: that of its hospitals, so that one domain is the same pooled or by site."""
     return "+".join(hospitals)
@@ -220,12 +231,20 @@ def round_batches(
     """
     generator = torch.Generator(device).manual_seed(stream_seed(plan.seed, round_number, client_name(names), "augment"))
     rngs = [stream(plan.seed, round_number, name, "batches") for name in names]
-    for chosen in index_batches(tables, plan.method, rngs):
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in gather(tables, chosen))
-        sizes = tuple(len(numbers) for numbers in chosen)
+    chosen = index_batches(tables, plan.method, rngs)
+    for images, labels, sizes, *drawn in prefetch(_read(tables, chosen, mixer), device):
         changed, moved = augment(images, labels, plan.data.augmentation, generator)
-        mixed = mixer(changed, sizes).to(memory_format=torch.channels_last) if mixer else None
+        mixed = mixer.mix(changed, *drawn).to(memory_format=torch.channels_last) if mixer else None
         yield Batch(changed.to(memory_format=torch.channels_last), moved, sizes, mixed)
+
+
+def _read(
+    tables: Sequence[SliceTable], batches: Iterable[Chosen], mixer: Mixer | None
+) -> Iterator[tuple[Tensor | tuple[int, ...], ...]]:
+    """Read the slices of each batch, and what the mixer draws for it, on the CPU."""
+    for chosen in batches:
+        sizes = tuple(len(numbers) for numbers in chosen)
+        yield *gather(tables, chosen), sizes, *(mixer.draw(sizes) if mixer else ())
 
 
 def load_weights(network: nn.Module, weights: Weights) -> None:

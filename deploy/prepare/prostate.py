@@ -25,7 +25,7 @@ LISTED: Final = {
     **{"RUNMC": range(30), "BMC": range(30), "I2CVB": range(19), "HK": range(38, 50)},
     **{"UCL": (1, *range(26, 38)), "BIDMC": (0, 1, *range(3, 13))},
 }
-"""Numbers of the cases in the training lists of SAML (commit 3842011): they name what a site with too few cases lacks."""
+"""Numbers of the cases in the training lists of SAML (commit 3842011): what a site with too few cases lacks."""
 
 FILE: Final = re.compile(r"(?P<case>case[ _-]?\d+)(?P<mask>[ _-]segmentation)?\.nii(\.gz)?", re.IGNORECASE)
 

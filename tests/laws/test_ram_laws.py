@@ -61,14 +61,16 @@ def test_a_pooled_client_mixes_with_another_domain_only_and_a_hospital_with_itse
     images = torch.from_numpy(np.concatenate([table.stack(range(4))[0] for table in tables]))
     seen = set()
     for seed in range(30):
-        mixed = LocalMixer(tables, RamSettings(), np.random.default_rng(seed))(images, (4, 4))
+        mixer = LocalMixer(tables, RamSettings(), np.random.default_rng(seed))
+        mixed = mixer.mix(images, *mixer.draw((4, 4)))
         for image, own, other in zip(mixed, [0.2] * 4 + [0.8] * 4, [0.8] * 4 + [0.2] * 4, strict=True):
             share = (image.mean().item() - other) / (own - other)
             assert share == pytest.approx(round(share, 1), abs=1e-3), "a tenth of the own amplitude, or more tenths"
             assert torch.allclose(image, image.mean(), atol=1e-4)
             seen.add(round(share, 1))
     assert seen == {step / 10 for step in range(1, 11)}
-    alone = LocalMixer(tables[:1], RamSettings(), np.random.default_rng(0))(images[:4], (4,))
+    mixer = LocalMixer(tables[:1], RamSettings(), np.random.default_rng(0))
+    alone = mixer.mix(images[:4], *mixer.draw((4,)))
     assert torch.allclose(alone, images[:4], atol=1e-4)
 
 
@@ -77,7 +79,7 @@ def test_a_summary_without_spread_gives_the_others_amplitudes_and_never_ones_own
     total = AmplitudeSummary.from_amplitudes(own) + AmplitudeSummary.from_amplitudes(others)
     mixer = SharedMixer(total.encode(), AmplitudeSummary.from_amplitudes(own), RamSettings(), np.random.default_rng(0))
     images = torch.full((200, 3, SIDE, SIDE), 0.1)
-    shares = {round((image.mean().item() - 0.5) / (0.1 - 0.5), 1) for image in mixer(images, (200,))}
+    shares = {round((image.mean().item() - 0.5) / (0.1 - 0.5), 1) for image in mixer.mix(images, *mixer.draw((200,)))}
     assert shares == {step / 10 for step in range(1, 11)}
 
 
@@ -85,7 +87,7 @@ def test_a_bank_leaves_out_its_own_entries():
     windows = window_amplitudes(torch.stack([torch.full((3, SIDE, SIDE), level) for level in (0.1, 0.5)])).numpy()
     mixer = SharedMixer(encode_bank(windows, ["A", "B"]), "A", RamSettings(), np.random.default_rng(0))
     images = torch.full((50, 3, SIDE, SIDE), 0.1)
-    levels = [image.mean().item() for image in mixer(images, (50,))]
+    levels = [image.mean().item() for image in mixer.mix(images, *mixer.draw((50,)))]
     assert max(levels) > 0.4
     with pytest.raises(FedsgcgError, match="no other site"):
         SharedMixer(encode_bank(windows[:1], ["A"]), "A", RamSettings(), np.random.default_rng(0))
