@@ -76,6 +76,9 @@ CODES: Final[dict[str, str]] = {
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",
+    # DEP: deployment; kits, certificates, keys, the coordinator's server
+    "DEP-601": "The site file cannot be used.",
+    "DEP-602": "The project file cannot be used.",
     # SITE: anything unforeseen inside a hospital; the trace stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
     "SITE-502": "The memory of the site's device does not hold one training step.",
