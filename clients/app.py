@@ -189,6 +189,7 @@ def send(visit: Visit, reply: Reply) -> RecordDict:
         privacy=visit.plan.privacy,
         classes=list(data.classes),
         patients=patients,
+        sharing=visit.policy.sharing if visit.policy else None,
     )
 
 

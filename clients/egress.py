@@ -16,6 +16,7 @@ import numpy.typing as npt
 from flwr.app import RecordDict
 
 from clients import ledger
+from clients.policy import check_sharing
 from common.errors import FedsgcgError
 from common.payload import Identity
 from common.plan import PrivacySettings
@@ -33,6 +34,8 @@ def release(
     privacy: PrivacySettings,
     classes: Sequence[str] = (),
     patients: npt.NDArray[np.int64] | None = None,
+    sharing: tuple[str, ...] | None = None,
+    note: str = "",
 ) -> RecordDict:
     """Apply the floors, write the ledger line, and return what may leave.
 
@@ -43,9 +46,12 @@ def release(
         privacy: The floors.
         classes: Class names in the order of the statistics; needed when the reply has statistics.
         patients: (K,) patients per class at this site; needed when the reply has statistics.
+        sharing: Parts that the site's policy lets out; None where no policy is set.
+        note: What the site's own book shall say about this reply; never leaves.
 
     Raises:
-        FedsgcgError: SITE-501 when the ledger cannot be written: then nothing leaves.
+        FedsgcgError: POL-704 for a part that the site does not share, SITE-501 when the ledger cannot be written: then
+            nothing leaves.
     """
     withheld: list[str] = []
     if reply.statistics is not None:
@@ -55,28 +61,32 @@ def release(
         withheld = [classes[index] for index in hidden]
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
     records = encode_reply(reply)
+    parts = payload_bytes(records)
+    check_sharing(parts, sharing)
     ledger.append(
         home / LEDGER,
         round_number=reply.identity.round,
         kind=kind,
-        parts=payload_bytes(records),
+        parts=parts,
         withheld=withheld,
         sha256=payload_digest(records),
+        note=note or reply.error,
     )
     return records
 
 
-def release_error(code: str, identity: Identity, site: str, home: Path | None, kind: str) -> RecordDict:
+def release_error(code: str, identity: Identity, site: str, home: Path | None, kind: str, note: str = "") -> RecordDict:
     """Return the reply of a site that failed: a code of the catalogue, never a text.
 
     It is entered in the ledger where there is one that can be written; a ledger that cannot be written is one of the
-    failures that this reply reports, so it leaves all the same.
+    failures that this reply reports, so it leaves all the same. `note` stays in the
+    ledger.
     """
     reply = Reply(identity=identity, site=site, error=code)
     if home is None:
         return encode_reply(reply)
     try:
-        return release(reply, home, kind=kind, privacy=PrivacySettings())
+        return release(reply, home, kind=kind, privacy=PrivacySettings(), note=note)
     except FedsgcgError:
         return encode_reply(reply)
 

@@ -23,7 +23,14 @@ START = "0" * 64  # `previous` of the first line
 
 
 def append(
-    path: Path, *, round_number: int, kind: str, parts: Mapping[str, int], withheld: Sequence[str], sha256: str
+    path: Path,
+    *,
+    round_number: int,
+    kind: str,
+    parts: Mapping[str, int],
+    withheld: Sequence[str],
+    sha256: str,
+    note: str = "",
 ) -> None:
     """Add one line and wait until it is on the disk.
 
@@ -34,6 +41,7 @@ def append(
         parts: Bytes of each part of the reply.
         withheld: Names of the classes that the floors kept back.
         sha256: Digest of the reply.
+        note: Words for the site's own people, e.g. why a request was refused.
 
     Raises:
         FedsgcgError: SITE-501 when the line cannot be written (disk full, no permission) or the chain is broken.
@@ -52,7 +60,7 @@ def append(
                 "withheld": list(withheld),
                 "sha256": sha256,
                 "previous": previous,
-            }
+            } | ({"note": note} if note else {})
             _write(file, json.dumps(entry | {"hash": seal(entry)}) + "\n")
     except OSError as error:
         raise fail(
@@ -70,14 +78,23 @@ def verify(path: Path) -> int:
     Raises:
         FedsgcgError: SITE-501 with the first line that does not fit.
     """
-    previous = START
-    lines = path.read_bytes().splitlines(keepends=True)
-    for seq, line in enumerate(lines):
+    return len(entries(path))
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """Return every line, after checking the whole chain.
+
+    Raises:
+        FedsgcgError: SITE-501 with the first line that does not fit.
+    """
+    previous, found = START, []
+    for seq, line in enumerate(path.read_bytes().splitlines(keepends=True)):
         entry = _read(line, seq)
         if entry["seq"] != seq or entry["previous"] != previous:
             raise _broken(seq)
         previous = str(entry["hash"])
-    return len(lines)
+        found.append(entry)
+    return found
 
 
 def seal(entry: Mapping[str, Any]) -> str:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import logging
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +13,14 @@ from typing import Any
 import torch
 from flwr.app import Context, Message, RecordDict
 
+from clients.approval import check_approved
+from clients.boundary import NOBODY, identity_of, keep_trace
 from clients.cases import CaseStore, open_store
 from clients.device import choose_device
 from clients.egress import release_error
+from clients.policy import confined, obey, policy_of
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
+from clients.site_file import SiteFile
 from clients.state import LocalState
 from common.errors import FedsgcgError, fail
 from common.payload import Identity
@@ -29,8 +29,6 @@ from common.settings import plan_of_run
 from common.wire import Request, decode_request
 
 SPLITS = ("train", "validation", "test")
-NOBODY = Identity(run="", heldout="", round=0, plan="")  # of a reply to a message that says not even what it belongs to
-LOG = logging.getLogger("fedsgcg.site")
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Visit:
         root: Folder of the data set.
         home: The site's own folder: ledger, error log, aliases, pictures.
         kind: Type of the message.
+        policy: The site's own settings, already put into `plan`; None in a simulation.
     """
 
     request: Request
@@ -52,6 +51,7 @@ class Visit:
     root: Path
     home: Path
     kind: str
+    policy: SiteFile | None = None
 
     @property
     def identity(self) -> Identity:
@@ -76,6 +76,7 @@ class Visit:
         """
         data, cache = self.plan.data, resolve_cache(self.plan.site)
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
+        sites = [confined(site, self.policy) for site in sites]
         stores = tuple(open_store(site, data, cache, heldout=self.role != "train") for site in sites)
         write_text(self.home / "aliases.csv", aliases_table(stores))
         problems = "\n".join(str(problem) for store in stores for problem in store.problems)
@@ -114,17 +115,21 @@ def visiting(
     kind = str(message.metadata.message_type)
     try:
         identity = identity_of(message.content)
-        plan = plan_of_run(tree, dict(context.run_config), context.run_id)
+        if policy := policy_of(context.node_config):
+            site, home = policy.site, Path(policy.home)
+            check_approved(policy)
+        asked = plan_of_run(tree, dict(context.run_config), context.run_id)
+        plan = obey(asked, policy)
         root = ensure_data(plan.data, plan.site.cache)
-        site = site_of(plan, root, context.node_config)
+        site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
         request = decode_request(message.content)
-        check_identity(request.identity, plan)
-        return work(Visit(request, plan, site, root, home, kind))
+        check_identity(request.identity, asked)
+        return work(Visit(request, plan, site, root, home, kind, policy))
     except Exception as error:
         keep_trace(home, kind, identity)
         code = error.public() if isinstance(error, FedsgcgError) else "SITE-500"
-        return release_error(code, identity, site, home, kind)
+        return release_error(code, identity, site, home, kind, note=str(error) if code.startswith("POL") else "")
 
 
 def guard(visit: Visit, *allowed: str) -> None:
@@ -159,14 +164,6 @@ def check_identity(identity: Identity, plan: Plan) -> None:
         )
 
 
-def identity_of(content: RecordDict) -> Identity:
-    """Identity that a message states, or `NOBODY` where it states none that can be read."""
-    try:
-        return Identity.decode(str(content["message"]["identity"]))
-    except (FedsgcgError, KeyError, TypeError):
-        return NOBODY
-
-
 def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
     """Name of this node's site: `site` of its node config, or the k-th of the sorted names for partition k.
 
@@ -193,19 +190,6 @@ def site_home(plan: Plan, site: str) -> Path:
     if plan.site.home:
         return Path(plan.site.home.replace("{site}", site)).expanduser()
     return Path(plan.output) / "sites" / site
-
-
-def keep_trace(home: Path | None, kind: str, identity: Identity) -> None:
-    """Append the trace of the current exception to the site's error log; to its standard error without one."""
-    when = datetime.now(UTC).isoformat(timespec="seconds")
-    text = f"{when} {kind} round {identity.round}\n{traceback.format_exc()}\n"
-    if home is not None:
-        with suppress(OSError):
-            home.mkdir(parents=True, exist_ok=True)
-            with (home / "errors.log").open("a", encoding="utf-8") as file:
-                file.write(text)
-            return
-    LOG.error(text)
 
 
 def aliases_table(stores: Sequence[CaseStore]) -> str:

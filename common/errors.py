@@ -54,6 +54,12 @@ CODES: Final[dict[str, str]] = {
     # ROL: who may do what
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
+    # POL: the site's own policy beats the coordinator's wish
+    "POL-701": "The site's own settings do not fit the site that was asked.",
+    "POL-702": "A path lies outside the site's data folder.",
+    "POL-703": "The coordinator set something that the site does not let it set.",
+    "POL-704": "The site does not let this part leave.",
+    "POL-705": "The app bundle is not approved at this site.",
     # PAY and STA: what a site sent
     "PAY-101": "The weights hold values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",
@@ -83,6 +89,12 @@ CODES: Final[dict[str, str]] = {
     "SITE-500": "The site failed; the trace is in its own errors.log.",
     "SITE-502": "The memory of the site's device does not hold one training step.",
     "SITE-501": "The site's folder cannot be written or its ledger is broken; nothing leaves.",
+    "SITE-503": "The work took longer than the site's deadline and was ended.",
+    "SITE-504": "The site's training process died.",
+    "SITE-505": "The site is leaving; it was told to stop.",
+    "SITE-506": "The site's link to the coordinator cannot be used.",
+    "SITE-507": "The site's Flower node does not stay alive.",
+    "SITE-508": "The site has not joined, or has joined already.",
 }
 
 

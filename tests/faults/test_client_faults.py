@@ -13,7 +13,8 @@ from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from clients import ledger
-from clients.visit import NOBODY, Visit, visiting
+from clients.boundary import NOBODY
+from clients.visit import Visit, visiting
 from common import wire
 from common.payload import Weights
 from common.plan import Plan

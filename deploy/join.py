@@ -1,0 +1,343 @@
+"""`fedsgcg-site join`: the hospital's node, kept alive: Flower's SuperNode and our resident, started and watched.
+
+A SuperNode whose app died at a bad moment may wait for ever and still look online (stack.md 3.4), so the two belong
+together: when either ends, both are started anew, with a pause that grows. A stop ends both, by their process ids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from clients.site_file import SiteFile
+from common.errors import fail
+
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
+MOST_FAILURES = 10
+"""Restarts in a row, none of them healthy for `HEALTHY_S`, after which the site gives up and says so."""
+
+HEALTHY_S = 300.0
+START_S = 60.0
+STOP_S = 10.0
+LAST_REPLY_S = 3.0
+"""Time that the SuperNode gets to send the reply of a training that was ended."""
+
+MOST_LOG_BYTES = 10 * 2**20
+LIBC = ctypes.CDLL(None)
+DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Join:
+    """A hospital's node from start to stop.
+
+    Args:
+        policy: The hospital's own settings.
+        site_file: Where they are written.
+        say: Shows one line to the person who started this.
+        cold: Start a training process for every message instead of keeping one warm.
+    """
+
+    policy: SiteFile
+    site_file: Path
+    say: Say
+    cold: bool = False
+    stopping: threading.Event = field(default_factory=threading.Event)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Keep the node alive until told to stop (0), or until it does not stay alive (SITE-507).
+
+        Raises:
+            FedsgcgError: SITE-508 when another process has joined already; SITE-507; SITE-501 for an unusable folder.
+        """
+        home = prepare_home(self.policy)
+        with only_one(home):
+            self.facts = {"pid": os.getpid(), "site": self.policy.site, "started": time.time(), "restarts": 0}
+            try:
+                return self._keep_alive(home)
+            finally:
+                self._tell(state="left", supernode=0, resident=0)
+
+    def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """End both processes and return from `run`."""
+        self.stopping.set()
+
+    def _keep_alive(self, home: Path) -> int:
+        failures, pause = 0, SHORTEST_PAUSE_S
+        while not self.stopping.is_set():
+            began = time.monotonic()
+            why = self._live(home)
+            if self.stopping.is_set():
+                break
+            if time.monotonic() - began > HEALTHY_S:
+                failures, pause = 0, SHORTEST_PAUSE_S
+            failures += 1
+            if failures >= MOST_FAILURES:
+                action = f"read {home / 'logs' / 'supernode.log'}, then fedsgcg-site check"
+                raise fail("SITE-507", where=self.policy.site, found=f"{failures} restarts; last: {why}", action=action)
+            self.facts["restarts"] += 1
+            self._tell(state="restarting", last=why)
+            self.say(f"{why}; starting again in {pause:.0f} s")
+            self.stopping.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+        return 0
+
+    def _live(self, home: Path) -> str:
+        """Run SuperNode and resident until one of them ends or the site is told to stop; return why it ended."""
+        port = self.policy.runtime_port or free_port()
+        secret = new_secret(home / "runtime.secret")
+        children: list[subprocess.Popen[bytes]] = []
+        try:
+            node = self._start(supernode_command(self.policy, self.site_file, port, secret), home, "supernode")
+            children.append(node)
+            self._tell(state="starting", supernode=node.pid, port=port)
+            if not self._listens(node, port):
+                return f"the SuperNode did not start (exit code {node.poll()})"
+            resident = self._start(resident_command(self.site_file, port, secret, self.cold), home, "resident")
+            children.append(resident)
+            self._tell(state="joined", resident=resident.pid)
+            self.say(
+                f"{self.policy.site} is up: SuperNode {node.pid}, resident {resident.pid}, logs in {home / 'logs'}"
+            )
+            while not self.stopping.wait(0.5):
+                if node.poll() is not None:
+                    return f"the SuperNode ended with {node.returncode}"
+                if resident.poll() is not None:
+                    return f"the resident ended with {resident.returncode}"
+            return "told to stop"
+        finally:
+            self._end(children)
+
+    def _start(self, command: list[str], home: Path, name: str) -> subprocess.Popen[bytes]:
+        child = subprocess.Popen(  # noqa: S603 - the two commands below
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment(self.policy),
+            cwd=home,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, nothing that could lock
+        )
+        log = home / "logs" / f"{name}.log"
+        threading.Thread(target=self._follow, args=(child, log), name=f"log-{name}", daemon=True).start()
+        return child
+
+    def _follow(self, child: subprocess.Popen[bytes], log: Path) -> None:
+        """Copy a child's lines into its log and show the few that a person wants."""
+        if child.stdout is None:
+            raise AssertionError("children are started with a pipe")
+        with bounded_log(log) as file:
+            for line in child.stdout:
+                file.write(line)
+                file.flush()
+                self._notice(line.decode(errors="replace").strip())
+
+    def _notice(self, line: str) -> None:
+        """Show and remember connection, messages and failures."""
+        text = line.partition(":")[2].strip() if line[:12].strip("\x1b[0123456789m ").startswith("INFO") else line
+        if "SuperNode ID" in line:
+            self._tell(node=line.rpartition(" ")[2])
+            self.say(f"connected to {self.policy.server}, node {line.rpartition(' ')[2]}")
+        elif "Receiving:" in line or "Sending:" in line:
+            self._tell(last_message=text, last_message_time=time.time())
+            self.say(text)
+        elif "retrying in" in line or "ERROR" in line:
+            self._tell(last=text)
+            self.say(text)
+
+    def _listens(self, node: subprocess.Popen[bytes], port: int) -> bool:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and node.poll() is None and not self.stopping.is_set():
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return True
+            time.sleep(0.2)
+        return False
+
+    def _end(self, children: list[subprocess.Popen[bytes]]) -> None:
+        """End the resident first, so that the SuperNode can still send what it replied."""
+        for child in reversed(children):
+            busy = child.poll() is None
+            end_process(child, STOP_S)
+            if busy and child is not children[0]:
+                time.sleep(LAST_REPLY_S)
+
+    def _tell(self, **facts: Any) -> None:
+        """Write what `status` shows."""
+        self.facts |= facts
+        path = Path(self.policy.home) / "join.json"
+        partial = path.with_name(f"join.json.{threading.get_ident()}.partial")
+        with suppress(OSError):  # a full disk must not end the node
+            partial.write_text(json.dumps(self.facts), encoding="utf-8")
+            partial.replace(path)
+
+
+def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
+    """Return the command line of this hospital's SuperNode: TLS and key always, its own processes on loopback only."""
+    command = [
+        *(str(Path(sys.executable).with_name("flower-supernode")), "--root-certificates", policy.ca),
+        *("--superlink", policy.server, "--auth-supernode-private-key", policy.key),
+        *("--node-config", f"site={quoted(policy.site)} site-file={quoted(str(site_file.resolve()))}"),
+        *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+    ]
+    return [*command, *(("--max-retries", str(policy.max_retries)) if policy.max_retries else ())]
+
+
+def resident_command(site_file: Path, port: int, secret: Path, cold: bool) -> list[str]:
+    """Return the command line of the resident beside it."""
+    command = [sys.executable, "-P", "-m", "clients.resident", str(site_file.resolve()), f"127.0.0.1:{port}"]
+    return [*command, str(secret), *(["cold"] if cold else [])]
+
+
+def environment(policy: SiteFile) -> dict[str, str]:
+    """Return the environment of both processes: own Flower folder, one card, nothing that calls home."""
+    environ = dict(os.environ)
+    device = policy.device.partition(":")
+    if policy.device == "cpu" or device[2]:
+        environ["CUDA_VISIBLE_DEVICES"] = device[2]
+    loopback = ",".join(filter(None, [environ.get("NO_PROXY", ""), "127.0.0.1", "localhost"]))
+    return environ | {
+        "FLWR_HOME": str(Path(policy.home) / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "NO_PROXY": loopback,  # the hospital's proxy must not see what its own processes say to each other
+        "no_proxy": loopback,
+    }
+
+
+def prepare_home(policy: SiteFile) -> Path:
+    """Make the site's own folder, readable by its owner only.
+
+    Raises:
+        FedsgcgError: SITE-501 when it cannot be written.
+    """
+    home = Path(policy.home)
+    try:
+        for folder in (home, home / "logs", home / "flwr"):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise fail("SITE-501", where=str(home), found=str(error), expected="a folder that can be written") from error
+    return home
+
+
+@contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Hold the site's lock; a second `join` of the same site is refused with SITE-508."""
+    with (home / "join.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            action = "fedsgcg-site status KIT shows it, fedsgcg-site leave KIT ends it"
+            raise fail("SITE-508", where=str(home), found="it has joined already", action=action) from error
+        yield
+
+
+@contextmanager
+def bounded_log(path: Path) -> Iterator[Any]:
+    """Open a log for appending; one that has grown large becomes `<name>.old` first."""
+    if path.exists() and path.stat().st_size > MOST_LOG_BYTES:
+        path.replace(path.with_name(path.name + ".old"))
+    with path.open("ab") as file:
+        yield file
+
+
+def new_secret(path: Path) -> Path:
+    """Write the secret with which the resident proves itself to the SuperNode, new at each start, for the owner."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(secrets.token_hex(32).encode())
+    return path
+
+
+def quoted(text: str) -> str:
+    """Return a value of Flower's node config.
+
+    Raises:
+        FedsgcgError: DEP-601 for text that Flower's grammar cannot carry.
+    """
+    if any(char in text for char in "'\"\n\\"):
+        raise fail("DEP-601", found=repr(text), expected="a name or path without quotes and backslashes")
+    return f"'{text}'"
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_process(child: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Ask a child to end, then end its whole group."""
+    if child.poll() is None:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(patience_s)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return a small JSON file of the site's folder, {} when there is none that can be read."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def joined_pid(home: Path) -> int:
+    """Return the process id of the `join` that holds this site's lock, 0 when none does."""
+    try:
+        with (home / "join.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return 0
+    except FileNotFoundError:
+        return 0
+    except BlockingIOError:
+        return int(read_facts(home / "join.json").get("pid", 0))
+
+
+def leave(policy: SiteFile, patience_s: float = 60.0) -> bool:
+    """End this site's `join` and wait for it; returns whether there was one.
+
+    Raises:
+        FedsgcgError: SITE-508 when it does not end in time.
+    """
+    home = Path(policy.home)
+    pid = joined_pid(home)
+    if not pid:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + patience_s
+    while joined_pid(home):
+        if time.monotonic() > end:
+            raise fail("SITE-508", found=f"process {pid} is still there after {patience_s:.0f} s", action=f"kill {pid}")
+        time.sleep(0.2)
+    return True
+
+
+def _end_with_parent() -> None:
+    """In the child: ask the kernel for SIGTERM when the parent dies, so that nothing is left behind."""
+    LIBC.prctl(DEATH_SIGNAL, signal.SIGTERM)
