@@ -6,18 +6,14 @@ travels. Relative paths are meant from the folder that holds the file, so that a
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-import yaml
-
-from common.errors import FedsgcgError, Problem, fail
+from common.errors import Problem
 from common.plan import Checks, Section
-from common.settings import build
+from common.settings_file import build_from, explained, read_tree
 
 VERSION: Final = 1
 ROLES: Final = ("train", "heldout", "observer")
@@ -121,23 +117,15 @@ def read_site_file(path: Path) -> SiteFile:
         FedsgcgError: DEP-601 with every problem of the file; a path that is still empty is one.
     """
     path = path / "site.yaml" if path.is_dir() else path
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        action = "give the kit's folder, or its site.yaml"
-        raise fail("DEP-601", where=str(path), found="no such file", action=action) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise fail("DEP-601", where=str(path), found=_one_line(error), expected="a readable YAML file") from error
-    if not isinstance(tree, dict):
-        raise fail("DEP-601", where=str(path), found="no settings", expected="name: value lines")
-    faults = list(_empty_paths(tree, path))
-    try:
-        found = build(SiteFile, {**tree, **_absolute(tree, path.resolve().parent)})
-    except FedsgcgError as error:
-        raise FedsgcgError(*faults, *(_of_file(problem, path) for problem in error.problems)) from error
-    if faults:
-        raise FedsgcgError(*faults)
-    return found
+    tree = read_tree(path, "DEP-601", "give the kit's folder, or its site.yaml")
+    folder = path.resolve().parent
+    absolute = {name: str(folder / Path(str(tree[name])).expanduser()) for name in PATHS if tree.get(name)}
+    empty = tuple(
+        Problem("DEP-601", found="nothing", expected="a path", action="fill it in", where=f"{path}, {name}")
+        for name in PATHS
+        if name in tree and not tree[name]
+    )
+    return build_from(SiteFile, {**tree, **absolute}, path, "DEP-601", empty)
 
 
 def write_site_file(path: Path, site: SiteFile) -> None:
@@ -147,16 +135,11 @@ def write_site_file(path: Path, site: SiteFile) -> None:
 
 def site_file_text(site: SiteFile) -> str:
     """Return the text of a `site.yaml`: every setting with the sentence that explains it."""
-    meaning = _meanings()
-    lines = [
-        f"# {site.site} in the federation {site.project}. This file is the hospital's own and never travels.",
-        "# It beats whatever the coordinator asks for. Relative paths are meant from this folder.",
-        "",
-    ]
-    for name, value in asdict(site).items():
-        lines += [f"# {line}" for line in meaning[name]]
-        lines += [f"{name}: {_value(value)}", ""]
-    return "\n".join(lines)
+    head = (
+        f"{site.site} in the federation {site.project}. This file is the hospital's own and never travels.",
+        "It beats whatever the coordinator asks for. Relative paths are meant from this folder.",
+    )
+    return explained(site, head)
 
 
 def split_address(address: str) -> tuple[str, int] | None:
@@ -166,42 +149,3 @@ def split_address(address: str) -> tuple[str, int] | None:
     if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host or " " in host:
         return None
     return host, int(port)
-
-
-def _absolute(tree: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    return {name: str(folder / Path(str(tree[name])).expanduser()) for name in PATHS if tree.get(name)}
-
-
-def _empty_paths(tree: Mapping[str, Any], path: Path) -> Iterator[Problem]:
-    for name in PATHS:
-        if name in tree and not tree[name]:
-            yield Problem("DEP-601", found="nothing", expected="a path", action="fill it in", where=f"{path}, {name}")
-
-
-def _of_file(problem: Problem, path: Path) -> Problem:
-    where = f"{path}, {problem.where}" if problem.where not in ("", "SiteFile") else str(path)
-    return dataclasses.replace(problem, code="DEP-601", where=where)
-
-
-def _value(value: Any) -> str:
-    """One value as YAML on one line."""
-    plain = list(value) if isinstance(value, tuple) else value
-    text: str = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
-    return text.strip().removesuffix("...").strip()
-
-
-def _meanings() -> dict[str, list[str]]:
-    """Field -> its lines in the docstring above, so that file and code never say different things."""
-    meanings: dict[str, list[str]] = {}
-    name = ""
-    for line in (SiteFile.__doc__ or "").partition("Attributes:")[2].splitlines():
-        if head := re.match(r"        (\w+): (.*)", line):
-            name = head[1]
-            meanings[name] = [head[2]]
-        elif name and line.strip():
-            meanings[name].append(line.strip())
-    return meanings
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

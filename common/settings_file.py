@@ -1,0 +1,96 @@
+"""A YAML file of settings that a person fills in: read into a typed section, refused with everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from common.errors import FedsgcgError, Problem, fail
+from common.settings import build
+
+T = TypeVar("T")
+
+
+def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
+    """Read the names and values of a YAML file.
+
+    Args:
+        path: The file.
+        code: Error code of the kind of file.
+        action: What to do when there is no such file.
+
+    Raises:
+        FedsgcgError: `code` for a file that is missing, unreadable or no settings.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise fail(code, where=str(path), found="no such file", action=action) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+        raise fail(code, where=str(path), found=found, expected="a readable YAML file") from error
+    if not isinstance(tree, dict):
+        raise fail(code, where=str(path), found="no settings", expected="name: value lines")
+    return {str(name): value for name, value in tree.items()}
+
+
+def build_from(cls: type[T], tree: Mapping[str, Any], path: Path, code: str, faults: tuple[Problem, ...] = ()) -> T:
+    """Build a typed section from a file's tree; every problem, and those in `faults`, under the file's code and name.
+
+    Raises:
+        FedsgcgError: `code`.
+    """
+    problems = list(faults)
+    try:
+        found = build(cls, tree)
+    except FedsgcgError as error:
+        problems += [_of_file(problem, cls, path, code) for problem in error.problems]
+        raise FedsgcgError(*problems) from error
+    if problems:
+        raise FedsgcgError(*problems)
+    return found
+
+
+def explained(section: Any, head: tuple[str, ...]) -> str:
+    """Return the text of a YAML file with the sentence of each field, from its class's docstring, above its value.
+
+    Args:
+        section: A dataclass whose docstring has an `Attributes:` part.
+        head: Lines of the file's first comment.
+    """
+    meaning = _meanings(type(section))
+    lines = [*(f"# {line}" for line in head), ""]
+    for name, value in dataclasses.asdict(section).items():
+        lines += [f"# {line}" for line in meaning[name]]
+        lines += [f"{name}: {_value(value)}", ""]
+    return "\n".join(lines)
+
+
+def _of_file(problem: Problem, cls: type, path: Path, code: str) -> Problem:
+    where = f"{path}, {problem.where}" if problem.where not in ("", cls.__name__) else str(path)
+    return dataclasses.replace(problem, code=code, where=where)
+
+
+def _value(value: Any) -> str:
+    """One value as YAML on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
+
+
+def _meanings(cls: type) -> dict[str, list[str]]:
+    """Field -> its lines in the class's docstring, so that file and code never say different things."""
+    meanings: dict[str, list[str]] = {}
+    name = ""
+    for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
+        if head := re.match(r"        (\w+): (.*)", line):
+            name = head[1]
+            meanings[name] = [head[2]]
+        elif name and line.strip():
+            meanings[name].append(line.strip())
+    return meanings

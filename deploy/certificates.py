@@ -1,0 +1,266 @@
+"""Keys and certificates of a federation: its own authority, the server's certificate, each hospital's key.
+
+TLS protects the way to the server and proves the server to the hospitals; a hospital proves itself by signing each
+request with its own elliptic-curve key. Flower's SuperNode reads such a key only in OpenSSH's format (stack.md 3.1).
+Private keys are written with mode 0600 from their first byte on, and are never printed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from common.errors import fail
+
+AUTHORITY_DAYS: Final = 3650
+SERVER_DAYS: Final = 398
+RENEW_WITHIN_DAYS: Final = 30
+"""A certificate that ends within this time is worth a warning, and `--renew`."""
+
+BACKDATED: Final = timedelta(hours=1)
+"""Certificates begin a little in the past: a hospital's clock may be late."""
+
+LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Authority:
+    """The federation's own certificate authority; its key stays with the coordinator."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+def make_authority(project: str, days: int = AUTHORITY_DAYS) -> Authority:
+    """Make an authority that may sign servers and nothing below them."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{project[:50]} authority")])
+    builder = _builder(name, name, key.public_key(), days)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    return Authority(builder.sign(key, hashes.SHA384()), key)
+
+
+def make_server_certificate(
+    authority: Authority, names: Sequence[str], days: int = SERVER_DAYS
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Make a server's certificate and key.
+
+    Args:
+        authority: Who signs.
+        names: Host names and IP addresses by which the server is reached; loopback is added, because the coordinator's
+            own processes use it.
+        days: Days until it ends.
+    """
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    issuer = authority.certificate
+    builder = _builder(subject, issuer.subject, key.public_key(), days)
+    entries = [_general_name(name) for name in dict.fromkeys([*names, *LOOPBACK])]
+    builder = builder.add_extension(x509.SubjectAlternativeName(entries), critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(_usage(digital_signature=True), critical=True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    public = authority.key.public_key()
+    builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
+    return builder.sign(authority.key, hashes.SHA384()), key
+
+
+def make_site_key(folder: Path, site: str) -> str:
+    """Make a hospital's key pair: `site.key` (OpenSSH, mode 0600) and `site.pub`; an existing key is kept.
+
+    Args:
+        folder: Where both are written.
+        site: Name of the hospital, the public key's comment.
+
+    Returns:
+        The public key as one OpenSSH line.
+
+    Raises:
+        FedsgcgError: DEP-603 when there is a `site.key` that is no such key.
+    """
+    path = folder / "site.key"
+    if path.exists():
+        key = read_site_key(path)
+    else:
+        key = ec.generate_private_key(ec.SECP384R1())
+        write_secret(path, _private_bytes(key, serialization.PrivateFormat.OpenSSH))
+    line = _public_line(key.public_key(), site)
+    (folder / "site.pub").write_text(line + "\n", encoding="utf-8")
+    return line
+
+
+def read_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a hospital's private key; raises DEP-603 for anything that a SuperNode would refuse."""
+    action = "make it with `fedsgcg-site request`, or `ssh-keygen -t ecdsa -b 384 -N ''`"
+    expected = "an elliptic-curve private key (P-384) in OpenSSH format without a passphrase"
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except FileNotFoundError as error:
+        raise fail("DEP-603", where=str(path), found="no such file", expected=expected, action=action) from error
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        found = "a file that is not such a key"
+        raise fail("DEP-603", where=str(path), found=found, expected=expected, action=action) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise fail("DEP-603", where=str(path), found="a key of another kind", expected=expected, action=action)
+    return key
+
+
+def read_public_key(path: Path) -> str:
+    """Read a hospital's public key: its line without the comment.
+
+    Raises:
+        FedsgcgError: DEP-603 for a file that is no EC P-384 public key in OpenSSH format.
+    """
+    expected = "one line 'ecdsa-sha2-nistp384 AAAA...', the site.pub of a hospital"
+    try:
+        text = path.read_text(encoding="utf-8")
+        key = serialization.load_ssh_public_key(text.encode())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else "a file that is no public key"
+        raise fail("DEP-603", where=str(path), found=found, expected=expected) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise fail("DEP-603", where=str(path), found="a public key of another kind", expected=expected)
+    return " ".join(text.split()[:2])
+
+
+def public_key_bytes(line: str) -> bytes:
+    """Return a public key as Flower registers it (PEM)."""
+    key = serialization.load_ssh_public_key(line.encode())
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def fingerprint(line: str) -> str:
+    """Short name of a public key, the same for the same key whatever its comment."""
+    return sha256(line.split()[1].encode()).hexdigest()[:16]
+
+
+def certificate_fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of a certificate, in pairs, for two people to compare by telephone."""
+    digest = certificate.fingerprint(hashes.SHA256()).hex().upper()
+    return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """Read a PEM certificate; raises DEP-603 when there is none."""
+    try:
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else "a file that is no PEM certificate"
+        raise fail("DEP-603", where=str(path), found=found, expected="a PEM certificate") from error
+
+
+def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:
+    """Days until a certificate ends; negative after it."""
+    return (certificate.not_valid_after_utc - (now or datetime.now(UTC))) / timedelta(days=1)
+
+
+def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether an authority signed a certificate."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def names_of(certificate: x509.Certificate) -> list[str]:
+    """Host names and addresses that a certificate is for."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    addresses = [str(address) for address in found.get_values_for_type(x509.IPAddress)]
+    return [*found.get_values_for_type(x509.DNSName), *addresses]
+
+
+def write_authority(folder: Path, authority: Authority) -> None:
+    """Write `ca.crt` and `ca.key` (0600)."""
+    (folder / "ca.crt").write_bytes(authority.certificate.public_bytes(serialization.Encoding.PEM))
+    write_secret(folder / "ca.key", _private_bytes(authority.key, serialization.PrivateFormat.PKCS8))
+
+
+def read_authority(folder: Path) -> Authority:
+    """Read `ca.crt` and `ca.key`; raises DEP-603 when they cannot be used."""
+    key = _read_pem_key(folder / "ca.key")
+    return Authority(read_certificate(folder / "ca.crt"), key)
+
+
+def write_server(folder: Path, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+    """Write `server.key` (0600) and then `server.crt`."""
+    write_secret(folder / "server.key", _private_bytes(key, serialization.PrivateFormat.PKCS8))
+    (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def write_secret(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read, replacing an older one as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.unlink(missing_ok=True)
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    partial.replace(path)
+
+
+def _read_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        found = "no such file" if isinstance(error, FileNotFoundError) else "a file that is no private key"
+        raise fail("DEP-603", where=str(path), found=found, expected="the authority's private key") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise fail("DEP-603", where=str(path), found="a key of another kind", expected="an elliptic-curve key")
+    return key
+
+
+def _private_bytes(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def _public_line(key: ec.EllipticCurvePublicKey, comment: str) -> str:
+    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    return f"{line} {comment}"
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(subject_name=subject, issuer_name=issuer, public_key=key)
+    builder = builder.serial_number(x509.random_serial_number())
+    return builder.not_valid_before(now - BACKDATED).not_valid_after(now + timedelta(days=days))
+
+
+def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
