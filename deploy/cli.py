@@ -16,6 +16,7 @@ from rich.table import Table
 
 from common.errors import FedsgcgError, Problem, fail
 from common.settings import GROUPS, choices_of, join
+from deploy.coordinator import add_commands
 from deploy.prepare import command as data
 from deploy.simulate import Cell
 
@@ -37,6 +38,9 @@ and the model is judged at a hospital that took no part.
   fedsgcg settings [...]   Show every setting, resolved, and the names each group offers.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
   fedsgcg data list        Data sets with settings; `data prepare NAME` says what to fetch.
+
+A real federation: fedsgcg provision project.yaml makes a kit for the coordinator and one
+for each hospital; then fedsgcg serve | run | status | stop | resume KIT.
 
 Settings are given as name=value: a group (data=promise12) or one value
 (federation.rounds=30). Frequent ones:
@@ -113,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("--seed", type=int, default=0)
     hospitals.set_defaults(run=_hospitals)
     data.add_parser(commands)
+    add_commands(commands)
     return parser
 
 

@@ -1,0 +1,245 @@
+"""`fedsgcg run`, `resume`, `stop`: a study on real hospitals, cell after cell, through the coordinator's server.
+
+The server keeps a run going whatever happens to this command; the run folder keeps what is done whatever happens to
+the server. So the same command, called again, goes on where things stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from common.errors import FedsgcgError, Problem, fail
+from common.plan import Plan
+from deploy.bundle import Bundle, build_bundle, run_config
+from deploy.control import Control, RunState, control_of
+from deploy.preflight import check_plan, look_at_machine
+from deploy.progress import Progress
+from deploy.project import Kit
+from deploy.record import check_same_study, collect, write_record
+from deploy.simulate import Cell
+from deploy.study import Study, exit_code, identity, split_axes
+from server.disk import Disk
+from server.journal import lock_file
+
+POLL_S: Final = 1.0
+SERVER_AWAY_S: Final = 300.0
+"""How long a server may be away, e.g. restarting, before the command gives up on watching a run."""
+
+STOPPING_S: Final = 60.0
+SITES_DECIDE: Final = ("CFG-004",)
+"""Problems that only a site can judge: its device is not the coordinator's."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """What was last submitted, kept in the kit.
+
+    Attributes:
+        run_id: Flower's number.
+        folder: The cell's run folder.
+        overrides: The command line.
+        bundle: Hash of the app bundle.
+        time: When, in seconds since 1970.
+    """
+
+    run_id: int
+    folder: str
+    overrides: tuple[str, ...]
+    bundle: str
+    time: float
+
+
+def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
+    """Turn the project and a command line into a study on real hospitals.
+
+    Raises:
+        FedsgcgError: CFG-001 to CFG-003 with everything that cannot be.
+    """
+    project = kit.project()
+    given, rest = split_axes([*project.plan, *overrides])
+    values = {**given}
+    base = project.settings(tuple(rest))
+    sites: list[str] = base["data"]["sites"]
+    heldouts = values.get("heldout") or [str(base["heldout"])]
+    heldouts = sites if heldouts == ["all"] else heldouts
+    seeds = [int(text) for text in values.get("seed") or [str(base["seed"])]]
+    methods = values.get("method") or [str(base["method"]["name"])]
+    folder = kit.runs / f"{base['data']['name']}-{identity(base)[:8]}"
+    cells = tuple(
+        _cell(project.settings((*rest, f"method={method}")), folder, method, heldout, seed)
+        for seed in seeds
+        for heldout in heldouts
+        for method in methods
+    )
+    _check(cells)
+    machine = look_at_machine()
+    return Study(folder, cells, "superlink", "sites", machine, "", tuple(overrides), "run", "at the sites")
+
+
+def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: bool = False) -> int:
+    """Submit the cells of a study that are missing, one after the other, and watch them.
+
+    Args:
+        path: The coordinator's kit.
+        overrides: Settings as `name=value`, over those of the project.
+        console: Where progress is told.
+        detach: Submit the first missing cell and return.
+
+    Returns:
+        The exit code: 0 completed, 1 failed, 3 degraded.
+
+    Raises:
+        FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is under way, CFG-001 to CFG-003 and
+            CFG-005 for settings.
+    """
+    from server.report import make_report
+
+    kit = Kit.at(path)
+    study = plan_deployment(kit, overrides)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    bundle = build_bundle()
+    with control_of(kit) as control, lock_file(study.folder / "lock"):
+        refuse_second_run(kit, control)
+        check_same_study(study)
+        write_record(study)
+        missing = [cell for cell in study.cells if not cell.done]
+        console.print(f"[bold]{len(study.cells)} cells[/bold], {len(missing)} to do, in {study.folder}", soft_wrap=True)
+        console.print(f"app bundle {bundle.digest[:16]}, which each hospital must have approved", highlight=False)
+        for cell in missing:
+            started = submit(kit, control, cell, bundle, overrides)
+            if detach:
+                console.print(f"run {started.run_id} started; fedsgcg status {kit.folder}", highlight=False)
+                return 0
+            watch(control, cell, started, console)
+        with console.status("making the report"):
+            collect(study.folder)
+            make_report(study.folder)
+    return exit_code(study.cells)
+
+
+def submit(kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Sequence[str]) -> Started:
+    """Submit one cell and remember it."""
+    run_id = control.start(bundle.data, run_config(cell.tree))
+    started = Started(run_id, str(cell.folder), tuple(overrides), bundle.digest, time.time())
+    Disk().write(kit.state / "run.json", (json.dumps(asdict(started), indent=1) + "\n").encode())
+    return started
+
+
+def watch(control: Control, cell: Cell, started: Started, console: Console) -> None:
+    """Show a run's progress until it has finished; a server that is away for a while is waited for.
+
+    Raises:
+        FedsgcgError: DEP-615 when Flower says that the run is over and the app has not said how it ended; DEP-610 when
+            the server stays away.
+    """
+    with Progress([cell], console):
+        state = wait_until_over(control, started.run_id, console)
+    outcome = cell.outcome()
+    if outcome.get("status") in ("completed", "degraded", "failed") and _is_of_this_run(cell, started):
+        for problem in outcome.get("problems", []):
+            console.print(f"  {Problem(**problem)}", highlight=False, markup=False, soft_wrap=True)
+        return
+    raise fail(
+        "DEP-615",
+        where=f"run {started.run_id}",
+        found=" ".join(filter(None, (state.ending, state.details))) if state else "the server does not know the run",
+        action="look into state/runs.log of the kit; `fedsgcg resume KIT` goes on after the last done round",
+    )
+
+
+def wait_until_over(control: Control, run_id: int, console: Console) -> RunState | None:
+    """Wait until Flower says that a run is over; returns None for a run that the server does not know."""
+    away_since = 0.0
+    while True:
+        try:
+            state = control.run(run_id)
+        except FedsgcgError as error:
+            now = time.monotonic()
+            if error.code != "DEP-610" or (away_since and now - away_since > SERVER_AWAY_S):
+                raise
+            if not away_since:
+                away_since = now
+                console.print("The server does not answer; waiting for it.", style="yellow")
+        else:
+            away_since = 0.0
+            if state is None or state.over:
+                return state
+        time.sleep(POLL_S)
+
+
+def resume_kit(path: Path, console: Console, *, detach: bool = False) -> int:
+    """Go on with what was last submitted; raises DEP-613 when nothing was."""
+    started = last_started(Kit.at(path))
+    return run_kit(path, started.overrides, console, detach=detach)
+
+
+def stop_kit(path: Path, console: Console) -> int:
+    """Stop the run that is under way; what is done stays."""
+    kit = Kit.at(path)
+    started = last_started(kit)
+    with control_of(kit) as control:
+        state = control.run(started.run_id)
+        if state is None or state.over:
+            console.print("No run is under way.", highlight=False)
+            return 0
+        control.stop(started.run_id)
+        end = time.monotonic() + STOPPING_S
+        while time.monotonic() < end and (state := control.run(started.run_id)) is not None and not state.over:
+            time.sleep(POLL_S)
+    console.print(f"run {started.run_id} stopped; fedsgcg resume {kit.folder} goes on", highlight=False)
+    return 0
+
+
+def last_started(kit: Kit) -> Started:
+    """What was last submitted; raises DEP-613 when nothing was."""
+    path = kit.state / "run.json"
+    try:
+        found = json.loads(path.read_text())
+        return Started(**{**found, "overrides": tuple(found["overrides"])})
+    except FileNotFoundError as error:
+        action = f"fedsgcg run {kit.folder}"
+        raise fail("DEP-613", where=str(kit.folder), found="no state/run.json", action=action) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise fail("SRV-402", where=str(path), found="not what was written", action="remove it") from error
+
+
+def refuse_second_run(kit: Kit, control: Control) -> None:
+    """Refuse a run while another one is under way (DEP-614): the hospitals answer one at a time."""
+    if not (kit.state / "run.json").exists():
+        return
+    started = last_started(kit)
+    state = control.run(started.run_id)
+    if state is not None and not state.over:
+        action = f"wait, look (fedsgcg status {kit.folder}), or end it (fedsgcg stop {kit.folder})"
+        raise fail("DEP-614", where=f"run {started.run_id}", found=state.status, action=action)
+
+
+def _is_of_this_run(cell: Cell, started: Started) -> bool:
+    return (cell.folder / "outcome.json").stat().st_mtime >= started.time - 1.0
+
+
+def _cell(tree: dict[str, Any], folder: Path, method: str, heldout: str, seed: int) -> Cell:
+    output = folder / method / (heldout or "all-sites") / str(seed)
+    run = f"{folder.name}/{method}/{heldout or 'all-sites'}/{seed}"
+    own = {**tree, "heldout": heldout, "seed": seed, "output": str(output), "run": run}
+    Plan.from_tree(own)
+    return Cell(method, heldout, seed, own)
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Raise one error with everything that is impossible in any of the cells."""
+    problems: dict[Problem, None] = {}
+    for cell in cells:
+        try:
+            check_plan(Plan.from_tree(cell.tree), "cpu")
+        except FedsgcgError as error:
+            problems |= dict.fromkeys(problem for problem in error.problems if problem.code not in SITES_DECIDE)
+    if problems:
+        raise FedsgcgError(*problems)
