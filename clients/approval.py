@@ -36,6 +36,9 @@ CLIENT_APP = "clients.app:app"
 MOST_BYTES = 50 * 2**20
 """Unpacked size that a bundle may have; Flower refuses more than 10 MiB packed."""
 
+MOST_REFUSED = 5
+"""Refused bundles that are kept for comparison."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -98,6 +101,7 @@ def unpack(bundle: Bundle, folder: Path) -> Path:
         path = partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    (folder / f"{bundle.digest}.app").write_text(bundle.client_app, encoding="utf-8")
     try:
         partial.rename(place)
     except OSError:
@@ -170,9 +174,25 @@ def last_approved(path: Path) -> Bundle | None:
 
 
 def code_below(folder: Path) -> Bundle:
-    """Return every file of a folder that `unpack` wrote."""
+    """Return what `unpack` wrote into a folder."""
+    said = folder.with_name(folder.name + ".app")
+    client_app = said.read_text(encoding="utf-8") if said.is_file() else CLIENT_APP
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
-    return Bundle({file.relative_to(folder).as_posix(): file.read_bytes() for file in files})
+    return Bundle({file.relative_to(folder).as_posix(): file.read_bytes() for file in files}, client_app)
+
+
+def refused(path: Path) -> list[Path]:
+    """Return the folders of kept code that is not approved, newest first."""
+    known = {entry["digest"] for entry in approvals(path)}
+    folders = [folder for folder in kept(path).glob("*") if folder.is_dir() and len(folder.name) == 64]
+    return sorted((f for f in folders if f.name not in known), key=lambda f: f.stat().st_mtime, reverse=True)
+
+
+def forget_old(path: Path) -> None:
+    """Keep only the newest refused bundles, so that whoever submits many cannot fill the disk."""
+    for folder in refused(path)[MOST_REFUSED:]:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(folder.name + ".app").unlink(missing_ok=True)
 
 
 def difference(old: Bundle | None, new: Bundle) -> Iterator[tuple[str, str]]:

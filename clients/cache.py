@@ -7,12 +7,16 @@ import hashlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from common.errors import FedsgcgError, fail
+
+UNUSED_DAYS = 30.0
+"""Days without use after which a slice file is removed: content-named files pile up as data and settings change."""
 
 
 def cache_folder(setting: str) -> Path:
@@ -109,3 +113,33 @@ def _read_memo(path: Path) -> dict[str, list[Any]]:
         return {}
     entries = memo.items() if isinstance(memo, dict) else ()
     return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 3}
+
+
+def cache_files(cache: Path) -> dict[Path, int]:
+    """Return every slice file below a cache folder with its size in bytes."""
+    return {path: path.stat().st_size for path in sorted((cache / "slices").glob("*.arrow"))}
+
+
+def touch_used(path: Path) -> None:
+    """Note that a slice file is in use, so that `prune` keeps it; a file that cannot be touched is merely older."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def prune(cache: Path, unused_days: float = UNUSED_DAYS, now: float | None = None) -> dict[Path, int]:
+    """Remove the slice files that no run has opened for some days; returns what is gone, with the sizes.
+
+    A process that still reads a removed file keeps it: its memory map holds the content until it ends.
+
+    Raises:
+        FedsgcgError: DAT-113 when a file cannot be removed.
+    """
+    limit = (time.time() if now is None else now) - unused_days * 86400
+    gone = {path: size for path, size in cache_files(cache).items() if path.stat().st_mtime < limit}
+    for path in gone:
+        try:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+        except OSError as error:
+            raise cache_error(error, path) from error
+    return gone

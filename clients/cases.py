@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clients.cache import cache_error, digest, file_hashes, hash_memo, locked
+from clients.cache import cache_error, digest, file_hashes, hash_memo, locked, prune, touch_used
 from clients.site import CaseFile, Site, open_site, splits
 from clients.slices import STEPS, Slices, prepare
 from common.errors import FedsgcgError, Problem, fail
@@ -271,8 +271,11 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]
                 # Another process may have built it while this one waited.
                 if damage or not path.is_file():
                     _build(site, data, hashes, path)
+                    prune(cache)
         try:
-            return key, _open(path)
+            rows = _open(path)
+            touch_used(path)
+            return key, rows
         except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
             damage = f"{type(error).__name__}: {error}"
     raise fail("DAT-113", found=damage, expected="a readable cache", action="Delete the file.", where=str(path))

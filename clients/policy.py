@@ -16,7 +16,7 @@ from clients.site import Site
 from clients.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan, PrivacySettings, SiteSettings
-from common.settings import compose
+from common.settings import FOLDERS, compose
 
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
@@ -121,12 +121,12 @@ def inside(path: Path, root: Path) -> bool:
 def _not_allowed(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     """Yield a problem for every setting that the coordinator may not set and that is not as it was shipped.
 
-    Of the site's own settings the site's values are fine too. The coordinator's output folder concerns nobody here, and
-    `data.root` is looked at by itself.
+    Of the site's own settings the site's values are fine too. Folders of the plan have no effect here (`data.root` is
+    looked at by itself).
     """
     fine = {f"site.{name}": value for name, value in leaves(_own(policy))}
     asked = [(name, value) for name, value in leaves(plan.to_tree()) if not policy.may_set(name)]
-    asked = [(name, value) for name, value in asked if name not in ("output", "data.root") and value != fine.get(name)]
+    asked = [(name, value) for name, value in asked if name not in FOLDERS and value != fine.get(name)]
     shipped = dict(leaves(Plan.from_tree({**compose([]), "output": ""}).to_tree())) if asked else {}
     for name, value in asked:
         if value != shipped.get(name):

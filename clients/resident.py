@@ -44,7 +44,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from clients.approval import Bundle, kept, read_bundle, require_approved, unpack
+from clients.approval import Bundle, forget_old, kept, read_bundle, require_approved, unpack
 from clients.boundary import identity_of, keep_trace
 from clients.egress import release_error
 from clients.site_file import SiteFile, read_site_file
@@ -219,8 +219,10 @@ class Resident:
         """Return the worker's reply, or one that holds a code."""
         try:
             bundle = read_bundle(fab)
-            place = unpack(bundle, kept(Path(self.policy.approved)))  # refused code is kept too: people compare it
-            require_approved(bundle, Path(self.policy.approved))
+            approved = Path(self.policy.approved)
+            place = unpack(bundle, kept(approved))  # refused code is kept too: people compare it
+            forget_old(approved)
+            require_approved(bundle, approved)
             worker = self._ready(bundle, place)
             reply, after = worker.answer(message, context, task, self.deadline_s(message), self.stopping.is_set)
             return _reply_to(message, reply), after

@@ -108,6 +108,14 @@ CODES: Final[dict[str, str]] = {
     "SITE-506": "The site's link to the coordinator cannot be used.",
     "SITE-507": "The site's Flower node does not stay alive.",
     "SITE-508": "The site has not joined, or has joined already.",
+    "SITE-510": "The spacing differs much from the site's other cases.",
+    "SITE-511": "The same image is there twice.",
+    "SITE-512": "Two patient ids may be one person.",
+    "SITE-513": "The site has fewer patients than its own floor.",
+    "SITE-514": "The disk is too full.",
+    "SITE-515": "The site's clock is wrong.",
+    "SITE-516": "The coordinator's certificate ends soon.",
+    "SITE-518": "A key or folder of the site has the wrong permissions.",
 }
 
 
