@@ -26,8 +26,8 @@ def installed() -> Bundle:
     return bundle_of_folder(Path(__file__).resolve().parents[1])
 
 
-def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_code: bool) -> Bundle:
-    """Return the bundle that is to be approved.
+def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_code: bool) -> Bundle | None:
+    """Return the bundle that is to be approved, None when nothing waits for an approval.
 
     Args:
         approved: The approvals file; refused bundles are kept beside it.
@@ -52,13 +52,13 @@ def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_c
     waiting = [folder for folder in refused(approved) if folder.name.startswith(digest)]
     if digest and installed().digest.startswith(digest):
         return installed()
-    if not waiting and not digest and not approvals(approved):
-        return installed()  # the first approval: what this site has installed itself
-    if not waiting or (digest and len(waiting) > 1):
+    if not waiting and not digest:  # the first approval is of what this site has installed itself
+        return None if approvals(approved) else installed()
+    if len(waiting) != 1 and digest:
         known = ", ".join(folder.name[:16] for folder in refused(approved)) or "none"
-        found = "no refused bundle" if not waiting else f"{len(waiting)} bundles that begin so"
-        action = "give a .fab file, --hash, or --installed for the code that is installed here"
-        raise fail("POL-705", found=f"{found} (refused: {known})", expected="one bundle", action=action)
+        found = f"{len(waiting)} refused bundles that begin so (refused: {known})"
+        action = "give a .fab file, a longer --hash, or --installed for the code that is installed here"
+        raise fail("POL-705", found=found, expected="one bundle", action=action)
     return code_below(waiting[0])
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from clients.approval import approvals
 from clients.doctor import Finding, Seen, Verdict, examine_files
 from clients.site_file import SiteFile
 from common.errors import FedsgcgError
@@ -85,6 +86,9 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
         findings.append(Finding("site", "key", "fail", found, f"chmod 600 {key}", "SITE-518"))
     else:
         findings.append(Finding("site", "key", "ok", f"{key.name}, for its owner only"))
+    if not approvals(Path(policy.approved)):
+        action = "fedsgcg-site approve KIT shows the code and asks; without it nothing of the federation runs here"
+        findings.append(Finding("site", "approved code", "warn", "none yet", action, "POL-705"))
     if os.access(policy.data_root, os.W_OK) and os.geteuid() != 0:
         action = "Mount it read-only, or run the site as a user who may only read it."
         findings.append(Finding("site", "data folder", "warn", "this user may write into it", action, "SITE-518"))

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -26,6 +27,7 @@ from typing import Any
 
 from clients.site_file import SiteFile
 from common.errors import fail
+from deploy.link import examine_link
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 MOST_FAILURES = 10
@@ -40,6 +42,15 @@ LAST_REPLY_S = 3.0
 MOST_LOG_BYTES = 10 * 2**20
 LIBC = ctypes.CDLL(None)
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+TROUBLE = {"Failed to activate SuperNode": "SITE-509", "Unable to parse the private key": "SITE-509"}
+"""What Flower says -> our code."""
+
+ADVICE = {
+    "SITE-509": "ask the coordinator whether this site's key (site.pub) is registered or revoked; is this machine's clock "
+    "right? fedsgcg-site check KIT compares it"
+}
 
 Say = Callable[[str], None]
 
@@ -66,9 +77,11 @@ class Join:
         """Keep the node alive until told to stop (0), or until it does not stay alive (SITE-507).
 
         Raises:
-            FedsgcgError: SITE-508 when another process has joined already; SITE-507; SITE-501 for an unusable folder.
+            FedsgcgError: SITE-506 for a server whose certificate does not hold; SITE-508 when another process has
+                joined already; SITE-507; SITE-501 for an unusable folder.
         """
         home = prepare_home(self.policy)
+        check_certificate(self.policy)
         with only_one(home):
             self.facts = {"pid": os.getpid(), "site": self.policy.site, "started": time.time(), "restarts": 0}
             try:
@@ -152,14 +165,20 @@ class Join:
 
     def _notice(self, line: str) -> None:
         """Show and remember connection, messages and failures."""
-        text = line.partition(":")[2].strip() if line[:12].strip("\x1b[0123456789m ").startswith("INFO") else line
-        if "SuperNode ID" in line:
-            self._tell(node=line.rpartition(" ")[2])
-            self.say(f"connected to {self.policy.server}, node {line.rpartition(' ')[2]}")
-        elif "Receiving:" in line or "Sending:" in line:
-            self._tell(last_message=text, last_message_time=time.time())
-            self.say(text)
-        elif "retrying in" in line or "ERROR" in line:
+        text = COLOURS.sub("", line)
+        text = text.partition(":")[2].strip() if text.startswith(("INFO", "WARNING", "ERROR")) else text
+        if "SuperNode ID" in text:
+            self._tell(node=text.rpartition(" ")[2], last="")
+            self.say(f"connected to {self.policy.server}, node {text.rpartition(' ')[2]}")
+        elif text.startswith(("Receiving:", "Sending:")):
+            words = text.partition(" (ID")[0].replace("Receiving:", "received").replace("Sending:", "sent")
+            self._tell(last_message=words, last_message_time=time.time())
+            self.say(words)
+        elif known := next((code for words, code in TROUBLE.items() if words in text), ""):
+            problem = fail(known, where=self.policy.server, found=text, action=ADVICE[known])
+            self._tell(last=str(problem).replace("\n  ", "; "))
+            self.say(str(problem))
+        elif "retrying in" in text:
             self._tell(last=text)
             self.say(text)
 
@@ -222,6 +241,17 @@ def environment(policy: SiteFile) -> dict[str, str]:
         "NO_PROXY": loopback,  # the hospital's proxy must not see what its own processes say to each other
         "no_proxy": loopback,
     }
+
+
+def check_certificate(policy: SiteFile) -> None:
+    """Refuse a server that is not the one of the kit; one that does not answer yet is waited for by the SuperNode.
+
+    Raises:
+        FedsgcgError: SITE-506 for another authority, an expired certificate, a name that it is not for.
+    """
+    for finding in examine_link(policy, 0):
+        if finding.verdict == "fail" and finding.name in ("certificate", "authority"):
+            raise fail("SITE-506", where=policy.server, found=finding.found, action=finding.action)
 
 
 def prepare_home(policy: SiteFile) -> Path:

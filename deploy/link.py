@@ -21,6 +21,12 @@ PROBE_BYTES = 2**16
 MOST_AHEAD_S, MOST_BEHIND_S, WARN_SKEW_S = 5.0, 305.0, 2.0
 """Flower 1.41 refuses a signed request from more than 5 s in the future or 305 s in the past."""
 
+DATE_IS_LATE_S = 1.0
+"""By how much the Date header is too low on average: it has whole seconds, and the server makes it once a second."""
+
+FASTEST = 1e8
+"""Bytes a second above which the probe measures the machine and not the link."""
+
 EXPIRES_SOON_DAYS = 30
 PATIENT_S = 60.0
 """Seconds for one direction of a round's payload above which a slow link is worth a warning."""
@@ -126,14 +132,15 @@ def _timings(connection: http.client.HTTPSConnection, payload: int) -> Iterator[
         seconds, date = _ask(connection, b"")
         trips.append(seconds)
         if date is not None:
-            skews.append(sent + seconds / 2 - date - 0.5)  # the header has whole seconds: on average half too low
+            skews.append(sent + seconds / 2 - date - DATE_IS_LATE_S)
     trip = statistics.median(trips)
     yield Finding("link", "round trip", "ok", f"{1000 * trip:.0f} ms")
     yield _clock(skews)
     loaded = statistics.median(_ask(connection, bytes(PROBE_BYTES))[0] for _ in range(PROBES))
     speed = PROBE_BYTES / max(loaded - trip, 1e-4)
     seconds = payload / speed
-    words = f"about {speed / 1e6:.2g} MB/s up; {payload / 1e6:.1f} MB a round and direction: {seconds:.1f} s"
+    told = "more than 100 MB/s" if speed > FASTEST else f"about {speed / 1e6:.2g} MB/s"
+    words = f"{told} up; {payload / 1e6:.1f} MB a round and direction: {max(seconds, 0.1):.1f} s"
     if seconds > PATIENT_S:
         action = "Use a faster link, or ask for a smaller network (network.base_width) and a longer round deadline."
         yield Finding("link", "speed", "warn", words, action, "SITE-506")
@@ -147,7 +154,8 @@ def _clock(skews: list[float]) -> Finding:
             "clock", "difference", "warn", "the server tells no time", "Compare both clocks by hand.", "SITE-515"
         )
     skew = statistics.median(skews)
-    words = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the coordinator's"
+    side = "ahead of" if skew > 0 else "behind"
+    words = f"{abs(skew):.0f} s {side} the coordinator's" if abs(skew) > WARN_SKEW_S else "less than 2 s"
     action = "Switch on time synchronisation (NTP): signed requests with a wrong time are refused."
     if skew > MOST_AHEAD_S or skew < -MOST_BEHIND_S:
         return Finding("clock", "difference", "fail", words, action, "SITE-515")

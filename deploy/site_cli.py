@@ -211,12 +211,15 @@ def _ledger(options: argparse.Namespace, console: Console) -> int:
 
 
 def _approve(options: argparse.Namespace, console: Console) -> int:
-    from clients.approval import approve, is_approved
+    from clients.approval import approvals, approve, is_approved
     from deploy.approve import choose_bundle, show_difference
 
     policy = read_site_file(site_file_of(options.kit))
     path = Path(policy.approved)
     bundle = choose_bundle(path, options.bundle, options.hash, installed_code=options.installed)
+    if bundle is None:
+        console.print(f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}", soft_wrap=True)
+        return 0
     if is_approved(bundle, path):
         console.print(f"{bundle.digest} is approved already.", highlight=False)
         return 0
