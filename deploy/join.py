@@ -27,6 +27,7 @@ from typing import Any
 
 from clients.site_file import SiteFile
 from common.errors import fail
+from deploy.certificates import read_site_key
 from deploy.link import examine_link
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
@@ -44,12 +45,12 @@ LIBC = ctypes.CDLL(None)
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-TROUBLE = {"Failed to activate SuperNode": "SITE-509", "Unable to parse the private key": "SITE-509"}
+TROUBLE = {"Failed to activate SuperNode": "SITE-509"}
 """What Flower says -> our code."""
 
 ADVICE = {
-    "SITE-509": "ask the coordinator whether this site's key (site.pub) is registered or revoked; is this machine's clock "
-    "right? fedsgcg-site check KIT compares it"
+    "SITE-509": "ask the coordinator whether this site's key (site.pub) is registered, or revoked; "
+    "fedsgcg-site check KIT compares the clocks"
 }
 
 Say = Callable[[str], None]
@@ -77,10 +78,11 @@ class Join:
         """Keep the node alive until told to stop (0), or until it does not stay alive (SITE-507).
 
         Raises:
-            FedsgcgError: SITE-506 for a server whose certificate does not hold; SITE-508 when another process has
-                joined already; SITE-507; SITE-501 for an unusable folder.
+            FedsgcgError: DEP-603 without a usable key; SITE-506 for a server whose certificate does not hold; SITE-508
+                when another process has joined already; SITE-507; SITE-501 for an unusable folder.
         """
         home = prepare_home(self.policy)
+        read_site_key(Path(self.policy.key))
         check_certificate(self.policy)
         with only_one(home):
             self.facts = {"pid": os.getpid(), "site": self.policy.site, "started": time.time(), "restarts": 0}

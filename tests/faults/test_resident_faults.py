@@ -1,0 +1,151 @@
+"""The resident and its worker: whatever a training does, the coordinator gets an answer, and a code only."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
+
+from clients import ledger
+from clients.approval import approve, read_bundle, refused
+from clients.resident import Resident
+from clients.site_file import SiteFile
+from common.payload import Identity
+from common.wire import decode_reply
+from tests.unit.test_approval import fab
+from tests.unit.test_policy import policy_for
+
+IDENTITY = Identity("run", "South", 3, "f" * 64)
+APP = """
+import os, time
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+calls = []
+
+@app.train()
+def train(message, context):
+    calls.append(1)
+    word = message.content["message"]["word"]
+    if word == "sleep":
+        time.sleep(60)
+    if word == "die":
+        os._exit(7)
+    if word == "raise":
+        raise RuntimeError("cannot read MUSTERMANN")
+    context.state["seen"] = ConfigRecord({"calls": len(calls)})
+    facts = {"pid": os.getpid(), "calls": len(calls), "file": __file__}
+    return Message(RecordDict({"facts": ConfigRecord(facts)}), reply_to=message)
+"""
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> SiteFile:
+    made = policy_for(tmp_path, tmp_path, deadline_s=30.0)
+    approve(read_bundle(fab({"clients/app.py": APP, "clients/__init__.py": ""})), Path(made.approved), "test")
+    return made
+
+
+@pytest.fixture
+def resident(policy):
+    made = Resident(policy, "127.0.0.1:1", b"secret")
+    yield made
+    made._end_worker()
+
+
+def asked(resident: Resident, word: str, app: str = APP) -> RecordDict:
+    """What the resident answers to a message with a word in it."""
+    content = RecordDict({"message": ConfigRecord({"identity": IDENTITY.encode(), "word": word})})
+    metadata = Metadata(1, "7", 0, 1, "", "", time.time(), 600.0, "train")
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    bundle = fab({"clients/app.py": app, "clients/__init__.py": ""})
+    reply, _ = resident._answer(Message(content, metadata=metadata), context, bundle, 1)
+    assert reply.metadata.reply_to_message_id == "7"
+    return reply.content
+
+
+def error_of(content: RecordDict) -> str:
+    reply = decode_reply(content)
+    assert reply.identity == IDENTITY
+    assert reply.site == "North"
+    return reply.error
+
+
+def test_one_warm_process_answers_message_after_message(resident):
+    first, second = asked(resident, "go")["facts"], asked(resident, "go")["facts"]
+    assert first["pid"] == second["pid"] != os.getpid()
+    assert (first["calls"], second["calls"]) == (1, 2)
+    assert "bundles" in first["file"], "the code must come from the approved bundle, not from the installed package"
+
+
+def test_cold_every_message_has_a_process_of_its_own(resident):
+    resident.cold = True
+    first, second = asked(resident, "go")["facts"], asked(resident, "go")["facts"]
+    assert first["pid"] != second["pid"]
+    assert (first["calls"], second["calls"]) == (1, 1)
+
+
+def test_another_approved_bundle_gets_another_process(resident, policy):
+    first = asked(resident, "go")["facts"]
+    other = APP + "\n# a new version\n"
+    approve(read_bundle(fab({"clients/app.py": other, "clients/__init__.py": ""})), Path(policy.approved), "test")
+    second = asked(resident, "go", other)["facts"]
+    assert first["pid"] != second["pid"]
+    assert first["file"] != second["file"]
+
+
+def test_code_that_is_not_approved_is_not_even_imported(resident, policy, tmp_path):
+    proof = tmp_path / "proof"
+    evil = f"open({str(proof)!r}, 'w')\n" + APP
+    assert error_of(asked(resident, "go", evil)) == "POL-705"
+    assert not proof.exists()
+    assert [(folder / "clients/app.py").read_text() for folder in refused(Path(policy.approved))] == [evil]
+    (line,) = ledger.entries(Path(policy.home) / "ledger.jsonl")
+    assert "POL-705" in line["note"]
+
+
+def test_a_training_past_the_sites_deadline_is_ended_and_answered(resident, policy):
+    pid = asked(resident, "go")["facts"]["pid"]
+    resident.policy = replace(policy, deadline_s=1.0)
+    began = time.monotonic()
+    assert error_of(asked(resident, "sleep")) == "SITE-503"
+    assert time.monotonic() - began < 20
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    resident.policy = policy
+    assert asked(resident, "go")["facts"]["calls"] == 1, "the next message gets a fresh process"
+
+
+def test_a_training_that_dies_is_answered_at_once(resident):
+    assert error_of(asked(resident, "die")) == "SITE-504"
+    assert asked(resident, "go")["facts"]["calls"] == 1
+
+
+def test_a_training_that_is_killed_is_answered_at_once(resident):
+    pid = asked(resident, "go")["facts"]["pid"]
+    threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+    assert error_of(asked(resident, "sleep")) == "SITE-504"
+
+
+def test_a_worker_that_died_between_messages_is_replaced_unseen(resident):
+    pid = asked(resident, "go")["facts"]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert asked(resident, "go")["facts"]["pid"] != pid
+
+
+def test_an_error_of_the_app_leaves_as_a_code(resident, policy):
+    content = asked(resident, "raise")
+    assert error_of(content) in ("SITE-500", "SITE-504")
+    assert "MUSTERMANN" not in str(content)
+
+
+def test_a_site_that_is_told_to_stop_ends_its_training_and_says_so(resident):
+    asked(resident, "go")
+    threading.Timer(1.0, resident.stop).start()
+    assert error_of(asked(resident, "sleep")) == "SITE-505"
