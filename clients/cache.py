@@ -121,9 +121,10 @@ def cache_files(cache: Path) -> dict[Path, int]:
 
 
 def touch_used(path: Path) -> None:
-    """Note that a slice file is in use, so that `prune` keeps it; a file that cannot be touched is merely older."""
+    """Note once a day that a slice file is in use, so that `prune` keeps it; one that cannot be touched looks older."""
     with suppress(OSError):
-        os.utime(path)
+        if time.time() - path.stat().st_mtime > 86400:
+            os.utime(path)
 
 
 def prune(cache: Path, unused_days: float = UNUSED_DAYS, now: float | None = None) -> dict[Path, int]:

@@ -30,8 +30,8 @@ from common.errors import fail
 from deploy.certificates import read_site_key
 from deploy.link import examine_link
 
-SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
-MOST_FAILURES = 10
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 20.0
+MOST_FAILURES = 20
 """Restarts in a row, none of them healthy for `HEALTHY_S`, after which the site gives up and says so."""
 
 HEALTHY_S = 300.0
@@ -49,8 +49,8 @@ TROUBLE = {"Failed to activate SuperNode": "SITE-509"}
 """What Flower says -> our code."""
 
 ADVICE = {
-    "SITE-509": "ask the coordinator whether this site's key (site.pub) is registered, or revoked; "
-    "fedsgcg-site check KIT compares the clocks"
+    "SITE-509": "after a crash wait a minute, until the coordinator has noticed; else ask it whether this site's key "
+    "(site.pub) is registered, or revoked, and compare the clocks: fedsgcg-site check KIT"
 }
 
 Say = Callable[[str], None]
@@ -129,9 +129,7 @@ class Join:
             resident = self._start(resident_command(self.site_file, port, secret, self.cold), home, "resident")
             children.append(resident)
             self._tell(state="joined", resident=resident.pid)
-            self.say(
-                f"{self.policy.site} is up: SuperNode {node.pid}, resident {resident.pid}, logs in {home / 'logs'}"
-            )
+            self.say(f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, {home / 'logs'}")
             while not self.stopping.wait(0.5):
                 if node.poll() is not None:
                     return f"the SuperNode ended with {node.returncode}"
