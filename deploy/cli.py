@@ -135,12 +135,17 @@ def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
     with console.status("looking at the hospitals and this machine"):
         study = plan_study(overrides, single=single)
     code = run_study(study, console)
-    _print_left_out(study.cells, console)
-    _print_results(study.folder, console)
-    _print_problems(study.cells, console)
-    words = {0: "[green]completed[/green]", 3: "[yellow]degraded[/yellow]", 1: "[red]failed[/red]"}[code]
-    console.print(f"{words}; report: {study.folder / 'report.html'}", highlight=False, soft_wrap=True)
+    tell_end(study.folder, study.cells, code, console)
     return code
+
+
+def tell_end(folder: Path, cells: Sequence[Cell], code: int, console: Console) -> None:
+    """Say how a study ended: who left cases out, the results, what went less than well, where the report is."""
+    _print_left_out(cells, console)
+    _print_results(folder, console)
+    _print_problems(cells, console)
+    words = {0: "[green]completed[/green]", 3: "[yellow]degraded[/yellow]", 1: "[red]failed[/red]"}[code]
+    console.print(f"{words}; report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _print_left_out(cells: Sequence[Cell], console: Console) -> None:

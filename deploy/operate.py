@@ -6,10 +6,8 @@ the server. So the same command, called again, goes on where things stopped.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,8 +22,8 @@ from deploy.progress import Progress
 from deploy.project import Kit
 from deploy.record import check_same_study, collect, write_record
 from deploy.simulate import Cell
+from deploy.started import Started, last_started, remember
 from deploy.study import Study, exit_code, identity, split_axes
-from server.disk import Disk
 from server.journal import lock_file
 
 POLL_S: Final = 1.0
@@ -35,25 +33,6 @@ SERVER_AWAY_S: Final = 300.0
 STOPPING_S: Final = 60.0
 SITES_DECIDE: Final = ("CFG-004",)
 """Problems that only a site can judge: its device is not the coordinator's."""
-
-
-@dataclass(frozen=True)
-class Started:
-    """What was last submitted, kept in the kit.
-
-    Attributes:
-        run_id: Flower's number.
-        folder: The cell's run folder.
-        overrides: The command line.
-        bundle: Hash of the app bundle.
-        time: When, in seconds since 1970.
-    """
-
-    run_id: int
-    folder: str
-    overrides: tuple[str, ...]
-    bundle: str
-    time: float
 
 
 def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
@@ -99,6 +78,7 @@ def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: b
         FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is under way, CFG-001 to CFG-003 and
             CFG-005 for settings.
     """
+    from deploy.cli import tell_end  # that module imports this one's commands
     from server.report import make_report
 
     kit = Kit.at(path)
@@ -117,18 +97,26 @@ def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: b
             if detach:
                 console.print(f"run {started.run_id} started; fedsgcg status {kit.folder}", highlight=False)
                 return 0
-            watch(control, cell, started, console)
+            try:
+                watch(control, cell, started, console)
+            except FedsgcgError as error:
+                if error.code != "DEP-615":
+                    raise
+                console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+                return 1
         with console.status("making the report"):
             collect(study.folder)
             make_report(study.folder)
-    return exit_code(study.cells)
+    code = exit_code(study.cells)
+    tell_end(study.folder, study.cells, code, console)
+    return code
 
 
 def submit(kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Sequence[str]) -> Started:
     """Submit one cell and remember it."""
     run_id = control.start(bundle.data, run_config(cell.tree))
     started = Started(run_id, str(cell.folder), tuple(overrides), bundle.digest, time.time())
-    Disk().write(kit.state / "run.json", (json.dumps(asdict(started), indent=1) + "\n").encode())
+    remember(kit, started)
     return started
 
 
@@ -139,12 +127,13 @@ def watch(control: Control, cell: Cell, started: Started, console: Console) -> N
         FedsgcgError: DEP-615 when Flower says that the run is over and the app has not said how it ended; DEP-610 when
             the server stays away.
     """
-    with Progress([cell], console):
-        state = wait_until_over(control, started.run_id, console)
-    outcome = cell.outcome()
-    if outcome.get("status") in ("completed", "degraded", "failed") and _is_of_this_run(cell, started):
-        for problem in outcome.get("problems", []):
-            console.print(f"  {Problem(**problem)}", highlight=False, markup=False, soft_wrap=True)
+    try:
+        with Progress([cell], console):
+            state = wait_until_over(control, started.run_id, console)
+    except KeyboardInterrupt:
+        console.print("The run goes on at the server; fedsgcg status, or fedsgcg stop.", style="yellow")
+        raise
+    if _is_of_this_run(cell, started):
         return
     raise fail(
         "DEP-615",
@@ -197,19 +186,6 @@ def stop_kit(path: Path, console: Console) -> int:
     return 0
 
 
-def last_started(kit: Kit) -> Started:
-    """What was last submitted; raises DEP-613 when nothing was."""
-    path = kit.state / "run.json"
-    try:
-        found = json.loads(path.read_text())
-        return Started(**{**found, "overrides": tuple(found["overrides"])})
-    except FileNotFoundError as error:
-        action = f"fedsgcg run {kit.folder}"
-        raise fail("DEP-613", where=str(kit.folder), found="no state/run.json", action=action) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise fail("SRV-402", where=str(path), found="not what was written", action="remove it") from error
-
-
 def refuse_second_run(kit: Kit, control: Control) -> None:
     """Refuse a run while another one is under way (DEP-614): the hospitals answer one at a time."""
     if not (kit.state / "run.json").exists():
@@ -222,7 +198,9 @@ def refuse_second_run(kit: Kit, control: Control) -> None:
 
 
 def _is_of_this_run(cell: Cell, started: Started) -> bool:
-    return (cell.folder / "outcome.json").stat().st_mtime >= started.time - 1.0
+    """Whether the app wrote how this run ended; it removes an older `outcome.json` when it starts."""
+    path = cell.folder / "outcome.json"
+    return path.exists() and path.stat().st_mtime >= started.time - 1.0
 
 
 def _cell(tree: dict[str, Any], folder: Path, method: str, heldout: str, seed: int) -> Cell:

@@ -15,8 +15,6 @@ from common.settings import join
 from common.settings_file import build_from, explained, read_tree
 
 KEYS: Final = ("issued", "requested")
-HOME_AT_THE_SITE: Final = "home"
-"""What the coordinator calls a site's own folder: where it really lies is in the site's file and stays there."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,6 @@ class Project(Section):
         merged = {text.partition("=")[0]: text for text in (*own, *self.plan, *overrides)}
         tree = join(list(merged.values()))
         tree["data"] = {**tree["data"], "root": "", "sites": sorted(self.sites)}
-        tree["site"] = {**tree["site"], "home": HOME_AT_THE_SITE, "cache": ""}
         return tree
 
 

@@ -29,6 +29,7 @@ from deploy.certificates import (
 from deploy.control import GONE, Control, Node, control_of
 from deploy.project import Kit, Project, is_loopback
 from deploy.simulate import prepare_environment
+from deploy.started import last_started
 
 LOOK_S: Final = 2.0
 LOG_BYTES: Final = 10_000_000
@@ -84,8 +85,7 @@ def serve_kit(path: Path, console: Console, *, insecure: bool = False, listen: s
         console.print(f"logs: {kit.state / 'server.log'}, {kit.state / 'runs.log'}", highlight=False, soft_wrap=True)
         watch.start()
 
-    asyncio.run(serve(doors, ready))
-    watch.stop()
+    asyncio.run(serve(doors, ready, watch.stop))
     console.print("server ended", highlight=False)
     return 0
 
@@ -171,6 +171,24 @@ def synchronise(kit: Kit, control: Control) -> list[str]:
     return told
 
 
+def end_orphan(kit: Kit, control: Control) -> int:
+    """Stop the run that a server which was killed has left behind: its process died with that server.
+
+    Returns:
+        Its number, 0 when there is none. Without this Flower would take a minute to notice, and refuse the next run
+        meanwhile (stack.md 3.4).
+    """
+    try:
+        started = last_started(kit)
+        state = control.run(started.run_id)
+        if state is None or state.over:
+            return 0
+        control.stop(started.run_id)
+    except FedsgcgError:
+        return 0  # nothing was started with this kit, or the server will say so at the next look
+    return started.run_id
+
+
 @dataclass
 class Watch:
     """Keeps the server's hospitals those of the kit, and says who comes and goes.
@@ -186,21 +204,19 @@ class Watch:
     _stamp: float = -1.0
     _trouble: str = ""
     _ended: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Start watching, on a thread of its own."""
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop watching."""
+        """Stop watching; returns at once, since the server's own loop may be calling."""
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join(2 * LOOK_S)
 
     def _watch(self) -> None:
         with control_of(self.kit) as control:
+            if run_id := end_orphan(self.kit, control):
+                self._tell(f"run {run_id} was cut off when the server ended; fedsgcg resume {self.kit.folder} goes on")
             while True:
                 self._look_and_tell(control)
                 if self._ended.wait(LOOK_S):

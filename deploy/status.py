@@ -15,9 +15,9 @@ from rich.text import Text
 
 from common.errors import FedsgcgError
 from deploy.control import RunState, control_of
-from deploy.operate import last_started
 from deploy.project import Kit
 from deploy.serve import presence
+from deploy.started import last_started
 
 LATE_FACTOR: Final = 2.0
 """A site is late when it has taken twice its own usual time, or the others' in its first round."""

@@ -188,12 +188,13 @@ def executor_command(doors: Doors) -> list[str]:
     ]
 
 
-async def serve(doors: Doors, on_ready: Callable[[], None]) -> None:
+async def serve(doors: Doors, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
     """Serve both doors until SIGTERM or SIGINT; then end the executor and every run's process.
 
     Args:
         doors: Where.
         on_ready: Called once both doors are open.
+        on_stop: Called when the end begins.
     """
     app = superlink_app(doors)
     common: dict[str, Any] = {"log_config": None, "access_log": False, "workers": 1, **doors.tls}
@@ -202,6 +203,7 @@ async def serve(doors: Doors, on_ready: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
+        on_stop()
         inner.should_exit = outer.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):

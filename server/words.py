@@ -21,7 +21,9 @@ def sentence(code: str) -> str:
 
 
 def error_logs(plan: Plan, sites: Sequence[str]) -> str:
-    """Say where sites keep their own error logs, "" for no site."""
+    """Say where sites keep their own error logs, "" for no site; a real hospital's folders are not known here."""
+    if sites and not plan.data.root and not plan.site.home:
+        return f"home/logs and home/errors.log of the kit at {' and '.join(sites)}"
     homes = {site: Path(plan.site.home.replace("{site}", site) or f"{plan.output}/sites/{site}") for site in sites}
     return " and ".join(f"{home / 'errors.log'} at the site" for home in homes.values())
 

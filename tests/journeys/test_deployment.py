@@ -1,0 +1,46 @@
+"""Real processes on loopback: TLS, node keys, separate homes; the model is the simulation's to the last bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.journeys import small
+from tests.journeys.federation import Federation
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def federation(hospitals: Path, tmp_path: Path) -> Iterator[Federation]:
+    """A federation without any kit yet; whatever it starts is ended by process id."""
+    found = Federation(tmp_path, hospitals)
+    yield found
+    found.close()
+
+
+def simulated(hospitals: Path, folder: Path, *settings: str) -> str:
+    """Model hash of the same study, simulated in one process."""
+    done = small.run("simulate", *small.overrides(hospitals, folder, "runtime=inprocess", *settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return small.digest(folder)
+
+
+def test_two_hospitals_train_the_model_that_a_simulation_trains(
+    federation: Federation, hospitals: Path, tmp_path: Path
+) -> None:
+    settings = ("method=sgcg", "federation.rounds=2")
+    federation.provision(["East", "North"], *settings)
+    federation.serve()
+    federation.join("East", "North")
+    federation.run()
+    assert federation.finish("run", 240) == 0, federation.logs()
+    outcome = federation.outcome()
+    assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 2, [])
+    assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", "data.sites=[East,North]", *settings)
+    said = federation.log("run")
+    assert "completed" in said
+    assert "report.html" in said
+    standing = federation.command("status", federation.kit.folder)
+    assert "completed after 2 of 2 rounds" in standing
+    assert standing.count("online") == 2
