@@ -4,15 +4,21 @@ Flower's `send_and_receive` sleeps three seconds between looks and returns nothi
 over each answer when it comes and never waits longer than the deadline. An error that Flower itself reports may carry
 the SuperLink's node id and free text of a site (stack.md 3.4): the site is told by the id of the request, and the text
 is dropped.
+
+Flower does not deliver a message again that died with its node. A site that was lost with a request on its hands is
+therefore asked again as soon as it is back, as long as the round needs it: the request says everything that its answer
+depends on, so a second answer is the first one's copy, and only one is taken.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.errors import CODES, FedsgcgError, Problem
@@ -21,6 +27,19 @@ from common.wire import Reply, Request, decode_reply, encode_request, payload_by
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.1
 TTL_MARGIN_S = 60.0
+LOOK_S: Final = 2.0
+"""Time between two looks at who is there, which cost a request of their own."""
+
+MOST_TRIES: Final = 4
+"""Requests to one site in one exchange: one that dies of every request must not be asked for ever."""
+
+LOST: Final = frozenset(
+    {
+        *(ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED),
+        *(ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE),
+    }
+)
+"""Flower's errors that say that a request or its answer was lost, not that the site refused it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ def exchange(
     request: Request,
     *,
     deadline_s: float,
+    enough: int | None = None,
     on_answer: OnAnswer = ignore_answer,
 ) -> list[Answer]:
     """Send one request to several sites and collect their answers.
@@ -68,35 +88,125 @@ def exchange(
         message_type: Flower's message type, e.g. `common.wire.TRAIN`.
         request: The request; encoded once for all.
         deadline_s: Seconds after which a missing answer becomes RND-404.
+        enough: Replies with which the exchange ends although sites were lost on the way; None waits until the deadline
+            for a lost site to come back. Sites that are there are waited for in any case.
         on_answer: Called with each answer when it comes.
 
     Returns:
         One answer a site, in the order of the sites' names.
     """
-    end = time.monotonic() + deadline_s
     content = encode_request(request)
-    size = sum(payload_bytes(content).values())
-    pending: dict[str, str] = {}
-    for site in sorted(nodes):
-        if identifier := push(grid, content, message_type, nodes[site], deadline_s):
-            pending[identifier] = site
-    answers: dict[str, Answer] = {}
-    pause = FIRST_PAUSE_S
-    while pending:
-        before = len(pending)
-        for message in grid.pull_messages(sorted(pending)):
-            site = pending.pop(message.metadata.reply_to_message_id, "")
-            if site:  # a second reply to the same request is ignored
-                answers[site] = read_answer(message, site, size)
-                on_answer(answers[site])
-        if not pending or time.monotonic() >= end:
-            break
-        pause = FIRST_PAUSE_S if len(pending) < before else min(1.5 * pause, LONGEST_PAUSE_S)
-        time.sleep(min(pause, max(0.0, end - time.monotonic())))
-    for site in sorted(set(nodes) - set(answers)):
-        answers[site] = Answer(site, problem=missing(site, message_type, deadline_s), bytes_down=size)
-        on_answer(answers[site])
-    return [answers[site] for site in sorted(answers)]
+    exchanging = _Exchange(grid, nodes, message_type, content, deadline_s, on_answer)
+    return exchanging.run(len(nodes) if enough is None else enough)
+
+
+@dataclass
+class _Asked:
+    """A site that has been asked and has not answered.
+
+    Attributes:
+        node: Its node id.
+        request: Id of the latest request, "" while it is lost.
+        since: When the node was last activated before that request, "" where the grid does not say.
+        tries: Requests so far.
+        problem: What was lost, while it is lost.
+    """
+
+    node: int
+    request: str = ""
+    since: str = ""
+    tries: int = 0
+    problem: Problem | None = None
+
+
+@dataclass
+class _Exchange:
+    """The state of one call of `exchange`."""
+
+    grid: Grid
+    nodes: Mapping[str, int]
+    message_type: str
+    content: RecordDict
+    deadline_s: float
+    on_answer: OnAnswer
+    answers: dict[str, Answer] = field(default_factory=dict)
+    asked: dict[str, _Asked] = field(default_factory=dict)
+    end: float = 0.0
+    size: int = 0
+
+    def run(self, enough: int) -> list[Answer]:
+        """Ask, collect, ask again; see `exchange`."""
+        self.end = time.monotonic() + self.deadline_s
+        self.size = sum(payload_bytes(self.content).values())
+        present = presence(self.grid)
+        for site in sorted(self.nodes):
+            self.asked[site] = _Asked(self.nodes[site])
+            self._push(site, present)
+        looked, pause = time.monotonic(), FIRST_PAUSE_S
+        while self.asked and time.monotonic() < self.end:
+            news = self._pull()
+            if not self.asked or self._only_lost_sites_left(enough):
+                break
+            if time.monotonic() - looked >= LOOK_S:
+                self._ask_again()
+                looked = time.monotonic()
+            pause = FIRST_PAUSE_S if news else min(1.5 * pause, LONGEST_PAUSE_S)
+            time.sleep(min(pause, max(0.0, self.end - time.monotonic())))
+        self._pull()
+        for site in sorted(self.asked):
+            problem = self.asked[site].problem or missing(site, self.message_type, self.deadline_s)
+            self._take(site, Answer(site, problem=problem, bytes_down=self.size))
+        return [self.answers[site] for site in sorted(self.answers)]
+
+    def _push(self, site: str, present: Mapping[int, str]) -> None:
+        """Send the request to a site; a grid that does not take it makes the site a lost one."""
+        asked = self.asked[site]
+        left_s = max(1.0, self.end - time.monotonic())
+        asked.request = push(self.grid, self.content, self.message_type, asked.node, left_s)
+        asked.since = present.get(asked.node, "")
+        asked.tries += 1
+        asked.problem = None if asked.request else missing(site, self.message_type, self.deadline_s)
+
+    def _pull(self) -> bool:
+        """Take in what has come; returns whether anything had."""
+        waiting = {asked.request: site for site, asked in self.asked.items() if asked.request}
+        messages = list(self.grid.pull_messages(sorted(waiting))) if waiting else []
+        for message in messages:
+            site = waiting.pop(message.metadata.reply_to_message_id, "")
+            if site in self.asked:  # a second reply to the same request is ignored
+                self._take_message(site, message)
+        return bool(messages)
+
+    def _take_message(self, site: str, message: Message) -> None:
+        asked = self.asked[site]
+        answer = read_answer(message, site, self.size)
+        if message.has_error() and message.error.code in LOST and asked.tries < MOST_TRIES:
+            asked.request, asked.problem = "", answer.problem
+        else:
+            self._take(site, answer)
+
+    def _take(self, site: str, answer: Answer) -> None:
+        del self.asked[site]
+        self.answers[site] = answer
+        self.on_answer(answer)
+
+    def _only_lost_sites_left(self, enough: int) -> bool:
+        """Whether nobody is at work any more and the round can do without those who were lost."""
+        replies = sum(answer.reply is not None for answer in self.answers.values())
+        return not any(asked.request for asked in self.asked.values()) and replies >= enough
+
+    def _ask_again(self) -> None:
+        """Ask lost sites that are back, and sites that have been restarted since they were asked."""
+        present = presence(self.grid)
+        for site, asked in self.asked.items():
+            restarted = asked.since and present.get(asked.node, asked.since) != asked.since
+            if asked.node in present and asked.tries < MOST_TRIES and (restarted or not asked.request):
+                self._push(site, present)
+
+
+def presence(grid: Grid) -> dict[int, str]:
+    """Node id -> when it was last activated, for every node that is there; "" where the grid does not say."""
+    return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
 
 
 def push(grid: Grid, content: RecordDict, message_type: str, node: int, deadline_s: float) -> str:

@@ -15,7 +15,7 @@ def small_plan(output: Path, **changes: Any) -> Plan:
     tree: dict[str, Any] = {
         "data": {
             "name": "test",
-            "root": "",
+            "root": "hospitals",
             "classes": {"background": [0], "gland": [1]},
             "structures": {"gland": ["gland"]},
             "sites": SITES,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -50,6 +51,7 @@ class ScriptedGrid(Grid):
     shuffle: int = 0
     sent: list[Sent] = field(default_factory=list)
     replies: dict[str, Message] = field(default_factory=dict)
+    activated: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -68,6 +70,9 @@ class ScriptedGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, last_activated_at=self.activated.get(node, "")) for node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
