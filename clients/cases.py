@@ -11,6 +11,7 @@ Legend: B slices of a batch, N of a table, C = 3 channels, S = image_size; Z, Y,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from common.plan import DataSettings
 
 CHANNELS = 3
 # Part of the key: raise it when the meaning of a stored slice changes.
-FORMAT = 1
+FORMAT = 2
 ARRAYS = tuple(field.name for field in fields(Slices) if field.name != "spacing")
 # `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
@@ -43,7 +44,8 @@ class Case:
     Attributes:
         index: Position in `CaseStore.cases`.
         name: The site's own name of the case; never leaves the site.
-        alias: Name under which its results may leave; cannot be computed without the image file.
+        alias: Name under which its results may leave; cannot be computed without the image file, nor, at a site with
+            a policy, without the site's secret salt.
         patient: The patient's id; never leaves the site.
         split: `train`, `validation` or `test`.
         num_slices: Z; 1 for a picture.
@@ -150,7 +152,7 @@ class CaseStore:
         return np.asarray(self.stored[case.index].display, dtype=np.float32) / np.float32(255)
 
 
-def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool) -> CaseStore:
+def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, salt: bytes = b"") -> CaseStore:
     """Open the slices of a site; reads the image files only when they or the settings have changed.
 
     Args:
@@ -158,6 +160,7 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool) ->
         data: Settings that shape a slice.
         cache: Cache folder of the site.
         heldout: Whether the site is only evaluated: its cases are `test` cases and empty masks are kept.
+        salt: The site's secret for aliases (32 bytes); without one an alias follows from the image file.
 
     Raises:
         FedsgcgError: DAT-102 when no case is usable, followed by the problem of every case; DAT-113 when the cache
@@ -174,10 +177,15 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool) ->
     if not kept or (heldout and "test" not in chosen):
         raise FedsgcgError(_nothing(site, len(kept)), *problems)
     cases = tuple(
-        _case(index, facts, slices, files[facts["name"]], split, data)
+        _case(index, facts | {"alias": salted(facts["alias"], salt)}, slices, files[facts["name"]], split, data)
         for index, ((facts, slices), split) in enumerate(zip(kept, chosen, strict=True))
     )
     return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in kept), key)
+
+
+def salted(alias: str, salt: bytes) -> str:
+    """Return an alias that nobody can compute without the site's salt; with an empty salt it stays as it is."""
+    return hashlib.blake2b(alias.encode(), digest_size=5, key=salt).hexdigest() if salt else alias
 
 
 def fingerprint(store: CaseStore) -> str:

@@ -7,7 +7,11 @@ be on the site's list. A simulation has no such file: there everything stays as 
 
 from __future__ import annotations
 
+import hashlib
+import os
+import secrets
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +115,31 @@ def confined(site: Site, policy: SiteFile | None) -> Site:
         else:
             kept.append(case)
     return replace(site, cases=tuple(kept), quarantined=tuple(problems))
+
+
+def alias_salt(policy: SiteFile | None) -> bytes:
+    """Return the secret that salts this site's case aliases, one for each federation; b"" in a simulation.
+
+    It is drawn once and never leaves: a coordinator that knows case names, and even the images, cannot find a case by
+    its alias. Within a federation a case keeps its alias, so that methods and seeds can be compared case by case.
+
+    Raises:
+        FedsgcgError: SITE-501 when it cannot be kept.
+    """
+    if policy is None:
+        return b""
+    path = Path(policy.home) / "alias.salt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (
+            suppress(FileExistsError),
+            os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f,
+        ):
+            f.write(secrets.token_bytes(32))
+        secret = path.read_bytes()
+    except OSError as error:
+        raise fail("SITE-501", where=str(path), found=str(error), expected="a folder that can be written") from error
+    return hashlib.blake2b(policy.project.encode(), digest_size=32, key=secret).digest()
 
 
 def inside(path: Path, root: Path) -> bool:

@@ -18,7 +18,7 @@ from clients.boundary import NOBODY, identity_of, keep_trace
 from clients.cases import CaseStore, open_store
 from clients.device import choose_device
 from clients.egress import release_error
-from clients.policy import confined, obey, policy_of
+from clients.policy import alias_salt, confined, obey, policy_of
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
 from clients.site_file import SiteFile
 from clients.state import LocalState
@@ -77,7 +77,8 @@ class Visit:
         data, cache = self.plan.data, resolve_cache(self.plan.site)
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
         sites = [confined(site, self.policy) for site in sites]
-        stores = tuple(open_store(site, data, cache, heldout=self.role != "train") for site in sites)
+        heldout, salt = self.role != "train", alias_salt(self.policy)
+        stores = tuple(open_store(site, data, cache, heldout=heldout, salt=salt) for site in sites)
         write_text(self.home / "aliases.csv", aliases_table(stores))
         problems = "\n".join(str(problem) for store in stores for problem in store.problems)
         write_text(self.home / "problems.txt", problems or "none")

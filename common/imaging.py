@@ -20,7 +20,7 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.errors import FedsgcgError, fail
 
@@ -272,8 +272,9 @@ def _read_picture(path: Path, mask: bool) -> Volume:
 
 def _pillow_pixels(path: Path, mask: bool) -> Array:
     """Return the pixels of a PNG, JPEG or BMP as (H, W) or (H, W, C)."""
-    with Image.open(path) as picture:
-        picture.load()
+    with Image.open(path) as opened:
+        opened.load()
+        picture = ImageOps.exif_transpose(opened)  # cameras store the turn apart; people see and draw the turned one
         if picture.mode in ("L", "I", "F", "1", "RGB", "RGBA", "LA") or picture.mode.startswith("I;16"):
             return np.asarray(picture)
         return np.asarray(picture) if mask and picture.mode == "P" else np.asarray(picture.convert("RGB"))
@@ -289,9 +290,24 @@ def _tiff_pixels(path: Path) -> Array:
             axes, pages = str(series.axes), len(series.pages)
             # Pillow knows compressions that tifffile leaves to an extra package.
             compressed = series.keyframe.compression not in (1, 8, 32946)
-            pixels: Array = _pillow_pixels(path, True) if compressed and pages == 1 else np.asarray(series.asarray())
+            if compressed and pages == 1:
+                pixels, turn = _pillow_pixels(path, True), 1
+            else:
+                tag = series.keyframe.tags.get(274)
+                pixels, turn = np.asarray(series.asarray()), int(tag.value) if tag else 1
     except tifffile.TiffFileError as error:
         raise ValueError(str(error)) from error
     if pixels.ndim == 3 and axes.startswith("S"):
-        return pixels.transpose(1, 2, 0)
-    return pixels if pixels.ndim == 2 or axes.endswith("S") else pixels[..., None]
+        pixels = pixels.transpose(1, 2, 0)
+    elif pixels.ndim != 2 and not axes.endswith("S"):
+        return pixels[..., None]
+    return _turned(pixels, turn)
+
+
+def _turned(pixels: Array, orientation: int) -> Array:
+    """Turn (H, W) or (H, W, C) pixels as the orientation tag of TIFF and EXIF (1 to 8) says they are to be seen."""
+    flipped = {2: pixels[:, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1)}
+    turns = {3: 2, 6: -1, 8: 1}  # quarter turns against the clock
+    if orientation == 7:
+        return pixels[::-1, ::-1].swapaxes(0, 1)
+    return np.rot90(pixels, turns[orientation]) if orientation in turns else flipped.get(orientation, pixels)

@@ -16,6 +16,7 @@ from clients.slices import class_indices, resize, scale_intensity
 from common.errors import FedsgcgError
 from common.imaging import affine_as, read_volume, write_volume
 from common.phantoms import write_hospitals
+from tests import sites
 
 
 def write_case(folder, name, image, mask, codes=("L", "P", "S")):
@@ -394,3 +395,18 @@ def test_a_store_of_the_written_hospitals_does_not_depend_on_the_folder(make_dat
     assert [c.alias for c in stores[0].cases] == [c.alias for c in stores[1].cases]
     for left, right in zip(*(store.slices("test").stack(range(8)) for store in stores), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_a_sites_salt_hides_its_aliases_and_nothing_else(tmp_path):
+    root = sites.hospitals(tmp_path / "data")
+    data = sites.plan_of(root, tmp_path).data
+    site = open_site(root, "North", data)
+    plain, one, same, other = (
+        open_store(site, data, tmp_path / "cache", heldout=True, salt=salt)
+        for salt in (b"", b"a" * 32, b"a" * 32, b"b" * 32)
+    )
+    aliases = [[case.alias for case in store.cases] for store in (plain, one, same, other)]
+    assert aliases[1] == aliases[2]
+    assert len({*aliases[0], *aliases[1], *aliases[3]}) == 12
+    assert plain.key == one.key, "the salt must not make another cache file"
+    assert not any(case.name in alias for case, alias in zip(one.cases, aliases[1], strict=True))

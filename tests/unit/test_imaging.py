@@ -336,3 +336,31 @@ def test_suffixes():
     assert [suffix_of(Path(name)) for name in ("a.NII.GZ", "b.nii", "c.Jpeg", "d.gz", "e")] == [
         ".nii.gz", ".nii", ".jpeg", "", "",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_read_as_people_see_it(tmp_path, suffix, orientation):
+    """Each EXIF orientation, stored so that the upright picture is the same every time."""
+    upright = np.zeros((16, 24), np.uint8)
+    upright[:8, :8] = 255  # a landmark in the upper left corner
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),  # shown after a quarter turn clockwise
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    path = tmp_path / f"picture.{suffix}"
+    if suffix == "tif":
+        tifffile.imwrite(path, np.ascontiguousarray(turned), extratags=[(274, 3, 1, orientation, True)])
+    else:
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(np.ascontiguousarray(turned)).save(path, exif=exif)
+    read = read_volume(path).array[0]
+    assert read.shape == upright.shape
+    assert np.abs(read - upright).max() < 20
