@@ -19,7 +19,7 @@ from typing import Any
 from clients.site import Site
 from clients.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, Problem, fail
-from common.plan import Plan, PrivacySettings, SiteSettings
+from common.plan import SHARES, Plan, PrivacySettings
 from common.settings import FOLDERS, compose
 
 NODE_KEY = "site-file"
@@ -58,7 +58,7 @@ def obey(plan: Plan, policy: SiteFile | None) -> Plan:
         plan,
         data=replace(plan.data, root=policy.data_root),
         privacy=stricter(plan.privacy, policy),
-        site=SiteSettings(**{**_own(policy), "roles": policy.roles}),
+        site=replace(plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}),
     )
 
 
@@ -95,7 +95,8 @@ def check_sharing(parts: Mapping[str, int], sharing: tuple[str, ...] | None) -> 
     """
     if sharing is None:
         return
-    if held := [name for name in parts if name not in (*ALWAYS_LEAVES, *sharing)]:
+    mixing = ("amplitudes",) if set(sharing) & set(SHARES.values()) else ()  # which of them, the request itself checks
+    if held := [name for name in parts if name not in (*ALWAYS_LEAVES, *mixing, *sharing)]:
         action = "ask for less, or have the site add it to sharing in its site.yaml"
         raise fail("POL-704", found=", ".join(held), expected=", ".join(sharing) or "nothing", action=action)
 
@@ -171,7 +172,14 @@ def _own(policy: SiteFile) -> dict[str, Any]:
         "device": "cuda" if policy.device.startswith("cuda") else policy.device,
         "threads": policy.threads,
         "roles": list(policy.roles),
+        "shares": list(_shares(policy)),
+        "feature_samples": 0,
     }
+
+
+def _shares(policy: SiteFile) -> tuple[str, ...]:
+    """What the site agrees to send besides weights and class statistics."""
+    return tuple(name for name in policy.sharing if name in SHARES.values())
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

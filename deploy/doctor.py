@@ -18,6 +18,7 @@ from clients.approval import approvals
 from clients.doctor import Finding, Seen, Verdict, examine_files
 from clients.site_file import SiteFile
 from common.errors import FedsgcgError
+from common.payload import Weights
 from common.plan import Plan
 from common.settings import compose
 from deploy.link import examine_link
@@ -153,7 +154,8 @@ def payload_bytes(plan: Plan) -> int:
     from common.networks import build_network
 
     network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
-    weights = sum(4 * int(tensor.numel()) for tensor in network.state_dict().values())
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    weights = Weights.from_state(state).values.nbytes
     features = plan.network.num_features
     return weights + plan.data.num_classes * (1 + features + features * (features + 1) // 2) * 8
 

@@ -22,7 +22,7 @@ from common.errors import CODES, FedsgcgError, Problem
 from common.payload import Identity, Weights
 from common.plan import Plan
 
-PARTS = ("weights", "statistics", "cases", "metrics", "text")
+PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
 
 
 def show_ledger(policy: SiteFile, console: Console, *, last: int) -> int:
@@ -103,6 +103,7 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Console) 
 CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
+    "amplitudes": "image spectra that the site's own file shares",
     "cases": "results of each case under its alias",
     "metrics": "losses, counts, seconds, validation Dice",
     "text": "names and shapes of the weights, identity, codes",

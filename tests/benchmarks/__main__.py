@@ -17,7 +17,7 @@ import torch
 from deploy.preflight import look_at_machine
 from deploy.record import describe_machine
 
-PARTS = ("loss", "statistics", "amplitude", "metrics", "step", "federation", "end_to_end", "gpu")
+PARTS = ("loss", "statistics", "amplitude", "metrics", "step", "federation", "deployment", "end_to_end", "gpu")
 FOLDER = Path("runs/benchmarks")
 
 

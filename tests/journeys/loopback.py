@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,16 +134,16 @@ class Loopback:
         """Register a hospital's public key."""
         self.flwr("supernode", "register", str(kit / "site.pub"), "link")
 
-    def join(self, kit: Path, *more: str) -> None:
+    def join(self, kit: Path, *more: str, **variables: str) -> None:
         """Start `fedsgcg-site join` for a kit."""
-        self.start(kit.name, sys.executable, "-m", "deploy.site_cli", "join", str(kit), *more)
+        self.start(kit.name, sys.executable, "-m", "deploy.site_cli", "join", str(kit), *more, **variables)
 
-    def start(self, name: str, program: str, *arguments: str) -> None:
-        """Start a program in the background, its output in `<name>.log`."""
+    def start(self, name: str, program: str, *arguments: str, **variables: str) -> None:
+        """Start a program in the background, its output in `<name>.log`; `variables` are added to its environment."""
         path = program if program.startswith("/") else str(BIN / program)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.children[name] = subprocess.Popen(
-                [path, *arguments], cwd=self.folder, env=self.environment(), stdout=log, stderr=log
+                [path, *arguments], cwd=self.folder, env=self.environment() | variables, stdout=log, stderr=log
             )
 
     def environment(self) -> dict[str, str]:
@@ -167,9 +168,12 @@ class Loopback:
         return text
 
     def submit(self, app: Path, overrides: Sequence[str] = ()) -> str:
-        """Submit a run and return its id."""
-        config = ["--run-config", f"overrides='{' '.join(overrides)}'"] if overrides else []
-        said = self.flwr("run", str(app), "link", *config, "--format", "json")
+        """Submit a run of our app with some settings and return its id."""
+        return self.submit_config(app, f"overrides='{' '.join(overrides)}'")
+
+    def submit_config(self, app: Path, config: str) -> str:
+        """Submit a run with a run config and return its id."""
+        said = self.flwr("run", str(app), "link", "--run-config", config, "--format", "json")
         return str(json.loads(said[said.index("{") :])["run-id"])
 
     def status(self, run: str) -> str:
@@ -178,18 +182,18 @@ class Loopback:
         runs = json.loads(said[said.index("{") :])["runs"]
         return str(next(entry["status"] for entry in runs if str(entry["run-id"]) == run))
 
-    def wait(self, run: str, patience_s: float = 200) -> str:
-        """Wait for the end of a run and return its status."""
+    def wait(self, run: str, patience_s: float = 400) -> str:
+        """Wait for the end of a run's ServerApp, which the SuperLink logs, and return the run's status."""
         end = time.monotonic() + patience_s
-        while not (status := self.status(run)).startswith("finished") and time.monotonic() < end:
-            time.sleep(1)
-        return status
+        while not re.search(rf"Finished task \d+ of run {run}", self.said("superlink")) and time.monotonic() < end:
+            time.sleep(0.5)
+        return self.status(run)
 
     def said(self, name: str) -> str:
         """What a process has written."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def await_line(self, name: str, text: str, patience_s: float = 60) -> None:
+    def await_line(self, name: str, text: str, patience_s: float = 120) -> None:
         """Wait until a process has written a text."""
         end = time.monotonic() + patience_s
         while text not in self.said(name):

@@ -84,3 +84,40 @@ def test_features_of_a_single_patient_are_withheld_by_the_floor(hospitals: Path,
     counts = [row["value"] for row in rows if row["metric"] == "prototype_count"]
     assert counts
     assert np.all(np.asarray(counts) == 0)
+
+
+def test_a_real_deployment_keeps_names_at_the_hospital(canary: Path, tmp_path: Path) -> None:
+    """Byte search over all that the coordinator has: database, logs, Flower's folders, run folder."""
+    from tests.conftest import REPOSITORY
+    from tests.journeys.loopback import loopback
+
+    settings = [*small.SMALL, "heldout=North", "data.sites=[East,North]", "federation.rounds=1"]
+    with loopback(tmp_path) as federation:
+        for site in ("East", "North"):
+            kit = federation.kit(site, canary)
+            federation.register(kit)
+            federation.join(kit, PATIENT=NAME)
+        for site in ("East", "North"):
+            federation.await_line(site, "connected to")
+        run = federation.submit(REPOSITORY, settings)
+        assert federation.wait(run) == "finished:completed", federation.said("superlink")[-3000:]
+        for path in (canary / "North").glob("*_image.nii.gz"):
+            path.write_bytes(NAME.encode())  # from now on every case raises an error that names the patient
+        broken = federation.submit(REPOSITORY, [*settings, "federation.join_deadline_s=15"])
+        assert federation.wait(broken) == "finished:failed"
+        assert "DAT-102" in federation.said("superlink")
+        home = kit / "home"
+        assert NAME in (home / "problems.txt").read_text() + (home / "errors.log").read_text()
+        aliases = (home / "aliases.csv").read_text()
+        assert NAME in aliases
+    kept = [*(tmp_path / "coordinator").rglob("*"), tmp_path / "superlink.log"]
+    kept = [path for path in kept if path.is_file()]
+    assert any(path.name == "state.db" for path in kept)
+    (results,) = (tmp_path / "coordinator/runs" / run).rglob("results.parquet")
+    import pyarrow.parquet as pq
+
+    alias = {row["case"] for row in pq.read_table(results).to_pylist()}
+    assert alias
+    assert all(name in aliases for name in alias)
+    for path in kept:
+        assert NAME.encode() not in path.read_bytes(), path

@@ -71,8 +71,12 @@ def test_without_a_site_file_nothing_changes(root, tmp_path):
 
 
 def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
-    policy = policy_for(root, tmp_path, roles=("heldout",), threads=2)
+    policy = policy_for(
+        root, tmp_path, roles=("heldout",), threads=2, sharing=("weights", "statistics", "amplitude_bank")
+    )
     obeyed = obey(asked_of(root, tmp_path, "site.home='/elsewhere'"), policy)
+    assert obeyed.site.shares == ("amplitude_bank",)
+    assert obey(asked_of(root, tmp_path), policy_for(root, tmp_path)).site.shares == ()
     assert obeyed.data.root == str(root)
     assert (obeyed.site.home, obeyed.site.cache) == (policy.home, policy.cache)
     assert (obeyed.site.roles, obeyed.site.threads, obeyed.site.device) == (("heldout",), 2, "cpu")
@@ -119,8 +123,9 @@ def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_
     assert obey(asked_of(root, tmp_path, "method=source"), policy).method.name == "source"
     with pytest.raises(FedsgcgError, match="POL-704"):
         check_sharing({"weights": 4, "statistics": 8, "text": 2}, ("weights",))
-    with pytest.raises(FedsgcgError, match="amplitude_bank"):
-        check_sharing({"weights": 4, "amplitude_bank": 8}, ("weights", "statistics"))
+    with pytest.raises(FedsgcgError, match="amplitudes"):
+        check_sharing({"weights": 4, "amplitudes": 8}, ("weights", "statistics"))
+    check_sharing({"amplitudes": 8, "text": 2}, ("weights", "amplitude_summary"))
     check_sharing({"weights": 4, "cases": 8, "metrics": 8, "text": 2}, ("weights",))
 
 
