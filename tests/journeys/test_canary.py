@@ -105,7 +105,8 @@ def test_a_real_deployment_keeps_names_at_the_hospital(canary: Path, tmp_path: P
             path.write_bytes(NAME.encode())  # from now on every case raises an error that names the patient
         broken = federation.submit(REPOSITORY, [*settings, "federation.join_deadline_s=15"])
         assert federation.wait(broken) == "finished:failed"
-        assert "DAT-102" in federation.said("superlink")
+        (told,) = (tmp_path / "coordinator/runs" / broken).rglob("outcome.json")
+        assert "DAT-102" in told.read_text()
         home = kit / "home"
         assert NAME in (home / "problems.txt").read_text() + (home / "errors.log").read_text()
         aliases = (home / "aliases.csv").read_text()
