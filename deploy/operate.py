@@ -17,13 +17,14 @@ from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from deploy.bundle import Bundle, build_bundle, run_config
 from deploy.control import Control, RunState, control_of
+from deploy.grid import split_axes
 from deploy.preflight import check_plan, look_at_machine
 from deploy.progress import Progress
 from deploy.project import Kit
 from deploy.record import check_same_study, collect, write_record
 from deploy.simulate import Cell
 from deploy.started import Started, last_started, remember
-from deploy.study import Study, exit_code, identity, split_axes
+from deploy.study import Study, exit_code, identity
 from server.journal import lock_file
 
 POLL_S: Final = 1.0
