@@ -335,6 +335,8 @@ class FederationSettings(Section):
         quorum: Training sites that must join and answer; 0 = all of them.
         join_deadline_s: Seconds to wait for sites at the start.
         round_deadline_s: Seconds to wait for the replies of a round (also of an evaluation).
+        late: What becomes of a site that missed a round's deadline: `next_round` asks it again in the next round, so
+            that each round may take its whole deadline; `drop` asks it no more in this call. A late reply never counts.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: `average` merges BatchNorm's scale, offset and running moments like every weight and takes the
             largest of the step counters; see `server.merge`.
@@ -349,6 +351,7 @@ class FederationSettings(Section):
     quorum: int = 0
     join_deadline_s: float = 120.0
     round_deadline_s: float = 3600.0
+    late: Literal["next_round", "drop"] = "next_round"
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average"] = "average"
     selection: Literal["last", "source_validation"] = "last"

@@ -1,14 +1,17 @@
 """Enrolment: which hospital sits behind which node, and whether enough of them came.
 
-Node ids are random; a hospital's name comes from its own answer. A site that comes late joins in the round after.
+Node ids are random; a hospital's name comes from its own answer, and must be the one for which its key was registered
+where the coordinator's server knows one. A site that comes late joins in the round after.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 from flwr.serverapp import Grid
@@ -18,6 +21,7 @@ from common.payload import Identity
 from common.plan import Plan
 from common.settings import nearest
 from common.wire import ENROL, Reply, Request, encode_request
+from server.disk import Disk
 from server.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, Answer, missing, push, read_answer
 from server.words import not_enough_enrolled
 
@@ -67,16 +71,22 @@ class Cohort:
     Args:
         grid: Flower's grid.
         plan: The plan.
+        disk: The way to the disk.
 
     Attributes:
         members: Enrolled hospitals by name.
         refusals: Why a hospital or a node could not enrol, by its name or `node <id>`.
+        dropped: Sites that missed a deadline and are asked no more, with `federation.late=drop`.
+        changes: One problem for every site whose data changed since it first enrolled, also in an earlier call.
     """
 
     grid: Grid
     plan: Plan
+    disk: Disk = field(default_factory=Disk)
     members: dict[str, Member] = field(default_factory=dict)
     refusals: dict[str, Problem] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    changes: list[Problem] = field(default_factory=list)
     _asked: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
 
@@ -123,6 +133,16 @@ class Cohort:
     def training(self) -> dict[str, int]:
         """Site -> node id of the enrolled sites of role `train`."""
         return self.of_role("train")
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """Site -> node id of the training sites that the next round asks."""
+        return {site: node for site, node in self.training.items() if site not in self.dropped}
+
+    def leave_out_late(self, sites: Iterable[str]) -> None:
+        """Ask sites that missed a deadline no more, if the plan says so; else the next round asks them again."""
+        if self.plan.federation.late == "drop":
+            self.dropped.update(sites)
 
     def of_role(self, role: str) -> dict[str, int]:
         """Site -> node id of the enrolled sites of a role."""
@@ -212,7 +232,10 @@ class Cohort:
         members = self.plan.members()
         if not site or (members and site not in {*members, *self.plan.observers}):
             raise fail("ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(members))
-        if site in self.members and self.members[site].node in set(self.grid.get_node_ids()):
+        there = {info.node_id: info.name for info in self.grid.get_nodes()}
+        if there.get(node) and there[node] != site:
+            raise fail("ROL-201", where=there[node], found=f"it calls itself {site[:60]!r}", expected="its own name")
+        if site in self.members and self.members[site].node in there:
             raise fail("ROL-201", where=site, found=f"node {node} also calls itself {site}", expected="each site once")
         accepted = reply.details.get("roles", [])
         if role not in (accepted if isinstance(accepted, list) else []):
@@ -221,5 +244,27 @@ class Cohort:
         cases = reply.details.get("cases")
         if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:
             raise fail("TRN-302", where=site, found="no case in its training split")
+        self._compare_data(site, str(reply.details.get("data", "")))
         self.members[site] = member
         self.refusals.pop(site, None)
+
+    def _compare_data(self, site: str, data: str) -> None:
+        """Note a site whose data are no longer those with which it first took part in this run folder."""
+        path = Path(self.plan.output) / "data.json"
+        known = _read_hashes(path)
+        if known.get(site, data) != data:
+            action = "ask the site what changed; for a study on the new data, choose another output=FOLDER"
+            found = f"data {data[:12]}, before {known[site][:12]}"
+            self.changes.append(Problem("RND-406", where=site, found=found, action=action))
+        if data and known.get(site) != data:
+            self.disk.write(path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _read_hashes(path: Path) -> dict[str, str]:
+    """Site -> hash of its data at its last enrolment; raises SRV-402 for a damaged file."""
+    try:
+        return {str(site): str(data) for site, data in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise fail("SRV-402", where=str(path), found="not the JSON that was written", action="remove it") from error

@@ -219,8 +219,10 @@ def push(grid: Grid, content: RecordDict, message_type: str, node: int, deadline
 def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
     """Decode a reply; whatever is wrong with it becomes the answer's problem and goes no further."""
     if message.has_error():
-        found = f"Flower's error {message.error.code}"
-        return Answer(site, problem=Problem("SITE-500", where=site, found=found), bytes_down=bytes_down)
+        lost = message.error.code in LOST
+        found = f"{'it was lost' if lost else 'its app failed'} (Flower's error {message.error.code})"
+        problem = Problem("RND-404" if lost else "SITE-500", where=site, found=found)
+        return Answer(site, problem=problem, bytes_down=bytes_down)
     try:
         reply = decode_reply(message.content)
         size = sum(payload_bytes(message.content).values())

@@ -116,7 +116,7 @@ class Federation:
     def __init__(self, grid: Grid, plan: Plan, journal: Journal, log: EventLog, disk: Disk) -> None:
         self.notes: list[Problem] = []
         self._grid, self._plan, self._journal, self._log, self._disk = grid, plan, journal, log, disk
-        self._cohort = Cohort(grid, plan)
+        self._cohort = Cohort(grid, plan, disk)
         self._memory = PrototypeMemory(plan.prototypes)
         self._amplitudes = b""
 
@@ -155,7 +155,7 @@ class Federation:
             self._log.emit("journal.damaged", code=problem.code, where=problem.where)
         self._cohort.wait()
         self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
-        for problem in (*(record.notes if record else ()), *self._cohort.absent()):
+        for problem in (*(record.notes if record else ()), *self._cohort.absent(), *self._cohort.changes):
             self._note(problem)
         return record or RoundRecord(self._identity(0), initial_weights(self._plan))
 
@@ -178,6 +178,8 @@ class Federation:
         self._log.round = number
         self._log.emit("round.started")
         self._cohort.poll()
+        for change in self._cohort.changes:
+            self._note(change)
         identity, settings = self._identity(number), self._plan.prototypes
         early: list[Collected] = []
         prototypes = state.prototypes
@@ -212,7 +214,7 @@ class Federation:
     def _finish(self, state: RoundRecord) -> str:
         """Score the last model, choose one, have it judged at the held-out site, and write it all; returns its hash."""
         plan, last = self._plan, self._plan.federation.rounds
-        validation = self._evaluate("validation", self._cohort.training, state.weights, last)
+        validation = self._evaluate("validation", self._cohort.asked, state.weights, last)
         score = source_score([part.validation for part in validation])
         self._log.emit("validation.done", round=last, validation_dice=score)
         best = better(state.best, last, score, state.weights)
@@ -230,7 +232,7 @@ class Federation:
         results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))
         if not plan.heldout:
             if chosen.round != last:
-                validation = self._evaluate("validation", self._cohort.training, chosen.weights, chosen.round)
+                validation = self._evaluate("validation", self._cohort.asked, chosen.weights, chosen.round)
             judged = [*validation, *judged]
         results.write_results(self._disk, plan, [row for part in judged for row in part.cases])
         return chosen.weights.digest()
@@ -274,8 +276,9 @@ class Federation:
             found[answer.site] = part = self._verdict(answer, message_type, request.identity, reference)
             self._report(part, message_type)
 
-        self._ask(message_type, self._cohort.training, request, receive)
+        self._ask(message_type, self._cohort.asked, request, receive, self._cohort.quorum)
         collected = [found[site] for site in sorted(found)]
+        self._cohort.leave_out_late(part.answer.site for part in collected if part.verdict.code == "RND-404")
         if len(admitted(collected)) < self._cohort.quorum:
             raise quorum_missed(self._plan, collected, self._cohort.quorum, request.identity.round)
         return collected
@@ -307,7 +310,9 @@ class Federation:
         """Have a model evaluated case by case; a site without a usable answer becomes a note."""
         identity = self._identity(number)
         judged = []
-        for answer in self._ask(EVALUATE, nodes, Request(identity, weights, options={"split": split})):
+        # A held-out site that was lost is waited for, an observer is not.
+        enough = self._cohort.quorum if split == "validation" else len(set(nodes) - {*self._plan.observers})
+        for answer in self._ask(EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough):
             problem = answer.problem
             if answer.reply is not None:
                 verdict = admit(answer.reply, Expectation(identity, answer.site))
@@ -323,11 +328,18 @@ class Federation:
         return judged
 
     def _ask(
-        self, message_type: str, nodes: Mapping[str, int], request: Request, on_answer: OnAnswer = ignore_answer
+        self,
+        message_type: str,
+        nodes: Mapping[str, int],
+        request: Request,
+        on_answer: OnAnswer = ignore_answer,
+        enough: int | None = None,
     ) -> list[Answer]:
         guard_recipients(self._plan, message_type, nodes)
         deadline_s = self._plan.federation.round_deadline_s
-        return exchange(self._grid, nodes, message_type, request, deadline_s=deadline_s, on_answer=on_answer)
+        return exchange(
+            self._grid, nodes, message_type, request, deadline_s=deadline_s, enough=enough, on_answer=on_answer
+        )
 
     def _report(self, part: Collected, message_type: str) -> None:
         reply, verdict = part.answer.reply, part.verdict

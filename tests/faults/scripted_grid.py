@@ -27,6 +27,7 @@ from common.wire import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request, deco
 
 SILENCE = object()
 FLOWER_ERROR = object()
+LOST = object()  # the node dies with the request, and Flower says so after a while
 PATIENT = "Jane Doe, born 1960"  # must never be seen outside the site
 
 Script = Callable[["ScriptedGrid", str, str, Request, Reply], object]
@@ -52,6 +53,8 @@ class ScriptedGrid(Grid):
     sent: list[Sent] = field(default_factory=list)
     replies: dict[str, Message] = field(default_factory=dict)
     activated: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    away: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -69,10 +72,13 @@ class ScriptedGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
+        return [node for node, site in self.nodes.items() if site not in self.away]
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node, last_activated_at=self.activated.get(node, "")) for node in self.nodes]
+        return [
+            NodeInfo(node_id=node, last_activated_at=self.activated.get(node, ""), name=self.names.get(node, ""))
+            for node in self.get_node_ids()
+        ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -98,8 +104,9 @@ class ScriptedGrid(Grid):
         answer = self.script(self, site, kind, request, honest_reply(self.plan, site, kind, request))
         if answer is SILENCE:
             return
-        if answer is FLOWER_ERROR:
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, PATIENT), reply_to=message)
+        if answer in (FLOWER_ERROR, LOST):
+            code = ErrorCode.NODE_UNAVAILABLE if answer is LOST else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            reply = Message(Error(code, PATIENT), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = 1  # as the SuperLink does for a dead node
         else:
             records = answer if isinstance(answer, RecordDict) else encode_reply(answer)  # type: ignore[arg-type]

@@ -62,8 +62,8 @@ class Federation:
             "server": f"127.0.0.1:{self.port}",
             "sites": list(sites),
             "plan": list({text.partition("=")[0]: text for text in (*SMALL, *plan)}.values()),
-            "join_deadline_s": 90.0,
-            "round_deadline_s": 150.0,
+            "join_deadline_s": 150.0,
+            "round_deadline_s": 400.0,
             **changes,
         }
         (self.folder / "project.yaml").write_text(yaml.safe_dump(tree))
@@ -77,6 +77,11 @@ class Federation:
         own = {"data_root": str(self.hospitals), "device": "cpu", "patient_floor": 1, "min_pixels": 1, **changes}
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **own}))
         approve(bundle_of_folder(REPOSITORY), self.site(site) / "approved.json", "test")
+
+    def reach(self, site: str, address: str) -> None:
+        """Have a hospital reach the server at another address, e.g. through a proxy."""
+        path = self.site(site) / "site.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "server": address}))
 
     def site(self, name: str) -> Path:
         """A hospital's kit."""

@@ -1,5 +1,6 @@
 """Real processes on loopback: TLS, node keys, separate homes; the model is the simulation's to the last bit."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.journeys import small
 from tests.journeys.federation import Federation
+from tests.journeys.link import Proxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -44,3 +46,34 @@ def test_two_hospitals_train_the_model_that_a_simulation_trains(
     standing = federation.command("status", federation.kit.folder)
     assert "completed after 2 of 2 rounds" in standing
     assert standing.count("online") == 2
+
+
+def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: Path, tmp_path: Path) -> None:
+    """Kill -9 a hospital, pause another, cut a link, kill the coordinator's server; then resume: the same model."""
+    settings = ("method=sgcg", "heldout=West", "federation.rounds=3")
+    federation.provision(["East", "North", "South", "West"], *settings)
+    with Proxy(federation.port) as link:
+        federation.reach("South", f"127.0.0.1:{link.port}")
+        federation.serve()
+        federation.join("East", "North", "South", "West")
+        federation.run()
+        federation.wait(lambda: federation.seen("round.started", round=1), 150, "no round has started")
+        federation.pause("North")
+        federation.kill("East")
+        federation.join("East")
+        link.cut()
+        time.sleep(12)  # longer than a few pulls of Flower's, shorter than its patience
+        link.mend()
+        federation.go_on("North")
+        federation.wait(lambda: federation.seen("round.started", round=2), 400, "round 1 was not finished")
+        federation.kill("serve")
+        federation.serve()
+        assert federation.finish("run", 60) == 1
+        assert "fedsgcg resume" in federation.log("run")
+        federation.start("run", "deploy.cli", "resume", federation.kit.folder)
+        assert federation.finish("run", 300) == 0, federation.logs()
+    outcome = federation.outcome()
+    assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 3, [])
+    rounds = [event["round"] for event in federation.events() if event["event"] == "round.done"]
+    assert rounds == [1, 2, 3]
+    assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", *settings)
