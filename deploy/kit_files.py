@@ -5,10 +5,12 @@ Every command in these texts is one that a test runs outside a container.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from deploy.project import Project
 
+UNITS: Final = Path(__file__).with_name("systemd")
 IMAGE: Final = "fedsgcg:cpu"
 COORDINATOR_UNIT: Final = "fedsgcg-coordinator.service"
 SITE_UNIT: Final = "fedsgcg-site.service"
@@ -51,37 +53,8 @@ REQUEST: Final = """\
 fedsgcg-site request .    # makes site.key here; send site.pub, which is no secret, to the coordinator
 """
 
-SERVICE: Final = """\
-[Unit]
-Description={description}
-After=network-online.target
-Wants=network-online.target
-
-[Service]
-Type=exec
-User={user}
-WorkingDirectory={folder}
-ExecStart={command}
-Restart=on-failure
-RestartSec=15
-KillSignal=SIGTERM
-TimeoutStopSec=60
-UMask=0077
-NoNewPrivileges=yes
-ProtectSystem=strict
-ProtectHome=read-only
-PrivateTmp=yes
-ReadWritePaths={folder}
-RestrictSUIDSGID=yes
-LockPersonality=yes
-CapabilityBoundingSet=
-
-[Install]
-WantedBy=multi-user.target
-"""
-
 COORDINATOR_COMPOSE: Final = """\
-# One container: the coordinator's server. `docker compose run --rm coordinator fedsgcg run /kit` starts the study.
+# One container: the coordinator's server. `docker compose exec coordinator fedsgcg run /kit` starts the study.
 services:
   coordinator:
     image: {image}
@@ -90,6 +63,8 @@ services:
     read_only: true
     cap_drop: [ALL]
     security_opt: ["no-new-privileges:true"]
+    pids_limit: 512
+    mem_limit: ${{FEDSGCG_MEMORY:-16g}}
     tmpfs: [/tmp]
     ports: ["{port}:{port}"]
     volumes:
@@ -110,6 +85,9 @@ x-site: &site
   read_only: true
   cap_drop: [ALL]
   security_opt: ["no-new-privileges:true"]
+  pids_limit: 1024
+  mem_limit: ${{FEDSGCG_MEMORY:-16g}}
+  shm_size: 2g
   tmpfs: [/tmp]
   volumes:
     - type: bind
@@ -141,32 +119,19 @@ services:
 
 def coordinator_files(project: Project) -> dict[str, str]:
     """File name -> text of the coordinator's kit."""
-    unit = SERVICE.format(
-        description=f"fedsgcg coordinator of {project.name}",
-        user="fedsgcg",
-        folder="/srv/fedsgcg/coordinator",
-        command="/opt/fedsgcg/bin/fedsgcg serve /srv/fedsgcg/coordinator",
-    )
     return {
         "README.md": COORDINATOR_README.format(name=project.name, server=project.server, unit=COORDINATOR_UNIT),
         "compose.yaml": COORDINATOR_COMPOSE.format(image=IMAGE, port=project.address[1]),
-        COORDINATOR_UNIT: unit,
+        COORDINATOR_UNIT: (UNITS / COORDINATOR_UNIT).read_text(encoding="utf-8"),
     }
 
 
 def site_files(project: Project, site: str) -> dict[str, str]:
     """File name -> text of a hospital's kit."""
-    unit = SERVICE.format(
-        description=f"fedsgcg site {site} of {project.name}",
-        user="fedsgcg",
-        folder="/srv/fedsgcg/site",
-        command="/opt/fedsgcg/bin/fedsgcg-site join /srv/fedsgcg/site",
-    )
+    names = {"site": site, "name": project.name, "server": project.server, "unit": SITE_UNIT}
     first = REQUEST if project.keys == "requested" else ""
     return {
-        "README.md": SITE_README.format(
-            site=site, name=project.name, server=project.server, first=first, unit=SITE_UNIT
-        ),
+        "README.md": SITE_README.format(first=first, **names),
         "compose.yaml": SITE_COMPOSE.format(image=IMAGE),
-        SITE_UNIT: unit,
+        SITE_UNIT: (UNITS / SITE_UNIT).read_text(encoding="utf-8"),
     }

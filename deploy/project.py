@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from clients.site_file import NAME, split_address
+from clients.site_file import NAME, NEVER_SET, split_address
 from common.errors import FedsgcgError, Problem
 from common.plan import Checks, Plan, Section
 from common.settings import join
@@ -35,6 +35,8 @@ class Project(Section):
         keys: `issued` = a hospital's key is made with its kit; `requested` = the hospital makes it (`fedsgcg-site
             request`) and sends only the public half.
         certificate_days: Days that the server's certificate is good for.
+        data_root: Folder of the images in new kits, e.g. `/data` where all hospitals use containers; "" leaves it to be
+            filled in.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Project(Section):
     names: tuple[str, ...] = ()
     keys: Literal["issued", "requested"] = "issued"
     certificate_days: int = 398
+    data_root: str = ""
 
     def checks(self) -> Checks:
         """Names are plain and different, addresses have ports, numbers are positive."""
@@ -97,6 +100,10 @@ class Project(Section):
             f"federation.join_deadline_s={self.join_deadline_s}",
             f"federation.round_deadline_s={self.round_deadline_s}",
         )
+        theirs = [text for text in (*self.plan, *overrides) if _is_the_sites(text.partition("=")[0])]
+        if theirs:
+            action = "leave it out: each hospital says it in its own site.yaml"
+            raise FedsgcgError(*(Problem("CFG-001", text, "a setting of the study", action) for text in theirs))
         merged = {text.partition("=")[0]: text for text in (*own, *self.plan, *overrides)}
         tree = join(list(merged.values()))
         tree["data"] = {**tree["data"], "root": "", "sites": sorted(self.sites)}
@@ -178,6 +185,10 @@ def read_project(path: Path) -> Project:
 def project_text(project: Project) -> str:
     """Return the text of a project file, every setting explained."""
     return explained(project, (f"The federation {project.name}, as its coordinator describes it.",))
+
+
+def _is_the_sites(name: str) -> bool:
+    return name in NEVER_SET or name.startswith("site.")
 
 
 def is_loopback(host: str) -> bool:

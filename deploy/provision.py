@@ -226,7 +226,7 @@ def blank_site_file(project: Project, site: str) -> SiteFile:
         server=project.server,
         ca="ca.crt",
         key="site.key",
-        data_root="",
+        data_root=project.data_root,
         home="home",
         cache="cache",
         approved="approved.json",
