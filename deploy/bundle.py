@@ -6,7 +6,6 @@ hash everywhere: that hash is what a hospital approves.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +14,8 @@ from typing import Any, Final
 
 import tomli_w
 from flwr.cli.build import build_fab_from_files
+
+from clients.approval import read_bundle
 
 PACKAGES: Final = ("server", "clients", "common", "configs")
 SUFFIXES: Final = (".py", ".yaml")
@@ -27,13 +28,11 @@ class Bundle:
 
     Attributes:
         data: Its bytes, a Flower App Bundle.
-        digest: SHA-256 of them, in hexadecimal.
-        files: SHA-256 of each file in it.
+        digest: What a hospital approves: the hash of the code in it (`clients.approval`).
     """
 
     data: bytes
     digest: str
-    files: dict[str, str]
 
 
 def build_bundle(root: Path = ROOT) -> Bundle:
@@ -46,10 +45,7 @@ def build_bundle(root: Path = ROOT) -> Bundle:
     }
     files["pyproject.toml"] = tomli_w.dumps(app_description()).encode()
     data, _ = build_fab_from_files(files)
-    digests = {
-        name: hashlib.sha256(content).hexdigest() for name, content in files.items() if isinstance(content, bytes)
-    }
-    return Bundle(data, hashlib.sha256(data).hexdigest(), digests)
+    return Bundle(data, read_bundle(data).digest)
 
 
 def app_description() -> dict[str, Any]:

@@ -133,5 +133,6 @@ def site_files(project: Project, site: str) -> dict[str, str]:
     return {
         "README.md": SITE_README.format(first=first, **names),
         "compose.yaml": SITE_COMPOSE.format(image=IMAGE),
+        "settings.txt": "".join(f"{text}\n" for text in project.plan),  # `fedsgcg-site check` measures with these
         SITE_UNIT: (UNITS / SITE_UNIT).read_text(encoding="utf-8"),
     }

@@ -43,8 +43,8 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
         FedsgcgError: CFG-001 to CFG-003 with everything that cannot be.
     """
     project = kit.project()
-    given, rest = split_axes([*project.plan, *overrides])
-    values = {**given}
+    merged = {text.partition("=")[0]: text for text in (*project.plan, *overrides)}
+    values, rest = split_axes(list(merged.values()))
     base = project.settings(tuple(rest))
     sites: list[str] = base["data"]["sites"]
     heldouts = values.get("heldout") or [str(base["heldout"])]
@@ -135,6 +135,9 @@ def watch(control: Control, cell: Cell, started: Started, console: Console) -> N
         console.print("The run goes on at the server; fedsgcg status, or fedsgcg stop.", style="yellow")
         raise
     if _is_of_this_run(cell, started):
+        outcome = cell.outcome()
+        for problem in outcome.get("problems", []) if outcome.get("status") == "failed" else []:
+            console.print(str(Problem(**problem)), style="red", highlight=False, markup=False, soft_wrap=True)
         return
     raise fail(
         "DEP-615",

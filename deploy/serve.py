@@ -33,6 +33,9 @@ from deploy.started import last_started
 
 LOOK_S: Final = 2.0
 LOG_BYTES: Final = 10_000_000
+ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
+"""What our own looking around would fill the log with."""
+
 LOGGERS: Final = ("flwr", "uvicorn", "uvicorn.error")
 
 
@@ -145,6 +148,7 @@ def prepare_state(kit: Kit, *, insecure: bool) -> None:
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     os.chdir(kit.state)  # a run's process starts here: no package of this folder can hide the bundle's
     handler = logging.handlers.RotatingFileHandler(kit.state / "server.log", maxBytes=LOG_BYTES, backupCount=5)
+    handler.addFilter(lambda record: not record.getMessage().startswith(ROUTINE))
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in LOGGERS:
         logger = logging.getLogger(name)

@@ -1,6 +1,5 @@
 """Who is refused, and in which words: strangers, other authorities, revoked hospitals, open servers, and more."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ def federation(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def ask(federation: Federation, port: int, path: str, **headers: str) -> httpx.Response:
     """A request by somebody who has the authority's certificate, as every hospital does, and nothing else."""
     verify = str(federation.site("East") / "ca.crt")
-    kind = {"content-type": "application/x-protobuf", "accept": "application/x-protobuf"}
+    kind = {"content-type": "application/protobuf", "accept": "application/protobuf"}
     address = f"https://127.0.0.1:{port}{path}"
     return httpx.post(address, content=b"", headers={**kind, **headers}, verify=verify, timeout=20)
 
@@ -88,12 +87,12 @@ def test_a_hospital_that_trusts_another_authority_does_not_connect(federation: F
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
     shutil.copy(tmp_path / "ca.crt", federation.site("East") / "ca.crt")
     try:
-        federation.join("East")
-        federation.wait(lambda: says(federation, "East", "CERTIFICATE_VERIFY_FAILED"), 90, "no reason in its log")
-        assert not federation.online("East")
+        done = federation.try_command("join", federation.site("East"), module="deploy.site_cli")
     finally:
-        federation.kill("East")
         shutil.copy(federation.kit.folder / "ca.crt", federation.site("East") / "ca.crt")
+    assert done.returncode == 2
+    assert "SITE-506" in done.stderr
+    assert "unable to get local issuer certificate" in done.stderr
 
 
 def test_an_unregistered_key_is_not_let_in(federation: Federation, tmp_path: Path) -> None:
@@ -105,7 +104,7 @@ def test_an_unregistered_key_is_not_let_in(federation: Federation, tmp_path: Pat
     try:
         federation.join("North")
         federation.wait(lambda: "SITE-509" in federation.log("North"), 90, "no reason in its log")
-        assert "registered or revoked" in federation.log("North")
+        assert "is registered, or revoked" in federation.log("North")
         assert not federation.online("North")
     finally:
         federation.kill("North")
@@ -133,7 +132,7 @@ def test_a_revoked_hospital_is_out_at_once_and_stays_out(federation: Federation)
     with control_of(federation.kit) as control:
         assert {node.status for node in control.nodes() if node.site == "North"} == {"unregistered"}
     federation.wait(lambda: "SITE-509" in federation.log("North"), 120, "the hospital is not told")
-    assert "North" in federation.command("status", federation.kit.folder)
+    assert "North   not registered" in federation.try_command("status", federation.kit.folder).stdout
 
 
 def test_a_server_without_tls_is_for_loopback_only(federation: Federation) -> None:
@@ -182,9 +181,3 @@ def test_what_is_the_hospitals_own_cannot_be_set_by_the_coordinator(federation: 
     done = federation.try_command("run", federation.kit.folder, setting)
     assert done.returncode == 2
     assert "each hospital says it in its own site.yaml" in done.stderr
-
-
-def says(federation: Federation, site: str, words: str) -> bool:
-    """Whether a hospital's logs hold some words."""
-    paths = [federation.folder / f"{site}.log", *(federation.site(site) / "home/logs").glob("*.log")]
-    return any(words in path.read_text() for path in paths if os.path.exists(path))

@@ -42,7 +42,16 @@ def test_kits_hold_what_each_party_needs_and_nothing_of_another(project: Path, t
     found = set(content(tmp_path / "kits"))
     own = {"ca.crt", "ca.key", "server.crt", "server.key", "token", "executor.secret", "project.yaml", "README.md"}
     own |= {"compose.yaml", "fedsgcg-coordinator.service", *(f"keys/{site}.pub" for site in ("North", "South", "West"))}
-    kit = {"site.yaml", "ca.crt", "site.key", "site.pub", "README.md", "compose.yaml", "fedsgcg-site.service"}
+    kit = {
+        "site.yaml",
+        "ca.crt",
+        "site.key",
+        "site.pub",
+        "README.md",
+        "compose.yaml",
+        "fedsgcg-site.service",
+        "settings.txt",
+    }
     sites = {f"sites/{site}/{name}" for site in ("North", "South", "West") for name in kit}
     assert found == {f"coordinator/{name}" for name in own} | sites
     assert done.kit.project() == read_project(project)
