@@ -77,3 +77,18 @@ def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: P
     rounds = [event["round"] for event in federation.events() if event["event"] == "round.done"]
     assert rounds == [1, 2, 3]
     assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", *settings)
+    assert leaked(federation, hospitals) == []
+
+
+def leaked(federation: Federation, hospitals: Path) -> list[str]:
+    """Everything that the coordinator has and that only hospitals may know: file names, cases, folders."""
+    secrets = {path.name.partition("_")[0].encode() for path in hospitals.glob("*/*.nii.gz")}
+    secrets |= {str(hospitals).encode(), *(str(federation.site(site)).encode() for site in ("East", "North"))}
+    assert len(secrets) > 20
+    return [
+        f"{word!r} in {path}"
+        for path in federation.kit.folder.rglob("*")
+        if path.is_file()
+        for word in secrets
+        if word in path.read_bytes()
+    ]

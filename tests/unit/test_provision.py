@@ -108,6 +108,14 @@ def test_another_authority_is_not_trusted_in_a_handshake(project: Path, tmp_path
         handshake(folder, "other.example.org")
 
 
+def test_a_certificate_that_has_ended_is_not_trusted_in_a_handshake(project: Path, tmp_path: Path) -> None:
+    folder = provision(project, tmp_path / "kits").kit.folder
+    authority = certificates.read_authority(folder)
+    certificates.write_server(folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0))
+    with pytest.raises(ssl.SSLCertVerificationError, match="certificate has expired"):
+        handshake(folder, "fed.example.org")
+
+
 def handshake(folder: Path, name: str, trust: Path | None = None) -> bool:
     """Shake hands in memory with the server's certificate, trusting the kit's authority alone."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
