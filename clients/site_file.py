@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from common.errors import Problem
-from common.plan import Checks, Section
+from common.section import Checks, Section
 from common.settings_file import build_from, explained, read_tree
 
 VERSION: Final = 1

@@ -2,323 +2,52 @@
 
 Coordinator and hospitals must agree on the plan to the letter; its `digest` travels with every message. Where files
 lie and on which device a site computes is the site's own business (`SiteSettings`) and not part of the digest.
-The defaults live in `configs/`; each field here says what it means, its unit, and why the default is what it is.
+The defaults live in `configs/`; each field here and in `common.data_settings` and `common.training_settings` says what
+it means, its unit, and why the default is what it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from operator import attrgetter
 from typing import Any, Literal
 
-from common.errors import FedsgcgError, Problem
+from common.data_settings import AugmentationSettings, DataSettings
+from common.section import Checks, Section
+from common.training_settings import (
+    CONTRASTIVE,
+    METHOD_NAMES,
+    MIXING,
+    NETWORK_NAMES,
+    MethodSettings,
+    NetworkSettings,
+    PrototypeSettings,
+    RamSettings,
+)
 
-Checks = Iterator[tuple[bool, str, str]]
-# The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, here because a plan is read without torch.
-NETWORK_NAMES = ("unet",)
-METHOD_NAMES = ("source", "ram", "sgcg", "ram_sgcg")
-CONTRASTIVE = ("sgcg", "ram_sgcg")
-MIXING = ("ram", "ram_sgcg")
+__all__ = [
+    "CONTRASTIVE",
+    "METHOD_NAMES",
+    "MIXING",
+    "NETWORK_NAMES",
+    "POOLED",
+    "SHARES",
+    "AugmentationSettings",
+    "DataSettings",
+    "FederationSettings",
+    "MethodSettings",
+    "NetworkSettings",
+    "Plan",
+    "PrivacySettings",
+    "PrototypeSettings",
+    "RamSettings",
+    "SiteSettings",
+]
+
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
 POOLED = "pooled"  # the one site that owns every source domain with `federation=pooled`
-
-
-class Section:
-    """Base of all settings: a frozen dataclass whose `checks` are run when it is made.
-
-    `checks` yields (holds, field, what was expected) and every failing one becomes a Problem, so that a reader sees all
-    errors of a configuration at once.
-    """
-
-    def checks(self) -> Checks:
-        """Yield (holds, field name, expectation) for every rule of this section."""
-        yield from ()
-
-    def __post_init__(self) -> None:
-        wrong = [
-            Problem("CFG-001", where=name, found=repr(attrgetter(name)(self)), expected=expected)
-            for holds, name, expected in self.checks()
-            if not holds
-        ]
-        if wrong:
-            raise FedsgcgError(*wrong)
-
-
-@dataclass(frozen=True)
-class AugmentationSettings(Section):
-    """Random changes of a training slice, drawn anew each time; zero switches one off.
-
-    Attributes:
-        flip: Probability of a left-right flip.
-        rotate_degrees: Rotation, uniform in plus/minus this angle.
-        scale: Relative change of size, uniform in [1 - scale, 1 + scale].
-        shift: Shift as a fraction of the image side, uniform in plus/minus.
-        gamma: Contrast exponent, exp(uniform(-gamma, gamma)) on the image scaled to [0, 1].
-        brightness: Offset on the [-1, 1] scale, uniform in plus/minus.
-        noise: Largest standard deviation of Gaussian noise on the [-1, 1] scale; drawn uniformly per slice.
-        zoom: RAM-DSIR's augmentation (methods.md 2.3): with probability one half each side is enlarged by a factor of
-            its own, uniform in [1, 1 + zoom], and a random window of the image's size is kept.
-    """
-
-    flip: float = 0.0
-    rotate_degrees: float = 0.0
-    scale: float = 0.0
-    shift: float = 0.0
-    gamma: float = 0.0
-    brightness: float = 0.0
-    noise: float = 0.0
-    zoom: float = 0.0
-
-    def checks(self) -> Checks:
-        """Every amount is zero or more; probabilities and relative amounts stay below one."""
-        yield 0 <= self.flip <= 1, "flip", "a probability in [0, 1]"
-        yield 0 <= self.rotate_degrees <= 180, "rotate_degrees", "degrees in [0, 180]"
-        yield 0 <= self.scale < 1, "scale", "a fraction in [0, 1)"
-        yield 0 <= self.shift < 1, "shift", "a fraction in [0, 1)"
-        for name in ("gamma", "brightness", "noise", "zoom"):
-            yield getattr(self, name) >= 0, name, "zero or more"
-
-
-@dataclass(frozen=True)
-class DataSettings(Section):
-    """Which images, which classes, and how a file becomes a training slice.
-
-    Attributes:
-        name: Short name of the data set, for folders and reports.
-        root: Folder with `manifest.csv` or one folder a site. "" makes the synthetic hospitals.
-        sites: The hospitals that take part; empty means all that the root holds.
-        classes: Class name -> raw label values, background first. Exclusive: every declared value in one class.
-        structures: Reported structure -> the classes that make it up (nested structures share classes).
-        image_size: Side in pixels of the square training slice (height = width).
-        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = the slice alone, repeated.
-        intensity: Scaling of a volume to [-1, 1]: `percentile` (1st to 99th), `minmax`, or `zscore` (three standard
-            deviations map to 1).
-        activation: `softmax` over exclusive classes or one `sigmoid` per structure (methods.md 2.6).
-        threshold: Probability above which a sigmoid structure is set; unused with softmax, where the largest wins.
-        spacing_unit: `mm` reports surface distances in millimetres too; `pixel` where the spacing is not real.
-        largest_component: Keep only the largest connected component of each predicted structure.
-        fill_holes: Fill holes of each predicted structure.
-        train_slices: `all`, or `foreground` = only slices that hold a declared structure.
-        validation_fraction: Share of a source site's patients kept for source validation.
-        augmentation: Random changes of training slices.
-    """
-
-    name: str
-    root: str
-    classes: dict[str, list[int]]
-    structures: dict[str, list[str]]
-    sites: list[str]
-    image_size: int = 128
-    stack: int = 3
-    intensity: Literal["percentile", "minmax", "zscore"] = "percentile"
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-    threshold: float = 0.5
-    spacing_unit: Literal["mm", "pixel"] = "mm"
-    largest_component: bool = True
-    fill_holes: bool = True
-    train_slices: Literal["all", "foreground"] = "all"
-    validation_fraction: float = 0.2
-    augmentation: AugmentationSettings = AugmentationSettings()
-
-    def checks(self) -> Checks:
-        """Classes are exclusive, structures are made of classes, sizes fit the network."""
-        values = [value for group in self.classes.values() for value in group]
-        yield len(self.classes) >= 2, "classes", "background and at least one more class"
-        yield len(values) == len(set(values)), "classes", "every label value in one class only"
-        yield bool(self.structures), "structures", "at least one structure"
-        known = set(list(self.classes)[1:])
-        used = [name for group in self.structures.values() for name in group]
-        yield set(used) <= known and all(self.structures.values()), "structures", f"made of {sorted(known)}"
-        yield self.image_size >= 32 and self.image_size % 16 == 0, "image_size", "32 or more and a multiple of 16"
-        yield self.stack in (1, 3), "stack", "1 or 3"
-        yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
-        yield 0 <= self.validation_fraction < 1, "validation_fraction", "a fraction in [0, 1)"
-
-    @property
-    def num_classes(self) -> int:
-        """K, background included."""
-        return len(self.classes)
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels of the network: K with softmax, one a structure with sigmoid."""
-        return self.num_classes if self.activation == "softmax" else len(self.structures)
-
-    def structure_classes(self) -> dict[str, list[int]]:
-        """Structure name -> class indices that make it up."""
-        index = {name: position for position, name in enumerate(self.classes)}
-        return {name: [index[part] for part in parts] for name, parts in self.structures.items()}
-
-
-@dataclass(frozen=True)
-class NetworkSettings(Section):
-    """The segmentation network.
-
-    Attributes:
-        name: Key of `common.networks.NETWORKS`.
-        base_width: Channels of the first block (16 = RAM-DSIR); the penultimate map has twice as many.
-        norm: `batch`, `group` or `instance` normalisation.
-        features: Representation that class statistics and the contrastive loss describe (methods.md 1.4):
-            `penultimate` (full resolution, not negative), `projection` (a training-only head of two 1 x 1 convolutions
-            on it, no final ReLU) or `bottleneck` (1/16 of the resolution).
-        projection: A' of `features=projection`.
-    """
-
-    name: str = "unet"
-    base_width: int = 16
-    norm: Literal["batch", "group", "instance"] = "batch"
-    features: Literal["penultimate", "projection", "bottleneck"] = "penultimate"
-    projection: int = 32
-
-    def checks(self) -> Checks:
-        """The width is a positive multiple of four, so that groups divide it."""
-        yield self.base_width >= 4 and self.base_width % 4 == 0, "base_width", "4 or more and a multiple of 4"
-        yield self.projection >= 1, "projection", "1 or more"
-
-    @property
-    def num_features(self) -> int:
-        """A, channels of the feature map that the network returns beside the logits."""
-        widths = {"penultimate": 2 * self.base_width, "bottleneck": 16 * self.base_width}
-        return widths.get(self.features, self.projection)
-
-
-@dataclass(frozen=True)
-class RamSettings(Section):
-    """RAM-DSIR: amplitude mixing, consistency of the two views and restoration (methods.md 2.5, 2.6, 2.8).
-
-    Attributes:
-        sharing: Whose amplitudes an image is mixed with. `local`: other images of the same client (with
-            `federation=pooled` images of the other domains), nothing more leaves a site. `summary`: drawn from the
-            log-normal summary of the other sites' window amplitudes. `bank`: window amplitudes of single images of the
-            other sites. The last two need the consent of every site's own file.
-        window: Half window as a share of the shorter side.
-        consistency: Weight of the consistency of the two views' predictions.
-        divergence: `channels` as published; `symmetric_bernoulli` adds the complementary half, for sigmoid outputs.
-        restoration: Weight of the restoration loss; 0 leaves the restoration decoder out.
-        encoder_rate: Learning rate of the encoder as a share of the others', while the restoration decoder is on.
-        bank_size: Images a site gives to `sharing=bank`.
-    """
-
-    sharing: Literal["local", "summary", "bank"] = "local"
-    window: float = 0.1
-    consistency: float = 0.5
-    divergence: Literal["channels", "symmetric_bernoulli"] = "channels"
-    restoration: float = 0.1
-    encoder_rate: float = 0.5
-    bank_size: int = 32
-
-    def checks(self) -> Checks:
-        """The window fits into the spectrum, weights are not negative."""
-        yield 0 < self.window <= 0.5, "window", "a share in (0, 0.5]"
-        yield self.consistency >= 0, "consistency", "zero or more"
-        yield self.restoration >= 0, "restoration", "zero or more"
-        yield 0 < self.encoder_rate <= 1, "encoder_rate", "a share in (0, 1]"
-        yield self.bank_size >= 1, "bank_size", "1 or more"
-
-
-@dataclass(frozen=True)
-class MethodSettings(Section):
-    """How a site trains in one round.
-
-    Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or `ram_sgcg` (both).
-        statistics: Whether a site computes and sends class statistics (the contrastive methods need them).
-        learning_rate: Adam's rate at the start; falls as (1 - progress) ** poly_power over all rounds.
-        poly_power: Exponent of that fall; 0 keeps the rate.
-        weight_decay: Adam's weight decay.
-        batch_size: Slices in a step.
-        batch_per_domain: Slices of each source domain in a step of a client that owns several (`federation=pooled`), in
-            the order of the hospitals' names; empty = `batch_size` shared out evenly.
-        local_epochs: Passes over a site's training slices in a round.
-        steps_per_round: Training steps in a round instead of whole epochs; 0 = use `local_epochs`.
-        precision: `auto` takes bf16 on hardware that has it and float32 elsewhere.
-        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
-    """
-
-    name: str
-    statistics: bool
-    learning_rate: float = 1e-3
-    poly_power: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 8
-    batch_per_domain: tuple[int, ...] = ()
-    local_epochs: int = 1
-    steps_per_round: int = 0
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    ram: RamSettings = RamSettings()
-
-    def checks(self) -> Checks:
-        """The method exists; rates and sizes are positive."""
-        yield self.name in METHOD_NAMES, "name", " | ".join(METHOD_NAMES)
-        yield self.learning_rate > 0, "learning_rate", "more than zero"
-        yield self.poly_power >= 0, "poly_power", "zero or more"
-        yield self.weight_decay >= 0, "weight_decay", "zero or more"
-        yield self.batch_size >= 2, "batch_size", "2 or more (BatchNorm needs more than one slice)"
-        yield self.local_epochs >= 1, "local_epochs", "1 or more"
-        yield self.steps_per_round >= 0, "steps_per_round", "0 or more"
-        yield all(size >= 1 for size in self.batch_per_domain), "batch_per_domain", "1 or more slices of each domain"
-        needed = self.name in CONTRASTIVE
-        yield self.statistics or not needed, "statistics", f"true for {self.name}, which learns from class statistics"
-
-    @property
-    def contrasts(self) -> bool:
-        """Whether the method learns from the global prototypes."""
-        return self.name in CONTRASTIVE
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the method mixes amplitudes."""
-        return self.name in MIXING
-
-
-@dataclass(frozen=True)
-class PrototypeSettings(Section):
-    """The global SgCG prototypes and the contrastive term (methods.md 1.3-1.8).
-
-    Attributes:
-        temperature: tau of the logits; 0.5 = `effective`, 100 = the SePiCo lineage (methods.md 1.5).
-        weight: lambda of the contrastive term in the total loss.
-        warmup_rounds: Rounds in which statistics are collected and the term is off.
-        normalize: Unit-length features in statistics and loss alike.
-        covariance: `full`, `diagonal`, or `none` (prototype cross-entropy).
-        memory: What the server keeps between rounds, and how a site uses it (methods.md 1.8; `server.prototypes`).
-        discount: gamma of `memory=discount`.
-        momentum: beta of `memory=momentum`, the share of the fresh statistics.
-        weighting: `pixels` = pooled over all pixels, `sites` = every site weighs the same in each class.
-        balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
-        norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in evaluation.
-        min_count: A class with fewer pixels over all sites takes no part in the loss.
-        views: Views of a batch whose pixels enter the contrastive term, each averaged over its own pixels and summed:
-            `source`, and `ram`, the amplitude-mixed copy (methods.md 1.6). Statistics come from the source view alone.
-    """
-
-    temperature: float = 0.5
-    weight: float = 0.1
-    warmup_rounds: int = 1
-    normalize: bool = True
-    covariance: Literal["full", "diagonal", "none"] = "full"
-    memory: Literal["cumulative", "discount", "lagged", "restart", "momentum", "overlay"] = "lagged"
-    discount: float = 0.9
-    momentum: float = 0.5
-    weighting: Literal["pixels", "sites"] = "pixels"
-    balance: Literal["pixel", "class"] = "pixel"
-    norm_mode: Literal["batch", "running"] = "batch"
-    min_count: int = 2
-    views: tuple[str, ...] = ("source",)
-
-    def checks(self) -> Checks:
-        """Temperature is positive, the discount is a proper fraction."""
-        yield self.temperature > 0, "temperature", "more than zero"
-        yield self.weight >= 0, "weight", "zero or more"
-        yield self.warmup_rounds >= 0, "warmup_rounds", "zero or more"
-        yield 0 < self.discount < 1, "discount", "a fraction in (0, 1)"
-        yield 0 < self.momentum <= 1, "momentum", "a fraction in (0, 1]"
-        yield set(self.views) <= {"source", "ram"} and bool(self.views), "views", "[source], [ram] or [source,ram]"
-        yield len(set(self.views)) == len(self.views), "views", "each view once"
-        yield self.min_count >= 1, "min_count", "1 or more"
 
 
 @dataclass(frozen=True)

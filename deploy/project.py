@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 
 from clients.site_file import NAME, NEVER_SET, split_address
 from common.errors import FedsgcgError, Problem
-from common.plan import Checks, Plan, Section
+from common.plan import Plan
+from common.section import Checks, Section
 from common.settings import join
 from common.settings_file import build_from, explained, read_tree
 
