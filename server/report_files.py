@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CODES, Problem, fail
-from server.report_labels import Label, labels_of, read_label
+from server.report_labels import Label, folder_of, labels_of, read_label
 from server.report_reader import Reader, Tree
 from server.report_tables import Row, methods_of
 
@@ -98,7 +98,15 @@ class StudyFiles:
     def labels(self) -> dict[str, Label]:
         """What is compared, by label, in order; told by the tables where they have the columns."""
         told = {str(row["method"]): row for rows in (self.rounds, self.results) for row in rows}
-        return labels_of(told.get(cell.method, {"method": cell.method}) for cell in self.cells)
+        return labels_of(told.get(cell.method) or self._settings_row(cell.method) for cell in self.cells)
+
+    def _settings_row(self, label: str) -> Row:
+        """What the settings say about a label without any row."""
+        tree = self.settings.get(label, {})
+        parts = {name: tree.get(name) for name in ("method", "federation")}
+        trains, federation = (part if isinstance(part, dict) else {} for part in parts.values())
+        own = {"trains": trains.get("name"), "federation": federation.get("ownership"), "setting": tree.get("setting")}
+        return {"method": label} | own
 
     @property
     def status(self) -> str:
@@ -127,7 +135,8 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
     """
     reader = Reader(folder)
     tree = reader.tree(folder / "study.yaml")
-    found = {_key_of(path, folder): path for path in _cell_folders(folder)}
+    names = {folder_of(str(name)): str(name) for name in tree.get("methods") or [] if isinstance(name, str)}
+    found = {_key_of(path, folder, names): path for path in _cell_folders(folder)}
     wanted = [key for key in _wanted(tree) if key not in found]
     if not tree and not found and not (folder / "results.parquet").is_file():
         raise fail(
@@ -155,7 +164,7 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
 def cell_folder(study: Path, key: Key) -> Path:
     """Return where a cell of a study lies."""
     method, heldout, seed, trained_on = key
-    return study / method / (heldout or ALL_SITES) / (f"{seed}-{trained_on}" if trained_on else str(seed))
+    return study / folder_of(method) / (heldout or ALL_SITES) / (f"{seed}-{trained_on}" if trained_on else str(seed))
 
 
 def reason_of(code: str) -> str:
@@ -174,7 +183,8 @@ def _cell_folders(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _key_of(path: Path, folder: Path) -> Key:
+def _key_of(path: Path, folder: Path, names: Mapping[str, str]) -> Key:
+    """What a cell's folder says that it is; `names` are the labels of the study by the name of their folder."""
     if path == folder:
         reader = Reader(folder)
         model, events = reader.tree(path / "model.json"), reader.lines(path / "events.jsonl")
@@ -185,7 +195,8 @@ def _key_of(path: Path, folder: Path) -> Key:
         return "run", "", 0, ""
     fold, name = path.parent.name, CELL_NAME.fullmatch(path.name)
     seed, alone = name.groups() if name else ("0", None)
-    return path.parents[1].name, "" if fold == ALL_SITES else fold, int(seed), alone or ""
+    label = path.parents[1].name
+    return names.get(label, label.replace(",", " ")), "" if fold == ALL_SITES else fold, int(seed), alone or ""
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
@@ -195,9 +206,9 @@ def _key(entry: Mapping[str, Any]) -> Key:
 def _wanted(tree: Tree) -> list[Key]:
     """Cells that were asked for: every label with every fold and seed, and every training hospital where one trains."""
     axes = [tree.get(name, []) for name in ("methods", "heldout", "seeds")]
-    sites = tree.get("sites", [])
-    if not all(isinstance(axis, list) for axis in (*axes, sites)):
+    if not all(isinstance(axis, list) for axis in axes):
         return []
+    sites = _training_sites(tree)
     return [
         (str(method), str(heldout), int(seed), trained)
         for method, heldout, seed in product(*axes)
@@ -205,8 +216,20 @@ def _wanted(tree: Tree) -> list[Key]:
     ]
 
 
-def _alone(sites: Sequence[Any], heldout: str) -> list[str]:
-    return [str(site) for site in sites if site != heldout]
+def _alone(sites: Sequence[str], heldout: str) -> list[str]:
+    return [site for site in sites if site != heldout]
+
+
+def _training_sites(tree: Tree) -> list[str]:
+    """Every site that any label's settings name, less observers: a label of hospitals that train alone names few."""
+    settings = tree.get("settings")
+    trees = [entry for entry in settings.values() if isinstance(entry, dict)] if isinstance(settings, dict) else []
+    named = [
+        tree.get("sites"),
+        *(part.get("sites") for part in (t.get("data") for t in trees) if isinstance(part, dict)),
+    ]
+    watching = {str(name) for t in trees for name in t.get("observers") or []}
+    return sorted({str(site) for sites in named if isinstance(sites, list) for site in sites} - watching)
 
 
 def _all_rows(reader: Reader, folder: Path, found: Mapping[Key, Path], name: str, columns: Sequence[str]) -> list[Row]:

@@ -72,6 +72,11 @@ def labels_of(rows: Iterable[Row]) -> dict[str, Label]:
     return {name: found[name] for name in sorted(found, key=label_order)}
 
 
+def folder_of(label: str) -> str:
+    """Return the name of a label's folder in a study: commas for blanks, nothing that a path cannot hold."""
+    return label.replace(" ", ",").replace("/", "-")
+
+
 def label_order(name: str) -> tuple[Any, ...]:
     """Sort key of a label: method (as in the ablation), federation, then settings, numbers by size."""
     label = read_label({"method": name})

@@ -143,7 +143,8 @@ def write_cell(
     method, heldout, seed = key
     facts = facts or {}
     trained_on = facts.get("trained_on", "")
-    cell = folder / method / heldout / (f"{seed}-{trained_on}" if trained_on else str(seed))
+    fold = f"{seed}-{trained_on}" if trained_on else str(seed)
+    cell = folder / method.replace(" ", ",") / heldout / fold
     cell.mkdir(parents=True, exist_ok=True)
     training = [trained_on] if trained_on else [site for site in sites if site != heldout]
     names = dict(zip(("method", "heldout", "seed"), key, strict=True))

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.grid import folder_name
 from server.report import make_report
 from server.report_claims import claim_sentence, federation_pairs, main_claims
 from server.report_differences import CaseValues, compare_everywhere, compare_on_average
 from server.report_labels import (
     Label,
     figure_groups,
+    folder_of,
     label_colours,
     label_order,
     labels_of,
@@ -61,6 +63,10 @@ class TestLabels:
     def test_without_columns_the_words_of_the_label_do(self, name, expected):
         assert read_label({"method": name}) == expected
         assert read_label({"method": name, "trains": None, "federation": None, "setting": None}) == expected
+
+    def test_the_folder_of_a_label_is_the_one_that_a_study_makes(self):
+        for name in ("sgcg", "sgcg pooled", "ram_sgcg weight=0.5 temperature=1", "a/b c"):
+            assert folder_of(name) == folder_name(name)
 
     def test_order_is_that_of_the_ablation_and_numbers_go_by_size(self):
         names = [
@@ -438,9 +444,9 @@ class TestWholePage:
 
     def test_a_cell_of_a_hospital_that_trained_alone_is_named(self, tmp_path):
         study = write_large_study(tmp_path, **(PLAIN | {"federations": ("local",)}), features=False)
-        (study / "sgcg local" / "A" / "0-B" / "outcome.json").unlink()
-        (study / "sgcg local" / "A" / "0-B" / "events.jsonl").unlink()
-        (study / "sgcg local" / "A" / "0-B" / "results.parquet").unlink()
+        (study / "sgcg,local" / "A" / "0-B" / "outcome.json").unlink()
+        (study / "sgcg,local" / "A" / "0-B" / "events.jsonl").unlink()
+        (study / "sgcg,local" / "A" / "0-B" / "results.parquet").unlink()
         collect(study)
         text = Page(make_report(study).read_text()).text
         assert "A held out: B alone trained" in text
