@@ -1,4 +1,7 @@
-"""Figures of the page as files: one SVG and one PNG each, under names that say what they show."""
+"""Figures of the page as files: one SVG and one PNG each, under names that say what they show.
+
+Those that begin with `overlays` show the hospitals' own images, as the page does; all others hold numbers only.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ SECTIONS = {
     "tsne": "tsne",
     "likeness": "likeness",
     "sweeps": "sweep",
+    "overlays": "overlays",
     "federation": "federation",
 }
 LONGEST = 80

@@ -11,17 +11,22 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from contourpy import contour_generator
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from server.intervals import Interval
+from server.report_figures import INK, STYLE, Drawing, finish
 from server.report_reader import Picture
 
 Box = tuple[int, int, int, int]
-PREDICTIONS = 4  # colours of structures
+TRUTH, INKS = "#ff5a47", ("#2ee6a8", "#6cc7ff", "#f0e442", "#e79ac6")  # as in the page's style sheet
+PREDICTIONS = len(INKS)  # colours of structures
 SIDE = 320  # pixels of the drawn picture: enough for the widest place on the page
 
 
@@ -121,6 +126,47 @@ def overlay(picture: Picture, box: Box, label: str, images: Images) -> Markup:
         image=images.add(_jpeg(picture.image[top:bottom, left:right], scale), *size),
         lines=Markup("".join(lines)),  # noqa: S704 - made here, numbers only
     )
+
+
+Row = tuple[str, Sequence[Picture | None]]  # rank, the case's picture with each method
+
+
+@mpl.rc_context(STYLE)
+def overlay_sheet(rows: Sequence[Row], methods: Sequence[str], alt: str) -> Drawing:
+    """Draw cases below each other and methods side by side, as one figure for a file.
+
+    Args:
+        rows: Rank and pictures of each case, in the order of the methods; each row has at least one picture.
+        methods: Name of each column.
+        alt: What it shows, in words.
+    """
+    side, left, top = 150, 64, 26
+    width, height = left + side * len(methods), top + side * len(rows)
+    figure = Figure(figsize=(width / 72, height / 72))
+    for row, (rank, pictures) in enumerate(rows):
+        box = crop_box([picture for picture in pictures if picture is not None])
+        for column, picture in enumerate(pictures):
+            place = left + side * column, height - top - side * (row + 1)
+            axes = figure.add_axes(
+                ((place[0] + 3) / width, (place[1] + 3) / height, (side - 6) / width, (side - 6) / height)
+            )
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(methods[column], fontsize=11, color=INK)
+            if picture is not None:
+                _draw_slice(axes, picture, box)
+        figure.text(6 / width, (height - top - side * (row + 0.5)) / height, rank, color=INK, va="center")
+    return finish(figure, height, alt, width)
+
+
+def _draw_slice(axes: Axes, picture: Picture, box: Box) -> None:
+    top, bottom, left, right = box
+    axes.imshow(picture.image[top:bottom, left:right], cmap="gray", vmin=0, vmax=255)
+    for bit in range(max(1, len(picture.structures))):
+        for masks, ink, dash in ((picture.truth, TRUTH, "-"), (picture.prediction, INKS[bit % PREDICTIONS], "--")):
+            mask = (masks[top:bottom, left:right] >> bit) & 1
+            if mask.any() and not mask.all():
+                axes.contour(mask, levels=[0.5], colors=[ink], linestyles=[dash], linewidths=[1.2])
 
 
 def contour_path(mask: npt.NDArray[np.bool_], scale: float) -> str:

@@ -99,7 +99,7 @@ was started twice counts twice.</caption>
 <pre>{% if command %}{{ command }}
 {% endif %}fedsgcg report {{ folder }}</pre>
 <p class="about">The first line goes on with what is missing in its run folder; the second makes this page again from the files. Every
-figure of this page is also in <code>figures/</code> beside it, as SVG and PNG.</p>
+figure of this page is also in <code>figures/</code> beside it, as SVG and PNG; those named <code>overlays</code> show patients, as the page does.</p>
 <details{% if status != "completed" %} open{% endif %}><summary>Runs ({{ cells|length }})</summary>
 <div class="wide" tabindex="0"><table><caption>Every run of the study. The hash is the SHA-256 of the chosen model's names, shapes
 and values.</caption>

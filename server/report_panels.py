@@ -11,10 +11,10 @@ import numpy as np
 from markupsafe import Markup
 
 from server.report_cases import count_of
-from server.report_figures import Line, case_panel, curve_panel, log_span_of, shift_panel, span_of
+from server.report_figures import Drawing, Line, case_panel, curve_panel, log_span_of, shift_panel, span_of
 from server.report_files import DONE, Cell, StudyFiles
 from server.report_labels import Group
-from server.report_overlays import Images, choose_cases, crop_box, overlay
+from server.report_overlays import Images, choose_cases, crop_box, overlay, overlay_sheet
 from server.report_reader import Picture, Reader
 from server.report_rounds import Curve, curves
 from server.report_tables import Row
@@ -166,8 +166,19 @@ def overlay_blocks(study: StudyFiles, reader: Reader, groups: Sequence[Group], i
             cases = _overlay_cases(pictures, groups, images)
             if cases:
                 alone = sorted({cell.trained_on for cell in shown if cell.trained_on})
-                blocks.append({"site": site, "seed": shown[0].seed, "cases": cases, "alone": alone})
+                sheet = {"title": site, "drawing": _sheet(pictures, groups[0].labels, site)}
+                blocks.append({"site": site, "seed": shown[0].seed, "cases": cases, "alone": alone, "sheet": sheet})
     return blocks
+
+
+def _sheet(pictures: Mapping[str, Sequence[Picture]], methods: Sequence[str], site: str) -> Drawing | None:
+    """The same cases as one figure for a file, with the methods of the first group; None where it has no picture."""
+    rows = []
+    for rank, case in choose_cases(pictures):
+        found = [next((p for p in pictures.get(name, ()) if p.case == case), None) for name in methods]
+        rows += [(rank, found)] if any(picture is not None for picture in found) else []
+    alt = f"Worst, median and best case at {site} with each method."
+    return overlay_sheet(rows, methods, alt) if rows else None
 
 
 def _one_seed(cells: Sequence[Cell]) -> list[Cell]:
