@@ -59,7 +59,7 @@ def run() -> list[dict[str, Any]]:
 def _child_process(kind: str, folder: Path, name: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.benchmarks.bench_end_to_end", kind, str(folder), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,4 +1,11 @@
-"""The SgCG loss, forward and backward, beside einsum, the gather of Sigma[y], SePiCo's diagonal and the bare GEMM."""
+"""The SgCG loss, forward and backward, beside einsum, the gather of Sigma[y], SePiCo's diagonal and the bare GEMM.
+
+What was tried for the CPU form and lost in paired runs (AVX-512 core, one thread): one product with all covariances
+side by side (faster as a product, but the passes over its strided results cost 5 to 20 % of the whole), transposed
+layout, batched products, vecdot and batched row products for the quadratic terms, a batched product for the gradient,
+chunks that fit into 1 MiB (the cost of calling twenty operations outweighs the cache). What is left above the GEMM is
+four to five passes over the products, which only a fused kernel would save.
+"""
 
 from __future__ import annotations
 
@@ -67,10 +74,16 @@ def _rows(case: str, times: dict[str, list[float]], shape: tuple[int, int, int],
     return [
         row(PART, case, "einsum / ours", einsum, "x", *_judged(einsum, wanted, "≥ 4x")),
         row(PART, case, "share of the GEMM ceiling", ceiling, "", *_judged(ceiling, share, f"≥ {share}")),
+        row(PART, case, "GEMM ceiling", _speed(times["gemm"], 2 * N * K * A**2), "GFLOP/s"),
         row(PART, case, "SePiCo's diagonal / ours", ratio(times, "diagonal", "ours"), "x"),
         row(PART, case, "extra memory", memory, "MiB", f"≤ {room:.1f} MiB", memory <= room),
         row(PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"),
     ]
+
+
+def _speed(milliseconds: list[float], operations: int) -> tuple[float, float, float]:
+    """Median and quartiles of the operations a second, in units of 1e9."""
+    return ratio({"work": [operations / 1e6] * len(milliseconds), "time": milliseconds}, "work", "time")
 
 
 def _judged(value: tuple[float, float, float], target: float | None, text: str) -> tuple[str, bool | None]:
