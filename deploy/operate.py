@@ -17,7 +17,7 @@ from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from deploy.bundle import Bundle, build_bundle, run_config
 from deploy.control import Control, RunState, control_of
-from deploy.grid import split_axes
+from deploy.grid import Variant, folder_name, split_axes, variants, with_grid
 from deploy.preflight import check_plan, look_at_machine
 from deploy.progress import Progress
 from deploy.project import Kit
@@ -45,18 +45,24 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     project = kit.project()
     merged = {text.partition("=")[0]: text for text in (*project.plan, *overrides)}
     values, rest = split_axes(list(merged.values()))
-    base = project.settings(tuple(rest))
+    first = [f"{name}={values[name][0]}" for name in ("method", "federation") if values.get(name)]
+    base = project.settings((*rest, *first))
+    axes = with_grid(values, base["grid"], rest)
     sites: list[str] = base["data"]["sites"]
-    heldouts = values.get("heldout") or [str(base["heldout"])]
+    heldouts = axes.get("heldout") or [str(base["heldout"])]
     heldouts = sites if heldouts == ["all"] else heldouts
-    seeds = [int(text) for text in values.get("seed") or [str(base["seed"])]]
-    methods = values.get("method") or [str(base["method"]["name"])]
+    seeds = [int(text) for text in axes.get("seed") or [str(base["seed"])]]
+    compared = variants(axes, str(base["method"]["name"]), str(base["federation"]["ownership"]))
+    if alone := [variant.federation for variant in compared if variant.federation != "by_site"]:
+        expected = "by_site: at real hospitals each trains on its own images, with the others"
+        raise fail("CFG-001", where="federation", found=alone[0], expected=expected, action="use fedsgcg study for it")
     folder = kit.runs / f"{base['data']['name']}-{identity(base)[:8]}"
+    trees = {variant.label: project.settings((*rest, *variant.overrides)) for variant in compared}
     cells = tuple(
-        _cell(project.settings((*rest, f"method={method}")), folder, method, heldout, seed)
+        _cell(trees[variant.label], folder, variant, heldout, seed)
         for seed in seeds
         for heldout in heldouts
-        for method in methods
+        for variant in compared
     )
     _check(cells)
     machine = look_at_machine()
@@ -207,12 +213,12 @@ def _is_of_this_run(cell: Cell, started: Started) -> bool:
     return path.exists() and path.stat().st_mtime >= started.time - 1.0
 
 
-def _cell(tree: dict[str, Any], folder: Path, method: str, heldout: str, seed: int) -> Cell:
-    output = folder / method / (heldout or "all-sites") / str(seed)
-    run = f"{folder.name}/{method}/{heldout or 'all-sites'}/{seed}"
-    own = {**tree, "heldout": heldout, "seed": seed, "output": str(output), "run": run}
+def _cell(tree: dict[str, Any], folder: Path, variant: Variant, heldout: str, seed: int) -> Cell:
+    parts = (folder_name(variant.label), heldout or "all-sites", str(seed))
+    own = {**tree, "heldout": heldout, "seed": seed, "output": str(folder.joinpath(*parts))}
+    own |= {"run": "/".join((folder.name, *parts)), "label": variant.label, "setting": " ".join(variant.settings)}
     Plan.from_tree(own)
-    return Cell(method, heldout, seed, own)
+    return Cell(variant.label, heldout, seed, own)
 
 
 def _check(cells: Sequence[Cell]) -> None:
