@@ -28,23 +28,30 @@ def simulated(hospitals: Path, folder: Path, *settings: str) -> str:
     return small.digest(folder)
 
 
-def test_two_hospitals_train_the_model_that_a_simulation_trains(
+def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_trains(
     federation: Federation, hospitals: Path, tmp_path: Path
 ) -> None:
-    settings = ("method=sgcg", "federation.rounds=2")
+    settings = ("method=sgcg", "federation.rounds=3")
     federation.provision(["East", "North"], *settings)
     federation.serve()
     federation.join("East", "North")
     federation.run()
+    federation.wait(lambda: federation.seen("round.started", round=1), 150, "no round has started")
+    second = federation.try_command("run", federation.kit.folder, "federation.rounds=2")
+    assert (second.returncode, "DEP-614" in second.stderr) == (2, True)
+    federation.wait(lambda: federation.seen("round.done", round=1), 240, "round 1 was not finished")
+    assert "resume" in federation.command("stop", federation.kit.folder)
+    assert federation.finish("run", 60) == 1
+    federation.start("run", "deploy.cli", "resume", federation.kit.folder)
     assert federation.finish("run", 240) == 0, federation.logs()
     outcome = federation.outcome()
-    assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 2, [])
+    assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 3, [])
     assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", "data.sites=[East,North]", *settings)
     said = federation.log("run")
     assert "completed" in said
     assert "report.html" in said
     standing = federation.command("status", federation.kit.folder)
-    assert "completed after 2 of 2 rounds" in standing
+    assert "completed after 3 of 3 rounds" in standing
     assert standing.count("online") == 2
 
 
