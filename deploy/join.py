@@ -11,11 +11,9 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from clients.site_file import SiteFile
 from common.errors import fail
 from deploy.certificates import read_site_key
 from deploy.link import examine_link
+from deploy.node import environment, free_port, new_secret, resident_command, supernode_command
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 20.0
 MOST_FAILURES = 20
@@ -208,41 +207,6 @@ class Join:
             partial.replace(path)
 
 
-def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
-    """Return the command line of this hospital's SuperNode: TLS and key always, its own processes on loopback only."""
-    command = [
-        *(str(Path(sys.executable).with_name("flower-supernode")), "--root-certificates", policy.ca),
-        *("--superlink", policy.server, "--auth-supernode-private-key", policy.key),
-        *("--node-config", f"site={quoted(policy.site)} site-file={quoted(str(site_file.resolve()))}"),
-        *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
-        *("--host", "127.0.0.1", "--port", str(port)),
-    ]
-    return [*command, *(("--max-retries", str(policy.max_retries)) if policy.max_retries else ())]
-
-
-def resident_command(site_file: Path, port: int, secret: Path, cold: bool) -> list[str]:
-    """Return the command line of the resident beside it."""
-    command = [sys.executable, "-P", "-m", "clients.resident", str(site_file.resolve()), f"127.0.0.1:{port}"]
-    return [*command, str(secret), *(["cold"] if cold else [])]
-
-
-def environment(policy: SiteFile) -> dict[str, str]:
-    """Return the environment of both processes: own Flower folder, one card, nothing that calls home."""
-    environ = dict(os.environ)
-    device = policy.device.partition(":")
-    if policy.device == "cpu" or device[2]:
-        environ["CUDA_VISIBLE_DEVICES"] = device[2]
-    loopback = ",".join(filter(None, [environ.get("NO_PROXY", ""), "127.0.0.1", "localhost"]))
-    return environ | {
-        "FLWR_HOME": str(Path(policy.home) / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-        "NO_PROXY": loopback,  # the hospital's proxy must not see what its own processes say to each other
-        "no_proxy": loopback,
-    }
-
-
 def check_certificate(policy: SiteFile) -> None:
     """Refuse a server that is not the one of the kit; one that does not answer yet is waited for by the SuperNode.
 
@@ -288,33 +252,6 @@ def bounded_log(path: Path) -> Iterator[Any]:
         path.replace(path.with_name(path.name + ".old"))
     with path.open("ab") as file:
         yield file
-
-
-def new_secret(path: Path) -> Path:
-    """Write the secret with which the resident proves itself to the SuperNode, new at each start, for the owner."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(secrets.token_hex(32).encode())
-    return path
-
-
-def quoted(text: str) -> str:
-    """Return a value of Flower's node config.
-
-    Raises:
-        FedsgcgError: DEP-601 for text that Flower's grammar cannot carry.
-    """
-    if any(char in text for char in "'\"\n\\"):
-        raise fail("DEP-601", found=repr(text), expected="a name or path without quotes and backslashes")
-    return f"'{text}'"
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def end_process(child: subprocess.Popen[bytes], patience_s: float) -> None:

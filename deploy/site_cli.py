@@ -191,10 +191,10 @@ def _leave(options: argparse.Namespace, console: Console) -> int:
 
 FOR_GOOD = """
 To leave for good:
-  1. Tell the coordinator to revoke this site's key, so that nobody can join in its name. Nothing at this
-     site can do that: fedsgcg revoke, then a new study without {site}.
-  2. Models that were trained with {site} keep what they learned; its class statistics are gone from the
-     first round that is merged without it. Ask for a new run if that is not enough.
+  1. Tell the coordinator to revoke this site's key, so that nobody can join in its name:
+     fedsgcg provision project.yaml -o KITS --revoke {site}
+  2. With prototypes.memory=lagged or restart, class statistics of {site} are gone from the first round without it;
+     with cumulative or discount, and for weights in any case, only a new study without {site} is free of it.
   3. Keep {home} (ledger, aliases): it says what left this hospital.
   4. The slice cache holds images and may be removed: rm -r {cache}"""
 

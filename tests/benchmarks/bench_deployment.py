@@ -132,7 +132,7 @@ def _rounds(kind: str, folder: Path) -> list[float]:
 
 
 def _start_plain(federation: Any, kit: Path) -> None:
-    from deploy.join import free_port
+    from deploy.node import free_port
 
     home = kit / "flwr"
     home.mkdir()

@@ -24,7 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from clients.approval import approve, bundle_of_folder
 from clients.site_file import SiteFile, read_site_file, write_site_file
-from deploy.join import free_port
+from deploy.node import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -14,7 +14,8 @@ from clients.cache import prune, touch_used
 from clients.site_file import write_site_file
 from common.errors import FedsgcgError
 from deploy import site_cli
-from deploy.join import environment, free_port, joined_pid, new_secret, only_one, quoted, supernode_command
+from deploy.join import joined_pid, only_one
+from deploy.node import environment, free_port, new_secret, quoted, supernode_command
 from tests import sites
 from tests.conftest import REPOSITORY
 from tests.unit.test_approval import fab
