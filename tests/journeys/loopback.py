@@ -168,8 +168,9 @@ class Loopback:
         return text
 
     def submit(self, app: Path, overrides: Sequence[str] = ()) -> str:
-        """Submit a run of our app with some settings and return its id."""
-        return self.submit_config(app, f"overrides='{' '.join(overrides)}'")
+        """Submit a run of our app with some settings, the later of two counting, and return its id."""
+        once = {text.partition("=")[0]: text for text in overrides}
+        return self.submit_config(app, f"overrides='{' '.join(once.values())}'")
 
     def submit_config(self, app: Path, config: str) -> str:
         """Submit a run with a run config and return its id."""
