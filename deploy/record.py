@@ -81,7 +81,7 @@ def write_record(study: Study) -> None:
         "methods": sorted({*before.get("methods", []), *(cell.method for cell in study.cells)}),
         "heldout": sorted({*before.get("heldout", []), *(cell.heldout for cell in study.cells)}),
         "seeds": sorted({*before.get("seeds", []), *(cell.seed for cell in study.cells)}),
-        "sites": first["data"]["sites"],
+        "sites": sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]}),
         "root": first["data"]["root"],
         "data": study.data,
         "runtime": study.runtime,
