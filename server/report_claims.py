@@ -93,7 +93,8 @@ def claim_sentence(entry: Difference, several: bool) -> str:
     unit = f" {entry.unit}" if entry.unit else ""
     size = f"{show(entry.interval.mean, places, sign=True)}{unit}"
     facts = [f"95 % interval {show_ends(entry.interval, places)}"]
-    facts += [count_of(entry.cases, "case"), f"corrected p\u00a0{show_p(entry.p)}"]
+    some = f" at {entry.groups} of {entry.hospitals} hospitals" if entry.groups < entry.hospitals else ""
+    facts += [count_of(entry.cases, "case") + some, f"corrected p\u00a0{show_p(entry.p)}"]
     verdict = entry.sentence.partition(": ")
     words = "the difference holds" if entry.holds else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
     return f"{start}: {size} ({'; '.join(facts)}); {words}."

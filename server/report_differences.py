@@ -44,6 +44,7 @@ class Difference:
         test: Signed-rank test over the cases.
         corrected: Its p value corrected for the comparisons of the table; NaN before `corrected_for_number`.
         family: Comparisons in that table.
+        hospitals: Hospitals that were looked at; `groups` of them have a pair.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Difference:
     test: SignedRank
     corrected: float = NAN
     family: int = 1
+    hospitals: int = 1
 
     @property
     def p(self) -> float:
@@ -174,6 +176,7 @@ class CaseValues:
             seeds=_by_seed(parts),
             groups=sum(bool(part.size) for part in values),
             test=signed_rank(np.concatenate(values) if values else np.zeros(0)),
+            hospitals=len(places),
         )
 
 

@@ -242,7 +242,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
             line.dash,
             color=ink,
             linewidth=1.9 if line.strong else 1.2,
-            marker=MARKERS[line.colour % len(MARKERS)] if line.strong else None,
+            marker=MARKERS[line.colour % len(MARKERS)] if line.strong or data.rounds.size == 1 else None,
             markevery=max(1, data.rounds.size // 6),
             markersize=4.5,
             markeredgewidth=0,

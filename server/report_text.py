@@ -190,11 +190,9 @@ def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
 
 def _folds(study: StudyFiles) -> list[str]:
     together = [cell.model.get("protocol") for cell in study.cells if not cell.trained_on]
-    trained = {
-        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody"
-        for entry in together
-        if isinstance(entry, dict)
-    }
+    entries = [entry for entry in together if isinstance(entry, dict)]
+    entries.sort(key=lambda entry: len(entry.get("trained", [])))  # who shared a place stands there as one
+    trained = {str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody" for entry in entries}
     alone: dict[str, set[str]] = {}
     for cell in study.cells:
         if cell.trained_on and cell.model:

@@ -190,6 +190,11 @@ class TestDifferences:
         assert dice["average"].corrected == pytest.approx(12 * 2 / 2**24)
         assert dice["HK"].corrected == pytest.approx(11 * 2 / 2**12)
 
+    def test_a_claim_over_some_of_the_hospitals_says_so(self):
+        rows = self.two(lambda _: 0.02) + [row("source", "UCL", dice=0.5)]
+        (found,) = compare_on_average(CaseValues(rows), [("sgcg", "source")], ["gland"], ["dice"])
+        assert "12 cases at 1 of 2 hospitals;" in claim_sentence(found, several=False)
+
     def test_seeds_of_unequal_places_are_not_averaged(self):
         rows = [row(seed=0, dice=0.4), row(seed=1, dice=0.6), row(heldout="UCL", seed=0, dice=0.8)]
         values = CaseValues(rows)
