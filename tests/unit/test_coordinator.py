@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from clients.approval import bundle_of_folder
+from clients.policy import refusals
+from clients.site_file import read_site_file
 from common.errors import FedsgcgError
 from common.plan import Plan
 from deploy.bundle import ROOT, app_description, build_bundle
@@ -157,3 +159,11 @@ def test_the_bundle_describes_the_app_as_the_repository_does() -> None:
     for part in ("components", "config", "publisher"):
         assert described["tool"]["flwr"]["app"][part] == repository["tool"]["flwr"]["app"][part]
     assert described["project"]["name"] == repository["project"]["name"]
+
+
+def test_a_hospital_as_shipped_refuses_nothing_of_what_a_study_sets(tmp_path: Path, project: dict[str, Any]) -> None:
+    kit = kit_of(tmp_path, {**project, "data_root": "/data"})
+    site = read_site_file(tmp_path / "kits/sites/East")
+    settings = ("method=source,sgcg", "prototypes.weight=0.1,0.5", "network.base_width=8", "privacy.min_patients=1")
+    for cell in plan_deployment(kit, settings).cells:
+        assert list(refusals(Plan.from_tree(cell.tree), site)) == []
