@@ -10,7 +10,7 @@ from tests.journeys import small
 from tests.journeys.federation import Federation
 from tests.journeys.link import Proxy
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture

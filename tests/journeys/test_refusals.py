@@ -12,7 +12,7 @@ from deploy import certificates
 from deploy.control import Control, control_of
 from tests.journeys.federation import Federation, free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FLEET = ("pull-messages", "activate-node", "get-fab")
 CLOSED = (
     "control/start-run",
