@@ -271,7 +271,8 @@ def _from_folders(root: Path) -> list[CaseFile]:
                 cases.append(CaseFile(folder.name, name, image, masks.get(f"{name}_mask"), "", None))
     if not cases:
         expected = "manifest.csv, or <site>/<case>_image.nii.gz with <case>_mask.nii.gz"
-        raise fail("DAT-101", found="neither manifest nor images", expected=expected, where=str(root))
+        action = "Convert a downloaded data set or your own images: fedsgcg data prepare NAME SOURCE -o FOLDER."
+        raise fail("DAT-101", found="neither manifest nor images", expected=expected, action=action, where=str(root))
     return cases
 
 
