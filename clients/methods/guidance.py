@@ -68,5 +68,10 @@ def pixel_features(penultimate: Tensor, normalize: bool) -> Tensor:
 
     A map in channels-last memory is not copied before the normalisation.
     """
-    pixels = penultimate.float().permute(0, 2, 3, 1).reshape(-1, penultimate.shape[1])
+    pixels = flat_pixels(penultimate).float()
     return F.normalize(pixels, dim=1, eps=1e-12) if normalize else pixels
+
+
+def flat_pixels(penultimate: Tensor) -> Tensor:
+    """Flatten a feature map (B, A, H, W) to pixels (N, A) of its own type."""
+    return penultimate.permute(0, 2, 3, 1).reshape(-1, penultimate.shape[1])

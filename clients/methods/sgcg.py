@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clients.batches import Batch
-from clients.methods.guidance import IGNORE, Guidance, Guide, pixel_features
+from clients.methods.guidance import IGNORE, Guidance, Guide, flat_pixels
 from clients.methods.supervised import Loss, Source, View
 from common.plan import Plan, PrototypeSettings
 from common.sgcg import reduce_labels, sgcg_loss
@@ -47,7 +47,7 @@ def contrast_loss(
     labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
     balanced = settings.balance == "class"
     value = sgcg_loss(
-        pixel_features(penultimate, settings.normalize),
+        flat_pixels(penultimate),  # normalised inside: on a GPU the kernel does it on the way
         labels,
         guidance.mean,
         guidance.covariance,
@@ -56,6 +56,7 @@ def contrast_loss(
         ignore_index=IGNORE,
         reduction="none" if balanced else "mean",
         covariance_form=settings.covariance,
+        unit_norm=settings.normalize,
     )
     return class_balanced_mean(value, labels, guidance.active) if balanced else value
 
