@@ -244,10 +244,10 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     rim = down / "RIM-ONE r3/Healthy"
     stereo = downloads.picture(rim / "Stereo Images/N-1-L.jpg", downloads.colours((820, 1640), 2))
     wide = np.zeros((820, 1640), np.uint8)
-    wide[390:430, 200:260] = 255
+    wide[390:430, 700:760] = 255
     downloads.picture(rim / "Average_masks/N-1-L-Disc-Avg.png", wide)
     small = np.zeros_like(wide)
-    small[400:410, 220:240] = 255
+    small[400:410, 720:740] = 255
     downloads.picture(rim / "Average_masks/N-1-L-Cup-Avg.png", small)
     downloads.picture(rim / "Expert1_masks/N-1-L-1-Disc-exp1.png", wide)
     # REFUGE: grey masks as BMP
@@ -276,13 +276,13 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     expected[310:490, 300:500] = 1
     expected[370:410, 350:450] = 2
     np.testing.assert_array_equal(pixels(out / "Domain1/gdrishtiGS_002_mask.png"), expected)
-    # RIM-ONE: the left eye's half, moved to the picture's edge
+    # RIM-ONE: the square ends where the left half of the pair ends
     left = pixels(rim / "Stereo Images/N-1-L.jpg")[:, :820]
     assert left.shape == (820, stereo.shape[1] // 2, 3)
-    np.testing.assert_array_equal(pixels(out / "Domain2/N-1-L_image.png"), left[10:810, 0:800])
+    np.testing.assert_array_equal(pixels(out / "Domain2/N-1-L_image.png"), left[10:810, 20:820])
     eye = pixels(out / "Domain2/N-1-L_mask.png")
     assert [int((eye == value).sum()) for value in (1, 2)] == [40 * 60 - 200, 200]
-    assert (eye[390, 220], eye[380, 200]) == (2, 1)
+    assert (eye[390, 700], eye[380, 680]) == (2, 1)
     # REFUGE: the disc lies near the upper edge
     mask = labels_of(downloads.grey_mask((850, 900), (100.0, 450.0), 60.0))
     for domain, name in (("Domain3", "g0001"), ("Domain4", "V0158")):
