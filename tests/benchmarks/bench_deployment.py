@@ -25,7 +25,7 @@ from typing import Any
 from tests.benchmarks.bench_federation import _echo_app
 from tests.benchmarks.harness import row, show
 
-ROUNDS = 4
+ROUNDS = 3
 SITES = ("A", "B", "C")
 MESSAGES = 3
 
@@ -52,7 +52,8 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from plain.networks import UNet
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train()

@@ -175,7 +175,9 @@ class Loopback:
     def submit_config(self, app: Path, config: str) -> str:
         """Submit a run with a run config and return its id."""
         said = self.flwr("run", str(app), "link", "--run-config", config, "--format", "json")
-        return str(json.loads(said[said.index("{") :])["run-id"])
+        facts = json.loads(said[said.index("{") :])
+        assert "run-id" in facts, said
+        return str(facts["run-id"])
 
     def status(self, run: str) -> str:
         """Status of a run, e.g. `finished:completed`."""
