@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.errors import Problem
+from common.payload import Identity, Weights
 from common.plan import Plan
 from common.statistics import ClassStatistics
-from common.wire import Reply
-from server.admission import Verdict
+from common.wire import STATISTICS, TRAIN, Reply
+from server.admission import Expectation, Verdict
 from server.exchange import Answer
 from server.results import mean_dice
 
@@ -83,6 +84,31 @@ class Judged:
         """
         stated = validation_of(self.reply)
         return stated if stated[1] > 0 else (self.dice, float(len({row["case"] for row in self.cases})))
+
+
+def due(
+    plan: Plan, message_type: str, site: str, identity: Identity, reference: Weights | None, slices: int
+) -> Expectation:
+    """Return what the answer to a contributing message must be.
+
+    Args:
+        plan: Says when class statistics are due, and of which shape.
+        message_type: Type of the request.
+        site: Whom it was sent to.
+        identity: Its identity.
+        reference: The global model that was sent for training.
+        slices: Training slices that the site enrolled with.
+    """
+    describing = message_type == (STATISTICS if plan.prototypes.memory == "restart" else TRAIN)
+    shape = (plan.data.num_classes, plan.network.num_features)
+    return Expectation(
+        identity=identity,
+        site=site,
+        reference=reference if message_type == TRAIN else None,
+        statistics_shape=shape if describing and plan.method.statistics else None,
+        unit_norm=plan.prototypes.normalize,
+        max_examples=slices,
+    )
 
 
 def admitted(parts: Sequence[Collected]) -> list[Collected]:

@@ -38,6 +38,7 @@ from server.replies import (
     Judged,
     Row,
     admitted,
+    due,
     judged_rows,
     mean_loss,
     site_rows,
@@ -285,23 +286,12 @@ class Federation:
 
     def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights | None) -> Collected:
         """Judge one answer; a rejection or a missing answer becomes a note."""
-        plan, training = self._plan, message_type == TRAIN
-        describing = message_type == (STATISTICS if plan.prototypes.memory == "restart" else TRAIN)
         if answer.reply is None:
             problem = answer.problem or Problem("PAY-106")
             verdict = Verdict(answer.site, False, problem.code, problem.found)
         else:
-            expectation = Expectation(
-                identity=identity,
-                site=answer.site,
-                reference=reference if training else None,
-                statistics_shape=(plan.data.num_classes, plan.network.num_features)
-                if describing and plan.method.statistics
-                else None,
-                unit_norm=plan.prototypes.normalize,
-                max_examples=self._cohort.members[answer.site].slices("train"),
-            )
-            verdict = admit(answer.reply, expectation)
+            slices = self._cohort.members[answer.site].slices("train")
+            verdict = admit(answer.reply, due(self._plan, message_type, answer.site, identity, reference, slices))
         if not verdict.accepted:
             self._note(Collected(answer, verdict).problem(identity.round))
         return Collected(answer, verdict)
