@@ -28,6 +28,8 @@ from tests.benchmarks.harness import row, show
 ROUNDS = 3
 SITES = ("A", "B", "C")
 MESSAGES = 3
+DATABASE = ":flwr-in-memory:"
+"""For both: with a file, Flower's SuperLink answered the plain app's many small objects with "database is locked"."""
 
 PLAIN_PROJECT = """\
 [project]
@@ -102,7 +104,7 @@ def _rounds(kind: str, folder: Path) -> list[float]:
     from tests.journeys.loopback import loopback
 
     folder.mkdir()
-    with loopback(folder) as federation:
+    with loopback(folder, DATABASE) as federation:
         app = folder / "app"
         (_write_plain if kind == "plain" else _write_ours)(app)
         for site in SITES:

@@ -82,11 +82,13 @@ class Loopback:
     Attributes:
         folder: Everything lies here.
         port: The SuperLink's.
+        database: The SuperLink's; "" = `coordinator/state.db`.
         children: Processes by name.
     """
 
     folder: Path
     port: int = field(default_factory=free_port)
+    database: str = ""
     children: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def kit(self, site: str, data: Path, **changes: object) -> Path:
@@ -125,7 +127,13 @@ class Loopback:
         self.start(
             "superlink",
             *("flower-superlink", "--ssl-ca-certfile", "authority.crt", "--ssl-certfile", "server.crt"),
-            *("--ssl-keyfile", "server.key", "--enable-supernode-auth", "--database", str(home / "state.db")),
+            *(
+                "--ssl-keyfile",
+                "server.key",
+                "--enable-supernode-auth",
+                "--database",
+                self.database or str(home / "state.db"),
+            ),
             *("--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"),
         )
         wait_for_port(self.port)
@@ -230,9 +238,9 @@ def wait_for_port(port: int, patience_s: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def loopback(folder: Path) -> Iterator[Loopback]:
+def loopback(folder: Path, database: str = "") -> Iterator[Loopback]:
     """A federation that is ended with the block."""
-    made = Loopback(folder)
+    made = Loopback(folder, database=database)
     try:
         made.serve()
         yield made
