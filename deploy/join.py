@@ -34,6 +34,9 @@ MOST_FAILURES = 20
 """Restarts in a row, none of them healthy for `HEALTHY_S`, after which the site gives up and says so."""
 
 HEALTHY_S = 300.0
+GAVE_UP = "Giving up reconnection"
+"""What a SuperNode says that lost its link within a TLS handshake; its process stays, does nothing, and looks alive."""
+
 START_S = 60.0
 STOP_S = 10.0
 LAST_REPLY_S = 3.0
@@ -71,6 +74,7 @@ class Join:
     say: Say
     cold: bool = False
     stopping: threading.Event = field(default_factory=threading.Event)
+    gave_up: threading.Event = field(default_factory=threading.Event)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> int:
@@ -103,7 +107,7 @@ class Join:
                 break
             if time.monotonic() - began > HEALTHY_S:
                 failures, pause = 0, SHORTEST_PAUSE_S
-            failures += 1
+            failures += not self.gave_up.is_set()  # the link may be away for days; that is no fault of this node
             if failures >= MOST_FAILURES:
                 action = f"read {home / 'logs' / 'supernode.log'}, then fedsgcg-site check"
                 raise fail("SITE-507", where=self.policy.site, found=f"{failures} restarts; last: {why}", action=action)
@@ -119,6 +123,7 @@ class Join:
         port = self.policy.runtime_port or free_port()
         secret = new_secret(home / "runtime.secret")
         children: list[subprocess.Popen[bytes]] = []
+        self.gave_up.clear()
         try:
             node = self._start(supernode_command(self.policy, self.site_file, port, secret), home, "supernode")
             children.append(node)
@@ -130,6 +135,8 @@ class Join:
             self._tell(state="joined", resident=resident.pid)
             self.say(f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, {home / 'logs'}")
             while not self.stopping.wait(0.5):
+                if self.gave_up.is_set():
+                    return "the SuperNode gave up the link"
                 if node.poll() is not None:
                     return f"the SuperNode ended with {node.returncode}"
                 if resident.poll() is not None:
@@ -166,6 +173,8 @@ class Join:
         """Show and remember connection, messages and failures."""
         text = COLOURS.sub("", line)
         text = text.partition(":")[2].strip() if text.startswith(("INFO", "WARNING", "ERROR")) else text
+        if GAVE_UP in text:
+            self.gave_up.set()
         if "SuperNode ID" in text:
             self._tell(node=text.rpartition(" ")[2], last="")
             self.say(f"connected to {self.policy.server}, node {text.rpartition(' ')[2]}")
