@@ -112,7 +112,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells), machine)
     command = "simulate" if single else "study"
     address = _ray_address(str(base["ray"]["address"]))
-    data = _fingerprint(Plan.from_tree(cells[0].tree))
+    data = _fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]}))  # a cell may hold few hospitals
     return Study(folder, cells, runtime, device, machine, address, tuple(overrides), command, data)
 
 

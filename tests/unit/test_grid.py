@@ -130,3 +130,9 @@ def test_the_same_grid_is_the_same_folder_and_more_values_are_too(root, tmp_path
     ]
     assert folders[0] == folders[1] == folders[3]
     assert folders[2].startswith("synthetic-lambda_sweep-")
+
+
+def test_a_study_with_cells_of_single_hospitals_is_of_the_same_data(root, tmp_path):
+    whole, alone = (planned(root, tmp_path, "heldout=A", f"federation={name}") for name in ("by_site", "local"))
+    assert whole.data == alone.data
+    assert alone.cells[0].tree["data"]["sites"] == ["A", "B"]
