@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ DEPLOY = REPOSITORY / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").glob("Dockerfile.*"))
 PROJECT = {"name": "demo", "server": "fed.example.org:8443", "sites": ["North", "South"], "data_root": "/data"}
 SECRET_WORDS = re.compile(r"(?i)(password|secret|token|private|ca\.key|server\.key)")
+BIN = Path(sys.executable).parent  # the tools of this environment, whatever PATH says
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_images_have_no_root_and_no_secret(path: Path) -> None:
     allowed = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == allowed
     assert all((REPOSITORY / name).exists() for name in copied)
-    found = subprocess.run(["hadolint", str(path)], capture_output=True, text=True)
+    found = subprocess.run([str(BIN / "hadolint"), str(path)], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
@@ -156,7 +158,7 @@ def test_yaml_files_are_clean(kits: Path) -> None:
     )
     files = [DEPLOY / "compose.yaml", DEPLOY / "chart/values.yaml", DEPLOY / "chart/Chart.yaml"]
     files += [kits / "coordinator/compose.yaml", kits / "sites/North/compose.yaml"]
-    found = subprocess.run(["yamllint", "-d", rules, *map(str, files)], capture_output=True, text=True)
+    found = subprocess.run([str(BIN / "yamllint"), "-d", rules, *map(str, files)], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
