@@ -10,6 +10,7 @@ from pathlib import Path
 
 from clients.site_file import SiteFile
 from common.errors import fail
+from deploy.simulate import programs_first
 
 
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
@@ -41,6 +42,7 @@ def environment(policy: SiteFile) -> dict[str, str]:
         "FLWR_HOME": str(Path(policy.home) / "flwr"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": programs_first(environ.get("PATH", "")),
         "PYTHONUNBUFFERED": "1",
         "NO_PROXY": loopback,  # the hospital's proxy must not see what its own processes say to each other
         "no_proxy": loopback,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,9 +81,19 @@ class Cell:
 
 
 def prepare_environment() -> None:
-    """Set the variables of `ENVIRONMENT` that the user has not set, before Ray or Flower starts."""
+    """Set the variables of `ENVIRONMENT` that the user has not set, before Ray or Flower starts.
+
+    Flower starts its own programs by name: those beside this interpreter, also where no environment is activated.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["PATH"] = programs_first(os.environ.get("PATH", ""))
+
+
+def programs_first(path: str) -> str:
+    """Return a PATH that looks beside this interpreter first."""
+    beside = str(Path(sys.executable).parent)
+    return path if path.split(os.pathsep, maxsplit=1)[0] == beside else os.pathsep.join(filter(None, [beside, path]))
 
 
 def choose_runtime(asked: str, cells: int, machine: Machine) -> str:

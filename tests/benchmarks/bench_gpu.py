@@ -340,7 +340,7 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         guide = Guidance(*(getattr(guide, name).to(device) for name in ("mean", "covariance", "active")))
 
         def epoch() -> None:
-            train_round(network, [training], plan, site="North", round_number=1, guide=guide, device=device)
+            train_round(network, [training], plan, round_number=1, guide=guide, device=device)
 
         work = {"epoch": epoch, "evaluation": lambda: evaluate_cases(network, [test], plan, "test", device)}
         times: Times = {name: [] for name in work}
