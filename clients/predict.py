@@ -7,12 +7,10 @@ the post-processing are those of evaluation, function by function, so that a sco
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -31,46 +29,11 @@ from common.errors import FedsgcgError, Problem, fail
 from common.imaging import check_geometry, read_volume
 from common.native import mask_bytes, picture_bytes, wide_bytes, write_like
 
-PREDICT: Final = """\
-Predict masks with a trained model. MODEL is the folder that holds model.json (or a file in
-it); IMAGE is a NIfTI volume, a picture, or a folder of them. Masks are written with the
-geometry of their image and the label values of the training masks. With --data the cases
-of a prepared folder are predicted and scored. A file that cannot be used is listed at the
-end, and the rest goes on.
-"""
-EXITS: Final = "exit codes: 0 all is well, 1 nothing could be predicted, 2 bad model or settings, 3 some files failed\n"
-
-
-def add_parser(commands: Any) -> None:
-    """Add `predict` to the subparsers of `fedsgcg-site`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    words = "use a model on images of this hospital"
-    add_arguments(commands.add_parser("predict", help=words, description=PREDICT, epilog=EXITS, formatter_class=raw))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `predict` to a parser."""
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of the model, or model.json / .safetensors")
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="images, or folders of images")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for what is written")
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="prepared folder: predict and score its cases")
-    parser.add_argument("--site", metavar="NAME", help="with --data: this hospital only")
-    splits = ("train", "validation", "test")
-    parser.add_argument("--split", choices=splits, help="with --data: cases that the manifest puts there only")
-    parser.add_argument("--probability", action="store_true", help="write each structure's probability too")
-    parser.add_argument(
-        "--confidence", action="store_true", help="write the distance to the prototypes as a map in [0, 1]"
-    )
-    parser.add_argument("--overlay", action="store_true", help="write a PNG with the outlines, one slice a case")
-    parser.add_argument("--overwrite", action="store_true", help="write over results that are there already")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--batch", metavar="N", type=int, default=BATCH, help=f"slices at once (default {BATCH})")
-    parser.add_argument("--threads", metavar="N", type=int, default=os.cpu_count() or 1, help="CPU threads")
-    parser.set_defaults(run=run_predict, ours=True)
-
 
 def run_predict(options: argparse.Namespace, console: Console) -> int:
-    """Predict every image; see `EXITS` for what is returned."""
+    """Predict every image; see `clients.predict_options.EXITS` for what is returned."""
+    if options.batch is None:
+        options.batch = BATCH
     _check(options)
     model = load_model(options.model)
     gaussians = _gaussians(options, model)
@@ -93,22 +56,6 @@ def run_predict(options: argparse.Namespace, console: Console) -> int:
             failed += [(job, problem) for problem in error.problems]
             console.print(f"{place}  [{error.code}] not predicted", style="yellow", highlight=False, markup=False)
     return _finish(options, scores, failed, len(found), console)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `predict` alone (`python -m clients.predict`)."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="predict", description=PREDICT, epilog=EXITS, formatter_class=raw)
-    add_arguments(parser)
-    console = Console()
-    try:
-        return run_predict(parser.parse_args(arguments), console)
-    except FedsgcgError as error:
-        for problem in error.problems:
-            Console(stderr=True).print(str(problem), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -248,7 +195,3 @@ def _finish(
     if lost == images:
         return 1
     return 3 if lost else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

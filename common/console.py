@@ -1,18 +1,54 @@
-"""Progress over many files: a bar where the console can redraw, a line now and then where it is a file or a pipe."""
+"""What every command does with its console: its width, errors in words, progress over many files."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common.errors import FedsgcgError
+
 T = TypeVar("T")
+
+NARROWEST = 110
+"""Columns of a console that is a file or a pipe, where 80 would break a table."""
 
 QUIET_S = 5.0
 """Seconds between two lines on a console that cannot redraw."""
+
+
+def run_command(work: Callable[[Console], int], interrupted: str = "") -> int:
+    """Run a command with a console and return its exit code; errors of ours become text, never a traceback.
+
+    Args:
+        work: The command.
+        interrupted: What to say after Ctrl-C.
+
+    Returns:
+        What `work` returned; 2 for an error of ours, 130 after Ctrl-C.
+    """
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=NARROWEST)
+    try:
+        return work(console)
+    except FedsgcgError as error:
+        for problem in error.problems:
+            print_error(str(problem))
+        return 2
+    except KeyboardInterrupt:
+        if interrupted:
+            Console(stderr=True).print(interrupted, style="yellow")
+        return 130
+
+
+def print_error(text: str) -> None:
+    """Print an error to standard error, to the letter."""
+    Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def counted(items: Sequence[T], console: Console, words: str) -> Iterator[T]:

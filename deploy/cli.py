@@ -7,14 +7,15 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.errors import FedsgcgError, Problem, fail
+from common.console import run_command
+from common.errors import Problem, fail
 from common.settings import GROUPS, choices_of, join
 from deploy.coordinator import add_commands
 from deploy.prepare import command as data
@@ -57,7 +58,7 @@ Settings are given as name=value: a group (data=promise12) or one value
 COLUMNS = ("method", "held out", "structure", "Dice ± sd", "95 % interval", "ASD", "ASSD", "HD95", "cases")
 DISTANCES = ("asd", "assd", "hd95")
 MOST_PROBLEMS = 8
-NARROWEST = 110  # columns of a console that is a file or a pipe, where 80 would break the table
+INTERRUPTED = "Interrupted. The same command goes on from the last done round."
 
 EXITS = """\
 exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted
@@ -80,21 +81,8 @@ def run() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of ours become text and exit code 2, never a traceback."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=NARROWEST)
-    command: Callable[[argparse.Namespace, Console], int] = options.run
-    try:
-        return command(options, console)
-    except FedsgcgError as error:
-        for problem in error.problems:
-            Console(stderr=True).print(str(problem), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. The same command goes on from the last done round.", style="yellow")
-        return 130
+    options = _parser().parse_args(arguments)
+    return run_command(lambda console: int(options.run(options, console)), INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import importlib.util
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from clients.predict_options import add_predict_parser
 from clients.site_file import read_site_file
+from common.console import print_error, run_command
 from common.errors import FedsgcgError, fail
 
 HELP = """\
@@ -35,7 +35,6 @@ site.yaml in it; fill in site.yaml first: it beats whatever the coordinator asks
   fedsgcg-site request KIT    make this site's key here; the private half never travels
 """
 EXITS = "exit codes: 0 all is well, 1 it failed, 2 bad settings or data, 3 there are warnings, 130 interrupted\n"
-NARROWEST = 110
 RECENT = 20
 
 
@@ -47,18 +46,7 @@ def run() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of ours become text and exit code 2, never a traceback."""
     options = _parser().parse_args(arguments)
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=NARROWEST)
-    command: Callable[..., int] = options.run
-    try:
-        return command(options, console) if options.ours else command(options)
-    except FedsgcgError as error:
-        for problem in error.problems:
-            Console(stderr=True).print(str(problem), style="red", highlight=False, markup=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(lambda console: int(options.run(options, console)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,13 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         made[name] = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
         made[name].add_argument("kit", type=Path, metavar="KIT", nargs="?", default=Path(), help="folder of site.yaml")
-        made[name].set_defaults(run=work, ours=True)
+        made[name].set_defaults(run=work)
     _options(made)
-    if importlib.util.find_spec("clients.predict"):
-        commands.metavar = "COMMAND"
-        predict: Any = importlib.import_module("clients.predict")
-        predict.add_parser(commands)
-    parser.set_defaults(ours=False)
+    add_predict_parser(commands)
     return parser
 
 
@@ -141,7 +125,7 @@ def _join(options: argparse.Namespace, console: Console) -> int:
     except FedsgcgError as error:
         if error.code != "SITE-507":
             raise
-        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+        print_error(str(error))
         return 1
     say(f"{policy.site} has left")
     return code

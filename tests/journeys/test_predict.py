@@ -15,12 +15,12 @@ from PIL import Image
 from clients.cases import open_store
 from clients.evaluation import predict_cases
 from clients.model import load_model
-from clients.predict import main
 from clients.site import open_site
 from common.imaging import read_volume, to_native
 from common.phantoms import write_hospitals
 from deploy.cli import main as coordinator
 from deploy.simulate import run_cell_in_process
+from deploy.site_cli import main
 from tests.journeys import small
 from tests.unit import downloads
 
@@ -74,7 +74,7 @@ def eye_cell(eyes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predict(*arguments: object) -> int:
-    return main([*map(str, arguments), "--device", "cpu", "--threads", "1"])
+    return main(["predict", *map(str, arguments), "--device", "cpu", "--threads", "1"])
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

@@ -117,7 +117,7 @@ def test_a_study_of_variants_runs_reports_and_goes_on(root, tmp_path, capsys):
         },
     }
     assert (tmp_path / "run" / "report.html").is_file()
-    again = plan_study([*asked, "prototypes.weight=0.1,1,2"])
+    again = plan_study([*asked[:-1], "prototypes.weight=0.1,1,2"])
     assert [cell.name for cell in again.cells if not cell.done] == [
         "sgcg local weight=2 · C · seed 0 · A alone",
         "sgcg local weight=2 · C · seed 0 · B alone",

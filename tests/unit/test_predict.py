@@ -17,7 +17,6 @@ from clients.confidence import SHRINKAGE, Gaussians
 from clients.evaluation import post_process, structure_masks
 from clients.model import Model, load_model
 from clients.overlays import chosen_slice, overlay
-from clients.predict import main
 from clients.predict_files import Job, check_output, jobs_of_images
 from clients.prediction import Prediction, Predictor, class_map, label_values, probabilities
 from common.errors import FedsgcgError
@@ -28,6 +27,7 @@ from common.payload import Identity, Weights
 from common.plan import Plan
 from common.settings import compose
 from common.statistics import ClassStatistics
+from deploy.site_cli import main
 from server.checkpoint import Best
 from server.disk import Disk
 
@@ -421,7 +421,7 @@ def test_confidence_works_with_every_representation(features, tmp_path):
 )
 def test_calls_that_cannot_work_are_refused_with_words(arguments, words, stored, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main([str(stored), *arguments, "-o", str(tmp_path / "out")]) == 2
+    assert main(["predict", str(stored), *arguments, "-o", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not Path("out").exists()
 
@@ -429,7 +429,7 @@ def test_calls_that_cannot_work_are_refused_with_words(arguments, words, stored,
 def test_confidence_without_prototypes_is_refused_before_any_work(stored, tmp_path, capsys):
     (stored / "prototypes.arrow").unlink()
     write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
-    call = [str(stored), str(tmp_path / "v.nii.gz"), "-o", str(tmp_path / "out")]
+    call = ["predict", str(stored), str(tmp_path / "v.nii.gz"), "-o", str(tmp_path / "out")]
     assert main([*call, "--confidence"]) == 2
     assert "MOD-807" in capsys.readouterr().err
     assert main(call) == 0
