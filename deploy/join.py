@@ -34,8 +34,11 @@ MOST_FAILURES = 20
 """Restarts in a row, none of them healthy for `HEALTHY_S`, after which the site gives up and says so."""
 
 HEALTHY_S = 300.0
-GAVE_UP = "Giving up reconnection"
-"""What a SuperNode says that lost its link within a TLS handshake; its process stays, does nothing, and looks alive."""
+GAVE_UP = ("Giving up reconnection", "SSL/TLS handshake error detected")
+"""What a SuperNode says that lost its link within a TLS handshake; its process stays, does nothing, and looks alive.
+
+A cut link does that, and a proxy or load balancer that still accepts connections while the server behind it is away.
+"""
 
 START_S = 60.0
 STOP_S = 10.0
@@ -173,7 +176,7 @@ class Join:
         """Show and remember connection, messages and failures."""
         text = COLOURS.sub("", line)
         text = text.partition(":")[2].strip() if text.startswith(("INFO", "WARNING", "ERROR")) else text
-        if GAVE_UP in text:
+        if any(words in text for words in GAVE_UP):
             self.gave_up.set()
         if "SuperNode ID" in text:
             self._tell(node=text.rpartition(" ")[2], last="")

@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import yaml
 from clients.approval import approve, bundle_of_folder
 from deploy.control import Control, control_of
 from deploy.project import Kit
+from tests.journeys import apart
+from tests.journeys.link import Proxy
 from tests.journeys.small import SMALL
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,12 +45,14 @@ class Federation:
         hospitals: Folder of the images.
         port: The public port.
         processes: Running commands by name.
+        relays: Unix socket of each hospital that has a network of its own.
     """
 
     folder: Path
     hospitals: Path
     port: int = 0
     processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+    relays: dict[str, Path] = field(default_factory=dict)
 
     @property
     def kit(self) -> Kit:
@@ -78,8 +83,26 @@ class Federation:
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **own}))
         approve(bundle_of_folder(REPOSITORY), self.site(site) / "approved.json", "test")
 
-    def reach(self, site: str, address: str) -> None:
-        """Have a hospital reach the server at another address, e.g. through a proxy."""
+    @contextlib.contextmanager
+    def separate_networks(self, *sites: str) -> Iterator[dict[str, Proxy]]:
+        """Give each hospital a network of its own, with one link to the server, where the machine allows that.
+
+        Elsewhere the links are there all the same, and lead through the machine's loopback.
+        """
+        alone = apart.possible()
+        # A Unix socket's path has room for a hundred characters: no folder of a test's.
+        with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+            links = {}
+            for site in sites:
+                path = Path(name) / site
+                links[site] = stack.enter_context(Proxy(self.port, listen=path if alone else 0))
+                if alone:
+                    self.relays[site] = path
+                else:
+                    self._reach(site, f"127.0.0.1:{links[site].port}")
+            yield links
+
+    def _reach(self, site: str, address: str) -> None:
         path = self.site(site) / "site.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "server": address}))
 
@@ -115,9 +138,11 @@ class Federation:
 
     def start(self, name: str, module: str, *arguments: str | Path) -> None:
         """Start a command in a session of its own, its output in `<name>.log`."""
+        relay = self.relays.get(name)
+        before = ["tests.journeys.apart", str(relay), str(self.port)] if relay else []
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *(str(argument) for argument in arguments)],
+                [sys.executable, "-P", "-m", *before, module, *(str(argument) for argument in arguments)],
                 stdout=log,
                 stderr=log,
                 text=True,

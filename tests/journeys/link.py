@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from pathlib import Path
 from types import TracebackType
 
 
 class Proxy:
-    """Passes bytes to 127.0.0.1:`target` while the link is whole.
+    """Passes bytes on to the server while the link is whole.
 
     A cut link drops every connection, and new ones hang until it is mended, as behind a firewall that swallows packets.
 
     Args:
-        target: Port of the server.
+        target: Port of 127.0.0.1, or a Unix socket.
+        listen: The same for the near end; 0 = any free port.
+
+    Attributes:
+        passed: Bytes so far.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: int | Path, listen: int | Path = 0) -> None:
         self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
+        self._listener = _listener(listen)
         self.passed = 0
         self._whole = threading.Event()
         self._whole.set()
@@ -36,6 +40,11 @@ class Proxy:
     ) -> None:
         self.cut()
         self._listener.close()
+
+    @property
+    def port(self) -> int:
+        """Port of the near end."""
+        return int(self._listener.getsockname()[1])
 
     def cut(self) -> None:
         """Break all connections and let new ones hang."""
@@ -60,7 +69,7 @@ class Proxy:
     def _connect(self, near: socket.socket) -> None:
         self._whole.wait(120)
         try:
-            far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+            far = _connection(self._target)
         except OSError:
             near.close()
             return
@@ -81,3 +90,21 @@ class Proxy:
             end.close()
         with self._lock:
             self._open -= {source, sink}
+
+
+def _listener(place: int | Path) -> socket.socket:
+    if isinstance(place, int):
+        return socket.create_server(("127.0.0.1", place))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(place))
+    listener.listen()
+    return listener
+
+
+def _connection(place: int | Path) -> socket.socket:
+    if isinstance(place, int):
+        return socket.create_connection(("127.0.0.1", place), timeout=5)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(5)
+    connection.connect(str(place))
+    return connection

@@ -1,5 +1,6 @@
 """Real processes on loopback: TLS, node keys, separate homes; the model is the simulation's to the last bit."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from deploy.operate import stop_kit
-from tests.journeys import small
+from tests.journeys import apart, small
 from tests.journeys.federation import Federation
-from tests.journeys.link import Proxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -61,13 +61,17 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
 def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: Path, tmp_path: Path) -> None:
     """Kill -9 a hospital, pause another, cut a link, kill the coordinator's server; then resume: the same model."""
     settings = ("method=sgcg", "heldout=West", "federation.rounds=3")
-    federation.provision(["East", "North", "South", "West"], *settings)
-    with Proxy(federation.port) as link:
-        federation.reach("South", f"127.0.0.1:{link.port}")
+    sites = ("East", "North", "South", "West")
+    federation.provision(sites, *settings)
+    with federation.separate_networks(*sites) as links:
+        link = links["South"]
         federation.serve()
-        federation.join("East", "North", "South", "West")
+        federation.join(*sites)
         federation.run()
         federation.wait(lambda: federation.seen("round.started", round=1), 150, "no round has started")
+        networks = {apart.network(federation.processes[site].pid) for site in sites}
+        if federation.relays:
+            assert len(networks - {apart.network(os.getpid())}) == len(sites)
         federation.pause("North")
         federation.kill("East")
         federation.join("East")
@@ -87,6 +91,7 @@ def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: P
     rounds = [event["round"] for event in federation.events() if event["event"] == "round.done"]
     assert rounds == [1, 2, 3]
     assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", *settings)
+    assert all(link.passed > 100_000 for link in links.values())  # the only way out, and it was used
     assert leaked(federation, hospitals) == []
 
 
