@@ -35,7 +35,8 @@ class CellState:
     cell: Cell
     position: int = 0  # bytes of events.jsonl that were read
     status: str = "waiting"
-    round: int = 0
+    round: int = 0  # the one under way, or the last
+    done: int = 0  # rounds that count
     rounds: int = 0
     site: str = ""
     loss: float = float("nan")
@@ -43,8 +44,13 @@ class CellState:
     dice_round: int = 0  # round of the model that `dice` belongs to: sites judge what they receive
     heldout_dice: float = float("nan")
     observer_dice: float = float("nan")
-    rounds_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
+    done_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
     lines: list[str] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the cell's run is over, however it ended."""
+        return self.status not in ("waiting", "running")
 
     def read_events(self) -> None:
         """Take in what was appended since the last call."""
@@ -63,6 +69,8 @@ class CellState:
         name = event["event"]
         self.rounds = int(event.get("rounds", self.rounds))
         self.round = int(event.get("round", self.round))
+        if name in ("run.started", "round.done"):
+            self.done = self.round
         self.site = str(event.get("site", self.site))
         self.loss = _number(event.get("loss"), self.loss)
         self.dice = _number(event.get("validation_dice"), self.dice)
@@ -105,7 +113,7 @@ class Progress:
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         for state in self.states:  # what an earlier call did is known, not news
             state.read_events()
-            state.rounds_before, state.status = state.round, "waiting"
+            state.done_before, state.status = state.done, "waiting"
             state.lines.clear()
 
     def __enter__(self) -> Progress:
@@ -125,8 +133,8 @@ class Progress:
 
     def time_left(self) -> str:
         """Estimate from the rounds done in this call, over all cells."""
-        done = sum(state.round - state.rounds_before for state in self.states)
-        left = sum(max(0, state.rounds - state.round) for state in self.states)
+        done = sum(state.done - state.done_before for state in self.states)
+        left = sum(max(0, state.rounds - state.done) for state in self.states if not state.ended)
         if not done:
             return "estimating the time left"
         seconds = (time.monotonic() - self.started) / done * left
@@ -148,8 +156,8 @@ class Progress:
 
     def _render(self) -> RenderableType:
         rounds = sum(state.rounds for state in self.states) or 1
-        done = sum(state.round for state in self.states)
-        finished = sum(state.status not in ("waiting", "running") for state in self.states)
+        done = sum(state.done for state in self.states)
+        finished = sum(state.ended for state in self.states)
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         head = Text(f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
