@@ -55,8 +55,8 @@ Settings are given as name=value: a group (data=promise12) or one value
   device=auto|cpu|cuda     runtime=auto|ray|inprocess    output=FOLDER
 """
 
-COLUMNS = ("method", "held out", "structure", "Dice ± sd", "95 % interval", "ASD", "ASSD", "HD95", "cases")
 DISTANCES = ("asd", "assd", "hd95")
+WIDE_CONSOLE = 100  # columns from which all distances fit; the report has them anyway
 MOST_PROBLEMS = 8
 INTERRUPTED = "Interrupted. The same command goes on from the last done round."
 
@@ -195,7 +195,7 @@ def _hospitals(options: argparse.Namespace, console: Console) -> int:
 def _print_results(folder: Path, console: Console) -> None:
     import pyarrow.parquet as pq
 
-    from server.report_tables import summary_rows
+    from server.report_tables import AVERAGE, summary_rows
 
     path = folder / "results.parquet"
     if not path.exists():
@@ -206,18 +206,22 @@ def _print_results(folder: Path, console: Console) -> None:
     judged = "Judged at hospitals that took no part"
     if any(not row["heldout"] for row in rows):
         judged = "Nobody was held out: the training hospitals' own validation cases"
+    heads = {"method": "method", "site": "hospital", "structure": "structure"}
+    if len({row["structure"] for row in rows}) == 1:
+        del heads["structure"]
+    distances = DISTANCES if console.width >= WIDE_CONSOLE else DISTANCES[:1]
     table = Table(title=f"{judged} (mean over cases; distances in {unit})")
-    for title in COLUMNS:
-        table.add_column(title, justify="left" if title in COLUMNS[:3] else "right", no_wrap=True)
+    for title in heads.values():  # a long label wraps; a number that is cut short is worth nothing
+        table.add_column(title, no_wrap=title != "method")
+    for title in ("Dice ± sd", "95 % interval", *(name.upper() for name in distances), "cases"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        distances = ["–" if math.isnan(row[f"{name}_mean"]) else f"{row[f'{name}_mean']:.2f}" for name in DISTANCES]
+        values = ["–" if math.isnan(row[f"{name}_mean"]) else f"{row[f'{name}_mean']:.2f}" for name in distances]
         spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
         interval = "–" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
-        head = [escape(str(row[name])) for name in ("method", "heldout", "structure")]
-        end = row["heldout"] == "average"
-        table.add_row(
-            *head, spread, interval, *distances, str(row["cases"]), style="bold" if end else "", end_section=end
-        )
+        head = [escape(str(row[name])) for name in heads]
+        end = row["site"] == AVERAGE
+        table.add_row(*head, spread, interval, *values, str(row["cases"]), style="bold" if end else "", end_section=end)
     console.print(table)
 
 

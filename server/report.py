@@ -24,7 +24,7 @@ from server.report_papers import ablation_tables, layouts_of, paper_notes, paper
 from server.report_published import published_for
 from server.report_reader import Reader
 from server.report_sections import Section, case_means, cell_rows, departure_rows, result_tables
-from server.report_studies import federation_section, sweep_sections, sweeps_of
+from server.report_studies import HELD_OUT, VALIDATION, federation_section, sweep_sections, sweeps_of
 from server.report_tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 from server.report_text import (
     STATUS_WORDS,
@@ -135,8 +135,12 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     published = published_for(str(_data(study).get("name", "")), structures)
     printed = CaseValues(rows, "pixel") if published else values
     layouts = layouts_of(printed, structures, sites, published) if rows else []
-    sections = sweep_sections(sweeps_of(labels, study.settings), values, structures, colours) if rows else []
+    judged = any(cell.heldout for cell in study.cells)
+    place = HELD_OUT if judged else VALIDATION
+    sweeps = sweeps_of(labels, study.settings)
     return {
+        "judged": judged,
+        "place": place,
         "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
         "papers": paper_tables(layouts, labels, colours),
         "paper_notes": paper_notes(published) if rows else [],
@@ -144,8 +148,8 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
         "ablation": ablation_tables(layouts, labels, colours),
         "differences": claims_section(claims, structures) if claims else None,
         "hospital_tables": hospital_tables(values, main_pairs(labels), structures) if len(values.places) > 1 else [],
-        "sweeps": sections,
-        "federation": federation_section(values, labels, structures, colours) if rows else None,
+        "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place) if rows else [],
+        "federation": federation_section(values, labels, structures, colours, place) if rows else None,
     }
 
 

@@ -40,7 +40,7 @@ MACROS = """
 HEAD = """
 <header>
 <p class="eyebrow">fedsgcg report{% if dates %} · {{ dates[-1][1]|string|replace("T", " ")|truncate(16, true, "", 0) }}{% endif %}</p>
-<h1>{{ title }}: how well does the model work at a hospital that took no part?</h1>
+<h1>{{ title }}: how well does the model work {{ "at a hospital that took no part" if judged else "on cases that did not train it" }}?</h1>
 <p class="headline">{{ headline }}</p>
 <div class="banner {{ status }}" role="status">
 <strong>{{ {"completed": "✓", "failed": "✕"}.get(status, "!") }} {{ status_word }}.</strong>{{ status_sentence }}

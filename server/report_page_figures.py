@@ -21,7 +21,7 @@ FIGURES = """
 {% if case_panels %}
 <section aria-labelledby="cases">
 <h2 id="cases">Every case</h2>
-<p class="about">A point is one case of the held-out hospital, averaged over seeds. The box spans the middle half of the cases, the thick
+<p class="about">A point is one {{ "case of the held-out hospital" if judged else "validation case" }}, averaged over seeds. The box spans the middle half of the cases, the thick
 bar is the median, thin lines join the same case.</p>
 {{ folded(case_panels, true) }}
 </section>

@@ -152,18 +152,21 @@ mean that there is none.</p>
 {% for sweep in sweeps %}
 <section aria-labelledby="sweep-{{ loop.index }}">
 <h2 id="sweep-{{ loop.index }}">Swept setting: {{ sweep.name }}</h2>
-<p class="about">Mean over held-out hospitals (each counts the same) with the bootstrap 95 % interval over cases
+<p class="about">Mean over {{ place }} (each hospital counts the same) with the bootstrap 95 % interval over cases
 {%- if sweep.logarithmic %}; the setting’s axis is logarithmic{% endif %}
-{%- if sweep.usual %}; a ring marks the value of the runs that did not sweep it{% endif %}. The held-out hospitals are shown, not used:
-a value that is to be kept must be chosen on source validation.</p>
-{% if sweep.key|length > 1 %}<ul class="key">{% for line in sweep.key %}<li>{{ swatch(line.index) }}{{ line.title }}</li>{% endfor %}</ul>{% endif %}
+{%- if sweep.usual %}; a ring marks the value of the runs that did not sweep it{% endif %}
+{%- if sweep.beside %}; grey: what does not have the setting{% endif %}.
+{% if judged %}The held-out hospitals are shown, not used: a value that is to be kept must be chosen on source validation.
+{% else %}No hospital was held out, so a value may be chosen by this.{% endif %}</p>
+{% if sweep.key|length + sweep.beside|length > 1 %}<ul class="key">{% for line in sweep.key %}<li>{{ swatch(line.index) }}{{ line.title }}</li>{% endfor %}
+{% for line in sweep.beside %}<li>{{ sample(line.dash, 1.4) }}{{ line.title }}</li>{% endfor %}</ul>{% endif %}
 {% if sweep.left_out %}<p class="about">{{ sweep.left_out }} more lines are in the table only.</p>{% endif %}
 <div class="{{ panel_class(sweep.panels|length) }}">
 {% for panel in sweep.panels %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>
 {% endfor %}</div>
 {{ claim_list(sweep.claims.sentences, 6) }}
 <details><summary>Values and differences</summary>
-<div class="wide" tabindex="0"><table><caption>Mean and 95 % interval over held-out hospitals.</caption>
+<div class="wide" tabindex="0"><table><caption>Mean and 95 % interval over {{ place }}.</caption>
 <thead><tr><th scope="col">Line</th><th scope="col">{{ sweep.name }}</th>
 {% for structure in structures %}<th scope="col">Dice{% if structures|length > 1 %}, {{ structure }}{% endif %}</th><th scope="col">ASD, {{ sweep.unit }}{% if structures|length > 1 %}, {{ structure }}{% endif %}</th>{% endfor %}</tr></thead><tbody>
 {% for row in sweep.rows %}<tr><th scope="row">{{ row.line }}</th><td>{{ row.value }}{% if row.usual %}<small>not swept</small>{% endif %}</td>
@@ -177,7 +180,7 @@ a value that is to be kept must be chosen on source validation.</p>
 <section aria-labelledby="federation">
 <h2 id="federation">What federation costs</h2>
 <p class="about">The same training three ways: {% for name in federation.present %}<b>{{ name }}</b>, {{ federation_words[name].partition(": ")[2] }}{{ "" if loop.last else "; " }}{% endfor %}.
-Mean over held-out hospitals with the bootstrap 95 % interval over cases.
+Mean over {{ place }} with the bootstrap 95 % interval over cases.
 {% if "local" in federation.present %} A local number is the mean over the models that single hospitals made, case by case.{% endif %}</p>
 <div class="{{ panel_class(federation.panels|length) }}">
 {% for panel in federation.panels %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>

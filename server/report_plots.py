@@ -31,6 +31,8 @@ from server.report_figures import (
 
 DASHES = ("-", "--", "-.", ":")
 WIDE = 20.0  # largest over smallest value, from which an axis is logarithmic
+GREY = -1  # colour of what is no line of its own
+LEVEL_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (1.5, 3))
 MOST_POINTS = 1500  # of one scatter
 STRONGEST = 0.55  # of a matrix cell, so that its number can be read on it
 
@@ -74,7 +76,7 @@ class Dot:
     Attributes:
         title: Name at the left.
         interval: Mean and interval.
-        colour: Index into the palette.
+        colour: Index into the palette, or `GREY`.
         gap: Whether a gap stands above it.
         usual: Whether this is the setting of the runs that did not sweep it.
     """
@@ -87,7 +89,13 @@ class Dot:
 
 
 @mpl.rc_context(STYLE)
-def sweep_panel(series: Sequence[Series], name: str, labels: Sequence[str], alt: str) -> Drawing:
+def sweep_panel(
+    series: Sequence[Series],
+    name: str,
+    labels: Sequence[str],
+    alt: str,
+    levels: Sequence[Sequence[Interval]] = (),
+) -> Drawing:
     """Draw metrics over a numeric setting: means joined by lines, intervals as bars; a ring marks the usual value.
 
     Args:
@@ -95,6 +103,7 @@ def sweep_panel(series: Sequence[Series], name: str, labels: Sequence[str], alt:
         name: Name of the setting.
         labels: Name of each metric, from the top.
         alt: What it shows, in words.
+        levels: Interval of each metric of what does not have the setting: a grey line across, `LEVEL_DASHES` in turn.
     """
     one, gap, foot = 150, 14, 48
     height = foot + len(labels) * (one + gap)
@@ -108,6 +117,8 @@ def sweep_panel(series: Sequence[Series], name: str, labels: Sequence[str], alt:
         plain_axes(axes)
         for order, line in enumerate(series):
             _sweep_line(axes, line, place, order, _nudge(numbers, order, len(series)))
+        for dash, level in zip(LEVEL_DASHES, levels, strict=False):
+            axes.axhline(level[place].mean, color=MUTED, linewidth=1.4, linestyle=(0, dash), zorder=1)
         axes.set_ylabel(label, color=MUTED)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_label_coords(-50 / (WIDTH - 82), 0.5)
@@ -183,7 +194,7 @@ def dot_panel(dots: Sequence[Dot], label: str, alt: str) -> Drawing:
     left = min(0.55 * WIDTH, 24 + 7.4 * max(len(dot.title) for dot in dots))
     figure, axes = canvas_of(height, left=left, right=16, top=6, bottom=46)
     for dot, row in zip(dots, places, strict=True):
-        ink, marker = colour(dot.colour), MARKERS[dot.colour % len(MARKERS)]
+        ink, marker = (MUTED, "o") if dot.colour == GREY else (colour(dot.colour), MARKERS[dot.colour % len(MARKERS)])
         if math.isfinite(dot.interval.low):
             axes.plot([dot.interval.low, dot.interval.high], [row, row], color=ink, linewidth=3, solid_capstyle="butt")
         axes.plot([dot.interval.mean], [row], marker, color=ink, markersize=9)

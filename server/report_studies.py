@@ -10,11 +10,12 @@ from typing import Any
 from server.report_claims import claims_section, federation_pairs
 from server.report_differences import CaseValues, compare_on_average
 from server.report_labels import FEDERATIONS, MOST_COLOURS, Label, numeric, value_order
-from server.report_plots import Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
+from server.report_plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
 from server.report_text import DECIMALS, TITLES, show, show_interval
 
 Section = dict[str, Any]
 METRICS = ("dice", "asd")
+HELD_OUT, VALIDATION = "held-out hospitals", "the hospitals’ own validation cases"
 Family = tuple[str, str, tuple[tuple[str, str], ...]]  # training method, federation, the other swept settings
 
 
@@ -100,15 +101,43 @@ def _looked_up(tree: Mapping[str, Any], name: str) -> str:
 
 def sweep_sections(
     sweeps: Sequence[Sweep],
+    labels: Mapping[str, Label],
     values: CaseValues,
     structures: Sequence[str],
     colours: Mapping[str, int],
+    place: str = HELD_OUT,
 ) -> list[Section]:
-    """One section a swept setting: a figure a structure, a table, and differences to the usual (or first) value."""
-    return [_sweep_section(sweep, values, structures, colours) for sweep in sweeps]
+    """One section a swept setting: a figure a structure, a table, and differences to the usual (or first) value.
+
+    Args:
+        sweeps: The swept settings.
+        labels: What is compared.
+        values: Values of every case.
+        structures: Names.
+        colours: Index of the palette by label.
+        place: Who was judged, in words.
+    """
+    return [
+        _sweep_section(sweep, _beside(sweep, labels, values), values, structures, colours, place) for sweep in sweeps
+    ]
 
 
-def _sweep_section(sweep: Sweep, values: CaseValues, structures: Sequence[str], colours: Mapping[str, int]) -> Section:
+def _beside(sweep: Sweep, labels: Mapping[str, Label], values: CaseValues) -> list[str]:
+    """Labels that do not have the setting at all, the baselines: of the federations that are swept."""
+    federations = {federation for _, federation, _ in sweep.lines}
+    usual = {label for label, _ in sweep.usual.values()}
+    plain = [label for label in labels.values() if label.plain and label.federation in federations]
+    return [label.name for label in plain if label.name not in usual][: len(LEVEL_DASHES)]
+
+
+def _sweep_section(
+    sweep: Sweep,
+    beside: Sequence[str],
+    values: CaseValues,
+    structures: Sequence[str],
+    colours: Mapping[str, int],
+    place: str,
+) -> Section:
     families = list(sweep.lines)
     pairs = []
     for family in families:
@@ -119,12 +148,17 @@ def _sweep_section(sweep: Sweep, values: CaseValues, structures: Sequence[str], 
     drawn = {family: place for place, family in enumerate(families[:MOST_COLOURS])}
     if len({family[0] for family in drawn}) == len(drawn):  # a line a method: the method's own colour
         drawn = {family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn}
-    panels = [panel for name in structures for panel in _sweep_panels(sweep, drawn, values, name)]
+    panels = [panel for name in structures for panel in _sweep_panels(sweep, drawn, beside, values, name, place)]
     return {
         "name": sweep.name,
         "numbers": sweep.numbers,
         "logarithmic": sweep.numbers and is_logarithmic(_numbers(sweep)),
         "usual": bool(sweep.usual),
+        "beside": [
+            {"title": label, "dash": " ".join(f"{part:g}" for part in dash)}
+            for label, dash in zip(beside, LEVEL_DASHES, strict=False)
+            if sweep.numbers
+        ],
         "key": [{"title": _family_title(family), "index": index} for family, index in drawn.items()],
         "left_out": len(families) - len(drawn),
         "panels": panels,
@@ -139,7 +173,9 @@ def _numbers(sweep: Sweep) -> list[float]:
     return sorted({numeric(value) for line in sweep.all_lines() for value in line})
 
 
-def _sweep_panels(sweep: Sweep, drawn: Mapping[Family, int], values: CaseValues, structure: str) -> list[Section]:
+def _sweep_panels(
+    sweep: Sweep, drawn: Mapping[Family, int], beside: Sequence[str], values: CaseValues, structure: str, place: str
+) -> list[Section]:
     titles = ["Dice", f"ASD, {values.unit}"]
     series = [
         Series(_family_title(family), index, tuple(_points(sweep, family, values, structure)))
@@ -149,22 +185,25 @@ def _sweep_panels(sweep: Sweep, drawn: Mapping[Family, int], values: CaseValues,
         f"{line.title} {', '.join(f'{p.value}: {show(p.intervals[0].mean, 3)}' for p in line.points)}"
         for line in series
     )
-    alt = f"{structure}: mean Dice over held-out hospitals by {sweep.name}. {ends}."
+    levels = {label: tuple(values.interval(label, structure, metric) for metric in METRICS) for label in beside}
+    ends += "".join(f"; {label} {show(level[0].mean, 3)}" for label, level in levels.items())
+    alt = f"{structure}: mean Dice over {place} by {sweep.name}. {ends}."
     if sweep.numbers:
-        return [{"title": structure, "drawing": sweep_panel(series, sweep.name, titles, alt)}]
+        return [{"title": structure, "drawing": sweep_panel(series, sweep.name, titles, alt, list(levels.values()))}]
     panels = []
-    for place, title in enumerate(titles):
-        dots = [
+    for number, title in enumerate(titles):
+        dots = [Dot(label, level[number], GREY) for label, level in levels.items() if math.isfinite(level[number].mean)]
+        dots += [
             Dot(
                 _dot_title(line, point, series),
-                point.intervals[place],
+                point.intervals[number],
                 line.colour,
-                not number and bool(order),
+                point is line.points[0] and bool(order or dots),
                 point.usual,
             )
             for order, line in enumerate(series)
-            for number, point in enumerate(line.points)
-            if math.isfinite(point.intervals[place].mean)
+            for point in line.points
+            if math.isfinite(point.intervals[number].mean)
         ]
         if dots:
             panels.append({"title": f"{structure}, {title}", "drawing": dot_panel(dots, title, alt)})
@@ -207,7 +246,11 @@ def _sweep_rows(sweep: Sweep, family: Family, values: CaseValues, structures: Se
 
 
 def federation_section(
-    values: CaseValues, labels: Mapping[str, Label], structures: Sequence[str], colours: Mapping[str, int]
+    values: CaseValues,
+    labels: Mapping[str, Label],
+    structures: Sequence[str],
+    colours: Mapping[str, int],
+    place: str = HELD_OUT,
 ) -> Section | None:
     """What federation costs: every training method local, pooled and by site; None without two federations."""
     pairs = federation_pairs(labels)
@@ -227,7 +270,7 @@ def federation_section(
             title = TITLES[metric] if metric == "dice" else f"{TITLES[metric]}, {values.unit}"
             dots = _federation_dots(rows, values, structure, metric, colours)
             said = "; ".join(f"{dot.title} {show(dot.interval.mean, DECIMALS[metric])}" for dot in dots)
-            alt = f"Mean {title} of {structure} over held-out hospitals: {said}."
+            alt = f"Mean {title} of {structure} over {place}: {said}."
             head = f"{structure}, {title}" if len(structures) > 1 else title
             if dots:
                 panels.append({"title": head, "drawing": dot_panel(dots, title, alt)})

@@ -103,6 +103,8 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
     chosen = {row["method"]: row for row in rows if row["site"] == site}
     if focus not in chosen:
         focus = next(iter(chosen))
+    if len(chosen) > 1 and not any(entry["heldout"] not in ("", AVERAGE) for entry in rows):
+        return _best_of(list(chosen.values()), structure)
     row = chosen[focus]
     among = f"{row['hospitals']} of {hospitals}" if row["hospitals"] < hospitals else row["hospitals"]
     place = f"On average over {among} hospitals" if site == AVERAGE else f"At {site}, a hospital"
@@ -116,6 +118,16 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
     pairs = [d for d in differences if d.structure == structure and d.metric == "dice" and d.method == focus]
     pair = next((d for d in pairs if d.site == site and d.cases), None)
     return f"{text} {_compared(pair)}" if pair is not None else text
+
+
+def _best_of(rows: Sequence[Summary], structure: str) -> str:
+    """Where nobody was held out a setting may be chosen: the two highest of all that are compared."""
+    first, second, *_ = sorted(rows, key=lambda row: -float(row["dice_mean"]))
+    text = "No hospital was held out. On the hospitals' own validation cases, "
+    text += f"{first['method']} has the highest mean Dice of the {len(rows)} compared: {show(first['dice_mean'], 3)}"
+    interval = show_interval(Interval(first["dice_mean"], first["dice_low"], first["dice_high"]), 3)
+    text += f" (95 % interval {interval})" if interval != DASH else ""
+    return f"{text} for {structure}; next is {second['method']} with {show(second['dice_mean'], 3)}."
 
 
 def _compared(pair: Difference) -> str:

@@ -26,7 +26,7 @@ from server.report_labels import (
 from server.report_papers import ablation_tables, layouts_of, paper_tables
 from server.report_plots import is_logarithmic
 from server.report_published import PUBLISHED, published_for
-from server.report_studies import sweeps_of
+from server.report_studies import sweep_sections, sweeps_of
 from server.report_tables import heldout_rows, merge_models, methods_of, summary_rows
 from tests.unit.report_study import ARMS, FUNDUS, FUNDUS_SITES, collect, label_of, write_large_study
 from tests.unit.test_report import Page
@@ -329,6 +329,21 @@ class TestSweeps:
         (sweep,) = sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "sgcg memory=b"}]), {})
         assert not sweep.numbers
         assert sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "source"}]), {}) == []
+
+    @pytest.mark.parametrize("words", ["0.1 1", "lagged restart"])
+    def test_what_does_not_have_the_setting_stands_beside_it(self, words):
+        first, second = words.split()
+        dice = {"source": 0.5, "source pooled": 0.9, f"sgcg weight={first}": 0.625, f"sgcg weight={second}": 0.75}
+        rows = [row(method, case=f"c{n}", dice=value) for method, value in dice.items() for n in range(3)]
+        labels = labels_of(rows)
+        sections = sweep_sections(
+            sweeps_of(labels, {}), labels, CaseValues(rows), ["gland"], {}, "the hospitals’ own validation cases"
+        )
+        (section,) = sections
+        alt = section["panels"][0]["drawing"].alt
+        assert "Dice over the hospitals’ own validation cases by weight" in alt
+        assert f"{first}: 0.625, {second}: 0.750; source 0.500." in alt  # another federation is no baseline
+        assert [line["title"] for line in section["beside"]] == (["source"] if section["numbers"] else [])
 
     def test_an_axis_is_logarithmic_when_its_values_span_decades(self):
         assert is_logarithmic([0.01, 0.1, 1])
