@@ -40,11 +40,13 @@ class Batch:
     mixed: Tensor | None = None
 
     def parts(self, count: int) -> list[tuple[float, Batch]]:
-        """Cut into at most `count` parts that hold every domain, each with its share of the slices.
+        """Cut into at most `count` parts that hold every domain (`most_parts`), each with its share of the slices.
 
-        No part holds fewer than two slices, because BatchNorm at the coarsest level needs more than one.
+        The mean of the parts weighted by their shares is the mean over the slices: gradients of a loss that is a mean
+        over slices add up to those of the whole batch. BatchNorm and the Dice term look at a whole batch and see the
+        parts instead.
         """
-        count = max(1, min(count, len(self.images) // 2, *self.sizes))
+        count = min(count, most_parts(self.sizes))
         if count == 1:
             return [(1.0, self)]
         starts = np.cumsum([0, *self.sizes])
@@ -58,6 +60,14 @@ class Batch:
             sizes = tuple(len(one) for one in kept)
             cut.append((len(index) / len(self.images), Batch(self.images[index], self.labels[index], sizes, mixed)))
         return cut
+
+
+def most_parts(sizes: Sequence[int]) -> int:
+    """Return into how many parts a step can be cut, given its slices of each domain.
+
+    Every part holds every domain, and at least two slices, because BatchNorm at the coarsest level needs more than one.
+    """
+    return max(1, min(sum(sizes) // 2, *sizes))
 
 
 def index_batches(

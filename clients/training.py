@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +12,17 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from clients.batches import Batch, Chosen, augment, gather, index_batches, steps_of
+from clients.batches import (
+    Batch,
+    Chosen,
+    augment,
+    domain_sizes,
+    gather,
+    index_batches,
+    most_parts,
+    steps_of,
+)
+from clients.memory import let_go, out_of_memory
 from clients.methods import METHODS, Guidance, Guide, Source
 from clients.mixing import Mixer, build_mixer
 from clients.prefetch import prefetch
@@ -24,8 +36,10 @@ from common.seeding import stream, stream_seed
 if TYPE_CHECKING:
     from clients.cases import CaseStore, SliceTable
 
+LOG = logging.getLogger("fedsgcg.site")
 MOMENTS: Final = "adam."
 LOCAL: Final = "local."
+PARTS: Final = "micro_batches"
 
 
 def train_round(
@@ -41,8 +55,9 @@ def train_round(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
 
-    A step that does not fit into the GPU's memory is cut into parts whose gradients are accumulated, and the round
-    starts over from the received weights; the figure `micro_batches` says so.
+    A step that the memory does not hold is cut into parts whose gradients are accumulated, and the round starts over:
+    from the received weights, state and guide, with the same random streams. The site's log and the figure
+    `micro_batches` say so, and the state makes the site's next round begin with that number of parts.
 
     Args:
         network: Holds the received weights; afterwards the locally trained ones.
@@ -60,31 +75,78 @@ def train_round(
 
     Raises:
         FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is not finite,
-            SITE-502 when the memory does not hold even the smallest part of a step.
+            SITE-502 when the memory does not hold a step in the smallest parts.
     """
     began = time.perf_counter()
-    tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
+    tables, state = [store.slices("train") for store in stores], state or {}
     received = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    micro_batches = plan.site.micro_batches
-    while True:
-        try:
-            mixer = build_mixer(tables, plan, client_name(names), round_number, amplitudes, device)
-            batches = round_batches(tables, plan, round_number, names, device, mixer)
-            session = Session(network, plan, len(stores), device, state or {})
-            figures = session.train(batches, steps_of(tables, plan.method), guide, round_number, micro_batches)
-            break
-        except torch.OutOfMemoryError as error:
-            micro_batches *= 2
-            if micro_batches > plan.method.batch_size // 2:
-                raise _out_of_memory(plan) from error
-            torch.cuda.empty_cache()
-            network.load_state_dict(received)
+    sizes = [min(size, len(table)) for table, size in zip(tables, domain_sizes(plan.method, len(tables)), strict=True)]
+    most = most_parts(sizes)
+    parts = min(max(plan.site.micro_batches, int(state.get(PARTS, 1))), most)
+    while (trained := _attempt(network, stores, plan, round_number, guide, device, amplitudes, state, parts)) is None:
+        parts = _more_parts(parts, most, plan, round_number, device)
+        let_go(device)
+        network.zero_grad(set_to_none=True)
+        network.load_state_dict(received)
+    figures, kept = trained
+    if parts > plan.site.micro_batches:
+        kept |= {PARTS: torch.tensor(parts)}
     return figures | {
         "examples": float(sum(len(table) for table in tables)),
         "learning_rate": learning_rate(plan, round_number, 0.0),
-        "micro_batches": float(micro_batches),
+        "micro_batches": float(parts),
         "seconds": time.perf_counter() - began,
-    }, session.state()
+    }, kept
+
+
+def _attempt(
+    network: UNet,
+    stores: Sequence[CaseStore],
+    plan: Plan,
+    round_number: int,
+    guide: Guide | None,
+    device: torch.device,
+    amplitudes: bytes,
+    state: Mapping[str, Tensor],
+    parts: int,
+) -> tuple[dict[str, float], dict[str, Tensor]] | None:
+    """Train a round with each step in so many parts; None when the memory does not hold that."""
+    tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
+    try:
+        mixer = build_mixer(tables, plan, client_name(names), round_number, amplitudes, device)
+        batches = round_batches(tables, plan, round_number, names, device, mixer)
+        session = Session(network, plan, len(stores), device, state)
+        # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
+        figures = session.train(batches, steps_of(tables, plan.method), copy.copy(guide), round_number, parts)
+        return figures, session.state()
+    except Exception as error:
+        if out_of_memory(error):
+            return None
+        raise
+
+
+def _more_parts(parts: int, most: int, plan: Plan, round_number: int, device: torch.device) -> int:
+    """Twice as many parts of a step, as far as that goes, told to the site's log.
+
+    Raises:
+        FedsgcgError: SITE-502 when the step was in its smallest parts already.
+    """
+    size, side = plan.method.batch_size, plan.data.image_size
+    if parts >= most:
+        raise fail(
+            "SITE-502",
+            found=f"a step of {size} slices of {side} pixels in {parts} parts that {device.type} memory does not hold",
+            expected="a step that fits in the smallest parts: two slices, and one of each source domain",
+            action="lower data.image_size or network.base_width, let fewer runs share the device, or take one with "
+            "more memory",
+        )
+    parts = min(2 * parts, most)
+    LOG.warning(
+        "round %d: a step of %d slices does not fit into the memory (%s); the round starts over with each step in %d "
+        "parts, the same effective batch (BatchNorm and Dice see the parts)",
+        *(round_number, size, device.type, parts),
+    )
+    return parts
 
 
 class Session:
@@ -178,8 +240,9 @@ class Session:
             if name.startswith(MOMENTS):
                 index, _, kind = name.removeprefix(MOMENTS).partition(".")
                 like = trained[int(index)]
-                # The fused kernel walks through memory: moments must lie as their parameter does, channels last.
-                moment = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+                # The fused kernel walks through memory: moments must lie as their parameter does, channels last. And
+                # it counts its steps in place: what was given stays as it was, for a round that starts over.
+                moment = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.clone()
                 moments.setdefault(int(index), {})[kind] = moment
         if moments and self._plan.federation.moments == "keep":
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
@@ -275,13 +338,4 @@ def _diverged(round_number: int, step: int) -> Exception:
         found=f"a loss or weight that is not finite in round {round_number}, step {step}",
         expected="finite numbers",
         action="lower method.learning_rate; nothing of this round leaves the site",
-    )
-
-
-def _out_of_memory(plan: Plan) -> Exception:
-    return fail(
-        "SITE-502",
-        found=f"a batch of {plan.method.batch_size} slices of {plan.data.image_size} pixels, in parts of two",
-        expected="a step that fits into the memory of the GPU",
-        action="lower data.image_size or network.base_width, or take a GPU with more memory",
     )

@@ -18,6 +18,7 @@ from clients.boundary import NOBODY, identity_of, keep_trace
 from clients.cases import CaseStore, open_store
 from clients.device import choose_device
 from clients.egress import release_error
+from clients.memory import out_of_memory
 from clients.policy import alias_salt, confined, obey, policy_of
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
 from clients.site_file import SiteFile
@@ -129,7 +130,8 @@ def visiting(
         return work(Visit(request, plan, site, root, home, kind, policy))
     except Exception as error:
         keep_trace(home, kind, identity)
-        code = error.public() if isinstance(error, FedsgcgError) else "SITE-500"
+        unforeseen = "SITE-502" if out_of_memory(error) else "SITE-500"
+        code = error.public() if isinstance(error, FedsgcgError) else unforeseen
         return release_error(code, identity, site, home, kind, note=str(error) if code.startswith("POL") else "")
 
 

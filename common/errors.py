@@ -101,7 +101,7 @@ CODES: Final[dict[str, str]] = {
     "DEP-615": "The run ended without an outcome.",
     # SITE: anything unforeseen inside a hospital; the trace stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
-    "SITE-502": "The memory of the site's device does not hold one training step.",
+    "SITE-502": "The memory of the site's device is too small.",
     "SITE-501": "The site's folder cannot be written or its ledger is broken; nothing leaves.",
     "SITE-503": "The work took longer than the site's deadline and was ended.",
     "SITE-504": "The site's training process died.",

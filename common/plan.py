@@ -125,8 +125,9 @@ class SiteSettings(Section):
         roles: Roles this site accepts.
         shares: What the site agrees to send besides weights and class statistics: `amplitude_summary`,
             `amplitude_bank` (methods.md 2.8).
-        micro_batches: Parts into which a step is cut where the memory does not hold it; gradients are accumulated, so
-            the step is the same but for BatchNorm, which sees the parts.
+        micro_batches: Parts into which a step is cut where the memory does not hold it; a site that runs out of memory
+            takes more by itself. Gradients are accumulated: the effective batch is the same, but BatchNorm and the Dice
+            term, which look at a whole batch, see the parts.
         feature_samples: Pixels of each class whose features the site keeps for the report's t-SNE (`features.arrow` in
             the site's folder, which only a simulation's report can read); 0 keeps none.
     """

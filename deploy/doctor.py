@@ -122,7 +122,11 @@ def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
     found = [Finding("device", "hardware", "ok", describe_hardware())]
     memory = f"{step.bytes / 2**20:.0f} MiB" + (f" of {step.available / 2**20:.0f}" if step.available else "")
     words = f"{step.seconds:.2f} s and {memory} for {plan.method.batch_size} slices of {plan.data.image_size} pixels"
-    if step.available and step.bytes > 0.9 * step.available:
+    if step.parts > plan.site.micro_batches:
+        words = f"the memory does not hold it whole; in {step.parts} parts: {words}"
+        action = "Nothing: training cuts its steps likewise. A larger card, or a smaller data.image_size, avoids it."
+        found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
+    elif step.available and step.bytes > 0.9 * step.available:
         action = "Lower method.batch_size, network.base_width or data.image_size, or use a larger card."
         found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
     else:

@@ -136,10 +136,21 @@ def run_study(study: Study, console: Console) -> int:
         with console.status("making the report"):
             collect(study.folder)
             make_report(study.folder)
+    _tell_cut_steps(missing, console)
     for name, text in errors.items():
         console.print(f"{name} failed", style="bold red", highlight=False, markup=False)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     return exit_code(study.cells)
+
+
+def _tell_cut_steps(cells: Iterable[Cell], console: Console) -> None:
+    """Name the cells in which a hospital ran out of memory and went on with smaller parts of its steps."""
+    from server.report_reader import Reader
+    from server.report_rounds import cut_steps
+
+    for cell in cells:
+        if text := cut_steps(Reader(cell.folder).rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))):
+            console.print(f"{cell.name}: {text}.", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def exit_code(cells: Iterable[Cell]) -> int:

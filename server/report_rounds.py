@@ -71,6 +71,25 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def cut_steps(rows: Iterable[Row]) -> str:
+    """Say which hospitals took their training steps in parts because the memory did not hold them whole; "" for none.
+
+    Args:
+        rows: Rows of `rounds.parquet`; `micro_batches` is the number of parts of a step.
+    """
+    parts: dict[str, set[int]] = defaultdict(set)
+    for row in rows:
+        if row["metric"] == "micro_batches" and (row["value"] or 0) > 1:
+            parts[str(row["site"])].add(int(row["value"]))
+    if not parts:
+        return ""
+    told = [f"{site} in {' or '.join(map(str, sorted(numbers)))}" for site, numbers in sorted(parts.items())]
+    return (
+        f"parts of a training step that the memory did not hold whole: {', '.join(told)}. The effective batch is the "
+        "same; BatchNorm and the Dice term see the parts"
+    )
+
+
 @dataclass
 class Departures:
     """What left one hospital with one method, over all cells in which it took part.

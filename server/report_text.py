@@ -12,6 +12,7 @@ from server.intervals import Interval
 from server.report_cases import case_lines, count_of, join_words, left_out_sentence
 from server.report_differences import Difference
 from server.report_files import DONE, Cell, StudyFiles
+from server.report_rounds import cut_steps
 from server.report_tables import AVERAGE, Row, methods_of
 
 Summary = Mapping[str, Any]
@@ -180,6 +181,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Splits", _all_of(words, "splits")),
         ("Choice of the model", _selection(words)),
         ("Training", _training(study, tree)),
+        ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
         ("Evaluation", _all_of(words, "evaluated")),
         ("Post-processing", _all_of(words, "post_processing")),
         ("Structures", _structures(tree)),
