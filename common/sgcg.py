@@ -27,6 +27,7 @@ from common.moments import (
     reduce_labels,
     triton_kernels,
 )
+from common.quadratics import QUADRATICS
 
 __all__ = ["class_moments", "reduce_labels", "sgcg_loss"]
 
@@ -231,7 +232,7 @@ def _fill(
     hidden = None
     if active is not None:
         hidden = mean.new_zeros(active.shape).masked_fill_(~active, torch.finfo(mean.dtype).min / 2)[:, None]
-    quadratic = _QUADRATICS[form](covariance, temperature)
+    quadratic = QUADRATICS[form](covariance, temperature)
     targets = [None] * max(1, -(-features.shape[0] // n)) if gradient is None else torch.split(gradient, n)
     # Views are made for all chunks at once: one by one they would cost as much as the arithmetic of a small chunk.
     rows = (torch.split(tensor, n) for tensor in (features, weight, share, losses))
@@ -254,78 +255,6 @@ def _fill(
 def _chunk_pixels(device: str, shape: torch.Size) -> int:
     pixels = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // math.prod(shape)
     return min(max(pixels, CHUNK_PIXELS[0]), CHUNK_PIXELS[1]) if device == "cpu" else max(pixels, 1)
-
-
-class _Full:
-    """Sigma_k q for all k, kept between loss and gradient of a chunk."""
-
-    def __init__(self, covariance: Tensor, temperature: float) -> None:
-        # K products into K contiguous results: one with [Sigma_1 | ... | Sigma_K] is the faster product, but the passes
-        # over its strided results cost more than that.
-        self.matrices = covariance.unbind(0)
-        self.half = covariance.new_full(covariance.shape[1:2], 0.5 / temperature**2)
-        self._make_room(0)
-
-    def _make_room(self, n: int) -> None:
-        K, A = len(self.matrices), len(self.half)
-        self.products, self.scratch = self.half.new_empty(K, n, A).unbind(0), self.half.new_empty(n, A)
-        self.terms = self.half.new_empty(K, n)
-        self.rows = self.terms.unbind(0)
-
-    def evaluate(self, q: Tensor) -> Tensor:
-        """Return (K, n) quadratic terms q' Sigma_k q / (2 tau^2) of q (n, A); valid until the next call."""
-        if len(q) != len(self.scratch):
-            self._make_room(len(q))
-        for matrix, product, term in zip(self.matrices, self.products, self.rows, strict=True):
-            torch.mm(q, matrix, out=product)
-            torch.mv(torch.mul(product, q, out=self.scratch), self.half, out=term)
-        return self.terms
-
-    def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-        """Write sum_k p_k Sigma_k q into `out` (n, A) for the q of the last `evaluate`; p is (K, n)."""
-        (first, *others), (share, *shares) = self.products, p[:, :, None].unbind(0)
-        torch.mul(first, share, out=out)
-        for product, share in zip(others, shares, strict=True):
-            out.addcmul_(product, share)
-        return out
-
-
-class _Diagonal:
-    """The same with the covariance's diagonal alone, as SePiCo's code has it (methods.md 1.10)."""
-
-    def __init__(self, covariance: Tensor, temperature: float) -> None:
-        self.variances = covariance.diagonal(dim1=1, dim2=2)
-        self.half = self.variances * (0.5 / temperature**2)
-
-    def evaluate(self, q: Tensor) -> Tensor:
-        """Return (K, n) terms of q (n, A)."""
-        return self.half @ (q * q).T
-
-    def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-        """Write sum_k p_k diag(Sigma_k) q into `out`."""
-        return torch.mm(p.T, self.variances, out=out).mul_(q)
-
-
-class _Absent:
-    """No covariance: prototype cross-entropy."""
-
-    def __init__(self, covariance: Tensor, temperature: float) -> None:
-        self.num_classes = covariance.shape[0]
-
-    def evaluate(self, q: Tensor) -> Tensor:
-        """Return (K, n) zeros."""
-        return q.new_zeros(self.num_classes, q.shape[0])
-
-    def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-        """Write zeros into `out`."""
-        return out.zero_()
-
-
-_QUADRATICS: Final[dict[str, type[_Full | _Diagonal | _Absent]]] = {
-    "full": _Full,
-    "diagonal": _Diagonal,
-    "none": _Absent,
-}
 
 
 def _check_loss(
@@ -353,5 +282,5 @@ def _check_loss(
         raise ValueError(f"temperature: found {temperature}, expected a finite number above zero")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction: found {reduction!r}, expected 'mean' or 'none'")
-    if form not in _QUADRATICS:
-        raise ValueError(f"covariance_form: found {form!r}, expected one of {sorted(_QUADRATICS)}")
+    if form not in QUADRATICS:
+        raise ValueError(f"covariance_form: found {form!r}, expected one of {sorted(QUADRATICS)}")
