@@ -17,7 +17,7 @@ from torch import nn
 from clients.cases import fingerprint
 from clients.egress import apply_floors, release
 from clients.evaluation import evaluate_cases, validation_dice
-from clients.features import patients_per_class, sample_features, site_statistics
+from clients.features import sample_features, site_statistics
 from clients.mixing import site_amplitudes
 from clients.overlay import build_guide, keep_statistics, sent_statistics
 from clients.training import load_weights, train_round, weights_of
@@ -113,8 +113,7 @@ def share(visit: Visit) -> RecordDict:
     wanted = SHARES.get(ram.sharing, "")
     if wanted not in visit.plan.site.shares:
         raise fail("ROL-202", found=f"site.shares={list(visit.plan.site.shares)}", expected=wanted)
-    tables = [store.slices("train") for store in visit.stores]
-    amplitudes = site_amplitudes(tables, ram, visit.site, visit.plan.seed, visit.device)
+    amplitudes = site_amplitudes(visit.stores, ram, visit.site, visit.plan.seed, visit.device)
     encoded = amplitudes if isinstance(amplitudes, bytes) else amplitudes.encode()
     return send(visit, Reply(visit.identity, visit.site, amplitudes=encoded))
 
@@ -174,21 +173,18 @@ def leaving(visit: Visit, described: ClassStatistics | None) -> ClassStatistics 
     """The site's statistics as they will leave, without the classes that its floors withhold."""
     if described is None:
         return None
-    patients = patients_per_class(visit.stores, visit.plan.data.num_classes)
-    return apply_floors(described, patients, visit.plan.privacy)[0]
+    return apply_floors(described, visit.patients, visit.plan.privacy)[0]
 
 
 def send(visit: Visit, reply: Reply) -> RecordDict:
     """Let a reply out through the door."""
-    data = visit.plan.data
-    patients = patients_per_class(visit.stores, data.num_classes) if reply.statistics is not None else None
     return release(
         reply,
         visit.home,
         kind=visit.kind,
         privacy=visit.plan.privacy,
-        classes=list(data.classes),
-        patients=patients,
+        classes=list(visit.plan.data.classes),
+        patients=visit.patients if reply.statistics is not None else None,
         sharing=visit.policy.sharing if visit.policy else None,
     )
 

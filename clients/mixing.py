@@ -9,6 +9,8 @@ Legend: B slices of a batch, C channels, S side, b half window.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Final, Protocol
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clients.cases import SliceTable
+from clients.cases import CaseStore, SliceTable, fingerprint
 from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
 from common.amplitudes import AmplitudeSummary, decode_bank, encode_bank
 from common.errors import fail
@@ -26,6 +28,10 @@ from common.seeding import stream
 RATIOS: Final = 10
 """A slice's own share of the amplitude is uniform over 0.1, 0.2, ..., 1.0 (methods.md 2.5)."""
 BLOCK: Final = 32
+KNOWN_SUMMARIES: Final = 64
+"""Hospitals whose summary a process keeps: a study has several in one process."""
+
+_KNOWN: dict[tuple[object, ...], AmplitudeSummary] = {}
 
 
 class Mixer(Protocol):
@@ -112,12 +118,12 @@ class SharedMixer:
 
 
 def build_mixer(
-    tables: Sequence[SliceTable], plan: Plan, site: str, round_number: int, amplitudes: bytes, device: torch.device
+    stores: Sequence[CaseStore], plan: Plan, site: str, round_number: int, amplitudes: bytes, device: torch.device
 ) -> Mixer | None:
     """Return the mixer of a round, None for a method that mixes nothing.
 
     Args:
-        tables: The slices of each source domain.
+        stores: The cases of each source domain.
         plan: Method, sharing level, seed.
         site: Name of the site.
         round_number: Names the random stream.
@@ -128,10 +134,8 @@ def build_mixer(
         return None
     settings, rng = plan.method.ram, stream(plan.seed, round_number, site, "partners")
     if settings.sharing == "local":
-        return LocalMixer(tables, settings, rng)
-    own = site_amplitudes(tables, settings, site, plan.seed, device) if settings.sharing == "summary" else site
-    if isinstance(own, bytes):
-        raise TypeError("a summary is not bytes")
+        return LocalMixer([store.slices("train") for store in stores], settings, rng)
+    own = own_summary(stores, settings, device) if settings.sharing == "summary" else site
     return SharedMixer(amplitudes, own, settings, rng)
 
 
@@ -141,33 +145,50 @@ def draw_ratio(rng: np.random.Generator, count: int) -> Tensor:
 
 
 def site_amplitudes(
-    tables: Sequence[SliceTable], settings: RamSettings, site: str, seed: int, device: torch.device
+    stores: Sequence[CaseStore], settings: RamSettings, site: str, seed: int, device: torch.device
 ) -> AmplitudeSummary | bytes:
     """What a site shares of its training slices: the summary of all of them, or the bank of a few.
 
     Args:
-        tables: The slices of each source domain.
+        stores: The cases of each source domain.
         settings: Level, window and size of the bank.
         site: Name of the site, the owner of the bank's entries.
         seed: The study's seed, from which the bank's slices are drawn.
         device: Where to transform.
     """
     if settings.sharing == "summary":
-        parts = [summary for table in tables for summary in _summaries(table, settings, device)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return own_summary(stores, settings, device)
     rng = stream(seed, site, "bank")
-    (table,) = tables
+    (store,) = stores
+    table = store.slices("train")
     chosen = np.sort(rng.permutation(len(table))[: settings.bank_size])
     return encode_bank(_windows(table, chosen, settings, device), [site] * len(chosen))
 
 
-def _summaries(table: SliceTable, settings: RamSettings, device: torch.device) -> list[AmplitudeSummary]:
+def own_summary(stores: Sequence[CaseStore], settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+    """Summary of a client's training slices; what was computed once is kept while the process lives.
+
+    It depends on the slices and the window alone, and is wanted in every round.
+    """
+    first, *others = [_known_summary(store, settings, device) for store in stores]
+    return reduce(add, others, first)
+
+
+def _known_summary(store: CaseStore, settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+    data = store.data
+    key = fingerprint(store), data.stack, data.train_slices, settings.window, str(device)
+    if key not in _KNOWN:
+        if len(_KNOWN) >= KNOWN_SUMMARIES:
+            _KNOWN.pop(next(iter(_KNOWN)))  # the oldest
+        _KNOWN[key] = _summary(store.slices("train"), settings, device)
+    return _KNOWN[key]
+
+
+def _summary(table: SliceTable, settings: RamSettings, device: torch.device) -> AmplitudeSummary:
     numbers = np.arange(len(table))
     blocks = [numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK)]
-    return [AmplitudeSummary.from_amplitudes(_windows(table, block, settings, device)) for block in blocks]
+    parts = (AmplitudeSummary.from_amplitudes(_windows(table, block, settings, device)) for block in blocks)
+    return reduce(add, parts)
 
 
 def _windows(

@@ -113,7 +113,7 @@ def _attempt(
     """Train a round with each step in so many parts; None when the memory does not hold that."""
     tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
     try:
-        mixer = build_mixer(tables, plan, client_name(names), round_number, amplitudes, device)
+        mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer)
         session = Session(network, plan, len(stores), device, state)
         # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.

@@ -10,14 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
+from numpy.typing import NDArray
 
 from clients.approval import check_approved
 from clients.boundary import NOBODY, identity_of, keep_trace
 from clients.cases import CaseStore, open_store
 from clients.device import choose_device
 from clients.egress import release_error
+from clients.features import patients_per_class
 from clients.memory import out_of_memory
 from clients.policy import alias_salt, confined, obey, policy_of
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
@@ -84,6 +87,11 @@ class Visit:
         problems = "\n".join(str(problem) for store in stores for problem in store.problems)
         write_text(self.home / "problems.txt", problems or "none")
         return stores
+
+    @cached_property
+    def patients(self) -> NDArray[np.int64]:
+        """Training patients of each class (K,), which the patient floor compares."""
+        return patients_per_class(self.stores, self.plan.data.num_classes)
 
     @property
     def state(self) -> LocalState:

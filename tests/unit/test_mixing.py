@@ -1,0 +1,67 @@
+"""A site's own amplitudes: what they sum up, and that a round does not compute again what another has computed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from clients import mixing
+from clients.cases import open_store
+from clients.mixing import own_summary, site_amplitudes
+from clients.site import open_site
+from common.amplitude import window_amplitudes
+from common.amplitudes import FLOOR
+from common.plan import RamSettings
+from tests import sites
+
+CPU = torch.device("cpu")
+SUMMARY = RamSettings(sharing="summary")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixing")
+    root = sites.hospitals(folder / "data")
+    data = sites.plan_of(root, folder).data
+    return [open_store(open_site(root, name, data), data, folder / "cache", heldout=False) for name in sites.SITES]
+
+
+def by_force(store, window):
+    images = torch.from_numpy(store.slices("train").stack(range(len(store.slices("train"))))[0])
+    logs = np.log(np.maximum(window_amplitudes(images, window).double().numpy(), FLOOR))
+    return logs.sum(axis=0), np.square(logs).sum(axis=0)
+
+
+def test_the_summary_of_a_client_sums_all_training_slices_of_its_hospitals(stores):
+    total = own_summary(stores, SUMMARY, CPU)
+    (first, second), (more, more_squares) = (by_force(store, SUMMARY.window) for store in stores)
+    assert total.count == sum(len(store.slices("train")) for store in stores)
+    np.testing.assert_allclose(total.first, first + more, rtol=1e-5)
+    np.testing.assert_allclose(total.second, second + more_squares, rtol=1e-5)
+    assert site_amplitudes(stores, SUMMARY, "both", 0, CPU).encode() == total.encode()
+
+
+def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stores, monkeypatch):
+    monkeypatch.setattr(mixing, "_KNOWN", {})
+    store = stores[0]
+    known = own_summary([store], SUMMARY, CPU)
+    assert own_summary([replace(store)], SUMMARY, CPU) is known  # opened again for the next round's message
+    wider = own_summary([store], replace(SUMMARY, window=0.2), CPU)
+    assert wider.first.shape != known.first.shape
+    fewer = tuple(replace(case, split="test") if case.index == 0 else case for case in store.cases)
+    assert own_summary([replace(store, cases=fewer)], SUMMARY, CPU).count < known.count
+    shown = replace(store.data, train_slices="foreground" if store.data.train_slices == "all" else "all")
+    other = replace(store, data=shown)
+    assert own_summary([other], SUMMARY, CPU).count == len(other.slices("train"))
+    assert own_summary([store], SUMMARY, CPU) is known
+
+
+def test_the_oldest_summaries_make_room(stores, monkeypatch):
+    monkeypatch.setattr(mixing, "_KNOWN", {})
+    monkeypatch.setattr(mixing, "KNOWN_SUMMARIES", 1)
+    first = own_summary(stores[:1], SUMMARY, CPU)
+    own_summary(stores[1:], SUMMARY, CPU)
+    again = own_summary(stores[:1], SUMMARY, CPU)
+    assert again is not first
+    assert again.encode() == first.encode()
