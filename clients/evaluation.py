@@ -227,6 +227,8 @@ def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
             "unit": "pixel",
             "empty_prediction": not prediction.any(),
             "empty_truth": not truth.any(),
+            "dice_smooth1": pixels.dice_smooth1,
+            "asd_compat": pixels.asd_compat,
         }
         if steps is not None:
             millimetres = segmentation_metrics(prediction, truth, spacing=steps)

@@ -5,6 +5,7 @@ its face-connected erosion, what lies outside the array is background, and every
 Instead of distance maps over the whole image, only the surface points are compared, in a k-d tree.
 
 Empty masks (methods.md 2.7): both empty give Dice 1 and distances 0; one empty gives Dice 0 and distances NaN.
+`dice_smooth1` and `asd_compat` are what published code counts instead, to stand beside printed numbers alone.
 
 Legend: P prediction, T truth, S(.) surface, d(s, T) distance of a point from the nearest point of S(T).
 """
@@ -21,6 +22,8 @@ from scipy.spatial import cKDTree
 
 Mask = npt.NDArray[np.bool_]
 Spacing = Sequence[float] | float | None
+EMPTY_DISTANCE = 100.0
+"""Distance, in pixels or voxels, that published code gives to a prediction that is empty."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Metrics:
         assd: Mean over the pooled surface points of both masks.
         hd95: 95th percentile of the pooled distances.
         asd_reverse: Mean of d(s, P) over the surface of the truth.
+        dice_smooth1: (2 |P and T| + 1) / (|P| + |T| + 1).
     """
 
     dice: float
@@ -40,6 +44,12 @@ class Metrics:
     assd: float
     hd95: float
     asd_reverse: float
+    dice_smooth1: float
+
+    @property
+    def asd_compat(self) -> float:
+        """The asd with `EMPTY_DISTANCE` where it is not defined because one mask is empty."""
+        return EMPTY_DISTANCE if np.isnan(self.asd) else self.asd
 
 
 def segmentation_metrics(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None) -> Metrics:
@@ -56,8 +66,14 @@ def segmentation_metrics(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacin
     first, second, scale = _checked(prediction, truth, spacing)
     forward, backward = _surface_distances(first, second, scale)
     pooled = np.concatenate([forward, backward])
-    hd95 = float(np.percentile(pooled, 95))
-    return Metrics(_dice(first, second), float(forward.mean()), float(pooled.mean()), hd95, float(backward.mean()))
+    return Metrics(
+        dice=_dice(first, second),
+        asd=float(forward.mean()),
+        assd=float(pooled.mean()),
+        hd95=float(np.percentile(pooled, 95)),
+        asd_reverse=float(backward.mean()),
+        dice_smooth1=_dice(first, second, smooth=1),
+    )
 
 
 def dice(prediction: npt.ArrayLike, truth: npt.ArrayLike) -> float:
@@ -94,9 +110,9 @@ def hausdorff_distance_95(prediction: npt.ArrayLike, truth: npt.ArrayLike, spaci
     return segmentation_metrics(prediction, truth, spacing).hd95
 
 
-def _dice(first: Mask, second: Mask) -> float:
-    total = np.count_nonzero(first) + np.count_nonzero(second)
-    return float(2 * np.count_nonzero(first & second) / total) if total else 1.0
+def _dice(first: Mask, second: Mask, smooth: int = 0) -> float:
+    total = np.count_nonzero(first) + np.count_nonzero(second) + smooth
+    return float((2 * np.count_nonzero(first & second) + smooth) / total) if total else 1.0
 
 
 def _surface_distances(

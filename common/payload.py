@@ -41,6 +41,8 @@ CASES_SCHEMA = pa.schema(
         pa.field("hd95_mm", pa.float64()),
         pa.field("empty_prediction", pa.bool_()),
         pa.field("empty_truth", pa.bool_()),
+        pa.field("dice_smooth1", pa.float64()),  # as printed tables count, for comparison alone (methods.md 2.7)
+        pa.field("asd_compat", pa.float64()),  # asd in pixels, 100 where one mask is empty
     ],
     metadata={"schema_version": SCHEMA_VERSION, "kind": CASES_KIND},
 )

@@ -101,6 +101,8 @@ def settings_by_method(study: Study) -> dict[str, Any]:
 def collect(folder: Path) -> None:
     """Join the cells' `results.parquet` and `rounds.parquet` into the study's own.
 
+    A cell of an older version may have fewer columns: it has no value there.
+
     Raises:
         FedsgcgError: SRV-402 naming a table that is damaged, SRV-401 when the disk refuses.
     """
@@ -108,7 +110,7 @@ def collect(folder: Path) -> None:
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
+            pq.write_table(pa.concat_tables(tables, promote_options="default"), sink, compression="zstd")
             Disk().write(folder / name, bytes(sink.getvalue()))
 
 

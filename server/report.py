@@ -138,12 +138,13 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     judged = any(cell.heldout for cell in study.cells)
     place = HELD_OUT if judged else VALIDATION
     sweeps = sweeps_of(labels, study.settings)
+    papers = paper_tables(layouts, labels, colours)
     return {
         "judged": judged,
         "place": place,
         "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
-        "papers": paper_tables(layouts, labels, colours),
-        "paper_notes": paper_notes(published) if rows else [],
+        "papers": papers,
+        "paper_notes": paper_notes(published, papers) if rows else [],
         "paper_seeds": seeds_note(values, main_labels(labels)),
         "ablation": ablation_tables(layouts, labels, colours),
         "differences": claims_section(claims, structures) if claims else None,

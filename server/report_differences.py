@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from server.hypothesis_tests import ALPHA, SignedRank, holm, signed_rank
 from server.intervals import NAN, Interval, bootstrap_interval
-from server.report_tables import AVERAGE, METRICS, Row, as_rows, distance_unit, heldout_rows, value_of
+from server.report_tables import AVERAGE, COMPATIBLE, METRICS, Row, as_rows, distance_unit, heldout_rows, value_of
 
 Place = tuple[str, str]  # (heldout, site)
 Seeds = dict[int, float]
@@ -120,7 +120,7 @@ class CaseValues:
         self._values: dict[tuple[str, str, str], Values] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
         for row in rows:
             place = str(row["heldout"]), str(row["site"])
-            for metric in METRICS:
+            for metric in (*METRICS, *COMPATIBLE.values()):
                 value = value_of(row, metric, self.unit)
                 if math.isfinite(value):
                     found = self._values[str(row["method"]), str(row["structure"]), metric]

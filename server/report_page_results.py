@@ -49,10 +49,11 @@ CLAIM_MACROS = """
 <tbody role="rowgroup">{% if group.title %}<tr class="group" role="row"><th scope="rowgroup" role="rowheader" colspan="{{ table.columns|length + lead }}">{{ group.title }}</th></tr>{% endif %}
 
 {% for row in group.rows %}
-<tr role="row"{% if row.published %} class="printed"{% endif %}>
+<tr role="row"{% if row.published or row.counted %} class="printed"{% endif %}>
 {% if ticks %}<th scope="row" role="rowheader"><span class="tick">{{ "✓" if row.ticks and row.ticks[0] else "–" }}</span><span class="onlynarrow"> RAM</span></th>
 <td role="cell" data-label="SgCG"><div><span class="tick">{{ "✓" if row.ticks and row.ticks[1] else "–" }}</span>{% if row.published %} <small>printed</small>{% endif %}</div></td>
 {% elif row.published %}<th scope="row" role="rowheader">{{ row.label }}<span class="tag">printed</span></th>
+{% elif row.counted %}<th scope="row" role="rowheader">{{ row.label }}<span class="tag">as the papers count</span></th>
 {% else %}<th scope="row" role="rowheader"><span class="swatched">{{ swatch(row.index, false) }}{{ row.label }}</span></th>{% endif %}
 {% for cell in row.cells %}{{ paper_cell(cell, table.columns[loop.index0].title, table.dense) }}{% endfor %}</tr>
 {% endfor %}</tbody>

@@ -15,10 +15,10 @@ import numpy as np
 
 from server.intervals import Interval
 from server.report_cases import count_of
-from server.report_differences import CaseValues, Place, corrected_for_number
+from server.report_differences import CaseValues, Place, Values, corrected_for_number
 from server.report_labels import FEDERATION_WORDS, FEDERATIONS, TRAINS, Label, main_labels
 from server.report_published import ABLATION, Published, PublishedRow
-from server.report_tables import AVERAGE
+from server.report_tables import AVERAGE, COMPATIBLE
 from server.report_text import DASH, TITLES, show
 
 Section = dict[str, Any]
@@ -72,10 +72,32 @@ class Layout:
                 "index": colours.get(label.name, 0),
                 "ticks": ARMS.get(label.trains),
                 "published": False,
+                "counted": False,
                 "cells": [self._cell(label.name, metric, place, best[site]) for site, place in self.columns],
             }
             for label in labels
         ]
+
+    def counted_row(self, row: Section, metric: str) -> list[Section]:
+        """The row of a label once more, as the printed code counts, where that changes a number that is shown.
+
+        Nothing where the printed code counts as we do, and where the results do not hold the column for every case.
+        """
+        column, name = COMPATIBLE.get(metric, ""), str(row["label"])
+        if self.published is None or metric not in self.published.counted or not self._complete(name, column):
+            return []
+        empty = [""] * len(self.structures)
+        cells = [self._cell(name, column, place, empty) for _, place in self.columns]
+        if [cell.get("parts") for cell in cells] == [_plain(cell) for cell in row["cells"]]:
+            return []
+        return [row | {"counted": True, "cells": cells}]
+
+    def _complete(self, name: str, column: str) -> bool:
+        """Whether a column is known for every case, seed and structure of a label."""
+        return all(
+            _keys(self.values.of(name, structure, column)) == _keys(self.values.of(name, structure, "dice"))
+            for structure in self.structures
+        )
 
     def _cell(self, name: str, metric: str, place: Place | None, best: Sequence[str]) -> Section:
         parts, spreads, ends, notes = [], [], [], []
@@ -132,6 +154,7 @@ class Layout:
                 "label": row.method,
                 "ticks": ARMS.get((only or {}).get(row.method, "")),
                 "published": True,
+                "counted": False,
                 "cells": [self._published_cell(row, site, place) for site, place in self.columns],
             }
             for row in rows
@@ -163,7 +186,12 @@ def paper_tables(layouts: Iterable[Layout], labels: Mapping[str, Label], colours
             groups = [
                 {
                     "title": FEDERATION_WORDS.get(name, name) if len(set(federations)) > 1 else "",
-                    "rows": [row for row, own in zip(rows, federations, strict=True) if own == name],
+                    "rows": [
+                        line
+                        for row, own in zip(rows, federations, strict=True)
+                        if own == name
+                        for line in (row, *layout.counted_row(row, metric))
+                    ],
                 }
                 for name in sorted(set(federations), key=lambda name: _place(FEDERATIONS, name))
             ]
@@ -224,14 +252,22 @@ def layouts_of(
     return [Layout(values, part, sites, published) for part in joined if part]
 
 
-def paper_notes(published: Published | None) -> list[str]:
-    """How the printed protocol differs, in words; nothing without printed rows."""
+def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> list[str]:
+    """How the printed protocol differs, in words; nothing without printed rows.
+
+    Args:
+        published: What others printed.
+        tables: The papers' tables; rows of them that count as the papers do are explained.
+    """
     if published is None:
         return []
+    rows = (row for table in tables for group in table["groups"] for row in group["rows"])
+    counted = ["; ".join(published.counted.values())] if any(row["counted"] for row in rows) else []
     return [
         "The grey rows are copied from the SgCG paper (withdrawn from ICLR 2025) as printed. They were not reproduced "
         "here and must not be compared digit by digit:",
         *published.protocol,
+        *(f"A row “as the papers count” has {words}; it stands where that changes a number." for words in counted),
         f"Distances in this table are in {published.unit}s, as printed, also where millimetres are known.",
         "An average that does not follow from its own row says what the row gives.",
     ]
@@ -246,14 +282,24 @@ def seeds_note(values: CaseValues, labels: Iterable[Label]) -> str:
     return f"mean ± standard deviation over {count_of(seeds, 'seed')}" if seeds > 1 else "mean of one seed"
 
 
+def _keys(values: Values) -> set[tuple[Place, str, int]]:
+    return {(place, case, seed) for place, cases in values.items() for case, seeds in cases.items() for seed in seeds}
+
+
+def _plain(cell: Section) -> list[Section] | None:
+    """The numbers of an entry without their marks."""
+    parts: list[Section] | None = cell.get("parts")
+    return None if parts is None else [part | {"bold": False} for part in parts]
+
+
 def _shown(value: float, metric: str) -> str:
-    return show(100 * value if metric == "dice" else value, 2)
+    return show(100 * value if metric.startswith("dice") else value, 2)
 
 
 def _ends(interval: Interval, metric: str) -> str:
     if not math.isfinite(interval.low):
         return ""
-    places, factor = (1, 100) if metric == "dice" else (2, 1)
+    places, factor = (1, 100) if metric.startswith("dice") else (2, 1)
     return f"{show(factor * interval.low, places)} to {show(factor * interval.high, places)}"
 
 

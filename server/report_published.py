@@ -47,6 +47,7 @@ class Published:
         domains: Names that a site of each domain may have, in letters and digits; the first is the name in words.
         rows: Rows by metric (`dice` in per cent, `asd`).
         protocol: How the printed protocol differs from ours, one sentence each.
+        counted: Metrics that the printed code counts otherwise than we do, and how, by metric.
     """
 
     structures: tuple[str, ...]
@@ -54,6 +55,7 @@ class Published:
     domains: tuple[tuple[str, ...], ...]
     rows: Mapping[str, tuple[PublishedRow, ...]]
     protocol: tuple[str, ...]
+    counted: Mapping[str, str]
 
     def domain_of(self, site: str) -> int | None:
         """Return the place of a site's domain, None for a site that is none of them."""
@@ -130,6 +132,10 @@ PUBLISHED: dict[str, Published] = {
                 SgCG 14.62/7.31 12.96/12.21 8.46/6.57 7.54/6.64 9.54"""),
         },
         protocol=(*_COMMON, *_FUNDUS),
+        counted={
+            "dice": "Dice (2 I + 1) / (P + G + 1) of I pixels in both, P predicted and G true",
+            "asd": "a distance of 100 pixels where one mask is empty",
+        },
     ),
     "prostate": Published(
         structures=("prostate",),
@@ -163,5 +169,6 @@ PUBLISHED: dict[str, Published] = {
                 SgCG 0.92 0.74 2.17 1.02 1.67 0.93 1.24"""),
         },
         protocol=(*_COMMON, *_PROSTATE),
+        counted={"asd": "a distance of 100 voxels where one mask is empty (that code makes a whole volume of it)"},
     ),
 }

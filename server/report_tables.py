@@ -26,6 +26,8 @@ Floats = npt.NDArray[np.float64]
 
 METRICS = ("dice", "asd", "assd", "hd95")
 AVERAGE = "average"
+COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
+"""Columns that count a metric as published code does, for printed tables alone; absent in files of older versions."""
 MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
 
 
@@ -59,7 +61,7 @@ def merge_models(rows: list[Row]) -> list[Row]:
 
 
 def _merged(rows: Sequence[Row]) -> Row:
-    values = {name: [number(row, name) for row in rows] for name in (*METRICS, *MILLIMETRES)}
+    values = {name: [number(row, name) for row in rows] for name in (*METRICS, *MILLIMETRES, *COMPATIBLE.values())}
     known = {name: [value for value in column if math.isfinite(value)] for name, column in values.items()}
     return {
         **rows[0],
@@ -98,7 +100,7 @@ def number(row: Row, name: str) -> float:
 
 def value_of(row: Row, metric: str, unit: str) -> float:
     """Return a metric of a row, a distance in `unit`."""
-    return number(row, f"{metric}_mm" if unit == "mm" and metric != "dice" else metric)
+    return number(row, f"{metric}_mm" if unit == "mm" and metric in METRICS[1:] else metric)
 
 
 def summary_rows(results: pa.Table | Iterable[Row]) -> list[dict[str, Any]]:

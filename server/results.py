@@ -118,8 +118,9 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
             raise fail(
                 "PAY-106", where=site, found="a case without alias or of an unknown structure", expected=expected
             )
-        if row["dice"] is None or not 0.0 <= row["dice"] <= 1.0:
-            raise fail("PAY-106", where=site, found=f"Dice {row['dice']!r}", expected="a number in [0, 1]")
+        for name in ("dice", "dice_smooth1"):
+            if row[name] is None or not 0.0 <= row[name] <= 1.0:
+                raise fail("PAY-106", where=site, found=f"{name} {row[name]!r}", expected="a number in [0, 1]")
     return [{"site": site, **row} for row in rows]
 
 

@@ -152,7 +152,7 @@ def case_rows(plan: Plan, site: str, weights: Weights) -> list[dict[str, object]
     distances = dict.fromkeys(("asd", "assd", "hd95", "asd_mm", "assd_mm", "hd95_mm"), 1.0)
     return [
         {"case": f"{site}-{k}", "structure": name, "dice": score_of(weights), "unit": "pixel", **distances}
-        | {"empty_prediction": False, "empty_truth": False}
+        | {"empty_prediction": False, "empty_truth": False, "dice_smooth1": score_of(weights), "asd_compat": 1.0}
         for k in range(2)
         for name in plan.data.structures
     ]

@@ -209,6 +209,9 @@ def test_empty_masks_are_flagged_and_defined():
     assert (one["dice"], one["empty_prediction"], one["empty_truth"]) == (0.0, True, False)
     assert math.isnan(one["asd"])
     assert math.isnan(one["hd95"])
+    # What printed tables count stands beside: (0 + 1) / (0 + 18 + 1), and 100 pixels also where millimetres are known.
+    assert (one["dice_smooth1"], one["asd_compat"]) == (1 / 19, 100.0)
+    assert (both["dice_smooth1"], both["asd_compat"]) == (1.0, 0.0)
 
 
 def test_overlap_counts_and_dice_by_hand():

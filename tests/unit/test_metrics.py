@@ -125,6 +125,22 @@ def test_the_interior_is_no_surface_even_where_a_corner_is_missing():
     assert average_surface_distance(plus, mask((3, 3), (1, 1))) == 1
 
 
+def test_what_published_code_counts_by_hand():
+    """P has 3 elements, T has 4, two are in both: (2 * 2 + 1) / (3 + 4 + 1); a Dice of 0 or 1 does not stay one."""
+    prediction, truth = mask((2, 4), (0, 0), (0, 1), (0, 2)), mask((2, 4), (0, 1), (0, 2), (1, 1), (1, 2))
+    found = segmentation_metrics(prediction, truth)
+    assert (found.dice, found.dice_smooth1) == (4 / 7, 5 / 8)
+    assert found.asd_compat == found.asd == 1 / 3  # of the three predicted elements one lies a step away
+    empty = np.zeros((2, 4), bool)
+    for one in (segmentation_metrics(prediction, empty), segmentation_metrics(empty, prediction)):
+        assert (one.dice, one.dice_smooth1, one.asd_compat) == (0, 1 / 4, 100)
+        assert math.isnan(one.asd)
+    both = segmentation_metrics(empty, empty)
+    assert (both.dice_smooth1, both.asd_compat) == (1, 0)
+    assert segmentation_metrics(truth, truth).dice_smooth1 == 1
+    assert segmentation_metrics(prediction, empty, spacing=0.5).asd_compat == 100
+
+
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
 def test_empty_masks(shape):
     empty, full = np.zeros(shape, bool), np.ones(shape, bool)

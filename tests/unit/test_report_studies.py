@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -23,7 +25,7 @@ from server.report_labels import (
     main_pairs,
     read_label,
 )
-from server.report_papers import ablation_tables, layouts_of, paper_tables
+from server.report_papers import ablation_tables, layouts_of, paper_notes, paper_tables
 from server.report_plots import is_logarithmic
 from server.report_published import PUBLISHED, published_for
 from server.report_studies import sweep_sections, sweeps_of
@@ -290,6 +292,78 @@ class TestPaperTables:
         assert sgcg["cells"][2]["notes"] == ["1 of 2 hospitals"]
         assert not sgcg["cells"][2]["parts"][0]["bold"]
 
+    @staticmethod
+    def printed(rows, name="fundus", sites=("drishti", "refuge_val")):
+        published = PUBLISHED[name]
+        layouts = layouts_of(CaseValues(rows, "pixel"), list(published.structures), sites, published)
+        tables = paper_tables(layouts, labels_of(rows), {})
+        counted = {
+            table["metric"]: [
+                (entry["label"], [[part["text"] for part in cell["parts"]] for cell in entry["cells"]])
+                for group in table["groups"]
+                for entry in group["rows"]
+                if entry["counted"]
+            ]
+            for table in tables
+        }
+        return counted, paper_notes(published, tables)
+
+    @staticmethod
+    def fundus_rows(compatible=True, empties=1):
+        """Two cases at each of two hospitals; the prediction of one cup is empty in the label `sgcg`."""
+        found = []
+        for method in ("source", "sgcg"):
+            for site in ("drishti", "refuge_val"):
+                for case in ("a", "b"):
+                    for structure in ("cup", "disc"):
+                        lost = empties and (method, site, case, structure) == ("sgcg", "drishti", "a", "cup")
+                        own = {"dice": 0.0, "asd": NAN} if lost else {"dice": 0.8, "asd": 10.0}
+                        counts = {"dice_smooth1": 0.01, "asd_compat": 100.0} if lost else {}
+                        counts = {"dice_smooth1": own["dice"], "asd_compat": own["asd"]} | counts
+                        more = own | (counts if compatible else {})
+                        found.append(row(method, site, case=case, structure=structure, **more))
+        return found
+
+    def test_a_row_as_the_papers_count_stands_where_it_changes_a_number(self):
+        counted, notes = self.printed(self.fundus_rows())
+        # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same both ways: no row.
+        assert counted["dice"] == [("sgcg", [["40.50", "80.00"], ["80.00", "80.00"], ["60.25", "80.00"]])]
+        assert counted["asd"] == [("sgcg", [["55.00", "10.00"], ["10.00", "10.00"], ["32.50", "10.00"]])]
+        assert [note for note in notes if "as the papers count" in note] == [
+            "A row “as the papers count” has Dice (2 I + 1) / (P + G + 1) of I pixels in both, P predicted and G true; "
+            "a distance of 100 pixels where one mask is empty; it stands where that changes a number."
+        ]
+
+    def test_no_row_as_the_papers_count_without_a_difference_or_without_the_columns(self):
+        some_without = [
+            {name: value for name, value in entry.items() if name not in ("dice_smooth1", "asd_compat")}
+            if entry["case"] == "b"
+            else entry
+            for entry in self.fundus_rows()
+        ]
+        for rows in (self.fundus_rows(empties=0), self.fundus_rows(compatible=False), some_without):
+            counted, notes = self.printed(rows)
+            assert counted == {"dice": [], "asd": []}
+            assert not any("as the papers count" in note for note in notes)
+
+    def test_printed_prostate_dice_is_plain_and_gets_no_such_row(self):
+        rows = [entry | {"structure": "prostate"} for entry in self.fundus_rows() if entry["structure"] == "cup"]
+        rows = [
+            entry | {name: {"drishti": "BMC"}.get(entry[name], "HK") for name in ("site", "heldout")} for entry in rows
+        ]
+        counted, _ = self.printed(rows, "prostate", ("BMC", "HK"))
+        assert counted["dice"] == []
+        assert counted["asd"] == [("sgcg", [["55.00"], ["10.00"], ["32.50"]])]
+
+    def test_models_of_single_hospitals_are_averaged_in_these_columns_too(self):
+        rows = [
+            row("local", case="a", trained_on=site, dice=0.5, dice_smooth1=smooth, asd_compat=compat)
+            for site, smooth, compat in (("A", 0.2, 100.0), ("B", 0.4, 3.0))
+        ]
+        (merged,) = merge_models(rows)
+        assert merged["dice_smooth1"] == pytest.approx(0.3)
+        assert merged["asd_compat"] == 51.5
+
     def test_ablation_needs_three_arms_and_ticks_their_parts(self):
         rows = self.rows()
         layouts = layouts_of(CaseValues(rows), ["gland"], ["HK", "UCL"], None)
@@ -471,3 +545,37 @@ class TestWholePage:
         text = Page(make_report(study).read_text()).text
         assert "A held out: B alone trained" in text
         assert "sgcg local · A held out · seed 0 · B alone: interrupted" in text
+
+
+def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_path):
+    """The same study twice: with the two columns, and as an older version wrote it."""
+    words = {}
+    for name in ("new", "old"):
+        folder = write_large_study(
+            tmp_path / name, sites=FUNDUS_SITES, structures=FUNDUS, name="fundus", seeds=(0,), cases=3,
+            federations=("by_site",), arms=("source", "sgcg"), weights=(), temperatures=(), memories=(), features=False,
+        )  # fmt: skip
+        table = pq.read_table(folder / "results.parquet")
+        table = table.drop_columns(["dice_smooth1", "asd_compat"])
+        if name == "new":
+            lost = np.arange(len(table)) == 0
+            asd, dice = (table[column].to_numpy() for column in ("asd", "dice"))
+            table = table.append_column("dice_smooth1", pa.array(dice + 0.3 * lost))
+            table = table.append_column("asd_compat", pa.array(np.where(lost, 100.0, asd)))
+        pq.write_table(table, folder / "results.parquet")
+        for path in folder.glob("*/*/*/results.parquet"):
+            path.unlink()
+        words[name] = Page(make_report(folder).read_text()).text
+    assert words["new"].count("as the papers count") == 3  # one row each of Dice and ASD, and the note
+    assert "as the papers count" not in words["old"]
+
+
+def test_cells_of_an_older_version_join_those_of_this_one(tmp_path):
+    from deploy.record import collect as collect_study
+
+    for seed in (0, 1):
+        (tmp_path / "sgcg" / "HK" / str(seed)).mkdir(parents=True)
+        cell = {"method": ["sgcg"], "seed": [seed], "dice": [0.5]} | ({"dice_smooth1": [0.6]} if seed else {})
+        pq.write_table(pa.table(cell), tmp_path / "sgcg" / "HK" / str(seed) / "results.parquet")
+    collect_study(tmp_path)
+    assert pq.read_table(tmp_path / "results.parquet")["dice_smooth1"].to_pylist() == [None, 0.6]
