@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -49,6 +50,32 @@ def run_command(work: Callable[[Console], int], interrupted: str = "") -> int:
 def print_error(text: str) -> None:
     """Print an error to standard error, to the letter."""
     Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def steps_of(console: Console, words: str) -> Iterator[Callable[[str], None]]:
+    """Show what long work is at: a spinner, or a line now and then on a console that cannot redraw.
+
+    Args:
+        console: Where to show it.
+        words: What is happening, e.g. "making the report".
+
+    Yields:
+        A function that is told the name of each step.
+    """
+    if console.is_terminal:
+        with console.status(words) as status:
+            yield lambda step: status.update(f"{words}: {step}")
+        return
+    last = time.monotonic()
+
+    def tell(step: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_S:
+            last = time.monotonic()
+            console.print(f"{words}: {step}", highlight=False, markup=False)
+
+    yield tell
 
 
 def counted(items: Sequence[T], console: Console, words: str) -> Iterator[T]:

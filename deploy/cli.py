@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.console import run_command
+from common.console import run_command, steps_of
 from common.errors import Problem, fail
 from common.settings import GROUPS, choices_of, join
 from deploy.coordinator import add_commands
@@ -165,10 +165,10 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     folder: Path = options.folder
     if not (folder / "study.yaml").is_file():
         raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
-    with console.status("making the report"):
+    with steps_of(console, "making the report") as tell:
         read_record(folder)
         collect(folder)
-        path = make_report(folder)
+        path = make_report(folder, tell)
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     return 0
 

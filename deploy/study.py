@@ -19,6 +19,7 @@ from rich.console import Console
 
 from clients.cases import data_fingerprint
 from clients.site import resolve_cache
+from common.console import steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import join
@@ -133,9 +134,9 @@ def run_study(study: Study, console: Console) -> int:
         if missing:
             with Progress(study.cells, console):
                 errors = _run_cells(study, missing)
-        with console.status("making the report"):
+        with steps_of(console, "making the report") as tell:
             collect(study.folder)
-            make_report(study.folder)
+            make_report(study.folder, tell)
     _tell_cut_steps(missing, console)
     for name, text in errors.items():
         console.print(f"{name} failed", style="bold red", highlight=False, markup=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from server.report_differences import CaseValues, Difference
 from server.report_features import similarity_section, tsne_section
 from server.report_figures import MARKERS, PALETTE
 from server.report_files import StudyFiles, read_study
-from server.report_gallery import gallery
+from server.report_gallery import gallery, write_gallery
 from server.report_labels import FEDERATION_WORDS, Group, Label, figure_groups, label_colours, main_labels, main_pairs
 from server.report_overlays import Images
 from server.report_page import PAGE
@@ -40,13 +43,21 @@ from server.report_text import (
 CASE_ROWS = 3000  # of the table of all cases; more would make the page heavy, and results.parquet has them all
 
 
-def make_report(study: Path) -> Path:
+Tell = Callable[[str], None]
+
+
+def keep_silent(step: str) -> None:
+    """Tell nobody of a step."""
+
+
+def make_report(study: Path, tell: Tell = keep_silent) -> Path:
     """Write `report.html` into a study folder from the files that are there, and its figures into `figures/`.
 
     Pictures of patients are drawn only from sites whose folder lies on this machine.
 
     Args:
         study: Study folder, or the folder of a single run.
+        tell: Called with the name of each step that takes a while.
 
     Returns:
         The page.
@@ -55,14 +66,27 @@ def make_report(study: Path) -> Path:
         FedsgcgError: SRV-402 when the folder holds neither a study nor a run, SRV-401 when it cannot be written.
     """
     files, reader = read_study(study)
-    content = contents(files, reader)
-    disk = Disk()
-    with refusals(study / "figures"):
-        disk.make_folder(study / "figures")
-    for name, data in gallery(content):
-        disk.write(study / "figures" / name, data)
+    with collector_at_rest():
+        content = contents(files, reader, tell)
+        disk = Disk()
+        with refusals(study / "figures"):
+            disk.make_folder(study / "figures")
+        tell("files of the figures")
+        write_gallery(study / "figures", gallery(content), disk)
     disk.write(study / "report.html", render(content).encode())
     return study / "report.html"
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Let Python's cycle collector rest: figures are made of cycles that live until the end, and it walks them all."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def render(content: Mapping[str, Any]) -> str:
@@ -72,12 +96,13 @@ def render(content: Mapping[str, Any]) -> str:
     return environment.from_string(PAGE).render(**content)
 
 
-def contents(study: StudyFiles, reader: Reader) -> dict[str, Any]:
+def contents(study: StudyFiles, reader: Reader, tell: Tell = keep_silent) -> dict[str, Any]:
     """Return everything that the page shows, by the name that its template uses."""
+    tell("tables and claims")
     rows = heldout_rows(study.results)
     cases, labels = case_means(rows), study.labels
     tables = _tables(study, rows, cases, reader)
-    figures = _figures(study, cases, reader, labels) | _questions(study, rows, labels)
+    figures = _questions(study, rows, labels) | _figures(study, cases, reader, labels, tell)
     # Last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
     return {**_words(study), **tables, **figures, "problems": problems}
@@ -154,7 +179,9 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     }
 
 
-def _figures(study: StudyFiles, cases: list[Section], reader: Reader, labels: Mapping[str, Label]) -> dict[str, Any]:
+def _figures(
+    study: StudyFiles, cases: list[Section], reader: Reader, labels: Mapping[str, Label], tell: Tell
+) -> dict[str, Any]:
     groups, colours, images = figure_groups(labels), label_colours(labels), Images()
     structures = _structures(study)
 
@@ -165,19 +192,28 @@ def _figures(study: StudyFiles, cases: list[Section], reader: Reader, labels: Ma
     def own_rounds(group: Group) -> list[Row]:
         return [row for row in study.rounds if row["method"] in group.labels]
 
+    def shift_parts(group: Group) -> list[Section]:
+        return _part(shift_figures(own_rounds(group), group.labels))
+
+    tell("curves")
     training = _blocks(groups, lambda group: _part(training_figures(own_rounds(group), group.labels, colours)))
     marks = [panel["marks"] for block in training for part in block["parts"] for panel in part["panels"]]
+    shift = (block for group in groups for block in _blocks([group], shift_parts))
+    case_panels = _blocks(groups, case_parts) if cases else []
+    tell("features of single pixels")
+    tsne, likeness = tsne_section(study, reader), similarity_section(study, reader)
+    tell("overlays")
     return {
         "methods": list(labels),
         "colours": colours,
         "most_shown": max((len(group.labels) for group in groups), default=0),
-        "case_panels": _blocks(groups, case_parts) if cases else [],
+        "case_panels": case_panels,
         "training": training,
         "training_keys": {name: any(mark[name] for mark in marks) for name in ("whole", "heldout")},
-        "shift": _blocks(groups, lambda group: _part(shift_figures(own_rounds(group), group.labels)))[:1],
+        "shift": list(islice(shift, 1)),
         "shift_classes": shift_classes(study.rounds),
-        "tsne": tsne_section(study, reader),
-        "likeness": similarity_section(study, reader),
+        "tsne": tsne,
+        "likeness": likeness,
         "overlays": overlay_blocks(study, reader, groups, images),
         "slices": images.markup,
     }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +64,7 @@ class Drawing:
         width: In CSS pixels.
         height: In CSS pixels.
         svg: The light version, for a file.
-        png: The light version on white, in more pixels, for a file.
+        png: Makes the light version on white, in more pixels, for a file: drawn once more, so only where it is wanted.
     """
 
     light: str
@@ -72,7 +73,7 @@ class Drawing:
     width: int
     height: int
     svg: bytes
-    png: bytes
+    png: Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -279,17 +280,23 @@ def plain_axes(axes: Axes) -> None:
 def finish(figure: Figure, height: int, alt: str, width: int = WIDTH) -> Drawing:
     """Turn a drawn figure into its light and dark version and its files."""
     figure.patch.set_alpha(0)
-    stream, image = io.StringIO(), io.BytesIO()
+    stream = io.StringIO()
     canvas: Any = FigureCanvasSVG(figure)
     canvas.print_svg(stream, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = _lean(stream.getvalue())
     dark = re.sub("|".join(DARK), lambda match: DARK[match.group()], text)
+    return Drawing(data_uri(text), data_uri(dark), alt, width, height, text.encode(), partial(_png, figure))
+
+
+@mpl.rc_context(STYLE)
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
     figure.patch.set_alpha(1)
     figure.patch.set_facecolor("white")
     figure.set_dpi(PNG_DPI)
     raster: Any = FigureCanvasAgg(figure)
     raster.print_png(image, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-    return Drawing(data_uri(text), data_uri(dark), alt, width, height, text.encode(), image.getvalue())
+    return image.getvalue()
 
 
 def _lean(svg: str) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from server.disk import Disk
 from server.report_figures import Drawing
 
 SECTIONS = {
@@ -24,18 +26,31 @@ SECTIONS = {
 LONGEST = 80
 
 
-def gallery(content: Mapping[str, Any]) -> list[tuple[str, bytes]]:
-    """Return (file name, bytes) of every figure of the page, SVG and PNG.
+def gallery(content: Mapping[str, Any]) -> dict[str, Drawing]:
+    """Return every figure of the page by the name of its files, without their endings.
 
     Args:
         content: What the page shows (`server.report.contents`).
     """
-    files: dict[str, bytes] = {}
+    files: dict[str, Drawing] = {}
     for section, name in SECTIONS.items():
         for words, drawing in _drawings(content.get(section), [name]):
-            stem = _free_name(_slug(words), files)
-            files |= {f"{stem}.svg": drawing.svg, f"{stem}.png": drawing.png}
-    return list(files.items())
+            files[_free_name(_slug(words), files)] = drawing
+    return files
+
+
+def write_gallery(folder: Path, figures: Mapping[str, Drawing], disk: Disk) -> None:
+    """Write each figure as SVG and PNG; one whose SVG is there to the letter has not changed and is left alone.
+
+    Raises:
+        FedsgcgError: SRV-401 when the disk refuses.
+    """
+    for stem, drawing in figures.items():
+        svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
+        if png.is_file() and svg.is_file() and svg.read_bytes() == drawing.svg:
+            continue
+        disk.write(png, drawing.png())
+        disk.write(svg, drawing.svg)  # last: what is there to the letter has its PNG beside it
 
 
 def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]]:
@@ -58,9 +73,9 @@ def _slug(words: list[str]) -> str:
     return "-".join(word for word in dict.fromkeys(plain) if word)[:LONGEST].strip("-.")
 
 
-def _free_name(stem: str, taken: Mapping[str, bytes]) -> str:
+def _free_name(stem: str, taken: Mapping[str, Drawing]) -> str:
     number, name = 1, stem
-    while f"{name}.svg" in taken:
+    while name in taken:
         number += 1
         name = f"{stem}-{number}"
     return name
