@@ -80,6 +80,7 @@ CODES: Final[dict[str, str]] = {
     "RND-404": "A site did not answer before the round's deadline.",
     "RND-405": "No site has a validation case: the last model is taken.",
     "RND-406": "A site's data changed within the run.",
+    "RND-407": "A site has left for good: its statistics were taken out, the weights keep what they learned.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from common.errors import fail
+from server.departures import OPTION
 
 Command = Callable[[argparse.Namespace, Console], int]
 
@@ -25,6 +26,9 @@ def add_commands(commands: Any) -> None:
     resume = _command(commands, "resume", "go on with what was last started", _resume)
     for command in (run, resume):
         command.add_argument("--detach", action="store_true", help="return at once; the server carries on")
+        command.add_argument(
+            OPTION, action="append", default=[], metavar="SITE", help="it has left for good: take its statistics out"
+        )
     _command(commands, "status", "who is there, which round, who is late", _status)
     _command(commands, "stop", "stop the run; what is done stays", _stop)
 
@@ -95,13 +99,13 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
 def _run(options: argparse.Namespace, console: Console) -> int:
     from deploy.operate import run_kit
 
-    return run_kit(options.kit, options.overrides, console, detach=options.detach)
+    return run_kit(options.kit, options.overrides, console, detach=options.detach, without=options.without)
 
 
 def _resume(options: argparse.Namespace, console: Console) -> int:
     from deploy.operate import resume_kit
 
-    return resume_kit(options.kit, console, detach=options.detach)
+    return resume_kit(options.kit, console, detach=options.detach, without=options.without)
 
 
 def _status(options: argparse.Namespace, console: Console) -> int:

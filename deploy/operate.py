@@ -25,6 +25,8 @@ from deploy.record import check_same_study, collect, write_record
 from deploy.simulate import Cell
 from deploy.started import Started, last_started, remember
 from deploy.study import Study, exit_code, identity
+from server.departures import OPTION, check_departures, declare, departed
+from server.disk import Disk
 from server.journal import lock_file
 
 POLL_S: Final = 1.0
@@ -69,7 +71,9 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     return Study(folder, cells, "superlink", "sites", machine, "", tuple(overrides), "run", "at the sites")
 
 
-def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: bool = False) -> int:
+def run_kit(
+    path: Path, overrides: Sequence[str], console: Console, *, detach: bool = False, without: Sequence[str] = ()
+) -> int:
     """Submit the cells of a study that are missing, one after the other, and watch them.
 
     Args:
@@ -77,19 +81,21 @@ def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: b
         overrides: Settings as `name=value`, over those of the project.
         console: Where progress is told.
         detach: Submit the first missing cell and return.
+        without: Sites that have left for good; the run folders remember them.
 
     Returns:
         The exit code: 0 completed, 1 failed, 3 degraded.
 
     Raises:
         FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is under way, CFG-001 to CFG-003 and
-            CFG-005 for settings.
+            CFG-005 for settings, CFG-001 for sites that cannot leave.
     """
     from deploy.cli import tell_end  # that module imports this one's commands
     from server.report import make_report
 
     kit = Kit.at(path)
     study = plan_deployment(kit, overrides)
+    check_leaving(study, without)
     study.folder.mkdir(parents=True, exist_ok=True)
     bundle = build_bundle()
     with control_of(kit) as control, lock_file(study.folder / "lock"):
@@ -97,6 +103,8 @@ def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: b
         check_same_study(study)
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
+        for cell in missing if without else ():
+            declare(Plan.from_tree(cell.tree), without, Disk())
         console.print(f"[bold]{len(study.cells)} cells[/bold], {len(missing)} to do, in {study.folder}", soft_wrap=True)
         console.print(f"app bundle {bundle.digest[:16]}, which each hospital must have approved", highlight=False)
         for cell in missing:
@@ -117,6 +125,28 @@ def run_kit(path: Path, overrides: Sequence[str], console: Console, *, detach: b
     code = exit_code(study.cells)
     tell_end(study.folder, study.cells, code, console)
     return code
+
+
+def check_leaving(study: Study, sites: Sequence[str]) -> None:
+    """Refuse a departure that cannot be, before anything is written: from a study that is done, or of no training site.
+
+    Raises:
+        FedsgcgError: CFG-001 with everything that is wrong.
+    """
+    if not sites:
+        return
+    missing = [cell for cell in study.cells if not cell.done]
+    if not missing:
+        found = "a study that is done: nothing can be taken out of a finished model"
+        raise fail("CFG-001", where=OPTION, found=found, action="train a new study without the site")
+    problems: dict[Problem, None] = {}
+    for cell in missing:
+        try:
+            check_departures(Plan.from_tree(cell.tree), {*sites, *departed(cell.folder)})
+        except FedsgcgError as error:
+            problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise FedsgcgError(*problems)
 
 
 def submit(kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Sequence[str]) -> Started:
@@ -173,10 +203,10 @@ def wait_until_over(control: Control, run_id: int, console: Console) -> RunState
         time.sleep(POLL_S)
 
 
-def resume_kit(path: Path, console: Console, *, detach: bool = False) -> int:
-    """Go on with what was last submitted; raises DEP-613 when nothing was."""
+def resume_kit(path: Path, console: Console, *, detach: bool = False, without: Sequence[str] = ()) -> int:
+    """Go on with what was last submitted, without the sites that left for good; raises DEP-613 when nothing was."""
     started = last_started(Kit.at(path))
-    return run_kit(path, started.overrides, console, detach=detach)
+    return run_kit(path, started.overrides, console, detach=detach, without=without)
 
 
 def stop_kit(path: Path, console: Console) -> int:

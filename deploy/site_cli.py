@@ -175,10 +175,11 @@ def _leave(options: argparse.Namespace, console: Console) -> int:
 
 FOR_GOOD = """
 To leave for good:
-  1. Tell the coordinator to revoke this site's key, so that nobody can join in its name:
+  1. Tell the coordinator to revoke this site's key, so that nobody can join in its name, and to go on without it:
      fedsgcg provision project.yaml -o KITS --revoke {site}
-  2. With prototypes.memory=lagged or restart, class statistics of {site} are gone from the first round without it;
-     with cumulative or discount, and for weights in any case, only a new study without {site} is free of it.
+     fedsgcg stop KIT; fedsgcg resume KIT --without {site}
+  2. From then on the prototypes hold no class statistics of {site}. Weights cannot be taken apart: only a new study
+     without {site} is free of what they learned here.
   3. Keep {home} (ledger, aliases): it says what left this hospital.
   4. The slice cache holds images and may be removed: rm -r {cache}"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from deploy.control import RunState, control_of
 from deploy.project import Kit
 from deploy.serve import presence
 from deploy.started import last_started
+from server.departures import departed
 
 LATE_FACTOR: Final = 2.0
 """A site is late when it has taken twice its own usual time, or the others' in its first round."""
@@ -148,14 +150,15 @@ def status_kit(path: Path, console: Console) -> int:
     console.print(f"[bold]{project.name}[/bold] at {project.server}", highlight=False)
     if trouble:
         console.print(trouble, style="red", highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(project.sites, there, now))
+    gone = departed(Path(started.folder)) if started else {}
+    console.print(_table(project.sites, there, now, gone))
     console.print(_sentence(started.run_id if started else 0, state, now), highlight=False, soft_wrap=True)
     if started:
         console.print(f"run folder: {started.folder}", highlight=False, soft_wrap=True)
     return 1 if trouble or now.ended == "failed" else 0
 
 
-def _table(sites: tuple[str, ...], there: dict[str, str], now: Standing) -> Table:
+def _table(sites: tuple[str, ...], there: dict[str, str], now: Standing, gone: Mapping[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in ("site", "server sees it", "last answer", "usual time", ""):
         table.add_column(title, justify="right" if title == "usual time" else "left")
@@ -165,6 +168,8 @@ def _table(sites: tuple[str, ...], there: dict[str, str], now: Standing) -> Tabl
         line = now.sites.get(site, SiteLine())
         note = Text(line.code or ("late" if site in late else "working" if line.asked else ""))
         note.stylize("red" if line.code else "yellow" if site in late else "cyan")
+        if site in gone:
+            note = Text(f"left for good on {gone[site][:10]}", style="yellow")
         answer = f"round {line.last_round}" if line.last_round else "–"
         usual = f"{median(line.answers):.0f} s" if line.answers else "–"
         table.add_row(Text(site), Text(word, style=STYLES.get(word, "dim")), answer, usual, note)

@@ -1,11 +1,12 @@
 """The coordinator's Flower app, as a table of contents.
 
 A run joins its settings into a plan (`common.settings`), opens its journal and goes on after the last done round
-(`server.journal`), waits for the hospitals (`server.enrolment`), and then, round by round (`server.rounds`): sends the
-global model and the global prototypes to the training sites (`server.exchange`), admits or rejects what they send
-(`server.admission`), merges weights and class statistics (`server.merge`), remembers prototypes (`server.prototypes`),
-and commits. At the end it chooses a model without looking at the held-out hospital (`server.heldout`), has it judged
-there, and writes the results (`server.results`).
+(`server.journal`), leaves out who has left for good (`server.departures`), waits for the hospitals
+(`server.enrolment`), and then, round by round (`server.rounds`): sends the global model and the global prototypes to
+the training sites (`server.asking`, `server.exchange`), admits or rejects what they send (`server.admission`), merges
+weights and class statistics (`server.merge`), remembers prototypes (`server.prototypes`), and commits. At the end it
+chooses a model without looking at the held-out hospital (`server.heldout`), has it judged there, and writes the results
+(`server.results`).
 """
 
 from __future__ import annotations

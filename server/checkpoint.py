@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,10 @@ from common.payload import Identity, Weights, decode_statistics, encode_statisti
 from common.statistics import ClassStatistics
 
 KIND: Final = "fedsgcg.checkpoint"
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
+ROWS_VERSION: Final = "1"
+PART: Final = "part/"
+"""Begins the name of the tensor that holds what is remembered of one site."""
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -34,7 +37,7 @@ ROWS_SCHEMA = pa.schema(
         pa.field("metric", pa.string()),
         pa.field("value", pa.float64()),
     ],
-    metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.rounds"},
+    metadata={"schema_version": ROWS_VERSION, "kind": "fedsgcg.rounds"},
 )
 
 
@@ -60,7 +63,7 @@ class RoundRecord:
     Attributes:
         identity: Run, fold, round and plan.
         weights: Global model after the round.
-        prototypes: Global class statistics after the round, None while there are none.
+        parts: Class statistics that are remembered after the round, by site (`server.prototypes`).
         best: Best model so far by source validation, None without a score.
         notes: Everything that went less than well up to this round; it decides between `completed` and `degraded`.
         rows: Figures of this round (`ROWS_SCHEMA`); empty in a record that was read back.
@@ -68,7 +71,7 @@ class RoundRecord:
 
     identity: Identity
     weights: Weights
-    prototypes: ClassStatistics | None = None
+    parts: Mapping[str, ClassStatistics] = field(default_factory=dict)
     best: Best | None = None
     notes: tuple[Problem, ...] = ()
     rows: tuple[dict[str, Any], ...] = ()
@@ -95,15 +98,15 @@ def decode_rows(data: bytes) -> list[dict[str, Any]]:
 
 
 def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
-    """Write a record as one safetensors file: flat weights, Arrow bytes, and one JSON text with the rest and a hash.
+    """Write a record as one safetensors file: flat weights, Arrow bytes a site, one JSON text with the rest and a hash.
 
     Args:
         record: The record; its rows are not part of the checkpoint.
         hashes: SHA-256 of the rows file of every round up to this one.
     """
     tensors: dict[str, npt.NDArray[Any]] = {"weights": np.ascontiguousarray(record.weights.values)}
-    if record.prototypes is not None:
-        tensors["prototypes"] = np.frombuffer(encode_statistics(record.prototypes, record.identity), np.uint8)
+    for site, part in record.parts.items():
+        tensors[PART + site] = np.frombuffer(encode_statistics(part, record.identity), np.uint8)
     if record.best is not None:
         tensors["best"] = np.ascontiguousarray(record.best.weights.values)
     facts: dict[str, Any] = {
@@ -143,7 +146,11 @@ def _record(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -
     return RoundRecord(
         identity=Identity.decode(facts["identity"]),
         weights=Weights.decode(facts["layout"], tensors["weights"]),
-        prototypes=decode_statistics(tensors["prototypes"].tobytes())[0] if "prototypes" in tensors else None,
+        parts={
+            name.removeprefix(PART): decode_statistics(tensors[name].tobytes())[0]
+            for name in sorted(tensors)
+            if name.startswith(PART)
+        },
         best=best and Best(int(best["round"]), float(best["score"]), Weights.decode(best["layout"], tensors["best"])),
         notes=tuple(Problem(**note) for note in facts["notes"]),
     )

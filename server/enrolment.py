@@ -78,6 +78,7 @@ class Cohort:
         refusals: Why a hospital or a node could not enrol, by its name or `node <id>`.
         dropped: Sites that missed a deadline and are asked no more, with `federation.late=drop`.
         changes: One problem for every site whose data changed since it first enrolled, also in an earlier call.
+        departed: Sites that have left the run for good (`server.departures`): neither expected nor let in.
     """
 
     grid: Grid
@@ -87,6 +88,7 @@ class Cohort:
     refusals: dict[str, Problem] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
     changes: list[Problem] = field(default_factory=list)
+    departed: frozenset[str] = frozenset()
     _asked: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
 
@@ -193,7 +195,7 @@ class Cohort:
         named = set(self.plan.members())
         if role != "train":
             named |= {self.plan.heldout, *self.plan.observers} - {""}
-        return sorted(site for site in named if self.plan.role(site) == role)
+        return sorted(site for site in named - self.departed if self.plan.role(site) == role)
 
     def _nobody_else_expected(self, quiet_s: float) -> bool:
         expected = {*self._expected("train"), *self._expected("heldout"), *self._expected("observer")}
@@ -210,7 +212,8 @@ class Cohort:
             return
         needed = [*self._expected("train"), *([heldout] if heldout else [])]
         silent = [site for site in needed if site not in self.members and site not in self.refusals]
-        raise not_enough_enrolled(self.plan, list(self.training), self.quorum, self.refusals, silent)
+        refusals = {name: problem for name, problem in self.refusals.items() if name not in self.departed}
+        raise not_enough_enrolled(self.plan, list(self.training), self.quorum, refusals, silent)
 
     def _take(self, node: int, answer: Answer, identity: Identity) -> None:
         try:
@@ -232,6 +235,8 @@ class Cohort:
         members = self.plan.members()
         if not site or (members and site not in {*members, *self.plan.observers}):
             raise fail("ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(members))
+        if site in self.departed:
+            raise fail("RND-407", where=site, found=f"node {node} asks to enrol", action="end its SuperNode")
         there = {info.node_id: info.name for info in self.grid.get_nodes()}
         if there.get(node) and there[node] != site:
             raise fail("ROL-201", where=there[node], found=f"it calls itself {site[:60]!r}", expected="its own name")

@@ -1,22 +1,28 @@
-"""Global prototypes: what the coordinator remembers of the sites' class statistics between rounds.
+"""Global prototypes: what the coordinator remembers of each site's class statistics between rounds.
 
-| memory | new memory | describes |
+The memory is kept site by site, and the prototypes of a round are the merge of these parts. So a site that leaves for
+good is taken out exactly, by leaving its part out: what remains is what would be there had it never sent statistics.
+
+| memory | a site's new part | the prototypes describe |
 | --- | --- | --- |
-| `cumulative` | previous + sum of the fresh ones | every round alike (the paper) |
-| `discount` | gamma · previous + sum of the fresh ones | an exponentially weighted stream |
-| `lagged` | sum of the fresh ones, each of the *received* global model | one model: that of the round before |
+| `cumulative` | previous + fresh | every round alike (the paper) |
+| `discount` | gamma · previous + fresh, in every round | an exponentially weighted stream |
+| `lagged` | the fresh one, of the *received* global model | one model: that of the round before |
 | `restart` | the same, exchanged before the round's training | one model: that of this round |
-| `momentum` | a step of beta from the previous mean and covariance to the fresh ones | a stream, whatever the counts |
 | `overlay` | as `lagged`; a site keeps its own part fresh in training (`clients.overlay`) | one model, own part now |
+| `momentum` | none: mean and covariance of all move a step of beta to the fresh ones | a stream, whatever the counts |
+
+`momentum` is no sum, so nobody can be taken out of it: after a departure it starts anew from the next round's answers.
+With `weighting=sites` the sites weigh the same in what is remembered, whatever number of rounds each took part in.
 
 Source: methods.md 1.8 and 1.12. Legend: K classes incl. background, A feature channels, S sites.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,7 +30,15 @@ from common.plan import PrototypeSettings
 from common.statistics import ClassStatistics, between_site_trace, within_site_trace
 from server.merge import merge_statistics
 
-Parts = Sequence[tuple[str, ClassStatistics]]
+Fresh = Sequence[tuple[str, ClassStatistics]]
+"""(site, statistics) of a round's admitted payloads."""
+
+Parts = Mapping[str, ClassStatistics]
+"""Memory by site; with `momentum` one entry, `EVERYBODY`."""
+
+EVERYBODY: Final = ""
+LAST_ROUND: Final = ("lagged", "restart", "overlay")
+"""Policies that remember the last statistics only."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +51,46 @@ class PrototypeMemory:
 
     settings: PrototypeSettings
 
-    def update(self, previous: ClassStatistics | None, fresh: Parts) -> ClassStatistics | None:
+    def update(self, previous: Parts, fresh: Fresh) -> dict[str, ClassStatistics]:
         """Return the memory after a round.
 
         Args:
-            previous: Memory before the round, None at the start.
-            fresh: (site, statistics) of the round's admitted payloads; none keeps `previous`.
+            previous: Memory before the round, empty at the start.
+            fresh: (site, statistics) of the round's admitted payloads; none keeps means and covariances.
 
         Raises:
             ValueError: A site twice, or statistics of different shapes.
         """
-        if not fresh:
-            return previous
-        merged = merge_statistics(fresh, self.settings.weighting)
-        if previous is None or self.settings.memory in ("lagged", "restart", "overlay"):
-            return merged
-        if self.settings.memory == "momentum":
-            return moved(previous, merged, self.settings.momentum)
-        kept = previous.discounted(self.settings.discount) if self.settings.memory == "discount" else previous
-        return kept + merged
+        policy, new = self.settings.memory, dict(fresh)
+        if len(new) != len(fresh):
+            raise ValueError(f"found a site twice in {[site for site, _ in fresh]}, expected each once")
+        if policy == "momentum":
+            return self._moved(previous, fresh)
+        if policy in LAST_ROUND:
+            return new or dict(previous)
+        gamma = self.settings.discount if policy == "discount" else 1.0
+        kept = {site: part.discounted(gamma) for site, part in previous.items()}
+        return kept | {site: kept[site] + part if site in kept else part for site, part in new.items()}
 
-    def shift(self, fresh: Parts) -> dict[str, list[float]]:
+    def prototypes(self, parts: Parts) -> ClassStatistics | None:
+        """Return the global prototypes of a memory, None while it is empty; the same bits in whatever order it came."""
+        if EVERYBODY in parts:
+            return parts[EVERYBODY]
+        return merge_statistics(list(parts.items()), self.settings.weighting) if parts else None
+
+    def without(self, parts: Parts, gone: Collection[str]) -> dict[str, ClassStatistics]:
+        """Take sites that have left for good out of a memory; `momentum`, which is no sum, is forgotten whole."""
+        if gone and EVERYBODY in parts:
+            return {}
+        return {site: part for site, part in parts.items() if site not in gone}
+
+    def _moved(self, previous: Parts, fresh: Fresh) -> dict[str, ClassStatistics]:
+        if not fresh:
+            return dict(previous)
+        merged = merge_statistics(fresh, self.settings.weighting)
+        return {EVERYBODY: moved(previous[EVERYBODY], merged, self.settings.momentum) if previous else merged}
+
+    def shift(self, fresh: Fresh) -> dict[str, list[float]]:
         """Return the domain shift of a round's statistics, one value a class (NaN where no site has seen it).
 
         Returns:
@@ -89,13 +122,13 @@ def moved(previous: ClassStatistics, fresh: ClassStatistics, beta: float) -> Cla
 
 
 def prototype_rows(
-    memory: PrototypeMemory, prototypes: ClassStatistics, fresh: Parts, classes: Sequence[str], number: int
+    memory: PrototypeMemory, prototypes: ClassStatistics, fresh: Fresh, classes: Sequence[str], number: int
 ) -> list[dict[str, Any]]:
     """Return the round's rows on prototypes: shift and count of every class (phase `merge`, all sites).
 
     Args:
         memory: The policy.
-        prototypes: Memory after the round.
+        prototypes: Prototypes after the round.
         fresh: (site, statistics) of the round's admitted payloads.
         classes: K class names.
         number: Number of the round.

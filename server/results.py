@@ -150,9 +150,12 @@ def write_model(disk: Disk, plan: Plan, weights: Weights, card: Mapping[str, Any
 
 
 def write_prototypes(disk: Disk, plan: Plan, prototypes: ClassStatistics | None, identity: Identity) -> None:
-    """Write `prototypes.arrow` when there are any. Raises SRV-401."""
-    if prototypes is not None:
-        disk.write(Path(plan.output) / "prototypes.arrow", encode_statistics(prototypes, identity))
+    """Write `prototypes.arrow`, or remove it where there are none any more. Raises SRV-401."""
+    path = Path(plan.output) / "prototypes.arrow"
+    if prototypes is None:
+        disk.discard(path)
+    else:
+        disk.write(path, encode_statistics(prototypes, identity))
 
 
 def write_outcome(disk: Disk, plan: Plan, outcome: Mapping[str, Any]) -> None:

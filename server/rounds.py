@@ -8,7 +8,6 @@ met its quorum and nothing went less than well.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +17,18 @@ from flwr.serverapp import Grid
 
 from common.errors import FedsgcgError, Problem
 from common.networks import build_network
-from common.payload import Identity, Weights
+from common.payload import Weights
 from common.plan import Plan
 from common.seeding import stream_seed
-from common.wire import AMPLITUDES, EVALUATE, STATISTICS, TRAIN, Request
+from common.wire import AMPLITUDES, STATISTICS, TRAIN, Request
 from server import results
-from server.admission import Expectation, Verdict, admit
 from server.amplitudes import check_consent, merge_amplitudes, sharing_level
+from server.asking import Asking, identity_of
 from server.checkpoint import Best, RoundRecord
+from server.departures import check_departures, departed, departure_note
 from server.disk import Disk
 from server.enrolment import Cohort
-from server.exchange import Answer, OnAnswer, exchange, ignore_answer
-from server.heldout import better, guard_recipients, source_score
+from server.heldout import better, source_score
 from server.journal import Journal
 from server.merge import merge_weights
 from server.prototypes import PrototypeMemory, prototype_rows
@@ -38,7 +37,6 @@ from server.replies import (
     Judged,
     Row,
     admitted,
-    due,
     judged_rows,
     mean_loss,
     site_rows,
@@ -47,11 +45,10 @@ from server.replies import (
     validation_rows,
 )
 from server.results import EventLog, OnEvent, ignore_event
-from server.words import heldout_unanswered, quorum_missed, too_few_classes
+from server.words import heldout_unanswered, too_few_classes
 
 Status = Literal["completed", "degraded", "failed"]
 NO_VALIDATION: Final = "raise data.validation_fraction, or take federation.selection=last"
-EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,9 @@ class Federation:
 
     def __init__(self, grid: Grid, plan: Plan, journal: Journal, log: EventLog, disk: Disk) -> None:
         self.notes: list[Problem] = []
-        self._grid, self._plan, self._journal, self._log, self._disk = grid, plan, journal, log, disk
+        self._plan, self._journal, self._log, self._disk = plan, journal, log, disk
         self._cohort = Cohort(grid, plan, disk)
+        self._asking = Asking(grid, plan, self._cohort, log, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
         self._amplitudes = b""
 
@@ -154,11 +152,30 @@ class Federation:
         self._log.emit("run.started")
         for problem in self._journal.damaged:
             self._log.emit("journal.damaged", code=problem.code, where=problem.where)
+        for problem in record.notes if record else ():
+            self._note(problem)
+        state = self._let_go(record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan)))
         self._cohort.wait()
         self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
-        for problem in (*(record.notes if record else ()), *self._cohort.absent(), *self._cohort.changes):
+        for problem in (*self._cohort.absent(), *self._cohort.changes):
             self._note(problem)
-        return record or RoundRecord(self._identity(0), initial_weights(self._plan))
+        return state
+
+    def _let_go(self, state: RoundRecord) -> RoundRecord:
+        """Go on without the sites that have left for good, their statistics taken out of what is remembered.
+
+        Raises:
+            FedsgcgError: CFG-001 when the run cannot be without them, SRV-402 when `departed.json` is damaged.
+        """
+        gone = departed(Path(self._plan.output))
+        check_departures(self._plan, gone)
+        self._cohort.departed = frozenset(gone)
+        known = {note.where for note in state.notes if note.code == "RND-407"}
+        fresh = [site for site in sorted(gone) if site not in known]
+        for site in fresh:
+            self._note(departure_note(site, state.round))
+            self._log.emit("site.left", site=site, code="RND-407")
+        return replace(state, parts=self._memory.without(state.parts, fresh))
 
     def _shared_amplitudes(self) -> bytes:
         """Collect what the sites share of their amplitudes; nothing with `method.ram.sharing=local`.
@@ -170,8 +187,8 @@ class Federation:
         if not level:
             return b""
         check_consent(level, self._cohort.members, self._cohort.training)
-        identity = self._identity(0)
-        collected = self._collect(AMPLITUDES, Request(identity), None)
+        identity = identity_of(self._plan, 0)
+        collected = self._asking.collect(AMPLITUDES, Request(identity), None)
         return merge_amplitudes(self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)])
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
@@ -181,20 +198,21 @@ class Federation:
         self._cohort.poll()
         for change in self._cohort.changes:
             self._note(change)
-        identity, settings = self._identity(number), self._plan.prototypes
+        identity, parts = identity_of(self._plan, number), state.parts
         early: list[Collected] = []
-        prototypes = state.prototypes
-        if self._plan.method.statistics and settings.memory == "restart":
-            early = self._collect(STATISTICS, Request(identity, state.weights), state.weights)
-            prototypes = self._memory.update(prototypes, statistics_of(early))
+        if self._plan.method.statistics and self._plan.prototypes.memory == "restart":
+            early = self._asking.collect(STATISTICS, Request(identity, state.weights), state.weights)
+            parts = self._memory.update(parts, statistics_of(early))
+        prototypes = self._memory.prototypes(parts)
         request = Request(identity, state.weights, prototypes, amplitudes=self._amplitudes)
-        trained = self._collect(TRAIN, request, state.weights)
+        trained = self._asking.collect(TRAIN, request, state.weights)
         problem = too_few_classes(self._plan, number, prototypes, early or trained)
         if problem and problem.code not in {note.code for note in self.notes}:  # told once, not in every round
             self._note(problem)
         fresh = statistics_of(early or trained)
         if not early:
-            prototypes = self._memory.update(prototypes, fresh)
+            parts = self._memory.update(parts, fresh)
+            prototypes = self._memory.prototypes(parts)
         rows = site_rows(number, trained, early)
         if prototypes is not None:
             rows += prototype_rows(self._memory, prototypes, fresh, list(self._plan.data.classes), number)
@@ -202,7 +220,7 @@ class Federation:
         record = RoundRecord(
             identity=identity,
             weights=merge_weights([self._weighted(part) for part in admitted(trained)]),
-            prototypes=prototypes,
+            parts=parts,
             # What the sites measured this round is the model they received: that of the round before.
             best=better(state.best, number - 1, score, state.weights),
         )
@@ -215,7 +233,7 @@ class Federation:
     def _finish(self, state: RoundRecord) -> str:
         """Score the last model, choose one, have it judged at the held-out site, and write it all; returns its hash."""
         plan, last = self._plan, self._plan.federation.rounds
-        validation = self._evaluate("validation", self._cohort.asked, state.weights, last)
+        validation = self._asking.evaluate("validation", self._cohort.asked, state.weights, last)
         score = source_score([part.validation for part in validation])
         self._log.emit("validation.done", round=last, validation_dice=score)
         best = better(state.best, last, score, state.weights)
@@ -226,23 +244,29 @@ class Federation:
             self._note(Problem("RND-405", where="source validation", action=NO_VALIDATION))
         rows = self._journal.rows() + validation_rows(last + 1, validation)
         results.write_rounds(self._disk, plan, rows)
-        results.write_prototypes(self._disk, plan, state.prototypes, state.identity)
-        card = results.model_card(plan, chosen, list(self._cohort.training), prototypes=state.prototypes is not None)
+        prototypes = self._memory.prototypes(state.parts)
+        results.write_prototypes(self._disk, plan, prototypes, state.identity)
+        card = results.model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None)
         results.write_model(self._disk, plan, chosen.weights, card)
         judged = self._judge(chosen)
         results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))
         if not plan.heldout:
             if chosen.round != last:
-                validation = self._evaluate("validation", self._cohort.asked, chosen.weights, chosen.round)
+                validation = self._asking.evaluate("validation", self._cohort.asked, chosen.weights, chosen.round)
             judged = [*validation, *judged]
         results.write_results(self._disk, plan, [row for part in judged for row in part.cases])
         return chosen.weights.digest()
+
+    def _trained(self, rows: list[Row]) -> list[str]:
+        """Sites that the model learned from: those that train now, and those that did before they left for good."""
+        gave = {row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"}
+        return sorted({*self._cohort.training, *(self._cohort.departed & gave)})
 
     def _judge(self, chosen: Best) -> list[Judged]:
         """Have a model evaluated at the held-out site and the observers; raises RND-403 without the former's answer."""
         heldout = self._plan.heldout
         nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
-        judged = self._evaluate("test", nodes, chosen.weights, chosen.round)
+        judged = self._asking.evaluate("test", nodes, chosen.weights, chosen.round)
         if heldout and heldout not in {part.site for part in judged}:
             reason = next((note for note in reversed(self.notes) if note.where.endswith(heldout)), None)
             raise heldout_unanswered(self._plan, reason)
@@ -257,86 +281,10 @@ class Federation:
         ends_here = record.round == federation.rounds and federation.selection == "last"  # judged in a moment anyway
         if not federation.heldout_every or record.round % federation.heldout_every or ends_here:
             return []
-        judged = self._evaluate("test", self._cohort.of_role("heldout"), record.weights, record.round)
+        judged = self._asking.evaluate("test", self._cohort.of_role("heldout"), record.weights, record.round)
         for part in judged:
             self._log.emit("heldout.done", site=part.site, dice=part.dice)
         return judged_rows(self._plan, record.round, judged)
-
-    def _collect(self, message_type: str, request: Request, reference: Weights | None) -> list[Collected]:
-        """Ask the training sites, admit what they send, and insist on the quorum.
-
-        Returns:
-            One entry for every site that was asked, admitted or not, in the order of the names.
-
-        Raises:
-            FedsgcgError: RND-402 when fewer than the quorum were admitted.
-        """
-        found: dict[str, Collected] = {}
-
-        def receive(answer: Answer) -> None:
-            found[answer.site] = part = self._verdict(answer, message_type, request.identity, reference)
-            self._report(part, message_type)
-
-        self._ask(message_type, self._cohort.asked, request, receive, self._cohort.quorum)
-        collected = [found[site] for site in sorted(found)]
-        self._cohort.leave_out_late(part.answer.site for part in collected if part.verdict.code == "RND-404")
-        if len(admitted(collected)) < self._cohort.quorum:
-            raise quorum_missed(self._plan, collected, self._cohort.quorum, request.identity.round)
-        return collected
-
-    def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights | None) -> Collected:
-        """Judge one answer; a rejection or a missing answer becomes a note."""
-        if answer.reply is None:
-            problem = answer.problem or Problem("PAY-106")
-            verdict = Verdict(answer.site, False, problem.code, problem.found)
-        else:
-            slices = self._cohort.members[answer.site].slices("train")
-            verdict = admit(answer.reply, due(self._plan, message_type, answer.site, identity, reference, slices))
-        if not verdict.accepted:
-            self._note(Collected(answer, verdict).problem(identity.round))
-        return Collected(answer, verdict)
-
-    def _evaluate(self, split: str, nodes: Mapping[str, int], weights: Weights, number: int) -> list[Judged]:
-        """Have a model evaluated case by case; a site without a usable answer becomes a note."""
-        identity = self._identity(number)
-        judged = []
-        # A held-out site that was lost is waited for, an observer is not.
-        enough = self._cohort.quorum if split == "validation" else len(set(nodes) - {*self._plan.observers})
-        for answer in self._ask(EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough):
-            problem = answer.problem
-            if answer.reply is not None:
-                verdict = admit(answer.reply, Expectation(identity, answer.site))
-                problem = None if verdict.accepted else Problem(verdict.code, found=verdict.detail)
-            try:
-                if problem is not None or answer.reply is None:
-                    raise FedsgcgError(problem or Problem("PAY-106"))
-                cases = results.read_cases(answer.reply.cases, answer.site, self._plan)
-                judged.append(Judged(answer.site, answer.reply, cases))
-            except FedsgcgError as error:
-                where = f"{split} evaluation of round {number}, {answer.site}"
-                self._note(replace(error.problems[0], where=where))
-        return judged
-
-    def _ask(
-        self,
-        message_type: str,
-        nodes: Mapping[str, int],
-        request: Request,
-        on_answer: OnAnswer = ignore_answer,
-        enough: int | None = None,
-    ) -> list[Answer]:
-        guard_recipients(self._plan, message_type, nodes)
-        deadline_s = self._plan.federation.round_deadline_s
-        return exchange(
-            self._grid, nodes, message_type, request, deadline_s=deadline_s, enough=enough, on_answer=on_answer
-        )
-
-    def _report(self, part: Collected, message_type: str) -> None:
-        reply, verdict = part.answer.reply, part.verdict
-        if message_type != TRAIN and verdict.accepted:
-            return
-        figures = {name: reply.metrics.get(name) for name in EVENT_METRICS} if reply else {}
-        self._log.emit("round.reply", site=verdict.site, accepted=verdict.accepted, code=verdict.code, **figures)
 
     def _weighted(self, part: Collected) -> tuple[str, Weights, float]:
         reply = part.reply
@@ -348,9 +296,6 @@ class Federation:
     def _note(self, problem: Problem) -> None:
         if problem not in self.notes:
             self.notes.append(problem)
-
-    def _identity(self, number: int) -> Identity:
-        return Identity(self._plan.run, self._plan.heldout, number, self._plan.digest())
 
 
 def initial_weights(plan: Plan) -> Weights:

@@ -1,24 +1,29 @@
 """The coordinator's commands as far as they need no server: where a run stands, which cells a project means."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from clients.approval import bundle_of_folder
 from clients.policy import refusals
 from clients.site_file import read_site_file
 from common.errors import FedsgcgError
 from common.plan import Plan
+from deploy import cli
 from deploy.bundle import ROOT, app_description, build_bundle
 from deploy.control import Node
 from deploy.operate import plan_deployment
 from deploy.provision import provision
 from deploy.serve import presence
 from deploy.started import Started, last_started, remember
-from deploy.status import Standing, standing
+from deploy.status import Standing, standing, status_kit
+from server.departures import declare
+from server.disk import Disk
 
 
 def events(*steps: tuple[float, str, dict[str, Any]]) -> Standing:
@@ -167,3 +172,59 @@ def test_a_hospital_as_shipped_refuses_nothing_of_what_a_study_sets(tmp_path: Pa
     settings = ("method=source,sgcg", "prototypes.weight=0.1,0.5", "network.base_width=8", "privacy.min_patients=1")
     for cell in plan_deployment(kit, settings).cells:
         assert list(refusals(Plan.from_tree(cell.tree), site)) == []
+
+
+# A site that leaves for good
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--without", "Nrth"), "did you mean 'North'?"),
+        (("--without", "West"), "held out"),
+        (("--without", "East", "--without", "North"), "the quorum of 1 training site"),
+        (("federation.quorum=2", "--without", "East"), "the quorum of 2 training sites"),
+        (("heldout=all", "--without", "North"), "North, which is held out"),
+    ],
+)
+def test_a_departure_that_cannot_be_is_refused_before_anything_is_written_or_asked(
+    tmp_path: Path,
+    project: dict[str, Any],
+    arguments: tuple[str, ...],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kit = kit_of(tmp_path, project)
+    assert cli.main(["run", str(kit.folder), *arguments]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "[CFG-001]" in said
+    assert words in said
+    assert list(kit.runs.glob("*")) == []
+
+
+def test_nobody_leaves_a_study_that_is_done(
+    tmp_path: Path, project: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kit = kit_of(tmp_path, project)
+    (cell,) = plan_deployment(kit, ()).cells
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "outcome.json").write_text('{"status": "completed"}')
+    (cell.folder / "results.parquet").touch()
+    kit.state.mkdir()
+    remember(kit, Started(7, str(cell.folder), (), "ab12", 1.5))
+    assert cli.main(["resume", str(kit.folder), "--without", "North"]) == 2
+    assert "nothing can be taken out of a finished model" in " ".join(capsys.readouterr().err.split())
+    assert not (cell.folder / "departed.json").exists()
+
+
+def test_status_says_that_a_site_has_left(tmp_path: Path, project: dict[str, Any]) -> None:
+    kit = kit_of(tmp_path, project)
+    (cell,) = plan_deployment(kit, ()).cells
+    declare(Plan.from_tree(cell.tree), ["North"], Disk())
+    kit.state.mkdir()
+    remember(kit, Started(7, str(cell.folder), (), "ab12", 1.5))
+    console = Console(record=True, width=120, file=io.StringIO())
+    status_kit(kit.folder, console)
+    lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}
+    assert "left for good on 20" in lines["North"]
+    assert "left" not in lines["East"] + lines["West"]

@@ -22,7 +22,10 @@ SETTINGS = {"seed": 0, "method": {"name": "sgcg"}}
 def record(number: int, plan: str = "plan") -> RoundRecord:
     rng = np.random.default_rng(number)
     model = Weights((("a", (3, 2)), ("b", ())), rng.normal(size=7).astype(np.float32), (("steps", number),))
-    features = rng.normal(size=(30, 4))
+    parts = {
+        site: ClassStatistics.from_features(rng.normal(size=(30, 4)), np.repeat([0, 1, 2], 10), 3)
+        for site in ("B/Süd 1", "A")[: number - 1]
+    }
     rows = [
         {"round": number, "phase": "train", "site": site, "cls": "", "metric": "loss", "value": float(rng.normal())}
         for site in "AB"
@@ -30,7 +33,7 @@ def record(number: int, plan: str = "plan") -> RoundRecord:
     return RoundRecord(
         Identity("run", "D", number, plan),
         model,
-        ClassStatistics.from_features(features, np.repeat([0, 1, 2], 10), 3) if number > 1 else None,
+        parts,
         Best(number - 1, 0.1 * number, model) if number > 1 else None,
         (Problem("RND-404", where="round 1, B", found="no answer"),) if number > 1 else (),
         tuple(rows),
@@ -78,10 +81,11 @@ def test_the_last_done_round_comes_back_bit_for_bit(rounds: int, tmp_path: Path)
     assert back is not None
     assert back.weights.values.tobytes() == records[-1].weights.values.tobytes()
     assert back.notes == records[-1].notes
+    assert set(back.parts) == set(records[-1].parts)
+    for site, part in records[-1].parts.items():
+        for name in ("count", "mean", "scatter"):
+            assert getattr(back.parts[site], name).tobytes() == getattr(part, name).tobytes()
     if rounds > 1:
-        assert back.prototypes is not None
-        assert records[-1].prototypes is not None
-        assert back.prototypes.scatter.tobytes() == records[-1].prototypes.scatter.tobytes()
         assert back.best is not None
         assert (back.best.round, back.best.score) == (rounds - 1, 0.1 * rounds)
 
@@ -91,6 +95,26 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "journal").glob("checkpoint-*"))
     assert names == ["checkpoint-00004.safetensors", "checkpoint-00005.safetensors"]
     assert len(list((tmp_path / "journal" / "rounds").iterdir())) == 5
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr("server.checkpoint.SCHEMA_VERSION", "1")
+        filled(tmp_path, 1)
+    with journal(tmp_path) as found, pytest.raises(FedsgcgError) as caught:
+        found.resume()
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.found) == ("SRV-402", "fedsgcg.checkpoint version 1")
+    assert "start anew in another output=FOLDER" in problem.action
+
+
+def test_the_order_in_which_sites_were_remembered_changes_no_byte(tmp_path: Path) -> None:
+    wanted = record(3)
+    turned = replace(wanted, parts=dict(reversed(wanted.parts.items())))
+    assert list(turned.parts) != list(wanted.parts)
+    assert encode_checkpoint(turned, []) == encode_checkpoint(wanted, [])
 
 
 def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:

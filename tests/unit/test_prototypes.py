@@ -24,10 +24,9 @@ SECOND = [("B", of([10, 12])), ("A", of([8, 10]))]
 
 
 def after_two_rounds(policy: PrototypeMemory) -> ClassStatistics:
-    once = policy.update(None, FIRST)
-    twice = policy.update(once, SECOND)
-    assert twice is not None
-    return twice
+    found = policy.prototypes(policy.update(policy.update({}, FIRST), SECOND))
+    assert found is not None
+    return found
 
 
 def test_cumulative_pools_all_rounds() -> None:
@@ -56,19 +55,62 @@ def test_lagged_and_restart_describe_the_last_statistics_only(name: str) -> None
     assert found.covariance[0, 0, 0] == pytest.approx(np.var([8, 10, 10, 12]))
 
 
-@pytest.mark.parametrize("name", ["cumulative", "discount", "lagged", "restart"])
-def test_a_round_without_statistics_keeps_what_was_known(name: str) -> None:
-    policy = memory(name)
-    assert policy.update(None, []) is None
-    once = policy.update(None, FIRST)
-    assert policy.update(once, []) is once
+def test_momentum_moves_all_sites_together_and_a_departure_starts_it_anew() -> None:
+    policy = memory("momentum", momentum=0.25)
+    found = after_two_rounds(policy)
+    assert found.mean[0, 0] == pytest.approx(3 + 0.25 * (10 - 3))
+    once = policy.update({}, FIRST)
+    assert policy.without(once, []) == once
+    assert policy.without(once, ["A"]) == {}
+    anew = policy.prototypes(policy.update(policy.without(once, ["A"]), [("B", of([10, 12]))]))
+    assert anew is not None
+    assert anew.mean[0, 0] == pytest.approx(11)
+
+
+def test_with_equal_sites_every_site_weighs_the_same_in_all_rounds_together() -> None:
+    policy = memory("cumulative", weighting="sites")
+    parts = policy.update(policy.update({}, [("A", of([0, 0, 0, 0])), ("B", of([6, 6]))]), [("B", of([8, 8]))])
+    found = policy.prototypes(parts)
+    assert found is not None
+    assert found.count.tolist() == [8, 0]
+    assert found.mean[0, 0] == pytest.approx((0 + 7) / 2)
+
+
+def test_who_leaves_takes_all_rounds_along() -> None:
+    policy = memory("cumulative")
+    parts = policy.without(policy.update(policy.update({}, FIRST), SECOND), ["B"])
+    found = policy.prototypes(parts)
+    assert found is not None
+    assert found.count.tolist() == [4, 0]
+    assert found.mean[0, 0] == pytest.approx(np.mean([0, 2, 8, 10]))
+    assert found.covariance[0, 0, 0] == pytest.approx(np.var([0, 2, 8, 10]))
+    assert policy.prototypes(policy.without(parts, ["A"])) is None
+
+
+@pytest.mark.parametrize("name", ["cumulative", "discount", "lagged", "restart", "momentum"])
+def test_a_round_without_statistics_keeps_means_and_covariances(name: str) -> None:
+    policy = memory(name, discount=0.5)
+    assert policy.prototypes(policy.update({}, [])) is None
+    before = policy.update({}, FIRST)
+    one, other = policy.prototypes(before), policy.prototypes(policy.update(before, []))
+    assert one is not None
+    assert other is not None
+    assert other.count.tolist() == [2 if name == "discount" else 4, 0]
+    np.testing.assert_array_equal(other.mean, one.mean)
+    np.testing.assert_allclose(other.covariance, one.covariance, rtol=1e-15)
+
+
+def test_a_site_counts_once_a_round() -> None:
+    with pytest.raises(ValueError, match="a site twice"):
+        memory("lagged").update({}, [*FIRST, FIRST[0]])
 
 
 @pytest.mark.parametrize("name", ["cumulative", "discount", "lagged", "restart"])
 def test_order_of_arrival_changes_no_bit(name: str) -> None:
     policy = memory(name, weighting="sites")
     parts = [(site, of(list(np.random.default_rng(k).normal(size=5)), [float(k)])) for k, site in enumerate("ABCD")]
-    one, other = policy.update(of([1, 2]), parts), policy.update(of([1, 2]), parts[::-1])
+    before = {"B": of([1, 2])}
+    one, other = (policy.prototypes(policy.update(before, fresh)) for fresh in (parts, parts[::-1]))
     assert one is not None
     assert other is not None
     for field in ("count", "mean", "scatter"):
@@ -91,7 +133,7 @@ def test_shift_with_equal_sites_does_not_depend_on_their_sizes() -> None:
 
 def test_rows_name_classes_and_leave_out_what_nobody_has_seen() -> None:
     policy = memory("lagged")
-    prototypes = policy.update(None, FIRST)
+    prototypes = policy.prototypes(policy.update({}, FIRST))
     assert prototypes is not None
     rows = prototype_rows(policy, prototypes, FIRST, ["background", "gland"], 7)
     found = {(row["metric"], row["cls"]): row["value"] for row in rows}
