@@ -30,9 +30,9 @@ from deploy.control import GONE, Control, Node, control_of
 from deploy.project import Kit, Project, is_loopback
 from deploy.simulate import prepare_environment
 from deploy.started import last_started
+from deploy.tidy import LOG_BYTES, tidy
 
 LOOK_S: Final = 2.0
-LOG_BYTES: Final = 10_000_000
 ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
 """What our own looking around would fill the log with."""
 
@@ -68,6 +68,10 @@ def serve_kit(path: Path, console: Console, *, insecure: bool = False, listen: s
     check_port(host, project.address[1])
     check_port("127.0.0.1", control_port)
     prepare_state(kit, insecure=insecure)
+    with console.status("clearing away what ended runs have left"):
+        told = tidy(kit)
+    if told:
+        console.print(told, highlight=False)
     doors = Doors(
         host=host,
         port=project.address[1],

@@ -4,7 +4,7 @@ Flower 1.41 serves Fleet, Control and Runtime APIs on one port, and its only acc
 accepts everybody: whoever can reach the port can submit code to all hospitals (stack.md 3.2). So the same application
 is served twice in one process: on the public port through `FleetOnly`, which knows the Fleet API's paths and nothing
 else, and on 127.0.0.1 with all paths, where the Control API wants the coordinator's credential and the Runtime API the
-executor's. This module is the only one that knows Flower's server from inside; flwr is pinned to one minor version.
+executor's. Only this module and `deploy.tidy` know Flower's server from inside; flwr is pinned to one minor version.
 """
 
 from __future__ import annotations

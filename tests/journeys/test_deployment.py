@@ -58,6 +58,40 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
     assert standing.count("online") == 2
 
 
+def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federation) -> None:
+    """The runbook word by word: leave, revoke, resume without; the server is restarted and clears its folder."""
+    federation.provision(
+        ["East", "North", "South"], "method=sgcg", "federation.rounds=3", "prototypes.memory=cumulative"
+    )
+    federation.serve()
+    federation.join("East", "North", "South")
+    federation.run()
+    federation.wait(lambda: federation.seen("round.done", round=1), 300, "round 1 was not finished")
+    assert stop_kit(federation.kit.folder, Console(quiet=True)) == 0
+    assert federation.finish("run", 60) == 1
+    left = federation.try_command("leave", federation.site("South"), "--for-good", module="deploy.site_cli")
+    assert "--without South" in left.stdout
+    federation.command(
+        "provision", federation.folder / "project.yaml", "-o", federation.folder / "kits", "--revoke", "South"
+    )
+    federation.processes.pop("serve").terminate()
+    federation.wait(lambda: "server ended" in federation.log("serve"), 60, "the server does not end")
+    federation.serve()
+    assert "of ended runs cleared away" in federation.log("serve")
+    federation.wait(lambda: federation.online("East", "North"), 120, "the hospitals do not come back")
+    federation.start("run", "deploy.cli", "resume", federation.kit.folder, "--without", "South")
+    assert federation.finish("run", 240) == 3, federation.logs()
+    outcome = federation.outcome()
+    assert (outcome["status"], outcome["rounds_done"]) == ("degraded", 3)
+    assert [(problem["code"], problem["where"]) for problem in outcome["problems"]] == [("RND-407", "South")]
+    assert set(outcome["sites"]) == {"East", "North"}
+    standing = federation.command("status", federation.kit.folder)
+    assert "left for good" in standing
+    assert "degraded after 3 of 3 rounds" in standing
+    again = federation.try_command("resume", federation.kit.folder, "--without", "North")
+    assert (again.returncode, "a finished model" in " ".join(again.stderr.split())) == (2, True)
+
+
 def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: Path, tmp_path: Path) -> None:
     """Kill -9 a hospital, pause another, cut a link, kill the coordinator's server; then resume: the same model."""
     settings = ("method=sgcg", "heldout=West", "federation.rounds=3")
