@@ -34,11 +34,17 @@ MOST_FAILURES = 20
 """Restarts in a row, none of them healthy for `HEALTHY_S`, after which the site gives up and says so."""
 
 HEALTHY_S = 300.0
-GAVE_UP = ("Giving up reconnection", "SSL/TLS handshake error detected")
-"""What a SuperNode says that lost its link within a TLS handshake; its process stays, does nothing, and looks alive.
-
-A cut link does that, and a proxy or load balancer that still accepts connections while the server behind it is away.
-"""
+LINK_GIVEN_UP = "the SuperNode gave up the link"
+STUCK = {
+    # It lost its link within a TLS handshake: its process stays, does nothing, and looks alive. A cut link does that,
+    # and a proxy or load balancer that still accepts connections while the server behind it is away.
+    "Giving up reconnection": LINK_GIVEN_UP,
+    "SSL/TLS handshake error detected": LINK_GIVEN_UP,
+    # It keeps half of the message; the error reply to that, minutes later, goes out in the place of the next run's
+    # reply, which then waits for yet another message.
+    "Ignoring message": "the run was stopped while its message came in",
+}
+"""What a SuperNode says that has to be started anew -> why."""
 
 START_S = 60.0
 STOP_S = 10.0
@@ -77,7 +83,7 @@ class Join:
     say: Say
     cold: bool = False
     stopping: threading.Event = field(default_factory=threading.Event)
-    gave_up: threading.Event = field(default_factory=threading.Event)
+    stuck: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> int:
@@ -110,7 +116,7 @@ class Join:
                 break
             if time.monotonic() - began > HEALTHY_S:
                 failures, pause = 0, SHORTEST_PAUSE_S
-            failures += not self.gave_up.is_set()  # the link may be away for days; that is no fault of this node
+            failures += not self.stuck  # the link may be away for days; that is no fault of this node
             if failures >= MOST_FAILURES:
                 action = f"read {home / 'logs' / 'supernode.log'}, then fedsgcg-site check"
                 raise fail("SITE-507", where=self.policy.site, found=f"{failures} restarts; last: {why}", action=action)
@@ -126,7 +132,7 @@ class Join:
         port = self.policy.runtime_port or free_port()
         secret = new_secret(home / "runtime.secret")
         children: list[subprocess.Popen[bytes]] = []
-        self.gave_up.clear()
+        self.stuck = ""
         try:
             node = self._start(supernode_command(self.policy, self.site_file, port, secret), home, "supernode")
             children.append(node)
@@ -138,8 +144,8 @@ class Join:
             self._tell(state="joined", resident=resident.pid)
             self.say(f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, {home / 'logs'}")
             while not self.stopping.wait(0.5):
-                if self.gave_up.is_set():
-                    return "the SuperNode gave up the link"
+                if self.stuck:
+                    return self.stuck
                 if node.poll() is not None:
                     return f"the SuperNode ended with {node.returncode}"
                 if resident.poll() is not None:
@@ -176,8 +182,7 @@ class Join:
         """Show and remember connection, messages and failures."""
         text = COLOURS.sub("", line)
         text = text.partition(":")[2].strip() if text.startswith(("INFO", "WARNING", "ERROR")) else text
-        if any(words in text for words in GAVE_UP):
-            self.gave_up.set()
+        self.stuck = next((why for words, why in STUCK.items() if words in text), self.stuck)
         if "SuperNode ID" in text:
             self._tell(node=text.rpartition(" ")[2], last="")
             self.say(f"connected to {self.policy.server}, node {text.rpartition(' ')[2]}")

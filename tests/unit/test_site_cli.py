@@ -14,7 +14,7 @@ from clients.cache import prune, touch_used
 from clients.site_file import write_site_file
 from common.errors import FedsgcgError
 from deploy import site_cli
-from deploy.join import joined_pid, only_one
+from deploy.join import Join, joined_pid, only_one
 from deploy.node import environment, free_port, new_secret, quoted, supernode_command
 from tests import sites
 from tests.conftest import REPOSITORY
@@ -192,3 +192,18 @@ def test_a_site_joins_once(kit):
         with pytest.raises(FedsgcgError, match="SITE-508"), only_one(home):
             pass
     assert joined_pid(home) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "stuck"),
+    [
+        ("INFO :      Giving up reconnection after 5 tries.", True),
+        ("INFO :      Run ID 7 is not in `RUNNING` status. Ignoring message ab12.", True),
+        ("INFO :      Run ID 7 is not in `RUNNING` status. Ignoring reply message ab12.", False),
+        ("INFO :      Received successfully", False),
+    ],
+)
+def test_a_supernode_that_says_it_is_stuck_is_started_anew(kit, line, stuck):
+    join = Join(policy_for(kit, kit), kit, lambda text: None)
+    join._notice(line)
+    assert bool(join.stuck) == stuck
