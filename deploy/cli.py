@@ -202,7 +202,10 @@ def _print_results(folder: Path, console: Console) -> None:
         console.print("No result yet.", style="yellow")
         return
     rows = summary_rows(pq.read_table(path))
-    unit = rows[0]["unit"] if rows else ""
+    if not rows:
+        console.print("No hospital had a case to judge the model by.", style="yellow")
+        return
+    unit = rows[0]["unit"]
     judged = "Judged at hospitals that took no part"
     if any(not row["heldout"] for row in rows):
         judged = "Nobody was held out: the training hospitals' own validation cases"

@@ -164,6 +164,8 @@ class Federation:
     def _let_go(self, state: RoundRecord) -> RoundRecord:
         """Go on without the sites that have left for good, their statistics taken out of what is remembered.
 
+        The choice by source validation starts anew with them gone: earlier scores counted their validation cases.
+
         Raises:
             FedsgcgError: CFG-001 when the run cannot be without them, SRV-402 when `departed.json` is damaged.
         """
@@ -175,7 +177,8 @@ class Federation:
         for site in fresh:
             self._note(departure_note(site, state.round))
             self._log.emit("site.left", site=site, code="RND-407")
-        return replace(state, parts=self._memory.without(state.parts, fresh))
+        best = None if fresh else state.best
+        return replace(state, parts=self._memory.without(state.parts, fresh), best=best)
 
     def _shared_amplitudes(self) -> bytes:
         """Collect what the sites share of their amplitudes; nothing with `method.ram.sharing=local`.

@@ -35,7 +35,7 @@ def run(plan: Plan, sites: tuple[str, ...] = ALL, **grid: object) -> tuple[Outco
     return run_federation(found, plan), found
 
 
-def run_until(plan: Plan, number: int) -> None:
+def run_until(plan: Plan, number: int, **grid: object) -> None:
     """Run and stop when a round is done."""
 
     def stop(event: dict[str, object]) -> None:
@@ -43,7 +43,7 @@ def run_until(plan: Plan, number: int) -> None:
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_federation(ScriptedGrid(plan, ALL), plan, stop)
+        run_federation(ScriptedGrid(plan, ALL, **grid), plan, stop)  # type: ignore[arg-type]
 
 
 def leaves(plan: Plan, *sites: str) -> None:
@@ -187,6 +187,30 @@ def test_a_site_that_leaves_after_the_last_round_is_not_in_the_prototypes_that_a
     stored, _ = decode_statistics((tmp_path / "prototypes.arrow").read_bytes())
     assert stored.count.sum() == pytest.approx(with_it.count.sum() * 2 / 3)
     np.testing.assert_allclose(stored.mean, means_without(plan, "C", 2), rtol=1e-12, atol=1e-15)
+
+
+def test_the_choice_of_the_model_starts_anew_for_the_site_had_a_say_in_it(tmp_path: Path) -> None:
+    def delighted(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+        liked = site == "C" and kind == TRAIN and request.identity.round == 2
+        return (
+            replace(reply, metrics=reply.metrics | {"validation_dice": 1.0, "validation_cases": 99.0})
+            if liked
+            else reply
+        )
+
+    chosen = {}
+    for name in ("stays", "leaves"):
+        plan = small_plan(tmp_path / name, federation__rounds=4, federation__selection="source_validation")
+        run_until(plan, 2, script=delighted)
+        best = last_record(plan).best
+        assert best is not None
+        assert best.round == 1
+        if name == "leaves":
+            leaves(plan, "C")
+        run(plan)
+        chosen[name] = json.loads((tmp_path / name / "model.json").read_text())["selected_round"]
+    assert chosen["stays"] == 1
+    assert chosen["leaves"] >= 2
 
 
 def test_who_is_missing_besides_is_still_missed(tmp_path: Path) -> None:
