@@ -10,7 +10,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -73,7 +73,7 @@ class Drawing:
     width: int
     height: int
     svg: bytes
-    png: Callable[[], bytes]
+    png: Callable[[], bytes] = field(compare=False)
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,8 @@ class TestFigures:
 
     def test_the_same_data_give_the_same_bytes(self):
         assert list(self.drawings()) == list(self.drawings())
+        first, second = next(iter(self.drawings())), next(iter(self.drawings()))
+        assert first.png() == second.png()
 
     def test_global_style_is_left_alone(self):
         before = dict(figures.mpl.rcParams)
