@@ -157,7 +157,7 @@ class PrototypeSettings(Section):
     """
 
     temperature: float = 0.5
-    weight: float = 0.1
+    weight: float = 1.0
     warmup_rounds: int = 1
     normalize: bool = True
     covariance: Literal["full", "diagonal", "none"] = "full"
