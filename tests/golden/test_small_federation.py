@@ -21,7 +21,8 @@ TOLERANCE = 2e-2
 
 def figures(hospitals: Path, output: Path) -> dict[str, list[float]]:
     """Figures of every round, averaged over the sites that report them."""
-    (cell,) = small.plan(hospitals, output, "method=sgcg", "heldout=South", "prototypes.warmup_rounds=0").cells
+    settings = ("method=sgcg", "heldout=South", "prototypes.warmup_rounds=0", "prototypes.weight=0.1")
+    (cell,) = small.plan(hospitals, output, *settings).cells
     run_cell_in_process(cell.tree)
     values: dict[str, dict[int, list[float]]] = {}
     for row in pq.read_table(cell.folder / "rounds.parquet").to_pylist():
