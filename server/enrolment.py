@@ -22,7 +22,17 @@ from common.plan import Plan
 from common.settings import nearest
 from common.wire import ENROL, Reply, Request, encode_request
 from server.disk import Disk
-from server.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, Answer, missing, push, read_answer
+from server.exchange import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    LOST,
+    MOST_TRIES,
+    Answer,
+    missing,
+    presence,
+    push,
+    read_answer,
+)
 from server.words import not_enough_enrolled
 
 UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
@@ -90,24 +100,42 @@ class Cohort:
     changes: list[Problem] = field(default_factory=list)
     departed: frozenset[str] = frozenset()
     _asked: dict[str, int] = field(default_factory=dict)
-    _known: set[int] = field(default_factory=set)
+    _known: dict[int, str] = field(default_factory=dict)  # node -> when it was last activated before it was asked
+    _tries: Counter[int] = field(default_factory=Counter)
 
     def poll(self) -> bool:
-        """Ask new nodes for their names and take in the answers that have come; returns whether anything was new."""
+        """Ask new nodes for their names and take in the answers that have come; returns whether anything was new.
+
+        A node that lost the request, because it went away or was started again, is new once more when it is there.
+        """
         request = Request(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
-        new = set(self.grid.get_node_ids()) - self._known
+        present = presence(self.grid)
+        self._forget_restarted(present)
+        new = set(present) - set(self._known)
         for node in sorted(new):
             if identifier := push(
                 self.grid, encode_request(request), ENROL, node, self.plan.federation.join_deadline_s
             ):
                 self._asked[identifier] = node
-                self._known.add(node)
+                self._known[node] = present[node]
+                self._tries[node] += 1
         replies = list(self.grid.pull_messages(sorted(self._asked))) if self._asked else []
         for message in replies:
             if (identifier := message.metadata.reply_to_message_id) in self._asked:
                 node = self._asked.pop(identifier)
-                self._take(node, read_answer(message, f"node {node}"), request.identity)
+                if message.has_error() and message.error.code in LOST and self._tries[node] < MOST_TRIES:
+                    self._known.pop(node, None)
+                else:
+                    self._take(node, read_answer(message, f"node {node}"), request.identity)
         return bool(new or replies)
+
+    def _forget_restarted(self, present: Mapping[int, str]) -> None:
+        """Take nodes that were started again since they were asked, and have not answered, for new ones."""
+        for node in set(self._asked.values()):
+            since = self._known.get(node, "")
+            if since and present.get(node, since) != since and self._tries[node] < MOST_TRIES:
+                self._asked = {identifier: asked for identifier, asked in self._asked.items() if asked != node}
+                del self._known[node]
 
     def wait(self) -> None:
         """Wait until all that are expected have enrolled, or the join deadline.

@@ -62,6 +62,40 @@ def test_a_site_that_was_restarted_is_asked_again_although_flower_says_nothing(t
     assert trained(grid)[("B", 1)] == trained(grid)[("B", 2)] == 2
 
 
+def test_a_site_that_was_lost_when_it_was_to_enrol_is_asked_again(tmp_path: Path) -> None:
+    """As after a restart of the server: it takes nodes for present that are about to start anew."""
+
+    def enrolled(grid: ScriptedGrid, site: str) -> int:
+        return sum((sent.site, sent.kind) == (site, ENROL) for sent in grid.sent)
+
+    def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+        if kind != ENROL or enrolled(grid, site) > 1 or site not in "BC":
+            return reply
+        if site == "B":
+            return LOST
+        (node,) = (node for node, name in grid.nodes.items() if name == "C")
+        grid.activated[node] = "2026-01-01T00:00:01"  # Flower says nothing
+        return SILENCE
+
+    plan = small_plan(tmp_path / "lost", federation__rounds=2, federation__join_deadline_s=8.0)
+    grid = ScriptedGrid(plan, ALL, script)
+    grid.activated = dict.fromkeys(grid.nodes, "2026-01-01T00:00:00")
+    outcome = run_federation(grid, plan)
+    assert (outcome.status, outcome.problems) == ("completed", ())
+    assert outcome.digest == undisturbed(tmp_path / "quiet")
+    assert [enrolled(grid, site) for site in ALL] == [1, 2, 2, 1]
+
+
+def test_a_site_that_dies_of_every_enrolment_is_not_asked_for_ever(tmp_path: Path) -> None:
+    outcome, grid = run(
+        tmp_path,
+        lambda grid, site, kind, request, reply: LOST if (site, kind) == ("B", ENROL) else reply,
+        federation__join_deadline_s=2.0,
+    )
+    assert (outcome.status, outcome.failure[0].code) == ("failed", "RND-401")
+    assert sum((sent.site, sent.kind) == ("B", ENROL) for sent in grid.sent) == exchange.MOST_TRIES
+
+
 def test_with_a_quorum_nobody_waits_for_a_lost_site(tmp_path: Path) -> None:
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         if (kind, request.identity.round) != (TRAIN, 1):

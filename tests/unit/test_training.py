@@ -95,7 +95,9 @@ def test_sgcg_adds_its_weighted_term_after_the_warm_up(hospital):
     assert guidance is not None
     _, figures = trained(plan, store, 2, guidance)
     assert figures["loss_contrast"] > 0
-    assert figures["loss"] == pytest.approx(figures["loss_supervised"] + 0.1 * figures["loss_contrast"])
+    assert figures["loss"] == pytest.approx(
+        figures["loss_supervised"] + plan.prototypes.weight * figures["loss_contrast"]
+    )
 
 
 def test_a_class_below_min_count_is_not_active(hospital):
