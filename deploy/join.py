@@ -182,7 +182,9 @@ class Join:
         """Show and remember connection, messages and failures."""
         text = COLOURS.sub("", line)
         text = text.partition(":")[2].strip() if text.startswith(("INFO", "WARNING", "ERROR")) else text
-        self.stuck = next((why for words, why in STUCK.items() if words in text), self.stuck)
+        # Two threads come here, one a child: only what was found is written, or one would undo the other's finding.
+        if why := next((why for words, why in STUCK.items() if words in text), ""):
+            self.stuck = why
         if "SuperNode ID" in text:
             self._tell(node=text.rpartition(" ")[2], last="")
             self.say(f"connected to {self.policy.server}, node {text.rpartition(' ')[2]}")
