@@ -5,12 +5,13 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from clients.batches import most_parts
-from clients.memory import let_go, out_of_memory
+from clients.memory import let_go, unless_out_of_memory
 from common.errors import fail
 from common.networks import build_network
 from common.plan import Plan
@@ -47,7 +48,7 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
     before, batch = _grown(), plan.method.batch_size
     most = most_parts([batch])
     parts = min(plan.site.micro_batches, most)
-    while (seconds := _try(plan, device, parts)) is None:
+    while (seconds := unless_out_of_memory(partial(_step_seconds, plan, device, parts))) is None:
         if parts == most:
             action = "lower network.base_width or data.image_size, or use a larger card"
             found = f"a step of {batch} slices of {plan.data.image_size} pixels in {parts} parts"
@@ -58,16 +59,6 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
         total = torch.cuda.get_device_properties(device).total_memory
         return Step(seconds, torch.cuda.max_memory_allocated(device), int(total), parts)
     return Step(seconds, max(0, _grown() - before), 0, parts)
-
-
-def _try(plan: Plan, device: torch.device, parts: int) -> float | None:
-    """Seconds of a step in so many parts; None when the memory does not hold it."""
-    try:
-        return _step_seconds(plan, device, parts)
-    except Exception as error:
-        if out_of_memory(error):
-            return None
-        raise
 
 
 def _step_seconds(plan: Plan, device: torch.device, parts: int) -> float:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 SIGNS: Final = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 """Words of the RuntimeErrors that torch's CPU allocator, the CUDA driver, cuBLAS and cuDNN raise for want of memory."""
@@ -25,11 +28,21 @@ def out_of_memory(error: BaseException) -> bool:
     return any(sign in str(error) for sign in SIGNS) or (before is not None and out_of_memory(before))
 
 
-def let_go(device: torch.device) -> None:
-    """Give back what an abandoned step still holds.
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """Return what the work returns, None when the memory does not hold it; every other error goes on its way.
 
-    To be called after the `except` block: within it the error keeps the frames of the step, and they their tensors.
+    The error ends here because it keeps the frames of the work, and they their tensors.
     """
+    try:
+        return work()
+    except Exception as error:
+        if out_of_memory(error):
+            return None
+        raise
+
+
+def let_go(device: torch.device) -> None:
+    """Give back what an abandoned step still holds; to be called after its error is gone."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -22,7 +22,7 @@ from clients.batches import (
     most_parts,
     steps_of,
 )
-from clients.memory import let_go, out_of_memory
+from clients.memory import let_go, unless_out_of_memory
 from clients.methods import METHODS, Guidance, Guide, Source
 from clients.mixing import Mixer, build_mixer
 from clients.prefetch import prefetch
@@ -78,12 +78,22 @@ def train_round(
             SITE-502 when the memory does not hold a step in the smallest parts.
     """
     began = time.perf_counter()
-    tables, state = [store.slices("train") for store in stores], state or {}
+    tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
+    state = state or {}
     received = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     sizes = [min(size, len(table)) for table, size in zip(tables, domain_sizes(plan.method, len(tables)), strict=True)]
     most = most_parts(sizes)
     parts = min(max(plan.site.micro_batches, int(state.get(PARTS, 1))), most)
-    while (trained := _attempt(network, stores, plan, round_number, guide, device, amplitudes, state, parts)) is None:
+
+    def attempt() -> tuple[dict[str, float], dict[str, Tensor]]:
+        mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
+        batches = round_batches(tables, plan, round_number, names, device, mixer)
+        session = Session(network, plan, len(stores), device, state)
+        # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
+        figures = session.train(batches, steps_of(tables, plan.method), copy.copy(guide), round_number, parts)
+        return figures, session.state()
+
+    while (trained := unless_out_of_memory(attempt)) is None:
         parts = _more_parts(parts, most, plan, round_number, device)
         let_go(device)
         network.zero_grad(set_to_none=True)
@@ -97,32 +107,6 @@ def train_round(
         "micro_batches": float(parts),
         "seconds": time.perf_counter() - began,
     }, kept
-
-
-def _attempt(
-    network: UNet,
-    stores: Sequence[CaseStore],
-    plan: Plan,
-    round_number: int,
-    guide: Guide | None,
-    device: torch.device,
-    amplitudes: bytes,
-    state: Mapping[str, Tensor],
-    parts: int,
-) -> tuple[dict[str, float], dict[str, Tensor]] | None:
-    """Train a round with each step in so many parts; None when the memory does not hold that."""
-    tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
-    try:
-        mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
-        batches = round_batches(tables, plan, round_number, names, device, mixer)
-        session = Session(network, plan, len(stores), device, state)
-        # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
-        figures = session.train(batches, steps_of(tables, plan.method), copy.copy(guide), round_number, parts)
-        return figures, session.state()
-    except Exception as error:
-        if out_of_memory(error):
-            return None
-        raise
 
 
 def _more_parts(parts: int, most: int, plan: Plan, round_number: int, device: torch.device) -> int:

@@ -280,6 +280,7 @@ class _WithoutDraws(TorchFunctionMode):
 
 
 _DRAWS: Final = (torch.Tensor.uniform_, torch.Tensor.normal_)
+"""Not every function of `nn.init` tells a mode that it is called: `kaiming_normal_` is seen by its draw alone."""
 
 
 def _encoder_block(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from common.console import steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from deploy.bundle import Bundle, build_bundle, run_config
@@ -119,9 +120,9 @@ def run_kit(
                     raise
                 console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
                 return 1
-        with console.status("making the report"):
+        with steps_of(console, "making the report") as tell:
             collect(study.folder)
-            make_report(study.folder)
+            make_report(study.folder, tell)
     code = exit_code(study.cells)
     tell_end(study.folder, study.cells, code, console)
     return code

@@ -25,13 +25,13 @@ from server.disk import Disk
 from server.exchange import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
-    LOST,
     MOST_TRIES,
     Answer,
     missing,
     presence,
     push,
     read_answer,
+    was_lost,
 )
 from server.words import not_enough_enrolled
 
@@ -123,7 +123,7 @@ class Cohort:
         for message in replies:
             if (identifier := message.metadata.reply_to_message_id) in self._asked:
                 node = self._asked.pop(identifier)
-                if message.has_error() and message.error.code in LOST and self._tries[node] < MOST_TRIES:
+                if was_lost(message) and self._tries[node] < MOST_TRIES:
                     self._known.pop(node, None)
                 else:
                     self._take(node, read_answer(message, f"node {node}"), request.identity)

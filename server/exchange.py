@@ -180,7 +180,7 @@ class _Exchange:
     def _take_message(self, site: str, message: Message) -> None:
         asked = self.asked[site]
         answer = read_answer(message, site, self.size)
-        if message.has_error() and message.error.code in LOST and asked.tries < MOST_TRIES:
+        if was_lost(message) and asked.tries < MOST_TRIES:
             asked.request, asked.problem = "", answer.problem
         else:
             self._take(site, answer)
@@ -216,10 +216,15 @@ def push(grid: Grid, content: RecordDict, message_type: str, node: int, deadline
     return (identifiers[0] or "") if identifiers else ""
 
 
+def was_lost(message: Message) -> bool:
+    """Whether Flower says that a request or its answer was lost on the way."""
+    return bool(message.has_error() and message.error.code in LOST)
+
+
 def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
     """Decode a reply; whatever is wrong with it becomes the answer's problem and goes no further."""
     if message.has_error():
-        lost = message.error.code in LOST
+        lost = was_lost(message)
         found = f"{'it was lost' if lost else 'its app failed'} (Flower's error {message.error.code})"
         problem = Problem("RND-404" if lost else "SITE-500", where=site, found=found)
         return Answer(site, problem=problem, bytes_down=bytes_down)

@@ -117,12 +117,10 @@ def sweep_sections(
         colours: Index of the palette by label.
         place: Who was judged, in words.
     """
-    return [
-        _sweep_section(sweep, _beside(sweep, labels, values), values, structures, colours, place) for sweep in sweeps
-    ]
+    return [_sweep_section(sweep, _beside(sweep, labels), values, structures, colours, place) for sweep in sweeps]
 
 
-def _beside(sweep: Sweep, labels: Mapping[str, Label], values: CaseValues) -> list[str]:
+def _beside(sweep: Sweep, labels: Mapping[str, Label]) -> list[str]:
     """Labels that do not have the setting at all, the baselines: of the federations that are swept."""
     federations = {federation for _, federation, _ in sweep.lines}
     usual = {label for label, _ in sweep.usual.values()}

@@ -23,6 +23,7 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, script: Script, **changes: object) -> tuple[Outcome, ScriptedGrid]:
     plan = small_plan(folder, **{"federation__rounds": 2, "federation__round_deadline_s": 8.0, **changes})
     grid = ScriptedGrid(plan, ALL, script)
+    grid.activated = dict.fromkeys(grid.nodes, "2026-01-01T00:00:00")
     return run_federation(grid, plan), grid
 
 
@@ -53,10 +54,7 @@ def test_a_site_that_was_restarted_is_asked_again_although_flower_says_nothing(t
         grid.activated[node] = f"2026-01-01T00:00:0{request.identity.round}"  # it died and was started again
         return SILENCE
 
-    plan = small_plan(tmp_path / "restarted", federation__rounds=2, federation__round_deadline_s=8.0)
-    grid = ScriptedGrid(plan, ALL, script)
-    grid.activated = dict.fromkeys(grid.nodes, "2026-01-01T00:00:00")
-    outcome = run_federation(grid, plan)
+    outcome, grid = run(tmp_path / "restarted", script)
     assert (outcome.status, outcome.problems) == ("completed", ())
     assert outcome.digest == undisturbed(tmp_path / "quiet")
     assert trained(grid)[("B", 1)] == trained(grid)[("B", 2)] == 2
@@ -77,10 +75,7 @@ def test_a_site_that_was_lost_when_it_was_to_enrol_is_asked_again(tmp_path: Path
         grid.activated[node] = "2026-01-01T00:00:01"  # Flower says nothing
         return SILENCE
 
-    plan = small_plan(tmp_path / "lost", federation__rounds=2, federation__join_deadline_s=8.0)
-    grid = ScriptedGrid(plan, ALL, script)
-    grid.activated = dict.fromkeys(grid.nodes, "2026-01-01T00:00:00")
-    outcome = run_federation(grid, plan)
+    outcome, grid = run(tmp_path / "lost", script, federation__join_deadline_s=8.0)
     assert (outcome.status, outcome.problems) == ("completed", ())
     assert outcome.digest == undisturbed(tmp_path / "quiet")
     assert [enrolled(grid, site) for site in ALL] == [1, 2, 2, 1]
