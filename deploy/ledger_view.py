@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message, Metadata, RecordDict
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -42,15 +43,24 @@ def show_ledger(policy: SiteFile, console: Console, *, last: int) -> int:
         console.print(f"Nothing has left {policy.site} yet.", highlight=False)
         return 1
     shown = lines[-last:] if last else lines
-    table = Table(title=f"What left {policy.site}: {path}")
-    for name in ("#", "time (UTC)", "round", "answer to", *PARTS, "withheld, or why"):
-        table.add_column(name, justify="right" if name in ("#", "round", *PARTS) else "left")
+    console.print(f"What left {policy.site}: {path}", highlight=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    used = [name for name in PARTS if any(line["parts"].get(name) for line in shown)]  # a terminal may have 80 columns
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("time (UTC)", min_width=10)  # the day above the hour where there is little room
+    table.add_column("round", justify="right", no_wrap=True)
+    table.add_column("answer to", no_wrap=True)
+    for name in used:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("withheld, or why", min_width=12)
     for line in shown:
         why = ", ".join(line["withheld"]) or reason(line)
-        parts = [f"{line['parts'][name]:,}" if line["parts"].get(name) else "–" for name in PARTS]
+        parts = [f"{line['parts'][name]:,}" if line["parts"].get(name) else "–" for name in used]
         when = str(line["time"])[:19].replace("T", " ")
         table.add_row(str(line["seq"]), when, str(line["round"]), str(line["kind"]), *parts, why)
-    console.print(table, highlight=False)
+    least = console.measure(table, options=console.options.update(width=1000)).minimum
+    table.width = least if least > console.width else None
+    console.print(table, highlight=False, crop=False)  # nothing of a ledger is cut off
     total = sum(sum(line["parts"].values()) for line in lines)
     console.print(f"{len(lines)} messages, {total:,} bytes; the chain of hashes is intact.", highlight=False)
     return 0

@@ -54,6 +54,19 @@ def test_the_ledger_is_readable_and_its_chain_verified(kit, capsys):
     assert "SITE-501" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_a_ledger_is_shown_whole_on_a_console_of_any_width(kit, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    parts = {"weights": 31_000_000, "statistics": 84_012, "text": 5_123}
+    ledger.append(
+        kit / "home/ledger.jsonl", round_number=120, kind="statistics", parts=parts, withheld=["cup"], sha256="0" * 64
+    )
+    assert site_cli.main(["ledger", str(kit)]) == 0
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("31,000,000", "84,012", "5,123", " 120 ", "statistics", "cup"))
+    assert "amplitudes" not in said  # a part that never left has no column
+
+
 def test_a_dry_run_shows_the_bytes_of_a_real_reply_and_leaves_nothing(kit, root, capsys):
     approve(bundle_of_folder(REPOSITORY), kit / "approved.json", "test")
     settings = ["data.image_size=32", "network.base_width=4", "method.steps_per_round=1", "method.batch_size=4"]
