@@ -175,7 +175,7 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
         "differences": claims_section(claims, structures) if claims else None,
         "hospital_tables": hospital_tables(values, main_pairs(labels), structures) if len(values.places) > 1 else [],
         "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place) if rows else [],
-        "federation": federation_section(values, labels, structures, colours, place) if rows else None,
+        "federation": federation_section(values, labels, structures, colours, study.rounds, place) if rows else None,
     }
 
 

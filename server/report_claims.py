@@ -9,7 +9,7 @@ from typing import Any
 
 from server.report_cases import count_of
 from server.report_differences import CaseValues, Difference, compare_everywhere, compare_on_average
-from server.report_labels import FEDERATIONS, Label, main_pairs
+from server.report_labels import FEDERATIONS, Label, Swept, main_labels, main_pairs
 from server.report_overlays import interval_bar
 from server.report_tables import AVERAGE
 from server.report_text import DECIMALS, TITLES, show, show_ends, show_p
@@ -25,11 +25,12 @@ def main_claims(values: CaseValues, labels: Mapping[str, Label], structures: Seq
 
 
 def federation_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
-    """Return (label, reference) pairs of one training method in two federations: by_site first, then pooled."""
+    """Return (label, reference) pairs of the same training in two federations: by_site first, then pooled."""
+    alike: dict[tuple[str, Swept], dict[str, str]] = {}
+    for label in main_labels(labels):
+        alike.setdefault((label.trains, label.setting), {})[label.federation] = label.name
     pairs = []
-    for trains in dict.fromkeys(label.trains for label in labels.values() if label.plain):
-        same = [label for label in labels.values() if label.plain and label.trains == trains]
-        own = {label.federation: label.name for label in same}
+    for own in alike.values():
         present = [name for name in FEDERATIONS if name in own]
         pairs += [(own[a], own[b]) for place, a in enumerate(present) for b in present[place + 1 :]]
     return pairs

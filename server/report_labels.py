@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
+Swept = tuple[tuple[str, str], ...]  # swept settings as (name, value)
 
 TRAINS = ("source", "ram", "sgcg", "ram_sgcg")
 """Training methods in the order of the ablation: nothing, one part, the other, both."""
@@ -39,7 +40,7 @@ class Label:
     name: str
     trains: str
     federation: str
-    setting: tuple[tuple[str, str], ...] = ()
+    setting: Swept = ()
 
     @property
     def plain(self) -> bool:

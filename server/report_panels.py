@@ -56,7 +56,7 @@ def training_figures(
     painted = dict(colours or {name: place for place, name in enumerate(methods)})
     found = {name: curves(rows, name) for name in ("loss_supervised", "loss", "validation_dice")}
     judged = [row for row in rows if row["site"] == row["heldout"]]
-    heldout, distance = curves(judged, "heldout_dice"), curves(judged, "heldout_asd")
+    heldout, distance = (_followed(curves(judged, name)) for name in ("heldout_dice", "heldout_asd"))
     supervised, validation = found["loss_supervised"] or found["loss"], found["validation_dice"]
     chosen = {name: painted[name] for name in methods}
     folds = sorted({key[0] for part in (supervised, validation) for key in part if key[1] in chosen})
@@ -88,6 +88,11 @@ def training_figures(
         }
         panels.append({"title": title, "detail": "", "drawing": drawing, "marks": marks})
     return panels
+
+
+def _followed(found: Curves) -> Curves:
+    """Curves that are more than the point at the end, which the tables hold."""
+    return {key: curve for key, curve in found.items() if len(curve.rounds) > 1}
 
 
 def _end(found: Curves, fold: str, method: str) -> str:

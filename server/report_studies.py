@@ -9,14 +9,16 @@ from typing import Any
 
 from server.report_claims import claims_section, federation_pairs
 from server.report_differences import CaseValues, compare_on_average
-from server.report_labels import FEDERATIONS, MOST_COLOURS, Label, numeric, value_order
+from server.report_labels import FEDERATIONS, MOST_COLOURS, Label, Swept, main_labels, numeric, value_order
 from server.report_plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
+from server.report_rounds import steps_by_federation
+from server.report_tables import Row
 from server.report_text import DECIMALS, TITLES, show, show_interval
 
 Section = dict[str, Any]
 METRICS = ("dice", "asd")
 HELD_OUT, VALIDATION = "held-out hospitals", "the hospitals’ own validation cases"
-Family = tuple[str, str, tuple[tuple[str, str], ...]]  # training method, federation, the other swept settings
+Family = tuple[str, str, Swept]  # training method, federation, the other swept settings
 
 
 @dataclass(frozen=True)
@@ -248,19 +250,29 @@ def federation_section(
     labels: Mapping[str, Label],
     structures: Sequence[str],
     colours: Mapping[str, int],
+    rounds: Sequence[Row] = (),
     place: str = HELD_OUT,
 ) -> Section | None:
-    """What federation costs: every training method local, pooled and by site; None without two federations."""
+    """What federation costs: every training local, pooled and by site; None without two federations.
+
+    Args:
+        values: Values of the cases.
+        labels: Labels of the study.
+        structures: Structures in order.
+        colours: Index of the palette by label.
+        rounds: Rows of `rounds.parquet`, for the steps that each federation took.
+        place: Who was judged, in words.
+    """
     pairs = federation_pairs(labels)
     if not pairs:
         return None
-    methods = list(dict.fromkeys(labels[name].trains for pair in pairs for name in pair))
+    compared = dict.fromkeys((labels[name].trains, labels[name].setting) for pair in pairs for name in pair)
     rows = [
         label
-        for trains in methods
+        for training in compared
         for federation in FEDERATIONS
-        for label in labels.values()
-        if label.plain and label.trains == trains and label.federation == federation
+        for label in main_labels(labels)
+        if (label.trains, label.setting) == training and label.federation == federation
     ]
     panels = []
     for structure in structures:
@@ -274,18 +286,20 @@ def federation_section(
                 panels.append({"title": head, "drawing": dot_panel(dots, title, alt)})
     claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
     present = [name for name in FEDERATIONS if any(label.federation == name for label in rows)]
-    return {"panels": panels, "claims": claims, "present": present, "single": len(rows) == 2}
+    budget = steps_by_federation(rounds, {label.name: label.federation for label in rows})
+    return {"panels": panels, "claims": claims, "present": present, "single": len(rows) == 2, "steps": budget}
 
 
 def _federation_dots(
     rows: Sequence[Label], values: CaseValues, structure: str, metric: str, colours: Mapping[str, int]
 ) -> list[Dot]:
     dots: list[Dot] = []
-    before = ""
+    before = None
     for label in rows:
         interval = values.interval(label.name, structure, metric)
         if math.isfinite(interval.mean):
-            title = f"{label.trains}, {label.federation}"
-            dots.append(Dot(title, interval, colours.get(label.name, 0), bool(dots) and label.trains != before))
-            before = label.trains
+            training = label.trains, label.setting
+            title = ", ".join([label.trains, label.federation, *(f"{name}={value}" for name, value in label.setting)])
+            dots.append(Dot(title, interval, colours.get(label.name, 0), bool(dots) and training != before))
+            before = training
     return dots

@@ -277,6 +277,7 @@ def round_rows(key, training, facts=None):
             add(number, "train", site, "loss", supervised + 0.1 * contrast)
             add(number, "train", site, "validation_dice", 0.88 * (1 - np.exp(-(number - 1) / 3)) + rng.normal(0, 0.012))
             add(number, "train", site, "bytes_up", 12_800_000)
+            add(number, "train", site, "steps", 84 if (facts or {}).get("federation") == "pooled" else 28)
         if facts:
             add(number, "heldout", heldout, "heldout_dice", 0.8 * (1 - np.exp(-number / 4)) + gain_of(key, facts))
             add(number, "heldout", heldout, "heldout_asd", 6 * np.exp(-number / 6) + 1.2 - gain_of(key, facts))

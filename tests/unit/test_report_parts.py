@@ -17,8 +17,9 @@ from server import report_figures as figures
 from server.intervals import Interval
 from server.report_files import Cell
 from server.report_overlays import Images, choose_cases, contour_path, crop_box, interval_bar, overlay
+from server.report_panels import training_figures
 from server.report_reader import Picture, Reader
-from server.report_rounds import Curve, curves, departures
+from server.report_rounds import Curve, curves, departures, steps_by_federation
 from server.report_text import (
     headline,
     join_words,
@@ -49,6 +50,40 @@ def picture(case="a", dice=0.5, size=(20, 30), truth=None, prediction=None):
 
 def points(path):
     return [np.array([list(map(float, p.split())) for p in part.split("L")]) for part in re.findall(r"M([^Z]*)Z", path)]
+
+
+class TestSteps:
+    def test_are_those_of_one_hospital_in_a_whole_run(self):
+        federations = {"source": "by_site", "source pooled": "pooled"}
+        rows = [
+            entry("steps", steps, number, site=site, method=method)
+            for number in (1, 2)
+            for method, site, steps in (
+                ("source", "A", 21.0),
+                ("source", "B", 36.0),
+                ("source pooled", "pooled", 109.0),
+            )
+        ]
+        rows += [entry("steps", 9999.0, method="another"), entry("loss", 5.0, method="source")]
+        assert steps_by_federation(rows, federations) == {"by_site": "42 to 72", "pooled": "218"}
+
+    def test_are_not_told_where_all_took_the_same(self):
+        rows = [entry("steps", 5.0, method=method) for method in ("sgcg", "sgcg pooled")]
+        assert steps_by_federation(rows, {"sgcg": "by_site", "sgcg pooled": "pooled"}) == {}
+        assert steps_by_federation([], {"sgcg": "by_site"}) == {}
+
+
+class TestTraining:
+    def test_a_held_out_hospital_that_was_judged_only_at_the_end_has_no_curve(self):
+        def panel(*judged):
+            rows = [entry("loss_supervised", 1.0 / n, n) for n in (1, 2, 3)]
+            rows += [entry(f"heldout_{name}", 0.5, n, site="HK") for n in judged for name in ("dice", "asd")]
+            (found,) = training_figures(rows, ["sgcg"])
+            return found
+
+        followed, at_the_end = panel(1, 3), panel(3)
+        assert (followed["marks"]["heldout"], at_the_end["marks"]["heldout"]) == (True, False)
+        assert followed["drawing"].height > at_the_end["drawing"].height  # no axes for the distance
 
 
 class TestCurves:

@@ -30,7 +30,7 @@ from server.report_plots import is_logarithmic
 from server.report_published import PUBLISHED, published_for
 from server.report_studies import sweep_sections, sweeps_of
 from server.report_tables import heldout_rows, merge_models, methods_of, summary_rows
-from tests.unit.report_study import ARMS, FUNDUS, FUNDUS_SITES, collect, label_of, write_large_study
+from tests.unit.report_study import ARMS, FUNDUS, FUNDUS_SITES, ROUNDS, collect, label_of, write_large_study
 from tests.unit.test_report import Page
 from tests.unit.test_report_tables import row
 
@@ -118,6 +118,18 @@ class TestLabels:
         pairs = federation_pairs({name: label for name, label in LABELS.items() if label.trains == "sgcg"})
         assert pairs == [("sgcg", "sgcg pooled"), ("sgcg", "sgcg local"), ("sgcg pooled", "sgcg local")]
         assert federation_pairs(labels_of([{"method": "sgcg"}, {"method": "source"}])) == []
+
+    def test_federations_of_a_study_that_sweeps_everywhere_are_compared_at_the_same_value(self):
+        rows = [
+            {"method": f"source {federation} rounds={value}", "federation": federation, "setting": f"rounds={value}"}
+            for federation in ("by_site", "pooled")
+            for value in (24, 6)
+        ]
+        pairs = federation_pairs(labels_of({**entry, "trains": "source"} for entry in rows))
+        assert pairs == [(f"source by_site rounds={n}", f"source pooled rounds={n}") for n in (6, 24)]
+        assert federation_pairs(labels_of([*rows, {"method": "source"}, {"method": "source pooled"}])) == [
+            ("source", "source pooled")
+        ]
 
 
 class TestHospitalsThatTrainedAlone:
@@ -479,6 +491,11 @@ class TestWholePage:
         claims = page.text[page.text.index("What federation costs") :]
         assert "ram_sgcg against ram_sgcg local, Dice: +0.0" in claims
         assert "the difference holds" in claims
+
+    def test_says_that_the_federations_did_not_take_the_same_number_of_steps(self, page):
+        claims = page.text[page.text.index("What federation costs") :]
+        assert "The same training three ways" in claims
+        assert f"in a run: by_site {28 * ROUNDS}, pooled {84 * ROUNDS}, local {28 * ROUNDS}." in claims
 
     def test_every_claim_that_is_made_is_in_the_tables_family(self, large):
         rows = pq.read_table(large / "results.parquet").to_pylist()
