@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ pytestmark = pytest.mark.slow
 SOON_S = 60
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Undo what a shell does to a job in the background: it ignores the interrupt, and so would every child."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("runtime", ["inprocess", "ray"])
 def test_interrupted_run_ends_soon_and_frees_its_folder(hospitals: Path, tmp_path: Path, runtime: str) -> None:
     arguments = small.overrides(hospitals, tmp_path, "heldout=South", "federation.rounds=200", f"runtime={runtime}")
