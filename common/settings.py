@@ -104,10 +104,17 @@ def build(cls: type[T], tree: Mapping[str, Any]) -> T:
     return cast("T", value)
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return a hint such as "did you mean x?" for an unknown word, or the list when nothing is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known)[:30])}"
+def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:
+    """Return a hint such as "did you mean x?" for an unknown word, or the list when nothing is near.
+
+    Args:
+        word: What was given.
+        known: What there is.
+        listed: Whether the message lists what there is already; then there is no hint when nothing is near.
+    """
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+        return f"did you mean {close[0]!r}?"
+    return "" if listed else f"known: {', '.join(sorted(known)[:30])}"
 
 
 def choices_of(group: str) -> list[str]:
@@ -198,7 +205,7 @@ def _mistakes(overrides: Sequence[str]) -> list[Problem]:
         elif value in choices_of(key):
             choices.append(text)
         else:
-            expected, action = " | ".join(choices_of(key)), nearest(value, choices_of(key))
+            expected, action = " | ".join(choices_of(key)), nearest(value, choices_of(key), listed=True)
             problems.append(Problem("CFG-001", found=text, expected=expected, action=action))
     known = _known_settings(tuple(choices))
     for text in named:

@@ -142,7 +142,11 @@ def _unknown_choices(values: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
         for name in values.get(group, []):
             if name not in known:
                 yield Problem(
-                    "CFG-001", where=group, found=name, expected=" | ".join(known), action=nearest(name, known)
+                    "CFG-001",
+                    where=group,
+                    found=name,
+                    expected=" | ".join(known),
+                    action=nearest(name, known, listed=True),
                 )
 
 

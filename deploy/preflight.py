@@ -145,7 +145,9 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
     """Yield what is wrong with who is held out, who only observes, and who is left to train."""
     sites = plan.data.sites
     if plan.heldout and plan.heldout not in sites:
-        yield Problem("CFG-002", repr(plan.heldout), " | ".join(sites), nearest(plan.heldout, sites), "heldout")
+        yield Problem(
+            "CFG-002", repr(plan.heldout), " | ".join(sites), nearest(plan.heldout, sites, listed=True), "heldout"
+        )
     for name in plan.observers:
         if name not in sites:
             yield Problem("CFG-001", repr(name), "a hospital of the data", nearest(name, sites), "observers")
