@@ -35,7 +35,9 @@ def choose_device(device: str, threads: int = 1) -> torch.device:
     chosen = torch.device("cuda" if usable else "cpu")
     # On a CPU the same seed must give the same hash; on a GPU the deterministic kernels of bilinear upsampling cost
     # too much, and reproducibility has a stated tolerance there (reliability.md I7).
-    torch.use_deterministic_algorithms(chosen.type == "cpu")
+    # `torch.use_deterministic_algorithms` says the same, but imports torch's compiler: three seconds of a process that
+    # does not train.
+    torch.set_deterministic_debug_mode("error" if chosen.type == "cpu" else "default")
     # Batches of one shape come thousands of times: the first may try which convolution is fastest.
     torch.backends.cudnn.benchmark = chosen.type == "cuda"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

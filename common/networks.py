@@ -269,7 +269,7 @@ class _WithoutDraws(TorchFunctionMode):
     """Lets torch's layers be built without drawing their weights, which stay undefined.
 
     The draws would come from torch's global generator. Building on the `meta` device avoids them too, but imports nine
-    hundred modules of torch's compiler: two seconds of every process.
+    hundred modules of torch's compiler: three seconds of every process that does not train (torch's optimisers do).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,8 @@
 """The U-Net has RAM-DSIR's shape, and its weights depend on the seed alone."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +119,20 @@ def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="name: found 'vnet'"):
         build_network(NetworkSettings(name="vnet"), 3, 2, 0)
     assert {"unet": UNet} == NETWORKS
+
+
+PREDICTS = """
+import sys, torch
+from clients.device import choose_device
+from common.networks import build_network
+from common.plan import NetworkSettings
+choose_device("cpu")
+with torch.inference_mode():
+    build_network(NetworkSettings(base_width=4), 3, 2, generator_seed=7).eval()(torch.zeros(1, 3, 32, 32))
+print(torch.are_deterministic_algorithms_enabled(), "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_process_that_does_not_train_is_deterministic_and_does_not_load_torchs_compiler():
+    done = subprocess.run([sys.executable, "-c", PREDICTS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
