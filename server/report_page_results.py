@@ -183,7 +183,7 @@ mean that there is none.</p>
 <p class="about">The same training {{ "three" if federation.present|length == 3 else "two" }} ways: {% for name in federation.present %}<b>{{ name }}</b>, {{ federation_words[name].partition(": ")[2] }}{{ "" if loop.last else "; " }}{% endfor %}.
 Mean over {{ place }} with the bootstrap 95 % interval over cases.
 {% if "local" in federation.present %} A local number is the mean over the models that single hospitals made, case by case.{% endif %}</p>
-{% if federation.steps %}<p class="about">Training steps one after the other in a run: {% for name in federation.present if name in federation.steps %}<b>{{ name }}</b> {{ federation.steps[name] }}{{ "" if loop.last else ", " }}{% endfor %}.
+{% if federation.steps %}<p class="about">Training steps one after the other in a round: {% for name in federation.present if name in federation.steps %}<b>{{ name }}</b> {{ federation.steps[name] }}{{ "" if loop.last else ", " }}{% endfor %}.
 A difference between them may come from the number of steps as well as from the federation: <code>federation.rounds</code> and <code>method.steps_per_round</code> can make them equal.</p>
 {% endif %}<div class="{{ panel_class(federation.panels|length) }}">
 {% for panel in federation.panels %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>

@@ -91,24 +91,20 @@ def cut_steps(rows: Iterable[Row]) -> str:
 
 
 def steps_by_federation(rows: Iterable[Row], federations: Mapping[str, str]) -> dict[str, str]:
-    """Return how many training steps a hospital, or the pooled place, took one after the other in a whole run.
+    """Return how many training steps a hospital, or the pooled place, took one after the other in a round.
 
     Args:
         rows: Rows of `rounds.parquet`.
         federations: Federation of each label to count.
 
     Returns:
-        "126 to 216" by federation, the fewest and the most; nothing where every federation took the same.
+        "21 to 36" by federation, the fewest and the most; nothing where every federation took the same.
     """
-    taken: dict[tuple[Any, ...], float] = defaultdict(float)
+    taken: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if row["metric"] == "steps" and row["value"] is not None and row["method"] in federations:
-            run = row["method"], row["heldout"], row["seed"], row.get("trained_on")
-            taken[federations[row["method"]], run, row["site"]] += float(row["value"])
-    found: dict[str, list[float]] = defaultdict(list)
-    for (federation, _, _), steps in taken.items():
-        found[federation].append(steps)
-    ends = {name: (min(steps), max(steps)) for name, steps in found.items()}
+            taken[federations[row["method"]]].append(float(row["value"]))
+    ends = {name: (min(steps), max(steps)) for name, steps in taken.items()}
     if len(set(ends.values())) < 2:
         return {}
     return {name: f"{low:.0f}" + (f" to {high:.0f}" if high > low else "") for name, (low, high) in ends.items()}

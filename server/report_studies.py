@@ -299,7 +299,7 @@ def _federation_dots(
         interval = values.interval(label.name, structure, metric)
         if math.isfinite(interval.mean):
             training = label.trains, label.setting
-            title = ", ".join([label.trains, label.federation, *(f"{name}={value}" for name, value in label.setting)])
+            title = f"{label.trains}, {label.federation}" if label.plain else label.name
             dots.append(Dot(title, interval, colours.get(label.name, 0), bool(dots) and training != before))
             before = training
     return dots

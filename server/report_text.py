@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -180,7 +180,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Cases", case_lines([cell.outcome for cell in study.cells])),
         ("Splits", _all_of(words, "splits")),
         ("Choice of the model", _selection(words)),
-        ("Training", _training(study, tree)),
+        ("Training", _training(study)),
         ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
         ("Evaluation", _all_of(words, "evaluated")),
         ("Post-processing", _all_of(words, "post_processing")),
@@ -230,23 +230,26 @@ def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
     return words + ([f"evaluated: the model of {span}"] if span and words else [])
 
 
-def _training(study: StudyFiles, tree: Mapping[str, Any]) -> list[str]:
-    federation, network, method = (_part(tree, name) for name in ("federation", "network", "method"))
+def _training(study: StudyFiles) -> list[str]:
+    def either(section: str, *names: str, say: Callable[..., str] = str) -> str:
+        """What the methods' settings say, each different word once: "6 or 24"."""
+        parts = [_part(tree, section) for tree in study.settings.values()]
+        return " or ".join(dict.fromkeys(say(*(part.get(name) for name in names)) for part in parts if part))
+
+    def amount(steps: int | None, epochs: int | None) -> str:
+        return count_of(steps, "step") if steps else count_of(1 if epochs is None else epochs, "local epoch")
+
     seeds = sorted({cell.seed for cell in study.cells})
     lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
     lines.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {join_words(seeds)}")
-    if federation:
-        lines.append(f"{federation.get('rounds')} rounds, hospitals weighted by {federation.get('weighting')}")
-    if network:
-        lines.append(
-            f"{network.get('name')}, base width {network.get('base_width')}, {network.get('norm')} normalisation"
-        )
-    if method:
-        length = method.get("steps_per_round")
-        amount = (
-            count_of(int(length), "step") if length else count_of(int(method.get("local_epochs", 1)), "local epoch")
-        )
-        lines.append(f"{amount} a round, batch {method.get('batch_size')}, learning rate {method.get('learning_rate')}")
+    if rounds := either("federation", "rounds"):
+        lines.append(f"{rounds} rounds, hospitals weighted by {either('federation', 'weighting')}")
+    if name := either("network", "name"):
+        width, norm = either("network", "base_width"), either("network", "norm")
+        lines.append(f"{name}, base width {width}, {norm} normalisation")
+    if length := either("method", "steps_per_round", "local_epochs", say=amount):
+        batch, rate = either("method", "batch_size"), either("method", "learning_rate")
+        lines.append(f"{length} a round, batch {batch}, learning rate {rate}")
     return lines
 
 

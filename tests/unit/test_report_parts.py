@@ -53,7 +53,7 @@ def points(path):
 
 
 class TestSteps:
-    def test_are_those_of_one_hospital_in_a_whole_run(self):
+    def test_are_those_of_one_hospital_in_a_round(self):
         federations = {"source": "by_site", "source pooled": "pooled"}
         rows = [
             entry("steps", steps, number, site=site, method=method)
@@ -65,7 +65,7 @@ class TestSteps:
             )
         ]
         rows += [entry("steps", 9999.0, method="another"), entry("loss", 5.0, method="source")]
-        assert steps_by_federation(rows, federations) == {"by_site": "42 to 72", "pooled": "218"}
+        assert steps_by_federation(rows, federations) == {"by_site": "21 to 36", "pooled": "109"}
 
     def test_are_not_told_where_all_took_the_same(self):
         rows = [entry("steps", 5.0, method=method) for method in ("sgcg", "sgcg pooled")]
