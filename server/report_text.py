@@ -226,8 +226,9 @@ def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
         {int(entry["selected_round"]) for entry in protocols if isinstance(entry.get("selected_round"), int)}
     )
     words = [f"{text}; the held-out hospital never chooses a model" for text in _all_of(protocols, "selection")]
-    span = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]} to {rounds[-1]}" if rounds else ""
-    return words + ([f"evaluated: the model of {span}"] if span and words else [])
+    few = f"round{'' if len(rounds) == 1 else 's'} {join_words(rounds)}"
+    span = few if len(rounds) <= 3 else f"rounds {rounds[0]} to {rounds[-1]}"
+    return words + ([f"evaluated: the model of {span}"] if rounds and words else [])
 
 
 def _training(study: StudyFiles) -> list[str]:

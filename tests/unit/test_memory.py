@@ -348,7 +348,7 @@ store = open_store(open_site(plan.data.root, "North", plan.data), plan.data, Pat
 network = build_network(plan.network, 3, plan.data.out_channels, 0)
 tiny = torch.zeros(2, 3, 16, 16)  # what the libraries take for themselves at their first use is no part of a step
 network.eval()(tiny)[0].sum().backward()
-network.zero_grad(set_to_none=True)
+torch.optim.Adam(network.parameters()).zero_grad()  # it loads torch's compiler
 before = pages("VmSize")
 if room:
     resource.setrlimit(resource.RLIMIT_AS, (before + room, before + room))
