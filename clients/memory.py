@@ -35,7 +35,7 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
     """
     try:
         return work()
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
         if out_of_memory(error):
             return None
         raise

@@ -32,6 +32,7 @@ from server.exchange import (
     push,
     read_answer,
     was_lost,
+    was_restarted,
 )
 from server.words import not_enough_enrolled
 
@@ -132,8 +133,7 @@ class Cohort:
     def _forget_restarted(self, present: Mapping[int, str]) -> None:
         """Take nodes that were started again since they were asked, and have not answered, for new ones."""
         for node in set(self._asked.values()):
-            since = self._known.get(node, "")
-            if since and present.get(node, since) != since and self._tries[node] < MOST_TRIES:
+            if was_restarted(node, self._known.get(node, ""), present) and self._tries[node] < MOST_TRIES:
                 self._asked = {identifier: asked for identifier, asked in self._asked.items() if asked != node}
                 del self._known[node]
 

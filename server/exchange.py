@@ -199,14 +199,19 @@ class _Exchange:
         """Ask lost sites that are back, and sites that have been restarted since they were asked."""
         present = presence(self.grid)
         for site, asked in self.asked.items():
-            restarted = asked.since and present.get(asked.node, asked.since) != asked.since
-            if asked.node in present and asked.tries < MOST_TRIES and (restarted or not asked.request):
+            again = not asked.request or was_restarted(asked.node, asked.since, present)
+            if asked.node in present and asked.tries < MOST_TRIES and again:
                 self._push(site, present)
 
 
 def presence(grid: Grid) -> dict[int, str]:
     """Node id -> when it was last activated, for every node that is there; "" where the grid does not say."""
     return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
+
+
+def was_restarted(node: int, since: str, present: Mapping[int, str]) -> bool:
+    """Whether a node that is there was activated again since; never where the grid does not say when."""
+    return bool(since) and present.get(node, since) != since
 
 
 def push(grid: Grid, content: RecordDict, message_type: str, node: int, deadline_s: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from server.report_claims import claims_section, federation_pairs
 from server.report_differences import CaseValues, compare_on_average
-from server.report_labels import FEDERATIONS, MOST_COLOURS, Label, Swept, main_labels, numeric, value_order
+from server.report_labels import FEDERATIONS, MOST_COLOURS, Label, Swept, numeric, value_order
 from server.report_plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
 from server.report_rounds import steps_by_federation
 from server.report_tables import Row
@@ -266,14 +266,7 @@ def federation_section(
     pairs = federation_pairs(labels)
     if not pairs:
         return None
-    compared = dict.fromkeys((labels[name].trains, labels[name].setting) for pair in pairs for name in pair)
-    rows = [
-        label
-        for training in compared
-        for federation in FEDERATIONS
-        for label in main_labels(labels)
-        if (label.trains, label.setting) == training and label.federation == federation
-    ]
+    rows = [labels[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
     panels = []
     for structure in structures:
         for metric in METRICS:
@@ -287,7 +280,7 @@ def federation_section(
     claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
     present = [name for name in FEDERATIONS if any(label.federation == name for label in rows)]
     budget = steps_by_federation(rounds, {label.name: label.federation for label in rows})
-    return {"panels": panels, "claims": claims, "present": present, "single": len(rows) == 2, "steps": budget}
+    return {"panels": panels, "claims": claims, "present": present, "steps": budget}
 
 
 def _federation_dots(
