@@ -14,12 +14,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from clients.cases import fingerprint
+from clients.cases import SliceTable, fingerprint
 from clients.egress import apply_floors, release
 from clients.evaluation import evaluate_cases, validation_dice
-from clients.features import sample_features, site_statistics
+from clients.features import NormMode, sample_features, site_moments, site_statistics
 from clients.mixing import site_amplitudes
-from clients.overlay import build_guide, keep_statistics, sent_statistics
+from clients.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
 from clients.training import load_weights, train_round, weights_of
 from clients.visit import SPLITS, Visit, guard, visiting
 from common.errors import fail
@@ -77,33 +77,55 @@ def enrol(visit: Visit) -> RecordDict:
 
 
 def describe(visit: Visit) -> RecordDict:
-    """Send the class statistics under the received weights, before the round trains (`prototypes.memory=restart`)."""
+    """Measure the received model on the training slices: class statistics, BatchNorm's moments, or both.
+
+    The request's options say which: `moments`, `classes`, and for the latter alone `norm_mode`, which is
+    `prototypes.norm_mode` unless the coordinator asks for the normalisation of evaluation.
+    """
     guard(visit, "train")
-    return send(visit, Reply(visit.identity, visit.site, statistics=statistics(visit, received(visit))))
+    options, network = visit.request.options, received(visit)
+    if not options.get("moments"):
+        mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
+        return send(visit, Reply(visit.identity, visit.site, statistics=statistics(visit, network, mode)))
+    classes = bool(options.get("classes")) and visit.plan.method.statistics
+    tables, rngs = training_slices(visit)
+    moments, found = site_moments(network, tables, visit.plan, visit.device, rngs, classes=classes)
+    return send(visit, Reply(visit.identity, visit.site, statistics=found, moments=moments))
 
 
 def train(visit: Visit) -> RecordDict:
     """Describe and judge the received model, then train it on the site's own slices and send it back."""
     guard(visit, "train")
     plan, network, number = visit.plan, received(visit), visit.identity.round
-    described = statistics(visit, network) if plan.method.statistics and plan.prototypes.memory != "restart" else None
+    described = statistics(visit, network) if plan.described_in_training(number) else None
     before = judged(visit, network)
-    last, state = visit.state.load(number)
+    _, state = visit.state.load(number)
     own = leaving(visit, described) if plan.prototypes.memory == "overlay" else None
-    sent = sent_statistics(state) if last == number - 1 else None
+    guide = build_guide(
+        visit.request.prototypes, state, own, plan, number, visit.device, held=held_parts(visit.request.options)
+    )
     figures, state = train_round(
         network,
         visit.stores,
         plan,
         round_number=number,
-        guide=build_guide(visit.request.prototypes, sent, own, plan, number, visit.device),
+        guide=guide,
         device=visit.device,
         amplitudes=visit.request.amplitudes,
         state=state,
     )
+    if plan.prototypes.memory == "online":
+        described = kept_statistics(state, ONLINE)
+        own = leaving(visit, described)
     if state or own is not None:
         visit.state.store(number, state | keep_statistics(own))
     return send(visit, Reply(visit.identity, visit.site, weights_of(network), described, before | figures))
+
+
+def held_parts(options: Mapping[str, Any]) -> frozenset[str]:
+    """Digests of the sites' parts that the prototypes of a request are made of."""
+    stated = options.get("held")
+    return frozenset(str(part) for part in stated) if isinstance(stated, list) else frozenset()
 
 
 def share(visit: Visit) -> RecordDict:
@@ -160,20 +182,24 @@ def received(visit: Visit) -> UNet:
     return network
 
 
-def statistics(visit: Visit, network: nn.Module) -> ClassStatistics:
+def training_slices(visit: Visit) -> tuple[list[SliceTable], list[np.random.Generator]]:
+    """The training slices of each of the site's hospitals, and the generator that orders them in a pass."""
+    plan, number = visit.plan, visit.identity.round
+    tables = [store.slices("train") for store in visit.stores]
+    return tables, [stream(plan.seed, number, store.site, "statistics") for store in visit.stores]
+
+
+def statistics(visit: Visit, network: nn.Module, norm_mode: NormMode | None = None) -> ClassStatistics:
     """Class statistics of the site's training slices under the network's weights, pooled over its hospitals."""
-    total = ClassStatistics.empty(visit.plan.data.num_classes, visit.plan.network.num_features)
-    for store in visit.stores:
-        rng = stream(visit.plan.seed, visit.identity.round, store.site, "statistics")
-        total = total + site_statistics(network, store.slices("train"), visit.plan, visit.device, rng)
-    return total
+    tables, rngs = training_slices(visit)
+    return site_statistics(network, tables, visit.plan, visit.device, rngs, norm_mode)
 
 
 def leaving(visit: Visit, described: ClassStatistics | None) -> ClassStatistics | None:
     """The site's statistics as they will leave, without the classes that its floors withhold."""
     if described is None:
         return None
-    return apply_floors(described, visit.patients, visit.plan.privacy)[0]
+    return apply_floors(described, visit.patients, visit.plan.privacy, visit.different_pixels)[0]
 
 
 def send(visit: Visit, reply: Reply) -> RecordDict:
@@ -185,6 +211,7 @@ def send(visit: Visit, reply: Reply) -> RecordDict:
         privacy=visit.plan.privacy,
         classes=list(visit.plan.data.classes),
         patients=visit.patients if reply.statistics is not None else None,
+        pixels=visit.different_pixels if reply.statistics is not None else None,
         sharing=visit.policy.sharing if visit.policy else None,
     )
 

@@ -34,6 +34,7 @@ def release(
     privacy: PrivacySettings,
     classes: Sequence[str] = (),
     patients: npt.NDArray[np.int64] | None = None,
+    pixels: npt.NDArray[np.int64] | None = None,
     sharing: tuple[str, ...] | None = None,
     note: str = "",
 ) -> RecordDict:
@@ -46,6 +47,7 @@ def release(
         privacy: The floors.
         classes: Class names in the order of the statistics; needed when the reply has statistics.
         patients: (K,) patients per class at this site; needed when the reply has statistics.
+        pixels: (K,) different pixels per class at this site, where the statistics count a pixel more than once.
         sharing: Parts that the site's policy lets out; None where no policy is set.
         note: What the site's own book shall say about this reply; never leaves.
 
@@ -57,7 +59,7 @@ def release(
     if reply.statistics is not None:
         if patients is None:
             raise ValueError("statistics leave only with the number of patients per class")
-        kept, hidden = apply_floors(reply.statistics, patients, privacy)
+        kept, hidden = apply_floors(reply.statistics, patients, privacy, pixels)
         withheld = [classes[index] for index in hidden]
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
     records = encode_reply(reply)
@@ -92,16 +94,22 @@ def release_error(code: str, identity: Identity, site: str, home: Path | None, k
 
 
 def apply_floors(
-    statistics: ClassStatistics, patients: npt.NDArray[np.int64], privacy: PrivacySettings
+    statistics: ClassStatistics,
+    patients: npt.NDArray[np.int64],
+    privacy: PrivacySettings,
+    pixels: npt.NDArray[np.int64] | None = None,
 ) -> tuple[ClassStatistics, list[int]]:
     """Withhold every class with too few pixels or patients (methods.md 1.12).
 
-    A withheld class leaves as an unseen one: count 0, mean 0, scatter 0, so that nothing of it can be read.
+    A withheld class leaves as an unseen one: count 0, mean 0, scatter 0, so that nothing of it can be read. Statistics
+    that count a pixel in every epoch (`prototypes.memory=online`) would pass any floor in time: for those the floor
+    compares the number of different pixels.
 
     Returns:
         The statistics that may leave, and the indices of the withheld classes (unseen ones are not withheld).
     """
-    low = (statistics.count < privacy.min_pixels) | (patients < privacy.min_patients)
+    different = statistics.count if pixels is None else np.minimum(statistics.count, pixels)
+    low = (different < privacy.min_pixels) | (patients < privacy.min_patients)
     kept = ClassStatistics(
         count=np.where(low, 0.0, statistics.count),
         mean=np.where(low[:, None], 0.0, statistics.mean),

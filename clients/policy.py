@@ -96,7 +96,8 @@ def check_sharing(parts: Mapping[str, int], sharing: tuple[str, ...] | None) -> 
     if sharing is None:
         return
     mixing = ("amplitudes",) if set(sharing) & set(SHARES.values()) else ()  # which of them, the request itself checks
-    if held := [name for name in parts if name not in (*ALWAYS_LEAVES, *mixing, *sharing)]:
+    norms = ("moments",) if "weights" in sharing else ()  # running moments are entries of the weights
+    if held := [name for name in parts if name not in (*ALWAYS_LEAVES, *mixing, *norms, *sharing)]:
         action = "ask for less, or have the site add it to sharing in its site.yaml"
         raise fail("POL-704", found=", ".join(held), expected=", ".join(sharing) or "nothing", action=action)
 

@@ -90,8 +90,9 @@ def train_round(
         batches = round_batches(tables, plan, round_number, names, device, mixer)
         session = Session(network, plan, len(stores), device, state)
         # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
-        figures = session.train(batches, steps_of(tables, plan.method), copy.copy(guide), round_number, parts)
-        return figures, session.state()
+        own_guide = copy.copy(guide)
+        figures = session.train(batches, steps_of(tables, plan.method), own_guide, round_number, parts)
+        return figures, session.state() | (own_guide.state() if own_guide is not None else {})
 
     while (trained := unless_out_of_memory(attempt)) is None:
         parts = _more_parts(parts, most, plan, round_number, device)

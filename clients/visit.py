@@ -20,7 +20,7 @@ from clients.boundary import NOBODY, identity_of, keep_trace
 from clients.cases import CaseStore, open_store
 from clients.device import choose_device
 from clients.egress import release_error
-from clients.features import patients_per_class
+from clients.features import patients_per_class, pixels_per_class
 from clients.memory import out_of_memory
 from clients.policy import alias_salt, confined, obey, policy_of
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
@@ -92,6 +92,13 @@ class Visit:
     def patients(self) -> NDArray[np.int64]:
         """Training patients of each class (K,), which the patient floor compares."""
         return patients_per_class(self.stores, self.plan.data.num_classes)
+
+    @cached_property
+    def different_pixels(self) -> NDArray[np.int64] | None:
+        """Training pixels of each class (K,) where the statistics count a pixel more than once, else None."""
+        if self.plan.prototypes.memory != "online":
+            return None
+        return pixels_per_class(self.stores, self.plan.data.num_classes)
 
     @property
     def state(self) -> LocalState:

@@ -69,6 +69,7 @@ CODES: Final[dict[str, str]] = {
     "PAY-111": "A count is larger than the site can have.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "STA-201": "The class statistics are not valid.",
+    "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",
     # TRN: training at a site
     "TRN-301": "The training loss is not finite.",

@@ -67,8 +67,9 @@ class FederationSettings(Section):
         late: What becomes of a site that missed a round's deadline: `next_round` asks it again in the next round, so
             that each round may take its whole deadline; `drop` asks it no more in this call. A late reply never counts.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
-        norm_policy: `average` merges BatchNorm's scale, offset and running moments like every weight and takes the
-            largest of the step counters; see `server.merge`.
+        norm_policy: BatchNorm's running moments in the merged model. `average` merges those that the sites measured
+            under their local weights, like every other entry. `recalibrate` has every site measure them again under
+            the merged weights, one pass over its training slices, and pools them exactly (`common.norm_moments`).
         selection: Model that is evaluated at the held-out site: the `last`, or the best on `source_validation`.
         heldout_every: Also evaluate at the held-out site every so many rounds, for curves only; 0 = only at the end.
             The value never selects a model.
@@ -82,7 +83,7 @@ class FederationSettings(Section):
     round_deadline_s: float = 3600.0
     late: Literal["next_round", "drop"] = "next_round"
     weighting: Literal["samples", "sites"] = "samples"
-    norm_policy: Literal["average"] = "average"
+    norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
     heldout_every: int = 0
 
@@ -186,8 +187,9 @@ class Plan(Section):
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
         pooled = self.federation.ownership == "pooled"
         yield not pooled or self.method.ram.sharing == "local", "method.ram.sharing", "local with federation=pooled"
-        overlay = self.prototypes.memory == "overlay" and self.prototypes.weighting != "pixels"
-        yield not overlay, "prototypes.weighting", "pixels with memory=overlay, which takes a site's own sums out again"
+        own_part = self.prototypes.memory in ("overlay", "online") and self.prototypes.weighting != "pixels"
+        expected = f"pixels with memory={self.prototypes.memory}, which takes a site's own sums out again"
+        yield not own_part, "prototypes.weighting", expected
 
     def members(self) -> tuple[str, ...]:
         """Names of the sites of this federation; empty where any hospital may come."""
@@ -206,6 +208,29 @@ class Plan(Section):
         """The one hospital that trains with `ownership=local`, "" otherwise."""
         alone = [site for site in self.data.sites if self.role(site) == "train"]
         return alone[0] if self.federation.ownership == "local" and len(alone) == 1 else ""
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether BatchNorm's moments are measured again after every merge; other norms have none."""
+        return self.federation.norm_policy == "recalibrate" and self.network.norm == "batch"
+
+    @property
+    def described_after_merge(self) -> bool:
+        """Whether the pass that measures BatchNorm's moments gives the class statistics of `memory=restart` too."""
+        shared_pass = self.prototypes.memory == "restart" and self.prototypes.norm_mode == "batch"
+        return self.method.statistics and self.recalibrates and shared_pass
+
+    def described_before(self, number: int) -> bool:
+        """Whether class statistics of the received model are asked for before round `number` trains.
+
+        Those of the untrained network, received in round 1, describe nothing and are never taken.
+        """
+        restarts = self.method.statistics and self.prototypes.memory == "restart"
+        return restarts and number > 1 and not self.described_after_merge
+
+    def described_in_training(self, number: int) -> bool:
+        """Whether class statistics of the received model come with the answer to the training message of a round."""
+        return self.method.statistics and number > 1 and self.prototypes.memory not in ("restart", "online")
 
     def role(self, site: str) -> str:
         """Return `train`, `heldout` or `observer` for a site of this fold."""

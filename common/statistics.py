@@ -9,6 +9,7 @@ Legend: K classes incl. background, A feature channels, N pixels; n_k, mu_k, M_k
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,13 @@ class ClassStatistics:
     def num_features(self) -> int:
         """A, feature channels."""
         return int(self.mean.shape[1])
+
+    def digest(self) -> str:
+        """Return a SHA-256 that names exactly these numbers."""
+        sha = hashlib.sha256(f"{self.mean.shape}".encode())
+        for array in (self.count, self.mean, self.scatter):
+            sha.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
+        return sha.hexdigest()
 
     @property
     def covariance(self) -> Array:

@@ -146,11 +146,15 @@ class PrototypeSettings(Section):
         normalize: Unit-length features in statistics and loss alike.
         covariance: `full`, `diagonal`, or `none` (prototype cross-entropy).
         memory: What the server keeps between rounds, and how a site uses it (methods.md 1.8; `server.prototypes`).
+            `restart` describes the model that the round starts from, in the pass that measures BatchNorm's moments;
+            `online` is the paper's update with every training batch. No memory holds the untrained network.
         discount: gamma of `memory=discount`.
         momentum: beta of `memory=momentum`, the share of the fresh statistics.
         weighting: `pixels` = pooled over all pixels, `sites` = every site weighs the same in each class.
         balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
-        norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in evaluation.
+        norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in evaluation. With `batch`
+            every client is normalised by its own batches, and the traces of a round understate the shift between them;
+            those of the chosen model (`between_site_trace_evaluation`) are under one normalisation.
         min_count: A class with fewer pixels over all sites takes no part in the loss.
         views: Views of a batch whose pixels enter the contrastive term, each averaged over its own pixels and summed:
             `source`, and `ram`, the amplitude-mixed copy (methods.md 1.6). Statistics come from the source view alone.
@@ -161,7 +165,7 @@ class PrototypeSettings(Section):
     warmup_rounds: int = 1
     normalize: bool = True
     covariance: Literal["full", "diagonal", "none"] = "full"
-    memory: Literal["cumulative", "discount", "lagged", "restart", "momentum", "overlay"] = "lagged"
+    memory: Literal["cumulative", "discount", "lagged", "restart", "momentum", "overlay", "online"] = "restart"
     discount: float = 0.9
     momentum: float = 0.5
     weighting: Literal["pixels", "sites"] = "pixels"

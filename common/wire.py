@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import fail
+from common.norm_moments import NormMoments
 from common.payload import Identity, Weights, decode_statistics, encode_statistics
 from common.statistics import ClassStatistics
 
@@ -58,6 +59,7 @@ class Reply:
         details: Plain facts, e.g. of an enrolment.
         error: Error code when the site failed; everything else is then absent.
         amplitudes: Arrow bytes of the site's amplitudes (`common.amplitudes`), where its own file allows that.
+        moments: Moments of the inputs of the model's BatchNorm layers, where they were asked for.
     """
 
     identity: Identity
@@ -69,6 +71,7 @@ class Reply:
     details: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     amplitudes: bytes = b""
+    moments: NormMoments | None = None
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -94,6 +97,8 @@ def encode_reply(reply: Reply) -> RecordDict:
         "amplitudes": reply.amplitudes,
         "details": json.dumps(reply.details),
     }
+    if reply.moments is not None:
+        fields["moments"] = reply.moments.encode(reply.identity)
     records = _records(reply.identity, reply.weights, reply.statistics, fields)
     if reply.metrics:
         records["metrics"] = MetricRecord({name: float(value) for name, value in reply.metrics.items()})
@@ -114,6 +119,7 @@ def decode_reply(records: RecordDict) -> Reply:
         amplitudes=_bytes(records, "amplitudes"),
         details=_facts(records, "details"),
         error=_text(records, "error"),
+        moments=_moments(records, identity),
     )
 
 
@@ -197,6 +203,15 @@ def _statistics(records: RecordDict, identity: Identity) -> ClassStatistics | No
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return statistics
+
+
+def _moments(records: RecordDict, identity: Identity) -> NormMoments | None:
+    if "moments" not in _message(records):
+        return None
+    moments, stated = NormMoments.decode(_bytes(records, "moments"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    return moments
 
 
 def _number(value: Any) -> float:

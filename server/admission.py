@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from common.norm_moments import NormMoments, norm_layers
 from common.payload import Identity, Weights
 from common.statistics import ClassStatistics
 
@@ -45,6 +46,10 @@ class Payload(Protocol):
         """Class statistics."""
 
     @property
+    def moments(self) -> NormMoments | None:
+        """Moments of the inputs of the BatchNorm layers."""
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Figures; `examples` is the number of training slices."""
 
@@ -60,6 +65,7 @@ class Expectation:
         statistics_shape: (K, A) of the statistics; None when none are due.
         unit_norm: Whether the statistics describe unit-length features.
         max_examples: Training slices that the site declared when it enrolled; 0 = unknown.
+        measured: Model whose BatchNorm layers the moments must describe; None when no moments are due.
     """
 
     identity: Identity
@@ -68,6 +74,7 @@ class Expectation:
     statistics_shape: tuple[int, int] | None = None
     unit_norm: bool = False
     max_examples: int = 0
+    measured: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def admit(payload: Payload, expectation: Expectation) -> Verdict:
 
     Codes: PAY-120 another identity or site, PAY-103 names or shapes of the weights, PAY-101 weights that are not
     finite, PAY-110 a number of examples that is no positive whole number, PAY-111 more examples than the site has,
-    STA-201 class statistics that are missing or impossible.
+    STA-201 class statistics that are missing or impossible, STA-202 moments of BatchNorm layers that are.
     """
     for code, find in RULES.items():
         if detail := find(payload, expectation):
@@ -188,6 +195,26 @@ def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
     return ""
 
 
+def _impossible_moments(payload: Payload, expectation: Expectation) -> str:
+    if expectation.measured is None:
+        return ""
+    moments, layers = payload.moments, norm_layers(expectation.measured)
+    if moments is None:
+        return "no moments of the normalisation layers"
+    if dict(moments.layers) != layers or list(moments.layers) != list(layers):
+        return f"moments of {len(moments.layers)} layers that are not the {len(layers)} of the model"
+    if not all(np.isfinite(array).all() for array in (moments.count, moments.mean, moments.scatter)):
+        return "moments that are not finite"
+    if (moments.count < 2).any() or (moments.count % 1 != 0).any():
+        return "a number of values that is below two or no whole number"
+    if (moments.scatter < 0).any():
+        return "a variance below zero"
+    largest = np.finfo(np.float32).max
+    if max(np.abs(moments.mean).max(initial=0.0), moments.variance.max(initial=0.0)) > largest:
+        return "moments that float32 cannot hold"
+    return ""
+
+
 RULES: Final[Mapping[str, Callable[[Payload, Expectation], str]]] = {
     "PAY-120": _foreign,
     "PAY-103": _misshapen,
@@ -195,4 +222,5 @@ RULES: Final[Mapping[str, Callable[[Payload, Expectation], str]]] = {
     "PAY-110": _miscounted,
     "PAY-111": _overcounted,
     "STA-201": _impossible,
+    "STA-202": _impossible_moments,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -42,8 +42,13 @@ class Asking:
     log: EventLog
     note: Callable[[Problem], None]
 
-    def collect(self, message_type: str, request: Request, reference: Weights | None) -> list[Collected]:
+    def collect(self, message_type: str, request: Request, sites: Collection[str] | None = None) -> list[Collected]:
         """Ask the training sites, admit what they send, and insist on the quorum.
+
+        Args:
+            message_type: A contributing message.
+            request: What is asked.
+            sites: Only these of the training sites; None asks all.
 
         Returns:
             One entry for every site that was asked, admitted or not, in the order of the names.
@@ -54,10 +59,11 @@ class Asking:
         found: dict[str, Collected] = {}
 
         def receive(answer: Answer) -> None:
-            found[answer.site] = part = self._verdict(answer, message_type, request.identity, reference)
+            found[answer.site] = part = self._verdict(answer, message_type, request)
             self._report(part, message_type)
 
-        self._ask(message_type, self.cohort.asked, request, receive, self.cohort.quorum)
+        nodes = {site: node for site, node in self.cohort.asked.items() if sites is None or site in sites}
+        self._ask(message_type, nodes, request, receive, self.cohort.quorum)
         collected = [found[site] for site in sorted(found)]
         self.cohort.leave_out_late(part.answer.site for part in collected if part.verdict.code == "RND-404")
         if len(admitted(collected)) < self.cohort.quorum:
@@ -106,16 +112,16 @@ class Asking:
             self.grid, nodes, message_type, request, deadline_s=deadline_s, enough=enough, on_answer=on_answer
         )
 
-    def _verdict(self, answer: Answer, message_type: str, identity: Identity, reference: Weights | None) -> Collected:
+    def _verdict(self, answer: Answer, message_type: str, request: Request) -> Collected:
         """Judge one answer; a rejection or a missing answer becomes a note."""
         if answer.reply is None:
             problem = answer.problem or Problem("PAY-106")
             verdict = Verdict(answer.site, False, problem.code, problem.found)
         else:
             slices = self.cohort.members[answer.site].slices("train")
-            verdict = admit(answer.reply, due(self.plan, message_type, answer.site, identity, reference, slices))
+            verdict = admit(answer.reply, due(self.plan, message_type, answer.site, request, slices))
         if not verdict.accepted:
-            self.note(Collected(answer, verdict).problem(identity.round))
+            self.note(Collected(answer, verdict).problem(request.identity.round))
         return Collected(answer, verdict)
 
     def _report(self, part: Collected, message_type: str) -> None:

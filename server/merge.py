@@ -3,13 +3,14 @@
 Sums are taken in float64 and in the order of the sites' names, so that the result is the same to the last bit whatever
 the order of arrival. Memory: one float64 array beside the parts.
 
-What happens to each entry of a network's state (`federation.norm_policy = average`):
+What happens to each entry of a network's state:
 
 | entry | merge |
 | --- | --- |
 | convolution weights and biases | weighted mean |
 | normalisation `weight` and `bias` (scale and offset) | weighted mean |
-| BatchNorm `running_mean` and `running_var` | weighted mean; the variance between sites is not added, as in FedAvg |
+| BatchNorm `running_mean`, `running_var`, `norm_policy=average` | weighted mean, no variance between sites (FedAvg) |
+| the same, `norm_policy=recalibrate` | measured by every site under the merged weights, pooled (`merge_moments`) |
 | BatchNorm `num_batches_tracked` (a counter) | largest of the sites |
 
 Legend: P floating-point weights, S sites, K classes, A feature channels.
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from common.norm_moments import NormMoments
 from common.payload import Weights
 from common.statistics import ClassStatistics
 
@@ -78,6 +80,25 @@ def merge_statistics(parts: Sequence[tuple[str, ClassStatistics]], weighting: st
     equal = reduce(add, [part.weighted_equally() for part in statistics])
     pixels_per_site = np.divide(pooled.count, equal.count, out=np.zeros_like(pooled.count), where=equal.count > 0)
     return ClassStatistics(pooled.count, equal.mean, equal.scatter * pixels_per_site[:, None, None])
+
+
+def merge_moments(parts: Sequence[tuple[str, NormMoments]], weighting: str = "samples") -> NormMoments:
+    """Pool the moments that the sites measured of the inputs of the merged model's BatchNorm layers.
+
+    Args:
+        parts: (site, moments) of each admitted payload.
+        weighting: `samples` = pooled over all values; `sites` = every site weighs the same, as in `merge_weights`.
+
+    Raises:
+        ValueError: No part, a site twice, moments of different layers, or an unknown weighting.
+    """
+    moments = [part for _, part in _by_site(parts)]
+    if weighting == "sites":
+        mean_count = np.mean([part.count for part in moments], axis=0)
+        moments = [part.weighted_equally(mean_count) for part in moments]
+    elif weighting != "samples":
+        raise ValueError(f"weighting: found {weighting!r}, expected samples or sites")
+    return reduce(add, moments)
 
 
 def _by_site(parts: Sequence[Part]) -> list[Part]:

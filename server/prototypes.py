@@ -5,11 +5,12 @@ good is taken out exactly, by leaving its part out: what remains is what would b
 
 | memory | a site's new part | the prototypes describe |
 | --- | --- | --- |
-| `cumulative` | previous + fresh | every round alike (the paper) |
+| `cumulative` | previous + fresh, one pass a round | every round alike |
 | `discount` | gamma · previous + fresh, in every round | an exponentially weighted stream |
 | `lagged` | the fresh one, of the *received* global model | one model: that of the round before |
 | `restart` | the same, exchanged before the round's training | one model: that of this round |
 | `overlay` | as `lagged`; a site keeps its own part fresh in training (`clients.overlay`) | one model, own part now |
+| `online` | the sum of the site's training batches so far (`clients.running_guide`) | the stream (the paper) |
 | `momentum` | none: mean and covariance of all move a step of beta to the fresh ones | a stream, whatever the counts |
 
 `momentum` is no sum, so nobody can be taken out of it: after a departure it starts anew from the next round's answers.
@@ -37,8 +38,8 @@ Parts = Mapping[str, ClassStatistics]
 """Memory by site; with `momentum` one entry, `EVERYBODY`."""
 
 EVERYBODY: Final = ""
-LAST_ROUND: Final = ("lagged", "restart", "overlay")
-"""Policies that remember the last statistics only."""
+LAST_ROUND: Final = ("lagged", "restart", "overlay", "online")
+"""Policies that remember the last statistics of each site only."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,16 @@ def prototype_rows(
         number: Number of the round.
     """
     figures = {"prototype_count": prototypes.count.tolist()} | (memory.shift(fresh) if fresh else {})
+    return _class_rows(figures, classes, number)
+
+
+def evaluation_rows(memory: PrototypeMemory, fresh: Fresh, classes: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """Return the rows on the shift of the chosen model, every site under the normalisation of evaluation."""
+    figures = {f"{metric}_evaluation": values for metric, values in memory.shift(fresh).items()}
+    return _class_rows(figures, classes, number)
+
+
+def _class_rows(figures: Mapping[str, list[float]], classes: Sequence[str], number: int) -> list[dict[str, Any]]:
     return [
         {"round": number, "phase": "merge", "site": "", "cls": name, "metric": metric, "value": value}
         for metric, values in figures.items()

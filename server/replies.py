@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from common.errors import Problem
-from common.payload import Identity, Weights
+from common.norm_moments import NormMoments
 from common.plan import Plan
 from common.statistics import ClassStatistics
-from common.wire import STATISTICS, TRAIN, Reply
+from common.wire import TRAIN, Reply, Request
 from server.admission import Expectation, Verdict
 from server.exchange import Answer
 from server.results import mean_dice
@@ -86,28 +86,28 @@ class Judged:
         return stated if stated[1] > 0 else (self.dice, float(len({row["case"] for row in self.cases})))
 
 
-def due(
-    plan: Plan, message_type: str, site: str, identity: Identity, reference: Weights | None, slices: int
-) -> Expectation:
+def due(plan: Plan, message_type: str, site: str, request: Request, slices: int) -> Expectation:
     """Return what the answer to a contributing message must be.
 
     Args:
-        plan: Says when class statistics are due, and of which shape.
+        plan: Says when class statistics come with the training, and of which shape.
         message_type: Type of the request.
         site: Whom it was sent to.
-        identity: Its identity.
-        reference: The global model that was sent for training.
+        request: The request: its identity, the model that was sent, and what is asked about it.
         slices: Training slices that the site enrolled with.
     """
-    describing = message_type == (STATISTICS if plan.prototypes.memory == "restart" else TRAIN)
+    training, number = message_type == TRAIN, request.identity.round
+    with_training = plan.described_in_training(number) or plan.prototypes.memory == "online"
+    described = with_training if training else bool(request.options.get("classes"))
     shape = (plan.data.num_classes, plan.network.num_features)
     return Expectation(
-        identity=identity,
+        identity=request.identity,
         site=site,
-        reference=reference if message_type == TRAIN else None,
-        statistics_shape=shape if describing and plan.method.statistics else None,
+        reference=request.weights if training else None,
+        statistics_shape=shape if described and plan.method.statistics else None,
         unit_norm=plan.prototypes.normalize,
         max_examples=slices,
+        measured=request.weights if request.options.get("moments") else None,
     )
 
 
@@ -120,6 +120,12 @@ def statistics_of(parts: Sequence[Collected]) -> list[tuple[str, ClassStatistics
     """Return (site, class statistics) of the admitted payloads that have any."""
     replies = [part.reply for part in admitted(parts)]
     return [(reply.site, reply.statistics) for reply in replies if reply.statistics is not None]
+
+
+def moments_of(parts: Sequence[Collected]) -> list[tuple[str, NormMoments]]:
+    """Return (site, moments of the BatchNorm layers) of the admitted payloads that have any."""
+    replies = [part.reply for part in admitted(parts)]
+    return [(reply.site, reply.moments) for reply in replies if reply.moments is not None]
 
 
 def validation_of(reply: Reply) -> tuple[float, float]:
@@ -135,22 +141,25 @@ def mean_loss(parts: Sequence[Collected]) -> float:
     return math.fsum(reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies) / total
 
 
-def site_rows(number: int, trained: Sequence[Collected], early: Sequence[Collected] = ()) -> list[Row]:
+def site_rows(number: int, trained: Sequence[Collected], *described: Sequence[Collected]) -> list[Row]:
     """Return the sites' rows of a round: figures of the admitted, bytes of all.
 
     Args:
         number: Number of the round.
         trained: Answers to the training message.
-        early: Answers to the statistics message of the same round; their bytes are added.
+        described: Answers to the statistics messages of the same round; their bytes are added.
     """
     rows = []
-    before = {part.answer.site: part.answer for part in early}
     for part in trained:
-        site, first = part.answer.site, before.get(part.answer.site, Answer(part.answer.site))
+        site = part.answer.site
+        answers = [
+            part.answer,
+            *(other.answer for others in described for other in others if other.answer.site == site),
+        ]
         figures = dict(part.reply.metrics) if part.verdict.accepted else {}
         kept = {name: figures[name] for name in SITE_METRICS if math.isfinite(figures.get(name, math.nan))}
-        kept["bytes_up"] = float(first.bytes_up + part.answer.bytes_up)
-        kept["bytes_down"] = float(first.bytes_down + part.answer.bytes_down)
+        kept["bytes_up"] = float(sum(answer.bytes_up for answer in answers))
+        kept["bytes_down"] = float(sum(answer.bytes_down for answer in answers))
         rows += [row(number, "train", site, name, value) for name, value in kept.items()]
     return rows
 

@@ -17,9 +17,10 @@ from flwr.serverapp import Grid
 
 from common.errors import FedsgcgError, Problem
 from common.networks import build_network
-from common.payload import Weights
+from common.payload import Identity, Weights
 from common.plan import Plan
 from common.seeding import stream_seed
+from common.statistics import ClassStatistics
 from common.wire import AMPLITUDES, STATISTICS, TRAIN, Request
 from server import results
 from server.amplitudes import check_consent, merge_amplitudes, sharing_level
@@ -30,8 +31,8 @@ from server.disk import Disk
 from server.enrolment import Cohort
 from server.heldout import better, source_score
 from server.journal import Journal
-from server.merge import merge_weights
-from server.prototypes import PrototypeMemory, prototype_rows
+from server.merge import merge_moments, merge_statistics, merge_weights
+from server.prototypes import PrototypeMemory, evaluation_rows, prototype_rows
 from server.replies import (
     Collected,
     Judged,
@@ -39,6 +40,7 @@ from server.replies import (
     admitted,
     judged_rows,
     mean_loss,
+    moments_of,
     site_rows,
     statistics_of,
     validation_of,
@@ -118,6 +120,7 @@ class Federation:
         self._asking = Asking(grid, plan, self._cohort, log, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
         self._amplitudes = b""
+        self._described: list[Collected] = []  # answers to the last pass after a merge
 
     def run(self, began: float) -> Outcome:
         """Enrol the sites, do the rounds that are not done yet, choose the model and have it judged."""
@@ -191,7 +194,7 @@ class Federation:
             return b""
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
-        collected = self._asking.collect(AMPLITUDES, Request(identity), None)
+        collected = self._asking.collect(AMPLITUDES, Request(identity))
         return merge_amplitudes(self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)])
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
@@ -202,27 +205,28 @@ class Federation:
         for change in self._cohort.changes:
             self._note(change)
         identity, parts = identity_of(self._plan, number), state.parts
-        early: list[Collected] = []
-        if self._plan.method.statistics and self._plan.prototypes.memory == "restart":
-            early = self._asking.collect(STATISTICS, Request(identity, state.weights), state.weights)
-            parts = self._memory.update(parts, statistics_of(early))
+        before: list[Collected] = []
+        if self._plan.described_before(number):
+            before = self._asking.collect(STATISTICS, Request(identity, state.weights, options={"classes": True}))
+            parts = self._memory.update(parts, statistics_of(before))
         prototypes = self._memory.prototypes(parts)
-        request = Request(identity, state.weights, prototypes, amplitudes=self._amplitudes)
-        trained = self._asking.collect(TRAIN, request, state.weights)
-        problem = too_few_classes(self._plan, number, prototypes, early or trained)
-        if problem and problem.code not in {note.code for note in self.notes}:  # told once, not in every round
-            self._note(problem)
-        fresh = statistics_of(early or trained)
-        if not early:
+        # A site that takes its own part out of the prototypes must know whether they hold it: only we do.
+        options = {"held": sorted(part.digest() for part in parts.values())} if prototypes is not None else {}
+        request = Request(identity, state.weights, prototypes, options, self._amplitudes)
+        trained = self._asking.collect(TRAIN, request)
+        self._note_classes(number, prototypes, before or trained)
+        merged, after = self._recalibrated(identity, admitted(trained))
+        fresh = statistics_of(after) if self._plan.described_after_merge else statistics_of(before or trained)
+        if not before:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
-        rows = site_rows(number, trained, early)
+        rows = site_rows(number, trained, before, after)
         if prototypes is not None:
             rows += prototype_rows(self._memory, prototypes, fresh, list(self._plan.data.classes), number)
         score = source_score([validation_of(part.reply) for part in admitted(trained)])
         record = RoundRecord(
             identity=identity,
-            weights=merge_weights([self._weighted(part) for part in admitted(trained)]),
+            weights=merged,
             parts=parts,
             # What the sites measured this round is the model they received: that of the round before.
             best=better(state.best, number - 1, score, state.weights),
@@ -232,6 +236,31 @@ class Federation:
         self._journal.commit_round(record)
         self._log.emit("round.done", loss=mean_loss(trained), validation_dice=score, validation_round=number - 1)
         return record
+
+    def _recalibrated(self, identity: Identity, trained: list[Collected]) -> tuple[Weights, list[Collected]]:
+        """Merge the weights, have the same sites measure BatchNorm's moments under them, and put the pooled ones in.
+
+        Returns:
+            The model, and the answers, which hold the class statistics of `memory=restart` too; nothing is asked with
+            `federation.norm_policy=average` or for a network without BatchNorm.
+        """
+        merged = merge_weights([self._weighted(part) for part in trained])
+        if not self._plan.recalibrates:
+            return merged, []
+        options = {"moments": True, "classes": self._plan.described_after_merge}
+        request = Request(identity, merged, options=options)
+        # A site that was late or refused is not asked: its deadline has passed once already.
+        collected = self._asking.collect(STATISTICS, request, {part.answer.site for part in trained})
+        moments = merge_moments(moments_of(collected), self._plan.federation.weighting)
+        self._described = collected
+        return moments.put_into(merged), collected
+
+    def _note_classes(self, number: int, prototypes: ClassStatistics | None, described: list[Collected]) -> None:
+        """Note too few classes for the contrastive loss, once and not in every round."""
+        described = described if statistics_of(described) else self._described
+        problem = too_few_classes(self._plan, number, prototypes, described)
+        if problem and problem.code not in {note.code for note in self.notes}:
+            self._note(problem)
 
     def _finish(self, state: RoundRecord) -> str:
         """Score the last model, choose one, have it judged at the held-out site, and write it all; returns its hash."""
@@ -246,9 +275,10 @@ class Federation:
         elif plan.federation.selection == "source_validation":
             self._note(Problem("RND-405", where="source validation", action=NO_VALIDATION))
         rows = self._journal.rows() + validation_rows(last + 1, validation)
+        prototypes, shift = self._prototypes_of(chosen)
+        rows += shift
         results.write_rounds(self._disk, plan, rows)
-        prototypes = self._memory.prototypes(state.parts)
-        results.write_prototypes(self._disk, plan, prototypes, state.identity)
+        results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         card = results.model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None)
         results.write_model(self._disk, plan, chosen.weights, card)
         judged = self._judge(chosen)
@@ -259,6 +289,24 @@ class Federation:
             judged = [*validation, *judged]
         results.write_results(self._disk, plan, [row for part in judged for row in part.cases])
         return chosen.weights.digest()
+
+    def _prototypes_of(self, chosen: Best) -> tuple[ClassStatistics | None, list[Row]]:
+        """Have the sites describe the chosen model under the normalisation of evaluation.
+
+        The prototypes that training used are of an earlier model or of BatchNorm's training mode; who uses the model
+        needs those of its predictions. With all sites under one normalisation, the between-site trace is the domain
+        shift that the model has left: with batch moments each site would be normalised by its own.
+
+        Returns:
+            The prototypes, and the rows of their shift; None and no row for a method without statistics.
+        """
+        if not self._plan.method.statistics:
+            return None, []
+        identity = identity_of(self._plan, self._plan.federation.rounds)
+        options = {"classes": True, "norm_mode": "running"}
+        fresh = statistics_of(self._asking.collect(STATISTICS, Request(identity, chosen.weights, options=options)))
+        prototypes = merge_statistics(fresh, self._plan.prototypes.weighting)
+        return prototypes, evaluation_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
 
     def _trained(self, rows: list[Row]) -> list[str]:
         """Sites that the model learned from: those that train now, and those that did before they left for good."""

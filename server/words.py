@@ -96,18 +96,19 @@ def heldout_unanswered(plan: Plan, reason: Problem | None) -> FedsgcgError:
 def too_few_classes(
     plan: Plan, number: int, prototypes: ClassStatistics | None, collected: Sequence[Collected]
 ) -> Problem | None:
-    """Return STA-203 where a round of `sgcg` has too few prototypes for the contrastive loss, else None.
+    """Return STA-203 where a round of a contrastive method has prototypes of fewer than two classes, else None.
 
-    With one active class every pixel has probability 1 and the loss is zero, so the round is one of `source`.
+    There is then nothing to tell a class apart from: the sites leave the contrastive term out, and the round is one of
+    the method without it.
 
     Args:
         plan: The plan.
         number: Number of the round.
         prototypes: What the training sites received in it; None where there are none yet.
-        collected: Answers that carry the round's statistics.
+        collected: Answers with the class statistics; none after a restart, when they came before it.
     """
     settings = plan.prototypes
-    guided = plan.method.name == "sgcg" and plan.method.statistics and settings.weight > 0
+    guided = plan.method.contrasts and plan.method.statistics and settings.weight > 0
     if not guided or prototypes is None or number <= settings.warmup_rounds:
         return None
     active = int((prototypes.count >= settings.min_count).sum())
@@ -119,7 +120,7 @@ def too_few_classes(
     return Problem(
         "STA-203",
         where=f"round {number}",
-        found="; ".join([classes, *(told or ["no site withholds a class"])]),
+        found="; ".join([classes, *(told or ["no site withholds a class"] * bool(withheld))]),
         expected=f"two classes of {settings.min_count} pixels or more over all sites",
         action="lower privacy.min_patients / privacy.min_pixels if the hospitals agree",
     )

@@ -22,8 +22,14 @@ IGNORE = 255  # label of pixels that take no part
 class Guide(Protocol):
     """Gives the prototypes that a batch is compared with."""
 
-    def after(self, features: Tensor, labels: Tensor) -> Guidance:
-        """Return the prototypes once a batch's features (B, A, h, w) and labels (B, H, W) are known."""
+    def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
+        """Return the prototypes once a batch's features (B, A, h, w) and labels (B, H, W) are known.
+
+        None where there is nothing to compare with: in the warm-up, or with fewer than two classes.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the site keeps of this guide for its next round."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,28 @@ class Guidance:
         return cls.of(prototypes, settings, device)
 
     @classmethod
-    def of(cls, prototypes: ClassStatistics, settings: PrototypeSettings, device: torch.device) -> Guidance:
-        """Put the prototypes on the device."""
+    def of(cls, prototypes: ClassStatistics, settings: PrototypeSettings, device: torch.device) -> Guidance | None:
+        """Put the prototypes on the device; None with fewer than two active classes.
+
+        With one class there is nothing to be told apart from: the closed form is q' Sigma q / (2 tau^2), which only
+        shrinks the features.
+        """
+        active = prototypes.count >= settings.min_count
+        if active.sum() < 2:
+            return None
         return cls(
             mean=torch.tensor(prototypes.mean, dtype=torch.float32, device=device),
             covariance=torch.tensor(prototypes.covariance, dtype=torch.float32, device=device),
-            active=torch.tensor(prototypes.count >= settings.min_count, device=device),
+            active=torch.tensor(active, device=device),
         )
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance:
         """Return these prototypes: they stay as they are within a round."""
         return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: the coordinator sends the prototypes anew in every round."""
+        return {}
 
 
 def pixel_features(penultimate: Tensor, normalize: bool) -> Tensor:

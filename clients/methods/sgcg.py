@@ -23,18 +23,19 @@ class SgCG(Source):
     """The supervised baseline plus the contrastive term."""
 
     def loss(self, batch: Batch, guide: Guide | None) -> Loss:
-        """Supervised loss plus `prototypes.weight` times the contrastive loss; without a guide the first alone."""
+        """Supervised loss plus `prototypes.weight` times the contrastive loss; without prototypes the first alone."""
         views = self.forward(batch)
         total, parts = self.supervised(batch, views)
-        if guide is None or self.plan.prototypes.weight == 0:
+        # Asked even where nothing is compared: a guide may follow the batches from the first one on.
+        guidance = guide.after(views[0].features, batch.labels) if guide is not None else None
+        if guidance is None or self.plan.prototypes.weight == 0:
             return total, parts
-        contrast = contrast_of_views(views, batch.labels, guide, self.plan)
+        contrast = contrast_of_views(views, batch.labels, guidance, self.plan)
         return total + self.plan.prototypes.weight * contrast, parts | {"loss_contrast": contrast.detach()}
 
 
-def contrast_of_views(views: Sequence[View], labels: Tensor, guide: Guide, plan: Plan) -> Tensor:
+def contrast_of_views(views: Sequence[View], labels: Tensor, guidance: Guidance, plan: Plan) -> Tensor:
     """Sum over the plan's views of the contrastive loss; statistics follow the source view alone (methods.md 1.6)."""
-    guidance = guide.after(views[0].features, labels)
     chosen = [view for view in views if view.name in plan.prototypes.views]
     losses = [contrast_loss(view.features, labels, guidance, plan.prototypes, plan.data.num_classes) for view in chosen]
     return torch.stack(losses).sum()

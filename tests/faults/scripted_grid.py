@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from common.norm_moments import NormMoments, norm_layers
 from common.payload import Weights, encode_cases
 from common.plan import Plan
 from common.seeding import stream
@@ -119,15 +120,17 @@ def honest_reply(plan: Plan, site: str, kind: str, request: Request) -> Reply:
     identity = request.identity
     rng = stream(plan.seed, identity.round, site, kind)
     reply = Reply(identity, site)
-    describing = plan.method.statistics and (plan.prototypes.memory == "restart") == (kind == STATISTICS)
-    statistics = site_statistics(plan, rng) if kind in (TRAIN, STATISTICS) and describing else None
+    with_training = plan.described_in_training(identity.round) or plan.prototypes.memory == "online"
+    described = with_training if kind == TRAIN else bool(request.options.get("classes"))
+    statistics = site_statistics(plan, rng) if plan.method.statistics and described else None
     if kind == ENROL:
         counts = {"train": examples_of(site), "validation": 2, "test": 2}
         details = {"site": site, "roles": ["train", "heldout", "observer"], "problems": []}
         return replace(reply, details=details | {"cases": counts, "patients": counts, "slices": counts})
     assert request.weights is not None
     if kind == STATISTICS:
-        return replace(reply, statistics=statistics)
+        moments = site_moments(request.weights, rng) if request.options.get("moments") else None
+        return replace(reply, statistics=statistics, moments=moments)
     if kind == EVALUATE:
         rows = case_rows(plan, site, request.weights)
         return replace(reply, cases=encode_cases(rows), metrics={"dice": float(np.mean([row["dice"] for row in rows]))})
@@ -145,6 +148,14 @@ def site_statistics(plan: Plan, rng: np.random.Generator) -> ClassStatistics:
     features = rng.normal(size=(40 * classes, width))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     return ClassStatistics.from_features(features, np.repeat(np.arange(classes), 40), classes)
+
+
+def site_moments(weights: Weights, rng: np.random.Generator) -> NormMoments:
+    """Moments of 50 inputs of every BatchNorm layer."""
+    layers = norm_layers(weights)
+    channels = sum(layers.values())
+    mean, scatter = rng.normal(size=channels), 50 * rng.uniform(0.5, 1.5, channels)
+    return NormMoments(layers, np.full(len(layers), 50.0), mean, scatter)
 
 
 def case_rows(plan: Plan, site: str, weights: Weights) -> list[dict[str, object]]:

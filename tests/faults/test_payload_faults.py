@@ -9,10 +9,10 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import CODES
-from common.payload import Weights
+from common.payload import Weights, decode_statistics
 from common.statistics import ClassStatistics
-from common.wire import TRAIN, Reply, Request, encode_reply
-from server.merge import merge_weights
+from common.wire import STATISTICS, TRAIN, Reply, Request, encode_reply
+from server.merge import merge_moments, merge_statistics, merge_weights
 from server.rounds import initial_weights, run_federation
 from tests.faults.plans import small_plan
 from tests.faults.scripted_grid import FLOWER_ERROR, PATIENT, SILENCE, ScriptedGrid, honest_reply
@@ -109,11 +109,12 @@ def test_a_bad_payload_is_listed_and_touches_nothing(
     fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bend, code = FAULTS[fault]
-    plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=2)
+    settings = {"federation__norm_policy": "average", "prototypes__memory": "lagged"}
+    plan = small_plan(tmp_path, federation__rounds=2, federation__quorum=2, **settings)
     honest: dict[str, Reply] = {}
 
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
-        if kind != TRAIN:
+        if kind != TRAIN or request.identity.round != 2:
             return reply
         if site == "B":
             return bend(reply)
@@ -124,39 +125,91 @@ def test_a_bad_payload_is_listed_and_touches_nothing(
     outcome = run_federation(ScriptedGrid(plan, ALL, script), plan, events.append)
 
     assert outcome.status == "degraded"
-    assert [(problem.code, problem.where) for problem in outcome.problems] == [(code, "round 1, B")]
+    assert [(problem.code, problem.where) for problem in outcome.problems] == [(code, "round 2, B")]
     parts = [(site, reply.weights, reply.metrics["examples"]) for site, reply in honest.items()]
     assert sorted(honest) == ["A", "C"]
     assert outcome.digest == merge_weights(parts).digest()  # type: ignore[arg-type]
     card = json.loads((tmp_path / "model.json").read_text())
     assert card["digest"] == outcome.digest
-    told = [event for event in events if event["event"] == "round.reply" and event["site"] == "B"]
+    told = [
+        event for event in events if event["event"] == "round.reply" and (event["site"], event["round"]) == ("B", 2)
+    ]
     assert [(event["accepted"], event["code"]) for event in told] == [(False, code)]
     assert PATIENT.encode() not in everything_written(tmp_path)
     captured = capfd.readouterr()
     assert PATIENT not in captured.out + captured.err + repr(events) + repr(outcome)
 
 
-def test_prototypes_are_those_of_the_admitted_sites_alone(tmp_path: Path) -> None:
-    from common.payload import decode_statistics
-    from server.merge import merge_statistics
+def lowered(reply: Reply, name: str, value: float) -> Reply:
+    assert reply.moments is not None
+    changed = np.array(getattr(reply.moments, name))
+    changed[0] = value
+    return replace(reply, moments=replace(reply.moments, **{name: changed}))
 
-    plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=1)
-    sent: dict[str, ClassStatistics] = {}
+
+MOMENT_FAULTS = {
+    "none": (lambda r: replace(r, moments=None), "STA-202"),
+    "nan": (lambda r: lowered(r, "mean", np.nan), "STA-202"),
+    "negative variance": (lambda r: lowered(r, "scatter", -1000.0), "STA-202"),
+    "no value": (lambda r: lowered(r, "count", 0.0), "STA-202"),
+    "beyond float32": (lambda r: lowered(r, "mean", 1e39), "STA-202"),
+    "silence": (lambda r: SILENCE, "RND-404"),
+}
+
+
+@pytest.mark.parametrize("fault", MOMENT_FAULTS)
+def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(fault: str, tmp_path: Path) -> None:
+    bend, code = MOMENT_FAULTS[fault]
+    plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=2)
+    trained: dict[str, Reply] = {}
+    measured: dict[str, Reply] = {}
 
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
-        if kind == TRAIN and site == "C":
-            return poisoned_mean(reply)
         if kind == TRAIN:
-            assert reply.statistics is not None
-            sent[site] = reply.statistics
+            trained[site] = reply
+        elif kind == STATISTICS and request.options.get("moments"):
+            measured[site] = reply
+            return bend(reply) if site == "B" else reply
         return reply
 
-    run_federation(ScriptedGrid(plan, ALL, script), plan)
+    outcome = run_federation(ScriptedGrid(plan, ALL, script), plan)
+    assert outcome.status == "degraded"
+    assert [(problem.code, problem.where) for problem in outcome.problems] == [(code, "round 1, B")]
+    merged = merge_weights([(site, r.weights, r.metrics["examples"]) for site, r in trained.items()])  # type: ignore[misc]
+    moments = merge_moments([(site, measured[site].moments) for site in ("A", "C")])  # type: ignore[misc]
+    assert outcome.digest == moments.put_into(merged).digest()
+
+
+def test_a_site_whose_training_did_not_count_is_not_asked_for_moments(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=2)
+    grid = ScriptedGrid(plan, ALL, lambda grid, site, kind, request, reply: (
+        SILENCE if (site, kind) == ("B", TRAIN) else reply
+    ))  # fmt: skip
+    run_federation(grid, plan)
+    asked = [sent.site for sent in grid.sent if sent.kind == STATISTICS and sent.request.options.get("moments")]
+    assert asked == ["A", "C"]
+
+
+def test_prototypes_are_those_of_the_chosen_model_and_of_the_admitted_sites_alone(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=1)
+    sent: dict[str, ClassStatistics] = {}
+    asked: list[Request] = []
+
+    def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+        if kind != STATISTICS or request.options.get("moments"):
+            return reply
+        asked.append(request)
+        if site == "C":
+            return poisoned_mean(reply)
+        assert reply.statistics is not None
+        sent[site] = reply.statistics
+        return reply
+
+    outcome = run_federation(ScriptedGrid(plan, ALL, script), plan)
+    assert {request.weights.digest() for request in asked if request.weights} == {outcome.digest}
+    assert {request.options["norm_mode"] for request in asked} == {"running"}
     found, _ = decode_statistics((tmp_path / "prototypes.arrow").read_bytes())
-    wanted = merge_statistics(list(sent.items()))
-    np.testing.assert_array_equal(found.mean, wanted.mean)
-    np.testing.assert_array_equal(found.scatter, wanted.scatter)
+    assert found.digest() == merge_statistics(list(sent.items())).digest()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +250,7 @@ def test_every_code_that_a_payload_can_get_is_in_the_catalogue() -> None:
 
 
 def test_the_honest_script_is_what_an_untouched_round_merges(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, federation__rounds=1)
+    plan = small_plan(tmp_path, federation__rounds=1, federation__norm_policy="average")
     grid = ScriptedGrid(plan, ALL)
     outcome = run_federation(grid, plan)
     assert outcome.status == "completed"

@@ -17,7 +17,7 @@ from server.enrolment import UNUSABLE
 from server.journal import Journal
 from server.rounds import Outcome, run_federation
 from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import FLOWER_ERROR, SILENCE, Script, ScriptedGrid, case_rows, score_of
+from tests.faults.scripted_grid import FLOWER_ERROR, SILENCE, Script, ScriptedGrid, case_rows, honest_reply, score_of
 
 ALL = ("A", "B", "C", "D")
 
@@ -50,8 +50,8 @@ def test_the_heldout_site_gets_no_contributing_message(memory: str, tmp_path: Pa
     received = {site: Counter(sent.kind for sent in grid.sent if sent.site == site) for site in ALL}
     assert received["D"] == {ENROL: 1, EVALUATE: 3}  # two for the curve, one at the end
     assert received["C"] == {ENROL: 1, EVALUATE: 1}
-    expected = {ENROL: 1, TRAIN: 3, EVALUATE: 1} | ({STATISTICS: 3} if memory == "restart" else {})
-    assert received["A"] == received["B"] == expected
+    # After each of three merges BatchNorm's moments, at the end the chosen model's statistics.
+    assert received["A"] == received["B"] == {ENROL: 1, TRAIN: 3, EVALUATE: 1, STATISTICS: 4}
     splits = {(sent.site, sent.request.options["split"]) for sent in grid.sent if sent.kind == EVALUATE}
     assert splits == {("A", "validation"), ("B", "validation"), ("C", "test"), ("D", "test")}
 
@@ -72,12 +72,47 @@ def test_what_the_heldout_site_answers_changes_nothing_but_its_results(tmp_path:
 
 
 def test_prototypes_go_to_training_sites_and_to_nobody_else(tmp_path: Path) -> None:
-    _, grid = run(small_plan(tmp_path))
-    trained = [sent for sent in grid.sent if sent.kind == TRAIN]
-    assert [sent.request.prototypes is not None for sent in trained] == [False] * 3 + [True] * 6
-    assert all(sent.request.prototypes is None for sent in grid.sent if sent.kind != TRAIN)
-    _, grid = run(small_plan(tmp_path / "restart", prototypes__memory="restart"))
-    assert all(sent.request.prototypes is not None for sent in grid.sent if sent.kind == TRAIN)
+    for memory, first in (("restart", 2), ("lagged", 3)):  # the first trained model is that of round 1
+        _, grid = run(small_plan(tmp_path / memory, prototypes__memory=memory))
+        trained = [sent for sent in grid.sent if sent.kind == TRAIN]
+        assert len(trained) == 9
+        for sent in trained:
+            assert (sent.request.prototypes is not None) == (sent.request.identity.round >= first)
+        assert all(sent.request.prototypes is None for sent in grid.sent if sent.kind != TRAIN)
+
+
+def test_restart_without_a_pass_after_the_merge_asks_before_the_round(tmp_path: Path) -> None:
+    for name, changes in {
+        "average": {"federation__norm_policy": "average"},
+        "running": {"prototypes__norm_mode": "running"},
+    }.items():
+        _, grid = run(small_plan(tmp_path / name, prototypes__memory="restart", **changes))
+        asked = [
+            s for s in grid.sent if s.kind == STATISTICS and s.site == "A" and not s.request.options.get("moments")
+        ]
+        trained = {s.request.identity.round: s.request for s in grid.sent if s.kind == TRAIN and s.site == "A"}
+        assert [s.request.identity.round for s in asked] == [2, 3, 3]  # before rounds 2 and 3, and the chosen model
+        for sent in asked[:2]:
+            now = trained[sent.request.identity.round]
+            assert sent.request.weights is not None
+            assert now.weights is not None
+            assert sent.request.weights.digest() == now.weights.digest()
+        assert trained[1].prototypes is None
+        assert trained[2].prototypes is not None
+
+
+def test_a_site_learns_whether_its_own_part_is_in_the_prototypes(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, prototypes__memory="overlay", federation__rounds=4, federation__quorum=2)
+    _, grid = run(plan, script=silent("B", TRAIN, range(3, 4)))
+    held = {s.request.identity.round: s.request.options.get("held") for s in grid.sent if s.kind == TRAIN}
+    assert {number: len(parts or []) for number, parts in held.items()} == {1: 0, 2: 0, 3: 3, 4: 2}
+    sent = {
+        site: honest_reply(plan, site, TRAIN, s.request).statistics
+        for s in grid.sent
+        for site in ALL[:3]
+        if s.kind == TRAIN and s.request.identity.round == 3
+    }
+    assert held[4] == sorted(sent[site].digest() for site in ("A", "C"))
 
 
 # Enrolment
@@ -254,7 +289,7 @@ def test_a_run_that_is_done_evaluates_again_and_trains_no_more(tmp_path: Path) -
     first, _ = run(small_plan(tmp_path))
     again, grid = run(small_plan(tmp_path))
     assert again.digest == first.digest
-    assert {sent.kind for sent in grid.sent} == {ENROL, EVALUATE}
+    assert {sent.kind for sent in grid.sent} == {ENROL, EVALUATE, STATISTICS}  # the last describes the chosen model
 
 
 @pytest.mark.parametrize("memory", ["lagged", "restart"])

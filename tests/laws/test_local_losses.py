@@ -99,7 +99,7 @@ def test_it_holds_for_the_real_network_on_real_files(plan):
         open_store(open_site(root, name, plan.data), plan.data, cache, heldout=False).slices("train")
         for name in sites.SITES
     ]
-    merged = reduce(add, [site_statistics(network, table, plan, CPU, np.random.default_rng(0)) for table in tables])
+    merged = reduce(add, [site_statistics(network, [table], plan, CPU, [np.random.default_rng(0)]) for table in tables])
 
     maps, labels = [], []
     with torch.no_grad():

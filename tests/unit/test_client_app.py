@@ -11,6 +11,7 @@ import pytest
 
 from clients import ledger
 from common import wire
+from common.norm_moments import norm_layers
 from common.payload import decode_cases
 from common.plan import Plan
 from common.wire import Reply, Request, decode_reply, encode_request
@@ -71,8 +72,8 @@ def test_the_aliases_are_explained_at_the_site_only(root, tmp_path):
 
 
 def test_training_replies_with_weights_statistics_and_figures(root, tmp_path):
-    plan = federation(root, tmp_path, "data.validation_fraction=0.6")
-    reply = asked(plan, wire.TRAIN, "North")
+    plan = federation(root, tmp_path, "data.validation_fraction=0.6", "prototypes.memory=lagged")
+    reply = asked(plan, wire.TRAIN, "North", 2)
     assert reply.error == ""
     assert reply.weights is not None
     assert reply.weights.layout == sites.weights(plan).layout
@@ -88,12 +89,45 @@ def test_training_replies_with_weights_statistics_and_figures(root, tmp_path):
 
 def test_statistics_describe_the_received_model_not_the_trained_one(root, tmp_path):
     plan = federation(root, tmp_path, "prototypes.memory=restart", "method.learning_rate=0.05")
-    lagged = federation(root, tmp_path, "method.learning_rate=0.05")
-    received = asked(plan, wire.STATISTICS, "North").statistics
-    trained = asked(lagged, wire.TRAIN, "North").statistics
+    lagged = federation(root, tmp_path, "prototypes.memory=lagged", "method.learning_rate=0.05")
+    received = asked(plan, wire.STATISTICS, "North", 2).statistics
+    trained = asked(lagged, wire.TRAIN, "North", 2).statistics
     assert received is not None
     assert trained is not None
     np.testing.assert_array_equal(received.mean, trained.mean)
+
+
+@pytest.mark.parametrize("memory", ["lagged", "restart", "cumulative", "discount", "momentum", "overlay"])
+def test_the_untrained_model_of_round_1_is_not_described(root, tmp_path, memory):
+    """Prototypes of an untrained network would be what round 2 pulls towards, and `cumulative` would keep them."""
+    plan = federation(root, tmp_path, f"prototypes.memory={memory}")
+    assert asked(plan, wire.TRAIN, "North", 1).statistics is None
+
+
+def test_moments_are_measured_on_request_alone_or_with_the_classes(root, tmp_path):
+    plan = federation(root, tmp_path)
+    given = sites.weights(plan)
+    alone = asked(plan, wire.STATISTICS, "North", options={"moments": True})
+    both = asked(plan, wire.STATISTICS, "North", options={"moments": True, "classes": True})
+    assert alone.statistics is None
+    assert alone.moments is not None
+    assert both.moments is not None
+    assert dict(alone.moments.layers) == norm_layers(given)
+    np.testing.assert_array_equal(alone.moments.mean, both.moments.mean)
+    only = asked(plan, wire.STATISTICS, "North")
+    assert only.moments is None
+    assert only.statistics is not None
+    assert both.statistics is not None
+    assert only.statistics.digest() == both.statistics.digest()
+
+
+def test_the_chosen_model_is_described_as_evaluation_sees_it(root, tmp_path):
+    plan = federation(root, tmp_path)
+    in_training = asked(plan, wire.STATISTICS, "North").statistics
+    found = asked(plan, wire.STATISTICS, "North", options={"classes": True, "norm_mode": "running"}).statistics
+    expected = asked(federation(root, tmp_path, "prototypes.norm_mode=running"), wire.STATISTICS, "North").statistics
+    assert found is not None
+    assert found.digest() == expected.digest() != in_training.digest()
 
 
 def test_with_restart_the_training_reply_has_no_statistics(root, tmp_path):
@@ -120,7 +154,7 @@ def test_the_same_request_gives_the_same_weights(root, tmp_path):
 
 def test_prototypes_guide_the_round_after_the_warm_up(root, tmp_path):
     plan = federation(root, tmp_path)
-    prototypes = asked(plan, wire.TRAIN, "North").statistics
+    prototypes = asked(plan, wire.STATISTICS, "North").statistics
     assert asked(plan, wire.TRAIN, "North", 1, prototypes=prototypes).metrics["loss_contrast"] == 0
     assert asked(plan, wire.TRAIN, "North", 2, prototypes=prototypes).metrics["loss_contrast"] > 0
 
@@ -207,7 +241,7 @@ def test_a_home_of_the_sites_own_holds_its_ledger(root, tmp_path):
 
 def test_the_floors_act_on_what_a_site_sends(root, tmp_path):
     plan = federation(root, tmp_path, "privacy.min_patients=5")  # North has four patients
-    reply = asked(plan, wire.TRAIN, "North")
+    reply = asked(plan, wire.STATISTICS, "North")
     assert reply.statistics is not None
     assert reply.statistics.count.tolist() == [0, 0]
     assert reply.details["withheld"] == ["background", "gland"]

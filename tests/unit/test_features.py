@@ -33,7 +33,7 @@ def opened(root: Path, *overrides: str) -> tuple[Plan, CaseStore, nn.Module]:
 
 
 def described(plan: Plan, store: CaseStore, network: nn.Module, seed: int = 0) -> ClassStatistics:
-    return site_statistics(network, store.slices("train"), plan, CPU, np.random.default_rng(seed))
+    return site_statistics(network, [store.slices("train")], plan, CPU, [np.random.default_rng(seed)])
 
 
 @pytest.mark.parametrize("mode", ["batch", "running"])

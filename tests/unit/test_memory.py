@@ -20,7 +20,7 @@ from clients.device import choose_device
 from clients.fit import measure_step
 from clients.memory import out_of_memory
 from clients.methods.supervised import Source, segmentation_loss
-from clients.overlay import Overlay
+from clients.running_guide import Overlay
 from clients.site import open_site
 from clients.state import LocalState
 from clients.training import Session, train_round, weights_of
