@@ -136,8 +136,7 @@ def share(visit: Visit) -> RecordDict:
     if wanted not in visit.plan.site.shares:
         raise fail("ROL-202", found=f"site.shares={list(visit.plan.site.shares)}", expected=wanted)
     amplitudes = site_amplitudes(visit.stores, ram, visit.site, visit.plan.seed, visit.device)
-    encoded = amplitudes if isinstance(amplitudes, bytes) else amplitudes.encode()
-    return send(visit, Reply(visit.identity, visit.site, amplitudes=encoded))
+    return send(visit, Reply(visit.identity, visit.site, amplitudes=amplitudes))
 
 
 def evaluate(visit: Visit) -> RecordDict:

@@ -3,12 +3,17 @@
 `local` takes other images of the same client: of another source domain where it owns several, as the papers do, and of
 its own where it is one hospital. `summary` and `bank` take what the other sites agreed to share.
 
+Pictures are mixed in [0, 255] and scaled to [-1, 1] afterwards, volumes in [-1, 1], as published: the offset decides
+what the amplitude of frequency zero is (`common.amplitudes.OFFSETS`). Shared amplitudes are taken in the same space.
+
 Legend: B slices of a batch, C channels, S side, b half window.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Final, Protocol
@@ -20,7 +25,7 @@ from torch import Tensor
 
 from clients.cases import CaseStore, SliceTable, fingerprint
 from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
-from common.amplitudes import AmplitudeSummary, decode_bank, encode_bank
+from common.amplitudes import OFFSETS, AmplitudeBank, AmplitudeSampler, AmplitudeSummary
 from common.errors import fail
 from common.plan import Plan, RamSettings
 from common.seeding import stream
@@ -55,6 +60,7 @@ class LocalMixer:
 
     def __init__(self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator) -> None:
         self._tables, self._settings, self._rng = tables, settings, rng
+        self._offset = OFFSETS[mixing_space(tables)]
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw a slice (C, S, S) of a domain other than its own for each slice of a batch."""
@@ -63,7 +69,9 @@ class LocalMixer:
 
     def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
         """Mix each slice with its partner (B, C, S, S)."""
-        return mix_amplitude(images, partners, ratio.to(images.dtype), self._settings.window).clamp(-1, 1)
+        ratio, offset = ratio.to(images.dtype), self._offset
+        mixed = mix_amplitude(images + offset, partners + offset, ratio, self._settings.window)
+        return (mixed - offset).clamp(-1, 1)
 
     def _partners(self, domain: int, size: int) -> npt.NDArray[np.float32]:
         others = [number for number in range(len(self._tables)) if number != domain] or [domain]
@@ -71,35 +79,11 @@ class LocalMixer:
         return np.concatenate([table.stack([int(self._rng.integers(0, len(table)))])[0] for table in chosen])
 
 
-class SharedMixer:
-    """Partners are amplitudes that other sites share: a draw from their summary, or one of their bank.
+class _SharedMixer(ABC):
+    """Partners are amplitudes of other sites."""
 
-    Args:
-        data: What the coordinator handed down.
-        own: The same of this client, taken out of it.
-        settings: Window and level.
-        rng: Draws amplitudes and ratios.
-
-    Raises:
-        FedsgcgError: PAY-106, PAY-107 or STA-201 for amplitudes that cannot be read, PAY-106 when no other site shares.
-    """
-
-    def __init__(
-        self, data: bytes, own: AmplitudeSummary | str, settings: RamSettings, rng: np.random.Generator
-    ) -> None:
-        self._settings, self._rng = settings, rng
-        self._mean = self._deviation = np.zeros(0)
-        self._bank = np.zeros(0, np.float32)
-        if isinstance(own, AmplitudeSummary):
-            others = AmplitudeSummary.decode(data).without(own)
-            number = int(others.count)
-            self._mean, self._deviation = others.mean, others.deviation
-        else:
-            bank, owners = decode_bank(data)
-            self._bank = bank[[owner != own for owner in owners]]
-            number = len(self._bank)
-        if number < 1:
-            raise fail("PAY-106", found="amplitudes of no other site", expected="those of at least one")
+    def __init__(self, settings: RamSettings, space: str, rng: np.random.Generator) -> None:
+        self._settings, self._offset, self._rng = settings, OFFSETS[space], rng
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw amplitudes (C, 2, b + 1, b + 1) of other sites for each slice of a batch."""
@@ -108,13 +92,79 @@ class SharedMixer:
 
     def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
         """Mix each slice with its amplitudes (B, C, 2, b + 1, b + 1)."""
-        return mix_window_amplitudes(images, partners, ratio.to(images.dtype), self._settings.window).clamp(-1, 1)
+        ratio = ratio.to(images.dtype)
+        mixed = mix_window_amplitudes(images + self._offset, partners, ratio, self._settings.window)
+        return (mixed - self._offset).clamp(-1, 1)
+
+    @abstractmethod
+    def _draw(self, count: int) -> npt.NDArray[np.floating]:
+        """Return (count, C, 2, b + 1, b + 1) amplitudes."""
+
+
+class SummaryMixer(_SharedMixer):
+    """Partners are drawn from the summary of the other sites' amplitudes.
+
+    Args:
+        data: What the coordinator handed down.
+        own: The summary of this client, taken out of it where it is in it.
+        site: Name of this client.
+        settings: Window.
+        rng: Draws amplitudes and ratios.
+
+    Raises:
+        FedsgcgError: PAY-106, PAY-107 or STA-201 for a summary that cannot be used, PAY-106 when no other site shares.
+    """
+
+    def __init__(
+        self, data: bytes, own: AmplitudeSummary, site: str, settings: RamSettings, rng: np.random.Generator
+    ) -> None:
+        super().__init__(settings, own.space, rng)
+        shared = AmplitudeSummary.decode(data)
+        if shared.layout != own.layout:
+            raise fail("PAY-106", found=f"amplitudes of {shared.layout}", expected=f"{own.layout}, as at this site")
+        others = shared.without(replace(own, sites=(site,))) if site in shared.sites else shared
+        _check_others(int(others.count))
+        self._sampler = AmplitudeSampler(others)
 
     def _draw(self, count: int) -> npt.NDArray[np.floating]:
-        if self._bank.size:
-            return self._bank[self._rng.integers(0, len(self._bank), count)]
-        noise = self._rng.standard_normal((count, *self._mean.shape))
-        return np.exp(self._mean + self._deviation * noise)
+        return self._sampler.draw(count, self._rng)
+
+
+class BankMixer(_SharedMixer):
+    """Partners are amplitudes of single images of other sites.
+
+    Args:
+        data: What the coordinator handed down.
+        site: Name of this client, whose own entries are left out.
+        space: Mixing space of this client (`mixing_space`).
+        settings: Window.
+        rng: Draws entries and ratios.
+
+    Raises:
+        FedsgcgError: As `SummaryMixer`.
+    """
+
+    def __init__(self, data: bytes, site: str, space: str, settings: RamSettings, rng: np.random.Generator) -> None:
+        super().__init__(settings, space, rng)
+        others = AmplitudeBank.decode(data).without(site)
+        _check_others(len(others.owners))
+        if others.space != space:
+            raise fail("PAY-106", found=f"amplitudes of {others.space}s", expected=f"those of {space}s")
+        self._windows = others.windows
+
+    def _draw(self, count: int) -> npt.NDArray[np.floating]:
+        return self._windows[self._rng.integers(0, len(self._windows), count)]
+
+
+def _check_others(number: int) -> None:
+    if number < 1:
+        raise fail("PAY-106", found="amplitudes of no other site", expected="those of at least one")
+
+
+def mixing_space(tables: Sequence[SliceTable]) -> str:
+    """Return the key of `OFFSETS` for a client's slices: `picture` where all cases are 2-D pictures, else `volume`."""
+    pictures = all(slices.spacing is None for table in tables for slices in table.stored)
+    return "picture" if pictures else "volume"
 
 
 def build_mixer(
@@ -135,8 +185,10 @@ def build_mixer(
     settings, rng = plan.method.ram, stream(plan.seed, round_number, site, "partners")
     if settings.sharing == "local":
         return LocalMixer([store.slices("train") for store in stores], settings, rng)
-    own = own_summary(stores, settings, device) if settings.sharing == "summary" else site
-    return SharedMixer(amplitudes, own, settings, rng)
+    if settings.sharing == "bank":
+        space = mixing_space([store.slices("train") for store in stores])
+        return BankMixer(amplitudes, site, space, settings, rng)
+    return SummaryMixer(amplitudes, own_summary(stores, settings, device), site, settings, rng)
 
 
 def draw_ratio(rng: np.random.Generator, count: int) -> Tensor:
@@ -146,8 +198,8 @@ def draw_ratio(rng: np.random.Generator, count: int) -> Tensor:
 
 def site_amplitudes(
     stores: Sequence[CaseStore], settings: RamSettings, site: str, seed: int, device: torch.device
-) -> AmplitudeSummary | bytes:
-    """What a site shares of its training slices: the summary of all of them, or the bank of a few.
+) -> bytes:
+    """What a site shares of its training slices, encoded: the summary of all of them, or the bank of a few.
 
     Args:
         stores: The cases of each source domain.
@@ -157,12 +209,13 @@ def site_amplitudes(
         device: Where to transform.
     """
     if settings.sharing == "summary":
-        return own_summary(stores, settings, device)
+        return own_summary(stores, settings, device).encode()
     rng = stream(seed, site, "bank")
     (store,) = stores
     table = store.slices("train")
     chosen = np.sort(rng.permutation(len(table))[: settings.bank_size])
-    return encode_bank(_windows(table, chosen, settings, device), [site] * len(chosen))
+    windows = _windows(table, chosen, settings, device)
+    return AmplitudeBank(windows, (site,) * len(chosen), mixing_space([table])).encode()
 
 
 def own_summary(stores: Sequence[CaseStore], settings: RamSettings, device: torch.device) -> AmplitudeSummary:
@@ -187,13 +240,14 @@ def _known_summary(store: CaseStore, settings: RamSettings, device: torch.device
 def _summary(table: SliceTable, settings: RamSettings, device: torch.device) -> AmplitudeSummary:
     numbers = np.arange(len(table))
     blocks = [numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK)]
-    parts = (AmplitudeSummary.from_amplitudes(_windows(table, block, settings, device)) for block in blocks)
-    return reduce(add, parts)
+    side, space = table.stored[0].label.shape[-1], mixing_space([table])
+    windows = (_windows(table, block, settings, device) for block in blocks)
+    return reduce(add, (AmplitudeSummary.from_amplitudes(block, side, space) for block in windows))
 
 
 def _windows(
     table: SliceTable, numbers: npt.NDArray[np.int64], settings: RamSettings, device: torch.device
 ) -> npt.NDArray[np.float32]:
-    images = torch.from_numpy(table.stack(numbers)[0]).to(device)
+    images = torch.from_numpy(table.stack(numbers)[0]).to(device) + OFFSETS[mixing_space([table])]
     windows: npt.NDArray[np.float32] = window_amplitudes(images, settings.window).float().cpu().numpy()
     return windows

@@ -124,8 +124,10 @@ class SiteSettings(Section):
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads of a training process; fixed, because the order of sums depends on it.
         roles: Roles this site accepts.
-        shares: What the site agrees to send besides weights and class statistics: `amplitude_summary`,
-            `amplitude_bank` (methods.md 2.8).
+        shares: What the site agrees to send besides weights and class statistics (methods.md 2.8):
+            `amplitude_summary`, per frequency the sums over the site's images of their log amplitudes and of the
+            products of two channels' (means, variances and correlations, no phase); `amplitude_bank`, the amplitudes of
+            single images. In a simulation one setting consents for all hospitals; a site's own file beats it.
         micro_batches: Parts into which a step is cut where the memory does not hold it; a site that runs out of memory
             takes more by itself. Gradients are accumulated: the effective batch is the same, but BatchNorm and the Dice
             term, which look at a whole batch, see the parts.

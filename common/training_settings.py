@@ -51,11 +51,16 @@ class RamSettings(Section):
     """RAM-DSIR: amplitude mixing, consistency of the two views and restoration (methods.md 2.5, 2.6, 2.8).
 
     Attributes:
-        sharing: Whose amplitudes an image is mixed with. `local`: other images of the same client (with
-            `federation=pooled` images of the other domains), nothing more leaves a site. `summary`: drawn from the
-            log-normal summary of the other sites' window amplitudes. `bank`: window amplitudes of single images of the
-            other sites. The last two need the consent of every site's own file.
-        window: Half window as a share of the shorter side.
+        sharing: Whose amplitudes an image is mixed with. The published method mixes across domains: `local` does so
+            only with `federation=pooled`, where the client owns all domains. With `federation=by_site` the three are
+            different methods, to be named and compared as such (`experiment=ram_sharing`):
+            `local`: other images of the same hospital, augmentation within its own domain; nothing more leaves a site.
+            `summary`: across hospitals, amplitudes drawn from a log-normal distribution with the mean and the
+            covariance of channels of the other sites' window amplitudes.
+            `bank`: across hospitals, amplitudes of single images of the other sites: nearest to the published method.
+            The last two need the consent of every training site's own file (`site.shares`; ROL-202 without).
+        window: Half window as a share of the shorter side. Pictures are mixed in [0, 255] and scaled afterwards,
+            volumes in [-1, 1], as published; the data decide.
         consistency: Weight of the consistency of the two views' predictions.
         divergence: `channels` as published; `symmetric_bernoulli` adds the complementary half, for sigmoid outputs.
         restoration: Weight of the restoration loss; 0 leaves the restoration decoder out.

@@ -113,7 +113,7 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Console) 
 CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
-    "amplitudes": "image spectra that the site's own file shares",
+    "amplitudes": "sums of log amplitudes, or spectra of single images, as the site's own file allows",
     "cases": "results of each case under its alias",
     "metrics": "losses, counts, seconds, validation Dice",
     "text": "names and shapes of the weights, identity, codes",
