@@ -98,7 +98,7 @@ def variants(axes: Mapping[str, Sequence[str]], method: str, federation: str) ->
     """Return every combination of methods, federations and swept settings.
 
     A setting that a method does not read makes no variants of it: the supervised baseline stands once in a sweep over
-    the prototypes.
+    the prototypes, and a pooled run, which has all domains, once in one over what hospitals share of their amplitudes.
 
     Args:
         axes: Values by axis.
@@ -110,7 +110,7 @@ def variants(axes: Mapping[str, Sequence[str]], method: str, federation: str) ->
     short = _short_names(list(swept))
     found: dict[Variant, None] = {}
     for name, owner in itertools.product(axes.get("method") or [method], federations):
-        read = [key for key in swept if _reads(name, key)]
+        read = [key for key in swept if _reads(name, owner, key)]
         for combination in itertools.product(*(swept[key] for key in read)):
             settings = tuple(f"{key}={value}" for key, value in zip(read, combination, strict=True))
             words = [name, *([owner] if len(federations) > 1 else [])]
@@ -124,9 +124,11 @@ def folder_name(label: str) -> str:
     return label.replace(" ", ",").replace("/", "-")
 
 
-def _reads(method: str, key: str) -> bool:
+def _reads(method: str, federation: str, key: str) -> bool:
     if key.startswith("prototypes."):
         return method in CONTRASTIVE
+    if key == "method.ram.sharing" and federation != "by_site":
+        return False  # there are no other sites to share with
     return method in MIXING if key.startswith("method.ram.") else True
 
 

@@ -3,8 +3,10 @@
 import pytest
 
 from common.errors import FedsgcgError
+from common.plan import Plan
 from deploy.grid import Variant, folder_name, split_axes, variants, with_grid
 from deploy.study import plan_study
+from server.amplitudes import sharing_level
 from tests import sites
 
 
@@ -66,6 +68,15 @@ def test_labels_name_what_differs_and_nothing_else():
     assert labels(ends, "sgcg") == ["sgcg prototypes.weighting=pixels federation.weighting=sites"]
 
 
+def test_what_hospitals_share_of_their_amplitudes_varies_only_where_there_are_other_hospitals():
+    sharing = {"method.ram.sharing": ["local", "bank"]}
+    assert labels({"method": ["source", "ram"], "federation": ["local", "pooled", "by_site"]} | sharing) == [
+        *("source local", "source pooled", "source by_site", "ram local", "ram pooled"),
+        *("ram by_site sharing=local", "ram by_site sharing=bank"),
+    ]
+    assert [v.settings for v in variants({"federation": ["pooled"]} | sharing, "ram", "by_site")] == [()]
+
+
 def test_a_variant_is_a_command_line_of_its_own():
     variant = Variant("sgcg weight=1", "sgcg", "pooled", ("prototypes.weight=1",))
     assert variant.overrides == ["method=sgcg", "federation=pooled", "prototypes.weight=1"]
@@ -109,12 +120,22 @@ def test_a_swept_value_of_the_wrong_kind_is_named(root, tmp_path):
 
 @pytest.mark.parametrize(
     ("experiment", "cells"),
-    [("ablation", 4), ("federation_cost", 8), ("lambda_sweep", 6), ("temperature_sweep", 7), ("memory_policies", 6)],
+    [
+        *(("ablation", 4), ("federation_cost", 8), ("lambda_sweep", 6), ("temperature_sweep", 7)),
+        *(("memory_policies", 6), ("ram_sharing", 6)),
+    ],
 )
 def test_experiments_are_the_grids_they_say(root, tmp_path, experiment, cells):
     study = planned(root, tmp_path, f"experiment={experiment}", "heldout=A")
     assert len(study.cells) == cells
     assert len({cell.method for cell in study.cells}) == len({cell.folder.parent.parent for cell in study.cells})
+
+
+def test_the_sharing_experiment_has_every_form_and_the_consent_that_it_needs(root, tmp_path):
+    plans = [Plan.from_tree(cell.tree) for cell in planned(root, tmp_path, "experiment=ram_sharing", "heldout=A").cells]
+    mixing = [(plan.federation.ownership, plan.method.ram.sharing) for plan in plans if plan.method.mixes]
+    assert mixing == [("pooled", "local"), *(("by_site", sharing) for sharing in ("local", "summary", "bank"))]
+    assert all(sharing_level(plan) in {"", *plan.site.shares} for plan in plans)
 
 
 def test_the_same_grid_is_the_same_folder_and_more_values_are_too(root, tmp_path):

@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clients import mixing
 from clients.cases import open_store
 from clients.mixing import own_summary, site_amplitudes
 from clients.site import open_site
 from common.amplitude import window_amplitudes
-from common.amplitudes import AmplitudeSampler, amplitude_floor
+from common.amplitudes import AmplitudeBank, AmplitudeSampler, AmplitudeSummary, amplitude_floor
 from common.plan import RamSettings
 from tests import sites
 
@@ -43,6 +44,34 @@ def test_the_summary_of_a_client_sums_all_training_slices_of_its_hospitals(store
     np.testing.assert_allclose(total.first, first + more, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(total.second, second + more_products, rtol=1e-5, atol=1e-3)
     assert site_amplitudes(stores, SUMMARY, "both", 0, CPU) == total.encode()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """The store of one hospital with four colour pictures."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    (folder / "data" / "Eye").mkdir(parents=True)
+    for number in range(4):
+        pixels, mask = rng.integers(0, 256, (32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+        mask[8:20, 8:20] = 1
+        Image.fromarray(pixels).save(folder / "data" / "Eye" / f"{number}_image.png")
+        Image.fromarray(mask).save(folder / "data" / "Eye" / f"{number}_mask.png")
+    data = replace(sites.plan_of(folder / "data", folder, "data.sites=[Eye]").data, stack=1)
+    return open_store(open_site(folder / "data", "Eye", data), data, folder / "cache", heldout=False)
+
+
+def test_what_a_site_shares_of_pictures_is_taken_in_grey_levels_and_of_volumes_about_zero(stores, pictures):
+    for store, space, offset in ((stores[0], "volume", 0.0), (pictures, "picture", 1.0)):
+        images = store.slices("train").stack(range(len(store.slices("train"))))[0]
+        zero = abs((images.astype(np.float64) + offset).sum(axis=(-2, -1)))
+        summary = AmplitudeSummary.decode(site_amplitudes([store], SUMMARY, store.site, 0, CPU))
+        wanted = np.log(np.maximum(zero, amplitude_floor(images.shape[-1]))).mean(axis=0)
+        assert (summary.space, summary.side) == (space, images.shape[-1])
+        np.testing.assert_allclose(summary.mean[:, 0, 0, 0], wanted, rtol=1e-4)
+        settings = replace(SUMMARY, sharing="bank", bank_size=len(images))
+        bank = AmplitudeBank.decode(site_amplitudes([store], settings, store.site, 0, CPU))
+        assert bank.space == space
+        np.testing.assert_allclose(bank.windows[:, :, 0, 0, 0], zero, rtol=1e-3)
 
 
 def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stores, monkeypatch):
