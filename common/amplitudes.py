@@ -209,7 +209,8 @@ class AmplitudeSampler:
     """Draws log-normal window amplitudes with the mean and the covariance of channels of a summary (methods.md 2.8).
 
     Frequencies are drawn independently, channels together: neighbouring slices of a stack are alike. A frequency that
-    the window holds twice, as itself or as its conjugate, is drawn once.
+    the window holds twice, as itself or as its conjugate, is drawn once. What is beyond every image of the space, which
+    the long tail of frequency zero reaches, counts as the most that one can have: S^2 times the largest value.
     """
 
     def __init__(self, summary: AmplitudeSummary) -> None:
@@ -217,12 +218,13 @@ class AmplitudeSampler:
         self._root = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
         self._mean = summary.mean
         self._same = same_amplitude(self._mean.shape[-1] - 1, summary.side)
+        self._most = math.log(summary.side**2 * (1.0 + OFFSETS[summary.space]))
 
     def draw(self, count: int, rng: np.random.Generator) -> Doubles:
         """Return (count, C, 2, b+1, b+1) amplitudes."""
         noise = rng.standard_normal((count, *self._mean.shape))
         logs = self._mean + np.einsum("hijcp,mphij->mchij", self._root, noise)
-        amplitudes = np.exp(np.minimum(logs, MAX_LOG))
+        amplitudes = np.exp(np.minimum(logs, self._most))
         amplitudes[:, :, 1, self._same] = amplitudes[:, :, 0, self._same]
         return np.asarray(amplitudes)
 

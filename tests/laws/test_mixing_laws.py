@@ -262,6 +262,17 @@ def test_a_drawn_window_is_that_of_a_real_image(problem, seed):
     np.testing.assert_allclose(window_amplitudes(mixed, window).numpy(), drawn, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("space", "most"), [("picture", 2 * SIDE**2), ("volume", SIDE**2)])
+def test_nothing_is_drawn_that_no_image_can_have(space, most):
+    offset = {"picture": 1.0, "volume": 0.0}[space]
+    levels = np.random.default_rng(0).choice([0.05, 1.0], (40, 1, 1, 1)) * (1 + offset) - offset
+    images = np.clip(levels + np.random.default_rng(1).normal(0, 0.05, (40, 3, SIDE, SIDE)), -1, 1)
+    windows = window_amplitudes(torch.from_numpy(images + offset)).numpy().astype(np.float32)
+    drawn = AmplitudeSampler(AmplitudeSummary.from_amplitudes(windows, SIDE, space)).draw(500, np.random.default_rng(0))
+    assert drawn.max() == pytest.approx(most)
+    assert drawn.max() <= most * (1 + 1e-9)
+
+
 def test_channels_that_are_one_are_drawn_as_one():
     rng = np.random.default_rng(0)
     summary = summary_of(np.repeat(textures(rng, 10)[:, None], 3, axis=1))
