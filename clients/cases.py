@@ -31,7 +31,7 @@ from common.plan import DataSettings
 
 CHANNELS = 3
 # Part of the key: raise it when the meaning of a stored slice changes.
-FORMAT = 2
+FORMAT = 3
 ARRAYS = tuple(field.name for field in fields(Slices) if field.name != "spacing")
 # `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])

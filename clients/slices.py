@@ -1,7 +1,8 @@
 """One case's files become canonical slices: read, checked, labelled, scaled and resized.
 
-A slice is resized as a whole to `image_size` squared (images bilinear with antialiasing, labels nearest, pixel centres
-aligned). A slice that is not square changes its aspect; `Slices.truth` keeps the native grid for the metrics.
+A slice is resized as a whole to `image_size` squared, bilinear with antialiasing, pixel centres aligned: images as they
+are, labels as the share of each class, of which the largest wins. A slice that is not square changes its aspect;
+`Slices.truth` keeps the native grid for the metrics.
 
 Legend: Z, Y, X = native slices, rows, columns; C = stored channels (3 for a colour picture, else 1); S = image_size;
 K classes.
@@ -10,11 +11,11 @@ K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from clients.site import CaseFile
@@ -24,6 +25,8 @@ from common.plan import DataSettings
 
 # int16 steps in one unit of intensity; the rounding error, 1.5e-5, is far below an image's noise.
 STEPS = 32767.0
+# Shares of a pixel that differ by less are equal: far above the rounding of float64, so that every machine agrees.
+TIE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,12 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
     """Bring an image and its class indices (Z, Y, X) into the form of a training slice."""
     pixels = image.array[None] if image.is_picture else image.array[:, None]
     scaled = scale_intensity(pixels, data.intensity)
-    small = resize(scaled, data.image_size, labels=False)
-    label = resize(truth[:, None], data.image_size, labels=True)[:, 0]
+    small = resize(scaled, data.image_size)
+    label = resize_labels(truth, data.image_size)
     present = np.stack([(truth == index).any(axis=(1, 2)) for index in range(data.num_classes)], axis=1)
     return Slices(
         image=np.rint(np.clip(small, -1, 1) * STEPS).astype(np.int16),
-        label=label.astype(np.uint8),
+        label=label,
         truth=truth,
         display=np.rint((scaled.mean(axis=1) + 1) * 127.5).astype(np.uint8),
         present=present,
@@ -112,16 +115,45 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
     return np.clip((values - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
 
 
-def resize(slices: NDArray[Any], side: int, *, labels: bool) -> NDArray[np.float32]:
-    """Resize (Z, C, Y, X) slices to (Z, C, side, side); labels take the nearest pixel."""
-    tensor = torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32))
-    if tensor.shape[-2:] == (side, side):
-        resized = tensor
-    elif labels:
-        resized = functional.interpolate(tensor, (side, side), mode="nearest-exact")
-    else:
-        resized = functional.interpolate(tensor, (side, side), mode="bilinear", align_corners=False, antialias=True)
-    return np.asarray(resized.numpy())
+def resize(slices: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Resize images (Z, C, Y, X) to (Z, C, side, side), bilinear with antialiasing, pixel centres aligned."""
+    return np.asarray(_antialiased(torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)), side).numpy())
+
+
+def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resize label maps (Z, Y, X) to (Z, side, side): the class with the largest share of a new pixel wins.
+
+    A share is what `resize` makes of a class's indicator (0 or 1), so labels lie exactly where their image lies: at an
+    even factor the nearest pixel would be half a native pixel off. Equal shares, which even factors make often, go to
+    the class that is declared later, so that background never takes a tie. Shares count as equal within `TIE`.
+    Mirrored labels give mirrored results.
+    """
+    if labels.shape[1:] == (side, side):
+        return labels
+    found = np.empty((len(labels), side, side), np.uint8)
+    # One slice and one class at a time: the memory stays that of a few slices, however many classes there are.
+    for layer, resized in zip(labels, found, strict=True):
+        classes = np.unique(layer)
+        resized[:] = classes[0]
+        most = _share(layer == classes[0], side)
+        for index in classes[1:]:
+            share = _share(layer == index, side)
+            wins = share >= most - TIE
+            resized[wins] = index
+            most = np.maximum(most, share)
+    return found
+
+
+def _share(mask: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
+    """Return the share (side, side) that a mask (Y, X) has of each pixel of the resized slice."""
+    return np.asarray(_antialiased(torch.from_numpy(mask.astype(np.float64))[None, None], side)[0, 0].numpy())
+
+
+def _antialiased(maps: Tensor, side: int) -> Tensor:
+    """Resize (N, C, Y, X) floats to (N, C, side, side)."""
+    if maps.shape[-2:] == (side, side):
+        return maps
+    return functional.interpolate(maps, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 
 def _read(case: CaseFile) -> tuple[Volume, Volume]:

@@ -218,6 +218,20 @@ def test_labels_move_with_their_image_and_keep_their_values():
     assert not torch.equal(mapped, labels)
 
 
+def test_moved_labels_stay_centred_on_their_moved_image():
+    """Labels take the nearest pixel of the same map: over many slices their centroid is that of the image."""
+    rows = torch.arange(64) - 31.2
+    disc = (torch.hypot(rows[:, None], rows[None]) < 14).long().expand(400, -1, -1)
+    images = disc[:, None].float() * 2 - 1
+    moved, labels = change(images, disc, rotate_degrees=10.0, scale=0.1, shift=0.05, zoom=0.0)
+    weights = torch.stack([(moved[:, 0] + 1) / 2, labels.float()])
+    places = torch.arange(64.0)
+    share = weights / weights.sum((2, 3), keepdim=True)
+    centroids = torch.stack([(share.sum(3) * places).sum(2), (share.sum(2) * places).sum(2)])
+    apart = centroids[:, 0] - centroids[:, 1]
+    assert apart.mean(1).abs().max() < 0.01, "pixels"
+
+
 def test_geometry_stays_within_its_limits_by_tracking_a_spot():
     """The spot's distance from the centre changes by at most the scale, its place by at most the shift."""
     side = 65

@@ -8,13 +8,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from clients.cases import open_store
 from clients.site import discover_sites, open_site
-from clients.slices import class_indices, resize, scale_intensity
+from clients.slices import class_indices, resize, resize_labels, scale_intensity
 from common.errors import FedsgcgError
 from common.imaging import affine_as, read_volume, write_volume
+from common.metrics import segmentation_metrics
 from common.phantoms import write_hospitals
 from tests import sites
 
@@ -203,26 +206,94 @@ def test_labels_map_to_class_indices_in_order_of_declaration():
 @pytest.mark.parametrize(("size", "side"), [((64, 64), 32), ((20, 50), 32), ((33, 47), 64)])
 def test_resizing_keeps_means_places_and_label_values(size, side):
     image = np.add.outer(np.linspace(0, 1, size[0]), np.linspace(0, 3, size[1])).astype(np.float32)[None, None]
-    small = resize(image, side, labels=False)
+    small = resize(image, side)
     assert small.shape == (1, 1, side, side)
     assert small.mean() == pytest.approx(image.mean(), abs=0.01)
-    labels = (image > 2).astype(np.uint8) * 3
-    mapped = resize(labels, side, labels=True)
+    labels = (image[:, 0] > 2).astype(np.uint8) * 3
+    mapped = resize_labels(labels, side)
     assert np.unique(mapped).tolist() == [0, 3]
     # Centres are aligned: image and label agree wherever the image is clear of the border value.
     clear = abs(small - 2) > 4 / side + 3 / size[1]
-    np.testing.assert_array_equal((small > 2)[clear], (mapped == 3)[clear])
+    np.testing.assert_array_equal((small > 2)[clear], (mapped[:, None] == 3)[clear])
 
 
 def test_downsampling_averages_images_instead_of_skipping_pixels():
     stripes = np.tile((np.arange(128) % 4 == 0).astype(np.float32), (128, 1))[None, None]
-    small = resize(stripes, 32, labels=False)[..., 2:-2]
+    small = resize(stripes, 32)[..., 2:-2]
     np.testing.assert_allclose(small, 0.25, atol=0.05)
 
 
-def test_a_resized_label_is_the_one_at_the_centre_of_its_pixel():
-    labels = np.random.default_rng(0).integers(0, 5, (96, 96)).astype(np.uint8)
-    np.testing.assert_array_equal(resize(labels[None, None], 32, labels=True)[0, 0], labels[1::3, 1::3])
+def test_a_label_of_a_quarter_of_the_pixels_does_not_become_all_of_them():
+    """Nearest-pixel resizing takes the pixels of odd rows and columns and nothing else."""
+    labels = np.zeros((1, 4, 4), np.uint8)
+    labels[0, 1::2, 1::2] = 1
+    np.testing.assert_array_equal(resize_labels(labels, 2), np.zeros((1, 2, 2)))
+
+
+def test_equal_shares_go_to_the_class_declared_later():
+    """At half the size an inner pixel is 1/8, 3/8, 3/8, 1/8 of four rows: an edge through its middle is a tie."""
+    rows = np.array([0, 0, 0, 2, 2, 2, 1, 1], np.uint8)  # the edges lie in the middle of the new rows 1 and 3
+    labels = np.broadcast_to(rows[:, None], (8, 8))[None].copy()
+    np.testing.assert_array_equal(resize_labels(labels, 4)[0, :, 0], [0, 2, 2, 1])
+    np.testing.assert_array_equal(resize_labels(np.ascontiguousarray(labels[:, ::-1]), 4)[0, :, 0], [1, 2, 2, 0])
+
+
+def test_labels_at_half_the_size_are_the_largest_of_shares_by_hand():
+    labels = np.random.default_rng(0).integers(0, 4, (2, 64, 64)).astype(np.uint8)
+    weight = np.zeros((32, 64))
+    for row in range(32):
+        for offset, part in zip(range(-1, 3), (1, 3, 3, 1), strict=True):
+            if 0 <= 2 * row + offset < 64:
+                weight[row, 2 * row + offset] = part
+    weight /= weight.sum(1, keepdims=True)  # what lies outside the slice has no share
+    shares = np.stack([weight @ (layer == index) @ weight.T for layer in labels for index in range(4)])
+    shares = shares.reshape(2, 4, 32, 32).round(9)
+    np.testing.assert_array_equal(resize_labels(labels, 32), 3 - shares[:, ::-1].argmax(1))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(24, 200), columns=st.integers(24, 200), side=st.sampled_from([32, 48, 64, 96]),
+    seed=st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_labels_are_centred_on_their_image_at_every_factor(rows, columns, side, seed):
+    """The rounding of one blob's edge has no direction: with its mirror images its centroid stays where it is."""
+    blob = _blob(rows, columns, np.random.default_rng(seed))
+    moved = []
+    for axes in ((), (1,), (2,), (1, 2)):
+        mirrored = np.ascontiguousarray(np.flip(blob, axes))
+        small = resize_labels(mirrored, side)
+        np.testing.assert_array_equal(small, np.flip(resize_labels(blob, side), axes))
+        moved.append(_centroid(small, rows, columns) - _centroid(mirrored, rows, columns))
+    assert np.abs(np.mean(moved, axis=0)).max() < 0.02, "native pixels"
+    assert np.abs(moved).max() < 0.3 * max(1, rows / side, columns / side), "less than a third of a new pixel each"
+
+
+def _blob(rows, columns, rng):
+    """A lobed shape (1, Y, X) near the middle, about half as wide as the slice."""
+    y = (np.arange(rows) + 0.5)[:, None] / rows - rng.uniform(0.45, 0.55)
+    x = (np.arange(columns) + 0.5)[None] / columns - rng.uniform(0.45, 0.55)
+    turn = np.arctan2(y, x)
+    radius = 0.25 * (1 + sum(rng.uniform(-0.1, 0.1) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in (2, 3, 4)))
+    return (np.hypot(y, x) < radius).astype(np.uint8)[None]
+
+
+def _centroid(labels, rows, columns):
+    """Return the centroid of label 1 in native pixels, from the slice's corner."""
+    _, y, x = np.nonzero(labels == 1)
+    return np.array([(y + 0.5).mean() * rows / labels.shape[1], (x + 0.5).mean() * columns / labels.shape[2]])
+
+
+def test_half_size_labels_of_real_prostates_come_back_as_well_as_they_can(real_data):
+    """A perfect model at 64 of 128 pixels reaches this; with the nearest pixel 0.962 and 0.298 pixels."""
+    scores = []
+    for path in sorted(real_data("promise12").glob("*/*_mask.nii.gz")):
+        truth = read_volume(path, mask=True).array > 0
+        small = torch.from_numpy(resize_labels(truth.astype(np.uint8), 64)).double()[:, None]
+        back = torch.nn.functional.interpolate(small, truth.shape[1:], mode="bilinear", align_corners=False)
+        found = segmentation_metrics((back[:, 0] > 0.5).numpy(), truth)
+        scores.append((found.dice, found.asd))
+    np.testing.assert_allclose(np.mean(scores, axis=0), (0.968, 0.238), atol=5e-4)
 
 
 # the cache
