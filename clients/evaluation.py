@@ -127,7 +127,7 @@ def _validation_dice(network: nn.Module, table: SliceTable, plan: Plan, device: 
         for indices in _parts(np.arange(len(table)), BATCH):
             images, labels = (torch.from_numpy(array).to(device) for array in table.stack(indices))
             logits, _ = network(images.to(memory_format=torch.channels_last))
-            counts = overlap_counts(decide(logits, plan.data), labels, structures).double()
+            counts = overlap_counts(decide(activated(logits, plan.data), plan.data), labels, structures).double()
             sums.index_add_(1, torch.from_numpy(position[indices]).to(device), counts)
     return float(dice_from_counts(sums).mean().item()), len(cases)
 
@@ -139,23 +139,37 @@ def logits_of(network: nn.Module, table: SliceTable, indices: npt.NDArray[np.int
     return logits.float()
 
 
-def decide(logits: Tensor, data: DataSettings) -> Tensor:
-    """Structures (B, S, H, W) bool from logits (B, C, H, W).
+def activated(logits: Tensor, data: DataSettings) -> Tensor:
+    """Probabilities (B, C, H, W) of logits: of the K classes with softmax, of the S structures with sigmoid."""
+    return logits.sigmoid() if data.activation == "sigmoid" else logits.softmax(1)
+
+
+def decide(probabilities: Tensor, data: DataSettings) -> Tensor:
+    """Structures (B, S, H, W) bool from probabilities (B, C, H, W).
 
     Softmax: a pixel belongs to a structure when its most likely class is one of the structure's classes. Sigmoid: when
     its probability exceeds the threshold.
     """
     if data.activation == "sigmoid":
-        return logits.sigmoid() > data.threshold
-    return structure_targets(logits.argmax(1), data.structure_classes())
+        return probabilities > data.threshold
+    return structure_targets(probabilities.argmax(1), data.structure_classes())
+
+
+def native_probabilities(logits: Tensor, native: Sequence[int], data: DataSettings) -> Iterator[Tensor]:
+    """Yield the probabilities (C, Y, X) of each slice of logits (Z, C, h, w) at its native size (Y, X).
+
+    The one rule of evaluation and of `predict`, the published one (methods.md 2.7): activation at training size, then
+    bilinear to the native size; what is decided, is decided there. Interpolated logits would move the edge, because
+    the two are not proportional. Slice by slice, because a whole volume at native size may not fit.
+    """
+    for part in torch.unbind(logits):
+        probabilities = activated(part[None], data)
+        yield F.interpolate(probabilities, size=tuple(native), mode="bilinear", align_corners=False)[0]
 
 
 def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSettings) -> Mask:
-    """Bring logits (Z, C, H, W) to the native size (Y, X) bilinearly, then decide: (S, Z, Y, X).
-
-    Slice by slice, because a whole volume of logits at native size may not fit.
-    """
-    decided = [decide(_resized(part[None], native), data)[0] for part in torch.unbind(logits)]
+    """Decide logits (Z, C, h, w) at the native size (Y, X), before post-processing: (S, Z, Y, X)."""
+    decided = [decide(maps[None], data)[0] for maps in native_probabilities(logits, native, data)]
     masks: Mask = torch.stack(decided, dim=1).cpu().numpy()
     return masks
 
@@ -271,10 +285,6 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             yield
     finally:
         network.train(was_training)
-
-
-def _resized(logits: Tensor, native: Sequence[int]) -> Tensor:
-    return F.interpolate(logits, size=tuple(native), mode="bilinear", align_corners=False)
 
 
 def _parts(indices: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clients.cases import SliceTable
 from clients.confidence import Gaussians
-from clients.evaluation import evaluation_mode, post_process, structures_from_logits
+from clients.evaluation import evaluation_mode, native_probabilities, post_process, structures_from_logits
 from clients.model import Model
 from clients.slices import to_slices
 from common.errors import fail
@@ -125,7 +125,7 @@ class Predictor:
             return None
         layers = []
         for square, layer in zip(squares, classes, strict=True):
-            wide = _resized(square[None], layer.shape)[0]
+            wide = F.interpolate(square[None], size=layer.shape, mode="bilinear", align_corners=False)[0]
             chosen = wide.gather(0, torch.from_numpy(layer.astype(np.int64))[None])[0]
             layers.append(self.gaussians.confidence(chosen).nan_to_num(0.0).numpy())
         return np.stack(layers)
@@ -146,7 +146,7 @@ def class_map(masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSe
     """Return class indices (Z, Y, X) of structures (S, Z, Y, X), which may lie within each other.
 
     Outer structures are drawn first, then those within them. A structure stands for the class that none of its inner
-    structures has; should that leave several, the likeliest of them by the logits (softmax) or the first (sigmoid).
+    structures has; should that leave several, the likeliest of them (softmax) or the first (sigmoid).
     Where structures overlap that are not nested, the smaller one is drawn over the larger one.
 
     Args:
@@ -162,32 +162,24 @@ def class_map(masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSe
         own = sorted(parts[index] - inner or parts[index])
         drawn: NDArray[np.uint8] = np.full(1, own[0], np.uint8)
         if len(own) > 1 and data.activation == "softmax":
-            drawn = _likeliest(logits, native, own)[masks[index]]
+            drawn = _likeliest(logits, native, own, data)[masks[index]]
         classes[masks[index]] = drawn
     return classes
 
 
 def probabilities(logits: Tensor, native: tuple[int, ...], data: DataSettings) -> NDArray[np.float32]:
-    """Return the probability of each structure (S, Z, Y, X) of logits (Z, C, h, w), which are resized first."""
+    """Return the probability of each structure (S, Z, Y, X) of logits (Z, C, h, w) at the native size (Y, X)."""
     groups = list(data.structure_classes().values())
     layers = []
-    for part in torch.unbind(logits):
-        wide = _resized(part[None], native)[0]
-        if data.activation == "sigmoid":
-            layers.append(wide.sigmoid())
-        else:
-            shares = wide.softmax(0)
-            layers.append(torch.stack([shares[group].sum(0) for group in groups]))
+    for maps in native_probabilities(logits, native, data):
+        united = maps if data.activation == "sigmoid" else torch.stack([maps[group].sum(0) for group in groups])
+        layers.append(united)
     found: NDArray[np.float32] = torch.stack(layers, 1).clamp(0, 1).cpu().numpy()
     return found
 
 
-def _likeliest(logits: Tensor, native: tuple[int, ...], own: list[int]) -> NDArray[np.uint8]:
+def _likeliest(logits: Tensor, native: tuple[int, ...], own: list[int], data: DataSettings) -> NDArray[np.uint8]:
     """Return the likeliest of some classes (Z, Y, X)."""
-    chosen = [_resized(part[None, own], native)[0].argmax(0) for part in torch.unbind(logits)]
+    chosen = [maps[own].argmax(0) for maps in native_probabilities(logits, native, data)]
     found: NDArray[np.uint8] = np.array(own, np.uint8)[torch.stack(chosen).cpu().numpy()]
     return found
-
-
-def _resized(maps: Tensor, native: tuple[int, ...]) -> Tensor:
-    return F.interpolate(maps, size=tuple(native), mode="bilinear", align_corners=False)

@@ -75,6 +75,7 @@ def protocol(plan: Plan, training: Sequence[str], selected_round: int, *, valida
         "selected_round": selected_round,
         "rounds": federation.rounds,
         "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
+        "decision": f"probabilities at training size, bilinear to the images' own size, then {_decision(plan)}",
         "post_processing": _post_processing(plan),
         "metrics": METRICS,
         "distance_unit": "pixel" if data.spacing_unit == "pixel" else "pixel, and mm where the spacing is real",
@@ -94,6 +95,12 @@ METRICS = {
     "hd95": "95th percentile of the pooled surface distances",
     "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
 }
+
+
+def _decision(plan: Plan) -> str:
+    if plan.data.activation == "sigmoid":
+        return f"above {plan.data.threshold:g} for each structure"
+    return "the likeliest class"
 
 
 def _unvalidated(plan: Plan) -> str:

@@ -183,6 +183,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Training", _training(study)),
         ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
         ("Evaluation", _all_of(words, "evaluated")),
+        ("Decision", _all_of(words, "decision")),
         ("Post-processing", _all_of(words, "post_processing")),
         ("Structures", _structures(tree)),
         ("Metrics", _metrics(words)),

@@ -387,6 +387,7 @@ def _protocol(heldout, training):
         "selected_round": ROUNDS,
         "rounds": ROUNDS,
         "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
+        "decision": "probabilities at training size, bilinear to the images' own size, then the likeliest class",
         "post_processing": "largest connected component of each structure, holes filled",
         "metrics": {
             "dice": "2 |P∩T| / (|P| + |T|); 1 when both are empty",

@@ -18,6 +18,7 @@ from clients.evaluation import (
     dice_from_counts,
     evaluate_cases,
     largest_component,
+    native_probabilities,
     overlap_counts,
     post_process,
     structure_masks,
@@ -68,16 +69,36 @@ def test_sigmoid_decides_each_structure_above_its_threshold():
     assert masks[:, 0, 0].tolist() == [[False, True], [True, False]]
 
 
-def test_logits_are_brought_to_the_native_size_before_the_decision():
-    # Foreground leads by 3 in the left of two pixels and trails by 1 in the right one; four times as wide natively.
-    logits = torch.zeros(1, 2, 1, 2)
-    logits[0, 1, 0] = torch.tensor([3.0, -1.0])
-    data = nested(classes={"background": [0], "a": [1]}, structures={"a": ["a"]})
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_probabilities_are_brought_to_the_native_size_before_the_decision(activation):
+    """Foreground has 0.9 in the left of two pixels and 0.2 in the right one; four times as wide natively."""
+    logits = torch.zeros(1, 2 if activation == "softmax" else 1, 1, 2)
+    logits[0, -1, 0] = torch.logit(torch.tensor([0.9, 0.2]))
+    data = nested(classes={"background": [0], "a": [1]}, structures={"a": ["a"]}, activation=activation)
     masks = structures_from_logits(logits, (1, 8), data)
-    # Sample j of 8 lies at (j + 0.5) / 4 - 0.5, clipped to [0, 1]; the lead 3 - 4 x is positive below x = 0.75.
-    expected = [3 - 4 * min(max((j + 0.5) / 4 - 0.5, 0), 1) > 0 for j in range(8)]
+    # Sample j of 8 lies at x = (j + 0.5) / 4 - 0.5, clipped to [0, 1]; 0.9 - 0.7 x is above 0.5 up to x = 0.571.
+    expected = [0.9 - 0.7 * min(max((j + 0.5) / 4 - 0.5, 0), 1) > 0.5 for j in range(8)]
     assert masks[0, 0, 0].tolist() == expected
-    assert sum(expected) == 5  # deciding first and enlarging the mask would give 4
+    assert sum(expected) == 4  # the logits 2.197 - 3.584 x are positive up to x = 0.613 and would set one more
+    (maps,) = native_probabilities(logits, (1, 8), data)
+    np.testing.assert_allclose(maps[-1, 0, 2:6], [0.8125, 0.6375, 0.4625, 0.2875], atol=1e-6)
+
+
+def test_a_disc_that_the_network_is_sure_of_has_its_area_at_native_size():
+    """Logits of +-20 at 256 pixels, sigmoid above 0.75, 800 pixels wide: the published rule, cut short by hand.
+
+    Of a straight edge between sure pixels the probability falls from 1 to 0 within a pixel, so that 0.75 lies a
+    quarter of a pixel inside the edge. As logits the same edge would cross log 3 = 1.1 at 0.47 of a pixel.
+    """
+    data = nested(activation="sigmoid", threshold=0.75)
+    radius, side, native = 60.0, 256, 800
+    y = torch.arange(side) + 0.5 - side / 2
+    inside = (torch.hypot(y[:, None], y[None]) < radius)[None, None].expand(1, 2, -1, -1)
+    masks = structures_from_logits(inside * 40.0 - 20.0, (native, native), data)
+    expected = math.pi * ((radius - 0.25) * native / side) ** 2
+    assert masks[0].sum() == pytest.approx(expected, rel=0.003)
+    logits = torch.nn.functional.interpolate(inside * 40.0 - 20.0, (native, native), mode="bilinear")
+    assert (logits[:, 0].sigmoid() > 0.75).sum() > 1.004 * expected, "interpolated logits"
 
 
 def test_the_largest_component_of_a_volume_joins_by_faces_of_a_picture_by_corners_too():

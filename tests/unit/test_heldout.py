@@ -69,5 +69,8 @@ def test_protocol_says_who_trained_and_how_the_model_was_chosen(tmp_path: Path) 
     assert "20%" in found["splits"]
     assert found["post_processing"] == "largest connected component of each structure"
     assert found["structures"] == {"gland": ["gland"]}
+    assert found["decision"].endswith("bilinear to the images' own size, then the likeliest class")
+    sigmoid = small_plan(tmp_path, data__activation="sigmoid", data__threshold=0.75)
+    assert protocol(sigmoid, ["A"], 3)["decision"].endswith("then above 0.75 for each structure")
     bare = small_plan(tmp_path, data__fill_holes=False, data__largest_component=False)
     assert protocol(bare, ["A"], 3)["post_processing"] == "none"
