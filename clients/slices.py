@@ -54,14 +54,22 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
     """Read one case and bring it into the form of a training slice.
 
     Raises:
-        FedsgcgError: DAT-103 to DAT-109 or DAT-112, naming what is wrong with the case.
+        FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115, naming what is wrong with the case.
     """
     image, mask = _read(case)
     return to_slices(image, class_indices(mask.array, data.classes, case.name), data)
 
 
 def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:
-    """Bring an image and its class indices (Z, Y, X) into the form of a training slice."""
+    """Bring an image and its class indices (Z, Y, X) into the form of a training slice.
+
+    Raises:
+        FedsgcgError: DAT-115 when the image has no fixed scale and `data.intensity` asks for one.
+    """
+    if data.intensity == "fixed" and not image.is_eight_bit:
+        found = "a picture of other than 8 bits" if image.is_picture else "a volume"
+        action = "Set data.intensity=percentile or minmax, or save the picture with 8 bits a channel."
+        raise fail("DAT-115", found=found, expected="a picture of 8 bits a channel (intensity fixed)", action=action)
     pixels = image.array[None] if image.is_picture else image.array[:, None]
     scaled = scale_intensity(pixels, data.intensity)
     small = resize(scaled, data.image_size)
@@ -99,13 +107,13 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
     """Scale all values of a volume or picture to [-1, 1] and clip (methods.md 2.3).
 
     Args:
-        array: Any shape; finite and not constant.
+        array: Any shape; finite and, but for `fixed`, not constant.
         mode: `percentile` maps the 1st and 99th percentile to -1 and 1, `minmax` the extremes, `zscore` the mean
-            minus and plus three standard deviations. With nearly constant images, whose percentiles are equal,
-            `percentile` falls back to the extremes.
+            minus and plus three standard deviations, `fixed` 0 and 255, whatever the image holds. With nearly constant
+            images, whose percentiles are equal, `percentile` falls back to the extremes.
     """
     values = array.astype(np.float64)
-    low, high = float(values.min()), float(values.max())
+    low, high = (0.0, 255.0) if mode == "fixed" else (float(values.min()), float(values.max()))
     if mode == "percentile":
         inner_low, inner_high = (float(value) for value in np.percentile(values, (1, 99)))
         low, high = (inner_low, inner_high) if inner_high > inner_low else (low, high)

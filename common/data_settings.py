@@ -55,8 +55,8 @@ class DataSettings(Section):
         structures: Reported structure -> the classes that make it up (nested structures share classes).
         image_size: Side in pixels of the square training slice (height = width).
         stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = the slice alone, repeated.
-        intensity: Scaling of a volume to [-1, 1]: `percentile` (1st to 99th), `minmax`, or `zscore` (three standard
-            deviations map to 1).
+        intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore` (three standard
+            deviations map to 1), or `fixed` (0 to -1 and 255 to 1, for pictures of 8 bits a channel alone).
         activation: `softmax` over exclusive classes or one `sigmoid` per structure (methods.md 2.6).
         threshold: Probability above which a sigmoid structure is set; unused with softmax, where the largest wins.
         spacing_unit: `mm` reports surface distances in millimetres too; `pixel` where the spacing is not real.
@@ -74,7 +74,7 @@ class DataSettings(Section):
     sites: list[str]
     image_size: int = 128
     stack: int = 3
-    intensity: Literal["percentile", "minmax", "zscore"] = "percentile"
+    intensity: Literal["percentile", "minmax", "zscore", "fixed"] = "percentile"
     activation: Literal["softmax", "sigmoid"] = "softmax"
     threshold: float = 0.5
     spacing_unit: Literal["mm", "pixel"] = "mm"

@@ -45,12 +45,14 @@ class Volume:
         affine: (4, 4) affine of the file as it lies on disk (voxel -> mm); identity for a picture.
         spacing: (sz, sy, sx) in mm of the canonical array; ones for a picture.
         is_picture: Whether this is a 2-D picture, whose spacing means nothing.
+        is_eight_bit: Whether it is a picture of 8 bits a channel, whose values lie on the scale from 0 to 255.
     """
 
     array: NDArray[np.float32]
     affine: NDArray[np.float64]
     spacing: tuple[float, float, float]
     is_picture: bool
+    is_eight_bit: bool = False
 
     @property
     def canonical_affine(self) -> NDArray[np.float64]:
@@ -267,7 +269,7 @@ def _read_picture(path: Path, mask: bool) -> Volume:
             raise fail("DAT-106", found=found, expected="one value a pixel", action=action, where=str(path))
         pixels = pixels[:, :, :1]
     array = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
-    return Volume(array, np.eye(4), (1.0, 1.0, 1.0), is_picture=True)
+    return Volume(array, np.eye(4), (1.0, 1.0, 1.0), is_picture=True, is_eight_bit=pixels.dtype == np.uint8)
 
 
 def _pillow_pixels(path: Path, mask: bool) -> Array:

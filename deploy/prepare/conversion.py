@@ -27,7 +27,7 @@ from common.datasets import CATALOGUE, fetch_advice
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import suffix_of
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raise it when a conversion changes, so that folders made before are made anew."""
 
 RECORD: Final = "prepared.json"

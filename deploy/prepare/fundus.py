@@ -32,8 +32,9 @@ SIDE: Final = 800
 
 CUP_LIMIT: Final = 50
 DISC_LIMIT: Final = 200
-MAJORITY: Final = 128
-"""Grey value of a Drishti-GS soft map above which more than half of the experts have marked the pixel."""
+MARKED: Final = {"Domain1": 254, "Domain2": 128}
+"""Grey value of a map above which a pixel counts. A soft map of Drishti-GS is 255 where all experts marked the pixel,
+the rule of the published crops; RIM-ONE's average of two experts is black and white."""
 
 DOMAINS: Final = tuple(hospital.name for hospital in FUNDUS.hospitals)
 PARTS: Final = ("train", "test")
@@ -236,8 +237,8 @@ def _original(
     found.notes += [
         "crops are centred on the disc's bounding box; the released crops were made by another program, so they "
         "differ by some pixels",
-        "Drishti-GS: a pixel counts when more than half of the experts marked it; RIM-ONE r3: left half of the stereo "
-        "picture, average of the two experts",
+        "Drishti-GS: a pixel counts when all experts marked it (soft map 255), as in the published crops; RIM-ONE r3: "
+        "left half of the stereo picture, average of the two experts",
     ]
     for domain in DOMAINS:
         kinds = [kind for one, kind, _ in ORIGINALS if one == domain]
@@ -275,7 +276,7 @@ def _make_original(domain: str, sources: tuple[Path, ...], to_image: Path, to_ma
     if len(sources) == 2:
         labels = labels_of(grey_values(sources[1]))
     else:
-        disc, cup = (_marked(path, pixels.shape[1]) for path in sources[1:])
+        disc, cup = (_marked(path, pixels.shape[1], MARKED[domain]) for path in sources[1:])
         if disc.shape != cup.shape:
             found = f"cup {cup.shape[::-1]}, disc {disc.shape[::-1]}"
             raise fail("DAT-104", found=found, expected="equal sizes", where=str(sources[1]))
@@ -292,9 +293,9 @@ def _one_eye(shape: tuple[int, ...]) -> int:
     return shape[1] // 2 if shape[1] > shape[0] else shape[1]
 
 
-def _marked(path: Path, columns: int) -> NDArray[np.bool_]:
-    """Return where a map marks, the left half of one that covers a stereo pair."""
-    return grey_values(path)[:, :columns] > MAJORITY
+def _marked(path: Path, columns: int, limit: int) -> NDArray[np.bool_]:
+    """Return where a map exceeds a grey value, in the left half of one that covers a stereo pair."""
+    return grey_values(path)[:, :columns] > limit
 
 
 # both

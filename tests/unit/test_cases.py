@@ -179,6 +179,28 @@ def test_intensity_by_hand(mode):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data):
+    """Grey 64 to 192 becomes -0.498 to 0.506 whatever the picture holds; volumes and 16 bits have no such scale."""
+    (tmp_path / "S").mkdir()
+    grey = np.repeat(np.array([[64, 192]], np.uint8), 16, axis=1).repeat(32, axis=0)
+    mask = (grey > 100).astype(np.uint8)
+    for name, pixels in (("eight", grey), ("sixteen", grey.astype(np.uint16))):
+        Image.fromarray(pixels).save(tmp_path / "S" / f"{name}_image.png")
+        Image.fromarray(mask).save(tmp_path / "S" / f"{name}_mask.png")
+    data = make_data("fundus", image_size=32, classes={"background": [0], "disc": [1]}, structures={"disc": ["disc"]})
+    assert data.intensity == "fixed"
+    store = store_of(tmp_path, data, tmp_path / "cache", heldout=True)
+    image = store.slices("test").stack([0])[0][0, 0]
+    np.testing.assert_allclose(image[:, [0, -1]], [[-0.498, 0.506]] * 32, atol=5e-4)
+    assert [(problem.code, problem.where, problem.found) for problem in store.problems] == [
+        ("DAT-115", "sixteen", "a picture of other than 8 bits")
+    ]
+    np.testing.assert_allclose(scale_intensity(np.array([0, 255], np.float32), "fixed"), [-1, 1])
+    write_case(tmp_path / "V", "a", *ramp())
+    with pytest.raises(FedsgcgError, match="a volume"):
+        store_of(tmp_path, make_data(intensity="fixed"), tmp_path / "cache", "V", heldout=True)
+
+
 def test_an_image_with_a_few_bright_voxels_and_huge_values_still_scales():
     spike = np.zeros(1000, np.float32)
     spike[0] = 7

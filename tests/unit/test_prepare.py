@@ -234,10 +234,11 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     maps = training / "GT/drishtiGS_002/SoftMap"
     disc = np.zeros((900, 1000), np.uint8)
     disc[300:500, 400:600] = 255
-    disc[300:320, 400:600] = 128  # two of four experts: not more than half
-    disc[320:330, 400:600] = 191
+    disc[300:320, 400:600] = 128  # two of four experts
+    disc[320:330, 400:600] = 191  # three of four: not all of them
     cup = np.zeros_like(disc)
-    cup[380:420, 450:550] = 255
+    cup[380:420, 450:550] = 191
+    cup[380:410, 450:550] = 255
     downloads.picture(maps / "drishtiGS_002_ODsegSoftmap.png", disc)
     downloads.picture(maps / "drishtiGS_002_cupsegSoftmap.png", cup)
     # RIM-ONE r3: stereo pairs, the map as wide as the pair
@@ -270,11 +271,11 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     text = report(out)
     assert "[DAT-123]" not in text
     assert text.count("[DAT-122]") == 3 * 100 + 3 * 158 + 2 * 399 + 2 * 399
-    # Drishti: rows 320..499, columns 400..599 are the disc; the square begins at 410 - 400 and 500 - 400
-    np.testing.assert_array_equal(pixels(out / "Domain1/gdrishtiGS_002_image.png"), image[10:810, 100:900])
+    # Drishti: rows 330..499, columns 400..599 are the disc; the square begins at 415 - 400 and 500 - 400
+    np.testing.assert_array_equal(pixels(out / "Domain1/gdrishtiGS_002_image.png"), image[15:815, 100:900])
     expected = np.zeros((SIDE, SIDE), np.uint8)
-    expected[310:490, 300:500] = 1
-    expected[370:410, 350:450] = 2
+    expected[315:485, 300:500] = 1
+    expected[365:395, 350:450] = 2
     np.testing.assert_array_equal(pixels(out / "Domain1/gdrishtiGS_002_mask.png"), expected)
     # RIM-ONE: the square ends where the left half of the pair ends
     left = pixels(rim / "Stereo Images/N-1-L.jpg")[:, :820]
