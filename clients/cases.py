@@ -119,7 +119,7 @@ class CaseStore:
     Attributes:
         site: Name of the hospital.
         cases: Usable cases, sorted by name.
-        problems: What was left out, and empty masks that were kept for testing. `where` is a case name: stays here.
+        problems: What was left out, and empty masks, which are kept. `where` is a case name: stays here.
         data: The settings the slices were made with.
         stored: The arrays of each case.
         key: Content key of the site's files and of the settings that shape a slice; names the cache file.
@@ -159,7 +159,7 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
         site: The hospital's files.
         data: Settings that shape a slice.
         cache: Cache folder of the site.
-        heldout: Whether the site is only evaluated: its cases are `test` cases and empty masks are kept.
+        heldout: Whether the site is only evaluated: its cases are `test` cases.
         salt: The site's secret for aliases (32 bytes); without one an alias follows from the image file.
 
     Raises:
@@ -170,17 +170,16 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
     key, rows = _cached(site, data, cache)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
-    empty = {facts["name"] for facts, slices in good if not _shown(slices, data).any()}
-    problems = (*site.quarantined, *broken, *(_empty_mask(name, heldout=heldout) for name in sorted(empty)))
-    kept = [(facts, slices) for facts, slices in good if heldout or facts["name"] not in empty]
-    chosen = splits([files[facts["name"]] for facts, _ in kept], data.validation_fraction, heldout=heldout)
-    if not kept or (heldout and "test" not in chosen):
-        raise FedsgcgError(_nothing(site, len(kept)), *problems)
+    empty = sorted(facts["name"] for facts, slices in good if not _shown(slices, data).any())
+    problems = (*site.quarantined, *broken, *(_empty_mask(name) for name in empty))
+    chosen = splits([files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout)
+    if not good or (heldout and "test" not in chosen):
+        raise FedsgcgError(_nothing(site, len(good)), *problems)
     cases = tuple(
         _case(index, facts | {"alias": salted(facts["alias"], salt)}, slices, files[facts["name"]], split, data)
-        for index, ((facts, slices), split) in enumerate(zip(kept, chosen, strict=True))
+        for index, ((facts, slices), split) in enumerate(zip(good, chosen, strict=True))
     )
-    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in kept), key)
+    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in good), key)
 
 
 def salted(alias: str, salt: bytes) -> str:
@@ -253,10 +252,12 @@ def _nothing(site: Site, usable: int) -> Problem:
     return Problem("DAT-102", found, "at least one usable case", action, where=site.name)
 
 
-def _empty_mask(name: str, *, heldout: bool) -> Problem:
-    """Return the problem of a mask without a structure: left out of training, kept and flagged for testing."""
-    action = "It is evaluated as a case without the structure." if heldout else "The case is left out of training."
-    return Problem("DAT-110", "no declared structure", "at least one", action, where=name)
+def _empty_mask(name: str) -> Problem:
+    """Return the remark on a mask without a structure: a healthy patient, a true negative, or a mask never drawn."""
+    action = (
+        "Trained on and evaluated as a case without the structure; if the mask was never drawn, leave the case out."
+    )
+    return Problem("DAT-110", "no declared structure", "at least one in most cases", action, where=name)
 
 
 Row = tuple[dict[str, Any], Slices | None]

@@ -95,7 +95,7 @@ def examine_files(
     Args:
         policy: The site's settings.
         data: Classes, structures and sizes of the federation.
-        heldout: Whether the site is only evaluated, so that empty masks stay.
+        heldout: Whether the site is only evaluated.
         progress: Called with (cases done, all cases).
 
     Returns:
@@ -114,7 +114,7 @@ def examine_files(
         except FedsgcgError as error:
             findings += [Finding.of("files", replace(problem, where=case.name)) for problem in error.problems]
         progress(number + 1, len(site.cases))
-    whole = [*_empty(seen, heldout), *_spacing(seen), *_twice(seen), *_same_person(seen)]
+    whole = [*_empty(seen), *_spacing(seen), *_twice(seen), *_same_person(seen)]
     known = {finding.name for finding in whole}
     fine = [Finding("files", one.case.name, "ok", _words(one)) for one in seen if one.case.name not in known]
     return [*findings, *whole, *fine, *_floor(seen, site, policy, heldout)], seen
@@ -151,8 +151,8 @@ def _words(one: Seen) -> str:
     return f"{one.split}, {spacing}"
 
 
-def _empty(seen: Sequence[Seen], heldout: bool) -> Iterator[Finding]:
-    action = "It is evaluated as a case without the structure." if heldout else "Draw the mask; it does not train now."
+def _empty(seen: Sequence[Seen]) -> Iterator[Finding]:
+    action = "Used as a case without the structure (a true negative); if the mask was never drawn, leave the case out."
     for one in seen:
         if one.empty:
             yield Finding("files", one.case.name, "warn", "no declared structure in the mask", action, "DAT-110")

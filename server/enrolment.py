@@ -39,6 +39,9 @@ from server.words import not_enough_enrolled
 UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
 """Codes with which a hospital says that it has no usable case."""
 
+KEPT: Final = ("DAT-110",)
+"""Codes of cases that are used all the same: a mask without a structure is a true negative."""
+
 SETTLE_S = 0.5
 """Quiet time after which nobody else is expected, where neither the sites' names nor a quorum are given."""
 
@@ -189,21 +192,17 @@ class Cohort:
 
         Returns:
             By site: `role`; `cases` by split; `left_out`, unusable cases counted by error code; and `flagged`, cases
-            that are evaluated all the same, likewise counted.
+            that are used all the same, likewise counted.
         """
         return {
             site: {
                 "role": self.plan.role(site),
                 "cases": {split: member.count("cases", split) for split in ("train", "validation", "test")},
-                "left_out": dict(Counter(code for code in member.problem_codes() if not self._kept(site, code))),
-                "flagged": dict(Counter(code for code in member.problem_codes() if self._kept(site, code))),
+                "left_out": dict(Counter(code for code in member.problem_codes() if code not in KEPT)),
+                "flagged": dict(Counter(code for code in member.problem_codes() if code in KEPT)),
             }
             for site, member in sorted(self.members.items())
         }
-
-    def _kept(self, site: str, code: str) -> bool:
-        """Whether a case with this problem stays: an empty mask teaches nothing, but it can be a test."""
-        return code == "DAT-110" and self.plan.role(site) != "train"
 
     def absent(self) -> list[Problem]:
         """One problem for every site that has not enrolled though it was expected, or came without a usable case."""
@@ -277,6 +276,10 @@ class Cohort:
         cases = reply.details.get("cases")
         if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:
             raise fail("TRN-302", where=site, found="no case in its training split")
+        slices = reply.details.get("slices")
+        if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
+            found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
+            raise fail("TRN-302", where=site, found=found)
         self._compare_data(site, str(reply.details.get("data", "")))
         self.members[site] = member
         self.refusals.pop(site, None)

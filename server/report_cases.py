@@ -28,8 +28,7 @@ def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
         outcomes: What the cells' `outcome.json` say.
 
     Returns:
-        One line a hospital; one for each of its roles where they differ between folds, because a case with an empty
-        mask is left out of training and yet evaluated at a held-out hospital.
+        One line a hospital; one for each of its roles where they differ between folds.
     """
     found: dict[str, dict[tuple[str, str], None]] = {}  # site -> (role, words), in order and each once
     for site, facts in _censuses(outcomes):
@@ -73,8 +72,8 @@ def _case_words(facts: Mapping[str, Any]) -> str:
     if flagged:
         empty = flagged.get("DAT-110", 0)
         others = {code: number for code, number in flagged.items() if code != "DAT-110"}
-        parts = [f"{empty} evaluated with an empty mask"] if empty else []
-        parts += [f"{sum(others.values())} evaluated with a remark ({_reasons(others)})"] if others else []
+        parts = [f"{empty} with an empty mask"] if empty else []
+        parts += [f"{sum(others.values())} with a remark ({_reasons(others)})"] if others else []
         text += f"; {', '.join(parts)}"
     return text
 

@@ -245,14 +245,12 @@ def test_the_last_model_needs_no_validation(tmp_path: Path) -> None:
 # Cases
 
 
-def test_a_case_with_an_empty_mask_is_left_out_of_training_only(tmp_path: Path) -> None:
+def test_a_case_with_an_empty_mask_is_used_and_flagged_in_every_role(tmp_path: Path) -> None:
     problems = [{"code": "DAT-103"}, {"code": "DAT-110"}, {"code": "DAT-103"}, {"code": "Jane Doe"}]
     sites = {site: {"problems": problems} for site in ("A", "C", "D")}
     run(small_plan(tmp_path, observers=["C"]), script=detailed(**sites))
     census = json.loads((tmp_path / "outcome.json").read_text())["sites"]
-    assert census["A"]["left_out"] == {"DAT-103": 2, "DAT-110": 1}
-    assert census["A"]["flagged"] == {}
-    for site in ("C", "D"):
+    for site in ("A", "C", "D"):
         assert census[site]["left_out"] == {"DAT-103": 2}
         assert census[site]["flagged"] == {"DAT-110": 1}
 
@@ -263,22 +261,22 @@ def facts(role: str, cases: int, left_out: dict[str, int], flagged: dict[str, in
 
 def test_a_hospital_has_one_line_for_each_role_that_differs() -> None:
     held = {"sites": {"West": facts("heldout", 2, {"DAT-103": 2}, {"DAT-110": 1}), "East": facts("train", 3, {}, {})}}
-    trained = {"sites": {"West": facts("train", 1, {"DAT-103": 2, "DAT-110": 1}, {})}}
+    trained = {"sites": {"West": facts("train", 1, {"DAT-103": 2, "DAT-104": 1}, {})}}
     same = {"sites": {"East": facts("heldout", 3, {}, {})}}
     reason = f"DAT-103 {CODES['DAT-103']}".rstrip(".")
-    empty = f"DAT-110 {CODES['DAT-110']}".rstrip(".")
-    text = f"2 usable cases, 2 left out (2 × {reason}); 1 evaluated with an empty mask"
+    shape = f"DAT-104 {CODES['DAT-104']}".rstrip(".")
+    text = f"2 usable cases, 2 left out (2 × {reason}); 1 with an empty mask"
     assert case_lines([held]) == ["East: 3 usable cases", f"West: {text}"]
     assert case_lines([held, trained, same, trained]) == [
         "East: 3 usable cases",
-        f"West (training): 1 usable case, 3 left out (2 × {reason}; 1 × {empty})",
+        f"West (training): 1 usable case, 3 left out (2 × {reason}; 1 × {shape})",
         f"West (held out): {text}",
     ]
 
 
 def test_the_banner_counts_a_case_once() -> None:
     one = {"sites": {"West": facts("heldout", 2, {"DAT-103": 2}, {}), "East": facts("train", 2, {"DAT-104": 1}, {})}}
-    more = {"sites": {"West": facts("train", 2, {"DAT-103": 2, "DAT-110": 1}, {})}}
+    more = {"sites": {"West": facts("train", 2, {"DAT-103": 2, "DAT-108": 1}, {})}}
     assert left_out_sentence([one, more, one]) == "4 cases were left out at East and West."
     single = {"sites": {"East": facts("train", 2, {"DAT-104": 1}, {}), "West": facts("train", 2, {}, {"DAT-110": 1})}}
     assert left_out_sentence([single]) == "1 case was left out at East."

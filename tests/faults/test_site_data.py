@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -78,13 +79,16 @@ def data(make_data):
 def test_each_bad_case_is_left_out_for_its_reason_and_the_rest_goes_on(tmp_path, data):
     expected = spoil(tmp_path)
     store = open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
-    assert [case.name for case in store.cases] == ["good1", "good2"]
+    assert [case.name for case in store.cases] == ["empty", "good1", "good2"], "a healthy patient is used"
     assert {problem.where: problem.code for problem in store.problems} == expected
     for problem in store.problems:
         assert problem.found, problem
         assert problem.expected, problem
         assert problem.action, problem
-    assert len(store.slices("train")) == 6
+    assert len(store.slices("train")) == 9
+    foreground = replace(data, train_slices="foreground")
+    chosen = open_store(open_site(tmp_path, "S", data), foreground, tmp_path / "cache", heldout=False).slices("train")
+    assert set(chosen.case_of.tolist()) == {1, 2}, "of a healthy patient no slice holds a structure"
 
 
 def test_a_held_out_site_keeps_the_empty_mask_and_says_so(tmp_path, data):
@@ -112,17 +116,27 @@ def test_a_mended_case_comes_back(tmp_path, data):
     open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
     write(tmp_path / "S", "cut")
     store = open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
-    assert [case.name for case in store.cases] == ["cut", "good1", "good2"]
+    assert [case.name for case in store.cases] == ["cut", "empty", "good1", "good2"]
 
 
 def test_a_site_without_a_usable_case_refuses_with_every_reason(tmp_path, data):
     write(tmp_path / "S", "a", labels=mask() * 4)
-    write(tmp_path / "S", "b", labels=mask() * 0)
+    write(tmp_path / "S", "b", labels=mask() * 3)
     (tmp_path / "S" / "c_image.nii.gz").write_bytes(b"x")
     with pytest.raises(FedsgcgError) as caught:
         open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
     assert caught.value.code == "DAT-102"
-    assert sorted(problem.code for problem in caught.value.problems) == ["DAT-102", "DAT-109", "DAT-110", "DAT-112"]
+    assert sorted(problem.code for problem in caught.value.problems) == ["DAT-102", "DAT-109", "DAT-109", "DAT-112"]
+
+
+def test_a_site_of_healthy_patients_takes_part(tmp_path, data):
+    """Masks without a structure are true negatives: they train, and they do not drop the site."""
+    for name in ("a", "b"):
+        write(tmp_path / "S", name, labels=mask() * 0)
+    store = open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
+    assert [case.has_foreground for case in store.cases] == [False, False]
+    assert [problem.code for problem in store.problems] == ["DAT-110", "DAT-110"]
+    assert len(store.slices("train")) == 6
 
 
 def test_a_held_out_site_whose_manifest_has_no_test_case_refuses(tmp_path, data):

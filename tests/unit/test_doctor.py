@@ -150,9 +150,12 @@ def test_ids_are_compared_without_their_spelling(one, other, same):
     assert (plain_id(one) == plain_id(other)) is same
 
 
-def test_an_empty_mask_stays_at_a_held_out_site(root, tmp_path):
+@pytest.mark.parametrize("heldout", [True, False])
+def test_an_empty_mask_is_a_true_negative(root, tmp_path, heldout):
     rewrite(root, 3, "mask", lambda array, affine: nib.Nifti1Image(np.zeros_like(array), affine))
-    assert "evaluated" in findings(root, tmp_path, heldout=True)["North-003"].action
+    found = findings(root, tmp_path, heldout=heldout)["North-003"]
+    assert (found.verdict, found.code) == ("warn", "DAT-110")
+    assert "true negative" in found.action
 
 
 def test_a_site_below_its_own_floor_is_told(root, tmp_path):
