@@ -292,7 +292,7 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]
 
 def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
     """Return the name of the cache file: the files' content and every setting that shapes a slice."""
-    settings = [FORMAT, data.image_size, data.intensity, list(data.classes.values())]
+    settings = [FORMAT, data.image_size, data.intensity, data.label_tolerance, list(data.classes.values())]
     files = [[case.name, hashes[case.image], hashes[case.mask] if case.mask else ""] for case in site.cases]
     return digest(json.dumps([site.name, settings, files]).encode(), 16)
 

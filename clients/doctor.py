@@ -128,7 +128,7 @@ def _look(case: CaseFile, split: str, data: DataSettings) -> Seen:
     image, mask = read_volume(case.image), read_volume(case.mask, mask=True)
     check_image(image, case.name)
     check_geometry(image, mask, case.name)
-    truth = class_indices(mask.array, data.classes, case.name)
+    truth = class_indices(mask.array, data.classes, case.name, data.label_tolerance)
     wanted = sorted({index for group in data.structure_classes().values() for index in group})
     return Seen(
         case,

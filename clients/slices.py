@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clients.site import CaseFile
+from common.data_settings import LABEL_TOLERANCE
 from common.errors import fail
 from common.imaging import Volume, check_geometry, check_image, read_volume
 from common.plan import DataSettings
@@ -57,7 +58,7 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
         FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115, naming what is wrong with the case.
     """
     image, mask = _read(case)
-    return to_slices(image, class_indices(mask.array, data.classes, case.name), data)
+    return to_slices(image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data)
 
 
 def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:
@@ -85,22 +86,40 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
     )
 
 
-def class_indices(raw: NDArray[np.float32], classes: dict[str, list[int]], where: str) -> NDArray[np.uint8]:
+def class_indices(
+    raw: NDArray[np.float32], classes: dict[str, list[int]], where: str, tolerance: float = LABEL_TOLERANCE
+) -> NDArray[np.uint8]:
     """Map raw label values to class indices, in the order in which the classes are declared.
+
+    Args:
+        raw: Label values, any shape; within `tolerance` of a whole number they are that number.
+        classes: Class name -> label values.
+        where: What an error names.
+        tolerance: Below a half (`data.label_tolerance`).
 
     Raises:
         FedsgcgError: DAT-109 when a value is in no class.
     """
     values, positions = np.unique(raw, return_inverse=True)
-    index = {float(value): number for number, group in enumerate(classes.values()) for value in group}
-    unknown = [f"{value:g}" for value in values if float(value) not in index]
+    index = {value: number for number, group in enumerate(classes.values()) for value in group}
+    labels = [whole_label(float(value), tolerance) for value in values]
+    unknown = [f"{value:.9g}" for value, label in zip(values, labels, strict=True) if label not in index]
     if unknown:
         found = "values " + ", ".join(unknown[:8]) + (", …" if len(unknown) > 8 else "")
-        expected = "values " + ", ".join(f"{value:g}" for value in sorted(index))
+        expected = "values " + ", ".join(map(str, sorted(index)))
         action = "Correct the mask, or declare the value in data.classes."
+        if any(label is None for label in labels):
+            expected += f", each within {tolerance:g}"
+            action = "Save the mask as whole numbers; of one that was rescaled on saving, raise data.label_tolerance."
         raise fail("DAT-109", found=found, expected=expected, action=action, where=where)
-    table = np.array([index[float(value)] for value in values], dtype=np.uint8)
+    table = np.array([index[label] for label in labels if label is not None], dtype=np.uint8)
     return np.asarray(table[positions].reshape(raw.shape))
+
+
+def whole_label(value: float, tolerance: float = LABEL_TOLERANCE) -> int | None:
+    """Return the whole number that a mask's value stands for, None when none is within the tolerance."""
+    near = round(value) if np.isfinite(value) else 0
+    return near if abs(value - near) <= tolerance else None
 
 
 def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from common.section import Checks, Section
+
+LABEL_TOLERANCE: Final = 1e-3
+"""Default of `DataSettings.label_tolerance`: a hundred times what rescaled 16-bit labels lose, far below a half."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class DataSettings(Section):
         activation: `softmax` over exclusive classes or one `sigmoid` per structure (methods.md 2.6).
         threshold: Probability above which a sigmoid structure is set; unused with softmax, where the largest wins.
         spacing_unit: `mm` reports surface distances in millimetres too; `pixel` where the spacing is not real.
-        largest_component: Keep only the largest connected component of each predicted structure.
-        fill_holes: Fill holes of each predicted structure.
+        label_tolerance: How far a mask's value may lie from the whole number that it stands for: label maps that were
+            rescaled on saving hold 0.9999999.
+        largest_component: Keep only the largest connected component of each predicted structure. Off where the data
+            set does not ask for it: a structure of two parts would lose one.
+        fill_holes: Fill holes of each predicted structure, in each slice.
         train_slices: `all`, or `foreground` = only slices that hold a declared structure.
         validation_fraction: Share of a source site's patients kept for source validation.
         augmentation: Random changes of training slices.
@@ -78,8 +84,9 @@ class DataSettings(Section):
     activation: Literal["softmax", "sigmoid"] = "softmax"
     threshold: float = 0.5
     spacing_unit: Literal["mm", "pixel"] = "mm"
-    largest_component: bool = True
-    fill_holes: bool = True
+    label_tolerance: float = LABEL_TOLERANCE
+    largest_component: bool = False
+    fill_holes: bool = False
     train_slices: Literal["all", "foreground"] = "all"
     validation_fraction: float = 0.2
     augmentation: AugmentationSettings = AugmentationSettings()
@@ -96,6 +103,7 @@ class DataSettings(Section):
         yield self.image_size >= 32 and self.image_size % 16 == 0, "image_size", "32 or more and a multiple of 16"
         yield self.stack in (1, 3), "stack", "1 or 3"
         yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
+        yield 0 <= self.label_tolerance < 0.5, "label_tolerance", "a distance in [0, 0.5)"
         yield 0 <= self.validation_fraction < 1, "validation_fraction", "a fraction in [0, 1)"
 
     @property

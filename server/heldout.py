@@ -6,12 +6,12 @@ cannot contribute weights, statistics or normalisation; and its score never choo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from common.errors import fail
 from common.payload import Weights
-from common.plan import Plan
+from common.plan import DataSettings, Plan
 from common.wire import AMPLITUDES, STATISTICS, TRAIN
 from server.checkpoint import Best
 
@@ -109,13 +109,16 @@ def _unvalidated(plan: Plan) -> str:
     return ", because no site has a validation case to choose by" if wanted else ""
 
 
-def _post_processing(plan: Plan) -> str:
-    steps = [
-        text
-        for wanted, text in (
-            (plan.data.largest_component, "largest connected component of each structure"),
-            (plan.data.fill_holes, "holes filled"),
-        )
-        if wanted
-    ]
-    return ", ".join(steps) or "none"
+def _post_processing(plan: Plan) -> dict[str, str]:
+    """Say for each structure what is done to its mask, and what becomes of one that is empty."""
+    parts = {name: set(classes) for name, classes in plan.data.structures.items()}
+    return {name: "; ".join(_steps(plan.data, name, parts)) for name in parts}
+
+
+def _steps(data: DataSettings, name: str, parts: Mapping[str, set[str]]) -> Iterator[str]:
+    yield "largest connected component" if data.largest_component else "every component kept"
+    yield "holes filled in each slice" if data.fill_holes else "holes kept"
+    outer = [other for other, classes in parts.items() if classes > parts[name]]
+    if outer and (data.largest_component or data.fill_holes):
+        yield f"cut to {' and '.join(outer)}"
+    yield "empty stays empty"

@@ -184,7 +184,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
         ("Evaluation", _all_of(words, "evaluated")),
         ("Decision", _all_of(words, "decision")),
-        ("Post-processing", _all_of(words, "post_processing")),
+        ("Post-processing", _post_processing(words)),
         ("Structures", _structures(tree)),
         ("Metrics", _metrics(words)),
         ("Unit of distance", _all_of(words, "distance_unit")),
@@ -201,6 +201,16 @@ def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:
 def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
     """Every different statement of the cells about `name`, in order."""
     return list(dict.fromkeys(str(entry[name]) for entry in protocols if entry.get(name) not in (None, "")))
+
+
+def _post_processing(protocols: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is done to the mask of each structure; structures that are treated alike share a line."""
+    steps: dict[str, dict[str, None]] = {}
+    for entry in protocols:
+        stated = entry.get("post_processing")
+        for name, text in stated.items() if isinstance(stated, Mapping) else ():
+            steps.setdefault(str(text), {})[str(name)] = None
+    return [f"{join_words(list(names))}: {text}" for text, names in steps.items()]
 
 
 def _folds(study: StudyFiles) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 
 from clients.site import SPLITS
+from clients.slices import whole_label
 from common.datasets import CATALOGUE
 from common.errors import Problem, fail
 from common.imaging import check_geometry, check_image, read_volume, suffix_of
@@ -33,6 +34,10 @@ COLUMNS: Final = {
 
 MAX_LABELS: Final = 64
 """More different values than this in a mask: it is no label map."""
+
+
+PIECES: Final = "; where every structure is in one piece, add largest_component: true (a second part is lost with it)"
+"""What to say of post-processing, which is off unless the data settings ask for it."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,16 @@ class Labels:
 
     def check(self, values: Sequence[float], where: str) -> None:
         """Take in the values of one mask; raises DAT-109 for values that are not allowed or no labels."""
-        odd = [value for value in values if value != int(value) or not 0 <= value <= 255]
-        odd += [
-            value for value in values if self.allowed is not None and value not in self.allowed and value not in odd
-        ]
+        labels = {value: whole_label(value) for value in values}
+        allowed = range(256) if self.allowed is None else self.allowed
+        odd = [value for value, label in labels.items() if label not in allowed]
         if odd or len(values) > MAX_LABELS:
-            found = "values " + ", ".join(f"{value:g}" for value in (odd or values)[:8])
+            found = "values " + ", ".join(f"{value:.9g}" for value in (odd or values)[:8])
             expected = "whole numbers from 0 to 255, one a class"
             if self.allowed is not None:
                 expected = "values " + ", ".join(map(str, sorted(self.allowed)))
             raise fail("DAT-109", found=found, expected=expected, action="Correct the mask.", where=where)
-        self.seen.update(int(value) for value in values)
+        self.seen.update({label for label in labels.values() if label is not None})
 
     def advice(self) -> str:
         """Say how to declare the values in the data settings."""
@@ -79,7 +83,7 @@ class Labels:
             return ""
         values = sorted(self.seen)
         groups = [f"{'background' if not value else f'class_{value}'}: [{value}]" for value in values]
-        return f"label values {', '.join(map(str, values))}; declare them: classes: {{{', '.join(groups)}}}"
+        return f"label values {', '.join(map(str, values))}; declare them: classes: {{{', '.join(groups)}}}" + PIECES
 
 
 def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:

@@ -388,7 +388,7 @@ def _protocol(heldout, training):
         "rounds": ROUNDS,
         "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
         "decision": "probabilities at training size, bilinear to the images' own size, then the likeliest class",
-        "post_processing": "largest connected component of each structure, holes filled",
+        "post_processing": dict.fromkeys(STRUCTURES, "largest connected component; holes filled"),
         "metrics": {
             "dice": "2 |P∩T| / (|P| + |T|); 1 when both are empty",
             "asd": "mean distance from the predicted surface to the true one",

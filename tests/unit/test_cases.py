@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -223,6 +224,38 @@ def test_labels_map_to_class_indices_in_order_of_declaration():
     with pytest.raises(FedsgcgError, match=r"values 0\.5, 9") as caught:
         class_indices(np.array([0, 9, 0.5], np.float32), classes, "case")
     assert caught.value.code == "DAT-109"
+
+
+def test_nearly_whole_labels_are_whole_and_errors_print_their_digits():
+    """A float array under an integer header is rescaled on saving: label 1 comes back as 0.99999994."""
+    classes = {"background": [0], "a": [1], "b": [200]}
+    raw = np.array([1e-7, 0.99999994, 200.0009, 199.9991], np.float32)
+    assert class_indices(raw, classes, "case").tolist() == [0, 1, 2, 2]
+    with pytest.raises(FedsgcgError) as caught:
+        class_indices(raw[:2], classes, "case", 0.0)
+    (problem,) = caught.value.problems
+    assert problem.found == "values 1.00000001e-07, 0.99999994"
+    assert problem.expected == "values 0, 1, 200, each within 0"
+    with pytest.raises(FedsgcgError, match=r"values 0\.998"):
+        class_indices(np.array([0.998], np.float32), classes, "case")
+    with pytest.raises(FedsgcgError, match="nan"):
+        class_indices(np.array([np.nan], np.float32), classes, "case")
+
+
+@pytest.mark.parametrize(("kind", "labels"), [(np.int32, 6), (np.int16, 3), (np.uint8, 3)])
+def test_label_maps_that_were_rescaled_on_saving_are_read(tmp_path, kind, labels):
+    array = (np.arange(256) % labels).astype(np.float32).reshape(8, 8, 4)
+    affine = np.diag([-0.8, -0.8, 3, 1.0])
+    header = nib.Nifti1Image(np.zeros((8, 8, 4), kind), affine).header
+    (tmp_path / "m.nii").write_bytes(nib.Nifti1Image(array, affine, header).to_bytes())
+    raw = read_volume(tmp_path / "m.nii", mask=True).array
+    assert (raw != np.rint(raw)).any()
+    classes = {str(value): [value] for value in range(labels)}
+    if kind == np.uint8:  # 255 steps for the values 0 to 2: 1 became 0.996, too far for the default
+        with pytest.raises(FedsgcgError, match=r"0\.996078491(.|\n)*raise data\.label_tolerance"):
+            class_indices(raw, classes, "case")
+    found = class_indices(raw, classes, "case", 0.01 if kind == np.uint8 else 1e-3)
+    np.testing.assert_array_equal(found, np.rint(raw))
 
 
 @pytest.mark.parametrize(("size", "side"), [((64, 64), 32), ((20, 50), 32), ((33, 47), 64)])

@@ -43,6 +43,8 @@ def nested(**changes) -> DataSettings:
         sites=[],
         classes={"background": [0], "white": [1], "grey": [2]},
         structures={"cord": ["white", "grey"], "grey": ["grey"]},
+        largest_component=True,
+        fill_holes=True,
     )
     return replace(settings, **changes)
 
@@ -123,6 +125,16 @@ def test_components_of_a_volume_reach_through_slices():
     mask[:, 1, 1] = True
     mask[0, 0, 0] = True  # touches the column by an edge only
     assert largest_component(mask, 1).sum() == 3
+
+
+def test_a_structure_of_two_parts_keeps_both_unless_the_data_ask_for_the_largest():
+    """The lungs of own data: nothing said of post-processing."""
+    data = DataSettings("own", "", {"background": [0], "lung": [1]}, {"lung": ["lung"]}, [])
+    both = np.zeros((1, 1, 8, 8), bool)
+    both[0, 0, 1:7, 0:3] = both[0, 0, 1:6, 5:8] = True
+    np.testing.assert_array_equal(post_process(both, data, is_picture=False), both)
+    kept = post_process(both, replace(data, largest_component=True), is_picture=False)
+    assert (both.sum(), kept.sum()) == (33, 18)
 
 
 def test_of_equal_components_the_first_is_kept():

@@ -1,6 +1,9 @@
 """The protocol: who may be asked to train, how a model is chosen, and what the report is told."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,17 +63,45 @@ def test_the_untrained_model_is_never_chosen() -> None:
 
 
 def test_protocol_says_who_trained_and_how_the_model_was_chosen(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, federation__selection="source_validation", data__fill_holes=False)
+    plan = small_plan(tmp_path, federation__selection="source_validation", data__largest_component=True)
     found = protocol(plan, ["B", "A"], 2)
     assert found["trained"] == ["A", "B"]
     assert found["heldout"] == "D"
     assert found["selected_round"] == 2
     assert "training sites' own validation" in found["selection"]
     assert "20%" in found["splits"]
-    assert found["post_processing"] == "largest connected component of each structure"
+    assert found["post_processing"] == {"gland": "largest connected component; holes kept; empty stays empty"}
     assert found["structures"] == {"gland": ["gland"]}
     assert found["decision"].endswith("bilinear to the images' own size, then the likeliest class")
     sigmoid = small_plan(tmp_path, data__activation="sigmoid", data__threshold=0.75)
     assert protocol(sigmoid, ["A"], 3)["decision"].endswith("then above 0.75 for each structure")
-    bare = small_plan(tmp_path, data__fill_holes=False, data__largest_component=False)
-    assert protocol(bare, ["A"], 3)["post_processing"] == "none"
+    bare = small_plan(tmp_path)
+    assert protocol(bare, ["A"], 3)["post_processing"] == {
+        "gland": "every component kept; holes kept; empty stays empty"
+    }
+
+
+def test_protocol_says_for_each_structure_what_is_done_to_its_mask(
+    tmp_path: Path, make_data: Callable[..., Any]
+) -> None:
+    plan = replace(small_plan(tmp_path), data=make_data("fundus"))
+    steps = "largest connected component; holes filled in each slice"
+    assert protocol(plan, ["A"], 3)["post_processing"] == {
+        "disc": f"{steps}; empty stays empty",
+        "cup": f"{steps}; cut to disc; empty stays empty",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "holes"),
+    [
+        ("prostate", True, False), ("promise12", True, False), ("fundus", True, True),
+        ("spinegm", False, False), ("synthetic", True, True),
+    ],
+)  # fmt: skip
+def test_post_processing_is_the_data_sets_own_rule(
+    name: str, largest: bool, holes: bool, make_data: Callable[..., Any]
+) -> None:
+    """Off unless the data set asks for it: a structure of two parts would lose one."""
+    data = make_data(name)
+    assert (data.largest_component, data.fill_holes) == (largest, holes)
