@@ -1,11 +1,12 @@
-"""Tests of paired differences: Wilcoxon's signed-rank test with exact tails, and Holm's correction for many tests.
+"""Tests of paired differences: exact sign flips of whole trainings, and Holm's correction for many tests.
 
-The signed-rank test asks whether differences lie symmetrically around zero. Differences of exactly zero are handled by
-Pratt's rule (Pratt 1959): they take part in the ranking and are then set aside, so that many ties with zero do not make
-the rest look larger than it is. Equal sizes share the mean of their ranks. The tails come from the distribution over
-all signs of the ranks at hand, which stays exact with ties and zeros; only large samples use the normal approximation.
+All cases that one pair of trained models judged share these models, so they are no independent evidence on the methods:
+whichever model came out better by chance is better at most of them. The unit is therefore the training (one held-out
+hospital and seed). Were the two methods alike, their names could be exchanged at any training: its difference would
+change its sign and be as likely. The p value is the share of all choices of signs with a sum at least as far from zero
+(Fisher 1935). No normal values are assumed. With n units it cannot fall below 2^(1-n): 0.125 for four.
 
-Legend: n pairs, r ranks of the differences that are not zero, m tests of one family.
+Legend: n units, m tests of one family.
 """
 
 from __future__ import annotations
@@ -19,77 +20,73 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-EXACT_UP_TO = 200  # differences; above, the normal tail differs by a few per cent of p at most
+EXACT_UP_TO = 18  # units, 262,144 choices of signs; above, as many are drawn
 ALPHA = 0.05
 _DECIMALS = 12  # 0.3 - 0.2 and 0.2 - 0.1 are the same difference; rounding of binary fractions must not break the tie
+_DRAWS = 2**EXACT_UP_TO
 
 
 @dataclass(frozen=True)
-class SignedRank:
-    """Outcome of a signed-rank test.
+class SignFlips:
+    """Outcome of a sign-flip test.
 
     Attributes:
-        statistic: Sum of the ranks of positive differences.
-        p: Two-sided p value; NaN without a pair, 1 when every difference is zero.
-        pairs: Pairs n, zeros included.
-        zeros: Pairs without a difference.
-        exact: Whether the tail is exact.
+        statistic: Sum of the units' values.
+        p: Two-sided p value; NaN without a unit, 1 when every value is zero.
+        units: Units n, zeros included.
+        zeros: Units without a difference.
     """
 
     statistic: float
     p: float
-    pairs: int
+    units: int
     zeros: int
-    exact: bool
+
+    @property
+    def exact(self) -> bool:
+        """Whether all choices of signs were looked at."""
+        return self.units - self.zeros <= EXACT_UP_TO
 
     @property
     def smallest_p(self) -> float:
-        """Smallest p that so many differences could give at all: every sign the same (n = 5 cannot go below 0.0625)."""
-        return min(1.0, 2.0 ** (1 - (self.pairs - self.zeros))) if self.pairs else math.nan
+        """Smallest p that so many units could give at all: every sign the same (4 units cannot go below 0.125)."""
+        return min(1.0, max(2.0 ** (1 - (self.units - self.zeros)), 1 / _DRAWS)) if self.units else math.nan
 
 
-def signed_rank(differences: npt.ArrayLike) -> SignedRank:
-    """Test whether paired differences are symmetric around zero (Wilcoxon 1945, zeros by Pratt 1959), two-sided.
+def sign_flips(values: npt.ArrayLike) -> SignFlips:
+    """Test whether values are as likely with the other sign, two-sided.
 
     Args:
-        differences: (n,) one difference a case; values that are not finite are left out.
+        values: (n,) what each unit adds to the statistic: a training's difference times its weight in the mean. Values
+            that are not finite are left out.
     """
-    values = np.asarray(differences, dtype=np.float64).reshape(-1)
-    values = np.round(values[np.isfinite(values)], _DECIMALS)
-    if not values.size:
-        return SignedRank(0.0, math.nan, 0, 0, exact=True)
-    ranks = _midranks(np.abs(values))
-    kept = values != 0
-    statistic = float(ranks[values > 0].sum())
-    zeros, exact = int((~kept).sum()), int(kept.sum()) <= EXACT_UP_TO
-    p = (_exact_p if exact else _normal_p)(ranks[kept], statistic) if kept.any() else 1.0
-    return SignedRank(statistic, p, values.size, zeros, exact)
+    found = np.asarray(values, dtype=np.float64).reshape(-1)
+    found = np.round(found[np.isfinite(found)], _DECIMALS)
+    if not found.size:
+        return SignFlips(0.0, math.nan, 0, 0)
+    kept = found[found != 0]
+    statistic = float(found.sum())
+    sums = _all_sums(kept) if kept.size <= EXACT_UP_TO else _drawn_sums(kept)
+    extreme = np.abs(sums) >= abs(statistic) - 10.0**-_DECIMALS * found.size
+    return SignFlips(statistic, float(extreme.mean()), found.size, found.size - kept.size)
 
 
-def _midranks(sizes: Floats) -> Floats:
-    """Ranks from 1; equal sizes share the mean of their ranks."""
-    _, where, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[where])
+def _all_sums(values: Floats) -> Floats:
+    """Sums (2^n,) over all choices of signs."""
+    sums = np.zeros(1)
+    for value in values:
+        sums = np.concatenate([sums + value, sums - value])
+    return sums
 
 
-def _exact_p(ranks: Floats, statistic: float) -> float:
-    """Tail over all 2^n signs, by adding one rank after the other to the distribution of the sum."""
-    doubled = np.rint(2 * ranks).astype(np.int64)  # midranks are halves
-    chance = np.zeros(int(doubled.sum()) + 1)
-    chance[0] = 1.0
-    for rank in doubled:
-        moved = np.zeros_like(chance)
-        moved[rank:] = chance[: chance.size - rank]
-        chance = (chance + moved) / 2
-    place = round(2 * statistic)
-    return min(1.0, 2 * float(min(chance[: place + 1].sum(), chance[place:].sum())))
-
-
-def _normal_p(ranks: Floats, statistic: float) -> float:
-    """Normal tail with the mean and variance of the ranks at hand (exact under ties and zeros)."""
-    deviation = abs(statistic - ranks.sum() / 2) / math.sqrt(float((ranks**2).sum()) / 4)
-    return math.erfc(deviation / math.sqrt(2))
+def _drawn_sums(values: Floats) -> Floats:
+    """Sums over signs drawn at random, the observed choice among them, which keeps the test valid."""
+    rng, sums = np.random.default_rng(0), np.zeros(_DRAWS)
+    for value in values:
+        signs = rng.integers(0, 2, _DRAWS, dtype=np.int8)
+        signs[0] = 1
+        sums += np.where(signs == 1, value, -value)
+    return sums
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

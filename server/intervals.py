@@ -1,31 +1,45 @@
-"""Bootstrap intervals of a mean over cases, drawn anew within each hospital.
+"""Intervals of a mean: Student's t, corrected for skewness, over cases within hospitals or over hospitals and seeds.
 
-They say how much the choice of cases matters, not how much training at random matters (that is what the seeds show).
+A percentile bootstrap of n cases is too narrow by sqrt((n - 1) / n) and by the normal quantile where Student's belongs:
+its "95 %" cover 84 % at 5 normal cases and 91 % at 12. Dice is skewed besides (a few cases fail), which costs a plain t
+interval 2 to 4 points more. Hall's transformation removes the skewness term of the studentised mean and needs no draws:
 
-Legend: R resamples, n cases of one hospital.
+    T = t + A t^2 / 3 + A^2 t^3 / 27 + A / 6,   t = (mean - mu) / se,   A = skewness of the mean,
+
+is monotone in t, so its ends follow from the quantiles of t (Hall 1992, "On the removal of skewness by
+transformation"). Each end is at least Student's, since the estimated skewness of few cases may have the wrong sign.
+Degrees of freedom of several groups follow Welch and Satterthwaite. Coverage of nominal 95 %, in 40,000 simulations:
+
+    cases   normal   1 - beta (skewness -1.4)   exponential (2)     the percentile bootstrap before: normal
+      5      96.3             93.4                   91.6               84.3
+     12      95.7             95.0                   94.1               90.7
+     30      95.5             95.8                   95.7               93.0
+
+Legend: n cases of one group, G groups, v variance of a mean, df degrees of freedom, A skewness of a mean.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 Floats = npt.NDArray[np.float64]
+Bounds = tuple[float, float]
 
-RESAMPLES = 2000
 LEVEL = 0.95
 NAN = float("nan")
-_BLOCK = 4_000_000  # random indices drawn at once: 32 MB
-_KEPT = 200_000  # largest draw that is kept for the next interval over groups of the same sizes
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+_FLAT = 1e-6  # skewness of a mean below which the correction is less than a millionth of the standard error
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its bootstrap interval; NaN where it cannot be known.
+    """A mean with its interval; NaN where it cannot be known.
 
     Attributes:
         mean: Mean of the group means.
@@ -43,16 +57,30 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def bootstrap_interval(
-    values_by_group: Sequence[npt.ArrayLike], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+@dataclass(frozen=True)
+class Component:
+    """One independent source of variance of a mean.
+
+    Attributes:
+        variance: What it adds to the variance of the mean.
+        freedom: Degrees of freedom of that estimate.
+    """
+
+    variance: float
+    freedom: float
+
+
+def mean_interval(
+    values_by_group: Sequence[npt.ArrayLike], *, level: float = LEVEL, bounds: Bounds = UNBOUNDED
 ) -> Interval:
-    """Percentile bootstrap of the mean of group means, drawing within each group.
+    """Skewness-corrected t interval of the mean of group means: groups are given, cases within them are a sample.
+
+    A group of a single case has no variance of its own and takes the pooled one of the others.
 
     Args:
         values_by_group: One array (n,) a hospital; values that are not finite are left out, empty groups too.
-        resamples: Number of resamples R.
-        level: Share of resampled means inside the interval.
-        seed: Seed of the draw; groups of equal sizes are drawn alike, so that methods are compared on the same draws.
+        level: Share of such intervals that hold the mean.
+        bounds: Smallest and largest mean that can be; the ends stay within.
 
     Returns:
         Mean and interval; all NaN without a value, ends NaN when no group has two values.
@@ -66,43 +94,65 @@ def bootstrap_interval(
     mean = float(np.mean([group.mean() for group in groups]))
     if max(group.size for group in groups) < 2:
         return Interval(mean, NAN, NAN)
-    draws = np.mean(_draws(groups, resamples, seed), axis=0)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
+    # Offsets from the first value keep the spread of a constant sample exactly zero.
+    shifted = [group - group[0] for group in groups]
+    parts = _within(shifted)
+    error = math.sqrt(math.fsum(part.variance for part in parts))
+    skewness = math.fsum(_third_moment(part / error) / part.size**2 for part in shifted) if error > 0 else 0.0
+    scaled = [Component(part.variance / len(groups) ** 2, part.freedom) for part in parts]
+    return combined_interval(mean, scaled, skewness=skewness, level=level, bounds=bounds)
 
 
-def _draws(groups: Sequence[Floats], resamples: int, seed: int) -> list[Floats]:
-    """Resampled means (R,) of every group."""
-    if max(group.size for group in groups) * resamples > _KEPT:
-        rng = np.random.default_rng(seed)
-        return [_resampled_means(group, resamples, rng) for group in groups]
-    counts = _counts(tuple(group.size for group in groups), resamples, seed)
-    # Offsets from the first value keep the mean of a constant sample exact.
-    return [
-        np.asarray(part.astype(np.float64) @ (group - group[0]) / group.size + group[0])
-        for part, group in zip(counts, groups, strict=True)
-    ]
+def component_of(values: npt.ArrayLike) -> Component:
+    """What the spread of at least two independent values (n,) says about the variance of their mean."""
+    sample = np.asarray(values, dtype=np.float64).reshape(-1)
+    return Component(float((sample - sample[0]).var(ddof=1)) / sample.size, float(sample.size - 1))
 
 
-@lru_cache(maxsize=24)
-def _counts(sizes: tuple[int, ...], resamples: int, seed: int) -> tuple[npt.NDArray[np.float32], ...]:
-    """How often each case is drawn, (R, n) a group: the same for all values over groups of these sizes."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for size in sizes:
-        drawn = rng.integers(0, size, (resamples, size)) + size * np.arange(resamples)[:, None]
-        found.append(
-            np.bincount(drawn.reshape(-1), minlength=resamples * size).reshape(resamples, size).astype(np.float32)
-        )
-    return tuple(found)
+def combined_interval(
+    mean: float,
+    components: Sequence[Component],
+    *,
+    skewness: float = 0.0,
+    level: float = LEVEL,
+    bounds: Bounds = UNBOUNDED,
+) -> Interval:
+    """Interval of a mean whose variance is a sum of independent components (Welch and Satterthwaite).
+
+    Args:
+        mean: The mean.
+        components: Sources of its variance; without one the ends are unknown.
+        skewness: Skewness A of the mean, 0 for Student's interval.
+        level: Share of such intervals that hold the mean.
+        bounds: Smallest and largest mean that can be; the ends stay within.
+    """
+    if not components:
+        return Interval(mean, NAN, NAN)
+    variance = math.fsum(part.variance for part in components)
+    if variance <= 0:
+        return Interval(mean, mean, mean)
+    freedom = 1 / math.fsum((part.variance / variance) ** 2 / part.freedom for part in components)
+    quantile = float(stdtrit(freedom, (1 + level) / 2))
+    error = math.sqrt(variance)
+    low = mean - error * max(quantile, _unskewed(quantile, skewness))
+    high = mean + error * max(quantile, -_unskewed(-quantile, skewness))
+    return Interval(mean, min(mean, max(low, bounds[0])), max(mean, min(high, bounds[1])))
 
 
-def _resampled_means(values: Floats, resamples: int, rng: np.random.Generator) -> Floats:
-    """Return the means (R,) of `resamples` draws with replacement, in blocks that bound the memory."""
-    offset, rows = values[0], max(1, _BLOCK // values.size)
-    shifted = values - offset
-    parts = [
-        shifted[rng.integers(0, values.size, (min(rows, resamples - start), values.size))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
-    return np.asarray(np.concatenate(parts) + offset)
+def _within(groups: Sequence[Floats]) -> list[Component]:
+    """Variance of each group's mean; single cases take the pooled variance of all other groups."""
+    several = [group for group in groups if group.size > 1]
+    freedom = sum(group.size - 1 for group in several)
+    pooled = math.fsum(float(group.var(ddof=1)) * (group.size - 1) for group in several) / freedom
+    return [component_of(group) if group.size > 1 else Component(pooled, float(freedom)) for group in groups]
+
+
+def _third_moment(values: Floats) -> float:
+    return float(((values - values.mean()) ** 3).mean())
+
+
+def _unskewed(value: float, skewness: float) -> float:
+    """Hall's transformation turned round: the studentised mean t whose T is `value`."""
+    if abs(skewness) < _FLAT:
+        return value
+    return 3 / skewness * (float(np.cbrt(1 + skewness * (value - skewness / 6))) - 1)

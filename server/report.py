@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from server.disk import Disk, refusals
 from server.report_claims import claims_section, hospital_tables, main_claims
-from server.report_differences import CaseValues, Difference
+from server.report_differences import DICE_FLOOR, CaseValues, Difference
 from server.report_features import similarity_section, tsne_section
 from server.report_figures import MARKERS, PALETTE
 from server.report_files import StudyFiles, read_study
@@ -167,6 +167,7 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     return {
         "judged": judged,
         "place": place,
+        "dice_floor": f"{DICE_FLOOR:g}",
         "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
         "papers": papers,
         "paper_notes": paper_notes(published, papers) if rows else [],

@@ -16,6 +16,7 @@ from server.report_text import DECIMALS, TITLES, show, show_ends, show_p
 
 Section = dict[str, Any]
 CLAIMED = ("dice", "asd")
+NAMED_HOSPITALS = 8  # of a sentence; with more it says how many
 MOST_PAIRS = 30  # of the folded tables hospital by hospital; all of them are in results.parquet
 
 
@@ -68,6 +69,7 @@ def claim_row(entry: Difference, span: float) -> Section:
         "bar": interval_bar(entry.interval, span),
         "cases": entry.cases,
         "p": show_p(entry.p),
+        "directions": "; ".join(directions(entry)),
         "seeds": ", ".join(show(value, places, sign=True) for value in entry.seeds.values()) or "–",
         "sentence": entry.sentence[:1].upper() + entry.sentence[1:] if entry.method else entry.sentence,
         "holds": entry.holds,
@@ -95,10 +97,23 @@ def claim_sentence(entry: Difference, several: bool) -> str:
     size = f"{show(entry.interval.mean, places, sign=True)}{unit}"
     facts = [f"95 % interval {show_ends(entry.interval, places)}"]
     some = f" at {entry.groups} of {entry.hospitals} hospitals" if entry.groups < entry.hospitals else ""
-    facts += [count_of(entry.cases, "case") + some, f"corrected p\u00a0{show_p(entry.p)}"]
+    facts += [count_of(entry.cases, "case") + some, count_of(len(entry.seeds), "seed")]
+    facts += [f"corrected p\u00a0{show_p(entry.p)}"]
     verdict = entry.sentence.partition(": ")
     words = "the difference holds" if entry.holds else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
-    return f"{start}: {size} ({'; '.join(facts)}); {words}."
+    return f"{start}: {size} ({'; '.join([*facts, *directions(entry)])}); {words}."
+
+
+def directions(entry: Difference) -> list[str]:
+    """Where an average points: "higher at 1 of 4 hospitals: A +0.297, B −0.006"; nothing at a single hospital."""
+    sign, word = (1, "higher") if entry.metric == "dice" else (-1, "lower")
+    found = sorted(entry.by_hospital.items(), key=lambda item: -sign * item[1])
+    if entry.site != AVERAGE or len(found) < 2:
+        return []
+    text = f"{word} at {sum(sign * value > 0 for _, value in found)} of {len(found)} hospitals"
+    if len(found) <= NAMED_HOSPITALS:
+        text += f": {', '.join(f'{site} {show(value, DECIMALS[entry.metric], sign=True)}' for site, value in found)}"
+    return [text]
 
 
 def hospital_tables(
@@ -129,5 +144,4 @@ def claims_section(differences: Sequence[Difference], structures: Sequence[str])
         ],
         "groups": claim_groups(differences, several),
         "family": _family(differences),
-        "zeros": sum(entry.test.zeros for entry in differences),
     }

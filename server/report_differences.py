@@ -1,9 +1,15 @@
 """Paired differences between labels: how large, how sure, and in words whether they hold.
 
-Two labels judged the same cases with the same seeds. A case is first averaged over the seeds that both have; then it
-is one pair. The interval draws cases anew within each hospital, and hospitals count the same; the test ranks the cases
-of all hospitals together. A difference holds when its interval excludes zero and the test, corrected for the number of
-comparisons in its table, agrees.
+Two labels judged the same cases with the same seeds. The cases that one pair of trained models judged share these
+models, so cases alone cannot show that one method is better than another. What can vary is taken as the unit:
+
+    over several hospitals   the mean difference of each hospital; with several seeds too where all hospitals were
+                             judged by the same models (no hospital was held out)
+    at one hospital          the mean difference of each seed and of each case; of each case alone with one seed
+
+The interval is Student's over these units. The test flips the signs of whole trainings (held-out hospital and seed). A
+difference holds when there is more than one seed, the interval excludes zero, and the test, corrected for the number of
+comparisons in its table, agrees. Nothing is said about two models that both miss the structure.
 """
 
 from __future__ import annotations
@@ -11,19 +17,35 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from server.hypothesis_tests import ALPHA, SignedRank, holm, signed_rank
-from server.intervals import NAN, Interval, bootstrap_interval
-from server.report_tables import AVERAGE, COMPATIBLE, METRICS, Row, as_rows, distance_unit, heldout_rows, value_of
+from server.hypothesis_tests import ALPHA, SignFlips, holm, sign_flips
+from server.intervals import NAN, Component, Interval, combined_interval, component_of, mean_interval
+from server.report_tables import (
+    AVERAGE,
+    COMPATIBLE,
+    METRICS,
+    Row,
+    as_rows,
+    bounds_of,
+    distance_unit,
+    heldout_rows,
+    value_of,
+)
 
 Place = tuple[str, str]  # (heldout, site)
 Seeds = dict[int, float]
+Floats = npt.NDArray[np.float64]
 Values = dict[Place, dict[str, Seeds]]  # place -> case -> seed -> value
+Parts = dict[Place, dict[str, Seeds]]  # the same of differences: only places, cases and seeds that both have
+
+DICE_FLOOR = 0.2
+"""Mean Dice below which a model misses the structure; a difference between two such models means nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +59,16 @@ class Difference:
         structure: Structure.
         metric: One of `METRICS`.
         unit: "" for Dice, else pixel or mm.
-        interval: Mean difference over cases with its interval.
+        interval: Mean difference with its interval over hospitals, seeds or cases (see above).
         cases: Cases that both have a value for.
         seeds: Mean difference of each seed, by seed.
         groups: Hospitals in it.
-        test: Signed-rank test over the cases.
+        test: Sign-flip test over the trainings.
         corrected: Its p value corrected for the comparisons of the table; NaN before `corrected_for_number`.
         family: Comparisons in that table.
         hospitals: Hospitals that were looked at; `groups` of them have a pair.
+        by_hospital: Mean difference of each hospital with a pair.
+        levels: Mean Dice of label and reference where both have a value, NaN if unknown.
     """
 
     method: str
@@ -57,10 +81,12 @@ class Difference:
     cases: int
     seeds: dict[int, float]
     groups: int
-    test: SignedRank
+    test: SignFlips
     corrected: float = NAN
     family: int = 1
     hospitals: int = 1
+    by_hospital: Mapping[str, float] = field(default_factory=dict)
+    levels: tuple[float, float] = (NAN, NAN)
 
     @property
     def p(self) -> float:
@@ -69,8 +95,8 @@ class Difference:
 
     @property
     def holds(self) -> bool:
-        """Whether interval and corrected test both say that there is a difference."""
-        return self.interval.excludes_zero and self.p <= ALPHA
+        """Whether interval and corrected test both say that there is a difference, and a verdict is possible."""
+        return not self._no_verdict() and self.interval.excludes_zero and self.p <= ALPHA
 
     @property
     def better(self) -> bool:
@@ -82,19 +108,30 @@ class Difference:
         """What interval and test allow to say, in plain words."""
         if not self.cases:
             return "no case in common"
-        if math.isnan(self.interval.low):
-            return "one case in common: no interval, no difference shown"
+        if reason := self._no_verdict():
+            return f"no verdict: {reason}"
         if self.holds:
             return f"{self.method} is {'better' if self.better else 'worse'}: the difference holds"
         return f"no difference shown: {self._doubt()}"
 
+    def _no_verdict(self) -> str:
+        """Why nothing can be said, "" where something can."""
+        if max(self.levels) < DICE_FLOOR:
+            return f"both mean Dice are below {DICE_FLOOR:g}, so neither model finds the structure"
+        if len(self.seeds) < 2:
+            return "with one seed a difference may be chance of training"
+        return "one case in common gives no interval" if math.isnan(self.interval.low) else ""
+
     def _doubt(self) -> str:
+        over = f"over {self.groups} hospitals " if self.groups > 1 else ""
         if not self.interval.excludes_zero:
             test = "" if self.p > ALPHA else ", although the test alone would say so"
-            return f"the interval includes zero{test}"
+            return f"the interval {over}includes zero{test}"
         if self.test.smallest_p * self.family > ALPHA:
-            return f"{self.cases} cases are too few for a test among {self.family} comparisons"
-        return "the interval excludes zero, but the corrected test does not confirm it"
+            least = min(1.0, self.test.smallest_p * self.family)
+            among = f" among {self.family} comparisons" if self.family > 1 else ""
+            return f"{self.test.units} trainings are too few for a test{among} (p cannot be below {least:.2g})"
+        return f"the interval {over}excludes zero, but the corrected test does not confirm it"
 
 
 def corrected_for_number(differences: Sequence[Difference]) -> list[Difference]:
@@ -140,7 +177,8 @@ class CaseValues:
     def interval(self, method: str, structure: str, metric: str, place: Place | None = None) -> Interval:
         """Mean with interval at one place, or on average over all places (each counts the same)."""
         cases = self.cases(method, structure, metric)
-        return bootstrap_interval([cases.get(place, [])] if place else [cases[key] for key in sorted(cases)])
+        values = [cases.get(place, [])] if place else [cases[key] for key in sorted(cases)]
+        return mean_interval(values, bounds=bounds_of(metric))
 
     def by_seed(self, method: str, structure: str, metric: str, place: Place | None = None) -> dict[int, float]:
         """Mean of every seed at one place, or over all places that the label has (seeds without one of them left out).
@@ -161,23 +199,32 @@ class CaseValues:
 
     def difference(self, pair: tuple[str, str], structure: str, metric: str, place: Place | None = None) -> Difference:
         """Compare a pair (label, reference) at one place, or over all places."""
-        ours, theirs = (self.of(name, structure, metric) for name in pair)
         places = [place] if place else self.places
-        parts = [_paired(ours.get(key, {}), theirs.get(key, {})) for key in places]
-        values = [np.array([np.mean(list(seeds.values())) for seeds in part.values()]) for part in parts]
+        ours, theirs = (self.of(name, structure, metric) for name in pair)
+        parts = _paired_places(ours, theirs, places)
+        means = [np.array([np.mean(list(seeds.values())) for seeds in part.values()]) for part in parts.values()]
         return Difference(
             *pair,
             site=place[1] if place else AVERAGE,
             structure=structure,
             metric=metric,
-            unit="" if metric == "dice" else self.unit,
-            interval=bootstrap_interval(values),
-            cases=sum(part.size for part in values),
-            seeds=_by_seed(parts),
-            groups=sum(bool(part.size) for part in values),
-            test=signed_rank(np.concatenate(values) if values else np.zeros(0)),
+            unit="" if metric.startswith("dice") else self.unit,
+            interval=_interval(parts, means),
+            cases=sum(part.size for part in means),
+            seeds=_by_seed(parts.values()),
+            groups=len(parts),
+            test=sign_flips(_trainings(parts)),
             hospitals=len(places),
+            by_hospital={site: float(part.mean()) for (_, site), part in zip(parts, means, strict=True)},
+            levels=self._levels(pair, structure, places),
         )
+
+    def _levels(self, pair: tuple[str, str], structure: str, places: Sequence[Place]) -> tuple[float, float]:
+        """Mean Dice of both labels over the places; NaN for one without a value."""
+        found = [self.cases(name, structure, "dice") for name in pair]
+        means = [[float(np.mean(part[key])) for key in places if part.get(key)] for part in found]
+        first, second = (float(np.mean(part)) if part else NAN for part in means)
+        return first, second
 
 
 def paired_differences(results: pa.Table | Iterable[Row], method: str, reference: str) -> list[Difference]:
@@ -217,6 +264,40 @@ def compare_on_average(
         for pair in pairs
     ]
     return corrected_for_number(found)
+
+
+def _interval(parts: Parts, means: Sequence[Floats]) -> Interval:
+    """Interval of the mean difference over the units that can vary (see the head of this module)."""
+    if not parts:
+        return Interval(NAN, NAN, NAN)
+    mean = float(np.mean([part.mean() for part in means]))
+    seeds = list(_by_seed(parts.values()).values())
+    shared = len({heldout for heldout, _ in parts}) == 1  # all judged by the same models
+    units = [part.mean() for part in means] if len(parts) > 1 else means[0]
+    if len(units) < 2:
+        return Interval(mean, NAN, NAN)
+    components: list[Component] = [component_of(units)]
+    components += [component_of(seeds)] if shared and len(seeds) > 1 else []
+    return combined_interval(mean, components)
+
+
+def _trainings(parts: Parts) -> list[float]:
+    """What each training (held-out hospital, seed) adds to the mean difference."""
+    folds: dict[str, list[dict[int, float]]] = defaultdict(list)
+    for (heldout, _), part in parts.items():
+        folds[heldout].append(_by_seed([part]))
+    found = []
+    for places in folds.values():
+        for seed in sorted({seed for place in places for seed in place}):
+            shares = [place[seed] / len(place) for place in places if seed in place]
+            found.append(math.fsum(shares) / len(parts))
+    return found
+
+
+def _paired_places(ours: Values, theirs: Values, places: Iterable[Place]) -> Parts:
+    """Differences at the places where both have a case."""
+    pairs = {place: _paired(ours.get(place, {}), theirs.get(place, {})) for place in places}
+    return {place: part for place, part in pairs.items() if part}
 
 
 def _paired(ours: Mapping[str, Seeds], theirs: Mapping[str, Seeds]) -> dict[str, Seeds]:

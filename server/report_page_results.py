@@ -17,7 +17,7 @@ CLAIM_MACROS = """
 <td role="cell" data-label="Cases"><div>{{ row.cases }}</div></td>
 <td role="cell" data-label="p, corrected"><div class="value">{{ row.p }}</div></td>
 <td role="cell" data-label="Each seed" class="seeds"><div>{{ row.seeds }}</div></td>
-<td role="cell" data-label="In words"><div>{% if row.holds %}<b>{{ row.sentence }}</b>{% else %}{{ row.sentence }}{% endif %}</div></td></tr>
+<td role="cell" data-label="In words"><div>{% if row.holds %}<b>{{ row.sentence }}</b>{% else %}{{ row.sentence }}{% endif %}{% if row.directions %}<small>{{ row.directions }}</small>{% endif %}</div></td></tr>
 {% endfor %}</tbody>
 {% endfor %}</table>
 {% endmacro %}
@@ -78,8 +78,8 @@ RESULTS = """
 {% for table in results %}
 {% if results|length > 1 %}<h3>{{ table.structure }}</h3>{% endif %}
 <div class="wide"><table class="stacked{{ " dense" if table.dense }}" role="table">
-<caption>{{ table.structure }}: mean ± standard deviation; below it the bootstrap 95 % interval. A case is first averaged over
-seeds, then cases are drawn anew within each hospital (2000 times). The standard deviation is over cases, in the average
+<caption>{{ table.structure }}: mean ± standard deviation; below it the 95 % interval over cases. A case is first averaged over
+seeds; the interval is Student’s t with a correction for skewness, hospitals and trainings as they are. The standard deviation is over cases, in the average
 column over hospitals. “best” marks the best mean of a column; whether it is a proven difference is told below.</caption>
 <thead role="rowgroup"><tr role="row"><th scope="col" role="columnheader">Method</th>
 {% for column in table.columns %}
@@ -132,11 +132,13 @@ that the part took part in training; whether the differences hold is told below.
 {% if differences %}
 <section aria-labelledby="differences">
 <h2 id="differences">Differences between methods</h2>
-<p class="about">Both judged the same cases with the same seeds; a case counts where both have a value, averaged over seeds. A difference
-holds when its interval (cases drawn anew within each hospital, hospitals count the same) excludes zero and the test agrees: Wilcoxon’s
-signed-rank test over the cases, two-sided, exact up to 200 cases{% if differences.zeros %}, cases without any difference ranked and then set
-aside (Pratt){% endif %}, its p value corrected for the {{ differences.family }} comparisons of the table (Holm). No difference shown does not
-mean that there is none.</p>
+<p class="about">Both judged the same cases with the same seeds; a case counts where both have a value, averaged over seeds. Cases that one
+pair of models judged share these models, so the unit is not the case. The interval is Student’s over the mean differences of the hospitals
+{%- if not judged %} and of the seeds, which all hospitals share{% endif %} (at a single hospital over its seeds and cases); the test flips
+the signs of whole trainings{% if judged %} (held-out hospital and seed){% endif %}, two-sided, exact up to 18 trainings, its p value corrected for the
+{{ differences.family }} comparisons of the table (Holm). A difference holds with more than one seed, when the interval excludes zero and
+the test agrees. Few trainings cannot show much: p is at least 0.125 with four and 0.0005 with twelve, before the correction. There is no
+verdict where both mean Dice are below {{ dice_floor }}. No difference shown does not mean that there is none.</p>
 {{ claim_list(differences.sentences) }}
 <details><summary>The numbers behind these sentences, and surface distances</summary>
 {{ claim_table(differences.groups, "Mean paired difference over all hospitals (each counts the same). For Dice more is better, for distances less.") }}</details>
@@ -153,7 +155,7 @@ mean that there is none.</p>
 {% for sweep in sweeps %}
 <section aria-labelledby="sweep-{{ loop.index }}">
 <h2 id="sweep-{{ loop.index }}">Swept setting: {{ sweep.name }}</h2>
-<p class="about">Mean over {{ place }} (each hospital counts the same) with the bootstrap 95 % interval over cases
+<p class="about">Mean over {{ place }} (each hospital counts the same) with the 95 % interval over cases
 {%- if sweep.logarithmic %}; the setting’s axis is logarithmic{% endif %}
 {%- if sweep.usual %}; a ring marks the value of the runs that did not sweep it{% endif %}
 {%- if sweep.beside %}; grey: what does not have the setting{% endif %}.
@@ -181,7 +183,7 @@ mean that there is none.</p>
 <section aria-labelledby="federation">
 <h2 id="federation">What federation costs</h2>
 <p class="about">The same training {{ "three" if federation.present|length == 3 else "two" }} ways: {% for name in federation.present %}<b>{{ name }}</b>, {{ federation_words[name].partition(": ")[2] }}{{ "" if loop.last else "; " }}{% endfor %}.
-Mean over {{ place }} with the bootstrap 95 % interval over cases.
+Mean over {{ place }} with the 95 % interval over cases.
 {% if "local" in federation.present %} A local number is the mean over the models that single hospitals made, case by case.{% endif %}</p>
 {% if federation.steps %}<p class="about">Training steps one after the other in a round: {% for name in federation.present if name in federation.steps %}<b>{{ name }}</b> {{ federation.steps[name] }}{{ "" if loop.last else ", " }}{% endfor %}.
 A difference between them may come from the number of steps as well as from the federation: <code>federation.rounds</code> and <code>method.steps_per_round</code> can make them equal.</p>

@@ -11,9 +11,7 @@ import numpy as np
 
 from server.intervals import Interval
 from server.report_cases import count_of
-from server.report_differences import Difference
 from server.report_files import StudyFiles
-from server.report_overlays import interval_bar
 from server.report_reader import Reader
 from server.report_rounds import departures
 from server.report_tables import AVERAGE, METRICS, Row, best_methods, distance_unit, value_of
@@ -108,33 +106,6 @@ def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int
         "notes": notes,
         "best": best,
     }
-
-
-def difference_tables(differences: Sequence[Difference]) -> list[Section]:
-    """One table a structure and pair of methods: difference per hospital with interval, bar, seeds and sentence."""
-    tables: dict[tuple[str, str, str], Section] = {}
-    spans: dict[tuple[str, str], float] = defaultdict(float)
-    for entry in differences:
-        ends = [abs(end) for end in (entry.interval.low, entry.interval.high) if math.isfinite(end)]
-        spans[entry.structure, entry.metric] = max([spans[entry.structure, entry.metric], *ends])
-    for entry in differences:
-        head = {"method": entry.method, "reference": entry.reference, "structure": entry.structure, "metrics": {}}
-        table = tables.setdefault((entry.structure, entry.method, entry.reference), head)
-        title = TITLES[entry.metric] + (f", {entry.unit}" if entry.unit else "")
-        places = DECIMALS[entry.metric]
-        table["metrics"].setdefault(title, []).append(
-            {
-                "site": "Average" if entry.site == AVERAGE else entry.site,
-                "mean": show(entry.interval.mean, places, sign=True),
-                "interval": show_interval(entry.interval, places, sign=True),
-                "bar": interval_bar(entry.interval, spans[entry.structure, entry.metric]),
-                "cases": entry.cases,
-                "seeds": ", ".join(show(value, places, sign=True) for value in entry.seeds.values()) or "–",
-                "sentence": entry.sentence,
-                "excludes": entry.interval.excludes_zero,
-            }
-        )
-    return [table | {"metrics": list(table["metrics"].items())} for table in tables.values()]
 
 
 def case_means(rows: Sequence[Row]) -> list[Section]:

@@ -1,4 +1,4 @@
-"""Numbers of the report: means with bootstrap intervals, from rows of `results.parquet`.
+"""Numbers of the report: means with their intervals, from rows of `results.parquet`.
 
 Protocol (methods.md 2.7): a case's value is first averaged over seeds, then cases are averaged within a hospital, then
 hospitals count the same in the average. A surface distance is undefined when one mask is empty; such a prediction is
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from server.intervals import NAN, bootstrap_interval
+from server.intervals import NAN, Bounds, mean_interval
 from server.report_labels import label_order
 
 Row = Mapping[str, Any]
@@ -29,6 +29,11 @@ AVERAGE = "average"
 COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
 """Columns that count a metric as published code does, for printed tables alone; absent in files of older versions."""
 MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
+
+
+def bounds_of(metric: str) -> Bounds:
+    """Smallest and largest value that a metric can have."""
+    return (0.0, 1.0) if metric.startswith("dice") else (0.0, math.inf)
 
 
 def as_rows(results: pa.Table | Iterable[Row]) -> list[Row]:
@@ -108,7 +113,7 @@ def summary_rows(results: pa.Table | Iterable[Row]) -> list[dict[str, Any]]:
 
     Keys: method, heldout, site (both `AVERAGE` in the average row), structure, unit (of the distances), cases, seeds
     (sorted list), hospitals (in the row), evaluations (cases times seeds), both_empty (evaluations); and for each m of
-    `METRICS`: m_mean, m_sd, m_low, m_high (bootstrap 95 %), m_excluded (evaluations without a value).
+    `METRICS`: m_mean, m_sd, m_low, m_high (95 % interval), m_excluded (evaluations without a value).
     The sd is over cases in a hospital's row and over hospitals in the average row; NaN for a single one.
     """
     rows = heldout_rows(as_rows(results))
@@ -168,7 +173,7 @@ def _spread(groups: Sequence[Floats]) -> dict[str, float]:
     spread: dict[str, float] = {}
     for column, metric in enumerate(METRICS):
         values = [group[:, column][np.isfinite(group[:, column])] for group in groups]
-        interval = bootstrap_interval(values)
+        interval = mean_interval(values, bounds=bounds_of(metric))
         single = values[0] if len(values) == 1 else np.array([group.mean() for group in values if group.size])
         spread |= {
             f"{metric}_mean": interval.mean,

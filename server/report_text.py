@@ -19,7 +19,7 @@ Summary = Mapping[str, Any]
 DASH = "–"
 DECIMALS = {"dice": 3, "asd": 2, "assd": 2, "hd95": 2}
 TITLES = {"dice": "Dice", "asd": "ASD", "assd": "ASSD", "hd95": "HD95"}
-FEW_CASES = 8  # below, a percentile bootstrap is clearly too narrow
+FEW_CASES = 8  # below, an interval of skewed values is somewhat too narrow
 STATUS_WORDS = {
     "completed": "Complete",
     "degraded": "Complete, with degraded runs",
@@ -298,7 +298,10 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
     notes = []
     few = sorted({row["site"] for row in single if row["cases"] < FEW_CASES})
     if few:
-        notes.append(f"Few cases at {join_words(few)} (under {FEW_CASES}): such an interval is too narrow.")
+        notes.append(
+            f"Few cases at {join_words(few)} (under {FEW_CASES}): where some cases fail and others do not, such an "
+            "interval is somewhat too narrow."
+        )
     seeds = {seed for row in single for seed in row["seeds"]}
     if len(seeds) == 1:
         notes.append("One seed: nothing here tells how much the result changes when training is repeated.")

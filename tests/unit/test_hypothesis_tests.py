@@ -1,4 +1,4 @@
-"""Signed-rank test and Holm's correction, against values worked out by hand, brute force over all signs, and scipy."""
+"""Sign-flip test and Holm's correction, against values worked out by hand and brute force over all signs."""
 
 from __future__ import annotations
 
@@ -9,103 +9,85 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from server import hypothesis_tests
-from server.hypothesis_tests import holm, signed_rank
+from server.hypothesis_tests import holm, sign_flips
 
 NAN = float("nan")
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
 
-def brute_force(differences):
-    """Two-sided p by trying all signs of the non-zero differences; Pratt's ranks by counting."""
-    sizes = [abs(d) for d in differences]
-    ranks = [sum(s < size for s in sizes) + (sum(s == size for s in sizes) + 1) / 2 for size in sizes]
-    kept = [(d, rank) for d, rank in zip(differences, ranks, strict=True) if d != 0]
-    if not kept:
-        return 1.0
-    seen = sum(rank for d, rank in kept if d > 0)
-    sums = [
-        sum(rank for (_, rank), sign in zip(kept, signs, strict=True) if sign)
-        for signs in product((0, 1), repeat=len(kept))
-    ]
-    low, high = (sum(s <= seen for s in sums), sum(s >= seen for s in sums))
-    return min(1.0, 2 * min(low, high) / len(sums))
+def brute_force(values):
+    """Two-sided p by trying all signs."""
+    seen = abs(sum(values))
+    sums = [sum(sign * value for sign, value in zip(signs, values, strict=True)) for signs in signs_of(len(values))]
+    return sum(abs(s) >= seen - 1e-9 for s in sums) / len(sums)
 
 
-class TestSignedRank:
-    def test_five_gains_in_a_row_give_one_in_sixteen(self):
-        found = signed_rank([0.1, 0.2, 0.3, 0.4, 0.5])
-        assert (found.statistic, found.p, found.pairs, found.zeros) == (15.0, pytest.approx(2 / 32), 5, 0)
+def signs_of(number):
+    return product((-1, 1), repeat=number)
+
+
+class TestSignFlips:
+    def test_four_of_one_sign_give_one_in_eight(self):
+        found = sign_flips([0.1, 0.2, 0.3, 0.4])
+        assert (found.statistic, found.p, found.units, found.zeros) == (pytest.approx(1.0), 0.125, 4, 0)
         assert found.smallest_p == found.p
 
     def test_worked_by_hand_with_one_loss(self):
-        # Ranks 1..6, the loss has rank 2: T+ = 19; sums >= 19 are 21, 20, 19 in 1 + 1 + 1 ways of 64, doubled.
-        assert signed_rank([1.0, -2.0, 3.0, 4.0, 5.0, 6.0]).p == pytest.approx(2 * 3 / 64)
+        # 1 - 2 + 4 + 8 = 11. Sums of 1, 2, 4, 8 with signs are all odd numbers to 15: |sum| >= 11 are 11, 13, 15 twice.
+        assert sign_flips([1.0, -2.0, 4.0, 8.0]).p == 6 / 16
 
-    def test_zeros_are_ranked_and_then_set_aside(self):
-        # |d| = 0, 0, 1, 2, 3: the differences keep ranks 3, 4, 5; all positive is 1 of 8, doubled. T+ = 12.
-        found = signed_rank([0.0, 0.0, 1.0, 2.0, 3.0])
-        assert (found.statistic, found.p, found.zeros) == (12.0, 0.25, 2)
+    def test_one_hospital_that_makes_the_difference_shows_nothing(self):
+        # The first outweighs all others together, and they are against it: no choice of signs is nearer to zero.
+        assert sign_flips([0.297, -0.006, -0.036, -0.012]).p == 1.0
+        thrice = [0.297, 0.29, 0.30, -0.006, -0.005, -0.007, -0.036, -0.03, -0.04, -0.012, -0.01, -0.014]
+        assert sign_flips(thrice).p >= 0.25
 
-    def test_pratt_is_not_the_same_as_dropping_zeros(self):
-        # Losses 2 and 3. Dropped zeros: sums of 1..6 up to 5 are 10 of 64. Ranked zeros: sums of 4..9 up to 11 are 11.
-        some = [0.0, 0.0, 0.0, 1.0, -2.0, -3.0, 4.0, 5.0, 6.0]
-        assert signed_rank([d for d in some if d]).p == pytest.approx(2 * 10 / 64)
-        assert signed_rank(some).p == pytest.approx(2 * 11 / 64)
+    def test_zeros_change_nothing_but_are_counted(self):
+        found = sign_flips([0.0, 1.0, 0.0, 2.0, 3.0])
+        assert (found.p, found.units, found.zeros, found.smallest_p) == (0.25, 5, 2, 0.25)
 
     def test_nothing_and_no_difference(self):
-        assert math.isnan(signed_rank([]).p)
-        assert math.isnan(signed_rank([NAN, float("inf")]).smallest_p)
-        assert signed_rank([0.0, 0.0]).p == signed_rank([0.0, 0.0]).smallest_p == 1.0
+        assert math.isnan(sign_flips([]).p)
+        assert math.isnan(sign_flips([NAN, float("inf")]).smallest_p)
+        found = sign_flips([0.0, 0.0])
+        assert (found.p, found.smallest_p) == (1.0, 1.0)
 
-    def test_binary_fractions_do_not_break_a_tie(self):
-        assert 0.3 - 0.2 != 0.2 - 0.1
-        found = signed_rank([0.3 - 0.2, -(0.2 - 0.1), 0.5])
-        assert found == signed_rank([0.1, -0.1, 0.5])
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=10))
-    def test_law_equals_brute_force_with_ties_and_zeros(self, differences):
-        assert signed_rank(differences).p == pytest.approx(brute_force(differences), abs=1e-12)
+    def test_rounding_does_not_break_a_tie(self):
+        assert sign_flips([0.3 - 0.2, 0.1 - 0.2]).p == 1.0
 
     @settings(max_examples=60, deadline=None)
-    @given(st.integers(3, 50), st.integers(0, 10_000), st.floats(-1, 1))
-    def test_equals_scipy_where_there_are_neither_ties_nor_zeros(self, n, seed, shift):
-        differences = np.random.default_rng(seed).normal(shift, 1, n)
-        expected = stats.wilcoxon(differences, method="exact")
-        found = signed_rank(differences)
-        assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
-        assert min(found.statistic, n * (n + 1) / 2 - found.statistic) == pytest.approx(expected.statistic)
-
-    def test_large_samples_with_zeros_equal_scipys_normal_tail(self, monkeypatch):
-        monkeypatch.setattr(hypothesis_tests, "EXACT_UP_TO", 10)
-        differences = np.round(np.random.default_rng(1).normal(0.1, 1, 300), 1)
-        expected = stats.wilcoxon(differences, zero_method="pratt", method="approx").pvalue
-        found = signed_rank(differences)
-        assert not found.exact
-        assert found.p == pytest.approx(expected, rel=1e-9)
-
-    def test_exact_and_normal_tail_meet_at_the_limit(self):
-        differences = np.random.default_rng(3).normal(0.15, 1, hypothesis_tests.EXACT_UP_TO)
-        exact = signed_rank(differences)
-        normal = stats.wilcoxon(differences, method="approx").pvalue
-        assert exact.exact
-        assert exact.p == pytest.approx(normal, rel=0.05)
+    @given(st.lists(st.integers(-8, 8).map(lambda n: n / 16), min_size=1, max_size=9))
+    def test_law_equals_brute_force(self, values):
+        assert sign_flips(values).p == pytest.approx(brute_force(values))
 
     @settings(max_examples=50, deadline=None)
-    @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.randoms(use_true_random=False))
-    def test_law_order_and_direction_do_not_matter(self, differences, random):
-        before = signed_rank(differences)
-        mixed = random.sample(differences, len(differences))
-        assert signed_rank(mixed).p == pytest.approx(before.p)
-        assert signed_rank([-d for d in differences]).p == pytest.approx(before.p)
+    @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12), st.randoms(use_true_random=False))
+    def test_law_order_and_direction_do_not_matter(self, values, random):
+        before = sign_flips(values)
+        mixed = random.sample(values, len(values))
+        assert sign_flips(mixed).p == pytest.approx(before.p)
+        assert sign_flips([-value for value in values]).p == pytest.approx(before.p)
         assert before.smallest_p - 1e-12 <= before.p <= 1
 
+    def test_drawn_signs_agree_with_all_signs(self, monkeypatch):
+        values = np.random.default_rng(3).normal(0.4, 1, 16)
+        exact = sign_flips(values)
+        monkeypatch.setattr(hypothesis_tests, "EXACT_UP_TO", 10)
+        drawn = sign_flips(values)
+        spread = math.sqrt(exact.p * (1 - exact.p) / 2**18)
+        assert drawn.p == pytest.approx(exact.p, abs=4 * spread)
+
+    def test_many_units_of_one_sign_have_the_smallest_p_that_can_be_drawn(self):
+        found = sign_flips(np.full(40, 0.01))
+        assert found.smallest_p == 2.0**-18 <= found.p < 1e-4
+
     def test_false_alarms_are_as_rare_as_promised(self):
+        """Skewed units, too, as long as their signs are exchangeable: 5 % of 600 plus three standard errors."""
         rng = np.random.default_rng(5)
-        assert np.mean([signed_rank(rng.normal(0, 1, 12)).p <= 0.05 for _ in range(600)]) <= 0.075
+        found = [sign_flips(rng.choice([-1, 1], 8) * rng.exponential(1, 8)).p <= 0.05 for _ in range(600)]
+        assert np.mean(found) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
 
 
 class TestHolm:
