@@ -30,7 +30,7 @@ bar is the median, thin lines join the same case.</p>
 <section aria-labelledby="training">
 <h2 id="training">Convergence, round by round</h2>
 <p class="about">Mean over the training hospitals (each counts the same) and over seeds; the band reaches from the lowest to the highest
-seed. The supervised part of the loss is comparable between methods. Validation Dice is measured by the training hospitals on their own
+seed. The supervised part of the loss is comparable between methods: with RAM’s two views it is their mean. Validation Dice is measured by the training hospitals on their own
 validation cases, slice by slice, and belongs to the model of that round.
 {% if judged and not training_keys.heldout %}The held-out hospital was judged at the end only; <code>federation.heldout_every</code> follows its Dice and ASD.{% endif %}</p>
 <ul class="key">{% if training_keys.whole %}<li>{{ sample("6 3", 1.4) }}whole loss, where it has a second part</li>{% endif %}

@@ -60,13 +60,14 @@ class Ram(Source):
         settings, data = self.plan.method.ram, self.plan.data
         plain, mixed = views
         both = segmentation_loss(plain.logits, batch.labels, data) + segmentation_loss(mixed.logits, batch.labels, data)
+        # Told as the mean of the views, so that it compares with a method of one view; the total holds their sum.
         valid = (batch.labels != IGNORE).unsqueeze(1)
         bernoulli = settings.divergence == "symmetric_bernoulli"
         probabilities = [probability(view.logits, data.activation) for view in views]
         consistency = consistency_loss(probabilities[0], probabilities[1], valid, symmetric=bernoulli)
         restoration = self._restoration(batch)
         total = both + settings.consistency * consistency + settings.restoration * restoration
-        parts = {"loss_supervised": both, "loss_consistency": consistency, "loss_restoration": restoration}
+        parts = {"loss_supervised": both / 2, "loss_consistency": consistency, "loss_restoration": restoration}
         return total, {name: value.detach() for name, value in parts.items()}
 
     def _mixed_view(self, batch: Batch) -> View:

@@ -52,7 +52,8 @@ class Source:
         network: As given.
         plan: As given.
         local: Networks that exist in training alone and stay at the site; empty here.
-        parts: Names of the loss's parts, in the order of the report.
+        parts: Names of the loss's parts, in the order of the report. `loss_supervised` is the mean over the views, so
+            that methods of one view and of two compare.
     """
 
     parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
