@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from clients.confidence import Gaussians
 from clients.device import choose_device
@@ -24,13 +23,13 @@ from clients.predict_files import Job, check_output, jobs_of_data, jobs_of_image
 from clients.predict_scores import Scores
 from clients.prediction import Prediction, Predictor
 from clients.slices import class_indices
-from common.console import counted
+from common.console import Screen, counted
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import check_geometry, read_volume
 from common.native import mask_bytes, picture_bytes, wide_bytes, write_like
 
 
-def run_predict(options: argparse.Namespace, console: Console) -> int:
+def run_predict(options: argparse.Namespace, console: Screen) -> int:
     """Predict every image; see `clients.predict_options.EXITS` for what is returned."""
     if options.batch is None:
         options.batch = BATCH
@@ -51,10 +50,10 @@ def run_predict(options: argparse.Namespace, console: Console) -> int:
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
             line = _one(predictor, job, options, scores)
-            console.print(f"{place}  {line}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{place}  {line}")
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
-            console.print(f"{place}  [{error.code}] not predicted", style="yellow", highlight=False, markup=False)
+            console.print(f"{place}  [{error.code}] not predicted", style="yellow")
     return _finish(options, scores, failed, len(found), console)
 
 
@@ -85,11 +84,11 @@ def _endings(options: argparse.Namespace) -> tuple[str, ...]:
     return ("_mask", *(ending for ending, on in wanted if on))
 
 
-def _introduce(options: argparse.Namespace, model: Model, images: int, left_out: int, console: Console) -> None:
+def _introduce(options: argparse.Namespace, model: Model, images: int, left_out: int, console: Screen) -> None:
     card = model.card
     trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
     words = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}, trained at {trained}"
-    console.print(f"{words}; {images} images to {options.output}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{words}; {images} images to {options.output}")
     if left_out:
         console.print(f"{left_out} files that are masks or results by their names are passed over", style="dim")
 
@@ -180,18 +179,18 @@ def _sizes(prediction: Prediction, model: Model) -> str:
 
 
 def _finish(
-    options: argparse.Namespace, scores: Scores, failed: Sequence[tuple[Job, Problem]], images: int, console: Console
+    options: argparse.Namespace, scores: Scores, failed: Sequence[tuple[Job, Problem]], images: int, console: Screen
 ) -> int:
     """Show the scores and what failed."""
     if scores.rows:
         scores.write(options.output / "scores.csv")
         console.print(scores.table())
-        console.print(f"scores: {options.output / 'scores.csv'}", highlight=False, soft_wrap=True)
+        console.print(f"scores: {options.output / 'scores.csv'}")
     for _, problem in failed:
-        console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(str(problem), style="yellow")
     lost = len({job.name for job, _ in failed})
     words = f"{images - lost} of {images} images predicted" + (f", {lost} failed (above)" if lost else "")
-    console.print(words, style="yellow" if lost else "green", highlight=False)
+    console.print(words, style="yellow" if lost else "green")
     if lost == images:
         return 1
     return 3 if lost else 0

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
+from common.console import Screen
 
 PREDICT: Final = """\
 Predict masks with a trained model. MODEL is the folder that holds model.json (or a file in
@@ -43,7 +43,7 @@ def add_predict_parser(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def _run(options: argparse.Namespace, console: Console) -> int:
+def _run(options: argparse.Namespace, console: Screen) -> int:
     from clients.predict import run_predict
 
     return run_predict(options, console)

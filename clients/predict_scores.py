@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.markup import escape
 from rich.table import Table
 
 from clients.cases import Case
@@ -79,14 +78,15 @@ class Scores:
                 dice = [row["dice"] for row in mine]
                 distances = [_mean([row[f"{name}{ending}"] for row in mine]) for name in ("asd", "assd", "hd95")]
                 spread = f"{np.mean(dice):.3f}" + (f" ± {np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "")
-                table.add_row(escape(site), escape(structure), str(len(mine)), spread, *distances)
+                table.add_row(site, structure, str(len(mine)), spread, *distances)
         return table
 
 
 def _mean(values: Sequence[float | None]) -> str:
-    """Mean of the figures that are defined."""
+    """Mean of the figures that are defined, and of how many it is where some are not."""
     known = [value for value in values if value is not None and math.isfinite(value)]
-    return f"{np.mean(known):.2f}" if known else "–"
+    mean = f"{np.mean(known):.2f}" if known else "–"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)})"
 
 
 def _text(value: Any) -> Any:

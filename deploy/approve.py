@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
 from clients.approval import (
     Bundle,
     approvals,
@@ -16,6 +14,7 @@ from clients.approval import (
     read_bundle,
     refused,
 )
+from common.console import Screen
 from common.errors import fail
 
 MOST_LINES = 400
@@ -62,27 +61,25 @@ def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_c
     return code_below(waiting[0])
 
 
-def show_difference(bundle: Bundle, approved: Path, console: Console, *, lines: bool) -> None:
+def show_difference(bundle: Bundle, approved: Path, console: Screen, *, lines: bool) -> None:
     """Show what a bundle changes since the last approval, or against the installed code before the first."""
     last = last_approved(approved)
     against = "the last approval" if last else "the code installed here (nothing was approved yet)"
     base = last or installed()
     changes = list(difference(base, bundle))
-    console.print(f"Code {bundle.digest}", highlight=False, soft_wrap=True)
-    console.print(f"{len(bundle.code)} files; against {against}:", highlight=False)
+    console.print(f"Code {bundle.digest}")
+    console.print(f"{len(bundle.code)} files; against {against}:")
     if bundle.client_app != base.client_app:
-        console.print(
-            f"changed  what is started: {base.client_app} -> {bundle.client_app}", style="yellow", markup=False
-        )
+        console.print(f"changed  what is started: {base.client_app} -> {bundle.client_app}", style="yellow")
     for headline, _ in changes:
-        console.print(f"  {headline}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {headline}")
     if not changes:
         console.print("  no file differs")
     if lines:
         text = "".join(part for _, part in changes).splitlines()
         for line in text[:MOST_LINES]:
             style = "green" if line.startswith("+") else "red" if line.startswith("-") else None
-            console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+            console.print(line, style=style)
         if len(text) > MOST_LINES:
             console.print(f"… {len(text) - MOST_LINES} more lines", style="yellow")
     elif changes:

@@ -7,14 +7,15 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
-from common.console import run_command, steps_of
+from common.console import Screen, run_command, steps_of
 from common.errors import Problem, fail
 from common.settings import GROUPS, choices_of, join
 from deploy.coordinator import add_commands
@@ -56,7 +57,7 @@ Settings are given as name=value: a group (data=promise12) or one value
 """
 
 DISTANCES = ("asd", "assd", "hd95")
-WIDE_CONSOLE = 100  # columns from which all distances fit; the report has them anyway
+WIDE_CONSOLE = 100  # columns from which a table has lines
 MOST_PROBLEMS = 8
 INTERRUPTED = "Interrupted. The same command goes on from the last done round."
 
@@ -72,8 +73,6 @@ def run() -> None:
     would keep an interrupted process until the round's deadline.
     """
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
     if any(thread.name == "hospitals" or not thread.daemon for thread in threading.enumerate()[1:]):
         os._exit(code)
     sys.exit(code)
@@ -109,15 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _study(options: argparse.Namespace, console: Console) -> int:
+def _study(options: argparse.Namespace, console: Screen) -> int:
     return _run(options.overrides, console, single=False)
 
 
-def _simulate(options: argparse.Namespace, console: Console) -> int:
+def _simulate(options: argparse.Namespace, console: Screen) -> int:
     return _run(options.overrides, console, single=True)
 
 
-def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
+def _run(overrides: Sequence[str], console: Screen, *, single: bool) -> int:
     from deploy.study import plan_study, run_study
 
     with console.status("looking at the hospitals and this machine"):
@@ -127,38 +126,38 @@ def _run(overrides: Sequence[str], console: Console, *, single: bool) -> int:
     return code
 
 
-def tell_end(folder: Path, cells: Sequence[Cell], code: int, console: Console) -> None:
+def tell_end(folder: Path, cells: Sequence[Cell], code: int, console: Screen) -> None:
     """Say how a study ended: who left cases out, the results, what went less than well, where the report is."""
     _print_left_out(cells, console)
     _print_results(folder, console)
     _print_problems(cells, console)
-    words = {0: "[green]completed[/green]", 3: "[yellow]degraded[/yellow]", 1: "[red]failed[/red]"}[code]
-    console.print(f"{words}; report: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    word = {0: ("completed", "green"), 3: ("degraded", "yellow"), 1: ("failed", "red")}[code]
+    console.print(Text.assemble(word, f"; report: {folder / 'report.html'}"))
 
 
-def _print_left_out(cells: Sequence[Cell], console: Console) -> None:
+def _print_left_out(cells: Sequence[Cell], console: Screen) -> None:
     """Say which hospitals left cases out, by code; which files these are stands in the hospital's own folder."""
     from server.report_cases import case_lines
 
     lines = [line for line in case_lines([cell.outcome() for cell in cells]) if "left out" in line]
     for line in lines:
-        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(line, style="yellow")
     if lines:
         console.print("Which files, and what to do: sites/<site>/problems.txt in a cell's folder.", style="yellow")
 
 
-def _print_problems(cells: Sequence[Cell], console: Console) -> None:
+def _print_problems(cells: Sequence[Cell], console: Screen) -> None:
     """Say what went less than well in cells that count, and how to run them again."""
     degraded = [cell for cell in cells if cell.outcome().get("status") == "degraded"]
     for cell in degraded[:MOST_PROBLEMS]:
-        console.print(f"{cell.name} is degraded:", style="yellow", highlight=False, markup=False)
+        console.print(f"{cell.name} is degraded:", style="yellow")
         for problem in cell.outcome().get("problems", [])[:MOST_PROBLEMS]:
-            console.print(f"  {Problem(**problem)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"  {Problem(**problem)}")
     if degraded:
         console.print("A degraded cell counts. To run it again, remove its folder and call again.", style="yellow")
 
 
-def _report(options: argparse.Namespace, console: Console) -> int:
+def _report(options: argparse.Namespace, console: Screen) -> int:
     from deploy.record import collect, read_record
     from server.report import make_report
 
@@ -169,30 +168,30 @@ def _report(options: argparse.Namespace, console: Console) -> int:
         read_record(folder)
         collect(folder)
         path = make_report(folder, tell)
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    console.print(f"report: {path}")
     return 0
 
 
-def _settings(options: argparse.Namespace, console: Console) -> int:
+def _settings(options: argparse.Namespace, console: Screen) -> int:
     import yaml
 
     tree = join(options.overrides)
-    console.print(yaml.safe_dump(tree, sort_keys=False), highlight=False, markup=False)
+    console.print(yaml.safe_dump(tree, sort_keys=False))
     for group in GROUPS:
-        console.print(f"{group}= {' | '.join(choices_of(group))}", highlight=False, markup=False)
+        console.print(f"{group}= {' | '.join(choices_of(group))}")
     return 0
 
 
-def _hospitals(options: argparse.Namespace, console: Console) -> int:
+def _hospitals(options: argparse.Namespace, console: Screen) -> int:
     from common.phantoms import write_hospitals
 
     with console.status("writing the synthetic hospitals"):
         path = write_hospitals(options.folder, seed=options.seed)
-    console.print(f"hospitals: {path}", highlight=False, soft_wrap=True)
+    console.print(f"hospitals: {path}")
     return 0
 
 
-def _print_results(folder: Path, console: Console) -> None:
+def _print_results(folder: Path, console: Screen) -> None:
     import pyarrow.parquet as pq
 
     from server.report_tables import AVERAGE, summary_rows
@@ -212,20 +211,33 @@ def _print_results(folder: Path, console: Console) -> None:
     heads = {"method": "method", "site": "hospital", "structure": "structure"}
     if len({row["structure"] for row in rows}) == 1:
         del heads["structure"]
-    distances = DISTANCES if console.width >= WIDE_CONSOLE else DISTANCES[:1]
-    table = Table(title=f"{judged} (mean over cases; distances in {unit})")
-    for title in heads.values():  # a long label wraps; a number that is cut short is worth nothing
-        table.add_column(title, no_wrap=title != "method")
-    for title in ("Dice ± sd", "95 % interval", *(name.upper() for name in distances), "cases"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = Table(title=f"{judged} (mean over cases; distances in {unit})", **_style_for(console))
+    for title in heads.values():  # a long label wraps between words, and no number is cut
+        table.add_column(title)
+    for title in ("Dice ± sd", "95 % interval", *(name.upper() for name in DISTANCES), "cases"):
+        table.add_column(title, justify="right")
     for row in rows:
-        values = ["–" if math.isnan(row[f"{name}_mean"]) else f"{row[f'{name}_mean']:.2f}" for name in distances]
         spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
         interval = "–" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
-        head = [escape(str(row[name])) for name in heads]
+        cells = [*(str(row[name]) for name in heads), spread, interval, *(_distance(row, name) for name in DISTANCES)]
         end = row["site"] == AVERAGE
-        table.add_row(*head, spread, interval, *values, str(row["cases"]), style="bold" if end else "", end_section=end)
+        table.add_row(*cells, str(row["cases"]), style="bold" if end else "", end_section=end)
     console.print(table)
+    if any(row[f"{name}_excluded"] for row in rows for name in DISTANCES):
+        console.print("(n of N): a mean over n of N predictions; a distance is undefined where one mask is empty.")
+
+
+def _style_for(console: Screen) -> dict[str, Any]:
+    """Return a table's lines and gaps: without lines where the console is narrow."""
+    narrow = console.width < WIDE_CONSOLE
+    return {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False} if narrow else {}
+
+
+def _distance(row: Mapping[str, Any], name: str) -> str:
+    """Show a mean distance, and over how many evaluations it is where some have none."""
+    mean, missing = row[f"{name}_mean"], row[f"{name}_excluded"]
+    value = "–" if math.isnan(mean) else f"{mean:.2f}"
+    return f"{value} ({row['evaluations'] - missing} of {row['evaluations']})" if missing else value
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from common.console import Screen
 from common.errors import fail
 from server.departures import OPTION
 
-Command = Callable[[argparse.Namespace, Console], int]
+Command = Callable[[argparse.Namespace, Screen], int]
 
 
 def add_commands(commands: Any) -> None:
@@ -54,7 +53,7 @@ def _provision_command(commands: Any) -> None:
     command.set_defaults(run=_provision)
 
 
-def _provision(options: argparse.Namespace, console: Console) -> int:
+def _provision(options: argparse.Namespace, console: Screen) -> int:
     from deploy.provision import provision
 
     registrations = [_registration(text) for text in options.register]
@@ -67,19 +66,19 @@ def _provision(options: argparse.Namespace, console: Console) -> int:
         register=registrations,
     )
     for words in done.made or ["nothing to do: everything is there and good"]:
-        console.print(f"  {words}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {words}")
     for site in done.waiting:
         words = f"{site}: waiting for its site.pub (fedsgcg-site request), then --register {site}=site.pub"
-        console.print(f"  {words}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {words}", style="yellow")
     for site in done.revoked:
         words = f"{site}: not let in any more; --reissue {site} makes a new key"
-        console.print(f"  {words}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {words}", style="yellow")
     for words in done.warnings:
-        console.print(f"  {words}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"coordinator: {done.kit.folder}", highlight=False, soft_wrap=True)
-    console.print(f"hospitals:   {done.sites}", highlight=False, soft_wrap=True)
+        console.print(f"  {words}", style="yellow")
+    console.print(f"coordinator: {done.kit.folder}")
+    console.print(f"hospitals:   {done.sites}")
     console.print("Fingerprint of the authority, for hospitals to compare with `fedsgcg-site check`:")
-    console.print(f"  {done.authority[:48]}\n  {done.authority[48:]}", highlight=False, soft_wrap=True)
+    console.print(f"  {done.authority[:48]}\n  {done.authority[48:]}")
     return 0
 
 
@@ -90,31 +89,31 @@ def _registration(text: str) -> tuple[str, Path]:
     return site, Path(path)
 
 
-def _serve(options: argparse.Namespace, console: Console) -> int:
+def _serve(options: argparse.Namespace, console: Screen) -> int:
     from deploy.serve import serve_kit
 
     return serve_kit(options.kit, console, insecure=options.insecure, listen=options.listen)
 
 
-def _run(options: argparse.Namespace, console: Console) -> int:
+def _run(options: argparse.Namespace, console: Screen) -> int:
     from deploy.operate import run_kit
 
     return run_kit(options.kit, options.overrides, console, detach=options.detach, without=options.without)
 
 
-def _resume(options: argparse.Namespace, console: Console) -> int:
+def _resume(options: argparse.Namespace, console: Screen) -> int:
     from deploy.operate import resume_kit
 
     return resume_kit(options.kit, console, detach=options.detach, without=options.without)
 
 
-def _status(options: argparse.Namespace, console: Console) -> int:
+def _status(options: argparse.Namespace, console: Screen) -> int:
     from deploy.status import status_kit
 
     return status_kit(options.kit, console)
 
 
-def _stop(options: argparse.Namespace, console: Console) -> int:
+def _stop(options: argparse.Namespace, console: Screen) -> int:
     from deploy.operate import stop_kit
 
     return stop_kit(options.kit, console)

@@ -10,17 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from clients.approval import approvals
 from clients.doctor import Finding, Seen, Verdict, examine_files
 from clients.site_file import SiteFile
+from common.console import Screen, progress_bar
 from common.errors import FedsgcgError
 from common.payload import Weights
 from common.plan import Plan
 from common.settings import compose
+from deploy.certificates import certificate_fingerprint, read_certificate
 from deploy.link import examine_link
 
 SETTINGS = "settings.txt"
@@ -34,7 +35,7 @@ COLOUR: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 ORDER = ("files", "site", "device", "disk", "clock", "link")
 
 
-def examine(policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Console) -> list[Finding]:
+def examine(policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Screen) -> list[Finding]:
     """Look at files, folders, device, disk, clock and link; one finding a thing, in the order of `ORDER`.
 
     Args:
@@ -49,7 +50,7 @@ def examine(policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool
     """
     plan = plan_of_kit(kit, overrides)
     heldout = plan.role(policy.site) != "train" or "train" not in policy.roles
-    with Progress(console=console, transient=True) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("reading every file", total=None)
         files, seen = examine_files(
             policy,
@@ -87,6 +88,7 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
         findings.append(Finding("site", "key", "fail", found, f"chmod 600 {key}", "SITE-518"))
     else:
         findings.append(Finding("site", "key", "ok", f"{key.name}, for its owner only"))
+    findings.append(_authority(Path(policy.ca)))
     if not approvals(Path(policy.approved)):
         action = "fedsgcg-site approve KIT shows the code and asks; without it nothing of the federation runs here"
         findings.append(Finding("site", "approved code", "warn", "none yet", action, "POL-705"))
@@ -153,6 +155,16 @@ def examine_disk(policy: SiteFile, seen: Sequence[Seen]) -> list[Finding]:
     return findings
 
 
+def _authority(path: Path) -> Finding:
+    """Show the authority's fingerprint, which the hospital compares with the coordinator's by telephone."""
+    try:
+        found = certificate_fingerprint(read_certificate(path))
+    except FedsgcgError as error:
+        action = "Ask the coordinator for ca.crt again."
+        return Finding("site", "authority", "fail", f"{path}: {error.problems[0].found}", action, error.code)
+    return Finding("site", "authority", "ok", found, "Compare it with the coordinator's by telephone.")
+
+
 def payload_bytes(plan: Plan) -> int:
     """Bytes of one direction of a round: weights and, with SgCG, class statistics."""
     from common.networks import build_network
@@ -170,7 +182,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return 1 if "fail" in verdicts else 3 if "warn" in verdicts else 0
 
 
-def show(findings: Sequence[Finding], console: Console, *, everything: bool) -> None:
+def show(findings: Sequence[Finding], console: Screen, *, everything: bool) -> None:
     """Show the findings as a table; files without a problem only in number, unless `everything`."""
     quiet = [finding for finding in findings if finding.area == "files" and finding.verdict == "ok"]
     table = Table(title=f"fedsgcg-site check, {time.strftime('%Y-%m-%d %H:%M')}", show_lines=False)
@@ -182,19 +194,13 @@ def show(findings: Sequence[Finding], console: Console, *, everything: bool) -> 
             continue
         if last and finding.area != last:
             table.add_section()
-        mark = f"[{COLOUR[finding.verdict]}]{finding.verdict}[/]"
+        mark = Text(finding.verdict, style=COLOUR[finding.verdict])
         found = f"[{finding.code}] {finding.found}" if finding.code else finding.found
         area = finding.area if finding.area != last else ""
-        table.add_row(area, _safe(finding.name), mark, _safe(found), _safe(finding.action))
+        table.add_row(area, finding.name, mark, found, finding.action)
         last = finding.area
-    console.print(table, highlight=False)
+    console.print(table)
     counts = Counter(finding.verdict for finding in findings)
     hidden = f" ({len(quiet)} files without a problem; --all lists them)" if quiet and not everything else ""
-    said = ", ".join(f"[{COLOUR[verdict]}]{counts[verdict]} {verdict}[/]" for verdict in COLOUR if counts[verdict])
-    console.print(said + hidden, highlight=False)
-
-
-def _safe(text: str) -> str:
-    from rich.markup import escape
-
-    return escape("".join(char if char.isprintable() else "?" for char in text))
+    said = [Text(f"{counts[verdict]} {verdict}", style=COLOUR[verdict]) for verdict in COLOUR if counts[verdict]]
+    console.print(Text(", ").join(said) + Text(hidden))

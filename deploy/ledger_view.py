@@ -11,7 +11,6 @@ from typing import Any
 
 from flwr.app import Context, Message, Metadata, RecordDict
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from clients import ledger
@@ -19,6 +18,7 @@ from clients.egress import LEDGER
 from clients.policy import NODE_KEY
 from clients.site_file import SiteFile, write_site_file
 from common import wire
+from common.console import Screen
 from common.errors import CODES, FedsgcgError, Problem
 from common.payload import Identity, Weights
 from common.plan import Plan
@@ -26,7 +26,7 @@ from common.plan import Plan
 PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
 
 
-def show_ledger(policy: SiteFile, console: Console, *, last: int) -> int:
+def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
     """Show what left, the newest line last; returns 0, or 1 when nothing has left yet.
 
     Args:
@@ -40,10 +40,10 @@ def show_ledger(policy: SiteFile, console: Console, *, last: int) -> int:
     path = Path(policy.home) / LEDGER
     lines = ledger.entries(path) if path.exists() else []
     if not lines:
-        console.print(f"Nothing has left {policy.site} yet.", highlight=False)
+        console.print(f"Nothing has left {policy.site} yet.")
         return 1
     shown = lines[-last:] if last else lines
-    console.print(f"What left {policy.site}: {path}", highlight=False)
+    console.print(f"What left {policy.site}: {path}")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     used = [name for name in PARTS if any(line["parts"].get(name) for line in shown)]  # a terminal may have 80 columns
     table.add_column("#", justify="right", no_wrap=True)
@@ -58,11 +58,9 @@ def show_ledger(policy: SiteFile, console: Console, *, last: int) -> int:
         parts = [f"{line['parts'][name]:,}" if line["parts"].get(name) else "–" for name in used]
         when = str(line["time"])[:19].replace("T", " ")
         table.add_row(str(line["seq"]), when, str(line["round"]), str(line["kind"]), *parts, why)
-    least = console.measure(table, options=console.options.update(width=1000)).minimum
-    table.width = least if least > console.width else None
-    console.print(table, highlight=False, crop=False)  # nothing of a ledger is cut off
+    console.print(table)
     total = sum(sum(line["parts"].values()) for line in lines)
-    console.print(f"{len(lines)} messages, {total:,} bytes; the chain of hashes is intact.", highlight=False)
+    console.print(f"{len(lines)} messages, {total:,} bytes; the chain of hashes is intact.")
     return 0
 
 
@@ -73,7 +71,7 @@ def reason(line: Mapping[str, Any]) -> str:
     return f"{code}: {CODES[code]}" if code in CODES else note.partition("\n")[0]
 
 
-def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Console) -> int:
+def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -> int:
     """Make the next round's reply for real, on this site's data, and show its bytes; nothing is sent.
 
     The reply passes the same door with the same floors; only the ledger line goes to a folder that is thrown away.
@@ -103,10 +101,10 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Console) 
     parts = wire.payload_bytes(content)
     for name, size in parts.items():
         table.add_row(name, f"{size:,}", CONTENT.get(name, ""))
-    table.add_row("[bold]all[/bold]", f"[bold]{sum(parts.values()):,}[/bold]", "", end_section=True)
-    console.print(table, highlight=False)
+    table.add_row("all", f"{sum(parts.values()):,}", "", style="bold", end_section=True)
+    console.print(table)
     withheld = reply.details.get("withheld") or []
-    console.print(f"Withheld by the floors: {', '.join(withheld) or 'nothing'}. Nothing was sent.", highlight=False)
+    console.print(f"Withheld by the floors: {', '.join(withheld) or 'nothing'}. Nothing was sent.")
     return 0
 
 

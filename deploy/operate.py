@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
+from rich.text import Text
 
-from common.console import steps_of
+from common.console import Screen, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from deploy.bundle import Bundle, build_bundle, run_config
@@ -73,7 +73,7 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
 
 
 def run_kit(
-    path: Path, overrides: Sequence[str], console: Console, *, detach: bool = False, without: Sequence[str] = ()
+    path: Path, overrides: Sequence[str], console: Screen, *, detach: bool = False, without: Sequence[str] = ()
 ) -> int:
     """Submit the cells of a study that are missing, one after the other, and watch them.
 
@@ -106,19 +106,21 @@ def run_kit(
         missing = [cell for cell in study.cells if not cell.done]
         for cell in missing if without else ():
             declare(Plan.from_tree(cell.tree), without, Disk())
-        console.print(f"[bold]{len(study.cells)} cells[/bold], {len(missing)} to do, in {study.folder}", soft_wrap=True)
-        console.print(f"app bundle {bundle.digest[:16]}, which each hospital must have approved", highlight=False)
+        console.print(
+            Text.assemble((f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}")
+        )
+        console.print(f"app bundle {bundle.digest[:16]}, which each hospital must have approved")
         for cell in missing:
             started = submit(kit, control, cell, bundle, overrides)
             if detach:
-                console.print(f"run {started.run_id} started; fedsgcg status {kit.folder}", highlight=False)
+                console.print(f"run {started.run_id} started; fedsgcg status {kit.folder}")
                 return 0
             try:
                 watch(control, cell, started, console)
             except FedsgcgError as error:
                 if error.code != "DEP-615":
                     raise
-                console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+                console.print(str(error), style="red")
                 return 1
         with steps_of(console, "making the report") as tell:
             collect(study.folder)
@@ -158,7 +160,7 @@ def submit(kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Se
     return started
 
 
-def watch(control: Control, cell: Cell, started: Started, console: Console) -> None:
+def watch(control: Control, cell: Cell, started: Started, console: Screen) -> None:
     """Show a run's progress until it has finished; a server that is away for a while is waited for.
 
     Raises:
@@ -174,7 +176,7 @@ def watch(control: Control, cell: Cell, started: Started, console: Console) -> N
     if _is_of_this_run(cell, started):
         outcome = cell.outcome()
         for problem in outcome.get("problems", []) if outcome.get("status") == "failed" else []:
-            console.print(str(Problem(**problem)), style="red", highlight=False, markup=False, soft_wrap=True)
+            console.print(str(Problem(**problem)), style="red")
         return
     raise fail(
         "DEP-615",
@@ -184,7 +186,7 @@ def watch(control: Control, cell: Cell, started: Started, console: Console) -> N
     )
 
 
-def wait_until_over(control: Control, run_id: int, console: Console) -> RunState | None:
+def wait_until_over(control: Control, run_id: int, console: Screen) -> RunState | None:
     """Wait until Flower says that a run is over; returns None for a run that the server does not know."""
     away_since = 0.0
     while True:
@@ -204,26 +206,26 @@ def wait_until_over(control: Control, run_id: int, console: Console) -> RunState
         time.sleep(POLL_S)
 
 
-def resume_kit(path: Path, console: Console, *, detach: bool = False, without: Sequence[str] = ()) -> int:
+def resume_kit(path: Path, console: Screen, *, detach: bool = False, without: Sequence[str] = ()) -> int:
     """Go on with what was last submitted, without the sites that left for good; raises DEP-613 when nothing was."""
     started = last_started(Kit.at(path))
     return run_kit(path, started.overrides, console, detach=detach, without=without)
 
 
-def stop_kit(path: Path, console: Console) -> int:
+def stop_kit(path: Path, console: Screen) -> int:
     """Stop the run that is under way; what is done stays."""
     kit = Kit.at(path)
     started = last_started(kit)
     with control_of(kit) as control:
         state = control.run(started.run_id)
         if state is None or state.over:
-            console.print("No run is under way.", highlight=False)
+            console.print("No run is under way.")
             return 0
         control.stop(started.run_id)
         end = time.monotonic() + STOPPING_S
         while time.monotonic() < end and (state := control.run(started.run_id)) is not None and not state.over:
             time.sleep(POLL_S)
-    console.print(f"run {started.run_id} stopped; fedsgcg resume {kit.folder} goes on", highlight=False)
+    console.print(f"run {started.run_id} stopped; fedsgcg resume {kit.folder} goes on")
     return 0
 
 

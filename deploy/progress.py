@@ -10,22 +10,35 @@ import json
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from common.console import Screen, least_width
 from deploy.simulate import Cell
 
 POLL_S = 0.3
 STYLES = {"running": "cyan", "completed": "green", "waiting": "dim"}
 LEFT_ALIGNED = ("method", "held out", "last site", "")
+COLUMNS: Mapping[str, Callable[[CellState], RenderableType]] = {
+    "method": lambda state: state.cell.method,
+    "held out": lambda state: state.cell.heldout or "–",
+    "seed": lambda state: str(state.cell.seed),
+    "round": lambda state: f"{state.round}/{state.rounds}" if state.round else "–",
+    "last site": lambda state: state.site,
+    "loss": lambda state: _show(state.loss),
+    "Dice (validation)": lambda state: _show(state.dice),
+    "Dice (held out)": lambda state: _show(state.heldout_dice),
+    "": lambda state: Text(state.status, style=STYLES.get(state.status, "yellow")),
+}
+COLUMNS_WHERE_NARROW = {title: COLUMNS[title] for title in ("held out", "round", "Dice (held out)", "")}
 
 
 @dataclass
@@ -104,7 +117,7 @@ class CellState:
 class Progress:
     """Context manager that shows the cells' progress until it is left."""
 
-    def __init__(self, cells: Sequence[Cell], console: Console) -> None:
+    def __init__(self, cells: Sequence[Cell], console: Screen) -> None:
         self.console = console
         self.states = [CellState(cell, rounds=int(cell.tree["federation"]["rounds"])) for cell in cells]
         self.started = time.monotonic()
@@ -149,7 +162,7 @@ class Progress:
             state.read_events()
             if not self._live:
                 for line in state.lines:
-                    self.console.print(f"{line}  ({self.time_left()})", highlight=False, markup=False)
+                    self.console.print(f"{line}  ({self.time_left()})")
             state.lines.clear()
         if self._live:
             self._live.update(self._render(), refresh=True)
@@ -160,36 +173,24 @@ class Progress:
         finished = sum(state.ended for state in self.states)
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         head = Text(f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}")
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in (
-            "method",
-            "held out",
-            "seed",
-            "round",
-            "last site",
-            "loss",
-            "Dice (validation)",
-            "Dice (held out)",
-            "",
-        ):
-            table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right")
         # A running cell is worth a line; of the others a few are enough, for a study may have hundreds.
-        order = sorted(self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1))
-        for state in order[:16]:
-            table.add_row(
-                state.cell.method,
-                Text(state.cell.heldout or "–"),
-                str(state.cell.seed),
-                f"{state.round}/{state.rounds}" if state.round else "–",
-                Text(state.site),
-                _show(state.loss),
-                _show(state.dice),
-                _show(state.heldout_dice),
-                Text(state.status, style=STYLES.get(state.status, "yellow")),
-            )
+        order = sorted(self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1))[:16]
+        table = _table(order, COLUMNS)
+        if least_width(self.console, table) > self.console.width:
+            table = _table(order, COLUMNS_WHERE_NARROW)
         bar = Table.grid()
         bar.add_row(ProgressBar(total=rounds, completed=done, width=60))
         return Group(head, bar, table)
+
+
+def _table(states: Sequence[CellState], columns: Mapping[str, Callable[[CellState], RenderableType]]) -> Table:
+    """Return a line a cell; a redrawn table cannot run over the console's edge, so it gets the columns that fit."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in columns:
+        table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right")
+    for state in states:
+        table.add_row(*(show(state) for show in columns.values()))
+    return table
 
 
 def _number(value: Any, otherwise: float) -> float:

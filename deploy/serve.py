@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-
+from common.console import Screen
 from common.errors import FedsgcgError, fail
 from deploy.certificates import (
     RENEW_WITHIN_DAYS,
@@ -39,7 +38,7 @@ ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
 LOGGERS: Final = ("flwr", "uvicorn", "uvicorn.error")
 
 
-def serve_kit(path: Path, console: Console, *, insecure: bool = False, listen: str = "") -> int:
+def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: str = "") -> int:
     """Serve a kit until the process is told to stop.
 
     Args:
@@ -71,7 +70,7 @@ def serve_kit(path: Path, console: Console, *, insecure: bool = False, listen: s
     with console.status("clearing away what ended runs have left"):
         told = tidy(kit)
     if told:
-        console.print(told, highlight=False)
+        console.print(told)
     doors = Doors(
         host=host,
         port=project.address[1],
@@ -88,12 +87,12 @@ def serve_kit(path: Path, console: Console, *, insecure: bool = False, listen: s
 
     def ready() -> None:
         kind = "WITHOUT TLS, on this machine only" if insecure else "TLS, registered hospitals only"
-        console.print(f"{project.name}: serving {host}:{doors.port} ({kind})", highlight=False)
-        console.print(f"logs: {kit.state / 'server.log'}, {kit.state / 'runs.log'}", highlight=False, soft_wrap=True)
+        console.print(f"{project.name}: serving {host}:{doors.port} ({kind})")
+        console.print(f"logs: {kit.state / 'server.log'}, {kit.state / 'runs.log'}")
         watch.start()
 
     asyncio.run(serve(doors, ready, watch.stop))
-    console.print("server ended", highlight=False)
+    console.print("server ended")
     return 0
 
 
@@ -110,7 +109,7 @@ def check_insecure(project: Project, host: str) -> None:
     )
 
 
-def check_certificate(kit: Kit, project: Project, console: Console) -> None:
+def check_certificate(kit: Kit, project: Project, console: Screen) -> None:
     """Refuse a certificate that hospitals would refuse, while the person who can renew it is looking."""
     certificate = read_certificate(kit.folder / "server.crt")
     authority = read_certificate(kit.folder / "ca.crt")
@@ -126,7 +125,7 @@ def check_certificate(kit: Kit, project: Project, console: Console) -> None:
     if not is_signed_by(certificate, authority):
         raise fail("DEP-607", where=where, found="another authority signed it", expected="ca.crt", action=action)
     if left < RENEW_WITHIN_DAYS:
-        console.print(f"The server's certificate ends in {left:.0f} days: {action}", style="yellow", highlight=False)
+        console.print(f"The server's certificate ends in {left:.0f} days: {action}", style="yellow")
 
 
 def check_port(host: str, port: int) -> None:
@@ -207,7 +206,7 @@ class Watch:
     """
 
     kit: Kit
-    console: Console
+    console: Screen
     _seen: dict[str, str] = field(default_factory=dict)
     _stamp: float = -1.0
     _trouble: str = ""
@@ -255,7 +254,7 @@ class Watch:
 
     def _tell(self, words: str) -> None:
         clock = time.strftime("%H:%M:%S")
-        self.console.print(f"{clock}  {words}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{clock}  {words}")
 
 
 def presence(nodes: list[Node], sites: tuple[str, ...]) -> Mapping[str, str]:

@@ -13,12 +13,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from clients.predict_options import add_predict_parser
 from clients.site_file import read_site_file
-from common.console import print_error, run_command
+from common.console import Screen, print_error, run_command
 from common.errors import FedsgcgError, fail
 
 HELP = """\
@@ -96,26 +96,26 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
     made["cache"].add_argument("--days", type=float, default=30.0, help="days without use; 0 removes all")
 
 
-def _check(options: argparse.Namespace, console: Console) -> int:
+def _check(options: argparse.Namespace, console: Screen) -> int:
     from deploy.doctor import examine, exit_code, show
 
     path = site_file_of(options.kit)
     findings = examine(read_site_file(path), path.parent, options.settings, link=not options.no_link, console=console)
     if options.json:
-        sys.stdout.write(json.dumps([finding.as_dict() for finding in findings], indent=1) + "\n")
+        console.print(json.dumps([finding.as_dict() for finding in findings], indent=1))
     else:
         show(findings, console, everything=options.all)
     return exit_code(findings)
 
 
-def _join(options: argparse.Namespace, console: Console) -> int:
+def _join(options: argparse.Namespace, console: Screen) -> int:
     from deploy.join import Join
 
     path = site_file_of(options.kit)
     policy = read_site_file(path)
 
     def say(line: str) -> None:
-        console.print(f"{datetime.now(UTC):%H:%M:%S} {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{datetime.now(UTC):%H:%M:%S} {line}")
 
     join = Join(policy, path, say, cold=options.cold)
     signal.signal(signal.SIGTERM, join.stop)
@@ -131,7 +131,7 @@ def _join(options: argparse.Namespace, console: Console) -> int:
     return code
 
 
-def _status(options: argparse.Namespace, console: Console) -> int:
+def _status(options: argparse.Namespace, console: Screen) -> int:
     from clients import ledger
     from clients.egress import LEDGER
     from deploy.join import joined_pid, read_facts
@@ -157,19 +157,19 @@ def _status(options: argparse.Namespace, console: Console) -> int:
     rows.append(("ledger", f"{len(lines)} messages have left, chain intact"))
     table = Table(show_header=False, title=None, box=None)
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/bold]", value)
-    console.print(table, highlight=False)
+        table.add_row(Text(name, style="bold"), value)
+    console.print(table)
     return 1 if not pid else 3 if state != "joined" else 0
 
 
-def _leave(options: argparse.Namespace, console: Console) -> int:
+def _leave(options: argparse.Namespace, console: Screen) -> int:
     from deploy.join import leave
 
     policy = read_site_file(site_file_of(options.kit))
     ended = leave(policy)
-    console.print(f"{policy.site} has left." if ended else f"{policy.site} had not joined.", highlight=False)
+    console.print(f"{policy.site} has left." if ended else f"{policy.site} had not joined.")
     if options.for_good:
-        console.print(FOR_GOOD.format(site=policy.site, home=policy.home, cache=policy.cache), highlight=False)
+        console.print(FOR_GOOD.format(site=policy.site, home=policy.home, cache=policy.cache))
     return 0
 
 
@@ -184,7 +184,7 @@ To leave for good:
   4. The slice cache holds images and may be removed: rm -r {cache}"""
 
 
-def _ledger(options: argparse.Namespace, console: Console) -> int:
+def _ledger(options: argparse.Namespace, console: Screen) -> int:
     from deploy.doctor import plan_of_kit
     from deploy.ledger_view import dry_run, show_ledger
 
@@ -195,7 +195,7 @@ def _ledger(options: argparse.Namespace, console: Console) -> int:
     return show_ledger(policy, console, last=0 if options.all else RECENT)
 
 
-def _approve(options: argparse.Namespace, console: Console) -> int:
+def _approve(options: argparse.Namespace, console: Screen) -> int:
     from clients.approval import approvals, approve, is_approved
     from deploy.approve import choose_bundle, show_difference
 
@@ -203,35 +203,35 @@ def _approve(options: argparse.Namespace, console: Console) -> int:
     path = Path(policy.approved)
     bundle = choose_bundle(path, options.bundle, options.hash, installed_code=options.installed)
     if bundle is None:
-        console.print(f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}", soft_wrap=True)
+        console.print(f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}")
         return 0
     if is_approved(bundle, path):
-        console.print(f"{bundle.digest} is approved already.", highlight=False)
+        console.print(f"{bundle.digest} is approved already.")
         return 0
     show_difference(bundle, path, console, lines=options.diff)
     if not options.yes and (not sys.stdin.isatty() or input("Approve this code to run here? [y/N] ").lower() != "y"):
         console.print("Not approved: it does not run here. --yes approves without a question.", style="yellow")
         return 1
     approve(bundle, path, getpass.getuser())
-    console.print(f"Approved: {bundle.digest}", highlight=False, soft_wrap=True)
+    console.print(f"Approved: {bundle.digest}")
     return 0
 
 
-def _cache(options: argparse.Namespace, console: Console) -> int:
+def _cache(options: argparse.Namespace, console: Screen) -> int:
     from clients.cache import UNUSED_DAYS, cache_files, prune
 
     policy = read_site_file(site_file_of(options.kit))
     files = cache_files(Path(policy.cache))
-    console.print(f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB in {policy.cache}", highlight=False)
+    console.print(f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB in {policy.cache}")
     if options.prune:
         gone = prune(Path(policy.cache), options.days)
-        console.print(f"removed {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB", highlight=False)
+        console.print(f"removed {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB")
     else:
         console.print(f"Files without use for {UNUSED_DAYS:.0f} days go by themselves; --prune --days N removes more.")
     return 0
 
 
-def _request(options: argparse.Namespace, console: Console) -> int:
+def _request(options: argparse.Namespace, console: Screen) -> int:
     from deploy.certificates import make_site_key
 
     path = site_file_of(options.kit)
@@ -240,8 +240,8 @@ def _request(options: argparse.Namespace, console: Console) -> int:
     if key.name != "site.key":
         raise fail("DEP-601", where=str(path), found=f"key: {key.name}", expected="key: site.key")
     line = make_site_key(key.parent, policy.site)
-    console.print(f"Send this line to the coordinator ({key.parent / 'site.pub'}); {key} never leaves:", soft_wrap=True)
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"Send this line to the coordinator ({key.parent / 'site.pub'}); {key} never leaves:")
+    console.print(line)
     return 0
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.console import Screen
 from common.errors import FedsgcgError
 from deploy.control import RunState, control_of
 from deploy.project import Kit
@@ -128,7 +128,7 @@ def standing(folder: Path) -> Standing:
     return found
 
 
-def status_kit(path: Path, console: Console) -> int:
+def status_kit(path: Path, console: Screen) -> int:
     """Show who is there and where the run stands.
 
     Returns:
@@ -147,14 +147,14 @@ def status_kit(path: Path, console: Console) -> int:
     except FedsgcgError as error:
         trouble = str(error)
     now = standing(Path(started.folder)) if started else Standing()
-    console.print(f"[bold]{project.name}[/bold] at {project.server}", highlight=False)
+    console.print(Text.assemble((project.name, "bold"), f" at {project.server}"))
     if trouble:
-        console.print(trouble, style="red", highlight=False, markup=False, soft_wrap=True)
+        console.print(trouble, style="red")
     gone = departed(Path(started.folder)) if started else {}
     console.print(_table(project.sites, there, now, gone))
-    console.print(_sentence(started.run_id if started else 0, state, now), highlight=False, soft_wrap=True)
+    console.print(_sentence(started.run_id if started else 0, state, now))
     if started:
-        console.print(f"run folder: {started.folder}", highlight=False, soft_wrap=True)
+        console.print(f"run folder: {started.folder}")
     return 1 if trouble or now.ended == "failed" else 0
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.text import Text
 
 from clients.cases import data_fingerprint
 from clients.site import resolve_cache
-from common.console import steps_of
+from common.console import Screen, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import join
@@ -117,7 +117,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     return Study(folder, cells, runtime, device, machine, address, tuple(overrides), command, data)
 
 
-def run_study(study: Study, console: Console) -> int:
+def run_study(study: Study, console: Screen) -> int:
     """Run what is missing, then write the tables and the report; returns the exit code (0, 1 failed, 3 degraded)."""
     from server.report import make_report
 
@@ -127,9 +127,9 @@ def run_study(study: Study, console: Console) -> int:
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
         console.print(
-            f"[bold]{len(study.cells)} cells[/bold], {len(missing)} to do, in {study.folder}", highlight=False
+            Text.assemble((f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}")
         )
-        console.print(_explain_runtime(study, len(missing)), highlight=False)
+        console.print(_explain_runtime(study, len(missing)))
         errors: dict[str, str] = {}
         if missing:
             with Progress(study.cells, console):
@@ -139,19 +139,19 @@ def run_study(study: Study, console: Console) -> int:
             make_report(study.folder, tell)
     _tell_cut_steps(missing, console)
     for name, text in errors.items():
-        console.print(f"{name} failed", style="bold red", highlight=False, markup=False)
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name} failed", style="bold red")
+        console.print(text)
     return exit_code(study.cells)
 
 
-def _tell_cut_steps(cells: Iterable[Cell], console: Console) -> None:
+def _tell_cut_steps(cells: Iterable[Cell], console: Screen) -> None:
     """Name the cells in which a hospital ran out of memory and went on with smaller parts of its steps."""
     from server.report_reader import Reader
     from server.report_rounds import cut_steps
 
     for cell in cells:
         if text := cut_steps(Reader(cell.folder).rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))):
-            console.print(f"{cell.name}: {text}.", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{cell.name}: {text}.", style="yellow")
 
 
 def exit_code(cells: Iterable[Cell]) -> int:

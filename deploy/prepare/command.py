@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from common.console import Screen
 from common.datasets import CATALOGUE, OWN_DATA
 from common.errors import Problem, fail
 from deploy.prepare import fundus, own, prostate
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
     prepare.set_defaults(run=run_prepare)
 
 
-def run_list(options: argparse.Namespace, console: Console) -> int:
+def run_list(options: argparse.Namespace, console: Screen) -> int:
     """Show the data sets."""
     del options
     table = Table(title="Data sets with settings (data=NAME); nothing is downloaded")
@@ -61,12 +61,12 @@ def run_list(options: argparse.Namespace, console: Console) -> int:
         )
         table.add_row(data_set.name, data_set.title, hospitals, data_set.terms, end_section=True)
     console.print(table)
-    console.print("fedsgcg data prepare NAME      says what to fetch from where", highlight=False)
-    console.print(OWN_DATA, highlight=False, style="dim")
+    console.print("fedsgcg data prepare NAME      says what to fetch from where")
+    console.print(OWN_DATA, style="dim")
     return 0
 
 
-def run_prepare(options: argparse.Namespace, console: Console) -> int:
+def run_prepare(options: argparse.Namespace, console: Screen) -> int:
     """Convert one data set; 0 when all is as published, 3 when something is missing, extra or cannot be used."""
     name, source, folder = options.name, options.source, options.output
     if source is None or not source.exists():
@@ -87,30 +87,28 @@ def run_prepare(options: argparse.Namespace, console: Console) -> int:
     return 3 if outcome.problems else 0
 
 
-def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Console) -> None:
+def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Screen) -> None:
     console.print(_counts(name, outcome))
     for note in [*outcome.notes[:SHOWN], advice]:
         if note:
-            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"note: {note}")
     if len(outcome.notes) > SHOWN:
-        console.print(f"... and {len(outcome.notes) - SHOWN} more notes", highlight=False)
+        console.print(f"... and {len(outcome.notes) - SHOWN} more notes")
     _print_problems(outcome.problems, console)
     data_set = CATALOGUE.get(name)
     if data_set:
-        console.print(f"terms: {data_set.terms}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"terms: {data_set.terms}")
     done = f"{outcome.written} converted" + (f", {outcome.kept} unchanged since the last call" if outcome.kept else "")
     wrong = f"; {len(outcome.problems)} problems" if outcome.problems else ""
-    state = "[yellow]incomplete[/yellow]" if outcome.problems else "[green]complete[/green]"
-    console.print(f"{state}: {done}{wrong}; report: {folder / REPORT}", highlight=False, soft_wrap=True)
+    state = ("incomplete", "yellow") if outcome.problems else ("complete", "green")
+    console.print(Text.assemble(state, f": {done}{wrong}; report: {folder / REPORT}"))
     choice = name if data_set else "NAME"
-    console.print(
-        f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...", highlight=False, soft_wrap=True
-    )
+    console.print(f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...")
 
 
-def _print_problems(problems: Sequence[Problem], console: Console) -> None:
+def _print_problems(problems: Sequence[Problem], console: Screen) -> None:
     for problem in problems[:SHOWN]:
-        console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
+        console.print(str(problem), style="yellow")
     if len(problems) > SHOWN:
         console.print(f"... and {len(problems) - SHOWN} more", style="yellow")
 
@@ -129,7 +127,7 @@ def _counts(name: str, outcome: Outcome) -> Table:
         parts = ("train", "test") if hospital and hospital.test else ("",)
         got = "/".join(str(outcome.counts.get((site, part), 0)) for part in parts)
         if hospital is None:
-            table.add_row(escape(site), *([""] if data_set else []), got, *(["none"] if data_set else []))
+            table.add_row(site, *([""] if data_set else []), got, *(["none"] if data_set else []))
             continue
         wanted = "/".join(str(count) for count in (hospital.train, hospital.test)[: len(parts)])
         table.add_row(site, hospital.source, got, wanted, style="" if got == wanted else "yellow")

@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-
-from common.console import counted
+from common.console import Screen, counted
 from common.datasets import CATALOGUE, fetch_advice
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import suffix_of
@@ -129,7 +127,7 @@ class Outcome:
     notes: tuple[str, ...]
 
 
-def convert(name: str, source: Path, folder: Path, found: Found, console: Console) -> Outcome:
+def convert(name: str, source: Path, folder: Path, found: Found, console: Screen) -> Outcome:
     """Convert every case that can be converted and write the manifest.
 
     Args:

@@ -31,3 +31,19 @@ def test_the_packages_that_run_are_the_ones_of_this_checkout() -> None:
 
     for package in (clients, common, server):
         assert Path(package.__file__).resolve().is_relative_to(ROOT), package.__file__
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\bConsole\(",
+        r"rich\.markup|from_markup",
+        r"markup=True|emoji=True|highlight=True",
+        r"import .*\bConsole\b|from rich\.progress import|from rich import print",
+        r"console\.(print|status)\([^)]*\[/",
+    ],
+)
+def test_data_is_printed_by_the_one_console_that_changes_nothing_of_it(pattern: str) -> None:
+    """`:AB:` in a fingerprint is an emoji to another console, `[final]` in a path its markup."""
+    others = [path for path in PRODUCT if path != ROOT / "common/console.py"]
+    assert [str(path.relative_to(ROOT)) for path in others if re.search(pattern, path.read_text())] == []

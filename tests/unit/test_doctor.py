@@ -10,13 +10,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from rich.console import Console
 
 from clients.approval import Bundle, approve
 from clients.doctor import Finding, examine_files, plain_id
 from clients.site_file import write_site_file
+from common.console import Screen, run_command
 from common.plan import Plan
 from deploy import site_cli
+from deploy.certificates import certificate_fingerprint, make_authority, write_authority
 from deploy.doctor import examine_device, examine_disk, examine_folders, exit_code, payload_bytes, show
 from deploy.link import examine_link
 from tests import sites
@@ -170,7 +171,8 @@ def test_a_site_below_its_own_floor_is_told(root, tmp_path):
 
 def test_key_and_folders(root, tmp_path):
     policy = policy_for(root, tmp_path)
-    assert [finding.code for finding in examine_folders(policy) if finding.code] == ["SITE-518", "POL-705"]
+    assert [finding.code for finding in examine_folders(policy) if finding.code] == ["SITE-518", "DEP-603", "POL-705"]
+    write_authority(Path(policy.ca).parent, make_authority("demo"))
     key = Path(policy.key)
     key.write_text("secret")
     key.chmod(0o644)
@@ -219,10 +221,24 @@ def test_exit_codes_and_the_table(root, tmp_path):
     ok, warn, bad = (Finding("files", f"case-{v}", v, "x [y]", "do [z]") for v in ("ok", "warn", "fail"))
     assert [exit_code(some) for some in ([ok], [ok, warn], [ok, warn, bad])] == [0, 3, 1]
     text = io.StringIO()
-    show([ok, warn, bad], Console(file=text, width=110), everything=False)
+    show([ok, warn, bad], Screen(text, 110), everything=False)
     assert "case-ok" not in text.getvalue()
     assert "1 files without a problem" in text.getvalue()
     assert "do [z]" in text.getvalue()
+
+
+@pytest.mark.parametrize("columns", ["40", "110"])
+def test_the_fingerprint_to_compare_is_shown_to_the_letter(root, tmp_path, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    policy = policy_for(root, tmp_path)
+    authority = make_authority("demo")
+    write_authority(Path(policy.ca).parent, authority)
+    fingerprint = certificate_fingerprint(authority.certificate)
+    found = [finding for finding in examine_folders(policy) if finding.name == "authority"]
+    assert [finding.found for finding in found] == [fingerprint]
+    run_command(lambda console: show(found, console, everything=True) or 0)
+    cells = [line.split("│")[4].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "".join(cells) == fingerprint
 
 
 def test_check_prints_json_and_its_exit_code(root, tmp_path, capsys):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from common.console import Screen
 from deploy.progress import Progress
 from deploy.simulate import Cell
 
@@ -24,7 +24,7 @@ def tell(cell: Cell, event: str, number: int, **facts: Any) -> None:
 
 
 def progress(*cells: Cell) -> Progress:
-    return Progress(cells, Console(file=io.StringIO()))
+    return Progress(cells, Screen(io.StringIO()))
 
 
 def test_a_resumed_cell_counts_the_rounds_of_this_call_alone(cell: Cell) -> None:
