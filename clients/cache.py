@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import FedsgcgError, fail
+from common.system import expand, lock
 
 UNUSED_DAYS = 30.0
 """Days without use after which a slice file is removed: content-named files pile up as data and settings change."""
 
 
 def cache_folder(setting: str) -> Path:
-    """Return the cache folder: the setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg."""
-    return Path(setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg").expanduser()
+    """Return the cache folder: the setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg; CFG-009 without a home."""
+    return expand(setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg", "site.cache or FEDSGCG_CACHE")
 
 
 def cache_error(error: OSError, path: Path) -> FedsgcgError:
@@ -36,7 +36,7 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file; other processes of the machine that want it wait.
 
     Raises:
-        FedsgcgError: DAT-113 when the lock file cannot be made or locked.
+        FedsgcgError: DAT-113 when the lock file cannot be made or locked, CFG-008 where there are no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def locked(path: Path) -> Iterator[None]:
         raise cache_error(error, path) from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock(handle, wait=True, action="Set site.cache (or FEDSGCG_CACHE) to a folder on a local disk.")
         except OSError as error:
             raise cache_error(error, path) from error
         yield

@@ -7,7 +7,6 @@ says where. A last line without its end of line was cut off by a crash: its mess
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import fail
+from common.system import lock
 
 START = "0" * 64  # `previous` of the first line
 
@@ -44,12 +44,13 @@ def append(
         note: Words for the site's own people, e.g. why a request was refused.
 
     Raises:
-        FedsgcgError: SITE-501 when the line cannot be written (disk full, no permission) or the chain is broken.
+        FedsgcgError: SITE-501 when the line cannot be written (disk full, no permission) or the chain is broken;
+            CFG-008 where the file system offers no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b", buffering=0) as file:  # unbuffered: closing must not write what a full disk refused
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True, action="Set home in site.yaml to a folder on a local disk.")
             seq, previous = _tail(file)
             entry = {
                 "seq": seq,

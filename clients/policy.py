@@ -21,6 +21,7 @@ from clients.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import SHARES, Plan, PrivacySettings
 from common.settings import FOLDERS, compose
+from common.system import expand
 
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
@@ -64,7 +65,7 @@ def obey(plan: Plan, policy: SiteFile | None) -> Plan:
 
 def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     """Yield one problem for everything that the plan asks and the site does not grant."""
-    if plan.data.root and not inside(Path(plan.data.root).expanduser(), Path(policy.data_root)):
+    if plan.data.root and not inside(expand(plan.data.root, "data.root"), Path(policy.data_root)):
         action = "leave data.root empty: the site decides where its data lie"
         yield Problem("POL-702", plan.data.root, f"nothing, or a folder in {policy.data_root}", action, "data.root")
     yield from _not_allowed(plan, policy)

@@ -24,6 +24,7 @@ from common.datasets import fetch_advice
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import suffix_of
 from common.plan import DataSettings, SiteSettings
+from common.system import expand
 
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("site", "image", "mask")
@@ -81,7 +82,7 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
         FedsgcgError: DAT-101 when the folder does not exist or none is named; DAT-113 when it cannot be made.
     """
     if data.root:
-        root = Path(data.root).expanduser()
+        root = expand(data.root, "data.root")
         if not root.is_dir():
             action = f"Set data.root to the prepared folder. {fetch_advice(data.name)}"
             raise fail("DAT-101", found="no such folder", expected="a folder", action=action, where=str(root))

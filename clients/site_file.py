@@ -14,6 +14,7 @@ from typing import Final, Literal
 from common.errors import Problem
 from common.section import Checks, Section
 from common.settings_file import build_from, explained, read_tree
+from common.system import expand
 
 VERSION: Final = 1
 ROLES: Final = ("train", "heldout", "observer")
@@ -119,7 +120,7 @@ def read_site_file(path: Path) -> SiteFile:
     path = path / "site.yaml" if path.is_dir() else path
     tree = read_tree(path, "DEP-601", "give the kit's folder, or its site.yaml")
     folder = path.resolve().parent
-    absolute = {name: str(folder / Path(str(tree[name])).expanduser()) for name in PATHS if tree.get(name)}
+    absolute = {name: str(folder / expand(str(tree[name]), name)) for name in PATHS if tree.get(name)}
     empty = tuple(
         Problem("DEP-601", found="nothing", expected="a path", action="fill it in", where=f"{path}, {name}")
         for name in PATHS

@@ -30,6 +30,7 @@ from common.errors import FedsgcgError, fail
 from common.payload import Identity
 from common.plan import Plan
 from common.settings import plan_of_run
+from common.system import expand
 from common.wire import Request, decode_request
 
 SPLITS = ("train", "validation", "test")
@@ -206,7 +207,7 @@ def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
 def site_home(plan: Plan, site: str) -> Path:
     """Return the site's own folder: its setting with {site} replaced, or a folder inside the run's output."""
     if plan.site.home:
-        return Path(plan.site.home.replace("{site}", site)).expanduser()
+        return expand(plan.site.home.replace("{site}", site), "site.home")
     return Path(plan.output) / "sites" / site
 
 

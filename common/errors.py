@@ -18,6 +18,9 @@ CODES: Final[dict[str, str]] = {
     "CFG-005": "The run folder belongs to a run with other settings.",
     "CFG-006": "Another process is using the run folder.",
     "CFG-007": "The Ray cluster cannot be reached.",
+    "CFG-008": "The file system offers no file locks.",
+    "CFG-009": "There is no home directory.",
+    "CFG-010": "The path of the temporary folder is too long for Ray.",
     # DAT: the data of one hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",

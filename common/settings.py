@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from common.errors import FedsgcgError, Problem, fail
+from common.system import expand
 
 if TYPE_CHECKING:
     from common.plan import Plan
@@ -69,7 +70,7 @@ def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], r
     plan = Plan.from_tree(join(run_config=run_config) if tree is None else tree)
     if plan.output:
         return plan
-    home = Path(os.environ.get("FEDSGCG_HOME") or Path.home() / ".fedsgcg")
+    home = expand(os.environ.get("FEDSGCG_HOME") or "~/.fedsgcg", "output or FEDSGCG_HOME")
     return dataclasses.replace(plan, output=str(home / "runs" / str(run_id)))
 
 
@@ -163,7 +164,7 @@ def _literal(key: str, value: str) -> str:
     """Return a value as it was meant: without quotes about the whole of it, a folder with the home directory put in."""
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
         value = value[1:-1].replace("\\" + value[0], value[0])
-    return os.path.expanduser(value) if key in FOLDERS else value
+    return str(expand(value, key)) if value and key in FOLDERS else value
 
 
 def _put(tree: dict[str, Any], key: str, value: str) -> None:

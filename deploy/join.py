@@ -7,7 +7,6 @@ together: when either ends, both are started anew, with a pause that grows. A st
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any
 
 from clients.site_file import SiteFile
 from common.errors import fail
+from common.system import lock
 from deploy.certificates import read_site_key
 from deploy.link import examine_link
 from deploy.node import environment, free_port, new_secret, resident_command, supernode_command
@@ -51,6 +51,7 @@ STOP_S = 10.0
 LAST_REPLY_S = 3.0
 """Time that the SuperNode gets to send the reply of a training that was ended."""
 
+ELSEWHERE = "Set home in site.yaml to a folder on a local disk."
 MOST_LOG_BYTES = 10 * 2**20
 LIBC = ctypes.CDLL(None)
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
@@ -254,13 +255,11 @@ def prepare_home(policy: SiteFile) -> Path:
 
 @contextmanager
 def only_one(home: Path) -> Iterator[None]:
-    """Hold the site's lock; a second `join` of the same site is refused with SITE-508."""
-    with (home / "join.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    """Hold the site's lock; a second `join` of the same site gets SITE-508, a file system without locks CFG-008."""
+    with (home / "join.lock").open("a") as file:
+        if not lock(file, action=ELSEWHERE):
             action = "fedsgcg-site status KIT shows it, fedsgcg-site leave KIT ends it"
-            raise fail("SITE-508", where=str(home), found="it has joined already", action=action) from error
+            raise fail("SITE-508", where=str(home), found="it has joined already", action=action)
         yield
 
 
@@ -296,13 +295,11 @@ def read_facts(path: Path) -> dict[str, Any]:
 def joined_pid(home: Path) -> int:
     """Return the process id of the `join` that holds this site's lock, 0 when none does."""
     try:
-        with (home / "join.lock").open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return 0
+        with (home / "join.lock").open("r+") as file:
+            free = lock(file, action=ELSEWHERE)
     except FileNotFoundError:
         return 0
-    except BlockingIOError:
-        return int(read_facts(home / "join.json").get("pid", 0))
+    return 0 if free else int(read_facts(home / "join.json").get("pid", 0))
 
 
 def leave(policy: SiteFile, patience_s: float = 60.0) -> bool:

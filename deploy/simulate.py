@@ -7,18 +7,23 @@ runs many such processes at once (`deploy.study`).
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from common.errors import fail
 from common.plan import Plan
+from common.system import has_home
 from deploy.preflight import Machine
 
 # Ray starts its workers at nice 15, which starves a simulation on a machine that does anything else (performance.md 2);
@@ -31,6 +36,15 @@ ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
 }
+
+SOCKET_PATH = 107
+"""Bytes that the path of a Unix socket may have."""
+
+OWN_FOLDER = 13
+"""Bytes of `/ray-` and eight random characters."""
+
+LONGEST_TEMPORARY = SOCKET_PATH - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""Bytes of a temporary folder in which Ray's longest socket still has a path that the kernel takes."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,8 @@ def prepare_environment() -> None:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if "FLWR_HOME" not in os.environ and not has_home():  # Flower would end in a traceback
+        os.environ["FLWR_HOME"] = str(own_folder("flwr-", tempfile.gettempdir()))
     os.environ["PATH"] = programs_first(os.environ.get("PATH", ""))
 
 
@@ -158,12 +174,42 @@ def ray_arguments(machine: Machine, address: str) -> dict[str, Any]:
     """Arguments of `ray.init`: a Ray of our own, or a running cluster at `auto` or `host:port`."""
     if address != "local":
         return {"address": address, "log_to_driver": False}
+    folder = short_folder(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
     return {
         "num_cpus": machine.cpus,
         "include_dashboard": False,
         "log_to_driver": False,
         "logging_level": logging.WARNING,
-    }
+    } | ({"_temp_dir": folder} if folder else {})
+
+
+def short_folder(temporary: str, others: Sequence[str] = ("/tmp", "/var/tmp", "/dev/shm")) -> str:  # noqa: S108
+    """Return a temporary folder for Ray's sockets where the usual one is too long for them, else "".
+
+    Args:
+        temporary: Where Ray would put its folder: `RAY_TMPDIR`, `TMPDIR` or `/tmp`.
+        others: Where else it may be.
+
+    Raises:
+        FedsgcgError: CFG-010 when there is no shorter one.
+    """
+    if len(os.fsencode(temporary)) <= LONGEST_TEMPORARY:
+        return ""
+    for folder in others:
+        if len(os.fsencode(folder)) + OWN_FOLDER <= LONGEST_TEMPORARY and os.access(folder, os.W_OK | os.X_OK):
+            return str(own_folder("ray-", folder))
+    found = f"{temporary} ({len(os.fsencode(temporary))} bytes)"
+    expected = f"at most {LONGEST_TEMPORARY} bytes, for a socket's path may have {SOCKET_PATH}"
+    action = "Set RAY_TMPDIR to a short folder that can be written, e.g. /tmp."
+    raise fail("CFG-010", where="TMPDIR", found=found, expected=expected, action=action)
+
+
+@cache
+def own_folder(prefix: str, parent: str) -> Path:
+    """Make a folder for this process alone, once, and remove it when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def quiet_flower() -> None:

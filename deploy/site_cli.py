@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import signal
 import sys
@@ -20,6 +19,7 @@ from clients.predict_options import add_predict_parser
 from clients.site_file import read_site_file
 from common.console import Screen, print_error, run_command
 from common.errors import FedsgcgError, fail
+from common.system import user_name
 
 HELP = """\
 The hospital's half of a federation. KIT is the folder that the coordinator sent, or the
@@ -212,7 +212,7 @@ def _approve(options: argparse.Namespace, console: Screen) -> int:
     if not options.yes and (not sys.stdin.isatty() or input("Approve this code to run here? [y/N] ").lower() != "y"):
         console.print("Not approved: it does not run here. --yes approves without a question.", style="yellow")
         return 1
-    approve(bundle, path, getpass.getuser())
+    approve(bundle, path, user_name())
     console.print(f"Approved: {bundle.digest}")
     return 0
 

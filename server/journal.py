@@ -14,7 +14,6 @@ Pure: PyArrow, safetensors and the standard library. Legend: P floating-point we
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any, Final, TextIO
 
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
+from common.system import lock
 from server.checkpoint import RoundRecord, damage, decode_checkpoint, decode_rows, encode_checkpoint, encode_rows
 from server.disk import Disk, refusals
 
@@ -197,18 +197,23 @@ def lock_file(path: Path) -> TextIO:
     """Take a file's lock for this process, until the returned file is closed.
 
     Raises:
-        FedsgcgError: CFG-006 with the process that holds it, SRV-401 when the file cannot be written.
+        FedsgcgError: CFG-006 with the process that holds it, CFG-008 where the file system offers no locks, SRV-401
+            when the file cannot be written.
     """
     with refusals(path):
         file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        with refusals(path):
+            free = lock(file, action="Choose an output=FOLDER on a local disk.")
+    except FedsgcgError:
+        file.close()
+        raise
+    if not free:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
         action = "wait for it to end, or choose another output=FOLDER"
-        raise fail("CFG-006", where=str(path.parent), found=f"process {holder}", action=action) from error
+        raise fail("CFG-006", where=str(path.parent), found=f"process {holder}", action=action)
     with refusals(path):
         file.truncate(0)
         file.write(str(os.getpid()))

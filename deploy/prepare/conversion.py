@@ -8,7 +8,6 @@ the manifest last.
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from common.console import Screen, counted
 from common.datasets import CATALOGUE, fetch_advice
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import suffix_of
+from common.system import lock
 
 FORMAT: Final = 2
 """Raise it when a conversion changes, so that folders made before are made anew."""
@@ -198,7 +198,7 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
 
     Raises:
         FedsgcgError: DAT-121 when the folder holds something else, overlaps the source or is in use; DAT-126 when it
-            cannot be made.
+            cannot be made; CFG-008 where its file system offers no locks.
     """
     before = _earlier(folder, name, source)
     try:
@@ -208,10 +208,12 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
         raise _refused(folder, error) from error
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = lock(handle, action="Choose a folder on a local disk with -o.")
         except OSError as error:
+            raise _refused(folder, error) from error
+        if not free:
             action = "Wait for the other call, then call again."
-            raise fail("DAT-121", where=str(folder), found="another call is writing to it", action=action) from error
+            raise fail("DAT-121", where=str(folder), found="another call is writing to it", action=action)
         if not (folder / RECORD).exists():  # from now on an interrupted call is known to be ours
             _write(folder / RECORD, json.dumps(_record(name, source, {})).encode())
         yield before
