@@ -86,6 +86,7 @@ CODES: Final[dict[str, str]] = {
     "RND-405": "No site has a validation case: the last model is taken.",
     "RND-406": "A site's data changed within the run.",
     "RND-407": "A site has left for good: its statistics were taken out, the weights keep what they learned.",
+    "RND-410": "A worker of the simulation was lost.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",

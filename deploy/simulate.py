@@ -147,17 +147,21 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
 
     `run_simulation` is deprecated in favour of `flwr run`, which cannot hand over an exception or a callback; this
     function is the one place to change when it goes.
+
+    Raises:
+        FedsgcgError: What stopped the coordinator; RND-410 where it was the loss of a hospital's actor.
     """
     from flwr.simulation import run_simulation
 
     from clients.app import build_client_app
+    from deploy.lost import told_of_lost_workers
     from server.app import build_server_app
 
     prepare_environment()
     quiet_flower()
     plan = Plan.from_tree(tree)
     training = sum(plan.role(site) == "train" for site in plan.members())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), told_of_lost_workers():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices, once a process
         run_simulation(
             server_app=build_server_app(dict(tree)),

@@ -11,7 +11,7 @@ import json
 import socket
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import join
 from deploy.grid import AXES, Variant, folder_name, split_axes, variants, with_grid
+from deploy.lost import as_lost
 from deploy.preflight import (
     Machine,
     check_device,
@@ -130,15 +131,17 @@ def run_study(study: Study, console: Screen) -> int:
             Text.assemble((f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}")
         )
         console.print(_explain_runtime(study, len(missing)))
-        errors: dict[str, str] = {}
+        ended = Ended()
         if missing:
             with Progress(study.cells, console):
-                errors = _run_cells(study, missing)
+                ended = _run_cells(study, missing)
         with steps_of(console, "making the report") as tell:
             collect(study.folder)
             make_report(study.folder, tell)
     _tell_cut_steps(missing, console)
-    for name, text in errors.items():
+    for name, text in ended.retried.items():
+        console.print(f"{name} lost its worker ({text}) and was run again from its last done round.", style="yellow")
+    for name, text in ended.errors.items():
         console.print(f"{name} failed", style="bold red")
         console.print(text)
     return exit_code(study.cells)
@@ -169,12 +172,37 @@ def identity(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _run_cells(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
-    """Run cells and return the error text of those that failed; one cell's failure never stops the others."""
+@dataclass
+class Ended:
+    """How cells ended that did not simply complete.
+
+    Attributes:
+        errors: Name of a failed cell -> what to say about it.
+        retried: Name of a cell that lost its worker the first time -> how.
+    """
+
+    errors: dict[str, str] = field(default_factory=dict)
+    retried: dict[str, str] = field(default_factory=dict)
+
+
+def _run_cells(study: Study, cells: Sequence[Cell]) -> Ended:
+    """Run cells; one that lost its worker (RND-410) is resumed once, after the others and in a new Ray."""
+    apart = study.runtime == "inprocess" and (len(cells) > 1 or study.ray_address != "local")
+    failures = _run_once(study, cells, apart=apart)
+    found = {cell.name: as_lost(failures[cell.name]) for cell in cells if cell.name in failures}
+    lost = {name: error.problems[0].found for name, error in found.items() if error is not None}
+    if lost:
+        again = _run_once(study, [cell for cell in cells if cell.name in lost], apart=apart)
+        failures = {name: error for name, error in failures.items() if name not in lost} | again
+    return Ended({name: describe(error) for name, error in failures.items()}, lost)
+
+
+def _run_once(study: Study, cells: Sequence[Cell], *, apart: bool) -> dict[str, BaseException]:
+    """Run cells, in processes of Ray or (not `apart`) one after the other; one's failure never stops the others."""
     prepare_environment()
-    if study.runtime == "inprocess" and (len(cells) > 1 or study.ray_address != "local"):
+    if apart:
         return _run_in_parallel(study, cells)
-    errors = {}
+    errors: dict[str, BaseException] = {}
     for cell in cells:
         try:
             if study.runtime == "ray":
@@ -182,11 +210,11 @@ def _run_cells(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
             else:
                 run_cell_in_process(cell.tree)
         except Exception as error:  # reported by the caller, with the other cells' results
-            errors[cell.name] = describe(error)
+            errors[cell.name] = error
     return errors
 
 
-def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
+def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, BaseException]:
     """Run each cell as one Ray task."""
     import ray
 
@@ -201,21 +229,24 @@ def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, str]:
             num_cpus=threads, num_gpus=gpu_share(at_once, machine), max_retries=0
         )
         waiting = {task.remote(cell.tree): cell for cell in cells}
-        errors = {}
+        errors: dict[str, BaseException] = {}
         while waiting:
             (reference,), _ = ray.wait(list(waiting), num_returns=1)
             cell = waiting.pop(reference)
             try:
                 ray.get(reference)
             except Exception as error:  # reported by the caller, with the other cells' results
-                errors[cell.name] = describe(error)
+                errors[cell.name] = error
         return errors
     finally:
         ray.shutdown()
 
 
 def describe(error: BaseException) -> str:
-    """What a user needs of an error: the problems of ours, the trace of any other."""
+    """What a user needs of an error: the problems of ours, the trace of any other but of a lost worker."""
+    lost = as_lost(error)
+    if lost is not None:
+        return str(lost)
     for candidate in (error, getattr(error, "cause", None), error.__cause__, error.__context__):
         if isinstance(candidate, FedsgcgError):
             return "\n".join(str(problem) for problem in candidate.problems)
