@@ -1,10 +1,12 @@
 """Laws of RAM's amplitude mixing (methods.md 2.5); the judge is the whole spectrum in NumPy's float64."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import amplitude
 from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
 
 WINDOWS = (0.01, 0.1, 0.2, 0.34, 0.49, 0.5)
@@ -39,6 +41,13 @@ def brute_force(images, partners, ratio, window):
     return torch.from_numpy(np.fft.ifft2(np.fft.ifftshift(changed, axes=(-2, -1))).real)
 
 
+def window_of_spectrum(images, window):
+    H, W = images.shape[-2:]
+    b = int(np.floor(min(H, W) * window))
+    rows = np.stack([np.arange(b + 1), -np.arange(b + 1)])
+    return torch.from_numpy(abs(np.fft.fft2(images.numpy()))[..., rows[:, :, None] % H, np.arange(b + 1) % W])
+
+
 def close(found, wanted, error=1e-9):
     torch.testing.assert_close(found, wanted, rtol=0, atol=error)
 
@@ -47,6 +56,16 @@ def close(found, wanted, error=1e-9):
 @given(problems())
 def test_equals_the_whole_spectrum_mixed_in_float64(problem):
     close(mix_amplitude(*problem), brute_force(*problem))
+
+
+@laws
+@given(problems(), st.booleans())
+def test_rows_by_fft_and_by_products_mean_the_same(problem, by_fft):
+    images, _, _, window = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amplitude, "_takes_fft", lambda images, half, way: by_fft)
+        close(mix_amplitude(*problem), brute_force(*problem))
+        close(window_amplitudes(images, window), window_of_spectrum(images, window))
 
 
 @settings(deadline=None, max_examples=30)
@@ -80,11 +99,7 @@ def test_amplitudes_inside_are_the_mixture_and_outside_the_own_and_every_phase_i
 @given(problems())
 def test_window_amplitudes_are_those_of_the_spectrum(problem):
     images, _, _, window = problem
-    H, W = images.shape[-2:]
-    b = int(np.floor(min(H, W) * window))
-    rows = np.stack([np.arange(b + 1), -np.arange(b + 1)])
-    wanted = abs(np.fft.fft2(images.numpy()))[..., rows[:, :, None] % H, np.arange(b + 1) % W]
-    close(window_amplitudes(images, window), torch.from_numpy(wanted))
+    close(window_amplitudes(images, window), window_of_spectrum(images, window))
 
 
 @laws

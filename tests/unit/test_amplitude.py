@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import amplitude
 from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
 from tests.benchmarks.bench_amplitude import numpy_mix, pictures
 
@@ -67,12 +68,36 @@ def test_an_empty_slice_has_phase_zero_not_the_phase_of_its_rounding(value, dtyp
     np.testing.assert_allclose(found[near], 0.5 * abs(wanted[near]), atol=1e-4)
 
 
+@pytest.mark.parametrize("by_fft", [False, True])
 @pytest.mark.parametrize(("H", "W"), [(256, 256), (255, 255), (256, 192), (97, 130)])
-def test_within_two_millionths_of_float64_at_the_products_sizes(H, W):
+def test_within_two_millionths_of_float64_at_the_products_sizes(H, W, by_fft, monkeypatch):
+    monkeypatch.setattr(amplitude, "_takes_fft", lambda images, half, way: by_fft)
     images, partners = pictures(2, H, W, seed=1), pictures(2, H, W, seed=2)
     ratio = torch.tensor([0.1, 0.6])
     wanted = numpy_mix(images.numpy(), partners.numpy(), ratio.numpy(), 0.1)
     assert abs(mix_amplitude(images, partners, ratio).double().numpy() - wanted).max() <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("side", "window", "forward", "back"),
+    [
+        (384, 0.1, True, True),
+        (256, 0.1, True, False),
+        (250, 0.1, True, False),
+        (249, 0.1, False, False),
+        (255, 0.1, False, False),
+        (256, 0.05, False, False),
+        (96, 0.5, True, True),
+    ],
+)
+def test_wide_windows_of_widths_without_a_large_prime_take_the_fft(side, window, forward, back, monkeypatch):
+    taken = []
+    for name in ("rfft", "irfft"):
+        real = getattr(torch.fft, name)
+        monkeypatch.setattr(torch.fft, name, lambda *a, name=name, real=real, **k: taken.append(name) or real(*a, **k))
+    image = pictures(1, side, side, seed=1)
+    mix_window_amplitudes(image, window_amplitudes(image, window), HALF, window)
+    assert ("rfft" in taken, "irfft" in taken) == (forward, back)
 
 
 def test_the_result_is_not_clipped_and_the_inputs_stay():
