@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,6 +165,31 @@ def test_moments_keep_their_digits_far_from_the_origin():
     _, exact_mean, exact = class_moments(features.double(), labels, 2)
     assert (scatter - exact).norm() <= 1e-7 * exact.norm()
     assert (mean - exact_mean).abs().max() <= 1e-9
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="replaces a product of Triton's interpreter")
+@pytest.mark.parametrize("centre", [0.0, 100.0])
+@pytest.mark.parametrize("spread", ["normal", "two values"])
+def test_moments_hold_their_bound_in_whatever_order_a_tile_is_summed(monkeypatch, centre, spread):
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, *options):
+        """The worst order: from the first row of the tile to the last, each sum rounded to float32."""
+        sums = np.cumsum(a.data[:, :, None] * b.data[None], axis=1, dtype=np.float32)[:, -1]
+        return interpreter.TensorHandle(sums + d.data, d.dtype.scalar)
+
+    called = []
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda *given: called.append(1) or dot(*given))
+    features, labels, *_ = problem(3000, 5, 2)
+    features = centre + 1e-2 * (features.sign() if spread == "two values" else features)
+    count, mean, scatter = class_moments(features, labels, 2)
+    assert called
+    rows = [features[labels == k].numpy().astype(np.longdouble) for k in range(2)]
+    exact = np.stack([(own - own.mean(0)).T @ (own - own.mean(0)) for own in rows])
+    deviation = np.sqrt(np.diagonal(exact, axis1=1, axis2=2))
+    assert (abs(scatter.numpy() - exact) <= 1e-5 * deviation[:, :, None] * deviation[:, None, :]).all()
+    means = np.stack([own.mean(0) for own in rows])
+    assert (abs(mean.numpy() - means) <= 1e-5 * deviation / np.sqrt(count.numpy())[:, None]).all()
 
 
 def test_a_class_seen_by_one_pixel_and_an_absent_class():
