@@ -43,7 +43,8 @@ validation cases, slice by slice, and belongs to the model of that round.
 <h2 id="shift">Shift between hospitals, class by class</h2>
 <p class="about">The pooled covariance of the features of a class splits exactly into a part between the hospitals' means and a part within
 hospitals. The trace of the part between is the shift between the training hospitals that the network still sees. Both can shrink together
-when all features shrink, so the share matters more than the height.</p>
+when all features shrink, so the share matters more than the height. While training, every hospital is normalised by its own batches, which
+hides a part of the shift; the share at the end is that of the chosen model, all hospitals under the normalisation of evaluation.</p>
 <ul class="key">{% for name in shift_classes %}<li>{{ swatch(loop.index0) }}{{ name }}</li>{% endfor %}
 <li>{{ sample("") }}between hospitals</li><li>{{ sample("6 3", 1.4) }}within hospitals</li></ul>
 {{ folded(shift, false) }}

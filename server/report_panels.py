@@ -122,6 +122,8 @@ def _companions(total: Curves, supervised: Curves, fold: str, colours: Mapping[s
 def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
     """One panel a fold and method with statistics: trace of the scatter between and within hospitals, per class."""
     between, within = curves(rows, "between_site_trace"), curves(rows, "within_site_trace")
+    # Of the chosen model, every hospital under one normalisation; studies of before have those of the last round alone.
+    end = between | curves(rows, "between_site_trace_evaluation"), within | curves(rows, "within_site_trace_evaluation")
     classes = shift_classes(rows)
     panels: list[Section] = []
     wanted = {key[:2] for key in between if key[1] in methods}
@@ -132,21 +134,21 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
             lines += [Line(between[key], index)] if key in between else []
             lines += [Line(within[key], index, "--", strong=False)] if key in within else []
             if key in between and key in within:
-                shares.append({"name": name, "index": index, "share": _share(between[key], within[key])})
+                shares.append({"name": name, "index": index, "share": _share(end[0][key], end[1][key])})
         title = f"{fold or 'no hospital'} held out"
         panels.append({"title": title, "method": method, "lines": lines, "shares": shares})
     span = log_span_of([line for panel in panels for line in panel["lines"]])
     for panel in panels:
         ends = "; ".join(f"{entry['name']} {entry['share']}" for entry in panel["shares"])
         alt = f"Scatter between and within hospitals by round, {panel['title']}, {panel['method']}. "
-        alt += f"Share between hospitals in the last round: {ends or 'unknown'}."
+        alt += f"Share between hospitals at the end: {ends or 'unknown'}."
         panel["drawing"] = shift_panel(panel.pop("lines"), span, alt)
         panel["detail"] = panel["method"] if len({entry["method"] for entry in panels}) > 1 else ""
     return panels
 
 
 def _share(between: Curve, within: Curve) -> str:
-    """Share of the scatter that lies between hospitals, in the last round."""
+    """Share of the scatter that is between hospitals, at the end of two curves."""
     parts = float(between.mean[-1]), float(within.mean[-1])
     return f"{100 * parts[0] / sum(parts):.1f} %" if sum(parts) > 0 else "–"
 

@@ -45,7 +45,8 @@ def test_heldout_site_never_gets_a_training_message(
     assert sent["South"].count(EVALUATE) == 1
     for site in set(plan.data.sites) - {"South"}:
         assert sent[site].count(TRAIN) == plan.federation.rounds
-        assert sent[site].count(STATISTICS) == (plan.federation.rounds if memory == "restart" else 0)
+        # After every merge, and once for the chosen model.
+        assert sent[site].count(STATISTICS) == plan.federation.rounds + 1
 
 
 def test_heldout_site_sends_no_weights_and_no_statistics(
@@ -55,7 +56,7 @@ def test_heldout_site_sends_no_weights_and_no_statistics(
     home = Path(plan.output) / "sites"
     for site in plan.data.sites:
         parts = [set(json.loads(line)["parts"]) for line in (home / site / "ledger.jsonl").read_text().splitlines()]
-        contributed = any({"weights", "statistics"} & names for names in parts)
+        contributed = any({"weights", "statistics", "moments"} & names for names in parts)
         assert contributed == (site != "South")
 
 

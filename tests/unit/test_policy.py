@@ -126,6 +126,9 @@ def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_
     with pytest.raises(FedsgcgError, match="amplitudes"):
         check_sharing({"weights": 4, "amplitudes": 8}, ("weights", "statistics"))
     check_sharing({"amplitudes": 8, "text": 2}, ("weights", "amplitude_summary"))
+    check_sharing({"moments": 8, "text": 2}, ("weights",))  # running moments are entries of the weights
+    with pytest.raises(FedsgcgError, match="POL-704"):
+        check_sharing({"moments": 8, "text": 2}, ("statistics",))
     check_sharing({"weights": 4, "cases": 8, "metrics": 8, "text": 2}, ("weights",))
 
 
@@ -165,12 +168,12 @@ def test_the_coordinator_gets_the_code_and_the_site_the_words(root, tmp_path):
 
 def test_a_node_with_a_site_file_trains_on_its_own_data_under_its_own_floors(root, tmp_path):
     plan = asked_of(root, tmp_path)
-    reply = answer(policy_for(root, tmp_path, patient_floor=5), tmp_path, plan, wire.TRAIN)
+    reply = answer(policy_for(root, tmp_path, patient_floor=5), tmp_path, plan, wire.STATISTICS)
     assert reply.error == ""
     assert reply.statistics is not None
     assert reply.statistics.count.tolist() == [0, 0]
     assert (tmp_path / "home/ledger.jsonl").is_file()
-    open_to_all = answer(policy_for(root, tmp_path / "b"), tmp_path, plan, wire.TRAIN)
+    open_to_all = answer(policy_for(root, tmp_path / "b"), tmp_path, plan, wire.STATISTICS)
     assert open_to_all.statistics is not None
     assert open_to_all.statistics.count.sum() > 0
 

@@ -17,7 +17,7 @@ from server import report_figures as figures
 from server.intervals import Interval
 from server.report_files import Cell
 from server.report_overlays import Images, choose_cases, contour_path, crop_box, interval_bar, overlay
-from server.report_panels import training_figures
+from server.report_panels import shift_figures, training_figures
 from server.report_reader import Picture, Reader
 from server.report_rounds import Curve, curves, departures, steps_by_federation
 from server.report_text import (
@@ -107,6 +107,18 @@ class TestCurves:
         found = curves(rows, "between_site_trace")
         assert found.keys() == {("HK", "sgcg", "a"), ("UCL", "sgcg", "b")}
         assert found["HK", "sgcg", "a"].rounds.tolist() == [1]
+
+
+class TestShift:
+    def test_the_share_at_the_end_is_that_under_the_normalisation_of_evaluation(self):
+        traces = {"between_site_trace": 1.0, "within_site_trace": 99.0}
+        rows = [entry(name, value, number, site="", cls="a") for name, value in traces.items() for number in (1, 2)]
+        (panel,) = shift_figures(rows, ["sgcg"])
+        assert panel["shares"][0]["share"] == "1.0 %"
+        final = {"between_site_trace_evaluation": 30.0, "within_site_trace_evaluation": 70.0}
+        rows += [entry(name, value, 2, site="", cls="a") for name, value in final.items()]
+        (panel,) = shift_figures(rows, ["sgcg"])
+        assert panel["shares"][0]["share"] == "30.0 %"
 
 
 class TestDepartures:
