@@ -25,6 +25,7 @@ from clients.methods.guidance import IGNORE
 from clients.methods.supervised import structure_targets
 from clients.pictures import Picture, choose_picture, write_pictures
 from common.metrics import segmentation_metrics
+from common.payload import DISTANCES
 from common.plan import DataSettings, Plan
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
             "asd": pixels.asd,
             "assd": pixels.assd,
             "hd95": pixels.hd95,
+            "hd95_max": pixels.hd95_max,
             "unit": "pixel",
             "empty_prediction": not prediction.any(),
             "empty_truth": not truth.any(),
@@ -246,8 +248,8 @@ def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
         }
         if steps is not None:
             millimetres = segmentation_metrics(prediction, truth, spacing=steps)
-            row |= {"asd_mm": millimetres.asd, "assd_mm": millimetres.assd, "hd95_mm": millimetres.hd95}
-        rows.append({"asd_mm": None, "assd_mm": None, "hd95_mm": None} | row)
+            row |= {f"{metric}_mm": getattr(millimetres, metric) for metric in DISTANCES}
+        rows.append({f"{metric}_mm": None for metric in DISTANCES} | row)
     return rows
 
 

@@ -1,8 +1,9 @@
 """Overlap and surface distances of a predicted and a true mask: Dice, ASD, ASSD, HD95, in 2-D and 3-D.
 
-The definitions are those of medpy >= 0.5, to the last digit (performance.md 5): the surface of a mask is the mask minus
-its face-connected erosion, what lies outside the array is background, and every surface element weighs the same.
-Instead of distance maps over the whole image, only the surface points are compared, in a k-d tree.
+The definitions are those of medpy >= 0.5, to the last digit (performance.md 5), save `hd95_max`, which is MONAI's: the
+surface of a mask is the mask minus its face-connected erosion, what lies outside the array is background, and every
+surface element weighs the same. Instead of distance maps over the whole image, only the surface points are compared, in
+a k-d tree.
 
 Empty masks (methods.md 2.7): both empty give Dice 1 and distances 0; one empty gives Dice 0 and distances NaN.
 `dice_smooth1` and `asd_compat` are what published code counts instead, to stand beside printed numbers alone.
@@ -34,7 +35,9 @@ class Metrics:
         dice: 2 |P and T| / (|P| + |T|).
         asd: Mean of d(s, T) over the surface of the prediction: one-directional.
         assd: Mean over the pooled surface points of both masks.
-        hd95: 95th percentile of the pooled distances.
+        hd95: 95th percentile of the pooled distances of both surfaces (medpy).
+        hd95_max: Larger of the two directed 95th percentiles, prediction to truth and truth to prediction (MONAI,
+            surface-distance); never less than the smaller of them, and larger than `hd95` where one side is worse.
         asd_reverse: Mean of d(s, P) over the surface of the truth.
         dice_smooth1: (2 |P and T| + 1) / (|P| + |T| + 1).
     """
@@ -43,6 +46,7 @@ class Metrics:
     asd: float
     assd: float
     hd95: float
+    hd95_max: float
     asd_reverse: float
     dice_smooth1: float
 
@@ -71,6 +75,7 @@ def segmentation_metrics(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacin
         asd=float(forward.mean()),
         assd=float(pooled.mean()),
         hd95=float(np.percentile(pooled, 95)),
+        hd95_max=float(max(np.percentile(forward, 95), np.percentile(backward, 95))),
         asd_reverse=float(backward.mean()),
         dice_smooth1=_dice(first, second, smooth=1),
     )
@@ -106,7 +111,7 @@ def average_symmetric_surface_distance(
 
 
 def hausdorff_distance_95(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None) -> float:
-    """Return the 95th percentile of the pooled surface distances of both masks; see `segmentation_metrics`."""
+    """Return the 95th percentile of the pooled surface distances of both masks; see `Metrics.hd95`."""
     return segmentation_metrics(prediction, truth, spacing).hd95
 
 

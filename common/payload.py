@@ -26,25 +26,44 @@ STATISTICS_KIND = "fedsgcg.class_statistics"
 MAX_CLASSES = 256
 MAX_FEATURES = 4096
 
+DISTANCES = ("asd", "assd", "hd95", "hd95_max")
+"""Surface distances of a case: each a column in pixels, and in millimetres with `_mm` after its name."""
+
 CASES_KIND = "fedsgcg.cases"
+CASES_VERSION = "2"
+"""2 added hd95_max and hd95_max_mm."""
+
+
+def _column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> pa.Field:
+    """A column with what it means and its unit, which a Parquet file keeps."""
+    return pa.field(name, kind, metadata={"description": meaning} | ({"unit": unit} if unit else {}))
+
+
+_MEANINGS = {
+    "asd": "mean distance from the predicted surface to the true one",
+    "assd": "mean distance over the pooled surface points of both",
+    "hd95": "95th percentile of the pooled distances of both surfaces, as in medpy",
+    "hd95_max": "larger of the two directed 95th percentiles, as in MONAI",
+}
+_UNDEFINED = "NaN where one of the two masks is empty"
+
 CASES_SCHEMA = pa.schema(
     [
-        pa.field("case", pa.string()),  # alias of the case: the site alone knows whose it is
-        pa.field("structure", pa.string()),
-        pa.field("dice", pa.float64()),
-        pa.field("asd", pa.float64()),  # prediction -> truth, in `unit`; NaN when one mask is empty (methods.md 2.7)
-        pa.field("assd", pa.float64()),
-        pa.field("hd95", pa.float64()),
-        pa.field("unit", pa.string()),  # "pixel"
-        pa.field("asd_mm", pa.float64()),  # null where the spacing is not real
-        pa.field("assd_mm", pa.float64()),
-        pa.field("hd95_mm", pa.float64()),
-        pa.field("empty_prediction", pa.bool_()),
-        pa.field("empty_truth", pa.bool_()),
-        pa.field("dice_smooth1", pa.float64()),  # as printed tables count, for comparison alone (methods.md 2.7)
-        pa.field("asd_compat", pa.float64()),  # asd in pixels, 100 where one mask is empty
+        _column("case", pa.string(), "alias of the case; the hospital alone knows whose it is"),
+        _column("structure", pa.string(), "structure"),
+        _column("dice", pa.float64(), "2 |P and T| / (|P| + |T|), 1 where both are empty", "1"),
+        *(_column(name, pa.float64(), f"{_MEANINGS[name]}; {_UNDEFINED}", "pixel") for name in DISTANCES),
+        _column("unit", pa.string(), "unit of asd, assd, hd95, hd95_max and asd_compat: pixel (voxel of a volume)"),
+        *(
+            _column(f"{name}_mm", pa.float64(), f"{_MEANINGS[name]}; null where the spacing is not real", "mm")
+            for name in DISTANCES
+        ),
+        _column("empty_prediction", pa.bool_(), "whether nothing was predicted"),
+        _column("empty_truth", pa.bool_(), "whether the truth is empty"),
+        _column("dice_smooth1", pa.float64(), "(2 |P and T| + 1) / (|P| + |T| + 1), for printed tables alone", "1"),
+        _column("asd_compat", pa.float64(), "asd, 100 where one mask is empty, for printed tables alone", "pixel"),
     ],
-    metadata={"schema_version": SCHEMA_VERSION, "kind": CASES_KIND},
+    metadata={"schema_version": CASES_VERSION, "kind": CASES_KIND},
 )
 
 
@@ -218,7 +237,7 @@ def decode_cases(data: bytes) -> list[dict[str, Any]]:
     try:
         with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
             metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
-            _check_kind(metadata, CASES_KIND)
+            _check_kind(metadata, CASES_KIND, CASES_VERSION)
             if not reader.schema.equals(CASES_SCHEMA):
                 raise fail("PAY-106", found=f"columns {reader.schema.names}", expected=f"columns {CASES_SCHEMA.names}")
             table = reader.read_all()
@@ -250,14 +269,14 @@ def _statistics_schema(num_features: int, identity: Identity | None) -> pa.Schem
     return pa.schema(fields, metadata=metadata)
 
 
-def _check_kind(metadata: Mapping[str, str], kind: str) -> None:
+def _check_kind(metadata: Mapping[str, str], kind: str, version: str = SCHEMA_VERSION) -> None:
     if metadata.get("kind") != kind:
         raise fail("PAY-106", found=f"kind {metadata.get('kind')!r}", expected=kind)
-    if metadata.get("schema_version") != SCHEMA_VERSION:
+    if metadata.get("schema_version") != version:
         raise fail(
             "PAY-107",
             found=f"version {metadata.get('schema_version')}",
-            expected=f"version {SCHEMA_VERSION}",
+            expected=f"version {version}",
             action="install the same fedsgcg release at every site",
         )
 

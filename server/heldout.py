@@ -92,7 +92,8 @@ METRICS = {
     "dice": "2 |P∩T| / (|P| + |T|); 1 when both are empty",
     "asd": "mean distance from the predicted surface to the true one",
     "assd": "mean distance over the pooled surface points of both",
-    "hd95": "95th percentile of the pooled surface distances",
+    "hd95": "95th percentile of the pooled distances of both surfaces (as medpy)",
+    "hd95_max": "larger of the two directed 95th percentiles (as MONAI)",
     "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
 }
 

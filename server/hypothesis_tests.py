@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-EXACT_UP_TO = 18  # units, 262,144 choices of signs; above, as many are drawn
+EXACT_UP_TO = 16  # units, 65,536 choices of signs; above, as many are drawn
 ALPHA = 0.05
 _DECIMALS = 12  # 0.3 - 0.2 and 0.2 - 0.1 are the same difference; rounding of binary fractions must not break the tie
 _DRAWS = 2**EXACT_UP_TO

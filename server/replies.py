@@ -77,6 +77,11 @@ class Judged:
         return math.fsum(known) / len(known) if known else math.nan
 
     @property
+    def without_distance(self) -> int:
+        """Evaluations without an ASD because one mask is empty: `asd` is a mean over the others."""
+        return sum(row["asd"] is None or not math.isfinite(row["asd"]) for row in self.cases)
+
+    @property
     def validation(self) -> tuple[float, float]:
         """Source-validation Dice and number of cases.
 
@@ -178,13 +183,17 @@ def judged_rows(plan: Plan, number: int, judged: Sequence[Judged], known: Sequen
     """Return the rows of an evaluation of round `number`'s model, without those that are `known` already.
 
     The held-out site's are of phase `heldout` and metrics `heldout_dice` and `heldout_asd`, an observer's of phase
-    `observer`, with `observer_dice` and `observer_asd`.
+    `observer`, with `observer_dice` and `observer_asd`; `…_asd_left_out` counts the evaluations without a distance,
+    where there are any.
     """
     there = {(entry["round"], entry["site"], entry["metric"]) for entry in known}
     rows = []
     for part in judged:
         phase = "heldout" if part.site == plan.heldout else "observer"
-        for metric, value in ((f"{phase}_dice", part.dice), (f"{phase}_asd", part.asd)):
+        figures = {f"{phase}_dice": part.dice, f"{phase}_asd": part.asd}
+        if part.without_distance:
+            figures[f"{phase}_asd_left_out"] = float(part.without_distance)
+        for metric, value in figures.items():
             if math.isfinite(value) and (number, part.site, metric) not in there:
                 rows.append(row(number, phase, part.site, metric, value))
     return rows

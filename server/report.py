@@ -31,6 +31,7 @@ from server.report_studies import HELD_OUT, VALIDATION, federation_section, swee
 from server.report_tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 from server.report_text import (
     STATUS_WORDS,
+    chosen_within_folds,
     headline,
     protocol_box,
     result_notes,
@@ -167,6 +168,7 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     return {
         "judged": judged,
         "place": place,
+        "nested": chosen_within_folds(study),
         "dice_floor": f"{DICE_FLOOR:g}",
         "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
         "papers": papers,

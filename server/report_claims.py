@@ -12,11 +12,10 @@ from server.report_differences import CaseValues, Difference, compare_everywhere
 from server.report_labels import FEDERATIONS, Label, Swept, main_labels, main_pairs
 from server.report_overlays import interval_bar
 from server.report_tables import AVERAGE
-from server.report_text import DECIMALS, TITLES, show, show_ends, show_p
+from server.report_text import DECIMALS, TITLES, directions, show, show_ends, show_p
 
 Section = dict[str, Any]
 CLAIMED = ("dice", "asd")
-NAMED_HOSPITALS = 8  # of a sentence; with more it says how many
 MOST_PAIRS = 30  # of the folded tables hospital by hospital; all of them are in results.parquet
 
 
@@ -67,7 +66,7 @@ def claim_row(entry: Difference, span: float) -> Section:
         "mean": show(entry.interval.mean, places, sign=True),
         "interval": show_ends(entry.interval, places),
         "bar": interval_bar(entry.interval, span),
-        "cases": entry.cases,
+        "cases": f"{entry.cases} of {entry.judged}" if entry.cases < entry.judged else entry.cases,
         "p": show_p(entry.p),
         "directions": "; ".join(directions(entry)),
         "seeds": ", ".join(show(value, places, sign=True) for value in entry.seeds.values()) or "–",
@@ -97,23 +96,20 @@ def claim_sentence(entry: Difference, several: bool) -> str:
     size = f"{show(entry.interval.mean, places, sign=True)}{unit}"
     facts = [f"95 % interval {show_ends(entry.interval, places)}"]
     some = f" at {entry.groups} of {entry.hospitals} hospitals" if entry.groups < entry.hospitals else ""
-    facts += [count_of(entry.cases, "case") + some, count_of(len(entry.seeds), "seed")]
+    facts += [cases_of(entry) + some, count_of(len(entry.seeds), "seed")]
     facts += [f"corrected p\u00a0{show_p(entry.p)}"]
     verdict = entry.sentence.partition(": ")
     words = "the difference holds" if entry.holds else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
     return f"{start}: {size} ({'; '.join([*facts, *directions(entry)])}); {words}."
 
 
-def directions(entry: Difference) -> list[str]:
-    """Where an average points: "higher at 1 of 4 hospitals: A +0.297, B −0.006"; nothing at a single hospital."""
-    sign, word = (1, "higher") if entry.metric == "dice" else (-1, "lower")
-    found = sorted(entry.by_hospital.items(), key=lambda item: -sign * item[1])
-    if entry.site != AVERAGE or len(found) < 2:
-        return []
-    text = f"{word} at {sum(sign * value > 0 for _, value in found)} of {len(found)} hospitals"
-    if len(found) <= NAMED_HOSPITALS:
-        text += f": {', '.join(f'{site} {show(value, DECIMALS[entry.metric], sign=True)}' for site, value in found)}"
-    return [text]
+def cases_of(entry: Difference) -> str:
+    """Say how many cases are compared: "47 of 48 cases" where some have no distance."""
+    return (
+        f"{entry.cases} of {count_of(entry.judged, 'case')}"
+        if entry.cases < entry.judged
+        else count_of(entry.cases, "case")
+    )
 
 
 def hospital_tables(

@@ -28,6 +28,7 @@ from server.hypothesis_tests import ALPHA, SignFlips, holm, sign_flips
 from server.intervals import NAN, Component, Interval, combined_interval, component_of, mean_interval
 from server.report_tables import (
     AVERAGE,
+    COMPARED,
     COMPATIBLE,
     METRICS,
     Row,
@@ -35,6 +36,7 @@ from server.report_tables import (
     bounds_of,
     distance_unit,
     heldout_rows,
+    undefined,
     value_of,
 )
 
@@ -57,10 +59,11 @@ class Difference:
         reference: What is subtracted.
         site: Hospital, or `AVERAGE`.
         structure: Structure.
-        metric: One of `METRICS`.
+        metric: One of `COMPARED`.
         unit: "" for Dice, else pixel or mm.
         interval: Mean difference with its interval over hospitals, seeds or cases (see above).
         cases: Cases that both have a value for.
+        judged: Cases that both have a Dice for: a distance is undefined in the others.
         seeds: Mean difference of each seed, by seed.
         groups: Hospitals in it.
         test: Sign-flip test over the trainings.
@@ -87,6 +90,7 @@ class Difference:
     hospitals: int = 1
     by_hospital: Mapping[str, float] = field(default_factory=dict)
     levels: tuple[float, float] = (NAN, NAN)
+    judged: int = 0
 
     @property
     def p(self) -> float:
@@ -155,13 +159,27 @@ class CaseValues:
         self.structures = sorted({str(row["structure"]) for row in rows})
         self.places = sorted({(str(row["heldout"]), str(row["site"])) for row in rows})
         self._values: dict[tuple[str, str, str], Values] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+        self._left_out: dict[tuple[str, str, str], dict[Place, list[int]]] = defaultdict(dict)
         for row in rows:
             place = str(row["heldout"]), str(row["site"])
+            self._count(row, place)
             for metric in (*METRICS, *COMPATIBLE.values()):
                 value = value_of(row, metric, self.unit)
                 if math.isfinite(value):
                     found = self._values[str(row["method"]), str(row["structure"]), metric]
                     found[place][str(row["case"])][int(row["seed"])] = value
+
+    def _count(self, row: Row, place: Place) -> None:
+        for metric in METRICS:
+            counts = self._left_out[str(row["method"]), str(row["structure"]), metric].setdefault(place, [0, 0])
+            counts[0] += undefined(row, metric)
+            counts[1] += int(row.get("evaluations", 1))
+
+    def left_out(self, method: str, structure: str, metric: str, place: Place | None = None) -> tuple[int, int]:
+        """Evaluations without a value and evaluations in all, at one place or over all places."""
+        found = self._left_out.get((method, structure, metric), {})
+        counts = [found.get(place, [0, 0])] if place else list(found.values())
+        return sum(part[0] for part in counts), sum(part[1] for part in counts)
 
     def of(self, method: str, structure: str, metric: str) -> Values:
         """Values of a label, {} without any."""
@@ -217,7 +235,13 @@ class CaseValues:
             hospitals=len(places),
             by_hospital={site: float(part.mean()) for (_, site), part in zip(parts, means, strict=True)},
             levels=self._levels(pair, structure, places),
+            judged=self._judged(pair, structure, places),
         )
+
+    def _judged(self, pair: tuple[str, str], structure: str, places: Sequence[Place]) -> int:
+        """Cases of which both have a Dice."""
+        ours, theirs = (self.of(name, structure, "dice") for name in pair)
+        return sum(len(part) for part in _paired_places(ours, theirs, places).values())
 
     def _levels(self, pair: tuple[str, str], structure: str, places: Sequence[Place]) -> tuple[float, float]:
         """Mean Dice of both labels over the places; NaN for one without a value."""
@@ -243,7 +267,7 @@ def compare_everywhere(values: CaseValues, pair: tuple[str, str]) -> list[Differ
         [
             values.difference(pair, structure, metric, place)
             for structure in values.structures
-            for metric in METRICS
+            for metric in COMPARED
             for place in places
         ]
     )

@@ -74,7 +74,7 @@ RESULTS = """
 {% if paper_notes %}<div class="notes printed-notes"><p>{{ paper_notes[0] }}</p><ul>{% for note in paper_notes[1:] %}<li>{{ note }}</li>{% endfor %}</ul></div>{% endif %}
 {% if notes %}<ul class="notes">{% for note in notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
 {% if results %}
-<details{% if results|length == 1 and methods|length < 4 %} open{% endif %}><summary>All four metrics with intervals, by structure</summary>
+<details{% if results|length == 1 and methods|length < 4 %} open{% endif %}><summary>All metrics with intervals, by structure</summary>
 {% for table in results %}
 {% if results|length > 1 %}<h3>{{ table.structure }}</h3>{% endif %}
 <div class="wide"><table class="stacked{{ " dense" if table.dense }}" role="table">
@@ -135,7 +135,7 @@ that the part took part in training; whether the differences hold is told below.
 <p class="about">Both judged the same cases with the same seeds; a case counts where both have a value, averaged over seeds. Cases that one
 pair of models judged share these models, so the unit is not the case. The interval is Student’s over the mean differences of the hospitals
 {%- if not judged %} and of the seeds, which all hospitals share{% endif %} (at a single hospital over its seeds and cases); the test flips
-the signs of whole trainings{% if judged %} (held-out hospital and seed){% endif %}, two-sided, exact up to 18 trainings, its p value corrected for the
+the signs of whole trainings{% if judged %} (held-out hospital and seed){% endif %}, two-sided, exact up to 16 trainings, its p value corrected for the
 {{ differences.family }} comparisons of the table (Holm). A difference holds with more than one seed, when the interval excludes zero and
 the test agrees. Few trainings cannot show much: p is at least 0.125 with four and 0.0005 with twelve, before the correction. There is no
 verdict where both mean Dice are below {{ dice_floor }}. No difference shown does not mean that there is none.</p>
@@ -159,10 +159,14 @@ verdict where both mean Dice are below {{ dice_floor }}. No difference shown doe
 {%- if sweep.logarithmic %}; the setting’s axis is logarithmic{% endif %}
 {%- if sweep.usual %}; a ring marks the value of the runs that did not sweep it{% endif %}
 {%- if sweep.beside %}; grey: what does not have the setting{% endif %}.
-{% if judged %}The held-out hospitals are shown, not used: a value that is to be kept must be chosen on source validation.
-{% else %}No hospital was held out, so a value may be chosen by this.{% endif %}</p>
+{% if judged %}The held-out hospitals are shown, not used: a value that is to be kept must be chosen on source validation
+{%- if nested %}, as <code>select</code> did within each fold{% else %}. Unless it is chosen anew within each fold (<code>select</code>), that
+uses validation patients of hospitals that are held out in other folds{% endif %}.
+{% else %}No hospital was held out, so a value may be chosen by this; the choice then used patients of all these hospitals, also of one that
+is held out later. To choose within each fold instead, hold hospitals out and set <code>select</code>.{% endif %}</p>
 {% if sweep.key|length + sweep.beside|length > 1 %}<ul class="key">{% for line in sweep.key %}<li>{{ swatch(line.index) }}{{ line.title }}</li>{% endfor %}
 {% for line in sweep.beside %}<li>{{ sample(line.dash, 1.4) }}{{ line.title }}</li>{% endfor %}</ul>{% endif %}
+{% if sweep.note %}<p class="about">{{ sweep.note }}</p>{% endif %}
 {% if sweep.left_out %}<p class="about">{{ sweep.left_out }} more lines are in the table only.</p>{% endif %}
 <div class="{{ panel_class(sweep.panels|length) }}">
 {% for panel in sweep.panels %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>
@@ -173,7 +177,7 @@ verdict where both mean Dice are below {{ dice_floor }}. No difference shown doe
 <thead><tr><th scope="col">Line</th><th scope="col">{{ sweep.name }}</th>
 {% for structure in structures %}<th scope="col">Dice{% if structures|length > 1 %}, {{ structure }}{% endif %}</th><th scope="col">ASD, {{ sweep.unit }}{% if structures|length > 1 %}, {{ structure }}{% endif %}</th>{% endfor %}</tr></thead><tbody>
 {% for row in sweep.rows %}<tr><th scope="row">{{ row.line }}</th><td>{{ row.value }}{% if row.usual %}<small>not swept</small>{% endif %}</td>
-{% for cell in row.cells %}<td><span class="value">{{ cell.value }}</span><small>{{ cell.interval }}</small></td>{% endfor %}</tr>
+{% for cell in row.cells %}<td><span class="value">{{ cell.value }}</span><small>{{ cell.interval }}</small>{% if cell.note %}<small>{{ cell.note }}</small>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {{ claim_table(sweep.claims.groups, "Each value against the one that was not swept, or the first; p values corrected for the " ~ sweep.claims.family ~ " comparisons of this table.") }}
 </details>
@@ -187,7 +191,9 @@ Mean over {{ place }} with the 95 % interval over cases.
 {% if "local" in federation.present %} A local number is the mean over the models that single hospitals made, case by case.{% endif %}</p>
 {% if federation.steps %}<p class="about">Training steps one after the other in a round: {% for name in federation.present if name in federation.steps %}<b>{{ name }}</b> {{ federation.steps[name] }}{{ "" if loop.last else ", " }}{% endfor %}.
 A difference between them may come from the number of steps as well as from the federation: <code>federation.rounds</code> and <code>method.steps_per_round</code> can make them equal.</p>
-{% endif %}<div class="{{ panel_class(federation.panels|length) }}">
+{% endif %}
+{% if federation.note %}<p class="about">{{ federation.note }}</p>{% endif %}
+<div class="{{ panel_class(federation.panels|length) }}">
 {% for panel in federation.panels %}<figure><figcaption><b>{{ panel.title }}</b></figcaption>{{ drawing(panel.drawing) }}</figure>
 {% endfor %}</div>
 {{ claim_list(federation.claims.sentences) }}

@@ -86,8 +86,19 @@ def training_figures(
             "whole": any(line.dash == "--" for line in upper[fold]),
             "heldout": any(line.dash == ":" for line in (*lower[fold], *third[fold])),
         }
-        panels.append({"title": title, "detail": "", "drawing": drawing, "marks": marks})
+        detail = _left_out_words(judged, fold, methods) if any(third.values()) else ""
+        panels.append({"title": title, "detail": detail, "drawing": drawing, "marks": marks})
     return panels
+
+
+def _left_out_words(rows: Sequence[Row], fold: str, methods: Sequence[str]) -> str:
+    """Say of how many evaluations the curve of a distance is no mean, "" where it is one of all."""
+    counts = [
+        int(row["value"])
+        for row in rows
+        if row["metric"] == "heldout_asd_left_out" and row["heldout"] == fold and row["method"] in methods
+    ]
+    return f"ASD without up to {count_of(max(counts), 'evaluation')} with an empty mask" if counts else ""
 
 
 def _followed(found: Curves) -> Curves:

@@ -18,7 +18,7 @@ from server.report_cases import count_of
 from server.report_differences import CaseValues, Place, Values, corrected_for_number
 from server.report_labels import FEDERATION_WORDS, FEDERATIONS, TRAINS, Label, main_labels
 from server.report_published import ABLATION, Published, PublishedRow
-from server.report_tables import AVERAGE, COMPATIBLE
+from server.report_tables import AVERAGE, COMPATIBLE, METRICS, counted
 from server.report_text import DASH, TITLES, show
 
 Section = dict[str, Any]
@@ -108,6 +108,9 @@ class Layout:
             parts.append({"text": _shown(interval.mean, metric), "bold": winner == name})
             spreads.append(_shown(float(np.std(seeds, ddof=1)), metric) if len(seeds) > 1 else "")
             ends.append(_ends(interval, metric))
+            mark = counted(*self.values.left_out(name, structure, metric, place)) if metric in METRICS else ""
+            if mark:
+                notes.append(f"{structure}: {mark}" if len(self.structures) > 1 else mark)
             if place is None and 0 < len(cases) < self.hospitals:
                 notes.append(f"{len(cases)} of {self.hospitals} hospitals")
         if place is None and self.published and len(self.structures) > 1:

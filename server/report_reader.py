@@ -26,6 +26,7 @@ from server.report_tables import Row
 
 Tree = dict[str, Any]
 SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_asd", "bytes_up"}
+SHOWN |= {"heldout_asd_left_out"}
 SHOWN |= {"between_site_trace", "within_site_trace", "micro_batches", "steps"}
 SHOWN |= {"between_site_trace_evaluation", "within_site_trace_evaluation"}
 

@@ -14,7 +14,7 @@ from server.report_cases import count_of
 from server.report_files import StudyFiles
 from server.report_reader import Reader
 from server.report_rounds import departures
-from server.report_tables import AVERAGE, METRICS, Row, best_methods, distance_unit, value_of
+from server.report_tables import AVERAGE, METRICS, Row, best_methods, counted, distance_unit, value_of
 from server.report_text import DECIMALS, TITLES, Summary, show, show_bytes, show_interval, show_seconds
 
 Section = dict[str, Any]
@@ -23,7 +23,8 @@ MEANING = {
     "dice": "overlap, higher is better",
     "asd": "mean distance, prediction to truth, lower is better",
     "assd": "mean distance, both ways, lower is better",
-    "hd95": "95th percentile distance, lower is better",
+    "hd95": "95th percentile of the pooled distances of both surfaces (as medpy), lower is better",
+    "hd95_max": "larger of the two directed 95th percentiles (as MONAI), lower is better",
 }
 
 
@@ -51,6 +52,7 @@ def result_tables(summary: Sequence[Summary], study: StudyFiles, structures: Seq
                         "rows": _metric_rows(metric, methods, columns, found, (seeds, len(sites))),
                     }
                     for metric in METRICS
+                    if metric != "hd95_max" or any(math.isfinite(row["hd95_max_mean"]) for row in found.values())
                 ],
             }
         )
@@ -94,7 +96,7 @@ def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int
     places, seeds, hospitals = DECIMALS[metric], *wanted
     mean, sd, low, high = (float(row[f"{metric}_{name}"]) for name in ("mean", "sd", "low", "high"))
     excluded = row[f"{metric}_excluded"]
-    notes = [f"{excluded} of {row['evaluations']} left out"] if excluded else []
+    notes = [counted(excluded, row["evaluations"])] if excluded else []
     if row["site"] == AVERAGE and row["hospitals"] < hospitals:
         notes.append(f"{row['hospitals']} of {hospitals} hospitals")
     if len(row["seeds"]) < seeds:

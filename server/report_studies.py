@@ -12,7 +12,7 @@ from server.report_differences import CaseValues, compare_on_average
 from server.report_labels import FEDERATIONS, MOST_COLOURS, Label, Swept, numeric, value_order
 from server.report_plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
 from server.report_rounds import steps_by_federation
-from server.report_tables import Row
+from server.report_tables import Row, counted
 from server.report_text import DECIMALS, TITLES, show, show_interval
 
 Section = dict[str, Any]
@@ -149,6 +149,7 @@ def _sweep_section(
     if len({family[0] for family in drawn}) == len(drawn):  # a line a method: the method's own colour
         drawn = {family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn}
     panels = [panel for name in structures for panel in _sweep_panels(sweep, drawn, beside, values, name, place)]
+    shown = list(dict.fromkeys([*(label for line in sweep.all_lines() for label in line.values()), *beside]))
     return {
         "name": sweep.name,
         "numbers": sweep.numbers,
@@ -166,6 +167,7 @@ def _sweep_section(
         "rows": [row for family in families for row in _sweep_rows(sweep, family, values, structures)],
         "claims": claims,
         "unit": values.unit,
+        "note": distance_note(values, shown, structures),
     }
 
 
@@ -239,10 +241,22 @@ def _sweep_rows(sweep: Sweep, family: Family, values: CaseValues, structures: Se
         for structure in structures:
             for metric in METRICS:
                 interval, places = values.interval(label, structure, metric), DECIMALS[metric]
-                cells.append({"value": show(interval.mean, places), "interval": show_interval(interval, places)})
+                cell = {"value": show(interval.mean, places), "interval": show_interval(interval, places)}
+                cells.append(cell | {"note": counted(*values.left_out(label, structure, metric))})
         usual = sweep.is_usual(family, value)
         rows.append({"line": _family_title(family), "value": value, "usual": usual, "cells": cells})
     return rows
+
+
+def distance_note(values: CaseValues, labels: Sequence[str], structures: Sequence[str]) -> str:
+    """Say which means of a figure's distances are over fewer evaluations, "" where none is."""
+    parts = []
+    for label in labels:
+        for structure in structures:
+            if mark := counted(*values.left_out(label, structure, "asd")):
+                parts.append(f"{label}{f', {structure}' if len(structures) > 1 else ''}: {mark}")
+    text = "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations"
+    return f"{text} ({'; '.join(parts)})." if parts else ""
 
 
 def federation_section(
@@ -280,7 +294,8 @@ def federation_section(
     claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
     present = [name for name in FEDERATIONS if any(label.federation == name for label in rows)]
     budget = steps_by_federation(rounds, {label.name: label.federation for label in rows})
-    return {"panels": panels, "claims": claims, "present": present, "steps": budget}
+    note = distance_note(values, [label.name for label in rows], structures)
+    return {"panels": panels, "claims": claims, "present": present, "steps": budget, "note": note}
 
 
 def _federation_dots(

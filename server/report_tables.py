@@ -18,13 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from common.payload import DISTANCES
 from server.intervals import NAN, Bounds, mean_interval
 from server.report_labels import label_order
 
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
 
-METRICS = ("dice", "asd", "assd", "hd95")
+METRICS = ("dice", *DISTANCES)
+COMPARED = ("dice", "asd", "assd", "hd95")
+"""Metrics whose differences are tested; `hd95_max` would be a second test of the same question."""
 AVERAGE = "average"
 COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
 """Columns that count a metric as published code does, for printed tables alone; absent in files of older versions."""
@@ -97,6 +100,11 @@ def distance_unit(rows: Iterable[Row]) -> str:
     return "mm" if in_mm else str(rows[0].get("unit") or "pixel") if rows else "pixel"
 
 
+def counted(left_out: int, evaluations: int) -> str:
+    """Say over how many a mean is: "mean over 3 of 4"; "" where nothing was left out."""
+    return f"mean over {evaluations - left_out} of {evaluations}" if left_out else ""
+
+
 def number(row: Row, name: str) -> float:
     """Return a row's value as a float; NaN for null or absent."""
     value = row.get(name)
@@ -143,14 +151,14 @@ def _facts(rows: Sequence[Row]) -> dict[str, Any]:
         "both_empty": sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows),
     }
     for metric in METRICS:
-        facts[f"{metric}_excluded"] = sum(_undefined(row, metric) for row in rows)
+        facts[f"{metric}_excluded"] = sum(undefined(row, metric) for row in rows)
     return facts
 
 
-def _undefined(row: Row, metric: str) -> int:
+def undefined(row: Row, metric: str) -> int:
     """Evaluations of a row in which a metric has no value."""
     merged = row.get("undefined")
-    return int(merged[metric]) if merged else int(not math.isfinite(number(row, metric)))
+    return int(merged[metric]) if merged and metric in merged else int(not math.isfinite(number(row, metric)))
 
 
 def _case_values(rows: Sequence[Row], unit: str) -> Floats:

@@ -17,9 +17,10 @@ from server.report_tables import AVERAGE, Row, methods_of
 
 Summary = Mapping[str, Any]
 DASH = "–"
-DECIMALS = {"dice": 3, "asd": 2, "assd": 2, "hd95": 2}
-TITLES = {"dice": "Dice", "asd": "ASD", "assd": "ASSD", "hd95": "HD95"}
+DECIMALS = {"dice": 3, "asd": 2, "assd": 2, "hd95": 2, "hd95_max": 2}
+TITLES = {"dice": "Dice", "asd": "ASD", "assd": "ASSD", "hd95": "HD95", "hd95_max": "HD95, larger side"}
 FEW_CASES = 8  # below, an interval of skewed values is somewhat too narrow
+NAMED_HOSPITALS = 8  # of a sentence; with more it says how many
 STATUS_WORDS = {
     "completed": "Complete",
     "degraded": "Complete, with degraded runs",
@@ -128,7 +129,10 @@ def _best_of(rows: Sequence[Summary], structure: str) -> str:
     text += f"{first['method']} has the highest mean Dice of the {len(rows)} compared: {show(first['dice_mean'], 3)}"
     interval = show_interval(Interval(first["dice_mean"], first["dice_low"], first["dice_high"]), 3)
     text += f" (95 % interval {interval})" if interval != DASH else ""
-    return f"{text} for {structure}; next is {second['method']} with {show(second['dice_mean'], 3)}."
+    text += f" for {structure}; next is {second['method']} with {show(second['dice_mean'], 3)}."
+    return (
+        f"{text} A setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
+    )
 
 
 def _compared(pair: Difference) -> str:
@@ -136,10 +140,22 @@ def _compared(pair: Difference) -> str:
     interval = show_ends(pair.interval, 3)
     if interval == DASH:
         return f"{start}; one case allows no interval."
-    facts = f"95 % interval {interval}, corrected p\u00a0{show_p(pair.p)}"
+    facts = "; ".join([f"95 % interval {interval}", f"corrected p\u00a0{show_p(pair.p)}", *directions(pair)])
     if pair.holds:
         return f"{start} ({facts}): the difference holds."
     return f"{start} ({facts}): {pair.sentence}."
+
+
+def directions(entry: Difference) -> list[str]:
+    """Where an average points: "higher at 1 of 4 hospitals: A +0.297, B −0.006"; nothing at a single hospital."""
+    sign, word = (1, "higher") if entry.metric == "dice" else (-1, "lower")
+    found = sorted(entry.by_hospital.items(), key=lambda item: -sign * item[1])
+    if entry.site != AVERAGE or len(found) < 2:
+        return []
+    text = f"{word} at {sum(sign * value > 0 for _, value in found)} of {len(found)} hospitals"
+    if len(found) <= NAMED_HOSPITALS:
+        text += f": {', '.join(f'{site} {show(value, DECIMALS[entry.metric], sign=True)}' for site, value in found)}"
+    return [text]
 
 
 def status_sentence(study: StudyFiles) -> str:
@@ -180,6 +196,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Cases", case_lines([cell.outcome for cell in study.cells])),
         ("Splits", _all_of(words, "splits")),
         ("Choice of the model", _selection(words)),
+        ("Choice of settings", _settings_choice(study)),
         ("Training", _training(study)),
         ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
         ("Evaluation", _all_of(words, "evaluated")),
@@ -242,6 +259,40 @@ def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
     return words + ([f"evaluated: the model of {span}"] if rounds and words else [])
 
 
+def chosen_within_folds(study: StudyFiles) -> bool:
+    """Whether each fold chose its settings by its own training hospitals (`select` in `study.yaml`)."""
+    return bool(study.tree.get("select"))
+
+
+def _settings_choice(study: StudyFiles) -> list[str]:
+    """Whose patients had a say in the settings of runs that hold a hospital out."""
+    if not any(cell.heldout for cell in study.cells):
+        return []
+    if chosen_within_folds(study):
+        return ["in every fold anew, by the validation cases of its training hospitals alone"]
+    return [
+        "the same in every fold; a setting that was chosen with validation cases of these hospitals (as the shipped "
+        "weight and temperature of SgCG were) was chosen with patients of hospitals that are held out here"
+    ]
+
+
+def _mixing(study: StudyFiles) -> list[str]:
+    """How amplitude mixing differs from the published method, where hospitals keep their images to themselves."""
+    alone = [
+        label
+        for label, tree in study.settings.items()
+        if str(_part(tree, "method").get("name", "")).startswith("ram")
+        and _part(_part(tree, "method"), "ram").get("sharing") == "local"
+        and _part(tree, "federation").get("ownership", "by_site") != "pooled"
+    ]
+    if not alone:
+        return []
+    return [
+        f"{join_words(alone)}: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the "
+        "published method mixes across domains"
+    ]
+
+
 def _training(study: StudyFiles) -> list[str]:
     def either(section: str, *names: str, say: Callable[..., str] = str) -> str:
         """What the methods' settings say, each different word once: "6 or 24"."""
@@ -262,7 +313,7 @@ def _training(study: StudyFiles) -> list[str]:
     if length := either("method", "steps_per_round", "local_epochs", say=amount):
         batch, rate = either("method", "batch_size"), either("method", "learning_rate")
         lines.append(f"{length} a round, batch {batch}, learning rate {rate}")
-    return lines
+    return lines + _mixing(study)
 
 
 def _structures(tree: Mapping[str, Any]) -> list[str]:
@@ -314,7 +365,7 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
     if undefined:
         notes.append(
             f"In {count_of(undefined, 'evaluation')} one mask is empty: no surface distance, left out of its mean. The "
-            "table of all four metrics says where."
+            "tables say where: “mean over 3 of 4”."
         )
     both = sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows)
     if both:

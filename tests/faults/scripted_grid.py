@@ -20,7 +20,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.norm_moments import NormMoments, norm_layers
-from common.payload import Weights, encode_cases
+from common.payload import DISTANCES, Weights, encode_cases
 from common.plan import Plan
 from common.seeding import stream
 from common.statistics import ClassStatistics
@@ -160,7 +160,7 @@ def site_moments(weights: Weights, rng: np.random.Generator) -> NormMoments:
 
 def case_rows(plan: Plan, site: str, weights: Weights) -> list[dict[str, object]]:
     """Two cases with a Dice that depends on the model."""
-    distances = dict.fromkeys(("asd", "assd", "hd95", "asd_mm", "assd_mm", "hd95_mm"), 1.0)
+    distances = dict.fromkeys((*DISTANCES, *(f"{name}_mm" for name in DISTANCES)), 1.0)
     return [
         {"case": f"{site}-{k}", "structure": name, "dice": score_of(weights), "unit": "pixel", **distances}
         | {"empty_prediction": False, "empty_truth": False, "dice_smooth1": score_of(weights), "asd_compat": 1.0}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
@@ -11,6 +12,9 @@ from hypothesis.extra import numpy as hnp
 
 from common.errors import FedsgcgError
 from common.payload import (
+    CASES_KIND,
+    CASES_SCHEMA,
+    DISTANCES,
     Identity,
     Weights,
     decode_cases,
@@ -73,7 +77,7 @@ def reply() -> Reply:
     rng = np.random.default_rng(0)
     weights = Weights((("w", (3, 2)), ("b", (1,))), rng.normal(size=7).astype(np.float32), (("n", 3),))
     features = rng.normal(size=(20, 3))
-    row = dict.fromkeys(("asd", "assd", "hd95"), float("nan")) | dict.fromkeys(("asd_mm", "assd_mm", "hd95_mm"))
+    row = dict.fromkeys(DISTANCES, float("nan")) | dict.fromkeys(f"{name}_mm" for name in DISTANCES)
     row |= {"case": "a1", "structure": "gland", "dice": 0.5, "unit": "pixel"}
     row |= {"empty_prediction": True, "empty_truth": False}
     return Reply(
@@ -206,3 +210,26 @@ def test_another_schema_version_is_named() -> None:
     with pytest.raises(FedsgcgError) as caught:
         decode_statistics(changed)
     assert caught.value.code in {"PAY-107", "PAY-106"}
+
+
+def test_cases_of_another_version_are_refused_with_what_to_do() -> None:
+    """A hospital with an older release sends no `hd95_max`."""
+    kept = [field for field in CASES_SCHEMA if not field.name.startswith("hd95_max")]
+    schema = pa.schema(kept, metadata={"schema_version": "1", "kind": CASES_KIND})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(schema.empty_table())
+    with pytest.raises(FedsgcgError) as caught:
+        decode_cases(bytes(sink.getvalue()))
+    assert caught.value.code == "PAY-107"
+    assert "version 1" in str(caught.value)
+    assert "same fedsgcg release" in str(caught.value)
+
+
+def test_every_figure_of_a_case_states_its_meaning_and_unit() -> None:
+    for field in CASES_SCHEMA:
+        words = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+        assert words["description"], field.name
+        if pa.types.is_floating(field.type):
+            unit = "mm" if field.name.endswith("_mm") else "1" if field.name.startswith("dice") else "pixel"
+            assert words["unit"] == unit, field.name

@@ -217,6 +217,7 @@ def test_a_score_by_hand_in_pixels_and_millimetres():
     assert row["dice"] == 0.0
     assert (row["asd"], row["assd"], row["hd95"]) == (2.0, 2.0, 2.0)
     assert (row["asd_mm"], row["assd_mm"], row["hd95_mm"]) == (1.0, 1.0, 1.0)
+    assert (row["hd95_max"], row["hd95_max_mm"]) == (2.0, 1.0)
     assert (row["unit"], row["case"], row["structure"]) == ("pixel", "alias", "a")
     nominal = scored(prediction, truth, a_case((2, 3, 6), (4.0, 1.0, 0.5)), spacing_unit="pixel")
     assert (nominal["asd"], nominal["asd_mm"]) == (2.0, None)

@@ -1,6 +1,7 @@
 """Metrics against hand-computed values and, on random masks, against medpy."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -39,6 +40,35 @@ def mask(shape, *points):
     return array
 
 
+def larger_directed_percentile(prediction, truth, spacing):
+    """Every surface element against every other, and the percentile by its definition: no tree, no library."""
+    scale = np.ones(prediction.ndim) if spacing is None else np.array(spacing)
+    first, second = (np.argwhere(surface(array)) * scale for array in (prediction, truth))
+    distance = np.sqrt(((first[:, None] - second[None]) ** 2).sum(-1))
+    return max(percentile_95(distance.min(1)), percentile_95(distance.min(0)))
+
+
+def surface(array):
+    """Elements with a face neighbour that is background or outside."""
+    found = np.zeros_like(array)
+    for place in np.argwhere(array):
+        for axis, step in product(range(array.ndim), (-1, 1)):
+            other = place.copy()
+            other[axis] += step
+            inside = 0 <= other[axis] < array.shape[axis]
+            if not inside or not array[tuple(other)]:
+                found[tuple(place)] = True
+    return found
+
+
+def percentile_95(values):
+    """Linear between the two order statistics next to place 0.95 (n - 1)."""
+    ordered, place = sorted(values), 0.95 * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
 @settings(max_examples=200, deadline=None)
 @given(pairs())
 def test_all_figures_equal_medpy(pair):
@@ -50,6 +80,7 @@ def test_all_figures_equal_medpy(pair):
     assert found.asd_reverse == pytest.approx(binary.asd(truth, prediction, spacing), abs=1e-10)
     assert found.assd == pytest.approx(binary.assd(prediction, truth, spacing), abs=1e-10)
     assert found.hd95 == pytest.approx(binary.hd95(prediction, truth, spacing), abs=1e-10)
+    assert found.hd95_max == pytest.approx(larger_directed_percentile(prediction, truth, spacing), abs=1e-10)
 
 
 @settings(max_examples=50, deadline=None)
@@ -110,6 +141,20 @@ def test_a_dot_inside_a_square_is_not_symmetric():
     assert found.assd == pytest.approx((sum(rim) + 2) / 17)
 
 
+def test_the_two_forms_of_hd95_by_hand():
+    """A row of 20 against its first 19: one pixel of 39 is a step away, one of the 20 predicted ones on its own side.
+
+    Pooled, place 0.95 * 38 = 36.1 of 39 sorted distances is 0. Directed, place 0.95 * 19 = 18.05 of 20 lies 0.05 of
+    the way from the 19th distance, 0, to the 20th, 1; the other direction is 0.
+    """
+    prediction, truth = np.ones((1, 20), bool), np.ones((1, 20), bool)
+    truth[0, 19] = False
+    found = segmentation_metrics(prediction, truth)
+    assert (found.hd95, found.hd95_max) == (0, pytest.approx(0.05))
+    swapped = segmentation_metrics(truth, prediction)
+    assert (swapped.hd95, swapped.hd95_max) == (found.hd95, found.hd95_max)
+
+
 def test_a_mask_at_the_edge_has_a_surface_there():
     full, ring = np.ones((4, 4), bool), np.ones((4, 4), bool)
     ring[1:3, 1:3] = False
@@ -145,10 +190,10 @@ def test_what_published_code_counts_by_hand():
 def test_empty_masks(shape):
     empty, full = np.zeros(shape, bool), np.ones(shape, bool)
     both = segmentation_metrics(empty, empty)
-    assert (both.dice, both.asd, both.assd, both.hd95, both.asd_reverse) == (1, 0, 0, 0, 0)
+    assert (both.dice, both.asd, both.assd, both.hd95, both.hd95_max, both.asd_reverse) == (1, 0, 0, 0, 0, 0)
     for one in (segmentation_metrics(empty, full), segmentation_metrics(full, empty)):
         assert one.dice == 0
-        assert all(math.isnan(value) for value in (one.asd, one.assd, one.hd95, one.asd_reverse))
+        assert all(math.isnan(value) for value in (one.asd, one.assd, one.hd95, one.hd95_max, one.asd_reverse))
     assert math.isnan(average_surface_distance(empty, full))
     assert average_surface_distance(empty, empty) == 0
     assert (dice(empty, empty), dice(empty, full)) == (1, 0)

@@ -85,6 +85,15 @@ class TestTraining:
         assert (followed["marks"]["heldout"], at_the_end["marks"]["heldout"]) == (True, False)
         assert followed["drawing"].height > at_the_end["drawing"].height  # no axes for the distance
 
+    def test_a_followed_distance_says_of_how_many_evaluations_it_is_no_mean(self):
+        rows = [entry("loss_supervised", 1.0 / n, n) for n in (1, 2, 3)]
+        rows += [entry(f"heldout_{name}", 0.5, n, site="HK") for n in (1, 2, 3) for name in ("dice", "asd")]
+        (panel,) = training_figures(rows, ["sgcg"])
+        assert panel["detail"] == ""
+        rows += [entry("heldout_asd_left_out", value, n, site="HK") for n, value in ((1, 3.0), (2, 1.0))]
+        (panel,) = training_figures(rows, ["sgcg"])
+        assert panel["detail"] == "ASD without up to 3 evaluations with an empty mask"
+
 
 class TestCurves:
     def test_sites_count_the_same_then_seeds(self):
@@ -319,7 +328,8 @@ class TestWords:
         better = row | {"method": "sgcg weight=1", "dice_mean": 0.625, "dice_low": 0.5, "dice_high": 0.75}
         assert headline([row, better], [], "gland") == (
             "No hospital was held out. On the hospitals' own validation cases, sgcg weight=1 has the highest mean Dice "
-            "of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for gland; next is sgcg with 0.500."
+            "of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for gland; next is sgcg with 0.500. A "
+            "setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
         )
         average = row | {"heldout": "average", "site": "average", "hospitals": 3}
         assert "over 3 of 4 hospitals" in headline([row | {"heldout": "HK"}, average], [], "gland", 4)

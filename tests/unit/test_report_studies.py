@@ -251,7 +251,7 @@ class TestDifferences:
         assert (found.interval.mean, found.interval.high) == pytest.approx((0.11, 0.11 + half))
 
     def test_false_verdicts_are_rare_where_cases_share_a_model(self):
-        """No method is better, but each training shifts all its cases; a test of cases would see a difference in most."""
+        """No method is better, but each training shifts all its cases: a test of cases would see differences."""
         rng = np.random.default_rng(2)
         holds = 0
         for _ in range(60):
@@ -506,6 +506,30 @@ class TestSweeps:
         assert "Dice over the hospitals’ own validation cases by weight" in alt
         assert f"{first}: 0.625, {second}: 0.750; source 0.500." in alt  # another federation is no baseline
         assert [line["title"] for line in section["beside"]] == (["source"] if section["numbers"] else [])
+
+    def test_a_mean_distance_over_some_of_the_cases_is_marked(self):
+        lost = lambda method, n: NAN if method == "sgcg weight=1" and n else 2.0  # noqa: E731
+        names = ("source", "sgcg weight=1", "sgcg weight=2")
+        rows = [row(name, case=f"c{n}", dice=0.5, asd=lost(name, n)) for name in names for n in range(4)]
+        labels, values = labels_of(rows), CaseValues(rows)
+        (section,) = sweep_sections(sweeps_of(labels, {}), labels, values, ["gland"], {})
+        assert section["note"] == (
+            "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations "
+            "(sgcg weight=1: mean over 1 of 4)."
+        )
+        assert [[cell["note"] for cell in line["cells"]] for line in section["rows"]] == [
+            ["", "mean over 1 of 4"],
+            ["", ""],
+        ]
+        (claim,) = compare_on_average(values, [("sgcg weight=1", "source")], ["gland"], ["asd"])
+        assert (claim.cases, claim.judged) == (1, 4)
+        assert "1 of 4 cases" in claim_sentence(claim, several=False)
+        (table,) = [
+            t for t in paper_tables(layouts_of(values, ["gland"], ["HK"], None), labels, {}) if t["metric"] == "asd"
+        ]
+        notes = [line["cells"][0]["notes"] for line in table["groups"][0]["rows"]]
+        assert [note for note in notes if note] == []  # only the label without a sweep stands there
+        assert values.left_out("sgcg weight=1", "gland", "asd", ("HK", "HK")) == (3, 4)
 
     def test_an_axis_is_logarithmic_when_its_values_span_decades(self):
         assert is_logarithmic([0.01, 0.1, 1])
