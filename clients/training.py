@@ -170,7 +170,7 @@ class Session:
         """
         names = ("loss", *self.method.parts)
         on_cpu = self._device.type == "cpu"
-        sums = torch.zeros(len(names), dtype=torch.float64 if on_cpu else torch.float32, device=self._device)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         for step, batch in enumerate(batches):
             set_rate(self._optimizer, learning_rate(self._plan, round_number, step / steps))
             found = self.step(batch, guide, micro_batches)

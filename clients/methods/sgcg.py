@@ -63,15 +63,18 @@ def contrast_loss(
 
 
 def class_balanced_mean(values: Tensor, labels: Tensor, active: Tensor) -> Tensor:
-    """Mean over the active classes present of the mean of `values` (N,) over their pixels; 0 when none is present."""
+    """Mean over the active classes present of the mean of `values` (N,) over their pixels; 0 when none is present.
+
+    Sums in float64: `index_add` adds one pixel after the other, and float32 loses 0.4 % of a sum of a million that way.
+    """
     num_classes = active.shape[0]
     labels = labels.long()
     known = labels < num_classes
     index = labels.where(known, 0)
-    weight = (known & active[index]).to(values.dtype)
-    totals = torch.zeros(num_classes, dtype=values.dtype, device=values.device).index_add(0, index, values * weight)
+    weight = (known & active[index]).double()
+    totals = torch.zeros(num_classes, dtype=torch.float64, device=values.device).index_add(0, index, values * weight)
     counts = torch.zeros_like(totals).index_add(0, index, weight)
-    return (totals / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
+    return ((totals / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)).to(values.dtype)
 
 
 def labels_at(labels: Tensor, width: int, num_classes: int) -> Tensor:

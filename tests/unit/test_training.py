@@ -12,6 +12,7 @@ from clients.cases import CaseStore, open_store
 from clients.device import choose_device, precision
 from clients.methods import Guidance, View, supervised
 from clients.methods.guidance import pixel_features
+from clients.methods.ram import consistency_loss
 from clients.methods.sgcg import class_balanced_mean, contrast_of_views
 from clients.site import open_site
 from clients.training import learning_rate, load_weights, train_round, weights_of
@@ -206,6 +207,26 @@ def test_class_balance_is_the_mean_of_class_means():
     active = torch.tensor([True, True, False])
     assert class_balanced_mean(values, labels, active).item() == pytest.approx((2.0 + 10.0) / 2)
     assert class_balanced_mean(values, torch.full((5,), 255), active).item() == 0.0
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_losses_of_millions_of_equal_pixels_keep_five_digits(memory_format):
+    """Equal terms are the worst for a running sum: its rounding goes one way, and float32 loses percents."""
+    logits = torch.full((16, 3, 256, 256), 0.1)
+    logits[:, 1] += 0.37
+    logits, labels = logits.contiguous(memory_format=memory_format), torch.zeros(16, 256, 256, dtype=torch.int64)
+    classes, valid = {"a": [1], "b": [1, 2], "c": [2]}, torch.ones(16, 1, 256, 256, dtype=torch.bool)
+
+    def losses(logits):
+        first, second = logits.softmax(1), (1.3 * logits).softmax(1)
+        yield supervised.softmax_loss(logits, labels)
+        yield supervised.sigmoid_loss(logits, labels, classes)
+        yield consistency_loss(first, second, valid, symmetric=True)
+        yield torch.nn.functional.mse_loss(first, second)
+        yield class_balanced_mean(first[:, 0].reshape(-1), labels.reshape(-1), torch.ones(3, dtype=torch.bool))
+
+    for found, wanted in zip(losses(logits), losses(logits.double()), strict=True):
+        assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("balance", ["pixel", "class"])
