@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from common.errors import FedsgcgError, Problem, fail
+from common.machine import processor
 from common.plan import Plan
 from deploy.preflight import Machine
 from server.disk import Disk
@@ -136,10 +137,5 @@ def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_machine(machine: Machine) -> str:
     """One line on the machine: processor, cores, GPUs, Python."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:  # not Linux: the platform module's name has to do
-        name = platform.machine()
-    return f"{name}, {machine.cpus} cores, {machine.gpus} GPUs, Python {platform.python_version()}, {platform.system()}"
+    rest = f"{machine.gpus} GPUs, Python {platform.python_version()}, {platform.system()}"
+    return f"{processor()}, {machine.cpus} cores, {rest}"

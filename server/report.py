@@ -26,7 +26,7 @@ from server.report_panels import case_figures, overlay_blocks, shift_classes, sh
 from server.report_papers import ablation_tables, layouts_of, paper_notes, paper_tables, seeds_note
 from server.report_published import published_for
 from server.report_reader import Reader
-from server.report_sections import Section, case_means, cell_rows, departure_rows, result_tables
+from server.report_sections import Section, case_means, cell_rows, departure_rows, hash_note, result_tables
 from server.report_studies import HELD_OUT, VALIDATION, federation_section, sweep_sections, sweeps_of
 from server.report_tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 from server.report_text import (
@@ -127,6 +127,7 @@ def _words(study: StudyFiles) -> dict[str, Any]:
         "versions": study.tree.get("versions") if isinstance(study.tree.get("versions"), dict) else {},
         "folder": study.folder.resolve().name,
         "cells": cell_rows(study),
+        "hash_note": hash_note(study),
         "alone": any(cell.trained_on for cell in study.cells),
         "palette": PALETTE,
         "markers": MARKERS,

@@ -102,7 +102,7 @@ was started twice counts twice.</caption>
 figure of this page is also in <code>figures/</code> beside it, as SVG and PNG; those named <code>overlays</code> show patients, as the page does.</p>
 <details{% if status != "completed" %} open{% endif %}><summary>Runs ({{ cells|length }})</summary>
 <div class="wide" tabindex="0"><table><caption>Every run of the study. The hash is the SHA-256 of the chosen model's names, shapes
-and values.</caption>
+and values. {{ hash_note }}</caption>
 <thead><tr><th scope="col">Method</th><th scope="col">Held out</th>{% if alone %}<th scope="col">Trained alone</th>{% endif %}<th scope="col">Seed</th><th scope="col">Status</th><th scope="col">Time</th>
 <th scope="col">Chosen round</th><th scope="col">Model hash</th></tr></thead><tbody>
 {% for row in cells %}<tr><th scope="row">{{ row.cell.method }}</th><td>{{ row.cell.heldout or "none" }}</td>{% if alone %}<td>{{ row.cell.trained_on or "–" }}</td>{% endif %}<td>{{ row.cell.seed }}</td>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -161,6 +161,27 @@ def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], li
         for entry in found
     ]
     return rows, parts
+
+
+def hash_note(study: StudyFiles) -> str:
+    """A sentence on which model hashes may be compared: those of one processor, build of torch and thread count."""
+    machines = Counter(_machine_of(cell.outcome) for cell in study.cells if cell.outcome.get("digest"))
+    rule = "Equal settings and seeds give equal hashes on one type of processor, build of torch and number of threads"
+    if not machines or set(machines) == {""}:
+        return f"{rule}; these runs do not say theirs."
+    if len(machines) == 1:
+        return f"{rule}, here {next(iter(machines))}."
+    found = "; ".join(f"{name or 'not recorded'} ({number})" for name, number in sorted(machines.items()))
+    return f"{rule}. These runs ended on different ones, so that their hashes cannot be compared: {found}."
+
+
+def _machine_of(outcome: Mapping[str, Any]) -> str:
+    machine = outcome.get("machine")
+    if not isinstance(machine, dict):
+        return ""
+    threads = machine.get("threads")
+    parts = [str(machine.get(name, "?")) for name in ("cpu", "capability")]
+    return ", ".join([*parts, f"torch {machine.get('torch', '?')}", f"{threads} thread{'' if threads == 1 else 's'}"])
 
 
 def cell_rows(study: StudyFiles) -> list[Section]:

@@ -4,7 +4,8 @@ results.parquet     one row a case and structure
 rounds.parquet      figures of every round, long format
 model.safetensors   the selected model;  model.json: how to use it and how it came about
 prototypes.arrow    global class statistics after the last round
-outcome.json        how the run ended; written last
+outcome.json        how the run ended; written last. `machine` is where it ended: in a simulation the machine that
+                    trained, in a deployment the coordinator, which trains nothing
 events.jsonl        one JSON object a line, as it happens
 """
 

@@ -16,6 +16,7 @@ from typing import Final, Literal
 from flwr.serverapp import Grid
 
 from common.errors import FedsgcgError, Problem
+from common.machine import arithmetic_of
 from common.networks import build_network
 from common.payload import Identity, Weights
 from common.plan import Plan
@@ -143,6 +144,7 @@ class Federation:
             "error": code,
             "rounds_done": outcome.rounds_done,
             "digest": outcome.digest,
+            "machine": arithmetic_of(self._plan.site.threads),
             "seconds": round(time.monotonic() - began, 3),
             "problems": [results.public(problem) for problem in outcome.problems],
             "sites": self._cohort.census(),

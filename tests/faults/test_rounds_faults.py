@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from common.errors import CODES, FedsgcgError
 from common.payload import encode_cases
@@ -37,6 +38,21 @@ def silent(site: str, kind: str, rounds: range = range(0, 99)) -> Script:
 def status_of(folder: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads((folder / "outcome.json").read_text())
     return found
+
+
+def test_the_outcome_says_on_which_processor_and_torch_its_hash_was_made(tmp_path: Path) -> None:
+    outcome, _ = run(small_plan(tmp_path, site__threads=2))
+    found = status_of(tmp_path)
+    assert found["digest"] == outcome.digest != ""
+    machine = found["machine"]
+    assert isinstance(machine, dict)
+    assert set(machine) == {"cpu", "capability", "torch", "threads"}
+    assert machine["torch"] == torch.__version__
+    assert machine["threads"] == 2
+    assert machine["capability"] == torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
+    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    assert machine["cpu"]
+    assert not model or model[0].endswith(machine["cpu"])
 
 
 # Roles

@@ -63,7 +63,7 @@ def test_killed_study_called_again_ends_with_the_same_table(hospitals: Path, tmp
 
 
 def test_both_runtimes_and_any_number_of_actors_give_the_same_model(hospitals: Path, tmp_path: Path) -> None:
-    hashes = {}
+    hashes, machines = {}, []
     for name, machine in (("inprocess", None), ("one actor", Machine(1, 0)), ("two actors", Machine(2, 0))):
         study = small.plan(
             hospitals, tmp_path / name.replace(" ", "-"), "method=sgcg", "heldout=South", "federation.rounds=2"
@@ -74,7 +74,9 @@ def test_both_runtimes_and_any_number_of_actors_give_the_same_model(hospitals: P
         else:
             run_cell_on_ray(cell.tree, machine)
         hashes[name] = cell.outcome()["digest"]
+        machines.append(cell.outcome()["machine"])
     assert len(set(hashes.values())) == 1, hashes
+    assert machines[1:] == machines[:-1], "equal hashes are promised for one processor, torch and number of threads"
 
 
 def test_another_seed_gives_another_model(hospitals: Path, tmp_path: Path) -> None:

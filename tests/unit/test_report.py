@@ -201,6 +201,27 @@ class TestUnfinishedStudies:
         assert "round 2, UCL: RND-404 A site did not answer before the round's deadline. And 2 more." in page.text
         assert not [cell for cell in page.all("td") if cell.get("class") == "missing"]
 
+    @pytest.mark.parametrize(
+        ("torches", "sentence"),
+        [
+            (("2.13.0+cpu", "2.13.0+cpu"), "here EPYC, AVX2, torch 2.13.0+cpu, 1 thread."),
+            (
+                ("2.13.0+cpu", "2.14.0+cpu"),
+                "These runs ended on different ones, so that their hashes cannot be compared: "
+                "EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3); EPYC, AVX2, torch 2.14.0+cpu, 1 thread (1).",
+            ),
+            (("2.13.0+cpu", None), "not recorded (1); EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3)."),
+            ((None, None), "these runs do not say theirs."),
+        ],
+    )
+    def test_hashes_of_different_machines_are_not_to_be_compared(self, tmp_path, torches, sentence):
+        write_study(tmp_path, **SMALL)
+        for number, path in enumerate(sorted(tmp_path.glob("*/*/*/outcome.json"))):
+            version = torches[number == 3]
+            machine = {"cpu": "EPYC", "capability": "AVX2", "torch": version, "threads": 1}
+            path.write_text(json.dumps(json.loads(path.read_text()) | ({"machine": machine} if version else {})))
+        assert sentence in page_of(tmp_path).text
+
     def test_pictures_and_ledgers_that_stay_at_the_sites_are_not_missed(self, tmp_path):
         write_study(tmp_path, **SMALL, pictures=False)
         for path in tmp_path.glob("*/*/*/sites/*/ledger.jsonl"):
