@@ -20,9 +20,9 @@ from typing import Any
 import nibabel
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from common.errors import FedsgcgError, fail
+from common.picture_files import picture_pixels
 
 Array = NDArray[Any]
 nib: Any = nibabel  # its functions carry no types
@@ -78,7 +78,7 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
 
     Raises:
         FedsgcgError: DAT-103 when the file is missing, damaged or of an unknown kind; DAT-106 when it has more
-            dimensions than a volume or a picture.
+            dimensions than a volume or a picture; DAT-116 for a mask in a format that changes values.
     """
     suffix = suffix_of(path)
     if not suffix:
@@ -256,7 +256,7 @@ def _three_dimensions(image: Any, path: Path) -> NDArray[np.float32]:
 
 def _read_picture(path: Path, mask: bool) -> Volume:
     """Read a picture as (C, H, W) with C 1 or 3; an alpha channel is dropped."""
-    pixels = _tiff_pixels(path) if suffix_of(path) in (".tif", ".tiff") else _pillow_pixels(path, mask)
+    pixels = picture_pixels(path, mask=mask)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
@@ -270,46 +270,3 @@ def _read_picture(path: Path, mask: bool) -> Volume:
         pixels = pixels[:, :, :1]
     array = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     return Volume(array, np.eye(4), (1.0, 1.0, 1.0), is_picture=True, is_eight_bit=pixels.dtype == np.uint8)
-
-
-def _pillow_pixels(path: Path, mask: bool) -> Array:
-    """Return the pixels of a PNG, JPEG or BMP as (H, W) or (H, W, C)."""
-    with Image.open(path) as opened:
-        opened.load()
-        picture = ImageOps.exif_transpose(opened)  # cameras store the turn apart; people see and draw the turned one
-        if picture.mode in ("L", "I", "F", "1", "RGB", "RGBA", "LA") or picture.mode.startswith("I;16"):
-            return np.asarray(picture)
-        return np.asarray(picture) if mask and picture.mode == "P" else np.asarray(picture.convert("RGB"))
-
-
-def _tiff_pixels(path: Path) -> Array:
-    """Return the pixels of the first series of a TIFF as (H, W), (H, W, C) or, when it has pages, more axes."""
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(path) as file:
-            series = file.series[0]
-            axes, pages = str(series.axes), len(series.pages)
-            # Pillow knows compressions that tifffile leaves to an extra package.
-            compressed = series.keyframe.compression not in (1, 8, 32946)
-            if compressed and pages == 1:
-                pixels, turn = _pillow_pixels(path, True), 1
-            else:
-                tag = series.keyframe.tags.get(274)
-                pixels, turn = np.asarray(series.asarray()), int(tag.value) if tag else 1
-    except tifffile.TiffFileError as error:
-        raise ValueError(str(error)) from error
-    if pixels.ndim == 3 and axes.startswith("S"):
-        pixels = pixels.transpose(1, 2, 0)
-    elif pixels.ndim != 2 and not axes.endswith("S"):
-        return pixels[..., None]
-    return _turned(pixels, turn)
-
-
-def _turned(pixels: Array, orientation: int) -> Array:
-    """Turn (H, W) or (H, W, C) pixels as the orientation tag of TIFF and EXIF (1 to 8) says they are to be seen."""
-    flipped = {2: pixels[:, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1)}
-    turns = {3: 2, 6: -1, 8: 1}  # quarter turns against the clock
-    if orientation == 7:
-        return pixels[::-1, ::-1].swapaxes(0, 1)
-    return np.rot90(pixels, turns[orientation]) if orientation in turns else flipped.get(orientation, pixels)

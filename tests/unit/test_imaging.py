@@ -314,6 +314,76 @@ def test_a_tiff_of_many_pages_is_refused(tmp_path):
     assert code_of(tmp_path / "a.tif") == "DAT-106"
 
 
+BILEVEL = {"none": None, "lzw": "tiff_lzw", "group4": "group4", "packbits": "packbits", "deflate": "tiff_adobe_deflate"}
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("compression", BILEVEL.values(), ids=list(BILEVEL))
+def test_a_tiff_is_read_as_a_viewer_shows_it_whether_white_or_black_is_zero(tmp_path, compression, photometric):
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 15:40] = True
+    Image.fromarray(mask).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: photometric})
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif", mask=True).array[0], mask)
+    if compression == "group4":
+        return  # holds one bit a pixel alone
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "b.tif", compression=compression, tiffinfo={262: photometric})
+    np.testing.assert_array_equal(read_volume(tmp_path / "b.tif").array[0], grey)
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 200
+    stored = 65535 - deep if photometric == 0 else deep
+    Image.fromarray(stored).save(tmp_path / "c.tif", compression=compression, tiffinfo={262: photometric})
+    np.testing.assert_array_equal(read_volume(tmp_path / "c.tif").array[0], deep)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+def test_a_palette_tiff_gives_colours_as_an_image_and_indices_as_a_mask(tmp_path, compression):
+    colours = np.random.default_rng(0).integers(20, 230, (48, 64, 3)).astype(np.uint8)
+    palette = Image.fromarray(colours).quantize(128)
+    palette.save(tmp_path / "p.tif", compression=compression)
+    expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_volume(tmp_path / "p.tif").array, expected)
+    np.testing.assert_array_equal(read_volume(tmp_path / "p.tif", mask=True).array[0], np.asarray(palette))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_ink_colours_of_a_printed_tiff_are_turned_into_light(tmp_path, compression):
+    inks = np.random.default_rng(0).integers(0, 256, (8, 9, 4)).astype(np.uint8)
+    picture = Image.fromarray(inks, "CMYK")
+    picture.save(tmp_path / "a.tif", compression=compression)
+    expected = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").array, expected)
+
+
+@pytest.mark.parametrize("thumbnail_first", [True, False])
+@pytest.mark.parametrize("reduced", [0, 1])
+def test_the_thumbnail_of_a_tiff_is_not_its_picture(tmp_path, thumbnail_first, reduced):
+    colours = np.random.default_rng(0).integers(0, 256, (49, 64, 3)).astype(np.uint8)
+    pages = [(colours[::4, ::4].copy(), reduced), (colours, 0)]
+    with tifffile.TiffWriter(tmp_path / "t.tif") as file:
+        for page, kind in pages if thumbnail_first else pages[::-1]:
+            file.write(page, photometric="rgb", subfiletype=kind)
+    np.testing.assert_array_equal(read_volume(tmp_path / "t.tif").array, colours.transpose(2, 0, 1))
+
+
+def test_a_tiff_of_two_different_pictures_is_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "t.tif") as file:
+        file.write(np.zeros((40, 64), np.uint8), photometric="minisblack")
+        file.write(np.zeros((32, 20), np.uint8), photometric="minisblack")
+    assert code_of(tmp_path / "t.tif") == "DAT-106"
+
+
+def test_a_mask_in_a_lossy_format_is_refused_whatever_it_is_called(tmp_path):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 15:40] = 1
+    for name, options in (("m.jpg", {}), ("m.jpeg", {"quality": 100}), ("m.tif", {"compression": "jpeg"})):
+        Image.fromarray(mask).save(tmp_path / name, **options)
+        assert code_of(tmp_path / name, mask=True) == "DAT-116", name
+    (tmp_path / "m.png").write_bytes((tmp_path / "m.jpg").read_bytes())
+    assert code_of(tmp_path / "m.png", mask=True) == "DAT-116"
+    assert read_volume(tmp_path / "m.jpg").array.shape == (1, 48, 64), "images may be JPEG"
+    assert read_volume(tmp_path / "m.tif").array.shape == (1, 48, 64)
+
+
 def test_mask_pictures_give_label_values(tmp_path):
     labels = np.array([[0, 1], [2, 2]], np.uint8)
     palette = Image.fromarray(labels, "P")
