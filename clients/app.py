@@ -69,6 +69,7 @@ def enrol(visit: Visit) -> RecordDict:
         "cases": {split: len(part) for split, part in cases.items()},
         "patients": {split: len({case.patient for case in part}) for split, part in cases.items()},
         "slices": {split: sum(len(store.slices(split)) for store in stores) for split in splits},
+        "kinds": sorted({store.kind for store in stores}),
         "problems": visit.public_problems(),
         "data": " ".join(fingerprint(store) for store in stores),
         "shares": list(visit.plan.site.shares),

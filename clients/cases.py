@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,12 +28,13 @@ from clients.cache import cache_error, digest, file_hashes, hash_memo, locked, p
 from clients.site import CaseFile, Site, open_site, splits
 from clients.slices import STEPS, Slices, prepare
 from common.errors import FedsgcgError, Problem, fail
+from common.imaging import KINDS, PICTURE
 from common.plan import DataSettings
 
 CHANNELS = 3
 # Part of the key: raise it when the meaning of a stored slice changes.
 FORMAT = 3
-ARRAYS = tuple(field.name for field in fields(Slices) if field.name != "spacing")
+ARRAYS = tuple(field.name for field in fields(Slices) if field.name not in ("spacing", "kind"))
 # `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
 
@@ -50,7 +52,7 @@ class Case:
         split: `train`, `validation` or `test`.
         num_slices: Z; 1 for a picture.
         native_shape: (Z, Y, X) of the file in canonical orientation.
-        spacing: (sz, sy, sx) in mm; None for a picture.
+        spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
         is_picture: Whether the case is a 2-D picture.
         has_foreground: Whether the mask holds a declared structure.
     """
@@ -122,6 +124,7 @@ class CaseStore:
         problems: What was left out, and empty masks, which are kept. `where` is a case name: stays here.
         data: The settings the slices were made with.
         stored: The arrays of each case.
+        kind: What all its cases are, one of `common.imaging.KINDS`.
         key: Content key of the site's files and of the settings that shape a slice; names the cache file.
     """
 
@@ -131,6 +134,7 @@ class CaseStore:
     data: DataSettings
     stored: tuple[Slices, ...]
     key: str
+    kind: str = KINDS[0]
 
     def slices(self, split: str) -> SliceTable:
         """Return the slices of a split; of `train` only those with a structure when `data.train_slices` says so."""
@@ -170,8 +174,9 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
     key, rows = _cached(site, data, cache)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
+    kind, good, others = _one_kind(good)
     empty = sorted(facts["name"] for facts, slices in good if not _shown(slices, data).any())
-    problems = (*site.quarantined, *broken, *(_empty_mask(name) for name in empty))
+    problems = (*site.quarantined, *broken, *others, *(_empty_mask(name) for name in empty))
     chosen = splits([files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout)
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_nothing(site, len(good)), *problems)
@@ -179,7 +184,19 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
         _case(index, facts | {"alias": salted(facts["alias"], salt)}, slices, files[facts["name"]], split, data)
         for index, ((facts, slices), split) in enumerate(zip(good, chosen, strict=True))
     )
-    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in good), key)
+    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in good), key, kind)
+
+
+def main_kind(kinds: Sequence[str]) -> str:
+    """Return what most cases are; of equally many the first of `common.imaging.KINDS`."""
+    counts = Counter(kinds)
+    return max(KINDS, key=lambda one: (counts[one], -KINDS.index(one)))
+
+
+def other_kind(case: str, kind: str, wanted: str) -> Problem:
+    """Return the problem of a case that is left out because most cases are of another kind."""
+    action = "Put it into a data set of its own, or resample the volume to slices of that plane."
+    return Problem("DAT-117", f"a case of kind {kind}", f"{wanted}, as most cases are", action, where=case)
 
 
 def salted(alias: str, salt: bytes) -> str:
@@ -238,7 +255,7 @@ def _case(index: int, facts: dict[str, Any], slices: Slices, file: CaseFile, spl
         num_slices=z,
         native_shape=(z, y, x),
         spacing=slices.spacing,
-        is_picture=slices.spacing is None,
+        is_picture=slices.kind == PICTURE,
         has_foreground=bool(_shown(slices, data).any()),
     )
 
@@ -260,7 +277,18 @@ def _empty_mask(name: str) -> Problem:
     return Problem("DAT-110", "no declared structure", "at least one in most cases", action, where=name)
 
 
+Usable = tuple[dict[str, Any], Slices]
 Row = tuple[dict[str, Any], Slices | None]
+
+
+def _one_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]:
+    """Return the kind that most cases are, the cases of it, and a problem for each other one.
+
+    Slices of different planes, and pictures among volumes, look different: one network does not learn both from a few.
+    """
+    kind = main_kind([slices.kind for _, slices in good])
+    others = [other_kind(facts["name"], slices.kind, kind) for facts, slices in good if slices.kind != kind]
+    return kind, [row for row in good if row[1].kind == kind], others
 
 
 def _files(site: Site) -> list[Path]:
@@ -318,7 +346,7 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         slices = prepare(case, data)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
         facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
-        facts["spacing"] = slices.spacing
+        facts["spacing"], facts["kind"] = slices.spacing, slices.kind
         facts["shapes"] = [array.shape for array in arrays]
         facts["types"] = [array.dtype.str for array in arrays]
     except FedsgcgError as error:
@@ -346,4 +374,4 @@ def _row(batch: pa.RecordBatch) -> Row:
         arrays[name] = flat.reshape(facts["shapes"][number])
         # The file is mapped for reading; writing to it would kill the process.
         arrays[name].flags.writeable = False
-    return facts, Slices(**arrays, spacing=tuple(facts["spacing"]) if facts["spacing"] else None)
+    return facts, Slices(**arrays, spacing=tuple(facts["spacing"]) if facts["spacing"] else None, kind=facts["kind"])

@@ -18,17 +18,20 @@ from typing import Any, Literal
 import nibabel
 import numpy as np
 
+from clients.cases import main_kind, other_kind
 from clients.policy import confined
 from clients.site import CaseFile, Site, open_site, splits
 from clients.site_file import SiteFile
 from clients.slices import class_indices
 from common.errors import CODES, FedsgcgError, Problem
-from common.imaging import Volume, check_geometry, check_image, read_volume
+from common.imaging import PICTURE, Volume, check_geometry, check_image, read_volume
 from common.plan import DataSettings
 
 Verdict = Literal["ok", "warn", "fail"]
 SPACING_RATIO = 2.0
 """How many times the site's median a voxel's side may be before it stands out."""
+SMALLEST_MM, LARGEST_MM = 0.01, 100.0
+"""Sides of a voxel outside these come from a wrong unit, not from a scanner."""
 
 nib: Any = nibabel
 
@@ -72,7 +75,8 @@ class Seen:
         case: Its files.
         split: Where it would go.
         axes: Axis codes of the file, e.g. RAS; "" for a picture.
-        spacing: (sz, sy, sx) in mm; None for a picture.
+        spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
+        kind: One of `common.imaging.KINDS`.
         content: Hash of the pixels in canonical orientation.
         voxels: Number of voxels.
         empty: Whether the mask holds no declared structure.
@@ -82,6 +86,7 @@ class Seen:
     split: str
     axes: str
     spacing: tuple[float, float, float] | None
+    kind: str
     content: str
     voxels: int
     empty: bool
@@ -114,7 +119,7 @@ def examine_files(
         except FedsgcgError as error:
             findings += [Finding.of("files", replace(problem, where=case.name)) for problem in error.problems]
         progress(number + 1, len(site.cases))
-    whole = [*_empty(seen), *_spacing(seen), *_twice(seen), *_same_person(seen)]
+    whole = [*_other_kind(seen), *_empty(seen), *_spacing(seen), *_twice(seen), *_same_person(seen)]
     known = {finding.name for finding in whole}
     fine = [Finding("files", one.case.name, "ok", _words(one)) for one in seen if one.case.name not in known]
     return [*findings, *whole, *fine, *_floor(seen, site, policy, heldout)], seen
@@ -134,7 +139,8 @@ def _look(case: CaseFile, split: str, data: DataSettings) -> Seen:
         case,
         split,
         _axes(image),
-        None if image.is_picture else image.spacing,
+        image.millimetres,
+        image.kind,
         hashlib.blake2b(np.ascontiguousarray(image.array).tobytes(), digest_size=16).hexdigest(),
         int(image.array.size),
         not np.isin(truth, wanted).any(),
@@ -147,8 +153,17 @@ def _axes(image: Volume) -> str:
 
 
 def _words(one: Seen) -> str:
-    spacing = "picture" if one.spacing is None else "x".join(f"{side:.3g}" for side in one.spacing) + f" mm {one.axes}"
-    return f"{one.split}, {spacing}"
+    if one.spacing is None:
+        return f"{one.split}, {one.kind}"
+    return f"{one.split}, {one.kind}, {'x'.join(f'{side:.3g}' for side in one.spacing)} mm {one.axes}"
+
+
+def _other_kind(seen: Sequence[Seen]) -> Iterator[Finding]:
+    """Yield the cases that are left out because most are of another kind."""
+    kind = main_kind([one.kind for one in seen])
+    for one in seen:
+        if one.kind != kind:
+            yield Finding.of("files", other_kind(one.case.name, one.kind, kind))
 
 
 def _empty(seen: Sequence[Seen]) -> Iterator[Finding]:
@@ -160,7 +175,15 @@ def _empty(seen: Sequence[Seen]) -> Iterator[Finding]:
 
 def _spacing(seen: Sequence[Seen]) -> Iterator[Finding]:
     """Yield cases whose voxel is much larger or smaller than the site's usual one along some axis."""
-    sized = [one for one in seen if one.spacing is not None]
+    for one in seen:
+        if one.spacing is None and one.kind != PICTURE:
+            action = "Correct the voxel size in the header; distances are in voxels alone until then."
+            yield Finding("files", one.case.name, "warn", "the header gives no voxel size", action, "SITE-510")
+        elif one.spacing and not all(SMALLEST_MM <= side <= LARGEST_MM for side in one.spacing):
+            found = f"a voxel of {'x'.join(f'{side:.3g}' for side in one.spacing)} mm"
+            action = "Check the unit of length (xyzt_units) and the voxel size in the header."
+            yield Finding("files", one.case.name, "warn", found, action, "SITE-510")
+    sized = [one for one in seen if one.spacing and all(SMALLEST_MM <= side <= LARGEST_MM for side in one.spacing)]
     usual = [statistics.median(one.spacing[axis] for one in sized if one.spacing) for axis in range(3)] if sized else []
     for one in sized:
         for axis, side in enumerate(one.spacing or ()):

@@ -14,6 +14,7 @@ from safetensors.numpy import load
 from torch import nn
 
 from common.errors import FedsgcgError, fail
+from common.imaging import KINDS, PICTURE
 from common.networks import build_network
 from common.payload import Weights, decode_statistics
 from common.plan import DataSettings, NetworkSettings
@@ -37,6 +38,7 @@ class Model:
         network: The network with its weights.
         prototypes: Global class statistics, None when the model came without.
         normalize: Whether these describe features of unit length.
+        kinds: What its training images were (`common.imaging.KINDS`).
     """
 
     card: Mapping[str, Any]
@@ -44,6 +46,7 @@ class Model:
     network: nn.Module
     prototypes: ClassStatistics | None
     normalize: bool
+    kinds: tuple[str, ...] = KINDS
 
 
 def load_model(path: Path) -> Model:
@@ -63,7 +66,14 @@ def load_model(path: Path) -> Model:
     settings, channels = _network(card, data, folder)
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
-    return Model(card, data, network, _prototypes(card, data, settings, folder), bool(card.get("normalize", True)))
+    return Model(
+        card,
+        data,
+        network,
+        _prototypes(card, data, settings, folder),
+        bool(card.get("normalize", True)),
+        _kinds(card, data),
+    )
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -102,6 +112,13 @@ def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
         found = "; ".join(f"{problem.where}: {problem.found or problem.expected}" for problem in error.problems)
         expected = "classes, structures and preprocessing that fit each other"
         raise fail("MOD-805", where=where, found=found, expected=expected, action="Get the model again.") from error
+
+
+def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
+    """What the model was trained on; a card from before that was written says it by its stack of slices alone."""
+    stated = card.get("kinds")
+    known = tuple(kind for kind in KINDS if isinstance(stated, list) and kind in stated)
+    return known or tuple(kind for kind in KINDS if data.stack == 1 or kind != PICTURE)
 
 
 def _network(card: Mapping[str, Any], data: DataSettings, folder: Path) -> tuple[NetworkSettings, dict[str, int]]:

@@ -170,7 +170,7 @@ def _sizes(prediction: Prediction, model: Model) -> str:
     parts = []
     for name, mask in zip(model.data.structures, prediction.masks, strict=True):
         pixels = int(mask.sum())
-        real = model.data.spacing_unit == "mm" and not prediction.volume.is_picture
+        real = model.data.spacing_unit == "mm" and prediction.volume.millimetres is not None
         size = (
             f"{pixels * voxel:.1f} ml" if real else f"{pixels} {'pixels' if prediction.volume.is_picture else 'voxels'}"
         )

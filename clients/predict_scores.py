@@ -46,7 +46,7 @@ class Scores:
             split="test",
             num_slices=truth.shape[0],
             native_shape=(truth.shape[0], truth.shape[1], truth.shape[2]),
-            spacing=None if volume.is_picture else volume.spacing,
+            spacing=volume.millimetres,
             is_picture=volume.is_picture,
             has_foreground=bool(truth.any()),
         )

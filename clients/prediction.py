@@ -72,14 +72,14 @@ class Predictor:
         """Read and predict one image file.
 
         Raises:
-            FedsgcgError: DAT-103, DAT-106, DAT-107 or DAT-108 for an image that cannot be used, MOD-806 for a picture
-                where the model needs neighbouring slices.
+            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be used, MOD-806 for
+                one of another kind than those the model was trained on.
         """
         volume = read_volume(path)
-        data = self.model.data
-        if volume.is_picture and data.stack == 3:
-            action = "Give it volumes. A model of pictures is trained with data.stack=1 (in model.json, stack: 1)."
-            raise fail("MOD-806", where=str(path), found="a picture", expected="a volume (stack 3)", action=action)
+        if volume.kind not in self.model.kinds:
+            expected = " or ".join(self.model.kinds)
+            action = "Use a model of such images; a volume can also be resampled to slices of the model's plane."
+            raise fail("MOD-806", where=str(path), found=volume.kind, expected=expected, action=action)
         check_image(volume, str(path))
         return self.apply(volume)
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from clients.site import CaseFile
 from common.data_settings import LABEL_TOLERANCE
 from common.errors import fail
-from common.imaging import Volume, check_geometry, check_image, read_volume
+from common.imaging import KINDS, Volume, check_geometry, check_image, read_volume
 from common.plan import DataSettings
 
 # int16 steps in one unit of intensity; the rounding error, 1.5e-5, is far below an image's noise.
@@ -40,7 +40,8 @@ class Slices:
         truth: (Z, Y, X) uint8 class indices on the native grid.
         display: (Z, Y, X) uint8 native image for people, colours turned grey.
         present: (Z, K) whether a class occurs in the native slice.
-        spacing: (sz, sy, sx) in mm; None for a picture.
+        spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
+        kind: What the case is, one of `common.imaging.KINDS`.
     """
 
     image: NDArray[np.int16]
@@ -49,6 +50,7 @@ class Slices:
     display: NDArray[np.uint8]
     present: NDArray[np.bool_]
     spacing: tuple[float, float, float] | None
+    kind: str = KINDS[0]
 
 
 def prepare(case: CaseFile, data: DataSettings) -> Slices:
@@ -82,7 +84,8 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
         truth=truth,
         display=np.rint((scaled.mean(axis=1) + 1) * 127.5).astype(np.uint8),
         present=present,
-        spacing=None if image.is_picture else image.spacing,
+        spacing=image.millimetres,
+        kind=image.kind,
     )
 
 

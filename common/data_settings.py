@@ -57,7 +57,8 @@ class DataSettings(Section):
         classes: Class name -> raw label values, background first. Exclusive: every declared value in one class.
         structures: Reported structure -> the classes that make it up (nested structures share classes).
         image_size: Side in pixels of the square training slice (height = width).
-        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = the slice alone, repeated.
+        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = the slice alone, repeated. A picture has no
+            neighbours: its colours are the channels, or its grey values repeated, whatever is set here.
         intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore` (three standard
             deviations map to 1), or `fixed` (0 to -1 and 255 to 1, for pictures of 8 bits a channel alone).
         activation: `softmax` over exclusive classes or one `sigmoid` per structure (methods.md 2.6).

@@ -37,6 +37,7 @@ CODES: Final[dict[str, str]] = {
     "DAT-113": "The slice cache cannot be written or read.",
     "DAT-115": "The image has no fixed intensity scale.",
     "DAT-116": "The mask is stored in a format that changes its label values.",
+    "DAT-117": "The case is of another kind than the hospital's other cases.",
     # DAT-12x: preparing a downloaded data set
     "DAT-120": "The data set is not there.",
     "DAT-121": "The output folder cannot be used.",
@@ -118,7 +119,7 @@ CODES: Final[dict[str, str]] = {
     "SITE-507": "The site's Flower node does not stay alive.",
     "SITE-508": "The site has joined already, or does not end.",
     "SITE-509": "The coordinator does not let this site in.",
-    "SITE-510": "The spacing differs much from the site's other cases.",
+    "SITE-510": "The voxel size is missing, implausible, or far from the site's other cases.",
     "SITE-511": "The same image is there twice.",
     "SITE-512": "Two patient ids may be one person.",
     "SITE-513": "The site has fewer patients than its own floor.",

@@ -2,9 +2,11 @@
 
 Legend: Z, Y, X = slices, rows, columns of a volume; C = colour channels of a picture (1 or 3); H, W = rows, columns.
 
-Canonical orientation of a volume is the radiological display: axial slices along Z from inferior to superior, rows from
-anterior to posterior, columns from right to left ("LPS" in nibabel's codes, with the axes in the order Z, Y, X). Axes
-are only permuted and flipped, never resampled, so that `to_native` is its exact inverse.
+Canonical orientation of a volume is the radiological display of the plane in which it was acquired: Z runs along the
+axis whose voxels are clearly the longest, and from feet to head where none is. Axial slices go from inferior to
+superior, rows from anterior to posterior, columns from right to left ("LPS" in nibabel's codes, with the axes in the
+order Z, Y, X); coronal and sagittal ones as in `PLANES`. Axes are only permuted and flipped, never resampled, so that
+`to_native` is its exact inverse. Lengths are in mm whatever unit the header has.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,16 @@ nib: Any = nibabel  # its functions carry no types
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-CANONICAL = ("L", "P", "S")
+PLANES = {"axial": ("L", "P", "S"), "coronal": ("L", "I", "P"), "sagittal": ("P", "I", "L")}
+"""Plane of the slices -> where columns, rows and slices run (nibabel's axis codes)."""
+THICK = 2**0.5
+"""How many times longer than the others an axis's voxels must be for slices across it; between the ratios that scanners
+use, so that the rounding of a header does not decide."""
+MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
+"""Millimetres in a header's unit of length; a header that names none means mm."""
+PICTURE = "picture"
+KINDS = (*(f"{plane} volume" for plane in PLANES), PICTURE)
+"""What an image can be; a data set and a model are of one kind (`Volume.kind`)."""
 # A damaged header can announce any size; a clinical volume stays far below this many bytes.
 MAX_BYTES = 2**32
 # A tenth of a voxel: far above the rounding of a header, far below a shift that would harm a contour.
@@ -43,9 +54,11 @@ class Volume:
     Attributes:
         array: (Z, Y, X) float32 of a volume, (C, H, W) float32 of a picture.
         affine: (4, 4) affine of the file as it lies on disk (voxel -> mm); identity for a picture.
-        spacing: (sz, sy, sx) in mm of the canonical array; ones for a picture.
+        spacing: (sz, sy, sx) in mm of the canonical array; ones for a picture and where the header gives no size.
         is_picture: Whether this is a 2-D picture, whose spacing means nothing.
         is_eight_bit: Whether it is a picture of 8 bits a channel, whose values lie on the scale from 0 to 255.
+        plane: Key of `PLANES`; without meaning for a picture.
+        has_size: Whether the header of a volume says how large its voxels are.
     """
 
     array: NDArray[np.float32]
@@ -53,12 +66,25 @@ class Volume:
     spacing: tuple[float, float, float]
     is_picture: bool
     is_eight_bit: bool = False
+    plane: str = "axial"
+    has_size: bool = True
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        return PICTURE if self.is_picture else f"{self.plane} volume"
+
+    @property
+    def millimetres(self) -> tuple[float, float, float] | None:
+        """(sz, sy, sx) in mm; None for a picture and where the header gives no size: lengths in mm are then unknown."""
+        return self.spacing if self.has_size and not self.is_picture else None
 
     @property
     def canonical_affine(self) -> NDArray[np.float64]:
         """(4, 4) affine that maps (x, y, z) of the canonical array to mm."""
         native_shape = to_native(np.empty(self.array.shape, np.bool_), self).shape
-        change = nib.orientations.inv_ornt_aff(_change(nib.io_orientation(self.affine), _ornt(CANONICAL)), native_shape)
+        turn = _change(nib.io_orientation(self.affine), _ornt(PLANES[self.plane]))
+        change = nib.orientations.inv_ornt_aff(turn, native_shape)
         return np.asarray(self.affine @ change, dtype=np.float64)
 
 
@@ -102,27 +128,27 @@ def to_native(array: Array, volume: Volume) -> Array:
     """
     if volume.is_picture:
         return array
-    return _from_canonical(array, volume.affine)
+    return _from_canonical(array, volume.affine, volume.plane)
 
 
 def affine_as(codes: tuple[str, str, str], affine: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return the affine of a file whose axes run along `codes`, e.g. ("R", "A", "S").
+    """Return the affine of a file whose axes run along `codes`, e.g. ("R", "A", "S"), of an axial array.
 
     Args:
         codes: nibabel axis codes of the file, first axis first.
         affine: (4, 4) affine of the canonical array, (x, y, z) -> mm.
         shape: (Z, Y, X) of the canonical array.
     """
-    change = nib.orientations.inv_ornt_aff(_change(_ornt(CANONICAL), _ornt(codes)), shape[::-1])
+    change = nib.orientations.inv_ornt_aff(_change(_ornt(PLANES["axial"]), _ornt(codes)), shape[::-1])
     return np.asarray(affine @ change, dtype=np.float64)
 
 
 def write_volume(path: Path, array: Array, affine: NDArray[np.float64]) -> None:
-    """Write a canonical (Z, Y, X) array as `.nii.gz` in the orientation of `affine`, the file's own voxel -> mm map.
+    """Write an axial (Z, Y, X) array as `.nii.gz` in the orientation of `affine`, the file's own voxel -> mm map.
 
     The bytes depend on the content alone (no time stamp), so that equal images have equal hashes.
     """
-    image = nib.Nifti1Image(np.ascontiguousarray(_from_canonical(array, affine)), affine)
+    image = nib.Nifti1Image(np.ascontiguousarray(_from_canonical(array, affine, "axial")), affine)
     image.header.set_xyzt_units("mm")
     path.write_bytes(gzip.compress(image.to_bytes(), 1, mtime=0))
 
@@ -185,15 +211,15 @@ def _change(start: Array, target: Array) -> Array:
     return np.asarray(nib.orientations.ornt_transform(start, target))
 
 
-def _to_canonical(array: Array, affine: NDArray[np.float64]) -> Array:
+def _to_canonical(array: Array, affine: NDArray[np.float64], plane: str) -> Array:
     """Bring the (i, j, k) axes of a file to (Z, Y, X)."""
-    change = _change(nib.io_orientation(affine), _ornt(CANONICAL))
+    change = _change(nib.io_orientation(affine), _ornt(PLANES[plane]))
     return np.asarray(nib.apply_orientation(array, change)).transpose(2, 1, 0)
 
 
-def _from_canonical(array: Array, affine: NDArray[np.float64]) -> Array:
+def _from_canonical(array: Array, affine: NDArray[np.float64], plane: str) -> Array:
     """Bring (Z, Y, X) axes to the (i, j, k) of a file; the inverse of `_to_canonical`."""
-    change = _change(_ornt(CANONICAL), nib.io_orientation(affine))
+    change = _change(_ornt(PLANES[plane]), nib.io_orientation(affine))
     return np.asarray(nib.apply_orientation(array.transpose(2, 1, 0), change))
 
 
@@ -206,20 +232,59 @@ def _read_nifti(path: Path, mask: bool) -> Volume:
         raise ValueError("not a NIfTI file" if content else "the file is empty")
     image = (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
     array = _three_dimensions(image, path)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    unit = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+    affine = np.diag([unit, unit, unit, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or _is_flat(affine):
         raise ValueError("the header has no usable affine (voxel to mm)")
     codes = nib.io_orientation(affine)
     if np.isnan(codes).any():
         raise ValueError("the header's affine names no orientation")
-    sizes = nib.affines.voxel_sizes(affine)
+    has_size = _has_size(image, content, array.shape)
+    sizes = nib.affines.voxel_sizes(affine) if has_size else np.ones(3)
     by_axis = {int(axis): float(size) for axis, size in zip(codes[:, 0], sizes, strict=True)}
+    lengths = {int(axis): length for axis, length in zip(codes[:, 0], array.shape, strict=True)}
+    plane = _plane(by_axis, lengths)
+    columns, rows, slices = (int(axis) for axis in _ornt(PLANES[plane])[:, 0])
     return Volume(
-        np.ascontiguousarray(_to_canonical(array, affine)),
+        np.ascontiguousarray(_to_canonical(array, affine, plane)),
         affine,
-        (by_axis[2], by_axis[1], by_axis[0]),
+        (by_axis[slices], by_axis[rows], by_axis[columns]),
         is_picture=False,
+        plane=plane,
+        has_size=has_size,
     )
+
+
+def _is_flat(affine: NDArray[np.float64]) -> bool:
+    """Whether a voxel has no volume, whatever the unit: an axis of length 0, or three that lie in a plane."""
+    volume = abs(np.linalg.det(affine[:3, :3]))
+    return bool(volume <= 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
+
+
+def _plane(sizes: Mapping[int, float], lengths: Mapping[int, int]) -> str:
+    """Return the plane of the slices, from voxel sizes and lengths along the body's axes (0 left-right, 1 front-back).
+
+    A volume of one slice is of that slice's plane.
+    """
+    across = {axis: plane for plane, codes in PLANES.items() for axis in (int(_ornt(codes)[2, 0]),)}
+    single = [axis for axis, length in lengths.items() if length == 1]
+    if len(single) == 1:
+        return across[single[0]]
+    longest = max(sizes, key=lambda axis: sizes[axis])
+    others = [size for axis, size in sizes.items() if axis != longest]
+    return across[longest] if sizes[longest] > THICK * max(others) else "axial"
+
+
+def _has_size(image: Any, content: bytes, shape: tuple[int, ...]) -> bool:
+    """Whether a header says how large the voxels are: by its sform, or by sizes above zero.
+
+    The sizes are taken from the file's bytes, because reading turns a zero into a one.
+    """
+    if int(image.header["sform_code"]) > 0:
+        return True
+    stored = np.frombuffer(content[: image.header.structarr.nbytes], image.header.structarr.dtype)[0]["pixdim"]
+    pairs = zip(np.abs(stored[1:4]), shape, strict=True)
+    return all(np.isfinite(size) and (size > 0 or length == 1) for size, length in pairs)
 
 
 def _bytes(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from flwr.serverapp import Grid
 
 from common.errors import CODES, FedsgcgError, Problem, fail
+from common.imaging import KINDS
 from common.payload import Identity
 from common.plan import Plan
 from common.settings import nearest
@@ -69,6 +70,11 @@ class Member:
         counts = self.details.get(kind)
         value = counts.get(split, 0) if isinstance(counts, Mapping) else 0
         return value if isinstance(value, int) and value > 0 else 0
+
+    def kinds(self) -> list[str]:
+        """What the site's images are (`common.imaging.KINDS`); anything else is dropped."""
+        stated = self.details.get("kinds")
+        return [kind for kind in KINDS if isinstance(stated, list) and kind in stated]
 
     def problem_codes(self) -> list[str]:
         """Codes of the site's problems with its cases; anything that is no code of ours is dropped."""
@@ -166,6 +172,11 @@ class Cohort:
     def training(self) -> dict[str, int]:
         """Site -> node id of the enrolled sites of role `train`."""
         return self.of_role("train")
+
+    def kinds(self, role: str = "train") -> list[str]:
+        """What the images of the enrolled sites of a role are, in the order of `common.imaging.KINDS`."""
+        stated = {kind for site in self.of_role(role) for kind in self.members[site].kinds()}
+        return [kind for kind in KINDS if kind in stated]
 
     @property
     def asked(self) -> dict[str, int]:

@@ -194,6 +194,7 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
     topics = [
         ("Who was held out", _folds(study)),
         ("Cases", case_lines([cell.outcome for cell in study.cells])),
+        ("Images", _all_of(words, "images")),
         ("Splits", _all_of(words, "splits")),
         ("Choice of the model", _selection(words)),
         ("Choice of settings", _settings_choice(study)),

@@ -164,7 +164,9 @@ def write_outcome(disk: Disk, plan: Plan, outcome: Mapping[str, Any]) -> None:
     disk.write(Path(plan.output) / "outcome.json", _json(cell_of(plan) | dict(outcome)))
 
 
-def model_card(plan: Plan, chosen: Best, training: Sequence[str], *, prototypes: bool) -> dict[str, Any]:
+def model_card(
+    plan: Plan, chosen: Best, training: Sequence[str], *, prototypes: bool, kinds: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return what `model.json` says: how to use the model, and how it came about.
 
     Args:
@@ -172,6 +174,7 @@ def model_card(plan: Plan, chosen: Best, training: Sequence[str], *, prototypes:
         chosen: The selected model, its round and its source-validation Dice (NaN if unknown).
         training: Sites that trained.
         prototypes: Whether `prototypes.arrow` lies beside it.
+        kinds: What the training images were (`common.imaging.KINDS`); empty where the sites did not say.
     """
     data = asdict(plan.data)
     network = asdict(plan.network) | {"in_channels": IN_CHANNELS, "out_channels": plan.data.out_channels}
@@ -180,6 +183,7 @@ def model_card(plan: Plan, chosen: Best, training: Sequence[str], *, prototypes:
         "run": plan.run,
         "plan": plan.digest(),
         "data": plan.data.name,
+        "kinds": list(kinds),
         "weights": "model.safetensors",
         "digest": chosen.weights.digest(),
         "network": network,
@@ -193,7 +197,8 @@ def model_card(plan: Plan, chosen: Best, training: Sequence[str], *, prototypes:
         "validation_dice": chosen.score,
         "prototypes": "prototypes.arrow" if prototypes else None,
         "normalize": plan.prototypes.normalize,
-        "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score)),
+        "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score))
+        | {"images": ", ".join(f"{kind}s" for kind in kinds)},
     }
 
 

@@ -281,7 +281,8 @@ class Federation:
         rows += shift
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
-        card = results.model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None)
+        kinds = self._cohort.kinds()
+        card = results.model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds)
         results.write_model(self._disk, plan, chosen.weights, card)
         judged = self._judge(chosen)
         results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))

@@ -255,6 +255,15 @@ def test_a_case_with_an_empty_mask_is_used_and_flagged_in_every_role(tmp_path: P
         assert census[site]["flagged"] == {"DAT-110": 1}
 
 
+def test_the_model_says_what_its_training_images_were(tmp_path: Path) -> None:
+    """What the held-out site has, and what is no kind, does not count."""
+    stated = {"A": ["picture"], "B": ["axial volume", "Jane Doe"], "C": "picture", "D": ["sagittal volume"]}
+    run(small_plan(tmp_path), script=detailed(**{site: {"kinds": kinds} for site, kinds in stated.items()}))
+    card = json.loads((tmp_path / "model.json").read_text())
+    assert card["kinds"] == ["axial volume", "picture"]
+    assert card["protocol"]["images"] == "axial volumes, pictures"
+
+
 def facts(role: str, cases: int, left_out: dict[str, int], flagged: dict[str, int]) -> dict[str, object]:
     return {"role": role, "cases": {"train": cases}, "left_out": left_out, "flagged": flagged}
 

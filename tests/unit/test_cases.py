@@ -164,6 +164,38 @@ def test_pictures_in_grey_and_colour(tmp_path, make_data):
     np.testing.assert_array_equal(store.truth(store.cases[0])[0], np.select([labels == 128, labels == 30], [1, 2]))
 
 
+def test_a_hospital_uses_the_kind_that_most_of_its_cases_are(tmp_path, make_data):
+    """Two axial volumes, a sagittal one and a picture: one kind is used, the others are named."""
+    for name in ("a", "b"):
+        write_case(tmp_path / "S", name, *ramp())
+    image, mask = ramp()
+    for kind, array in (("image", image), ("mask", mask)):
+        nifti = nib.Nifti1Image(array, np.diag([3.0, 1.0, 1.0, 1.0]))
+        nib.save(nifti, tmp_path / "S" / f"sagittal_{kind}.nii.gz")
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "S" / "p_image.png")
+    Image.fromarray(mask[1]).save(tmp_path / "S" / "p_mask.png")
+    store = store_of(tmp_path, make_data(image_size=32), tmp_path / "cache", heldout=True)
+    assert store.kind == "axial volume"
+    assert [case.name for case in store.cases] == ["a", "b"]
+    assert [(problem.code, problem.where, problem.found) for problem in store.problems] == [
+        ("DAT-117", "p", "a case of kind picture"),
+        ("DAT-117", "sagittal", "a case of kind sagittal volume"),
+    ]
+
+
+def test_sagittal_acquisitions_are_sliced_as_they_were_acquired(tmp_path, make_data):
+    """Right to left 4 slices of 32 x 32; across them a slice would be 4 x 32 stretched to a square."""
+    image, mask = ramp()
+    (tmp_path / "S").mkdir()
+    for kind, array in (("image", image), ("mask", mask)):  # axes: left-right, front-back, feet-head
+        nib.save(nib.Nifti1Image(array, np.diag([3.0, 1.0, 1.0, 1.0])), tmp_path / "S" / f"a_{kind}.nii.gz")
+    store = store_of(tmp_path, make_data(image_size=32, intensity="minmax"), tmp_path / "cache", heldout=True)
+    (case,) = store.cases
+    assert (store.kind, case.native_shape, case.spacing) == ("sagittal volume", (4, 32, 32), (3.0, 1.0, 1.0))
+    # Slices run towards the left, rows towards the feet, columns towards the back; the file runs the other way.
+    np.testing.assert_array_equal(store.truth(case), mask[::-1].transpose(0, 2, 1)[:, ::-1, ::-1])
+
+
 # intensity, labels, size
 
 

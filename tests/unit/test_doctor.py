@@ -92,6 +92,21 @@ def test_every_planted_fault_is_named_with_its_repair(root, tmp_path):
     assert found["North-006"].verdict == "ok"
 
 
+@pytest.mark.parametrize(("factor", "side"), [(1e-3, "0.001"), (1000, "1e+03")])
+def test_a_voxel_of_the_wrong_unit_is_named(root, tmp_path, factor, side):
+    def scaled(array, affine):
+        affine[:3, :3] *= factor / abs(affine[0, 0])
+        affine[:3, 3] = 0
+        return nib.Nifti1Image(array, affine)
+
+    rewrite(root, 2, "image", scaled)
+    rewrite(root, 2, "mask", scaled)
+    finding = findings(root, tmp_path)["North-002"]
+    assert (finding.code, finding.verdict) == ("SITE-510", "warn")
+    assert side in finding.found
+    assert "xyzt_units" in finding.action
+
+
 def test_a_spacing_that_stands_out(root, tmp_path):
     def larger(array, affine):
         affine[:3, :3] *= 3

@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.errors import FedsgcgError
 from common.imaging import (
-    CANONICAL,
+    PLANES,
     Volume,
     affine_as,
     check_geometry,
@@ -24,6 +24,7 @@ from common.imaging import (
     write_volume,
 )
 
+PAIRS = ("LR", "PA", "SI")
 ALL_CODES = [
     tuple(pair[side] for pair, side in zip(order, sides, strict=True))
     for order in itertools.permutations(("LR", "PA", "SI"))
@@ -62,23 +63,89 @@ def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_
     array[place] = 9
     volume = read_volume(save(tmp_path / "a.nii.gz", array, affine))
     where = np.argwhere(volume.array == 9)
-    assert where.tolist() == [[volume.array.shape[0] - 1, 0, 0]], (
-        "superior = last slice, anterior = first row, right = first column"
-    )
-    axis_of = {world: axis for axis, code in enumerate(codes) for world in (code,)}
-    expected = [next(sizes[axis_of[c]] for c in pair if c in axis_of) for pair in ("SI", "AP", "LR")]
+    # Slices are cut across the axis with the longest voxels, axis 2 of the file.
+    assert volume.plane == {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal"}.get(codes[2], "sagittal")
+    along = PLANES[volume.plane][::-1]  # of slices, rows, columns
+    last = [size - 1 for size in volume.array.shape]
+    assert where.tolist() == [[end if code in "RAS" else 0 for code, end in zip(along, last, strict=True)]]
+    expected = [
+        next(sizes[axis] for axis, own in enumerate(codes) if own in pair)
+        for code in along
+        for pair in PAIRS
+        if code in pair
+    ]
     assert volume.spacing == pytest.approx(tuple(expected))
-    assert nib.aff2axcodes(volume.canonical_affine) == CANONICAL
+    assert nib.aff2axcodes(volume.canonical_affine) == PLANES[volume.plane]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "plane"),
+    [
+        ((1, 1, 1), (5, 6, 7), "axial"),  # isotropic
+        ((0.9, 0.9, 0.5), (5, 6, 7), "axial"),  # slices thinner than pixels
+        ((1.2, 1, 1), (5, 6, 7), "axial"),  # nearly isotropic
+        ((1.4, 1, 1), (5, 6, 7), "axial"),
+        ((1.5, 1, 1), (5, 6, 7), "sagittal"),
+        ((0.5, 4, 0.5), (5, 6, 7), "coronal"),
+        ((1, 1, 1), (1, 6, 7), "sagittal"),  # a single slice
+        ((1, 1, 1), (5, 1, 7), "coronal"),
+    ],
+)
+def test_slices_are_those_of_the_acquisition(tmp_path, sizes, shape, plane):
+    volume = read_volume(save(tmp_path / "a.nii", np.zeros(shape, np.int16), np.diag([*sizes, 1.0])))
+    assert (volume.plane, volume.kind) == (plane, f"{plane} volume")
+    across = {"sagittal": 0, "coronal": 1, "axial": 2}[plane]
+    assert volume.array.shape[0] == shape[across]
+    assert volume.spacing[0] == pytest.approx(sizes[across])
+
+
+# lengths
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3), ("unknown", 1)])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_lengths_are_in_millimetres_whatever_the_headers_unit(tmp_path, unit, factor, kind):
+    affine = np.diag([0.8 * factor, 0.8 * factor, 3.0 * factor, 1.0])
+    affine[:3, 3] = np.array([10, 20, 30]) * factor
+    image = kind(np.zeros((6, 6, 4), np.float32), affine)
+    image.header.set_xyzt_units(unit)
+    (tmp_path / "a.nii").write_bytes(image.to_bytes())
+    volume = read_volume(tmp_path / "a.nii")
+    assert volume.millimetres == pytest.approx((3.0, 0.8, 0.8))
+    np.testing.assert_allclose(volume.affine[:3, 3], [10, 20, 30], rtol=1e-6)
+
+
+@pytest.mark.parametrize("missing", [0.0, np.nan])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_voxel_size_that_is_missing_gives_no_millimetres(tmp_path, missing, kind):
+    image = kind(np.zeros((6, 6, 4), np.float32), np.diag([0.8, 0.8, 3.0, 1.0]))
+    image.set_qform(image.affine, 1)
+    image.set_sform(None, 0)
+    (tmp_path / "whole.nii").write_bytes(image.to_bytes())
+    assert read_volume(tmp_path / "whole.nii").millimetres == pytest.approx((3.0, 0.8, 0.8))
+    raw = bytearray(image.to_bytes())
+    size = image.header.structarr.nbytes
+    header = np.frombuffer(bytes(raw[:size]), image.header.structarr.dtype).copy()
+    header["pixdim"][0, 2] = missing
+    raw[:size] = header.tobytes()
+    (tmp_path / "a.nii").write_bytes(bytes(raw))
+    if np.isnan(missing):
+        assert code_of(tmp_path / "a.nii") == "DAT-103"  # an affine that is no number places nothing
+    else:
+        assert read_volume(tmp_path / "a.nii").millimetres is None
 
 
 @settings(deadline=None)  # writing files on a busy machine takes what it takes
-@given(codes=st.sampled_from(ALL_CODES), shape=st.tuples(*[st.integers(1, 5)] * 3), tilt=st.floats(-0.3, 0.3))
-def test_law_to_native_undoes_reading(tmp_path_factory, codes, shape, tilt):
+@given(
+    codes=st.sampled_from(ALL_CODES), shape=st.tuples(*[st.integers(1, 5)] * 3), tilt=st.floats(-0.3, 0.3),
+    sizes=st.permutations((1.0, 2.0, 4.0)),
+)  # fmt: skip
+def test_law_to_native_undoes_reading(tmp_path_factory, codes, shape, tilt, sizes):
     rng = np.random.default_rng(0)
     array = rng.integers(0, 100, shape).astype(np.int16)
     turn = np.eye(4)
     turn[1:3, 1:3] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
-    affine = affine_as(codes, turn @ np.diag([-1.0, -2.0, 3.0, 1.0]), (4, 5, 6))
+    affine = affine_as(codes, turn @ np.diag([-sizes[0], -sizes[1], sizes[2], 1.0]), (4, 5, 6))
     path = save(tmp_path_factory.mktemp("v") / "a.nii", array, affine)
     volume = read_volume(path)
     np.testing.assert_array_equal(to_native(volume.array, volume), array)

@@ -387,6 +387,30 @@ def test_a_picture_for_a_model_of_volumes_is_refused_and_a_volume_is_not(stored,
     assert (found.probability, found.confidence) == (None, None)
 
 
+@pytest.mark.parametrize("stack", [1, 3])
+def test_a_model_predicts_the_kinds_it_was_trained_on_whatever_its_stack(tmp_path, stack):
+    """Pictures ignore `data.stack`: the default of 3 must not make a model of pictures useless."""
+    folder = store(tmp_path / "m", f"data.stack={stack}")
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "p.png")
+    write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
+    nib.save(
+        nib.Nifti1Image(np.arange(480).reshape(4, 10, 12).astype(np.int16), np.diag([4.0, 1, 1, 1])), tmp_path / "s.nii"
+    )
+    images = {"picture": "p.png", "axial volume": "v.nii.gz", "sagittal volume": "s.nii"}
+    card = json.loads((folder / "model.json").read_text())
+    for kind, own in images.items():
+        (folder / "model.json").write_text(json.dumps(card | {"kinds": [kind]}))
+        predictor = Predictor(load_model(folder), torch.device("cpu"), 4)
+        found = predictor.predict(tmp_path / own)
+        assert found.labels.shape == (found.volume.array.shape if kind != "picture" else (1, 32, 32))
+        for other in set(images.values()) - {own}:
+            assert code_of(predictor.predict, tmp_path / other) == "MOD-806"
+    del card["kinds"]  # a model from before
+    (folder / "model.json").write_text(json.dumps(card))
+    assert ("picture" in load_model(folder).kinds) == (stack == 1)
+    assert "sagittal volume" in load_model(folder).kinds
+
+
 def test_predictions_do_not_depend_on_the_batch(stored, tmp_path):
     rng = np.random.default_rng(0)
     write_volume(tmp_path / "v.nii.gz", rng.integers(0, 99, (7, 30, 34)).astype(np.int16), np.eye(4))
