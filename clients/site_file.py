@@ -21,7 +21,7 @@ ROLES: Final = ("train", "heldout", "observer")
 SHARED_BY_DEFAULT: Final = ("weights", "statistics")
 SHARED_BY_CONSENT: Final = ("amplitude_summary", "amplitude_bank")
 MAY_SET: Final = (
-    *("seed", "heldout", "observers", "run", "label", "setting"),
+    *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
 )
 """Settings of a plan that do not touch what is the site's: `data.root` and `site.*` are never the coordinator's."""

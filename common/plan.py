@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from common.data_settings import AugmentationSettings, DataSettings
 from common.section import Checks, Section
@@ -153,6 +153,10 @@ class SiteSettings(Section):
         yield set(self.roles) <= {"train", "heldout", "observer"}, "roles", "train, heldout, observer"
 
 
+NOT_DECISIVE: Final = ("site", "run", "output", "label", "setting", "chosen")
+"""Places and names in a plan: what they say of settings stands in the settings themselves."""
+
+
 @dataclass(frozen=True)
 class Plan(Section):
     """All of it, for one federation = one cell of a study.
@@ -165,6 +169,7 @@ class Plan(Section):
         output: The cell's folder on the coordinator.
         label: What tables call this federation; "" = the method's name.
         setting: What a study varies here besides method, held-out hospital and seed, e.g. `prototypes.weight=0.5`.
+        chosen: Settings that were chosen for this fold by its source hospitals (`select`), likewise.
     """
 
     data: DataSettings
@@ -181,6 +186,7 @@ class Plan(Section):
     output: str = "runs"
     label: str = ""
     setting: str = ""
+    chosen: str = ""
 
     def checks(self) -> Checks:
         """The network exists; `common.networks` refuses an unknown one too, but only when a site builds it."""
@@ -243,7 +249,7 @@ class Plan(Section):
     def digest(self) -> str:
         """SHA-256 of what decides the outcome: everything but places, devices and the run's name."""
         tree = asdict(self)
-        for name in ("site", "run", "output", "label", "setting"):
+        for name in NOT_DECISIVE:
             tree.pop(name)
         tree["data"].pop("root")
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -200,7 +200,8 @@ def _print_results(folder: Path, console: Screen) -> None:
     if not path.exists():
         console.print("No result yet.", style="yellow")
         return
-    rows = summary_rows(pq.read_table(path))
+    results = pq.read_table(path)
+    rows = summary_rows(results)
     if not rows:
         console.print("No hospital had a case to judge the model by.", style="yellow")
         return
@@ -209,6 +210,10 @@ def _print_results(folder: Path, console: Screen) -> None:
     if any(not row["heldout"] for row in rows):
         judged = "Nobody was held out: the training hospitals' own validation cases"
     heads = {"method": "method", "site": "hospital", "structure": "structure"}
+    chosen = _chosen(results.to_pylist())
+    if chosen:
+        heads["chosen"] = "chosen"
+        rows = [row | {"chosen": chosen.get((row["method"], row["heldout"]), "")} for row in rows]
     if len({row["structure"] for row in rows}) == 1:
         del heads["structure"]
     table = Table(title=f"{judged} (mean over cases; distances in {unit})", **_style_for(console))
@@ -225,6 +230,21 @@ def _print_results(folder: Path, console: Screen) -> None:
     console.print(table)
     if any(row[f"{name}_excluded"] for row in rows for name in DISTANCES):
         console.print("(n of N): a mean over n of N predictions; a distance is undefined where one mask is empty.")
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Return what each fold's source hospitals chose, by label and held-out hospital; several seeds may differ."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if text := row.get("chosen"):
+            short = ", ".join(_short(part) for part in text.split())
+            found.setdefault((row["method"], row["heldout"]), {})[short] = None
+    return {key: " or ".join(values) for key, values in found.items()}
+
+
+def _short(setting: str) -> str:
+    name, _, value = setting.partition("=")
+    return f"{name.rpartition('.')[2]}={value}"
 
 
 def _style_for(console: Screen) -> dict[str, Any]:

@@ -119,6 +119,50 @@ def variants(axes: Mapping[str, Sequence[str]], method: str, federation: str) ->
     return list(found)
 
 
+def split_select(overrides: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Take `select=NAME,NAME` off a command line: (the rest, the names); None where it is not given."""
+    given = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "select"]
+    rest = [text for text in overrides if text.partition("=")[0] != "select"]
+    if not given:
+        return rest, None
+    return rest, [name for text in given for name in _items(text.strip("[]")) if name]
+
+
+def split_selected(
+    axes: Mapping[str, list[str]], names: Sequence[str]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Split the axes of a study: (those that are compared, those that are chosen inside each fold).
+
+    Raises:
+        FedsgcgError: CFG-001 with every name of `select` that is no swept setting.
+    """
+    known = [name for name in axes if name not in AXES]
+    problems = [
+        Problem(
+            "CFG-001",
+            where="select",
+            found=name,
+            expected="a setting with several values, e.g. prototypes.weight=0.01,0.1 select=prototypes.weight",
+            action=nearest(name, known),
+        )
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise FedsgcgError(*problems)
+    compared = {name: values for name, values in axes.items() if name not in names}
+    return compared, {name: axes[name] for name in names}
+
+
+def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    """Return every combination of selected settings that a variant's method reads; none where it reads none."""
+    read = [name for name in selected if _reads(variant.method, name)]
+    if not read:
+        return []
+    combinations = itertools.product(*(selected[name] for name in read))
+    return [tuple(f"{name}={value}" for name, value in zip(read, values, strict=True)) for values in combinations]
+
+
 def folder_name(label: str) -> str:
     """Return the folder of a label: commas for blanks, nothing that a path cannot hold."""
     return label.replace(" ", ",").replace("/", "-")

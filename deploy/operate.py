@@ -18,7 +18,7 @@ from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from deploy.bundle import Bundle, build_bundle, run_config
 from deploy.control import Control, RunState, control_of
-from deploy.grid import Variant, folder_name, split_axes, variants, with_grid
+from deploy.grid import Variant, folder_name, split_axes, split_select, variants, with_grid
 from deploy.preflight import check_plan, look_at_machine
 from deploy.progress import Progress
 from deploy.project import Kit
@@ -47,9 +47,13 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     """
     project = kit.project()
     merged = {text.partition("=")[0]: text for text in (*project.plan, *overrides)}
-    values, rest = split_axes(list(merged.values()))
+    given, names = split_select(list(merged.values()))
+    values, rest = split_axes(given)
     first = [f"{name}={values[name][0]}" for name in ("method", "federation") if values.get(name)]
     base = project.settings((*rest, *first))
+    if names or base["select"]:
+        action = "choose with fedsgcg study, then set the value"
+        raise fail("CFG-001", where="select", found=str(names), expected="nothing at real hospitals", action=action)
     axes = with_grid(values, base["grid"], rest)
     sites: list[str] = base["data"]["sites"]
     heldouts = axes.get("heldout") or [str(base["heldout"])]

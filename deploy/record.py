@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from server.disk import Disk
 from server.journal import decisive_settings, differences
 
 if TYPE_CHECKING:
+    from deploy.selection import Candidate, Choice
     from deploy.study import Study
 
 PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
@@ -89,6 +90,7 @@ def write_record(study: Study) -> None:
         "device": study.device,
         "machine": describe_machine(study.machine),
         "versions": {name: version(name) for name in PACKAGES},
+        "selection": {"words": study.selection, "chosen": _chosen(before)},
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
     Disk().write(study.folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
@@ -96,7 +98,44 @@ def write_record(study: Study) -> None:
 
 def settings_by_method(study: Study) -> dict[str, Any]:
     """Settings of each method as `study.yaml` keeps them: what decides the outcome, less what differs between cells."""
-    return {cell.method: _decisive(cell.tree) for cell in study.cells}
+    return {
+        cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ())) for cell in study.cells
+    }
+
+
+def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Put all values of a setting in the place of one where each fold chooses its own."""
+    values: dict[str, list[str]] = {}
+    for candidate in candidates:
+        for name, _, value in (text.partition("=") for text in candidate.settings.split()):
+            values.setdefault(name, []).append(value)
+    for name, found in values.items():
+        *sections, leaf = name.split(".")
+        part = tree
+        for section in sections:
+            part = part[section]
+        part[leaf] = f"chosen in each fold from {', '.join(dict.fromkeys(found))}"
+    return tree
+
+
+def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
+    """Add to `study.yaml` what folds have chosen, by label, held-out hospital and seed."""
+    record = read_record(folder)
+    kept = [entry for entry in _chosen(record) if (entry["method"], entry["heldout"], entry["seed"]) not in choices]
+    new = [
+        {"method": method, "heldout": heldout, "seed": seed, "settings": choice.settings, "scores": choice.scores}
+        for (method, heldout, seed), choice in choices.items()
+    ]
+    record["selection"] = {
+        **record.get("selection", {}),
+        "chosen": sorted([*kept, *new], key=lambda entry: (entry["method"], entry["heldout"], entry["seed"])),
+    }
+    Disk().write(folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+
+
+def _chosen(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = record.get("selection")
+    return list(found.get("chosen") or []) if isinstance(found, dict) else []
 
 
 def collect(folder: Path) -> None:

@@ -7,11 +7,12 @@ are missing; a cell that was cut off goes on from its last done round.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import socket
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,17 @@ from common.console import Screen, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import join
-from deploy.grid import AXES, Variant, folder_name, split_axes, variants, with_grid
+from deploy.grid import (
+    AXES,
+    Variant,
+    candidates_of,
+    folder_name,
+    split_axes,
+    split_select,
+    split_selected,
+    variants,
+    with_grid,
+)
 from deploy.lost import as_lost
 from deploy.preflight import (
     Machine,
@@ -34,7 +45,8 @@ from deploy.preflight import (
     look_at_machine,
 )
 from deploy.progress import Progress
-from deploy.record import check_same_study, collect, write_record
+from deploy.record import add_choices, check_same_study, collect, write_record
+from deploy.selection import Candidate, Choice, choose, chosen_cell, describe_selection, inner_cells
 from deploy.simulate import (
     Cell,
     choose_runtime,
@@ -49,7 +61,7 @@ from server.journal import lock_file
 
 RAY_ANSWERS_WITHIN_S = 5.0
 # Places and machines: changing them does not make another study.
-NOT_IDENTITY = ("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site", "grid")
+NOT_IDENTITY = ("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site", "grid", "select")
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class Study:
         overrides: The command line, for the record.
         command: `study` or `simulate`, for the record.
         data: Fingerprint of the hospitals' files (`clients.cases.data_fingerprint`).
+        candidates: Name of a cell -> what its fold chooses between, with the federations that judge it.
+        selection: How settings were chosen, in words.
     """
 
     folder: Path
@@ -77,6 +91,8 @@ class Study:
     overrides: tuple[str, ...]
     command: str
     data: str
+    candidates: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
+    selection: str = ""
 
 
 def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
@@ -87,8 +103,11 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
             hospital in turn.
         single: Refuse more than one cell (`fedsgcg simulate`).
     """
-    values, rest = split_axes(overrides)
-    axes = with_grid(values, join(_alone(rest, values))["grid"], rest)
+    given, names = split_select(overrides)
+    values, rest = split_axes(given)
+    experiment = join(_alone(rest, values))
+    axes = with_grid(values, experiment["grid"], rest)
+    axes, selected = split_selected(axes, experiment["select"] if names is None else names)
     base = join(_alone(rest, axes))
     located = locate_hospitals(base)
     sites: list[str] = located["data"]["sites"]
@@ -98,24 +117,40 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     compared = variants(axes, _choice(base), str(base["federation"]["ownership"]))
     machine = look_at_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
-    folder = Path(str(base["output"]) or f"runs/{_name(base, overrides)}-{identity(located)[:8]}").resolve()
-    trees = {variant.label: _tree_of(variant, rest, located) for variant in compared}
-    cells = tuple(
-        cell
-        for seed in seeds
-        for heldout in heldouts
+    mark = identity(located | ({"selected": selected} if selected else {}))[:8]
+    folder = Path(str(base["output"]) or f"runs/{_name(base, overrides)}-{mark}").resolve()
+    cells: list[Cell] = []
+    candidates: dict[str, tuple[Candidate, ...]] = {}
+    trees = {
+        (variant.label, settings): _tree_of(replace(variant, settings=(*variant.settings, *settings)), rest, located)
         for variant in compared
-        for cell in _cells(trees[variant.label], folder, variant, heldout, seed, device)
-    )
-    if single and len(cells) > 1:
-        found, action = f"{len(cells)} cells: several methods, hospitals, seeds or settings", "use `fedsgcg study`"
+        for settings in candidates_of(variant, selected) or [()]
+    }
+    for seed, heldout, variant in itertools.product(seeds, heldouts, compared):
+        combinations = candidates_of(variant, selected)
+        first = combinations[0] if combinations else ()
+        made = list(_cells(trees[variant.label, first], folder, variant, heldout, seed, device))
+        cells += made
+        for cell in made if combinations else ():
+            own = {settings: trees[variant.label, settings] for settings in combinations}
+            candidates[cell.name] = tuple(_candidates(cell, own, folder))
+    inner = [cell for found in candidates.values() for candidate in found for cell in candidate.inner]
+    if single and len(cells) + len(inner) > 1:
+        found, action = (
+            f"{len(cells) + len(inner)} cells: several methods, hospitals, seeds or settings",
+            "use `fedsgcg study`",
+        )
         raise fail("CFG-001", found=found, expected="one of each", action=action)
-    _check_cells(cells, device)
-    runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells), machine)
+    _check_cells([*cells, *inner], device)
+    runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells) + len(inner), machine)
     command = "simulate" if single else "study"
     address = _ray_address(str(base["ray"]["address"]))
     data = _fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]}))  # a cell may hold few hospitals
-    return Study(folder, cells, runtime, device, machine, address, tuple(overrides), command, data)
+    swept = [name for name in axes if name not in AXES]
+    words = describe_selection(list(selected), swept, [variant.method for variant in compared])
+    return Study(
+        folder, tuple(cells), runtime, device, machine, address, tuple(overrides), command, data, candidates, words
+    )
 
 
 def run_study(study: Study, console: Screen) -> int:
@@ -133,8 +168,9 @@ def run_study(study: Study, console: Screen) -> int:
         console.print(_explain_runtime(study, len(missing)))
         ended = Ended()
         if missing:
+            missing, ended = _select(study, missing, console)
             with Progress(study.cells, console):
-                ended = _run_cells(study, missing)
+                ended = ended.and_then(_run_cells(study, missing)) if missing else ended
         with steps_of(console, "making the report") as tell:
             collect(study.folder)
             make_report(study.folder, tell)
@@ -145,6 +181,42 @@ def run_study(study: Study, console: Screen) -> int:
         console.print(f"{name} failed", style="bold red")
         console.print(text)
     return exit_code(study.cells)
+
+
+def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[list[Cell], Ended]:
+    """Let each fold's source hospitals choose its settings; returns the cells that can run now, with what they chose.
+
+    Inner cells are resumed like any other; where one failed, its fold's own cell waits for the next call.
+    """
+    waiting = {cell.name: study.candidates[cell.name] for cell in missing if cell.name in study.candidates}
+    inner = [cell for found in waiting.values() for candidate in found for cell in candidate.inner]
+    open_cells = [cell for cell in inner if not cell.done]
+    if not inner:
+        return list(missing), Ended()
+    ended = Ended()
+    if open_cells:
+        console.print(f"choosing {len(waiting)} settings: {len(open_cells)} of {len(inner)} inner cells to do")
+        with Progress(inner, console):
+            ended = _run_cells(study, open_cells)
+    ready: list[Cell] = []
+    choices: dict[tuple[str, str, int], Choice] = {}
+    for cell in missing:
+        found = waiting.get(cell.name, ())
+        if not all(part.done for candidate in found for part in candidate.inner):
+            ended.errors[cell.name] = "Not run: an inner cell that chooses its setting has failed."
+            continue
+        try:
+            choice = choose(found) if found else None
+        except FedsgcgError as error:
+            ended.errors[cell.name] = describe(error)
+            continue
+        if choice is not None:
+            choices[cell.method, cell.heldout, cell.seed] = choice
+            told = ", ".join(f"{name}: {score:.3f}" for name, score in choice.scores.items())
+            console.print(f"{cell.name}: {choice.settings} is chosen (mean Dice at the sources left out: {told})")
+        ready.append(cell if choice is None else chosen_cell(cell, found, choice))
+    add_choices(study.folder, choices)
+    return ready, ended
 
 
 def _tell_cut_steps(cells: Iterable[Cell], console: Screen) -> None:
@@ -183,6 +255,10 @@ class Ended:
 
     errors: dict[str, str] = field(default_factory=dict)
     retried: dict[str, str] = field(default_factory=dict)
+
+    def and_then(self, later: Ended) -> Ended:
+        """Return how these cells and later ones ended."""
+        return Ended(self.errors | later.errors, self.retried | later.retried)
 
 
 def _run_cells(study: Study, cells: Sequence[Cell]) -> Ended:
@@ -276,6 +352,16 @@ def _cell(
     own["site"] = {**tree["site"], "device": device}
     Plan.from_tree(own)
     return Cell(variant.label, heldout, seed, own, trained_on)
+
+
+def _candidates(cell: Cell, trees: Mapping[tuple[str, ...], Mapping[str, Any]], folder: Path) -> Iterator[Candidate]:
+    """Yield what a cell's fold chooses between; `trees` are the variant's settings by candidate."""
+    own = {name: cell.tree[name] for name in ("heldout", "seed", "output", "run", "label", "setting", "site")}
+    for settings, tree in trees.items():
+        whole = {**tree, **own, "data": {**tree["data"], "sites": cell.tree["data"]["sites"]}}
+        whole["observers"] = cell.tree["observers"]
+        text = " ".join(settings)
+        yield Candidate(text, whole, inner_cells(whole, folder, cell.method, cell.heldout, text))
 
 
 def _tree_of(variant: Variant, rest: Sequence[str], located: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Final, TextIO
 
 from common.errors import FedsgcgError, Problem, fail
-from common.plan import Plan
+from common.plan import NOT_DECISIVE, Plan
 from common.system import lock
 from server.checkpoint import RoundRecord, damage, decode_checkpoint, decode_rows, encode_checkpoint, encode_rows
 from server.disk import Disk, refusals
@@ -187,7 +187,7 @@ class Journal:
 def decisive_settings(plan: Plan) -> dict[str, Any]:
     """The settings that the plan's digest covers: all but places, devices and the run's name."""
     tree = plan.to_tree()
-    for name in ("site", "run", "output", "label", "setting"):
+    for name in NOT_DECISIVE:
         tree.pop(name)
     tree["data"].pop("root")
     return tree

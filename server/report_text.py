@@ -260,21 +260,33 @@ def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
     return words + ([f"evaluated: the model of {span}"] if rounds and words else [])
 
 
+def _selection_of(study: StudyFiles) -> Mapping[str, Any]:
+    """What `study.yaml` records of how settings were chosen: `words`, and what each fold chose (`chosen`)."""
+    found = study.tree.get("selection")
+    return found if isinstance(found, Mapping) else {}
+
+
 def chosen_within_folds(study: StudyFiles) -> bool:
-    """Whether each fold chose its settings by its own training hospitals (`select` in `study.yaml`)."""
-    return bool(study.tree.get("select"))
+    """Whether each fold chose its settings by its own source hospitals (nested selection, `select` of a study)."""
+    return bool(_selection_of(study).get("chosen"))
 
 
 def _settings_choice(study: StudyFiles) -> list[str]:
-    """Whose patients had a say in the settings of runs that hold a hospital out."""
+    """Whose patients had a say in the settings of runs that hold a hospital out, and what each fold chose."""
     if not any(cell.heldout for cell in study.cells):
         return []
-    if chosen_within_folds(study):
-        return ["in every fold anew, by the validation cases of its training hospitals alone"]
-    return [
-        "the same in every fold; a setting that was chosen with validation cases of these hospitals (as the shipped "
-        "weight and temperature of SgCG were) was chosen with patients of hospitals that are held out here"
-    ]
+    selection = _selection_of(study)
+    lines = [str(selection["words"])] if selection.get("words") else []
+    for entry in selection.get("chosen") or []:
+        scores = ", ".join(f"{name} {show(float(score), 3)}" for name, score in entry["scores"].items())
+        fold = f"{entry['heldout'] or 'nobody'} held out, seed {entry['seed']}"
+        lines.append(f"{entry['method']}, {fold}: {entry['settings']} (mean Dice at the sources left out: {scores})")
+    if not selection:  # a study from before this was recorded
+        lines.append(
+            "the same in every fold; a setting that was chosen with validation cases of these hospitals (as the "
+            "shipped weight and temperature of SgCG were) was chosen with patients of hospitals that are held out here"
+        )
+    return lines
 
 
 def _mixing(study: StudyFiles) -> list[str]:

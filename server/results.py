@@ -47,6 +47,7 @@ CELL_FIELDS = [
     pa.field("trains", pa.string()),  # training method
     pa.field("federation", pa.string()),  # by_site | pooled | local
     pa.field("setting", pa.string()),  # swept settings, e.g. prototypes.weight=0.5
+    pa.field("chosen", pa.string()),  # settings that this fold's source hospitals chose, likewise
     pa.field("trained_on", pa.string()),  # the one hospital that trained, with federation=local
 ]
 
@@ -99,6 +100,7 @@ def cell_of(plan: Plan) -> dict[str, Any]:
         "trains": plan.method.name,
         "federation": plan.federation.ownership,
         "setting": plan.setting,
+        "chosen": plan.chosen,
         "trained_on": plan.trained_on,
     }
 
