@@ -32,5 +32,5 @@ def arithmetic_of(threads: int) -> dict[str, str | int]:
     """
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
+    capability = torch.backends.cpu.get_cpu_capability()
     return {"cpu": processor(), "capability": capability, "torch": torch.__version__, "threads": threads}

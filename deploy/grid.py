@@ -156,7 +156,7 @@ def split_selected(
 
 def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
     """Return every combination of selected settings that a variant's method reads; none where it reads none."""
-    read = [name for name in selected if _reads(variant.method, name)]
+    read = [name for name in selected if _reads(variant.method, variant.federation, name)]
     if not read:
         return []
     combinations = itertools.product(*(selected[name] for name in read))

@@ -122,7 +122,7 @@ def test_a_swept_value_of_the_wrong_kind_is_named(root, tmp_path):
     ("experiment", "cells"),
     [
         *(("ablation", 4), ("federation_cost", 8), ("lambda_sweep", 6), ("temperature_sweep", 7)),
-        *(("memory_policies", 6), ("ram_sharing", 6)),
+        *(("memory_policies", 7), ("ram_sharing", 6)),
     ],
 )
 def test_experiments_are_the_grids_they_say(root, tmp_path, experiment, cells):

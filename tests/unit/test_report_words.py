@@ -62,10 +62,13 @@ def test_mixing_within_a_hospital_is_said_not_to_be_the_published_method(tmp_pat
 def test_a_protocol_says_whose_patients_chose_the_settings(tmp_path):
     words = lines(study_of(tmp_path / "plain"), "Choice of settings")
     assert "was chosen with patients of hospitals that are held out here" in words
-    nested = study_of(tmp_path / "nested", lambda tree: tree.update(select=["prototypes.weight=0.1,1"]))
-    assert lines(nested, "Choice of settings") == (
-        "in every fold anew, by the validation cases of its training hospitals alone"
-    )
+    entry = {"method": "sgcg", "heldout": "HK", "seed": 0, "settings": "weight=1", "scores": {"weight=1": 0.5}}
+    record = {"words": "chosen by the sources of each fold", "chosen": [entry]}
+    nested = study_of(tmp_path / "nested", lambda tree: tree.update(selection=record))
+    words = lines(nested, "Choice of settings")
+    assert words.startswith("chosen by the sources of each fold")
+    assert "sgcg, HK held out, seed 0: weight=1 (mean Dice at the sources left out: weight=1 0.500)" in words
+    assert "patients of hospitals that are held out here" not in words
 
 
 def test_a_best_value_says_whose_patients_chose_it():
