@@ -207,7 +207,7 @@ def _add_inverse(images: Tensor, change: tuple[Tensor, Tensor], half: int) -> Te
     lines = torch.bmm(transform.rows_back.expand(B * C, -1, -1), waves.view(B * C, 2 * size, 2 * size))
     added: Tensor
     if _takes_fft(images, half, "back"):
-        added = torch.fft.irfft(torch.view_as_complex(lines.view(B, C, H, size, 2)), n=W)
+        added: Tensor = torch.fft.irfft(torch.view_as_complex(lines.view(B, C, H, size, 2)), n=W)
     else:
         added = torch.mm(lines.view(-1, 2 * size), transform.columns_back).view(B, C, H, W)
     return added.add_(images)

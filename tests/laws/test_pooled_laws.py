@@ -196,8 +196,10 @@ def test_one_site_and_one_local_step_a_round_is_the_centralised_step(root, tmp_p
         optimizer.step()
     for name, array in weights_of(network).to_state().items():
         # The bias before a BatchNorm has no gradient but rounding, which Adam blows up; its running mean takes it out.
+        # Single weights of small gradients are blown up too, so that a tensor's whole way is compared: a step more or
+        # less, or another rate, changes it by a fifth.
         if name.endswith("weight"):
-            np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+            assert np.linalg.norm(found[name] - array) <= 0.02 * np.linalg.norm(array - start[name]), name
 
 
 def test_pooled_training_asks_one_site_and_reports_all_cases(root, tmp_path):
