@@ -33,6 +33,10 @@ and the model is judged at a hospital that took no part.
       A leave-one-hospital-out study: hospitals left out x methods x seeds. The same
       call again does only what is missing.
 
+  fedsgcg study ... method=sgcg prototypes.weight=0.01,0.1,1 select=prototypes.weight
+      Each fold's source hospitals choose the value by leaving each other out in turn;
+      without select the values are compared. The held-out hospital never chooses.
+
   fedsgcg simulate data=promise12 data.root=DIR method=sgcg heldout=HK
       One federation.
 

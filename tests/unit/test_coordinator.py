@@ -228,3 +228,10 @@ def test_status_says_that_a_site_has_left(tmp_path: Path, project: dict[str, Any
     lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}
     assert "left for good on 20" in lines["North"]
     assert "left" not in lines["East"] + lines["West"]
+
+
+def test_a_setting_is_not_chosen_at_real_hospitals(tmp_path: Path, project: dict[str, Any]) -> None:
+    kit = kit_of(tmp_path, project)
+    with pytest.raises(FedsgcgError, match="fedsgcg study") as caught:
+        plan_deployment(kit, ["method=sgcg", "prototypes.weight=0.1,0.5", "select=prototypes.weight"])
+    assert caught.value.problems[0].where == "select"
