@@ -27,6 +27,7 @@ from clients.cases import CaseStore, SliceTable, fingerprint
 from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
 from common.amplitudes import OFFSETS, AmplitudeBank, AmplitudeSampler, AmplitudeSummary
 from common.errors import fail
+from common.imaging import PICTURE
 from common.plan import Plan, RamSettings
 from common.seeding import stream
 
@@ -163,7 +164,7 @@ def _check_others(number: int) -> None:
 
 def mixing_space(tables: Sequence[SliceTable]) -> str:
     """Return the key of `OFFSETS` for a client's slices: `picture` where all cases are 2-D pictures, else `volume`."""
-    pictures = all(slices.spacing is None for table in tables for slices in table.stored)
+    pictures = all(slices.kind == PICTURE for table in tables for slices in table.stored)
     return "picture" if pictures else "volume"
 
 

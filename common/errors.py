@@ -37,7 +37,7 @@ CODES: Final[dict[str, str]] = {
     "DAT-113": "The slice cache cannot be written or read.",
     "DAT-115": "The image has no fixed intensity scale.",
     "DAT-116": "The mask is stored in a format that changes its label values.",
-    "DAT-117": "The case is of another kind than the hospital's other cases.",
+    "DAT-117": "The images are of different kinds: pictures, or volumes of different planes.",
     # DAT-12x: preparing a downloaded data set
     "DAT-120": "The data set is not there.",
     "DAT-121": "The output folder cannot be used.",

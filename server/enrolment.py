@@ -178,6 +178,15 @@ class Cohort:
         stated = {kind for site in self.of_role(role) for kind in self.members[site].kinds()}
         return [kind for kind in KINDS if kind in stated]
 
+    def unlike(self) -> list[Problem]:
+        """One problem where hospitals have images of different kinds: one network would be trained on all of them."""
+        stated = {site: ", ".join(member.kinds()) for site, member in sorted(self.members.items()) if member.kinds()}
+        if len(set(stated.values())) < 2:
+            return []
+        found = "; ".join(f"{kind} at {site}" for site, kind in stated.items())
+        action = "take the hospitals of one kind (data.sites), or resample the volumes to one plane"
+        return [Problem("DAT-117", where="images", found=found, expected="one kind at all hospitals", action=action)]
+
     @property
     def asked(self) -> dict[str, int]:
         """Site -> node id of the training sites that the next round asks."""

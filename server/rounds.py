@@ -162,7 +162,7 @@ class Federation:
         state = self._let_go(record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan)))
         self._cohort.wait()
         self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
-        for problem in (*self._cohort.absent(), *self._cohort.changes):
+        for problem in (*self._cohort.absent(), *self._cohort.unlike(), *self._cohort.changes):
             self._note(problem)
         return state
 

@@ -290,3 +290,16 @@ def test_the_banner_counts_a_case_once() -> None:
     single = {"sites": {"East": facts("train", 2, {"DAT-104": 1}, {}), "West": facts("train", 2, {}, {"DAT-110": 1})}}
     assert left_out_sentence([single]) == "1 case was left out at East."
     assert left_out_sentence([{}, {"sites": "?"}, {"sites": {"East": facts("train", 2, {}, {})}}]) == ""
+
+
+# Hospitals whose images are of different kinds
+
+
+def test_hospitals_with_images_of_different_kinds_are_named(tmp_path: Path) -> None:
+    kinds = {"A": {"kinds": ["axial volume"]}, "B": {"kinds": ["axial volume"]}, "D": {"kinds": ["picture"]}}
+    outcome, _, _ = run(small_plan(tmp_path / "mixed"), script=detailed(**kinds))
+    (problem,) = outcome.problems
+    assert (outcome.status, problem.code, problem.where) == ("degraded", "DAT-117", "images")
+    assert problem.found == "axial volume at A; axial volume at B; picture at D"
+    same = {site: {"kinds": ["axial volume"]} for site in "ABCD"}
+    assert run(small_plan(tmp_path / "same"), script=detailed(**same))[0].status == "completed"
