@@ -205,7 +205,6 @@ def _add_inverse(images: Tensor, change: tuple[Tensor, Tensor], half: int) -> Te
     waves[:, :, 0, ..., 0], waves[:, :, 0, ..., 1] = a + b, u + v
     waves[:, :, 1, ..., 0], waves[:, :, 1, ..., 1] = v - u, a - b
     lines = torch.bmm(transform.rows_back.expand(B * C, -1, -1), waves.view(B * C, 2 * size, 2 * size))
-    added: Tensor
     if _takes_fft(images, half, "back"):
         added: Tensor = torch.fft.irfft(torch.view_as_complex(lines.view(B, C, H, size, 2)), n=W)
     else:

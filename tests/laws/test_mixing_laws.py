@@ -23,6 +23,7 @@ from common.amplitudes import (
     shows_something,
 )
 from common.errors import FedsgcgError
+from common.imaging import KINDS, PICTURE
 from common.plan import RamSettings
 
 SIDE = 32
@@ -36,8 +37,9 @@ def table_of(images, space):
     """A table of one case with the slices (M, S, S) in [-1, 1]."""
     count, side = len(images), images.shape[-1]
     stored = np.rint(np.clip(images, -1, 1)[:, None] * STEPS).astype(np.int16)
-    label, spacing = np.zeros((count, side, side), np.uint8), None if space == "picture" else (1.0, 1.0, 1.0)
-    slices = Slices(stored, label, label, label, np.ones((count, 2), np.bool_), spacing)
+    label = np.zeros((count, side, side), np.uint8)
+    kind, spacing = (PICTURE, None) if space == "picture" else (KINDS[0], (1.0, 1.0, 1.0))
+    slices = Slices(stored, label, label, label, np.ones((count, 2), np.bool_), spacing, kind=kind)
     return SliceTable(np.zeros(count, np.int64), np.arange(count), np.ones(count, np.bool_), 1, [slices])
 
 
