@@ -106,6 +106,7 @@ def examine_files(
     except FedsgcgError as error:
         return [Finding.of("files", problem) for problem in error.problems], []
     findings = [Finding.of("files", problem) for problem in site.quarantined]
+    findings += [Finding.of("files", note, "warn") for note in site.notes]
     seen: list[Seen] = []
     parts = splits(site.cases, data.validation_fraction, heldout=heldout)
     for number, (case, split) in enumerate(zip(site.cases, parts, strict=True)):

@@ -20,13 +20,14 @@ from clients.device import choose_device
 from clients.evaluation import BATCH, structure_masks
 from clients.model import Model, load_model
 from clients.overlays import overlay
-from clients.predict_files import Job, check_output, jobs_of_data, jobs_of_images, save, write
+from clients.predict_files import Job, Passed, check_output, jobs_of_data, jobs_of_images, save, write
 from clients.predict_scores import Scores
 from clients.prediction import Prediction, Predictor
 from clients.slices import class_indices
 from common.console import counted
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import check_geometry, read_volume
+from common.names import printable
 from common.native import mask_bytes, picture_bytes, wide_bytes, write_like
 
 
@@ -38,9 +39,9 @@ def run_predict(options: argparse.Namespace, console: Console) -> int:
     model = load_model(options.model)
     gaussians = _gaussians(options, model)
     jobs = jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
-    found, left_out = jobs_of_images(options.images, jobs)
+    found, passed = jobs_of_images(options.images, jobs)
     check_output(options.output, found, _endings(options), overwrite=options.overwrite)
-    _introduce(options, model, len(found), left_out, console)
+    _introduce(options, model, len(found), passed, console)
     device = choose_device(options.device, options.threads)
     wanted = gaussians(device) if gaussians else None
     predictor = Predictor(model, device, options.batch, options.probability, wanted)
@@ -51,10 +52,15 @@ def run_predict(options: argparse.Namespace, console: Console) -> int:
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
             line = _one(predictor, job, options, scores)
-            console.print(f"{place}  {line}", highlight=False, markup=False, soft_wrap=True)
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
-            console.print(f"{place}  [{error.code}] not predicted", style="yellow", highlight=False, markup=False)
+            line = f"[{error.code}] not predicted"
+        except Exception as error:  # whatever one image does to a library, the others are predicted
+            seen, action = f"{type(error).__name__}: {error}", "Look at the file; the other images are predicted."
+            failed.append((job, Problem("MOD-810", seen, action=action, where=str(job.image))))
+            line = "[MOD-810] not predicted"
+        style = "yellow" if failed and failed[-1][0] is job else None
+        console.print(f"{place}  {line}", style=style, highlight=False, markup=False, soft_wrap=True)
     return _finish(options, scores, failed, len(found), console)
 
 
@@ -85,13 +91,13 @@ def _endings(options: argparse.Namespace) -> tuple[str, ...]:
     return ("_mask", *(ending for ending, on in wanted if on))
 
 
-def _introduce(options: argparse.Namespace, model: Model, images: int, left_out: int, console: Console) -> None:
+def _introduce(options: argparse.Namespace, model: Model, images: int, passed: Passed, console: Console) -> None:
     card = model.card
     trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
     words = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}, trained at {trained}"
     console.print(f"{words}; {images} images to {options.output}", highlight=False, markup=False, soft_wrap=True)
-    if left_out:
-        console.print(f"{left_out} files that are masks or results by their names are passed over", style="dim")
+    for text in passed.words():
+        console.print(f"passed over: {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores) -> str:
@@ -104,7 +110,7 @@ def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Sc
         action = "Try a smaller --batch, or --device cpu."
         raise fail("MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action) from error
     truth = _truth(job, prediction, predictor.model)
-    _write_maps(options.output / job.name, job, prediction, list(data.structures))
+    _write_maps(options.output, job, prediction, list(data.structures))
     words = [_sizes(prediction, predictor.model)]
     if truth is not None:
         words.append(scores.add(job, prediction, truth))
@@ -112,9 +118,9 @@ def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Sc
         words.append(f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}")
     if options.overlay:
         drawn = None if truth is None else structure_masks(truth, data)
-        title = f"{job.site} {Path(job.name).name}  {words[1] if drawn is not None else ''}".strip()
+        title = f"{job.site} {printable(Path(job.name).name)}  {words[1] if drawn is not None else ''}".strip()
         picture = overlay(prediction, list(data.structures), title, drawn)
-        save(options.output / f"{job.name}_overlay.png", lambda path: path.write_bytes(picture))
+        write(job.result(options.output, "_overlay"), picture)
     return "  ".join([*words, f"{time.monotonic() - started:.1f} s"])
 
 
@@ -133,7 +139,7 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
         raise fail("MOD-805", where=where, found=problem.found, expected=problem.expected, action=action) from error
 
 
-def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
+def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
     """Write the mask and the maps that are there, in the geometry of the image."""
     if not prediction.volume.is_picture:
         for ending, array in (
@@ -142,8 +148,8 @@ def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequen
             ("_confidence", prediction.confidence),
         ):
             if array is not None:
-                target = base.with_name(f"{base.name}{ending}{job.suffix}")
-                save(target, lambda path, array=array: write_like(path, array, prediction.volume, job.image))  # type: ignore[misc]
+                target = job.result(folder, ending)
+                save(target, lambda path, array=array: write_like(path, array, prediction.volume))  # type: ignore[misc]
         return
     small = prediction.labels.dtype == np.uint8
     contents = {"_mask": (mask_bytes if small else wide_bytes)(prediction.labels[0])}
@@ -153,7 +159,7 @@ def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequen
     if prediction.confidence is not None:
         contents["_confidence"] = picture_bytes(_grey(prediction.confidence[0]))
     for ending, content in contents.items():
-        write(base.with_name(f"{base.name}{ending}.png"), content)
+        write(job.result(folder, ending), content)
 
 
 def _single(maps: Any) -> Any:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from common.errors import FedsgcgError, fail
+from common.formats import conversion_advice
 
 Array = NDArray[Any]
 nib: Any = nibabel  # its functions carry no types
@@ -45,12 +46,14 @@ class Volume:
         affine: (4, 4) affine of the file as it lies on disk (voxel -> mm); identity for a picture.
         spacing: (sz, sy, sx) in mm of the canonical array; ones for a picture.
         is_picture: Whether this is a 2-D picture, whose spacing means nothing.
+        source: nibabel class and header of the NIfTI that was read, with which results are written; None for a picture.
     """
 
     array: NDArray[np.float32]
     affine: NDArray[np.float64]
     spacing: tuple[float, float, float]
     is_picture: bool
+    source: Any = None
 
     @property
     def canonical_affine(self) -> NDArray[np.float64]:
@@ -80,7 +83,8 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
     """
     suffix = suffix_of(path)
     if not suffix:
-        raise fail("DAT-103", found=f"suffix {path.suffix!r}", expected="NIfTI or a 2-D picture", where=str(path))
+        found, action = f"suffix {path.suffix!r}", conversion_advice(path)
+        raise fail("DAT-103", found=found, expected="NIfTI or a 2-D picture", action=action, where=str(path))
     reader: Callable[[Path, bool], Volume] = _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
     try:
         return reader(path, mask)
@@ -198,11 +202,7 @@ def _from_canonical(array: Array, affine: NDArray[np.float64]) -> Array:
 def _read_nifti(path: Path, mask: bool) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file into canonical orientation."""
     del mask
-    content = _bytes(path)
-    header_size = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
-    if not header_size & {348, 540}:
-        raise ValueError("not a NIfTI file" if content else "the file is empty")
-    image = (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
+    image = open_nifti(path)
     array = _three_dimensions(image, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
@@ -217,7 +217,21 @@ def _read_nifti(path: Path, mask: bool) -> Volume:
         affine,
         (by_axis[2], by_axis[1], by_axis[0]),
         is_picture=False,
+        source=(type(image), image.header.copy()),
     )
+
+
+def open_nifti(path: Path) -> Any:
+    """Return the nibabel image of a file, whether or not its name tells the truth about gzip.
+
+    Raises:
+        ValueError: The content is no NIfTI.
+    """
+    content = _bytes(path)
+    header_size = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
+    if not header_size & {348, 540}:
+        raise ValueError("not a NIfTI file" if content else "the file is empty")
+    return (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
 
 
 def _bytes(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from clients.cases import data_fingerprint
-from clients.site import resolve_cache
+from clients.site import resolve_cache, survey
 from common.console import steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
@@ -131,6 +131,7 @@ def run_study(study: Study, console: Console) -> int:
         )
         console.print(_explain_runtime(study, len(missing)), highlight=False)
         errors: dict[str, str] = {}
+        _tell_survey(study, console)
         if missing:
             with Progress(study.cells, console):
                 errors = _run_cells(study, missing)
@@ -142,6 +143,14 @@ def run_study(study: Study, console: Console) -> int:
         console.print(f"{name} failed", style="bold red", highlight=False, markup=False)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     return exit_code(study.cells)
+
+
+def _tell_survey(study: Study, console: Console) -> None:
+    """Say which files of the data folder are not used, and which hospitals look like one."""
+    data = study.cells[0].tree["data"]
+    sites = sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]})
+    for problem in survey(Path(data["root"]), sites):
+        console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tell_cut_steps(cells: Iterable[Cell], console: Console) -> None:
