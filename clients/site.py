@@ -171,7 +171,7 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
 def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
     """Return what a study of some hospitals should say about its folder before it starts; nothing of it stops it.
 
-    That is DAT-115 for files that are not used, in a hospital's folder or in one that is no hospital, and DAT-114 for
+    That is DAT-119 for files that are not used, in a hospital's folder or in one that is no hospital, and DAT-118 for
     names that look like one.
     """
     listed = _listed(Path(root))
@@ -181,10 +181,10 @@ def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
 
 
 def alike_hospitals(names: Sequence[str]) -> list[Problem]:
-    """Return DAT-114 for hospitals whose names differ only in Unicode form or case."""
+    """Return DAT-118 for hospitals whose names differ only in Unicode form or case."""
     action = "Give them clearly different names, or put their cases under one name if they are one hospital."
     return [
-        Problem("DAT-114", " and ".join(map(spelled, group)), "names that people can tell apart", action, group[0])
+        Problem("DAT-118", " and ".join(map(spelled, group)), "names that people can tell apart", action, group[0])
         for group in alike(names)
     ]
 
@@ -369,7 +369,7 @@ def _unused(used: Sequence[Path], images: Sequence[Path], found: Listing) -> lis
 
 def _note(folder: Path, words: Sequence[str], found: Listing) -> Problem:
     action = " ".join([*found.conversions(), "What is no image of the study may stay."])
-    return Problem("DAT-115", "; ".join(words), "<site>/<case>_image.* with <case>_mask.*", action, str(folder))
+    return Problem("DAT-119", "; ".join(words), "<site>/<case>_image.* with <case>_mask.*", action, str(folder))
 
 
 def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:

@@ -34,8 +34,8 @@ CODES: Final[dict[str, str]] = {
     "DAT-111": "A patient is in more than one split.",
     "DAT-112": "The case has no mask.",
     "DAT-113": "The slice cache cannot be written or read.",
-    "DAT-114": "Hospitals' names differ only in Unicode form or case.",
-    "DAT-115": "Files in the folder are not used.",
+    "DAT-118": "Hospitals' names differ only in Unicode form or case.",
+    "DAT-119": "Files in the folder are not used.",
     # DAT-12x: preparing a downloaded data set
     "DAT-120": "The data set is not there.",
     "DAT-121": "The output folder cannot be used.",

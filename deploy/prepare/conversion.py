@@ -195,7 +195,7 @@ def image_files(source: Path, found: Found) -> list[Path]:
         if found.published:
             found.notes.append(f"{said}. {advice}")
         else:
-            found.problems.append(Problem("DAT-115", said, "NIfTI or 2-D pictures", advice, str(source)))
+            found.problems.append(Problem("DAT-119", said, "NIfTI or 2-D pictures", advice, str(source)))
     if listing.ghosts:
         found.notes.append(counted_names(listing.ghosts, "hidden files called like images are passed over"))
     for folder, why in listing.closed:

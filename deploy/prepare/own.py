@@ -97,7 +97,7 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     files = [] if source.is_file() else image_files(source, found)
     lines = _from_table(name, table, found) if listed else _from_folders(files, source, found)
     if not lines:
-        said = "; ".join(problem.found for problem in found.problems if problem.code == "DAT-115")
+        said = "; ".join(problem.found for problem in found.problems if problem.code == "DAT-119")
         raise absent(name, source, "; ".join(filter(None, [_nothing(len(files), listed), said])))
     found.notes += [f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))]
     for line in _named(lines):

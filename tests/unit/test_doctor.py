@@ -239,6 +239,6 @@ def test_files_that_are_not_used_are_a_warning(root, tmp_path):
     for name in ("x_image.mha", "y_mask.nii.gz"):
         (root / "North" / name).write_bytes(b"")
     found = findings(root, tmp_path)[str(root / "North")]
-    assert (found.verdict, found.code) == ("warn", "DAT-115")
+    assert (found.verdict, found.code) == ("warn", "DAT-119")
     assert "(.mha 1): x_image.mha; 1 masks without an image: y_mask.nii.gz" in found.found
     assert "SimpleITK" in found.action

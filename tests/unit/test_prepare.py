@@ -603,7 +603,7 @@ def test_other_formats_and_hidden_files_are_told_once(tmp_path, capsys):
     (down / "South/x.nrrd").write_bytes(b"")
     assert prepare("manifest", down, "-o", out) == 3
     assert [line for line in report(out).splitlines() if line.startswith("[")] == [
-        f"[DAT-115] Files in the folder are not used. ({down})"
+        f"[DAT-119] Files in the folder are not used. ({down})"
     ]
     assert "3 files of formats that are not read (.mha 2, .nrrd 1)" in report(out)
     assert "SimpleITK" in capsys.readouterr().out

@@ -283,7 +283,7 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     assert [case.name for case in site.cases] == ["c"]
     assert site.quarantined == ()
     (note,) = site.notes
-    assert note.code == "DAT-115"
+    assert note.code == "DAT-119"
     assert note.found.split("; ") == [
         "3 files of formats that are not read (.mha 2, .nrrd 1): d_image.mha, d_mask.mha, e.nrrd",
         "1 masks without an image: f_mask.png",
@@ -336,8 +336,8 @@ def test_hospitals_that_look_the_same_are_a_warning_that_shows_the_difference(tm
     assert len(discover_sites(root)) == 4
     said = survey(root, discover_sites(root))
     assert [(problem.code, problem.found) for problem in said] == [
-        ("DAT-114", "B and b"),
-        ("DAT-114", "Zu\\u0308rich and Z\\u00fcrich"),
+        ("DAT-118", "B and b"),
+        ("DAT-118", "Zu\\u0308rich and Z\\u00fcrich"),
     ]
     found, _ = own.find("manifest", root, link=False)
     assert any("Zu\\u0308rich and Z\\u00fcrich" in note for note in found.notes)
