@@ -31,8 +31,8 @@ from common.plan import DataSettings
 
 CHANNELS = 3
 # Part of the key: raise it when the meaning of a stored slice changes.
-FORMAT = 2
-ARRAYS = tuple(field.name for field in fields(Slices) if field.name != "spacing")
+FORMAT = 3
+ARRAYS = tuple(field.name for field in fields(Slices) if field.name not in ("spacing", "content"))
 # `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
 
@@ -53,6 +53,7 @@ class Case:
         spacing: (sz, sy, sx) in mm; None for a picture.
         is_picture: Whether the case is a 2-D picture.
         has_foreground: Whether the mask holds a declared structure.
+        content: Hash of the image's voxels (`common.contents`); leaves only salted, and only where the site allows it.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Case:
     spacing: tuple[float, float, float] | None
     is_picture: bool
     has_foreground: bool
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
     empty = {facts["name"] for facts, slices in good if not _shown(slices, data).any()}
-    problems = (*site.quarantined, *broken, *(_empty_mask(name, heldout=heldout) for name in sorted(empty)))
-    kept = [(facts, slices) for facts, slices in good if heldout or facts["name"] not in empty]
+    kept, copies = _once([(facts, slices) for facts, slices in good if heldout or facts["name"] not in empty])
+    problems = (*site.quarantined, *broken, *(_empty_mask(name, heldout=heldout) for name in sorted(empty)), *copies)
     chosen = splits([files[facts["name"]] for facts, _ in kept], data.validation_fraction, heldout=heldout)
     if not kept or (heldout and "test" not in chosen):
         raise FedsgcgError(_nothing(site, len(kept)), *problems)
@@ -181,6 +183,20 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
         for index, ((facts, slices), split) in enumerate(zip(kept, chosen, strict=True))
     )
     return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in kept), key)
+
+
+def _once(rows: list[tuple[dict[str, Any], Slices]]) -> tuple[list[tuple[dict[str, Any], Slices]], list[Problem]]:
+    """Keep the first case of every image; a copy would count twice, and might test what the other one trained."""
+    first: dict[str, str] = {}
+    kept, problems = [], []
+    for facts, slices in rows:
+        name = first.setdefault(slices.content or facts["name"], facts["name"])
+        if name == facts["name"]:
+            kept.append((facts, slices))
+        else:
+            found, action = f"the same image as {name}", "It is left out; remove one of the two."
+            problems.append(Problem("SITE-511", found, "each image once", action, where=facts["name"]))
+    return kept, problems
 
 
 def salted(alias: str, salt: bytes) -> str:
@@ -241,6 +257,7 @@ def _case(index: int, facts: dict[str, Any], slices: Slices, file: CaseFile, spl
         spacing=slices.spacing,
         is_picture=slices.spacing is None,
         has_foreground=bool(_shown(slices, data).any()),
+        content=slices.content,
     )
 
 
@@ -317,7 +334,7 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         slices = prepare(case, data)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
         facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
-        facts["spacing"] = slices.spacing
+        facts["spacing"], facts["content"] = slices.spacing, slices.content
         facts["shapes"] = [array.shape for array in arrays]
         facts["types"] = [array.dtype.str for array in arrays]
     except FedsgcgError as error:
@@ -345,4 +362,5 @@ def _row(batch: pa.RecordBatch) -> Row:
         arrays[name] = flat.reshape(facts["shapes"][number])
         # The file is mapped for reading; writing to it would kill the process.
         arrays[name].flags.writeable = False
-    return facts, Slices(**arrays, spacing=tuple(facts["spacing"]) if facts["spacing"] else None)
+    spacing = tuple(facts["spacing"]) if facts["spacing"] else None
+    return facts, Slices(**arrays, spacing=spacing, content=facts["content"])

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from clients.confidence import Gaussians
+from clients.contents import TrainedOn
 from clients.device import choose_device
 from clients.evaluation import BATCH, structure_masks
 from clients.model import Model, load_model
@@ -25,6 +26,7 @@ from clients.predict_scores import Scores
 from clients.prediction import Prediction, Predictor
 from clients.slices import class_indices
 from common.console import counted
+from common.contents import TRAINING_IMAGES
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import check_geometry, read_volume
 from common.names import printable
@@ -45,13 +47,13 @@ def run_predict(options: argparse.Namespace, console: Console) -> int:
     device = choose_device(options.device, options.threads)
     wanted = gaussians(device) if gaussians else None
     predictor = Predictor(model, device, options.batch, options.probability, wanted)
-    scores = Scores(model.data)
+    scores, known = Scores(model.data), _trained_on(options, console)
     failed: list[tuple[Job, Problem]] = []
     items = counted(found, console, "predicting") if console.is_terminal else iter(found)
     for number, job in enumerate(items, 1):
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
-            line = _one(predictor, job, options, scores)
+            line = _one(predictor, job, options, scores, known)
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
             line = f"[{error.code}] not predicted"
@@ -100,7 +102,16 @@ def _introduce(options: argparse.Namespace, model: Model, images: int, passed: P
         console.print(f"passed over: {text}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores) -> str:
+def _trained_on(options: argparse.Namespace, console: Console) -> TrainedOn | None:
+    """Return the images that the model has learned from; where nothing beside it says which, say that of scores."""
+    known = TrainedOn.of_model(options.model)
+    if known is None and options.data:
+        words = f"no {TRAINING_IMAGES} beside the model: cases that it was trained on are not marked"
+        console.print(words, style="dim", highlight=False, markup=False, soft_wrap=True)
+    return known
+
+
+def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores, known: TrainedOn | None) -> str:
     """Predict one image, write what is wanted of it, and return a line about it."""
     started = time.monotonic()
     data = predictor.model.data
@@ -113,7 +124,7 @@ def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Sc
     _write_maps(options.output, job, prediction, list(data.structures))
     words = [_sizes(prediction, predictor.model)]
     if truth is not None:
-        words.append(scores.add(job, prediction, truth))
+        words.append(scores.add(job, prediction, truth, known.hospital_of(prediction.volume) if known else ""))
     if prediction.confidence is not None and prediction.masks.any():
         words.append(f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}")
     if options.overlay:
@@ -121,6 +132,8 @@ def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Sc
         title = f"{job.site} {printable(Path(job.name).name)}  {words[1] if drawn is not None else ''}".strip()
         picture = overlay(prediction, list(data.structures), title, drawn)
         write(job.result(options.output, "_overlay"), picture)
+    if known and (hospital := known.hospital_of(prediction.volume)):
+        words.append(f"TRAINED ON (at {hospital})")
     return "  ".join([*words, f"{time.monotonic() - started:.1f} s"])
 
 
@@ -192,6 +205,13 @@ def _finish(
     if scores.rows:
         scores.write(options.output / "scores.csv")
         console.print(scores.table())
+        if trained := scores.trained_on():
+            words = (
+                f"{len(trained)} of {scores.cases()} scored cases are images that the model was trained on or chosen by"
+            )
+            words += f" ({', '.join(trained[:5])}{', ...' if len(trained) > 5 else ''}): their scores do not count"
+            words += " for new patients (column trained_on)"
+            console.print(words, style="yellow", highlight=False, markup=False, soft_wrap=True)
         console.print(f"scores: {options.output / 'scores.csv'}", highlight=False, soft_wrap=True)
     for _, problem in failed:
         console.print(str(problem), style="yellow", highlight=False, markup=False, soft_wrap=True)

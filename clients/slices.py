@@ -9,7 +9,7 @@ K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from clients.site import CaseFile
+from common.contents import content_hash
 from common.errors import fail
 from common.imaging import Volume, check_geometry, check_image, read_volume
 from common.plan import DataSettings
@@ -37,6 +38,7 @@ class Slices:
         display: (Z, Y, X) uint8 native image for people, colours turned grey.
         present: (Z, K) whether a class occurs in the native slice.
         spacing: (sz, sy, sx) in mm; None for a picture.
+        content: Hash of the image's voxels (`common.contents`), "" when it was not asked for.
     """
 
     image: NDArray[np.int16]
@@ -45,6 +47,7 @@ class Slices:
     display: NDArray[np.uint8]
     present: NDArray[np.bool_]
     spacing: tuple[float, float, float] | None
+    content: str = ""
 
 
 def prepare(case: CaseFile, data: DataSettings) -> Slices:
@@ -54,7 +57,8 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
         FedsgcgError: DAT-103 to DAT-109 or DAT-112, naming what is wrong with the case.
     """
     image, mask = _read(case)
-    return to_slices(image, class_indices(mask.array, data.classes, case.name), data)
+    slices = to_slices(image, class_indices(mask.array, data.classes, case.name), data)
+    return replace(slices, content=content_hash(image))
 
 
 def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:

@@ -100,7 +100,7 @@ def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
         FedsgcgError: `code` for a file that is missing, unreadable or no settings.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=AsWritten)  # noqa: S506 - a SafeLoader
+        tree = AsWritten(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError as error:
         raise fail(code, where=str(path), found="no such file", action=action) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -114,6 +114,7 @@ CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
     "amplitudes": "image spectra that the site's own file shares",
+    "content_hashes": "salted hashes of the images, which the site's own file shares",
     "cases": "results of each case under its alias",
     "metrics": "losses, counts, seconds, validation Dice",
     "text": "names and shapes of the weights, identity, codes",
