@@ -18,7 +18,11 @@ from common.imaging import affine_as, read_volume, write_volume
 from common.payload import Identity
 from common.plan import Plan
 from common.settings import join
+from common.wire import ENROL
+from server.rounds import run_federation
 from server.shared_images import learned_from, shared_images
+from tests.faults.plans import small_plan
+from tests.faults.scripted_grid import ScriptedGrid
 from tests.unit.test_policy import policy_for
 
 
@@ -161,3 +165,45 @@ def test_a_hospital_tells_hashes_only_where_its_own_file_says_so(tmp_path, make_
         with pytest.raises(FedsgcgError, match="MOD-801"):
             TrainedOn.of_model(tmp_path)
     shutil.rmtree(tmp_path / "cache")
+
+
+# the coordinator's run
+
+
+def with_hashes(**marks):
+    """A script in which sites tell at the enrolment the hash of one image each."""
+
+    def script(grid, site, kind, request, reply):
+        if kind != ENROL or site not in marks:
+            return reply
+        split = "test" if site == grid.plan.heldout else "train"
+        hashes = {site: {f"alias-{site}": [marks[site], split]}}
+        return replace(reply, details=reply.details | {"content_hashes": hashes})
+
+    return script
+
+
+@pytest.mark.parametrize("way", ["refuse", "flag"])
+def test_a_run_whose_held_out_hospital_has_training_images_is_refused_or_degraded(way, tmp_path):
+    plan = small_plan(tmp_path, federation__rounds=1, federation__shared_images=way)
+    grid = ScriptedGrid(plan, ("A", "B", "C", "D"), script=with_hashes(A="x", B="y", D="x"))
+    outcome = run_federation(grid, plan)
+    told = outcome.failure if way == "refuse" else outcome.problems
+    assert outcome.status == {"refuse": "failed", "flag": "degraded"}[way]
+    assert [(problem.code, problem.where) for problem in told] == [("RND-408", "D")]
+    assert told[0].found == "1 image is at A and at D, by alias: alias-A = alias-D"
+    assert outcome.rounds_done == (way == "flag")
+    if way == "flag":
+        kept = json.loads((tmp_path / TRAINING_IMAGES).read_text())
+        assert kept["images"] == {"A": ["x"], "B": ["y"]}
+        assert kept["salt"] == salt_of(Identity(plan.run, plan.heldout, 0, plan.digest()))
+
+
+def test_copies_at_two_training_hospitals_degrade_and_silence_of_all_says_nothing(tmp_path):
+    plan = small_plan(tmp_path / "twice", federation__rounds=1)
+    script = with_hashes(A="x", B="x", D="z")
+    outcome = run_federation(ScriptedGrid(plan, ("A", "B", "C", "D"), script=script), plan)
+    assert [problem.found for problem in outcome.problems] == ["1 image is at A and at B, by alias: alias-A = alias-B"]
+    plan = small_plan(tmp_path / "silent", federation__rounds=1)
+    assert run_federation(ScriptedGrid(plan, ("A", "B", "C", "D")), plan).status == "completed"
+    assert not (tmp_path / "silent" / TRAINING_IMAGES).exists()
