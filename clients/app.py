@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from clients.cases import SliceTable, fingerprint
+from clients.contents import shared_contents
 from clients.egress import apply_floors, release
 from clients.evaluation import evaluate_cases, validation_dice
 from clients.features import NormMode, sample_features, site_moments, site_statistics
@@ -22,6 +23,7 @@ from clients.mixing import site_amplitudes
 from clients.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
 from clients.training import load_weights, train_round, weights_of
 from clients.visit import SPLITS, Visit, guard, visiting
+from common.contents import CONTENT_HASHES
 from common.errors import fail
 from common.feature_samples import FILE, write_feature_samples
 from common.networks import UNet, build_network
@@ -59,11 +61,12 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
 def enrol(visit: Visit) -> RecordDict:
     """Say who this site is and how many usable cases it has; case names stay behind their aliases.
 
-    `data` is a digest by which the coordinator notices that the site's files or splits changed within a run.
+    `data` is a digest by which the coordinator notices that the site's files or splits changed within a run;
+    `content_hashes`, where the site allows it, are those by which it finds images that two hospitals have.
     """
     stores, splits = visit.stores, SPLITS
     cases = {split: [case for store in stores for case in store.cases if case.split == split] for split in splits}
-    details = {
+    details: dict[str, Any] = {
         "site": visit.site,
         "roles": list(visit.plan.site.roles),
         "cases": {split: len(part) for split, part in cases.items()},
@@ -74,6 +77,8 @@ def enrol(visit: Visit) -> RecordDict:
         "data": " ".join(fingerprint(store) for store in stores),
         "shares": list(visit.plan.site.shares),
     }
+    if (contents := shared_contents(stores, visit.identity, visit.policy)) is not None:
+        details[CONTENT_HASHES] = contents
     return send(visit, Reply(visit.identity, visit.site, details=details))
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from common.disk_errors import disk_advice
 from common.errors import FedsgcgError, fail
 from common.system import expand, lock
 
@@ -27,7 +28,7 @@ def cache_folder(setting: str) -> Path:
 def cache_error(error: OSError, path: Path) -> FedsgcgError:
     """Return DAT-113 for an error of the file system."""
     found = f"{type(error).__name__}: {error.strerror or error}"
-    action = "Make room, or set site.cache to a folder that can be written."
+    action = disk_advice(error, "set site.cache to a folder that can be written.")
     return fail("DAT-113", found=found, expected="a folder with free space", action=action, where=str(path))
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from common.plan import DataSettings
 
 CHANNELS = 3
 # Part of the key: raise it when the meaning of a stored slice changes.
-FORMAT = 3
-ARRAYS = tuple(field.name for field in fields(Slices) if field.name not in ("spacing", "kind"))
+FORMAT = 4
+ARRAYS = tuple(field.name for field in fields(Slices) if field.name not in ("spacing", "kind", "content"))
 # `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
 
@@ -55,6 +55,7 @@ class Case:
         spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
         is_picture: Whether the case is a 2-D picture.
         has_foreground: Whether the mask holds a declared structure.
+        content: Hash of the image's voxels (`common.contents`); leaves only salted, and only where the site allows it.
     """
 
     index: int
@@ -67,6 +68,7 @@ class Case:
     spacing: tuple[float, float, float] | None
     is_picture: bool
     has_foreground: bool
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,8 +177,10 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
     kind, good, others = _one_kind(good)
-    empty = sorted(facts["name"] for facts, slices in good if not _shown(slices, data).any())
-    problems = (*site.quarantined, *broken, *others, *(_empty_mask(name) for name in empty))
+    empty = {facts["name"] for facts, slices in good if not _shown(slices, data).any()}
+    good, copies = _once(good, empty)
+    flagged = (_empty_mask(facts["name"]) for facts, _ in good if facts["name"] in empty)
+    problems = (*site.quarantined, *broken, *others, *flagged, *copies)
     chosen = splits([files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout)
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_nothing(site, len(good)), *problems)
@@ -197,6 +201,25 @@ def other_kind(case: str, kind: str, wanted: str) -> Problem:
     """Return the problem of a case that is left out because most cases are of another kind."""
     action = "Put it into a data set of its own, or resample the volume to slices of that plane."
     return Problem("DAT-117", f"a case of kind {kind}", f"{wanted}, as most cases are", action, where=case)
+
+
+def _once(rows: Sequence[Usable], empty: Collection[str]) -> tuple[list[Usable], list[Problem]]:
+    """Keep one case of every image; a copy would count twice, and might test what the other one trained.
+
+    A case with a structure is kept before one whose mask is `empty`.
+    """
+    first: dict[str, str] = {}
+    for facts, slices in sorted(rows, key=lambda row: row[0]["name"] in empty):
+        first.setdefault(slices.content or facts["name"], facts["name"])
+    kept, problems = [], []
+    for facts, slices in rows:
+        name = first[slices.content or facts["name"]]
+        if name == facts["name"]:
+            kept.append((facts, slices))
+        else:
+            found, action = f"the same image as {name}", "It is left out; remove one of the two."
+            problems.append(Problem("SITE-511", found, "each image once", action, where=facts["name"]))
+    return kept, problems
 
 
 def salted(alias: str, salt: bytes) -> str:
@@ -257,6 +280,7 @@ def _case(index: int, facts: dict[str, Any], slices: Slices, file: CaseFile, spl
         spacing=slices.spacing,
         is_picture=slices.kind == PICTURE,
         has_foreground=bool(_shown(slices, data).any()),
+        content=slices.content,
     )
 
 
@@ -346,7 +370,7 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         slices = prepare(case, data)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
         facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
-        facts["spacing"], facts["kind"] = slices.spacing, slices.kind
+        facts["spacing"], facts["kind"], facts["content"] = slices.spacing, slices.kind, slices.content
         facts["shapes"] = [array.shape for array in arrays]
         facts["types"] = [array.dtype.str for array in arrays]
     except FedsgcgError as error:
@@ -374,4 +398,5 @@ def _row(batch: pa.RecordBatch) -> Row:
         arrays[name] = flat.reshape(facts["shapes"][number])
         # The file is mapped for reading; writing to it would kill the process.
         arrays[name].flags.writeable = False
-    return facts, Slices(**arrays, spacing=tuple(facts["spacing"]) if facts["spacing"] else None, kind=facts["kind"])
+    spacing = tuple(facts["spacing"]) if facts["spacing"] else None
+    return facts, Slices(**arrays, spacing=spacing, kind=facts["kind"], content=facts["content"])

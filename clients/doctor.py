@@ -6,7 +6,6 @@ spacing stand out, is the same image there twice, is one person behind two ids.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import statistics
 from collections import defaultdict
@@ -23,6 +22,7 @@ from clients.policy import confined
 from clients.site import CaseFile, Site, open_site, splits
 from clients.site_file import SiteFile
 from clients.slices import class_indices
+from common.contents import content_hash
 from common.errors import CODES, FedsgcgError, Problem
 from common.imaging import PICTURE, Volume, check_geometry, check_image, read_volume
 from common.plan import DataSettings
@@ -111,6 +111,7 @@ def examine_files(
     except FedsgcgError as error:
         return [Finding.of("files", problem) for problem in error.problems], []
     findings = [Finding.of("files", problem) for problem in site.quarantined]
+    findings += [Finding.of("files", note, "warn") for note in site.notes]
     seen: list[Seen] = []
     parts = splits(site.cases, data.validation_fraction, heldout=heldout)
     for number, (case, split) in enumerate(zip(site.cases, parts, strict=True)):
@@ -141,7 +142,7 @@ def _look(case: CaseFile, split: str, data: DataSettings) -> Seen:
         _axes(image),
         image.millimetres,
         image.kind,
-        hashlib.blake2b(np.ascontiguousarray(image.array).tobytes(), digest_size=16).hexdigest(),
+        content_hash(image),
         int(image.array.size),
         not np.isin(truth, wanted).any(),
     )
@@ -206,7 +207,7 @@ def _twice(seen: Sequence[Seen]) -> Iterator[Finding]:
             word = "split" if one.split != group[0].split else "patient"
             leak = f", in another {word}" if leaks else ""
             found = f"the same pixels as {group[0].case.name}{leak}"
-            action = "Remove one of the two, or give both the same patient_id."
+            action = "Remove one of the two; the second is left out of training and evaluation."
             yield Finding("files", one.case.name, "fail" if leaks else "warn", found, action, "SITE-511")
 
 

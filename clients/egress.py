@@ -17,6 +17,7 @@ from flwr.app import RecordDict
 
 from clients import ledger
 from clients.policy import check_sharing
+from common.contents import CONTENT_HASHES
 from common.errors import FedsgcgError
 from common.payload import Identity
 from common.plan import PrivacySettings
@@ -64,6 +65,8 @@ def release(
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
     records = encode_reply(reply)
     parts = payload_bytes(records)
+    if CONTENT_HASHES in reply.details:  # they travel with the text, and are a part of their own all the same
+        parts = parts | {CONTENT_HASHES: len(json.dumps(reply.details[CONTENT_HASHES]))}
     check_sharing(parts, sharing)
     ledger.append(
         home / LEDGER,

@@ -15,17 +15,20 @@ from typing import Any
 import numpy as np
 
 from clients.confidence import Gaussians
+from clients.contents import TrainedOn
 from clients.device import choose_device
 from clients.evaluation import BATCH, structure_masks
 from clients.model import Model, load_model
 from clients.overlays import overlay
-from clients.predict_files import Job, check_output, jobs_of_data, jobs_of_images, save, write
+from clients.predict_files import Job, Passed, check_output, jobs_of_data, jobs_of_images, save, write
 from clients.predict_scores import Scores
 from clients.prediction import Prediction, Predictor
 from clients.slices import class_indices
 from common.console import Screen, counted
+from common.contents import TRAINING_IMAGES
 from common.errors import FedsgcgError, Problem, fail
 from common.imaging import check_geometry, read_volume
+from common.names import printable
 from common.native import mask_bytes, picture_bytes, wide_bytes, write_like
 
 
@@ -37,23 +40,28 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     model = load_model(options.model)
     gaussians = _gaussians(options, model)
     jobs = jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
-    found, left_out = jobs_of_images(options.images, jobs)
+    found, passed = jobs_of_images(options.images, jobs)
     check_output(options.output, found, _endings(options), overwrite=options.overwrite)
-    _introduce(options, model, len(found), left_out, console)
+    _introduce(options, model, len(found), passed, console)
     device = choose_device(options.device, options.threads)
     wanted = gaussians(device) if gaussians else None
     predictor = Predictor(model, device, options.batch, options.probability, wanted)
-    scores = Scores(model.data)
+    scores, known = Scores(model.data), _trained_on(options, console)
     failed: list[tuple[Job, Problem]] = []
     items = counted(found, console, "predicting") if console.is_terminal else iter(found)
     for number, job in enumerate(items, 1):
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
-            line = _one(predictor, job, options, scores)
-            console.print(f"{place}  {line}")
+            line = _one(predictor, job, options, scores, known)
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
-            console.print(f"{place}  [{error.code}] not predicted", style="yellow")
+            line = f"[{error.code}] not predicted"
+        except Exception as error:  # whatever one image does to a library, the others are predicted
+            seen, action = f"{type(error).__name__}: {error}", "Look at the file; the other images are predicted."
+            failed.append((job, Problem("MOD-810", seen, action=action, where=str(job.image))))
+            line = "[MOD-810] not predicted"
+        style = "yellow" if failed and failed[-1][0] is job else None
+        console.print(f"{place}  {line}", style=style)
     return _finish(options, scores, failed, len(found), console)
 
 
@@ -84,16 +92,25 @@ def _endings(options: argparse.Namespace) -> tuple[str, ...]:
     return ("_mask", *(ending for ending, on in wanted if on))
 
 
-def _introduce(options: argparse.Namespace, model: Model, images: int, left_out: int, console: Screen) -> None:
+def _introduce(options: argparse.Namespace, model: Model, images: int, passed: Passed, console: Screen) -> None:
     card = model.card
     trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
     words = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}, trained at {trained}"
     console.print(f"{words}; {images} images to {options.output}")
-    if left_out:
-        console.print(f"{left_out} files that are masks or results by their names are passed over", style="dim")
+    for text in passed.words():
+        console.print(f"passed over: {text}", style="dim")
 
 
-def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores) -> str:
+def _trained_on(options: argparse.Namespace, console: Screen) -> TrainedOn | None:
+    """Return the images that the model has learned from; where nothing beside it says which, say that of scores."""
+    known = TrainedOn.of_model(options.model)
+    if known is None and options.data:
+        words = f"no {TRAINING_IMAGES} beside the model: cases that it was trained on are not marked"
+        console.print(words, style="dim")
+    return known
+
+
+def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores, known: TrainedOn | None) -> str:
     """Predict one image, write what is wanted of it, and return a line about it."""
     started = time.monotonic()
     data = predictor.model.data
@@ -103,17 +120,19 @@ def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Sc
         action = "Try a smaller --batch, or --device cpu."
         raise fail("MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action) from error
     truth = _truth(job, prediction, predictor.model)
-    _write_maps(options.output / job.name, job, prediction, list(data.structures))
+    _write_maps(options.output, job, prediction, list(data.structures))
     words = [_sizes(prediction, predictor.model)]
     if truth is not None:
-        words.append(scores.add(job, prediction, truth))
+        words.append(scores.add(job, prediction, truth, known.hospital_of(prediction.volume) if known else ""))
     if prediction.confidence is not None and prediction.masks.any():
         words.append(f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}")
     if options.overlay:
         drawn = None if truth is None else structure_masks(truth, data)
-        title = f"{job.site} {Path(job.name).name}  {words[1] if drawn is not None else ''}".strip()
+        title = f"{job.site} {printable(Path(job.name).name)}  {words[1] if drawn is not None else ''}".strip()
         picture = overlay(prediction, list(data.structures), title, drawn)
-        save(options.output / f"{job.name}_overlay.png", lambda path: path.write_bytes(picture))
+        write(job.result(options.output, "_overlay"), picture)
+    if known and (hospital := known.hospital_of(prediction.volume)):
+        words.append(f"TRAINED ON (at {hospital})")
     return "  ".join([*words, f"{time.monotonic() - started:.1f} s"])
 
 
@@ -132,7 +151,7 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
         raise fail("MOD-805", where=where, found=problem.found, expected=problem.expected, action=action) from error
 
 
-def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
+def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
     """Write the mask and the maps that are there, in the geometry of the image."""
     if not prediction.volume.is_picture:
         for ending, array in (
@@ -141,8 +160,8 @@ def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequen
             ("_confidence", prediction.confidence),
         ):
             if array is not None:
-                target = base.with_name(f"{base.name}{ending}{job.suffix}")
-                save(target, lambda path, array=array: write_like(path, array, prediction.volume, job.image))  # type: ignore[misc]
+                target = job.result(folder, ending)
+                save(target, lambda path, array=array: write_like(path, array, prediction.volume))  # type: ignore[misc]
         return
     small = prediction.labels.dtype == np.uint8
     contents = {"_mask": (mask_bytes if small else wide_bytes)(prediction.labels[0])}
@@ -152,7 +171,7 @@ def _write_maps(base: Path, job: Job, prediction: Prediction, structures: Sequen
     if prediction.confidence is not None:
         contents["_confidence"] = picture_bytes(_grey(prediction.confidence[0]))
     for ending, content in contents.items():
-        write(base.with_name(f"{base.name}{ending}.png"), content)
+        write(job.result(folder, ending), content)
 
 
 def _single(maps: Any) -> Any:
@@ -185,6 +204,13 @@ def _finish(
     if scores.rows:
         scores.write(options.output / "scores.csv")
         console.print(scores.table())
+        if trained := scores.trained_on():
+            words = (
+                f"{len(trained)} of {scores.cases()} scored cases are images that the model was trained on or chosen by"
+            )
+            words += f" ({', '.join(trained[:5])}{', ...' if len(trained) > 5 else ''}): their scores do not count"
+            words += " for new patients (column trained_on)"
+            console.print(words, style="yellow")
         console.print(f"scores: {options.output / 'scores.csv'}")
     for _, problem in failed:
         console.print(str(problem), style="yellow")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from clients.site import discover_sites, open_site
+from common.disk_errors import disk_advice
 from common.errors import FedsgcgError, Problem, fail
+from common.folders import Listing, by_format, counted_names, look_through, stem_of
 from common.imaging import VOLUME_SUFFIXES, suffix_of
+from common.names import printable
 from common.plan import DataSettings
 
 RESULT: Final = re.compile(r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE)
@@ -49,33 +53,80 @@ class Job:
     @property
     def shown(self) -> str:
         """What a line on the console calls it."""
-        return f"{self.site} {self.case}" if self.site else self.image.name
+        return printable(f"{self.site} {self.case}" if self.site else self.image.name)
+
+    def result(self, folder: Path, ending: str) -> Path:
+        """Path of one kind of result: `_mask`, `_overlay`, and so on."""
+        return folder / f"{self.name}{ending}{'.png' if ending == '_overlay' else self.suffix}"
 
 
-def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[list[Job], int]:
-    """Add the images that were named to some jobs; folders are looked through.
+@dataclass
+class Passed:
+    """What lies in the folders that were named and is not predicted.
+
+    Attributes:
+        results: Files that are masks or results by their names.
+        folders: What else each folder holds.
+    """
+
+    results: list[Path] = field(default_factory=list)
+    folders: list[Listing] = field(default_factory=list)
+
+    def words(self) -> list[str]:
+        """One sentence for each kind of file that is there, with how to convert other formats."""
+        said = []
+        if self.results:
+            said.append(counted_names(self.results, "files that are masks or results by their names"))
+        if foreign := [path for found in self.folders for path in found.foreign]:
+            advice = " ".join(dict.fromkeys(text for found in self.folders for text in found.conversions()))
+            what = f"files of formats that are not read ({by_format(foreign)})"
+            said.append(f"{counted_names(foreign, what)}. {advice}")
+        if ghosts := [path for found in self.folders for path in found.ghosts]:
+            said.append(counted_names(ghosts, "hidden files called like images"))
+        said += [
+            f"{printable(str(path))} cannot be read ({why})" for found in self.folders for path, why in found.closed
+        ]
+        return said + [
+            f"{printable(str(path))} leads back into itself" for found in self.folders for path in found.loops
+        ]
+
+
+def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[list[Job], Passed]:
+    """Add the images that were named to some jobs; folders are looked through (`common.folders`).
 
     Returns:
-        All jobs, each with a name of its own, and the number of files passed over as masks or results.
+        All jobs, each with a name of its own, and what was passed over.
 
     Raises:
         FedsgcgError: MOD-809 for a path that is not there, or when there is no image at all.
     """
-    found, left_out = list(jobs), 0
+    found, passed = list(jobs), Passed()
     for path in images:
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if suffix_of(file) and not file.name.startswith(".")]
-            kept = [file for file in inside if not RESULT.fullmatch(stem_of(file))]
-            left_out += len(inside) - len(kept)
+        if _kind(path) == "folder":
+            inside = look_through(path)
+            passed.folders.append(inside)
+            kept = [file for file in inside.images if not RESULT.fullmatch(stem_of(file))]
+            passed.results += [file for file in inside.images if file not in set(kept)]
             found += [Job(file, (file.parent.relative_to(path) / stem_of(file)).as_posix()) for file in kept]
-        elif path.exists():
-            found.append(Job(path, stem_of(path)))
         else:
-            raise fail("MOD-809", where=str(path), found="no such file", expected="an image or a folder of images")
+            found.append(Job(path, stem_of(path)))
     if not found:
         where = ", ".join(map(str, images))
-        raise fail("MOD-809", where=where, found="no image file", expected="NIfTI volumes or pictures")
-    return _distinct(found), left_out
+        said = "; ".join(["no image file", *passed.words()])
+        raise fail("MOD-809", where=where, found=said, expected="NIfTI volumes or pictures")
+    return _distinct(found), passed
+
+
+def _kind(path: Path) -> str:
+    """Return `folder` or `file`; raises MOD-809 for what is neither, or cannot be looked at."""
+    expected = "an image or a folder of images"
+    try:
+        return "folder" if stat.S_ISDIR(path.stat().st_mode) else "file"
+    except FileNotFoundError as error:
+        raise fail("MOD-809", where=str(path), found="no such file", expected=expected) from error
+    except OSError as error:
+        found, action = str(error.strerror or error), disk_advice(error, "name another path.")
+        raise fail("MOD-809", where=str(path), found=found, expected=expected, action=action) from error
 
 
 def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | None) -> list[Job]:
@@ -94,29 +145,27 @@ def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | 
     for name in [site] if site else discover_sites(root):
         for case in open_site(root, name, data).cases:
             if split is None or case.split == split:
-                jobs.append(Job(case.image, f"{name}/{Path(case.name).name}", case.mask, name, case.name))
+                jobs.append(Job(case.image, f"{name}/{Path(case.name).name or 'case'}", case.mask, name, case.name))
     if not jobs:
         found = f"no case of split {split}" if split else "no case"
         raise fail("MOD-809", where=str(root), found=found, expected="cases to predict")
     return jobs
 
 
-def stem_of(path: Path) -> str:
-    """Return a file's name without suffix and `_image`."""
-    suffix = suffix_of(path)
-    return (path.name[: -len(suffix)] if suffix else path.name).removesuffix("_image")
-
-
 def check_output(folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, overwrite: bool) -> None:
     """Refuse before any work what could not be written, or would be written over.
 
     Raises:
-        FedsgcgError: MOD-808 for results that are there already, or that are the images or masks themselves.
+        FedsgcgError: MOD-808 for results that are there already, that would lie outside the folder, or that are the
+            images or masks themselves.
     """
+    if outside := [job for job in jobs if ".." in Path(job.name).parts or Path(job.name).is_absolute()]:
+        found, expected = f"results called {outside[0].name!r}", "a name inside the folder"
+        raise fail("MOD-808", where=str(outside[0].image), found=found, expected=expected, action="Rename the image.")
     inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
     targets = [path for job in jobs for ending in endings for path in _targets(folder, job, ending)]
     own = [path for path in targets if path.resolve() in inputs]
-    there = [] if overwrite else [path for path in targets if path.exists()]
+    there = [] if overwrite else [path for path in targets if os.path.lexists(path)]
     problems = [
         Problem("MOD-808", "it is one of the images or masks", "another folder", "Choose another DIR.", str(path))
         for path in own[:SHOWN]
@@ -138,7 +187,7 @@ def _targets(folder: Path, job: Job, ending: str) -> list[Path]:
     if ending == "_probability" and job.suffix == ".png":
         place = folder / job.name
         return sorted(place.parent.glob(f"{glob.escape(place.name)}{ending}_*.png"))
-    return [folder / f"{job.name}{ending}{'.png' if ending == '_overlay' else job.suffix}"]
+    return [job.result(folder, ending)]
 
 
 def save(path: Path, into: Callable[[Path], object]) -> None:
@@ -164,7 +213,8 @@ def write(path: Path, content: bytes) -> None:
 def refused(path: Path, error: OSError) -> FedsgcgError:
     """The error for a disk that refuses."""
     found, expected = f"{type(error).__name__}: {error.strerror or error}", "a folder with room that can be written"
-    return fail("MOD-808", where=str(path), found=found, expected=expected, action="Make room, or choose another DIR.")
+    action = disk_advice(error, "choose another DIR.")
+    return fail("MOD-808", where=str(path), found=found, expected=expected, action=action)
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:

@@ -20,7 +20,7 @@ from clients.prediction import Prediction
 from common.payload import CASES_SCHEMA
 from common.plan import DataSettings
 
-COLUMNS = ("site", *CASES_SCHEMA.names)
+COLUMNS = ("site", *CASES_SCHEMA.names, "trained_on")
 
 
 class Scores:
@@ -28,14 +28,23 @@ class Scores:
 
     Attributes:
         data: Structures and unit of distances.
-        rows: `COLUMNS` -> value; `case` is the case's own name, for the table stays at the hospital.
+        rows: `COLUMNS` -> value; `case` is the case's own name, for the table stays at the hospital; `trained_on` is
+            the hospital at which the model learned from this image, "" for a new one.
     """
 
     def __init__(self, data: DataSettings) -> None:
         self.data = data
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, job: Job, prediction: Prediction, truth: NDArray[np.uint8]) -> str:
+    def trained_on(self) -> list[str]:
+        """Names of the scored cases that the model has learned from."""
+        return list(dict.fromkeys(f"{row['site']} {row['case']}" for row in self.rows if row["trained_on"]))
+
+    def cases(self) -> int:
+        """Number of scored cases."""
+        return len({(row["site"], row["case"]) for row in self.rows})
+
+    def add(self, job: Job, prediction: Prediction, truth: NDArray[np.uint8], trained_on: str = "") -> str:
         """Score one case against its true class indices (Z, Y, X); return its Dice in words."""
         volume = prediction.volume
         case = Case(
@@ -51,7 +60,7 @@ class Scores:
             has_foreground=bool(truth.any()),
         )
         found = case_rows(CaseResult(case, prediction.masks, structure_masks(truth, self.data), truth), self.data)
-        self.rows += [{"site": job.site, **row} for row in found]
+        self.rows += [{"site": job.site, **row, "trained_on": trained_on} for row in found]
         if len(found) == 1:
             return f"Dice {found[0]['dice']:.3f}"
         return "Dice " + ", ".join(f"{row['structure']} {row['dice']:.3f}" for row in found)

@@ -1,7 +1,8 @@
 """The files of one hospital: which cases there are, whose they are, and in which split. No pixel is read here.
 
-A data root holds either `manifest.csv` (`site,image,mask[,patient_id,split]`, other columns ignored, paths relative to
-the root) or one folder a site with `<case>_image.<suffix>` and `<case>_mask.<suffix>` inside.
+A data root holds either `manifest.csv` (`clients.manifest`: `site,image,mask[,patient_id,split]`, other columns
+ignored, paths relative to the root) or one folder a site with `<case>_image.<suffix>` and `<case>_mask.<suffix>` inside
+(`common.folders`: links are followed; what is not used is counted in `Site.notes`).
 
 Splits go by patient. Where the manifest names none, a patient's split follows from a hash of the patient's id alone, so
 that adding or removing cases never moves another patient.
@@ -9,25 +10,36 @@ that adding or removing cases never moves another patient.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from clients.cache import cache_error, cache_folder, locked
+from clients.manifest import SPLITS, Row, is_folder_name, read_manifest
 from common.datasets import fetch_advice
 from common.errors import FedsgcgError, Problem, fail
-from common.imaging import suffix_of
+from common.folders import Listing, by_format, counted_names, is_file, look_through, stem_of, subfolders, without_suffix
+from common.names import alike, printable, spelled
 from common.plan import DataSettings, SiteSettings
 from common.system import expand
 
-SPLITS = ("train", "validation", "test")
-COLUMNS = ("site", "image", "mask")
+__all__ = [
+    "SPLITS",
+    "CaseFile",
+    "Site",
+    "discover_sites",
+    "ensure_data",
+    "open_site",
+    "resolve_cache",
+    "split_of",
+    "splits",
+    "survey",
+]
 
 
 @dataclass(frozen=True)
@@ -59,11 +71,30 @@ class Site:
         name: Name of the hospital.
         cases: Cases whose files exist.
         quarantined: One problem for each case that was left out.
+        notes: Files of its folder that are no case of any kind: other formats, masks without an image, hidden files.
     """
 
     name: str
     cases: tuple[CaseFile, ...]
     quarantined: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
+
+
+@dataclass
+class _Listed:
+    """What a data root lists.
+
+    Attributes:
+        cases: All cases of the hospitals that were asked for.
+        problems: (hospital, problem) of lines that were left out.
+        notes: (folder, problem) of files that are not used.
+        closed: Hospital -> why its folder cannot be listed.
+    """
+
+    cases: list[CaseFile] = field(default_factory=list)
+    problems: list[tuple[str, Problem]] = field(default_factory=list)
+    notes: list[tuple[str, Problem]] = field(default_factory=list)
+    closed: dict[str, Problem] = field(default_factory=dict)
 
 
 def resolve_cache(site: SiteSettings) -> Path:
@@ -83,7 +114,7 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
     """
     if data.root:
         root = expand(data.root, "data.root")
-        if not root.is_dir():
+        if not _is_folder(root):
             action = f"Set data.root to the prepared folder. {fetch_advice(data.name)}"
             raise fail("DAT-101", found="no such folder", expected="a folder", action=action, where=str(root))
         return root
@@ -93,13 +124,20 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
     return _synthetic(cache_folder(cache))
 
 
-def discover_sites(root: Path) -> tuple[str, ...]:
+def discover_sites(root: Path, wanted: Collection[str] = ()) -> tuple[str, ...]:
     """Return the names of the hospitals below a data root, sorted.
 
+    Args:
+        root: Data root.
+        wanted: The hospitals that are needed, none for all: a folder that cannot be read stops only who needs it.
+
     Raises:
-        FedsgcgError: DAT-101 when the root or its manifest cannot be used.
+        FedsgcgError: DAT-101 when the root, its manifest or a hospital's folder cannot be used.
     """
-    return tuple(sorted({case.site for case in _listed(Path(root))[0]}))
+    listed = _listed(Path(root))
+    if closed := [problem for name, problem in sorted(listed.closed.items()) if not wanted or name in wanted]:
+        raise FedsgcgError(*closed)
+    return tuple(sorted({case.site for case in listed.cases}))
 
 
 def open_site(root: Path, name: str, data: DataSettings) -> Site:
@@ -111,18 +149,45 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
         data: Not needed to list files; part of the signature so that a site is always opened for given settings.
 
     Raises:
-        FedsgcgError: DAT-101 when the manifest cannot be used; DAT-102 when the hospital has no case at all.
+        FedsgcgError: DAT-101 when the manifest or the hospital's folder cannot be used; DAT-102 when the hospital has
+            no case at all.
     """
-    cases, problems = _listed(Path(root))
-    mine = [case for case in cases if case.site == name]
+    listed = _listed(Path(root), only=name)
+    if name in listed.closed:
+        raise FedsgcgError(listed.closed[name])
+    mine = [case for case in listed.cases if case.site == name]
+    notes = tuple(problem for folder, problem in listed.notes if folder == name)
     if not mine:
-        known = ", ".join(sorted({case.site for case in cases})) or "no site at all"
+        known = ", ".join(sorted({case.site for case in _listed(Path(root)).cases})) or "no site at all"
         action = f"Check the site column or folder names for data set {data.name!r}."
-        raise fail("DAT-102", found="no case is listed", expected=f"one of: {known}", action=action, where=name)
+        nothing = Problem("DAT-102", "no case is listed", f"one of: {known}", action, where=name)
+        raise FedsgcgError(nothing, *notes)
     kept, missing = _existing(_named(mine))
     kept, mixed = _one_split_each(kept)
-    listed = [problem for site, problem in problems if site == name]
-    return Site(name, tuple(sorted(kept, key=lambda case: case.name)), (*listed, *missing, *mixed))
+    left_out = [problem for site, problem in listed.problems if site == name]
+    cases = tuple(sorted(kept, key=lambda case: case.name))
+    return Site(name, cases, (*left_out, *missing, *mixed), notes)
+
+
+def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
+    """Return what a study of some hospitals should say about its folder before it starts; nothing of it stops it.
+
+    That is DAT-119 for files that are not used, in a hospital's folder or in one that is no hospital, and DAT-118 for
+    names that look like one.
+    """
+    listed = _listed(Path(root))
+    hospitals = {case.site for case in listed.cases}
+    notes = [problem for folder, problem in listed.notes if folder in sites or folder not in hospitals]
+    return [*alike_hospitals(sites), *notes]
+
+
+def alike_hospitals(names: Sequence[str]) -> list[Problem]:
+    """Return DAT-118 for hospitals whose names differ only in Unicode form or case."""
+    action = "Give them clearly different names, or put their cases under one name if they are one hospital."
+    return [
+        Problem("DAT-118", " and ".join(map(spelled, group)), "names that people can tell apart", action, group[0])
+        for group in alike(names)
+    ]
 
 
 def split_of(patient: str, validation_fraction: float) -> str:
@@ -178,72 +243,62 @@ def _uniform(patient: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _listed(root: Path) -> tuple[list[CaseFile], list[tuple[str, Problem]]]:
-    """Return all cases of a root and, with their site, the lines that were left out."""
-    if not root.is_dir():
+def _listed(root: Path, only: str = "") -> _Listed:
+    """List a data root, of the folder layout only one hospital when it is named."""
+    if not _is_folder(root):
         raise fail("DAT-101", found="no such folder", expected="a data root", action="Set data.root.", where=str(root))
     manifest = root / "manifest.csv"
-    return _from_manifest(root, manifest) if manifest.is_file() else (_from_folders(root), [])
+    try:
+        return _from_manifest(root, manifest) if manifest.is_file() else _from_folders(root, only)
+    except OSError as error:
+        raise _closed(root, error.strerror or type(error).__name__) from error
 
 
-def _from_manifest(root: Path, manifest: Path) -> tuple[list[CaseFile], list[tuple[str, Problem]]]:
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise _closed(path, error.strerror or type(error).__name__) from error
+
+
+def _closed(folder: Path, why: str) -> FedsgcgError:
+    """Return the error for a folder that cannot be read."""
+    expected = "a folder that this user may read"
+    action = "Give this user the right to read it (and to enter every folder above it), or take it out of the data."
+    return fail("DAT-101", found=why, expected=expected, action=action, where=str(folder))
+
+
+def _from_manifest(root: Path, manifest: Path) -> _Listed:
     """Read `manifest.csv`; all unusable lines are reported in one error, a repeated image is left out."""
-    rows = _rows(manifest)
+    rows = read_manifest(manifest)
     wrong = [
-        Problem("DAT-101", where=f"{manifest}, line {line}", **said) for line, row in rows for said in _mistakes(row)
+        Problem("DAT-101", found, expected, where=f"{manifest}, line {row.line}")
+        for row in rows
+        for found, expected in _mistakes(row)
     ]
     if wrong:
         raise FedsgcgError(*wrong)
-    cases: list[CaseFile] = []
-    repeated: list[tuple[str, Problem]] = []
+    listed = _Listed()
     seen: dict[tuple[str, str], int] = {}
-    for line, row in rows:
-        first = seen.setdefault((row["site"], row["image"]), line)
-        if first != line:
-            where = f"{manifest}, line {line}"
-            repeated.append(
-                (row["site"], Problem("DAT-101", f"the image of line {first} again", "each image once", where=where))
-            )
+    for row in rows:
+        first = seen.setdefault((row.site, os.path.normpath(row.image)), row.line)
+        if first != row.line:
+            found, action = f"the image of line {first} again", "Take the line out."
+            problem = Problem("SITE-511", found, "each image once", action, f"{manifest}, line {row.line}")
+            listed.problems.append((row.site, problem))
             continue
-        image = root / row["image"]
-        mask = root / row["mask"] if row["mask"] else None
-        patient, split = row.get("patient_id", ""), row.get("split", "") or None
-        cases.append(CaseFile(row["site"], _stem(row["image"]), image, mask, patient, split))
-    return cases, repeated
+        image = root / row.image
+        mask = root / row.mask if row.mask else None
+        listed.cases.append(CaseFile(row.site, stem_of(image), image, mask, row.patient, row.split or None))
+    return listed
 
 
-def _rows(manifest: Path) -> list[tuple[int, dict[str, str]]]:
-    """Return (line number, row) of a manifest with surrounding blanks removed."""
-    try:
-        with manifest.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, {key: (row[key] or "").strip() for key in row if key}) for row in reader]
-            columns = [name or "" for name in reader.fieldnames or []]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise fail("DAT-101", found=str(error), expected="a CSV file in UTF-8", where=str(manifest)) from error
-    if missing := [name for name in COLUMNS if name not in columns]:
-        found = "columns " + (", ".join(columns) or "none")
-        raise fail(
-            "DAT-101",
-            found=found,
-            expected="columns " + ", ".join(COLUMNS),
-            action=f"Add {', '.join(missing)}.",
-            where=str(manifest),
-        )
-    return rows
-
-
-def _mistakes(row: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Yield what makes one line of the manifest unusable."""
-    if not _is_folder_name(row["site"]):
-        yield {"found": f"site {row['site']!r}", "expected": "a name without slashes that does not begin with a dot"}
-    if not row["image"]:
-        yield {"found": "no image", "expected": "a path relative to the data folder"}
-    for column in ("image", "mask"):
-        if _escapes(row[column]):
-            yield {"found": f"{column} {row[column]!r}", "expected": "a path inside the data folder"}
-    if row.get("split", "") not in ("", *SPLITS):
-        yield {"found": f"split {row['split']!r}", "expected": ", ".join(SPLITS) + " or nothing"}
+def _mistakes(row: Row) -> Iterator[tuple[str, str]]:
+    """Yield (found, expected) of what makes one line of the manifest unusable."""
+    yield from row.mistakes()
+    for column, path in (("image", row.image), ("mask", row.mask)):
+        if _escapes(path):
+            yield f"{column} {path!r}", "a path inside the data folder"
 
 
 def _escapes(path: str) -> bool:
@@ -254,38 +309,68 @@ def _escapes(path: str) -> bool:
     )
 
 
-def _is_folder_name(name: str) -> bool:
-    """Whether a site's name can be the name of a folder."""
-    return bool(name) and not name.startswith(".") and not any(char in name for char in "/\\\0") and name.isprintable()
-
-
-def _from_folders(root: Path) -> list[CaseFile]:
+def _from_folders(root: Path, only: str) -> _Listed:
     """List `<site>/<case>_image.*` with the `<case>_mask.*` beside it."""
-    cases = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and _is_folder_name(path.name)):
-        files = sorted(path for path in folder.iterdir() if suffix_of(path))
-        masks = {_without_suffix(path.name): path for path in files}
-        for image in files:
-            stem = _without_suffix(image.name)
-            if stem.endswith("_image"):
-                name = stem.removesuffix("_image")
-                cases.append(CaseFile(folder.name, name, image, masks.get(f"{name}_mask"), "", None))
-    if not cases:
+    listed = _Listed()
+    for folder in subfolders(root):
+        name = printable(folder.name)
+        if is_folder_name(name) and (not only or name == only):
+            _take_folder(name, folder, listed)
+    if only:
+        return listed
+    loose = look_through(root, deep=False)
+    if words := _unused([], loose.images, loose):
+        listed.notes.append(("", _note(root, words, loose)))
+    if not listed.cases and not listed.closed:
+        found = "; ".join(["neither manifest nor images", *(problem.found for _, problem in listed.notes)])
         expected = "manifest.csv, or <site>/<case>_image.nii.gz with <case>_mask.nii.gz"
         action = "Convert a downloaded data set or your own images: fedsgcg data prepare NAME SOURCE -o FOLDER."
-        raise fail("DAT-101", found="neither manifest nor images", expected=expected, action=action, where=str(root))
-    return cases
+        action = " ".join([action, *dict.fromkeys(problem.action for _, problem in listed.notes)])
+        raise fail("DAT-101", found=found, expected=expected, action=action, where=str(root))
+    return listed
 
 
-def _without_suffix(name: str) -> str:
-    """Return a file name without its image suffix."""
-    suffix = suffix_of(Path(name))
-    return name[: -len(suffix)] if suffix else name
+def _take_folder(name: str, folder: Path, listed: _Listed) -> None:
+    """List the cases of one hospital's folder, and what of it is not used."""
+    found = look_through(folder)
+    if found.closed and found.closed[0][0] == folder:
+        (listed.closed[name],) = _closed(*found.closed[0]).problems
+        return
+    files = [path for path in found.images if path.parent == folder]
+    masks = {without_suffix(path.name): path for path in files}
+    used: set[Path] = set()
+    for image in files:
+        if without_suffix(image.name).endswith("_image"):
+            case = stem_of(image)
+            mask = masks.get(f"{case.removesuffix('_image')}_mask")
+            used |= {image} if mask is None else {image, mask}
+            listed.cases.append(CaseFile(name, printable(case), image, mask, "", None))
+    if words := _unused(sorted(used), found.images, found):
+        listed.notes.append((name, _note(folder, words, found)))
 
 
-def _stem(image: str) -> str:
-    """Return the case name of an image path: the file's name without suffix and `_image`."""
-    return _without_suffix(PurePosixPath(image).name).removesuffix("_image")
+def _unused(used: Sequence[Path], images: Sequence[Path], found: Listing) -> list[str]:
+    """Say kind by kind which files that look like images are not used."""
+    left = [path for path in images if path not in set(used)]
+    masks = [path for path in left if without_suffix(path.name).endswith("_mask")]
+    others = [path for path in left if path not in set(masks)]
+    words = []
+    if found.foreign:
+        words.append(counted_names(found.foreign, f"files of formats that are not read ({by_format(found.foreign)})"))
+    if masks:
+        words.append(counted_names(masks, "masks without an image"))
+    if others:
+        words.append(counted_names(others, "images that are not called <site>/<case>_image"))
+    if found.ghosts:
+        words.append(counted_names(found.ghosts, "hidden files called like images"))
+    words += [f"{printable(path.name)} cannot be read ({why})" for path, why in found.closed]
+    words += [f"{printable(path.name)} leads back into itself" for path in found.loops]
+    return words
+
+
+def _note(folder: Path, words: Sequence[str], found: Listing) -> Problem:
+    action = " ".join([*found.conversions(), "What is no image of the study may stay."])
+    return Problem("DAT-119", "; ".join(words), "<site>/<case>_image.* with <case>_mask.*", action, str(folder))
 
 
 def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
@@ -295,23 +380,34 @@ def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
     for case in cases:
         name = case.name
         if common[name] > 1:
-            name = "_".join([*case.image.parts[-3:-1], _without_suffix(case.image.name)])
+            name = printable("_".join([*case.image.parts[-3:-1], without_suffix(case.image.name)]))
         named.append(replace(case, name=name, patient=case.patient or name))
     twice = {name for name, count in Counter(case.name for case in named).items() if count > 1}
-    return [replace(case, name=case.image.as_posix()) if case.name in twice else case for case in named]
+    return [replace(case, name=printable(case.image.as_posix())) if case.name in twice else case for case in named]
 
 
 def _existing(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
     """Leave out cases whose image or mask file is not there."""
     kept, problems = [], []
     for case in cases:
-        gone = next((path for path in (case.image, case.mask) if path is not None and not path.is_file()), None)
+        gone = next((path for path in (case.image, case.mask) if path is not None and not is_file(path)), None)
         if gone is None:
             kept.append(case)
         else:
             action = "Restore the file or take the case out of the manifest."
-            problems.append(Problem("DAT-103", f"no such file: {gone}", "a file", action, where=case.name))
+            problems.append(Problem("DAT-103", f"{_why_gone(gone)}: {gone}", "a file", action, where=case.name))
     return kept, problems
+
+
+def _why_gone(path: Path) -> str:
+    """Say why a file cannot be used: there is none, its folder may not be entered, its name is too long."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", "") or str(error)
+    return "not a file"
 
 
 def _one_split_each(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from common.contents import CONTENT_HASHES
 from common.errors import Problem
 from common.section import Checks, Section
 from common.settings_file import build_from, explained, read_tree
@@ -19,7 +20,7 @@ from common.system import expand
 VERSION: Final = 1
 ROLES: Final = ("train", "heldout", "observer")
 SHARED_BY_DEFAULT: Final = ("weights", "statistics")
-SHARED_BY_CONSENT: Final = ("amplitude_summary", "amplitude_bank")
+SHARED_BY_CONSENT: Final = ("amplitude_summary", "amplitude_bank", CONTENT_HASHES)
 MAY_SET: Final = (
     *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
@@ -47,8 +48,10 @@ class SiteFile(Section):
         cache: Folder of the slice cache; written.
         approved: File with the hashes of the app bundles that this hospital has approved.
         roles: Roles this hospital accepts.
-        sharing: What may leave: `weights` and `statistics`; `amplitude_summary` and `amplitude_bank` only when the
-            hospital writes them here itself.
+        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank` and `content_hashes`
+            only when the hospital writes them here itself. `content_hashes` are salted hashes of the images: with them
+            the coordinator finds images that two hospitals have, and can tell whether an image that it holds itself is
+            here; nothing of an image can be computed back.
         patient_floor: A class seen in fewer patients is withheld; the larger of this and the plan's floor counts.
         min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor counts.
         device: Where the site computes: `auto`, `cpu`, `cuda` (all), or one card as `cuda:0`.

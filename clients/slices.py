@@ -10,7 +10,7 @@ K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clients.site import CaseFile
+from common.contents import content_hash
 from common.data_settings import LABEL_TOLERANCE
 from common.errors import fail
 from common.imaging import KINDS, Volume, check_geometry, check_image, read_volume
@@ -42,6 +43,7 @@ class Slices:
         present: (Z, K) whether a class occurs in the native slice.
         spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
         kind: What the case is, one of `common.imaging.KINDS`.
+        content: Hash of the image's voxels (`common.contents`), "" when it was not asked for.
     """
 
     image: NDArray[np.int16]
@@ -51,6 +53,7 @@ class Slices:
     present: NDArray[np.bool_]
     spacing: tuple[float, float, float] | None
     kind: str = KINDS[0]
+    content: str = ""
 
 
 def prepare(case: CaseFile, data: DataSettings) -> Slices:
@@ -60,7 +63,8 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
         FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115, naming what is wrong with the case.
     """
     image, mask = _read(case)
-    return to_slices(image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data)
+    slices = to_slices(image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data)
+    return replace(slices, content=content_hash(image))
 
 
 def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:

@@ -85,8 +85,11 @@ class Visit:
         heldout, salt = self.role != "train", alias_salt(self.policy)
         stores = tuple(open_store(site, data, cache, heldout=heldout, salt=salt) for site in sites)
         write_text(self.home / "aliases.csv", aliases_table(stores))
-        problems = "\n".join(str(problem) for store in stores for problem in store.problems)
-        write_text(self.home / "problems.txt", problems or "none")
+        found = [
+            *(problem for store in stores for problem in store.problems),
+            *(note for s in sites for note in s.notes),
+        ]
+        write_text(self.home / "problems.txt", "\n".join(map(str, found)) or "none")
         return stores
 
     @cached_property

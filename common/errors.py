@@ -6,8 +6,10 @@ A `FedsgcgError` may name a file and therefore a patient. Inside a hospital that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
+
+from common.names import printable
 
 CODES: Final[dict[str, str]] = {
     # CFG: settings, before anything starts
@@ -38,6 +40,8 @@ CODES: Final[dict[str, str]] = {
     "DAT-115": "The image has no fixed intensity scale.",
     "DAT-116": "The mask is stored in a format that changes its label values.",
     "DAT-117": "The images are of different kinds: pictures, or volumes of different planes.",
+    "DAT-118": "Hospitals' names differ only in Unicode form or case.",
+    "DAT-119": "Files in the folder are not used.",
     # DAT-12x: preparing a downloaded data set
     "DAT-120": "The data set is not there.",
     "DAT-121": "The output folder cannot be used.",
@@ -88,6 +92,7 @@ CODES: Final[dict[str, str]] = {
     "RND-405": "No site has a validation case: the last model is taken.",
     "RND-406": "A site's data changed within the run.",
     "RND-407": "A site has left for good: its statistics were taken out, the weights keep what they learned.",
+    "RND-408": "The same images are at two hospitals.",
     "RND-410": "A worker of the simulation was lost.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
@@ -151,6 +156,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise KeyError(f"unknown error code {self.code!r}")
+        for field in fields(self):  # a file name that is no UTF-8 must not break the console or the log it is told in
+            object.__setattr__(self, field.name, printable(getattr(self, field.name)))
 
     def __str__(self) -> str:
         lines = [f"[{self.code}] {CODES[self.code]}" + (f" ({self.where})" if self.where else "")]

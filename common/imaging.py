@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import FedsgcgError, fail
+from common.formats import conversion_advice
 from common.picture_files import picture_pixels
 
 Array = NDArray[Any]
@@ -59,6 +60,7 @@ class Volume:
         is_eight_bit: Whether it is a picture of 8 bits a channel, whose values lie on the scale from 0 to 255.
         plane: Key of `PLANES`; without meaning for a picture.
         has_size: Whether the header of a volume says how large its voxels are.
+        source: nibabel class and header of the NIfTI that was read, with which results are written; None for a picture.
     """
 
     array: NDArray[np.float32]
@@ -68,6 +70,7 @@ class Volume:
     is_eight_bit: bool = False
     plane: str = "axial"
     has_size: bool = True
+    source: Any = None
 
     @property
     def kind(self) -> str:
@@ -108,7 +111,8 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
     """
     suffix = suffix_of(path)
     if not suffix:
-        raise fail("DAT-103", found=f"suffix {path.suffix!r}", expected="NIfTI or a 2-D picture", where=str(path))
+        found, action = f"suffix {path.suffix!r}", conversion_advice(path)
+        raise fail("DAT-103", found=found, expected="NIfTI or a 2-D picture", action=action, where=str(path))
     reader: Callable[[Path, bool], Volume] = _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
     try:
         return reader(path, mask)
@@ -227,10 +231,7 @@ def _read_nifti(path: Path, mask: bool) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file into canonical orientation."""
     del mask
     content = _bytes(path)
-    header_size = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
-    if not header_size & {348, 540}:
-        raise ValueError("not a NIfTI file" if content else "the file is empty")
-    image = (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
+    image = _nifti_image(content)
     array = _three_dimensions(image, path)
     unit = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
     affine = np.diag([unit, unit, unit, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
@@ -252,7 +253,24 @@ def _read_nifti(path: Path, mask: bool) -> Volume:
         is_picture=False,
         plane=plane,
         has_size=has_size,
+        source=(type(image), image.header.copy()),
     )
+
+
+def open_nifti(path: Path) -> Any:
+    """Return the nibabel image of a file, whether or not its name tells the truth about gzip.
+
+    Raises:
+        ValueError: The content is no NIfTI.
+    """
+    return _nifti_image(_bytes(path))
+
+
+def _nifti_image(content: bytes) -> Any:
+    header_size = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
+    if not header_size & {348, 540}:
+        raise ValueError("not a NIfTI file" if content else "the file is empty")
+    return (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
 
 
 def _is_flat(affine: NDArray[np.float64]) -> bool:

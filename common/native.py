@@ -10,14 +10,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.imaging import Volume, suffix_of, to_native
+from common.imaging import Volume, open_nifti, suffix_of, to_native
 
-nib: Any = nibabel  # its functions carry no types
 Array = NDArray[Any]
 
 _FIRST = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
@@ -26,29 +24,35 @@ PALETTE = (*_FIRST, *(level for value in range(8, 256) for level in 3 * (value,)
 All 256 are named: a picture with a shorter palette is stored with fewer bits, which cuts large values off."""
 
 
-def write_like(path: Path, array: Array, volume: Volume, source: Path) -> None:
+def write_like(path: Path, array: Array, volume: Volume) -> None:
     """Write a canonical array as NIfTI with the header, affine and axes of the file its image came from.
+
+    The header is the one that came with the image: the file is not opened a second time.
 
     Args:
         path: `.nii` or `.nii.gz`.
         array: (Z, Y, X), or (S, Z, Y, X) for one map a structure, which becomes the fourth axis; its type is kept.
-        volume: The image as it was read.
-        source: The file it was read from.
+        volume: The image as it was read from a NIfTI.
     """
     maps = [to_native(part, volume) for part in (array if array.ndim == 4 else array[None])]
-    write_native(path, np.stack(maps, axis=-1) if array.ndim == 4 else maps[0], source)
+    _write(path, np.stack(maps, axis=-1) if array.ndim == 4 else maps[0], *volume.source)
 
 
 def write_native(path: Path, voxels: Array, source: Path) -> None:
-    """Write voxels (i, j, k[, s]) with the header and affine of another file.
+    """Write voxels (i, j, k[, s]) with the header and affine of another file."""
+    reference = open_nifti(source)
+    _write(path, voxels, type(reference), reference.header)
+
+
+def _write(path: Path, voxels: Array, kind: Any, like: Any) -> None:
+    """Write voxels as `kind` of nibabel with a header like another.
 
     The bytes depend on content and header alone (no time stamp), so that equal results have equal hashes.
     """
-    reference = nib.load(str(source))
-    header = reference.header.copy()
+    header = like.copy()
     header.set_data_dtype(voxels.dtype)
     header["cal_max"], header["cal_min"] = 0, 0
-    image = type(reference)(np.ascontiguousarray(voxels), None, header)
+    image = kind(np.ascontiguousarray(voxels), None, header)
     content = image.to_bytes()
     path.write_bytes(gzip.compress(content, 1, mtime=0) if suffix_of(path) == ".nii.gz" else content)
 

@@ -71,6 +71,9 @@ class FederationSettings(Section):
             under their local weights, like every other entry. `recalibrate` has every site measure them again under
             the merged weights, one pass over its training slices, and pools them exactly (`common.norm_moments`).
         selection: Model that is evaluated at the held-out site: the `last`, or the best on `source_validation`.
+        shared_images: What happens when an image of a training hospital is also at the held-out hospital or an observer
+            (`server.shared_images`): `refuse` ends the run before its first round, with the list; `flag` goes on, and
+            the run ends as `degraded`.
         heldout_every: Also evaluate at the held-out site every so many rounds, for curves only; 0 = only at the end.
             The value never selects a model.
     """
@@ -85,6 +88,7 @@ class FederationSettings(Section):
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
+    shared_images: Literal["refuse", "flag"] = "refuse"
     heldout_every: int = 0
 
     def checks(self) -> Checks:

@@ -11,14 +11,17 @@ import difflib
 import functools
 import json
 import os
+import re
 import shlex
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from common.errors import FedsgcgError, Problem, fail
+from common.names import printable, spelled
 from common.system import expand
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ GROUPS = ("data", "network", "method", "federation", "prototypes", "privacy", "s
 # Folders and names: whatever a user writes is meant to the letter, with blanks, commas, brackets and equals signs.
 FOLDERS = ("data.root", "output", "site.home", "site.cache")
 LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
+# Lists of hospitals' names: Hydra's grammar would make numbers of 1_000 and 1.10, and nothing of null.
+NAMES = ("data.sites", "observers")
 
 T = TypeVar("T")
 
@@ -77,22 +82,23 @@ def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], r
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose `configs/run.yaml` with Hydra, after checking that every override names something that exists.
 
-    Of a setting given twice the last counts. The values of `LITERAL` settings never reach Hydra's grammar.
+    Of a setting given twice the last counts. The values of `LITERAL` and `NAMES` never reach Hydra's grammar.
 
     Raises:
         FedsgcgError: CFG-001 with every override that cannot be used.
     """
     if problems := _mistakes(overrides):
         raise FedsgcgError(*problems)
-    plain = [text for text in overrides if _key(text) not in LITERAL]
+    plain = [text for text in overrides if not _is_literal(text)]
     try:
         tree = _composed(plain)
     except _hydra_errors() as error:
         faulty = [text for text in plain if not _composes(text)] or plain
         raise FedsgcgError(*(_unreadable(text) for text in faulty)) from error
     for text in overrides:
-        if (key := _key(text)) in LITERAL:
-            _put(tree, key, _literal(key, text.partition("=")[2]))
+        if _is_literal(text):
+            key, _, value = text.partition("=")
+            _put(tree, key, _names(value) if key in NAMES else _literal(key, value))
     return tree
 
 
@@ -114,7 +120,9 @@ def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:
         listed: Whether the message lists what there is already; then there is no hint when nothing is near.
     """
     if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        return f"did you mean {close[0]!r}?"
+        same = unicodedata.normalize("NFC", word) == unicodedata.normalize("NFC", close[0])
+        apart = f" It is spelled {spelled(close[0])}, not {spelled(word)}: copy the folder's own name." if same else ""
+        return f"did you mean {close[0]!r}?{apart}"
     return "" if listed else f"known: {', '.join(sorted(known)[:30])}"
 
 
@@ -167,7 +175,32 @@ def _literal(key: str, value: str) -> str:
     return str(expand(value, key)) if value and key in FOLDERS else value
 
 
-def _put(tree: dict[str, Any], key: str, value: str) -> None:
+def _is_literal(text: str) -> bool:
+    """Whether an override's value is meant to the letter; a list of names that is no list is left to Hydra's errors."""
+    key, _, value = text.partition("=")
+    return key in LITERAL or (key in NAMES and _names(value) is not None)
+
+
+def _names(text: str) -> list[str] | None:
+    """Return the names of `[A, "B, C", 010]` as they are written, None for text that is no such list."""
+    inner = re.fullmatch(r"\s*\[(.*)\]\s*", text)
+    if inner is None:
+        return None
+    quoted = r'"((?:[^"\\]|\\.)*)"' + r"|'((?:[^'\\]|\\.)*)'"
+    item = re.compile(rf"\s*(?:{quoted}|([^,'\"\[\]{{}}]+?))\s*(,|$)")
+    names: list[str] = []
+    place, rest = 0, inner[1]
+    while place < len(rest):
+        found = item.match(rest, place)
+        if found is None:
+            return None
+        double, single, plain = found.group(1, 2, 3)
+        names.append(plain if plain is not None else re.sub(r"\\(.)", r"\1", double if double is not None else single))
+        place = found.end()
+    return None if rest.rstrip().endswith(",") else names
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         tree = tree[section]
@@ -199,7 +232,10 @@ def _mistakes(overrides: Sequence[str]) -> list[Problem]:
     choices, named = [], []
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator and not text.startswith(("+", "~")):
+        if printable(text) != text:
+            action = "rename the folder or file; names are written in UTF-8"
+            problems.append(Problem("CFG-001", found=text, expected="text in UTF-8", action=action, where=key))
+        elif not separator and not text.startswith(("+", "~")):
             problems.append(Problem("CFG-001", found=text, expected="name=value", where="command line"))
         elif key not in GROUPS:
             named.append(text)
@@ -212,9 +248,30 @@ def _mistakes(overrides: Sequence[str]) -> list[Problem]:
     for text in named:
         if _key(text) not in known:
             problems.append(_unknown(_key(text), known))
-        elif _key(text) not in LITERAL and not _is_one_value(text):
+        elif not _is_literal(text) and not _is_one_value(text):
             problems.append(_unreadable(text))
+        problems += _repeated_names(text)
     return problems
+
+
+def _repeated_names(text: str) -> Iterator[Problem]:
+    """Yield a problem for every name that a value in braces has twice: Hydra would keep the last."""
+    key, _, value = text.partition("=")
+    if _is_literal(text) or "{" not in value:
+        return
+    seen: list[set[str]] = []
+    for mark in re.finditer(r"\"[^\"]*\"|'[^']*'|[{}]|[^\s,:{}\[\]]+(?=\s*:)", value):
+        word = mark[0]
+        if word == "{":
+            seen.append(set())
+        elif word == "}":
+            seen = seen[:-1]
+        elif seen and value[mark.end() :].lstrip().startswith(":"):
+            name = word.strip("'\"")
+            if name in seen[-1]:
+                found, action = f"{name} twice in {value}", "leave one of them out"
+                yield Problem("CFG-001", where=key, found=found, expected="each name once", action=action)
+            seen[-1].add(name)
 
 
 def _is_one_value(text: str) -> bool:
@@ -279,7 +336,7 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
         return _convert_section(kind, value, path, problems)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal and value in arguments:
-        return value
+        return arguments[arguments.index(value)]
     if origin in (typing.Union, types.UnionType) and value is None and type(None) in arguments:
         return None
     if origin is list and isinstance(value, (list, tuple)):
@@ -291,12 +348,22 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)  # YAML reads a hospital called 12 as a number
-    if kind in (int, bool) and type(value) is kind:
+        return str(value)  # a hospital called 12; a number of a YAML file knows how it was written
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if kind is bool and isinstance(value, bool):
         return value
     expected = " | ".join(str(item) for item in arguments) if origin is Literal else _in_words(origin or kind)
-    problems.append(Problem("CFG-001", where=path, found=repr(value), expected=expected))
+    action = "write it in quotes" if kind is str and (value is None or isinstance(value, bool)) else ""
+    problems.append(Problem("CFG-001", where=path, found=_found(value), expected=expected, action=action))
     return None
+
+
+def _found(value: Any) -> str:
+    """Say what a value is as settings are written."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
 
 
 def _in_words(kind: Any) -> str:

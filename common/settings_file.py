@@ -16,6 +16,78 @@ from common.settings import build
 T = TypeVar("T")
 
 
+class _Number:
+    """A number that remembers how it was written, so that a name such as `1.10` stays one."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+class _Whole(_Number, int):
+    pass
+
+
+class _Decimal(_Number, float):
+    pass
+
+
+class AsWritten(yaml.SafeLoader):
+    """YAML as people mean it: names stay as they are written, and a name given twice is refused.
+
+    YAML 1.1 reads `NO` as false, `010` as 8, `12:30` as 750 and `2024-01-01` as a date, and of a repeated name it keeps
+    the last. Here only `true` and `false` are truth values, only decimal numbers without leading zeros are numbers, and
+    a number becomes text again, digit by digit, where text is wanted.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML keeps them in the class
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the names and values of a mapping; raises a YAMLError for a name that is there twice."""
+        seen: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                first = seen[key.value].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice, first in line {first}", key.start_mark
+                )
+            seen[getattr(key, "value", "")] = key
+        return super().construct_mapping(node, deep)
+
+    def whole(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number."""
+        return _written(_Whole(node.value), node)
+
+    def decimal(self, node: yaml.ScalarNode) -> float:
+        """Return a decimal number."""
+        return _written(_Decimal(node.value), node)
+
+
+N = TypeVar("N", _Whole, _Decimal)
+
+
+def _written(number: N, node: yaml.ScalarNode) -> N:
+    number.written = node.value
+    return number
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(0|[1-9][0-9]*)?\.[0-9]+([eE][-+]?[0-9]+)?|[-+]?(0|[1-9][0-9]*)(\.?[eE][-+]?[0-9]+|\.)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+):
+    AsWritten.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+AsWritten.add_constructor("tag:yaml.org,2002:int", AsWritten.whole)
+AsWritten.add_constructor("tag:yaml.org,2002:float", AsWritten.decimal)
+
+
 def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
     """Read the names and values of a YAML file.
 
@@ -28,7 +100,7 @@ def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
         FedsgcgError: `code` for a file that is missing, unreadable or no settings.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = AsWritten(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError as error:
         raise fail(code, where=str(path), found="no such file", action=action) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -61,8 +61,10 @@ TROUBLE = {"Failed to activate SuperNode": "SITE-509"}
 """What Flower says -> our code."""
 
 ADVICE = {
-    "SITE-509": "after a crash wait a minute, until the coordinator has noticed; else ask it whether this site's key "
-    "(site.pub) is registered, or revoked, and compare the clocks: fedsgcg-site check KIT"
+    "SITE-509": "another node may use this key now: a copy of this kit that has joined elsewhere (end it there: "
+    "fedsgcg-site leave KIT; one kit is for one machine), or this node before a crash, which the coordinator notices "
+    "within a minute; else ask it whether this site's key (site.pub) is registered, or revoked, and compare the "
+    "clocks: fedsgcg-site check KIT"
 }
 
 Say = Callable[[str], None]

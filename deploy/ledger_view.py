@@ -112,6 +112,7 @@ CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
     "amplitudes": "sums of log amplitudes, or spectra of single images, as the site's own file allows",
+    "content_hashes": "salted hashes of the images, which the site's own file shares",
     "cases": "results of each case under its alias",
     "metrics": "losses, counts, seconds, validation Dice",
     "text": "names and shapes of the weights, identity, codes",

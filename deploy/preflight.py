@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.site import discover_sites, ensure_data, open_site, resolve_cache
+from common.disk_errors import disk_advice
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import nearest
@@ -75,7 +76,7 @@ def locate_hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
     located: dict[str, Any] = {**tree, "output": str(tree.get("output") or ".")}
     plan = Plan.from_tree(located)
     root = ensure_data(plan.data, str(resolve_cache(plan.site))).resolve()
-    there = discover_sites(root)
+    there = discover_sites(root, plan.data.sites)
     problems = [
         Problem(
             "CFG-001",
@@ -114,7 +115,10 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise FedsgcgError(
             Problem(
-                "SRV-401", where=str(folder), found=str(error), action="choose another output=FOLDER or free the disk"
+                "SRV-401",
+                where=str(folder),
+                found=str(error),
+                action=disk_advice(error, "choose another output=FOLDER."),
             )
         ) from error
 

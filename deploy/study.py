@@ -19,7 +19,7 @@ from typing import Any
 from rich.text import Text
 
 from clients.cases import data_fingerprint
-from clients.site import resolve_cache
+from clients.site import resolve_cache, survey
 from common.console import Screen, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
@@ -166,6 +166,7 @@ def run_study(study: Study, console: Screen) -> int:
             Text.assemble((f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}")
         )
         console.print(_explain_runtime(study, len(missing)))
+        _tell_survey(study, console)
         ended = Ended()
         if missing:
             missing, ended = _select(study, missing, console)
@@ -217,6 +218,14 @@ def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[lis
         ready.append(cell if choice is None else chosen_cell(cell, found, choice))
     add_choices(study.folder, choices)
     return ready, ended
+
+
+def _tell_survey(study: Study, console: Screen) -> None:
+    """Say which files of the data folder are not used, and which hospitals look like one."""
+    data = study.cells[0].tree["data"]
+    sites = sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]})
+    for problem in survey(Path(data["root"]), sites):
+        console.print(str(problem), style="yellow")
 
 
 def _tell_cut_steps(cells: Iterable[Cell], console: Screen) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from flwr.serverapp import Grid
 
+from common.contents import CONTENT_HASHES, TRAINING_IMAGES, salt_of
 from common.errors import CODES, FedsgcgError, Problem, fail
 from common.imaging import KINDS
 from common.payload import Identity
@@ -35,6 +36,7 @@ from server.exchange import (
     was_lost,
     was_restarted,
 )
+from server.shared_images import learned_from, shared_images
 from server.words import not_enough_enrolled
 
 UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
@@ -97,7 +99,8 @@ class Cohort:
         members: Enrolled hospitals by name.
         refusals: Why a hospital or a node could not enrol, by its name or `node <id>`.
         dropped: Sites that missed a deadline and are asked no more, with `federation.late=drop`.
-        changes: One problem for every site whose data changed since it first enrolled, also in an earlier call.
+        changes: One problem for every site whose data changed since it first enrolled, also in an earlier call, and one
+            for every two hospitals that have the same images.
         departed: Sites that have left the run for good (`server.departures`): neither expected nor let in.
     """
 
@@ -109,6 +112,7 @@ class Cohort:
     dropped: set[str] = field(default_factory=set)
     changes: list[Problem] = field(default_factory=list)
     departed: frozenset[str] = frozenset()
+    _compared: bool = False  # the sites that were there at the start have been compared
     _asked: dict[str, int] = field(default_factory=dict)
     _known: dict[int, str] = field(default_factory=dict)  # node -> when it was last activated before it was asked
     _tries: Counter[int] = field(default_factory=Counter)
@@ -151,7 +155,8 @@ class Cohort:
 
         Raises:
             FedsgcgError: CFG-002 for a held-out site that is not among the plan's sites; RND-401 when the quorum or the
-                held-out site is missing at the deadline, naming who is missing, who came and who was refused.
+                held-out site is missing at the deadline, naming who is missing, who came and who was refused; RND-408
+                when a hospital that is judged has training images of another, unless the plan only flags that.
         """
         sites = self.plan.data.sites
         if sites and self.plan.heldout and self.plan.heldout not in sites:
@@ -167,6 +172,8 @@ class Cohort:
             pause = FIRST_PAUSE_S if news else min(1.5 * pause, LONGEST_PAUSE_S)
             time.sleep(min(pause, max(0.0, end - now)))
         self._check_presence()
+        self._compare_images({site: member.details for site, member in self.members.items()})
+        self._compared = True
 
     @property
     def training(self) -> dict[str, int]:
@@ -300,9 +307,29 @@ class Cohort:
         if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
+        if self._compared:  # a site that comes late is refused by itself, and stops nobody else
+            self._compare_images({name: one.details for name, one in self.members.items()} | {site: reply.details})
         self._compare_data(site, str(reply.details.get("data", "")))
         self.members[site] = member
         self.refusals.pop(site, None)
+
+    def _compare_images(self, details: Mapping[str, Mapping[str, Any]]) -> None:
+        """Look for images that two hospitals have, and keep the hashes of those that the model learns from.
+
+        Raises:
+            FedsgcgError: RND-408 with `federation.shared_images=refuse`.
+        """
+        told = {site: found[CONTENT_HASHES] for site, found in details.items() if CONTENT_HASHES in found}
+        if not told:
+            return
+        leaks, twice = shared_images(self.plan, told)
+        if leaks and self.plan.federation.shared_images == "refuse":
+            raise FedsgcgError(*leaks)
+        self.changes += [problem for problem in (*leaks, *twice) if problem not in self.changes]
+        path = Path(self.plan.output) / TRAINING_IMAGES
+        salt = salt_of(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
+        images = _known_images(path, salt) | learned_from(self.plan, told)
+        self.disk.write(path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode())
 
     def _compare_data(self, site: str, data: str) -> None:
         """Note a site whose data are no longer those with which it first took part in this run folder."""
@@ -314,6 +341,15 @@ class Cohort:
             self.changes.append(Problem("RND-406", where=site, found=found, action=action))
         if data and known.get(site) != data:
             self.disk.write(path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _known_images(path: Path, salt: str) -> dict[str, list[str]]:
+    """Hospital -> hashes that an earlier call of the same run wrote; a file that is not one is written anew."""
+    try:
+        tree = json.loads(path.read_text())
+        return dict(tree["images"]) if tree["salt"] == salt else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _read_hashes(path: Path) -> dict[str, str]:

@@ -21,8 +21,10 @@ from typing import Any, Final
 
 from common.console import Screen, counted
 from common.datasets import CATALOGUE, fetch_advice
+from common.disk_errors import disk_advice
 from common.errors import FedsgcgError, Problem, fail
-from common.imaging import suffix_of
+from common.folders import by_format, counted_names, look_through
+from common.names import printable
 from common.system import lock
 
 FORMAT: Final = 2
@@ -81,6 +83,7 @@ class Found:
         problems: Missing and extra files.
         notes: What a reader should know.
         torn: Files of a case that lacks another one: neither used nor surplus.
+        published: Whether it is a published data set, whose files are known.
     """
 
     layout: str
@@ -88,6 +91,7 @@ class Found:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     torn: set[Path] = field(default_factory=set)
+    published: bool = True
 
     def missing(self, path: Path, why: str) -> None:
         """Note a file that should be there."""
@@ -176,14 +180,28 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
     return outcome
 
 
-def image_files(source: Path) -> list[Path]:
-    """Return all image files below a folder, sorted; hidden files and those of archives of a Mac are passed over."""
-    files = []
-    for parent, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        paths = (Path(parent) / name for name in names if not name.startswith("."))
-        files += [path for path in paths if suffix_of(path)]
-    return sorted(files)
+def image_files(source: Path, found: Found) -> list[Path]:
+    """Return all image files below a folder, sorted, and note in `found` what else looks like an image there.
+
+    Another format may be all that a hospital of own data has, so it is a problem there; beside a published data set,
+    whose files are known, it is worth a note.
+    """
+    listing = look_through(source)
+    if listing.foreign:
+        said = counted_names(listing.foreign, f"files of formats that are not read ({by_format(listing.foreign)})")
+        advice = " ".join(listing.conversions())
+        if found.published:
+            found.notes.append(f"{said}. {advice}")
+        else:
+            found.problems.append(Problem("DAT-119", said, "NIfTI or 2-D pictures", advice, str(source)))
+    if listing.ghosts:
+        found.notes.append(counted_names(listing.ghosts, "hidden files called like images are passed over"))
+    for folder, why in listing.closed:
+        action = "Give this user the right to read it, then call again."
+        found.problems.append(Problem("DAT-122", f"no way into the folder: {why}", "", action, str(folder)))
+    for folder in listing.loops:
+        found.problems.append(Problem("DAT-123", "a folder that leads back into itself", "", "", str(folder)))
+    return listing.images
 
 
 def absent(name: str, source: Path | None, found: str) -> FedsgcgError:
@@ -298,7 +316,9 @@ def _manifest(rows: Sequence[Work], source: Path) -> bytes:
     for work in sorted(rows, key=lambda row: (row.site, row.case)):
         original = work.sources[0]
         place = original.relative_to(source) if original.is_relative_to(source) else original
-        writer.writerow([work.site, work.image, work.mask, work.patient, work.split, work.published, place.as_posix()])
+        writer.writerow(
+            [work.site, work.image, work.mask, work.patient, work.split, work.published, printable(place.as_posix())]
+        )
     return sink.getvalue().encode()
 
 
@@ -319,7 +339,7 @@ def _miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Pro
 
 def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:
     data_set = CATALOGUE.get(name)
-    lines = [f"data set: {name}", f"source: {source}", f"layout: {found.layout}"]
+    lines = [f"data set: {name}", f"source: {printable(str(source))}", f"layout: {printable(found.layout)}"]
     lines += [f"terms: {data_set.terms}", f"cite: {data_set.cite}"] if data_set else []
     lines += ["", "cases:"]
     lines += [f"  {site} {part}".rstrip() + f": {count}" for (site, part), count in sorted(outcome.counts.items())]
@@ -348,5 +368,5 @@ def take(source: Path, target: Path, *, link: bool) -> None:
 
 def _refused(path: Path, error: OSError) -> FedsgcgError:
     found = f"{type(error).__name__}: {error.strerror or error}"
-    action = "Make room, or choose another folder with -o."
+    action = disk_advice(error, "choose another folder with -o.")
     return fail("DAT-126", where=str(path), found=found, expected="a folder that can be written", action=action)

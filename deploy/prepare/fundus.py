@@ -71,8 +71,18 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
     Raises:
         FedsgcgError: DAT-120 when the folder holds neither layout, saying what to fetch.
     """
-    files = image_files(source)
+    looked = Found("")
+    files = image_files(source, looked)
     root = _released_root(files)
+    found = _laid_out(source, files, root, validation_fraction, link=link)
+    found.problems, found.notes = [*looked.problems, *found.problems], [*looked.notes, *found.notes]
+    return found
+
+
+def _laid_out(
+    source: Path, files: Sequence[Path], root: Path | None, validation_fraction: float, *, link: bool
+) -> Found:
+    """List the cases of the released layout where there is a root of it, else of the original one."""
     if root is not None:
         return _released(root, files, validation_fraction, link=link)
     index = _original_index(files)

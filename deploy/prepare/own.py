@@ -5,10 +5,9 @@ Every pair is read and checked (readable, finite, mask on its image, whole label
 
 from __future__ import annotations
 
-import csv
-import io
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +15,15 @@ from typing import Final
 
 import numpy as np
 
-from clients.site import SPLITS
+from clients.manifest import read_manifest
+from clients.site import alike_hospitals
 from clients.slices import whole_label
 from common.datasets import CATALOGUE
-from common.errors import Problem, fail
+from common.errors import CODES, FedsgcgError, Problem, fail
+from common.folders import is_file, stem_of, without_suffix
 from common.imaging import check_geometry, check_image, read_volume, suffix_of
+from common.names import printable
 from deploy.prepare.conversion import Found, Work, absent, image_files, take
-
-COLUMNS: Final = {
-    "site": ("site", "hospital", "centre", "center", "institution"),
-    "image": ("image", "img", "scan", "image_path"),
-    "mask": ("mask", "label", "segmentation", "seg", "mask_path"),
-    "patient_id": ("patient_id", "patient", "subject", "subject_id"),
-    "split": ("split", "set", "part"),
-}
-"""What a column means -> names it may have, in any case and order; other columns are passed over."""
 
 MAX_LABELS: Final = 64
 """More different values than this in a mask: it is no label map."""
@@ -102,17 +95,17 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     """
     table = source if source.is_file() else source / "manifest.csv"
     labels = Labels({"promise12": frozenset({0, 1}), "spinegm": frozenset({0, 1, 2})}.get(name))
-    files = [] if source.is_file() else image_files(source)
-    if table.is_file():
-        found = Found(f"table {table}")
-        lines = _from_table(name, table, found)
-    else:
-        found = Found(f"one folder a hospital below {source}")
-        lines = _from_folders(files, source, found)
+    listed = table.is_file()
+    layout = f"table {table}" if listed else f"one folder a hospital below {source}"
+    found = Found(layout, published=listed or name in CATALOGUE)
+    files = [] if source.is_file() else image_files(source, found)
+    lines = _from_table(name, table, found) if listed else _from_folders(files, source, found)
     if not lines:
-        raise absent(name, source, f"{len(files)} image files, no table and no <site>/<case>_image.*")
+        said = "; ".join(problem.found for problem in found.problems if problem.code == "DAT-119")
+        raise absent(name, source, "; ".join(filter(None, [_nothing(len(files), listed), said])))
+    found.notes += [f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))]
     for line in _named(lines):
-        gone = [path for path in (line.image, line.mask) if path is not None and not path.is_file()]
+        gone = [path for path in (line.image, line.mask) if path is not None and not is_file(path)]
         for path in gone:
             found.missing(path, "such file")
         if gone:
@@ -124,64 +117,39 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     return found, labels
 
 
+def _nothing(files: int, listed: bool) -> str:
+    return "a table without a usable line" if listed else f"{files} image files, no table and no <site>/<case>_image.*"
+
+
+def _sites(lines: Sequence[Line]) -> list[str]:
+    return sorted({line.site for line in lines})
+
+
 def _from_table(name: str, table: Path, found: Found) -> list[Line]:
-    rows = _rows(name, table)
+    try:
+        rows = read_manifest(table)
+    except FedsgcgError as error:
+        (problem,) = error.problems
+        raise absent(name, table, f"{problem.found}. {problem.action}".removesuffix(". ")) from error
     lines = []
-    seen: set[tuple[str, str]] = set()
-    for number, row in rows:
-        where = f"{table}, line {number}"
-        if wrong := _mistake(row):
+    seen: set[tuple[str, Path]] = set()
+    for row in rows:
+        where = f"{table}, line {row.line}"
+        image, mask = table.parent / row.image, table.parent / row.mask if row.mask else None
+        place = Path(os.path.normpath(image))
+        if wrong := next(row.mistakes(), None):
             found.problems.append(Problem("DAT-125", *wrong, "Correct the line.", where))
-        elif (row["site"], row["image"]) in seen:
+        elif (row.site, place) in seen:
             found.surplus(Path(where), "an image that an earlier line has")
         else:
-            seen.add((row["site"], row["image"]))
-            image, mask = table.parent / row["image"], table.parent / row["mask"] if row["mask"] else None
-            lines.append(Line(row["site"], image, mask, row["patient_id"], row["split"]))
+            seen.add((row.site, place))
+            lines.append(Line(row.site, image, mask, row.patient, row.split))
     return lines
-
-
-def _rows(name: str, table: Path) -> list[tuple[int, dict[str, str]]]:
-    """Return (line number, meaning -> text) of a table whose columns come in any order and separator."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise absent(name, table, f"a table that cannot be read: {error}") from error
-    head = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=head.count))
-    known = _columns([title or "" for title in reader.fieldnames or []])
-    if missing := [meaning for meaning in ("site", "image", "mask") if meaning not in known]:
-        raise absent(name, table, f"columns {head.strip()!r}: none for {', '.join(missing)}")
-    rows = []
-    for row in reader:
-        rows.append(
-            (reader.line_num, {meaning: (row.get(known.get(meaning, "")) or "").strip() for meaning in COLUMNS})
-        )
-    return rows
-
-
-def _columns(titles: Sequence[str]) -> dict[str, str]:
-    """Return meaning -> title of the column."""
-    by_word = {title.strip().lower().replace(" ", "_"): title for title in reversed(titles)}
-    pairs = [(meaning, word) for meaning, words in COLUMNS.items() for word in reversed(words) if word in by_word]
-    return {meaning: by_word[word] for meaning, word in pairs}
-
-
-def _mistake(row: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return what was found and expected where a line cannot be used."""
-    site = row["site"]
-    if not site or site.startswith(".") or set(site) & set("/\\\0") or not site.isprintable():
-        return f"site {site!r}", "a name without slashes that does not begin with a dot"
-    if not row["image"]:
-        return "no image", "a path"
-    if row["split"] not in ("", *SPLITS):
-        return f"split {row['split']!r}", ", ".join(SPLITS) + " or nothing"
-    return None
 
 
 def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Line]:
     """List `<site>/<case>_image.*` with the `<case>_mask.*` beside it."""
-    stems = {path.parent / path.name[: -len(suffix_of(path))]: path for path in files if path.parent.parent == source}
+    stems = {path.parent / without_suffix(path.name): path for path in files if path.parent.parent == source}
     lines, masks = [], set()
     for stem, path in stems.items():
         if stem.name.endswith("_image"):
@@ -189,7 +157,7 @@ def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Lin
             masks.add(mask)
             if mask is None:
                 found.missing(path, "mask beside the image")
-            lines.append(Line(path.parent.name, path, mask))
+            lines.append(Line(printable(path.parent.name), path, mask))
     if lines:
         for path in files:
             if path not in masks and path not in {line.image for line in lines}:
@@ -199,11 +167,11 @@ def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Lin
 
 def _named(lines: Sequence[Line]) -> list[Line]:
     """Give every case of a hospital a name of its own: its file's, with its folders' where several share one."""
-    plain = [replace(line, name=_stem(line.image)) for line in lines]
+    plain = [replace(line, name=printable(stem_of(line.image))) for line in lines]
     for depth in (1, 2):
         counts = Counter((line.site, line.name.lower()) for line in plain)
         plain = [
-            replace(line, name="_".join([*line.image.parts[-1 - depth : -1], _stem(line.image)]))
+            replace(line, name=printable("_".join([*line.image.parts[-1 - depth : -1], stem_of(line.image)])))
             if counts[line.site, line.name.lower()] > 1
             else line
             for line in plain
@@ -215,11 +183,6 @@ def _named(lines: Sequence[Line]) -> list[Line]:
         number = counts[line.site, line.name.lower()]
         numbered.append(replace(line, name=f"{line.name}_{number}") if number > 1 else line)
     return numbered
-
-
-def _stem(path: Path) -> str:
-    suffix = suffix_of(path)
-    return (path.name[: -len(suffix)] if suffix else path.name).removesuffix("_image")
 
 
 def _work(line: Line, labels: Labels, *, link: bool) -> Work:

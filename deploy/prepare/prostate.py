@@ -42,10 +42,10 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
         FedsgcgError: DAT-120 when no site's folder is there, saying what to fetch.
     """
     del validation_fraction
-    files = image_files(source)
     images: dict[tuple[str, str], Path] = {}
     masks: dict[tuple[str, str], Path] = {}
     found = Found(f"SAML, one folder a site below {source}")
+    files = image_files(source, found)
     for path in files:
         site, match = _site_of(path, source), FILE.fullmatch(path.name)
         if site and match:

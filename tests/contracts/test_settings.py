@@ -11,7 +11,7 @@ from clients.methods import METHODS
 from common.errors import FedsgcgError
 from common.networks import NETWORKS
 from common.plan import METHOD_NAMES, NETWORK_NAMES, Plan
-from common.settings import GROUPS, choices_of, compose, join
+from common.settings import GROUPS, choices_of, compose, join, nearest
 
 FROZEN = Path(__file__).with_name("options.txt")
 
@@ -189,3 +189,35 @@ def test_the_names_that_a_plan_accepts_are_those_that_exist() -> None:
     plan = Plan.from_tree(join())
     with pytest.raises(FedsgcgError, match="network.name"):
         dataclasses.replace(plan, network=dataclasses.replace(plan.network, name="vnet"))
+
+
+@pytest.mark.parametrize("key", ["data.sites", "observers"])
+def test_names_of_hospitals_stay_as_they_are_written(key: str) -> None:
+    text = '[010, NO,12:30,1_000,1e3,1.10,yes,2021-01-01,null,true,St. Mary,"A, B",\'it"s\',"say \\"hi\\"",K\u00f6ln]'
+    tree: Any = join([f"{key}={text}"])
+    for part in key.split("."):
+        tree = tree[part]
+    names = ["010", "NO", "12:30", "1_000", "1e3", "1.10", "yes", "2021-01-01", "null", "true", "St. Mary"]
+    assert tree == [*names, "A, B", 'it"s', 'say "hi"', "K\u00f6ln"]
+    assert join([f"{key}=[]"])["data" if key == "data.sites" else key] in (join()["data"], [])
+
+
+@pytest.mark.parametrize("text", ["[A", "[A,]", "A,B", "[A,,B]", "[[A],B]", '["A]'])
+def test_a_list_of_names_that_is_none_is_refused(text: str) -> None:
+    refused(f"data.sites={text}")
+
+
+def test_a_name_given_twice_in_braces_is_refused() -> None:
+    (problem,) = refused("data.classes={background:[0],gland:[1],gland:[2]}").problems
+    assert "gland twice" in problem.found
+    assert join(["data.classes={background:[0],gland:[1]}"])["data"]["classes"] == {"background": [0], "gland": [1]}
+    refused("data.augmentation={flip:0.5,flip:0.1}")
+
+
+def test_text_that_is_no_utf8_is_refused() -> None:
+    assert "UTF-8" in str(refused("data.root=/data/M\udcfcller"))
+
+
+def test_a_name_in_another_unicode_form_is_shown_letter_by_letter() -> None:
+    hint = nearest("Z\u00fcrich", ["Zu\u0308rich", "Bern"])
+    assert "Zu\\u0308rich, not Z\\u00fcrich" in hint

@@ -33,7 +33,9 @@ def mask(z=3):
 
 def write(folder, name, pixels=None, labels=None, affine=AFFINE, mask_affine=None):
     folder.mkdir(parents=True, exist_ok=True)
-    write_volume(folder / f"{name}_image.nii.gz", image() if pixels is None else pixels, affine)
+    pixels = image() if pixels is None else pixels
+    pixels = pixels + np.array(sum(name.encode()), pixels.dtype)  # one image twice would be left out
+    write_volume(folder / f"{name}_image.nii.gz", pixels, affine)
     if labels is not False:
         labels = mask() if labels is None else labels
         write_volume(folder / f"{name}_mask.nii.gz", labels, affine if mask_affine is None else mask_affine)

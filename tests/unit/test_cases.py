@@ -24,8 +24,12 @@ from tests import sites
 
 
 def write_case(folder, name, image, mask, codes=("L", "P", "S")):
-    """Write one canonical (Z, Y, X) case with spacing (3, 2, 1) mm."""
+    """Write one canonical (Z, Y, X) case with spacing (3, 2, 1) mm, its values raised by a constant of its name.
+
+    Without that two cases would be one image twice, of which the second is left out; scaled they are equal still.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    image = image + np.array(sum(name.encode()), image.dtype)
     affine = affine_as(codes, np.diag([-1.0, -2.0, 3.0, 1.0]), image.shape)
     write_volume(folder / f"{name}_image.nii.gz", image, affine)
     write_volume(folder / f"{name}_mask.nii.gz", mask, affine)

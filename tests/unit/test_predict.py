@@ -1,6 +1,8 @@
 """The parts of predicting: labels of nested structures, confidence, geometry of what is written, files and models."""
 
+import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,7 +184,7 @@ def test_what_is_written_lies_where_its_image_lies(codes, tmp_path):
     nib.save(nib.Nifti1Image(np.asarray(stored.dataobj), None, stored.header), source)
     volume = read_volume(source)
     labels = (volume.array > 50).astype(np.uint8)
-    write_like(tmp_path / "mask.nii.gz", labels, volume, source)
+    write_like(tmp_path / "mask.nii.gz", labels, volume)
     written, image = nib.load(tmp_path / "mask.nii.gz"), nib.load(source)
     np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(image.dataobj) > 50)
     np.testing.assert_array_equal(written.affine, image.affine)
@@ -190,12 +192,12 @@ def test_what_is_written_lies_where_its_image_lies(codes, tmp_path):
     assert written.header.get_xyzt_units() == image.header.get_xyzt_units()
     assert written.get_data_dtype() == np.uint8
     maps = np.stack([volume.array / 100, volume.array / 200]).astype(np.float32)
-    write_like(tmp_path / "p.nii", maps, volume, source)
+    write_like(tmp_path / "p.nii", maps, volume)
     both = nib.load(tmp_path / "p.nii")
     assert both.shape == (*image.shape, 2)
     np.testing.assert_allclose(both.get_fdata()[..., 1], image.get_fdata() / 200, rtol=1e-6)
     once = (tmp_path / "mask.nii.gz").read_bytes()
-    write_like(tmp_path / "mask.nii.gz", labels, volume, source)
+    write_like(tmp_path / "mask.nii.gz", labels, volume)
     assert (tmp_path / "mask.nii.gz").read_bytes() == once
 
 
@@ -222,9 +224,12 @@ def test_a_folder_gives_its_images_and_passes_over_masks_and_results(tmp_path):
         "a_image.nii.gz", "a_mask.nii.gz", "b.png", "sub/c.nii", "sub/c_Segmentation.nii", "b_overlay.png",
         "b_probability_cup.png", "a_confidence.nii.gz", ".hidden.png", "note.txt",
     )))  # fmt: skip
-    jobs, left_out = jobs_of_images([tmp_path])
+    jobs, passed = jobs_of_images([tmp_path])
     assert [(job.name, job.suffix) for job in jobs] == [("a", ".nii.gz"), ("b", ".png"), ("sub/c", ".nii")]
-    assert left_out == 5
+    assert passed.words() == [
+        "5 files that are masks or results by their names: a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
+        "1 hidden files called like images: .hidden.png",
+    ]
 
 
 def test_images_of_one_name_get_results_of_their_own(tmp_path):
@@ -457,3 +462,100 @@ def test_confidence_without_prototypes_is_refused_before_any_work(stored, tmp_pa
     assert main([*call, "--confidence"]) == 2
     assert "MOD-807" in capsys.readouterr().err
     assert main(call) == 0
+
+
+# what real folders hold
+
+
+def nifti():
+    """Bytes of a small volume with a header of its own."""
+    array = np.random.default_rng(0).normal(100, 20, (20, 24, 3)).astype(np.float32)
+    image = nib.Nifti1Image(array, np.diag([-0.8, -0.8, 3, 1]))
+    image.header["descrip"] = b"scanner"
+    return image.to_bytes()
+
+
+def predicted(stored, folder, out, *more):
+    return main(["predict", str(stored), str(folder), "-o", str(out), "--device", "cpu", "--threads", "1", *more])
+
+
+def test_files_whose_names_lie_about_gzip_are_predicted_like_the_others(stored, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    packed = gzip.compress(nifti())
+    for name, content in {"a.nii.gz": packed, "b.nii.gz": nifti(), "c.nii": packed, "D.Nii.Gz": nifti()}.items():
+        (folder / name).write_bytes(content)
+    (folder / "e.nii.gz").write_bytes(packed[:100])
+    assert predicted(stored, folder, out, "--probability") == 3
+    told = capsys.readouterr().out
+    assert "4 of 5 images predicted" in told
+    assert "[DAT-103]" in told
+    masks = [nib.load(out / name) for name in ("a_mask.nii.gz", "b_mask.nii.gz", "c_mask.nii", "D_mask.nii.gz")]
+    for mask in masks:
+        np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(masks[0].dataobj))
+        assert mask.header["descrip"].item() == b"scanner"
+        assert mask.shape == (20, 24, 3)
+
+
+def test_whatever_one_image_does_the_others_are_predicted(stored, tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.nii", "b.nii", "c.nii"):
+        (folder / name).write_bytes(nifti())
+    real = Predictor.predict
+
+    def odd(self, path):
+        if path.name == "b.nii":
+            raise KeyError("a bug of a library")
+        return real(self, path)
+
+    monkeypatch.setattr(Predictor, "predict", odd)
+    assert predicted(stored, folder, out) == 3
+    assert sorted(path.name for path in out.iterdir()) == ["a_mask.nii", "c_mask.nii"]
+    told = capsys.readouterr().out
+    assert "[MOD-810]" in told
+    assert "KeyError: 'a bug of a library'" in told
+    assert "b.nii" in told
+
+
+def test_an_image_that_is_called_image_writes_inside_the_folder(stored, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "deep" / "masks"
+    folder.mkdir()
+    for name in ("_image.nii", "__image.nii.gz"):
+        (folder / name).write_bytes(nifti())
+    for image in folder.iterdir():
+        assert predicted(stored, image, out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["__mask.nii.gz", "_image_mask.nii"]
+    assert [path.name for path in out.parent.iterdir()] == ["masks"]
+
+
+def test_results_outside_the_folder_are_refused(tmp_path):
+    job = Job(tmp_path / "x.nii", "../x")
+    assert code_of(check_output, tmp_path / "out", [job], ["_mask"], overwrite=True) == "MOD-808"
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_without_utf8_and_names_that_are_too_long(stored, tmp_path, capsys):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in (os.fsdecode(b"M\xfcller.nii"), "x" * 249 + ".nii"):
+        (folder / name).write_bytes(nifti())
+    assert predicted(stored, folder, out) == 3
+    told = capsys.readouterr().out
+    assert "M%FCller.nii" in told
+    assert "Shorten the name" in told
+    assert [os.fsencode(path.name) for path in out.iterdir()] == [b"M\xfcller_mask.nii"]
+
+
+def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
+    touch(tmp_path / "data/a.nii", tmp_path / "data/b.mha", tmp_path / "data/._a.nii", tmp_path / "elsewhere/P2/c.nii")
+    (tmp_path / "data/P2").symlink_to(tmp_path / "elsewhere/P2")
+    jobs, passed = jobs_of_images([tmp_path / "data"])
+    assert [job.name for job in jobs] == ["P2/c", "a"]
+    first, second = passed.words()
+    assert first.startswith("1 files of formats that are not read (.mha 1): b.mha. Convert it with SimpleITK")
+    assert second == "1 hidden files called like images: ._a.nii"
+    (tmp_path / "only").mkdir()
+    touch(tmp_path / "only/x.dcm")
+    with pytest.raises(FedsgcgError, match="dcm2niix"):
+        jobs_of_images([tmp_path / "only"])

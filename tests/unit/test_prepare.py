@@ -591,3 +591,23 @@ def test_the_shared_copies_are_taken_whole(name, cases, real_data, tmp_path, mak
             assert one.image.read_bytes() == two.image.read_bytes()
             seen += 1
     assert seen == cases
+
+
+def test_other_formats_and_hidden_files_are_told_once(tmp_path, capsys):
+    down, out = tmp_path / "down", tmp_path / "out"
+    image, labels = downloads.scan(1)
+    downloads.volume(down / "North/p1_image.nii.gz", image)
+    downloads.volume(down / "North/p1_mask.nii.gz", labels)
+    for name in ("p2_image.mha", "p2_mask.mha", "._p1_image.nii.gz", "note.txt"):
+        (down / "North" / name).write_bytes(b"")
+    (down / "South").mkdir()
+    (down / "South/x.nrrd").write_bytes(b"")
+    assert prepare("manifest", down, "-o", out) == 3
+    assert [line for line in report(out).splitlines() if line.startswith("[")] == [
+        f"[DAT-119] Files in the folder are not used. ({down})"
+    ]
+    assert "3 files of formats that are not read (.mha 2, .nrrd 1)" in report(out)
+    assert "SimpleITK" in capsys.readouterr().out
+    assert "1 hidden files called like images are passed over: ._p1_image.nii.gz" in report(out)
+    assert prepare("manifest", down / "South", "-o", tmp_path / "other") == 2
+    assert "1 files of formats that are not read (.nrrd 1): x.nrrd" in capsys.readouterr().err

@@ -220,3 +220,14 @@ def test_a_supernode_that_says_it_is_stuck_is_started_anew(kit, line, stuck):
     join = Join(policy_for(kit, kit), kit, lambda text: None)
     join._notice(line)
     assert bool(join.stuck) == stuck
+
+
+def test_a_copied_kit_hears_that_another_node_uses_its_key(tmp_path):
+    """Flower's server says the same of a key that is unknown, revoked or in use: the hospital hears of all three."""
+    said = []
+    join = Join(policy_for(tmp_path, tmp_path), tmp_path, said.append)
+    join._notice("ERROR :     Failed to activate SuperNode.")
+    (text,) = said
+    assert text.startswith("[SITE-509]")
+    for words in ("another node may use this key", "a copy of this kit", "is registered, or revoked", "clocks"):
+        assert words in text
