@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clients.cases import open_store
@@ -71,8 +71,8 @@ def test_each_sites_per_pixel_loss_is_the_pooled_one(plan, seeds, sizes, ignored
     pooled = Guidance.from_prototypes(
         ClassStatistics.from_features(pixels, labels.reshape(-1).numpy(), 2), plan.prototypes, 1, CPU
     )
-    assert federated is not None
-    assert pooled is not None
+    assert (federated is None) == (pooled is None)
+    assume(federated is not None)  # nearly all pixels ignored: fewer than two classes are left
     at_sites = torch.cat([per_pixel(own, own_labels, federated, plan) for own, own_labels in parts])
     np.testing.assert_allclose(at_sites.numpy(), per_pixel(maps, labels, pooled, plan).numpy(), rtol=1e-4, atol=1e-5)
 

@@ -103,10 +103,10 @@ def test_sgcg_adds_its_weighted_term_after_the_warm_up(hospital):
 
 def test_a_class_below_min_count_is_not_active(hospital):
     plan, _ = opened(hospital, "prototypes.min_count=5")
-    few = ClassStatistics(np.array([5.0, 4.0]), np.ones((2, 8)), np.zeros((2, 8, 8)))
+    few = ClassStatistics(np.array([5.0, 4.0, 6.0]), np.ones((3, 8)), np.zeros((3, 8, 8)))
     guidance = Guidance.from_prototypes(few, plan.prototypes, 2, CPU)
     assert guidance is not None
-    assert guidance.active.tolist() == [True, False]
+    assert guidance.active.tolist() == [True, False, True]
 
 
 def test_source_ignores_prototypes(hospital):
