@@ -22,9 +22,9 @@ def prepared_fundus(folder):
 
 
 def prepared_prostate(folder):
-    for site in ("ISBI", "ISBI_1.5", "I2CVB", "UCL", "BIDMC", "HK"):
+    for place, site in enumerate(("ISBI", "ISBI_1.5", "I2CVB", "UCL", "BIDMC", "HK")):
         for number in range(3):
-            image, mask = downloads.scan(number)
+            image, mask = downloads.scan(10 * place + number)
             downloads.volume(folder / "down" / site / f"Case{number:02d}.nii.gz", image)
             downloads.volume(folder / "down" / site / f"Case{number:02d}_segmentation.nii.gz", mask)
     return "prostate", folder / "down"
@@ -53,7 +53,8 @@ def test_an_experiment_from_the_original_files_to_the_table(
     assert len(judged) == 4 * cases * len(structures)
     assert all(0 <= row["dice"] <= 1 for row in judged)
     ledger = (tmp_path / "run" / "ram_sgcg" / heldout / "0" / "sites" / "pooled" / "ledger.jsonl").read_text()
-    assert [json.loads(line)["kind"] for line in ledger.splitlines()] == ["query.enrol", "train", "evaluate"]
+    kinds = ["query.enrol", "train", "query.statistics", "evaluate", "query.statistics"]
+    assert [json.loads(line)["kind"] for line in ledger.splitlines()] == kinds
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 

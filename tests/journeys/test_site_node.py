@@ -73,7 +73,8 @@ def test_a_federation_of_warm_sites_gives_the_models_of_a_simulation(hospitals: 
             assert not Path(f"/proc/{pid}").exists(), "leave left a process behind"
         assert site_tool(federation, "status", str(kits[1]))[0] == 1
         lines = ledger.entries(kits[1] / "home/ledger.jsonl")
-        assert [line["kind"] for line in lines] == ["query.enrol", "train", "train", "train", "evaluate"]
+        rounds = ["train", "query.statistics"] * 3
+        assert [line["kind"] for line in lines] == ["query.enrol", *rounds, "evaluate", "query.statistics"]
         code, said = site_tool(federation, "ledger", str(kits[1]))
         assert code == 0
         assert "the chain of hashes is intact" in said

@@ -64,7 +64,7 @@ def test_local_only_keeps_everything_but_the_unets_weights_at_the_site(root, tmp
     model = load_file(tmp_path / "run" / "model.safetensors")
     assert any(name.startswith("local.restoration") for name in state)
     assert not any("restoration" in name for name in model)
-    assert {line["kind"] for line in ledger(tmp_path, "A")} == {"query.enrol", "train", "evaluate"}
+    assert {line["kind"] for line in ledger(tmp_path, "A")} == {"query.enrol", "train", "query.statistics", "evaluate"}
 
 
 @pytest.mark.parametrize("memory", ["overlay", "momentum"])

@@ -40,9 +40,9 @@ def released(
     """Write the released fundus layout; returns image and grey mask of each case."""
     made = {}
     for (domain, part), cases in (names or PUBLISHED).items():
-        for number, case in enumerate(sorted(cases)):
+        for case in sorted(cases):
             folder = root / domain / part / "ROIs"
-            image = picture(folder / "image" / f"{case}.png", colours((side, side), number))
+            image = picture(folder / "image" / f"{case}.png", colours((side, side), len(made)))
             mask = picture(folder / "mask" / f"{case}.png", grey_mask((side, side), (side / 2, side / 2), side / 4))
             made[case] = (image, mask)
     return made
