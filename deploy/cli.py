@@ -224,7 +224,7 @@ def _print_results(folder: Path, console: Screen) -> None:
     for title in heads.values():  # a long label wraps between words, and no number is cut
         table.add_column(title)
     for title in ("Dice ± sd", "95 % interval", *(name.upper() for name in DISTANCES), "cases"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)  # a number is not broken
     for row in rows:
         spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
         interval = "–" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
