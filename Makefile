@@ -34,12 +34,12 @@ check: setup
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
-	$(RUN)/mkdocs build --strict --quiet
+	$(RUN)/zensical build --strict
 
 # Offline: nothing is fetched. The generated parts of docs/reference are written anew first.
 docs: setup
 	$(RUN)/python docs/generate.py
-	$(RUN)/mkdocs build --strict
+	$(RUN)/zensical build --strict --clean
 
 bench: setup
 	$(RUN)/python -m tests.benchmarks

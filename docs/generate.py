@@ -60,7 +60,7 @@ ROUNDS: Final = {
 def commands(script: str) -> str:
     """Help texts of a console script and of all its commands, each under a heading."""
     parts = [f"## {script}\n\n{_fenced(parser_of(script).format_help())}"]
-    for words, parser in _subparsers(parser_of(script), script):
+    for words, parser in subparsers(script):
         parts.append(f"### {words}\n\n{_fenced(parser.format_help())}")
     return "\n\n".join(parts)
 
@@ -71,6 +71,11 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     module = import_module(project["scripts"][script].partition(":")[0])
     parser: argparse.ArgumentParser = module._parser()
     return parser
+
+
+def subparsers(script: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield (words, parser) of every command of a console script, e.g. `fedsgcg data list`."""
+    yield from _subparsers(parser_of(script), script)
 
 
 def _subparsers(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
