@@ -8,7 +8,9 @@ import pytest
 from common.errors import CODES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE | re.DOTALL))
+SECTIONS = dict(
+    re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE | re.DOTALL)
+)
 
 
 def test_every_code_has_one_section_in_the_catalogues_order() -> None:
