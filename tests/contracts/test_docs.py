@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -121,6 +122,17 @@ def test_every_command_parses_and_its_settings_make_a_plan(page: str, call: list
     for number in range(last):  # every value once, not every combination
         varied = [f"{name}={values[min(number, len(values) - 1)]}" for name, values in axes.items()]
         Plan.from_tree(join([*rest, *(text for text in varied if text != "heldout=all")]))
+
+
+def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("zensical", reason="zensical is part of the extra dev")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    build = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        assert not re.findall(r"""<(?:script|link|img|iframe)[^>]*["']https?://""", page.read_text(encoding="utf-8")), page
 
 
 def test_commands_in_a_sentence_exist_with_their_options() -> None:
