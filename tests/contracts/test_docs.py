@@ -132,7 +132,8 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
     done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     for page in (tmp_path / "site").rglob("*.html"):
-        assert not re.findall(r"""<(?:script|link|img|iframe)[^>]*["']https?://""", page.read_text(encoding="utf-8")), page
+        text = page.read_text(encoding="utf-8")
+        assert not re.findall(r"""<(?:script|link|img|iframe)[^>]*["']https?://""", text), page
 
 
 def test_commands_in_a_sentence_exist_with_their_options() -> None:
