@@ -4,11 +4,12 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check bench bench-gpu clean
+.PHONY: help setup demo test check docs bench bench-gpu clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
-	@echo "make check   formatting, lint, types, import rules"
+	@echo "make check   formatting, lint, types, import rules, documentation"
+	@echo "make docs    build the documentation site into site/index.html"
 	@echo "make bench   speed and memory beside the alternatives, as ratios in one run"
 	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
 	@echo "make setup   install into $(VENV) only"
@@ -33,6 +34,12 @@ check: setup
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+	$(RUN)/zensical build --strict
+
+# Offline: nothing is fetched. The generated parts of docs/reference are written anew first.
+docs: setup
+	$(RUN)/python docs/generate.py
+	$(RUN)/zensical build --strict --clean
 
 bench: setup
 	$(RUN)/python -m tests.benchmarks
@@ -41,4 +48,4 @@ bench-gpu: setup
 	$(RUN)/python -m tests.benchmarks gpu --folder runs/benchmarks-gpu
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs site build dist *.egg-info

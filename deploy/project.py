@@ -170,7 +170,7 @@ def read_project(path: Path) -> Project:
     Raises:
         FedsgcgError: DEP-602 with every problem of the file.
     """
-    tree = read_tree(path, "DEP-602", "write one: name, server, sites; see docs/runbooks/found-a-federation.md")
+    tree = read_tree(path, "DEP-602", "write one: name, server, sites; see docs/how-to/found-a-federation.md")
     if isinstance(sites := tree.get("sites"), Mapping):
         tree["sites"] = list(sites)
     project = build_from(Project, tree, path, "DEP-602")

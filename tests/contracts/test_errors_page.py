@@ -1,4 +1,4 @@
-"""Every error code has a section in docs/errors.md that says what it means and what to do."""
+"""Every error code has a section in docs/reference/errors.md that says what it means and what to do."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,13 @@ import pytest
 from common.errors import CODES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-SECTIONS = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (DOCS / "errors.md").read_text(), re.MULTILINE | re.DOTALL))
+SECTIONS = dict(
+    re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE | re.DOTALL)
+)
 
 
 def test_every_code_has_one_section_in_the_catalogues_order() -> None:
-    headings = re.findall(r"^## (\S+)", (DOCS / "errors.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^## (\S+)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE)
     assert headings == list(CODES)
 
 
