@@ -26,7 +26,7 @@ from clients.visit import SPLITS, Visit, guard, visiting
 from common.contents import CONTENT_HASHES
 from common.errors import fail
 from common.feature_samples import FILE, write_feature_samples
-from common.networks import UNet, build_network
+from common.networks import build_network
 from common.payload import encode_cases
 from common.plan import SHARES
 from common.seeding import stream
@@ -176,7 +176,7 @@ def judged(visit: Visit, network: nn.Module) -> dict[str, float]:
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
-def received(visit: Visit) -> UNet:
+def received(visit: Visit) -> nn.Module:
     """The plan's network on the site's device, holding the weights of the request."""
     if visit.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")

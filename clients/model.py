@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -49,14 +49,16 @@ class Model:
     kinds: tuple[str, ...] = KINDS
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: Path, code: Sequence[str] = ()) -> Model:
     """Read a model and check that its parts belong together.
 
     Args:
         path: Folder of the model, or one of its files.
+        code: Import paths of own networks that may be imported: a model's file must not choose the code that runs.
 
     Raises:
-        FedsgcgError: MOD-801 for files that are missing or damaged, MOD-802 for another schema version, MOD-803 for
+        FedsgcgError: POL-706 for a network by import path that is not in `code`, CFG-011 for one that cannot be used,
+            MOD-801 for files that are missing or damaged, MOD-802 for another schema version, MOD-803 for
             weights with another digest, MOD-804 for weights of another network, MOD-805 for labels and structures that
             contradict each other, MOD-807 for prototypes of another model.
     """
@@ -64,6 +66,9 @@ def load_model(path: Path) -> Model:
     card = read_card(folder)
     data = _data(card, folder)
     settings, channels = _network(card, data, folder)
+    if settings.is_own and settings.name not in code:
+        action = f"install and read the package, then add --code {settings.name}"
+        raise fail("POL-706", where=str(folder / "model.json"), found=settings.name, action=action)
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
     return Model(

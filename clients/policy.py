@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from clients.approval import FOLDERS as FOLDERS_OF_CODE
 from clients.site import Site
 from clients.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, Problem, fail
@@ -49,7 +50,8 @@ def obey(plan: Plan, policy: SiteFile | None) -> Plan:
 
     Raises:
         FedsgcgError: All refusals at once: POL-702 for a data folder outside the site's own, POL-703 for settings that
-            the coordinator may not set, POL-704 when the method needs a part that may not leave.
+            the coordinator may not set, POL-704 when the method needs a part that may not leave, POL-706 for a class
+            from outside the approved code.
     """
     if policy is None:
         return plan
@@ -69,6 +71,14 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         action = "leave data.root empty: the site decides where its data lie"
         yield Problem("POL-702", plan.data.root, f"nothing, or a folder in {policy.data_root}", action, "data.root")
     yield from _not_allowed(plan, policy)
+    for where, section in (("method", plan.method), ("network", plan.network)):
+        package = section.name.partition(":")[0].partition(".")[0]
+        if section.is_own and package not in FOLDERS_OF_CODE and section.name not in policy.code:
+            expected = (
+                f"code of the approved app bundle, or what the site allows: {', '.join(policy.code) or 'nothing'}"
+            )
+            action = f"the site installs the package, reads it, and adds {section.name} to code in its site.yaml"
+            yield Problem("POL-706", section.name, expected, action, f"{where}.name")
     if plan.method.statistics and plan.role(policy.site) == "train" and "statistics" not in policy.sharing:
         expected = f"what the site shares: {', '.join(policy.sharing) or 'nothing'}"
         action = "method=source method.statistics=false, or the site adds statistics to sharing"
@@ -185,9 +195,9 @@ def _shares(policy: SiteFile) -> tuple[str, ...]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every setting; the entries of `classes` and `structures` are one value."""
+    """Yield (dotted name, value) of every setting; the entries of a map such as `classes` are one value."""
     for name, value in tree.items():
-        if isinstance(value, Mapping) and name not in ("classes", "structures"):
+        if isinstance(value, Mapping) and name not in ("classes", "structures", "options"):
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

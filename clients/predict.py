@@ -37,7 +37,7 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     if options.batch is None:
         options.batch = BATCH
     _check(options)
-    model = load_model(options.model)
+    model = load_model(options.model, options.code)
     gaussians = _gaussians(options, model)
     jobs = jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
     found, passed = jobs_of_images(options.images, jobs)

@@ -40,6 +40,13 @@ def add_predict_parser(commands: Any) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--batch", metavar="N", type=int, help="slices at once (default: as in evaluation)")
     parser.add_argument("--threads", metavar="N", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument(
+        "--code",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="package.module:Class of an own network that the model may use",
+    )
     parser.set_defaults(run=_run)
 
 

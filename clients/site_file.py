@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from common.choices import is_import_path
 from common.contents import CONTENT_HASHES
 from common.errors import Problem
 from common.section import Checks, Section
@@ -47,6 +48,8 @@ class SiteFile(Section):
         home: Folder of the ledger, the error log, the aliases and the state of this site; written.
         cache: Folder of the slice cache; written.
         approved: File with the hashes of the app bundles that this hospital has approved.
+        code: Import paths (`package.module:Class`) of methods and networks from outside the approved bundle that may
+            run here. The hospital installs the package itself; what it installed is not looked at again.
         roles: Roles this hospital accepts.
         sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank` and `content_hashes`
             only when the hospital writes them here itself. `content_hashes` are salted hashes of the images: with them
@@ -73,6 +76,7 @@ class SiteFile(Section):
     home: str
     cache: str
     approved: str
+    code: tuple[str, ...] = ()
     roles: tuple[str, ...] = ROLES
     sharing: tuple[str, ...] = SHARED_BY_DEFAULT
     patient_floor: int = 2
@@ -90,6 +94,7 @@ class SiteFile(Section):
         yield bool(NAME.fullmatch(self.site)), "site", "letters, digits, blanks and ._- (63 at most)"
         yield bool(NAME.fullmatch(self.project)), "project", "letters, digits, blanks and ._- (63 at most)"
         yield split_address(self.server) is not None, "server", "host:port, e.g. federation.example.org:8443"
+        yield all(map(is_import_path, self.code)), "code", "import paths, package.module:Class"
         yield bool(self.roles) and set(self.roles) <= set(ROLES), "roles", " | ".join(ROLES)
         known = (*SHARED_BY_DEFAULT, *SHARED_BY_CONSENT)
         yield set(self.sharing) <= set(known), "sharing", " | ".join(known)

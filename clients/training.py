@@ -23,12 +23,11 @@ from clients.batches import (
     steps_of,
 )
 from clients.memory import let_go, unless_out_of_memory
-from clients.methods import METHODS, Guidance, Guide, Source
+from clients.methods import Guidance, Guide, Source, method_class
 from clients.mixing import Mixer, build_mixer
 from clients.prefetch import prefetch
 from clients.replay import Replay, adam, set_rate
 from common.errors import fail
-from common.networks import UNet
 from common.payload import Weights
 from common.plan import Plan
 from common.seeding import stream, stream_seed
@@ -43,7 +42,7 @@ PARTS: Final = "micro_batches"
 
 
 def train_round(
-    network: UNet,
+    network: nn.Module,
     stores: Sequence[CaseStore],
     plan: Plan,
     *,
@@ -146,11 +145,11 @@ class Session:
     """
 
     def __init__(
-        self, network: UNet, plan: Plan, domains: int, device: torch.device, state: Mapping[str, Tensor]
+        self, network: nn.Module, plan: Plan, domains: int, device: torch.device, state: Mapping[str, Tensor]
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
-        self.method: Source = METHODS[plan.method.name](network, plan, domains, device)
+        self.method: Source = method_class(plan.method)(network, plan, domains, device)
         self.method.local.train()
         self._optimizer = adam(self.method.groups(), plan.method.learning_rate, plan.method.weight_decay, device)
         self._replay = Replay(self._work, self._clear, device)

@@ -23,6 +23,7 @@ CODES: Final[dict[str, str]] = {
     "CFG-008": "The file system offers no file locks.",
     "CFG-009": "There is no home directory.",
     "CFG-010": "The path of the temporary folder is too long for Ray.",
+    "CFG-011": "The class of an import path cannot be used.",
     # DAT: the data of one hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
@@ -70,6 +71,7 @@ CODES: Final[dict[str, str]] = {
     "POL-703": "The coordinator set something that the site does not let it set.",
     "POL-704": "The site does not let this part leave.",
     "POL-705": "The app bundle is not approved at this site.",
+    "POL-706": "The site does not run code from outside the approved app bundle.",
     # PAY and STA: what a site sent
     "PAY-101": "The weights hold values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",

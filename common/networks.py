@@ -9,18 +9,24 @@ map, A' for a projection of it, 16w at 1/16 of the resolution for the bottleneck
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from common.own_code import load_class, unusable
 from common.plan import NetworkSettings
 
 DOWNSAMPLING: Final = 16
 """Height and width must be multiples of this: four poolings by two."""
+
+IN_CHANNELS: Final = 3
+"""Channels of an image: a slice with its two neighbours, one slice three times, or the colours of a picture."""
 
 GROUPS: Final = 8
 """Groups of `norm="group"`, fewer where the channels do not divide by it."""
@@ -241,21 +247,23 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
             module.reset_parameters()
 
 
-def build_network(settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int | None) -> UNet:
+def build_network(
+    settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int | None
+) -> nn.Module:
     """Build a network whose weights depend on the seed alone; torch's global random state is left untouched.
 
     Args:
-        settings: Name, base width, norm and feature map.
+        settings: Name, base width, norm and feature map; or an own class and its options.
         in_channels: Channels of an image.
         out_channels: Channels of the logits.
         generator_seed: Seed of the initialisation, e.g. `common.seeding.stream_seed(seed, "weights")`; None leaves the
             weights undefined, for a caller that loads all of them (the draws cost more than the loading).
 
     Raises:
-        ValueError: A name that `NETWORKS` does not hold.
+        FedsgcgError: CFG-011 for an own class that cannot be used.
     """
-    if settings.name not in NETWORKS:
-        raise ValueError(f"name: found {settings.name!r}, expected one of {sorted(NETWORKS)}")
+    if settings.is_own:
+        return _build_own(settings.name, settings.options, in_channels, out_channels, generator_seed or 0)
     with _WithoutDraws():
         network = NETWORKS[settings.name](
             in_channels, out_channels, settings.base_width, settings.norm, settings.features, settings.projection
@@ -263,6 +271,64 @@ def build_network(settings: NetworkSettings, in_channels: int, out_channels: int
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
     return network
+
+
+def measure(network: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[int, str]:
+    """Build an own network once and return the channels of its feature map and its kind of normalisation.
+
+    Args:
+        network: Settings of the network, as plain values: `name` and `options`.
+        data: Settings of the data: `classes`, `structures` and `activation` say how many logits there are.
+
+    Returns:
+        A, and `batch` for a network with BatchNorm, `group` for any other.
+
+    Raises:
+        FedsgcgError: CFG-011 for a class that does not keep the contract.
+    """
+    classes = data["classes"] if data["activation"] == "softmax" else data["structures"]
+    options = tuple(sorted(network["options"].items()))
+    return _measured(str(network["name"]), options, len(classes))
+
+
+@lru_cache(maxsize=64)
+def _measured(name: str, options: tuple[tuple[str, Any], ...], out_channels: int) -> tuple[int, str]:
+    network = _build_own(name, dict(options), IN_CHANNELS, out_channels, 0).eval()
+    side = 4 * DOWNSAMPLING
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            answer = network(torch.zeros(1, IN_CHANNELS, side, side))
+    except Exception as error:  # whatever an own network raises
+        expected = f"a network that takes images (B, {IN_CHANNELS}, H, W), H and W multiples of {DOWNSAMPLING}"
+        raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
+    expected = f"logits (1, {out_channels}, {side}, {side}) and a feature map (1, A, h, w), h = w a divisor of {side}"
+    if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Tensor) for part in answer)):
+        raise unusable(name, f"{type(answer).__name__} from forward", "network", expected)
+    logits, features = answer
+    square = features.ndim == 4 and features.shape[2] == features.shape[3] and side % features.shape[2] == 0
+    if tuple(logits.shape) != (1, out_channels, side, side) or not square:
+        found = f"logits {tuple(logits.shape)}, feature map {tuple(features.shape)}"
+        raise unusable(name, found, "network", expected)
+    stated = getattr(network, "num_features", None)
+    if stated != features.shape[1]:
+        found = f"num_features {stated}, but {features.shape[1]} channels"
+        raise unusable(name, found, "network", "an attribute num_features with the channels of the feature map")
+    batch = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in network.modules())
+    return int(features.shape[1]), "batch" if batch else "group"
+
+
+def _build_own(name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, seed: int) -> nn.Module:
+    """Build a network by import path, its own initialisation drawn from the seed alone."""
+    cls = load_class(name, "network")
+    if not issubclass(cls, nn.Module):
+        raise unusable(name, f"a class that is no {nn.Module.__name__}", "network", "a torch.nn.Module")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            return cls(in_channels, out_channels, **options)
+        except Exception as error:  # whatever an own network raises
+            expected = f"{cls.__name__}(in_channels, out_channels, **options)"
+            raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
 
 
 class _WithoutDraws(TorchFunctionMode):

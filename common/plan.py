@@ -17,9 +17,7 @@ from typing import Any, Final, Literal
 from common.data_settings import AugmentationSettings, DataSettings
 from common.section import Checks, Section
 from common.training_settings import (
-    CONTRASTIVE,
     METHOD_NAMES,
-    MIXING,
     NETWORK_NAMES,
     MethodSettings,
     NetworkSettings,
@@ -28,9 +26,7 @@ from common.training_settings import (
 )
 
 __all__ = [
-    "CONTRASTIVE",
     "METHOD_NAMES",
-    "MIXING",
     "NETWORK_NAMES",
     "POOLED",
     "SHARES",
@@ -193,10 +189,12 @@ class Plan(Section):
     chosen: str = ""
 
     def checks(self) -> Checks:
-        """The network exists; `common.networks` refuses an unknown one too, but only when a site builds it."""
-        yield self.network.name in NETWORK_NAMES, "network.name", " | ".join(NETWORK_NAMES)
+        """The parts go together."""
         mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
+        restores = self.method.mixes and self.method.ram.restoration > 0
+        expected = "0 with a network by import path: the restoration decoder belongs to the U-Net"
+        yield not (restores and self.network.is_own), "method.ram.restoration", expected
         pooled = self.federation.ownership == "pooled"
         yield not pooled or self.method.ram.sharing == "local", "method.ram.sharing", "local with federation=pooled"
         own_part = self.prototypes.memory in ("overlay", "online") and self.prototypes.weighting != "pixels"
@@ -266,6 +264,6 @@ class Plan(Section):
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Plan:
         """Build a plan from plain dictionaries; raises one error with all problems."""
-        from common.settings import build
+        from common.build import build
 
         return build(cls, {name: tree[name] for name in tree if name in {field.name for field in fields(cls)}})

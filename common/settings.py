@@ -7,35 +7,48 @@ resolved tree in one string, `config-json` (stack.md 2.6), or a line of override
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import os
 import re
 import shlex
-import types
-import typing
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from common.build import build
+from common.choices import (
+    BASES,
+    CLASSES,
+    CONFIGS,
+    GROUPS,
+    OwnFile,
+    choices_of,
+    hydra_name,
+    is_file,
+    is_import_path,
+    offered,
+    own_files,
+    unquoted,
+)
 from common.errors import FedsgcgError, Problem, fail
-from common.names import printable, spelled
+from common.hints import meant, nearest
+from common.names import printable
+from common.own_code import resolve_own_code
 from common.system import expand
 
 if TYPE_CHECKING:
     from common.plan import Plan
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-GROUPS = ("data", "network", "method", "federation", "prototypes", "privacy", "site", "experiment")
+__all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest", "plan_of_run"]
+
 # Folders and names: whatever a user writes is meant to the letter, with blanks, commas, brackets and equals signs.
-FOLDERS = ("data.root", "output", "site.home", "site.cache")
+FOLDERS = ("data.root", "output", "site.home", "site.cache", "config_dir")
 LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
 # Lists of hospitals' names: Hydra's grammar would make numbers of 1_000 and 1.10, and nothing of null.
 NAMES = ("data.sites", "observers")
-
-T = TypeVar("T")
+# Maps whose names are the user's: one on the command line replaces the one of the data set, it is not merged with it.
+MAPS = ("data.classes", "data.structures", "grid", "method.options", "network.options")
+INSIDE_MAPS = tuple(f"{name}." for name in MAPS)
 
 
 def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -47,15 +60,19 @@ def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = N
 
     Raises:
         FedsgcgError: CFG-001 with every unknown setting and the nearest known one, and every setting given twice.
+            CFG-011 for a class by import path that cannot be used.
     """
     run_config = run_config or {}
     if text := str(run_config.get("config-json", "")):
         if overrides or run_config.get("overrides"):
             raise fail("CFG-001", found="config-json and overrides", expected="one of the two", where="run config")
         return cast("dict[str, Any]", json.loads(text))
-    given = [*_words(str(run_config.get("overrides", ""))), *overrides]
+    from_flower = _words(str(run_config.get("overrides", "")))
+    if own := [text for text in from_flower if _is_of_this_machine(text)]:
+        raise FedsgcgError(*(_only_resolved(text) for text in own))
+    given = [*from_flower, *overrides]
     if twice := list(_given_twice(given)):
-        raise FedsgcgError(*twice, *_mistakes(given))
+        raise FedsgcgError(*twice, *_mistakes(given, _own_files(given)))
     return compose(given)
 
 
@@ -82,71 +99,95 @@ def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], r
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose `configs/run.yaml` with Hydra, after checking that every override names something that exists.
 
-    Of a setting given twice the last counts. The values of `LITERAL` and `NAMES` never reach Hydra's grammar.
+    Of a setting given twice the last counts. The values of `LITERAL`, `NAMES` and `MAPS` do not pass through Hydra's
+    merging, those of the first two not through its grammar either.
 
     Raises:
-        FedsgcgError: CFG-001 with every override that cannot be used.
+        FedsgcgError: CFG-001 with every override and every own file that cannot be used.
     """
-    if problems := _mistakes(overrides):
+    own = _own_files(overrides)
+    if problems := _mistakes(overrides, own):
         raise FedsgcgError(*problems)
-    plain = [text for text in overrides if not _is_literal(text)]
-    try:
-        tree = _composed(plain)
-    except _hydra_errors() as error:
-        faulty = [text for text in plain if not _composes(text)] or plain
-        raise FedsgcgError(*(_unreadable(text) for text in faulty)) from error
+    plain = _all_for_hydra(overrides)
+    tree = _readable(plain, own)
+    if problems := _unknown_in_files(tree, own):
+        raise FedsgcgError(*problems)
     for text in overrides:
-        if _is_literal(text):
+        if _is_put(text):
             key, _, value = text.partition("=")
-            _put(tree, key, _names(value) if key in NAMES else _literal(key, value))
+            _put(tree, f"{key}.name" if key in CLASSES else key, _value_put(key, value))
+    resolve_own_code(tree)
     return tree
 
 
-def build(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """Build a settings dataclass from plain dictionaries, raising one error that lists every problem."""
-    problems: list[Problem] = []
-    value = _convert(cls, tree, "", problems)
-    if problems:
-        raise FedsgcgError(*problems)
-    return cast("T", value)
+def chosen(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the choice of each group that overrides and the files they name lead to."""
+    own = _own_files(overrides)
+    plain = _all_for_hydra(overrides)
+    choices = _hydra_config(tuple(plain), own).hydra.runtime.choices
+    return {group: str(choices[group]) for group in GROUPS}
 
 
-def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:
-    """Return a hint such as "did you mean x?" for an unknown word, or the list when nothing is near.
-
-    Args:
-        word: What was given.
-        known: What there is.
-        listed: Whether the message lists what there is already; then there is no hint when nothing is near.
-    """
-    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        same = unicodedata.normalize("NFC", word) == unicodedata.normalize("NFC", close[0])
-        apart = f" It is spelled {spelled(close[0])}, not {spelled(word)}: copy the folder's own name." if same else ""
-        return f"did you mean {close[0]!r}?{apart}"
-    return "" if listed else f"known: {', '.join(sorted(known)[:30])}"
+def own_choices(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
+    """Return the user's own files that overrides lead to, for `choices_of`."""
+    return _own_files(overrides)
 
 
-def choices_of(group: str) -> list[str]:
-    """Names that a group offers, e.g. `choices_of("data")`."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if not path.stem.startswith("_"))
+def _own_files(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
+    """Read the user's own files that overrides name: the folder `config_dir`, and YAML files as choices."""
+    values = dict(text.partition("=")[::2] for text in overrides)
+    directory = _literal("config_dir", values.get("config_dir", ""))
+    named = [(key, unquoted(value)) for key, value in values.items() if key in GROUPS and is_file(unquoted(value))]
+    return own_files(directory, named)
 
 
-def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+def _hydra_config(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = hydra_compose("run", list(overrides))
-        return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+    with offered(own), initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose("run", list(overrides), return_hydra_config=True)
 
 
-@functools.lru_cache
-def _known_settings(choices: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of all settings and sections under some choices of groups, sorted."""
-    return tuple(sorted(_flatten(_composed(choices))))
+def _composed(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, Any]:
+    from omegaconf import OmegaConf, open_dict
+
+    composed = _hydra_config(overrides, own)
+    with open_dict(composed):
+        del composed["hydra"]
+    return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
+
+
+def _readable(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, Any]:
+    """Compose; what Hydra refuses is named by the override, or the file, that it does not take."""
+    try:
+        return _composed(overrides, own)
+    except _hydra_errors() as error:
+        faulty = [text for text in overrides if not _composes(text, own)]
+        files = [text for text in faulty if _key(text) in GROUPS]
+        if files or not faulty:
+            found = " ".join(str(error).split())
+            where = ", ".join(file.path for file in own)
+            raise fail("CFG-001", where=where, found=found, expected="files that can be composed") from error
+        raise FedsgcgError(*(_unreadable(text) for text in faulty)) from error
+
+
+@functools.cache
+def known_settings() -> tuple[str, ...]:
+    """Names of all settings and sections, sorted; they are the same for all choices, but for entries of `MAPS`."""
+    return tuple(sorted(name for name in _flatten(_composed([], ())) if not name.startswith(INSIDE_MAPS)))
+
+
+def _unknown_in_files(tree: Mapping[str, Any], own: tuple[OwnFile, ...]) -> list[Problem]:
+    """Return a problem for every name of own files that no setting has; Hydra takes any name of a file."""
+    if not own:
+        return []
+    known = known_settings()
+    unknown = [name for name in _flatten(tree) if name not in known and not name.startswith(INSIDE_MAPS)]
+    where = ", ".join(file.path for file in own)
+    return [_unknown(name, known, where) for name in unknown if name.rpartition(".")[0] not in unknown]
 
 
 def _hydra_errors() -> tuple[type[Exception], ...]:
@@ -156,9 +197,9 @@ def _hydra_errors() -> tuple[type[Exception], ...]:
     return HydraException, OmegaConfBaseException
 
 
-def _composes(text: str) -> bool:
+def _composes(text: str, own: tuple[OwnFile, ...]) -> bool:
     try:
-        _composed([text])
+        _composed([text], own)
     except _hydra_errors():
         return False
     return True
@@ -170,8 +211,7 @@ def _key(text: str) -> str:
 
 def _literal(key: str, value: str) -> str:
     """Return a value as it was meant: without quotes about the whole of it, a folder with the home directory put in."""
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        value = value[1:-1].replace("\\" + value[0], value[0])
+    value = unquoted(value)
     return str(expand(value, key)) if value and key in FOLDERS else value
 
 
@@ -179,6 +219,63 @@ def _is_literal(text: str) -> bool:
     """Whether an override's value is meant to the letter; a list of names that is no list is left to Hydra's errors."""
     key, _, value = text.partition("=")
     return key in LITERAL or (key in NAMES and _names(value) is not None)
+
+
+def _is_put(text: str) -> bool:
+    """Whether an override's value is put into the composed tree, past Hydra's merging."""
+    return _is_literal(text) or _key(text) in MAPS or _is_class(text)
+
+
+def _is_class(text: str) -> bool:
+    """Whether an override names a method or network by import path: `method=package.module:Class`."""
+    key, _, value = text.partition("=")
+    return key in CLASSES and is_import_path(value)
+
+
+def _is_of_this_machine(text: str) -> bool:
+    """Whether an override leads to files or code of the machine that resolves it."""
+    key, _, value = text.partition("=")
+    return key == "config_dir" or is_import_path(value) or (key in GROUPS and is_file(unquoted(value)))
+
+
+def _only_resolved(text: str) -> Problem:
+    """Return the problem of an override that every hospital would resolve with files or code of its own."""
+    action = "start the run with `fedsgcg`, which sends the resolved settings (config-json)"
+    expected = "settings that are the same on every machine"
+    return Problem("CFG-001", where="overrides", found=text, expected=expected, action=action)
+
+
+def _all_for_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides that Hydra composes; a class starts from the base of its group."""
+    classes = [_key(text) for text in overrides if _is_class(text)]
+    return [
+        *(_for_hydra(text) for text in overrides if not _is_put(text)),
+        *(f"{group}={BASES[group]}" for group in classes),
+    ]
+
+
+def _for_hydra(text: str) -> str:
+    """Return an override as Hydra takes it: a file by the name that its store has for it."""
+    key, _, value = text.partition("=")
+    return f"{key}={hydra_name(unquoted(value))}" if key in GROUPS and is_file(unquoted(value)) else text
+
+
+def _value_put(key: str, value: str) -> Any:
+    """Return the value that is put into the tree."""
+    if key in CLASSES:
+        return value
+    if key in MAPS:
+        return _parsed(f"{key}={value}")
+    return _names(value) if key in NAMES else _literal(key, value)
+
+
+def _parsed(text: str) -> Any:
+    """Return the value of an override in Hydra's grammar, as plain lists, dictionaries, numbers and text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    value = OverridesParser.create().parse_override(text).value()
+    return OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=True)["value"]  # type: ignore[index, call-overload]
 
 
 def _names(text: str) -> list[str] | None:
@@ -226,32 +323,66 @@ def _given_twice(overrides: Sequence[str]) -> Iterator[Problem]:
             yield Problem("CFG-001", where=key, found=found, expected="one value", action="leave one of them out")
 
 
-def _mistakes(overrides: Sequence[str]) -> list[Problem]:
+def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Problem]:
     """Return everything that is wrong with the overrides before any value is looked at."""
     problems: list[Problem] = []
-    choices, named = [], []
+    named = []
     for text in overrides:
         key, separator, value = text.partition("=")
+        choices = choices_of(key, own) if key in GROUPS else []
         if printable(text) != text:
             action = "rename the folder or file; names are written in UTF-8"
             problems.append(Problem("CFG-001", found=text, expected="text in UTF-8", action=action, where=key))
-        elif not separator and not text.startswith(("+", "~")):
+        elif text.startswith(("+", "~")):
+            problems.append(_added_or_removed(text))
+        elif not separator:
             problems.append(Problem("CFG-001", found=text, expected="name=value", where="command line"))
         elif key not in GROUPS:
             named.append(text)
-        elif value in choices_of(key):
-            choices.append(text)
-        else:
-            expected, action = " | ".join(choices_of(key)), nearest(value, choices_of(key), listed=True)
+        elif value not in choices and not is_file(unquoted(value)) and not _is_class(text):
+            expected, action = " | ".join(choices), nearest(value, choices, listed=True)
             problems.append(Problem("CFG-001", found=text, expected=expected, action=action))
-    known = _known_settings(tuple(choices))
+    known = known_settings()
     for text in named:
-        if _key(text) not in known:
+        inside = _key(text).startswith(INSIDE_MAPS)
+        whole = [
+            other for other in named if inside and _key(other) in MAPS and _key(text).startswith(_key(other) + ".")
+        ]
+        if whole:
+            found, action = f"{whole[0]} and {text}", "put the entry into the map"
+            problems.append(Problem("CFG-001", where=_key(text), found=found, expected="one of them", action=action))
+            continue
+        if _key(text) not in known and not (inside and _is_inside_a_map(text, overrides, own)):
             problems.append(_unknown(_key(text), known))
         elif not _is_literal(text) and not _is_one_value(text):
             problems.append(_unreadable(text))
         problems += _repeated_names(text)
     return problems
+
+
+def _is_inside_a_map(text: str, overrides: Sequence[str], own: tuple[OwnFile, ...]) -> bool:
+    """Whether an override names an entry that a map of the chosen groups has, e.g. `data.classes.gland`."""
+    groups = [_for_hydra(other) for other in overrides if _key(other) in GROUPS and not _is_wrong_choice(other, own)]
+    return _key(text) in set(_flatten(_readable(groups, own)))
+
+
+def _is_wrong_choice(text: str, own: tuple[OwnFile, ...]) -> bool:
+    key, _, value = text.partition("=")
+    return value not in choices_of(key, own) and not is_file(unquoted(value))  # classes have no maps
+
+
+def _added_or_removed(text: str) -> Problem:
+    """Return the problem of `+name=value`, `++name=value` and `~name`, which Hydra has and fedsgcg has no use for."""
+    sign = text[: len(text) - len(text.lstrip("+~"))]
+    plain = text.lstrip("+~")
+    key = _key(plain)
+    known = known_settings()
+    if key not in known and key not in GROUPS:
+        return _unknown(key, known)
+    if sign == "~":
+        action = f"every run has this setting: give it a value, {key}=VALUE, or leave it out for the default"
+        return Problem("CFG-001", found=text, expected="name=value: a setting cannot be removed", action=action)
+    return Problem("CFG-001", found=text, expected="name=value: every setting is there", action=f"write {plain}")
 
 
 def _repeated_names(text: str) -> Iterator[Problem]:
@@ -293,34 +424,10 @@ def _unreadable(text: str) -> Problem:
     return Problem("CFG-001", where=key, found=text, expected="name=value", action=action)
 
 
-def _unknown(key: str, known: Sequence[str]) -> Problem:
+def _unknown(key: str, known: Sequence[str], where: str = "") -> Problem:
     """Return the problem of a name that no setting has, with the one that was probably meant."""
-    hint = _meant(key.lstrip("+~"), known)
-    return Problem("CFG-001", found=f"unknown setting {key!r}", expected="a known setting", action=hint)
-
-
-def _meant(key: str, known: Sequence[str]) -> str:
-    # A user who writes `rounds` means `federation.rounds`: the last part of a name is a way to call it.
-    ends = {name.rpartition(".")[2]: name for name in reversed(known)} | {name: name for name in [*known, *GROUPS]}
-    group, _, tail = key.rpartition(".")
-    inside = [name.removeprefix(f"{group}.") for name in known if group and name.startswith(f"{group}.")]
-    if key in ends:
-        close = [ends[key]]
-    elif inside:
-        close = [f"{group}.{name}" for name in _alike(tail, inside)] or [ends[tail] for _ in range(tail in ends)]
-        close = close or [f"{group}.{name}" for name in difflib.get_close_matches(tail, inside, n=1)]
-        if not close:
-            return f"settings of {group}: {', '.join(inside)}"
-    else:
-        close = [ends[name] for word in (key, tail) for name in difflib.get_close_matches(word, list(ends), 1, 0.5)]
-    return f"did you mean {close[0]!r}?" if close else "see `fedsgcg settings`"
-
-
-def _alike(word: str, names: Sequence[str]) -> list[str]:
-    """Names that a short form may stand for: their initials (`lr`), then their beginning, then a part of them."""
-    initials = [name for name in names if "".join(part[:1] for part in name.split("_")) == word]
-    begins = [name for name in names if len(word) > 1 and name.startswith(word)]
-    return [*initials, *begins, *(name for name in names if len(word) > 2 and word in name)]
+    found, action = f"unknown setting {key!r}", meant(key, known)
+    return Problem("CFG-001", found=found, expected="a known setting", action=action, where=where)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -328,87 +435,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")
-
-
-def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
-    """Convert `value` to the annotation `kind`; what does not fit becomes a problem and None."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _convert_section(kind, value, path, problems)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal and value in arguments:
-        return arguments[arguments.index(value)]
-    if origin in (typing.Union, types.UnionType) and value is None and type(None) in arguments:
-        return None
-    if origin is list and isinstance(value, (list, tuple)):
-        return [_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
-    if origin is dict and isinstance(value, Mapping):
-        return {str(key): _convert(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)  # a hospital called 12; a number of a YAML file knows how it was written
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    if kind is bool and isinstance(value, bool):
-        return value
-    expected = " | ".join(str(item) for item in arguments) if origin is Literal else _in_words(origin or kind)
-    action = "write it in quotes" if kind is str and (value is None or isinstance(value, bool)) else ""
-    problems.append(Problem("CFG-001", where=path, found=_found(value), expected=expected, action=action))
-    return None
-
-
-def _found(value: Any) -> str:
-    """Say what a value is as settings are written."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
-
-
-def _in_words(kind: Any) -> str:
-    """Say what a type is to someone who does not program."""
-    words = {
-        list: "a list such as [A,B]",
-        tuple: "a list such as [A,B]",
-        dict: "names and values such as {A: 1}",
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-    }
-    return words.get(kind, str(kind))
-
-
-def _convert_section(kind: type, value: Any, path: str, problems: list[Problem]) -> Any:
-    if not isinstance(value, Mapping):
-        problems.append(Problem("CFG-001", where=path, found=repr(value), expected=_in_words(dict)))
-        return None
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for name in value:
-        if name not in names:
-            problems.append(
-                Problem(
-                    "CFG-001",
-                    where=path or kind.__name__,
-                    found=f"unknown setting {name!r}",
-                    action=nearest(name, names),
-                )
-            )
-    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
-    for name in sorted(required - set(value)):
-        problems.append(Problem("CFG-001", where=f"{path}.{name}".lstrip("."), found="nothing", expected="a value"))
-    converted = {}
-    for name in (name for name in value if name in names):
-        faults = len(problems)
-        item = _convert(hints[name], value[name], f"{path}.{name}".lstrip("."), problems)
-        if len(problems) == faults:
-            converted[name] = item
-    if required - set(converted):
-        return None
-    try:  # also with some values refused: the rules of the others are checked with defaults in their place
-        return kind(**converted)
-    except FedsgcgError as error:
-        problems.extend(dataclasses.replace(p, where=f"{path}.{p.where}".lstrip(".")) for p in error.problems)
-        return None

@@ -135,7 +135,7 @@ def explained(section: Any, head: tuple[str, ...]) -> str:
         section: A dataclass whose docstring has an `Attributes:` part.
         head: Lines of the file's first comment.
     """
-    meaning = _meanings(type(section))
+    meaning = meanings(type(section))
     lines = [*(f"# {line}" for line in head), ""]
     for name, value in dataclasses.asdict(section).items():
         lines += [f"# {line}" for line in meaning[name]]
@@ -155,14 +155,14 @@ def _value(value: Any) -> str:
     return text.strip().removesuffix("...").strip()
 
 
-def _meanings(cls: type) -> dict[str, list[str]]:
+def meanings(cls: type) -> dict[str, list[str]]:
     """Field -> its lines in the class's docstring, so that file and code never say different things."""
-    meanings: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     name = ""
     for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
         if head := re.match(r"        (\w+): (.*)", line):
             name = head[1]
-            meanings[name] = [head[2]]
+            found[name] = [head[2]]
         elif name and line.strip():
-            meanings[name].append(line.strip())
-    return meanings
+            found[name].append(line.strip())
+    return found

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
+from common.choices import is_import_path
 from common.section import Checks, Section
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, here because a plan is read without torch.
 NETWORK_NAMES = ("unet",)
-METHOD_NAMES = ("source", "ram", "sgcg", "ram_sgcg")
-CONTRASTIVE = ("sgcg", "ram_sgcg")
-MIXING = ("ram", "ram_sgcg")
+Options = dict[str, bool | int | float | str]
+TRAITS: Final[dict[str, frozenset[str]]] = {
+    "source": frozenset(),
+    "ram": frozenset({"mixes"}),
+    "sgcg": frozenset({"contrasts"}),
+    "ram_sgcg": frozenset({"contrasts", "mixes"}),
+}
+"""Method -> what it does: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes."""
+
+METHOD_NAMES = tuple(TRAITS)
+ALL_TRAITS = ("contrasts", "mixes")
 
 
 @dataclass(frozen=True)
@@ -19,13 +28,16 @@ class NetworkSettings(Section):
     """The segmentation network.
 
     Attributes:
-        name: Key of `common.networks.NETWORKS`.
+        name: Key of `common.networks.NETWORKS`, or the import path of an own class, `package.module:Class`.
         base_width: Channels of the first block (16 = RAM-DSIR); the penultimate map has twice as many.
         norm: `batch`, `group` or `instance` normalisation.
         features: Representation that class statistics and the contrastive loss describe (methods.md 1.4):
             `penultimate` (full resolution, not negative), `projection` (a training-only head of two 1 x 1 convolutions
             on it, no final ReLU) or `bottleneck` (1/16 of the resolution).
         projection: A' of `features=projection`.
+        options: Named arguments of a network by import path, e.g. `{depth: 4}`; the settings above are the U-Net's.
+        feature_channels: Channels of the feature map of a network by import path; measured when the settings are
+            resolved, 0 for the U-Net, whose channels follow from its width.
     """
 
     name: str = "unet"
@@ -33,15 +45,29 @@ class NetworkSettings(Section):
     norm: Literal["batch", "group", "instance"] = "batch"
     features: Literal["penultimate", "projection", "bottleneck"] = "penultimate"
     projection: int = 32
+    options: Options = field(default_factory=dict)
+    feature_channels: int = 0
 
     def checks(self) -> Checks:
-        """The width is a positive multiple of four, so that groups divide it."""
+        """The network exists; the width is a positive multiple of four, so that groups divide it."""
+        known = self.name in NETWORK_NAMES or self.is_own
+        yield known, "name", " | ".join((*NETWORK_NAMES, "package.module:Class"))
+        yield self.is_own or not self.options, "options", "nothing but for a network by import path"
+        measured = self.feature_channels >= 1 if self.is_own else self.feature_channels == 0
+        yield measured, "feature_channels", "nothing: it is measured"
         yield self.base_width >= 4 and self.base_width % 4 == 0, "base_width", "4 or more and a multiple of 4"
         yield self.projection >= 1, "projection", "1 or more"
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is a class by import path."""
+        return is_import_path(self.name)
+
+    @property
     def num_features(self) -> int:
         """A, channels of the feature map that the network returns beside the logits."""
+        if self.is_own:
+            return self.feature_channels
         widths = {"penultimate": 2 * self.base_width, "bottleneck": 16 * self.base_width}
         return widths.get(self.features, self.projection)
 
@@ -90,7 +116,8 @@ class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or `ram_sgcg` (both).
+        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or `ram_sgcg` (both);
+            or the import path of an own class, `package.module:Class`.
         statistics: Whether a site computes and sends class statistics (the contrastive methods need them).
         learning_rate: Adam's rate at the start; falls as (1 - progress) ** poly_power over all rounds.
         poly_power: Exponent of that fall; 0 keeps the rate.
@@ -102,6 +129,9 @@ class MethodSettings(Section):
         steps_per_round: Training steps in a round instead of whole epochs; 0 = use `local_epochs`.
         precision: `auto` takes bf16 on hardware that has it and float32 elsewhere.
         ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
+        options: What an own method reads from its settings, e.g. `{margin: 0.5}`.
+        traits: What an own method does: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes.
+            Taken from its class when the settings are resolved, and compared with it where it trains.
     """
 
     name: str
@@ -115,10 +145,16 @@ class MethodSettings(Section):
     steps_per_round: int = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     ram: RamSettings = RamSettings()
+    options: Options = field(default_factory=dict)
+    traits: tuple[str, ...] = ()
 
     def checks(self) -> Checks:
         """The method exists; rates and sizes are positive."""
-        yield self.name in METHOD_NAMES, "name", " | ".join(METHOD_NAMES)
+        known = self.name in METHOD_NAMES or self.is_own
+        yield known, "name", " | ".join((*METHOD_NAMES, "package.module:Class"))
+        yield self.is_own or not self.options, "options", "nothing but for a method by import path"
+        yield set(self.traits) <= set(ALL_TRAITS), "traits", " | ".join(ALL_TRAITS)
+        yield self.is_own or not self.traits, "traits", "nothing but for a method by import path"
         yield self.learning_rate > 0, "learning_rate", "more than zero"
         yield self.poly_power >= 0, "poly_power", "zero or more"
         yield self.weight_decay >= 0, "weight_decay", "zero or more"
@@ -126,18 +162,23 @@ class MethodSettings(Section):
         yield self.local_epochs >= 1, "local_epochs", "1 or more"
         yield self.steps_per_round >= 0, "steps_per_round", "0 or more"
         yield all(size >= 1 for size in self.batch_per_domain), "batch_per_domain", "1 or more slices of each domain"
-        needed = self.name in CONTRASTIVE
+        needed = self.contrasts
         yield self.statistics or not needed, "statistics", f"true for {self.name}, which learns from class statistics"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a class by import path."""
+        return is_import_path(self.name)
 
     @property
     def contrasts(self) -> bool:
         """Whether the method learns from the global prototypes."""
-        return self.name in CONTRASTIVE
+        return "contrasts" in TRAITS.get(self.name, self.traits)
 
     @property
     def mixes(self) -> bool:
         """Whether the method mixes amplitudes."""
-        return self.name in MIXING
+        return "mixes" in TRAITS.get(self.name, self.traits)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from common.console import Screen, run_command, steps_of
-from common.errors import Problem, fail
-from common.settings import GROUPS, choices_of, join
+from common.errors import FedsgcgError, Problem, fail
+from common.setting_help import explain
+from common.settings import GROUPS, choices_of, join, own_choices
 from deploy.coordinator import add_commands
 from deploy.prepare import command as data
 from deploy.simulate import Cell
@@ -41,7 +42,8 @@ and the model is judged at a hospital that took no part.
       One federation.
 
   fedsgcg report RUN       Make RUN/report.html again from the files of the run folder.
-  fedsgcg settings [...]   Show every setting, resolved, and the names each group offers.
+  fedsgcg settings [...]   Show every setting, resolved, and the names each group offers;
+                           `settings rounds` explains one.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
   fedsgcg data list        Data sets with settings; `data prepare NAME` says what to fetch.
 
@@ -49,7 +51,8 @@ A real federation: fedsgcg provision project.yaml makes a kit for the coordinato
 for each hospital; then fedsgcg serve | run | status | stop | resume KIT.
 
 Settings are given as name=value: a group (data=promise12) or one value
-(federation.rounds=30). Frequent ones:
+(federation.rounds=30). Own YAML files: --config-dir DIR, or data=PATH.yaml; own classes:
+method=package.module:Class, network=package.module:Class. Frequent settings:
 
   data.root=DIR            folder with manifest.csv, or one folder a hospital
   heldout=NAME|all         the hospital that takes no part
@@ -64,6 +67,15 @@ DISTANCES = ("asd", "assd", "hd95")
 WIDE_CONSOLE = 100  # columns from which a table has lines
 MOST_PROBLEMS = 8
 INTERRUPTED = "Interrupted. The same command goes on from the last done round."
+
+HYDRA_FLAGS = {
+    ("-m", "--multirun"): "leave it out: `fedsgcg study` runs every combination of values with commas",
+    ("-c", "--cfg"): "`fedsgcg settings` shows every setting, resolved",
+    ("--resolve",): "`fedsgcg settings` shows every setting, resolved",
+    ("--info",): "`fedsgcg settings NAME` explains a setting",
+    ("--hydra-help",): "`fedsgcg --help` and `fedsgcg settings NAME`",
+}
+"""Options of Hydra's own command line -> what to use instead."""
 
 EXITS = """\
 exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted
@@ -84,8 +96,19 @@ def run() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of ours become text and exit code 2, never a traceback."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     return run_command(lambda console: int(options.run(options, console)), INTERRUPTED)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; settings may stand before and after options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +121,18 @@ def _parser() -> argparse.ArgumentParser:
         ("settings", _settings, "show every setting, resolved"),
     ):
         command = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
-        command.add_argument("overrides", nargs="*", metavar="name=value", help="settings; see fedsgcg settings")
+        metavar = "name=value" if name != "settings" else "name[=value]"
+        command.add_argument("overrides", nargs="*", metavar=metavar, help="settings; see fedsgcg settings")
+        command.add_argument(
+            *("--config-dir", "-cd"),
+            default="",
+            metavar="DIR",
+            help="folder of your own data/, experiment/, method/, network/ YAML files",
+        )
+        for flags, instead in HYDRA_FLAGS.items():
+            command.add_argument(
+                *flags, action="append_const", dest="hydra", const=f"{flags[-1]}: {instead}", help=argparse.SUPPRESS
+            )
         command.set_defaults(run=run)
     report = commands.add_parser("report", help="make report.html again from the files of a run folder")
     report.add_argument("folder", type=Path)
@@ -113,11 +147,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _study(options: argparse.Namespace, console: Screen) -> int:
-    return _run(options.overrides, console, single=False)
+    return _run(_overrides(options), console, single=False)
 
 
 def _simulate(options: argparse.Namespace, console: Screen) -> int:
-    return _run(options.overrides, console, single=True)
+    return _run(_overrides(options), console, single=True)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """Return the settings of a command line, with the folder of own files as one of them.
+
+    Raises:
+        FedsgcgError: CFG-001 with what to use instead of Hydra's own options.
+    """
+    if options.hydra:
+        raise FedsgcgError(*(Problem("CFG-001", where="command line", found=text) for text in options.hydra))
+    own = [f"config_dir={Path(options.config_dir).expanduser().absolute()}"] if options.config_dir else []
+    return [*own, *options.overrides]
 
 
 def _run(overrides: Sequence[str], console: Screen, *, single: bool) -> int:
@@ -179,10 +225,15 @@ def _report(options: argparse.Namespace, console: Screen) -> int:
 def _settings(options: argparse.Namespace, console: Screen) -> int:
     import yaml
 
-    tree = join(options.overrides)
+    given = _overrides(options)
+    overrides = [text for text in given if "=" in text]
+    tree, own = join(overrides), own_choices(overrides)
+    if names := [text for text in given if "=" not in text]:
+        console.print("\n\n".join(explain(name, tree, overrides) for name in names))
+        return 0
     console.print(yaml.safe_dump(tree, sort_keys=False))
     for group in GROUPS:
-        console.print(f"{group}= {' | '.join(choices_of(group))}")
+        console.print(f"{group}= {' | '.join(choices_of(group, own))}")
     return 0
 
 

@@ -131,9 +131,14 @@ def check_plan(plan: Plan, device: str) -> None:
         device: `cpu` or `cuda`, where the sites compute.
 
     Raises:
-        FedsgcgError: All problems at once: CFG-001 for settings that do not go together, CFG-002 for an unknown
-            held-out hospital, CFG-003 when no site is left to train, CFG-004 for what the device does not have.
+        FedsgcgError: CFG-011 for a method by import path that cannot be used; else all problems at once: CFG-001 for
+            settings that do not go together, CFG-002 for an unknown held-out hospital, CFG-003 when no site is left to
+            train, CFG-004 for what the device does not have.
     """
+    if plan.method.is_own:
+        from clients.methods import method_class
+
+        method_class(plan.method)
     training = [site for site in plan.data.sites if plan.role(site) == "train"]
     problems = [
         *_role_problems(plan, training),

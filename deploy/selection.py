@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from common.errors import fail
-from common.plan import CONTRASTIVE, Plan
+from common.plan import Plan
 from deploy.grid import folder_name
 from deploy.simulate import Cell
 
@@ -134,15 +134,15 @@ def chosen_cell(cell: Cell, candidates: Sequence[Candidate], choice: Choice) -> 
     return replace(cell, tree={**tree, "chosen": choice.settings})
 
 
-def describe_selection(names: Sequence[str], swept: Sequence[str], methods: Sequence[str]) -> str:
+def describe_selection(names: Sequence[str], swept: Sequence[str], *, contrasts: bool) -> str:
     """Return how settings were chosen, for the study's record and beside its figures; "" where nothing was.
 
     Args:
         names: Settings that are chosen inside the folds.
         swept: Settings whose values are compared.
-        methods: Training methods of the study.
+        contrasts: Whether a method of the study learns from the prototypes.
     """
-    tuned = [name for name in TUNED if name not in names] if set(methods) & set(CONTRASTIVE) else []
+    tuned = [name for name in TUNED if name not in names] if contrasts else []
     open_ones = [name for name in tuned if name not in swept]
     parts = (
         NESTED.format(names=" and ".join(names), were=_were(names)) if names else "",

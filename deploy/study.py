@@ -20,10 +20,12 @@ from rich.text import Text
 
 from clients.cases import data_fingerprint
 from clients.site import resolve_cache, survey
+from common.choices import is_file, unquoted
 from common.console import Screen, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
-from common.settings import join
+from common.settings import chosen, join
+from common.training_settings import TRAITS
 from deploy.grid import (
     AXES,
     Variant,
@@ -61,7 +63,10 @@ from server.journal import lock_file
 
 RAY_ANSWERS_WITHIN_S = 5.0
 # Places and machines: changing them does not make another study.
-NOT_IDENTITY = ("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site", "grid", "select")
+NOT_IDENTITY = (
+    *("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site", "grid", "select"),
+    "config_dir",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,9 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     heldouts = [item.strip("'\"") for item in axes.get("heldout", [])] or [str(base["heldout"])]
     heldouts = sites if heldouts == ["all"] else heldouts
     seeds = [_seed(text) for text in axes.get("seed") or [str(base["seed"])]]
-    compared = variants(axes, _choice(base), str(base["federation"]["ownership"]))
+    made_of = chosen(_alone(rest, axes))
+    traits = _traits(rest, axes.get("method") or [made_of["method"]])
+    compared = variants(axes, made_of["method"], made_of["federation"], traits)
     machine = look_at_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
     mark = identity(located | ({"selected": selected} if selected else {}))[:8]
@@ -147,7 +154,8 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     address = _ray_address(str(base["ray"]["address"]))
     data = _fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]}))  # a cell may hold few hospitals
     swept = [name for name in axes if name not in AXES]
-    words = describe_selection(list(selected), swept, [variant.method for variant in compared])
+    contrasts = any("contrasts" in variant.traits for variant in compared)
+    words = describe_selection(list(selected), swept, contrasts=contrasts)
     return Study(
         folder, tuple(cells), runtime, device, machine, address, tuple(overrides), command, data, candidates, words
     )
@@ -388,12 +396,18 @@ def _alone(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _name(tree: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """Data and experiment: two experiments on the same data are two folders, whatever cells they share."""
-    experiments = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
+    experiments = [unquoted(text.partition("=")[2]) for text in overrides if text.startswith("experiment=")]
+    experiments = [Path(name).stem if is_file(name) else name for name in experiments]
     return "-".join([str(tree["data"]["name"]), *(name for name in experiments if name != "none")])
 
 
-def _choice(tree: Mapping[str, Any]) -> str:
-    return str(tree["method"]["name"])
+def _traits(rest: Sequence[str], methods: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Return what each choice of a method does, also of an own file or class."""
+    found = {}
+    for choice in methods:
+        method = join([*rest, f"method={choice}"])["method"]
+        found[choice] = TRAITS.get(method["name"], frozenset(method["traits"]))
+    return found
 
 
 def _check_cells(cells: Sequence[Cell], device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,11 +20,14 @@ from server.results import mean_dice
 Row = dict[str, Any]
 
 SITE_METRICS: Final = (
-    *("loss", "loss_supervised", "loss_contrast", "loss_consistency", "loss_restoration"),
-    *("validation_dice", "validation_cases", "micro_batches"),
+    *("loss", "validation_dice", "validation_cases", "micro_batches"),
     *("examples", "steps", "seconds", "learning_rate"),
 )
-"""Figures of a site that are kept; anything else that a site sends is dropped."""
+"""Figures of a site that are kept, beside the parts of its loss; anything else that a site sends is dropped."""
+
+LOSS_PART: Final = re.compile(r"loss_[a-z0-9_]{1,40}")
+MOST_PARTS: Final = 16
+"""Parts of a loss that are kept of one site, whatever it sends."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def site_rows(number: int, trained: Sequence[Collected], *described: Sequence[Co
             *(other.answer for others in described for other in others if other.answer.site == site),
         ]
         figures = dict(part.reply.metrics) if part.verdict.accepted else {}
-        kept = {name: figures[name] for name in SITE_METRICS if math.isfinite(figures.get(name, math.nan))}
+        parts = sorted(name for name in figures if LOSS_PART.fullmatch(name))[:MOST_PARTS]
+        kept = {name: figures[name] for name in (*parts, *SITE_METRICS) if math.isfinite(figures.get(name, math.nan))}
         kept["bytes_up"] = float(sum(answer.bytes_up for answer in answers))
         kept["bytes_down"] = float(sum(answer.bytes_down for answer in answers))
         rows += [row(number, "train", site, name, value) for name, value in kept.items()]

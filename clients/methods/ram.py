@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from clients.batches import Batch
 from clients.device import arithmetic
@@ -29,9 +29,10 @@ CLAMP: Final = 1e-7
 class Ram(Source):
     """RAM-DSIR; its restoration decoder is the site's own and never leaves."""
 
+    mixes = True
     parts = (*Source.parts, "loss_consistency", "loss_restoration")
 
-    def __init__(self, network: UNet, plan: Plan, domains: int, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, domains: int, device: torch.device) -> None:
         super().__init__(network, plan, domains, device)
         if plan.method.ram.restoration > 0:
             seed = stream_seed(plan.seed, "restoration")
@@ -42,7 +43,7 @@ class Ram(Source):
         """The encoder learns slower while the restoration decoder is on (methods.md 2.6)."""
         if not self.local:
             return super().groups()
-        encoder = list(self.network.encoder.parameters())
+        encoder = list(self._unet().encoder.parameters())
         inside = {id(parameter) for parameter in encoder}
         rest = [parameter for parameter in self.network.parameters() if id(parameter) not in inside]
         return [
@@ -73,11 +74,20 @@ class Ram(Source):
     def _mixed_view(self, batch: Batch) -> View:
         if batch.mixed is None:
             raise ValueError("batch.mixed: found None, expected the amplitude-mixed copies")
+        if not self.local:
+            return self.view("ram", batch.mixed)
+        network = self._unet()
         with arithmetic(self._dtype, self.device):
-            maps = self.network.encode(batch.mixed)
-            logits, features = self.network.decode(maps)
+            maps = network.encode(batch.mixed)
+            logits, features = network.decode(maps)
         self._deepest = maps[-1]
         return View("ram", logits.float(), features)
+
+    def _unet(self) -> UNet:
+        """Return the network, whose deepest map the restoration decoder starts from."""
+        if not isinstance(self.network, UNet):
+            raise TypeError(f"the restoration decoder belongs to the U-Net, found {type(self.network).__name__}")
+        return self.network
 
     def _restoration(self, batch: Batch) -> Tensor:
         """Sum over the domains of the mean squared error of the restored slices."""

@@ -22,6 +22,8 @@ from common.sgcg import reduce_labels, sgcg_loss
 class SgCG(Source):
     """The supervised baseline plus the contrastive term."""
 
+    contrasts = True
+
     def loss(self, batch: Batch, guide: Guide | None) -> Loss:
         """Supervised loss plus `prototypes.weight` times the contrastive loss; without prototypes the first alone."""
         views = self.forward(batch)

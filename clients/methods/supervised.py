@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from clients.batches import Batch
 from clients.device import arithmetic, precision
 from clients.methods.guidance import IGNORE, Guide
-from common.networks import UNet
 from common.plan import DataSettings, Plan
 
 SMOOTH = 1e-5  # of numerator and denominator, as in the published code
@@ -59,11 +58,16 @@ class Source:
         local: Networks that exist in training alone and stay at the site; empty here.
         parts: Names of the loss's parts, in the order of the report. `loss_supervised` is the mean over the views, so
             that methods of one view and of two compare.
+        contrasts: Whether the method learns from the global prototypes.
+        mixes: Whether it wants amplitude-mixed copies of the slices (`Batch.mixed`).
     """
+
+    contrasts: bool = False
+    mixes: bool = False
 
     parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
 
-    def __init__(self, network: UNet, plan: Plan, domains: int, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, domains: int, device: torch.device) -> None:
         self.network, self.plan, self.device = network, plan, device
         self.local = nn.ModuleDict()
         self._dtype = precision(plan.method, device)

@@ -31,6 +31,33 @@ def test_a_value_with_commas_is_an_axis_and_everything_else_stays():
     assert rest == ["data.sites=[A,B]", "federation.rounds=3", "data.root=/a,/b"]
 
 
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("seed=range(3)", ["0", "1", "2"]),
+        ("seed=choice(4,5)", ["4", "5"]),
+        ("method=choice(source,sgcg)", ["source", "sgcg"]),
+        ("method=glob(*ram*)", ["ram", "ram_sgcg"]),
+        ("heldout=choice(A,B)", ["A", "B"]),
+        ("prototypes.weight=range(0.1,0.5,0.1)", ["0.1", "0.2", "0.3", "0.4"]),
+        ("prototypes.weight=1e-3,0.001,0.10", ["0.001", "0.1"]),
+        ("prototypes.normalize=true,false", ["true", "false"]),
+        ("data.intensity=choice(minmax,'zscore','a,b','true')", ["minmax", "zscore", '"a,b"', '"true"']),
+        ("data.classes={a: [0], b: [1]},{a: [0], c: [1]}", ["{a:[0],b:[1]}", "{a:[0],c:[1]}"]),
+    ],
+)
+def test_a_sweep_is_written_as_in_hydra(text, values):
+    axes, rest = split_axes([text])
+    assert list(axes.values()) == [values]
+    assert not rest
+
+
+def test_a_sweep_without_values_is_refused():
+    with pytest.raises(FedsgcgError, match="values that can be listed"):
+        split_axes(["prototypes.weight=interval(0,1)"])
+    assert split_axes(["prototypes.weight=choice(0.5)"]) == ({}, ["prototypes.weight=0.5"])
+
+
 def test_all_mistakes_of_the_axes_are_named_at_once():
     with pytest.raises(FedsgcgError) as caught:
         split_axes(["method=sgcq", "method=ram", "federation=by_sight", "data.sites=A,B"])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from common.errors import FedsgcgError
 from common.networks import NETWORKS, UNet, build_network, initialise
 from common.plan import NetworkSettings
 
@@ -116,8 +117,8 @@ def test_unknown_names_are_refused():
         UNet(norm="layer")
     with pytest.raises(ValueError, match="base_width: found 3"):
         UNet(base_width=3)
-    with pytest.raises(ValueError, match="name: found 'vnet'"):
-        build_network(NetworkSettings(name="vnet"), 3, 2, 0)
+    with pytest.raises(FedsgcgError, match="vnet"):
+        NetworkSettings(name="vnet")
     assert {"unet": UNet} == NETWORKS
 
 

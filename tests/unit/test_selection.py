@@ -142,12 +142,14 @@ def test_of_equal_values_the_first_is_chosen_and_nobody_to_judge_is_an_error(tmp
 
 def test_figures_whose_settings_were_not_chosen_in_the_folds_say_so():
     weight, temperature = "prototypes.weight", "prototypes.temperature"
-    assert describe_selection([], [], ["source", "ram"]) == ""
-    assert "may be optimistic; select=prototypes.weight,prototypes.temperature" in describe_selection([], [], ["sgcg"])
-    both = describe_selection([weight, temperature], [], ["sgcg"])
+    assert describe_selection([], [], contrasts=False) == ""
+    assert "may be optimistic; select=prototypes.weight,prototypes.temperature" in describe_selection(
+        [], [], contrasts=True
+    )
+    both = describe_selection([weight, temperature], [], contrasts=True)
     assert "held-out hospital chose no setting" in both
     assert "optimistic" not in both
-    assert describe_selection([], [weight], ["sgcg"]).startswith(f"{weight} was compared, not chosen")
+    assert describe_selection([], [weight], contrasts=True).startswith(f"{weight} was compared, not chosen")
 
 
 @pytest.mark.slow
