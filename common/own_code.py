@@ -60,5 +60,5 @@ def traits_of(cls: type) -> tuple[str, ...]:
 
 def unusable(path: str, found: str, where: str, expected: str) -> FedsgcgError:
     """The error for a class that cannot be used."""
-    action = "see docs/how-to-own-method.md; the folder of the module must be on PYTHONPATH"
+    action = "see docs/how-to/own-method.md; the folder of the module must be on PYTHONPATH"
     return fail("CFG-011", where=f"{where}={path}", found=found, expected=expected, action=action)

@@ -19,7 +19,7 @@ from deploy.simulate import run_cell_in_process
 from tests.journeys import small
 from tests.unit.test_policy import asked_of, policy_for
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to-own-method.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-method.md"
 
 
 @pytest.fixture
