@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
@@ -27,9 +28,10 @@ from common.contents import CONTENT_HASHES
 from common.errors import fail
 from common.feature_samples import FILE, write_feature_samples
 from common.networks import build_network
+from common.norm_moments import NormMoments
 from common.payload import encode_cases
 from common.plan import SHARES
-from common.seeding import stream
+from common.seeding import stream, stream_seed
 from common.statistics import ClassStatistics
 from common.wire import Reply
 
@@ -90,13 +92,11 @@ def describe(visit: Visit) -> RecordDict:
     """
     guard(visit, "train")
     options, network = visit.request.options, received(visit)
-    if not options.get("moments"):
-        mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
-        return send(visit, Reply(visit.identity, visit.site, statistics=statistics(visit, network, mode)))
-    classes = bool(options.get("classes")) and visit.plan.method.statistics
-    tables, rngs = training_slices(visit)
-    moments, found = site_moments(network, tables, visit.plan, visit.device, rngs, classes=classes)
-    return send(visit, Reply(visit.identity, visit.site, statistics=found, moments=moments))
+    mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
+    measured = moments(visit, network) if options.get("moments") else None
+    wanted = visit.plan.method.statistics and (options.get("classes") or measured is None)
+    found = statistics(visit, network, mode) if wanted else None
+    return send(visit, Reply(visit.identity, visit.site, statistics=found, moments=measured))
 
 
 def train(visit: Visit) -> RecordDict:
@@ -192,6 +192,14 @@ def training_slices(visit: Visit) -> tuple[list[SliceTable], list[np.random.Gene
     plan, number = visit.plan, visit.identity.round
     tables = [store.slices("train") for store in visit.stores]
     return tables, [stream(plan.seed, number, store.site, "statistics") for store in visit.stores]
+
+
+def moments(visit: Visit, network: nn.Module) -> NormMoments:
+    """Moments of BatchNorm's inputs over the site's augmented training slices under the network's weights."""
+    tables, rngs = training_slices(visit)
+    seed = stream_seed(visit.plan.seed, visit.identity.round, visit.site, "moments")
+    generator = torch.Generator(visit.device).manual_seed(seed)
+    return site_moments(network, tables, visit.plan, visit.device, rngs, generator)
 
 
 def statistics(visit: Visit, network: nn.Module, norm_mode: NormMode | None = None) -> ClassStatistics:

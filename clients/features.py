@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients.batches import gather, index_batches
+from clients.batches import augment, gather, index_batches
 from clients.device import arithmetic, precision
 from clients.methods.guidance import IGNORE, pixel_features
 from clients.methods.sgcg import labels_at
@@ -57,8 +57,11 @@ def site_statistics(
     Returns:
         Statistics in float64, (K,), (K, A) and (K, A, A).
     """
-    with statistics_mode(network, norm_mode or plan.prototypes.norm_mode):
-        return _pass(network, tables, plan, device, rngs, None)
+    total = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
+    with torch.no_grad(), statistics_mode(network, norm_mode or plan.prototypes.norm_mode):
+        for images, labels in statistics_batches(tables, plan.method, rngs):
+            total = total + batch_statistics(_features(network, images, plan, device), labels.to(device), plan)
+    return total
 
 
 def site_moments(
@@ -67,53 +70,34 @@ def site_moments(
     plan: Plan,
     device: torch.device,
     rngs: Sequence[np.random.Generator],
-    *,
-    classes: bool = False,
-) -> tuple[NormMoments, ClassStatistics | None]:
+    generator: torch.Generator,
+) -> NormMoments:
     """Moments of the inputs of every BatchNorm layer over the training slices, each batch normalised by its own.
 
-    With several domains the batches are those of a training step, so that a small domain weighs here what it weighs
-    there. With one, every slice counts once.
+    The batches are those of a training step: augmented, since moments of plain slices are narrower than those that the
+    weights were trained under, and with several domains mixed, so that a small domain weighs here what it weighs there.
 
     Args:
         network: Holds the merged weights; neither its weights nor its running moments change.
         tables: The training slices of each source domain.
-        plan: Batch sizes and representation.
+        plan: Batch sizes and augmentation.
         device: Where the network is.
         rngs: Order of the slices of each domain.
-        classes: Whether to take the class statistics (`norm_mode=batch`) in the same pass.
-
-    Returns:
-        The moments, and the class statistics or None.
+        generator: Draws the augmentation, on the device.
     """
-    with _measured_moments(network) as measured:
-        statistics = _pass(network, tables, plan, device, rngs, measured, classes=classes)
-    return measured.moments(), statistics if classes else None
-
-
-def _pass(
-    network: nn.Module,
-    tables: Sequence[SliceTable],
-    plan: Plan,
-    device: torch.device,
-    rngs: Sequence[np.random.Generator],
-    measured: _Measured | None,
-    *,
-    classes: bool = True,
-) -> ClassStatistics:
-    """Run the network once over the training slices of all domains."""
-    dtype = precision(plan.method, device)
-    total = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
-    with torch.no_grad():
+    with torch.no_grad(), _measured_moments(network) as measured:
         for images, labels in statistics_batches(tables, plan.method, rngs):
-            batch = images.to(device, memory_format=torch.channels_last)
-            with arithmetic(dtype, device):
-                _, penultimate = network(batch)
-            if measured is not None:
-                measured.take()
-            if classes:
-                total = total + batch_statistics(penultimate, labels.to(device), plan)
-    return total
+            changed, _ = augment(images.to(device), labels.to(device), plan.data.augmentation, generator)
+            _features(network, changed, plan, device)
+            measured.take()
+    return measured.moments()
+
+
+def _features(network: nn.Module, images: torch.Tensor, plan: Plan, device: torch.device) -> torch.Tensor:
+    """Run the network on a batch (B, C, S, S); returns its feature map (B, A, h, w)."""
+    with arithmetic(precision(plan.method, device), device):
+        features: torch.Tensor = network(images.to(device, memory_format=torch.channels_last))[1]
+    return features
 
 
 def statistics_batches(

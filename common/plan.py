@@ -65,7 +65,7 @@ class FederationSettings(Section):
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that the sites measured
             under their local weights, like every other entry. `recalibrate` has every site measure them again under
-            the merged weights, one pass over its training slices, and pools them exactly (`common.norm_moments`).
+            the merged weights, one pass over its augmented training slices, and pools them (`common.norm_moments`).
         selection: Model that is evaluated at the held-out site: the `last`, or the best on `source_validation`.
         shared_images: What happens when an image of a training hospital is also at the held-out hospital or an observer
             (`server.shared_images`): `refuse` ends the run before its first round, with the list; `flag` goes on, and
@@ -226,7 +226,7 @@ class Plan(Section):
 
     @property
     def described_after_merge(self) -> bool:
-        """Whether the pass that measures BatchNorm's moments gives the class statistics of `memory=restart` too."""
+        """Whether the sites describe the merged model for `memory=restart` when they measure BatchNorm's moments."""
         shared_pass = self.prototypes.memory == "restart" and self.prototypes.norm_mode == "batch"
         return self.method.statistics and self.recalibrates and shared_pass
 

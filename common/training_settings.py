@@ -192,7 +192,7 @@ class PrototypeSettings(Section):
         normalize: Unit-length features in statistics and loss alike.
         covariance: `full`, `diagonal`, or `none` (prototype cross-entropy).
         memory: What the server keeps between rounds, and how a site uses it (methods.md 1.8; `server.prototypes`).
-            `restart` describes the model that the round starts from, in the pass that measures BatchNorm's moments;
+            `restart` describes the model that the round starts from, in the exchange that measures BatchNorm's moments;
             `online` is the paper's update with every training batch. No memory holds the untrained network.
         discount: gamma of `memory=discount`.
         momentum: beta of `memory=momentum`, the share of the fresh statistics.

@@ -1,5 +1,6 @@
 """Moments of BatchNorm's inputs: pooling equals computing at once, and the merged model normalises by its own."""
 
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from clients.batches import augment, gather, index_batches
 from clients.cases import open_store
 from clients.features import site_moments
 from clients.site import open_site
@@ -19,6 +21,7 @@ from common.errors import FedsgcgError
 from common.networks import build_network
 from common.norm_moments import NormMoments, norm_layers
 from common.payload import Identity
+from common.plan import AugmentationSettings
 from common.wire import Reply
 from server.admission import Expectation, admit
 from server.merge import merge_moments
@@ -87,7 +90,9 @@ def test_bytes_that_are_no_moments_are_refused(data):
 def opened(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("moments")
     root = sites.hospitals(folder / "data")
-    plan = sites.plan_of(root, folder, "method.batch_size=64", "data.sites=[North,South]")  # each site in one batch
+    still = [f"data.augmentation.{name}=0" for name in vars(AugmentationSettings())]
+    # Each site in one batch, which is compared with the plain slices.
+    plan = sites.plan_of(root, folder, "method.batch_size=64", "data.sites=[North,South]", *still)
     tables = [
         open_store(open_site(root, name, plan.data), plan.data, folder / "c", heldout=False).slices("train")
         for name in sites.SITES
@@ -122,7 +127,7 @@ def test_the_merged_model_has_the_moments_of_all_sites_inputs(opened):
     plan, tables, network = opened
     before = weights_of(network)
     parts = [
-        (name, site_moments(network, [table], plan, CPU, rngs(1))[0])
+        (name, site_moments(network, [table], plan, CPU, rngs(1), torch.Generator()))
         for name, table in zip(sites.SITES, tables, strict=True)
     ]
     assert weights_of(network).digest() == before.digest()
@@ -145,10 +150,27 @@ def test_the_merged_model_has_the_moments_of_all_sites_inputs(opened):
 
 def test_batches_add_up_to_one_pass_over_every_slice(opened):
     plan, tables, network = opened
-    found, _ = site_moments(network, tables[:1], plan, CPU, rngs(1))
+    found = site_moments(network, tables[:1], plan, CPU, rngs(1), torch.Generator())
     images, _ = tables[0].stack(range(len(tables[0])))
     first = inputs_of(network, torch.from_numpy(images))
     assert found.count.tolist() == [len(rows) for rows in first.values()]
+
+
+def test_the_moments_are_those_of_the_augmented_batches_of_a_step(opened):
+    plan, tables, network = opened
+    noisy = replace(
+        plan, data=replace(plan.data, augmentation=AugmentationSettings(gamma=0.5, brightness=0.5, noise=0.5))
+    )
+    found = site_moments(network, tables[:1], noisy, CPU, rngs(1), torch.Generator().manual_seed(3))
+    again = site_moments(network, tables[:1], noisy, CPU, rngs(1), torch.Generator().manual_seed(3))
+    np.testing.assert_array_equal(found.mean, again.mean)
+    (chosen,) = index_batches(tables[:1], noisy.method, rngs(1))
+    images, labels = gather(tables[:1], chosen)
+    changed, _ = augment(images, labels, noisy.data.augmentation, torch.Generator().manual_seed(3))
+    first = next(iter(inputs_of(network, changed).values()))
+    np.testing.assert_allclose(found.mean[: first.shape[1]], first.mean(0), atol=1e-4 * first.std())
+    plain = site_moments(network, tables[:1], plan, CPU, rngs(1), torch.Generator())
+    assert np.abs(found.mean - plain.mean).max() > 0.01
 
 
 def reply(moments: NormMoments | None) -> Reply:
@@ -169,7 +191,7 @@ def reply(moments: NormMoments | None) -> Reply:
 )
 def test_impossible_moments_are_not_admitted(opened, change, found):
     plan, tables, network = opened
-    good, _ = site_moments(network, tables[:1], plan, CPU, rngs(1))
+    good = site_moments(network, tables[:1], plan, CPU, rngs(1), torch.Generator())
     due = Expectation(IDENTITY, "North", measured=weights_of(network))
     assert admit(reply(good), due).accepted
     verdict = admit(reply(change(good)), due)
