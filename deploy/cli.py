@@ -19,6 +19,7 @@ from common.console import Screen, run_command, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.setting_help import explain
 from common.settings import GROUPS, choices_of, join, own_choices
+from common.system import expand
 from deploy.coordinator import add_commands
 from deploy.prepare import command as data
 from deploy.simulate import Cell
@@ -162,7 +163,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     """
     if options.hydra:
         raise FedsgcgError(*(Problem("CFG-001", where="command line", found=text) for text in options.hydra))
-    own = [f"config_dir={Path(options.config_dir).expanduser().absolute()}"] if options.config_dir else []
+    own = [f"config_dir={expand(options.config_dir, '--config-dir').absolute()}"] if options.config_dir else []
     return [*own, *options.overrides]
 
 
