@@ -48,7 +48,7 @@ class TrainedOn:
 
     @classmethod
     def of_model(cls, path: Path) -> TrainedOn | None:
-        """Read what lies beside a model; None where nothing does, as with a model that was handed on.
+        """Read the file in the model's folder; None where there is none, as with a model that was handed on.
 
         Raises:
             FedsgcgError: MOD-801 for a damaged file.

@@ -49,7 +49,7 @@ QUIET_S = 5.0
 
 
 class Screen(Console):
-    """A console that prints data to the letter, and all of it.
+    """A console that prints data verbatim, and all of it.
 
     Args:
         stream: Where to print.
@@ -75,11 +75,11 @@ class Screen(Console):
         super().print(*objects, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return a text to the letter, but for control characters: a file's name cannot steer the terminal."""
+        """Return a text verbatim, but for control characters: a file's name cannot steer the terminal."""
         return super().render_str(text.translate(UNSEEN), **options)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        """Show a spinner before a text to the letter."""
+        """Show a spinner before a verbatim text."""
         return super().status(Text(status) if isinstance(status, str) else status, **options)
 
 
@@ -141,7 +141,7 @@ def print_error(text: str) -> None:
 
 
 def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
-    """Return a bar that goes when it is done; its descriptions are shown to the letter."""
+    """Return a bar that goes when it is done; its descriptions are shown verbatim."""
     return Progress(TextColumn("{task.description}", markup=False), BarColumn(), *more, console=console, transient=True)
 
 

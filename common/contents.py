@@ -25,8 +25,8 @@ CONTENT_HASHES: Final = "content_hashes"
 TRAINING_IMAGES: Final = "training_images.json"
 """File of the coordinator's run folder: `salt`, and hospital -> salted hashes of the images that a model learned from.
 
-It lies beside the model and is not one of its parts: who hands on `model.json` and `model.safetensors` hands on nothing
-about images.
+It is in the folder of the model and is not one of its parts: who hands on `model.json` and `model.safetensors` hands on
+nothing about images.
 """
 
 
