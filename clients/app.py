@@ -22,7 +22,7 @@ from clients.evaluation import evaluate_cases, validation_dice
 from clients.features import NormMode, sample_features, site_moments, site_statistics
 from clients.mixing import site_amplitudes
 from clients.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
-from clients.training import load_weights, train_round, weights_of
+from clients.training import client_name, load_weights, train_round, weights_of
 from clients.visit import SPLITS, Visit, guard, visiting
 from common.contents import CONTENT_HASHES
 from common.errors import fail
@@ -197,7 +197,8 @@ def training_slices(visit: Visit) -> tuple[list[SliceTable], list[np.random.Gene
 def moments(visit: Visit, network: nn.Module) -> NormMoments:
     """Moments of BatchNorm's inputs over the site's augmented training slices under the network's weights."""
     tables, rngs = training_slices(visit)
-    seed = stream_seed(visit.plan.seed, visit.identity.round, visit.site, "moments")
+    name = client_name([store.site for store in visit.stores])
+    seed = stream_seed(visit.plan.seed, visit.identity.round, name, "moments")
     generator = torch.Generator(visit.device).manual_seed(seed)
     return site_moments(network, tables, visit.plan, visit.device, rngs, generator)
 
