@@ -9,20 +9,20 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from common.console import Screen, run_command, steps_of
+from common.console import Screen, Version, add_output_options, run_command, steps_of
 from common.errors import FedsgcgError, Problem, fail
-from common.setting_help import explain
-from common.settings import GROUPS, choices_of, join, own_choices
 from common.system import expand
 from deploy.coordinator import add_commands
 from deploy.prepare import command as data
-from deploy.simulate import Cell
+
+if TYPE_CHECKING:
+    from deploy.simulate import Cell
 
 HELP = """\
 Hospitals train one segmentation model together, without moving an image,
@@ -43,6 +43,7 @@ and the model is judged at a hospital that took no part.
       One federation.
 
   fedsgcg report RUN       Make RUN/report.html again from the files of the run folder.
+  fedsgcg clean RUN        Remove checkpoints and pictures of its finished cells.
   fedsgcg settings [...]   Show every setting, resolved, and the names each group offers;
                            `settings rounds` explains one.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
@@ -67,6 +68,7 @@ method=package.module:Class, network=package.module:Class. Frequent settings:
 DISTANCES = ("asd", "assd", "hd95")
 WIDE_CONSOLE = 100  # columns from which a table has lines
 MOST_PROBLEMS = 8
+STATUS = {0: "completed", 1: "failed", 3: "degraded"}
 INTERRUPTED = "Interrupted. The same command goes on from the last done round."
 
 HYDRA_FLAGS = {
@@ -79,7 +81,8 @@ HYDRA_FLAGS = {
 """Options of Hydra's own command line -> what to use instead."""
 
 EXITS = """\
-exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted
+exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted,
+143 ended by SIGTERM
 """
 
 
@@ -98,7 +101,7 @@ def run() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors of ours become text and exit code 2, never a traceback."""
     options = _parsed(arguments)
-    return run_command(lambda console: int(options.run(options, console)), INTERRUPTED)
+    return run_command(lambda console: int(options.run(options, console)), INTERRUPTED, options)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -115,6 +118,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="fedsgcg", description=HELP, epilog=EXITS, formatter_class=raw)
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, words in (
         ("study", _study, "hospitals left out x methods x seeds, resumable"),
@@ -134,10 +138,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 *flags, action="append_const", dest="hydra", const=f"{flags[-1]}: {instead}", help=argparse.SUPPRESS
             )
+        add_output_options(command, events=True)
+        if name != "settings":
+            command.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
         command.set_defaults(run=run)
     report = commands.add_parser("report", help="make report.html again from the files of a run folder")
     report.add_argument("folder", type=Path)
+    add_output_options(report, events=True)
     report.set_defaults(run=_report)
+    clean = commands.add_parser("clean", help="remove what the finished cells of a run folder do not need")
+    clean.add_argument("folder", metavar="RUN", type=Path)
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    add_output_options(clean, events=True)
+    clean.set_defaults(run=_clean)
     hospitals = commands.add_parser("hospitals", help="write the synthetic hospitals as NIfTI files")
     hospitals.add_argument("folder", type=Path)
     hospitals.add_argument("--seed", type=int, default=0)
@@ -148,11 +161,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _study(options: argparse.Namespace, console: Screen) -> int:
-    return _run(_overrides(options), console, single=False)
+    return _run(options, console, single=False)
 
 
 def _simulate(options: argparse.Namespace, console: Screen) -> int:
-    return _run(_overrides(options), console, single=True)
+    return _run(options, console, single=True)
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -167,13 +180,26 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return [*own, *options.overrides]
 
 
-def _run(overrides: Sequence[str], console: Screen, *, single: bool) -> int:
+def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
     from deploy.study import plan_study, run_study
 
+    overrides = _overrides(options)
     with console.status("looking at the hospitals and this machine"):
         study = plan_study(overrides, single=single)
+    names = [cell.name for cell in study.cells]
+    done = [cell.name for cell in study.cells if cell.done]
+    facts = {"folder": study.folder, "cells": names, "done": done, "runtime": study.runtime, "device": study.device}
+    if options.dry_run:
+        from deploy.dry_run import show_plan
+
+        show_plan(study, console)
+        console.event("study.planned", **facts)
+        return 0
+    console.event("study.started", **facts)
     code = run_study(study, console)
     tell_end(study.folder, study.cells, code, console)
+    report = study.folder / "report.html"
+    console.event("study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report)
     return code
 
 
@@ -182,8 +208,8 @@ def tell_end(folder: Path, cells: Sequence[Cell], code: int, console: Screen) ->
     _print_left_out(cells, console)
     _print_results(folder, console)
     _print_problems(cells, console)
-    word = {0: ("completed", "green"), 3: ("degraded", "yellow"), 1: ("failed", "red")}[code]
-    console.print(Text.assemble(word, f"; report: {folder / 'report.html'}"))
+    style = {0: "green", 3: "yellow", 1: "red"}[code]
+    console.print(Text.assemble((STATUS[code], style), f"; report: {folder / 'report.html'}"))
 
 
 def _print_left_out(cells: Sequence[Cell], console: Screen) -> None:
@@ -213,18 +239,43 @@ def _report(options: argparse.Namespace, console: Screen) -> int:
     from server.report import make_report
 
     folder: Path = options.folder
-    if not (folder / "study.yaml").is_file():
-        raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
+    _check_run_folder(folder)
     with steps_of(console, "making the report") as tell:
         read_record(folder)
         collect(folder)
         path = make_report(folder, tell)
     console.print(f"report: {path}")
+    console.event("report.done", report=path)
     return 0
+
+
+def _clean(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.cleaning import PICTURES, RESUME, Freed, finished_cells, remove
+    from server.journal import lock_file
+
+    folder: Path = options.folder
+    _check_run_folder(folder)
+    with lock_file(folder / "lock"):
+        cells = finished_cells(folder)
+        for name, patterns in (("checkpoints and journals", RESUME), ("pictures and features", PICTURES)):
+            freed = sum((remove(cell, patterns, dry_run=options.dry_run) for cell in cells), Freed())
+            console.event("clean", what=name, files=freed.files, bytes=freed.size, removed=not options.dry_run)
+            console.print(f"{name}: {freed}{' would be' if options.dry_run else ''} removed")
+    console.print(f"{len(cells)} finished cells keep their results, rounds, models and the report.")
+    console.print("A report that is made again has no overlays of them.")
+    return 0
+
+
+def _check_run_folder(folder: Path) -> None:
+    if not (folder / "study.yaml").is_file():
+        raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
 
 
 def _settings(options: argparse.Namespace, console: Screen) -> int:
     import yaml
+
+    from common.setting_help import explain
+    from common.settings import GROUPS, choices_of, join, own_choices
 
     given = _overrides(options)
     overrides = [text for text in given if "=" in text]
@@ -232,6 +283,7 @@ def _settings(options: argparse.Namespace, console: Screen) -> int:
     if names := [text for text in given if "=" not in text]:
         console.print("\n\n".join(explain(name, tree, overrides) for name in names))
         return 0
+    console.event("settings", settings=tree)
     console.print(yaml.safe_dump(tree, sort_keys=False))
     for group in GROUPS:
         console.print(f"{group}= {' | '.join(choices_of(group, own))}")

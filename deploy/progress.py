@@ -59,6 +59,7 @@ class CellState:
     observer_dice: float = float("nan")
     done_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
     lines: list[str] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)  # read and not shown yet
 
     @property
     def ended(self) -> bool:
@@ -80,6 +81,7 @@ class CellState:
     def take(self, event: dict[str, Any]) -> None:
         """Update the state with one event."""
         name = event["event"]
+        self.events.append(event)
         self.rounds = int(event.get("rounds", self.rounds))
         self.round = int(event.get("round", self.round))
         if name in ("run.started", "round.done"):
@@ -123,11 +125,12 @@ class Progress:
         self.started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._live = Live(console=console, auto_refresh=False, transient=True) if self._redraws(console) else None
         for state in self.states:  # what an earlier call did is known, not news
             state.read_events()
             state.done_before, state.status = state.done, "waiting"
             state.lines.clear()
+            state.events.clear()
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -143,6 +146,10 @@ class Progress:
         self._show()
         if self._live:
             self._live.stop()
+
+    @staticmethod
+    def _redraws(console: Screen) -> bool:
+        return console.is_terminal and not console.only_problems
 
     def time_left(self) -> str:
         """Estimate from the rounds done in this call, over all cells."""
@@ -160,6 +167,11 @@ class Progress:
     def _show(self) -> None:
         for state in self.states:
             state.read_events()
+            for event in state.events:
+                self.console.event(
+                    event["event"], cell=state.cell.name, **{k: v for k, v in event.items() if k != "event"}
+                )
+            state.events.clear()
             if not self._live:
                 for line in state.lines:
                     self.console.print(f"{line}  ({self.time_left()})")

@@ -52,7 +52,9 @@ def check_same_study(study: Study) -> None:
     if not before:
         return
     path = study.folder / "study.yaml"
-    problems = [
+    # A method that was not there before has nothing to be compared with but what all cells share.
+    problems = differences(before["shared"], dict(study.shared), str(path)) if "shared" in before else []
+    problems = problems or [
         problem
         for method, tree in settings_by_method(study).items()
         for problem in differences(before["settings"].get(method, tree), tree, f"{path}, {method}")
@@ -91,6 +93,7 @@ def write_record(study: Study) -> None:
         "machine": describe_machine(study.machine),
         "versions": {name: version(name) for name in PACKAGES},
         "selection": {"words": study.selection, "chosen": _chosen(before)},
+        "shared": dict(study.shared),
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
     Disk().write(study.folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common.console import catch_signals
 from common.errors import fail
 from common.plan import Plan
 from common.system import has_home
@@ -33,6 +34,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # a SIGTERM is an end as asked, not a crash with a stack of C++
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
 }
@@ -151,6 +153,7 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     Raises:
         FedsgcgError: What stopped the coordinator; RND-410 where it was the loss of a hospital's actor.
     """
+    import ray
     from flwr.simulation import run_simulation
 
     from clients.app import build_client_app
@@ -163,13 +166,18 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     training = sum(plan.role(site) == "train" for site in plan.members())
     with warnings.catch_warnings(), told_of_lost_workers():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices, once a process
+        # As Flower would start it; here, because Ray puts a handler of SIGTERM in the place of ours.
+        ray.init(
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
+            **ray_arguments(machine, address),
+        )
+        catch_signals()
         run_simulation(
             server_app=build_server_app(dict(tree)),
             client_app=build_client_app(dict(tree)),
             num_supernodes=len(plan.members()),
             backend_config={
                 "client_resources": {"num_cpus": plan.site.threads, "num_gpus": gpu_share(training, machine)},
-                "init_args": ray_arguments(machine, address),
             },
         )
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from clients.predict_options import add_predict_parser
 from clients.site_file import read_site_file
-from common.console import Screen, print_error, run_command
+from common.console import Screen, Version, print_error, run_command
 from common.errors import FedsgcgError, fail
 from common.system import user_name
 
@@ -34,7 +34,10 @@ site.yaml in it; fill in site.yaml first: it beats whatever the coordinator asks
   fedsgcg-site cache KIT      size of the slice cache; --prune removes old files
   fedsgcg-site request KIT    make this site's key here; the private half never travels
 """
-EXITS = "exit codes: 0 all is well, 1 it failed, 2 bad settings or data, 3 there are warnings, 130 interrupted\n"
+EXITS = """\
+exit codes: 0 all is well, 1 it failed, 2 bad settings or data, 3 there are warnings, 130 interrupted,
+143 ended by SIGTERM
+"""
 RECENT = 20
 
 
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="fedsgcg-site", description=HELP, epilog=EXITS, formatter_class=raw)
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {}
     for name, work, words in (

@@ -21,11 +21,12 @@ from rich.text import Text
 from clients.cases import data_fingerprint
 from clients.site import resolve_cache, survey
 from common.choices import is_file, unquoted
-from common.console import Screen, steps_of
+from common.console import Screen, catch_signals, steps_of
 from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import chosen, join
 from common.training_settings import TRAITS
+from deploy.cleaning import RESUME, finished_cells, remove
 from deploy.grid import (
     AXES,
     Variant,
@@ -85,6 +86,7 @@ class Study:
         data: Fingerprint of the hospitals' files (`clients.cases.data_fingerprint`).
         candidates: Name of a cell -> what its fold chooses between, with the federations that judge it.
         selection: How settings were chosen, in words.
+        shared: Settings that all its cells have in common, whatever else is added to it (`shared_settings`).
     """
 
     folder: Path
@@ -98,6 +100,7 @@ class Study:
     data: str
     candidates: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
     selection: str = ""
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
 
 def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
@@ -124,7 +127,8 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     compared = variants(axes, made_of["method"], made_of["federation"], traits)
     machine = look_at_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
-    mark = identity(located | ({"selected": selected} if selected else {}))[:8]
+    whole = located | ({"selected": selected} if selected else {})
+    mark = identity(whole)[:8]
     folder = Path(str(base["output"]) or f"runs/{_name(base, overrides)}-{mark}").resolve()
     cells: list[Cell] = []
     candidates: dict[str, tuple[Candidate, ...]] = {}
@@ -157,7 +161,18 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     contrasts = any("contrasts" in variant.traits for variant in compared)
     words = describe_selection(list(selected), swept, contrasts=contrasts)
     return Study(
-        folder, tuple(cells), runtime, device, machine, address, tuple(overrides), command, data, candidates, words
+        folder,
+        tuple(cells),
+        runtime,
+        device,
+        machine,
+        address,
+        tuple(overrides),
+        command,
+        data,
+        candidates,
+        words,
+        shared_settings(whole),
     )
 
 
@@ -175,11 +190,14 @@ def run_study(study: Study, console: Screen) -> int:
         )
         console.print(_explain_runtime(study, len(missing)))
         _tell_survey(study, console)
+        _tell_nobody_held_out(study, console)
         ended = Ended()
         if missing:
             missing, ended = _select(study, missing, console)
             with Progress(study.cells, console):
                 ended = ended.and_then(_run_cells(study, missing)) if missing else ended
+        for folder in finished_cells(study.folder):
+            remove(folder, RESUME)
         with steps_of(console, "making the report") as tell:
             collect(study.folder)
             make_report(study.folder, tell)
@@ -236,6 +254,13 @@ def _tell_survey(study: Study, console: Screen) -> None:
         console.print(str(problem), style="yellow")
 
 
+def _tell_nobody_held_out(study: Study, console: Screen) -> None:
+    """Say before the start that a study judges its models at hospitals that trained them."""
+    if any(not cell.heldout for cell in study.cells):
+        text = "No hospital is held out: models are judged on validation cases of the hospitals that trained them."
+        console.print(f"{text} heldout=all leaves out every hospital in turn.", style="yellow")
+
+
 def _tell_cut_steps(cells: Iterable[Cell], console: Screen) -> None:
     """Name the cells in which a hospital ran out of memory and went on with smaller parts of its steps."""
     from server.report_reader import Reader
@@ -254,11 +279,23 @@ def exit_code(cells: Iterable[Cell]) -> int:
 
 def identity(tree: Mapping[str, Any]) -> str:
     """Hash of the settings that make two calls the same study: everything but the axes, places and machines."""
+    return hashlib.sha256(json.dumps(_identifying(tree), sort_keys=True).encode()).hexdigest()
+
+
+def shared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that make two calls the same study, wherever its data are."""
+    kept = _identifying(tree)
+    data = {name: value for name, value in kept["data"].items() if name != "root"}
+    found: dict[str, Any] = json.loads(json.dumps(kept | {"data": data}))
+    return found
+
+
+def _identifying(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in tree.items() if name not in NOT_IDENTITY}
     kept["federation"] = {
         name: value for name, value in tree["federation"].items() if name not in ("ownership", "moments")
     }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return kept
 
 
 @dataclass
@@ -313,6 +350,7 @@ def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, BaseExcep
 
     quiet_flower()
     ray.init(**ray_arguments(study.machine, study.ray_address))
+    catch_signals()  # Ray has put a handler of SIGTERM in the place of ours
     try:
         threads = int(cells[0].tree["site"]["threads"])
         whole = ray.cluster_resources()  # type: ignore[no-untyped-call]  # of this machine, or of all machines of a cluster

@@ -18,7 +18,6 @@ from common.errors import FedsgcgError, Problem, fail
 from common.plan import Plan
 from common.settings import nearest
 from server.disk import Disk, refusals
-from server.words import training_sites
 
 FILE: Final = "departed.json"
 OPTION: Final = "--without"
@@ -91,6 +90,8 @@ def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
     left = [site for site in training if site not in gone]
     quorum = plan.federation.quorum
     if training and len(left) < max(1, quorum):
+        from server.words import training_sites  # here, as it brings Flower, which the command line does without
+
         found = f"{', '.join(left) or 'no training site'} left"
         expected = f"the quorum of {training_sites(quorum)}" if quorum else "one training site or more"
         action = "found a new study with those who stay"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.table import Table
 from rich.text import Text
@@ -13,8 +13,9 @@ from rich.text import Text
 from common.console import Screen
 from common.datasets import CATALOGUE, OWN_DATA
 from common.errors import Problem, fail
-from deploy.prepare import fundus, own, prostate
-from deploy.prepare.conversion import REPORT, Outcome, absent, convert
+
+if TYPE_CHECKING:
+    from deploy.prepare.conversion import Outcome
 
 NAMES: Final = (*CATALOGUE, "manifest")
 SHOWN: Final = 12
@@ -68,6 +69,9 @@ def run_list(options: argparse.Namespace, console: Screen) -> int:
 
 def run_prepare(options: argparse.Namespace, console: Screen) -> int:
     """Convert one data set; 0 when all is as published, 3 when something is missing, extra or cannot be used."""
+    from deploy.prepare import fundus, own, prostate
+    from deploy.prepare.conversion import absent, convert
+
     name, source, folder = options.name, options.source, options.output
     if source is None or not source.exists():
         raise absent(name, source, "no such folder" if source is not None else "no SOURCE was given")
@@ -88,6 +92,8 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Screen) -> None:
+    from deploy.prepare.conversion import REPORT
+
     console.print(_counts(name, outcome))
     for note in [*outcome.notes[:SHOWN], advice]:
         if note:

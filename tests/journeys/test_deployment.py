@@ -1,13 +1,14 @@
 """Real processes on loopback: TLS, node keys, separate homes; the model is the simulation's to the last bit."""
 
+import io
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from common.console import Screen
 from common.errors import FedsgcgError
 from deploy.operate import run_kit, stop_kit
 from tests.journeys import apart, small
@@ -42,9 +43,9 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
     federation.wait(lambda: federation.seen("round.started", round=1), 150, "no round has started")
     # In this process, as the stop below: the start of a command takes longer than some of these rounds.
     with pytest.raises(FedsgcgError, match="DEP-614"):
-        run_kit(federation.kit.folder, ["federation.rounds=2"], Console(quiet=True))
+        run_kit(federation.kit.folder, ["federation.rounds=2"], Screen(io.StringIO()))
     federation.wait(lambda: federation.seen("round.done", round=1), 240, "round 1 was not finished")
-    assert stop_kit(federation.kit.folder, Console(quiet=True)) == 0
+    assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
     federation.start("run", "deploy.cli", "resume", federation.kit.folder)
     assert federation.finish("run", 240) == 0, federation.logs()
@@ -68,7 +69,7 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     federation.join("East", "North", "South")
     federation.run()
     federation.wait(lambda: federation.seen("round.done", round=1), 300, "round 1 was not finished")
-    assert stop_kit(federation.kit.folder, Console(quiet=True)) == 0
+    assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
     left = federation.try_command("leave", federation.site("South"), "--for-good", module="deploy.site_cli")
     assert "--without South" in left.stdout

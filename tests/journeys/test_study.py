@@ -1,6 +1,7 @@
 """A coordinator's day: a study to its end, cut off in the middle and called again, and the same hash everywhere."""
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -9,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from common.console import Screen
 from deploy.preflight import Machine
 from deploy.simulate import run_cell_in_process, run_cell_on_ray
 from deploy.study import run_study
@@ -107,7 +108,7 @@ def test_second_process_on_the_same_folder_is_refused_and_named(hospitals: Path,
 
 def test_same_folder_with_other_settings_is_refused_and_the_difference_named(hospitals: Path, tmp_path: Path) -> None:
     study = small.plan(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1")
-    assert run_study(study, Console(quiet=True)) == 0
+    assert run_study(study, Screen(io.StringIO())) == 0
     done = small.run(
         "study", *small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=2")
     )

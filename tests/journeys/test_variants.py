@@ -1,13 +1,14 @@
 """Pooled, local and swept studies, amplitude sharing and resuming, through the real federation in one process."""
 
+import io
 import json
 
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 from safetensors.numpy import load_file
 
 from clients.app import build_client_app
+from common.console import Screen
 from common.errors import FedsgcgError
 from common.phantoms import write_hospitals
 from common.plan import Plan
@@ -100,7 +101,7 @@ def test_a_study_of_variants_runs_reports_and_goes_on(root, tmp_path, capsys):
     places.remove("federation.rounds=4")
     varied = ["method=source,sgcg", "federation=local,pooled", "prototypes.weight=0.1,1"]
     asked = [*places, "federation.rounds=1", "heldout=C", *varied]
-    assert run_study(plan_study([*asked]), Console()) in (0, 3)
+    assert run_study(plan_study([*asked]), Screen(io.StringIO())) in (0, 3)
     table = pq.read_table(tmp_path / "run" / "results.parquet")
     found = {
         (row["method"], row["trains"], row["federation"], row["setting"], row["trained_on"])

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from clients.batches import Batch
 from clients.cases import open_store
@@ -25,6 +24,7 @@ from clients.site import open_site
 from clients.state import LocalState
 from clients.training import Session, train_round, weights_of
 from common import wire
+from common.console import Screen
 from common.errors import FedsgcgError
 from common.networks import UNet, build_network
 from common.plan import Plan
@@ -395,12 +395,12 @@ def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(hos
     words = "method=source", "heldout=South", "federation.rounds=2", f"data.root={root}", "runtime=inprocess"
     places = f"output={tmp_path / 'study'}", f"site.cache={tmp_path / 'cache'}"
     small = [text for text in sites.SMALL if not text.startswith("federation.rounds")]
-    console = Console(file=io.StringIO(), width=400)
+    said = io.StringIO()
+    console = Screen(said, width=400)
     assert run_study(plan_study([*small, *words, *places]), console) == 0
     told = "North in 2. The effective batch is the same; BatchNorm and the Dice term see the parts"
-    assert isinstance(console.file, io.StringIO)
     assert f"source · South · seed 0: parts of a training step that the memory did not hold whole: {told}" in (
-        console.file.getvalue()
+        said.getvalue()
     )
     assert told in (tmp_path / "study" / "report.html").read_text()
 
