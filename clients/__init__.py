@@ -1,1 +1,1 @@
-"""Hospital side: reads cases, trains and evaluates; nothing leaves except through `clients.egress`."""
+"""Hospital side: reads cases, trains and evaluates; nothing leaves except through `clients.guard.egress`."""

@@ -1,7 +1,7 @@
 """The hospital's Flower app: it enrols, describes its pixels, trains and evaluates; read top to bottom, it is a round.
 
-Every answer leaves through `clients.egress`. Every failure becomes a code; its text, which may name a patient, stays in
-the site's own `errors.log`.
+Every answer leaves through `clients.guard.egress`. Every failure becomes a code; its text, which may name a patient,
+stays in the site's own `errors.log`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from clients.cases import SliceTable, fingerprint
-from clients.contents import shared_contents
-from clients.egress import apply_floors, release
+from clients.data.store import SliceTable, fingerprint
 from clients.evaluation import evaluate_cases, validation_dice
-from clients.features import NormMode, sample_features, site_moments, site_statistics
-from clients.mixing import site_amplitudes
-from clients.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
+from clients.guard.contents import shared_contents
+from clients.guard.egress import apply_floors, release
+from clients.methods.class_statistics import NormMode, sample_features, site_moments, site_statistics
+from clients.methods.partners import site_amplitudes
+from clients.methods.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
+from clients.request import SPLITS, Visit, guard, visiting
 from clients.training import client_name, load_weights, train_round, weights_of
-from clients.visit import SPLITS, Visit, guard, visiting
-from common.contents import CONTENT_HASHES
 from common.errors import fail
 from common.feature_samples import FILE, write_feature_samples
+from common.images.contents import CONTENT_HASHES
 from common.networks import build_network
-from common.norm_moments import NormMoments
-from common.payload import encode_cases
-from common.plan import SHARES
 from common.seeding import stream, stream_seed
+from common.settings.plan import SHARES
 from common.statistics import ClassStatistics
-from common.wire import Reply
+from common.wire.messages import Reply
+from common.wire.norm_moments import NormMoments
+from common.wire.payload import encode_cases
 
 CHANNELS = 3  # a slice with its two neighbours, or one slice three times
 

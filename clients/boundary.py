@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from common.errors import FedsgcgError
-from common.payload import Identity
+from common.wire.payload import Identity
 
 NOBODY = Identity(run="", heldout="", round=0, plan="")  # of a reply to a message that says not even what it belongs to
 LOG = logging.getLogger("fedsgcg.site")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.errors import fail
-from common.plan import MethodSettings
+from common.settings.plan import MethodSettings
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -21,15 +21,15 @@ import torch.nn.functional as F  # noqa: N812
 from scipy import ndimage
 from torch import Tensor, nn
 
+from clients.methods.base import structure_targets
 from clients.methods.guidance import IGNORE
-from clients.methods.supervised import structure_targets
-from clients.pictures import Picture, choose_picture, write_pictures
 from common.metrics import segmentation_metrics
-from common.payload import DISTANCES
-from common.plan import DataSettings, Plan
+from common.pictures import Picture, choose_picture, write_pictures
+from common.settings.plan import DataSettings, Plan
+from common.wire.payload import DISTANCES
 
 if TYPE_CHECKING:
-    from clients.cases import Case, CaseStore, SliceTable
+    from clients.data.store import Case, CaseStore, SliceTable
 
 Mask = npt.NDArray[np.bool_]
 BATCH = 16  # slices in a forward pass; eval-mode BatchNorm makes the result independent of it

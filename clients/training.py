@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from clients.batches import (
+from clients.cuda_graph import Replay, adam, set_rate
+from clients.data.batches import (
     Batch,
     Chosen,
     augment,
@@ -22,18 +23,17 @@ from clients.batches import (
     most_parts,
     steps_of,
 )
-from clients.memory import let_go, unless_out_of_memory
+from clients.data.prefetch import prefetch
 from clients.methods import Guidance, Guide, Source, method_class
-from clients.mixing import Mixer, build_mixer
-from clients.prefetch import prefetch
-from clients.replay import Replay, adam, set_rate
+from clients.methods.partners import Mixer, build_mixer
+from clients.out_of_memory import let_go, unless_out_of_memory
 from common.errors import fail
-from common.payload import Weights
-from common.plan import Plan
 from common.seeding import stream, stream_seed
+from common.settings.plan import Plan
+from common.wire.payload import Weights
 
 if TYPE_CHECKING:
-    from clients.cases import CaseStore, SliceTable
+    from clients.data.store import CaseStore, SliceTable
 
 LOG = logging.getLogger("fedsgcg.site")
 MOMENTS: Final = "adam."

@@ -12,9 +12,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from common.norm_moments import NormMoments, norm_layers
-from common.payload import Identity, Weights
 from common.statistics import ClassStatistics
+from common.wire.norm_moments import NormMoments, norm_layers
+from common.wire.payload import Identity, Weights
 
 SYMMETRY: Final = 1e-9
 """Largest |M_ij - M_ji| relative to the largest entry: float64 round-off of a sum over millions of pixels."""
@@ -27,7 +27,7 @@ UNIT_NORM: Final = 1e-3
 
 
 class Payload(Protocol):
-    """What a site sent, as far as admission looks at it (`common.wire.Reply` is one)."""
+    """What a site sent, as far as admission looks at it (`common.wire.messages.Reply` is one)."""
 
     @property
     def identity(self) -> Identity:

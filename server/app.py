@@ -1,12 +1,12 @@
 """The coordinator's Flower app, as a table of contents.
 
-A run joins its settings into a plan (`common.settings`), opens its journal and goes on after the last done round
-(`server.journal`), leaves out who has left for good (`server.departures`), waits for the hospitals
-(`server.enrolment`), and then, round by round (`server.rounds`): sends the global model and the global prototypes to
-the training sites (`server.asking`, `server.exchange`), admits or rejects what they send (`server.admission`), merges
-weights and class statistics (`server.merge`), remembers prototypes (`server.prototypes`), and commits. At the end it
-chooses a model without looking at the held-out hospital (`server.heldout`), has it judged there, and writes the results
-(`server.results`).
+A run joins its settings into a plan (`common.settings.compose`), opens its journal and goes on after the last done
+round (`server.records.journal`), leaves out who has left for good (`server.sites.departures`), waits for the hospitals
+(`server.sites.enrolment`), and then, round by round (`server.federation`): sends the global model and the global
+prototypes to the training sites (`server.sites.requests`, `server.sites.exchange`), admits or rejects what they send
+(`server.admission`), merges weights and class statistics (`server.aggregation.merge`), remembers prototypes
+(`server.aggregation.prototypes`), and commits. At the end it chooses a model without looking at the held-out hospital
+(`server.selection`), has it judged there, and writes the results (`server.records.results`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import FedsgcgError
-from common.plan import Plan
-from common.settings import plan_of_run
-from server.results import OnEvent, ignore_event
-from server.rounds import Outcome, run_federation
+from common.settings.compose import plan_of_run
+from common.settings.plan import Plan
+from server.federation import Outcome, run_federation
+from server.records.results import OnEvent, ignore_event
 
 LOG = logging.getLogger("flwr")  # Flower's own logger: `flwr run --stream` shows it
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from common.phantoms import write_hospitals
-from common.plan import AugmentationSettings, DataSettings
+from common.images.phantoms import write_hospitals
+from common.settings.plan import AugmentationSettings, DataSettings
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which it decides when it is first imported.
 if not torch.cuda.is_available():

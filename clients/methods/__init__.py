@@ -1,18 +1,18 @@
 """The training methods: what each makes of a batch, which networks it needs beside the U-Net, and its loss.
 
 A method runs the network on a batch and returns the loss in float32 outside autocast (methods.md 1.7). To add one,
-write a file here, name it in `METHODS` and in `common.training_settings.TRAITS`, and give it a file in
+write a file here, name it in `METHODS` and in `common.settings.training.TRAITS`, and give it a file in
 `configs/method`; or leave the class where it is and give its import path, `method=package.module:Class`.
 """
 
 from __future__ import annotations
 
+from clients.methods.base import Loss, Source, View
 from clients.methods.guidance import Guidance, Guide
 from clients.methods.ram import Ram, RamSgCG
 from clients.methods.sgcg import SgCG
-from clients.methods.supervised import Loss, Source, View
-from common.own_code import load_class, traits_of, unusable
-from common.plan import MethodSettings
+from common.settings.own_code import load_class, traits_of, unusable
+from common.settings.plan import MethodSettings
 
 METHODS: dict[str, type[Source]] = {"source": Source, "ram": Ram, "sgcg": SgCG, "ram_sgcg": RamSgCG}
 

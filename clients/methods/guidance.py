@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from common.plan import PrototypeSettings
+from common.settings.plan import PrototypeSettings
 from common.statistics import ClassStatistics
 
 IGNORE = 255  # label of pixels that take no part

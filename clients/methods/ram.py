@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from clients.batches import Batch
+from clients.data.batches import Batch
 from clients.device import arithmetic
+from clients.methods.base import Loss, Source, View, segmentation_loss
 from clients.methods.guidance import IGNORE
 from clients.methods.sgcg import SgCG
-from clients.methods.supervised import Loss, Source, View, segmentation_loss
 from common.networks import RestorationDecoder, UNet, build_restoration
-from common.plan import Plan
 from common.seeding import stream_seed
+from common.settings.plan import Plan
 
 CLAMP: Final = 1e-7
 """Probabilities stay this far from 0 and 1: the published form gives infinity when one saturates."""

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clients.batches import Batch
+from clients.data.batches import Batch
+from clients.methods.base import Loss, Source, View
 from clients.methods.guidance import IGNORE, Guidance, Guide, flat_pixels
-from clients.methods.supervised import Loss, Source, View
-from common.plan import Plan, PrototypeSettings
-from common.sgcg import reduce_labels, sgcg_loss
+from common.settings.plan import Plan, PrototypeSettings
+from common.sgcg.loss import reduce_labels, sgcg_loss
 
 
 class SgCG(Source):

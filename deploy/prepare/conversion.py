@@ -21,11 +21,11 @@ from typing import Any, Final
 
 from common.console import Screen, counted
 from common.datasets import CATALOGUE, fetch_advice
-from common.disk_errors import disk_advice
 from common.errors import FedsgcgError, Problem, fail
-from common.folders import by_format, counted_names, look_through
+from common.files.errors import disk_advice
+from common.files.system import lock
+from common.images.folders import by_format, counted_names, look_through
 from common.names import printable
-from common.system import lock
 
 FORMAT: Final = 2
 """Raise it when a conversion changes, so that folders made before are made anew."""

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clients.site import split_of
+from clients.data.case_files import split_of
 from common.datasets import FUNDUS
 from common.errors import fail
-from common.imaging import read_volume
-from common.native import mask_bytes, picture_bytes
+from common.images.read import read_volume
+from common.images.write import mask_bytes, picture_bytes
 from deploy.prepare.conversion import Found, Work, absent, image_files, take
 from deploy.prepare.fundus_names import PUBLISHED
 

@@ -15,13 +15,13 @@ from typing import Final
 
 import numpy as np
 
-from clients.manifest import read_manifest
-from clients.site import alike_hospitals
-from clients.slices import whole_label
+from clients.data.case_files import alike_hospitals
+from clients.data.manifest import read_manifest
+from clients.data.slices import whole_label
 from common.datasets import CATALOGUE
 from common.errors import CODES, FedsgcgError, Problem, fail
-from common.folders import is_file, stem_of, without_suffix
-from common.imaging import check_geometry, check_image, read_volume, suffix_of
+from common.images.folders import is_file, stem_of, without_suffix
+from common.images.read import check_geometry, check_image, read_volume, suffix_of
 from common.names import printable
 from deploy.prepare.conversion import Found, Work, absent, image_files, take
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from common.datasets import PROSTATE
 from common.errors import fail
-from common.imaging import check_image, read_volume, suffix_of, to_native
-from common.native import write_native
+from common.images.read import check_image, read_volume, suffix_of, to_native
+from common.images.write import write_native
 from deploy.prepare.conversion import Found, Work, absent, image_files, take
 
 FOLDERS: Final = {

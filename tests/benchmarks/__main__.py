@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from deploy.preflight import look_at_machine
-from deploy.record import describe_machine
+from deploy.study.preflight import look_at_machine
+from deploy.study.record import describe_machine
 
 PARTS = ("loss", "statistics", "amplitude", "metrics", "step", "federation", "deployment", "end_to_end", "gpu")
 FOLDER = Path("runs/benchmarks")

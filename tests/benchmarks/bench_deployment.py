@@ -101,7 +101,7 @@ def run() -> list[dict[str, Any]]:
 
 def _rounds(kind: str, folder: Path) -> list[float]:
     """Seconds between the ends of the rounds of one federation."""
-    from tests.journeys.loopback import loopback
+    from tests.support.loopback import loopback
 
     folder.mkdir()
     with loopback(folder, DATABASE) as federation:
@@ -135,7 +135,7 @@ def _rounds(kind: str, folder: Path) -> list[float]:
 
 
 def _start_plain(federation: Any, kit: Path) -> None:
-    from deploy.node import free_port
+    from deploy.site.commands import free_port
 
     home = kit / "flwr"
     home.mkdir()
@@ -184,7 +184,7 @@ def _write_ours(app: Path) -> None:
 def _approve(app: Path, kit: Path) -> None:
     from flwr.cli.build import build_fab_from_disk
 
-    from clients.approval import approve, read_bundle
+    from clients.guard.approval import approve, read_bundle
 
     approve(read_bundle(build_fab_from_disk(app)), kit / "home/approved.json", "bench")
 
@@ -194,13 +194,13 @@ def _messages(folder: Path) -> tuple[tuple[float, float, float], tuple[float, fl
     from flwr.app import Context, Message, Metadata, RecordDict
     from flwr.cli.build import build_fab_from_disk
 
-    from clients.resident import Resident
-    from clients.site_file import read_site_file
+    from clients.guard.site_file import read_site_file
     from common.networks import build_network
-    from common.payload import Identity, Weights
-    from common.plan import NetworkSettings
-    from common.wire import Request, encode_request
-    from tests.journeys.loopback import Loopback, certificate
+    from common.settings.plan import NetworkSettings
+    from common.wire.messages import Request, encode_request
+    from common.wire.payload import Identity, Weights
+    from deploy.site.resident import Resident
+    from tests.support.loopback import Loopback, certificate
 
     folder.mkdir()
     certificate(folder, "authority")

@@ -67,8 +67,8 @@ def _child_process(kind: str, folder: Path, name: str) -> dict[str, float]:
 
 
 def _child(kind: str, folder: Path, name: str) -> dict[str, float]:
-    from deploy.simulate import run_cell_in_process
-    from deploy.study import plan_study
+    from deploy.study.run import plan_study
+    from deploy.study.runtimes import run_cell_in_process
 
     if kind == "published":
         _swap_in_the_published_forms()
@@ -90,7 +90,7 @@ def _figures(folder: Path) -> dict[str, float]:
 
 def _swap_in_the_published_forms() -> None:
     import clients.evaluation
-    import clients.features
+    import clients.methods.class_statistics
     import clients.methods.sgcg
     from common.metrics import Metrics, segmentation_metrics
     from common.networks import DecoderBlock
@@ -105,7 +105,7 @@ def _swap_in_the_published_forms() -> None:
     DecoderBlock.forward = PublishedBlock.forward
     torch.optim.Adam = _UnfusedAdam
     clients.methods.sgcg.sgcg_loss = _einsum_loss
-    clients.features.class_moments = _onehot_moments
+    clients.methods.class_statistics.class_moments = _onehot_moments
     clients.evaluation.segmentation_metrics = metrics
 
 

@@ -67,7 +67,7 @@ def _timed(kind: str) -> dict[str, float]:
 
 
 def _child(kind: str, folder: Path) -> dict[str, Any]:
-    from deploy.simulate import prepare_environment, quiet_flower
+    from deploy.study.runtimes import prepare_environment, quiet_flower
 
     prepare_environment()
     quiet_flower()
@@ -112,10 +112,10 @@ def _run_plain() -> list[float]:
 
 
 def _run_ours(kind: str, folder: Path) -> list[float]:
-    from common.settings import join
-    from deploy.inprocess import run_in_process
-    from deploy.preflight import look_at_machine
-    from deploy.simulate import ray_arguments
+    from common.settings.compose import join
+    from deploy.study.inprocess import run_in_process
+    from deploy.study.preflight import look_at_machine
+    from deploy.study.runtimes import ray_arguments
     from server.app import build_server_app
 
     tree = join([f"federation.rounds={ROUNDS}", "method=source", f"output={folder}"])
@@ -143,9 +143,9 @@ def _echo_app() -> Any:
 
     from clients.training import load_weights, weights_of
     from common.networks import build_network
-    from common.payload import encode_cases
-    from common.plan import NetworkSettings
-    from common.wire import Reply, decode_request, encode_reply
+    from common.settings.plan import NetworkSettings
+    from common.wire.messages import Reply, decode_request, encode_reply
+    from common.wire.payload import encode_cases
 
     app = ClientApp()
 

@@ -22,22 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.batches import Batch, augment
-from clients.cases import open_store
+from clients.cuda_graph import Replay, adam, set_rate
+from clients.data.batches import Batch, augment
+from clients.data.case_files import open_site
+from clients.data.prefetch import prefetch
+from clients.data.store import open_store
 from clients.device import choose_device, describe_hardware
 from clients.evaluation import evaluate_cases
 from clients.methods import METHODS, Guidance
-from clients.prefetch import prefetch
-from clients.replay import Replay, adam, set_rate
-from clients.site import open_site
+from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
 from clients.training import train_round
-from common import moments, sgcg
-from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from common.images.phantoms import write_hospitals
 from common.networks import build_network
-from common.phantoms import write_hospitals
-from common.plan import Plan
-from common.settings import compose
-from common.sgcg import class_moments, sgcg_loss
+from common.settings.compose import compose
+from common.settings.plan import Plan
+from common.sgcg import loss as sgcg
+from common.sgcg import moments
+from common.sgcg.loss import class_moments, sgcg_loss
 from tests.benchmarks import peers
 from tests.benchmarks.bench_loss import inputs
 from tests.benchmarks.bench_step import make_batch

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clients.batches import Batch
+from clients.data.batches import Batch
 from clients.methods import METHODS, Guidance
 from common.networks import DecoderBlock, build_network
-from common.plan import Plan
-from common.settings import compose
+from common.settings.compose import compose
+from common.settings.plan import Plan
 from common.statistics import ClassStatistics
 from tests.benchmarks.bench_amplitude import pictures
 from tests.benchmarks.harness import at_least, one_thread, paired, ratio, row, show

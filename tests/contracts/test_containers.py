@@ -13,11 +13,12 @@ import jsonschema
 import pytest
 import yaml
 
-from clients.site_file import read_site_file
-from common.phantoms import write_hospitals
-from deploy import cli, site_cli
-from deploy.project import Project, read_project
-from deploy.provision import provision
+from clients.guard.site_file import read_site_file
+from common.images.phantoms import write_hospitals
+from deploy.cli import coordinator as cli
+from deploy.cli import site as site_cli
+from deploy.coordinator.project import Project, read_project
+from deploy.coordinator.provision import provision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"

@@ -22,9 +22,9 @@ from types import ModuleType
 
 import pytest
 
-from common.plan import Plan
-from common.settings import join
-from deploy.grid import split_axes, split_select
+from common.settings.compose import join
+from common.settings.plan import Plan
+from deploy.study.grid import split_axes, split_select
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

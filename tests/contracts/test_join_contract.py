@@ -1,4 +1,4 @@
-"""What `deploy.join` listens for in a SuperNode's log is what Flower says when the node has to be started anew."""
+"""What the supervisor listens for in a SuperNode's log is what Flower says when the node has to be started anew."""
 
 import logging
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 from flwr.supercore.retry.http_retry import make_simple_http_retry_invoker
 from flwr.supernode.start_client_internal import RunNotRunningException, _pull_and_store_message
 
-from deploy.join import LINK_GIVEN_UP, STUCK
+from deploy.site.supervisor import LINK_GIVEN_UP, STUCK
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.superexec import run_superexec
 from flwr.supernode.runtime import run_clientapp
 
-from clients.resident import ACQUIRE
+from deploy.site.resident import ACQUIRE
 
 
 def test_tasks_are_pulled_and_pushed_by_these_functions():
@@ -41,7 +41,7 @@ def test_the_resident_starts_without_torch():
     import sys
 
     told = subprocess.run(
-        [sys.executable, "-c", "import clients.resident, sys; print('torch' in sys.modules, 'ray' in sys.modules)"],
+        [sys.executable, "-c", "import deploy.site.resident, sys; print('torch' in sys.modules, 'ray' in sys.modules)"],
         capture_output=True,
         text=True,
     )

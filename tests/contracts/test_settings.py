@@ -10,8 +10,8 @@ import pytest
 from clients.methods import METHODS
 from common.errors import FedsgcgError
 from common.networks import NETWORKS
-from common.plan import METHOD_NAMES, NETWORK_NAMES, Plan
-from common.settings import GROUPS, MAPS, choices_of, compose, join, nearest
+from common.settings.compose import GROUPS, MAPS, choices_of, compose, join, nearest
+from common.settings.plan import METHOD_NAMES, NETWORK_NAMES, Plan
 
 FROZEN = Path(__file__).with_name("options.txt")
 

@@ -12,14 +12,14 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
-from clients import ledger
 from clients.boundary import NOBODY
-from clients.visit import Visit, visiting
-from common import wire
-from common.payload import Weights
-from common.plan import Plan
-from common.wire import Reply, Request, decode_reply, encode_request
-from tests import sites
+from clients.guard import ledger
+from clients.request import Visit, visiting
+from common.settings.plan import Plan
+from common.wire import messages as wire
+from common.wire.messages import Reply, Request, decode_reply, encode_request
+from common.wire.payload import Weights
+from tests.support import sites
 
 CANARY = "Mueller-Anna-1957"
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from common.errors import FedsgcgError
-from common.payload import decode_statistics
-from common.plan import Plan
+from common.files.disk import Disk
+from common.settings.plan import Plan
 from common.statistics import ClassStatistics
-from common.wire import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
-from server.checkpoint import RoundRecord
-from server.departures import check_departures, declare, departed
-from server.disk import Disk
-from server.journal import Journal
-from server.merge import merge_statistics
-from server.prototypes import PrototypeMemory
-from server.rounds import Outcome, run_federation
-from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import SILENCE, ScriptedGrid, honest_reply
+from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
+from common.wire.payload import decode_statistics
+from server.aggregation.merge import merge_statistics
+from server.aggregation.prototypes import PrototypeMemory
+from server.federation import Outcome, run_federation
+from server.records.checkpoint import RoundRecord
+from server.records.journal import Journal
+from server.sites.departures import check_departures, declare, departed
+from tests.support.plans import small_plan
+from tests.support.scripted_grid import SILENCE, ScriptedGrid, honest_reply
 
 ALL = ("A", "B", "C", "D")
 MEMORIES = ["cumulative", "discount", "lagged", "restart", "overlay", "momentum"]

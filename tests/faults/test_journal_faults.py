@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-import server.rounds
+import server.federation
 from common.errors import FedsgcgError
-from server.checkpoint import RoundRecord
-from server.disk import Disk
-from server.journal import Journal
-from server.rounds import Outcome, initial_weights, run_federation
-from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import ScriptedGrid
-from tests.unit.test_journal import SETTINGS, record
+from common.files.disk import Disk
+from server.federation import Outcome, initial_weights, run_federation
+from server.records.checkpoint import RoundRecord
+from server.records.journal import Journal
+from tests.support.plans import small_plan
+from tests.support.scripted_grid import ScriptedGrid
+from tests.unit.server.test_journal import SETTINGS, record
 
 ROUNDS = 4
 
@@ -128,7 +128,7 @@ def test_whatever_operation_fails_the_run_ends_the_same(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = initial_weights(small_plan(tmp_path))
-    monkeypatch.setattr(server.rounds, "initial_weights", lambda plan: start)
+    monkeypatch.setattr(server.federation, "initial_weights", lambda plan: start)
     whole = federate(tmp_path / "whole")
     assert whole.status == "completed"
     wanted = content(tmp_path / "whole", "lock", "events.jsonl", "outcome.json")
@@ -158,8 +158,8 @@ def test_a_real_file_size_limit_stops_the_run_and_keeps_the_last_checkpoint(tmp_
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from common.errors import FedsgcgError\n"
-        "from server.journal import Journal\n"
-        "from tests.unit.test_journal import SETTINGS, record\n"
+        "from server.records.journal import Journal\n"
+        "from tests.unit.server.test_journal import SETTINGS, record\n"
         "journal = Journal(Path(sys.argv[1]), 'plan', SETTINGS); journal.resume()\n"
         "journal.commit_round(record(1))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"  # less than a checkpoint with prototypes

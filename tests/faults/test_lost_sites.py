@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common.wire import ENROL, TRAIN, Reply, Request
-from server import exchange
-from server.rounds import Outcome, run_federation
-from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import FLOWER_ERROR, LOST, SILENCE, Script, ScriptedGrid
+from common.wire.messages import ENROL, TRAIN, Reply, Request
+from server.federation import Outcome, run_federation
+from server.sites import exchange
+from tests.support.plans import small_plan
+from tests.support.scripted_grid import FLOWER_ERROR, LOST, SILENCE, Script, ScriptedGrid
 
 ALL = ("A", "B", "C", "D")
 

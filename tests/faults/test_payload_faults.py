@@ -9,13 +9,13 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from common.errors import CODES
-from common.payload import Weights, decode_statistics
 from common.statistics import ClassStatistics
-from common.wire import STATISTICS, TRAIN, Reply, Request, encode_reply
-from server.merge import merge_moments, merge_statistics, merge_weights
-from server.rounds import initial_weights, run_federation
-from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import FLOWER_ERROR, PATIENT, SILENCE, ScriptedGrid, honest_reply
+from common.wire.messages import STATISTICS, TRAIN, Reply, Request, encode_reply
+from common.wire.payload import Weights, decode_statistics
+from server.aggregation.merge import merge_moments, merge_statistics, merge_weights
+from server.federation import initial_weights, run_federation
+from tests.support.plans import small_plan
+from tests.support.scripted_grid import FLOWER_ERROR, PATIENT, SILENCE, ScriptedGrid, honest_reply
 
 ALL = ("A", "B", "C", "D")
 
@@ -217,8 +217,8 @@ def test_prototypes_are_those_of_the_chosen_model_and_of_the_admitted_sites_alon
     [b"", b"noise", "other structure", "dice of two", "dice missing"],
 )
 def test_heldout_results_that_cannot_be_are_refused(rows: bytes | str, tmp_path: Path) -> None:
-    from common.payload import encode_cases
-    from tests.faults.scripted_grid import case_rows
+    from common.wire.payload import encode_cases
+    from tests.support.scripted_grid import case_rows
 
     plan = small_plan(tmp_path, federation__rounds=1)
 

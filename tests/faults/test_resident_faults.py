@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
-from clients import ledger
-from clients.approval import approve, read_bundle, refused
-from clients.resident import Resident
-from clients.site_file import SiteFile
-from common.payload import Identity
-from common.wire import decode_reply
-from tests.unit.test_approval import fab
-from tests.unit.test_policy import policy_for
+from clients.guard import ledger
+from clients.guard.approval import approve, read_bundle, refused
+from clients.guard.site_file import SiteFile
+from common.wire.messages import decode_reply
+from common.wire.payload import Identity
+from deploy.site.resident import Resident
+from tests.unit.clients.test_approval import fab
+from tests.unit.clients.test_policy import policy_for
 
 IDENTITY = Identity("run", "South", 3, "f" * 64)
 APP = """

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from common.errors import CODES, FedsgcgError
-from common.payload import encode_cases
-from common.plan import Plan
-from common.wire import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
-from server.enrolment import UNUSABLE
-from server.journal import Journal
-from server.rounds import Outcome, run_federation
-from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import FLOWER_ERROR, SILENCE, Script, ScriptedGrid, case_rows, honest_reply, score_of
+from common.settings.plan import Plan
+from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
+from common.wire.payload import encode_cases
+from server.federation import Outcome, run_federation
+from server.records.journal import Journal
+from server.sites.enrolment import UNUSABLE
+from tests.support.plans import small_plan
+from tests.support.scripted_grid import FLOWER_ERROR, SILENCE, Script, ScriptedGrid, case_rows, honest_reply, score_of
 
 ALL = ("A", "B", "C", "D")
 

@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import CODES, FedsgcgError
-from common.payload import encode_cases
-from common.plan import Plan
+from common.settings.plan import Plan
 from common.statistics import ClassStatistics
-from common.wire import ENROL, EVALUATE, TRAIN, Reply, Request
+from common.wire.messages import ENROL, EVALUATE, TRAIN, Reply, Request
+from common.wire.payload import encode_cases
 from server.app import tell
-from server.enrolment import UNUSABLE
-from server.report_cases import case_lines, left_out_sentence
-from server.rounds import Outcome, run_federation
-from tests.faults.plans import small_plan
-from tests.faults.scripted_grid import SILENCE, Script, ScriptedGrid
+from server.federation import Outcome, run_federation
+from server.report.sections.cases import case_lines, left_out_sentence
+from server.sites.enrolment import UNUSABLE
+from tests.support.plans import small_plan
+from tests.support.scripted_grid import SILENCE, Script, ScriptedGrid
 
 ALL = ("A", "B", "C", "D")
 

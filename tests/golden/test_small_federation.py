@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from common.phantoms import write_hospitals
-from deploy.simulate import run_cell_in_process
-from tests.journeys import small
+from common.images.phantoms import write_hospitals
+from deploy.study.runtimes import run_cell_in_process
+from tests.support import small
 
 GOLDEN = Path(__file__).with_name("small_federation.json")
 METRICS = ("loss", "loss_contrast", "between_site_trace", "within_site_trace", "prototype_count")

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.journeys import small
+from tests.support import small
 
 NAME = "MUSTERMANN^ERIKA"
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def test_features_of_a_single_patient_are_withheld_by_the_floor(hospitals: Path,
 def test_a_real_deployment_keeps_names_at_the_hospital(canary: Path, tmp_path: Path) -> None:
     """Byte search over all that the coordinator has: database, logs, Flower's folders, run folder."""
     from tests.conftest import REPOSITORY
-    from tests.journeys.loopback import loopback
+    from tests.support.loopback import loopback
 
     settings = [*small.SMALL, "heldout=North", "data.sites=[East,North]", "federation.rounds=1"]
     with loopback(tmp_path) as federation:

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from clients.app import build_client_app
-from common.payload import decode_statistics
-from common.plan import Plan
-from deploy.inprocess import run_in_process
-from deploy.simulate import Cell
+from common.files.disk import Disk
+from common.settings.plan import Plan
+from common.wire.payload import decode_statistics
+from deploy.study.inprocess import run_in_process
+from deploy.study.runtimes import Cell
 from server.app import build_server_app
-from server.checkpoint import RoundRecord, decode_checkpoint
-from server.departures import declare
-from server.disk import Disk
-from tests.journeys import small
+from server.records.checkpoint import RoundRecord, decode_checkpoint
+from server.sites.departures import declare
+from tests.support import small
 
 pytestmark = pytest.mark.slow
 LEAVER = "North"

@@ -10,9 +10,9 @@ import pytest
 
 from common.console import Screen
 from common.errors import FedsgcgError
-from deploy.operate import run_kit, stop_kit
-from tests.journeys import apart, small
-from tests.journeys.federation import Federation
+from deploy.coordinator.runs import run_kit, stop_kit
+from tests.support import apart, small
+from tests.support.federation import Federation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -47,7 +47,7 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
     federation.wait(lambda: federation.seen("round.done", round=1), 240, "round 1 was not finished")
     assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
-    federation.start("run", "deploy.cli", "resume", federation.kit.folder)
+    federation.start("run", "deploy.cli.coordinator", "resume", federation.kit.folder)
     assert federation.finish("run", 240) == 0, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 4, [])
@@ -71,7 +71,7 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     federation.wait(lambda: federation.seen("round.done", round=1), 300, "round 1 was not finished")
     assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
-    left = federation.try_command("leave", federation.site("South"), "--for-good", module="deploy.site_cli")
+    left = federation.try_command("leave", federation.site("South"), "--for-good", module="deploy.cli.site")
     assert "--without South" in left.stdout
     federation.command(
         "provision", federation.folder / "project.yaml", "-o", federation.folder / "kits", "--revoke", "South"
@@ -81,7 +81,7 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     federation.serve()
     assert "of ended runs cleared away" in federation.log("serve")
     federation.wait(lambda: federation.online("East", "North"), 120, "the hospitals do not come back")
-    federation.start("run", "deploy.cli", "resume", federation.kit.folder, "--without", "South")
+    federation.start("run", "deploy.cli.coordinator", "resume", federation.kit.folder, "--without", "South")
     assert federation.finish("run", 240) == 3, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"]) == ("degraded", 3)
@@ -120,7 +120,7 @@ def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: P
         federation.serve()
         assert federation.finish("run", 60) == 1
         assert "fedsgcg resume" in federation.log("run")
-        federation.start("run", "deploy.cli", "resume", federation.kit.folder)
+        federation.start("run", "deploy.cli.coordinator", "resume", federation.kit.folder)
         assert federation.finish("run", 300) == 0, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 3, [])

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.journeys import small
 from tests.journeys.test_study import has_open_rounds, kill_session, wait_for
+from tests.support import small
 
 pytestmark = pytest.mark.slow
 SOON_S = 60

@@ -13,9 +13,9 @@ import pytest
 from ray import exceptions as ray
 
 from common.errors import FedsgcgError, fail
-from deploy.lost import as_lost, lost_worker, reasons, told_of_lost_workers
-from deploy.study import describe
-from tests.journeys import small
+from deploy.study.lost_workers import as_lost, lost_worker, reasons, told_of_lost_workers
+from deploy.study.run import describe
+from tests.support import small
 
 
 @pytest.mark.slow

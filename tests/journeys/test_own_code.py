@@ -9,15 +9,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from clients.guard.policy import obey
 from clients.methods import method_class
-from clients.model import load_model
-from clients.policy import obey
+from clients.predict.model import load_model
 from common.errors import FedsgcgError
-from common.plan import Plan
-from common.settings import join
-from deploy.simulate import run_cell_in_process
-from tests.journeys import small
-from tests.unit.test_policy import asked_of, policy_for
+from common.settings.compose import join
+from common.settings.plan import Plan
+from deploy.study.runtimes import run_cell_in_process
+from tests.support import small
+from tests.unit.clients.test_policy import asked_of, policy_for
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-method.md"
 

@@ -5,9 +5,9 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.cli import main
+from deploy.cli.coordinator import main
 from deploy.prepare.fundus_names import PUBLISHED
-from tests.unit import downloads
+from tests.support import downloads
 
 pytestmark = pytest.mark.slow
 

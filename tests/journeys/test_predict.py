@@ -12,17 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from clients.cases import open_store
+from clients.data.case_files import open_site
+from clients.data.store import open_store
 from clients.evaluation import predict_cases
-from clients.model import load_model
-from clients.site import open_site
-from common.imaging import read_volume, to_native
-from common.phantoms import write_hospitals
-from deploy.cli import main as coordinator
-from deploy.simulate import run_cell_in_process
-from deploy.site_cli import main
-from tests.journeys import small
-from tests.unit import downloads
+from clients.predict.model import load_model
+from common.images.phantoms import write_hospitals
+from common.images.read import read_volume, to_native
+from deploy.cli.coordinator import main as coordinator
+from deploy.cli.site import main
+from deploy.study.runtimes import run_cell_in_process
+from tests.support import downloads, small
 
 pytestmark = pytest.mark.slow
 LEARNS = ("method=sgcg", "federation.rounds=4", "method.steps_per_round=8", "method.learning_rate=1e-2", "device=cpu")

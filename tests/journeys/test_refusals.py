@@ -9,8 +9,8 @@ import pytest
 
 from common.errors import FedsgcgError
 from deploy import certificates
-from deploy.control import Control, control_of
-from tests.journeys.federation import Federation, free_ports
+from deploy.coordinator.control import Control, control_of
+from tests.support.federation import Federation, free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FLEET = ("pull-messages", "activate-node", "get-fab")
@@ -87,7 +87,7 @@ def test_a_hospital_that_trusts_another_authority_does_not_connect(federation: F
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
     shutil.copy(tmp_path / "ca.crt", federation.site("East") / "ca.crt")
     try:
-        done = federation.try_command("join", federation.site("East"), module="deploy.site_cli")
+        done = federation.try_command("join", federation.site("East"), module="deploy.cli.site")
     finally:
         shutil.copy(federation.kit.folder / "ca.crt", federation.site("East") / "ca.crt")
     assert done.returncode == 2

@@ -8,11 +8,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from clients.app import build_client_app
-from common.plan import Plan
-from common.wire import EVALUATE, STATISTICS, TRAIN, decode_reply
-from deploy.inprocess import InProcessGrid, run_in_process
+from common.settings.plan import Plan
+from common.wire.messages import EVALUATE, STATISTICS, TRAIN, decode_reply
+from deploy.study.inprocess import InProcessGrid, run_in_process
 from server.app import build_server_app
-from tests.journeys import small
+from tests.support import small
 
 
 def recorded(
@@ -63,8 +63,8 @@ def test_heldout_site_sends_no_weights_and_no_statistics(
 @pytest.mark.parametrize("kind", [TRAIN, STATISTICS])
 def test_heldout_site_refuses_a_training_message_that_reaches_it(hospitals: Path, tmp_path: Path, kind: str) -> None:
     from common.networks import build_network
-    from common.payload import Identity, Weights
-    from common.wire import Request, encode_request
+    from common.wire.messages import Request, encode_request
+    from common.wire.payload import Identity, Weights
 
     (cell,) = small.plan(hospitals, tmp_path, "heldout=South", "method=sgcg").cells
     plan = Plan.from_tree(cell.tree)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from clients import ledger
-from deploy import site_cli
+from clients.guard import ledger
+from deploy.cli import site as site_cli
 from tests.conftest import REPOSITORY
-from tests.journeys import small
-from tests.journeys.loopback import Loopback, certificate, loopback
+from tests.support import small
+from tests.support.loopback import Loopback, certificate, loopback
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 SETTINGS = (*small.SMALL, "federation.join_deadline_s=60", "federation.round_deadline_s=60")
@@ -29,7 +29,7 @@ def site_tool(federation: Loopback, *arguments: str) -> tuple[int, str]:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return site_cli.main(arguments), said.getvalue()
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.site_cli", *arguments],
+        [sys.executable, "-m", "deploy.cli.site", *arguments],
         cwd=federation.folder,
         env=federation.environment(),
         capture_output=True,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from common.console import Screen
-from deploy.preflight import Machine
-from deploy.simulate import run_cell_in_process, run_cell_on_ray
-from deploy.study import run_study
-from tests.journeys import small
+from deploy.study.preflight import Machine
+from deploy.study.run import run_study
+from deploy.study.runtimes import run_cell_in_process, run_cell_on_ray
+from tests.support import small
 
 pytestmark = pytest.mark.slow
 

@@ -10,14 +10,14 @@ from safetensors.numpy import load_file
 from clients.app import build_client_app
 from common.console import Screen
 from common.errors import FedsgcgError
-from common.phantoms import write_hospitals
-from common.plan import Plan
-from common.settings import compose
-from deploy.inprocess import run_in_process
-from deploy.study import plan_study, run_study
+from common.images.phantoms import write_hospitals
+from common.settings.compose import compose
+from common.settings.plan import Plan
+from deploy.study.inprocess import run_in_process
+from deploy.study.run import plan_study, run_study
 from server.app import build_server_app
-from server.rounds import run_federation
-from tests import sites
+from server.federation import run_federation
+from tests.support import sites
 
 pytestmark = pytest.mark.slow
 
@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_model(root, tmp_path, memory,
         if event["event"] == "round.reply" and event["round"] == 3:
             raise Enough
 
-    from deploy.inprocess import InProcessGrid
+    from deploy.study.inprocess import InProcessGrid
 
     plan = Plan.from_tree(cut)
     grid = InProcessGrid(build_client_app(cut), plan.members(), 1)

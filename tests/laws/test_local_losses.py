@@ -14,17 +14,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clients.cases import open_store
-from clients.features import batch_statistics, site_statistics
-from clients.methods import Guidance, supervised
+from clients.data.case_files import open_site
+from clients.data.store import open_store
+from clients.methods import Guidance
+from clients.methods import base as supervised
+from clients.methods.class_statistics import batch_statistics, site_statistics
 from clients.methods.guidance import pixel_features
 from clients.methods.sgcg import class_balanced_mean, contrast_loss
-from clients.site import open_site
 from common.networks import build_network
-from common.plan import Plan
-from common.sgcg import sgcg_loss
+from common.settings.plan import Plan
+from common.sgcg.loss import sgcg_loss
 from common.statistics import ClassStatistics
-from tests import sites
+from tests.support import sites
 
 CPU = torch.device("cpu")
 

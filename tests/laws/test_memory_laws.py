@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.plan import PrototypeSettings
+from common.settings.plan import PrototypeSettings
 from common.statistics import ClassStatistics
-from server.prototypes import PrototypeMemory
+from server.aggregation.prototypes import PrototypeMemory
 
 FEW = settings(max_examples=80, deadline=None)
 CLASSES, CHANNELS = 3, 2

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.payload import Weights
 from common.statistics import ClassStatistics
-from server.merge import merge_statistics, merge_weights
+from common.wire.payload import Weights
+from server.aggregation.merge import merge_statistics, merge_weights
 
 FEW = settings(max_examples=60, deadline=None)
 SIZE = 5

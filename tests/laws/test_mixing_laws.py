@@ -9,11 +9,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clients.cases import SliceTable
-from clients.mixing import BankMixer, LocalMixer, SummaryMixer
-from clients.slices import STEPS, Slices
-from common.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
-from common.amplitudes import (
+from clients.data.slices import STEPS, Slices
+from clients.data.store import SliceTable
+from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from clients.methods.partners import BankMixer, LocalMixer, SummaryMixer
+from common.errors import FedsgcgError
+from common.images.read import KINDS, PICTURE
+from common.settings.plan import RamSettings
+from common.wire.amplitudes import (
     GREY_LEVEL,
     AmplitudeBank,
     AmplitudeSampler,
@@ -22,9 +25,6 @@ from common.amplitudes import (
     same_amplitude,
     shows_something,
 )
-from common.errors import FedsgcgError
-from common.imaging import KINDS, PICTURE
-from common.plan import RamSettings
 
 SIDE = 32
 laws = settings(deadline=None, max_examples=40)
@@ -323,7 +323,7 @@ def test_amplitudes_that_cannot_be_are_refused():
 def test_amplitudes_of_another_version_are_refused_as_such(kind, monkeypatch):
     windows = np.ones((2, 1, 2, 2, 2), np.float32)
     with monkeypatch.context() as older:
-        older.setattr("common.amplitudes.SCHEMA_VERSION", "1")
+        older.setattr("common.wire.amplitudes.SCHEMA_VERSION", "1")
         bank = AmplitudeBank(windows, ("A", "A"))
         data = (bank if kind is AmplitudeBank else AmplitudeSummary.from_amplitudes(windows, SIDE)).encode()
     with pytest.raises(FedsgcgError) as caught:

@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clients.batches import augment, gather, index_batches
-from clients.cases import open_store
-from clients.features import site_moments
-from clients.site import open_site
+from clients.data.batches import augment, gather, index_batches
+from clients.data.case_files import open_site
+from clients.data.store import open_store
+from clients.methods.class_statistics import site_moments
 from clients.training import load_weights, weights_of
 from common.errors import FedsgcgError
 from common.networks import build_network
-from common.norm_moments import NormMoments, norm_layers
-from common.payload import Identity
-from common.plan import AugmentationSettings
-from common.wire import Reply
+from common.settings.plan import AugmentationSettings
+from common.wire.messages import Reply
+from common.wire.norm_moments import NormMoments, norm_layers
+from common.wire.payload import Identity
 from server.admission import Expectation, admit
-from server.merge import merge_moments
-from tests import sites
+from server.aggregation.merge import merge_moments
+from tests.support import sites
 
 CPU = torch.device("cpu")
 LAYERS = {"a": 2, "b.norm": 3}

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.errors import FedsgcgError
-from common.payload import (
+from common.statistics import ClassStatistics
+from common.wire.messages import Reply, decode_reply, encode_reply
+from common.wire.payload import (
     CASES_KIND,
     CASES_SCHEMA,
     DISTANCES,
@@ -22,9 +24,7 @@ from common.payload import (
     encode_cases,
     encode_statistics,
 )
-from common.statistics import ClassStatistics
-from common.wire import Reply, decode_reply, encode_reply
-from server.exchange import read_answer
+from server.sites.exchange import read_answer
 
 FEW = settings(max_examples=80, deadline=None)
 CODES = {"PAY-103", "PAY-106", "PAY-107", "PAY-120"}

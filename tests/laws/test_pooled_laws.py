@@ -11,27 +11,27 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from clients.app import build_client_app
-from clients.batches import domain_sizes
-from clients.cases import open_store
+from clients.data.batches import domain_sizes
+from clients.data.case_files import open_site
+from clients.data.store import open_store
 from clients.device import choose_device
-from clients.features import batch_statistics, site_statistics, statistics_batches
 from clients.methods import METHODS
+from clients.methods.class_statistics import batch_statistics, site_statistics, statistics_batches
 from clients.methods.guidance import Guidance, pixel_features
+from clients.methods.running_guide import Online, Overlay, build_guide, keep_statistics
 from clients.methods.sgcg import labels_at
-from clients.running_guide import Online, Overlay, build_guide, keep_statistics
-from clients.site import open_site
 from clients.training import learning_rate, round_batches, weights_of
-from common import wire
 from common.networks import build_network
-from common.plan import POOLED, MethodSettings, Plan
-from common.sgcg import sgcg_loss
+from common.settings.plan import POOLED, MethodSettings, Plan
+from common.sgcg.loss import sgcg_loss
 from common.statistics import ClassStatistics
-from common.wire import Request
-from deploy.inprocess import run_in_process
+from common.wire import messages as wire
+from common.wire.messages import Request
+from deploy.study.inprocess import run_in_process
+from server.aggregation.prototypes import moved
 from server.app import build_server_app
-from server.prototypes import moved
-from server.rounds import initial_weights
-from tests import sites
+from server.federation import initial_weights
+from tests.support import sites
 
 CPU = torch.device("cpu")
 

@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.batches import Batch
-from clients.cases import SliceTable
+from clients.data.batches import Batch
+from clients.data.slices import STEPS, Slices
+from clients.data.store import SliceTable
 from clients.methods import METHODS
+from clients.methods.amplitude import window_amplitudes
+from clients.methods.base import segmentation_loss
+from clients.methods.partners import BankMixer, LocalMixer, SummaryMixer
 from clients.methods.ram import Ram, consistency_loss
-from clients.methods.supervised import segmentation_loss
-from clients.mixing import BankMixer, LocalMixer, SummaryMixer
-from clients.slices import STEPS, Slices
-from common.amplitude import window_amplitudes
-from common.amplitudes import AmplitudeBank, AmplitudeSummary
 from common.errors import FedsgcgError
 from common.networks import RestorationDecoder, build_network
-from common.plan import Plan, RamSettings
-from common.settings import join
+from common.settings.compose import join
+from common.settings.plan import Plan, RamSettings
+from common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
 
 SIDE = 32
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import moments, sgcg
-from common.sgcg import class_moments, reduce_labels, sgcg_loss
+from common.sgcg import loss as sgcg
+from common.sgcg import moments
+from common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
 from common.statistics import ClassStatistics
 
 IGNORE = 255

@@ -1,0 +1,147 @@
+"""The cache folder of a site: where it is, how processes share it, and the hashes that name what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import FedsgcgError, fail
+from common.files.errors import disk_advice
+from common.files.system import expand, lock
+
+UNUSED_DAYS = 30.0
+"""Days without use after which a slice file is removed: content-named files pile up as data and settings change."""
+
+
+def cache_folder(setting: str) -> Path:
+    """Return the cache folder: the setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg; CFG-009 without a home."""
+    return expand(setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg", "site.cache or FEDSGCG_CACHE")
+
+
+def cache_error(error: OSError, path: Path) -> FedsgcgError:
+    """Return DAT-113 for an error of the file system."""
+    found = f"{type(error).__name__}: {error.strerror or error}"
+    action = disk_advice(error, "set site.cache to a folder that can be written.")
+    return fail("DAT-113", found=found, expected="a folder with free space", action=action, where=str(path))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; other processes of the machine that want it wait.
+
+    Raises:
+        FedsgcgError: DAT-113 when the lock file cannot be made or locked, CFG-008 where there are no locks.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a")
+    except OSError as error:
+        raise cache_error(error, path) from error
+    with handle:
+        try:
+            lock(handle, wait=True, action="Set site.cache (or FEDSGCG_CACHE) to a folder on a local disk.")
+        except OSError as error:
+            raise cache_error(error, path) from error
+        yield
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that others see whole or not at all.
+
+    Raises:
+        FedsgcgError: DAT-113 when it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise cache_error(error, path) from error
+
+
+def digest(content: bytes, size: int) -> str:
+    """Return a BLAKE2b digest of `size` bytes in hex."""
+    return hashlib.blake2b(content, digest_size=size).hexdigest()
+
+
+def hash_memo(cache: Path, site: str) -> Path:
+    """Return the file that remembers the content hashes of a site's files."""
+    return cache / "hashes" / f"{digest(site.encode(), 8)}.json"
+
+
+def file_hashes(paths: Sequence[Path], memo: Path) -> dict[Path, str]:
+    """Return the content hash of every file.
+
+    A file whose size and time of change are those of the memo is not read again. A file that cannot be read gets the
+    hash "unreadable", so that whoever opens it later can say why, and a repaired file counts as changed.
+    """
+    known = _read_memo(memo)
+    fresh = {str(path.absolute()): _entry(path, known.get(str(path.absolute()))) for path in paths}
+    if any(known.get(name) != entry for name, entry in fresh.items()):
+        write_atomically(memo, json.dumps({**known, **fresh}).encode())
+    return {path: str(fresh[str(path.absolute())][2]) for path in paths}
+
+
+def _entry(path: Path, known: list[Any] | None) -> list[Any]:
+    """Return [size, time of change in ns, hash] of a file."""
+    try:
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        if known and known[:2] == stamp and known[2] != "unreadable":
+            return known
+        with path.open("rb") as file:
+            return [*stamp, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
+    except OSError:  # the case is told as unusable when it is read; here it only must not look unchanged
+        return [0, 0, "unreadable"]
+
+
+def _read_memo(path: Path) -> dict[str, list[Any]]:
+    """Return the remembered entries; a missing or damaged memo only costs reading the files again."""
+    try:
+        memo = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    entries = memo.items() if isinstance(memo, dict) else ()
+    return {name: entry for name, entry in entries if isinstance(entry, list) and len(entry) == 3}
+
+
+def cache_files(cache: Path) -> dict[Path, int]:
+    """Return every slice file below a cache folder with its size in bytes."""
+    return {path: path.stat().st_size for path in sorted((cache / "slices").glob("*.arrow"))}
+
+
+def touch_used(path: Path) -> None:
+    """Note once a day that a slice file is in use, so that `prune` keeps it; one that cannot be touched looks older."""
+    with suppress(OSError):
+        if time.time() - path.stat().st_mtime > 86400:
+            os.utime(path)
+
+
+def prune(cache: Path, unused_days: float = UNUSED_DAYS, now: float | None = None) -> dict[Path, int]:
+    """Remove the slice files that no run has opened for some days; returns what is gone, with the sizes.
+
+    A process that still reads a removed file keeps it: its memory map holds the content until it ends.
+
+    Raises:
+        FedsgcgError: DAT-113 when a file cannot be removed.
+    """
+    limit = (time.time() if now is None else now) - unused_days * 86400
+    gone = {path: size for path, size in cache_files(cache).items() if path.stat().st_mtime < limit}
+    for path in gone:
+        try:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".lock").unlink(missing_ok=True)
+        except OSError as error:
+            raise cache_error(error, path) from error
+    return gone

@@ -1,0 +1,201 @@
+"""One case's files become canonical slices: read, checked, labelled, scaled and resized.
+
+A slice is resized as a whole to `image_size` squared, bilinear with antialiasing, pixel centres aligned: images as they
+are, labels as the share of each class, of which the largest wins. A slice that is not square changes its aspect;
+`Slices.truth` keeps the native grid for the metrics.
+
+Legend: Z, Y, X = native slices, rows, columns; C = stored channels (3 for a colour picture, else 1); S = image_size;
+K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from clients.data.case_files import CaseFile
+from common.errors import fail
+from common.images.contents import content_hash
+from common.images.read import KINDS, Volume, check_geometry, check_image, read_volume
+from common.settings.data import LABEL_TOLERANCE
+from common.settings.plan import DataSettings
+
+# int16 steps in one unit of intensity; the rounding error, 1.5e-5, is far below an image's noise.
+STEPS = 32767.0
+# Shares of a pixel that differ by less are equal: far above the rounding of float64, so that every machine agrees.
+TIE = 1e-9
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The slices of one case.
+
+    Attributes:
+        image: (Z, C, S, S) int16, intensity in [-1, 1] times `STEPS`.
+        label: (Z, S, S) uint8 class indices.
+        truth: (Z, Y, X) uint8 class indices on the native grid.
+        display: (Z, Y, X) uint8 native image for people, colours turned grey.
+        present: (Z, K) whether a class occurs in the native slice.
+        spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
+        kind: What the case is, one of `common.images.read.KINDS`.
+        content: Hash of the image's voxels (`common.images.contents`), "" when it was not asked for.
+    """
+
+    image: NDArray[np.int16]
+    label: NDArray[np.uint8]
+    truth: NDArray[np.uint8]
+    display: NDArray[np.uint8]
+    present: NDArray[np.bool_]
+    spacing: tuple[float, float, float] | None
+    kind: str = KINDS[0]
+    content: str = ""
+
+
+def prepare(case: CaseFile, data: DataSettings) -> Slices:
+    """Read one case and bring it into the form of a training slice.
+
+    Raises:
+        FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115, naming what is wrong with the case.
+    """
+    image, mask = _read(case)
+    slices = to_slices(image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data)
+    return replace(slices, content=content_hash(image))
+
+
+def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:
+    """Bring an image and its class indices (Z, Y, X) into the form of a training slice.
+
+    Raises:
+        FedsgcgError: DAT-115 when the image has no fixed scale and `data.intensity` asks for one.
+    """
+    if data.intensity == "fixed" and not image.is_eight_bit:
+        found = "a picture of other than 8 bits" if image.is_picture else "a volume"
+        action = "Set data.intensity=percentile or minmax, or save the picture with 8 bits a channel."
+        raise fail("DAT-115", found=found, expected="a picture of 8 bits a channel (intensity fixed)", action=action)
+    pixels = image.array[None] if image.is_picture else image.array[:, None]
+    scaled = scale_intensity(pixels, data.intensity)
+    small = resize(scaled, data.image_size)
+    label = resize_labels(truth, data.image_size)
+    present = np.stack([(truth == index).any(axis=(1, 2)) for index in range(data.num_classes)], axis=1)
+    return Slices(
+        image=np.rint(np.clip(small, -1, 1) * STEPS).astype(np.int16),
+        label=label,
+        truth=truth,
+        display=np.rint((scaled.mean(axis=1) + 1) * 127.5).astype(np.uint8),
+        present=present,
+        spacing=image.millimetres,
+        kind=image.kind,
+    )
+
+
+def class_indices(
+    raw: NDArray[np.float32], classes: dict[str, list[int]], where: str, tolerance: float = LABEL_TOLERANCE
+) -> NDArray[np.uint8]:
+    """Map raw label values to class indices, in the order in which the classes are declared.
+
+    Args:
+        raw: Label values, any shape; within `tolerance` of a whole number they are that number.
+        classes: Class name -> label values.
+        where: What an error names.
+        tolerance: Below a half (`data.label_tolerance`).
+
+    Raises:
+        FedsgcgError: DAT-109 when a value is in no class.
+    """
+    values, positions = np.unique(raw, return_inverse=True)
+    index = {value: number for number, group in enumerate(classes.values()) for value in group}
+    labels = [whole_label(float(value), tolerance) for value in values]
+    unknown = [f"{value:.9g}" for value, label in zip(values, labels, strict=True) if label not in index]
+    if unknown:
+        found = "values " + ", ".join(unknown[:8]) + (", …" if len(unknown) > 8 else "")
+        expected = "values " + ", ".join(map(str, sorted(index)))
+        action = "Correct the mask, or declare the value in data.classes."
+        if any(label is None for label in labels):
+            expected += f", each within {tolerance:g}"
+            action = "Save the mask as whole numbers; of one that was rescaled on saving, raise data.label_tolerance."
+        raise fail("DAT-109", found=found, expected=expected, action=action, where=where)
+    table = np.array([index[label] for label in labels if label is not None], dtype=np.uint8)
+    return np.asarray(table[positions].reshape(raw.shape))
+
+
+def whole_label(value: float, tolerance: float = LABEL_TOLERANCE) -> int | None:
+    """Return the whole number that a mask's value stands for, None when none is within the tolerance."""
+    near = round(value) if np.isfinite(value) else 0
+    return near if abs(value - near) <= tolerance else None
+
+
+def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
+    """Scale all values of a volume or picture to [-1, 1] and clip (methods.md 2.3).
+
+    Args:
+        array: Any shape; finite and, but for `fixed`, not constant.
+        mode: `percentile` maps the 1st and 99th percentile to -1 and 1, `minmax` the extremes, `zscore` the mean
+            minus and plus three standard deviations, `fixed` 0 and 255, whatever the image holds. With nearly constant
+            images, whose percentiles are equal, `percentile` falls back to the extremes.
+    """
+    values = array.astype(np.float64)
+    low, high = (0.0, 255.0) if mode == "fixed" else (float(values.min()), float(values.max()))
+    if mode == "percentile":
+        inner_low, inner_high = (float(value) for value in np.percentile(values, (1, 99)))
+        low, high = (inner_low, inner_high) if inner_high > inner_low else (low, high)
+    elif mode == "zscore":
+        centre, reach = float(values.mean()), 3 * float(values.std())
+        low, high = centre - reach, centre + reach
+    return np.clip((values - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
+
+
+def resize(slices: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Resize images (Z, C, Y, X) to (Z, C, side, side), bilinear with antialiasing, pixel centres aligned."""
+    return np.asarray(_antialiased(torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)), side).numpy())
+
+
+def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Resize label maps (Z, Y, X) to (Z, side, side): the class with the largest share of a new pixel wins.
+
+    A share is what `resize` makes of a class's indicator (0 or 1), so labels lie exactly where their image lies: at an
+    even factor the nearest pixel would be half a native pixel off. Equal shares, which even factors make often, go to
+    the class that is declared later, so that background never takes a tie. Shares count as equal within `TIE`.
+    Mirrored labels give mirrored results.
+    """
+    if labels.shape[1:] == (side, side):
+        return labels
+    found = np.empty((len(labels), side, side), np.uint8)
+    # One slice and one class at a time: the memory stays that of a few slices, however many classes there are.
+    for layer, resized in zip(labels, found, strict=True):
+        classes = np.unique(layer)
+        resized[:] = classes[0]
+        most = _share(layer == classes[0], side)
+        for index in classes[1:]:
+            share = _share(layer == index, side)
+            wins = share >= most - TIE
+            resized[wins] = index
+            most = np.maximum(most, share)
+    return found
+
+
+def _share(mask: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
+    """Return the share (side, side) that a mask (Y, X) has of each pixel of the resized slice."""
+    return np.asarray(_antialiased(torch.from_numpy(mask.astype(np.float64))[None, None], side)[0, 0].numpy())
+
+
+def _antialiased(maps: Tensor, side: int) -> Tensor:
+    """Resize (N, C, Y, X) floats to (N, C, side, side)."""
+    if maps.shape[-2:] == (side, side):
+        return maps
+    return functional.interpolate(maps, (side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
+def _read(case: CaseFile) -> tuple[Volume, Volume]:
+    """Read image and mask of a case and check that they belong together."""
+    if case.mask is None:
+        action = "Draw a mask, or take the case out of the manifest."
+        raise fail("DAT-112", found="an image alone", expected="an image and its mask", action=action, where=case.name)
+    image, mask = read_volume(case.image), read_volume(case.mask, mask=True)
+    check_image(image, case.name)
+    check_geometry(image, mask, case.name)
+    return image, mask

@@ -1,0 +1,72 @@
+"""What a hospital tells of its images' content, and which images a model has learned from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.data.store import CaseStore
+from clients.guard.site_file import SiteFile
+from common.errors import fail
+from common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, content_hash, salt_of, salted_content
+from common.images.read import Volume
+from common.wire.payload import Identity
+
+
+def shared_contents(
+    stores: Sequence[CaseStore], identity: Identity, policy: SiteFile | None
+) -> dict[str, dict[str, list[str]]] | None:
+    """Return hospital -> alias -> [salted content hash, split], or None where the site's own file does not allow it.
+
+    Args:
+        stores: The hospitals' cases.
+        identity: Run, plan and fold, which give the salt.
+        policy: The site's own settings; None in a simulation, which always compares.
+    """
+    if policy is not None and CONTENT_HASHES not in policy.sharing:
+        return None
+    salt = salt_of(identity)
+    return {
+        store.site: {case.alias: [salted_content(case.content, salt), case.split] for case in store.cases}
+        for store in stores
+    }
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """The images that a model has learned from, as the run folder knows them.
+
+    Attributes:
+        salt: Salt of the hashes.
+        hospitals: Salted hash -> hospital where the image trained or chose the model.
+    """
+
+    salt: str
+    hospitals: Mapping[str, str]
+
+    @classmethod
+    def of_model(cls, path: Path) -> TrainedOn | None:
+        """Read the file in the model's folder; None where there is none, as with a model that was handed on.
+
+        Raises:
+            FedsgcgError: MOD-801 for a damaged file.
+        """
+        file = (path if path.is_dir() else path.parent) / TRAINING_IMAGES
+        try:
+            tree = json.loads(file.read_bytes())
+            images = {str(mark): str(site) for site, marks in tree["images"].items() for mark in marks}
+            return cls(bytes.fromhex(tree["salt"]).hex(), images)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = f"{type(error).__name__}: {error}"
+            action = "Remove it, or copy it again from the run folder."
+            raise fail(
+                "MOD-801", where=str(file), found=found, expected="a file that fedsgcg wrote", action=action
+            ) from error
+
+    def hospital_of(self, image: Volume) -> str:
+        """Return the hospital at which an image trained or chose the model, "" for an image that is new to it."""
+        return self.hospitals.get(salted_content(content_hash(image), self.salt), "")

@@ -1,0 +1,160 @@
+"""`site.yaml`: what a hospital allows, and where its things are; the contract between start-up kit and site tools.
+
+The coordinator's kit fills in the names, the hospital fills in the folders and decides the rest. Nothing in this file
+travels. Relative paths are meant from the folder that holds the file, so that a kit can be moved as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from common.errors import Problem
+from common.files.system import expand
+from common.images.contents import CONTENT_HASHES
+from common.settings.base import Checks, Section
+from common.settings.choices import is_import_path
+from common.settings.yaml_file import build_from, explained, read_tree
+
+VERSION: Final = 1
+ROLES: Final = ("train", "heldout", "observer")
+SHARED_BY_DEFAULT: Final = ("weights", "statistics")
+SHARED_BY_CONSENT: Final = ("amplitude_summary", "amplitude_bank", CONTENT_HASHES)
+MAY_SET: Final = (
+    *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
+    *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
+)
+"""Settings of a plan that do not touch what is the site's: `data.root` and `site.*` are never the coordinator's."""
+
+NEVER_SET: Final = ("data.root", "output", "site.home", "site.cache", "site.roles", "site.device", "site.threads")
+PATHS: Final = ("ca", "key", "data_root", "home", "cache", "approved")
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
+"""What a site or a project may be called: the name becomes a folder, a node setting and a certificate's subject."""
+
+
+@dataclass(frozen=True)
+class SiteFile(Section):
+    """A hospital's own settings, paths absolute.
+
+    Attributes:
+        site: Name of this hospital in the federation.
+        project: Name of the federation.
+        server: The coordinator, as `host:port`.
+        ca: Certificate of the coordinator's own authority (PEM); the only one that is trusted.
+        key: This hospital's private key (EC P-384, OpenSSH format, mode 0600).
+        data_root: Folder of the hospital's images: `manifest.csv`, or a folder named like the site. Only read.
+        home: Folder of the ledger, the error log, the aliases and the state of this site; written.
+        cache: Folder of the slice cache; written.
+        approved: File with the hashes of the app bundles that this hospital has approved.
+        code: Import paths (`package.module:Class`) of methods and networks from outside the approved bundle that may
+            run here. The hospital installs the package itself; what it installed is not looked at again.
+        roles: Roles this hospital accepts.
+        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank` and `content_hashes`
+            only when the hospital writes them here itself. `content_hashes` are salted hashes of the images: with them
+            the coordinator finds images that two hospitals have, and can tell whether an image that it holds itself is
+            here; nothing of an image can be computed back.
+        patient_floor: A class seen in fewer patients is withheld; the larger of this and the plan's floor counts.
+        min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor counts.
+        device: Where the site computes: `auto`, `cpu`, `cuda` (all), or one card as `cuda:0`.
+        threads: CPU threads of a training process.
+        coordinator_may_set: Names of the plan's settings that the coordinator decides, `*` at the end for a group.
+        deadline_s: Seconds after which the watchdog ends a message that is still at work; 0 = the plan's
+            round deadline.
+        runtime_port: Port on 127.0.0.1 by which the site's own processes talk to each other; 0 = any free one.
+        max_retries: Attempts to reach the coordinator before the site gives up; 0 = it never gives up.
+        version: Version of this file's form.
+    """
+
+    site: str
+    project: str
+    server: str
+    ca: str
+    key: str
+    data_root: str
+    home: str
+    cache: str
+    approved: str
+    code: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ROLES
+    sharing: tuple[str, ...] = SHARED_BY_DEFAULT
+    patient_floor: int = 2
+    min_pixels: int = 1000
+    device: str = "auto"
+    threads: int = 1
+    coordinator_may_set: tuple[str, ...] = MAY_SET
+    deadline_s: float = 0.0
+    runtime_port: int = 0
+    max_retries: int = 0
+    version: Literal[1] = 1
+
+    def checks(self) -> Checks:
+        """Names are plain, the address has a port, floors are positive, lists hold only what is known."""
+        yield bool(NAME.fullmatch(self.site)), "site", "letters, digits, blanks and ._- (63 at most)"
+        yield bool(NAME.fullmatch(self.project)), "project", "letters, digits, blanks and ._- (63 at most)"
+        yield split_address(self.server) is not None, "server", "host:port, e.g. federation.example.org:8443"
+        yield all(map(is_import_path, self.code)), "code", "import paths, package.module:Class"
+        yield bool(self.roles) and set(self.roles) <= set(ROLES), "roles", " | ".join(ROLES)
+        known = (*SHARED_BY_DEFAULT, *SHARED_BY_CONSENT)
+        yield set(self.sharing) <= set(known), "sharing", " | ".join(known)
+        yield self.patient_floor >= 1, "patient_floor", "1 or more"
+        yield self.min_pixels >= 1, "min_pixels", "1 or more"
+        yield bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)), "device", "auto | cpu | cuda | cuda:0"
+        yield self.threads >= 1, "threads", "1 or more"
+        outside = [name for name in self.coordinator_may_set if name in NEVER_SET or name.startswith("site.")]
+        yield not outside, "coordinator_may_set", "no setting that is the site's own"
+        yield self.deadline_s >= 0, "deadline_s", "seconds, 0 or more"
+        yield 0 <= self.runtime_port <= 65535, "runtime_port", "a port, 0 for any free one"
+        yield self.max_retries >= 0, "max_retries", "0 (never gives up) or more"
+
+    def may_set(self, name: str) -> bool:
+        """Whether the coordinator decides a setting of the plan, e.g. `method.learning_rate`."""
+        if name in NEVER_SET or name.startswith("site."):
+            return False
+        rules = self.coordinator_may_set
+        return any(name == rule or (rule.endswith("*") and name.startswith(rule[:-1])) for rule in rules)
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Read a `site.yaml`, its relative paths made absolute.
+
+    Args:
+        path: The file, or the kit's folder that holds `site.yaml`.
+
+    Raises:
+        FedsgcgError: DEP-601 with every problem of the file; a path that is still empty is one.
+    """
+    path = path / "site.yaml" if path.is_dir() else path
+    tree = read_tree(path, "DEP-601", "give the kit's folder, or its site.yaml")
+    folder = path.resolve().parent
+    absolute = {name: str(folder / expand(str(tree[name]), name)) for name in PATHS if tree.get(name)}
+    empty = tuple(
+        Problem("DEP-601", found="nothing", expected="a path", action="fill it in", where=f"{path}, {name}")
+        for name in PATHS
+        if name in tree and not tree[name]
+    )
+    return build_from(SiteFile, {**tree, **absolute}, path, "DEP-601", empty)
+
+
+def write_site_file(path: Path, site: SiteFile) -> None:
+    """Write a `site.yaml` with the meaning of each setting beside it; paths are written as they are given."""
+    path.write_text(site_file_text(site), encoding="utf-8")
+
+
+def site_file_text(site: SiteFile) -> str:
+    """Return the text of a `site.yaml`: every setting with the sentence that explains it."""
+    head = (
+        f"{site.site} in the federation {site.project}. This file is the hospital's own and never travels.",
+        "It beats whatever the coordinator asks for. Relative paths are meant from this folder.",
+    )
+    return explained(site, head)
+
+
+def split_address(address: str) -> tuple[str, int] | None:
+    """Return host and port of `host:port` or `[v6]:port`; None when it is neither."""
+    host, _, port = address.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host or " " in host:
+        return None
+    return host, int(port)

@@ -1,0 +1,281 @@
+"""What a site measures of a received model on its training slices: class statistics and BatchNorm's moments.
+
+Every site describes the same model, the one it received, so the merged prototypes are those of the pooled pixels
+(methods.md 1.2, 1.8), and the merged moments those of the pooled inputs of every BatchNorm layer.
+Legend: K classes, A feature channels, B batch, N pixels, D source domains of the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clients.data.batches import augment, gather, index_batches
+from clients.device import arithmetic, precision
+from clients.methods.guidance import IGNORE, pixel_features
+from clients.methods.sgcg import labels_at
+from common.feature_samples import sample_pixels
+from common.settings.plan import MethodSettings, Plan
+from common.sgcg.loss import class_moments
+from common.statistics import ClassStatistics
+from common.wire.norm_moments import NormMoments
+
+if TYPE_CHECKING:
+    from clients.data.store import CaseStore, SliceTable
+
+SAMPLED_BATCHES, SAMPLED_SLICES = 4, 8  # slices from which the pixels of a t-SNE are drawn
+
+NormMode = Literal["batch", "running"]
+
+
+def site_statistics(
+    network: nn.Module,
+    tables: Sequence[SliceTable],
+    plan: Plan,
+    device: torch.device,
+    rngs: Sequence[np.random.Generator],
+    norm_mode: NormMode | None = None,
+) -> ClassStatistics:
+    """Count, mean and scatter of every class over all pixels of the training slices, without augmentation.
+
+    Args:
+        network: Holds the received global weights; neither its weights nor its running moments change.
+        tables: The training slices of each source domain.
+        plan: `prototypes.normalize` decides the representation.
+        device: Where the network is.
+        rngs: Order of the slices of each domain, which matters with `norm_mode=batch` alone.
+        norm_mode: `batch` or `running`; None takes `prototypes.norm_mode`.
+
+    Returns:
+        Statistics in float64, (K,), (K, A) and (K, A, A).
+    """
+    total = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
+    with torch.no_grad(), statistics_mode(network, norm_mode or plan.prototypes.norm_mode):
+        for images, labels in statistics_batches(tables, plan.method, rngs):
+            total = total + batch_statistics(_features(network, images, plan, device), labels.to(device), plan)
+    return total
+
+
+def site_moments(
+    network: nn.Module,
+    tables: Sequence[SliceTable],
+    plan: Plan,
+    device: torch.device,
+    rngs: Sequence[np.random.Generator],
+    generator: torch.Generator,
+) -> NormMoments:
+    """Moments of the inputs of every BatchNorm layer over the training slices, each batch normalised by its own.
+
+    The batches are those of a training step: augmented, since moments of plain slices are narrower than those that the
+    weights were trained under, and with several domains mixed, so that a small domain weighs here what it weighs there.
+
+    Args:
+        network: Holds the merged weights; neither its weights nor its running moments change.
+        tables: The training slices of each source domain.
+        plan: Batch sizes and augmentation.
+        device: Where the network is.
+        rngs: Order of the slices of each domain.
+        generator: Draws the augmentation, on the device.
+    """
+    with torch.no_grad(), _measured_moments(network) as measured:
+        for images, labels in statistics_batches(tables, plan.method, rngs):
+            changed, _ = augment(images.to(device), labels.to(device), plan.data.augmentation, generator)
+            _features(network, changed, plan, device)
+            measured.take()
+    return measured.moments()
+
+
+def _features(network: nn.Module, images: torch.Tensor, plan: Plan, device: torch.device) -> torch.Tensor:
+    """Run the network on a batch (B, C, S, S); returns its feature map (B, A, h, w)."""
+    with arithmetic(precision(plan.method, device), device):
+        features: torch.Tensor = network(images.to(device, memory_format=torch.channels_last))[1]
+    return features
+
+
+def statistics_batches(
+    tables: Sequence[SliceTable], settings: MethodSettings, rngs: Sequence[np.random.Generator]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches as a training step sees them, over one epoch of the largest domain.
+
+    A client that owns several domains trains on batches that mix them, and its BatchNorm sees the mixture; a pass that
+    normalised each domain by itself would describe other features than the loss sees. A slice of a smaller domain that
+    comes again is there for the mixture alone: its labels are `IGNORE`, so that every pixel is counted once.
+
+    Yields:
+        Images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) int64, on the CPU.
+    """
+    once = replace(settings, steps_per_round=0, local_epochs=1)
+    seen = [np.zeros(len(table), np.bool_) for table in tables]
+    for chosen in index_batches(tables, once, rngs):
+        images, labels = gather(tables, chosen)
+        again = np.concatenate([known[numbers] for known, numbers in zip(seen, chosen, strict=True)])
+        for known, numbers in zip(seen, chosen, strict=True):
+            known[numbers] = True
+        labels[torch.from_numpy(again)] = IGNORE
+        yield images, labels
+
+
+def sample_features(
+    network: nn.Module, table: SliceTable, plan: Plan, device: torch.device, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Draw features of single pixels of some slices, for the t-SNE of a simulation's report; they stay at the site.
+
+    Returns:
+        Features (P, A), in the representation that the loss compares, and true classes (P,), at most
+        `site.feature_samples` pixels of each class.
+    """
+    slices = rng.permutation(len(table))[: SAMPLED_BATCHES * SAMPLED_SLICES]
+    most = -(-plan.site.feature_samples // SAMPLED_BATCHES)
+    features, classes = [np.zeros((0, plan.network.num_features), np.float32)], [np.zeros(0, np.int64)]
+    dtype = precision(plan.method, device)
+    with torch.no_grad(), statistics_mode(network, "running"):
+        for start in range(0, len(slices), SAMPLED_SLICES):
+            images, labels = table.stack(slices[start : start + SAMPLED_SLICES])
+            with arithmetic(dtype, device):
+                _, maps = network(torch.from_numpy(images).to(device, memory_format=torch.channels_last))
+            small = labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes).reshape(-1).numpy()
+            chosen = sample_pixels(small, rng, most)
+            pixels = pixel_features(maps, plan.prototypes.normalize)[torch.from_numpy(chosen).to(device)]
+            features.append(pixels.cpu().numpy())
+            classes.append(small[chosen])
+    return np.concatenate(features), np.concatenate(classes)
+
+
+def batch_statistics(penultimate: torch.Tensor, labels: torch.Tensor, plan: Plan) -> ClassStatistics:
+    """Statistics of one batch: moments on the device of the features, carried on in float64.
+
+    Args:
+        penultimate: (B, A, H, W) feature map.
+        labels: (B, H', W') class indices, 255 = ignore.
+        plan: Whether features are normalised, and K.
+    """
+    num_classes = plan.data.num_classes
+    pixels = pixel_features(penultimate, plan.prototypes.normalize)
+    labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
+    moments = class_moments(pixels, labels, num_classes, ignore_index=IGNORE)
+    count, mean, scatter = (part.double().cpu().numpy() for part in moments)
+    return ClassStatistics(count, mean, scatter)
+
+
+class _Measured:
+    """Adds up the moments that each BatchNorm layer measures of its batch.
+
+    With momentum 1 a layer's running moments are those of its last batch, measured by the kernel that normalises: no
+    second pass over the feature maps. Batches are pooled in float64.
+    """
+
+    def __init__(self, layers: dict[str, _BatchNorm]) -> None:
+        self._layers = layers
+        self._sizes = dict.fromkeys(layers, 0)
+        self._total = NormMoments.empty({name: layer.num_features for name, layer in layers.items()})
+        self._handles = [layer.register_forward_pre_hook(self._counter(name)) for name, layer in layers.items()]
+
+    def _counter(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self._sizes[name] = inputs[0].numel() // inputs[0].shape[1]
+
+        return count
+
+    def take(self) -> None:
+        """Add the batch that has just gone through the network."""
+        sizes = np.array(list(self._sizes.values()), dtype=np.float64)
+        mean, variance = (
+            torch.cat([getattr(layer, name) for layer in self._layers.values()]).double().cpu().numpy()
+            for name in ("running_mean", "running_var")
+        )
+        degrees = np.repeat(np.maximum(sizes - 1.0, 0.0), list(self._total.layers.values()))
+        self._total = self._total + NormMoments(self._total.layers, sizes, mean, variance * degrees)
+
+    def moments(self) -> NormMoments:
+        """Return the moments of all batches so far."""
+        return self._total
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextmanager
+def _measured_moments(network: nn.Module) -> Iterator[_Measured]:
+    """Normalise each batch by its own moments and record them; afterwards mode and buffers are what they were."""
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    }
+    was_training = network.training
+    kept = [
+        (layer, layer.momentum, {key: value.clone() for key, value in layer.named_buffers()})
+        for layer in layers.values()
+    ]
+    network.eval()
+    measured = _Measured(layers)
+    try:
+        for layer in layers.values():
+            layer.train()
+            layer.momentum = 1.0
+        yield measured
+    finally:
+        measured.close()
+        for layer, momentum, buffers in kept:
+            layer.momentum = momentum
+            with torch.no_grad():
+                for key, value in buffers.items():
+                    getattr(layer, key).copy_(value)
+        network.train(was_training)
+
+
+@contextmanager
+def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
+    """Evaluate with BatchNorm as in training (`batch`) or as in evaluation (`running`), changing no buffer.
+
+    A BatchNorm that does not track uses the moments of its batch and leaves running mean, variance and step counter
+    alone, so nothing has to be copied and put back.
+    """
+    was_training = network.training
+    layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    network.eval()
+    try:
+        if norm_mode == "batch":
+            for layer in layers:
+                layer.train()
+                layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+        network.train(was_training)
+
+
+def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
+    """Number of different training patients in whose slices a class occurs, (K,): what the patient floor compares."""
+    seen: list[set[tuple[str, str]]] = [set() for _ in range(num_classes)]
+    for store in stores:
+        table = store.slices("train")
+        for index in np.unique(table.case_of):
+            stored, chosen = store.stored[index], table.z_of[table.case_of == index]
+            # A small structure may vanish when a slice is resized: the slice must hold the class at training size too.
+            for value in np.flatnonzero(stored.present[chosen].any(axis=0))[:num_classes]:
+                if (stored.label[chosen[stored.present[chosen, value]]] == value).any():
+                    seen[value].add((store.site, store.cases[int(index)].patient))
+    return np.asarray([len(patients) for patients in seen], dtype=np.int64)
+
+
+def pixels_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
+    """Number of pixels of each class in the training slices at training size, (K,), each slice counted once."""
+    total = np.zeros(num_classes, np.int64)
+    for store in stores:
+        table = store.slices("train")
+        for index in np.unique(table.case_of):
+            labels = store.stored[index].label[table.z_of[table.case_of == index]]
+            total += np.bincount(labels.reshape(-1), minlength=IGNORE + 1)[:num_classes]
+    return total

@@ -1,0 +1,255 @@
+"""RAM's partners: with whose low-frequency amplitudes a training slice is mixed (methods.md 2.5, 2.8).
+
+`local` takes other images of the same client: of another source domain where it owns several, as the papers do, and of
+its own where it is one hospital. `summary` and `bank` take what the other sites agreed to share.
+
+Pictures are mixed in [0, 255] and scaled to [-1, 1] afterwards, volumes in [-1, 1], as published: the offset decides
+what the amplitude of frequency zero is (`common.wire.amplitudes.OFFSETS`). Shared amplitudes are taken in the same
+space.
+
+Legend: B slices of a batch, C channels, S side, b half window.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clients.data.store import CaseStore, SliceTable, fingerprint
+from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from common.errors import fail
+from common.images.read import PICTURE
+from common.seeding import stream
+from common.settings.plan import Plan, RamSettings
+from common.wire.amplitudes import OFFSETS, AmplitudeBank, AmplitudeSampler, AmplitudeSummary
+
+RATIOS: Final = 10
+"""A slice's own share of the amplitude is uniform over 0.1, 0.2, ..., 1.0 (methods.md 2.5)."""
+BLOCK: Final = 32
+KNOWN_SUMMARIES: Final = 64
+"""Hospitals whose summary a process keeps: a study has several in one process."""
+
+_KNOWN: dict[tuple[object, ...], AmplitudeSummary] = {}
+
+
+class Mixer(Protocol):
+    """Makes the amplitude-mixed copy of a batch: what it needs is drawn on the CPU, ahead, and mixed on the device."""
+
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw partners and ratios (B,) of a batch whose first `sizes[0]` slices are of the first domain, ..."""
+
+    def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
+        """Return the copies (B, C, S, S) in [-1, 1] of images with what `draw` gave."""
+
+
+class LocalMixer:
+    """Partners are unaugmented training slices of the client, of another domain where it owns several.
+
+    Args:
+        tables: The slices of each source domain.
+        settings: Window.
+        rng: Draws partners and ratios.
+    """
+
+    def __init__(self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator) -> None:
+        self._tables, self._settings, self._rng = tables, settings, rng
+        self._offset = OFFSETS[mixing_space(tables)]
+
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw a slice (C, S, S) of a domain other than its own for each slice of a batch."""
+        partners = np.concatenate([self._partners(domain, size) for domain, size in enumerate(sizes)])
+        return torch.from_numpy(partners), draw_ratio(self._rng, len(partners))
+
+    def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
+        """Mix each slice with its partner (B, C, S, S)."""
+        ratio, offset = ratio.to(images.dtype), self._offset
+        mixed = mix_amplitude(images + offset, partners + offset, ratio, self._settings.window)
+        return (mixed - offset).clamp(-1, 1)
+
+    def _partners(self, domain: int, size: int) -> npt.NDArray[np.float32]:
+        others = [number for number in range(len(self._tables)) if number != domain] or [domain]
+        chosen = [self._tables[others[number]] for number in self._rng.integers(0, len(others), size)]
+        return np.concatenate([table.stack([int(self._rng.integers(0, len(table)))])[0] for table in chosen])
+
+
+class _SharedMixer(ABC):
+    """Partners are amplitudes of other sites."""
+
+    def __init__(self, settings: RamSettings, space: str, rng: np.random.Generator) -> None:
+        self._settings, self._offset, self._rng = settings, OFFSETS[space], rng
+
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw amplitudes (C, 2, b + 1, b + 1) of other sites for each slice of a batch."""
+        amplitudes = torch.from_numpy(self._draw(sum(sizes)).astype(np.float32))
+        return amplitudes, draw_ratio(self._rng, len(amplitudes))
+
+    def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
+        """Mix each slice with its amplitudes (B, C, 2, b + 1, b + 1)."""
+        ratio = ratio.to(images.dtype)
+        mixed = mix_window_amplitudes(images + self._offset, partners, ratio, self._settings.window)
+        return (mixed - self._offset).clamp(-1, 1)
+
+    @abstractmethod
+    def _draw(self, count: int) -> npt.NDArray[np.floating]:
+        """Return (count, C, 2, b + 1, b + 1) amplitudes."""
+
+
+class SummaryMixer(_SharedMixer):
+    """Partners are drawn from the summary of the other sites' amplitudes.
+
+    Args:
+        data: What the coordinator handed down.
+        own: The summary of this client, taken out of it where it is in it.
+        site: Name of this client.
+        settings: Window.
+        rng: Draws amplitudes and ratios.
+
+    Raises:
+        FedsgcgError: PAY-106, PAY-107 or STA-201 for a summary that cannot be used, PAY-106 when no other site shares.
+    """
+
+    def __init__(
+        self, data: bytes, own: AmplitudeSummary, site: str, settings: RamSettings, rng: np.random.Generator
+    ) -> None:
+        super().__init__(settings, own.space, rng)
+        shared = AmplitudeSummary.decode(data)
+        if shared.layout != own.layout:
+            raise fail("PAY-106", found=f"amplitudes of {shared.layout}", expected=f"{own.layout}, as at this site")
+        others = shared.without(replace(own, sites=(site,))) if site in shared.sites else shared
+        _check_others(int(others.count))
+        self._sampler = AmplitudeSampler(others)
+
+    def _draw(self, count: int) -> npt.NDArray[np.floating]:
+        return self._sampler.draw(count, self._rng)
+
+
+class BankMixer(_SharedMixer):
+    """Partners are amplitudes of single images of other sites.
+
+    Args:
+        data: What the coordinator handed down.
+        site: Name of this client, whose own entries are left out.
+        space: Mixing space of this client (`mixing_space`).
+        settings: Window.
+        rng: Draws entries and ratios.
+
+    Raises:
+        FedsgcgError: As `SummaryMixer`.
+    """
+
+    def __init__(self, data: bytes, site: str, space: str, settings: RamSettings, rng: np.random.Generator) -> None:
+        super().__init__(settings, space, rng)
+        others = AmplitudeBank.decode(data).without(site)
+        _check_others(len(others.owners))
+        if others.space != space:
+            raise fail("PAY-106", found=f"amplitudes of {others.space}s", expected=f"those of {space}s")
+        self._windows = others.windows
+
+    def _draw(self, count: int) -> npt.NDArray[np.floating]:
+        return self._windows[self._rng.integers(0, len(self._windows), count)]
+
+
+def _check_others(number: int) -> None:
+    if number < 1:
+        raise fail("PAY-106", found="amplitudes of no other site", expected="those of at least one")
+
+
+def mixing_space(tables: Sequence[SliceTable]) -> str:
+    """Return the key of `OFFSETS` for a client's slices: `picture` where all cases are 2-D pictures, else `volume`."""
+    pictures = all(slices.kind == PICTURE for table in tables for slices in table.stored)
+    return "picture" if pictures else "volume"
+
+
+def build_mixer(
+    stores: Sequence[CaseStore], plan: Plan, site: str, round_number: int, amplitudes: bytes, device: torch.device
+) -> Mixer | None:
+    """Return the mixer of a round, None for a method that mixes nothing.
+
+    Args:
+        stores: The cases of each source domain.
+        plan: Method, sharing level, seed.
+        site: Name of the site.
+        round_number: Names the random stream.
+        amplitudes: What the coordinator handed down, for `sharing=summary` and `bank`.
+        device: Where to transform.
+    """
+    if not plan.method.mixes:
+        return None
+    settings, rng = plan.method.ram, stream(plan.seed, round_number, site, "partners")
+    if settings.sharing == "local":
+        return LocalMixer([store.slices("train") for store in stores], settings, rng)
+    if settings.sharing == "bank":
+        space = mixing_space([store.slices("train") for store in stores])
+        return BankMixer(amplitudes, site, space, settings, rng)
+    return SummaryMixer(amplitudes, own_summary(stores, settings, device), site, settings, rng)
+
+
+def draw_ratio(rng: np.random.Generator, count: int) -> Tensor:
+    """Draw (B,) shares of an image's own amplitude from {0.1, ..., 1.0}."""
+    return torch.from_numpy(rng.integers(1, RATIOS + 1, count) / RATIOS)
+
+
+def site_amplitudes(
+    stores: Sequence[CaseStore], settings: RamSettings, site: str, seed: int, device: torch.device
+) -> bytes:
+    """What a site shares of its training slices, encoded: the summary of all of them, or the bank of a few.
+
+    Args:
+        stores: The cases of each source domain.
+        settings: Level, window and size of the bank.
+        site: Name of the site, the owner of the bank's entries.
+        seed: The study's seed, from which the bank's slices are drawn.
+        device: Where to transform.
+    """
+    if settings.sharing == "summary":
+        return own_summary(stores, settings, device).encode()
+    rng = stream(seed, site, "bank")
+    (store,) = stores
+    table = store.slices("train")
+    chosen = np.sort(rng.permutation(len(table))[: settings.bank_size])
+    windows = _windows(table, chosen, settings, device)
+    return AmplitudeBank(windows, (site,) * len(chosen), mixing_space([table])).encode()
+
+
+def own_summary(stores: Sequence[CaseStore], settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+    """Summary of a client's training slices; what was computed once is kept while the process lives.
+
+    It depends on the slices and the window alone, and is wanted in every round.
+    """
+    first, *others = [_known_summary(store, settings, device) for store in stores]
+    return reduce(add, others, first)
+
+
+def _known_summary(store: CaseStore, settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+    data = store.data
+    key = fingerprint(store), data.stack, data.train_slices, settings.window, str(device)
+    if key not in _KNOWN:
+        if len(_KNOWN) >= KNOWN_SUMMARIES:
+            _KNOWN.pop(next(iter(_KNOWN)))  # the oldest
+        _KNOWN[key] = _summary(store.slices("train"), settings, device)
+    return _KNOWN[key]
+
+
+def _summary(table: SliceTable, settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+    numbers = np.arange(len(table))
+    blocks = [numbers[start : start + BLOCK] for start in range(0, len(numbers), BLOCK)]
+    side, space = table.stored[0].label.shape[-1], mixing_space([table])
+    windows = (_windows(table, block, settings, device) for block in blocks)
+    return reduce(add, (AmplitudeSummary.from_amplitudes(block, side, space) for block in windows))
+
+
+def _windows(
+    table: SliceTable, numbers: npt.NDArray[np.int64], settings: RamSettings, device: torch.device
+) -> npt.NDArray[np.float32]:
+    images = torch.from_numpy(table.stack(numbers)[0]).to(device) + OFFSETS[mixing_space([table])]
+    windows: npt.NDArray[np.float32] = window_amplitudes(images, settings.window).float().cpu().numpy()
+    return windows

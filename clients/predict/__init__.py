@@ -1,0 +1,1 @@
+"""Using a trained model on images of this hospital; nothing leaves it."""

@@ -1,0 +1,185 @@
+"""One image, one prediction: the preprocessing of training and the decisions of evaluation, on an image without a mask.
+
+Legend: S structures, K classes, C output channels; Z, Y, X native slices, rows, columns; h, w training size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clients.data.slices import to_slices
+from clients.data.store import SliceTable
+from clients.evaluation import evaluation_mode, native_probabilities, post_process, structures_from_logits
+from clients.predict.confidence import Gaussians
+from clients.predict.model import Model
+from common.errors import fail
+from common.images.read import Volume, check_image, read_volume
+from common.settings.plan import DataSettings
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image, in canonical orientation (`common.images.read`).
+
+    Attributes:
+        volume: The image as it was read.
+        display: (Z, Y, X) uint8, for people.
+        masks: (S, Z, Y, X) structures after post-processing, the ones that evaluation scores.
+        classes: (Z, Y, X) uint8 class indices.
+        labels: (Z, Y, X) label values as the training masks had them; of a class with several values the first.
+        probability: (S, Z, Y, X) float32 before threshold and post-processing; None when it was not asked for.
+        confidence: (Z, Y, X) float32 (`clients.predict.confidence`); None when it was not asked for.
+    """
+
+    volume: Volume
+    display: NDArray[np.uint8]
+    masks: Mask
+    classes: NDArray[np.uint8]
+    labels: NDArray[Any]
+    probability: NDArray[np.float32] | None = None
+    confidence: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model on a device, and what is wanted of it.
+
+    Attributes:
+        model: The model.
+        device: Where it runs.
+        batch: Slices in a forward pass.
+        probability: Whether probabilities are kept.
+        gaussians: The prototypes for a confidence map, None for no map.
+    """
+
+    model: Model
+    device: torch.device
+    batch: int
+    probability: bool = False
+    gaussians: Gaussians | None = None
+
+    def predict(self, path: Path) -> Prediction:
+        """Read and predict one image file.
+
+        Raises:
+            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be used, MOD-806 for
+                one of another kind than those the model was trained on.
+        """
+        volume = read_volume(path)
+        if volume.kind not in self.model.kinds:
+            expected = " or ".join(self.model.kinds)
+            action = "Use a model of such images; a volume can also be resampled to slices of the model's plane."
+            raise fail("MOD-806", where=str(path), found=volume.kind, expected=expected, action=action)
+        check_image(volume, str(path))
+        return self.apply(volume)
+
+    def apply(self, volume: Volume) -> Prediction:
+        """Predict an image that was read and checked."""
+        data = self.model.data
+        native = volume.array.shape[-2:]
+        depth = 1 if volume.is_picture else volume.array.shape[0]
+        slices = to_slices(volume, np.zeros((depth, *native), np.uint8), data)
+        none = np.zeros(depth, np.int64)
+        table = SliceTable(none, np.arange(depth), none.astype(np.bool_), data.stack, (slices,))
+        logits, squares = self._maps(table)
+        masks = post_process(structures_from_logits(logits, native, data), data, is_picture=volume.is_picture)
+        classes = class_map(masks, logits, native, data)
+        return Prediction(
+            volume=volume,
+            display=slices.display,
+            masks=masks,
+            classes=classes,
+            labels=label_values(data)[classes],
+            probability=probabilities(logits, native, data) if self.probability else None,
+            confidence=self._confidence(squares, classes),
+        )
+
+    def _maps(self, table: SliceTable) -> tuple[Tensor, list[Tensor]]:
+        """Return logits (Z, C, h, w) and, for a confidence map, squared distances (K, h, w) of each slice."""
+        network = self.model.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        logits, squares = [], []
+        with evaluation_mode(network):
+            for start in range(0, len(table), self.batch):
+                images, _ = table.stack(np.arange(start, min(start + self.batch, len(table))))
+                batch = torch.from_numpy(images).to(self.device, memory_format=torch.channels_last)
+                out, features = network(batch)
+                logits.append(out.float())
+                if self.gaussians is not None:
+                    distances = self.gaussians.squared_distance(features, normalize=self.model.normalize)
+                    squares += list(torch.unbind(distances.cpu()))
+        return torch.cat(logits), squares
+
+    def _confidence(self, squares: list[Tensor], classes: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """Bring the distances to the native size and keep that to the class of the mask."""
+        if self.gaussians is None:
+            return None
+        layers = []
+        for square, layer in zip(squares, classes, strict=True):
+            wide = F.interpolate(square[None], size=layer.shape, mode="bilinear", align_corners=False)[0]
+            chosen = wide.gather(0, torch.from_numpy(layer.astype(np.int64))[None])[0]
+            layers.append(self.gaussians.confidence(chosen).nan_to_num(0.0).numpy())
+        return np.stack(layers)
+
+
+def label_values(data: DataSettings) -> NDArray[Any]:
+    """Return the label value of each class (K,), the first that its training masks had."""
+    values = [group[0] for group in data.classes.values()]
+    kinds = (kind for kind in (np.uint8, np.int16, np.int32) if _fits(values, kind))
+    return np.array(values, next(kinds, np.int64))
+
+
+def _fits(values: list[int], kind: type[np.integer[Any]]) -> bool:
+    return min(values) >= np.iinfo(kind).min and max(values) <= np.iinfo(kind).max
+
+
+def class_map(masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSettings) -> NDArray[np.uint8]:
+    """Return class indices (Z, Y, X) of structures (S, Z, Y, X), which may lie within each other.
+
+    Outer structures are drawn first, then those within them. A structure stands for the class that none of its inner
+    structures has; should that leave several, the likeliest of them (softmax) or the first (sigmoid).
+    Where structures overlap that are not nested, the smaller one is drawn over the larger one.
+
+    Args:
+        masks: Structures after post-processing.
+        logits: (Z, C, h, w), for structures that stand for several classes.
+        native: (Y, X).
+        data: Classes and structures.
+    """
+    parts = [set(group) for group in data.structure_classes().values()]
+    classes = np.zeros(masks.shape[1:], np.uint8)
+    for index in sorted(range(len(parts)), key=lambda one: (-len(parts[one]), -int(masks[one].sum()))):
+        inner = set().union(*(part for part in parts if part < parts[index]))
+        own = sorted(parts[index] - inner or parts[index])
+        drawn: NDArray[np.uint8] = np.full(1, own[0], np.uint8)
+        if len(own) > 1 and data.activation == "softmax":
+            drawn = _likeliest(logits, native, own, data)[masks[index]]
+        classes[masks[index]] = drawn
+    return classes
+
+
+def probabilities(logits: Tensor, native: tuple[int, ...], data: DataSettings) -> NDArray[np.float32]:
+    """Return the probability of each structure (S, Z, Y, X) of logits (Z, C, h, w) at the native size (Y, X)."""
+    groups = list(data.structure_classes().values())
+    layers = []
+    for maps in native_probabilities(logits, native, data):
+        united = maps if data.activation == "sigmoid" else torch.stack([maps[group].sum(0) for group in groups])
+        layers.append(united)
+    found: NDArray[np.float32] = torch.stack(layers, 1).clamp(0, 1).cpu().numpy()
+    return found
+
+
+def _likeliest(logits: Tensor, native: tuple[int, ...], own: list[int], data: DataSettings) -> NDArray[np.uint8]:
+    """Return the likeliest of some classes (Z, Y, X)."""
+    chosen = [maps[own].argmax(0) for maps in native_probabilities(logits, native, data)]
+    found: NDArray[np.uint8] = np.array(own, np.uint8)[torch.stack(chosen).cpu().numpy()]
+    return found

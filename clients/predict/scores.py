@@ -1,0 +1,102 @@
+"""Scores of predictions whose truth is known: the same figures as evaluation, as CSV and as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from clients.data.store import Case
+from clients.evaluation import CaseResult, case_rows, structure_masks
+from clients.predict.files import Job, write
+from clients.predict.predictor import Prediction
+from common.settings.plan import DataSettings
+from common.wire.payload import CASES_SCHEMA
+
+COLUMNS = ("site", *CASES_SCHEMA.names, "trained_on")
+
+
+class Scores:
+    """Collects a row for every case and structure.
+
+    Attributes:
+        data: Structures and unit of distances.
+        rows: `COLUMNS` -> value; `case` is the case's own name, for the table stays at the hospital; `trained_on` is
+            the hospital at which the model learned from this image, "" for a new one.
+    """
+
+    def __init__(self, data: DataSettings) -> None:
+        self.data = data
+        self.rows: list[dict[str, Any]] = []
+
+    def trained_on(self) -> list[str]:
+        """Names of the scored cases that the model has learned from."""
+        return list(dict.fromkeys(f"{row['site']} {row['case']}" for row in self.rows if row["trained_on"]))
+
+    def cases(self) -> int:
+        """Number of scored cases."""
+        return len({(row["site"], row["case"]) for row in self.rows})
+
+    def add(self, job: Job, prediction: Prediction, truth: NDArray[np.uint8], trained_on: str = "") -> str:
+        """Score one case against its true class indices (Z, Y, X); return its Dice in words."""
+        volume = prediction.volume
+        case = Case(
+            index=0,
+            name=job.case,
+            alias=job.case,
+            patient="",
+            split="test",
+            num_slices=truth.shape[0],
+            native_shape=(truth.shape[0], truth.shape[1], truth.shape[2]),
+            spacing=volume.millimetres,
+            is_picture=volume.is_picture,
+            has_foreground=bool(truth.any()),
+        )
+        found = case_rows(CaseResult(case, prediction.masks, structure_masks(truth, self.data), truth), self.data)
+        self.rows += [{"site": job.site, **row, "trained_on": trained_on} for row in found]
+        if len(found) == 1:
+            return f"Dice {found[0]['dice']:.3f}"
+        return "Dice " + ", ".join(f"{row['structure']} {row['dice']:.3f}" for row in found)
+
+    def write(self, path: Path) -> None:
+        """Write all rows as CSV; a figure that is not defined is empty. Raises MOD-808."""
+        sink = io.StringIO()
+        writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow({name: _text(row[name]) for name in COLUMNS})
+        write(path, sink.getvalue().encode())
+
+    def table(self) -> Table:
+        """Return the mean over cases of each hospital and structure."""
+        real = self.data.spacing_unit == "mm" and any(row["asd_mm"] is not None for row in self.rows)
+        unit, ending = ("mm", "_mm") if real else ("pixel", "")
+        table = Table(title=f"Scores: mean over cases (distances in {unit})")
+        for title in ("hospital", "structure", "cases", "Dice ± sd", "ASD", "ASSD", "HD95"):
+            table.add_column(title, justify="left" if title in ("hospital", "structure") else "right")
+        for site in sorted({row["site"] for row in self.rows}):
+            for structure in self.data.structures:
+                mine = [row for row in self.rows if (row["site"], row["structure"]) == (site, structure)]
+                dice = [row["dice"] for row in mine]
+                distances = [_mean([row[f"{name}{ending}"] for row in mine]) for name in ("asd", "assd", "hd95")]
+                spread = f"{np.mean(dice):.3f}" + (f" ± {np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "")
+                table.add_row(site, structure, str(len(mine)), spread, *distances)
+        return table
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Mean of the figures that are defined, and of how many it is where some are not."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    mean = f"{np.mean(known):.2f}" if known else "–"
+    return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)})"
+
+
+def _text(value: Any) -> Any:
+    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value

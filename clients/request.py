@@ -1,0 +1,241 @@
+"""One message at a site: who is asked, by which plan, in which role; and the boundary that no error text crosses."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, Message, RecordDict
+from numpy.typing import NDArray
+
+from clients.boundary import NOBODY, identity_of, keep_trace
+from clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
+from clients.data.store import CaseStore, open_store
+from clients.device import choose_device
+from clients.guard.approval import check_approved
+from clients.guard.egress import release_error
+from clients.guard.policy import alias_salt, confined, obey, policy_of
+from clients.guard.site_file import SiteFile
+from clients.local_state import LocalState
+from clients.methods.class_statistics import patients_per_class, pixels_per_class
+from clients.out_of_memory import out_of_memory
+from common.errors import FedsgcgError, fail
+from common.files.system import expand
+from common.settings.compose import plan_of_run
+from common.settings.plan import Plan
+from common.wire.messages import Request, decode_request
+from common.wire.payload import Identity
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Everything that answering one message needs.
+
+    Attributes:
+        request: What the coordinator sent.
+        plan: The settings of the federation.
+        site: Name of this site.
+        root: Folder of the data set.
+        home: The site's own folder: ledger, error log, aliases, pictures.
+        kind: Type of the message.
+        policy: The site's own settings, already put into `plan`; None in a simulation.
+    """
+
+    request: Request
+    plan: Plan
+    site: str
+    root: Path
+    home: Path
+    kind: str
+    policy: SiteFile | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Run, fold, round and plan of the request."""
+        return self.request.identity
+
+    @property
+    def role(self) -> str:
+        """`train`, `heldout` or `observer` in this fold."""
+        return self.plan.role(self.site)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this site computes; raises CFG-004 when what is asked for is absent."""
+        return choose_device(self.plan.site.device, self.plan.site.threads)
+
+    @cached_property
+    def stores(self) -> tuple[CaseStore, ...]:
+        """The cases of every hospital that the site owns: one, or all source domains of a pooled run.
+
+        The slice cache is made where it is missing, and who is behind each alias is written down at the site.
+        """
+        data, cache = self.plan.data, resolve_cache(self.plan.site)
+        sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
+        sites = [confined(site, self.policy) for site in sites]
+        heldout, salt = self.role != "train", alias_salt(self.policy)
+        stores = tuple(open_store(site, data, cache, heldout=heldout, salt=salt) for site in sites)
+        write_text(self.home / "aliases.csv", aliases_table(stores))
+        found = [
+            *(problem for store in stores for problem in store.problems),
+            *(note for s in sites for note in s.notes),
+        ]
+        write_text(self.home / "problems.txt", "\n".join(map(str, found)) or "none")
+        return stores
+
+    @cached_property
+    def patients(self) -> NDArray[np.int64]:
+        """Training patients of each class (K,), which the patient floor compares."""
+        return patients_per_class(self.stores, self.plan.data.num_classes)
+
+    @cached_property
+    def different_pixels(self) -> NDArray[np.int64] | None:
+        """Training pixels of each class (K,) where the statistics count a pixel more than once, else None."""
+        if self.plan.prototypes.memory != "online":
+            return None
+        return pixels_per_class(self.stores, self.plan.data.num_classes)
+
+    @property
+    def state(self) -> LocalState:
+        """What the site keeps of its own training in this run."""
+        return LocalState.of(self.home, self.identity)
+
+    def public_problems(self) -> list[dict[str, str]]:
+        """What is wrong with the site's cases, as it may leave: codes, and aliases of the cases that have one.
+
+        A case that could not be read has no alias, since an alias needs the image (`clients.data.store`).
+        """
+        found = []
+        for store in self.stores:
+            alias = {case.name: case.alias for case in store.cases}
+            found += [{"code": problem.code, "case": alias.get(problem.where, "")} for problem in store.problems]
+        return found
+
+
+def visiting(
+    work: Callable[[Visit], RecordDict], message: Message, context: Context, tree: Mapping[str, Any] | None
+) -> RecordDict:
+    """Do the work of one message; whatever goes wrong becomes a reply that holds a code and nothing else.
+
+    Args:
+        work: The handler.
+        message: What came.
+        context: Names this node and carries Flower's run config.
+        tree: Resolved settings; None reads the run config.
+    """
+    identity, site, home = NOBODY, "", None
+    kind = str(message.metadata.message_type)
+    try:
+        identity = identity_of(message.content)
+        if policy := policy_of(context.node_config):
+            site, home = policy.site, Path(policy.home)
+            check_approved(policy)
+        asked = plan_of_run(tree, dict(context.run_config), context.run_id)
+        plan = obey(asked, policy)
+        root = ensure_data(plan.data, plan.site.cache)
+        site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
+        home = site_home(plan, site)
+        request = decode_request(message.content)
+        check_identity(request.identity, asked)
+        return work(Visit(request, plan, site, root, home, kind, policy))
+    except Exception as error:
+        keep_trace(home, kind, identity)
+        unforeseen = "SITE-502" if out_of_memory(error) else "SITE-500"
+        code = error.public() if isinstance(error, FedsgcgError) else unforeseen
+        return release_error(code, identity, site, home, kind, note=str(error) if code.startswith("POL") else "")
+
+
+def guard(visit: Visit, *allowed: str) -> None:
+    """Refuse what the site's role in this fold, or the site's own settings, forbid.
+
+    Raises:
+        FedsgcgError: ROL-201.
+    """
+    accepted = visit.plan.site.roles
+    if visit.role not in allowed or visit.role not in accepted:
+        raise fail(
+            "ROL-201",
+            where=visit.site,
+            found=f"{visit.kind} asked of a site whose role is {visit.role}",
+            expected=f"a role among {list(allowed)} that the site accepts ({list(accepted)})",
+        )
+
+
+def check_identity(identity: Identity, plan: Plan) -> None:
+    """Compare the request with the plan this site knows.
+
+    Raises:
+        FedsgcgError: PAY-120 when the request belongs to another plan or fold.
+    """
+    expected = (plan.digest(), plan.heldout)
+    if (identity.plan, identity.heldout) != expected:
+        raise fail(
+            "PAY-120",
+            found=f"plan {identity.plan[:12]}, held out {identity.heldout!r}",
+            expected=f"plan {expected[0][:12]}, held out {expected[1]!r}",
+            action="start coordinator and sites with the same settings",
+        )
+
+
+def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
+    """Name of this node's site: `site` of its node config, or the k-th of the sorted names for partition k.
+
+    Raises:
+        FedsgcgError: DAT-101 when the node config names no site.
+    """
+    names = list(plan.members()) or sorted(discover_sites(root))
+    if name := str(node_config.get("site", "")):
+        if name not in names:
+            raise fail("DAT-101", found=f"site {name!r}", expected=f"one of {names}", action="Correct the node config.")
+        return name
+    number = node_config.get("partition-id")
+    if not isinstance(number, int) or not 0 <= number < len(names):
+        raise fail(
+            "DAT-101",
+            found=f"partition {number} of {len(names)} sites",
+            expected="site='name' or a partition-id that has a site in the node config",
+        )
+    return names[number]
+
+
+def site_home(plan: Plan, site: str) -> Path:
+    """Return the site's own folder: its setting with {site} replaced, or a folder inside the run's output."""
+    if plan.site.home:
+        return expand(plan.site.home.replace("{site}", site), "site.home")
+    return Path(plan.output) / "sites" / site
+
+
+def aliases_table(stores: Sequence[CaseStore]) -> str:
+    """Who is behind each alias, as CSV (alias, case)."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["alias", "case"])
+    table.writerows([case.alias, case.name] for store in stores for case in store.cases)
+    return text.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of the site's folder, whole or not at all; unchanged content is left alone.
+
+    Raises:
+        FedsgcgError: SITE-501 when the site's folder cannot be written.
+    """
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        expected = "a site folder that can be written"
+        raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error

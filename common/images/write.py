@@ -1,0 +1,80 @@
+"""Results in the geometry of the file they belong to: header, affine and axes of a NIfTI, size of a picture.
+
+Legend: Z, Y, X = slices, rows, columns of the canonical orientation (`common.images.read`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from common.images.read import Volume, open_nifti, suffix_of, to_native
+
+Array = NDArray[Any]
+
+_FIRST = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
+PALETTE = (*_FIRST, *(level for value in range(8, 256) for level in 3 * (value,)))
+"""Colours of label values in a picture's mask (Okabe and Ito, then grey): a viewer shows colours, a reader sees values.
+All 256 are named: a picture with a shorter palette is stored with fewer bits, which cuts large values off."""
+
+
+def write_like(path: Path, array: Array, volume: Volume) -> None:
+    """Write a canonical array as NIfTI with the header, affine and axes of the file its image came from.
+
+    The header is the one that came with the image: the file is not opened a second time.
+
+    Args:
+        path: `.nii` or `.nii.gz`.
+        array: (Z, Y, X), or (S, Z, Y, X) for one map a structure, which becomes the fourth axis; its type is kept.
+        volume: The image as it was read from a NIfTI.
+    """
+    maps = [to_native(part, volume) for part in (array if array.ndim == 4 else array[None])]
+    _write(path, np.stack(maps, axis=-1) if array.ndim == 4 else maps[0], *volume.source)
+
+
+def write_native(path: Path, voxels: Array, source: Path) -> None:
+    """Write voxels (i, j, k[, s]) with the header and affine of another file."""
+    reference = open_nifti(source)
+    _write(path, voxels, type(reference), reference.header)
+
+
+def _write(path: Path, voxels: Array, kind: Any, like: Any) -> None:
+    """Write voxels as `kind` of nibabel with a header like another.
+
+    The bytes depend on content and header alone (no time stamp), so that equal results have equal hashes.
+    """
+    header = like.copy()
+    header.set_data_dtype(voxels.dtype)
+    header["cal_max"], header["cal_min"] = 0, 0
+    image = kind(np.ascontiguousarray(voxels), None, header)
+    content = image.to_bytes()
+    path.write_bytes(gzip.compress(content, 1, mtime=0) if suffix_of(path) == ".nii.gz" else content)
+
+
+def picture_bytes(array: Array) -> bytes:
+    """Return a PNG of (H, W) or (H, W, 3) uint8 values."""
+    return _png(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def mask_bytes(labels: NDArray[np.uint8]) -> bytes:
+    """Return a palette PNG of (H, W) label values: the pixels are the values, the palette makes them visible."""
+    picture = Image.fromarray(np.ascontiguousarray(labels), mode="P")
+    picture.putpalette(PALETTE)
+    return _png(picture)
+
+
+def wide_bytes(labels: NDArray[Any]) -> bytes:
+    """Return a 16-bit PNG of (H, W) label values above 255."""
+    return _png(Image.fromarray(labels.astype(np.uint16)))
+
+
+def _png(picture: Image.Image) -> bytes:
+    sink = io.BytesIO()
+    picture.save(sink, "PNG")
+    return sink.getvalue()

@@ -1,0 +1,108 @@
+"""Builds typed settings from plain dictionaries: one error names everything that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, cast
+
+from common.errors import FedsgcgError, Problem
+from common.settings.hints import nearest
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """Build a settings dataclass from plain dictionaries, raising one error that lists every problem."""
+    problems: list[Problem] = []
+    value = _convert(cls, tree, "", problems)
+    if problems:
+        raise FedsgcgError(*problems)
+    return cast("T", value)
+
+
+def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
+    """Convert `value` to the annotation `kind`; what does not fit becomes a problem and None."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _convert_section(kind, value, path, problems)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and value in arguments:
+        return arguments[arguments.index(value)]
+    if origin in (typing.Union, types.UnionType) and type(value) in arguments:
+        return value
+    if origin is list and isinstance(value, (list, tuple)):
+        return [_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): _convert(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)  # a hospital called 12; a number of a YAML file knows how it was written
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    expected = " | ".join(str(item) for item in arguments) if origin is Literal else _in_words(origin or kind)
+    action = "write it in quotes" if kind is str and (value is None or isinstance(value, bool)) else ""
+    problems.append(Problem("CFG-001", where=path, found=_found(value), expected=expected, action=action))
+    return None
+
+
+def _found(value: Any) -> str:
+    """Say what a value is as settings are written."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
+def _in_words(kind: Any) -> str:
+    """Say what a type is to someone who does not program."""
+    words: dict[Any, str] = {
+        types.UnionType: "true, false, a number or text",
+        list: "a list such as [A,B]",
+        tuple: "a list such as [A,B]",
+        dict: "names and values such as {A: 1}",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }
+    return words.get(kind, str(kind))
+
+
+def _convert_section(kind: type, value: Any, path: str, problems: list[Problem]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(Problem("CFG-001", where=path, found=repr(value), expected=_in_words(dict)))
+        return None
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in value:
+        if name not in names:
+            problems.append(
+                Problem(
+                    "CFG-001",
+                    where=path or kind.__name__,
+                    found=f"unknown setting {name!r}",
+                    action=nearest(name, names),
+                )
+            )
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    for name in sorted(required - set(value)):
+        problems.append(Problem("CFG-001", where=f"{path}.{name}".lstrip("."), found="nothing", expected="a value"))
+    converted = {}
+    for name in (name for name in value if name in names):
+        faults = len(problems)
+        item = _convert(hints[name], value[name], f"{path}.{name}".lstrip("."), problems)
+        if len(problems) == faults:
+            converted[name] = item
+    if required - set(converted):
+        return None
+    try:  # also with some values refused: the rules of the others are checked with defaults in their place
+        return kind(**converted)
+    except FedsgcgError as error:
+        problems.extend(dataclasses.replace(p, where=f"{path}.{p.where}".lstrip(".")) for p in error.problems)
+        return None

@@ -1,0 +1,123 @@
+"""Settings of the data: which images, which classes, and how a file becomes a training slice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from common.settings.base import Checks, Section
+
+LABEL_TOLERANCE: Final = 1e-3
+"""Default of `DataSettings.label_tolerance`: a hundred times what rescaled 16-bit labels lose, far below a half."""
+
+
+@dataclass(frozen=True)
+class AugmentationSettings(Section):
+    """Random changes of a training slice, drawn anew each time; zero switches one off.
+
+    Attributes:
+        flip: Probability of a left-right flip.
+        rotate_degrees: Rotation, uniform in plus/minus this angle.
+        scale: Relative change of size, uniform in [1 - scale, 1 + scale].
+        shift: Shift as a fraction of the image side, uniform in plus/minus.
+        gamma: Contrast exponent, exp(uniform(-gamma, gamma)) on the image scaled to [0, 1].
+        brightness: Offset on the [-1, 1] scale, uniform in plus/minus.
+        noise: Largest standard deviation of Gaussian noise on the [-1, 1] scale; drawn uniformly per slice.
+        zoom: RAM-DSIR's augmentation (methods.md 2.3): with probability one half each side is enlarged by a factor of
+            its own, uniform in [1, 1 + zoom], and a random window of the image's size is kept.
+    """
+
+    flip: float = 0.0
+    rotate_degrees: float = 0.0
+    scale: float = 0.0
+    shift: float = 0.0
+    gamma: float = 0.0
+    brightness: float = 0.0
+    noise: float = 0.0
+    zoom: float = 0.0
+
+    def checks(self) -> Checks:
+        """Every amount is zero or more; probabilities and relative amounts stay below one."""
+        yield 0 <= self.flip <= 1, "flip", "a probability in [0, 1]"
+        yield 0 <= self.rotate_degrees <= 180, "rotate_degrees", "degrees in [0, 180]"
+        yield 0 <= self.scale < 1, "scale", "a fraction in [0, 1)"
+        yield 0 <= self.shift < 1, "shift", "a fraction in [0, 1)"
+        for name in ("gamma", "brightness", "noise", "zoom"):
+            yield getattr(self, name) >= 0, name, "zero or more"
+
+
+@dataclass(frozen=True)
+class DataSettings(Section):
+    """Which images, which classes, and how a file becomes a training slice.
+
+    Attributes:
+        name: Short name of the data set, for folders and reports.
+        root: Folder with `manifest.csv` or one folder a site. "" makes the synthetic hospitals.
+        sites: The hospitals that take part; empty means all that the root holds.
+        classes: Class name -> raw label values, background first. Exclusive: every declared value in one class.
+        structures: Reported structure -> the classes that make it up (nested structures share classes).
+        image_size: Side in pixels of the square training slice (height = width).
+        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = the slice alone, repeated. A picture has no
+            neighbours: its colours are the channels, or its grey values repeated, whatever is set here.
+        intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore` (three standard
+            deviations map to 1), or `fixed` (0 to -1 and 255 to 1, for pictures of 8 bits a channel alone).
+        activation: `softmax` over exclusive classes or one `sigmoid` per structure (methods.md 2.6).
+        threshold: Probability above which a sigmoid structure is set; unused with softmax, where the largest wins.
+        spacing_unit: `mm` reports surface distances in millimetres too; `pixel` where the spacing is not real.
+        label_tolerance: How far a mask's value may lie from the whole number that it stands for: label maps that were
+            rescaled on saving hold 0.9999999.
+        largest_component: Keep only the largest connected component of each predicted structure. Off where the data
+            set does not ask for it: a structure of two parts would lose one.
+        fill_holes: Fill holes of each predicted structure, in each slice.
+        train_slices: `all`, or `foreground` = only slices that hold a declared structure.
+        validation_fraction: Share of a source site's patients kept for source validation.
+        augmentation: Random changes of training slices.
+    """
+
+    name: str
+    root: str
+    classes: dict[str, list[int]]
+    structures: dict[str, list[str]]
+    sites: list[str]
+    image_size: int = 128
+    stack: int = 3
+    intensity: Literal["percentile", "minmax", "zscore", "fixed"] = "percentile"
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+    threshold: float = 0.5
+    spacing_unit: Literal["mm", "pixel"] = "mm"
+    label_tolerance: float = LABEL_TOLERANCE
+    largest_component: bool = False
+    fill_holes: bool = False
+    train_slices: Literal["all", "foreground"] = "all"
+    validation_fraction: float = 0.2
+    augmentation: AugmentationSettings = AugmentationSettings()
+
+    def checks(self) -> Checks:
+        """Classes are exclusive, structures are made of classes, sizes fit the network."""
+        values = [value for group in self.classes.values() for value in group]
+        yield len(self.classes) >= 2, "classes", "background and at least one more class"
+        yield len(values) == len(set(values)), "classes", "every label value in one class only"
+        yield bool(self.structures), "structures", "at least one structure"
+        known = set(list(self.classes)[1:])
+        used = [name for group in self.structures.values() for name in group]
+        yield set(used) <= known and all(self.structures.values()), "structures", f"made of {sorted(known)}"
+        yield self.image_size >= 32 and self.image_size % 16 == 0, "image_size", "32 or more and a multiple of 16"
+        yield self.stack in (1, 3), "stack", "1 or 3"
+        yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
+        yield 0 <= self.label_tolerance < 0.5, "label_tolerance", "a distance in [0, 0.5)"
+        yield 0 <= self.validation_fraction < 1, "validation_fraction", "a fraction in [0, 1)"
+
+    @property
+    def num_classes(self) -> int:
+        """K, background included."""
+        return len(self.classes)
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels of the network: K with softmax, one a structure with sigmoid."""
+        return self.num_classes if self.activation == "softmax" else len(self.structures)
+
+    def structure_classes(self) -> dict[str, list[int]]:
+        """Structure name -> class indices that make it up."""
+        index = {name: position for position, name in enumerate(self.classes)}
+        return {name: [index[part] for part in parts] for name, parts in self.structures.items()}

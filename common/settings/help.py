@@ -1,0 +1,153 @@
+"""What a setting means, from the docstring of the typed section that holds it: `fedsgcg settings NAME`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.errors import fail
+from common.settings.choices import CLASSES, GROUPS, choices_of
+from common.settings.compose import known_settings, own_choices
+from common.settings.hints import meant
+from common.settings.plan import Plan
+from common.settings.run import RunSettings
+from common.settings.yaml_file import meanings
+
+UNITS = {"_s": "seconds", "_degrees": "degrees", "_mm": "millimetres"}
+UNIT_OF = {"data.image_size": "pixels", "method.batch_size": "slices", "method.ram.bank_size": "images"}
+"""Units by the end of a name, or of a single setting; other settings have none, or their meaning says it."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """One setting, as it is explained.
+
+    Attributes:
+        name: Dotted name.
+        meaning: From the docstring.
+        kind: Type of its values, in words.
+        choices: Values that it may have, where these are few.
+        unit: Unit of a number, or "".
+    """
+
+    name: str
+    meaning: str
+    kind: str
+    choices: tuple[str, ...] = ()
+    unit: str = ""
+
+
+def described() -> dict[str, Described]:
+    """Return every setting that has a value of its own, by name; sections are those of `sections`."""
+    run = dict(_fields(RunSettings, ""))
+    return {**dict(_fields(Plan, "")), **run}
+
+
+def sections() -> dict[str, str]:
+    """Return the first line of each section's docstring, by name."""
+    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _sections(Plan, "")} | {
+        name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _sections(RunSettings, "")
+    }
+
+
+def explain(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str] = ()) -> str:
+    """Return what there is to say about a setting, a section or a group.
+
+    Args:
+        name: E.g. `federation.rounds`, `rounds` where only one setting ends like that, `prototypes`, `experiment`.
+        tree: Resolved settings, for the values.
+        overrides: The command line, for own files.
+
+    Raises:
+        FedsgcgError: CFG-001 for a name that is none, with the nearest.
+    """
+    known = described()
+    ends = [key for key in known if key.rpartition(".")[2] == name]
+    if name in known:
+        return _text(known[name], tree)
+    if name in GROUPS or name in sections():
+        return _section_text(name, tree, overrides)
+    if len(ends) == 1:
+        return _text(known[ends[0]], tree)
+    action = f"one of {', '.join(ends)}" if ends else meant(name, known_settings())
+    raise fail("CFG-001", found=f"unknown setting {name!r}", expected="a known setting", action=action)
+
+
+def _section_text(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str]) -> str:
+    lines = [f"{name}: {sections()[name]}" if name in sections() else f"{name}: a named bundle of settings"]
+    if name in GROUPS:
+        own = " | package.module:Class" if name in CLASSES else ""
+        choices = " | ".join(choices_of(name, own_choices(overrides)))
+        lines.append(f"  choices  {choices}{own} | PATH.yaml")
+    inside = [found for key, found in described().items() if key.startswith(f"{name}.")]
+    return "\n\n".join(["\n".join(lines), *(_text(found, tree) for found in inside)])
+
+
+def _text(found: Described, tree: Mapping[str, Any]) -> str:
+    lines = [found.name, f"  meaning  {found.meaning}"]
+    if found.unit:
+        lines.append(f"  unit     {found.unit}")
+    lines.append(f"  default  {_shown(_value(found.name, tree))}")
+    lines.append(f"  choices  {' | '.join(found.choices)}" if found.choices else f"  value    {found.kind}")
+    return "\n".join(lines)
+
+
+def _value(name: str, tree: Mapping[str, Any]) -> Any:
+    value: Any = tree
+    for part in name.split("."):
+        value = value.get(part, "") if isinstance(value, Mapping) else ""
+    return value
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if value == "":
+        return '""'
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_shown(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return str(value)
+
+
+def _fields(cls: type, prefix: str) -> Iterator[tuple[str, Described]]:
+    hints, meaning = typing.get_type_hints(cls), meanings(cls)
+    for field in dataclasses.fields(cls):
+        name, kind = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _fields(kind, f"{name}.")
+        else:
+            words = " ".join(meaning.get(field.name, []))
+            yield name, Described(name, words, _kind(kind), _choices(kind), _unit(name))
+
+
+def _sections(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield prefix + name, kind
+            yield from _sections(kind, f"{prefix}{name}.")
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    if typing.get_origin(kind) is Literal:
+        return tuple(str(item) for item in typing.get_args(kind))
+    return ("true", "false") if kind is bool else ()
+
+
+def _kind(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (list, tuple):
+        return "a list, e.g. [A,B]"
+    if origin is dict:
+        return "a map, e.g. {A: 1}" if arguments[1] not in (list[int], list[str], list[Any]) else "a map, e.g. {A: [1]}"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return "" if isinstance(kind, types.UnionType) else words.get(kind, "")
+
+
+def _unit(name: str) -> str:
+    return UNIT_OF.get(name) or next((unit for end, unit in UNITS.items() if name.endswith(end)), "")

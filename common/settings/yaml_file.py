@@ -1,0 +1,168 @@
+"""A YAML file of settings that a person fills in: read into a typed section, refused with everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from common.errors import FedsgcgError, Problem, fail
+from common.settings.compose import build
+
+T = TypeVar("T")
+
+
+class _Number:
+    """A number that remembers how it was written, so that a name such as `1.10` stays one."""
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+
+class _Whole(_Number, int):
+    pass
+
+
+class _Decimal(_Number, float):
+    pass
+
+
+class AsWritten(yaml.SafeLoader):
+    """YAML as people mean it: names stay as they are written, and a name given twice is refused.
+
+    YAML 1.1 reads `NO` as false, `010` as 8, `12:30` as 750 and `2024-01-01` as a date, and of a repeated name it keeps
+    the last. Here only `true` and `false` are truth values, only decimal numbers without leading zeros are numbers, and
+    a number becomes text again, digit by digit, where text is wanted.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML keeps them in the class
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the names and values of a mapping; raises a YAMLError for a name that is there twice."""
+        seen: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                first = seen[key.value].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice, first in line {first}", key.start_mark
+                )
+            seen[getattr(key, "value", "")] = key
+        return super().construct_mapping(node, deep)
+
+    def whole(self, node: yaml.ScalarNode) -> int:
+        """Return a whole number."""
+        return _written(_Whole(node.value), node)
+
+    def decimal(self, node: yaml.ScalarNode) -> float:
+        """Return a decimal number."""
+        return _written(_Decimal(node.value), node)
+
+
+N = TypeVar("N", _Whole, _Decimal)
+
+
+def _written(number: N, node: yaml.ScalarNode) -> N:
+    number.written = node.value
+    return number
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(0|[1-9][0-9]*)?\.[0-9]+([eE][-+]?[0-9]+)?|[-+]?(0|[1-9][0-9]*)(\.?[eE][-+]?[0-9]+|\.)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
+):
+    AsWritten.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+AsWritten.add_constructor("tag:yaml.org,2002:int", AsWritten.whole)
+AsWritten.add_constructor("tag:yaml.org,2002:float", AsWritten.decimal)
+
+
+def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
+    """Read the names and values of a YAML file.
+
+    Args:
+        path: The file.
+        code: Error code of the kind of file.
+        action: What to do when there is no such file.
+
+    Raises:
+        FedsgcgError: `code` for a file that is missing, unreadable or no settings.
+    """
+    try:
+        tree = AsWritten(path.read_text(encoding="utf-8")).get_single_data()
+    except FileNotFoundError as error:
+        raise fail(code, where=str(path), found="no such file", action=action) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())
+        raise fail(code, where=str(path), found=found, expected="a readable YAML file") from error
+    if not isinstance(tree, dict):
+        raise fail(code, where=str(path), found="no settings", expected="name: value lines")
+    return {str(name): value for name, value in tree.items()}
+
+
+def build_from(cls: type[T], tree: Mapping[str, Any], path: Path, code: str, faults: tuple[Problem, ...] = ()) -> T:
+    """Build a typed section from a file's tree; every problem, and those in `faults`, under the file's code and name.
+
+    Raises:
+        FedsgcgError: `code`.
+    """
+    problems = list(faults)
+    try:
+        found = build(cls, tree)
+    except FedsgcgError as error:
+        problems += [_of_file(problem, cls, path, code) for problem in error.problems]
+        raise FedsgcgError(*problems) from error
+    if problems:
+        raise FedsgcgError(*problems)
+    return found
+
+
+def explained(section: Any, head: tuple[str, ...]) -> str:
+    """Return the text of a YAML file with the sentence of each field, from its class's docstring, above its value.
+
+    Args:
+        section: A dataclass whose docstring has an `Attributes:` part.
+        head: Lines of the file's first comment.
+    """
+    meaning = meanings(type(section))
+    lines = [*(f"# {line}" for line in head), ""]
+    for name, value in dataclasses.asdict(section).items():
+        lines += [f"# {line}" for line in meaning[name]]
+        lines += [f"{name}: {_value(value)}", ""]
+    return "\n".join(lines)
+
+
+def _of_file(problem: Problem, cls: type, path: Path, code: str) -> Problem:
+    where = f"{path}, {problem.where}" if problem.where not in ("", cls.__name__) else str(path)
+    return dataclasses.replace(problem, code=code, where=where)
+
+
+def _value(value: Any) -> str:
+    """One value as YAML on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text: str = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.strip().removesuffix("...").strip()
+
+
+def meanings(cls: type) -> dict[str, list[str]]:
+    """Field -> its lines in the class's docstring, so that file and code never say different things."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
+        if head := re.match(r"        (\w+): (.*)", line):
+            name = head[1]
+            found[name] = [head[2]]
+        elif name and line.strip():
+            found[name].append(line.strip())
+    return found

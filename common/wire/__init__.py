@@ -1,0 +1,1 @@
+"""The format of what travels between coordinator and hospitals."""

@@ -1,0 +1,320 @@
+"""What RAM may share of a site's images beside weights and class statistics, where the site agrees (methods.md 2.8).
+
+`summary`: the number of images and, per frequency of the window, the sums of their log amplitudes and of the products
+of two channels' log amplitudes: additive over sites, without phase. `bank`: the window amplitudes of single images, a
+signal of single patients. Pure NumPy and PyArrow.
+
+Legend: M images, C channels, P = C(C + 1)/2 pairs of channels, S side of an image, b half window; a window is
+(C, 2, b + 1, b + 1) as `clients.methods.amplitude` lays it out: rows of frequency 0 to b, then rows of 0 to -b.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from common.errors import fail
+
+KIND: Final = "fedsgcg.amplitudes"
+SCHEMA_VERSION: Final = "2"
+"""2: products of channels, the mixing space and the sites of a summary; without slices that show nothing."""
+GREY_LEVEL: Final = 2 / 255
+"""One step of an 8-bit image on the scale [-1, 1]."""
+OFFSETS: Final = {"picture": 1.0, "volume": 0.0}
+"""What is added to an image in [-1, 1] before its amplitudes are taken (methods.md 2.5).
+
+RAM-DSIR mixes pictures in [0, 255] and scales them to [-1, 1] afterwards, volumes in [-1, 1]. A common factor does not
+change a mixture, so that [0, 2] gives what [0, 255] gives; an offset does: it moves the amplitude of frequency zero.
+"""
+MAX_WINDOWS: Final = 1 << 16
+MAX_VALUES: Final = 1 << 26
+MAX_CHANNELS: Final = 16
+MAX_IMAGES: Final = 1 << 40
+MAX_LOG: Final = 32.0
+"""Above the log amplitude of every image: a side of 2**15 reaches 22, the smallest floor is 1e-2."""
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+
+
+def amplitude_floor(side: int) -> float:
+    """Return the root mean square amplitude that rounding to 8 bits leaves at a frequency of an image of S x S.
+
+    The rounding error of a pixel has variance GREY_LEVEL^2 / 12, its DFT S^2 times that. What is smaller is no signal,
+    and its logarithm would count as a strong one.
+    """
+    return side * GREY_LEVEL / math.sqrt(12)
+
+
+def shows_something(amplitudes: npt.NDArray[np.floating], side: int) -> npt.NDArray[np.bool_]:
+    """Return (M,) whether all channels of an image have more than rounding in the window beside frequency zero.
+
+    A constant slice, as at the end of a volume or outside the body, has no amplitude there that could be mixed; the
+    logarithm of its floor would be an outlier of several deviations.
+
+    Args:
+        amplitudes: (M, C, 2, b+1, b+1).
+        side: S.
+    """
+    power = np.square(amplitudes.astype(np.float64))
+    power[..., 0, 0] = 0.0
+    frequencies = 2 * power.shape[-1] ** 2 - 2
+    if not frequencies:  # a window of frequency zero alone
+        return np.ones(len(power), np.bool_)
+    mean = power.sum(axis=(-3, -2, -1)) / frequencies
+    return np.asarray((mean > amplitude_floor(side) ** 2).all(axis=1))
+
+
+def same_amplitude(half: int, side: int) -> npt.NDArray[np.bool_]:
+    """Return (b+1, b+1) where the two halves of a window hold one amplitude twice.
+
+    Row 0 is in both halves; rows k and -k of column 0 are conjugate. The same goes for the last row and column of an
+    even side when the window spans it: S/2 and -S/2 are one frequency.
+    """
+    own = (2 * np.arange(half + 1)) % side == 0
+    return np.asarray(own[:, None] | own[None, :])
+
+
+@dataclass(frozen=True, eq=False)
+class AmplitudeSummary:
+    """Additive moments of the log amplitudes of M images that show something.
+
+    Attributes:
+        count: M.
+        first: (C, 2, b+1, b+1) float64, sum of log amplitudes.
+        second: (P, 2, b+1, b+1), sum of the products of two channels' log amplitudes at one frequency, the pairs in the
+            order of `np.triu_indices(C)`.
+        side: S.
+        space: Key of `OFFSETS`.
+        sites: Names of the sites in it, sorted; a site's own summary need not say.
+    """
+
+    count: float
+    first: Doubles
+    second: Doubles
+    side: int
+    space: str = "volume"
+    sites: tuple[str, ...] = ()
+
+    @classmethod
+    def from_amplitudes(
+        cls, amplitudes: Floats, side: int, space: str = "volume", sites: tuple[str, ...] = ()
+    ) -> AmplitudeSummary:
+        """Summarise (M, C, 2, b+1, b+1) window amplitudes of images of S x S; those that show nothing are left out."""
+        shown = amplitudes[shows_something(amplitudes, side)].astype(np.float64)
+        logs = np.log(np.maximum(shown, amplitude_floor(side)))
+        left, right = np.triu_indices(amplitudes.shape[1])
+        products = (logs[:, left] * logs[:, right]).sum(axis=0)
+        return cls(float(len(logs)), logs.sum(axis=0), products, side, space, sites)
+
+    def __add__(self, other: AmplitudeSummary) -> AmplitudeSummary:
+        """Pool the images of two sites.
+
+        Raises:
+            ValueError: Windows, sides or spaces that differ.
+        """
+        self._check_like(other)
+        first, second = self.first + other.first, self.second + other.second
+        sites = tuple(sorted({*self.sites, *other.sites}))
+        return AmplitudeSummary(self.count + other.count, first, second, self.side, self.space, sites)
+
+    def without(self, part: AmplitudeSummary) -> AmplitudeSummary:
+        """Take the images of one site out again.
+
+        Raises:
+            ValueError: As `__add__`.
+        """
+        self._check_like(part)
+        first, second = self.first - part.first, self.second - part.second
+        sites = tuple(site for site in self.sites if site not in part.sites)
+        return AmplitudeSummary(self.count - part.count, first, second, self.side, self.space, sites)
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], int, str]:
+        """What two summaries must have in common to be added: shape of the window, side, space."""
+        return self.first.shape, self.side, self.space
+
+    @property
+    def mean(self) -> Doubles:
+        """(C, 2, b+1, b+1) mean log amplitude."""
+        return self.first / max(self.count, 1.0)
+
+    @property
+    def covariance(self) -> Doubles:
+        """(2, b+1, b+1, C, C) covariance of the channels' log amplitudes at each frequency."""
+        mean = np.moveaxis(self.mean, 0, -1)
+        return _square(self.second) / max(self.count, 1.0) - mean[..., :, None] * mean[..., None, :]
+
+    @property
+    def deviation(self) -> Doubles:
+        """(C, 2, b+1, b+1) standard deviation of the log amplitudes; rounding below zero counts as zero."""
+        variance = np.diagonal(self.covariance, axis1=-2, axis2=-1)
+        return np.asarray(np.sqrt(np.maximum(np.moveaxis(variance, -1, 0), 0.0)))
+
+    def encode(self) -> bytes:
+        """Lay the summary out as an Arrow stream of one row: (C + P, 2, b+1, b+1)."""
+        facts = {"count": repr(self.count), "channels": str(len(self.first)), "sites": json.dumps(self.sites)}
+        facts |= {"side": str(self.side), "space": self.space}
+        return _encode("summary", np.concatenate([self.first, self.second])[None], facts, [""])
+
+    @classmethod
+    def decode(cls, data: bytes) -> AmplitudeSummary:
+        """Read what `encode` wrote.
+
+        Raises:
+            FedsgcgError: PAY-106 or PAY-107 for anything else, STA-201 for moments that cannot be.
+        """
+        windows, metadata, _ = _decode("summary", data, np.float64)
+        try:
+            count, channels, side = float(metadata["count"]), int(metadata["channels"]), int(metadata["side"])
+            sites = tuple(str(site) for site in json.loads(metadata["sites"]))
+        except (KeyError, ValueError, TypeError) as error:
+            expected = "the number of images, channels and pixels of a side, and the sites"
+            raise fail("PAY-106", found="a summary that does not say what it sums", expected=expected) from error
+        rows = channels + channels * (channels + 1) // 2
+        if not (0 < channels <= MAX_CHANNELS and windows.shape[:2] == (1, rows) and side > 0):
+            found = f"sums of shape {windows.shape} for {channels} channels and a side of {side}"
+            raise fail("PAY-106", found=found, expected="one row: the sums of the channels and of their pairs")
+        first, second = np.split(windows[0].astype(np.float64, copy=False), [channels])
+        summary = cls(count, first, second, side, _space(metadata), sites)
+        if not summary._is_possible():
+            found = f"moments of {count!r} images that no set of images has"
+            raise fail("STA-201", found=found, expected="finite sums of logarithms and of their products")
+        return summary
+
+    def _is_possible(self) -> bool:
+        if not (0 <= self.count <= MAX_IMAGES and self.count.is_integer()):
+            return False
+        reach = MAX_LOG * self.count
+        if not (np.abs(self.first) <= reach).all() or not (np.abs(self.second) <= MAX_LOG * reach).all():
+            return False  # not finite either
+        first, squares = np.moveaxis(self.first, 0, -1), self.count * _square(self.second)
+        spread = np.linalg.eigvalsh(squares - first[..., :, None] * first[..., None, :])
+        size = np.maximum(np.trace(squares, axis1=-2, axis2=-1), 1.0)
+        return bool((spread >= -1e-9 * size[..., None]).all())
+
+    def _check_like(self, other: AmplitudeSummary) -> None:
+        if self.layout != other.layout:
+            raise ValueError(f"amplitude summaries: found {other.layout}, expected {self.layout}")
+
+
+class AmplitudeSampler:
+    """Draws log-normal window amplitudes with the mean and the covariance of channels of a summary (methods.md 2.8).
+
+    Frequencies are drawn independently, channels together: neighbouring slices of a stack are alike. A frequency that
+    the window holds twice, as itself or as its conjugate, is drawn once. What is beyond every image of the space, which
+    the long tail of frequency zero reaches, counts as the most that one can have: S^2 times the largest value.
+    """
+
+    def __init__(self, summary: AmplitudeSummary) -> None:
+        values, vectors = np.linalg.eigh(summary.covariance)
+        self._root = vectors * np.sqrt(np.maximum(values, 0.0))[..., None, :]
+        self._mean = summary.mean
+        self._same = same_amplitude(self._mean.shape[-1] - 1, summary.side)
+        self._most = math.log(summary.side**2 * (1.0 + OFFSETS[summary.space]))
+
+    def draw(self, count: int, rng: np.random.Generator) -> Doubles:
+        """Return (count, C, 2, b+1, b+1) amplitudes."""
+        noise = rng.standard_normal((count, *self._mean.shape))
+        logs = self._mean + np.einsum("hijcp,mphij->mchij", self._root, noise)
+        amplitudes = np.exp(np.minimum(logs, self._most))
+        amplitudes[:, :, 1, self._same] = amplitudes[:, :, 0, self._same]
+        return np.asarray(amplitudes)
+
+
+@dataclass(frozen=True, eq=False)
+class AmplitudeBank:
+    """Window amplitudes of single images.
+
+    Attributes:
+        windows: (M, C, 2, b+1, b+1) float32.
+        owners: The site of each, M names.
+        space: Key of `OFFSETS`.
+    """
+
+    windows: Floats
+    owners: tuple[str, ...]
+    space: str = "volume"
+
+    def without(self, site: str) -> AmplitudeBank:
+        """Leave the images of one site out."""
+        kept = [owner != site for owner in self.owners]
+        return AmplitudeBank(self.windows[kept], tuple(name for name in self.owners if name != site), self.space)
+
+    def encode(self) -> bytes:
+        """Lay the bank out as an Arrow stream of M rows."""
+        return _encode("bank", self.windows, {"space": self.space}, list(self.owners))
+
+    @classmethod
+    def decode(cls, data: bytes) -> AmplitudeBank:
+        """Read what `encode` wrote.
+
+        Raises:
+            FedsgcgError: PAY-106 or PAY-107 for anything else, STA-201 for amplitudes that are negative or not finite.
+        """
+        windows, metadata, owners = _decode("bank", data, np.float32)
+        if not np.isfinite(windows).all() or (windows < 0).any():
+            raise fail("STA-201", found="negative amplitudes, or not finite", expected="finite numbers of zero or more")
+        return cls(windows.astype(np.float32, copy=False), tuple(owners), _space(metadata))
+
+
+def _square(pairs: Doubles) -> Doubles:
+    """(P, 2, b+1, b+1) to (2, b+1, b+1, C, C): both halves of the symmetric matrix of each frequency."""
+    channels = math.isqrt(2 * len(pairs))
+    left, right = np.triu_indices(channels)
+    square = np.empty((*pairs.shape[1:], channels, channels))
+    square[..., left, right] = square[..., right, left] = np.moveaxis(pairs, 0, -1)
+    return square
+
+
+def _space(metadata: Mapping[str, str]) -> str:
+    space = metadata.get("space", "")
+    if space not in OFFSETS:
+        raise fail("PAY-106", found=f"amplitudes of the space {space!r}", expected=" | ".join(OFFSETS))
+    return space
+
+
+def _encode(level: str, windows: npt.NDArray[np.floating], facts: dict[str, str], owners: list[str]) -> bytes:
+    flat = np.ascontiguousarray(windows).reshape(len(windows), -1)
+    kind = pa.float64() if windows.dtype == np.float64 else pa.float32()
+    shape = ",".join(str(size) for size in windows.shape[1:])
+    metadata = {"schema_version": SCHEMA_VERSION, "kind": KIND, "level": level, "shape": shape, **facts}
+    fields = [pa.field("site", pa.string()), pa.field("window", pa.list_(kind, flat.shape[1]))]
+    schema = pa.schema(fields, metadata=metadata)
+    values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array(owners, pa.string()), values], schema=schema))
+    return bytes(sink.getvalue())
+
+
+def _decode(
+    level: str, data: bytes, dtype: type[np.floating]
+) -> tuple[npt.NDArray[np.floating], dict[str, str], list[str]]:
+    try:
+        with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
+            metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            if (metadata.get("kind"), metadata.get("level")) != (KIND, level):
+                raise fail("PAY-106", found=f"a payload of kind {metadata.get('kind')!r}", expected=f"a {level}")
+            if metadata.get("schema_version") != SCHEMA_VERSION:
+                raise fail("PAY-107", found=f"version {metadata.get('schema_version')}", expected=SCHEMA_VERSION)
+            table = reader.read_all()
+            table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+        shape = tuple(int(size) for size in metadata["shape"].split(","))
+        wanted = len(shape) == 4 and shape[1] == 2 and min(shape) > 0 and table.num_rows * np.prod(shape) <= MAX_VALUES
+        wanted = wanted and shape[2] == shape[3]
+        if not wanted or not 0 < table.num_rows <= MAX_WINDOWS or any(part.null_count for part in table.columns):
+            raise fail("PAY-106", found=f"{table.num_rows} windows of shape {shape}", expected="(C, 2, b+1, b+1)")
+        flat = table["window"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        windows = np.asarray(flat, dtype=dtype).reshape(table.num_rows, *shape)
+        owners = [str(name) for name in table["site"].to_pylist()]
+    except (pa.ArrowException, ValueError, KeyError, OSError, OverflowError, AttributeError) as error:
+        raise fail("PAY-106", found=f"{len(data)} bytes that are no amplitudes", expected=f"a {level}") from error
+    return windows, metadata, owners

@@ -1,0 +1,218 @@
+"""Flower records <-> our requests and replies: the one place that knows how a message is laid out.
+
+A request or reply is a `RecordDict` with at most three records: `weights` (one flat float32 array: a message costs
+seconds per array, stack.md 3.3), `message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from common.errors import fail
+from common.statistics import ClassStatistics
+from common.wire.norm_moments import NormMoments
+from common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
+
+ENROL = "query.enrol"
+STATISTICS = "query.statistics"
+AMPLITUDES = "query.amplitudes"
+TRAIN = "train"
+EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the coordinator sends.
+
+    Attributes:
+        identity: Run, fold, round and plan it belongs to.
+        weights: The global model; absent in an enrolment.
+        prototypes: Global class statistics; absent while none are known or the method needs none.
+        options: Plain settings of this one message, e.g. `{"split": "test"}`.
+        amplitudes: Arrow bytes of the amplitudes that the sites share (`common.wire.amplitudes`); empty where none do.
+    """
+
+    identity: Identity
+    weights: Weights | None = None
+    prototypes: ClassStatistics | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    amplitudes: bytes = b""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site sends back.
+
+    Attributes:
+        identity: Copied from the request.
+        site: Name of the site.
+        weights: The locally trained model.
+        statistics: Class statistics of the site's pixels.
+        metrics: Figures of the round (losses, counts, seconds).
+        cases: Arrow bytes of per-case results (`common.wire.payload.encode_cases`).
+        details: Plain facts, e.g. of an enrolment.
+        error: Error code when the site failed; everything else is then absent.
+        amplitudes: Arrow bytes of the site's amplitudes (`common.wire.amplitudes`), where its own file allows that.
+        moments: Moments of the inputs of the model's BatchNorm layers, where they were asked for.
+    """
+
+    identity: Identity
+    site: str
+    weights: Weights | None = None
+    statistics: ClassStatistics | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    cases: bytes = b""
+    details: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    amplitudes: bytes = b""
+    moments: NormMoments | None = None
+
+
+def encode_request(request: Request) -> RecordDict:
+    """Lay a request out as Flower records."""
+    fields: dict[str, str | bytes] = {"options": json.dumps(request.options), "amplitudes": request.amplitudes}
+    return _records(request.identity, request.weights, request.prototypes, fields)
+
+
+def decode_request(records: RecordDict) -> Request:
+    """Read a request; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
+    identity = Identity.decode(_text(records, "identity"))
+    options = _facts(records, "options")
+    amplitudes = _bytes(records, "amplitudes")
+    return Request(identity, _weights(records), _statistics(records, identity), options, amplitudes)
+
+
+def encode_reply(reply: Reply) -> RecordDict:
+    """Lay a reply out as Flower records."""
+    fields: dict[str, str | bytes] = {
+        "site": reply.site,
+        "error": reply.error,
+        "cases": reply.cases,
+        "amplitudes": reply.amplitudes,
+        "details": json.dumps(reply.details),
+    }
+    if reply.moments is not None:
+        fields["moments"] = reply.moments.encode(reply.identity)
+    records = _records(reply.identity, reply.weights, reply.statistics, fields)
+    if reply.metrics:
+        records["metrics"] = MetricRecord({name: float(value) for name, value in reply.metrics.items()})
+    return records
+
+
+def decode_reply(records: RecordDict) -> Reply:
+    """Read a reply; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
+    identity = Identity.decode(_text(records, "identity"))
+    metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
+    return Reply(
+        identity=identity,
+        site=_text(records, "site"),
+        weights=_weights(records),
+        statistics=_statistics(records, identity),
+        metrics={str(name): _number(value) for name, value in metrics.items()},
+        cases=_bytes(records, "cases"),
+        amplitudes=_bytes(records, "amplitudes"),
+        details=_facts(records, "details"),
+        error=_text(records, "error"),
+        moments=_moments(records, identity),
+    )
+
+
+def payload_bytes(records: RecordDict) -> dict[str, int]:
+    """Bytes of each part of a message, as the ledger and the README's table count them."""
+    message = _message(records)
+    parts = {name: len(value) for name, value in message.items() if isinstance(value, bytes) and value}
+    parts["text"] = sum(len(value.encode()) for value in message.values() if isinstance(value, str))
+    if arrays := records.array_records.get("weights"):
+        parts["weights"] = sum(len(array.data) for array in arrays.values())
+    if metrics := records.metric_records.get("metrics"):
+        parts["metrics"] = 8 * len(metrics)
+    return parts
+
+
+def _records(
+    identity: Identity,
+    weights: Weights | None,
+    statistics: ClassStatistics | None,
+    fields: dict[str, str | bytes],
+) -> RecordDict:
+    message = ConfigRecord({"identity": identity.encode(), **fields})
+    records = RecordDict()
+    if weights is not None:
+        message["layout"] = weights.encode_layout()
+        records["weights"] = ArrayRecord({"values": Array(weights.values)})
+    if statistics is not None:
+        message["statistics"] = encode_statistics(statistics, identity)
+    records["message"] = message
+    return records
+
+
+def _message(records: RecordDict) -> ConfigRecord:
+    message = records.config_records.get("message")
+    if message is None:
+        raise fail("PAY-106", found=f"records {sorted(records)}", expected="a record called message")
+    return message
+
+
+def _text(records: RecordDict, name: str) -> str:
+    value = _message(records).get(name)
+    if not isinstance(value, str):
+        raise fail("PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as text")
+    return value
+
+
+def _facts(records: RecordDict, name: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(_text(records, name))
+    except ValueError as error:
+        raise fail("PAY-106", found=f"{name} that is not JSON", expected=f"{name} as a JSON object") from error
+    if not isinstance(facts, dict):
+        raise fail("PAY-106", found=f"{name} of type {type(facts).__name__}", expected=f"{name} as a JSON object")
+    return facts
+
+
+def _bytes(records: RecordDict, name: str) -> bytes:
+    value = _message(records).get(name)
+    if not isinstance(value, bytes):
+        raise fail("PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as bytes")
+    return value
+
+
+def _weights(records: RecordDict) -> Weights | None:
+    arrays = records.array_records.get("weights")
+    if arrays is None:
+        return None
+    if list(arrays) != ["values"]:
+        raise fail("PAY-103", found=f"arrays {list(arrays)}", expected="one flat array called values")
+    try:
+        values: np.ndarray[Any, Any] = arrays["values"].numpy()
+    except (TypeError, ValueError, EOFError) as error:
+        raise fail("PAY-106", found="an array that cannot be read", expected="a float32 array") from error
+    return Weights.decode(_text(records, "layout"), values)
+
+
+def _statistics(records: RecordDict, identity: Identity) -> ClassStatistics | None:
+    if "statistics" not in _message(records):
+        return None
+    statistics, stated = decode_statistics(_bytes(records, "statistics"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    return statistics
+
+
+def _moments(records: RecordDict, identity: Identity) -> NormMoments | None:
+    if "moments" not in _message(records):
+        return None
+    moments, stated = NormMoments.decode(_bytes(records, "moments"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    return moments
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")

@@ -1,0 +1,1 @@
+"""The command lines `fedsgcg` and `fedsgcg-site`."""

@@ -1,0 +1,372 @@
+"""`fedsgcg`: the coordinator's command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from common.console import Screen, Version, add_output_options, run_command, steps_of
+from common.errors import FedsgcgError, Problem, fail
+from common.files.system import expand
+from deploy.cli.federation import add_commands
+from deploy.prepare import command as data
+
+if TYPE_CHECKING:
+    from deploy.study.runtimes import Cell
+
+HELP = """\
+Hospitals train one segmentation model together, without moving an image,
+and the model is judged at a hospital that took no part.
+
+  fedsgcg study experiment=demo method=source,sgcg heldout=all
+      The demonstration: four synthetic hospitals, each left out in turn.
+
+  fedsgcg study data=promise12 data.root=DIR method=source,sgcg heldout=all seed=0,1,2
+      A leave-one-hospital-out study: hospitals left out x methods x seeds. The same
+      call again does only what is missing.
+
+  fedsgcg study ... method=sgcg prototypes.weight=0.01,0.1,1 select=prototypes.weight
+      Each fold's source hospitals choose the value by leaving each other out in turn;
+      without select the values are compared. The held-out hospital never chooses.
+
+  fedsgcg simulate data=promise12 data.root=DIR method=sgcg heldout=HK
+      One federation.
+
+  fedsgcg report RUN       Make RUN/report.html again from the files of the run folder.
+  fedsgcg clean RUN        Remove checkpoints and pictures of its finished cells.
+  fedsgcg settings [...]   Show every setting, resolved, and the names each group offers;
+                           `settings rounds` explains one.
+  fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
+  fedsgcg data list        Data sets with settings; `data prepare NAME` says what to fetch.
+
+A real federation: fedsgcg provision project.yaml makes a kit for the coordinator and one
+for each hospital; then fedsgcg serve | run | status | stop | resume KIT.
+
+Settings are given as name=value: a group (data=promise12) or one value
+(federation.rounds=30). Own YAML files: --config-dir DIR, or data=PATH.yaml; own classes:
+method=package.module:Class, network=package.module:Class. Frequent settings:
+
+  data.root=DIR            folder with manifest.csv, or one folder a hospital
+  heldout=NAME|all         the hospital that takes no part
+  federation.rounds=N      rounds
+  network.base_width=N     channels of the first block (16 = RAM-DSIR)
+  data.image_size=N        side of the training slices in pixels
+  prototypes.memory=...    cumulative | discount | lagged | restart
+  device=auto|cpu|cuda     runtime=auto|ray|inprocess    output=FOLDER
+"""
+
+DISTANCES = ("asd", "assd", "hd95")
+WIDE_CONSOLE = 100  # columns from which a table has lines
+MOST_PROBLEMS = 8
+STATUS = {0: "completed", 1: "failed", 3: "degraded"}
+INTERRUPTED = "Interrupted. The same command goes on from the last done round."
+
+HYDRA_FLAGS = {
+    ("-m", "--multirun"): "leave it out: `fedsgcg study` runs every combination of values with commas",
+    ("-c", "--cfg"): "`fedsgcg settings` shows every setting, resolved",
+    ("--resolve",): "`fedsgcg settings` shows every setting, resolved",
+    ("--info",): "`fedsgcg settings NAME` explains a setting",
+    ("--hydra-help",): "`fedsgcg --help` and `fedsgcg settings NAME`",
+}
+"""Options of Hydra's own command line -> what to use instead."""
+
+EXITS = """\
+exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted,
+143 ended by SIGTERM
+"""
+
+
+def run() -> None:
+    """Run one command and leave, also past a hospital or a coordinator that is still at work in another thread.
+
+    A thread inside torch brings the interpreter down when it shuts down around it, and Flower's coordinator thread
+    would keep an interrupted process until the round's deadline.
+    """
+    code = main()
+    if any(thread.name == "hospitals" or not thread.daemon for thread in threading.enumerate()[1:]):
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of ours become text and exit code 2, never a traceback."""
+    options = _parsed(arguments)
+    return run_command(lambda console: int(options.run(options, console)), INTERRUPTED, options)
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; settings may stand before and after options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="fedsgcg", description=HELP, epilog=EXITS, formatter_class=raw)
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, words in (
+        ("study", _study, "hospitals left out x methods x seeds, resumable"),
+        ("simulate", _simulate, "one federation on this machine"),
+        ("settings", _settings, "show every setting, resolved"),
+    ):
+        command = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
+        metavar = "name=value" if name != "settings" else "name[=value]"
+        command.add_argument("overrides", nargs="*", metavar=metavar, help="settings; see fedsgcg settings")
+        command.add_argument(
+            *("--config-dir", "-cd"),
+            default="",
+            metavar="DIR",
+            help="folder of your own data/, experiment/, method/, network/ YAML files",
+        )
+        for flags, instead in HYDRA_FLAGS.items():
+            command.add_argument(
+                *flags, action="append_const", dest="hydra", const=f"{flags[-1]}: {instead}", help=argparse.SUPPRESS
+            )
+        add_output_options(command, events=True)
+        if name != "settings":
+            command.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+        command.set_defaults(run=run)
+    report = commands.add_parser("report", help="make report.html again from the files of a run folder")
+    report.add_argument("folder", type=Path)
+    add_output_options(report, events=True)
+    report.set_defaults(run=_report)
+    clean = commands.add_parser("clean", help="remove what the finished cells of a run folder do not need")
+    clean.add_argument("folder", metavar="RUN", type=Path)
+    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    add_output_options(clean, events=True)
+    clean.set_defaults(run=_clean)
+    hospitals = commands.add_parser("hospitals", help="write the synthetic hospitals as NIfTI files")
+    hospitals.add_argument("folder", type=Path)
+    hospitals.add_argument("--seed", type=int, default=0)
+    hospitals.set_defaults(run=_hospitals)
+    data.add_parser(commands)
+    add_commands(commands)
+    return parser
+
+
+def _study(options: argparse.Namespace, console: Screen) -> int:
+    return _run(options, console, single=False)
+
+
+def _simulate(options: argparse.Namespace, console: Screen) -> int:
+    return _run(options, console, single=True)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """Return the settings of a command line, with the folder of own files as one of them.
+
+    Raises:
+        FedsgcgError: CFG-001 with what to use instead of Hydra's own options.
+    """
+    if options.hydra:
+        raise FedsgcgError(*(Problem("CFG-001", where="command line", found=text) for text in options.hydra))
+    own = [f"config_dir={expand(options.config_dir, '--config-dir').absolute()}"] if options.config_dir else []
+    return [*own, *options.overrides]
+
+
+def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
+    from deploy.study.run import plan_study, run_study
+
+    overrides = _overrides(options)
+    with console.status("looking at the hospitals and this machine"):
+        study = plan_study(overrides, single=single)
+    names = [cell.name for cell in study.cells]
+    done = [cell.name for cell in study.cells if cell.done]
+    facts = {"folder": study.folder, "cells": names, "done": done, "runtime": study.runtime, "device": study.device}
+    if options.dry_run:
+        from deploy.study.dry_run import show_plan
+
+        show_plan(study, console)
+        console.event("study.planned", **facts)
+        return 0
+    console.event("study.started", **facts)
+    code = run_study(study, console)
+    tell_end(study.folder, study.cells, code, console)
+    report = study.folder / "report.html"
+    console.event("study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report)
+    return code
+
+
+def tell_end(folder: Path, cells: Sequence[Cell], code: int, console: Screen) -> None:
+    """Say how a study ended: who left cases out, the results, what went less than well, where the report is."""
+    _print_left_out(cells, console)
+    _print_results(folder, console)
+    _print_problems(cells, console)
+    style = {0: "green", 3: "yellow", 1: "red"}[code]
+    console.print(Text.assemble((STATUS[code], style), f"; report: {folder / 'report.html'}"))
+
+
+def _print_left_out(cells: Sequence[Cell], console: Screen) -> None:
+    """Say which hospitals left cases out, by code; which files these are stands in the hospital's own folder."""
+    from server.report.sections.cases import case_lines
+
+    lines = [line for line in case_lines([cell.outcome() for cell in cells]) if "left out" in line]
+    for line in lines:
+        console.print(line, style="yellow")
+    if lines:
+        console.print("Which files, and what to do: sites/<site>/problems.txt in a cell's folder.", style="yellow")
+
+
+def _print_problems(cells: Sequence[Cell], console: Screen) -> None:
+    """Say what went less than well in cells that count, and how to run them again."""
+    degraded = [cell for cell in cells if cell.outcome().get("status") == "degraded"]
+    for cell in degraded[:MOST_PROBLEMS]:
+        console.print(f"{cell.name} is degraded:", style="yellow")
+        for problem in cell.outcome().get("problems", [])[:MOST_PROBLEMS]:
+            console.print(f"  {Problem(**problem)}")
+    if degraded:
+        console.print("A degraded cell counts. To run it again, remove its folder and call again.", style="yellow")
+
+
+def _report(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.study.record import collect, read_record
+    from server.report.build import make_report
+
+    folder: Path = options.folder
+    _check_run_folder(folder)
+    with steps_of(console, "making the report") as tell:
+        read_record(folder)
+        collect(folder)
+        path = make_report(folder, tell)
+    console.print(f"report: {path}")
+    console.event("report.done", report=path)
+    return 0
+
+
+def _clean(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.study.cleaning import PICTURES, RESUME, Freed, finished_cells, remove
+    from server.records.journal import lock_file
+
+    folder: Path = options.folder
+    _check_run_folder(folder)
+    with lock_file(folder / "lock"):
+        cells = finished_cells(folder)
+        for name, patterns in (("checkpoints and journals", RESUME), ("pictures and features", PICTURES)):
+            freed = sum((remove(cell, patterns, dry_run=options.dry_run) for cell in cells), Freed())
+            console.event("clean", what=name, files=freed.files, bytes=freed.size, removed=not options.dry_run)
+            console.print(f"{name}: {freed}{' would be' if options.dry_run else ''} removed")
+    console.print(f"{len(cells)} finished cells keep their results, rounds, models and the report.")
+    console.print("A report that is made again has no overlays of them.")
+    return 0
+
+
+def _check_run_folder(folder: Path) -> None:
+    if not (folder / "study.yaml").is_file():
+        raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
+
+
+def _settings(options: argparse.Namespace, console: Screen) -> int:
+    import yaml
+
+    from common.settings.compose import GROUPS, choices_of, join, own_choices
+    from common.settings.help import explain
+
+    given = _overrides(options)
+    overrides = [text for text in given if "=" in text]
+    tree, own = join(overrides), own_choices(overrides)
+    if names := [text for text in given if "=" not in text]:
+        console.print("\n\n".join(explain(name, tree, overrides) for name in names))
+        return 0
+    console.event("settings", settings=tree)
+    console.print(yaml.safe_dump(tree, sort_keys=False))
+    for group in GROUPS:
+        console.print(f"{group}= {' | '.join(choices_of(group, own))}")
+    return 0
+
+
+def _hospitals(options: argparse.Namespace, console: Screen) -> int:
+    from common.images.phantoms import write_hospitals
+
+    with console.status("writing the synthetic hospitals"):
+        path = write_hospitals(options.folder, seed=options.seed)
+    console.print(f"hospitals: {path}")
+    return 0
+
+
+def _print_results(folder: Path, console: Screen) -> None:
+    import pyarrow.parquet as pq
+
+    from server.report.tables import AVERAGE, summary_rows
+
+    path = folder / "results.parquet"
+    if not path.exists():
+        console.print("No result yet.", style="yellow")
+        return
+    results = pq.read_table(path)
+    rows = summary_rows(results)
+    if not rows:
+        console.print("No hospital had a case to judge the model by.", style="yellow")
+        return
+    unit = rows[0]["unit"]
+    judged = "Judged at hospitals that took no part"
+    if any(not row["heldout"] for row in rows):
+        judged = "Nobody was held out: the training hospitals' own validation cases"
+    heads = {"method": "method", "site": "hospital", "structure": "structure"}
+    chosen = _chosen(results.to_pylist())
+    if chosen:
+        heads["chosen"] = "chosen"
+        rows = [row | {"chosen": chosen.get((row["method"], row["heldout"]), "")} for row in rows]
+    if len({row["structure"] for row in rows}) == 1:
+        del heads["structure"]
+    table = Table(title=f"{judged} (mean over cases; distances in {unit})", **_style_for(console))
+    for title in heads.values():  # a long label wraps between words, and no number is cut
+        table.add_column(title)
+    for title in ("Dice ± sd", "95 % interval", *(name.upper() for name in DISTANCES), "cases"):
+        table.add_column(title, justify="right", no_wrap=True)  # a number is not broken
+    for row in rows:
+        spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
+        interval = "–" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
+        cells = [*(str(row[name]) for name in heads), spread, interval, *(_distance(row, name) for name in DISTANCES)]
+        end = row["site"] == AVERAGE
+        table.add_row(*cells, str(row["cases"]), style="bold" if end else "", end_section=end)
+    console.print(table)
+    if any(row[f"{name}_excluded"] for row in rows for name in DISTANCES):
+        console.print("(n of N): a mean over n of N predictions; a distance is undefined where one mask is empty.")
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Return what each fold's source hospitals chose, by label and held-out hospital; several seeds may differ."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if text := row.get("chosen"):
+            short = ", ".join(_short(part) for part in text.split())
+            found.setdefault((row["method"], row["heldout"]), {})[short] = None
+    return {key: " or ".join(values) for key, values in found.items()}
+
+
+def _short(setting: str) -> str:
+    name, _, value = setting.partition("=")
+    return f"{name.rpartition('.')[2]}={value}"
+
+
+def _style_for(console: Screen) -> dict[str, Any]:
+    """Return a table's lines and gaps: without lines where the console is narrow."""
+    narrow = console.width < WIDE_CONSOLE
+    return {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False} if narrow else {}
+
+
+def _distance(row: Mapping[str, Any], name: str) -> str:
+    """Show a mean distance, and over how many evaluations it is where some have none."""
+    mean, missing = row[f"{name}_mean"], row[f"{name}_excluded"]
+    value = "–" if math.isnan(mean) else f"{mean:.2f}"
+    return f"{value} ({row['evaluations'] - missing} of {row['evaluations']})" if missing else value
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,269 @@
+"""`fedsgcg-site`: the hospital's command line. Everything it does stays inside the hospital, but what `join` sends."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from clients.guard.site_file import read_site_file
+from clients.predict.options import add_predict_parser
+from common.console import Screen, Version, print_error, run_command
+from common.errors import FedsgcgError, fail
+from common.files.system import user_name
+
+HELP = """\
+The hospital's half of a federation. KIT is the folder that the coordinator sent, or the
+site.yaml in it; fill in site.yaml first: it beats whatever the coordinator asks for.
+
+  fedsgcg-site check KIT      look at every file, the device, the disk and the link
+  fedsgcg-site approve KIT    show what an app bundle changes, and approve its code
+  fedsgcg-site join KIT       take part until told to stop (Ctrl-C, SIGTERM or leave)
+  fedsgcg-site status KIT     is it up, what did it do last
+  fedsgcg-site ledger KIT     what left this hospital; --dry-run: what would leave next
+  fedsgcg-site leave KIT      stop taking part; --for-good says what remains to be done
+  fedsgcg-site cache KIT      size of the slice cache; --prune removes old files
+  fedsgcg-site request KIT    make this site's key here; the private half never travels
+"""
+EXITS = """\
+exit codes: 0 all is well, 1 it failed, 2 bad settings or data, 3 there are warnings, 130 interrupted,
+143 ended by SIGTERM
+"""
+RECENT = 20
+
+
+def run() -> None:
+    """Run one command and leave with its exit code."""
+    sys.exit(main())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of ours become text and exit code 2, never a traceback."""
+    options = _parser().parse_args(arguments)
+    return run_command(lambda console: int(options.run(options, console)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="fedsgcg-site", description=HELP, epilog=EXITS, formatter_class=raw)
+    parser.add_argument("--version", action=Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = {}
+    for name, work, words in (
+        ("check", _check, "look at files, device, disk and link, and say how to mend what is wrong"),
+        ("join", _join, "take part until told to stop"),
+        ("status", _status, "is it up, what did it do last"),
+        ("leave", _leave, "stop taking part"),
+        ("ledger", _ledger, "what left this hospital"),
+        ("approve", _approve, "approve the code of an app bundle"),
+        ("cache", _cache, "size of the slice cache"),
+        ("request", _request, "make this site's key"),
+    ):
+        made[name] = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
+        made[name].add_argument("kit", type=Path, metavar="KIT", nargs="?", default=Path(), help="folder of site.yaml")
+        made[name].set_defaults(run=work)
+    _options(made)
+    add_predict_parser(commands)
+    return parser
+
+
+def _options(made: dict[str, argparse.ArgumentParser]) -> None:
+    """Add what only some commands take."""
+    check = made["check"]
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    check.add_argument("--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation")
+    check.add_argument("--no-link", action="store_true", help="do not look at the link to the coordinator")
+    check.add_argument("--all", action="store_true", help="show the files without a problem too")
+    made["join"].add_argument("--cold", action="store_true", help="a new training process for every message")
+    made["leave"].add_argument("--for-good", action="store_true", help="say what remains to be done")
+    ledger = made["ledger"]
+    ledger.add_argument("--all", action="store_true", help=f"every line, not only the last {RECENT}")
+    ledger.add_argument("--dry-run", action="store_true", help="make the next round's reply here and show its bytes")
+    ledger.add_argument("--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation")
+    ledger.add_argument("--model", type=Path, help="model.safetensors to describe and train; else fresh weights")
+    approve = made["approve"]
+    approve.add_argument("bundle", type=Path, nargs="?", help="a .fab file; else the bundle that was refused last")
+    approve.add_argument("--hash", default="", help="approve the refused bundle whose digest begins so")
+    approve.add_argument("--installed", action="store_true", help="approve exactly the code that is installed here")
+    approve.add_argument("--yes", action="store_true", help="do not ask")
+    approve.add_argument("--diff", action="store_true", help="show every changed line, not only the files")
+    made["cache"].add_argument("--prune", action="store_true", help="remove files without recent use")
+    made["cache"].add_argument("--days", type=float, default=30.0, help="days without use; 0 removes all")
+
+
+def _check(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.site.check import examine, exit_code, show
+
+    path = site_file_of(options.kit)
+    findings = examine(read_site_file(path), path.parent, options.settings, link=not options.no_link, console=console)
+    if options.json:
+        console.print(json.dumps([finding.as_dict() for finding in findings], indent=1))
+    else:
+        show(findings, console, everything=options.all)
+    return exit_code(findings)
+
+
+def _join(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.site.supervisor import Join
+
+    path = site_file_of(options.kit)
+    policy = read_site_file(path)
+
+    def say(line: str) -> None:
+        console.print(f"{datetime.now(UTC):%H:%M:%S} {line}")
+
+    join = Join(policy, path, say, cold=options.cold)
+    signal.signal(signal.SIGTERM, join.stop)
+    signal.signal(signal.SIGINT, join.stop)
+    try:
+        code = join.run()
+    except FedsgcgError as error:
+        if error.code != "SITE-507":
+            raise
+        print_error(str(error))
+        return 1
+    say(f"{policy.site} has left")
+    return code
+
+
+def _status(options: argparse.Namespace, console: Screen) -> int:
+    from clients.guard import ledger
+    from clients.guard.egress import LEDGER
+    from deploy.site.supervisor import joined_pid, read_facts
+
+    policy = read_site_file(site_file_of(options.kit))
+    home = Path(policy.home)
+    pid, facts, work = joined_pid(home), read_facts(home / "join.json"), read_facts(home / "resident.json")
+    state = str(facts.get("state", "unknown")) if pid else "not joined"
+    rows = [("site", f"{policy.site} of {policy.project}"), ("coordinator", policy.server), ("state", state)]
+    if pid:
+        rows += [
+            ("processes", f"join {pid}, SuperNode {facts.get('supernode', 0)}, resident {facts.get('resident', 0)}"),
+            ("up since", _ago(facts.get("started"))),
+            ("restarts", str(facts.get("restarts", 0))),
+            ("node", str(facts.get("node", "not connected yet"))),
+            ("work", " ".join(str(work.get(name, "")) for name in ("state", "message")) or "none"),
+        ]
+    if facts.get("last_message"):
+        rows.append(("last message", f"{facts['last_message']}, {_ago(facts.get('last_message_time'))}"))
+    if facts.get("last"):
+        rows.append(("last trouble", str(facts["last"])))
+    lines = ledger.entries(home / LEDGER) if (home / LEDGER).exists() else []
+    rows.append(("ledger", f"{len(lines)} messages have left, chain intact"))
+    table = Table(show_header=False, title=None, box=None)
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), value)
+    console.print(table)
+    return 1 if not pid else 3 if state != "joined" else 0
+
+
+def _leave(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.site.supervisor import leave
+
+    policy = read_site_file(site_file_of(options.kit))
+    ended = leave(policy)
+    console.print(f"{policy.site} has left." if ended else f"{policy.site} had not joined.")
+    if options.for_good:
+        console.print(FOR_GOOD.format(site=policy.site, home=policy.home, cache=policy.cache))
+    return 0
+
+
+FOR_GOOD = """
+To leave for good:
+  1. Tell the coordinator to revoke this site's key, so that nobody can join in its name, and to go on without it:
+     fedsgcg provision project.yaml -o KITS --revoke {site}
+     fedsgcg stop KIT; fedsgcg resume KIT --without {site}
+  2. From then on the prototypes hold no class statistics of {site}. Weights cannot be taken apart: only a new study
+     without {site} is free of what they learned here.
+  3. Keep {home} (ledger, aliases): it says what left this hospital.
+  4. The slice cache holds images and may be removed: rm -r {cache}"""
+
+
+def _ledger(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.site.check import plan_of_kit
+    from deploy.site.ledger_view import dry_run, show_ledger
+
+    path = site_file_of(options.kit)
+    policy = read_site_file(path)
+    if options.dry_run:
+        return dry_run(policy, plan_of_kit(path.parent, options.settings), options.model, console)
+    return show_ledger(policy, console, last=0 if options.all else RECENT)
+
+
+def _approve(options: argparse.Namespace, console: Screen) -> int:
+    from clients.guard.approval import approvals, approve, is_approved
+    from deploy.site.approve import choose_bundle, show_difference
+
+    policy = read_site_file(site_file_of(options.kit))
+    path = Path(policy.approved)
+    bundle = choose_bundle(path, options.bundle, options.hash, installed_code=options.installed)
+    if bundle is None:
+        console.print(f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}")
+        return 0
+    if is_approved(bundle, path):
+        console.print(f"{bundle.digest} is approved already.")
+        return 0
+    show_difference(bundle, path, console, lines=options.diff)
+    if not options.yes and (not sys.stdin.isatty() or input("Approve this code to run here? [y/N] ").lower() != "y"):
+        console.print("Not approved: it does not run here. --yes approves without a question.", style="yellow")
+        return 1
+    approve(bundle, path, user_name())
+    console.print(f"Approved: {bundle.digest}")
+    return 0
+
+
+def _cache(options: argparse.Namespace, console: Screen) -> int:
+    from clients.data.cache import UNUSED_DAYS, cache_files, prune
+
+    policy = read_site_file(site_file_of(options.kit))
+    files = cache_files(Path(policy.cache))
+    console.print(f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB in {policy.cache}")
+    if options.prune:
+        gone = prune(Path(policy.cache), options.days)
+        console.print(f"removed {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB")
+    else:
+        console.print(f"Files without use for {UNUSED_DAYS:.0f} days go by themselves; --prune --days N removes more.")
+    return 0
+
+
+def _request(options: argparse.Namespace, console: Screen) -> int:
+    from deploy.certificates import make_site_key
+
+    path = site_file_of(options.kit)
+    policy = read_site_file(path)
+    key = Path(policy.key)
+    if key.name != "site.key":
+        raise fail("DEP-601", where=str(path), found=f"key: {key.name}", expected="key: site.key")
+    line = make_site_key(key.parent, policy.site)
+    console.print(f"Send this line to the coordinator ({key.parent / 'site.pub'}); {key} never leaves:")
+    console.print(line)
+    return 0
+
+
+def site_file_of(kit: Path) -> Path:
+    """Return the site.yaml of a kit: the file itself, or the one in the folder."""
+    return kit / "site.yaml" if kit.is_dir() else kit
+
+
+def _ago(moment: Any) -> str:
+    """Say how long ago a time (seconds since 1970) was."""
+    if not isinstance(moment, (int, float)):
+        return "unknown"
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} seconds ago"
+
+
+if __name__ == "__main__":
+    run()

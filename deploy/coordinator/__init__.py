@@ -1,0 +1,1 @@
+"""The coordinator of a federation of real hospitals: kits, server, runs."""

@@ -1,0 +1,181 @@
+"""The coordinator's side of Flower's Control API, with the credential of the kit: who is there, start, stop.
+
+`flwr run` cannot be used: it knows no credential but those of an identity provider.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import httpx
+from flwr.common.serde import fab_to_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import FlowerError
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+
+from common.errors import fail
+from deploy.certificates import public_key_bytes
+from deploy.coordinator.project import Kit
+
+GONE: Final = "unregistered"
+FINISHED: Final = "finished"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A hospital as the server knows it.
+
+    Attributes:
+        site: Name under which its key was registered.
+        node: Flower's node id.
+        status: `registered` (was never here), `online`, `offline` or `unregistered`.
+        key: Its public key (PEM).
+        since: When it was last activated, ISO 8601, "" when never.
+    """
+
+    site: str
+    node: int
+    status: str
+    key: bytes
+    since: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as the server knows it.
+
+    Attributes:
+        run_id: Flower's number.
+        status: `pending`, `starting`, `running` or `finished`.
+        ending: `completed`, `failed` or `stopped` when it has finished.
+        details: Flower's words on it.
+    """
+
+    run_id: int
+    status: str
+    ending: str
+    details: str
+
+    @property
+    def over(self) -> bool:
+        """Whether it has finished."""
+        return self.status == FINISHED
+
+
+class Bearer:
+    """Adds the coordinator's credential to each request.
+
+    Args:
+        token: The credential.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Send the request with the credential."""
+        context.request.headers["Authorization"] = f"Bearer {self._token}"
+        return call_next(context)
+
+
+class Control:
+    """The coordinator's commands to its server; every call raises DEP-610, DEP-611 or DEP-612 when it fails.
+
+    Args:
+        address: `host:port` of the Control API.
+        token: The credential.
+        ca: Certificate of the authority (PEM); None for a server without TLS.
+    """
+
+    def __init__(self, address: str, token: str, ca: bytes | None) -> None:
+        self.address = address
+        version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+        self._client = ControlHttpClient.from_server_address(
+            server_address=address, insecure=ca is None, root_certificates=ca, interceptors=[version, Bearer(token)]
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def nodes(self) -> list[Node]:
+        """Every node that was ever registered, by site and time."""
+        found = self._call(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
+        order = sorted(found, key=lambda node: (node.name, node.registered_at))
+        return [Node(n.name, n.node_id, n.status, n.public_key, n.last_activated_at or "") for n in order]
+
+    def register(self, site: str, line: str) -> None:
+        """Let a site in with its public key (an OpenSSH line)."""
+        request = RegisterNodeRequest(public_key=public_key_bytes(line), name=site)
+        self._call(lambda: self._client.RegisterNode(request))
+
+    def unregister(self, node: int) -> None:
+        """Let a node in no more."""
+        self._call(lambda: self._client.UnregisterNode(UnregisterNodeRequest(node_id=node)))
+
+    def start(self, bundle: bytes, run_config: Mapping[str, Any]) -> int:
+        """Submit the app with its run config; returns Flower's number of the run."""
+        fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
+        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)))
+        reply = self._call(lambda: self._client.StartRun(request))
+        if not reply.HasField("run_id"):
+            raise fail("DEP-612", where=self.address, found="no run was started", action="look into state/server.log")
+        return int(reply.run_id)
+
+    def stop(self, run_id: int) -> None:
+        """Stop a run."""
+        self._call(lambda: self._client.StopRun(StopRunRequest(run_id=run_id)))
+
+    def run(self, run_id: int) -> RunState | None:
+        """State of a run; None when the server does not know it."""
+        found = self._call(lambda: self._client.ListRuns(ListRunsRequest(run_id=run_id))).run_dict
+        if run_id not in found:
+            return None
+        status = found[run_id].status
+        return RunState(run_id, status.status, status.sub_status, status.details)
+
+    def _call(self, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except httpx.RequestError as error:
+            action = "start it: fedsgcg serve KIT"
+            raise fail("DEP-610", where=self.address, found=_one_line(error), action=action) from error
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+                action = "use the kit that the server was started with"
+                raise fail(
+                    "DEP-611", where=self.address, found="not this server's credential", action=action
+                ) from error
+            told = FlowerError.from_json(error.response.text)
+            found = told.message if told else f"HTTP {error.response.status_code}"
+            raise fail("DEP-612", where=self.address, found=found) from error
+
+
+@contextmanager
+def control_of(kit: Kit) -> Iterator[Control]:
+    """Talk to the server of a kit, with or without TLS as it was started."""
+    ca = None if (kit.state / "insecure").exists() else (kit.folder / "ca.crt").read_bytes()
+    control = Control(kit.project().control_address, kit.token.read_text().strip(), ca)
+    try:
+        yield control
+    finally:
+        control.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,202 @@
+"""The project file: what a coordinator writes to found a federation, and where the kits' files lie."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from clients.guard.site_file import NAME, NEVER_SET, split_address
+from common.errors import FedsgcgError, Problem
+from common.settings.base import Checks, Section
+from common.settings.compose import join
+from common.settings.plan import Plan
+from common.settings.yaml_file import build_from, explained, read_tree
+
+KEYS: Final = ("issued", "requested")
+
+
+@dataclass(frozen=True)
+class Project(Section):
+    """A federation, as its coordinator describes it.
+
+    Attributes:
+        name: Name of the federation.
+        server: Where hospitals reach the coordinator, as `host:port`; the only port that must be open.
+        sites: Names of the hospitals. A name added later gets its kit at the next `fedsgcg provision`.
+        plan: Settings of the study, as on the command line of `fedsgcg simulate`; `fedsgcg run` may change them.
+        quorum: Training sites that must join and answer each round; 0 = all of them.
+        join_deadline_s: Seconds to wait for the sites at the start.
+        round_deadline_s: Seconds that a round may take.
+        listen: Address that the server binds; "" = all interfaces, or loopback where `server` is loopback.
+        control_port: Port on 127.0.0.1 of the coordinator's own commands; 0 = the port after the public one.
+        names: Further host names and addresses by which hospitals may reach the server.
+        keys: `issued` = a hospital's key is made with its kit; `requested` = the hospital makes it (`fedsgcg-site
+            request`) and sends only the public half.
+        certificate_days: Days that the server's certificate is good for.
+        data_root: Folder of the images in new kits, e.g. `/data` where all hospitals use containers; "" leaves it to be
+            filled in.
+    """
+
+    name: str
+    server: str
+    sites: tuple[str, ...]
+    plan: tuple[str, ...] = ()
+    quorum: int = 0
+    join_deadline_s: float = 600.0
+    round_deadline_s: float = 3600.0
+    listen: str = ""
+    control_port: int = 0
+    names: tuple[str, ...] = ()
+    keys: Literal["issued", "requested"] = "issued"
+    certificate_days: int = 398
+    data_root: str = ""
+
+    def checks(self) -> Checks:
+        """Names are plain and different, addresses have ports, numbers are positive."""
+        yield bool(NAME.fullmatch(self.name)), "name", "letters, digits, blanks and ._- (63 at most)"
+        yield split_address(self.server) is not None, "server", "host:port, e.g. federation.example.org:8443"
+        plain = all(NAME.fullmatch(site) for site in self.sites)
+        folded = {site.casefold() for site in self.sites}
+        yield plain and len(folded) == len(self.sites) >= 2, "sites", "two or more different plain names"
+        yield 0 <= self.quorum <= len(self.sites), "quorum", "0 (all) to the number of sites"
+        yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
+        yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
+        yield 0 <= self.control_port <= 65535, "control_port", "a port, 0 for the one after the public one"
+        yield 1 <= self.certificate_days <= 825, "certificate_days", "1 to 825 days"
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `server`."""
+        found = split_address(self.server)
+        if found is None:
+            raise AssertionError("checked when the project was made")
+        return found
+
+    @property
+    def host_to_bind(self) -> str:
+        """Address that the server binds."""
+        return self.listen or ("127.0.0.1" if is_loopback(self.address[0]) else "0.0.0.0")  # noqa: S104
+
+    @property
+    def control_address(self) -> str:
+        """Where the coordinator's own commands find the server."""
+        return f"127.0.0.1:{self.control_port or self.address[1] % 65535 + 1}"
+
+    @property
+    def certificate_names(self) -> list[str]:
+        """Names that the server's certificate is for."""
+        return list(dict.fromkeys([self.address[0], *self.names]))
+
+    def settings(self, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Resolve the study's settings: the project's, then those of a command line, which win.
+
+        Raises:
+            FedsgcgError: CFG-001 with every setting that cannot be used.
+        """
+        own = (
+            f"federation.quorum={self.quorum}",
+            f"federation.join_deadline_s={self.join_deadline_s}",
+            f"federation.round_deadline_s={self.round_deadline_s}",
+        )
+        theirs = [text for text in (*self.plan, *overrides) if _is_the_sites(text.partition("=")[0])]
+        if theirs:
+            action = "leave it out: each hospital says it in its own site.yaml"
+            raise FedsgcgError(*(Problem("CFG-001", text, "a setting of the study", action) for text in theirs))
+        merged = {text.partition("=")[0]: text for text in (*own, *self.plan, *overrides)}
+        tree = join(list(merged.values()))
+        tree["data"] = {**tree["data"], "root": "", "sites": sorted(self.sites)}
+        return tree
+
+
+@dataclass(frozen=True)
+class Kit:
+    """The folders that `fedsgcg provision` makes.
+
+    Attributes:
+        folder: The coordinator's kit.
+    """
+
+    folder: Path
+
+    @classmethod
+    def at(cls, path: Path) -> Kit:
+        """Return the coordinator's kit of a folder, or of the folder that holds all kits.
+
+        Raises:
+            FedsgcgError: DEP-604 when there is no kit.
+        """
+        for folder in (path, path / "coordinator"):
+            if (folder / "project.yaml").is_file() and (folder / "token").is_file():
+                return cls(folder.resolve())
+        action = "make it: fedsgcg provision project.yaml -o " + str(path)
+        raise FedsgcgError(Problem("DEP-604", where=str(path), found="no kit here", action=action))
+
+    @property
+    def keys(self) -> Path:
+        """Folder of the hospitals' public keys, one `NAME.pub` a site; what is not here is not let in."""
+        return self.folder / "keys"
+
+    @property
+    def revoked(self) -> Path:
+        """Folder of public keys that are never let in again."""
+        return self.folder / "revoked"
+
+    @property
+    def token(self) -> Path:
+        """File of the coordinator's credential."""
+        return self.folder / "token"
+
+    @property
+    def state(self) -> Path:
+        """Folder of the server's database, logs and Flower's own files."""
+        return self.folder / "state"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of the run folders."""
+        return self.folder / "runs"
+
+    def project(self) -> Project:
+        """Read the project of this kit."""
+        return read_project(self.folder / "project.yaml")
+
+
+def read_project(path: Path) -> Project:
+    """Read and check a project file, its plan included.
+
+    Raises:
+        FedsgcgError: DEP-602 with every problem of the file.
+    """
+    tree = read_tree(path, "DEP-602", "write one: name, server, sites; see docs/how-to/found-a-federation.md")
+    if isinstance(sites := tree.get("sites"), Mapping):
+        tree["sites"] = list(sites)
+    project = build_from(Project, tree, path, "DEP-602")
+    try:
+        settings = project.settings()
+        Plan.from_tree({**settings, "output": "runs"})
+    except FedsgcgError as error:
+        faults = (Problem("DEP-602", p.found, p.expected, p.action, f"{path}, plan: {p.where}") for p in error.problems)
+        raise FedsgcgError(*faults) from error
+    return project
+
+
+def project_text(project: Project) -> str:
+    """Return the text of a project file, every setting explained."""
+    return explained(project, (f"The federation {project.name}, as its coordinator describes it.",))
+
+
+def _is_the_sites(name: str) -> bool:
+    return name in NEVER_SET or name.startswith("site.")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name never leaves this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

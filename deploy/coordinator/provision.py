@@ -1,0 +1,240 @@
+"""`fedsgcg provision`: from a short project file to the coordinator's kit and one start-up kit a hospital.
+
+    KITS/coordinator/   project.yaml, ca.crt, ca.key, server.crt, server.key, token, keys/NAME.pub, revoked/, ...
+    KITS/sites/NAME/    site.yaml, ca.crt, site.key, site.pub, README.md, compose.yaml, fedsgcg-site.service
+
+A second call changes nothing that is good: keys, certificates and a `site.yaml` that a hospital has filled in stay.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from clients.guard.site_file import SiteFile, write_site_file
+from common.errors import fail
+from common.settings.compose import nearest
+from deploy.certificates import (
+    RENEW_WITHIN_DAYS,
+    certificate_fingerprint,
+    days_left,
+    fingerprint,
+    is_signed_by,
+    make_authority,
+    make_server_certificate,
+    make_site_key,
+    names_of,
+    read_authority,
+    read_certificate,
+    read_public_key,
+    write_authority,
+    write_secret,
+    write_server,
+)
+from deploy.coordinator.kit_files import coordinator_files, site_files
+from deploy.coordinator.project import Kit, Project, project_text, read_project
+
+TOKEN_BYTES: Final = 32
+
+
+@dataclass
+class Provisioned:
+    """What a call of `fedsgcg provision` did.
+
+    Attributes:
+        kit: The coordinator's kit.
+        sites: Folder of the hospitals' kits.
+        made: What is new, in words, without a secret.
+        waiting: Sites whose public key is not here yet.
+        revoked: Sites that are not let in any more.
+        warnings: What the coordinator should do something about.
+        authority: Fingerprint of the authority's certificate, for hospitals to compare.
+    """
+
+    kit: Kit
+    sites: Path
+    made: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    revoked: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    authority: str = ""
+
+
+def provision(
+    project_file: Path,
+    output: Path,
+    *,
+    renew: bool = False,
+    revoke: Sequence[str] = (),
+    reissue: Sequence[str] = (),
+    register: Sequence[tuple[str, Path]] = (),
+) -> Provisioned:
+    """Make the kits, or bring them up to date.
+
+    Args:
+        project_file: The project file.
+        output: Folder that holds all kits.
+        renew: Make a new server certificate even though the old one is still good.
+        revoke: Sites whose keys are never let in again.
+        reissue: Sites whose keys are revoked and replaced by new ones.
+        register: (site, file with its public key): the request flow.
+
+    Raises:
+        FedsgcgError: DEP-602 for the project file, DEP-603 for a key or certificate, DEP-605 when `output` belongs to
+            another project, DEP-606 for a site that the project does not have.
+    """
+    project = read_project(project_file)
+    kit = Kit((output / "coordinator").resolve())
+    done = Provisioned(kit, (output / "sites").resolve())
+    _check_same_project(kit, project)
+    _check_known(project, [*revoke, *reissue, *(site for site, _ in register)])
+    for folder in (kit.folder, kit.keys, kit.revoked):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _authority(kit, project, done)
+    _server(kit, project, done, renew=renew)
+    _credential(kit, done)
+    for site in [*revoke, *reissue]:
+        _revoke(kit, site, done)
+    for site, path in register:
+        _register(kit, site, read_public_key(path), done)
+    for site in project.sites:
+        _site_kit(kit, project, site, done, reissue=site in reissue)
+    (kit.folder / "project.yaml").write_text(project_text(project), encoding="utf-8")
+    for name, text in coordinator_files(project).items():
+        (kit.folder / name).write_text(text, encoding="utf-8")
+    _warn_of_strangers(kit, project, done)
+    return done
+
+
+def _check_same_project(kit: Kit, project: Project) -> None:
+    path = kit.folder / "project.yaml"
+    if path.is_file() and (before := read_project(path)).name != project.name:
+        action = "choose another folder with -o"
+        raise fail("DEP-605", where=str(path), found=project.name, expected=before.name, action=action)
+
+
+def _check_known(project: Project, sites: Sequence[str]) -> None:
+    for site in sites:
+        if site not in project.sites:
+            raise fail("DEP-606", where=site, found="no such site", action=nearest(site, project.sites))
+
+
+def _authority(kit: Kit, project: Project, done: Provisioned) -> None:
+    if not (kit.folder / "ca.key").exists():
+        write_authority(kit.folder, make_authority(project.name))
+        done.made.append("certificate authority (ca.crt; its key stays here)")
+    done.authority = certificate_fingerprint(read_certificate(kit.folder / "ca.crt"))
+
+
+def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> None:
+    """Make the server's certificate where there is none, where it is asked for, and where the old one does not fit."""
+    path = kit.folder / "server.crt"
+    authority = read_authority(kit.folder)
+    if path.exists() and not renew:
+        old = read_certificate(path)
+        fits = set(project.certificate_names) <= set(names_of(old)) and is_signed_by(old, authority.certificate)
+        if fits and (left := days_left(old)) > 0:
+            if left < RENEW_WITHIN_DAYS:
+                done.warnings.append(f"the server's certificate ends in {left:.0f} days: --renew makes a new one")
+            return
+    write_server(kit.folder, *make_server_certificate(authority, project.certificate_names, project.certificate_days))
+    names = ", ".join(project.certificate_names)
+    done.made.append(f"server certificate for {names}, good for {project.certificate_days} days")
+
+
+def _credential(kit: Kit, done: Provisioned) -> None:
+    for path in (kit.token, kit.folder / "executor.secret"):
+        if not path.exists():
+            write_secret(path, secrets.token_urlsafe(TOKEN_BYTES).encode())
+            done.made.append(f"credential ({path.name})")
+
+
+def _revoke(kit: Kit, site: str, done: Provisioned) -> None:
+    path = kit.keys / f"{site}.pub"
+    if not path.exists():
+        done.warnings.append(f"{site} has no registered key to revoke")
+        return
+    name = f"{site}-{fingerprint(read_public_key(path))}.pub"
+    path.replace(kit.revoked / name)
+    done.made.append(f"{site}: key revoked")
+
+
+def _register(kit: Kit, site: str, line: str, done: Provisioned) -> None:
+    """Let a site in with a public key; one that was revoked, or that another site has, is refused."""
+    if _is_revoked(kit, line):
+        action = "the site makes a new key: remove its site.key, then fedsgcg-site request"
+        raise fail("DEP-603", where=site, found="a key that was revoked", expected="a new key", action=action)
+    for path in sorted(kit.keys.glob("*.pub")):
+        if path.stem != site and fingerprint(read_public_key(path)) == fingerprint(line):
+            raise fail("DEP-603", where=site, found=f"the key of {path.stem}", expected="a key of its own")
+    path = kit.keys / f"{site}.pub"
+    if path.exists():
+        if fingerprint(read_public_key(path)) == fingerprint(line):
+            return
+        action = f"revoke the old one first: --revoke {site}"
+        raise fail("DEP-603", where=site, found="another key is registered", expected="one key a site", action=action)
+    path.write_text(f"{line} {site}\n", encoding="utf-8")
+    done.made.append(f"{site}: public key registered")
+
+
+def _site_kit(kit: Kit, project: Project, site: str, done: Provisioned, *, reissue: bool) -> None:
+    folder = done.sites / site
+    if not folder.exists():
+        folder.mkdir(parents=True, mode=0o700)
+        done.made.append(f"{site}: start-up kit")
+    shutil.copyfile(kit.folder / "ca.crt", folder / "ca.crt")
+    if (kit.keys / f"{site}.pub").exists():
+        pass
+    elif _was_revoked(kit, site) and not reissue:
+        done.revoked.append(site)
+    elif project.keys == "issued":
+        _issue(kit, site, folder, done)
+    else:
+        done.waiting.append(site)
+    if not (folder / "site.yaml").exists():
+        write_site_file(folder / "site.yaml", blank_site_file(project, site))
+    for name, text in site_files(project, site).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _issue(kit: Kit, site: str, folder: Path, done: Provisioned) -> None:
+    """Make a site's key in its kit and register the public half; a key that was revoked makes way."""
+    public = folder / "site.pub"
+    if public.exists() and _is_revoked(kit, read_public_key(public)):
+        for name in ("site.key", "site.pub"):
+            (folder / name).unlink(missing_ok=True)
+    _register(kit, site, " ".join(make_site_key(folder, site).split()[:2]), done)
+
+
+def _was_revoked(kit: Kit, site: str) -> bool:
+    return any(path.stem.rpartition("-")[0] == site for path in kit.revoked.glob("*.pub"))
+
+
+def _is_revoked(kit: Kit, line: str) -> bool:
+    return any(fingerprint(read_public_key(path)) == fingerprint(line) for path in kit.revoked.glob("*.pub"))
+
+
+def blank_site_file(project: Project, site: str) -> SiteFile:
+    """Return the `site.yaml` of a new kit; the hospital fills in its data folder."""
+    return SiteFile(
+        site=site,
+        project=project.name,
+        server=project.server,
+        ca="ca.crt",
+        key="site.key",
+        data_root=project.data_root,
+        home="home",
+        cache="cache",
+        approved="approved.json",
+    )
+
+
+def _warn_of_strangers(kit: Kit, project: Project, done: Provisioned) -> None:
+    for path in sorted(kit.keys.glob("*.pub")):
+        if path.stem not in project.sites:
+            words = f"{path.stem} still has a key but is not in the project: add it to sites and --revoke {path.stem}"
+            done.warnings.append(words)

@@ -1,0 +1,1 @@
+"""One hospital of a real federation: its node, its checks, what it approves and what left it."""

@@ -1,0 +1,86 @@
+"""What a person looks at before code may run at a hospital: which bundle, and what it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clients.guard.approval import (
+    Bundle,
+    approvals,
+    bundle_of_folder,
+    code_below,
+    difference,
+    last_approved,
+    read_bundle,
+    refused,
+)
+from common.console import Screen
+from common.errors import fail
+
+MOST_LINES = 400
+
+
+def installed() -> Bundle:
+    """The code that is installed at this site."""
+    return bundle_of_folder(Path(__file__).resolve().parents[2])
+
+
+def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_code: bool) -> Bundle | None:
+    """Return the bundle that is to be approved, None when nothing waits for an approval.
+
+    Args:
+        approved: The approvals file; refused bundles are kept beside it.
+        file: A bundle file (.fab), or None.
+        digest: Beginning of a refused bundle's digest, or "".
+        installed_code: Take the code that is installed here.
+
+    Raises:
+        FedsgcgError: POL-705 when there is nothing to approve, or the digest fits none or several.
+    """
+    if installed_code:
+        return installed()
+    if file is not None:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise fail("POL-705", where=str(file), found=str(error), expected="a .fab file") from error
+        bundle = read_bundle(content)
+        if digest and not bundle.digest.startswith(digest):
+            raise fail("POL-705", where=str(file), found=bundle.digest, expected=f"a digest that begins with {digest}")
+        return bundle
+    waiting = [folder for folder in refused(approved) if folder.name.startswith(digest)]
+    if digest and installed().digest.startswith(digest):
+        return installed()
+    if not waiting and not digest:  # the first approval is of what this site has installed itself
+        return None if approvals(approved) else installed()
+    if len(waiting) != 1 and digest:
+        known = ", ".join(folder.name[:16] for folder in refused(approved)) or "none"
+        found = f"{len(waiting)} refused bundles that begin so (refused: {known})"
+        action = "give a .fab file, a longer --hash, or --installed for the code that is installed here"
+        raise fail("POL-705", found=found, expected="one bundle", action=action)
+    return code_below(waiting[0])
+
+
+def show_difference(bundle: Bundle, approved: Path, console: Screen, *, lines: bool) -> None:
+    """Show what a bundle changes since the last approval, or against the installed code before the first."""
+    last = last_approved(approved)
+    against = "the last approval" if last else "the code installed here (nothing was approved yet)"
+    base = last or installed()
+    changes = list(difference(base, bundle))
+    console.print(f"Code {bundle.digest}")
+    console.print(f"{len(bundle.code)} files; against {against}:")
+    if bundle.client_app != base.client_app:
+        console.print(f"changed  what is started: {base.client_app} -> {bundle.client_app}", style="yellow")
+    for headline, _ in changes:
+        console.print(f"  {headline}")
+    if not changes:
+        console.print("  no file differs")
+    if lines:
+        text = "".join(part for _, part in changes).splitlines()
+        for line in text[:MOST_LINES]:
+            style = "green" if line.startswith("+") else "red" if line.startswith("-") else None
+            console.print(line, style=style)
+        if len(text) > MOST_LINES:
+            console.print(f"… {len(text) - MOST_LINES} more lines", style="yellow")
+    elif changes:
+        console.print("--diff shows the lines.", style="yellow")

@@ -1,0 +1,206 @@
+"""`fedsgcg-site check`: everything that can stand in the way of a federation, looked at before it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from clients.guard.approval import approvals
+from clients.guard.site_file import SiteFile
+from common.console import Screen, progress_bar
+from common.errors import FedsgcgError
+from common.settings.compose import compose
+from common.settings.plan import Plan
+from common.wire.payload import Weights
+from deploy.certificates import certificate_fingerprint, read_certificate
+from deploy.site.check_files import Finding, Seen, Verdict, examine_files
+from deploy.site.check_link import examine_link
+
+SETTINGS = "settings.txt"
+SPARE_BYTES = 2**30
+"""Free space beyond the slice cache that a site should have: ledger, logs, bundles, models."""
+
+PIXEL_BYTES = 6
+"""Bytes of the slice cache for a voxel: its slice as int16, truth, display, and the resized copy."""
+
+COLOUR: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+ORDER = ("files", "site", "device", "disk", "clock", "link")
+
+
+def examine(policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Screen) -> list[Finding]:
+    """Look at files, folders, device, disk, clock and link; one finding a thing, in the order of `ORDER`.
+
+    Args:
+        policy: The site's settings.
+        kit: Folder of the kit: its `settings.txt` holds the federation's settings, one `name=value` a line.
+        overrides: More of them, which win.
+        link: Whether to look at the link too.
+        console: Where progress is shown.
+
+    Raises:
+        FedsgcgError: CFG-001 for settings that cannot be used.
+    """
+    plan = plan_of_kit(kit, overrides)
+    heldout = plan.role(policy.site) != "train" or "train" not in policy.roles
+    with progress_bar(console) as bar:
+        task = bar.add_task("reading every file", total=None)
+        files, seen = examine_files(
+            policy,
+            plan.data,
+            heldout=heldout,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+        bar.update(task, description="one training step")
+        findings = [*files, *examine_folders(policy), *examine_device(policy, plan), *examine_disk(policy, seen)]
+        if link:
+            bar.update(task, description=f"the link to {policy.server}")
+            findings += examine_link(policy, payload_bytes(plan))
+    return sorted(findings, key=lambda finding: ORDER.index(finding.area))
+
+
+def plan_of_kit(kit: Path, overrides: Sequence[str]) -> Plan:
+    """Return the federation's plan as far as a site knows it: the kit's settings, then the command line's."""
+    path = kit / SETTINGS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    written = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    merged = {text.partition("=")[0]: text for text in (*written, *overrides)}
+    known = [text for name, text in merged.items() if name not in ("data.root", "output")]
+    return Plan.from_tree(compose([*known, "output=."]))
+
+
+def examine_folders(policy: SiteFile) -> list[Finding]:
+    """Look at who may read and write what."""
+    findings = []
+    key = Path(policy.key)
+    if not key.is_file():
+        action = "fedsgcg-site request KIT makes it, or ask the coordinator for the kit again"
+        findings.append(Finding("site", "key", "fail", f"no {key}", action, "SITE-518"))
+    elif stat.S_IMODE(key.stat().st_mode) & 0o077:
+        found = f"{key} can be read by others"
+        findings.append(Finding("site", "key", "fail", found, f"chmod 600 {key}", "SITE-518"))
+    else:
+        findings.append(Finding("site", "key", "ok", f"{key.name}, for its owner only"))
+    findings.append(_authority(Path(policy.ca)))
+    if not approvals(Path(policy.approved)):
+        action = "fedsgcg-site approve KIT shows the code and asks; without it nothing of the federation runs here"
+        findings.append(Finding("site", "approved code", "warn", "none yet", action, "POL-705"))
+    if os.access(policy.data_root, os.W_OK) and os.geteuid() != 0:
+        action = "Mount it read-only, or run the site as a user who may only read it."
+        findings.append(Finding("site", "data folder", "warn", "this user may write into it", action, "SITE-518"))
+    for name in ("home", "cache"):
+        folder = Path(getattr(policy, name))
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            probe = folder / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            action = f"Make {folder} writable for this user."
+            findings.append(Finding("site", name, "fail", f"{error.strerror}: {folder}", action, "SITE-501"))
+    return findings
+
+
+def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
+    """Make one training step at the plan's size and measure it."""
+    from clients.device import choose_device, describe_hardware
+    from deploy.site.check_step import measure_step
+
+    device = policy.device.partition(":")
+    if device[2]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device[2]
+    try:
+        chosen = choose_device(device[0], policy.threads)
+        step = measure_step(plan, chosen)
+    except FedsgcgError as error:
+        return [Finding.of("device", problem) for problem in error.problems]
+    found = [Finding("device", "hardware", "ok", describe_hardware())]
+    memory = f"{step.bytes / 2**20:.0f} MiB" + (f" of {step.available / 2**20:.0f}" if step.available else "")
+    words = f"{step.seconds:.2f} s and {memory} for {plan.method.batch_size} slices of {plan.data.image_size} pixels"
+    if step.parts > plan.site.micro_batches:
+        words = f"the memory does not hold it whole; in {step.parts} parts: {words}"
+        action = "Nothing: training cuts its steps likewise. A larger card, or a smaller data.image_size, avoids it."
+        found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
+    elif step.available and step.bytes > 0.9 * step.available:
+        action = "Lower method.batch_size, network.base_width or data.image_size, or use a larger card."
+        found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
+    else:
+        found.append(Finding("device", "one step", "ok", f"{words} on {chosen.type}"))
+    return found
+
+
+def examine_disk(policy: SiteFile, seen: Sequence[Seen]) -> list[Finding]:
+    """Compare the free space with what the slice cache needs."""
+    needed = PIXEL_BYTES * sum(one.voxels for one in seen) + SPARE_BYTES
+    findings = []
+    for name in dict.fromkeys((policy.cache, policy.home)):
+        folder = Path(name)
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        words = f"{free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed"
+        if free < needed:
+            action = "Make room, or set cache and home to a larger disk; fedsgcg-site cache --prune removes old slices."
+            verdict: Verdict = "fail" if free < needed - SPARE_BYTES else "warn"
+            findings.append(Finding("disk", name, verdict, words, action, "SITE-514"))
+        else:
+            findings.append(Finding("disk", name, "ok", words))
+    return findings
+
+
+def _authority(path: Path) -> Finding:
+    """Show the authority's fingerprint, which the hospital compares with the coordinator's by telephone."""
+    try:
+        found = certificate_fingerprint(read_certificate(path))
+    except FedsgcgError as error:
+        action = "Ask the coordinator for ca.crt again."
+        return Finding("site", "authority", "fail", f"{path}: {error.problems[0].found}", action, error.code)
+    return Finding("site", "authority", "ok", found, "Compare it with the coordinator's by telephone.")
+
+
+def payload_bytes(plan: Plan) -> int:
+    """Bytes of one direction of a round: weights and, with SgCG, class statistics."""
+    from common.networks import build_network
+
+    network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    weights = Weights.from_state(state).values.nbytes
+    features = plan.network.num_features
+    return weights + plan.data.num_classes * (1 + features + features * (features + 1) // 2) * 8
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    """0 when all is well, 1 when something fails, 3 when there are warnings."""
+    verdicts = {finding.verdict for finding in findings}
+    return 1 if "fail" in verdicts else 3 if "warn" in verdicts else 0
+
+
+def show(findings: Sequence[Finding], console: Screen, *, everything: bool) -> None:
+    """Show the findings as a table; files without a problem only in number, unless `everything`."""
+    quiet = [finding for finding in findings if finding.area == "files" and finding.verdict == "ok"]
+    table = Table(title=f"fedsgcg-site check, {time.strftime('%Y-%m-%d %H:%M')}", show_lines=False)
+    for name in ("", "what", "", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    last = ""
+    for finding in findings:
+        if finding in quiet and not everything:
+            continue
+        if last and finding.area != last:
+            table.add_section()
+        mark = Text(finding.verdict, style=COLOUR[finding.verdict])
+        found = f"[{finding.code}] {finding.found}" if finding.code else finding.found
+        area = finding.area if finding.area != last else ""
+        table.add_row(area, finding.name, mark, found, finding.action)
+        last = finding.area
+    console.print(table)
+    counts = Counter(finding.verdict for finding in findings)
+    hidden = f" ({len(quiet)} files without a problem; --all lists them)" if quiet and not everything else ""
+    said = [Text(f"{counts[verdict]} {verdict}", style=COLOUR[verdict]) for verdict in COLOUR if counts[verdict]]
+    console.print(Text(", ").join(said) + Text(hidden))

@@ -1,0 +1,145 @@
+"""`fedsgcg-site ledger`: what left this hospital, and what the next round would send."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, Metadata, RecordDict
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from clients.guard import ledger
+from clients.guard.egress import LEDGER
+from clients.guard.policy import NODE_KEY
+from clients.guard.site_file import SiteFile, write_site_file
+from common.console import Screen
+from common.errors import CODES, FedsgcgError, Problem
+from common.settings.plan import Plan
+from common.wire import messages as wire
+from common.wire.payload import Identity, Weights
+
+PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
+
+
+def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
+    """Show what left, the newest line last; returns 0, or 1 when nothing has left yet.
+
+    Args:
+        policy: The site's settings.
+        console: Where to show it.
+        last: How many lines; 0 = all.
+
+    Raises:
+        FedsgcgError: SITE-501 when the chain is broken, with the first line that does not fit.
+    """
+    path = Path(policy.home) / LEDGER
+    lines = ledger.entries(path) if path.exists() else []
+    if not lines:
+        console.print(f"Nothing has left {policy.site} yet.")
+        return 1
+    shown = lines[-last:] if last else lines
+    console.print(f"What left {policy.site}: {path}")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    used = [name for name in PARTS if any(line["parts"].get(name) for line in shown)]  # a terminal may have 80 columns
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("time (UTC)", min_width=10)  # the day above the hour where there is little room
+    table.add_column("round", justify="right", no_wrap=True)
+    table.add_column("answer to", no_wrap=True)
+    for name in used:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("withheld, or why", min_width=12)
+    for line in shown:
+        why = ", ".join(line["withheld"]) or reason(line)
+        parts = [f"{line['parts'][name]:,}" if line["parts"].get(name) else "–" for name in used]
+        when = str(line["time"])[:19].replace("T", " ")
+        table.add_row(str(line["seq"]), when, str(line["round"]), str(line["kind"]), *parts, why)
+    console.print(table)
+    total = sum(sum(line["parts"].values()) for line in lines)
+    console.print(f"{len(lines)} messages, {total:,} bytes; the chain of hashes is intact.")
+    return 0
+
+
+def reason(line: Mapping[str, Any]) -> str:
+    """Return the first words of a line's note: the code and its sentence."""
+    note = str(line.get("note", ""))
+    code = note[1:].partition("]")[0] if note.startswith("[") else note
+    return f"{code}: {CODES[code]}" if code in CODES else note.partition("\n")[0]
+
+
+def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -> int:
+    """Make the next round's reply for real, on this site's data, and show its bytes; nothing is sent.
+
+    The reply passes the same door with the same floors; only the ledger line goes to a folder that is thrown away.
+
+    Args:
+        policy: The site's settings.
+        plan: The federation, as far as the site knows it.
+        model: `model.safetensors` to describe and train, or None for fresh weights.
+        console: Where to show it.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedsgcg-dry-run-") as folder:
+        plan = replace(plan, output=folder)
+        elsewhere = replace(policy, home=str(Path(folder) / "home"))
+        write_site_file(Path(folder) / "site.yaml", elsewhere)
+        with console.status("training one round that is not sent"):
+            began = time.perf_counter()
+            content = _reply(plan, policy, Path(folder), _weights(plan, model))
+            seconds = time.perf_counter() - began
+        reply = wire.decode_reply(content)
+        if reply.error:
+            log = Path(folder) / "home" / "errors.log"
+            found = log.read_text(encoding="utf-8") if log.exists() else ""
+            raise FedsgcgError(Problem(reply.error, found=found, where=policy.site))
+    table = Table(title=f"What the next round of {policy.site} would send ({seconds:.1f} s of work)")
+    for name in ("part", "bytes", "content"):
+        table.add_column(name, justify="right" if name == "bytes" else "left")
+    parts = wire.payload_bytes(content)
+    for name, size in parts.items():
+        table.add_row(name, f"{size:,}", CONTENT.get(name, ""))
+    table.add_row("all", f"{sum(parts.values()):,}", "", style="bold", end_section=True)
+    console.print(table)
+    withheld = reply.details.get("withheld") or []
+    console.print(f"Withheld by the floors: {', '.join(withheld) or 'nothing'}. Nothing was sent.")
+    return 0
+
+
+CONTENT = {
+    "weights": "the trained model, one float32 array",
+    "statistics": "count, mean and scatter of each class",
+    "amplitudes": "sums of log amplitudes, or spectra of single images, as the site's own file allows",
+    "content_hashes": "salted hashes of the images, which the site's own file shares",
+    "cases": "results of each case under its alias",
+    "metrics": "losses, counts, seconds, validation Dice",
+    "text": "names and shapes of the weights, identity, codes",
+}
+
+
+def _reply(plan: Plan, policy: SiteFile, folder: Path, weights: Weights) -> RecordDict:
+    """Ask the app as the coordinator would, with the site's own policy in force."""
+    from clients.app import build_client_app
+
+    identity = Identity(plan.run, plan.heldout, 1, plan.digest())
+    request = wire.encode_request(wire.Request(identity, weights))
+    metadata = Metadata(1, "dry-run", 0, 1, "", "", time.time(), 86400.0, wire.TRAIN)
+    made: Any = Message  # the form that Flower itself uses for a message that has come; it has no type of its own
+    node: Any = {"site": policy.site, NODE_KEY: str(folder / "site.yaml")}
+    context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
+    return build_client_app(plan.to_tree())(made(request, metadata=metadata), context).content
+
+
+def _weights(plan: Plan, model: Path | None) -> Weights:
+    """The weights of a model file, or fresh ones of the plan's network."""
+    if model is not None:
+        from safetensors.numpy import load_file
+
+        return Weights.from_state(load_file(model))
+    from clients.app import CHANNELS
+    from common.networks import build_network
+
+    state = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=0).state_dict()
+    return Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})

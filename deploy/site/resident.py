@@ -1,0 +1,313 @@
+"""The resident: takes the SuperNode's tasks, checks the bundle's approval, and has a warm worker do the work.
+
+It stands in for Flower's SuperExec (`flower-supernode --isolation process`): it acquires a task, pulls its message,
+hands it to `deploy.site.worker` and pushes the reply. Whatever happens to the worker, the SuperNode gets a reply: a
+code for a bundle that is not approved, a deadline that has passed or a process that died. So a training that is killed
+never leaves the SuperNode waiting, and the coordinator learns within a second instead of Flower's minute.
+
+The functions of Flower that are used here are private to it; `tests/contracts/test_resident_contract.py` holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from flwr.app import Context, Message
+from flwr.common.constant import SubStatus
+from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Context as ProtoContext
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+
+from clients.boundary import identity_of, keep_trace
+from clients.guard.approval import Bundle, forget_old, kept, read_bundle, require_approved, unpack
+from clients.guard.egress import release_error
+from clients.guard.site_file import SiteFile, read_site_file
+from common.errors import FedsgcgError, fail
+from deploy.site.worker import receive_frame, send_frame
+
+LOG = logging.getLogger("fedsgcg.site")
+WORKER = Path(__file__).with_name("worker.py")
+POLL_S = 0.1
+HEARTBEAT_S = 10.0
+STARTED_S = 120.0
+"""Seconds that a new worker may need to import its libraries."""
+
+UNREACHABLE_S = 30.0
+"""Seconds without the SuperNode's runtime API after which the resident gives up, so that `join` starts both anew."""
+
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+class StoppedError(Exception):
+    """The resident was told to stop while a worker was at work."""
+
+
+@dataclass
+class Worker:
+    """One worker process and the socket to it.
+
+    Attributes:
+        process: The process; leader of its own group.
+        link: This end of the socket.
+        digest: Digest of the bundle it has loaded, "" before.
+        messages: How many messages it has answered.
+    """
+
+    process: subprocess.Popen[bytes]
+    link: socket.socket
+    digest: str = ""
+    messages: int = 0
+
+    @classmethod
+    def start(cls) -> Worker:
+        """Start a worker, which goes on to import its libraries by itself."""
+        mine, its = socket.socketpair()
+        with its:
+            # -P: the script's own folder holds modules that are called like Python's.
+            command = [sys.executable, "-P", str(WORKER), str(its.fileno()), str(os.getpid())]
+            process = subprocess.Popen(command, pass_fds=[its.fileno()], start_new_session=True)  # noqa: S603 - own files
+        return cls(process, mine)
+
+    def load(self, bundle: Bundle, folder: Path) -> None:
+        """Have it load an approved bundle.
+
+        Raises:
+            EOFError, TimeoutError: When it died or hangs.
+        """
+        self.link.settimeout(STARTED_S)
+        receive_frame(self.link)
+        send_frame(self.link, json.dumps({"folder": str(folder), "app": bundle.client_app}).encode())
+        self.digest = bundle.digest
+
+    def answer(
+        self, message: Message, context: Context, task: int, deadline_s: float, stop: Callable[[], bool]
+    ) -> tuple[Message, Context]:
+        """Have it answer one message.
+
+        Raises:
+            TimeoutError: Past the deadline. EOFError, OSError: The process died. StoppedError: `stop` came true.
+        """
+        self.link.settimeout(max(deadline_s, 1.0))
+        send_frame(self.link, json.dumps([task, context.run_id, context.node_id]).encode())
+        send_frame(self.link, message_to_proto(message).SerializeToString())
+        send_frame(self.link, context_to_proto(context).SerializeToString())
+        end = time.monotonic() + deadline_s
+        while not select.select([self.link], [], [], POLL_S)[0]:
+            if stop():
+                raise StoppedError
+            if time.monotonic() >= end:
+                raise TimeoutError
+        reply = message_from_proto(ProtoMessage.FromString(receive_frame(self.link)))
+        after = context_from_proto(ProtoContext.FromString(receive_frame(self.link)))
+        self.messages += 1
+        return reply, after
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self.process.poll() is None
+
+    def end(self) -> None:
+        """End the process and everything it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.link.close()
+
+
+@dataclass
+class Resident:
+    """The loop over tasks of one site.
+
+    Args:
+        policy: The site's own settings.
+        address: host:port of the SuperNode's runtime API.
+        secret: The secret that this site's SuperNode asks of whoever acquires a task.
+        cold: Start a new worker for each message instead of keeping one warm.
+        certificates: PEM of the runtime API's authority; None on plain loopback.
+    """
+
+    policy: SiteFile
+    address: str
+    secret: bytes
+    cold: bool = False
+    certificates: bytes | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
+    worker: Worker | None = None
+
+    def run(self) -> int:
+        """Take tasks until told to stop (0) or until the SuperNode's runtime API is gone (1)."""
+        acquiring = self._client(SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=[ACQUIRE]))
+        request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        last_seen = time.monotonic()
+        if not self.cold:
+            self.worker = Worker.start()
+        self._tell(state="waiting")
+        try:
+            while not self.stopping.is_set():
+                try:
+                    task = acquiring.AcquireTask(request)
+                    last_seen = time.monotonic()
+                except httpx.HTTPError as error:
+                    if time.monotonic() - last_seen > UNREACHABLE_S:
+                        LOG.error("the SuperNode's runtime API at %s is gone: %s", self.address, error)
+                        return 1
+                    task = None
+                if task is not None and task.HasField("task") and task.token:
+                    self._do(task.token)
+                else:
+                    self.stopping.wait(POLL_S)
+            return 0
+        finally:
+            self._end_worker()
+            self._tell(state="ended")
+            acquiring.close()
+
+    def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
+        """Take no further task; a training in hand is ended and answered with SITE-505."""
+        self.stopping.set()
+
+    def _do(self, token: str) -> None:
+        """Answer the message of one task."""
+        client = self._client(RuntimeTokenHttpInterceptor(token))
+        done, details = SubStatus.FAILED, "the task was not answered"
+        context: Context | None = None
+        beating = threading.Event()
+        try:
+            message, context, run, fab = pull_task_input(client)
+            threading.Thread(target=_beat, args=(client, beating), daemon=True).start()
+            self._tell(state="at work", message=str(message.metadata.message_type), run=str(run.run_id))
+            reply, context = self._answer(message, context, fab.content, TaskIdentity.task_id)
+            push_message(client, reply, context)
+            done, details = SubStatus.COMPLETED, ""
+        except Exception:  # the SuperNode reports a task without output by itself; the site's log says why
+            LOG.exception("a task could not be answered")
+        finally:
+            beating.set()
+            with suppress(httpx.HTTPError):
+                push_task_output(client, context, done, details)
+            client.close()
+            self._tell(state="waiting")
+
+    def _answer(self, message: Message, context: Context, fab: bytes, task: int) -> tuple[Message, Context]:
+        """Return the worker's reply, or one that holds a code."""
+        try:
+            bundle = read_bundle(fab)
+            approved = Path(self.policy.approved)
+            place = unpack(bundle, kept(approved))  # refused code is kept too: people compare it
+            forget_old(approved)
+            require_approved(bundle, approved)
+            worker = self._ready(bundle, place)
+            reply, after = worker.answer(message, context, task, self.deadline_s(message), self.stopping.is_set)
+            return _reply_to(message, reply), after
+        except FedsgcgError as error:
+            return self._refusal(message, error.code, str(error)), context
+        except TimeoutError:
+            note = f"ended after {self.deadline_s(message):.0f} s"
+            return self._refusal(message, "SITE-503", note), context
+        except StoppedError:
+            return self._refusal(message, "SITE-505", "ended because the site was told to stop"), context
+        except (EOFError, OSError):
+            code = self.worker.process.wait() if self.worker else 0
+            return self._refusal(
+                message, "SITE-504", f"the worker ended with {code} (-9: killed, e.g. memory)"
+            ), context
+        finally:
+            if self.cold or self.worker is None or not self.worker.alive:
+                self._end_worker()
+
+    def _ready(self, bundle: Bundle, place: Path) -> Worker:
+        """Return a worker that has loaded this bundle: the one at hand, or a new one."""
+        worker = self.worker
+        if worker is None or not worker.alive or worker.digest not in ("", bundle.digest):
+            self._end_worker()
+            worker = self.worker = Worker.start()
+        if not worker.digest:
+            worker.load(bundle, place)
+        return worker
+
+    def _refusal(self, message: Message, code: str, note: str) -> Message:
+        """Return the reply that holds a code; its words stay in the site's ledger and error log. Ends the worker."""
+        self._end_worker()
+        kind, identity, home = str(message.metadata.message_type), identity_of(message.content), Path(self.policy.home)
+        keep_trace(home, kind, identity)
+        return Message(release_error(code, identity, self.policy.site, home, kind, note), reply_to=message)
+
+    def deadline_s(self, message: Message) -> float:
+        """Seconds that the work on a message may take: the site's own, or the life of the message."""
+        return self.policy.deadline_s or float(message.metadata.ttl)
+
+    def _end_worker(self) -> None:
+        if self.worker is not None:
+            self.worker.end()
+            self.worker = None
+
+    def _client(self, interceptor: Any) -> RuntimeHttpClient:
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address,
+            insecure=self.certificates is None,
+            root_certificates=self.certificates,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), interceptor],
+        )
+
+    def _tell(self, **facts: str) -> None:
+        """Say in the site's folder what is going on, for `fedsgcg-site status`."""
+        path = Path(self.policy.home) / "resident.json"
+        partial = path.with_name("resident.json.partial")
+        with suppress(OSError):  # a full disk must not stop an answer; the ledger refuses by itself
+            partial.write_text(json.dumps({"pid": os.getpid(), "time": time.time(), **facts}), encoding="utf-8")
+            partial.replace(path)
+
+
+def _reply_to(message: Message, reply: Message) -> Message:
+    """Give the worker's content a reply of this process; an error that Flower itself made says only that it failed."""
+    if reply.has_error():
+        raise fail("SITE-500", found="the app returned an error of Flower")
+    return Message(reply.content, reply_to=message)
+
+
+def _beat(client: RuntimeHttpClient, done: threading.Event) -> None:
+    """Tell the SuperNode that the task is alive, until `done`."""
+    while not done.wait(HEARTBEAT_S):
+        with suppress(httpx.HTTPError):
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+
+def main() -> int:
+    """Run the resident of a site: `python -m deploy.site.resident SITE_FILE ADDRESS SECRET_FILE [cold]`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    policy = read_site_file(Path(sys.argv[1]))
+    resident = Resident(policy, sys.argv[2], Path(sys.argv[3]).read_bytes(), cold="cold" in sys.argv[4:])
+    signal.signal(signal.SIGTERM, resident.stop)
+    signal.signal(signal.SIGINT, resident.stop)
+    return resident.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The process that does a site's work: it loads one app bundle and answers messages until its socket closes.
+
+`deploy.site.resident` starts this file as a script, so that nothing of the site's installed package is imported before
+the bundle's own code, and so that the time for Python, Flower and torch is paid once instead of for every message (a
+plain SuperNode starts a process for each). The socket is inherited from the resident; no other process can reach it.
+
+A frame is eight bytes of length (big endian) and as many bytes; a message is Flower's own protobuf, never a pickle.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+LENGTH = struct.Struct(">Q")
+PRELOADED = ("numpy", "pyarrow", "torch", "torch.utils.data", "yaml", "flwr.clientapp", "flwr.common.serde")
+"""Libraries that every bundle needs; loaded while nobody waits."""
+
+PARENT_POLL_S = 1.0
+
+
+def send_frame(link: socket.socket, content: bytes) -> None:
+    """Send one frame."""
+    link.sendall(LENGTH.pack(len(content)) + content)
+
+
+def receive_frame(link: socket.socket) -> bytes:
+    """Receive one frame; EOFError when the other end has closed or died."""
+    (length,) = LENGTH.unpack(_exactly(link, LENGTH.size))
+    return bytes(_exactly(link, length))
+
+
+def _exactly(link: socket.socket, length: int) -> bytearray:
+    content = bytearray(length)
+    view, done = memoryview(content), 0
+    while done < length:
+        count = link.recv_into(view[done:])
+        if not count:
+            raise EOFError("the other end has closed")
+        done += count
+    return content
+
+
+def serve(link: socket.socket) -> None:
+    """Load the bundle that the first frame names, then answer (identity, message, context) with (message, context)."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+    from flwr.proto.message_pb2 import Context as ProtoContext
+    from flwr.proto.message_pb2 import Message as ProtoMessage
+    from flwr.supercore.task_identity import TaskIdentity
+
+    send_frame(link, b"ready")
+    facts = json.loads(receive_frame(link))
+    app = _load(facts["folder"], facts["app"])
+    while True:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = json.loads(receive_frame(link))
+        message = message_from_proto(ProtoMessage.FromString(receive_frame(link)))
+        context = context_from_proto(ProtoContext.FromString(receive_frame(link)))
+        reply = app(message, context)
+        send_frame(link, message_to_proto(reply).SerializeToString())
+        send_frame(link, context_to_proto(context).SerializeToString())
+
+
+def _load(folder: str, reference: str) -> Any:
+    """Import the bundle's client app from its own folder, before anything of that name elsewhere."""
+    sys.path.insert(0, folder)
+    module, _, attribute = reference.partition(":")
+    app: Any = importlib.import_module(module)
+    for name in attribute.split("."):
+        app = getattr(app, name)
+    return app
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone, also in the middle of a training."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve on the inherited socket whose number is the first argument; end with the resident, the second."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
+    with socket.socket(fileno=int(sys.argv[1])) as link:
+        try:
+            serve(link)
+        except EOFError:
+            return
+        except Exception:
+            # The trace may name a patient: it goes to the site's own log, and the resident sends a code.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

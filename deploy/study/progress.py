@@ -1,0 +1,213 @@
+"""Live progress of a study on the console, read from the cells' `events.jsonl`.
+
+Reading files keeps it the same for every runtime: the cells may run here, in Ray workers, or on a cluster that shares
+the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from common.console import Screen, least_width
+from deploy.study.runtimes import Cell
+
+POLL_S = 0.3
+STYLES = {"running": "cyan", "completed": "green", "waiting": "dim"}
+LEFT_ALIGNED = ("method", "held out", "last site", "")
+COLUMNS: Mapping[str, Callable[[CellState], RenderableType]] = {
+    "method": lambda state: state.cell.method,
+    "held out": lambda state: state.cell.heldout or "–",
+    "seed": lambda state: str(state.cell.seed),
+    "round": lambda state: f"{state.round}/{state.rounds}" if state.round else "–",
+    "last site": lambda state: state.site,
+    "loss": lambda state: _show(state.loss),
+    "Dice (validation)": lambda state: _show(state.dice),
+    "Dice (held out)": lambda state: _show(state.heldout_dice),
+    "": lambda state: Text(state.status, style=STYLES.get(state.status, "yellow")),
+}
+COLUMNS_WHERE_NARROW = {title: COLUMNS[title] for title in ("held out", "round", "Dice (held out)", "")}
+
+
+@dataclass
+class CellState:
+    """What the console knows of one cell."""
+
+    cell: Cell
+    position: int = 0  # bytes of events.jsonl that were read
+    status: str = "waiting"
+    round: int = 0  # the one under way, or the last
+    done: int = 0  # rounds that count
+    rounds: int = 0
+    site: str = ""
+    loss: float = float("nan")
+    dice: float = float("nan")
+    dice_round: int = 0  # round of the model that `dice` belongs to: sites judge what they receive
+    heldout_dice: float = float("nan")
+    observer_dice: float = float("nan")
+    done_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
+    lines: list[str] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)  # read and not shown yet
+
+    @property
+    def ended(self) -> bool:
+        """Whether the cell's run is over, however it ended."""
+        return self.status not in ("waiting", "running")
+
+    def read_events(self) -> None:
+        """Take in what was appended since the last call."""
+        try:
+            with (self.cell.folder / "events.jsonl").open("rb") as file:
+                file.seek(self.position)
+                complete, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self.position += len(complete + newline)
+        for line in complete.splitlines():
+            self.take(json.loads(line))
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Update the state with one event."""
+        name = event["event"]
+        self.events.append(event)
+        self.rounds = int(event.get("rounds", self.rounds))
+        self.round = int(event.get("round", self.round))
+        if name in ("run.started", "round.done"):
+            self.done = self.round
+        self.site = str(event.get("site", self.site))
+        self.loss = _number(event.get("loss"), self.loss)
+        self.dice = _number(event.get("validation_dice"), self.dice)
+        self.dice_round = int(event.get("validation_round", self.round))
+        if name == "run.finished":
+            self.status = str(event.get("status", "ended"))
+        elif name == "heldout.done":
+            self.heldout_dice = _number(event.get("dice"), self.heldout_dice)
+        elif name == "observer.done":
+            self.observer_dice = _number(event.get("dice"), self.observer_dice)
+        else:
+            self.status = "running"
+        if name in ("round.done", "validation.done", "heldout.done", "observer.done", "run.finished"):
+            self.lines.append(self.describe(name))
+
+    def describe(self, event: str) -> str:
+        """One line for consoles that cannot redraw."""
+        head = f"{self.cell.name}  round {self.round}/{self.rounds}"
+        if event == "round.done":
+            before = f"source-validation Dice of round {self.dice_round} {_show(self.dice)}"
+            return f"{head}  loss {_show(self.loss)}" + (f"  {before}" if self.dice_round else "")
+        if event == "validation.done":
+            return f"{head}  source-validation Dice {_show(self.dice)}"
+        if event == "observer.done":
+            return f"{head}  observer {self.site}  Dice {_show(self.observer_dice)}"
+        if event == "heldout.done":
+            return f"{head}  held-out Dice {_show(self.heldout_dice)}"
+        return f"{head}  {self.status}"
+
+
+class Progress:
+    """Context manager that shows the cells' progress until it is left."""
+
+    def __init__(self, cells: Sequence[Cell], console: Screen) -> None:
+        self.console = console
+        self.states = [CellState(cell, rounds=int(cell.tree["federation"]["rounds"])) for cell in cells]
+        self.started = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._live = Live(console=console, auto_refresh=False, transient=True) if self._redraws(console) else None
+        for state in self.states:  # what an earlier call did is known, not news
+            state.read_events()
+            state.done_before, state.status = state.done, "waiting"
+            state.lines.clear()
+            state.events.clear()
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        if self._live:
+            self._live.stop()
+
+    @staticmethod
+    def _redraws(console: Screen) -> bool:
+        return console.is_terminal and not console.only_problems
+
+    def time_left(self) -> str:
+        """Estimate from the rounds done in this call, over all cells."""
+        done = sum(state.done - state.done_before for state in self.states)
+        left = sum(max(0, state.rounds - state.done) for state in self.states if not state.ended)
+        if not done:
+            return "estimating the time left"
+        seconds = (time.monotonic() - self.started) / done * left
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+    def _watch(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._show()
+
+    def _show(self) -> None:
+        for state in self.states:
+            state.read_events()
+            for event in state.events:
+                self.console.event(
+                    event["event"], cell=state.cell.name, **{k: v for k, v in event.items() if k != "event"}
+                )
+            state.events.clear()
+            if not self._live:
+                for line in state.lines:
+                    self.console.print(f"{line}  ({self.time_left()})")
+            state.lines.clear()
+        if self._live:
+            self._live.update(self._render(), refresh=True)
+
+    def _render(self) -> RenderableType:
+        rounds = sum(state.rounds for state in self.states) or 1
+        done = sum(state.done for state in self.states)
+        finished = sum(state.ended for state in self.states)
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
+        head = Text(f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}")
+        # A running cell is worth a line; of the others a few are enough, for a study may have hundreds.
+        order = sorted(self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1))[:16]
+        table = _table(order, COLUMNS)
+        if least_width(self.console, table) > self.console.width:
+            table = _table(order, COLUMNS_WHERE_NARROW)
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=rounds, completed=done, width=60))
+        return Group(head, bar, table)
+
+
+def _table(states: Sequence[CellState], columns: Mapping[str, Callable[[CellState], RenderableType]]) -> Table:
+    """Return a line a cell; a redrawn table cannot run over the console's edge, so it gets the columns that fit."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in columns:
+        table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right")
+    for state in states:
+        table.add_row(*(show(state) for show in columns.values()))
+    return table
+
+
+def _number(value: Any, otherwise: float) -> float:
+    return float(value) if isinstance(value, (int, float)) else otherwise
+
+
+def _show(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"

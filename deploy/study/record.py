@@ -1,0 +1,183 @@
+"""The study's record, `study.yaml`: what was asked, on which data, with which versions; and the joined tables."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from common.errors import FedsgcgError, Problem, fail
+from common.files.disk import Disk
+from common.machine import processor
+from common.settings.plan import Plan
+from deploy.study.preflight import Machine
+from server.records.journal import decisive_settings, differences
+
+if TYPE_CHECKING:
+    from deploy.study.run import Study
+    from deploy.study.selection import Candidate, Choice
+
+PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `study.yaml`; empty when there is none yet.
+
+    Raises:
+        FedsgcgError: SRV-402 when it is damaged.
+    """
+    path = folder / "study.yaml"
+    if not path.exists():
+        return {}
+    try:
+        record = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise damaged(path, "text that is not YAML") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise damaged(path, "no settings in it")
+    return record
+
+
+def check_same_study(study: Study) -> None:
+    """Refuse a folder that holds a study with other settings or of other data, naming what differs (CFG-005)."""
+    before = read_record(study.folder)
+    if not before:
+        return
+    path = study.folder / "study.yaml"
+    # A method that was not there before has nothing to be compared with but what all cells share.
+    problems = differences(before["shared"], dict(study.shared), str(path)) if "shared" in before else []
+    problems = problems or [
+        problem
+        for method, tree in settings_by_method(study).items()
+        for problem in differences(before["settings"].get(method, tree), tree, f"{path}, {method}")
+    ]
+    if not problems and before.get("data", study.data) != study.data:
+        problems.append(
+            Problem(
+                "CFG-005",
+                where=str(path),
+                found=f"other images, masks or patients (data {study.data})",
+                expected=f"the data of the first call (data {before['data']})",
+                action="give the old data.root, or another output=FOLDER",
+            )
+        )
+    if problems:
+        raise FedsgcgError(*problems)
+
+
+def write_record(study: Study) -> None:
+    """Write `study.yaml`, keeping what earlier calls with more methods, hospitals or seeds had asked for."""
+    before = read_record(study.folder)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    first = study.cells[0].tree
+    record = {
+        "created": before.get("created", now),
+        "updated": now,
+        "command": f"fedsgcg {study.command} " + shlex.join(study.overrides),
+        "methods": sorted({*before.get("methods", []), *(cell.method for cell in study.cells)}),
+        "heldout": sorted({*before.get("heldout", []), *(cell.heldout for cell in study.cells)}),
+        "seeds": sorted({*before.get("seeds", []), *(cell.seed for cell in study.cells)}),
+        "sites": sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]}),
+        "root": first["data"]["root"],
+        "data": study.data,
+        "runtime": study.runtime,
+        "device": study.device,
+        "machine": describe_machine(study.machine),
+        "versions": {name: version(name) for name in PACKAGES},
+        "selection": {"words": study.selection, "chosen": _chosen(before)},
+        "shared": dict(study.shared),
+        "settings": {**before.get("settings", {}), **settings_by_method(study)},
+    }
+    Disk().write(study.folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+
+
+def settings_by_method(study: Study) -> dict[str, Any]:
+    """Settings of each method as `study.yaml` keeps them: what decides the outcome, less what differs between cells."""
+    return {
+        cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ())) for cell in study.cells
+    }
+
+
+def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Put all values of a setting in the place of one where each fold chooses its own."""
+    values: dict[str, list[str]] = {}
+    for candidate in candidates:
+        for name, _, value in (text.partition("=") for text in candidate.settings.split()):
+            values.setdefault(name, []).append(value)
+    for name, found in values.items():
+        *sections, leaf = name.split(".")
+        part = tree
+        for section in sections:
+            part = part[section]
+        part[leaf] = f"chosen in each fold from {', '.join(dict.fromkeys(found))}"
+    return tree
+
+
+def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
+    """Add to `study.yaml` what folds have chosen, by label, held-out hospital and seed."""
+    record = read_record(folder)
+    kept = [entry for entry in _chosen(record) if (entry["method"], entry["heldout"], entry["seed"]) not in choices]
+    new = [
+        {"method": method, "heldout": heldout, "seed": seed, "settings": choice.settings, "scores": choice.scores}
+        for (method, heldout, seed), choice in choices.items()
+    ]
+    record["selection"] = {
+        **record.get("selection", {}),
+        "chosen": sorted([*kept, *new], key=lambda entry: (entry["method"], entry["heldout"], entry["seed"])),
+    }
+    Disk().write(folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+
+
+def _chosen(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = record.get("selection")
+    return list(found.get("chosen") or []) if isinstance(found, dict) else []
+
+
+def collect(folder: Path) -> None:
+    """Join the cells' `results.parquet` and `rounds.parquet` into the study's own.
+
+    A cell of an older version may have fewer columns: it has no value there.
+
+    Raises:
+        FedsgcgError: SRV-402 naming a table that is damaged, SRV-401 when the disk refuses.
+    """
+    for name in ("results.parquet", "rounds.parquet"):
+        tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
+        if tables:
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.concat_tables(tables, promote_options="default"), sink, compression="zstd")
+            Disk().write(folder / name, bytes(sink.getvalue()))
+
+
+def damaged(path: Path, found: str) -> FedsgcgError:
+    """The error for a file of a run folder that cannot be read."""
+    action = "remove the cell's folder (or the study's) and call again"
+    return fail("SRV-402", where=str(path), found=found, expected="a file that fedsgcg wrote", action=action)
+
+
+def _table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(path, "not a Parquet table") from error
+
+
+def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
+    kept = decisive_settings(Plan.from_tree(tree))
+    if kept["federation"]["ownership"] == "local":  # another hospital in every cell
+        kept["data"] = {**kept["data"], "sites": []}
+    return {name: value for name, value in kept.items() if name not in ("heldout", "seed")}
+
+
+def describe_machine(machine: Machine) -> str:
+    """One line on the machine: processor, cores, GPUs, Python."""
+    rest = f"{machine.gpus} GPUs, Python {platform.python_version()}, {platform.system()}"
+    return f"{processor()}, {machine.cpus} cores, {rest}"

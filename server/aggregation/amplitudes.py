@@ -1,0 +1,102 @@
+"""What sites share of their images' amplitudes with `method.ram.sharing=summary | bank`: consent, check and merge.
+
+It goes beyond weights and class statistics, so every training site's own file must allow it (methods.md 2.8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import add
+from typing import Final, TypeVar
+
+import numpy as np
+
+from common.errors import FedsgcgError, Problem, fail
+from common.settings.plan import SHARES, Plan
+from common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
+from server.sites.enrolment import Member
+
+CHANNELS: Final = 3
+"""Channels of every training slice: colours, or a slice and its neighbours."""
+
+Amplitudes = TypeVar("Amplitudes", AmplitudeSummary, AmplitudeBank)
+
+
+def sharing_level(plan: Plan) -> str:
+    """Return what `site.shares` must hold for this plan, "" when nothing is shared."""
+    return SHARES.get(plan.method.ram.sharing, "") if plan.method.mixes else ""
+
+
+def check_consent(level: str, members: Mapping[str, Member], training: Iterable[str]) -> None:
+    """Refuse a plan that asks for more than a training site allows.
+
+    Raises:
+        FedsgcgError: ROL-202, one problem a site.
+    """
+    problems = []
+    for site in training:
+        allowed = members[site].details.get("shares")
+        if level not in (allowed if isinstance(allowed, list) else []):
+            action = f"set method.ram.sharing=local, or have the site add {level} to `shares` in its own file"
+            problems.append(Problem("ROL-202", f"the site does not share its {level}", level, action, site))
+    if problems:
+        raise FedsgcgError(*problems)
+
+
+def merge_amplitudes(plan: Plan, parts: Sequence[tuple[str, bytes]]) -> bytes:
+    """Merge what the sites sent: the sum of their summaries, or their banks one after another, in the order of names.
+
+    The result says whose images are in it, by the coordinator's own knowledge of who answered: a site whose answer did
+    not count must not take its images out of a sum that does not hold them.
+
+    Raises:
+        FedsgcgError: PAY-106, PAY-107 or STA-201 naming the site for a payload that cannot be used.
+    """
+    if plan.method.ram.sharing == "summary":
+        summaries = [_summary(plan, site, data) for site, data in sorted(parts)]
+        _check_one_space([(summary.sites[0], summary.space) for summary in summaries])
+        return reduce(add, summaries).encode()
+    banks = [(site, _bank(plan, site, data)) for site, data in sorted(parts)]
+    _check_one_space([(site, bank.space) for site, bank in banks])
+    owners = tuple(site for site, bank in banks for _ in bank.owners)
+    windows = np.concatenate([bank.windows for _, bank in banks])
+    return AmplitudeBank(windows, owners, banks[0][1].space).encode()
+
+
+def _summary(plan: Plan, site: str, data: bytes) -> AmplitudeSummary:
+    summary = _decoded(AmplitudeSummary.decode, site, data)
+    _check_size(plan, site, summary.first.shape)
+    if summary.side != plan.data.image_size:
+        raise fail("PAY-106", where=site, found=f"a side of {summary.side}", expected=f"{plan.data.image_size} pixels")
+    return replace(summary, sites=(site,))
+
+
+def _bank(plan: Plan, site: str, data: bytes) -> AmplitudeBank:
+    bank = _decoded(AmplitudeBank.decode, site, data)
+    _check_size(plan, site, bank.windows.shape[1:])
+    return bank
+
+
+def _decoded(decode: Callable[[bytes], Amplitudes], site: str, data: bytes) -> Amplitudes:
+    try:
+        return decode(data)
+    except FedsgcgError as error:
+        problem = error.problems[0]
+        raise fail(problem.code, where=site, found=problem.found, expected=problem.expected) from error
+
+
+def _check_size(plan: Plan, site: str, shape: tuple[int, ...]) -> None:
+    size = math.floor(plan.data.image_size * plan.method.ram.window) + 1
+    wanted = (CHANNELS, 2, size, size)
+    if shape != wanted:
+        raise fail("PAY-106", where=site, found=f"amplitude windows of shape {shape}", expected=f"{wanted}")
+
+
+def _check_one_space(spaces: Sequence[tuple[str, str]]) -> None:
+    if len({space for _, space in spaces}) > 1:
+        found = ", ".join(f"{space}s at {site}" for site, space in spaces)
+        action = "let hospitals with pictures and hospitals with volumes train apart, or set method.ram.sharing=local"
+        raise fail("PAY-106", found=f"amplitudes of {found}", expected="pictures alone or volumes alone", action=action)

@@ -1,0 +1,170 @@
+"""A checkpoint: all that the coordinator needs to go on after a round, as one file that knows its own hash.
+
+Pure: PyArrow, safetensors and the standard library. Legend: P floating-point weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from common.errors import FedsgcgError, Problem
+from common.statistics import ClassStatistics
+from common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
+
+KIND: Final = "fedsgcg.checkpoint"
+SCHEMA_VERSION: Final = "2"
+ROWS_VERSION: Final = "1"
+PART: Final = "part/"
+"""Begins the name of the tensor that holds what is remembered of one site."""
+
+ROWS_SCHEMA = pa.schema(
+    [
+        pa.field("round", pa.int32()),
+        pa.field("phase", pa.string()),  # train | merge | heldout | observer
+        pa.field("site", pa.string()),  # "" = all sites
+        pa.field("cls", pa.string()),  # "" or the name of a class
+        pa.field("metric", pa.string()),
+        pa.field("value", pa.float64()),
+    ],
+    metadata={"schema_version": ROWS_VERSION, "kind": "fedsgcg.rounds"},
+)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best model so far by source validation.
+
+    Attributes:
+        round: Round that produced it.
+        score: Its source-validation Dice.
+        weights: The model.
+    """
+
+    round: int
+    score: float
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """All that is kept of the federation after one round.
+
+    Attributes:
+        identity: Run, fold, round and plan.
+        weights: Global model after the round.
+        parts: Class statistics that are remembered after the round, by site (`server.aggregation.prototypes`).
+        best: Best model so far by source validation, None without a score.
+        notes: Everything that went less than well up to this round; it decides between `completed` and `degraded`.
+        rows: Figures of this round (`ROWS_SCHEMA`); empty in a record that was read back.
+    """
+
+    identity: Identity
+    weights: Weights
+    parts: Mapping[str, ClassStatistics] = field(default_factory=dict)
+    best: Best | None = None
+    notes: tuple[Problem, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def round(self) -> int:
+        """Number of the round."""
+        return self.identity.round
+
+
+def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Write rows (`ROWS_SCHEMA`) as an Arrow IPC file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, ROWS_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=ROWS_SCHEMA))
+    return bytes(sink.getvalue())
+
+
+def decode_rows(data: bytes) -> list[dict[str, Any]]:
+    """Read what `encode_rows` wrote."""
+    with pa.ipc.open_file(pa.BufferReader(data)) as reader:
+        rows: list[dict[str, Any]] = reader.read_all().to_pylist()
+    return rows
+
+
+def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
+    """Write a record as one safetensors file: flat weights, Arrow bytes a site, one JSON text with the rest and a hash.
+
+    Args:
+        record: The record; its rows are not part of the checkpoint.
+        hashes: SHA-256 of the rows file of every round up to this one.
+    """
+    tensors: dict[str, npt.NDArray[Any]] = {"weights": np.ascontiguousarray(record.weights.values)}
+    for site, part in record.parts.items():
+        tensors[PART + site] = np.frombuffer(encode_statistics(part, record.identity), np.uint8)
+    if record.best is not None:
+        tensors["best"] = np.ascontiguousarray(record.best.weights.values)
+    facts: dict[str, Any] = {
+        "kind": KIND,
+        "schema_version": SCHEMA_VERSION,
+        "identity": record.identity.encode(),
+        "layout": record.weights.encode_layout(),
+        "best": None
+        if record.best is None
+        else {"round": record.best.round, "score": record.best.score, "layout": record.best.weights.encode_layout()},
+        "notes": [asdict(note) for note in record.notes],
+        "rounds": list(hashes),
+    }
+    facts["sha256"] = _checkpoint_sha(tensors, facts)
+    # One key only: safetensors writes several in no fixed order, and equal records must give equal bytes.
+    return bytes(save(tensors, metadata={"fedsgcg": json.dumps(facts, sort_keys=True)}))
+
+
+def decode_checkpoint(path: Path) -> tuple[RoundRecord, list[str]]:
+    """Read what `encode_checkpoint` wrote; raises SRV-402 for a file that is not exactly that."""
+    try:
+        with safe_open(path, framework="np") as file:
+            facts = json.loads((file.metadata() or {})["fedsgcg"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        stated = facts.pop("sha256")
+        if stated != _checkpoint_sha(tensors, facts):
+            raise FedsgcgError(damage(path, "content that does not match its own hash"))
+        if facts["kind"] != KIND or facts["schema_version"] != SCHEMA_VERSION:
+            raise FedsgcgError(damage(path, f"{facts['kind']} version {facts['schema_version']}"))
+        return _record(tensors, facts), [str(text) for text in facts["rounds"]]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FedsgcgError(damage(path, f"unreadable: {type(error).__name__}")) from error
+
+
+def _record(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> RoundRecord:
+    best = facts["best"]
+    return RoundRecord(
+        identity=Identity.decode(facts["identity"]),
+        weights=Weights.decode(facts["layout"], tensors["weights"]),
+        parts={
+            name.removeprefix(PART): decode_statistics(tensors[name].tobytes())[0]
+            for name in sorted(tensors)
+            if name.startswith(PART)
+        },
+        best=best and Best(int(best["round"]), float(best["score"]), Weights.decode(best["layout"], tensors["best"])),
+        notes=tuple(Problem(**note) for note in facts["notes"]),
+    )
+
+
+def _checkpoint_sha(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        sha.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return sha.hexdigest()
+
+
+def damage(path: Path, found: str) -> Problem:
+    """The problem of a file that is not as it was written."""
+    action = "restore the file from a backup, or start anew in another output=FOLDER"
+    return Problem("SRV-402", where=str(path), found=found, expected="the file as it was written", action=action)

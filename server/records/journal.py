@@ -1,0 +1,256 @@
+"""The journal: what the coordinator did, round by round, durable and resumable.
+
+A round is done when its checkpoint is there. The order is: rows of the round, then the checkpoint that names the hash
+of every rows file up to it. A cut between the two leaves rows that nobody counts; they are dropped on resume. The last
+two checkpoints are kept, so that a damaged newest one costs one round and not the run.
+
+    journal/plan.json                       decisive settings and their digest
+    journal/lock                            process that is using the folder
+    journal/rounds/00001.arrow              rows of round 1
+    journal/checkpoint-00001.safetensors    weights, prototypes and best model after round 1
+
+Pure: PyArrow, safetensors and the standard library. Legend: P floating-point weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TextIO
+
+from common.errors import FedsgcgError, Problem, fail
+from common.files.disk import Disk, refusals
+from common.files.system import lock
+from common.settings.plan import NOT_DECISIVE, Plan
+from server.records.checkpoint import (
+    RoundRecord,
+    damage,
+    decode_checkpoint,
+    decode_rows,
+    encode_checkpoint,
+    encode_rows,
+)
+
+CHECKPOINTS_KEPT: Final = 2
+
+
+class Journal:
+    """The journal of one run folder, locked for this process until `close`.
+
+    Args:
+        folder: Run folder of the cell.
+        plan_digest: Digest of the plan; a folder that belongs to another plan is refused.
+        settings_tree: The decisive settings (`decisive_settings`), kept so that a refusal can name what differs.
+        disk: The way to the disk; a test passes one that fails.
+
+    Raises:
+        FedsgcgError: CFG-006 when another process holds the folder, CFG-005 for another plan, SRV-401 and SRV-402.
+    """
+
+    def __init__(
+        self, folder: Path, plan_digest: str, settings_tree: Mapping[str, Any], disk: Disk | None = None
+    ) -> None:
+        self.folder = Path(folder) / "journal"
+        self.damaged: tuple[Problem, ...] = ()
+        self._digest = plan_digest
+        self._disk = disk or Disk()
+        self._hashes: list[str] = []
+        with refusals(self.folder):
+            self._disk.make_folder(self.folder / "rounds")
+        self._lock = lock_file(self.folder / "lock")
+        try:
+            self._check_plan(settings_tree)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def of_plan(cls, plan: Plan, disk: Disk | None = None) -> Journal:
+        """Open the journal in the plan's output folder."""
+        return cls(Path(plan.output), plan.digest(), decisive_settings(plan), disk)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._lock.close()
+
+    def commit_round(self, record: RoundRecord) -> None:
+        """Make a round durable: its rows, then the checkpoint; after this call it survives a power cut.
+
+        Raises:
+            FedsgcgError: SRV-401; the last checkpoint is then untouched.
+        """
+        if record.round != len(self._hashes) + 1:
+            raise ValueError(f"round {record.round} cannot follow round {len(self._hashes)}")
+        rows = encode_rows(record.rows)
+        hashes = [*self._hashes, _sha(rows)]
+        self._disk.write(self._rows_path(record.round), rows)
+        self._disk.write(self._checkpoint_path(record.round), encode_checkpoint(record, hashes))
+        self._hashes = hashes
+        for path in self._checkpoints()[CHECKPOINTS_KEPT:]:
+            self._disk.discard(path)
+
+    def resume(self) -> RoundRecord | None:
+        """Return the newest intact checkpoint, None when no round was done yet.
+
+        Damaged newer ones are named in `damaged`; rows of rounds that do not count are removed.
+
+        Raises:
+            FedsgcgError: SRV-402 when files are there but no checkpoint is intact.
+        """
+        record, hashes, problems = None, list[str](), list[Problem]()
+        for path in self._checkpoints():
+            try:
+                record, hashes = self._read_checkpoint(path)
+                break
+            except FedsgcgError as error:
+                problems.extend(error.problems)
+        later_rows = any(number > 1 for number in self._rows_present())
+        if record is None and (problems or later_rows):
+            raise FedsgcgError(*(problems or [damage(self.folder, "rows of rounds without any checkpoint")]))
+        self.damaged, self._hashes = tuple(problems), hashes
+        self._tidy(len(hashes))
+        return record
+
+    @property
+    def done(self) -> int:
+        """Number of rounds that count."""
+        return len(self._hashes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of all done rounds, oldest first; raises SRV-402 for a damaged file."""
+        found: list[dict[str, Any]] = []
+        for number, wanted in enumerate(self._hashes, start=1):
+            found.extend(decode_rows(self._checked_rows(number, wanted)))
+        return found
+
+    def _check_plan(self, settings_tree: Mapping[str, Any]) -> None:
+        path = self.folder / "plan.json"
+        if not path.exists():
+            text = json.dumps({"digest": self._digest, "settings": settings_tree}, indent=1, sort_keys=True)
+            self._disk.write(path, text.encode())
+            return
+        try:
+            stored = json.loads(_read(path))
+            digest, settings = str(stored["digest"]), dict(stored["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FedsgcgError(damage(path, "not the JSON that was written")) from error
+        if digest != self._digest:
+            wanted = json.loads(json.dumps(settings_tree))
+            raise FedsgcgError(*(list(differences(settings, wanted, str(path))) or [_other_plan(path, digest)]))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
+
+    def _checkpoint_path(self, number: int) -> Path:
+        return self.folder / f"checkpoint-{number:05d}.safetensors"
+
+    def _rows_path(self, number: int) -> Path:
+        return self.folder / "rounds" / f"{number:05d}.arrow"
+
+    def _rows_present(self) -> list[int]:
+        stems = [path.stem for path in (self.folder / "rounds").glob("*.arrow")]
+        return sorted(int(stem) for stem in stems if stem.isdigit())
+
+    def _read_checkpoint(self, path: Path) -> tuple[RoundRecord, list[str]]:
+        record, hashes = decode_checkpoint(path)
+        if record.identity.plan != self._digest or self._checkpoint_path(record.round) != path:
+            raise FedsgcgError(damage(path, f"round {record.round} of plan {record.identity.plan[:12]}"))
+        if len(hashes) != record.round:
+            raise FedsgcgError(damage(path, f"hashes of {len(hashes)} rounds"))
+        for number, wanted in enumerate(hashes, start=1):
+            self._checked_rows(number, wanted)
+        return record, hashes
+
+    def _checked_rows(self, number: int, wanted: str) -> bytes:
+        path = self._rows_path(number)
+        if not path.exists():
+            raise FedsgcgError(damage(path, "no such file"))
+        data = _read(path)
+        if _sha(data) != wanted:
+            raise FedsgcgError(damage(path, f"SHA-256 {_sha(data)[:12]}…, written was {wanted[:12]}…"))
+        return data
+
+    def _tidy(self, done: int) -> None:
+        stale = [self._rows_path(number) for number in self._rows_present() if number > done]
+        intact = [path for path in self._checkpoints() if path <= self._checkpoint_path(done)]
+        stale += [path for path in self._checkpoints() if path not in intact[:CHECKPOINTS_KEPT]]
+        stale += [*self.folder.glob(".*.tmp"), *(self.folder / "rounds").glob(".*.tmp")]
+        for path in stale:
+            self._disk.discard(path)
+
+
+def decisive_settings(plan: Plan) -> dict[str, Any]:
+    """The settings that the plan's digest covers: all but places, devices and the run's name."""
+    tree = plan.to_tree()
+    for name in NOT_DECISIVE:
+        tree.pop(name)
+    tree["data"].pop("root")
+    return tree
+
+
+def lock_file(path: Path) -> TextIO:
+    """Take a file's lock for this process, until the returned file is closed.
+
+    Raises:
+        FedsgcgError: CFG-006 with the process that holds it, CFG-008 where the file system offers no locks, SRV-401
+            when the file cannot be written.
+    """
+    with refusals(path):
+        file = path.open("a+")
+    try:
+        with refusals(path):
+            free = lock(file, action="Choose an output=FOLDER on a local disk.")
+    except FedsgcgError:
+        file.close()
+        raise
+    if not free:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        action = "wait for it to end, or choose another output=FOLDER"
+        raise fail("CFG-006", where=str(path.parent), found=f"process {holder}", action=action)
+    with refusals(path):
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    return file
+
+
+def differences(before: Any, now: Any, where: str, path: str = "") -> list[Problem]:
+    """List the settings in which two trees differ, leaf by leaf, as CFG-005 problems."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = sorted({*before, *now})
+        return [
+            p
+            for name in names
+            for p in differences(before.get(name), now.get(name), where, f"{path}.{name}".lstrip("."))
+        ]
+    if before == now:
+        return []
+    action = "use the first run's settings, or choose another output=FOLDER"
+    return [Problem("CFG-005", where=where, found=f"{path}={now!r}", expected=f"{path}={before!r}", action=action)]
+
+
+def _other_plan(path: Path, digest: str) -> Problem:
+    return Problem("CFG-005", where=str(path), found=f"plan {digest[:12]}", action="choose another output=FOLDER")
+
+
+def _read(path: Path) -> bytes:
+    with refusals(path):
+        return path.read_bytes()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

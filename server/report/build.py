@@ -1,0 +1,255 @@
+"""The report: one self-contained page from the files of a study, whatever state the study is in."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from common.files.disk import Disk, refusals
+from server.report.differences import DICE_FLOOR, CaseValues, Difference
+from server.report.figures.drawing import MARKERS, PALETTE
+from server.report.figures.overlays import Images
+from server.report.gallery import gallery, write_gallery
+from server.report.labels import FEDERATION_WORDS, Group, Label, figure_groups, label_colours, main_labels, main_pairs
+from server.report.reader import Reader
+from server.report.sections.claims import claims_section, hospital_tables, main_claims
+from server.report.sections.features import similarity_section, tsne_section
+from server.report.sections.panels import case_figures, overlay_blocks, shift_classes, shift_figures, training_figures
+from server.report.sections.papers import ablation_tables, layouts_of, paper_notes, paper_tables, seeds_note
+from server.report.sections.published import published_for
+from server.report.sections.results import Section, case_means, cell_rows, departure_rows, hash_note, result_tables
+from server.report.sections.sweeps import HELD_OUT, VALIDATION, federation_section, sweep_sections, sweeps_of
+from server.report.study_files import StudyFiles, read_study
+from server.report.summary import (
+    STATUS_WORDS,
+    chosen_within_folds,
+    headline,
+    protocol_box,
+    result_notes,
+    settings_text,
+    show,
+    status_sentence,
+    troubled,
+)
+from server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
+from server.report.templates.page import PAGE
+
+CASE_ROWS = 3000  # of the table of all cases; more would make the page heavy, and results.parquet has them all
+
+
+Tell = Callable[[str], None]
+
+
+def keep_silent(step: str) -> None:
+    """Tell nobody of a step."""
+
+
+def make_report(study: Path, tell: Tell = keep_silent) -> Path:
+    """Write `report.html` into a study folder from the files that are there, and its figures into `figures/`.
+
+    Pictures of patients are drawn only from sites whose folder lies on this machine.
+
+    Args:
+        study: Study folder, or the folder of a single run.
+        tell: Called with the name of each step that takes a while.
+
+    Returns:
+        The page.
+
+    Raises:
+        FedsgcgError: SRV-402 when the folder holds neither a study nor a run, SRV-401 when it cannot be written.
+    """
+    files, reader = read_study(study)
+    with collector_at_rest():
+        content = contents(files, reader, tell)
+        disk = Disk()
+        with refusals(study / "figures"):
+            disk.make_folder(study / "figures")
+        tell("files of the figures")
+        write_gallery(study / "figures", gallery(content), disk)
+    disk.write(study / "report.html", render(content).encode())
+    return study / "report.html"
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Let Python's cycle collector rest: figures are made of cycles that live until the end, and it walks them all."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """Return the page; the same files give the same bytes."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["show"] = show
+    return environment.from_string(PAGE).render(**content)
+
+
+def contents(study: StudyFiles, reader: Reader, tell: Tell = keep_silent) -> dict[str, Any]:
+    """Return everything that the page shows, by the name that its template uses."""
+    tell("tables and claims")
+    rows = heldout_rows(study.results)
+    cases, labels = case_means(rows), study.labels
+    tables = _tables(study, rows, cases, reader)
+    figures = _questions(study, rows, labels) | _figures(study, cases, reader, labels, tell)
+    # Last, because reading the sites' files may have found damaged ones.
+    problems = list(dict.fromkeys([*study.problems, *reader.problems]))
+    return {**_words(study), **tables, **figures, "problems": problems}
+
+
+def _words(study: StudyFiles) -> dict[str, Any]:
+    """Title, status, protocol, settings: all that is not a result."""
+    shared, differing = settings_text(study.settings)
+    return {
+        "title": _data(study).get("name") or study.folder.resolve().name,
+        "status": study.status,
+        "status_word": STATUS_WORDS[study.status],
+        "status_sentence": status_sentence(study),
+        "troubled": troubled(study.cells),
+        "protocol": protocol_box(study),
+        "shared_settings": shared,
+        "differing_settings": differing,
+        "setting_methods": list(study.settings),
+        "command": study.tree.get("command", ""),
+        "dates": [(name, study.tree[name]) for name in ("created", "updated") if study.tree.get(name)],
+        "versions": study.tree.get("versions") if isinstance(study.tree.get("versions"), dict) else {},
+        "folder": study.folder.resolve().name,
+        "cells": cell_rows(study),
+        "hash_note": hash_note(study),
+        "alone": any(cell.trained_on for cell in study.cells),
+        "palette": PALETTE,
+        "markers": MARKERS,
+        "federation_words": FEDERATION_WORDS,
+    }
+
+
+def _tables(study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader) -> dict[str, Any]:
+    """Results in all metrics, cases, what left each hospital."""
+    summary = summary_rows(rows)
+    structures = _structures(study)
+    left, parts = departure_rows(study, reader)
+    return {
+        "results": result_tables(summary, study, structures) if summary else [],
+        "notes": result_notes(summary, rows, _hospitals(study)),
+        "unit": distance_unit(rows),
+        "structures": structures,
+        "others": summary_rows([{**row, "heldout": ""} for row in other_rows(study.results)]),
+        "case_table": cases[:CASE_ROWS],
+        "cases_in_all": len(cases),
+        "departures": left,
+        "departure_parts": parts,
+    }
+
+
+def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) -> dict[str, Any]:
+    """The study's questions and their answers: papers' tables, ablation, claims, sweeps, federation."""
+    structures, colours = _structures(study), label_colours(labels)
+    values = CaseValues(rows)
+    claims: list[Difference] = main_claims(values, labels, structures) if rows else []
+    sites = sorted({cell.heldout for cell in study.cells if cell.heldout} | {site for _, site in values.places})
+    published = published_for(str(_data(study).get("name", "")), structures)
+    printed = CaseValues(rows, "pixel") if published else values
+    layouts = layouts_of(printed, structures, sites, published) if rows else []
+    judged = any(cell.heldout for cell in study.cells)
+    place = HELD_OUT if judged else VALIDATION
+    sweeps = sweeps_of(labels, study.settings)
+    papers = paper_tables(layouts, labels, colours)
+    return {
+        "judged": judged,
+        "place": place,
+        "nested": chosen_within_folds(study),
+        "dice_floor": f"{DICE_FLOOR:g}",
+        "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
+        "papers": papers,
+        "paper_notes": paper_notes(published, papers) if rows else [],
+        "paper_seeds": seeds_note(values, main_labels(labels)),
+        "ablation": ablation_tables(layouts, labels, colours),
+        "differences": claims_section(claims, structures) if claims else None,
+        "hospital_tables": hospital_tables(values, main_pairs(labels), structures) if len(values.places) > 1 else [],
+        "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place) if rows else [],
+        "federation": federation_section(values, labels, structures, colours, study.rounds, place) if rows else None,
+    }
+
+
+def _figures(
+    study: StudyFiles, cases: list[Section], reader: Reader, labels: Mapping[str, Label], tell: Tell
+) -> dict[str, Any]:
+    groups, colours, images = figure_groups(labels), label_colours(labels), Images()
+    structures = _structures(study)
+
+    def case_parts(group: Group) -> list[Section]:
+        found = [(name, case_figures(cases, name, group.labels, colours)) for name in structures]
+        return [{"title": name if len(structures) > 1 else "", "panels": panels} for name, panels in found if panels]
+
+    def own_rounds(group: Group) -> list[Row]:
+        return [row for row in study.rounds if row["method"] in group.labels]
+
+    def shift_parts(group: Group) -> list[Section]:
+        return _part(shift_figures(own_rounds(group), group.labels))
+
+    tell("curves")
+    training = _blocks(groups, lambda group: _part(training_figures(own_rounds(group), group.labels, colours)))
+    marks = [panel["marks"] for block in training for part in block["parts"] for panel in part["panels"]]
+    shift = (block for group in groups for block in _blocks([group], shift_parts))
+    case_panels = _blocks(groups, case_parts) if cases else []
+    tell("features of single pixels")
+    tsne, likeness = tsne_section(study, reader), similarity_section(study, reader)
+    tell("overlays")
+    return {
+        "methods": list(labels),
+        "colours": colours,
+        "most_shown": max((len(group.labels) for group in groups), default=0),
+        "case_panels": case_panels,
+        "training": training,
+        "training_keys": {name: any(mark[name] for mark in marks) for name in ("whole", "heldout")},
+        "shift": list(islice(shift, 1)),
+        "shift_classes": shift_classes(study.rounds),
+        "tsne": tsne,
+        "likeness": likeness,
+        "overlays": overlay_blocks(study, reader, groups, images),
+        "slices": images.markup,
+    }
+
+
+def _blocks(groups: Sequence[Group], draw: Callable[[Group], list[Section]]) -> list[Section]:
+    """One block of panels a group of labels, without groups that have nothing to draw."""
+    blocks = []
+    for group in groups:
+        parts = draw(group)
+        if parts:
+            head = {"title": group.title, "labels": group.labels, "left_out": group.left_out, "more": Markup("")}
+            blocks.append(head | {"parts": parts})
+    return blocks
+
+
+def _part(panels: list[Section]) -> list[Section]:
+    return [{"title": "", "panels": panels}] if panels else []
+
+
+def _hospitals(study: StudyFiles) -> int:
+    return len({cell.heldout for cell in study.cells if cell.heldout})
+
+
+def _structures(study: StudyFiles) -> list[str]:
+    """Structures with results, in the order of the settings."""
+    declared = _data(study).get("structures", {})
+    found = sorted({str(row["structure"]) for row in study.results})
+    return [*(name for name in declared if name in found), *(name for name in found if name not in declared)]
+
+
+def _data(study: StudyFiles) -> dict[str, Any]:
+    """Settings of the data, the same for every method."""
+    data = next((tree.get("data") for tree in study.settings.values()), None)
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,81 @@
+"""Figures of the page as files: one SVG and one PNG each, under names that say what they show.
+
+Those that begin with `overlays` show the hospitals' own images, as the page does; all others hold numbers only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.files.disk import Disk
+from server.report.figures.drawing import Drawing
+
+SECTIONS = {
+    "case_panels": "cases",
+    "training": "convergence",
+    "shift": "shift",
+    "tsne": "tsne",
+    "likeness": "likeness",
+    "sweeps": "sweep",
+    "overlays": "overlays",
+    "federation": "federation",
+}
+LONGEST = 80
+
+
+def gallery(content: Mapping[str, Any]) -> dict[str, Drawing]:
+    """Return every figure of the page by the name of its files, without their endings.
+
+    Args:
+        content: What the page shows (`server.report.build.contents`).
+    """
+    files: dict[str, Drawing] = {}
+    for section, name in SECTIONS.items():
+        for words, drawing in _drawings(content.get(section), [name]):
+            files[_free_name(_slug(words), files)] = drawing
+    return files
+
+
+def write_gallery(folder: Path, figures: Mapping[str, Drawing], disk: Disk) -> None:
+    """Write each figure as SVG and PNG; one whose SVG is there to the letter has not changed and is left alone.
+
+    Raises:
+        FedsgcgError: SRV-401 when the disk refuses.
+    """
+    for stem, drawing in figures.items():
+        svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
+        if png.is_file() and svg.is_file() and svg.read_bytes() == drawing.svg:
+            continue
+        disk.write(png, drawing.png())
+        disk.write(svg, drawing.svg)  # last: what is there to the letter has its PNG beside it
+
+
+def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]]:
+    """Every drawing below a part of the page, with the titles on the way to it."""
+    if isinstance(part, Mapping):
+        own = [str(part[key]) for key in ("kind", "name", "title") if isinstance(part.get(key), str) and part[key]]
+        found = [part["detail"]] if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str) else []
+        if isinstance(part.get("drawing"), Drawing):
+            yield [*words, *own, *found], part["drawing"]
+        for value in part.values():
+            if isinstance(value, (Mapping, list)):
+                yield from _drawings(value, [*words, *own])
+    elif isinstance(part, list):
+        for entry in part:
+            yield from _drawings(entry, words)
+
+
+def _slug(words: list[str]) -> str:
+    plain = [re.sub(r"[^a-z0-9.]+", "-", word.partition(":")[0].lower()).strip("-.") for word in words]
+    return "-".join(word for word in dict.fromkeys(plain) if word)[:LONGEST].strip("-.")
+
+
+def _free_name(stem: str, taken: Mapping[str, Drawing]) -> str:
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    return name

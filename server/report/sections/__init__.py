@@ -1,0 +1,1 @@
+"""Sections of the report as plain data for the page."""

@@ -1,0 +1,310 @@
+"""Tables in the layout of the papers' Tables 1 to 6: methods in rows, held-out hospitals and their average in columns.
+
+Dice in per cent, distances beside it, structures joined by a slash. Several seeds stand as mean ± standard deviation
+over the seeds. A number is bold only where it is the best of its column and every paired difference to the other rows
+of the table holds (`server.report.differences`). Rows that others printed stand beside ours in grey.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from server.report.differences import CaseValues, Place, Values, corrected_for_number
+from server.report.intervals import Interval
+from server.report.labels import FEDERATION_WORDS, FEDERATIONS, TRAINS, Label, main_labels
+from server.report.sections.cases import count_of
+from server.report.sections.published import ABLATION, Published, PublishedRow
+from server.report.summary import DASH, TITLES, show
+from server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
+
+Section = dict[str, Any]
+PAPER_METRICS = ("dice", "asd")
+JOINED_AT_MOST = 3  # structures in one entry
+ARMS = {"source": (False, False), "ram": (True, False), "sgcg": (False, True), "ram_sgcg": (True, True)}
+"""Parts (RAM, SgCG) of each training method of the ablation."""
+
+
+class Layout:
+    """What all entries of the papers' tables share.
+
+    Args:
+        values: Every case's values.
+        structures: Structures of one entry, in order.
+        sites: Held-out hospitals, in the order of the columns.
+        published: What others printed for the same data, if anything.
+    """
+
+    def __init__(
+        self, values: CaseValues, structures: Sequence[str], sites: Sequence[str], published: Published | None
+    ) -> None:
+        self.values, self.structures, self.published = values, list(structures), published
+        self.judged = any(heldout for heldout, _ in values.places)
+        if published:
+            domains = {site: published.domain_of(site) for site in sites}
+            sites = sorted(sites, key=lambda site: (domains[site] is None, domains[site] or 0, site))
+        places = {site: (heldout, site) for heldout, site in values.places}
+        self.columns: list[tuple[str, Place | None]] = [(site, places.get(site, (site, site))) for site in sites]
+        self.hospitals = len(sites)
+        if len(sites) > 1:
+            self.columns.append((AVERAGE, None))
+
+    def heads(self) -> list[Section]:
+        """Titles of the columns, with the papers' domain where it is known."""
+        heads = []
+        for site, place in self.columns:
+            domain = self.published.domain_of(site) if self.published and place else None
+            detail = (
+                "hospitals count the same" if place is None else f"domain {domain + 1}" if domain is not None else ""
+            )
+            heads.append({"title": "Average" if place is None else site, "detail": detail})
+        return heads
+
+    def rows(self, labels: Sequence[Label], metric: str, colours: Mapping[str, int]) -> list[Section]:
+        """One row a label; best entries of a column are marked where every difference holds."""
+        best = {site: self._winners(labels, metric, place) for site, place in self.columns}
+        return [
+            {
+                "label": label.name,
+                "index": colours.get(label.name, 0),
+                "ticks": ARMS.get(label.trains),
+                "published": False,
+                "counted": False,
+                "cells": [self._cell(label.name, metric, place, best[site]) for site, place in self.columns],
+            }
+            for label in labels
+        ]
+
+    def counted_row(self, row: Section, metric: str) -> list[Section]:
+        """The row of a label once more, as the printed code counts, where that changes a number that is shown.
+
+        Nothing where the printed code counts as we do, and where the results do not hold the column for every case.
+        """
+        column, name = COMPATIBLE.get(metric, ""), str(row["label"])
+        if self.published is None or metric not in self.published.counted or not self._complete(name, column):
+            return []
+        empty = [""] * len(self.structures)
+        cells = [self._cell(name, column, place, empty) for _, place in self.columns]
+        if [cell.get("parts") for cell in cells] == [_plain(cell) for cell in row["cells"]]:
+            return []
+        return [row | {"counted": True, "cells": cells}]
+
+    def _complete(self, name: str, column: str) -> bool:
+        """Whether a column is known for every case, seed and structure of a label."""
+        return all(
+            _keys(self.values.of(name, structure, column)) == _keys(self.values.of(name, structure, "dice"))
+            for structure in self.structures
+        )
+
+    def _cell(self, name: str, metric: str, place: Place | None, best: Sequence[str]) -> Section:
+        parts, spreads, ends, notes = [], [], [], []
+        for structure, winner in zip(self.structures, best, strict=True):
+            cases = self.values.cases(name, structure, metric)
+            interval = self.values.interval(name, structure, metric, place)
+            seeds = list(self.values.by_seed(name, structure, metric, place).values())
+            parts.append({"text": _shown(interval.mean, metric), "bold": winner == name})
+            spreads.append(_shown(float(np.std(seeds, ddof=1)), metric) if len(seeds) > 1 else "")
+            ends.append(_ends(interval, metric))
+            mark = counted(*self.values.left_out(name, structure, metric, place)) if metric in METRICS else ""
+            if mark:
+                notes.append(f"{structure}: {mark}" if len(self.structures) > 1 else mark)
+            if place is None and 0 < len(cases) < self.hospitals:
+                notes.append(f"{len(cases)} of {self.hospitals} hospitals")
+        if place is None and self.published and len(self.structures) > 1:
+            notes.append(f"together {_shown(self._together(name, metric), metric)}")
+        if all(part["text"] == DASH for part in parts):
+            return {"missing": True}
+        return {
+            "parts": parts,
+            "sd": "± " + " / ".join(spreads) if all(spreads) else "",
+            "interval": " / ".join(ends) if place is None and all(ends) else "",
+            "notes": list(dict.fromkeys(notes)),
+        }
+
+    def _together(self, name: str, metric: str) -> float:
+        """Average over hospitals and structures, as it is printed."""
+        means = [self.values.interval(name, structure, metric).mean for structure in self.structures]
+        return float(np.mean(means))
+
+    def _winners(self, labels: Sequence[Label], metric: str, place: Place | None) -> list[str]:
+        """Best label of a column for each structure, "" where the lead over some other label does not hold."""
+        return [
+            self._winner([label.name for label in labels], structure, metric, place) for structure in self.structures
+        ]
+
+    def _winner(self, names: Sequence[str], structure: str, metric: str, place: Place | None) -> str:
+        cases = {name: self.values.cases(name, structure, metric) for name in names}
+        if place is None:
+            full = {name: [np.mean(part) for part in found.values()] for name, found in cases.items()}
+            means = {name: float(np.mean(part)) for name, part in full.items() if len(part) == self.hospitals}
+        else:
+            means = {name: float(np.mean(found[place])) for name, found in cases.items() if found.get(place)}
+        if len(means) < 2:
+            return ""
+        first = (max if metric == "dice" else min)(means, key=lambda name: means[name])
+        pairs = [(first, name) for name in means if name != first]
+        leads = corrected_for_number([self.values.difference(pair, structure, metric, place) for pair in pairs])
+        return first if all(lead.holds and lead.better for lead in leads) else ""
+
+    def published_rows(self, metric: str, only: Mapping[str, str] | None = None) -> list[Section]:
+        """Rows that others printed, for the hospitals of the columns; `only` chooses by name for the ablation."""
+        rows = self.published.rows[metric] if self.published else ()
+        return [
+            {
+                "label": row.method,
+                "ticks": ARMS.get((only or {}).get(row.method, "")),
+                "published": True,
+                "counted": False,
+                "cells": [self._published_cell(row, site, place) for site, place in self.columns],
+            }
+            for row in rows
+            if only is None or row.method in only
+        ]
+
+    def _published_cell(self, row: PublishedRow, site: str, place: Place | None) -> Section:
+        assert self.published is not None
+        if place is None:
+            whole = self.hospitals == len(self.published.domains)
+            notes = [f"the row gives {show(row.recomputed, 2)}"] if row.printed_otherwise else []
+            notes += [] if whole else [f"over {len(self.published.domains)} domains"]
+            return {"parts": [{"text": show(row.average, 2), "bold": False}], "sd": "", "interval": "", "notes": notes}
+        domain = self.published.domain_of(site)
+        if domain is None:
+            return {"parts": [{"text": DASH, "bold": False}], "sd": "", "interval": "", "notes": []}
+        order = [self.published.structures.index(structure) for structure in self.structures]
+        parts = [{"text": show(row.values[domain][place], 2), "bold": False} for place in order]
+        return {"parts": parts, "sd": "", "interval": "", "notes": []}
+
+
+def paper_tables(layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]) -> list[Section]:
+    """Tables 1 to 4: one a metric and layout, labels in groups by federation, printed rows last."""
+    tables = []
+    for layout in layouts:
+        for metric in PAPER_METRICS:
+            rows = layout.rows(main_labels(labels), metric, colours)
+            federations = [label.federation for label in main_labels(labels)]
+            groups = [
+                {
+                    "title": FEDERATION_WORDS.get(name, name) if len(set(federations)) > 1 else "",
+                    "rows": [
+                        line
+                        for row, own in zip(rows, federations, strict=True)
+                        if own == name
+                        for line in (row, *layout.counted_row(row, metric))
+                    ],
+                }
+                for name in sorted(set(federations), key=lambda name: _place(FEDERATIONS, name))
+            ]
+            printed = layout.published_rows(metric)
+            groups += [{"title": "printed by others, under another protocol", "rows": printed}] if printed else []
+            tables.append(_table(layout, metric, groups))
+    return tables
+
+
+def ablation_tables(
+    layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]
+) -> list[Section]:
+    """Tables 5 and 6: what RAM and SgCG add, for each federation that has at least three of the four arms."""
+    plain = [label for label in labels.values() if label.plain and label.trains in ARMS]
+    tables = []
+    for layout in layouts:
+        for federation in FEDERATIONS:
+            arms = [label for label in plain if label.federation == federation]
+            arms.sort(key=lambda label: _place(TRAINS, label.trains))
+            if len(arms) < 3:
+                continue
+            printed = federation == "pooled" or not any(label.federation == "pooled" for label in plain)
+            groups = []
+            for metric in PAPER_METRICS:
+                rows = layout.rows(arms, metric, colours)
+                rows += layout.published_rows(metric, ABLATION) if printed else []
+                groups.append({"title": metric_title(metric, layout.values.unit), "rows": rows})
+            words = FEDERATION_WORDS[federation] if len({label.federation for label in plain}) > 1 else ""
+            tables.append(_table(layout, "", groups) | {"title": words or " / ".join(layout.structures)})
+    return tables
+
+
+def metric_title(metric: str, unit: str) -> str:
+    """Name of a metric with its unit as the papers' tables have it."""
+    return "Dice, %" if metric == "dice" else f"{TITLES[metric]}, {unit}"
+
+
+def _table(layout: Layout, metric: str, groups: Sequence[Section]) -> Section:
+    title = metric_title(metric, layout.values.unit) if metric else ""
+    return {
+        "title": title,
+        "metric": metric,
+        "structures": " / ".join(layout.structures),
+        "judged": layout.judged,
+        "columns": layout.heads(),
+        "groups": list(groups),
+        "printed": any(row["published"] for group in groups for row in group["rows"]),
+        "dense": len(layout.columns) > 5,
+    }
+
+
+def layouts_of(
+    values: CaseValues, structures: Sequence[str], sites: Sequence[str], published: Published | None
+) -> list[Layout]:
+    """One layout for all structures, in the printed order where there is one; one each where they are many."""
+    ordered = list(published.structures) if published else list(structures)
+    joined = [ordered] if len(ordered) <= JOINED_AT_MOST else [[name] for name in ordered]
+    return [Layout(values, part, sites, published) for part in joined if part]
+
+
+def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> list[str]:
+    """How the printed protocol differs, in words; nothing without printed rows.
+
+    Args:
+        published: What others printed.
+        tables: The papers' tables; rows of them that count as the papers do are explained.
+    """
+    if published is None:
+        return []
+    rows = (row for table in tables for group in table["groups"] for row in group["rows"])
+    counted = ["; ".join(published.counted.values())] if any(row["counted"] for row in rows) else []
+    return [
+        "The grey rows are copied from the SgCG paper (withdrawn from ICLR 2025) as printed. They were not reproduced "
+        "here and must not be compared digit by digit:",
+        *published.protocol,
+        *(f"A row “as the papers count” has {words}; it stands where that changes a number." for words in counted),
+        f"Distances in this table are in {published.unit}s, as printed, also where millimetres are known.",
+        "An average that does not follow from its own row says what the row gives.",
+    ]
+
+
+def seeds_note(values: CaseValues, labels: Iterable[Label]) -> str:
+    """Say over how many seeds the spread is."""
+    numbers = {
+        len(values.by_seed(label.name, structure, "dice")) for label in labels for structure in values.structures
+    }
+    seeds = max(numbers, default=0)
+    return f"mean ± standard deviation over {count_of(seeds, 'seed')}" if seeds > 1 else "mean of one seed"
+
+
+def _keys(values: Values) -> set[tuple[Place, str, int]]:
+    return {(place, case, seed) for place, cases in values.items() for case, seeds in cases.items() for seed in seeds}
+
+
+def _plain(cell: Section) -> list[Section] | None:
+    """The numbers of an entry without their marks."""
+    parts: list[Section] | None = cell.get("parts")
+    return None if parts is None else [part | {"bold": False} for part in parts]
+
+
+def _shown(value: float, metric: str) -> str:
+    return show(100 * value if metric.startswith("dice") else value, 2)
+
+
+def _ends(interval: Interval, metric: str) -> str:
+    if not math.isfinite(interval.low):
+        return ""
+    places, factor = (1, 100) if metric.startswith("dice") else (2, 1)
+    return f"{show(factor * interval.low, places)} to {show(factor * interval.high, places)}"
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)

@@ -1,0 +1,313 @@
+"""Sections of a study's questions: swept settings, and what federation costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.report.differences import CaseValues, compare_on_average
+from server.report.figures.plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
+from server.report.labels import FEDERATIONS, MOST_COLOURS, Label, Swept, numeric, value_order
+from server.report.rounds import steps_by_federation
+from server.report.sections.claims import claims_section, federation_pairs
+from server.report.summary import DECIMALS, TITLES, show, show_interval
+from server.report.tables import Row, counted
+
+Section = dict[str, Any]
+METRICS = ("dice", "asd")
+HELD_OUT, VALIDATION = "held-out hospitals", "the hospitals’ own validation cases"
+Family = tuple[str, str, Swept]  # training method, federation, the other swept settings
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One swept setting.
+
+    Attributes:
+        name: Name of the setting.
+        lines: Labels by value in order, for every family that differs in nothing but this setting.
+        usual: Label that did not sweep it and its value, by family, where the settings tell it.
+    """
+
+    name: str
+    lines: dict[Family, dict[str, str]]
+    usual: dict[Family, tuple[str, str]]
+
+    @property
+    def numbers(self) -> bool:
+        """Whether every value is a number."""
+        return not any(math.isnan(numeric(value)) for line in self.all_lines() for value in line)
+
+    def all_lines(self) -> list[dict[str, str]]:
+        """Labels by value, the usual one in its place."""
+        return [self.line(family) for family in self.lines]
+
+    def line(self, family: Family) -> dict[str, str]:
+        """Labels of a family by value, the usual one in its place, in the order of the values."""
+        found = dict(self.lines[family])
+        if family in self.usual:
+            found.setdefault(self.usual[family][1], self.usual[family][0])
+        return {value: found[value] for value in sorted(found, key=value_order)}
+
+    def is_usual(self, family: Family, value: str) -> bool:
+        """Whether a value is the one of the runs that did not sweep the setting."""
+        return family in self.usual and self.usual[family][1] == value
+
+
+def sweeps_of(labels: Mapping[str, Label], settings: Mapping[str, Mapping[str, Any]]) -> list[Sweep]:
+    """Find the swept settings: names that take two values or more while all else is the same.
+
+    Args:
+        labels: What is compared.
+        settings: Resolved settings by label, to place the label without the sweep.
+    """
+    names = dict.fromkeys(name for label in labels.values() for name, _ in label.setting)
+    sweeps = []
+    for name in names:
+        lines: dict[Family, dict[str, str]] = {}
+        for label in labels.values():
+            if name in dict(label.setting):
+                lines.setdefault(_family(label, name), {})[dict(label.setting)[name]] = label.name
+        usual: dict[Family, tuple[str, str]] = {}
+        for label in labels.values():
+            if label.plain and _family(label, name) in lines:
+                value = _looked_up(settings.get(label.name, {}), name)
+                usual |= {_family(label, name): (label.name, value)} if value else {}
+        kept = {
+            family: line for family, line in lines.items() if len({*line, usual.get(family, ("", ""))[1]} - {""}) > 1
+        }
+        if kept:
+            sweeps.append(Sweep(name, kept, usual))
+    return sweeps
+
+
+def _family(label: Label, name: str) -> Family:
+    return label.trains, label.federation, tuple(part for part in label.setting if part[0] != name)
+
+
+def _looked_up(tree: Mapping[str, Any], name: str) -> str:
+    """Value of a setting by its dotted name, or by its last word where only one group has it; "" if unknown."""
+    parts = name.split(".")
+    found: Any = tree
+    for part in parts:
+        found = found.get(part) if isinstance(found, Mapping) else None
+    if found is None and len(parts) == 1:
+        inner = [group[name] for group in tree.values() if isinstance(group, Mapping) and name in group]
+        found = inner[0] if len(inner) == 1 else None
+    if found is None or isinstance(found, (Mapping, list)):
+        return ""
+    return f"{found:g}" if isinstance(found, float) else str(found)
+
+
+def sweep_sections(
+    sweeps: Sequence[Sweep],
+    labels: Mapping[str, Label],
+    values: CaseValues,
+    structures: Sequence[str],
+    colours: Mapping[str, int],
+    place: str = HELD_OUT,
+) -> list[Section]:
+    """One section a swept setting: a figure a structure, a table, and differences to the usual (or first) value.
+
+    Args:
+        sweeps: The swept settings.
+        labels: What is compared.
+        values: Values of every case.
+        structures: Names.
+        colours: Index of the palette by label.
+        place: Who was judged, in words.
+    """
+    return [_sweep_section(sweep, _beside(sweep, labels), values, structures, colours, place) for sweep in sweeps]
+
+
+def _beside(sweep: Sweep, labels: Mapping[str, Label]) -> list[str]:
+    """Labels that do not have the setting at all, the baselines: of the federations that are swept."""
+    federations = {federation for _, federation, _ in sweep.lines}
+    usual = {label for label, _ in sweep.usual.values()}
+    plain = [label for label in labels.values() if label.plain and label.federation in federations]
+    return [label.name for label in plain if label.name not in usual][: len(LEVEL_DASHES)]
+
+
+def _sweep_section(
+    sweep: Sweep,
+    beside: Sequence[str],
+    values: CaseValues,
+    structures: Sequence[str],
+    colours: Mapping[str, int],
+    place: str,
+) -> Section:
+    families = list(sweep.lines)
+    pairs = []
+    for family in families:
+        line = sweep.line(family)
+        reference = sweep.usual[family][0] if family in sweep.usual else next(iter(line.values()))
+        pairs += [(label, reference) for label in line.values() if label != reference]
+    claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
+    drawn = {family: place for place, family in enumerate(families[:MOST_COLOURS])}
+    if len({family[0] for family in drawn}) == len(drawn):  # a line a method: the method's own colour
+        drawn = {family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn}
+    panels = [panel for name in structures for panel in _sweep_panels(sweep, drawn, beside, values, name, place)]
+    shown = list(dict.fromkeys([*(label for line in sweep.all_lines() for label in line.values()), *beside]))
+    return {
+        "name": sweep.name,
+        "numbers": sweep.numbers,
+        "logarithmic": sweep.numbers and is_logarithmic(_numbers(sweep)),
+        "usual": bool(sweep.usual),
+        "beside": [
+            {"title": label, "dash": " ".join(f"{part:g}" for part in dash)}
+            for label, dash in zip(beside, LEVEL_DASHES, strict=False)
+            if sweep.numbers
+        ],
+        "key": [{"title": _family_title(family), "index": index} for family, index in drawn.items()],
+        "left_out": len(families) - len(drawn),
+        "panels": panels,
+        "several": len(structures) > 1,
+        "rows": [row for family in families for row in _sweep_rows(sweep, family, values, structures)],
+        "claims": claims,
+        "unit": values.unit,
+        "note": distance_note(values, shown, structures),
+    }
+
+
+def _numbers(sweep: Sweep) -> list[float]:
+    return sorted({numeric(value) for line in sweep.all_lines() for value in line})
+
+
+def _sweep_panels(
+    sweep: Sweep, drawn: Mapping[Family, int], beside: Sequence[str], values: CaseValues, structure: str, place: str
+) -> list[Section]:
+    titles = ["Dice", f"ASD, {values.unit}"]
+    series = [
+        Series(_family_title(family), index, tuple(_points(sweep, family, values, structure)))
+        for family, index in drawn.items()
+    ]
+    ends = "; ".join(
+        f"{line.title} {', '.join(f'{p.value}: {show(p.intervals[0].mean, 3)}' for p in line.points)}"
+        for line in series
+    )
+    levels = {label: tuple(values.interval(label, structure, metric) for metric in METRICS) for label in beside}
+    ends += "".join(f"; {label} {show(level[0].mean, 3)}" for label, level in levels.items())
+    alt = f"{structure}: mean Dice over {place} by {sweep.name}. {ends}."
+    if sweep.numbers:
+        return [{"title": structure, "drawing": sweep_panel(series, sweep.name, titles, alt, list(levels.values()))}]
+    panels = []
+    for number, title in enumerate(titles):
+        dots = [Dot(label, level[number], GREY) for label, level in levels.items() if math.isfinite(level[number].mean)]
+        dots += [
+            Dot(
+                _dot_title(line, point, series),
+                point.intervals[number],
+                line.colour,
+                point is line.points[0] and bool(order or dots),
+                point.usual,
+            )
+            for order, line in enumerate(series)
+            for point in line.points
+            if math.isfinite(point.intervals[number].mean)
+        ]
+        if dots:
+            panels.append({"title": f"{structure}, {title}", "drawing": dot_panel(dots, title, alt)})
+    return panels
+
+
+def _dot_title(line: Series, point: Point, series: Sequence[Series]) -> str:
+    return point.value if len(series) == 1 else f"{line.title}: {point.value}"
+
+
+def _points(sweep: Sweep, family: Family, values: CaseValues, structure: str) -> list[Point]:
+    return [
+        Point(
+            value,
+            numeric(value),
+            tuple(values.interval(label, structure, metric) for metric in METRICS),
+            sweep.is_usual(family, value),
+        )
+        for value, label in sweep.line(family).items()
+    ]
+
+
+def _family_title(family: Family) -> str:
+    trains, federation, rest = family
+    words = [trains, *([] if federation == "by_site" else [federation]), *(f"{name}={value}" for name, value in rest)]
+    return " ".join(words)
+
+
+def _sweep_rows(sweep: Sweep, family: Family, values: CaseValues, structures: Sequence[str]) -> list[Section]:
+    rows = []
+    for value, label in sweep.line(family).items():
+        cells = []
+        for structure in structures:
+            for metric in METRICS:
+                interval, places = values.interval(label, structure, metric), DECIMALS[metric]
+                cell = {"value": show(interval.mean, places), "interval": show_interval(interval, places)}
+                cells.append(cell | {"note": counted(*values.left_out(label, structure, metric))})
+        usual = sweep.is_usual(family, value)
+        rows.append({"line": _family_title(family), "value": value, "usual": usual, "cells": cells})
+    return rows
+
+
+def distance_note(values: CaseValues, labels: Sequence[str], structures: Sequence[str]) -> str:
+    """Say which means of a figure's distances are over fewer evaluations, "" where none is."""
+    parts = []
+    for label in labels:
+        for structure in structures:
+            if mark := counted(*values.left_out(label, structure, "asd")):
+                parts.append(f"{label}{f', {structure}' if len(structures) > 1 else ''}: {mark}")
+    text = "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations"
+    return f"{text} ({'; '.join(parts)})." if parts else ""
+
+
+def federation_section(
+    values: CaseValues,
+    labels: Mapping[str, Label],
+    structures: Sequence[str],
+    colours: Mapping[str, int],
+    rounds: Sequence[Row] = (),
+    place: str = HELD_OUT,
+) -> Section | None:
+    """What federation costs: every training local, pooled and by site; None without two federations.
+
+    Args:
+        values: Values of the cases.
+        labels: Labels of the study.
+        structures: Structures in order.
+        colours: Index of the palette by label.
+        rounds: Rows of `rounds.parquet`, for the steps that each federation took.
+        place: Who was judged, in words.
+    """
+    pairs = federation_pairs(labels)
+    if not pairs:
+        return None
+    rows = [labels[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
+    panels = []
+    for structure in structures:
+        for metric in METRICS:
+            title = TITLES[metric] if metric == "dice" else f"{TITLES[metric]}, {values.unit}"
+            dots = _federation_dots(rows, values, structure, metric, colours)
+            said = "; ".join(f"{dot.title} {show(dot.interval.mean, DECIMALS[metric])}" for dot in dots)
+            alt = f"Mean {title} of {structure} over {place}: {said}."
+            head = f"{structure}, {title}" if len(structures) > 1 else title
+            if dots:
+                panels.append({"title": head, "drawing": dot_panel(dots, title, alt)})
+    claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
+    present = [name for name in FEDERATIONS if any(label.federation == name for label in rows)]
+    budget = steps_by_federation(rounds, {label.name: label.federation for label in rows})
+    note = distance_note(values, [label.name for label in rows], structures)
+    return {"panels": panels, "claims": claims, "present": present, "steps": budget, "note": note}
+
+
+def _federation_dots(
+    rows: Sequence[Label], values: CaseValues, structure: str, metric: str, colours: Mapping[str, int]
+) -> list[Dot]:
+    dots: list[Dot] = []
+    before = None
+    for label in rows:
+        interval = values.interval(label.name, structure, metric)
+        if math.isfinite(interval.mean):
+            training = label.trains, label.setting
+            title = f"{label.trains}, {label.federation}" if label.plain else label.name
+            dots.append(Dot(title, interval, colours.get(label.name, 0), bool(dots) and training != before))
+            before = training
+    return dots

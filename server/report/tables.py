@@ -1,0 +1,202 @@
+"""Numbers of the report: means with their intervals, from rows of `results.parquet`.
+
+Protocol (methods.md 2.7): a case's value is first averaged over seeds, then cases are averaged within a hospital, then
+hospitals count the same in the average. A surface distance is undefined when one mask is empty; such a prediction is
+left out of the mean and counted. Where hospitals trained alone, the models that they made are averaged per case first.
+
+Legend: M metrics, n cases of one hospital.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from common.wire.payload import DISTANCES
+from server.report.intervals import NAN, Bounds, mean_interval
+from server.report.labels import label_order
+
+Row = Mapping[str, Any]
+Floats = npt.NDArray[np.float64]
+
+METRICS = ("dice", *DISTANCES)
+COMPARED = ("dice", "asd", "assd", "hd95")
+"""Metrics whose differences are tested; `hd95_max` would be a second test of the same question."""
+AVERAGE = "average"
+COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
+"""Columns that count a metric as published code does, for printed tables alone; absent in files of older versions."""
+MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
+
+
+def bounds_of(metric: str) -> Bounds:
+    """Smallest and largest value that a metric can have."""
+    return (0.0, 1.0) if metric.startswith("dice") else (0.0, math.inf)
+
+
+def as_rows(results: pa.Table | Iterable[Row]) -> list[Row]:
+    """Return plain rows of a results table or of rows."""
+    return list(results.to_pylist() if isinstance(results, pa.Table) else results)
+
+
+def methods_of(rows: Iterable[Row]) -> list[str]:
+    """Labels in a fixed order: `source` (the baseline) first (`label_order`)."""
+    return sorted({str(row["method"]) for row in rows}, key=label_order)
+
+
+def heldout_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows of held-out hospitals, one a label, seed, case and structure; all rows where no run held a hospital out."""
+    rows = list(rows)
+    return merge_models([row for row in rows if _judges(row)] or rows)
+
+
+def merge_models(rows: list[Row]) -> list[Row]:
+    """Average the models that hospitals trained alone (`trained_on`) per case: one row for each label and seed.
+
+    The merged row tells how many evaluations it stands for and in how many of them each metric is undefined.
+    """
+    if not any(row.get("trained_on") for row in rows):
+        return rows
+    grouped: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        grouped[tuple(row[name] for name in ("method", "heldout", "seed", "site", "case", "structure"))].append(row)
+    return [_merged(part) if part[0].get("trained_on") else part[0] for part in grouped.values()]
+
+
+def _merged(rows: Sequence[Row]) -> Row:
+    values = {name: [number(row, name) for row in rows] for name in (*METRICS, *MILLIMETRES, *COMPATIBLE.values())}
+    known = {name: [value for value in column if math.isfinite(value)] for name, column in values.items()}
+    return {
+        **rows[0],
+        **{name: float(np.mean(column)) if column else None for name, column in known.items()},
+        "empty_prediction": any(row.get("empty_prediction") for row in rows),
+        "empty_truth": any(row.get("empty_truth") for row in rows),
+        "trained_on": "",
+        "evaluations": len(rows),
+        "undefined": {name: len(rows) - len(known[name]) for name in METRICS},
+    }
+
+
+def other_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows beside those of `heldout_rows`: observers, and the validation cases of runs that held nobody out."""
+    rows = list(rows)
+    return [row for row in rows if not _judges(row)] if any(map(_judges, rows)) else []
+
+
+def _judges(row: Row) -> bool:
+    return bool(row["heldout"]) and row["site"] == row["heldout"]
+
+
+def distance_unit(rows: Iterable[Row]) -> str:
+    """Return `mm` when every measured distance is also known in mm, else the unit of the rows (one unit a study)."""
+    rows = list(rows)
+    measured = [row for row in rows if any(math.isfinite(number(row, name)) for name in METRICS[1:])]
+    in_mm = measured and all(any(math.isfinite(number(row, f"{name}_mm")) for name in METRICS[1:]) for row in measured)
+    return "mm" if in_mm else str(rows[0].get("unit") or "pixel") if rows else "pixel"
+
+
+def counted(left_out: int, evaluations: int) -> str:
+    """Say over how many a mean is: "mean over 3 of 4"; "" where nothing was left out."""
+    return f"mean over {evaluations - left_out} of {evaluations}" if left_out else ""
+
+
+def number(row: Row, name: str) -> float:
+    """Return a row's value as a float; NaN for null or absent."""
+    value = row.get(name)
+    return NAN if value is None else float(value)
+
+
+def value_of(row: Row, metric: str, unit: str) -> float:
+    """Return a metric of a row, a distance in `unit`."""
+    return number(row, f"{metric}_mm" if unit == "mm" and metric in METRICS[1:] else metric)
+
+
+def summary_rows(results: pa.Table | Iterable[Row]) -> list[dict[str, Any]]:
+    """Summarise held-out results: one dictionary a method, hospital and structure, and one for the average hospital.
+
+    Keys: method, heldout, site (both `AVERAGE` in the average row), structure, unit (of the distances), cases, seeds
+    (sorted list), hospitals (in the row), evaluations (cases times seeds), both_empty (evaluations); and for each m of
+    `METRICS`: m_mean, m_sd, m_low, m_high (95 % interval), m_excluded (evaluations without a value).
+    The sd is over cases in a hospital's row and over hospitals in the average row; NaN for a single one.
+    """
+    rows = heldout_rows(as_rows(results))
+    unit = distance_unit(rows)
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        cells[row["method"], row["structure"]][row["heldout"], row["site"]].append(row)
+    order = {name: position for position, name in enumerate(methods_of(rows))}
+    summary = []
+    for (method, structure), hospitals in sorted(cells.items(), key=lambda item: (item[0][1], order[item[0][0]])):
+        parts = {key: _case_values(part, unit) for key, part in sorted(hospitals.items())}
+        for (heldout, site), values in parts.items():
+            head = {"method": method, "heldout": heldout, "site": site, "structure": structure, "unit": unit}
+            summary.append(head | _facts(hospitals[heldout, site]) | {"hospitals": 1} | _spread([values]))
+        if len(parts) > 1:
+            head = {"method": method, "heldout": AVERAGE, "site": AVERAGE, "structure": structure, "unit": unit}
+            joined = [row for part in hospitals.values() for row in part]
+            summary.append(head | _facts(joined) | {"hospitals": len(parts)} | _spread(list(parts.values())))
+    return summary
+
+
+def _facts(rows: Sequence[Row]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "cases": len({(row["heldout"], row["site"], row["case"]) for row in rows}),
+        "seeds": sorted({int(row["seed"]) for row in rows}),
+        "evaluations": sum(int(row.get("evaluations", 1)) for row in rows),
+        "both_empty": sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows),
+    }
+    for metric in METRICS:
+        facts[f"{metric}_excluded"] = sum(undefined(row, metric) for row in rows)
+    return facts
+
+
+def undefined(row: Row, metric: str) -> int:
+    """Evaluations of a row in which a metric has no value."""
+    merged = row.get("undefined")
+    return int(merged[metric]) if merged and metric in merged else int(not math.isfinite(number(row, metric)))
+
+
+def _case_values(rows: Sequence[Row], unit: str) -> Floats:
+    """Return (n, M): every case's metrics, averaged over the seeds in which they are defined."""
+    cases: dict[str, list[list[float]]] = defaultdict(list)
+    for row in rows:
+        cases[row["case"]].append([value_of(row, metric, unit) for metric in METRICS])
+    return np.stack([_nanmean(np.array(cases[name])) for name in sorted(cases)])
+
+
+def _nanmean(values: Floats) -> Floats:
+    """Mean over the first axis of the finite values; NaN where there is none."""
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    return np.asarray(np.where(count > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1), NAN))
+
+
+def _spread(groups: Sequence[Floats]) -> dict[str, float]:
+    """Mean, sd and interval of each metric, for one hospital (sd over cases) or several (sd over hospitals)."""
+    spread: dict[str, float] = {}
+    for column, metric in enumerate(METRICS):
+        values = [group[:, column][np.isfinite(group[:, column])] for group in groups]
+        interval = mean_interval(values, bounds=bounds_of(metric))
+        single = values[0] if len(values) == 1 else np.array([group.mean() for group in values if group.size])
+        spread |= {
+            f"{metric}_mean": interval.mean,
+            f"{metric}_sd": float(np.std(single, ddof=1)) if single.size > 1 else NAN,
+            f"{metric}_low": interval.low,
+            f"{metric}_high": interval.high,
+        }
+    return spread
+
+
+def best_methods(rows: Sequence[Mapping[str, Any]], metric: str) -> set[str]:
+    """Methods with the best mean among the summary rows of one column; none where all are the same."""
+    means = {row["method"]: float(row[f"{metric}_mean"]) for row in rows}
+    known = {name: value for name, value in means.items() if math.isfinite(value)}
+    if len(set(known.values())) < 2:
+        return set()
+    target = max(known.values()) if metric == "dice" else min(known.values())
+    return {name for name, value in known.items() if value == target}

@@ -1,0 +1,1 @@
+"""The page of the report: Jinja templates and their style."""

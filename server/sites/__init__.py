@@ -1,0 +1,1 @@
+"""The hospitals as the coordinator meets them: enrolment, requests, replies, departures."""

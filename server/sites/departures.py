@@ -1,0 +1,101 @@
+"""Sites that leave a run for good: said once by the coordinator, remembered in the run folder, true ever after.
+
+    departed.json   site -> when the coordinator said so (UTC)
+
+What is said takes effect at the run's next start (`server.federation`): the site is neither expected, asked nor let in,
+and its part is left out of what is remembered of the class statistics. The checkpoints carry since which round, as a
+note.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from common.errors import FedsgcgError, Problem, fail
+from common.files.disk import Disk, refusals
+from common.settings.compose import nearest
+from common.settings.plan import Plan
+
+FILE: Final = "departed.json"
+OPTION: Final = "--without"
+
+
+def departed(folder: Path) -> dict[str, str]:
+    """Return site -> when it was said to have left for good; raises SRV-402 for a damaged file."""
+    path = folder / FILE
+    try:
+        return {str(site): str(time) for site, time in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        action = f"remove it and say who has left again: fedsgcg resume KIT {OPTION} SITE"
+        raise fail("SRV-402", where=str(path), found="not the JSON that was written", action=action) from error
+
+
+def declare(plan: Plan, sites: Collection[str], disk: Disk) -> None:
+    """Write durably into the run folder that sites have left for good; those that left before stay.
+
+    Raises:
+        FedsgcgError: CFG-001 for sites that cannot leave (`check_departures`), SRV-401 and SRV-402 for the file.
+    """
+    folder = Path(plan.output)
+    before = departed(folder)
+    check_departures(plan, {*before, *sites})
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    known = dict.fromkeys(sites, now) | before
+    if known == before:
+        return
+    with refusals(folder):
+        disk.make_folder(folder)
+    disk.write(folder / FILE, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+
+
+def check_departures(plan: Plan, gone: Collection[str]) -> None:
+    """Refuse what cannot be, all of it together: only training sites leave, and the run must be able to go on.
+
+    Raises:
+        FedsgcgError: CFG-001 for an unknown name (with the nearest one), the held-out site, an observer, a run in which
+            nobody is left to train, and a quorum that those who are left cannot meet.
+    """
+    if problems := [*_impossible(plan, gone)]:
+        raise FedsgcgError(*problems)
+
+
+def departure_note(site: str, done: int) -> Problem:
+    """Return RND-407: what became of a site's contribution when it left after `done` rounds."""
+    rounds = {0: "no round was done with it", 1: "the weights keep what they learned in round 1"}
+    kept = rounds.get(done, f"the weights keep what they learned in rounds 1 to {done}")
+    action = "for a model that never saw the site, train a new study without it"
+    return Problem("RND-407", where=site, found=f"gone from round {done + 1} on; {kept}", action=action)
+
+
+def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
+    training = [site for site in plan.members() if plan.role(site) == "train"]
+    for site in sorted(gone):
+        role = plan.role(site)
+        if role != "train":
+            found = (
+                f"{site}, which is {'held out' if role == 'heldout' else 'an observer'}: it gave nothing to take out"
+            )
+            expected = f"a training site: {', '.join(training)}"
+            action = "leave the site out of the study's heldout= and observers="
+            yield Problem("CFG-001", where=OPTION, found=found, expected=expected, action=action)
+        elif training and site not in training:
+            yield Problem(
+                "CFG-001", where=OPTION, found=repr(site), expected="a training site", action=nearest(site, training)
+            )
+    left = [site for site in training if site not in gone]
+    quorum = plan.federation.quorum
+    if training and len(left) < max(1, quorum):
+        from server.sites.problems import (
+            training_sites,  # here, as it brings Flower, which the command line does without
+        )
+
+        found = f"{', '.join(left) or 'no training site'} left"
+        expected = f"the quorum of {training_sites(quorum)}" if quorum else "one training site or more"
+        action = "found a new study with those who stay"
+        yield Problem("CFG-001", where=OPTION, found=found, expected=expected, action=action)

@@ -1,0 +1,362 @@
+"""Enrolment: which hospital sits behind which node, and whether enough of them came.
+
+Node ids are random; a hospital's name comes from its own answer, and must be the one for which its key was registered
+where the coordinator's server knows one. A site that comes late joins in the round after.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.serverapp import Grid
+
+from common.errors import CODES, FedsgcgError, Problem, fail
+from common.files.disk import Disk
+from common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, salt_of
+from common.images.read import KINDS
+from common.settings.compose import nearest
+from common.settings.plan import Plan
+from common.wire.messages import ENROL, Reply, Request, encode_request
+from common.wire.payload import Identity
+from server.sites.exchange import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    MOST_TRIES,
+    Answer,
+    missing,
+    presence,
+    push,
+    read_answer,
+    was_lost,
+    was_restarted,
+)
+from server.sites.problems import not_enough_enrolled
+from server.sites.shared_images import learned_from, shared_images
+
+UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
+"""Codes with which a hospital says that it has no usable case."""
+
+KEPT: Final = ("DAT-110",)
+"""Codes of cases that are used all the same: a mask without a structure is a true negative."""
+
+SETTLE_S = 0.5
+"""Quiet time after which nobody else is expected, where neither the sites' names nor a quorum are given."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One enrolled hospital.
+
+    Attributes:
+        site: Its name.
+        node: Flower's node id.
+        details: What it told about itself: cases, patients and slices of each split, problems.
+    """
+
+    site: str
+    node: int
+    details: Mapping[str, Any]
+
+    def slices(self, split: str) -> int:
+        """Slices of a split, 0 when the site did not say."""
+        return self.count("slices", split)
+
+    def count(self, kind: str, split: str) -> int:
+        """`cases`, `patients` or `slices` of a split, 0 when the site did not say."""
+        counts = self.details.get(kind)
+        value = counts.get(split, 0) if isinstance(counts, Mapping) else 0
+        return value if isinstance(value, int) and value > 0 else 0
+
+    def kinds(self) -> list[str]:
+        """What the site's images are (`common.images.read.KINDS`); anything else is dropped."""
+        stated = self.details.get("kinds")
+        return [kind for kind in KINDS if isinstance(stated, list) and kind in stated]
+
+    def problem_codes(self) -> list[str]:
+        """Codes of the site's problems with its cases; anything that is no code of ours is dropped."""
+        problems = self.details.get("problems")
+        entries = problems if isinstance(problems, list) else []
+        codes = [entry.get("code") for entry in entries if isinstance(entry, Mapping)]
+        return sorted(code for code in codes if isinstance(code, str) and code in CODES)
+
+
+@dataclass
+class Cohort:
+    """The hospitals of one federation, as far as they have enrolled.
+
+    Args:
+        grid: Flower's grid.
+        plan: The plan.
+        disk: The way to the disk.
+
+    Attributes:
+        members: Enrolled hospitals by name.
+        refusals: Why a hospital or a node could not enrol, by its name or `node <id>`.
+        dropped: Sites that missed a deadline and are asked no more, with `federation.late=drop`.
+        changes: One problem for every site whose data changed since it first enrolled, also in an earlier call, and one
+            for every two hospitals that have the same images.
+        departed: Sites that have left the run for good (`server.sites.departures`): neither expected nor let in.
+    """
+
+    grid: Grid
+    plan: Plan
+    disk: Disk = field(default_factory=Disk)
+    members: dict[str, Member] = field(default_factory=dict)
+    refusals: dict[str, Problem] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+    changes: list[Problem] = field(default_factory=list)
+    departed: frozenset[str] = frozenset()
+    _compared: bool = False  # the sites that were there at the start have been compared
+    _asked: dict[str, int] = field(default_factory=dict)
+    _known: dict[int, str] = field(default_factory=dict)  # node -> when it was last activated before it was asked
+    _tries: Counter[int] = field(default_factory=Counter)
+
+    def poll(self) -> bool:
+        """Ask new nodes for their names and take in the answers that have come; returns whether anything was new.
+
+        A node that lost the request, because it went away or was started again, is new once more when it is there.
+        """
+        request = Request(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
+        present = presence(self.grid)
+        self._forget_restarted(present)
+        new = set(present) - set(self._known)
+        for node in sorted(new):
+            if identifier := push(
+                self.grid, encode_request(request), ENROL, node, self.plan.federation.join_deadline_s
+            ):
+                self._asked[identifier] = node
+                self._known[node] = present[node]
+                self._tries[node] += 1
+        replies = list(self.grid.pull_messages(sorted(self._asked))) if self._asked else []
+        for message in replies:
+            if (identifier := message.metadata.reply_to_message_id) in self._asked:
+                node = self._asked.pop(identifier)
+                if was_lost(message) and self._tries[node] < MOST_TRIES:
+                    self._known.pop(node, None)
+                else:
+                    self._take(node, read_answer(message, f"node {node}"), request.identity)
+        return bool(new or replies)
+
+    def _forget_restarted(self, present: Mapping[int, str]) -> None:
+        """Take nodes that were started again since they were asked, and have not answered, for new ones."""
+        for node in set(self._asked.values()):
+            if was_restarted(node, self._known.get(node, ""), present) and self._tries[node] < MOST_TRIES:
+                self._asked = {identifier: asked for identifier, asked in self._asked.items() if asked != node}
+                del self._known[node]
+
+    def wait(self) -> None:
+        """Wait until all that are expected have enrolled, or the join deadline.
+
+        Raises:
+            FedsgcgError: CFG-002 for a held-out site that is not among the plan's sites; RND-401 when the quorum or the
+                held-out site is missing at the deadline, naming who is missing, who came and who was refused; RND-408
+                when a hospital that is judged has training images of another, unless the plan only flags that.
+        """
+        sites = self.plan.data.sites
+        if sites and self.plan.heldout and self.plan.heldout not in sites:
+            raise fail("CFG-002", found=repr(self.plan.heldout), action=nearest(self.plan.heldout, sites))
+        end = time.monotonic() + self.plan.federation.join_deadline_s
+        quiet_since, pause = time.monotonic(), FIRST_PAUSE_S
+        while True:
+            news = self.poll()
+            now = time.monotonic()
+            quiet_since = now if news else quiet_since
+            if now >= end or self._nobody_else_expected(now - quiet_since):
+                break
+            pause = FIRST_PAUSE_S if news else min(1.5 * pause, LONGEST_PAUSE_S)
+            time.sleep(min(pause, max(0.0, end - now)))
+        self._check_presence()
+        self._compare_images({site: member.details for site, member in self.members.items()})
+        self._compared = True
+
+    @property
+    def training(self) -> dict[str, int]:
+        """Site -> node id of the enrolled sites of role `train`."""
+        return self.of_role("train")
+
+    def kinds(self, role: str = "train") -> list[str]:
+        """What the images of the enrolled sites of a role are, in the order of `common.images.read.KINDS`."""
+        stated = {kind for site in self.of_role(role) for kind in self.members[site].kinds()}
+        return [kind for kind in KINDS if kind in stated]
+
+    def unlike(self) -> list[Problem]:
+        """One problem where hospitals have images of different kinds: one network would be trained on all of them."""
+        stated = {site: ", ".join(member.kinds()) for site, member in sorted(self.members.items()) if member.kinds()}
+        if len(set(stated.values())) < 2:
+            return []
+        found = "; ".join(f"{kind} at {site}" for site, kind in stated.items())
+        action = "take the hospitals of one kind (data.sites), or resample the volumes to one plane"
+        return [Problem("DAT-117", where="images", found=found, expected="one kind at all hospitals", action=action)]
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """Site -> node id of the training sites that the next round asks."""
+        return {site: node for site, node in self.training.items() if site not in self.dropped}
+
+    def leave_out_late(self, sites: Iterable[str]) -> None:
+        """Ask sites that missed a deadline no more, if the plan says so; else the next round asks them again."""
+        if self.plan.federation.late == "drop":
+            self.dropped.update(sites)
+
+    def of_role(self, role: str) -> dict[str, int]:
+        """Site -> node id of the enrolled sites of a role."""
+        return {site: self.members[site].node for site in sorted(self.members) if self.plan.role(site) == role}
+
+    @property
+    def quorum(self) -> int:
+        """Training sites that a round needs: the plan's number, or all that are expected and have a usable case."""
+        expected = [site for site in self._expected("train") if not self._unusable(site)]
+        return self.plan.federation.quorum or max(1, len(expected or self.training))
+
+    def census(self) -> dict[str, dict[str, Any]]:
+        """What each enrolled site has.
+
+        Returns:
+            By site: `role`; `cases` by split; `left_out`, unusable cases counted by error code; and `flagged`, cases
+            that are used all the same, likewise counted.
+        """
+        return {
+            site: {
+                "role": self.plan.role(site),
+                "cases": {split: member.count("cases", split) for split in ("train", "validation", "test")},
+                "left_out": dict(Counter(code for code in member.problem_codes() if code not in KEPT)),
+                "flagged": dict(Counter(code for code in member.problem_codes() if code in KEPT)),
+            }
+            for site, member in sorted(self.members.items())
+        }
+
+    def absent(self) -> list[Problem]:
+        """One problem for every site that has not enrolled though it was expected, or came without a usable case."""
+        expected = [site for role in ("train", "heldout", "observer") for site in self._expected(role)]
+        came = [] if self.plan.members() else [site for site in sorted(self.refusals) if self._unusable(site)]
+        return [
+            self.refusals.get(site, Problem("RND-404", where=site, found="the site has not enrolled"))
+            for site in dict.fromkeys([*expected, *came])
+            if site not in self.members
+        ]
+
+    def _unusable(self, site: str) -> bool:
+        """Whether a site answered that it has nothing to train on; it is not missing, and waiting would not help."""
+        return site not in self.members and site in self.refusals and self.refusals[site].code in UNUSABLE
+
+    def _expected(self, role: str) -> list[str]:
+        named = set(self.plan.members())
+        if role != "train":
+            named |= {self.plan.heldout, *self.plan.observers} - {""}
+        return sorted(site for site in named - self.departed if self.plan.role(site) == role)
+
+    def _nobody_else_expected(self, quiet_s: float) -> bool:
+        expected = {*self._expected("train"), *self._expected("heldout"), *self._expected("observer")}
+        if not expected <= {*self.members, *self.refusals}:
+            return False
+        if self.plan.members() or self._asked:
+            return bool(self.plan.members())
+        enough = len(self.training) >= max(1, self.plan.federation.quorum)
+        return enough and (self.plan.federation.quorum > 0 or quiet_s >= SETTLE_S)
+
+    def _check_presence(self) -> None:
+        heldout = self.plan.heldout
+        if len(self.training) >= self.quorum and (not heldout or heldout in self.members):
+            return
+        needed = [*self._expected("train"), *([heldout] if heldout else [])]
+        silent = [site for site in needed if site not in self.members and site not in self.refusals]
+        refusals = {name: problem for name, problem in self.refusals.items() if name not in self.departed}
+        raise not_enough_enrolled(self.plan, list(self.training), self.quorum, refusals, silent)
+
+    def _take(self, node: int, answer: Answer, identity: Identity) -> None:
+        try:
+            if answer.reply is None:
+                problem = answer.problem or missing(answer.site, ENROL, self.plan.federation.join_deadline_s)
+                raise FedsgcgError(replace(problem, where=answer.stated or answer.site))
+            self._admit(node, answer.reply, identity)
+        except FedsgcgError as error:
+            first = error.problems[0]
+            # A stranger must not talk its way into the place of a hospital that has already enrolled.
+            name = first.where if first.where not in self.members else f"node {node}"
+            self.refusals[name] = first
+
+    def _admit(self, node: int, reply: Reply, identity: Identity) -> None:
+        site = reply.site
+        role = self.plan.role(site)
+        if reply.identity != identity:
+            raise fail("PAY-120", where=f"node {node}", found="an answer to another run, fold or plan")
+        members = self.plan.members()
+        if not site or (members and site not in {*members, *self.plan.observers}):
+            raise fail("ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(members))
+        if site in self.departed:
+            raise fail("RND-407", where=site, found=f"node {node} asks to enrol", action="end its SuperNode")
+        there = {info.node_id: info.name for info in self.grid.get_nodes()}
+        if there.get(node) and there[node] != site:
+            raise fail("ROL-201", where=there[node], found=f"it calls itself {site[:60]!r}", expected="its own name")
+        if site in self.members and self.members[site].node in there:
+            raise fail("ROL-201", where=site, found=f"node {node} also calls itself {site}", expected="each site once")
+        accepted = reply.details.get("roles", [])
+        if role not in (accepted if isinstance(accepted, list) else []):
+            raise fail("ROL-201", where=site, found=f"the site does not accept role {role}")
+        member = Member(site, node, reply.details)
+        cases = reply.details.get("cases")
+        if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:
+            raise fail("TRN-302", where=site, found="no case in its training split")
+        slices = reply.details.get("slices")
+        if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
+            found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
+            raise fail("TRN-302", where=site, found=found)
+        if self._compared:  # a site that comes late is refused by itself, and stops nobody else
+            self._compare_images({name: one.details for name, one in self.members.items()} | {site: reply.details})
+        self._compare_data(site, str(reply.details.get("data", "")))
+        self.members[site] = member
+        self.refusals.pop(site, None)
+
+    def _compare_images(self, details: Mapping[str, Mapping[str, Any]]) -> None:
+        """Look for images that two hospitals have, and keep the hashes of those that the model learns from.
+
+        Raises:
+            FedsgcgError: RND-408 with `federation.shared_images=refuse`.
+        """
+        told = {site: found[CONTENT_HASHES] for site, found in details.items() if CONTENT_HASHES in found}
+        if not told:
+            return
+        leaks, twice = shared_images(self.plan, told)
+        if leaks and self.plan.federation.shared_images == "refuse":
+            raise FedsgcgError(*leaks)
+        self.changes += [problem for problem in (*leaks, *twice) if problem not in self.changes]
+        path = Path(self.plan.output) / TRAINING_IMAGES
+        salt = salt_of(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
+        images = _known_images(path, salt) | learned_from(self.plan, told)
+        self.disk.write(path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode())
+
+    def _compare_data(self, site: str, data: str) -> None:
+        """Note a site whose data are no longer those with which it first took part in this run folder."""
+        path = Path(self.plan.output) / "data.json"
+        known = _read_hashes(path)
+        if known.get(site, data) != data:
+            action = "ask the site what changed; for a study on the new data, choose another output=FOLDER"
+            found = f"data {data[:12]}, before {known[site][:12]}"
+            self.changes.append(Problem("RND-406", where=site, found=found, action=action))
+        if data and known.get(site) != data:
+            self.disk.write(path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _known_images(path: Path, salt: str) -> dict[str, list[str]]:
+    """Hospital -> hashes that an earlier call of the same run wrote; a file that is not one is written anew."""
+    try:
+        tree = json.loads(path.read_text())
+        return dict(tree["images"]) if tree["salt"] == salt else {}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _read_hashes(path: Path) -> dict[str, str]:
+    """Site -> hash of its data at its last enrolment; raises SRV-402 for a damaged file."""
+    try:
+        return {str(site): str(data) for site, data in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise fail("SRV-402", where=str(path), found="not the JSON that was written", action="remove it") from error

@@ -1,0 +1,133 @@
+"""What went less than well, in words: every code with its sentence, and where the hospital's own log lies.
+
+The coordinator never has a site's text; it has codes, names of the plan and numbers, and these sentences are made of
+nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from common.errors import CODES, FedsgcgError, Problem, fail
+from common.settings.plan import Plan
+from common.statistics import ClassStatistics
+from server.sites.replies import Collected, admitted
+
+
+def sentence(code: str) -> str:
+    """Return a code with its sentence of the catalogue."""
+    return f"{code} {CODES[code]}" if code in CODES else code
+
+
+def error_logs(plan: Plan, sites: Sequence[str]) -> str:
+    """Say where sites keep their own error logs, "" for no site; a real hospital's folders are not known here."""
+    if sites and not plan.data.root and not plan.site.home:
+        return f"home/logs and home/errors.log of the kit at {' and '.join(sites)}"
+    homes = {site: Path(plan.site.home.replace("{site}", site) or f"{plan.output}/sites/{site}") for site in sites}
+    return " and ".join(f"{home / 'errors.log'} at the site" for home in homes.values())
+
+
+def training_sites(number: int) -> str:
+    """Write a number of training sites."""
+    return f"{number} training site{'' if number == 1 else 's'}"
+
+
+def not_enough_enrolled(
+    plan: Plan, training: Sequence[str], quorum: int, refusals: Mapping[str, Problem], missing: Sequence[str]
+) -> FedsgcgError:
+    """Return RND-401: why the federation cannot start.
+
+    Args:
+        plan: The plan.
+        training: Training sites that enrolled.
+        quorum: Training sites that are needed.
+        refusals: Why sites or nodes could not enrol, by name.
+        missing: Expected sites that have not answered, the held-out site among them.
+    """
+    found, heldout = [], plan.heldout
+    if heldout in refusals:
+        found.append(f"the held-out site {heldout} cannot be used: {sentence(refusals[heldout].code)}")
+    elif heldout and heldout in missing:
+        found.append(f"the held-out site {heldout} has not enrolled")
+    met = "the quorum is met" if len(training) >= quorum else f"the quorum of {quorum} is not met"
+    found.append(f"{training_sites(len(training))} ({', '.join(sorted(training)) or 'nobody'}), {met}")
+    found += [f"missing: {', '.join(missing)}"] if missing else []
+    refused = {name: sentence(problem.code) for name, problem in sorted(refusals.items()) if name != heldout}
+    found += [f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}"] if refused else []
+    known = [name for name in sorted(refusals) if name in {heldout, *plan.members()}]
+    actions = [f"mend what stands in {error_logs(plan, known)}"] if known else []
+    actions += [f"start {', '.join(missing)}"] if missing else []
+    actions += ["lower federation.quorum"] if 0 < len(training) < quorum else []
+    return fail(
+        "RND-401",
+        found="; ".join(found),
+        expected=training_sites(quorum) + (f" and the held-out site {heldout}" if heldout else ""),
+        action=", or ".join(actions or ["start the sites"]) + "; the same command goes on",
+    )
+
+
+def quorum_missed(plan: Plan, collected: Sequence[Collected], quorum: int, number: int) -> FedsgcgError:
+    """Return RND-402: which sites a round lost and why."""
+    lost = {part.answer.site: sentence(part.verdict.code) for part in collected if not part.verdict.accepted}
+    reasons = "; ".join(f"{site}: {text}" for site, text in lost.items())
+    look = f"look into {error_logs(plan, list(lost))}; " if lost else ""
+    return fail(
+        "RND-402",
+        where=f"round {number}",
+        found=f"{len(admitted(collected))} admitted" + (f"; {reasons}" if reasons else ""),
+        expected=training_sites(quorum),
+        action=f"{look}mend those sites or lower federation.quorum, then start again: done rounds are kept",
+    )
+
+
+def heldout_unanswered(plan: Plan, reason: Problem | None) -> FedsgcgError:
+    """Return RND-403: why the held-out site's evaluation is missing."""
+    return fail(
+        "RND-403",
+        where=plan.heldout,
+        found=" ".join(filter(None, (sentence(reason.code), reason.found))) if reason else "no answer",
+        expected="per-case results of its test cases",
+        action=f"look into {error_logs(plan, [plan.heldout])}, then start the same command again: "
+        "only the evaluation is left",
+    )
+
+
+def too_few_classes(
+    plan: Plan, number: int, prototypes: ClassStatistics | None, collected: Sequence[Collected]
+) -> Problem | None:
+    """Return STA-203 where a round of a contrastive method has prototypes of fewer than two classes, else None.
+
+    There is then nothing to tell a class apart from: the sites leave the contrastive term out, and the round is one of
+    the method without it.
+
+    Args:
+        plan: The plan.
+        number: Number of the round.
+        prototypes: What the training sites received in it; None where there are none yet.
+        collected: Answers with the class statistics; none after a restart, when they came before it.
+    """
+    settings = plan.prototypes
+    guided = plan.method.contrasts and plan.method.statistics and settings.weight > 0
+    if not guided or prototypes is None or number <= settings.warmup_rounds:
+        return None
+    active = int((prototypes.count >= settings.min_count).sum())
+    if active >= 2:
+        return None
+    withheld = {part.answer.site: _withheld(plan, part) for part in admitted(collected)}
+    told = [f"{site} withholds {', '.join(names)}" for site, names in withheld.items() if names]
+    classes = f"{active} of {plan.data.num_classes} classes {'has' if active == 1 else 'have'} prototypes"
+    return Problem(
+        "STA-203",
+        where=f"round {number}",
+        found="; ".join([classes, *(told or ["no site withholds a class"] * bool(withheld))]),
+        expected=f"two classes of {settings.min_count} pixels or more over all sites",
+        action="lower privacy.min_patients / privacy.min_pixels if the hospitals agree",
+    )
+
+
+def _withheld(plan: Plan, part: Collected) -> list[str]:
+    """Classes that a site says it kept back; anything that is no class of the plan is dropped."""
+    stated = part.reply.details.get("withheld")
+    entries = stated if isinstance(stated, list) else []
+    return [name for name in plan.data.classes if name in entries]

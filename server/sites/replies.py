@@ -1,0 +1,209 @@
+"""What came back in a round: admitted payloads and judgements, and the rows and scores that follow from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from common.errors import Problem
+from common.settings.plan import Plan
+from common.statistics import ClassStatistics
+from common.wire.messages import TRAIN, Reply, Request
+from common.wire.norm_moments import NormMoments
+from server.admission import Expectation, Verdict
+from server.records.results import mean_dice
+from server.sites.exchange import Answer
+
+Row = dict[str, Any]
+
+SITE_METRICS: Final = (
+    *("loss", "validation_dice", "validation_cases", "micro_batches"),
+    *("examples", "steps", "seconds", "learning_rate"),
+)
+"""Figures of a site that are kept, beside the parts of its loss; anything else that a site sends is dropped."""
+
+LOSS_PART: Final = re.compile(r"loss_[a-z0-9_]{1,40}")
+MOST_PARTS: Final = 16
+"""Parts of a loss that are kept of one site, whatever it sends."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One site's answer to a contributing message, with the verdict on it.
+
+    Attributes:
+        answer: The answer.
+        verdict: Whether it was admitted.
+    """
+
+    answer: Answer
+    verdict: Verdict
+
+    @property
+    def reply(self) -> Reply:
+        """The decoded reply of an admitted payload."""
+        if self.answer.reply is None:
+            raise ValueError(f"{self.answer.site} sent no reply that could be read")
+        return self.answer.reply
+
+    def problem(self, number: int) -> Problem:
+        """The problem of a rejected or missing payload of a round."""
+        where = f"round {number}, {self.answer.site}"
+        return Problem(self.verdict.code, where=where, found=self.verdict.detail)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One site's judgement of a model.
+
+    Attributes:
+        site: The site.
+        reply: Its reply.
+        cases: Per-case rows, with the site's name.
+    """
+
+    site: str
+    reply: Reply
+    cases: list[Row]
+
+    @property
+    def dice(self) -> float:
+        """Mean Dice over cases and structures; NaN without a case."""
+        return mean_dice(self.cases)
+
+    @property
+    def asd(self) -> float:
+        """Mean ASD over cases and structures where it is defined; NaN without one."""
+        known = [row["asd"] for row in self.cases if row["asd"] is not None and math.isfinite(row["asd"])]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    @property
+    def without_distance(self) -> int:
+        """Evaluations without an ASD because one mask is empty: `asd` is a mean over the others."""
+        return sum(row["asd"] is None or not math.isfinite(row["asd"]) for row in self.cases)
+
+    @property
+    def validation(self) -> tuple[float, float]:
+        """Source-validation Dice and number of cases.
+
+        The figure that a site also sends in training is preferred, so that all rounds are compared by one measure.
+        """
+        stated = validation_of(self.reply)
+        return stated if stated[1] > 0 else (self.dice, float(len({row["case"] for row in self.cases})))
+
+
+def due(plan: Plan, message_type: str, site: str, request: Request, slices: int) -> Expectation:
+    """Return what the answer to a contributing message must be.
+
+    Args:
+        plan: Says when class statistics come with the training, and of which shape.
+        message_type: Type of the request.
+        site: Whom it was sent to.
+        request: The request: its identity, the model that was sent, and what is asked about it.
+        slices: Training slices that the site enrolled with.
+    """
+    training, number = message_type == TRAIN, request.identity.round
+    with_training = plan.described_in_training(number) or plan.prototypes.memory == "online"
+    described = with_training if training else bool(request.options.get("classes"))
+    shape = (plan.data.num_classes, plan.network.num_features)
+    return Expectation(
+        identity=request.identity,
+        site=site,
+        reference=request.weights if training else None,
+        statistics_shape=shape if described and plan.method.statistics else None,
+        unit_norm=plan.prototypes.normalize,
+        max_examples=slices,
+        measured=request.weights if request.options.get("moments") else None,
+    )
+
+
+def admitted(parts: Sequence[Collected]) -> list[Collected]:
+    """Return the admitted ones."""
+    return [part for part in parts if part.verdict.accepted]
+
+
+def statistics_of(parts: Sequence[Collected]) -> list[tuple[str, ClassStatistics]]:
+    """Return (site, class statistics) of the admitted payloads that have any."""
+    replies = [part.reply for part in admitted(parts)]
+    return [(reply.site, reply.statistics) for reply in replies if reply.statistics is not None]
+
+
+def moments_of(parts: Sequence[Collected]) -> list[tuple[str, NormMoments]]:
+    """Return (site, moments of the BatchNorm layers) of the admitted payloads that have any."""
+    replies = [part.reply for part in admitted(parts)]
+    return [(reply.site, reply.moments) for reply in replies if reply.moments is not None]
+
+
+def validation_of(reply: Reply) -> tuple[float, float]:
+    """Return source-validation Dice and number of cases as the site states them; (NaN, 0) without."""
+    dice = reply.metrics.get("validation_dice", math.nan)
+    return dice, 0.0 if math.isnan(dice) else reply.metrics.get("validation_cases", 1.0)
+
+
+def mean_loss(parts: Sequence[Collected]) -> float:
+    """Return the training loss over the admitted sites, weighted by their examples; NaN when one did not tell."""
+    replies = [part.reply for part in admitted(parts)]
+    total = math.fsum(reply.metrics["examples"] for reply in replies)
+    return math.fsum(reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies) / total
+
+
+def site_rows(number: int, trained: Sequence[Collected], *described: Sequence[Collected]) -> list[Row]:
+    """Return the sites' rows of a round: figures of the admitted, bytes of all.
+
+    Args:
+        number: Number of the round.
+        trained: Answers to the training message.
+        described: Answers to the statistics messages of the same round; their bytes are added.
+    """
+    rows = []
+    for part in trained:
+        site = part.answer.site
+        answers = [
+            part.answer,
+            *(other.answer for others in described for other in others if other.answer.site == site),
+        ]
+        figures = dict(part.reply.metrics) if part.verdict.accepted else {}
+        parts = sorted(name for name in figures if LOSS_PART.fullmatch(name))[:MOST_PARTS]
+        kept = {name: figures[name] for name in (*parts, *SITE_METRICS) if math.isfinite(figures.get(name, math.nan))}
+        kept["bytes_up"] = float(sum(answer.bytes_up for answer in answers))
+        kept["bytes_down"] = float(sum(answer.bytes_down for answer in answers))
+        rows += [row(number, "train", site, name, value) for name, value in kept.items()]
+    return rows
+
+
+def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
+    """Return the rows of a source validation after training: the model is that of the round before `number`."""
+    return [
+        row(number, "train", part.site, name, value)
+        for part in judged
+        for name, value in zip(("validation_dice", "validation_cases"), part.validation, strict=True)
+        if math.isfinite(value)
+    ]
+
+
+def judged_rows(plan: Plan, number: int, judged: Sequence[Judged], known: Sequence[Row] = ()) -> list[Row]:
+    """Return the rows of an evaluation of round `number`'s model, without those that are `known` already.
+
+    The held-out site's are of phase `heldout` and metrics `heldout_dice` and `heldout_asd`, an observer's of phase
+    `observer`, with `observer_dice` and `observer_asd`; `…_asd_left_out` counts the evaluations without a distance,
+    where there are any.
+    """
+    there = {(entry["round"], entry["site"], entry["metric"]) for entry in known}
+    rows = []
+    for part in judged:
+        phase = "heldout" if part.site == plan.heldout else "observer"
+        figures = {f"{phase}_dice": part.dice, f"{phase}_asd": part.asd}
+        if part.without_distance:
+            figures[f"{phase}_asd_left_out"] = float(part.without_distance)
+        for metric, value in figures.items():
+            if math.isfinite(value) and (number, part.site, metric) not in there:
+                rows.append(row(number, phase, part.site, metric, value))
+    return rows
+
+
+def row(number: int, phase: str, site: str, metric: str, value: float) -> Row:
+    """Return one row of the rounds table."""
+    return {"round": number, "phase": phase, "site": site, "cls": "", "metric": metric, "value": float(value)}

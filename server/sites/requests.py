@@ -1,0 +1,137 @@
+"""Asking the sites: a request goes out, every answer gets a verdict, and what is missing or rejected becomes a note."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from flwr.serverapp import Grid
+
+from common.errors import FedsgcgError, Problem
+from common.settings.plan import Plan
+from common.wire.messages import EVALUATE, TRAIN, Request
+from common.wire.payload import Identity, Weights
+from server.admission import Expectation, Verdict, admit
+from server.records import results
+from server.records.results import EventLog
+from server.selection import guard_recipients
+from server.sites.enrolment import Cohort
+from server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
+from server.sites.problems import quorum_missed
+from server.sites.replies import Collected, Judged, admitted, due
+
+EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a federation asks of its cohort.
+
+    Attributes:
+        grid: Flower's grid.
+        plan: The plan.
+        cohort: The enrolled sites.
+        log: Where events go.
+        note: Takes in what went less than well.
+    """
+
+    grid: Grid
+    plan: Plan
+    cohort: Cohort
+    log: EventLog
+    note: Callable[[Problem], None]
+
+    def collect(self, message_type: str, request: Request, sites: Collection[str] | None = None) -> list[Collected]:
+        """Ask the training sites, admit what they send, and insist on the quorum.
+
+        Args:
+            message_type: A contributing message.
+            request: What is asked.
+            sites: Only these of the training sites; None asks all.
+
+        Returns:
+            One entry for every site that was asked, admitted or not, in the order of the names.
+
+        Raises:
+            FedsgcgError: RND-402 when fewer than the quorum were admitted.
+        """
+        found: dict[str, Collected] = {}
+
+        def receive(answer: Answer) -> None:
+            found[answer.site] = part = self._verdict(answer, message_type, request)
+            self._report(part, message_type)
+
+        nodes = {site: node for site, node in self.cohort.asked.items() if sites is None or site in sites}
+        self._ask(message_type, nodes, request, receive, self.cohort.quorum)
+        collected = [found[site] for site in sorted(found)]
+        self.cohort.leave_out_late(part.answer.site for part in collected if part.verdict.code == "RND-404")
+        if len(admitted(collected)) < self.cohort.quorum:
+            raise quorum_missed(self.plan, collected, self.cohort.quorum, request.identity.round)
+        return collected
+
+    def evaluate(self, split: str, nodes: Mapping[str, int], weights: Weights, number: int) -> list[Judged]:
+        """Have a model evaluated case by case; a site without a usable answer becomes a note.
+
+        Args:
+            split: `validation` or `test`.
+            nodes: Site -> node id of everyone to ask.
+            weights: The model.
+            number: Round that produced it.
+        """
+        identity = identity_of(self.plan, number)
+        judged = []
+        # A held-out site that was lost is waited for, an observer is not.
+        enough = self.cohort.quorum if split == "validation" else len(set(nodes) - {*self.plan.observers})
+        for answer in self._ask(EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough):
+            problem = answer.problem
+            if answer.reply is not None:
+                verdict = admit(answer.reply, Expectation(identity, answer.site))
+                problem = None if verdict.accepted else Problem(verdict.code, found=verdict.detail)
+            try:
+                if problem is not None or answer.reply is None:
+                    raise FedsgcgError(problem or Problem("PAY-106"))
+                cases = results.read_cases(answer.reply.cases, answer.site, self.plan)
+                judged.append(Judged(answer.site, answer.reply, cases))
+            except FedsgcgError as error:
+                where = f"{split} evaluation of round {number}, {answer.site}"
+                self.note(replace(error.problems[0], where=where))
+        return judged
+
+    def _ask(
+        self,
+        message_type: str,
+        nodes: Mapping[str, int],
+        request: Request,
+        on_answer: OnAnswer = ignore_answer,
+        enough: int | None = None,
+    ) -> list[Answer]:
+        guard_recipients(self.plan, message_type, nodes)
+        deadline_s = self.plan.federation.round_deadline_s
+        return exchange(
+            self.grid, nodes, message_type, request, deadline_s=deadline_s, enough=enough, on_answer=on_answer
+        )
+
+    def _verdict(self, answer: Answer, message_type: str, request: Request) -> Collected:
+        """Judge one answer; a rejection or a missing answer becomes a note."""
+        if answer.reply is None:
+            problem = answer.problem or Problem("PAY-106")
+            verdict = Verdict(answer.site, False, problem.code, problem.found)
+        else:
+            slices = self.cohort.members[answer.site].slices("train")
+            verdict = admit(answer.reply, due(self.plan, message_type, answer.site, request, slices))
+        if not verdict.accepted:
+            self.note(Collected(answer, verdict).problem(request.identity.round))
+        return Collected(answer, verdict)
+
+    def _report(self, part: Collected, message_type: str) -> None:
+        reply, verdict = part.answer.reply, part.verdict
+        if message_type != TRAIN and verdict.accepted:
+            return
+        figures = {name: reply.metrics.get(name) for name in EVENT_METRICS} if reply else {}
+        self.log.emit("round.reply", site=verdict.site, accepted=verdict.accepted, code=verdict.code, **figures)
+
+
+def identity_of(plan: Plan, number: int) -> Identity:
+    """Return what every message of a round carries; round 0 is before the first."""
+    return Identity(plan.run, plan.heldout, number, plan.digest())

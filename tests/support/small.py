@@ -1,0 +1,61 @@
+"""Settings of a federation small enough for a test, and helpers to run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from deploy.study.run import Study, plan_study
+
+SMALL = (
+    "network.base_width=4",
+    "data.image_size=32",
+    "federation.rounds=3",
+    "method.steps_per_round=2",
+    "privacy.min_patients=1",
+    "privacy.min_pixels=1",
+)
+
+
+def overrides(hospitals: Path, output: Path, *more: str) -> list[str]:
+    """Command line of a small study on the hospitals of a folder; of a setting given twice, the later counts."""
+    texts = (f"data.root={hospitals}", f"output={output}", *SMALL, *more)
+    return list({text.partition("=")[0]: text for text in texts}.values())
+
+
+def plan(hospitals: Path, output: Path, *more: str) -> Study:
+    """The small study, planned in this process."""
+    return plan_study(overrides(hospitals, output, *more))
+
+
+def command(*arguments: str) -> list[str]:
+    """Command line of the installed `fedsgcg`."""
+    return [str(Path(sys.executable).parent / "fedsgcg"), *arguments]
+
+
+def run(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """Run the installed `fedsgcg` to its end."""
+    environment = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=280, **keywords)
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a result table in an order of their own, NaN made comparable."""
+    rows = [
+        {name: None if value != value else value for name, value in row.items()}
+        for row in pq.read_table(path).to_pylist()
+    ]
+    return sorted(
+        rows, key=lambda row: str([row[name] for name in ("method", "heldout", "seed", "site", "case", "structure")])
+    )
+
+
+def digest(folder: Path) -> str:
+    """Model hash of the one cell below a study's folder."""
+    import json
+
+    (path,) = folder.glob("*/*/*/outcome.json")
+    return str(json.loads(path.read_text())["digest"])

@@ -1,0 +1,412 @@
+"""A step that the memory does not hold: the round starts over in smaller parts and nothing of the first try remains."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clients.data.batches import Batch
+from clients.data.case_files import open_site
+from clients.data.store import open_store
+from clients.device import choose_device
+from clients.local_state import LocalState
+from clients.methods.base import Source, segmentation_loss
+from clients.methods.running_guide import Overlay
+from clients.out_of_memory import out_of_memory
+from clients.training import Session, train_round, weights_of
+from common.console import Screen
+from common.errors import FedsgcgError
+from common.networks import UNet, build_network
+from common.settings.plan import Plan
+from common.statistics import ClassStatistics
+from common.wire import messages as wire
+from common.wire.messages import Request
+from deploy.site.check_step import measure_step
+from deploy.study.run import plan_study, run_study
+from server.report.rounds import cut_steps
+from tests.support import sites
+
+CPU = torch.device("cpu")
+MORE_THAN_THERE_IS = 2**50  # bytes: beyond the address space of a process
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("memory")
+    return sites.hospitals(folder / "data"), folder
+
+
+def opened(hospital, *overrides):
+    root, folder = hospital
+    plan = sites.plan_of(root, folder, *overrides)
+    return plan, open_store(open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=False)
+
+
+def network_of(plan: Plan) -> UNet:
+    choose_device("cpu", threads=1)
+    return build_network(plan.network, 3, plan.data.out_channels, 0)
+
+
+def needing_much(network: UNet, slices: int, calls: int = 0) -> list[int]:
+    """Let a training pass over more than so many slices ask for memory that is not there, after some that got by.
+
+    Returns:
+        The slices of each pass that failed.
+    """
+    failed: list[int] = []
+    passes = iter(range(10**6))
+
+    def ask(module: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        if module.training and len(given[0]) > slices and next(passes) >= calls:
+            failed.append(len(given[0]))
+            torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
+
+    network.register_forward_pre_hook(ask)
+    return failed
+
+
+def some_statistics(plan: Plan, seed: int, pixels: int) -> ClassStatistics:
+    rng = np.random.default_rng(seed)
+    features = np.abs(rng.normal(size=(pixels, plan.network.num_features)))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return ClassStatistics.from_features(features, rng.integers(0, 2, pixels), 2)
+
+
+def caught(work) -> BaseException:
+    try:
+        work()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_what_an_allocation_that_fails_raises_is_known():
+    assert out_of_memory(caught(lambda: torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)))
+    assert out_of_memory(caught(lambda: np.empty(MORE_THAN_THERE_IS, np.uint8)))
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not out_of_memory(caught(lambda: torch.zeros(2) @ torch.zeros(3)))
+    assert not out_of_memory(caught(lambda: choose_device("cuda"))) or torch.cuda.is_available()
+
+
+def test_an_error_that_followed_a_failed_allocation_counts_and_an_unrelated_one_does_not():
+    def cut_off():
+        try:
+            torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def own():
+        try:
+            torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
+        except RuntimeError:
+            raise ValueError("a mistake of the program")  # noqa: B904 - the context is the point
+
+    assert out_of_memory(caught(cut_off))
+    assert not out_of_memory(caught(own))
+
+
+@pytest.mark.parametrize(("method", "calls"), [("source", 0), ("ram_sgcg", 2)])
+def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_the_start(hospital, method, calls):
+    """Also where two steps were taken before: weights, BatchNorm, moments, decoder, overlay and streams start over."""
+    options = f"method={method}", "federation.moments=keep", "prototypes.memory=overlay"
+    options = *options, "method.steps_per_round=3"
+    plan, store = opened(hospital, *options)
+    small, _ = opened(hospital, *options, "site.micro_batches=2")
+    others, own = some_statistics(plan, 1, 900), some_statistics(plan, 2, 400)
+
+    def two_rounds(of: Plan, fails: bool):
+        network, state, figures = network_of(of), {}, []
+        failed: list[int] = []
+        for number in (1, 2):
+            if fails and number == 2:
+                failed = needing_much(network, 2, calls)
+                of = plan
+            guide = Overlay(others, own, of, CPU)
+            found, state = train_round(
+                network, [store], of, round_number=number, guide=guide, device=CPU, state=state or None
+            )
+            figures.append(found)
+        return weights_of(network).digest(), state, figures, failed
+
+    digest, state, figures, failed = two_rounds(small, fails=True)
+    expected, state_of_small, figures_of_small, _ = two_rounds(small, fails=False)
+    assert failed == [4]
+    assert figures[1]["micro_batches"] == figures_of_small[1]["micro_batches"] == 2
+    assert digest == expected
+    assert {name for name in state if name != "micro_batches"} == set(state_of_small)
+    assert any(name.startswith("adam.") for name in state)
+    for name, tensor in state_of_small.items():
+        assert torch.equal(state[name], tensor), name
+    kept = {"seconds", "micro_batches"}
+    assert {k: v for k, v in figures[1].items() if k not in kept} == {
+        k: v for k, v in figures_of_small[1].items() if k not in kept
+    }
+
+
+def test_what_the_site_had_kept_is_as_it_was_after_a_round(hospital):
+    plan, store = opened(hospital, "method=ram", "federation.moments=keep", "method.steps_per_round=2")
+    _, state = train_round(network_of(plan), [store], plan, round_number=1, guide=None, device=CPU)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    train_round(network_of(plan), [store], plan, round_number=2, guide=None, device=CPU, state=state)
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+def test_the_next_round_begins_with_the_parts_that_fitted_also_from_the_disk(hospital, tmp_path):
+    plan, store = opened(hospital, "method=source")
+    network = network_of(plan)
+    failed = needing_much(network, 2)
+    kept = LocalState.of(tmp_path, sites.identity(plan))
+    figures, state = train_round(network, [store], plan, round_number=1, guide=None, device=CPU)
+    assert figures["micro_batches"] == 2
+    kept.store(1, state)
+    figures, _ = train_round(network, [store], plan, round_number=2, guide=None, device=CPU, state=kept.load(2)[1])
+    assert figures["micro_batches"] == 2
+    assert failed == [4], "the first round alone tried the whole step"
+
+
+def test_a_site_that_never_ran_out_of_memory_keeps_nothing_of_it(hospital):
+    plan, store = opened(hospital, "method=source", "site.micro_batches=2")
+    figures, state = train_round(network_of(plan), [store], plan, round_number=1, guide=None, device=CPU)
+    assert figures["micro_batches"] == 2
+    assert state == {}
+
+
+def test_more_parts_than_a_step_has_are_told_as_they_are(hospital):
+    plan, store = opened(hospital, "site.micro_batches=64")  # four slices: two parts of two
+    figures, _ = train_round(network_of(plan), [store], plan, round_number=1, guide=None, device=CPU)
+    assert figures["micro_batches"] == 2
+
+
+def test_the_site_is_told(hospital, caplog):
+    plan, store = opened(hospital, "method=source")
+    network = network_of(plan)
+    needing_much(network, 2)
+    with caplog.at_level(logging.WARNING, "fedsgcg.site"):
+        train_round(network, [store], plan, round_number=3, guide=None, device=CPU)
+    (record,) = caplog.records
+    assert "round 3: a step of 4 slices does not fit into the memory (cpu)" in record.getMessage()
+    assert "in 2 parts, the same effective batch" in record.getMessage()
+
+
+def test_a_step_that_fits_in_no_parts_is_an_error_that_says_what_to_do(hospital):
+    plan, store = opened(hospital, "method=source", "method.batch_size=10")
+    network = network_of(plan)
+    failed = needing_much(network, 1)
+    with pytest.raises(FedsgcgError) as raised:
+        train_round(network, [store], plan, round_number=1, guide=None, device=CPU)
+    (problem,) = raised.value.problems
+    assert failed == [10, 5, 3, 2]  # in 1, 2, 4 and at last 5 parts
+    assert problem.code == "SITE-502"
+    assert "10 slices of 32 pixels in 5 parts" in problem.found
+    assert "data.image_size" in problem.action
+
+
+def test_any_other_error_of_a_step_is_not_tried_again(hospital):
+    plan, store = opened(hospital, "method=source")
+    network, calls = network_of(plan), []
+
+    def stop(*_: object) -> None:
+        calls.append(1)
+        raise RuntimeError("a mistake of the program")
+
+    network.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="a mistake of the program"):
+        train_round(network, [store], plan, round_number=1, guide=None, device=CPU)
+    assert len(calls) == 1
+
+
+def test_memory_that_ends_outside_of_training_has_its_code_too(hospital, monkeypatch):
+    root, folder = hospital
+    plan = sites.plan_of(root, folder)
+
+    def describes(*_: object) -> None:
+        torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
+
+    monkeypatch.setattr("clients.app.site_statistics", describes)
+    request = Request(sites.identity(plan), sites.weights(plan))
+    assert sites.answer(plan, wire.STATISTICS, request, "North").error == "SITE-502"
+
+
+def test_the_doctor_measures_a_step_as_training_would_take_it(hospital, monkeypatch):
+    plan, _ = opened(hospital, "method.batch_size=8")
+
+    def fitting(slices: int):
+        def built(*given: object, **named: object) -> UNet:
+            network = build_network(*given, **named)
+            needing_much(network, slices)
+            return network
+
+        return built
+
+    monkeypatch.setattr("deploy.site.check_step.build_network", fitting(3))
+    assert measure_step(plan, CPU).parts == 4
+    monkeypatch.setattr("deploy.site.check_step.build_network", fitting(1))
+    with pytest.raises(FedsgcgError) as raised:
+        measure_step(plan, CPU)
+    assert raised.value.code == "SITE-502"
+    assert "in 4 parts" in raised.value.problems[0].found
+
+
+# parts of a step
+
+
+def batch_of(sizes, seed=0, classes=2):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(sum(sizes), 3, 32, 32, generator=generator) * 2 - 1
+    return Batch(images, torch.randint(0, classes, (sum(sizes), 32, 32), generator=generator), sizes)
+
+
+class Entropy(Source):
+    """A loss that is a mean over slices, as the docstring of `Batch.parts` has it."""
+
+    def supervised(self, batch, views):
+        value = torch.nn.functional.cross_entropy(views[0].logits, batch.labels)
+        return value, {"loss_supervised": value.detach()}
+
+
+def gradients(plan, batch, parts, method=None):
+    network = network_of(plan).double()
+    session = Session(network, plan, len(batch.sizes), CPU, {})
+    if method is not None:
+        session.method = method(network, plan, len(batch.sizes), CPU)
+    given = replace(batch, images=batch.images.double())
+    figures = session.step(given, None, parts)
+    return [parameter.grad.clone() for parameter in network.parameters()], figures, network
+
+
+@pytest.mark.parametrize(("sizes", "parts"), [((8,), 2), ((8,), 4), ((7,), 3), ((4, 4), 2)])
+def test_gradients_of_the_parts_add_up_to_those_of_the_whole_for_a_mean_over_slices(hospital, sizes, parts):
+    plan, _ = opened(hospital, "method=source", "network.norm=group")
+    whole, figures, _ = gradients(plan, batch_of(sizes), 1, Entropy)
+    cut, figures_of_parts, _ = gradients(plan, batch_of(sizes), parts, Entropy)
+    for first, second in zip(whole, cut, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)  # logits are float32
+    torch.testing.assert_close(figures_of_parts, figures, rtol=1e-5, atol=1e-6)
+
+
+def test_dice_sees_the_parts_and_their_gradients_are_weighted_by_their_slices(hospital):
+    plan, _ = opened(hospital, "method=source", "network.norm=group")
+    batch = batch_of((7,))
+    cut, figures, _ = gradients(plan, batch, 3)
+    network = network_of(plan).double()
+    own = [[0, 3, 6], [1, 4], [2, 5]]
+    losses = [segmentation_loss(network(batch.images[i].double())[0], batch.labels[i], plan.data) for i in own]
+    total = (3 * losses[0] + 2 * losses[1] + 2 * losses[2]) / 7
+    expected = torch.autograd.grad(total, list(network.parameters()))
+    for first, second in zip(expected, cut, strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-6)  # logits are float32
+    assert figures[0].item() == pytest.approx(total.item())
+    whole = segmentation_loss(network(batch.images.double())[0], batch.labels, plan.data)
+    assert abs(whole.item() - total.item()) > 1e-6
+
+
+def test_batchnorm_sees_the_parts_one_after_the_other(hospital):
+    plan, _ = opened(hospital, "method=source")
+    batch = batch_of((4,))
+    convolution, norm = list(network_of(plan).double().encoder.modules())[4:6]
+    assert isinstance(norm, torch.nn.BatchNorm2d)
+    means = [convolution(batch.images[i].double()).mean((0, 2, 3)) for i in ([0, 2], [1, 3])]
+    _, _, trained = gradients(plan, batch, 2)
+    after = list(trained.encoder.modules())[5]
+    assert int(after.num_batches_tracked) == 2
+    torch.testing.assert_close(after.running_mean, 0.9 * (0.1 * means[0]) + 0.1 * means[1], rtol=1e-9, atol=1e-12)
+
+
+# a process whose memory is limited
+
+LIMITED = """
+import json, resource, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from clients.data.store import open_store
+from clients.device import choose_device
+from clients.data.case_files import open_site
+from clients.training import train_round, weights_of
+from common.networks import build_network
+from common.settings.compose import join
+from common.settings.plan import Plan
+
+def pages(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) * 1024
+
+tree, parts, room = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+choose_device("cpu", 1)
+plan = Plan.from_tree(tree)
+plan = replace(plan, site=replace(plan.site, micro_batches=parts))
+store = open_store(open_site(plan.data.root, "North", plan.data), plan.data, Path(sys.argv[4]), heldout=False)
+network = build_network(plan.network, 3, plan.data.out_channels, 0)
+tiny = torch.zeros(2, 3, 16, 16)  # what the libraries take for themselves at their first use is no part of a step
+network.eval()(tiny)[0].sum().backward()
+torch.optim.Adam(network.parameters()).zero_grad()  # it loads torch's compiler
+before = pages("VmSize")
+if room:
+    resource.setrlimit(resource.RLIMIT_AS, (before + room, before + room))
+figures, _ = train_round(network, [store], plan, round_number=1, guide=None, device=torch.device("cpu"))
+facts = {"digest": weights_of(network).digest(), "parts": figures["micro_batches"], "grown": pages("VmPeak") - before}
+print(json.dumps(facts))
+"""
+
+
+def test_a_process_with_too_little_memory_trains_the_same_model_in_parts(hospital, tmp_path):
+    """The limit lies between what the whole step and its halves were measured to need."""
+    root, folder = hospital
+    options = "method=source", "data.image_size=128", "network.base_width=8", "method.batch_size=8"
+    tree = sites.tree_of(root, folder, *options, "method.steps_per_round=2")
+    # Memory that is freed goes back to the system, so that the size of the process is what it uses.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+
+    def trained(parts: int, room: int = 0):
+        command = [sys.executable, "-c", LIMITED, json.dumps(tree), str(parts), str(room), str(tmp_path / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout), done.stderr
+
+    whole, _ = trained(1)
+    halves, _ = trained(2)
+    assert halves["grown"] < 0.8 * whole["grown"]
+    limited, told = trained(1, (whole["grown"] + halves["grown"]) // 2)
+    assert limited["parts"] == halves["parts"] == 2
+    assert limited["digest"] == halves["digest"] != whole["digest"]
+    assert "does not fit into the memory" in told
+
+
+# what the user is told
+
+
+def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(hospital, tmp_path, monkeypatch):
+    def built(*given: object, **named: object) -> UNet:
+        network = build_network(*given, **named)
+        needing_much(network, 2)
+        return network
+
+    monkeypatch.setattr("clients.app.build_network", built)
+    root, _ = hospital
+    words = "method=source", "heldout=South", "federation.rounds=2", f"data.root={root}", "runtime=inprocess"
+    places = f"output={tmp_path / 'study'}", f"site.cache={tmp_path / 'cache'}"
+    small = [text for text in sites.SMALL if not text.startswith("federation.rounds")]
+    said = io.StringIO()
+    console = Screen(said, width=400)
+    assert run_study(plan_study([*small, *words, *places]), console) == 0
+    told = "North in 2. The effective batch is the same; BatchNorm and the Dice term see the parts"
+    assert f"source · South · seed 0: parts of a training step that the memory did not hold whole: {told}" in (
+        said.getvalue()
+    )
+    assert told in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_nothing_is_told_of_steps_that_were_whole():
+    rows = [{"metric": "micro_batches", "site": "North", "value": 1.0}, {"metric": "loss", "site": "B", "value": 9.0}]
+    assert cut_steps(rows) == ""
+    rows += [{"metric": "micro_batches", "site": site, "value": value} for site, value in (("B", 8.0), ("B", 2.0))]
+    assert "B in 2 or 8." in cut_steps(rows)

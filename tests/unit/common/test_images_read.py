@@ -1,0 +1,504 @@
+"""Reading images: orientation, geometry, scale factors, pictures, damaged files."""
+
+import gzip
+import itertools
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from common.errors import FedsgcgError
+from common.images.read import (
+    PLANES,
+    Volume,
+    affine_as,
+    check_geometry,
+    check_image,
+    read_volume,
+    suffix_of,
+    to_native,
+    write_volume,
+)
+
+PAIRS = ("LR", "PA", "SI")
+ALL_CODES = [
+    tuple(pair[side] for pair, side in zip(order, sides, strict=True))
+    for order in itertools.permutations(("LR", "PA", "SI"))
+    for sides in itertools.product((0, 1), repeat=3)
+]
+
+
+def save(path, array, affine=None, dtype=None):
+    image = nib.Nifti1Image(array, np.diag([-1.0, -2.0, 3.0, 1.0]) if affine is None else affine, dtype=dtype)
+    nib.save(image, path)
+    return path
+
+
+def code_of(path, **options):
+    with pytest.raises(FedsgcgError) as caught:
+        read_volume(path, **options)
+    assert str(path) in caught.value.problems[0].where
+    return caught.value.code
+
+
+# orientation
+
+
+@pytest.mark.parametrize("codes", ALL_CODES, ids="".join)
+def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_path, codes):
+    """A marker is placed by its position in mm; the reader must find it by anatomy, whatever the file's axes."""
+    array = np.zeros((4, 5, 6), np.int16)
+    sizes = np.array([1.0, 2.0, 3.0])
+    affine = np.eye(4)
+    for axis, code in enumerate(codes):
+        world = {"L": 0, "R": 0, "P": 1, "A": 1, "S": 2, "I": 2}[code]
+        affine[:, axis] = 0
+        affine[world, axis] = sizes[axis] * (1 if code in "RAS" else -1)
+    # The marker lies at the voxel that is the most right, most anterior and most superior.
+    place = tuple(0 if code in "LPI" else size - 1 for code, size in zip(codes, array.shape, strict=True))
+    array[place] = 9
+    volume = read_volume(save(tmp_path / "a.nii.gz", array, affine))
+    where = np.argwhere(volume.array == 9)
+    # Slices are cut across the axis with the longest voxels, axis 2 of the file.
+    assert volume.plane == {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal"}.get(codes[2], "sagittal")
+    along = PLANES[volume.plane][::-1]  # of slices, rows, columns
+    last = [size - 1 for size in volume.array.shape]
+    assert where.tolist() == [[end if code in "RAS" else 0 for code, end in zip(along, last, strict=True)]]
+    expected = [
+        next(sizes[axis] for axis, own in enumerate(codes) if own in pair)
+        for code in along
+        for pair in PAIRS
+        if code in pair
+    ]
+    assert volume.spacing == pytest.approx(tuple(expected))
+    assert nib.aff2axcodes(volume.canonical_affine) == PLANES[volume.plane]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "plane"),
+    [
+        ((1, 1, 1), (5, 6, 7), "axial"),  # isotropic
+        ((0.9, 0.9, 0.5), (5, 6, 7), "axial"),  # slices thinner than pixels
+        ((1.2, 1, 1), (5, 6, 7), "axial"),  # nearly isotropic
+        ((1.4, 1, 1), (5, 6, 7), "axial"),
+        ((1.5, 1, 1), (5, 6, 7), "sagittal"),
+        ((0.5, 4, 0.5), (5, 6, 7), "coronal"),
+        ((1, 1, 1), (1, 6, 7), "sagittal"),  # a single slice
+        ((1, 1, 1), (5, 1, 7), "coronal"),
+    ],
+)
+def test_slices_are_those_of_the_acquisition(tmp_path, sizes, shape, plane):
+    volume = read_volume(save(tmp_path / "a.nii", np.zeros(shape, np.int16), np.diag([*sizes, 1.0])))
+    assert (volume.plane, volume.kind) == (plane, f"{plane} volume")
+    across = {"sagittal": 0, "coronal": 1, "axial": 2}[plane]
+    assert volume.array.shape[0] == shape[across]
+    assert volume.spacing[0] == pytest.approx(sizes[across])
+
+
+# lengths
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3), ("unknown", 1)])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_lengths_are_in_millimetres_whatever_the_headers_unit(tmp_path, unit, factor, kind):
+    affine = np.diag([0.8 * factor, 0.8 * factor, 3.0 * factor, 1.0])
+    affine[:3, 3] = np.array([10, 20, 30]) * factor
+    image = kind(np.zeros((6, 6, 4), np.float32), affine)
+    image.header.set_xyzt_units(unit)
+    (tmp_path / "a.nii").write_bytes(image.to_bytes())
+    volume = read_volume(tmp_path / "a.nii")
+    assert volume.millimetres == pytest.approx((3.0, 0.8, 0.8))
+    np.testing.assert_allclose(volume.affine[:3, 3], [10, 20, 30], rtol=1e-6)
+
+
+@pytest.mark.parametrize("missing", [0.0, np.nan])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_voxel_size_that_is_missing_gives_no_millimetres(tmp_path, missing, kind):
+    image = kind(np.zeros((6, 6, 4), np.float32), np.diag([0.8, 0.8, 3.0, 1.0]))
+    image.set_qform(image.affine, 1)
+    image.set_sform(None, 0)
+    (tmp_path / "whole.nii").write_bytes(image.to_bytes())
+    assert read_volume(tmp_path / "whole.nii").millimetres == pytest.approx((3.0, 0.8, 0.8))
+    raw = bytearray(image.to_bytes())
+    size = image.header.structarr.nbytes
+    header = np.frombuffer(bytes(raw[:size]), image.header.structarr.dtype).copy()
+    header["pixdim"][0, 2] = missing
+    raw[:size] = header.tobytes()
+    (tmp_path / "a.nii").write_bytes(bytes(raw))
+    if np.isnan(missing):
+        assert code_of(tmp_path / "a.nii") == "DAT-103"  # an affine that is no number places nothing
+    else:
+        assert read_volume(tmp_path / "a.nii").millimetres is None
+
+
+@settings(deadline=None)  # writing files on a busy machine takes what it takes
+@given(
+    codes=st.sampled_from(ALL_CODES), shape=st.tuples(*[st.integers(1, 5)] * 3), tilt=st.floats(-0.3, 0.3),
+    sizes=st.permutations((1.0, 2.0, 4.0)),
+)  # fmt: skip
+def test_law_to_native_undoes_reading(tmp_path_factory, codes, shape, tilt, sizes):
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 100, shape).astype(np.int16)
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]]
+    affine = affine_as(codes, turn @ np.diag([-sizes[0], -sizes[1], sizes[2], 1.0]), (4, 5, 6))
+    path = save(tmp_path_factory.mktemp("v") / "a.nii", array, affine)
+    volume = read_volume(path)
+    np.testing.assert_array_equal(to_native(volume.array, volume), array)
+
+
+@pytest.mark.parametrize("codes", [("R", "A", "S"), ("P", "S", "L"), ("I", "R", "P")])
+def test_writing_and_reading_returns_the_canonical_array_and_the_same_place_in_mm(tmp_path, codes):
+    array = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
+    canonical = np.diag([-1.5, -2.0, 3.0, 1.0])
+    canonical[:3, 3] = (10, 20, 30)
+    affine = affine_as(codes, canonical, array.shape)
+    write_volume(tmp_path / "a.nii.gz", array, affine)
+    assert nib.aff2axcodes(nib.load(tmp_path / "a.nii.gz").affine) == codes
+    volume = read_volume(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(volume.array, array)
+    np.testing.assert_allclose(volume.canonical_affine, canonical, atol=1e-5)
+    assert volume.spacing == pytest.approx((3.0, 2.0, 1.5))
+
+
+def test_equal_volumes_are_written_as_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_volume(tmp_path / f"{name}.nii.gz", np.ones((2, 3, 4), np.int16), np.diag([-1.0, -1, 1, 1]))
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes()[4:8] == bytes(4), "no time stamp"
+
+
+# voxels
+
+
+@pytest.mark.parametrize(("dtype", "raw"), [(np.int16, -300), (np.uint16, 65000), (np.uint8, 200), (np.float64, 0.25)])
+def test_scale_factors_of_the_header_are_applied(tmp_path, dtype, raw):
+    image = nib.Nifti1Image(np.full((2, 2, 2), raw, dtype), np.diag([-1.0, -1, 1, 1]))
+    image.header.set_slope_inter(0.5, 7)
+    # Written by hand: nibabel would rescale the stored values to fit the slope.
+    content = bytearray(image.header.binaryblock) + b"\0\0\0\0" + np.full(8, raw, dtype).tobytes()
+    content[108:112] = np.float32(352).tobytes()
+    (tmp_path / "a.nii").write_bytes(bytes(content))
+    np.testing.assert_allclose(read_volume(tmp_path / "a.nii").array, raw * 0.5 + 7)
+
+
+def test_nifti_2_and_big_endian_files_are_read(tmp_path):
+    array = np.arange(8, dtype=np.int16).reshape(2, 2, 2)
+    affine = np.diag([-1.0, -1, 1, 1])
+    nib.save(nib.Nifti2Image(array, affine), tmp_path / "two.nii")
+    big = nib.Nifti1Image(array, affine, nib.Nifti1Header(endianness=">"))
+    (tmp_path / "big.nii").write_bytes(big.to_bytes())
+    for name in ("two.nii", "big.nii"):
+        np.testing.assert_array_equal(read_volume(tmp_path / name).array, array.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 1), (3, 4, 5, 1, 1)])
+def test_trailing_axes_of_length_one_are_dropped(tmp_path, shape):
+    array = np.arange(60, dtype=np.int16).reshape(shape)
+    assert read_volume(save(tmp_path / "a.nii", array)).array.shape == (5, 4, 3)
+
+
+def test_a_single_slice_file_is_a_volume_of_one_slice(tmp_path):
+    array = np.arange(12, dtype=np.int16).reshape(3, 4)
+    assert read_volume(save(tmp_path / "a.nii", array)).array.shape == (1, 4, 3)
+
+
+def test_a_time_series_is_refused_with_a_hint(tmp_path):
+    path = save(tmp_path / "a.nii.gz", np.zeros((3, 4, 5, 2), np.int16))
+    with pytest.raises(FedsgcgError) as caught:
+        read_volume(path)
+    problem = caught.value.problems[0]
+    assert problem.code == "DAT-106"
+    assert "3x4x5x2" in problem.found
+    assert "one time point" in problem.action
+
+
+def test_colour_voxels_are_refused(tmp_path):
+    colour = np.zeros((3, 4, 5), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    assert code_of(save(tmp_path / "a.nii", colour)) == "DAT-106"
+
+
+# damaged files
+
+
+def test_damaged_files_say_so(tmp_path):
+    whole = save(tmp_path / "whole.nii.gz", np.arange(6000, dtype=np.int16).reshape(10, 20, 30)).read_bytes()
+    damaged = {
+        "cut.nii.gz": whole[: len(whole) // 2],
+        "cut_in_header.nii.gz": whole[:40],
+        "empty.nii.gz": b"",
+        "text.nii.gz": b"this is no image at all, but it is long enough" * 20,
+        "zipped_text.nii.gz": gzip.compress(b"neither is this" * 100),
+        "cut.nii": gzip.decompress(whole)[:1000],
+        "picture.png": b"\x89PNG\r\n\x1a\n broken",
+        "picture.tif": b"II*\0 broken",
+        "picture.jpg": b"",
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        assert code_of(tmp_path / name) == "DAT-103", name
+
+
+def test_a_bit_that_flipped_in_a_compressed_file_is_noticed(tmp_path):
+    """Stored (uncompressed) gzip blocks still decompress after a flip: only the checksum at the end tells."""
+    plain = nib.Nifti1Image(np.ones((8, 8, 8), np.int16), np.diag([-1.0, -1, 1, 1])).to_bytes()
+    content = bytearray(gzip.compress(plain, 0))
+    content[600] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(bytes(content))
+    assert code_of(tmp_path / "a.nii.gz") == "DAT-103"
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with pytest.raises(FedsgcgError, match="no such file"):
+        read_volume(tmp_path / "nowhere.nii.gz")
+    (tmp_path / "a.dcm").write_bytes(b"x")
+    assert code_of(tmp_path / "a.dcm") == "DAT-103"
+
+
+def test_a_header_without_a_usable_affine_is_refused(tmp_path):
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4))
+    image.header["srow_x"] = 0
+    (tmp_path / "a.nii").write_bytes(image.header.binaryblock + b"\0\0\0\0" + bytes(16))
+    assert code_of(tmp_path / "a.nii") == "DAT-103"
+
+
+def test_a_header_that_announces_an_absurd_size_is_refused_before_memory_is_taken(tmp_path):
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.diag([-1.0, -1, 1, 1]))
+    header = bytearray(image.header.binaryblock)
+    header[40:48] = np.array([3, 32767, 32767, 32767], np.int16).tobytes()
+    (tmp_path / "a.nii").write_bytes(bytes(header) + bytes(20))
+    assert code_of(tmp_path / "a.nii") == "DAT-103"
+
+
+# image and mask
+
+
+def volume(shape=(4, 5, 6), affine=None, value=0.0, picture=False):
+    array = np.full(shape, value, np.float32)
+    array.flat[0] += 1
+    affine = np.diag([-1.0, -1.0, 3.0, 1.0]) if affine is None else affine
+    return Volume(array, affine, (3.0, 1.0, 1.0), picture)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(bad):
+    image = volume()
+    image.array[1, 2, 3] = bad
+    with pytest.raises(FedsgcgError, match="1 of 120 values") as caught:
+        check_image(image, "case")
+    assert caught.value.code == "DAT-107"
+
+
+def test_a_constant_image_is_refused():
+    image = volume()
+    image.array[:] = 5
+    with pytest.raises(FedsgcgError, match="every value is 5") as caught:
+        check_image(image, "case")
+    assert caught.value.code == "DAT-108"
+    check_image(volume(), "case")
+
+
+def test_masks_of_another_shape_are_refused():
+    with pytest.raises(FedsgcgError) as caught:
+        check_geometry(volume(), volume((4, 6, 5)), "case")
+    assert (caught.value.code, caught.value.problems[0].found) == ("DAT-104", "4x6x5")
+    with pytest.raises(FedsgcgError, match="DAT-104"):
+        check_geometry(volume((1, 5, 6), picture=True), volume((1, 5, 6)), "case")
+
+
+@pytest.mark.parametrize(
+    ("change", "fine"),
+    [
+        ((0, 3, 0.05), True),  # a twentieth of a voxel: rounding
+        ((0, 3, 0.5), False),  # half a voxel
+        ((2, 2, -3.0), False),  # slices upside down
+        ((0, 0, -1.03), False),  # spacing 3 % off: adds up over the rows
+        ((0, 0, 1.0), False),  # left and right swapped
+    ],
+)
+def test_masks_that_lie_elsewhere_are_refused(change, fine):
+    affine = np.diag([-1.0, -1.0, 3.0, 1.0])
+    affine[change[0], change[1]] = change[2]
+    if fine:
+        check_geometry(volume(), volume(affine=affine), "case")
+    else:
+        with pytest.raises(FedsgcgError) as caught:
+            check_geometry(volume(), volume(affine=affine), "case")
+        assert caught.value.code == "DAT-105"
+
+
+def test_a_mask_saved_with_other_axes_over_the_same_space_is_fine(tmp_path):
+    array = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    canonical = np.diag([-1.0, -2.0, 3.0, 1.0])
+    for name, codes in (("image", ("L", "P", "S")), ("mask", ("S", "R", "A"))):
+        write_volume(tmp_path / f"{name}.nii.gz", array, affine_as(codes, canonical, array.shape))
+    image, mask = read_volume(tmp_path / "image.nii.gz"), read_volume(tmp_path / "mask.nii.gz", mask=True)
+    check_geometry(image, mask, "case")
+    np.testing.assert_array_equal(image.array, mask.array)
+
+
+# pictures
+
+
+def test_grey_colour_and_alpha_pictures(tmp_path):
+    colours = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4) * 10
+    Image.fromarray(colours[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(colours[..., :3]).save(tmp_path / "rgb.bmp")
+    Image.fromarray(colours, "RGBA").save(tmp_path / "rgba.png")
+    Image.fromarray(colours[..., 0]).save(tmp_path / "grey.jpg", quality=100)
+    for name, channels in (("grey.png", 1), ("rgb.bmp", 3), ("rgba.png", 3)):
+        picture = read_volume(tmp_path / name)
+        assert picture.is_picture
+        assert picture.spacing == (1.0, 1.0, 1.0)
+        np.testing.assert_array_equal(picture.array, colours[..., :channels].transpose(2, 0, 1))
+    np.testing.assert_allclose(read_volume(tmp_path / "grey.jpg").array[0], colours[..., 0], atol=4)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_sixteen_bit_tiff_keeps_its_values(tmp_path, compression):
+    grey = np.array([[0, 1000], [40000, 65535]], np.uint16)
+    tifffile.imwrite(tmp_path / "a.tiff", grey, compression=compression)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tiff").array[0], grey)
+    colours = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
+    tifffile.imwrite(tmp_path / "b.tif", colours, photometric="rgb", compression=compression)
+    np.testing.assert_array_equal(read_volume(tmp_path / "b.tif").array, colours.transpose(2, 0, 1))
+    tifffile.imwrite(tmp_path / "c.tif", colours.transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate")
+    np.testing.assert_array_equal(read_volume(tmp_path / "c.tif").array, colours.transpose(2, 0, 1))
+
+
+def test_lzw_tiff_as_scanners_write_it(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "a.tif", compression="tiff_lzw")
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").array[0], grey)
+
+
+def test_a_tiff_of_many_pages_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((7, 8, 9), np.uint8), photometric="minisblack")
+    assert code_of(tmp_path / "a.tif") == "DAT-106"
+
+
+BILEVEL = {"none": None, "lzw": "tiff_lzw", "group4": "group4", "packbits": "packbits", "deflate": "tiff_adobe_deflate"}
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("compression", BILEVEL.values(), ids=list(BILEVEL))
+def test_a_tiff_is_read_as_a_viewer_shows_it_whether_white_or_black_is_zero(tmp_path, compression, photometric):
+    mask = np.zeros((48, 64), bool)
+    mask[10:30, 15:40] = True
+    Image.fromarray(mask).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: photometric})
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif", mask=True).array[0], mask)
+    if compression == "group4":
+        return  # holds one bit a pixel alone
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "b.tif", compression=compression, tiffinfo={262: photometric})
+    np.testing.assert_array_equal(read_volume(tmp_path / "b.tif").array[0], grey)
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 200
+    stored = 65535 - deep if photometric == 0 else deep
+    Image.fromarray(stored).save(tmp_path / "c.tif", compression=compression, tiffinfo={262: photometric})
+    np.testing.assert_array_equal(read_volume(tmp_path / "c.tif").array[0], deep)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+def test_a_palette_tiff_gives_colours_as_an_image_and_indices_as_a_mask(tmp_path, compression):
+    colours = np.random.default_rng(0).integers(20, 230, (48, 64, 3)).astype(np.uint8)
+    palette = Image.fromarray(colours).quantize(128)
+    palette.save(tmp_path / "p.tif", compression=compression)
+    expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_volume(tmp_path / "p.tif").array, expected)
+    np.testing.assert_array_equal(read_volume(tmp_path / "p.tif", mask=True).array[0], np.asarray(palette))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_ink_colours_of_a_printed_tiff_are_turned_into_light(tmp_path, compression):
+    inks = np.random.default_rng(0).integers(0, 256, (8, 9, 4)).astype(np.uint8)
+    picture = Image.fromarray(inks, "CMYK")
+    picture.save(tmp_path / "a.tif", compression=compression)
+    expected = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").array, expected)
+
+
+@pytest.mark.parametrize("thumbnail_first", [True, False])
+@pytest.mark.parametrize("reduced", [0, 1])
+def test_the_thumbnail_of_a_tiff_is_not_its_picture(tmp_path, thumbnail_first, reduced):
+    colours = np.random.default_rng(0).integers(0, 256, (49, 64, 3)).astype(np.uint8)
+    pages = [(colours[::4, ::4].copy(), reduced), (colours, 0)]
+    with tifffile.TiffWriter(tmp_path / "t.tif") as file:
+        for page, kind in pages if thumbnail_first else pages[::-1]:
+            file.write(page, photometric="rgb", subfiletype=kind)
+    np.testing.assert_array_equal(read_volume(tmp_path / "t.tif").array, colours.transpose(2, 0, 1))
+
+
+def test_a_tiff_of_two_different_pictures_is_refused(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "t.tif") as file:
+        file.write(np.zeros((40, 64), np.uint8), photometric="minisblack")
+        file.write(np.zeros((32, 20), np.uint8), photometric="minisblack")
+    assert code_of(tmp_path / "t.tif") == "DAT-106"
+
+
+def test_a_mask_in_a_lossy_format_is_refused_whatever_it_is_called(tmp_path):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 15:40] = 1
+    for name, options in (("m.jpg", {}), ("m.jpeg", {"quality": 100}), ("m.tif", {"compression": "jpeg"})):
+        Image.fromarray(mask).save(tmp_path / name, **options)
+        assert code_of(tmp_path / name, mask=True) == "DAT-116", name
+    (tmp_path / "m.png").write_bytes((tmp_path / "m.jpg").read_bytes())
+    assert code_of(tmp_path / "m.png", mask=True) == "DAT-116"
+    assert read_volume(tmp_path / "m.jpg").array.shape == (1, 48, 64), "images may be JPEG"
+    assert read_volume(tmp_path / "m.tif").array.shape == (1, 48, 64)
+
+
+def test_mask_pictures_give_label_values(tmp_path):
+    labels = np.array([[0, 1], [2, 2]], np.uint8)
+    palette = Image.fromarray(labels, "P")
+    palette.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(np.repeat(labels[..., None], 3, 2)).save(tmp_path / "equal.png")
+    Image.fromarray(labels > 0).save(tmp_path / "binary.png")
+    np.testing.assert_array_equal(read_volume(tmp_path / "palette.png", mask=True).array[0], labels)
+    np.testing.assert_array_equal(read_volume(tmp_path / "equal.png", mask=True).array[0], labels)
+    np.testing.assert_array_equal(read_volume(tmp_path / "binary.png", mask=True).array[0], labels > 0)
+    assert read_volume(tmp_path / "palette.png").array.shape == (3, 2, 2), "as an image a palette means colours"
+    coloured = np.zeros((2, 2, 3), np.uint8)
+    coloured[0, 0] = (255, 0, 0)
+    Image.fromarray(coloured).save(tmp_path / "colours.png")
+    assert code_of(tmp_path / "colours.png", mask=True) == "DAT-106"
+
+
+def test_suffixes():
+    from pathlib import Path
+
+    assert [suffix_of(Path(name)) for name in ("a.NII.GZ", "b.nii", "c.Jpeg", "d.gz", "e")] == [
+        ".nii.gz", ".nii", ".jpeg", "", "",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_read_as_people_see_it(tmp_path, suffix, orientation):
+    """Each EXIF orientation, stored so that the upright picture is the same every time."""
+    upright = np.zeros((16, 24), np.uint8)
+    upright[:8, :8] = 255  # a landmark in the upper left corner
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),  # shown after a quarter turn clockwise
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }[orientation]
+    path = tmp_path / f"picture.{suffix}"
+    if suffix == "tif":
+        tifffile.imwrite(path, np.ascontiguousarray(turned), extratags=[(274, 3, 1, orientation, True)])
+    else:
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.fromarray(np.ascontiguousarray(turned)).save(path, exif=exif)
+    read = read_volume(path).array[0]
+    assert read.shape == upright.shape
+    assert np.abs(read - upright).max() < 20

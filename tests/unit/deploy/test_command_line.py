@@ -1,0 +1,111 @@
+"""What every command promises: it starts fast, says its version, and ends cleanly when it is asked to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.console import run_command
+from deploy.cli import coordinator as cli
+from deploy.cli import site as site_cli
+from tests.support import small
+
+HEAVY = ("torch", "flwr", "ray", "nibabel", "hydra", "scipy", "sklearn", "matplotlib")
+
+
+@pytest.mark.parametrize("module", ["deploy.cli.coordinator", "deploy.cli.site"])
+def test_help_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys; sys.argv = ['x', '--help']; import {module}\ntry: {module}.main()\nexcept SystemExit: pass\n"
+    code += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("main", [cli.main, site_cli.main])
+def test_the_version_is_said_with_those_it_stands_on(main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("fedsgcg")
+    assert "torch" in out
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_with_its_own_code(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(number)
+
+    def work(console: object) -> int:
+        os.kill(os.getpid(), number)
+        return 0
+
+    assert run_command(work, "Interrupted. Go on.") == code
+    assert "Interrupted. Go on." in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_study_that_the_same_command_goes_on_with(hospitals: Path, tmp_path: Path) -> None:
+    texts = small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=200")
+    process = subprocess.Popen(
+        small.command("study", *texts, "runtime=inprocess"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while "round 1/" not in (line := process.stdout.readline()):
+        assert line, "the study ended before its first round"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, out + err
+    assert "goes on from the last done round" in err
+    assert "Traceback" not in out + err
+
+
+def test_a_dry_run_names_the_cells_and_the_disk_and_writes_nothing(
+    hospitals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = small.overrides(hospitals, tmp_path / "run", "method=source,sgcg", "heldout=all", "seed=range(2)")
+    assert cli.main(["study", "--dry-run", *texts]) == 0
+    out = capsys.readouterr().out
+    assert "source: 8 cells, 8 to do" in out
+    assert "MB of models" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_quiet_prints_problems_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["settings", "-q"]) == 0
+    assert capsys.readouterr().out == ""
+    assert cli.main(["settings", "-q", "seeed=1"]) == 2
+    assert "CFG-001" in capsys.readouterr().err
+
+
+def test_json_puts_events_and_nothing_else_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["settings", "--json", "seed=4"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["settings"]["seed"] == 4
+    assert cli.main(["settings", "--json", "seeed=1"]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert (found["event"], found["code"]) == ("error", "CFG-001")
+
+
+@pytest.mark.slow
+def test_a_study_tells_its_rounds_as_json_lines(hospitals: Path, tmp_path: Path) -> None:
+    texts = small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1")
+    done = small.run("study", "--json", *texts, "runtime=inprocess")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    names = [event["event"] for event in events]
+    assert (names[0], names[-1]) == ("study.started", "study.finished")
+    assert {"run.started", "round.done", "heldout.done", "run.finished"} <= set(names)
+    assert events[-1]["status"] == "completed"
+    assert "report:" in done.stderr
+
+
+def test_verbose_shows_where_an_error_arose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["settings", "-v", "seeed=1"]) == 2
+    assert "Traceback" in capsys.readouterr().err
