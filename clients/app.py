@@ -29,7 +29,7 @@ from common.feature_samples import FILE, write_feature_samples
 from common.images.contents import CONTENT_HASHES
 from common.networks import build_network
 from common.seeding import stream, stream_seed
-from common.settings.plan import SHARES
+from common.settings.federation import SHARES
 from common.statistics import ClassStatistics
 from common.wire.messages import Reply
 from common.wire.norm_moments import NormMoments

@@ -28,7 +28,7 @@ from clients.methods.class_statistics import patients_per_class, pixels_per_clas
 from clients.out_of_memory import out_of_memory
 from common.errors import FedsgcgError, fail
 from common.files.system import expand
-from common.settings.compose import plan_of_run
+from common.settings.flower_run import plan_of_run
 from common.settings.plan import Plan
 from common.wire.messages import Request, decode_request
 from common.wire.payload import Identity

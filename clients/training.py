@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clients.cuda_graph import Replay, adam, set_rate
-from clients.data.batches import (
-    Batch,
-    Chosen,
-    augment,
-    domain_sizes,
-    gather,
-    index_batches,
-    most_parts,
-    steps_of,
-)
+from clients.data.augment import augment
+from clients.data.batches import Batch, Chosen, domain_sizes, gather, index_batches, most_parts, steps_of
 from clients.data.prefetch import prefetch
 from clients.methods import Guidance, Guide, Source, method_class
 from clients.methods.partners import Mixer, build_mixer

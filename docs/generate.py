@@ -24,12 +24,12 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 
 from clients.guard.site_file import SiteFile
+from common.run_folder import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from common.settings.compose import CONFIGS, GROUPS, choices_of, compose
 from common.settings.plan import Plan
 from common.wire import messages as wire
 from common.wire.payload import CASES_SCHEMA
 from deploy.coordinator.project import Project
-from server.records.results import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -19,10 +19,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import FedsgcgError
-from common.settings.compose import plan_of_run
+from common.settings.flower_run import plan_of_run
 from common.settings.plan import Plan
 from server.federation import Outcome, run_federation
-from server.records.results import OnEvent, ignore_event
+from server.records.events import OnEvent, ignore_event
 
 LOG = logging.getLogger("flwr")  # Flower's own logger: `flwr run --stream` shows it
 

@@ -29,8 +29,9 @@ from server.aggregation.merge import merge_moments, merge_statistics, merge_weig
 from server.aggregation.prototypes import PrototypeMemory, evaluation_rows, prototype_rows
 from server.records import results
 from server.records.checkpoint import Best, RoundRecord
+from server.records.events import EventLog, OnEvent, ignore_event
 from server.records.journal import Journal
-from server.records.results import EventLog, OnEvent, ignore_event
+from server.records.model_card import IN_CHANNELS, model_card
 from server.selection import better, source_score
 from server.sites.departures import check_departures, departed, departure_note
 from server.sites.enrolment import Cohort
@@ -282,7 +283,7 @@ class Federation:
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         kinds = self._cohort.kinds()
-        card = results.model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds)
+        card = model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds)
         results.write_model(self._disk, plan, chosen.weights, card)
         judged = self._judge(chosen)
         results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))
@@ -355,5 +356,5 @@ class Federation:
 def initial_weights(plan: Plan) -> Weights:
     """Return the model that round 1 starts from, a function of the plan alone."""
     seed = stream_seed(plan.seed, "initial weights")
-    network = build_network(plan.network, results.IN_CHANNELS, plan.data.out_channels, seed)
+    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, seed)
     return Weights.from_state({name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()})

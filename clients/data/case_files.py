@@ -35,7 +35,8 @@ from common.images.folders import (
     without_suffix,
 )
 from common.names import alike, printable, spelled
-from common.settings.plan import DataSettings, SiteSettings
+from common.settings.federation import SiteSettings
+from common.settings.plan import DataSettings
 
 __all__ = [
     "SPLITS",

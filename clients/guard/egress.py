@@ -19,7 +19,7 @@ from clients.guard import ledger
 from clients.guard.policy import check_sharing
 from common.errors import FedsgcgError
 from common.images.contents import CONTENT_HASHES
-from common.settings.plan import PrivacySettings
+from common.settings.federation import PrivacySettings
 from common.statistics import ClassStatistics
 from common.wire.messages import Reply, encode_reply, payload_bytes
 from common.wire.payload import Identity

@@ -22,7 +22,8 @@ from clients.guard.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, Problem, fail
 from common.files.system import expand
 from common.settings.compose import FOLDERS, compose
-from common.settings.plan import SHARES, Plan, PrivacySettings
+from common.settings.federation import SHARES, PrivacySettings
+from common.settings.plan import Plan
 
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")

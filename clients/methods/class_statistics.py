@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients.data.batches import augment, gather, index_batches
+from clients.data.augment import augment
+from clients.data.batches import gather, index_batches
 from clients.device import arithmetic, precision
 from clients.methods.guidance import IGNORE, pixel_features
 from clients.methods.sgcg import labels_at

@@ -22,7 +22,7 @@ from common.statistics import ClassStatistics
 from common.wire.payload import Weights, decode_statistics
 
 VERSION: Final = "1"
-"""Schema of `model.json` that this program reads (`server.records.results.SCHEMA_VERSION`)."""
+"""Schema of `model.json` that this program reads (`common.run_folder.SCHEMA_VERSION`)."""
 
 CHANNELS: Final = ("in_channels", "out_channels")
 NEEDED: Final = ("weights", "digest", "network", "classes", "labels", "structures", "preprocessing", "data")

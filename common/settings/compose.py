@@ -6,14 +6,12 @@ resolved tree in one string, `config-json` (stack.md 2.6), or a line of override
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from common.errors import FedsgcgError, Problem, fail
 from common.files.system import expand
@@ -34,12 +32,9 @@ from common.settings.choices import (
     unquoted,
 )
 from common.settings.hints import meant, nearest
-from common.settings.own_code import resolve_own_code
+from common.settings.resolve import resolve_own_code
 
-if TYPE_CHECKING:
-    from common.settings.plan import Plan
-
-__all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest", "plan_of_run"]
+__all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest"]
 
 # Folders and names: whatever a user writes is meant to the letter, with blanks, commas, brackets and equals signs.
 FOLDERS = ("data.root", "output", "site.home", "site.cache", "config_dir")
@@ -74,26 +69,6 @@ def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = N
     if twice := list(_given_twice(given)):
         raise FedsgcgError(*twice, *_mistakes(given, _own_files(given)))
     return compose(given)
-
-
-def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], run_id: int) -> Plan:
-    """Return the plan of a Flower run, the same at both ends.
-
-    Args:
-        tree: Resolved settings of a simulation; None reads the run config.
-        run_config: Flower's flat run config.
-        run_id: Names the folder under $FEDSGCG_HOME (or ~/.fedsgcg) that a run without `output` gets.
-
-    Raises:
-        FedsgcgError: CFG-001 with every problem of the settings.
-    """
-    from common.settings.plan import Plan
-
-    plan = Plan.from_tree(join(run_config=run_config) if tree is None else tree)
-    if plan.output:
-        return plan
-    home = expand(os.environ.get("FEDSGCG_HOME") or "~/.fedsgcg", "output or FEDSGCG_HOME")
-    return dataclasses.replace(plan, output=str(home / "runs" / str(run_id)))
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:

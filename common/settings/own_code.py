@@ -8,29 +8,9 @@ without torch and without the class, and its digest covers what was found.
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 from common.errors import FedsgcgError, fail
-from common.settings.choices import is_import_path
 from common.settings.training import ALL_TRAITS
-
-
-def resolve_own_code(tree: dict[str, Any]) -> None:
-    """Write into settings what follows from the classes that they name; settings without such a class stay.
-
-    Raises:
-        FedsgcgError: CFG-011 for a class that cannot be imported or does not keep the contract.
-    """
-    method, network = tree["method"], tree["network"]
-    if is_import_path(str(method["name"])):
-        traits = traits_of(load_class(method["name"], "method"))
-        method["traits"] = list(traits)
-        method["statistics"] = method["statistics"] or "contrasts" in traits
-    if is_import_path(str(network["name"])):
-        from common.networks import measure
-
-        channels, norm = measure(network, tree["data"])
-        network["feature_channels"], network["norm"] = channels, norm
 
 
 def load_class(path: str, where: str) -> type:

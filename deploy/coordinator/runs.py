@@ -21,12 +21,13 @@ from deploy.coordinator.bundle import Bundle, build_bundle, run_config
 from deploy.coordinator.control import Control, RunState, control_of
 from deploy.coordinator.last_run import Started, last_started, remember
 from deploy.coordinator.project import Kit
+from deploy.study.cell import Cell
 from deploy.study.grid import Variant, folder_name, split_axes, split_select, variants, with_grid
 from deploy.study.preflight import check_plan, look_at_machine
 from deploy.study.progress import Progress
 from deploy.study.record import check_same_study, collect, write_record
-from deploy.study.run import Study, exit_code, identity
-from deploy.study.runtimes import Cell
+from deploy.study.study import Study, exit_code, identity
+from deploy.study.summary import tell_end
 from server.records.journal import lock_file
 from server.sites.departures import OPTION, check_departures, declare, departed
 
@@ -95,7 +96,6 @@ def run_kit(
         FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is under way, CFG-001 to CFG-003 and
             CFG-005 for settings, CFG-001 for sites that cannot leave.
     """
-    from deploy.cli.coordinator import tell_end  # that module imports this one's commands
     from server.report.build import make_report
 
     kit = Kit.at(path)

@@ -29,7 +29,7 @@ from deploy.coordinator.control import GONE, Control, Node, control_of
 from deploy.coordinator.last_run import last_started
 from deploy.coordinator.project import Kit, Project, is_loopback
 from deploy.coordinator.state_cleanup import LOG_BYTES, tidy
-from deploy.study.runtimes import prepare_environment
+from deploy.environment import prepare_environment
 
 LOOK_S: Final = 2.0
 ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clients.guard.site_file import SiteFile
 from common.errors import fail
-from deploy.study.runtimes import programs_first
+from deploy.environment import programs_first
 
 
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Final
 from common.console import Screen
 from common.networks import IN_CHANNELS, build_network
 from common.settings.plan import Plan
-from deploy.study.run import Study
-from deploy.study.runtimes import Cell
+from deploy.study.cell import Cell
+from deploy.study.study import Study
 
 CHECKPOINTS: Final = 3
 """Checkpoints of a running cell on the disk: two are kept while the next is written."""

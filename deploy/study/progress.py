@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.console import Screen, least_width
-from deploy.study.runtimes import Cell
+from deploy.study.cell import Cell
 
 POLL_S = 0.3
 STYLES = {"running": "cyan", "completed": "green", "waiting": "dim"}

@@ -22,8 +22,8 @@ from deploy.study.preflight import Machine
 from server.records.journal import decisive_settings, differences
 
 if TYPE_CHECKING:
-    from deploy.study.run import Study
     from deploy.study.selection import Candidate, Choice
+    from deploy.study.study import Study
 
 PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
 

@@ -7,111 +7,24 @@ runs many such processes at once (`deploy.study.run`).
 
 from __future__ import annotations
 
-import atexit
-import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from common.console import catch_signals
 from common.errors import fail
-from common.files.system import has_home
 from common.settings.plan import Plan
+from deploy.environment import OWN_FOLDER, own_folder, prepare_environment, quiet_flower
 from deploy.study.preflight import Machine
-
-# Ray starts its workers at nice 15, which starves a simulation on a machine that does anything else (performance.md 2);
-# the other switches keep a simulation from talking to the internet.
-ENVIRONMENT = {
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # a SIGTERM is an end as asked, not a crash with a stack of C++
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-}
 
 SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
 
-OWN_FOLDER = 13
-"""Bytes of `/ray-` and eight random characters."""
-
 LONGEST_TEMPORARY = SOCKET_PATH - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Bytes of a temporary folder in which Ray's longest socket still has a path that the kernel takes."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One federation of a study.
-
-    Attributes:
-        method: Label of what is compared: the method, and what the study varies of it.
-        heldout: Name of the held-out hospital, "" for none.
-        seed: The seed.
-        tree: The resolved settings (`common.settings.plan.Plan.from_tree`), with the cell's own `output`.
-        trained_on: The one hospital that trains with `federation=local`.
-    """
-
-    method: str
-    heldout: str
-    seed: int
-    tree: dict[str, Any]
-    trained_on: str = ""
-
-    @property
-    def folder(self) -> Path:
-        """The cell's run folder."""
-        return Path(self.tree["output"])
-
-    @property
-    def name(self) -> str:
-        """What the console calls it."""
-        alone = f" · {self.trained_on} alone" if self.trained_on else ""
-        return f"{self.method} · {self.heldout or 'all sites'} · seed {self.seed}{alone}"
-
-    def outcome(self) -> dict[str, Any]:
-        """What `server.app` wrote at the end of the run; empty when the cell has not ended yet."""
-        path = self.folder / "outcome.json"
-        try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            action = "remove the cell's folder and call again"
-            raise fail("SRV-402", where=str(path), found="text that is not JSON", action=action) from error
-        return found
-
-    @property
-    def done(self) -> bool:
-        """Whether the federation ran to its end and its results are there."""
-        return self.outcome().get("status") in ("completed", "degraded") and (self.folder / "results.parquet").exists()
-
-
-def prepare_environment() -> None:
-    """Set the variables of `ENVIRONMENT` that the user has not set, before Ray or Flower starts.
-
-    Flower starts its own programs by name: those beside this interpreter, also where no environment is activated.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if "FLWR_HOME" not in os.environ and not has_home():  # Flower would end in a traceback
-        os.environ["FLWR_HOME"] = str(own_folder("flwr-", tempfile.gettempdir()))
-    os.environ["PATH"] = programs_first(os.environ.get("PATH", ""))
-
-
-def programs_first(path: str) -> str:
-    """Return a PATH that looks beside this interpreter first."""
-    beside = str(Path(sys.executable).parent)
-    return path if path.split(os.pathsep, maxsplit=1)[0] == beside else os.pathsep.join(filter(None, [beside, path]))
 
 
 def choose_runtime(asked: str, cells: int, machine: Machine) -> str:
@@ -214,18 +127,3 @@ def short_folder(temporary: str, others: Sequence[str] = ("/tmp", "/var/tmp", "/
     expected = f"at most {LONGEST_TEMPORARY} bytes, for a socket's path may have {SOCKET_PATH}"
     action = "Set RAY_TMPDIR to a short folder that can be written, e.g. /tmp."
     raise fail("CFG-010", where="TMPDIR", found=found, expected=expected, action=action)
-
-
-@cache
-def own_folder(prefix: str, parent: str) -> Path:
-    """Make a folder for this process alone, once, and remove it when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def quiet_flower() -> None:
-    """Keep Flower's and Ray's own log lines to warnings: the console shows our events instead."""
-    for name in ("flwr", "ray"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger(name).propagate = False

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from common.errors import fail
 from common.settings.plan import Plan
+from deploy.study.cell import Cell
 from deploy.study.grid import folder_name
-from deploy.study.runtimes import Cell
 
 FOLDER = "selection"
 FEWEST_SOURCES = 2

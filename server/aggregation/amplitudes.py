@@ -15,7 +15,8 @@ from typing import Final, TypeVar
 import numpy as np
 
 from common.errors import FedsgcgError, Problem, fail
-from common.settings.plan import SHARES, Plan
+from common.settings.federation import SHARES
+from common.settings.plan import Plan
 from common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
 from server.sites.enrolment import Member
 

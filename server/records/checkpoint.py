@@ -19,26 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from common.errors import FedsgcgError, Problem
+from common.run_folder import ROWS_SCHEMA
 from common.statistics import ClassStatistics
 from common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
 
 KIND: Final = "fedsgcg.checkpoint"
 SCHEMA_VERSION: Final = "2"
-ROWS_VERSION: Final = "1"
 PART: Final = "part/"
 """Begins the name of the tensor that holds what is remembered of one site."""
-
-ROWS_SCHEMA = pa.schema(
-    [
-        pa.field("round", pa.int32()),
-        pa.field("phase", pa.string()),  # train | merge | heldout | observer
-        pa.field("site", pa.string()),  # "" = all sites
-        pa.field("cls", pa.string()),  # "" or the name of a class
-        pa.field("metric", pa.string()),
-        pa.field("value", pa.float64()),
-    ],
-    metadata={"schema_version": ROWS_VERSION, "kind": "fedsgcg.rounds"},
-)
 
 
 @dataclass(frozen=True)

@@ -16,28 +16,21 @@ from common.files.disk import Disk, refusals
 from server.report.differences import DICE_FLOOR, CaseValues, Difference
 from server.report.figures.drawing import MARKERS, PALETTE
 from server.report.figures.overlays import Images
+from server.report.format import show
 from server.report.gallery import gallery, write_gallery
 from server.report.labels import FEDERATION_WORDS, Group, Label, figure_groups, label_colours, main_labels, main_pairs
+from server.report.protocol import chosen_within_folds, protocol_box
 from server.report.reader import Reader
 from server.report.sections.claims import claims_section, hospital_tables, main_claims
 from server.report.sections.features import similarity_section, tsne_section
+from server.report.sections.federation import federation_section
 from server.report.sections.panels import case_figures, overlay_blocks, shift_classes, shift_figures, training_figures
 from server.report.sections.papers import ablation_tables, layouts_of, paper_notes, paper_tables, seeds_note
 from server.report.sections.published import published_for
 from server.report.sections.results import Section, case_means, cell_rows, departure_rows, hash_note, result_tables
-from server.report.sections.sweeps import HELD_OUT, VALIDATION, federation_section, sweep_sections, sweeps_of
+from server.report.sections.sweeps import HELD_OUT, VALIDATION, sweep_sections, sweeps_of
 from server.report.study_files import StudyFiles, read_study
-from server.report.summary import (
-    STATUS_WORDS,
-    chosen_within_folds,
-    headline,
-    protocol_box,
-    result_notes,
-    settings_text,
-    show,
-    status_sentence,
-    troubled,
-)
+from server.report.summary import STATUS_WORDS, headline, result_notes, settings_text, status_sentence, troubled
 from server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 from server.report.templates.page import PAGE
 

@@ -14,7 +14,7 @@ from common.wire.messages import EVALUATE, TRAIN, Request
 from common.wire.payload import Identity, Weights
 from server.admission import Expectation, Verdict, admit
 from server.records import results
-from server.records.results import EventLog
+from server.records.events import EventLog
 from server.selection import guard_recipients
 from server.sites.enrolment import Cohort
 from server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer

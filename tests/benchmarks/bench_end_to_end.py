@@ -67,7 +67,7 @@ def _child_process(kind: str, folder: Path, name: str) -> dict[str, float]:
 
 
 def _child(kind: str, folder: Path, name: str) -> dict[str, float]:
-    from deploy.study.run import plan_study
+    from deploy.study.plan import plan_study
     from deploy.study.runtimes import run_cell_in_process
 
     if kind == "published":

@@ -67,7 +67,7 @@ def _timed(kind: str) -> dict[str, float]:
 
 
 def _child(kind: str, folder: Path) -> dict[str, Any]:
-    from deploy.study.runtimes import prepare_environment, quiet_flower
+    from deploy.environment import prepare_environment, quiet_flower
 
     prepare_environment()
     quiet_flower()

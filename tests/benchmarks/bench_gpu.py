@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from clients.cuda_graph import Replay, adam, set_rate
-from clients.data.batches import Batch, augment
+from clients.data.augment import augment
+from clients.data.batches import Batch
 from clients.data.case_files import open_site
 from clients.data.prefetch import prefetch
 from clients.data.store import open_store

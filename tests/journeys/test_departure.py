@@ -10,8 +10,8 @@ from clients.app import build_client_app
 from common.files.disk import Disk
 from common.settings.plan import Plan
 from common.wire.payload import decode_statistics
+from deploy.study.cell import Cell
 from deploy.study.inprocess import run_in_process
-from deploy.study.runtimes import Cell
 from server.app import build_server_app
 from server.records.checkpoint import RoundRecord, decode_checkpoint
 from server.sites.departures import declare

@@ -14,7 +14,8 @@ from common.images.phantoms import write_hospitals
 from common.settings.compose import compose
 from common.settings.plan import Plan
 from deploy.study.inprocess import run_in_process
-from deploy.study.run import plan_study, run_study
+from deploy.study.plan import plan_study
+from deploy.study.run import run_study
 from server.app import build_server_app
 from server.federation import run_federation
 from tests.support import sites

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clients.data.batches import augment, gather, index_batches
+from clients.data.augment import augment
+from clients.data.batches import gather, index_batches
 from clients.data.case_files import open_site
 from clients.data.store import open_store
 from clients.methods.class_statistics import site_moments

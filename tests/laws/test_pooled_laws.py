@@ -22,7 +22,8 @@ from clients.methods.running_guide import Online, Overlay, build_guide, keep_sta
 from clients.methods.sgcg import labels_at
 from clients.training import learning_rate, round_batches, weights_of
 from common.networks import build_network
-from common.settings.plan import POOLED, MethodSettings, Plan
+from common.settings.federation import POOLED
+from common.settings.plan import MethodSettings, Plan
 from common.sgcg.loss import sgcg_loss
 from common.statistics import ClassStatistics
 from common.wire import messages as wire

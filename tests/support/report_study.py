@@ -14,9 +14,9 @@ import yaml
 from clients.guard import ledger
 from common.feature_samples import write_feature_samples
 from common.pictures import Picture, bit_mask, write_pictures
+from common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA
 from common.statistics import ClassStatistics
 from common.wire.payload import Identity, encode_statistics
-from server.records.results import RESULTS_SCHEMA, ROUNDS_SCHEMA
 
 SITES = ("BIDMC", "HK", "RUNMC", "UCL")
 STRUCTURES = {"prostate": ["prostate"]}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from deploy.study.run import Study, plan_study
+from deploy.study.plan import plan_study
+from deploy.study.study import Study
 
 SMALL = (
     "network.base_width=4",

@@ -9,14 +9,15 @@ from typing import Any
 
 from server.report.differences import CaseValues, Difference, compare_everywhere, compare_on_average
 from server.report.figures.overlays import interval_bar
+from server.report.format import DECIMALS, TITLES, show, show_ends, show_p
 from server.report.labels import FEDERATIONS, Label, Swept, main_labels, main_pairs
 from server.report.sections.cases import count_of
-from server.report.summary import DECIMALS, TITLES, directions, show, show_ends, show_p
 from server.report.tables import AVERAGE
 
 Section = dict[str, Any]
 CLAIMED = ("dice", "asd")
 MOST_PAIRS = 30  # of the folded tables hospital by hospital; all of them are in results.parquet
+NAMED_HOSPITALS = 8  # of a sentence; with more it says how many
 
 
 def main_claims(values: CaseValues, labels: Mapping[str, Label], structures: Sequence[str]) -> list[Difference]:
@@ -141,3 +142,15 @@ def claims_section(differences: Sequence[Difference], structures: Sequence[str])
         "groups": claim_groups(differences, several),
         "family": _family(differences),
     }
+
+
+def directions(entry: Difference) -> list[str]:
+    """Where an average points: "higher at 1 of 4 hospitals: A +0.297, B −0.006"; nothing at a single hospital."""
+    sign, word = (1, "higher") if entry.metric == "dice" else (-1, "lower")
+    found = sorted(entry.by_hospital.items(), key=lambda item: -sign * item[1])
+    if entry.site != AVERAGE or len(found) < 2:
+        return []
+    text = f"{word} at {sum(sign * value > 0 for _, value in found)} of {len(found)} hospitals"
+    if len(found) <= NAMED_HOSPITALS:
+        text += f": {', '.join(f'{site} {show(value, DECIMALS[entry.metric], sign=True)}' for site, value in found)}"
+    return [text]

@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from server.report.figures.drawing import Drawing, Line, case_panel, curve_panel, log_span_of, shift_panel, span_of
 from server.report.figures.overlays import Images, choose_cases, crop_box, overlay, overlay_sheet
+from server.report.format import show
 from server.report.labels import Group
 from server.report.reader import Picture, Reader
 from server.report.rounds import Curve, curves
 from server.report.sections.cases import count_of
 from server.report.study_files import DONE, Cell, StudyFiles
-from server.report.summary import show
 from server.report.tables import Row
 
 Section = dict[str, Any]

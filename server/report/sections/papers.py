@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from server.report.differences import CaseValues, Place, Values, corrected_for_number
+from server.report.format import DASH, TITLES, show
 from server.report.intervals import Interval
 from server.report.labels import FEDERATION_WORDS, FEDERATIONS, TRAINS, Label, main_labels
 from server.report.sections.cases import count_of
 from server.report.sections.published import ABLATION, Published, PublishedRow
-from server.report.summary import DASH, TITLES, show
 from server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
 
 Section = dict[str, Any]

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from server.report.format import DECIMALS, TITLES, Summary, show, show_bytes, show_interval, show_seconds
 from server.report.intervals import Interval
 from server.report.reader import Reader
 from server.report.rounds import departures
 from server.report.sections.cases import count_of
 from server.report.study_files import StudyFiles
-from server.report.summary import DECIMALS, TITLES, Summary, show, show_bytes, show_interval, show_seconds
 from server.report.tables import AVERAGE, METRICS, Row, best_methods, counted, distance_unit, value_of
 
 Section = dict[str, Any]

@@ -9,11 +9,10 @@ from typing import Any
 
 from server.report.differences import CaseValues, compare_on_average
 from server.report.figures.plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
-from server.report.labels import FEDERATIONS, MOST_COLOURS, Label, Swept, numeric, value_order
-from server.report.rounds import steps_by_federation
-from server.report.sections.claims import claims_section, federation_pairs
-from server.report.summary import DECIMALS, TITLES, show, show_interval
-from server.report.tables import Row, counted
+from server.report.format import DECIMALS, show, show_interval
+from server.report.labels import MOST_COLOURS, Label, Swept, numeric, value_order
+from server.report.sections.claims import claims_section
+from server.report.tables import counted
 
 Section = dict[str, Any]
 METRICS = ("dice", "asd")
@@ -257,57 +256,3 @@ def distance_note(values: CaseValues, labels: Sequence[str], structures: Sequenc
                 parts.append(f"{label}{f', {structure}' if len(structures) > 1 else ''}: {mark}")
     text = "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations"
     return f"{text} ({'; '.join(parts)})." if parts else ""
-
-
-def federation_section(
-    values: CaseValues,
-    labels: Mapping[str, Label],
-    structures: Sequence[str],
-    colours: Mapping[str, int],
-    rounds: Sequence[Row] = (),
-    place: str = HELD_OUT,
-) -> Section | None:
-    """What federation costs: every training local, pooled and by site; None without two federations.
-
-    Args:
-        values: Values of the cases.
-        labels: Labels of the study.
-        structures: Structures in order.
-        colours: Index of the palette by label.
-        rounds: Rows of `rounds.parquet`, for the steps that each federation took.
-        place: Who was judged, in words.
-    """
-    pairs = federation_pairs(labels)
-    if not pairs:
-        return None
-    rows = [labels[name] for name in dict.fromkeys(name for pair in pairs for name in pair)]
-    panels = []
-    for structure in structures:
-        for metric in METRICS:
-            title = TITLES[metric] if metric == "dice" else f"{TITLES[metric]}, {values.unit}"
-            dots = _federation_dots(rows, values, structure, metric, colours)
-            said = "; ".join(f"{dot.title} {show(dot.interval.mean, DECIMALS[metric])}" for dot in dots)
-            alt = f"Mean {title} of {structure} over {place}: {said}."
-            head = f"{structure}, {title}" if len(structures) > 1 else title
-            if dots:
-                panels.append({"title": head, "drawing": dot_panel(dots, title, alt)})
-    claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
-    present = [name for name in FEDERATIONS if any(label.federation == name for label in rows)]
-    budget = steps_by_federation(rounds, {label.name: label.federation for label in rows})
-    note = distance_note(values, [label.name for label in rows], structures)
-    return {"panels": panels, "claims": claims, "present": present, "steps": budget, "note": note}
-
-
-def _federation_dots(
-    rows: Sequence[Label], values: CaseValues, structure: str, metric: str, colours: Mapping[str, int]
-) -> list[Dot]:
-    dots: list[Dot] = []
-    before = None
-    for label in rows:
-        interval = values.interval(label.name, structure, metric)
-        if math.isfinite(interval.mean):
-            training = label.trains, label.setting
-            title = f"{label.trains}, {label.federation}" if label.plain else label.name
-            dots.append(Dot(title, interval, colours.get(label.name, 0), bool(dots) and training != before))
-            before = training
-    return dots

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from clients.data.batches import Batch, augment, batch_indices, domain_sizes, gather, index_batches, steps_of
+from clients.data.augment import augment
+from clients.data.batches import Batch, batch_indices, domain_sizes, gather, index_batches, steps_of
 from clients.data.slices import STEPS, Slices
 from clients.data.store import SliceTable
 from common.errors import FedsgcgError

@@ -21,7 +21,7 @@ from clients.data.case_files import (
 from clients.data.store import data_fingerprint
 from clients.predict.files import jobs_of_images
 from common.errors import FedsgcgError
-from common.settings.plan import SiteSettings
+from common.settings.federation import SiteSettings
 from deploy.prepare import own
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from clients.guard import ledger
 from clients.guard.egress import LEDGER, apply_floors, payload_digest, release, release_error
 from common.errors import FedsgcgError
-from common.settings.plan import PrivacySettings
+from common.settings.federation import PrivacySettings
 from common.statistics import ClassStatistics
 from common.wire.messages import Reply, decode_reply, encode_reply, payload_bytes
 from common.wire.payload import Identity, Weights

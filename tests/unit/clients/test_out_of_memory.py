@@ -30,7 +30,8 @@ from common.statistics import ClassStatistics
 from common.wire import messages as wire
 from common.wire.messages import Request
 from deploy.site.check_step import measure_step
-from deploy.study.run import plan_study, run_study
+from deploy.study.plan import plan_study
+from deploy.study.run import run_study
 from server.report.rounds import cut_steps
 from tests.support import sites
 

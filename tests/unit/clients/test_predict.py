@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load, save
 
+import common.run_folder
+import server.records.model_card
 import server.records.results
 from clients.evaluation import post_process, structure_masks
 from clients.predict import model as models
@@ -301,7 +303,7 @@ def store(folder, *overrides):
     folder.mkdir()
     state = build_network(plan.network, 3, 2, 5).state_dict()
     weights = Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})
-    card = server.records.results.model_card(plan, Best(1, 0.5, weights), ["A"], prototypes=True)
+    card = server.records.model_card.model_card(plan, Best(1, 0.5, weights), ["A"], prototypes=True)
     server.records.results.write_model(Disk(), plan, weights, card)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, plan.network.num_features))
@@ -334,7 +336,7 @@ def test_a_model_is_read_from_its_folder_or_any_of_its_files(stored):
         assert model.normalize
         assert model.prototypes.mean.shape == (2, 8)
         assert (model.data.image_size, list(model.data.structures)) == (32, ["gland"])
-    assert server.records.results.SCHEMA_VERSION == models.VERSION
+    assert common.run_folder.SCHEMA_VERSION == models.VERSION
     change(stored, normalize=False)
     assert not load_model(stored).normalize
 

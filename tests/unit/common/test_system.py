@@ -17,7 +17,8 @@ from clients.guard import ledger
 from common.errors import FedsgcgError
 from common.files import system
 from common.files.system import expand, has_home, lock, user_name
-from common.settings.compose import join, plan_of_run
+from common.settings.compose import join
+from common.settings.flower_run import plan_of_run
 from deploy.prepare.conversion import claimed
 from deploy.site.supervisor import joined_pid, only_one
 from deploy.study.runtimes import LONGEST_TEMPORARY, ray_arguments, short_folder
@@ -118,7 +119,7 @@ def test_a_user_without_a_name_has_a_number(nobody):
 
 
 def test_flower_is_given_a_home_where_there_is_none(nobody, monkeypatch):
-    from deploy.study.runtimes import prepare_environment
+    from deploy.environment import prepare_environment
 
     monkeypatch.delenv("FLWR_HOME", raising=False)
     monkeypatch.setenv("PATH", os.environ["PATH"])

@@ -5,7 +5,7 @@ import pytest
 from common.errors import FedsgcgError
 from common.settings.plan import Plan
 from deploy.study.grid import Variant, folder_name, split_axes, variants, with_grid
-from deploy.study.run import plan_study
+from deploy.study.plan import plan_study
 from server.aggregation.amplitudes import sharing_level
 from tests.support import sites
 

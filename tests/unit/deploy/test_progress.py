@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from common.console import Screen
+from deploy.study.cell import Cell
 from deploy.study.progress import Progress
-from deploy.study.runtimes import Cell
 
 
 @pytest.fixture

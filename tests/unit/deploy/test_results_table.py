@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.console import Screen
-from deploy.cli.coordinator import _print_results
+from deploy.study.summary import _print_results
 
 
 def rows(known: int):

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from common.errors import FedsgcgError
 from common.images.phantoms import write_hospitals
 from common.settings.plan import Plan
+from deploy.study.cell import Cell
 from deploy.study.grid import split_select
+from deploy.study.plan import plan_study
 from deploy.study.record import read_record
-from deploy.study.run import plan_study, run_study
-from deploy.study.runtimes import Cell
+from deploy.study.run import run_study
 from deploy.study.selection import Candidate, choose, describe_selection
+from server.report.protocol import protocol_box
 from server.report.study_files import read_study
-from server.report.summary import protocol_box
 from tests.support import sites, small
 
 

@@ -15,20 +15,13 @@ from hypothesis import strategies as st
 
 from server.report.figures import drawing as figures
 from server.report.figures.overlays import Images, choose_cases, contour_path, crop_box, interval_bar, overlay
+from server.report.format import show, show_bytes, show_interval, show_seconds
 from server.report.intervals import Interval
 from server.report.reader import Picture, Reader
 from server.report.rounds import Curve, curves, departures, steps_by_federation
 from server.report.sections.panels import shift_figures, training_figures
 from server.report.study_files import Cell
-from server.report.summary import (
-    headline,
-    join_words,
-    settings_text,
-    show,
-    show_bytes,
-    show_interval,
-    show_seconds,
-)
+from server.report.summary import headline, join_words, settings_text
 
 NAN = float("nan")
 

@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from common.run_folder import RESULTS_SCHEMA
 from deploy.study.record import collect
-from server.records.results import RESULTS_SCHEMA
 from server.report.differences import CaseValues, compare_on_average
+from server.report.protocol import protocol_box
 from server.report.sections.results import result_tables
 from server.report.study_files import StudyFiles, read_study
-from server.report.summary import headline, protocol_box
+from server.report.summary import headline
 from server.report.tables import summary_rows
 from server.sites.replies import Judged, judged_rows
 from tests.support.report_study import write_study

@@ -11,7 +11,8 @@ import pytest
 from common.errors import FedsgcgError
 from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN
 from common.wire.payload import Weights
-from server.selection import better, guard_recipients, protocol, source_score
+from server.records.model_card import protocol
+from server.selection import better, guard_recipients, source_score
 from tests.support.plans import small_plan
 
 MODEL = Weights((("x", (1,)),), np.zeros(1, np.float32))

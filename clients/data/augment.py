@@ -1,0 +1,95 @@
+"""Random changes of a batch on its device: image and label map move together.
+
+Legend: B slices of a batch, C channels, H = W = S rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from common.settings.plan import AugmentationSettings
+
+
+def augment(
+    images: Tensor, labels: Tensor, settings: AugmentationSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Change each slice at random: flip, rotation, size, shift, then contrast, brightness and noise.
+
+    Runs on the device of the tensors without waiting for it. What comes into view from outside the image repeats the
+    image's border, in images and labels alike, so that no artificial edge is learned.
+
+    Args:
+        images: (B, C, H, W) float in [-1, 1].
+        labels: (B, H, W) class indices of any integer type.
+        settings: How much of each; zero switches one off.
+        generator: Random generator on the tensors' device.
+
+    Returns:
+        New images, again in [-1, 1], and new labels of the same type.
+    """
+    draw = _Draw(images.shape[0], images.device, generator)
+    if settings.flip:
+        flipped = draw.uniform(0, 1) < settings.flip
+        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        labels = torch.where(flipped[:, None, None], labels.flip(-1), labels)
+    if settings.rotate_degrees or settings.scale or settings.shift or settings.zoom:
+        images, labels = _move(images, labels, settings, draw)
+    return _recolour(images, settings, draw), labels
+
+
+class _Draw:
+    """Draws one number a slice from a generator."""
+
+    def __init__(self, count: int, device: torch.device, generator: torch.Generator) -> None:
+        self.count, self.device, self.generator = count, device, generator
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        """Return (B,) numbers in [low, high)."""
+        return torch.rand(self.count, device=self.device, generator=self.generator) * (high - low) + low
+
+
+def _move(images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: _Draw) -> tuple[Tensor, Tensor]:
+    """Rotate, resize and shift; images bilinear, labels nearest."""
+    angle = draw.uniform(-1, 1) * math.radians(settings.rotate_degrees)
+    size = 1 + draw.uniform(-1, 1) * settings.scale
+    # affine_grid counts half sides: a shift of one whole side is 2.
+    shift_x, shift_y = (draw.uniform(-2, 2) * settings.shift for _ in range(2))
+    cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
+    rows = [torch.stack([cosine, -sine, shift_x], 1), torch.stack([sine, cosine, shift_y], 1)]
+    if settings.zoom:
+        rows = _zoomed(rows, settings.zoom, draw)
+    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False).to(images.dtype)
+    moved = functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    as_image = labels[:, None].to(images.dtype)
+    mapped = functional.grid_sample(as_image, grid, mode="nearest", padding_mode="border", align_corners=False)
+    return moved, mapped[:, 0].to(labels.dtype)
+
+
+def _zoomed(rows: list[Tensor], zoom: float, draw: _Draw) -> list[Tensor]:
+    """Let the map (rows of x and y, (B, 3) each) look at a random window of the slice, 1 / factor of a side wide."""
+    enlarged = draw.uniform(0, 1) < 0.5
+    for axis, row in enumerate(rows):
+        factor = torch.where(enlarged, 1 + draw.uniform(0, 1) * zoom, 1.0)
+        offset = draw.uniform(-1, 1) * (1 - 1 / factor)
+        window = row / factor[:, None]
+        window[:, 2] += offset
+        rows[axis] = window
+    return rows
+
+
+def _recolour(images: Tensor, settings: AugmentationSettings, draw: _Draw) -> Tensor:
+    """Change contrast and brightness and add noise; the result stays in [-1, 1]."""
+    if settings.gamma:
+        exponent = torch.exp(draw.uniform(-1, 1) * settings.gamma)[:, None, None, None]
+        images = ((images + 1) / 2).clamp(0, 1).pow(exponent) * 2 - 1
+    if settings.brightness:
+        images = images + (draw.uniform(-1, 1) * settings.brightness)[:, None, None, None]
+    if settings.noise:
+        strength = (draw.uniform(0, 1) * settings.noise)[:, None, None, None]
+        noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=draw.generator)
+        images = images + strength * noise
+    return images.clamp(-1, 1)

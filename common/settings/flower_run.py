@@ -1,0 +1,30 @@
+"""The plan of a Flower run, the same at both ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from common.files.system import expand
+from common.settings.compose import join
+from common.settings.plan import Plan
+
+
+def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], run_id: int) -> Plan:
+    """Return the plan of a Flower run, the same at both ends.
+
+    Args:
+        tree: Resolved settings of a simulation; None reads the run config.
+        run_config: Flower's flat run config.
+        run_id: Names the folder under $FEDSGCG_HOME (or ~/.fedsgcg) that a run without `output` gets.
+
+    Raises:
+        FedsgcgError: CFG-001 with every problem of the settings.
+    """
+    plan = Plan.from_tree(join(run_config=run_config) if tree is None else tree)
+    if plan.output:
+        return plan
+    home = expand(os.environ.get("FEDSGCG_HOME") or "~/.fedsgcg", "output or FEDSGCG_HOME")
+    return dataclasses.replace(plan, output=str(home / "runs" / str(run_id)))

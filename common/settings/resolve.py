@@ -1,0 +1,26 @@
+"""What follows from classes by import path, written into the settings once: traits, channels, normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common.settings.choices import is_import_path
+from common.settings.own_code import load_class, traits_of
+
+
+def resolve_own_code(tree: dict[str, Any]) -> None:
+    """Write into settings what follows from the classes that they name; settings without such a class stay.
+
+    Raises:
+        FedsgcgError: CFG-011 for a class that cannot be imported or does not keep the contract.
+    """
+    method, network = tree["method"], tree["network"]
+    if is_import_path(str(method["name"])):
+        traits = traits_of(load_class(method["name"], "method"))
+        method["traits"] = list(traits)
+        method["statistics"] = method["statistics"] or "contrasts" in traits
+    if is_import_path(str(network["name"])):
+        from common.networks import measure
+
+        channels, norm = measure(network, tree["data"])
+        network["feature_channels"], network["norm"] = channels, norm

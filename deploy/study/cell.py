@@ -1,0 +1,57 @@
+"""A cell: one federation of a study, with its settings and its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import fail
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One federation of a study.
+
+    Attributes:
+        method: Label of what is compared: the method, and what the study varies of it.
+        heldout: Name of the held-out hospital, "" for none.
+        seed: The seed.
+        tree: The resolved settings (`common.settings.plan.Plan.from_tree`), with the cell's own `output`.
+        trained_on: The one hospital that trains with `federation=local`.
+    """
+
+    method: str
+    heldout: str
+    seed: int
+    tree: dict[str, Any]
+    trained_on: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """The cell's run folder."""
+        return Path(self.tree["output"])
+
+    @property
+    def name(self) -> str:
+        """What the console calls it."""
+        alone = f" · {self.trained_on} alone" if self.trained_on else ""
+        return f"{self.method} · {self.heldout or 'all sites'} · seed {self.seed}{alone}"
+
+    def outcome(self) -> dict[str, Any]:
+        """What `server.app` wrote at the end of the run; empty when the cell has not ended yet."""
+        path = self.folder / "outcome.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            action = "remove the cell's folder and call again"
+            raise fail("SRV-402", where=str(path), found="text that is not JSON", action=action) from error
+        return found
+
+    @property
+    def done(self) -> bool:
+        """Whether the federation ran to its end and its results are there."""
+        return self.outcome().get("status") in ("completed", "degraded") and (self.folder / "results.parquet").exists()

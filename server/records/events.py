@@ -1,0 +1,43 @@
+"""Events of a run as they happen: one JSON line each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.files.disk import refusals
+from common.run_folder import cell_of
+from common.settings.plan import Plan
+from server.records.results import _finite
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def ignore_event(event: dict[str, Any]) -> None:
+    """Do nothing with an event."""
+
+
+class EventLog:
+    """Appends events to `events.jsonl`, each line flushed, and hands them to a listener.
+
+    Args:
+        plan: The plan; its method, held-out site, seed and number of rounds are in every event.
+        on_event: The listener.
+    """
+
+    def __init__(self, plan: Plan, on_event: OnEvent = ignore_event) -> None:
+        self.round = 0
+        self._path = Path(plan.output) / "events.jsonl"
+        self._fixed = cell_of(plan) | {"rounds": plan.federation.rounds}
+        self._on_event = on_event
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Record one event of the current `round`; numbers that are not finite become null. Raises SRV-401."""
+        found = {"time": round(time.time(), 3), "event": event, **self._fixed, "round": self.round, **fields}
+        found = {name: _finite(value) for name, value in found.items()}
+        with refusals(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+        self._on_event(found)

@@ -1,0 +1,129 @@
+"""The card of a model: how it was trained, chosen and judged, and what its input must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from common.run_folder import SCHEMA_VERSION, cell_of
+from common.settings.plan import DataSettings, Plan
+from server.records.checkpoint import Best
+
+SELECTIONS = {
+    "last": "the model of the last round",
+    "source_validation": "the model with the highest Dice on the training sites' own validation cases",
+}
+
+METRICS = {
+    "dice": "2 |P∩T| / (|P| + |T|); 1 when both are empty",
+    "asd": "mean distance from the predicted surface to the true one",
+    "assd": "mean distance over the pooled surface points of both",
+    "hd95": "95th percentile of the pooled distances of both surfaces (as medpy)",
+    "hd95_max": "larger of the two directed 95th percentiles (as MONAI)",
+    "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
+}
+
+IN_CHANNELS: Final = 3
+"""Channels of a training slice: a slice with its neighbours, a colour picture, or one slice three times."""
+
+PREPROCESSING: Final = (
+    *("image_size", "stack", "intensity", "activation", "threshold"),
+    *("largest_component", "fill_holes", "spacing_unit"),
+)
+
+
+def protocol(plan: Plan, training: Sequence[str], selected_round: int, *, validated: bool = True) -> dict[str, Any]:
+    """Return the protocol in words, for `model.json` and the report's protocol box.
+
+    Args:
+        plan: The plan of the federation.
+        training: Names of the sites that trained.
+        selected_round: Round whose model was evaluated.
+        validated: Whether that model has a source-validation score; without one nothing could be chosen by it.
+    """
+    data, federation = plan.data, plan.federation
+    return {
+        "trained": sorted(training),
+        "heldout": plan.heldout,
+        "observers": sorted(plan.observers),
+        "splits": (
+            f"by patient; {data.validation_fraction:.0%} of a training site's patients are source validation; every "
+            "case of the held-out site is its test set unless the manifest says otherwise"
+        ),
+        "selection": SELECTIONS[federation.selection] if validated else SELECTIONS["last"] + _unvalidated(plan),
+        "selected_round": selected_round,
+        "rounds": federation.rounds,
+        "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
+        "decision": f"probabilities at training size, bilinear to the images' own size, then {_decision(plan)}",
+        "post_processing": _post_processing(plan),
+        "metrics": METRICS,
+        "distance_unit": "pixel" if data.spacing_unit == "pixel" else "pixel, and mm where the spacing is real",
+        "structures": {name: list(parts) for name, parts in data.structures.items()},
+    }
+
+
+def _decision(plan: Plan) -> str:
+    if plan.data.activation == "sigmoid":
+        return f"above {plan.data.threshold:g} for each structure"
+    return "the likeliest class"
+
+
+def _unvalidated(plan: Plan) -> str:
+    """What to add where no site had a validation case; nothing where none was needed."""
+    wanted = plan.federation.selection == "source_validation"
+    return ", because no site has a validation case to choose by" if wanted else ""
+
+
+def _post_processing(plan: Plan) -> dict[str, str]:
+    """Say for each structure what is done to its mask, and what becomes of one that is empty."""
+    parts = {name: set(classes) for name, classes in plan.data.structures.items()}
+    return {name: "; ".join(_steps(plan.data, name, parts)) for name in parts}
+
+
+def _steps(data: DataSettings, name: str, parts: Mapping[str, set[str]]) -> Iterator[str]:
+    yield "largest connected component" if data.largest_component else "every component kept"
+    yield "holes filled in each slice" if data.fill_holes else "holes kept"
+    outer = [other for other, classes in parts.items() if classes > parts[name]]
+    if outer and (data.largest_component or data.fill_holes):
+        yield f"cut to {' and '.join(outer)}"
+    yield "empty stays empty"
+
+
+def model_card(
+    plan: Plan, chosen: Best, training: Sequence[str], *, prototypes: bool, kinds: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return what `model.json` says: how to use the model, and how it came about.
+
+    Args:
+        plan: The plan.
+        chosen: The selected model, its round and its source-validation Dice (NaN if unknown).
+        training: Sites that trained.
+        prototypes: Whether `prototypes.arrow` lies beside it.
+        kinds: What the training images were (`common.images.read.KINDS`); empty where the sites did not say.
+    """
+    data = asdict(plan.data)
+    network = asdict(plan.network) | {"in_channels": IN_CHANNELS, "out_channels": plan.data.out_channels}
+    return cell_of(plan) | {
+        "schema_version": SCHEMA_VERSION,
+        "run": plan.run,
+        "plan": plan.digest(),
+        "data": plan.data.name,
+        "kinds": list(kinds),
+        "weights": "model.safetensors",
+        "digest": chosen.weights.digest(),
+        "network": network,
+        "classes": list(plan.data.classes),
+        "labels": plan.data.classes,
+        "structures": plan.data.structures,
+        "preprocessing": {name: data[name] for name in PREPROCESSING},
+        "selection": plan.federation.selection,
+        "selected_round": chosen.round,
+        "rounds": plan.federation.rounds,
+        "validation_dice": chosen.score,
+        "prototypes": "prototypes.arrow" if prototypes else None,
+        "normalize": plan.prototypes.normalize,
+        "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score))
+        | {"images": ", ".join(f"{kind}s" for kind in kinds)},
+    }

@@ -1,0 +1,182 @@
+"""The report's box on the protocol, as plain text; the page escapes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from server.report.format import TITLES, show, show_seconds
+from server.report.rounds import cut_steps
+from server.report.sections.cases import case_lines, count_of, join_words
+from server.report.study_files import StudyFiles
+from server.report.tables import methods_of
+
+
+def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
+    """Return the protocol as (topic, lines): who trained, who judged, by which rules, on what machine."""
+    words = _protocols(study)
+    tree = next(iter(study.settings.values()), {})
+    topics = [
+        ("Who was held out", _folds(study)),
+        ("Cases", case_lines([cell.outcome for cell in study.cells])),
+        ("Images", _all_of(words, "images")),
+        ("Splits", _all_of(words, "splits")),
+        ("Choice of the model", _selection(words)),
+        ("Choice of settings", _settings_choice(study)),
+        ("Training", _training(study)),
+        ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
+        ("Evaluation", _all_of(words, "evaluated")),
+        ("Decision", _all_of(words, "decision")),
+        ("Post-processing", _post_processing(words)),
+        ("Structures", _structures(tree)),
+        ("Metrics", _metrics(words)),
+        ("Unit of distance", _all_of(words, "distance_unit")),
+        ("Machine", _machine(study)),
+    ]
+    return [(topic, lines) for topic, lines in topics if lines]
+
+
+def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:
+    found = [cell.model.get("protocol") for cell in study.cells]
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
+    """Every different statement of the cells about `name`, in order."""
+    return list(dict.fromkeys(str(entry[name]) for entry in protocols if entry.get(name) not in (None, "")))
+
+
+def _post_processing(protocols: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is done to the mask of each structure; structures that are treated alike share a line."""
+    steps: dict[str, dict[str, None]] = {}
+    for entry in protocols:
+        stated = entry.get("post_processing")
+        for name, text in stated.items() if isinstance(stated, Mapping) else ():
+            steps.setdefault(str(text), {})[str(name)] = None
+    return [f"{join_words(list(names))}: {text}" for text, names in steps.items()]
+
+
+def _folds(study: StudyFiles) -> list[str]:
+    together = [cell.model.get("protocol") for cell in study.cells if not cell.trained_on]
+    entries = [entry for entry in together if isinstance(entry, dict)]
+    entries.sort(key=lambda entry: len(entry.get("trained", [])))  # who shared a place stands there as one
+    trained = {str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody" for entry in entries}
+    alone: dict[str, set[str]] = {}
+    for cell in study.cells:
+        if cell.trained_on and cell.model:
+            alone.setdefault(cell.heldout, set()).add(cell.trained_on)
+    for heldout, names in alone.items():
+        trained.setdefault(heldout, f"{join_words(sorted(names))}{', each' if len(names) > 1 else ''} alone")
+    lines = []
+    for heldout in sorted({cell.heldout for cell in study.cells}):
+        who = f"{heldout} held out" if heldout else "no hospital held out"
+        lines.append(f"{who}: {trained[heldout]} trained" if heldout in trained else f"{who}: not run to its end")
+    observers = sorted({str(name) for entry in _protocols(study) for name in entry.get("observers", [])})
+    return lines + ([f"only evaluated, never trained: {join_words(observers)}"] if observers else [])
+
+
+def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
+    rounds = sorted(
+        {int(entry["selected_round"]) for entry in protocols if isinstance(entry.get("selected_round"), int)}
+    )
+    words = [f"{text}; the held-out hospital never chooses a model" for text in _all_of(protocols, "selection")]
+    few = f"round{'' if len(rounds) == 1 else 's'} {join_words(rounds)}"
+    span = few if len(rounds) <= 3 else f"rounds {rounds[0]} to {rounds[-1]}"
+    return words + ([f"evaluated: the model of {span}"] if rounds and words else [])
+
+
+def _selection_of(study: StudyFiles) -> Mapping[str, Any]:
+    """What `study.yaml` records of how settings were chosen: `words`, and what each fold chose (`chosen`)."""
+    found = study.tree.get("selection")
+    return found if isinstance(found, Mapping) else {}
+
+
+def chosen_within_folds(study: StudyFiles) -> bool:
+    """Whether each fold chose its settings by its own source hospitals (nested selection, `select` of a study)."""
+    return bool(_selection_of(study).get("chosen"))
+
+
+def _settings_choice(study: StudyFiles) -> list[str]:
+    """Whose patients had a say in the settings of runs that hold a hospital out, and what each fold chose."""
+    if not any(cell.heldout for cell in study.cells):
+        return []
+    selection = _selection_of(study)
+    lines = [str(selection["words"])] if selection.get("words") else []
+    for entry in selection.get("chosen") or []:
+        scores = ", ".join(f"{name} {show(float(score), 3)}" for name, score in entry["scores"].items())
+        fold = f"{entry['heldout'] or 'nobody'} held out, seed {entry['seed']}"
+        lines.append(f"{entry['method']}, {fold}: {entry['settings']} (mean Dice at the sources left out: {scores})")
+    if not selection:  # a study from before this was recorded
+        lines.append(
+            "the same in every fold; a setting that was chosen with validation cases of these hospitals (as the "
+            "shipped weight and temperature of SgCG were) was chosen with patients of hospitals that are held out here"
+        )
+    return lines
+
+
+def _mixing(study: StudyFiles) -> list[str]:
+    """How amplitude mixing differs from the published method, where hospitals keep their images to themselves."""
+    alone = [
+        label
+        for label, tree in study.settings.items()
+        if str(_part(tree, "method").get("name", "")).startswith("ram")
+        and _part(_part(tree, "method"), "ram").get("sharing") == "local"
+        and _part(tree, "federation").get("ownership", "by_site") != "pooled"
+    ]
+    if not alone:
+        return []
+    return [
+        f"{join_words(alone)}: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the "
+        "published method mixes across domains"
+    ]
+
+
+def _training(study: StudyFiles) -> list[str]:
+    def either(section: str, *names: str, say: Callable[..., str] = str) -> str:
+        """What the methods' settings say, each different word once: "6 or 24"."""
+        parts = [_part(tree, section) for tree in study.settings.values()]
+        return " or ".join(dict.fromkeys(say(*(part.get(name) for name in names)) for part in parts if part))
+
+    def amount(steps: int | None, epochs: int | None) -> str:
+        return count_of(steps, "step") if steps else count_of(1 if epochs is None else epochs, "local epoch")
+
+    seeds = sorted({cell.seed for cell in study.cells})
+    lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
+    lines.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {join_words(seeds)}")
+    if rounds := either("federation", "rounds"):
+        lines.append(f"{rounds} rounds, hospitals weighted by {either('federation', 'weighting')}")
+    if name := either("network", "name"):
+        width, norm = either("network", "base_width"), either("network", "norm")
+        lines.append(f"{name}, base width {width}, {norm} normalisation")
+    if length := either("method", "steps_per_round", "local_epochs", say=amount):
+        batch, rate = either("method", "batch_size"), either("method", "learning_rate")
+        lines.append(f"{length} a round, batch {batch}, learning rate {rate}")
+    return lines + _mixing(study)
+
+
+def _structures(tree: Mapping[str, Any]) -> list[str]:
+    parts = _part(_part(tree, "data"), "structures")
+    named = {str(name): [str(part) for part in classes] for name, classes in parts.items() if isinstance(classes, list)}
+    return [name if classes == [name] else f"{name} = {' + '.join(classes)}" for name, classes in named.items()]
+
+
+def _metrics(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
+    found: Mapping[str, Any] = next(
+        (entry["metrics"] for entry in protocols if isinstance(entry.get("metrics"), dict)), {}
+    )
+    return [f"{TITLES[name]}: {text}" if name in TITLES else str(text) for name, text in found.items()]
+
+
+def _machine(study: StudyFiles) -> list[str]:
+    tree = study.tree
+    lines = [str(tree[name]) for name in ("machine",) if tree.get(name)]
+    how = ", ".join(f"{name} {tree[name]}" for name in ("runtime", "device") if tree.get(name))
+    seconds = sum(cell.seconds for cell in study.cells if math.isfinite(cell.seconds))
+    lines += [how] if how else []
+    return lines + ([f"{show_seconds(seconds)} of run time over all runs"] if seconds else [])
+
+
+def _part(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = tree.get(name)
+    return part if isinstance(part, dict) else {}
