@@ -19,7 +19,12 @@ from clients.data.store import SliceTable, fingerprint
 from clients.evaluation import evaluate_cases, validation_dice
 from clients.guard.contents import shared_contents
 from clients.guard.egress import apply_floors, release
-from clients.methods.class_statistics import NormMode, sample_features, site_moments, site_statistics
+from clients.methods.class_statistics import (
+    NormMode,
+    sample_features,
+    site_moments,
+    site_statistics,
+)
 from clients.methods.partners import site_amplitudes
 from clients.methods.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
 from clients.request import SPLITS, Visit, guard, visiting
@@ -67,7 +72,10 @@ def enrol(visit: Visit) -> RecordDict:
     `content_hashes`, where the site allows it, are those by which it finds images that two hospitals have.
     """
     stores, splits = visit.stores, SPLITS
-    cases = {split: [case for store in stores for case in store.cases if case.split == split] for split in splits}
+    cases = {
+        split: [case for store in stores for case in store.cases if case.split == split]
+        for split in splits
+    }
     details: dict[str, Any] = {
         "site": visit.site,
         "roles": list(visit.plan.site.roles),
@@ -108,7 +116,13 @@ def train(visit: Visit) -> RecordDict:
     _, state = visit.state.load(number)
     own = leaving(visit, described) if plan.prototypes.memory == "overlay" else None
     guide = build_guide(
-        visit.request.prototypes, state, own, plan, number, visit.device, held=held_parts(visit.request.options)
+        visit.request.prototypes,
+        state,
+        own,
+        plan,
+        number,
+        visit.device,
+        held=held_parts(visit.request.options),
     )
     figures, state = train_round(
         network,
@@ -125,7 +139,9 @@ def train(visit: Visit) -> RecordDict:
         own = leaving(visit, described)
     if state or own is not None:
         visit.state.store(number, state | keep_statistics(own))
-    return send(visit, Reply(visit.identity, visit.site, weights_of(network), described, before | figures))
+    return send(
+        visit, Reply(visit.identity, visit.site, weights_of(network), described, before | figures)
+    )
 
 
 def held_parts(options: Mapping[str, Any]) -> frozenset[str]:
@@ -154,7 +170,9 @@ def evaluate(visit: Visit) -> RecordDict:
     keep_features(visit, network, split)
     rows = evaluate_cases(network, visit.stores, visit.plan, split, visit.device, pictures=pictures)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
-    if split == "validation":  # the measure of every other round too, so that models can be compared
+    if (
+        split == "validation"
+    ):  # the measure of every other round too, so that models can be compared
         metrics |= judged(visit, network)
     return send(visit, Reply(visit.identity, visit.site, metrics=metrics, cases=encode_cases(rows)))
 
@@ -167,7 +185,9 @@ def keep_features(visit: Visit, network: nn.Module, split: str) -> None:
         rng = stream(visit.plan.seed, store.site, "feature samples")
         found = sample_features(network, store.slices(split), visit.plan, visit.device, rng)
         home = visit.home if len(visit.stores) == 1 else visit.home.parent / store.site
-        write_feature_samples(home / FILE, *found, store.site, visit.plan.label or visit.plan.method.name)
+        write_feature_samples(
+            home / FILE, *found, store.site, visit.plan.label or visit.plan.method.name
+        )
 
 
 def judged(visit: Visit, network: nn.Module) -> dict[str, float]:
@@ -203,7 +223,9 @@ def moments(visit: Visit, network: nn.Module) -> NormMoments:
     return site_moments(network, tables, visit.plan, visit.device, rngs, generator)
 
 
-def statistics(visit: Visit, network: nn.Module, norm_mode: NormMode | None = None) -> ClassStatistics:
+def statistics(
+    visit: Visit, network: nn.Module, norm_mode: NormMode | None = None
+) -> ClassStatistics:
     """Class statistics of the site's training slices under the network's weights, pooled over its hospitals."""
     tables, rngs = training_slices(visit)
     return site_statistics(network, tables, visit.plan, visit.device, rngs, norm_mode)

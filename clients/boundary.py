@@ -13,7 +13,9 @@ from flwr.app import RecordDict
 from common.errors import FedsgcgError
 from common.wire.payload import Identity
 
-NOBODY = Identity(run="", heldout="", round=0, plan="")  # of a reply to a message that says not even what it belongs to
+NOBODY = Identity(
+    run="", heldout="", round=0, plan=""
+)  # of a reply to a message that says not even what it belongs to
 LOG = logging.getLogger("fedsgcg.site")
 
 

@@ -18,7 +18,9 @@ WARM_STEPS: Final = 3
 Step = Callable[..., Tensor]
 
 
-def adam(groups: Sequence[dict[str, Any]], rate: float, weight_decay: float, device: torch.device) -> torch.optim.Adam:
+def adam(
+    groups: Sequence[dict[str, Any]], rate: float, weight_decay: float, device: torch.device
+) -> torch.optim.Adam:
     """Make the fused Adam; on a GPU rate and step counter lie there, so that a step can be captured.
 
     Args:
@@ -30,7 +32,9 @@ def adam(groups: Sequence[dict[str, Any]], rate: float, weight_decay: float, dev
     on_gpu = device.type == "cuda"
     own = [dict(group) for group in groups]
     for group in own:  # a tensor of its own for each: the default would be shared
-        group["lr"] = torch.tensor(rate * group.get("factor", 1.0), device=device) if on_gpu else rate
+        group["lr"] = (
+            torch.tensor(rate * group.get("factor", 1.0), device=device) if on_gpu else rate
+        )
     return torch.optim.Adam(own, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
 
 
@@ -101,7 +105,9 @@ class Replay:
     def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Record the launches of `work`, which does not run yet; the result runs them all at once."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may be sending batches
+        with torch.cuda.graph(
+            graph, capture_error_mode="thread_local"
+        ):  # another thread may be sending batches
             figures = work()
 
         def replay() -> Tensor:

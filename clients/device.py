@@ -66,7 +66,9 @@ def precision(settings: MethodSettings, device: torch.device) -> torch.dtype:
 
 def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return the context in which the network runs: autocast to `dtype`, or nothing for float32."""
-    return torch.autocast(device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
+    return torch.autocast(
+        device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
+    )
 
 
 def describe_hardware() -> str:

@@ -96,7 +96,9 @@ def predict_cases(
     with evaluation_mode(network):
         for index, indices in slices_by_case(table):
             case = store.cases[index]
-            logits = torch.cat([logits_of(network, table, part, device) for part in _parts(indices, BATCH)])
+            logits = torch.cat(
+                [logits_of(network, table, part, device) for part in _parts(indices, BATCH)]
+            )
             classes = store.truth(case)
             decided = structures_from_logits(logits, classes.shape[1:], data)
             prediction = post_process(decided, data, is_picture=case.is_picture)
@@ -118,7 +120,9 @@ def validation_dice(
     return sum(dice * cases for dice, cases in found) / number if number else float("nan"), number
 
 
-def _validation_dice(network: nn.Module, table: SliceTable, plan: Plan, device: torch.device) -> tuple[float, int]:
+def _validation_dice(
+    network: nn.Module, table: SliceTable, plan: Plan, device: torch.device
+) -> tuple[float, int]:
     """Mean Dice over the cases of one table, and their number."""
     cases, position = np.unique(np.asarray(table.case_of), return_inverse=True)
     structures = plan.data.structure_classes()
@@ -128,15 +132,21 @@ def _validation_dice(network: nn.Module, table: SliceTable, plan: Plan, device: 
         for indices in _parts(np.arange(len(table)), BATCH):
             images, labels = (torch.from_numpy(array).to(device) for array in table.stack(indices))
             logits, _ = network(images.to(memory_format=torch.channels_last))
-            counts = overlap_counts(decide(activated(logits, plan.data), plan.data), labels, structures).double()
+            counts = overlap_counts(
+                decide(activated(logits, plan.data), plan.data), labels, structures
+            ).double()
             sums.index_add_(1, torch.from_numpy(position[indices]).to(device), counts)
     return float(dice_from_counts(sums).mean().item()), len(cases)
 
 
-def logits_of(network: nn.Module, table: SliceTable, indices: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+def logits_of(
+    network: nn.Module, table: SliceTable, indices: npt.NDArray[np.int64], device: torch.device
+) -> Tensor:
     """Logits (B, C, H, W) of some slices at training size."""
     images, _ = table.stack(indices)
-    logits: Tensor = network(torch.from_numpy(images).to(device, memory_format=torch.channels_last))[0]
+    logits: Tensor = network(
+        torch.from_numpy(images).to(device, memory_format=torch.channels_last)
+    )[0]
     return logits.float()
 
 
@@ -156,7 +166,9 @@ def decide(probabilities: Tensor, data: DataSettings) -> Tensor:
     return structure_targets(probabilities.argmax(1), data.structure_classes())
 
 
-def native_probabilities(logits: Tensor, native: Sequence[int], data: DataSettings) -> Iterator[Tensor]:
+def native_probabilities(
+    logits: Tensor, native: Sequence[int], data: DataSettings
+) -> Iterator[Tensor]:
     """Yield the probabilities (C, Y, X) of each slice of logits (Z, C, h, w) at its native size (Y, X).
 
     The one rule of evaluation and of `predict`, the published one (methods.md 2.7): activation at training size, then
@@ -165,7 +177,9 @@ def native_probabilities(logits: Tensor, native: Sequence[int], data: DataSettin
     """
     for part in torch.unbind(logits):
         probabilities = activated(part[None], data)
-        yield F.interpolate(probabilities, size=tuple(native), mode="bilinear", align_corners=False)[0]
+        yield F.interpolate(
+            probabilities, size=tuple(native), mode="bilinear", align_corners=False
+        )[0]
 
 
 def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSettings) -> Mask:
@@ -253,7 +267,9 @@ def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
     return rows
 
 
-def overlap_counts(decided: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
+def overlap_counts(
+    decided: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]
+) -> Tensor:
     """Pixels in both, in the prediction and in the truth, (3, B, S); ignored pixels count nowhere."""
     valid = (labels != IGNORE).unsqueeze(1)
     truth, decided = structure_targets(labels, structures) & valid, decided & valid

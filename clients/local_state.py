@@ -66,7 +66,9 @@ class LocalState:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+            partial.write_bytes(
+                save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            )
             partial.replace(path)
             for number in self._rounds():
                 # A later round than this one belongs to a past that is being repeated.
@@ -80,4 +82,7 @@ class LocalState:
         return self.folder / f"{self.key}-{number:05d}.safetensors"
 
     def _rounds(self) -> list[int]:
-        return sorted(int(path.stem.rpartition("-")[2]) for path in self.folder.glob(f"{self.key}-*.safetensors"))
+        return sorted(
+            int(path.stem.rpartition("-")[2])
+            for path in self.folder.glob(f"{self.key}-*.safetensors")
+        )

@@ -25,7 +25,9 @@ def out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     before = error.__cause__ or error.__context__
-    return any(sign in str(error) for sign in SIGNS) or (before is not None and out_of_memory(before))
+    return any(sign in str(error) for sign in SIGNS) or (
+        before is not None and out_of_memory(before)
+    )
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:

@@ -117,12 +117,18 @@ class Visit:
         found = []
         for store in self.stores:
             alias = {case.name: case.alias for case in store.cases}
-            found += [{"code": problem.code, "case": alias.get(problem.where, "")} for problem in store.problems]
+            found += [
+                {"code": problem.code, "case": alias.get(problem.where, "")}
+                for problem in store.problems
+            ]
         return found
 
 
 def visiting(
-    work: Callable[[Visit], RecordDict], message: Message, context: Context, tree: Mapping[str, Any] | None
+    work: Callable[[Visit], RecordDict],
+    message: Message,
+    context: Context,
+    tree: Mapping[str, Any] | None,
 ) -> RecordDict:
     """Do the work of one message; whatever goes wrong becomes a reply that holds a code and nothing else.
 
@@ -151,7 +157,9 @@ def visiting(
         keep_trace(home, kind, identity)
         unforeseen = "SITE-502" if out_of_memory(error) else "SITE-500"
         code = error.public() if isinstance(error, FedsgcgError) else unforeseen
-        return release_error(code, identity, site, home, kind, note=str(error) if code.startswith("POL") else "")
+        return release_error(
+            code, identity, site, home, kind, note=str(error) if code.startswith("POL") else ""
+        )
 
 
 def guard(visit: Visit, *allowed: str) -> None:
@@ -195,7 +203,12 @@ def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
     names = list(plan.members()) or sorted(discover_sites(root))
     if name := str(node_config.get("site", "")):
         if name not in names:
-            raise fail("DAT-101", found=f"site {name!r}", expected=f"one of {names}", action="Correct the node config.")
+            raise fail(
+                "DAT-101",
+                found=f"site {name!r}",
+                expected=f"one of {names}",
+                action="Correct the node config.",
+            )
         return name
     number = node_config.get("partition-id")
     if not isinstance(number, int) or not 0 <= number < len(names):

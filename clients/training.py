@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from clients.cuda_graph import Replay, adam, set_rate
 from clients.data.augment import augment
-from clients.data.batches import Batch, Chosen, domain_sizes, gather, index_batches, most_parts, steps_of
+from clients.data.batches import (
+    Batch,
+    Chosen,
+    domain_sizes,
+    gather,
+    index_batches,
+    most_parts,
+    steps_of,
+)
 from clients.data.prefetch import prefetch
 from clients.methods import Guidance, Guide, Source, method_class
 from clients.methods.partners import Mixer, build_mixer
@@ -72,7 +80,10 @@ def train_round(
     tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
     state = state or {}
     received = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    sizes = [min(size, len(table)) for table, size in zip(tables, domain_sizes(plan.method, len(tables)), strict=True)]
+    sizes = [
+        min(size, len(table))
+        for table, size in zip(tables, domain_sizes(plan.method, len(tables)), strict=True)
+    ]
     most = most_parts(sizes)
     parts = min(max(plan.site.micro_batches, int(state.get(PARTS, 1))), most)
 
@@ -82,7 +93,9 @@ def train_round(
         session = Session(network, plan, len(stores), device, state)
         # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
         own_guide = copy.copy(guide)
-        figures = session.train(batches, steps_of(tables, plan.method), own_guide, round_number, parts)
+        figures = session.train(
+            batches, steps_of(tables, plan.method), own_guide, round_number, parts
+        )
         return figures, session.state() | (own_guide.state() if own_guide is not None else {})
 
     while (trained := unless_out_of_memory(attempt)) is None:
@@ -137,19 +150,31 @@ class Session:
     """
 
     def __init__(
-        self, network: nn.Module, plan: Plan, domains: int, device: torch.device, state: Mapping[str, Tensor]
+        self,
+        network: nn.Module,
+        plan: Plan,
+        domains: int,
+        device: torch.device,
+        state: Mapping[str, Tensor],
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
         self.method: Source = method_class(plan.method)(network, plan, domains, device)
         self.method.local.train()
-        self._optimizer = adam(self.method.groups(), plan.method.learning_rate, plan.method.weight_decay, device)
+        self._optimizer = adam(
+            self.method.groups(), plan.method.learning_rate, plan.method.weight_decay, device
+        )
         self._replay = Replay(self._work, self._clear, device)
         self._guide: Guide | None = None
         self._restore(state)
 
     def train(
-        self, batches: Iterator[Batch], steps: int, guide: Guide | None, round_number: int, micro_batches: int
+        self,
+        batches: Iterator[Batch],
+        steps: int,
+        guide: Guide | None,
+        round_number: int,
+        micro_batches: int,
     ) -> dict[str, float]:
         """Take one step a batch.
 
@@ -172,13 +197,17 @@ class Session:
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
         """Take one step; returns the loss and its parts, detached, in the order of `method.parts`."""
-        if guide is not self._guide:  # a captured step holds the prototypes that it was captured with
+        if (
+            guide is not self._guide
+        ):  # a captured step holds the prototypes that it was captured with
             self._guide, self._replay = guide, Replay(self._work, self._clear, self._device)
         if isinstance(guide, Guidance | None):
             self._cut = batch.sizes, micro_batches
             tensors = [batch.images, batch.labels, *([] if batch.mixed is None else [batch.mixed])]
             return self._replay(*tensors, key=self._cut)
-        return self._train(batch, micro_batches)  # a guide that changes within the round cannot be captured
+        return self._train(
+            batch, micro_batches
+        )  # a guide that changes within the round cannot be captured
 
     def _work(self, images: Tensor, labels: Tensor, mixed: Tensor | None = None) -> Tensor:
         sizes, micro_batches = self._cut
@@ -191,7 +220,9 @@ class Session:
             total, parts = self.method.loss(part, self._guide)
             (total if share == 1 else share * total).backward()  # type: ignore[no-untyped-call]
             zero = torch.zeros_like(total)
-            values = torch.stack([total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)])
+            values = torch.stack(
+                [total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)]
+            )
             found.append(values if share == 1 else share * values)
         self._optimizer.step()
         return torch.stack(found).sum(0)
@@ -201,16 +232,24 @@ class Session:
 
     def state(self) -> dict[str, Tensor]:
         """What stays at the site: local networks always, Adam's moments with `federation.moments=keep`."""
-        tensors = {f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()}
+        tensors = {
+            f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()
+        }
         if self._plan.federation.moments == "keep":
             for index, moments in self._optimizer.state_dict()["state"].items():
                 tensors |= {f"{MOMENTS}{index}.{name}": tensor for name, tensor in moments.items()}
         return tensors
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
-        if local := {name.removeprefix(LOCAL): tensor for name, tensor in state.items() if name.startswith(LOCAL)}:
+        if local := {
+            name.removeprefix(LOCAL): tensor
+            for name, tensor in state.items()
+            if name.startswith(LOCAL)
+        }:
             self.method.local.load_state_dict(local)
-        trained = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        trained = [
+            parameter for group in self._optimizer.param_groups for parameter in group["params"]
+        ]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
             if name.startswith(MOMENTS):
@@ -218,12 +257,18 @@ class Session:
                 like = trained[int(index)]
                 # The fused kernel walks through memory: moments must lie as their parameter does, channels last. And
                 # it counts its steps in place: what was given stays as it was, for a round that starts over.
-                moment = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.clone()
+                moment = (
+                    torch.empty_like(like).copy_(tensor)
+                    if tensor.shape == like.shape
+                    else tensor.clone()
+                )
                 moments.setdefault(int(index), {})[kind] = moment
         if moments and self._plan.federation.moments == "keep":
             self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": moments})
 
-    def _figures(self, names: Sequence[str], sums: Tensor, steps: int, round_number: int) -> dict[str, float]:
+    def _figures(
+        self, names: Sequence[str], sums: Tensor, steps: int, round_number: int
+    ) -> dict[str, float]:
         """Read the sums once at the end: on a GPU this is the only wait of the round; NaN and Inf survive any sum."""
         weights = self.method.network.state_dict().values()
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in weights]).all()
@@ -268,7 +313,9 @@ def round_batches(
         device: Where the batches go.
         mixer: Makes the amplitude-mixed copies; None for methods without.
     """
-    generator = torch.Generator(device).manual_seed(stream_seed(plan.seed, round_number, client_name(names), "augment"))
+    generator = torch.Generator(device).manual_seed(
+        stream_seed(plan.seed, round_number, client_name(names), "augment")
+    )
     rngs = [stream(plan.seed, round_number, name, "batches") for name in names]
     chosen = index_batches(tables, plan.method, rngs)
     for images, labels, sizes, *drawn in prefetch(_read(tables, chosen, mixer), device):
@@ -296,16 +343,22 @@ def load_weights(network: nn.Module, weights: Weights) -> None:
     found = {name: tuple(array.shape) for name, array in given.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        wrong = sorted(
+            name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)
+        )
         raise fail(
-            "PAY-103", found=f"{len(wrong)} entries differ, first {wrong[0]!r}", expected="the network of the plan"
+            "PAY-103",
+            found=f"{len(wrong)} entries differ, first {wrong[0]!r}",
+            expected="the network of the plan",
         )
     network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in given.items()})
 
 
 def weights_of(network: nn.Module) -> Weights:
     """Return the network's state as it travels."""
-    return Weights.from_state({name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()})
+    return Weights.from_state(
+        {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
+    )
 
 
 def _diverged(round_number: int, step: int) -> Exception:

@@ -26,7 +26,14 @@ from typing import IO, Any, NoReturn, TextIO, TypeVar, cast
 
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -74,7 +81,9 @@ class Screen(Console):
         events: Write events as JSON lines to standard output (`--json`); `stream` is then standard error.
     """
 
-    def __init__(self, stream: TextIO, width: int | None = None, *, quiet: bool = False, events: bool = False) -> None:
+    def __init__(
+        self, stream: TextIO, width: int | None = None, *, quiet: bool = False, events: bool = False
+    ) -> None:
         self.only_problems, self.events = quiet, events
         super().__init__(
             file=cast(IO[str], Outlet(stream)),
@@ -134,7 +143,9 @@ def least_width(console: Console, table: Table) -> int:
     for column in table.columns:
         sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
         widest = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
-        column.min_width = max(min(widest, FOLDED if column.overflow == "fold" else widest), column.min_width or 0)
+        column.min_width = max(
+            min(widest, FOLDED if column.overflow == "fold" else widest), column.min_width or 0
+        )
     return Measurement.get(console, wide, table).minimum
 
 
@@ -212,14 +223,24 @@ def catch_signals() -> None:
 def add_output_options(parser: argparse.ArgumentParser, *, events: bool = False) -> None:
     """Add `-q` and `-v`, and `--json` where a command has events, to the options of a command."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log to standard error; show where an error arose")
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="log to standard error; show where an error arose",
+    )
     if events:
         parser.add_argument(
-            "--json", dest="json_events", action="store_true", help="events as JSON lines on standard output"
+            "--json",
+            dest="json_events",
+            action="store_true",
+            help="events as JSON lines on standard output",
         )
 
 
-def run_command(work: Callable[[Screen], int], interrupted: str = "", options: argparse.Namespace | None = None) -> int:
+def run_command(
+    work: Callable[[Screen], int], interrupted: str = "", options: argparse.Namespace | None = None
+) -> int:
     """Run a command with a console and return its exit code; errors of ours become text, never a traceback.
 
     Args:
@@ -234,10 +255,14 @@ def run_command(work: Callable[[Screen], int], interrupted: str = "", options: a
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     _ENDING.begin(interrupted)
     catch_signals()
-    quiet, verbose, events = (bool(getattr(options, name, False)) for name in ("quiet", "verbose", "json_events"))
+    quiet, verbose, events = (
+        bool(getattr(options, name, False)) for name in ("quiet", "verbose", "json_events")
+    )
     screen = Screen(sys.stderr if events else sys.stdout, quiet=quiet, events=events)
     if verbose:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
+        logging.basicConfig(
+            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s"
+        )
     try:
         return work(screen)
     except FedsgcgError as error:
@@ -264,7 +289,13 @@ def print_error(text: str) -> None:
 
 def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
     """Return a bar that goes when it is done; its descriptions are shown verbatim."""
-    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), *more, console=console, transient=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *more,
+        console=console,
+        transient=True,
+    )
 
 
 @contextmanager

@@ -123,7 +123,9 @@ PROMISE12: Final = DataSet(
         "Save each case as NIfTI <SITE>/CaseNN_image.nii.gz and <SITE>/CaseNN_mask.nii.gz (RUNMC 13-25, UCL 01 and "
         "26-37, BIDMC 00 and 02-12, HK 38-49); a manifest.csv with site,image,mask,patient_id may stand beside them.",
     ),
-    layouts=("manifest.csv, or one folder a hospital with CaseNN_image.nii.gz and CaseNN_mask.nii.gz",),
+    layouts=(
+        "manifest.csv, or one folder a hospital with CaseNN_image.nii.gz and CaseNN_mask.nii.gz",
+    ),
 )
 
 SPINEGM: Final = DataSet(
@@ -145,7 +147,9 @@ SPINEGM: Final = DataSet(
         "Join *_seg-manual (1) and *_gmseg-manual (2) into one mask and save <SITE>/<case>_image.nii.gz and "
         "<SITE>/<case>_mask.nii.gz; a manifest.csv with site,image,mask,patient_id may stand beside them.",
     ),
-    layouts=("manifest.csv, or one folder a hospital with <case>_image.nii.gz and <case>_mask.nii.gz",),
+    layouts=(
+        "manifest.csv, or one folder a hospital with <case>_image.nii.gz and <case>_mask.nii.gz",
+    ),
 )
 
 CATALOGUE: Final = {data_set.name: data_set for data_set in (FUNDUS, PROSTATE, PROMISE12, SPINEGM)}
@@ -165,11 +169,15 @@ def fetch_advice(name: str) -> str:
         Lines of text. `synthetic` needs nothing; a name that is not published gets the advice for own data.
     """
     if name == "synthetic":
-        return "The synthetic hospitals need no download: they are written when they are first used."
+        return (
+            "The synthetic hospitals need no download: they are written when they are first used."
+        )
     data_set = CATALOGUE.get(name)
     if data_set is None:
         return OWN_DATA
     steps = [f"{number}. {step}" for number, step in enumerate(data_set.fetch, 1)]
     prepare = f"{len(steps) + 1}. fedsgcg data prepare {name} DOWNLOADED -o FOLDER, then set data.root=FOLDER"
     head = f"fedsgcg downloads nothing. To get {name} ({data_set.title}):"
-    return "\n".join([head, *steps, prepare, f"Terms: {data_set.terms}.", f"Cite: {data_set.cite}."])
+    return "\n".join(
+        [head, *steps, prepare, f"Terms: {data_set.terms}.", f"Cite: {data_set.cite}."]
+    )

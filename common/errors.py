@@ -158,12 +158,18 @@ class Problem:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise KeyError(f"unknown error code {self.code!r}")
-        for field in fields(self):  # a file name that is no UTF-8 must not break the console or the log it is told in
+        for field in fields(
+            self
+        ):  # a file name that is no UTF-8 must not break the console or the log it is told in
             object.__setattr__(self, field.name, printable(getattr(self, field.name)))
 
     def __str__(self) -> str:
         lines = [f"[{self.code}] {CODES[self.code]}" + (f" ({self.where})" if self.where else "")]
-        for label, text in (("found", self.found), ("expected", self.expected), ("do", self.action)):
+        for label, text in (
+            ("found", self.found),
+            ("expected", self.expected),
+            ("do", self.action),
+        ):
             if text:
                 lines.append(f"  {label}: {text}")
         return "\n".join(lines)
@@ -192,6 +198,8 @@ class FedsgcgError(Exception):
         return (type(self), self.problems)
 
 
-def fail(code: str, *, found: str = "", expected: str = "", action: str = "", where: str = "") -> FedsgcgError:
+def fail(
+    code: str, *, found: str = "", expected: str = "", action: str = "", where: str = ""
+) -> FedsgcgError:
     """Build the error for one problem; the caller raises it."""
     return FedsgcgError(Problem(code, found, expected, action, where))

@@ -80,15 +80,23 @@ def write_feature_samples(
         ValueError: Shapes that do not fit, or features that are not finite.
         FedsgcgError: SITE-501 when the site's folder cannot be written.
     """
-    rows, labels = np.ascontiguousarray(features, dtype=np.float32), np.asarray(classes, dtype=np.int64)
+    rows, labels = (
+        np.ascontiguousarray(features, dtype=np.float32),
+        np.asarray(classes, dtype=np.int64),
+    )
     if rows.ndim != 2 or labels.shape != rows.shape[:1] or not 0 < rows.shape[1] <= MAX_FEATURES:
-        raise ValueError(f"features: found {rows.shape} with classes {labels.shape}, expected (N, A) and (N,)")
+        raise ValueError(
+            f"features: found {rows.shape} with classes {labels.shape}, expected (N, A) and (N,)"
+        )
     if not np.isfinite(rows).all():
         raise ValueError("features: found values that are not finite, expected finite ones")
     schema = _schema(rows.shape[1]).with_metadata(
         {"kind": KIND, "schema_version": SCHEMA_VERSION, "site": site, "method": method}
     )
-    columns = [pa.array(labels), pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])]
+    columns = [
+        pa.array(labels),
+        pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1]),
+    ]
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +105,10 @@ def write_feature_samples(
         partial.replace(path)
     except OSError as error:
         raise fail(
-            "SITE-501", where=str(path), found=str(error), expected="a site folder that can be written"
+            "SITE-501",
+            where=str(path),
+            found=str(error),
+            expected="a site folder that can be written",
         ) from error
 
 
@@ -112,7 +123,9 @@ def read_feature_samples(path: Path) -> FeatureSamples:
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
         table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
-        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        metadata = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
         _check(table, metadata)
         width = table.schema.field("features").type.list_size
         flat = table["features"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -124,14 +137,24 @@ def read_feature_samples(path: Path) -> FeatureSamples:
 
 
 def _schema(num_features: int) -> pa.Schema:
-    return pa.schema([pa.field("class", pa.int64()), pa.field("features", pa.list_(pa.float32(), num_features))])
+    return pa.schema(
+        [pa.field("class", pa.int64()), pa.field("features", pa.list_(pa.float32(), num_features))]
+    )
 
 
 def _check(table: pa.Table, metadata: dict[str, str]) -> None:
     if (metadata.get("kind"), metadata.get("schema_version")) != (KIND, SCHEMA_VERSION):
-        raise ValueError(f"feature samples: found kind {metadata.get('kind')!r}, expected {KIND} {SCHEMA_VERSION}")
-    width = getattr(table.schema.field("features").type, "list_size", 0) if "features" in table.column_names else 0
+        raise ValueError(
+            f"feature samples: found kind {metadata.get('kind')!r}, expected {KIND} {SCHEMA_VERSION}"
+        )
+    width = (
+        getattr(table.schema.field("features").type, "list_size", 0)
+        if "features" in table.column_names
+        else 0
+    )
     if not 0 < width <= MAX_FEATURES or not table.schema.remove_metadata().equals(_schema(width)):
-        raise ValueError(f"feature samples: found columns {table.column_names}, expected class and features")
+        raise ValueError(
+            f"feature samples: found columns {table.column_names}, expected class and features"
+        )
     if table.num_rows > MAX_PIXELS or any(column.null_count for column in table.columns):
         raise ValueError(f"feature samples: found {table.num_rows} rows, expected complete ones")

@@ -17,7 +17,9 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return name
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name
+    )
 
 
 def arithmetic_of(threads: int) -> dict[str, str | int]:
@@ -33,4 +35,9 @@ def arithmetic_of(threads: int) -> dict[str, str | int]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"cpu": processor(), "capability": capability, "torch": torch.__version__, "threads": threads}
+    return {
+        "cpu": processor(),
+        "capability": capability,
+        "torch": torch.__version__,
+        "threads": threads,
+    }

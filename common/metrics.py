@@ -56,7 +56,9 @@ class Metrics:
         return EMPTY_DISTANCE if np.isnan(self.asd) else self.asd
 
 
-def segmentation_metrics(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None) -> Metrics:
+def segmentation_metrics(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
+) -> Metrics:
     """Compute all figures from one set of surfaces.
 
     Args:
@@ -91,7 +93,9 @@ def dice(prediction: npt.ArrayLike, truth: npt.ArrayLike) -> float:
     return _dice(first, second)
 
 
-def average_surface_distance(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None) -> float:
+def average_surface_distance(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
+) -> float:
     """Return the mean distance from the surface of the prediction to that of the truth; the other way differs.
 
     Arguments, unit and errors as `segmentation_metrics`.
@@ -110,7 +114,9 @@ def average_symmetric_surface_distance(
     return segmentation_metrics(prediction, truth, spacing).assd
 
 
-def hausdorff_distance_95(prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None) -> float:
+def hausdorff_distance_95(
+    prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
+) -> float:
     """Return the 95th percentile of the pooled surface distances of both masks; see `Metrics.hd95`."""
     return segmentation_metrics(prediction, truth, spacing).hd95
 
@@ -133,7 +139,9 @@ def _surface_distances(
     return _nearest(here, there), _nearest(there, here)
 
 
-def _nearest(points: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _nearest(
+    points: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     tree = cKDTree(targets, balanced_tree=False, compact_nodes=False)
     return np.asarray(tree.query(points)[0], dtype=np.float64)
 
@@ -166,12 +174,16 @@ def _checked(
 ) -> tuple[Mask, Mask, npt.NDArray[np.float64]]:
     first, second = _mask("prediction", prediction), _mask("truth", truth)
     if first.shape != second.shape:
-        raise ValueError(f"prediction: found shape {first.shape}, expected that of truth, {second.shape}")
+        raise ValueError(
+            f"prediction: found shape {first.shape}, expected that of truth, {second.shape}"
+        )
     scale = np.ones(first.ndim) if spacing is None else np.asarray(spacing, dtype=np.float64)
     if scale.ndim == 0:
         scale = np.full(first.ndim, scale)
     if scale.shape != (first.ndim,) or not np.all(np.isfinite(scale) & (scale > 0)):
-        raise ValueError(f"spacing: found {spacing!r}, expected {first.ndim} finite numbers above zero")
+        raise ValueError(
+            f"spacing: found {spacing!r}, expected {first.ndim} finite numbers above zero"
+        )
     return first, second, scale
 
 

@@ -16,7 +16,9 @@ def printable(text: str) -> str:
     """
     if text.isascii():
         return text
-    return "".join(f"%{ord(char) - 0xDC00:02X}" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text)
+    return "".join(
+        f"%{ord(char) - 0xDC00:02X}" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text
+    )
 
 
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -109,16 +109,21 @@ class UNet(nn.Module):
         logits, penultimate = self.decoder(maps)
         if self.features == "bottleneck":
             return logits, maps[-1]
-        return logits, self.projection(penultimate) if self.features == "projection" else penultimate
+        return logits, self.projection(
+            penultimate
+        ) if self.features == "projection" else penultimate
 
 
 class Encoder(nn.Module):
     """Five blocks at strides 1 to 16; returns the map of each."""
 
-    def __init__(self, in_channels: int, widths: list[int], norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, widths: list[int], norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            _encoder_block(before, after, norm) for before, after in zip([in_channels, *widths], widths, strict=False)
+            _encoder_block(before, after, norm)
+            for before, after in zip([in_channels, *widths], widths, strict=False)
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -132,10 +137,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Four blocks back to full resolution, and the output convolution."""
 
-    def __init__(self, out_channels: int, widths: list[int], norm: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self, out_channels: int, widths: list[int], norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         planes = widths[:0:-1]
-        self.blocks = nn.ModuleList(DecoderBlock(p, norm, reduce=level > 0) for level, p in enumerate(planes))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(p, norm, reduce=level > 0) for level, p in enumerate(planes)
+        )
         self.head = nn.Conv2d(planes[-1], out_channels, 3, padding=1)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -161,7 +170,9 @@ class DecoderBlock(nn.Module):
         # 1 x 1 convolution and interpolation (weights that sum to one) commute: the same map for a quarter of the work.
         narrow = self.narrow(self.reduce(features))
         wide = functional.interpolate(narrow, scale_factor=2, mode="bilinear", align_corners=False)
-        joined: Tensor = self.join(torch.cat([skip, functional.relu(self.narrow_norm(wide))], dim=1))
+        joined: Tensor = self.join(
+            torch.cat([skip, functional.relu(self.narrow_norm(wide))], dim=1)
+        )
         return joined
 
 
@@ -201,13 +212,17 @@ class RestorationBlock(nn.Module):
         self.reduce = nn.Conv2d(planes, half, 3, padding=1)
         self.narrow = nn.Conv2d(half, half, 1)
         self.refine = nn.Conv2d(half, half, 3, padding=1)
-        self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(half) for _ in range(domains)) for _ in range(3))
+        self.norms = nn.ModuleList(
+            nn.ModuleList(nn.BatchNorm2d(half) for _ in range(domains)) for _ in range(3)
+        )
 
     def forward(self, features: Tensor, domain: int) -> Tensor:
         """Bring features (B, p, h, w) to (B, p/2, 2h, 2w)."""
         features = functional.relu(self._norm(0, domain)(self.reduce(features)))
         # As in `DecoderBlock`: the 1 x 1 convolution and the interpolation commute.
-        wide = functional.interpolate(self.narrow(features), scale_factor=2, mode="bilinear", align_corners=False)
+        wide = functional.interpolate(
+            self.narrow(features), scale_factor=2, mode="bilinear", align_corners=False
+        )
         features = functional.relu(self._norm(1, domain)(wide))
         return functional.relu(self._norm(2, domain)(self.refine(features)))
 
@@ -220,7 +235,12 @@ class RestorationBlock(nn.Module):
 
 def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
     """Two 1 x 1 convolutions; without a final ReLU the features may point anywhere on the sphere (methods.md 1.4)."""
-    return nn.Sequential(nn.Conv2d(before, before, 1), norm(before), nn.ReLU(inplace=True), nn.Conv2d(before, after, 1))
+    return nn.Sequential(
+        nn.Conv2d(before, before, 1),
+        norm(before),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(before, after, 1),
+    )
 
 
 def build_restoration(base_width: int, domains: int, generator_seed: int) -> RestorationDecoder:
@@ -240,7 +260,9 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.kaiming_normal_(
+                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+            )
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
@@ -263,10 +285,17 @@ def build_network(
         FedsgcgError: CFG-011 for an own class that cannot be used.
     """
     if settings.is_own:
-        return _build_own(settings.name, settings.options, in_channels, out_channels, generator_seed or 0)
+        return _build_own(
+            settings.name, settings.options, in_channels, out_channels, generator_seed or 0
+        )
     with _WithoutDraws():
         network = NETWORKS[settings.name](
-            in_channels, out_channels, settings.base_width, settings.norm, settings.features, settings.projection
+            in_channels,
+            out_channels,
+            settings.base_width,
+            settings.norm,
+            settings.features,
+            settings.projection,
         )
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -292,7 +321,9 @@ def measure(network: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[int, s
 
 
 @lru_cache(maxsize=64)
-def _measured(name: str, options: tuple[tuple[str, Any], ...], out_channels: int) -> tuple[int, str]:
+def _measured(
+    name: str, options: tuple[tuple[str, Any], ...], out_channels: int
+) -> tuple[int, str]:
     network = _build_own(name, dict(options), IN_CHANNELS, out_channels, 0).eval()
     side = 4 * DOWNSAMPLING
     try:
@@ -302,26 +333,43 @@ def _measured(name: str, options: tuple[tuple[str, Any], ...], out_channels: int
         expected = f"a network that takes images (B, {IN_CHANNELS}, H, W), H and W multiples of {DOWNSAMPLING}"
         raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
     expected = f"logits (1, {out_channels}, {side}, {side}) and a feature map (1, A, h, w), h = w a divisor of {side}"
-    if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, Tensor) for part in answer)):
+    if not (
+        isinstance(answer, tuple)
+        and len(answer) == 2
+        and all(isinstance(part, Tensor) for part in answer)
+    ):
         raise unusable(name, f"{type(answer).__name__} from forward", "network", expected)
     logits, features = answer
-    square = features.ndim == 4 and features.shape[2] == features.shape[3] and side % features.shape[2] == 0
+    square = (
+        features.ndim == 4
+        and features.shape[2] == features.shape[3]
+        and side % features.shape[2] == 0
+    )
     if tuple(logits.shape) != (1, out_channels, side, side) or not square:
         found = f"logits {tuple(logits.shape)}, feature map {tuple(features.shape)}"
         raise unusable(name, found, "network", expected)
     stated = getattr(network, "num_features", None)
     if stated != features.shape[1]:
         found = f"num_features {stated}, but {features.shape[1]} channels"
-        raise unusable(name, found, "network", "an attribute num_features with the channels of the feature map")
-    batch = any(isinstance(module, _BatchNorm) and module.track_running_stats for module in network.modules())
+        raise unusable(
+            name, found, "network", "an attribute num_features with the channels of the feature map"
+        )
+    batch = any(
+        isinstance(module, _BatchNorm) and module.track_running_stats
+        for module in network.modules()
+    )
     return int(features.shape[1]), "batch" if batch else "group"
 
 
-def _build_own(name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, seed: int) -> nn.Module:
+def _build_own(
+    name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, seed: int
+) -> nn.Module:
     """Build a network by import path, its own initialisation drawn from the seed alone."""
     cls = load_class(name, "network")
     if not issubclass(cls, nn.Module):
-        raise unusable(name, f"a class that is no {nn.Module.__name__}", "network", "a torch.nn.Module")
+        raise unusable(
+            name, f"a class that is no {nn.Module.__name__}", "network", "a torch.nn.Module"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -350,7 +398,9 @@ _DRAWS: Final = (torch.Tensor.uniform_, torch.Tensor.normal_)
 
 
 def _encoder_block(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    entry = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after))  # no ReLU here: as RAM-DSIR has it
+    entry = nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1), norm(after)
+    )  # no ReLU here: as RAM-DSIR has it
     return nn.Sequential(entry, _conv_norm(after, after, norm), _conv_norm(after, after, norm))
 
 

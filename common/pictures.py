@@ -116,5 +116,8 @@ def write_pictures(path: Path, pictures: Sequence[Picture], structures: Sequence
         partial.replace(path)
     except OSError as error:
         raise fail(
-            "SITE-501", where=str(path), found=str(error), expected="a site folder that can be written"
+            "SITE-501",
+            where=str(path),
+            found=str(error),
+            expected="a site folder that can be written",
         ) from error

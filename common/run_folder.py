@@ -26,7 +26,9 @@ ROWS_SCHEMA = pa.schema(
 SCHEMA_VERSION: Final = "1"
 
 CELL_FIELDS = [
-    pa.field("method", pa.string()),  # label of what is compared: the method, and what the study varies of it
+    pa.field(
+        "method", pa.string()
+    ),  # label of what is compared: the method, and what the study varies of it
     pa.field("heldout", pa.string()),
     pa.field("seed", pa.int64()),
     pa.field("trains", pa.string()),  # training method
@@ -43,7 +45,11 @@ RESULTS_SCHEMA = pa.schema(
 ROUNDS_NOTE: Final = "validation_dice of row round=r was measured on the model received in round r, that of round r-1"
 ROUNDS_SCHEMA = pa.schema(
     [*CELL_FIELDS, *ROWS_SCHEMA],
-    metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.rounds", "validation_dice": ROUNDS_NOTE},
+    metadata={
+        "schema_version": SCHEMA_VERSION,
+        "kind": "fedsgcg.rounds",
+        "validation_dice": ROUNDS_NOTE,
+    },
 )
 
 

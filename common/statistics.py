@@ -81,7 +81,11 @@ class ClassStatistics:
 
     @classmethod
     def from_features(
-        cls, features: npt.ArrayLike, labels: npt.ArrayLike, num_classes: int, ignore_index: int = 255
+        cls,
+        features: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        num_classes: int,
+        ignore_index: int = 255,
     ) -> ClassStatistics:
         """Compute the statistics of labelled features (methods.md eqs. 1-3), without any N x K x A array.
 
@@ -109,7 +113,9 @@ class ClassStatistics:
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
         """Pool two disjoint sets of pixels: the pairwise rule of methods.md 1.8, M_a + M_b + (n_a n_b / n) d d^T."""
         if (self.num_classes, self.num_features) != (other.num_classes, other.num_features):
-            raise ValueError(f"other: found mean of shape {other.mean.shape}, expected {self.mean.shape}")
+            raise ValueError(
+                f"other: found mean of shape {other.mean.shape}, expected {self.mean.shape}"
+            )
         count = self.count + other.count
         share = np.divide(other.count, count, out=np.zeros_like(count), where=count > 0)
         delta = other.mean - self.mean
@@ -119,7 +125,11 @@ class ClassStatistics:
         scatter = self.scatter + other.scatter + between
         return ClassStatistics(
             count,
-            np.where(other.count[:, None] == 0, self.mean, np.where(self.count[:, None] == 0, other.mean, mean)),
+            np.where(
+                other.count[:, None] == 0,
+                self.mean,
+                np.where(self.count[:, None] == 0, other.mean, mean),
+            ),
             np.where(
                 other.count[:, None, None] == 0,
                 self.scatter,
@@ -136,9 +146,13 @@ class ClassStatistics:
             ValueError: A part of another shape, or with more pixels of a class than there are.
         """
         if self.mean.shape != part.mean.shape:
-            raise ValueError(f"part: found mean of shape {part.mean.shape}, expected {self.mean.shape}")
+            raise ValueError(
+                f"part: found mean of shape {part.mean.shape}, expected {self.mean.shape}"
+            )
         if (part.count > self.count).any():
-            raise ValueError(f"part: found counts {part.count.tolist()}, expected at most {self.count.tolist()}")
+            raise ValueError(
+                f"part: found counts {part.count.tolist()}, expected at most {self.count.tolist()}"
+            )
         count = self.count - part.count
         left = count > 0
         delta = np.where((part.count > 0)[:, None], part.mean - self.mean, 0.0)
@@ -178,12 +192,18 @@ class ClassStatistics:
         """
         offset = self.mean - _reference(reference, self.mean.shape)
         offset = np.where(self.count[:, None] > 0, offset, 0.0)
-        second = self.scatter + self.count[:, None, None] * (offset[:, :, None] * offset[:, None, :])
+        second = self.scatter + self.count[:, None, None] * (
+            offset[:, :, None] * offset[:, None, :]
+        )
         return self.count.copy(), self.count[:, None] * offset, second
 
     @classmethod
     def from_sums(
-        cls, count: npt.ArrayLike, first: npt.ArrayLike, second: npt.ArrayLike, reference: npt.ArrayLike | None = None
+        cls,
+        count: npt.ArrayLike,
+        first: npt.ArrayLike,
+        second: npt.ArrayLike,
+        reference: npt.ArrayLike | None = None,
     ) -> ClassStatistics:
         """Read what `to_sums` gave, or the elementwise sum of several sites' sums about one reference.
 
@@ -193,8 +213,12 @@ class ClassStatistics:
         sums = cls(np.asarray(count), np.asarray(first), np.asarray(second))
         centre = _reference(reference, sums.mean.shape)
         seen = sums.count > 0
-        offset = np.divide(sums.mean, sums.count[:, None], out=np.zeros_like(sums.mean), where=seen[:, None])
-        scatter = sums.scatter - sums.count[:, None, None] * (offset[:, :, None] * offset[:, None, :])
+        offset = np.divide(
+            sums.mean, sums.count[:, None], out=np.zeros_like(sums.mean), where=seen[:, None]
+        )
+        scatter = sums.scatter - sums.count[:, None, None] * (
+            offset[:, :, None] * offset[:, None, :]
+        )
         scatter = 0.5 * (scatter + scatter.transpose(0, 2, 1))
         mean = np.where(seen[:, None], centre + offset, 0.0)
         return cls(sums.count, mean, np.where(seen[:, None, None], scatter, 0.0))
@@ -265,7 +289,9 @@ def _blocks(rows: npt.NDArray[Any], members: npt.NDArray[np.intp]) -> Iterator[A
 def _as_float64(name: str, value: npt.ArrayLike) -> Array:
     array = np.asarray(value)
     if array.dtype.kind not in "fiu" or array.dtype == np.float16:
-        raise ValueError(f"{name}: found dtype {array.dtype}, expected float32, float64 or integers")
+        raise ValueError(
+            f"{name}: found dtype {array.dtype}, expected float32, float64 or integers"
+        )
     return array.astype(np.float64, copy=False)
 
 
@@ -277,7 +303,9 @@ def _check_shape(name: str, array: npt.NDArray[Any], expected: tuple[int | None,
         raise ValueError(f"{name}: found shape {array.shape}, expected ({text})")
 
 
-def _check_labelled(features: npt.NDArray[Any], labels: npt.NDArray[Any], num_classes: int, ignore_index: int) -> None:
+def _check_labelled(
+    features: npt.NDArray[Any], labels: npt.NDArray[Any], num_classes: int, ignore_index: int
+) -> None:
     if features.dtype.kind != "f":
         raise ValueError(f"features: found dtype {features.dtype}, expected floats")
     _check_shape("features", features, (None, None))
@@ -286,7 +314,9 @@ def _check_labelled(features: npt.NDArray[Any], labels: npt.NDArray[Any], num_cl
         raise ValueError(f"labels: found dtype {labels.dtype}, expected integers")
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.size:
-        raise ValueError(f"labels: found {int(wrong[0])}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)")
+        raise ValueError(
+            f"labels: found {int(wrong[0])}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)"
+        )
     if not np.isfinite(features).all():
         raise ValueError(
             f"features: found values that are not finite in shape {features.shape}, expected finite numbers"

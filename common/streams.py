@@ -37,7 +37,10 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
-    parts = (IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode("ascii") for char in missing)
+    parts = (
+        IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode("ascii")
+        for char in missing
+    )
     return "".join(parts), error.end
 
 
@@ -116,7 +119,13 @@ def silence(stream: TextIO, error: OSError) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, number)
         os.close(null)
-    if not isinstance(error, BrokenPipeError) and stream is not sys.stderr and sys.stderr is not None:
+    if (
+        not isinstance(error, BrokenPipeError)
+        and stream is not sys.stderr
+        and sys.stderr is not None
+    ):
         with suppress(OSError):
-            sys.stderr.write(f"Messages are lost from here on ({error.strerror or error}); the work goes on.\n")
+            sys.stderr.write(
+                f"Messages are lost from here on ({error.strerror or error}); the work goes on.\n"
+            )
             sys.stderr.flush()

@@ -50,7 +50,9 @@ def make_authority(project: str, days: int = AUTHORITY_DAYS) -> Authority:
     builder = _builder(name, name, key.public_key(), days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
-    builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    builder = builder.add_extension(
+        x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+    )
     return Authority(builder.sign(key, hashes.SHA384()), key)
 
 
@@ -71,11 +73,17 @@ def make_server_certificate(
     builder = _builder(subject, issuer.subject, key.public_key(), days)
     entries = [_general_name(name) for name in dict.fromkeys([*names, *LOOPBACK])]
     builder = builder.add_extension(x509.SubjectAlternativeName(entries), critical=False)
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(
+        x509.BasicConstraints(ca=False, path_length=None), critical=True
+    )
     builder = builder.add_extension(_usage(digital_signature=True), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    builder = builder.add_extension(
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+    )
     public = authority.key.public_key()
-    builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False)
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(public), critical=False
+    )
     return builder.sign(authority.key, hashes.SHA384()), key
 
 
@@ -110,12 +118,22 @@ def read_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     except FileNotFoundError as error:
-        raise fail("DEP-603", where=str(path), found="no such file", expected=expected, action=action) from error
+        raise fail(
+            "DEP-603", where=str(path), found="no such file", expected=expected, action=action
+        ) from error
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         found = "a file that is not such a key"
-        raise fail("DEP-603", where=str(path), found=found, expected=expected, action=action) from error
+        raise fail(
+            "DEP-603", where=str(path), found=found, expected=expected, action=action
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise fail("DEP-603", where=str(path), found="a key of another kind", expected=expected, action=action)
+        raise fail(
+            "DEP-603",
+            where=str(path),
+            found="a key of another kind",
+            expected=expected,
+            action=action,
+        )
     return key
 
 
@@ -130,17 +148,25 @@ def read_public_key(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
         key = serialization.load_ssh_public_key(text.encode())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else "a file that is no public key"
+        found = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else "a file that is no public key"
+        )
         raise fail("DEP-603", where=str(path), found=found, expected=expected) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise fail("DEP-603", where=str(path), found="a public key of another kind", expected=expected)
+        raise fail(
+            "DEP-603", where=str(path), found="a public key of another kind", expected=expected
+        )
     return " ".join(text.split()[:2])
 
 
 def public_key_bytes(line: str) -> bytes:
     """Return a public key as Flower registers it (PEM)."""
     key = serialization.load_ssh_public_key(line.encode())
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
 
 
 def fingerprint(line: str) -> str:
@@ -159,7 +185,11 @@ def read_certificate(path: Path) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else "a file that is no PEM certificate"
+        found = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else "a file that is no PEM certificate"
+        )
         raise fail("DEP-603", where=str(path), found=found, expected="a PEM certificate") from error
 
 
@@ -190,7 +220,9 @@ def names_of(certificate: x509.Certificate) -> list[str]:
 def write_authority(folder: Path, authority: Authority) -> None:
     """Write `ca.crt` and `ca.key` (0600)."""
     (folder / "ca.crt").write_bytes(authority.certificate.public_bytes(serialization.Encoding.PEM))
-    write_secret(folder / "ca.key", _private_bytes(authority.key, serialization.PrivateFormat.PKCS8))
+    write_secret(
+        folder / "ca.key", _private_bytes(authority.key, serialization.PrivateFormat.PKCS8)
+    )
 
 
 def read_authority(folder: Path) -> Authority:
@@ -199,7 +231,9 @@ def read_authority(folder: Path) -> Authority:
     return Authority(read_certificate(folder / "ca.crt"), key)
 
 
-def write_server(folder: Path, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+def write_server(
+    folder: Path, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey
+) -> None:
     """Write `server.key` (0600) and then `server.crt`."""
     write_secret(folder / "server.key", _private_bytes(key, serialization.PrivateFormat.PKCS8))
     (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
@@ -220,10 +254,21 @@ def _read_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else "a file that is no private key"
-        raise fail("DEP-603", where=str(path), found=found, expected="the authority's private key") from error
+        found = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else "a file that is no private key"
+        )
+        raise fail(
+            "DEP-603", where=str(path), found=found, expected="the authority's private key"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise fail("DEP-603", where=str(path), found="a key of another kind", expected="an elliptic-curve key")
+        raise fail(
+            "DEP-603",
+            where=str(path),
+            found="a key of another kind",
+            expected="an elliptic-curve key",
+        )
     return key
 
 
@@ -232,7 +277,9 @@ def _private_bytes(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateF
 
 
 def _public_line(key: ec.EllipticCurvePublicKey, comment: str) -> str:
-    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+    line = key.public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    ).decode()
     return f"{line} {comment}"
 
 
@@ -245,7 +292,9 @@ def _builder(
     return builder.not_valid_before(now - BACKDATED).not_valid_after(now + timedelta(days=days))
 
 
-def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False) -> x509.KeyUsage:
+def _usage(
+    *, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
+) -> x509.KeyUsage:
     return x509.KeyUsage(
         digital_signature=digital_signature,
         key_cert_sign=key_cert_sign,

@@ -44,7 +44,11 @@ def prepare_environment() -> None:
 def programs_first(path: str) -> str:
     """Return a PATH that looks beside this interpreter first."""
     beside = str(Path(sys.executable).parent)
-    return path if path.split(os.pathsep, maxsplit=1)[0] == beside else os.pathsep.join(filter(None, [beside, path]))
+    return (
+        path
+        if path.split(os.pathsep, maxsplit=1)[0] == beside
+        else os.pathsep.join(filter(None, [beside, path]))
+    )
 
 
 @cache

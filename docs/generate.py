@@ -78,7 +78,9 @@ def subparsers(script: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     yield from _subparsers(parser_of(script), script)
 
 
-def _subparsers(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def _subparsers(
+    parser: argparse.ArgumentParser, words: str
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, command in action.choices.items():
@@ -94,7 +96,9 @@ def settings() -> str:
         kind, meaning = known.get(name) or (type(value), _comment(name))
         text = f"### `{name}`\n\n{_type(kind)}, default {_value(value)}\n\n{meaning}"
         sections.setdefault(name.rpartition(".")[0] or "study", []).append(text)
-    order = sorted(sections, key=lambda title: (title.partition(".")[0] not in GROUPS, title != "study"))
+    order = sorted(
+        sections, key=lambda title: (title.partition(".")[0] not in GROUPS, title != "study")
+    )
     order = ["study", *(title for title in order if title != "study")]
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(sections[title]) for title in order)
 
@@ -113,9 +117,15 @@ def _plan_settings(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[An
 def _comment(name: str) -> str:
     """Return the comment of a setting that only `configs/run.yaml` has."""
     last = name.rpartition(".")[2]
-    found = re.search(rf"^\s*{last}:[^#\n]*# (.*)$", (CONFIGS / "run.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        rf"^\s*{last}:[^#\n]*# (.*)$",
+        (CONFIGS / "run.yaml").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     if found is None:
-        raise ValueError(f"{name}: found no comment in run.yaml, expected one that says what it means")
+        raise ValueError(
+            f"{name}: found no comment in run.yaml, expected one that says what it means"
+        )
     return found[1][:1].upper() + found[1][1:] + "."
 
 
@@ -137,7 +147,9 @@ def _first_sentence(path: Path) -> str:
 
 
 def _comment_lines(lines: Sequence[str]) -> int:
-    return next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return next(
+        (number for number, line in enumerate(lines) if not line.startswith("#")), len(lines)
+    )
 
 
 def file_settings(kind: type) -> str:
@@ -146,7 +158,9 @@ def file_settings(kind: type) -> str:
     for field in dataclasses.fields(kind):
         needed = field.default is dataclasses.MISSING
         default = "needed" if needed else f"default {_value(field.default)}"
-        parts.append(f"### `{field.name}`\n\n{_type(hints[field.name])}, {default}\n\n{meanings[field.name]}")
+        parts.append(
+            f"### `{field.name}`\n\n{_type(hints[field.name])}, {default}\n\n{meanings[field.name]}"
+        )
     return "\n\n".join(parts)
 
 
@@ -162,7 +176,9 @@ def columns(schema: Sequence[pa.Field], known: Mapping[str, str]) -> str:
 
 def message(kind: type) -> str:
     """Table of the fields of a request or a reply."""
-    return _table(("field", "meaning"), [(f"`{name}`", text) for name, text in described(kind).items()])
+    return _table(
+        ("field", "meaning"), [(f"`{name}`", text) for name, text in described(kind).items()]
+    )
 
 
 def described(kind: type) -> dict[str, str]:
@@ -180,13 +196,17 @@ def described(kind: type) -> dict[str, str]:
     names = [field.name for field in dataclasses.fields(kind)]
     names = [name for name in names if name in found or not dataclasses.is_dataclass(hints[name])]
     if missing := set(names) - set(found):
-        raise ValueError(f"{kind.__name__}: found no text for {sorted(missing)}, expected one for every field")
+        raise ValueError(
+            f"{kind.__name__}: found no text for {sorted(missing)}, expected one for every field"
+        )
     return {name: found[name] for name in names}
 
 
 def _without_notes(text: str) -> str:
     """Drop references that a reader of the site cannot follow."""
-    return re.sub(r"\s*\((?:methods\.md|README|\d\.\d|`(?:common|clients|server)\.)[^()]*\)", "", text)
+    return re.sub(
+        r"\s*\((?:methods\.md|README|\d\.\d|`(?:common|clients|server)\.)[^()]*\)", "", text
+    )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,7 +225,14 @@ def _type(kind: Any) -> str:
         return "One of " + ", ".join(f"`{item}`" for item in arguments)
     if origin in (typing.Union, types.UnionType):
         return _type(next(item for item in arguments if item is not type(None)))
-    words = {list: "List", tuple: "List", dict: "Map", int: "Whole number", float: "Number", bool: "True or false"}
+    words = {
+        list: "List",
+        tuple: "List",
+        dict: "Map",
+        int: "Whole number",
+        float: "Number",
+        bool: "True or false",
+    }
     return words.get(origin or kind, "Text")
 
 
@@ -222,11 +249,17 @@ def _value(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+    return (
+        "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
+    )
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [
+        titles,
+        ["---"] * len(titles),
+        *([cell.replace("|", "\\|") for cell in row] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

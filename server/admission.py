@@ -111,7 +111,9 @@ def _foreign(payload: Payload, expectation: Expectation) -> str:
     found, wanted = payload.identity, expectation.identity
     if found.round != wanted.round:
         return f"round {found.round} instead of {wanted.round}"
-    other = [name for name in ("run", "heldout", "plan") if getattr(found, name) != getattr(wanted, name)]
+    other = [
+        name for name in ("run", "heldout", "plan") if getattr(found, name) != getattr(wanted, name)
+    ]
     if payload.site != expectation.site:
         other.append("site")
     return f"another {' and another '.join(other)}" if other else ""
@@ -131,13 +133,19 @@ def _misshapen(payload: Payload, expectation: Expectation) -> str:
     # Equal dictionaries leave room for another order or a name twice, and the flat array would be read wrongly.
     if payload.weights.layout != expectation.reference.layout:
         return "the entries in another order, or one twice"
-    if [name for name, _ in payload.weights.counters] != [name for name, _ in expectation.reference.counters]:
+    if [name for name, _ in payload.weights.counters] != [
+        name for name, _ in expectation.reference.counters
+    ]:
         return "other counters"
     return "a counter below zero" if any(value < 0 for _, value in payload.weights.counters) else ""
 
 
 def _not_finite(payload: Payload, expectation: Expectation) -> str:
-    if expectation.reference is None or payload.weights is None or np.isfinite(payload.weights.values).all():
+    if (
+        expectation.reference is None
+        or payload.weights is None
+        or np.isfinite(payload.weights.values).all()
+    ):
         return ""
     state = payload.weights.to_state()
     broken = [name for name, array in state.items() if not np.isfinite(array).all()]
@@ -156,7 +164,11 @@ def _overcounted(payload: Payload, expectation: Expectation) -> str:
         return ""
     examples = payload.metrics["examples"]
     too_many = examples > expectation.max_examples
-    return f"{examples:.0f} examples, the site enrolled with {expectation.max_examples}" if too_many else ""
+    return (
+        f"{examples:.0f} examples, the site enrolled with {expectation.max_examples}"
+        if too_many
+        else ""
+    )
 
 
 def _impossible(payload: Payload, expectation: Expectation) -> str:
@@ -166,8 +178,13 @@ def _impossible(payload: Payload, expectation: Expectation) -> str:
     if statistics is None:
         return "no class statistics"
     if statistics.mean.shape != expectation.statistics_shape:
-        return f"statistics of shape {statistics.mean.shape} instead of {expectation.statistics_shape}"
-    if not all(np.isfinite(array).all() for array in (statistics.count, statistics.mean, statistics.scatter)):
+        return (
+            f"statistics of shape {statistics.mean.shape} instead of {expectation.statistics_shape}"
+        )
+    if not all(
+        np.isfinite(array).all()
+        for array in (statistics.count, statistics.mean, statistics.scatter)
+    ):
         return "statistics that are not finite"
     if (statistics.count < 0).any() or (statistics.count % 1 != 0).any():
         return "a pixel count that is negative or no whole number"
@@ -177,21 +194,29 @@ def _impossible(payload: Payload, expectation: Expectation) -> str:
 def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
     scatter = statistics.scatter
     size = np.abs(scatter).max(axis=(1, 2), initial=0.0)
-    if (np.abs(scatter - scatter.transpose(0, 2, 1)).max(axis=(1, 2), initial=0.0) > SYMMETRY * size).any():
+    if (
+        np.abs(scatter - scatter.transpose(0, 2, 1)).max(axis=(1, 2), initial=0.0) > SYMMETRY * size
+    ).any():
         return "a scatter matrix that is not symmetric"
     trace = np.trace(scatter, axis1=1, axis2=2)
-    scale = np.maximum(size, np.finfo(np.float64).tiny)  # eigenvalues of scaled matrices: no overflow, no underflow
+    scale = np.maximum(
+        size, np.finfo(np.float64).tiny
+    )  # eigenvalues of scaled matrices: no overflow, no underflow
     lowest = np.linalg.eigvalsh(scatter / scale[:, None, None]).min(axis=1, initial=0.0)
     if (lowest < -NEGATIVE_EIGENVALUE * np.maximum(trace / scale, 0.0)).any():
         return "a scatter matrix with a negative eigenvalue"
     # E|x|^2 = |mean|^2 + tr(covariance), and it is at most one for unit-length features.
     with np.errstate(over="ignore"):
-        square = np.einsum("ka,ka->k", statistics.mean, statistics.mean) + trace / np.maximum(statistics.count, 1.0)
+        square = np.einsum("ka,ka->k", statistics.mean, statistics.mean) + trace / np.maximum(
+            statistics.count, 1.0
+        )
     if not np.isfinite(square).all():
         return "features too large to be pooled"
     seen = statistics.count > 0
     if unit_norm and (square[seen] > 1.0 + UNIT_NORM).any():
-        return f"features of mean squared length {square[seen].max():.3g} where unit length is agreed"
+        return (
+            f"features of mean squared length {square[seen].max():.3g} where unit length is agreed"
+        )
     return ""
 
 
@@ -202,8 +227,12 @@ def _impossible_moments(payload: Payload, expectation: Expectation) -> str:
     if moments is None:
         return "no moments of the normalisation layers"
     if dict(moments.layers) != layers or list(moments.layers) != list(layers):
-        return f"moments of {len(moments.layers)} layers that are not the {len(layers)} of the model"
-    if not all(np.isfinite(array).all() for array in (moments.count, moments.mean, moments.scatter)):
+        return (
+            f"moments of {len(moments.layers)} layers that are not the {len(layers)} of the model"
+        )
+    if not all(
+        np.isfinite(array).all() for array in (moments.count, moments.mean, moments.scatter)
+    ):
         return "moments that are not finite"
     if (moments.count < 2).any() or (moments.count % 1 != 0).any():
         return "a number of values that is below two or no whole number"

@@ -27,7 +27,9 @@ from server.records.events import OnEvent, ignore_event
 LOG = logging.getLogger("flwr")  # Flower's own logger: `flwr run --stream` shows it
 
 
-def build_server_app(tree: Mapping[str, Any] | None = None, on_event: OnEvent = ignore_event) -> ServerApp:
+def build_server_app(
+    tree: Mapping[str, Any] | None = None, on_event: OnEvent = ignore_event
+) -> ServerApp:
     """Build the coordinator's app.
 
     Args:
@@ -54,7 +56,12 @@ def tell(outcome: Outcome, plan: Plan) -> None:
         raise FedsgcgError(*outcome.failure)
     for problem in outcome.problems:
         LOG.warning("%s", problem)
-    LOG.info("fedsgcg: %s after %d rounds, results in %s", outcome.status, outcome.rounds_done, plan.output)
+    LOG.info(
+        "fedsgcg: %s after %d rounds, results in %s",
+        outcome.status,
+        outcome.rounds_done,
+        plan.output,
+    )
 
 
 app = build_server_app()

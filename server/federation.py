@@ -74,7 +74,9 @@ class Outcome:
     failure: tuple[Problem, ...] = ()
 
 
-def run_federation(grid: Grid, plan: Plan, on_event: OnEvent = ignore_event, disk: Disk | None = None) -> Outcome:
+def run_federation(
+    grid: Grid, plan: Plan, on_event: OnEvent = ignore_event, disk: Disk | None = None
+) -> Outcome:
     """Run one federation to its end, going on from the last done round of the plan's output folder.
 
     Args:
@@ -99,7 +101,9 @@ def run_federation(grid: Grid, plan: Plan, on_event: OnEvent = ignore_event, dis
         except FedsgcgError as error:
             problems = (*federation.notes, *error.problems)
             outcome = Outcome("failed", journal.done, "", problems, error.problems)
-            with suppress(FedsgcgError):  # a full disk may refuse this too; the caller gets the outcome anyway
+            with suppress(
+                FedsgcgError
+            ):  # a full disk may refuse this too; the caller gets the outcome anyway
                 federation.conclude(outcome, began)
             return outcome
 
@@ -132,7 +136,9 @@ class Federation:
         for number in range(state.round + 1, self._plan.federation.rounds + 1):
             state = self._round(state, number)
         digest = self._finish(state)
-        outcome = Outcome("degraded" if self.notes else "completed", state.round, digest, tuple(self.notes))
+        outcome = Outcome(
+            "degraded" if self.notes else "completed", state.round, digest, tuple(self.notes)
+        )
         self.conclude(outcome, began)
         return outcome
 
@@ -160,7 +166,9 @@ class Federation:
             self._log.emit("journal.damaged", code=problem.code, where=problem.where)
         for problem in record.notes if record else ():
             self._note(problem)
-        state = self._let_go(record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan)))
+        state = self._let_go(
+            record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan))
+        )
         self._cohort.wait()
         self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
         for problem in (*self._cohort.absent(), *self._cohort.unlike(), *self._cohort.changes):
@@ -198,7 +206,9 @@ class Federation:
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
         collected = self._asking.collect(AMPLITUDES, Request(identity))
-        return merge_amplitudes(self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)])
+        return merge_amplitudes(
+            self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)]
+        )
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
         """Do one round from the state after the round before, and make it durable."""
@@ -210,22 +220,34 @@ class Federation:
         identity, parts = identity_of(self._plan, number), state.parts
         before: list[Collected] = []
         if self._plan.described_before(number):
-            before = self._asking.collect(STATISTICS, Request(identity, state.weights, options={"classes": True}))
+            before = self._asking.collect(
+                STATISTICS, Request(identity, state.weights, options={"classes": True})
+            )
             parts = self._memory.update(parts, statistics_of(before))
         prototypes = self._memory.prototypes(parts)
         # A site that takes its own part out of the prototypes must know whether they hold it: only we do.
-        options = {"held": sorted(part.digest() for part in parts.values())} if prototypes is not None else {}
+        options = (
+            {"held": sorted(part.digest() for part in parts.values())}
+            if prototypes is not None
+            else {}
+        )
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
         trained = self._asking.collect(TRAIN, request)
         self._note_classes(number, prototypes, before or trained)
         merged, after = self._recalibrated(identity, admitted(trained))
-        fresh = statistics_of(after) if self._plan.described_after_merge else statistics_of(before or trained)
+        fresh = (
+            statistics_of(after)
+            if self._plan.described_after_merge
+            else statistics_of(before or trained)
+        )
         if not before:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
         rows = site_rows(number, trained, before, after)
         if prototypes is not None:
-            rows += prototype_rows(self._memory, prototypes, fresh, list(self._plan.data.classes), number)
+            rows += prototype_rows(
+                self._memory, prototypes, fresh, list(self._plan.data.classes), number
+            )
         score = source_score([validation_of(part.reply) for part in admitted(trained)])
         record = RoundRecord(
             identity=identity,
@@ -237,10 +259,17 @@ class Federation:
         rows += self._heldout_curve(record)
         record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
         self._journal.commit_round(record)
-        self._log.emit("round.done", loss=mean_loss(trained), validation_dice=score, validation_round=number - 1)
+        self._log.emit(
+            "round.done",
+            loss=mean_loss(trained),
+            validation_dice=score,
+            validation_round=number - 1,
+        )
         return record
 
-    def _recalibrated(self, identity: Identity, trained: list[Collected]) -> tuple[Weights, list[Collected]]:
+    def _recalibrated(
+        self, identity: Identity, trained: list[Collected]
+    ) -> tuple[Weights, list[Collected]]:
         """Merge the weights, have the same sites measure BatchNorm's moments under them, and put the pooled ones in.
 
         Returns:
@@ -253,12 +282,16 @@ class Federation:
         options = {"moments": True, "classes": self._plan.described_after_merge}
         request = Request(identity, merged, options=options)
         # A site that was late or refused is not asked: its deadline has passed once already.
-        collected = self._asking.collect(STATISTICS, request, {part.answer.site for part in trained})
+        collected = self._asking.collect(
+            STATISTICS, request, {part.answer.site for part in trained}
+        )
         moments = merge_moments(moments_of(collected), self._plan.federation.weighting)
         self._described = collected
         return moments.put_into(merged), collected
 
-    def _note_classes(self, number: int, prototypes: ClassStatistics | None, described: list[Collected]) -> None:
+    def _note_classes(
+        self, number: int, prototypes: ClassStatistics | None, described: list[Collected]
+    ) -> None:
         """Note too few classes for the contrastive loss, once and not in every round."""
         described = described if statistics_of(described) else self._described
         problem = too_few_classes(self._plan, number, prototypes, described)
@@ -283,13 +316,17 @@ class Federation:
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         kinds = self._cohort.kinds()
-        card = model_card(plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds)
+        card = model_card(
+            plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds
+        )
         results.write_model(self._disk, plan, chosen.weights, card)
         judged = self._judge(chosen)
         results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))
         if not plan.heldout:
             if chosen.round != last:
-                validation = self._asking.evaluate("validation", self._cohort.asked, chosen.weights, chosen.round)
+                validation = self._asking.evaluate(
+                    "validation", self._cohort.asked, chosen.weights, chosen.round
+                )
             judged = [*validation, *judged]
         results.write_results(self._disk, plan, [row for part in judged for row in part.cases])
         return chosen.weights.digest()
@@ -308,13 +345,19 @@ class Federation:
             return None, []
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
-        fresh = statistics_of(self._asking.collect(STATISTICS, Request(identity, chosen.weights, options=options)))
+        fresh = statistics_of(
+            self._asking.collect(STATISTICS, Request(identity, chosen.weights, options=options))
+        )
         prototypes = merge_statistics(fresh, self._plan.prototypes.weighting)
-        return prototypes, evaluation_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
+        return prototypes, evaluation_rows(
+            self._memory, fresh, list(self._plan.data.classes), chosen.round
+        )
 
     def _trained(self, rows: list[Row]) -> list[str]:
         """Sites that the model learned from: those that train now, and those that did before they left for good."""
-        gave = {row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"}
+        gave = {
+            row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"
+        }
         return sorted({*self._cohort.training, *(self._cohort.departed & gave)})
 
     def _judge(self, chosen: Best) -> list[Judged]:
@@ -323,7 +366,9 @@ class Federation:
         nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
         judged = self._asking.evaluate("test", nodes, chosen.weights, chosen.round)
         if heldout and heldout not in {part.site for part in judged}:
-            reason = next((note for note in reversed(self.notes) if note.where.endswith(heldout)), None)
+            reason = next(
+                (note for note in reversed(self.notes) if note.where.endswith(heldout)), None
+            )
             raise heldout_unanswered(self._plan, reason)
         for part in judged:
             event = "heldout.done" if part.site == heldout else "observer.done"
@@ -333,10 +378,14 @@ class Federation:
     def _heldout_curve(self, record: RoundRecord) -> list[Row]:
         """Evaluate at the held-out site for the curve alone; the value is recorded and chooses nothing."""
         federation = self._plan.federation
-        ends_here = record.round == federation.rounds and federation.selection == "last"  # judged in a moment anyway
+        ends_here = (
+            record.round == federation.rounds and federation.selection == "last"
+        )  # judged in a moment anyway
         if not federation.heldout_every or record.round % federation.heldout_every or ends_here:
             return []
-        judged = self._asking.evaluate("test", self._cohort.of_role("heldout"), record.weights, record.round)
+        judged = self._asking.evaluate(
+            "test", self._cohort.of_role("heldout"), record.weights, record.round
+        )
         for part in judged:
             self._log.emit("heldout.done", site=part.site, dice=part.dice)
         return judged_rows(self._plan, record.round, judged)
@@ -357,4 +406,6 @@ def initial_weights(plan: Plan) -> Weights:
     """Return the model that round 1 starts from, a function of the plan alone."""
     seed = stream_seed(plan.seed, "initial weights")
     network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, seed)
-    return Weights.from_state({name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()})
+    return Weights.from_state(
+        {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
+    )

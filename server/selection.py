@@ -28,7 +28,12 @@ def guard_recipients(plan: Plan, message_type: str, sites: Iterable[str]) -> Non
         return
     for site in sites:
         if (role := plan.role(site)) != "train":
-            raise fail("ROL-201", where=site, found=f"{message_type!r} to a site of role {role}", expected="role train")
+            raise fail(
+                "ROL-201",
+                where=site,
+                found=f"{message_type!r} to a site of role {role}",
+                expected="role train",
+            )
 
 
 def source_score(parts: Sequence[tuple[float, float]]) -> float | None:
@@ -40,7 +45,9 @@ def source_score(parts: Sequence[tuple[float, float]]) -> float | None:
     Returns:
         The score, None when no site could tell. Values that are no Dice or no count are left out.
     """
-    valid = [(dice, cases) for dice, cases in parts if 0.0 <= dice <= 1.0 and 0.0 < cases < float("inf")]
+    valid = [
+        (dice, cases) for dice, cases in parts if 0.0 <= dice <= 1.0 and 0.0 < cases < float("inf")
+    ]
     total = sum(cases for _, cases in valid)
     return sum(dice * cases for dice, cases in valid) / total if valid else None
 

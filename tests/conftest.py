@@ -42,7 +42,9 @@ def real_data() -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four small synthetic hospitals of five patients each."""
-    return write_hospitals(tmp_path_factory.mktemp("hospitals"), cases_per_site=5, shape=(6, 40, 40), seed=7)
+    return write_hospitals(
+        tmp_path_factory.mktemp("hospitals"), cases_per_site=5, shape=(6, 40, 40), seed=7
+    )
 
 
 @pytest.fixture(scope="session")

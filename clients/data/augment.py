@@ -49,10 +49,15 @@ class _Draw:
 
     def uniform(self, low: float, high: float) -> Tensor:
         """Return (B,) numbers in [low, high)."""
-        return torch.rand(self.count, device=self.device, generator=self.generator) * (high - low) + low
+        return (
+            torch.rand(self.count, device=self.device, generator=self.generator) * (high - low)
+            + low
+        )
 
 
-def _move(images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: _Draw) -> tuple[Tensor, Tensor]:
+def _move(
+    images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: _Draw
+) -> tuple[Tensor, Tensor]:
     """Rotate, resize and shift; images bilinear, labels nearest."""
     angle = draw.uniform(-1, 1) * math.radians(settings.rotate_degrees)
     size = 1 + draw.uniform(-1, 1) * settings.scale
@@ -62,10 +67,16 @@ def _move(images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: 
     rows = [torch.stack([cosine, -sine, shift_x], 1), torch.stack([sine, cosine, shift_y], 1)]
     if settings.zoom:
         rows = _zoomed(rows, settings.zoom, draw)
-    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False).to(images.dtype)
-    moved = functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False).to(
+        images.dtype
+    )
+    moved = functional.grid_sample(
+        images, grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
     as_image = labels[:, None].to(images.dtype)
-    mapped = functional.grid_sample(as_image, grid, mode="nearest", padding_mode="border", align_corners=False)
+    mapped = functional.grid_sample(
+        as_image, grid, mode="nearest", padding_mode="border", align_corners=False
+    )
     return moved, mapped[:, 0].to(labels.dtype)
 
 
@@ -90,6 +101,8 @@ def _recolour(images: Tensor, settings: AugmentationSettings, draw: _Draw) -> Te
         images = images + (draw.uniform(-1, 1) * settings.brightness)[:, None, None, None]
     if settings.noise:
         strength = (draw.uniform(0, 1) * settings.noise)[:, None, None, None]
-        noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=draw.generator)
+        noise = torch.randn(
+            images.shape, device=images.device, dtype=images.dtype, generator=draw.generator
+        )
         images = images + strength * noise
     return images.clamp(-1, 1)

@@ -51,12 +51,18 @@ class Batch:
         cut = []
         for part in range(count):
             kept = [
-                np.arange(start + part, start + size, count) for start, size in zip(starts, self.sizes, strict=False)
+                np.arange(start + part, start + size, count)
+                for start, size in zip(starts, self.sizes, strict=False)
             ]
             index = torch.from_numpy(np.concatenate(kept)).to(self.images.device)
             mixed = self.mixed[index] if self.mixed is not None else None
             sizes = tuple(len(one) for one in kept)
-            cut.append((len(index) / len(self.images), Batch(self.images[index], self.labels[index], sizes, mixed)))
+            cut.append(
+                (
+                    len(index) / len(self.images),
+                    Batch(self.images[index], self.labels[index], sizes, mixed),
+                )
+            )
         return cut
 
 
@@ -88,9 +94,15 @@ def index_batches(
     for table in tables:
         if len(table) == 0:
             raise fail(
-                "TRN-302", found="no slice", expected="at least one training slice", action="See the site's problems."
+                "TRN-302",
+                found="no slice",
+                expected="at least one training slice",
+                action="See the site's problems.",
             )
-    endless = [_endless(len(table), size, rng) for table, size, rng in zip(tables, sizes, rngs, strict=True)]
+    endless = [
+        _endless(len(table), size, rng)
+        for table, size, rng in zip(tables, sizes, rngs, strict=True)
+    ]
     for _ in range(steps_of(tables, settings)):
         yield tuple(next(stream) for stream in endless)
 
@@ -138,7 +150,9 @@ def steps_of(tables: Sequence[SliceTable], settings: MethodSettings) -> int:
     if settings.steps_per_round:
         return settings.steps_per_round
     sizes = domain_sizes(settings, len(tables))
-    return settings.local_epochs * max(_steps(len(table), size) for table, size in zip(tables, sizes, strict=True))
+    return settings.local_epochs * max(
+        _steps(len(table), size) for table, size in zip(tables, sizes, strict=True)
+    )
 
 
 def _steps(slices: int, size: int) -> int:

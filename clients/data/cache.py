@@ -22,14 +22,19 @@ UNUSED_DAYS = 30.0
 
 def cache_folder(setting: str) -> Path:
     """Return the cache folder: the setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg; CFG-009 without a home."""
-    return expand(setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg", "site.cache or FEDSGCG_CACHE")
+    return expand(
+        setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg",
+        "site.cache or FEDSGCG_CACHE",
+    )
 
 
 def cache_error(error: OSError, path: Path) -> FedsgcgError:
     """Return DAT-113 for an error of the file system."""
     found = f"{type(error).__name__}: {error.strerror or error}"
     action = disk_advice(error, "set site.cache to a folder that can be written.")
-    return fail("DAT-113", found=found, expected="a folder with free space", action=action, where=str(path))
+    return fail(
+        "DAT-113", found=found, expected="a folder with free space", action=action, where=str(path)
+    )
 
 
 @contextmanager
@@ -46,7 +51,11 @@ def locked(path: Path) -> Iterator[None]:
         raise cache_error(error, path) from error
     with handle:
         try:
-            lock(handle, wait=True, action="Set site.cache (or FEDSGCG_CACHE) to a folder on a local disk.")
+            lock(
+                handle,
+                wait=True,
+                action="Set site.cache (or FEDSGCG_CACHE) to a folder on a local disk.",
+            )
         except OSError as error:
             raise cache_error(error, path) from error
         yield
@@ -101,8 +110,13 @@ def _entry(path: Path, known: list[Any] | None) -> list[Any]:
         if known and known[:2] == stamp and known[2] != "unreadable":
             return known
         with path.open("rb") as file:
-            return [*stamp, hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()]
-    except OSError:  # the case is told as unusable when it is read; here it only must not look unchanged
+            return [
+                *stamp,
+                hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest(),
+            ]
+    except (
+        OSError
+    ):  # the case is told as unusable when it is read; here it only must not look unchanged
         return [0, 0, "unreadable"]
 
 
@@ -128,7 +142,9 @@ def touch_used(path: Path) -> None:
             os.utime(path)
 
 
-def prune(cache: Path, unused_days: float = UNUSED_DAYS, now: float | None = None) -> dict[Path, int]:
+def prune(
+    cache: Path, unused_days: float = UNUSED_DAYS, now: float | None = None
+) -> dict[Path, int]:
     """Remove the slice files that no run has opened for some days; returns what is gone, with the sizes.
 
     A process that still reads a removed file keeps it: its memory map holds the content until it ends.

@@ -126,10 +126,19 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
         root = expand(data.root, "data.root")
         if not _is_folder(root):
             action = f"Set data.root to the prepared folder. {fetch_advice(data.name)}"
-            raise fail("DAT-101", found="no such folder", expected="a folder", action=action, where=str(root))
+            raise fail(
+                "DAT-101",
+                found="no such folder",
+                expected="a folder",
+                action=action,
+                where=str(root),
+            )
         return root
     if data.name != "synthetic":
-        found, action = "data.root is empty", f"Set data.root=<prepared folder>. {fetch_advice(data.name)}"
+        found, action = (
+            "data.root is empty",
+            f"Set data.root=<prepared folder>. {fetch_advice(data.name)}",
+        )
         raise fail("DAT-101", found=found, expected="a folder", action=action, where=data.name)
     return _synthetic(cache_folder(cache))
 
@@ -145,7 +154,9 @@ def discover_sites(root: Path, wanted: Collection[str] = ()) -> tuple[str, ...]:
         FedsgcgError: DAT-101 when the root, its manifest or a hospital's folder cannot be used.
     """
     listed = _listed(Path(root))
-    if closed := [problem for name, problem in sorted(listed.closed.items()) if not wanted or name in wanted]:
+    if closed := [
+        problem for name, problem in sorted(listed.closed.items()) if not wanted or name in wanted
+    ]:
         raise FedsgcgError(*closed)
     return tuple(sorted({case.site for case in listed.cases}))
 
@@ -168,7 +179,9 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
     mine = [case for case in listed.cases if case.site == name]
     notes = tuple(problem for folder, problem in listed.notes if folder == name)
     if not mine:
-        known = ", ".join(sorted({case.site for case in _listed(Path(root)).cases})) or "no site at all"
+        known = (
+            ", ".join(sorted({case.site for case in _listed(Path(root)).cases})) or "no site at all"
+        )
         action = f"Check the site column or folder names for data set {data.name!r}."
         nothing = Problem("DAT-102", "no case is listed", f"one of: {known}", action, where=name)
         raise FedsgcgError(nothing, *notes)
@@ -187,7 +200,9 @@ def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
     """
     listed = _listed(Path(root))
     hospitals = {case.site for case in listed.cases}
-    notes = [problem for folder, problem in listed.notes if folder in sites or folder not in hospitals]
+    notes = [
+        problem for folder, problem in listed.notes if folder in sites or folder not in hospitals
+    ]
     return [*alike_hospitals(sites), *notes]
 
 
@@ -195,7 +210,13 @@ def alike_hospitals(names: Sequence[str]) -> list[Problem]:
     """Return DAT-118 for hospitals whose names differ only in Unicode form or case."""
     action = "Give them clearly different names, or put their cases under one name if they are one hospital."
     return [
-        Problem("DAT-118", " and ".join(map(spelled, group)), "names that people can tell apart", action, group[0])
+        Problem(
+            "DAT-118",
+            " and ".join(map(spelled, group)),
+            "names that people can tell apart",
+            action,
+            group[0],
+        )
         for group in alike(names)
     ]
 
@@ -205,7 +226,9 @@ def split_of(patient: str, validation_fraction: float) -> str:
     return "validation" if _uniform(patient) < validation_fraction else "train"
 
 
-def splits(cases: Sequence[CaseFile], validation_fraction: float, *, heldout: bool) -> tuple[str, ...]:
+def splits(
+    cases: Sequence[CaseFile], validation_fraction: float, *, heldout: bool
+) -> tuple[str, ...]:
     """Return the split of every case of one hospital.
 
     A manifest's split always counts. Otherwise a held-out or observing hospital's cases are all `test`; a training
@@ -256,7 +279,13 @@ def _uniform(patient: str) -> float:
 def _listed(root: Path, only: str = "") -> _Listed:
     """List a data root, of the folder layout only one hospital when it is named."""
     if not _is_folder(root):
-        raise fail("DAT-101", found="no such folder", expected="a data root", action="Set data.root.", where=str(root))
+        raise fail(
+            "DAT-101",
+            found="no such folder",
+            expected="a data root",
+            action="Set data.root.",
+            where=str(root),
+        )
     manifest = root / "manifest.csv"
     try:
         return _from_manifest(root, manifest) if manifest.is_file() else _from_folders(root, only)
@@ -294,12 +323,16 @@ def _from_manifest(root: Path, manifest: Path) -> _Listed:
         first = seen.setdefault((row.site, os.path.normpath(row.image)), row.line)
         if first != row.line:
             found, action = f"the image of line {first} again", "Take the line out."
-            problem = Problem("SITE-511", found, "each image once", action, f"{manifest}, line {row.line}")
+            problem = Problem(
+                "SITE-511", found, "each image once", action, f"{manifest}, line {row.line}"
+            )
             listed.problems.append((row.site, problem))
             continue
         image = root / row.image
         mask = root / row.mask if row.mask else None
-        listed.cases.append(CaseFile(row.site, stem_of(image), image, mask, row.patient, row.split or None))
+        listed.cases.append(
+            CaseFile(row.site, stem_of(image), image, mask, row.patient, row.split or None)
+        )
     return listed
 
 
@@ -315,7 +348,9 @@ def _escapes(path: str) -> bool:
     """Whether a path of the manifest leads out of the root; links that the hospital placed inside are followed."""
     normal = os.path.normpath(path.replace("\\", "/"))
     return bool(path) and (
-        "\0" in path or normal.startswith(("..", "/")) or PurePosixPath(normal).parts[0].endswith(":")
+        "\0" in path
+        or normal.startswith(("..", "/"))
+        or PurePosixPath(normal).parts[0].endswith(":")
     )
 
 
@@ -332,7 +367,9 @@ def _from_folders(root: Path, only: str) -> _Listed:
     if words := _unused([], loose.images, loose):
         listed.notes.append(("", _note(root, words, loose)))
     if not listed.cases and not listed.closed:
-        found = "; ".join(["neither manifest nor images", *(problem.found for _, problem in listed.notes)])
+        found = "; ".join(
+            ["neither manifest nor images", *(problem.found for _, problem in listed.notes)]
+        )
         expected = "manifest.csv, or <site>/<case>_image.nii.gz with <case>_mask.nii.gz"
         action = "Convert a downloaded data set or your own images: fedsgcg data prepare NAME SOURCE -o FOLDER."
         action = " ".join([action, *dict.fromkeys(problem.action for _, problem in listed.notes)])
@@ -366,7 +403,11 @@ def _unused(used: Sequence[Path], images: Sequence[Path], found: Listing) -> lis
     others = [path for path in left if path not in set(masks)]
     words = []
     if found.foreign:
-        words.append(counted_names(found.foreign, f"files of formats that are not read ({by_format(found.foreign)})"))
+        words.append(
+            counted_names(
+                found.foreign, f"files of formats that are not read ({by_format(found.foreign)})"
+            )
+        )
     if masks:
         words.append(counted_names(masks, "masks without an image"))
     if others:
@@ -380,7 +421,9 @@ def _unused(used: Sequence[Path], images: Sequence[Path], found: Listing) -> lis
 
 def _note(folder: Path, words: Sequence[str], found: Listing) -> Problem:
     action = " ".join([*found.conversions(), "What is no image of the study may stay."])
-    return Problem("DAT-119", "; ".join(words), "<site>/<case>_image.* with <case>_mask.*", action, str(folder))
+    return Problem(
+        "DAT-119", "; ".join(words), "<site>/<case>_image.* with <case>_mask.*", action, str(folder)
+    )
 
 
 def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
@@ -393,19 +436,27 @@ def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
             name = printable("_".join([*case.image.parts[-3:-1], without_suffix(case.image.name)]))
         named.append(replace(case, name=name, patient=case.patient or name))
     twice = {name for name, count in Counter(case.name for case in named).items() if count > 1}
-    return [replace(case, name=printable(case.image.as_posix())) if case.name in twice else case for case in named]
+    return [
+        replace(case, name=printable(case.image.as_posix())) if case.name in twice else case
+        for case in named
+    ]
 
 
 def _existing(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
     """Leave out cases whose image or mask file is not there."""
     kept, problems = [], []
     for case in cases:
-        gone = next((path for path in (case.image, case.mask) if path is not None and not is_file(path)), None)
+        gone = next(
+            (path for path in (case.image, case.mask) if path is not None and not is_file(path)),
+            None,
+        )
         if gone is None:
             kept.append(case)
         else:
             action = "Restore the file or take the case out of the manifest."
-            problems.append(Problem("DAT-103", f"{_why_gone(gone)}: {gone}", "a file", action, where=case.name))
+            problems.append(
+                Problem("DAT-103", f"{_why_gone(gone)}: {gone}", "a file", action, where=case.name)
+            )
     return kept, problems
 
 
@@ -432,7 +483,9 @@ def _one_split_each(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Pro
         if len(known) > 1:
             found = f"patient {case.patient} in {' and '.join(sorted(known))}"
             action = "Give all cases of the patient one split in the manifest."
-            problems.append(Problem("DAT-111", found, "one split a patient", action, where=case.name))
+            problems.append(
+                Problem("DAT-111", found, "one split a patient", action, where=case.name)
+            )
         else:
             kept.append(replace(case, split=next(iter(known), None)))
     return kept, problems

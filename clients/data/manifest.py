@@ -54,7 +54,10 @@ class Row:
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """Yield (found, expected) for everything that makes the line unusable, wherever its files are."""
         if self.surplus:
-            yield f"more cells than titles: {', '.join(map(repr, self.surplus))}", "quotes around a cell with commas"
+            yield (
+                f"more cells than titles: {', '.join(map(repr, self.surplus))}",
+                "quotes around a cell with commas",
+            )
         if not is_folder_name(self.site):
             yield f"site {self.site!r}", "a name without slashes that does not begin with a dot"
         if not self.image:
@@ -81,7 +84,12 @@ def read_manifest(table: Path) -> list[Row]:
 
 def is_folder_name(name: str) -> bool:
     """Whether a hospital's name can be the name of a folder."""
-    return bool(name) and not name.startswith(".") and not any(char in name for char in "/\\\0") and name.isprintable()
+    return (
+        bool(name)
+        and not name.startswith(".")
+        and not any(char in name for char in "/\\\0")
+        and name.isprintable()
+    )
 
 
 def _text(table: Path) -> str:
@@ -92,27 +100,40 @@ def _text(table: Path) -> str:
     except UnicodeDecodeError as error:
         found = f"byte 0x{content[error.start]:02X} in line {content.count(10, 0, error.start) + 1} is not UTF-8"
         action = "Save it again as 'CSV UTF-8'."
-        raise fail("DAT-101", found=found, expected="a CSV file in UTF-8", action=action, where=str(table)) from error
+        raise fail(
+            "DAT-101", found=found, expected="a CSV file in UTF-8", action=action, where=str(table)
+        ) from error
     except OSError as error:
         found = f"{type(error).__name__}: {error.strerror or error}"
-        raise fail("DAT-101", found=found, expected="a CSV file in UTF-8", where=str(table)) from error
+        raise fail(
+            "DAT-101", found=found, expected="a CSV file in UTF-8", where=str(table)
+        ) from error
 
 
 def _cells(text: str, table: Path) -> list[tuple[int, list[str]]]:
     """Return (line number, cells) of every line, with the separator that the title line has most of."""
     first, _, rest = text.partition("\n")
     skipped = 0
-    if first.strip().strip('"').lower().startswith("sep="):  # Excel's own hint; the titles say it as well
+    if (
+        first.strip().strip('"').lower().startswith("sep=")
+    ):  # Excel's own hint; the titles say it as well
         text, skipped = rest, 1
     head = next((line for line in text.splitlines() if line.strip(",;\t \r")), "")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), strict=True
+    )
     lines: list[tuple[int, list[str]]] = []
     try:
         for cells in reader:
             lines.append((reader.line_num + skipped, [cell.strip() for cell in cells]))
     except csv.Error as error:
-        found, action = f"{error}, line {reader.line_num + skipped}", "Close every quote, or save the table again."
-        raise fail("DAT-101", found=found, expected="a CSV file", action=action, where=str(table)) from error
+        found, action = (
+            f"{error}, line {reader.line_num + skipped}",
+            "Close every quote, or save the table again.",
+        )
+        raise fail(
+            "DAT-101", found=found, expected="a CSV file", action=action, where=str(table)
+        ) from error
     return lines
 
 
@@ -124,16 +145,21 @@ def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
     """
     words = [title.lower().replace(" ", "_") for title in titles]
     places = {
-        meaning: next((words.index(word) for word in known if word in words), -1) for meaning, known in COLUMNS.items()
+        meaning: next((words.index(word) for word in known if word in words), -1)
+        for meaning, known in COLUMNS.items()
     }
     shown = "columns " + (", ".join(title for title in titles if title) or "none")
     if missing := [meaning for meaning in NEEDED if places[meaning] < 0]:
         found, expected = f"{shown}: none for {', '.join(missing)}", "columns " + ", ".join(NEEDED)
         action = f"Add {', '.join(missing)}."
         raise fail("DAT-101", found=found, expected=expected, action=action, where=str(table))
-    if twice := [titles[place] for place in places.values() if place >= 0 and words.count(words[place]) > 1]:
+    if twice := [
+        titles[place] for place in places.values() if place >= 0 and words.count(words[place]) > 1
+    ]:
         found, action = f"two columns called {', '.join(twice)}", "Take one of them out."
-        raise fail("DAT-101", found=found, expected="every title once", action=action, where=str(table))
+        raise fail(
+            "DAT-101", found=found, expected="every title once", action=action, where=str(table)
+        )
     return places
 
 

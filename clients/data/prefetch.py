@@ -42,7 +42,9 @@ def prefetch(batches: Iterable[tuple[Any, ...]], device: torch.device) -> Iterat
 
     def send(batch: tuple[Any, ...]) -> tuple[tuple[Any, ...], torch.cuda.Event]:
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            sent = tuple(upload(part, device) if isinstance(part, Tensor) else part for part in batch)
+            sent = tuple(
+                upload(part, device) if isinstance(part, Tensor) else part for part in batch
+            )
             return sent, stream.record_event()
 
     for sent, event in read_ahead(batches, send, AHEAD):
@@ -60,7 +62,11 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     A plain `.to(device)` waits for everything that was queued before it. The pinned copy is kept by torch's allocator
     until the device has read it, and its memory is used again afterwards.
     """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
 
 
 def read_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: int) -> Iterator[Made]:
@@ -79,7 +85,9 @@ def read_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: int) 
         return None
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        waiting: deque[Future[tuple[Made] | None]] = deque(pool.submit(take) for _ in range(max(1, ahead)))
+        waiting: deque[Future[tuple[Made] | None]] = deque(
+            pool.submit(take) for _ in range(max(1, ahead))
+        )
         try:
             while (made := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(take))

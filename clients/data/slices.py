@@ -63,7 +63,9 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
         FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115, naming what is wrong with the case.
     """
     image, mask = _read(case)
-    slices = to_slices(image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data)
+    slices = to_slices(
+        image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data
+    )
     return replace(slices, content=content_hash(image))
 
 
@@ -75,13 +77,22 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
     """
     if data.intensity == "fixed" and not image.is_eight_bit:
         found = "a picture of other than 8 bits" if image.is_picture else "a volume"
-        action = "Set data.intensity=percentile or minmax, or save the picture with 8 bits a channel."
-        raise fail("DAT-115", found=found, expected="a picture of 8 bits a channel (intensity fixed)", action=action)
+        action = (
+            "Set data.intensity=percentile or minmax, or save the picture with 8 bits a channel."
+        )
+        raise fail(
+            "DAT-115",
+            found=found,
+            expected="a picture of 8 bits a channel (intensity fixed)",
+            action=action,
+        )
     pixels = image.array[None] if image.is_picture else image.array[:, None]
     scaled = scale_intensity(pixels, data.intensity)
     small = resize(scaled, data.image_size)
     label = resize_labels(truth, data.image_size)
-    present = np.stack([(truth == index).any(axis=(1, 2)) for index in range(data.num_classes)], axis=1)
+    present = np.stack(
+        [(truth == index).any(axis=(1, 2)) for index in range(data.num_classes)], axis=1
+    )
     return Slices(
         image=np.rint(np.clip(small, -1, 1) * STEPS).astype(np.int16),
         label=label,
@@ -94,7 +105,10 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
 
 
 def class_indices(
-    raw: NDArray[np.float32], classes: dict[str, list[int]], where: str, tolerance: float = LABEL_TOLERANCE
+    raw: NDArray[np.float32],
+    classes: dict[str, list[int]],
+    where: str,
+    tolerance: float = LABEL_TOLERANCE,
 ) -> NDArray[np.uint8]:
     """Map raw label values to class indices, in the order in which the classes are declared.
 
@@ -110,7 +124,9 @@ def class_indices(
     values, positions = np.unique(raw, return_inverse=True)
     index = {value: number for number, group in enumerate(classes.values()) for value in group}
     labels = [whole_label(float(value), tolerance) for value in values]
-    unknown = [f"{value:.9g}" for value, label in zip(values, labels, strict=True) if label not in index]
+    unknown = [
+        f"{value:.9g}" for value, label in zip(values, labels, strict=True) if label not in index
+    ]
     if unknown:
         found = "values " + ", ".join(unknown[:8]) + (", …" if len(unknown) > 8 else "")
         expected = "values " + ", ".join(map(str, sorted(index)))
@@ -151,7 +167,9 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
 
 def resize(slices: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     """Resize images (Z, C, Y, X) to (Z, C, side, side), bilinear with antialiasing, pixel centres aligned."""
-    return np.asarray(_antialiased(torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)), side).numpy())
+    return np.asarray(
+        _antialiased(torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)), side).numpy()
+    )
 
 
 def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
@@ -180,21 +198,31 @@ def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 def _share(mask: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
     """Return the share (side, side) that a mask (Y, X) has of each pixel of the resized slice."""
-    return np.asarray(_antialiased(torch.from_numpy(mask.astype(np.float64))[None, None], side)[0, 0].numpy())
+    return np.asarray(
+        _antialiased(torch.from_numpy(mask.astype(np.float64))[None, None], side)[0, 0].numpy()
+    )
 
 
 def _antialiased(maps: Tensor, side: int) -> Tensor:
     """Resize (N, C, Y, X) floats to (N, C, side, side)."""
     if maps.shape[-2:] == (side, side):
         return maps
-    return functional.interpolate(maps, (side, side), mode="bilinear", align_corners=False, antialias=True)
+    return functional.interpolate(
+        maps, (side, side), mode="bilinear", align_corners=False, antialias=True
+    )
 
 
 def _read(case: CaseFile) -> tuple[Volume, Volume]:
     """Read image and mask of a case and check that they belong together."""
     if case.mask is None:
         action = "Draw a mask, or take the case out of the manifest."
-        raise fail("DAT-112", found="an image alone", expected="an image and its mask", action=action, where=case.name)
+        raise fail(
+            "DAT-112",
+            found="an image alone",
+            expected="an image and its mask",
+            action=action,
+            where=case.name,
+        )
     image, mask = read_volume(case.image), read_volume(case.mask, mask=True)
     check_image(image, case.name)
     check_geometry(image, mask, case.name)

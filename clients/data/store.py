@@ -24,7 +24,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clients.data.cache import cache_error, digest, file_hashes, hash_memo, locked, prune, touch_used
+from clients.data.cache import (
+    cache_error,
+    digest,
+    file_hashes,
+    hash_memo,
+    locked,
+    prune,
+    touch_used,
+)
 from clients.data.case_files import CaseFile, Site, open_site, splits
 from clients.data.slices import STEPS, Slices, prepare
 from common.errors import FedsgcgError, Problem, fail
@@ -34,7 +42,9 @@ from common.settings.plan import DataSettings
 CHANNELS = 3
 # Part of the key: raise it when the meaning of a stored slice changes.
 FORMAT = 4
-ARRAYS = tuple(field.name for field in fields(Slices) if field.name not in ("spacing", "kind", "content"))
+ARRAYS = tuple(
+    field.name for field in fields(Slices) if field.name not in ("spacing", "kind", "content")
+)
 # `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
 
@@ -93,7 +103,9 @@ class SliceTable:
     def __len__(self) -> int:
         return len(self.case_of)
 
-    def stack(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    def stack(
+        self, indices: Sequence[int] | NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Return images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) uint8 class indices of some slices."""
         chosen = np.asarray(indices, dtype=np.int64)
         side = self.stored[0].label.shape[-1]
@@ -107,7 +119,13 @@ class SliceTable:
 
     def only(self, keep: NDArray[np.bool_]) -> SliceTable:
         """Return the slices where `keep` (N,) is true; their stacks stay the same."""
-        return SliceTable(self.case_of[keep], self.z_of[keep], self.has_foreground[keep], self.stack_size, self.stored)
+        return SliceTable(
+            self.case_of[keep],
+            self.z_of[keep],
+            self.has_foreground[keep],
+            self.stack_size,
+            self.stored,
+        )
 
     def _channels(self, image: NDArray[np.int16], z: int) -> NDArray[np.int16]:
         """Return the (C, S, S) channels of slice z: colours, or the stack about it."""
@@ -147,8 +165,14 @@ class CaseStore:
         z_of = np.concatenate([np.zeros(0, np.int64), *(np.arange(count) for count in counts)])
         shown = [_shown(self.stored[case.index], self.data) for case in chosen]
         foreground = np.concatenate([np.zeros(0, np.bool_), *shown])
-        table = SliceTable(np.repeat(numbers, counts), z_of, foreground, self.data.stack, self.stored)
-        return table.only(foreground) if split == "train" and self.data.train_slices == "foreground" else table
+        table = SliceTable(
+            np.repeat(numbers, counts), z_of, foreground, self.data.stack, self.stored
+        )
+        return (
+            table.only(foreground)
+            if split == "train" and self.data.train_slices == "foreground"
+            else table
+        )
 
     def truth(self, case: Case) -> NDArray[np.uint8]:
         """Return the (Z, Y, X) class indices of a case on its native grid."""
@@ -159,7 +183,9 @@ class CaseStore:
         return np.asarray(self.stored[case.index].display, dtype=np.float32) / np.float32(255)
 
 
-def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, salt: bytes = b"") -> CaseStore:
+def open_store(
+    site: Site, data: DataSettings, cache: Path, *, heldout: bool, salt: bytes = b""
+) -> CaseStore:
     """Open the slices of a site; reads the image files only when they or the settings have changed.
 
     Args:
@@ -182,14 +208,25 @@ def open_store(site: Site, data: DataSettings, cache: Path, *, heldout: bool, sa
     good, copies = _once(good, empty)
     flagged = (_empty_mask(facts["name"]) for facts, _ in good if facts["name"] in empty)
     problems = (*site.quarantined, *broken, *others, *flagged, *copies)
-    chosen = splits([files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout)
+    chosen = splits(
+        [files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout
+    )
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_nothing(site, len(good)), *problems)
     cases = tuple(
-        _case(index, facts | {"alias": salted(facts["alias"], salt)}, slices, files[facts["name"]], split, data)
+        _case(
+            index,
+            facts | {"alias": salted(facts["alias"], salt)},
+            slices,
+            files[facts["name"]],
+            split,
+            data,
+        )
         for index, ((facts, slices), split) in enumerate(zip(good, chosen, strict=True))
     )
-    return CaseStore(site.name, cases, problems, data, tuple(slices for _, slices in good), key, kind)
+    return CaseStore(
+        site.name, cases, problems, data, tuple(slices for _, slices in good), key, kind
+    )
 
 
 def main_kind(kinds: Sequence[str]) -> str:
@@ -201,7 +238,9 @@ def main_kind(kinds: Sequence[str]) -> str:
 def other_kind(case: str, kind: str, wanted: str) -> Problem:
     """Return the problem of a case that is left out because most cases are of another kind."""
     action = "Put it into a data set of its own, or resample the volume to slices of that plane."
-    return Problem("DAT-117", f"a case of kind {kind}", f"{wanted}, as most cases are", action, where=case)
+    return Problem(
+        "DAT-117", f"a case of kind {kind}", f"{wanted}, as most cases are", action, where=case
+    )
 
 
 def _once(rows: Sequence[Usable], empty: Collection[str]) -> tuple[list[Usable], list[Problem]]:
@@ -219,7 +258,9 @@ def _once(rows: Sequence[Usable], empty: Collection[str]) -> tuple[list[Usable],
             kept.append((facts, slices))
         else:
             found, action = f"the same image as {name}", "It is left out; remove one of the two."
-            problems.append(Problem("SITE-511", found, "each image once", action, where=facts["name"]))
+            problems.append(
+                Problem("SITE-511", found, "each image once", action, where=facts["name"])
+            )
     return kept, problems
 
 
@@ -253,7 +294,9 @@ def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache
     for name in sorted(sites):
         site = open_site(root, name, data)
         hashes = file_hashes(_files(site), hash_memo(cache, name))
-        left_out = [[problem.code, problem.where.removeprefix(str(root))] for problem in site.quarantined]
+        left_out = [
+            [problem.code, problem.where.removeprefix(str(root))] for problem in site.quarantined
+        ]
         listed.append([name, left_out])
         for case in site.cases:
             mask = hashes[case.mask] if case.mask else ""
@@ -267,7 +310,14 @@ def _shown(slices: Slices, data: DataSettings) -> NDArray[np.bool_]:
     return np.asarray(slices.present[:, classes].any(axis=1))
 
 
-def _case(index: int, facts: dict[str, Any], slices: Slices, file: CaseFile, split: str, data: DataSettings) -> Case:
+def _case(
+    index: int,
+    facts: dict[str, Any],
+    slices: Slices,
+    file: CaseFile,
+    split: str,
+    data: DataSettings,
+) -> Case:
     """Return what is known of a case without its pixels."""
     z, y, x = slices.truth.shape
     return Case(
@@ -288,18 +338,24 @@ def _case(index: int, facts: dict[str, Any], slices: Slices, file: CaseFile, spl
 def _nothing(site: Site, usable: int) -> Problem:
     """Return the problem of a site that has no case for its role."""
     if usable:
-        found, action = f"{usable} cases, none in the test split", "Give the manifest's split column test cases."
+        found, action = (
+            f"{usable} cases, none in the test split",
+            "Give the manifest's split column test cases.",
+        )
     else:
-        found, action = "every case is left out", "The problems of the cases follow; mend at least one."
+        found, action = (
+            "every case is left out",
+            "The problems of the cases follow; mend at least one.",
+        )
     return Problem("DAT-102", found, "at least one usable case", action, where=site.name)
 
 
 def _empty_mask(name: str) -> Problem:
     """Return the remark on a mask without a structure: a healthy patient, a true negative, or a mask never drawn."""
-    action = (
-        "Trained on and evaluated as a case without the structure; if the mask was never drawn, leave the case out."
+    action = "Trained on and evaluated as a case without the structure; if the mask was never drawn, leave the case out."
+    return Problem(
+        "DAT-110", "no declared structure", "at least one in most cases", action, where=name
     )
-    return Problem("DAT-110", "no declared structure", "at least one in most cases", action, where=name)
 
 
 Usable = tuple[dict[str, Any], Slices]
@@ -312,7 +368,11 @@ def _one_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]
     Slices of different planes, and pictures among volumes, look different: one network does not learn both from a few.
     """
     kind = main_kind([slices.kind for _, slices in good])
-    others = [other_kind(facts["name"], slices.kind, kind) for facts, slices in good if slices.kind != kind]
+    others = [
+        other_kind(facts["name"], slices.kind, kind)
+        for facts, slices in good
+        if slices.kind != kind
+    ]
     return kind, [row for row in good if row[1].kind == kind], others
 
 
@@ -340,13 +400,28 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]
             return key, rows
         except (pa.ArrowInvalid, OSError, ValueError, KeyError) as error:
             damage = f"{type(error).__name__}: {error}"
-    raise fail("DAT-113", found=damage, expected="a readable cache", action="Delete the file.", where=str(path))
+    raise fail(
+        "DAT-113",
+        found=damage,
+        expected="a readable cache",
+        action="Delete the file.",
+        where=str(path),
+    )
 
 
 def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
     """Return the name of the cache file: the files' content and every setting that shapes a slice."""
-    settings = [FORMAT, data.image_size, data.intensity, data.label_tolerance, list(data.classes.values())]
-    files = [[case.name, hashes[case.image], hashes[case.mask] if case.mask else ""] for case in site.cases]
+    settings = [
+        FORMAT,
+        data.image_size,
+        data.intensity,
+        data.label_tolerance,
+        list(data.classes.values()),
+    ]
+    files = [
+        [case.name, hashes[case.image], hashes[case.mask] if case.mask else ""]
+        for case in site.cases
+    ]
     return digest(json.dumps([site.name, settings, files]).encode(), 16)
 
 
@@ -371,7 +446,11 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         slices = prepare(case, data)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
         facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
-        facts["spacing"], facts["kind"], facts["content"] = slices.spacing, slices.kind, slices.content
+        facts["spacing"], facts["kind"], facts["content"] = (
+            slices.spacing,
+            slices.kind,
+            slices.content,
+        )
         facts["shapes"] = [array.shape for array in arrays]
         facts["types"] = [array.dtype.str for array in arrays]
     except FedsgcgError as error:
@@ -379,7 +458,9 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         arrays = [np.zeros(0, np.uint8) for _ in ARRAYS]
     columns = [[json.dumps(facts)], *([array.tobytes()] for array in arrays)]
     types = [field.type for field in SCHEMA]
-    return pa.record_batch([pa.array(*pair) for pair in zip(columns, types, strict=True)], schema=SCHEMA)
+    return pa.record_batch(
+        [pa.array(*pair) for pair in zip(columns, types, strict=True)], schema=SCHEMA
+    )
 
 
 def _open(path: Path) -> list[Row]:
@@ -395,7 +476,9 @@ def _row(batch: pa.RecordBatch) -> Row:
         return facts, None
     arrays = {}
     for number, name in enumerate(ARRAYS):
-        flat = np.frombuffer(batch.column(number + 1)[0].as_buffer(), np.dtype(facts["types"][number]))
+        flat = np.frombuffer(
+            batch.column(number + 1)[0].as_buffer(), np.dtype(facts["types"][number])
+        )
         arrays[name] = flat.reshape(facts["shapes"][number])
         # The file is mapped for reading; writing to it would kill the process.
         arrays[name].flags.writeable = False

@@ -57,7 +57,9 @@ class Bundle:
     def digest(self) -> str:
         """SHA-256 over every path and content and the name of the client app."""
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.code.items()}
-        return hashlib.sha256(json.dumps([self.client_app, files], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([self.client_app, files], sort_keys=True).encode()
+        ).hexdigest()
 
 
 def read_bundle(content: bytes) -> Bundle:
@@ -71,19 +73,38 @@ def read_bundle(content: bytes) -> Bundle:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             if sum(entry.file_size for entry in entries) > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes unpacked")
-            if wrong := next((entry.filename for entry in entries if _leads_out(entry.filename)), ""):
+            if wrong := next(
+                (entry.filename for entry in entries if _leads_out(entry.filename)), ""
+            ):
                 raise ValueError(f"a path that leads out: {wrong!r}")
             files = {entry.filename: archive.read(entry) for entry in entries}
-        components = tomllib.loads(files["pyproject.toml"].decode())["tool"]["flwr"]["app"]["components"]
-        code = {name: text for name, text in files.items() if name not in READABLE and not name.startswith(".info/")}
+        components = tomllib.loads(files["pyproject.toml"].decode())["tool"]["flwr"]["app"][
+            "components"
+        ]
+        code = {
+            name: text
+            for name, text in files.items()
+            if name not in READABLE and not name.startswith(".info/")
+        }
         return Bundle(code, str(components["clientapp"]))
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, OSError, NotImplementedError) as error:
-        raise fail("POL-705", found=f"no bundle that can be read: {error}", expected="a Flower app bundle") from error
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        NotImplementedError,
+    ) as error:
+        raise fail(
+            "POL-705", found=f"no bundle that can be read: {error}", expected="a Flower app bundle"
+        ) from error
 
 
 def bundle_of_folder(folder: Path) -> Bundle:
     """Return the code of an installed app: what the bundle of this folder would hold."""
-    files = sorted(path for name in FOLDERS for path in (folder / name).rglob("*") if path.suffix in CODE)
+    files = sorted(
+        path for name in FOLDERS for path in (folder / name).rglob("*") if path.suffix in CODE
+    )
     return Bundle({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
 
@@ -125,7 +146,11 @@ def approvals(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         action = "mend or remove the file, then approve again"
         raise fail(
-            "POL-705", where=str(path), found=f"{error}", expected="the approvals file", action=action
+            "POL-705",
+            where=str(path),
+            found=f"{error}",
+            expected="the approvals file",
+            action=action,
         ) from error
 
 
@@ -152,7 +177,11 @@ def require_approved(bundle: Bundle, path: Path) -> None:
 
 def approve(bundle: Bundle, path: Path, by: str) -> None:
     """Add an approval, and keep the code beside the file so that the next difference can be shown."""
-    entry = {"digest": bundle.digest, "time": datetime.now(UTC).isoformat(timespec="seconds"), "by": by}
+    entry = {
+        "digest": bundle.digest,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "by": by,
+    }
     known = [old for old in approvals(path) if old["digest"] != bundle.digest]
     path.parent.mkdir(parents=True, exist_ok=True)
     unpack(bundle, kept(path))
@@ -178,15 +207,25 @@ def code_below(folder: Path) -> Bundle:
     """Return what `unpack` wrote into a folder."""
     said = folder.with_name(folder.name + ".app")
     client_app = said.read_text(encoding="utf-8") if said.is_file() else CLIENT_APP
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
-    return Bundle({file.relative_to(folder).as_posix(): file.read_bytes() for file in files}, client_app)
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and "__pycache__" not in file.parts
+    ]
+    return Bundle(
+        {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}, client_app
+    )
 
 
 def refused(path: Path) -> list[Path]:
     """Return the folders of kept code that is not approved, newest first."""
     known = {entry["digest"] for entry in approvals(path)}
-    folders = [folder for folder in kept(path).glob("*") if folder.is_dir() and len(folder.name) == 64]
-    return sorted((f for f in folders if f.name not in known), key=lambda f: f.stat().st_mtime, reverse=True)
+    folders = [
+        folder for folder in kept(path).glob("*") if folder.is_dir() and len(folder.name) == 64
+    ]
+    return sorted(
+        (f for f in folders if f.name not in known), key=lambda f: f.stat().st_mtime, reverse=True
+    )
 
 
 def forget_old(path: Path) -> None:
@@ -204,7 +243,11 @@ def difference(old: Bundle | None, new: Bundle) -> Iterator[tuple[str, str]]:
         if first == second:
             continue
         word = "new" if first is None else "removed" if second is None else "changed"
-        lines = list(difflib.unified_diff(_lines(first), _lines(second), f"approved/{name}", f"bundle/{name}"))
+        lines = list(
+            difflib.unified_diff(
+                _lines(first), _lines(second), f"approved/{name}", f"bundle/{name}"
+            )
+        )
         more = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
         less = sum(line.startswith("-") and not line.startswith("---") for line in lines)
         yield f"{word:8} {name}  (+{more} -{less} lines)", "".join(lines)

@@ -10,7 +10,13 @@ from pathlib import Path
 from clients.data.store import CaseStore
 from clients.guard.site_file import SiteFile
 from common.errors import fail
-from common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, content_hash, salt_of, salted_content
+from common.images.contents import (
+    CONTENT_HASHES,
+    TRAINING_IMAGES,
+    content_hash,
+    salt_of,
+    salted_content,
+)
 from common.images.read import Volume
 from common.wire.payload import Identity
 
@@ -29,7 +35,9 @@ def shared_contents(
         return None
     salt = salt_of(identity)
     return {
-        store.site: {case.alias: [salted_content(case.content, salt), case.split] for case in store.cases}
+        store.site: {
+            case.alias: [salted_content(case.content, salt), case.split] for case in store.cases
+        }
         for store in stores
     }
 
@@ -56,7 +64,9 @@ class TrainedOn:
         file = (path if path.is_dir() else path.parent) / TRAINING_IMAGES
         try:
             tree = json.loads(file.read_bytes())
-            images = {str(mark): str(site) for site, marks in tree["images"].items() for mark in marks}
+            images = {
+                str(mark): str(site) for site, marks in tree["images"].items() for mark in marks
+            }
             return cls(bytes.fromhex(tree["salt"]).hex(), images)
         except FileNotFoundError:
             return None
@@ -64,7 +74,11 @@ class TrainedOn:
             found = f"{type(error).__name__}: {error}"
             action = "Remove it, or copy it again from the run folder."
             raise fail(
-                "MOD-801", where=str(file), found=found, expected="a file that fedsgcg wrote", action=action
+                "MOD-801",
+                where=str(file),
+                found=found,
+                expected="a file that fedsgcg wrote",
+                action=action,
             ) from error
 
     def hospital_of(self, image: Volume) -> str:

@@ -65,7 +65,9 @@ def release(
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
     records = encode_reply(reply)
     parts = payload_bytes(records)
-    if CONTENT_HASHES in reply.details:  # they travel with the text, and are a part of their own all the same
+    if (
+        CONTENT_HASHES in reply.details
+    ):  # they travel with the text, and are a part of their own all the same
         parts = parts | {CONTENT_HASHES: len(json.dumps(reply.details[CONTENT_HASHES]))}
     check_sharing(parts, sharing)
     ledger.append(
@@ -80,7 +82,9 @@ def release(
     return records
 
 
-def release_error(code: str, identity: Identity, site: str, home: Path | None, kind: str, note: str = "") -> RecordDict:
+def release_error(
+    code: str, identity: Identity, site: str, home: Path | None, kind: str, note: str = ""
+) -> RecordDict:
     """Return the reply of a site that failed: a code of the catalogue, never a text.
 
     It is entered in the ledger where there is one that can be written; a ledger that cannot be written is one of the

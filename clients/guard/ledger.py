@@ -49,7 +49,9 @@ def append(
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b", buffering=0) as file:  # unbuffered: closing must not write what a full disk refused
+        with path.open(
+            "a+b", buffering=0
+        ) as file:  # unbuffered: closing must not write what a full disk refused
             lock(file, wait=True, action="Set home in site.yaml to a folder on a local disk.")
             seq, previous = _tail(file)
             entry = {
@@ -142,4 +144,8 @@ def _read(line: bytes, seq: int) -> dict[str, Any]:
 
 
 def _broken(seq: int) -> Exception:
-    return fail("SITE-501", found=f"line {seq} does not fit the chain", expected="the lines as they were written")
+    return fail(
+        "SITE-501",
+        found=f"line {seq} does not fit the chain",
+        expected="the lines as they were written",
+    )

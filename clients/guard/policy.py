@@ -42,7 +42,12 @@ def policy_of(node_config: Mapping[str, Any]) -> SiteFile | None:
     policy = read_site_file(Path(path))
     named = str(node_config.get("site", policy.site))
     if named != policy.site:
-        raise fail("POL-701", where=path, found=f"the file of site {policy.site!r}", expected=f"site {named!r}")
+        raise fail(
+            "POL-701",
+            where=path,
+            found=f"the file of site {policy.site!r}",
+            expected=f"site {named!r}",
+        )
     return policy
 
 
@@ -62,7 +67,9 @@ def obey(plan: Plan, policy: SiteFile | None) -> Plan:
         plan,
         data=replace(plan.data, root=policy.data_root),
         privacy=stricter(plan.privacy, policy),
-        site=replace(plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}),
+        site=replace(
+            plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}
+        ),
     )
 
 
@@ -70,20 +77,30 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     """Yield one problem for everything that the plan asks and the site does not grant."""
     if plan.data.root and not inside(expand(plan.data.root, "data.root"), Path(policy.data_root)):
         action = "leave data.root empty: the site decides where its data lie"
-        yield Problem("POL-702", plan.data.root, f"nothing, or a folder in {policy.data_root}", action, "data.root")
+        yield Problem(
+            "POL-702",
+            plan.data.root,
+            f"nothing, or a folder in {policy.data_root}",
+            action,
+            "data.root",
+        )
     yield from _not_allowed(plan, policy)
     for where, section in (("method", plan.method), ("network", plan.network)):
         package = section.name.partition(":")[0].partition(".")[0]
         if section.is_own and package not in FOLDERS_OF_CODE and section.name not in policy.code:
-            expected = (
-                f"code of the approved app bundle, or what the site allows: {', '.join(policy.code) or 'nothing'}"
-            )
+            expected = f"code of the approved app bundle, or what the site allows: {', '.join(policy.code) or 'nothing'}"
             action = f"the site installs the package, reads it, and adds {section.name} to code in its site.yaml"
             yield Problem("POL-706", section.name, expected, action, f"{where}.name")
-    if plan.method.statistics and plan.role(policy.site) == "train" and "statistics" not in policy.sharing:
+    if (
+        plan.method.statistics
+        and plan.role(policy.site) == "train"
+        and "statistics" not in policy.sharing
+    ):
         expected = f"what the site shares: {', '.join(policy.sharing) or 'nothing'}"
         action = "method=source method.statistics=false, or the site adds statistics to sharing"
-        yield Problem("POL-704", "a method that needs class statistics", expected, action, "sharing")
+        yield Problem(
+            "POL-704", "a method that needs class statistics", expected, action, "sharing"
+        )
 
 
 def stricter(asked: PrivacySettings, policy: SiteFile) -> PrivacySettings:
@@ -107,11 +124,20 @@ def check_sharing(parts: Mapping[str, int], sharing: tuple[str, ...] | None) -> 
     """
     if sharing is None:
         return
-    mixing = ("amplitudes",) if set(sharing) & set(SHARES.values()) else ()  # which of them, the request itself checks
-    norms = ("moments",) if "weights" in sharing else ()  # running moments are entries of the weights
+    mixing = (
+        ("amplitudes",) if set(sharing) & set(SHARES.values()) else ()
+    )  # which of them, the request itself checks
+    norms = (
+        ("moments",) if "weights" in sharing else ()
+    )  # running moments are entries of the weights
     if held := [name for name in parts if name not in (*ALWAYS_LEAVES, *mixing, *norms, *sharing)]:
         action = "ask for less, or have the site add it to sharing in its site.yaml"
-        raise fail("POL-704", found=", ".join(held), expected=", ".join(sharing) or "nothing", action=action)
+        raise fail(
+            "POL-704",
+            found=", ".join(held),
+            expected=", ".join(sharing) or "nothing",
+            action=action,
+        )
 
 
 def confined(site: Site, policy: SiteFile | None) -> Site:
@@ -123,9 +149,13 @@ def confined(site: Site, policy: SiteFile | None) -> Site:
     for case in site.cases:
         files = [path for path in (case.image, case.mask) if path is not None]
         if outside := [path for path in files if not inside(path, root)]:
-            action = "copy the file into the data folder, or set data_root to the folder that holds it"
+            action = (
+                "copy the file into the data folder, or set data_root to the folder that holds it"
+            )
             found = f"{outside[0]} leads to {outside[0].resolve()}"
-            problems.append(Problem("POL-702", found, f"a file below {root}", action, where=case.name))
+            problems.append(
+                Problem("POL-702", found, f"a file below {root}", action, where=case.name)
+            )
         else:
             kept.append(case)
     return replace(site, cases=tuple(kept), quarantined=tuple(problems))
@@ -152,7 +182,9 @@ def alias_salt(policy: SiteFile | None) -> bytes:
             f.write(secrets.token_bytes(32))
         secret = path.read_bytes()
     except OSError as error:
-        raise fail("SITE-501", where=str(path), found=str(error), expected="a folder that can be written") from error
+        raise fail(
+            "SITE-501", where=str(path), found=str(error), expected="a folder that can be written"
+        ) from error
     return hashlib.blake2b(policy.project.encode(), digest_size=32, key=secret).digest()
 
 
@@ -169,12 +201,18 @@ def _not_allowed(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     """
     fine = {f"site.{name}": value for name, value in leaves(_own(policy))}
     asked = [(name, value) for name, value in leaves(plan.to_tree()) if not policy.may_set(name)]
-    asked = [(name, value) for name, value in asked if name not in FOLDERS and value != fine.get(name)]
+    asked = [
+        (name, value) for name, value in asked if name not in FOLDERS and value != fine.get(name)
+    ]
     shipped = dict(leaves(Plan.from_tree({**compose([]), "output": ""}).to_tree())) if asked else {}
     for name, value in asked:
         if value != shipped.get(name):
-            expected = f"{shipped.get(name)!r}, or {name} in coordinator_may_set of the site's own file"
-            yield Problem("POL-703", repr(value), expected, "take the setting back, or ask the site", name)
+            expected = (
+                f"{shipped.get(name)!r}, or {name} in coordinator_may_set of the site's own file"
+            )
+            yield Problem(
+                "POL-703", repr(value), expected, "take the setting back, or ask the site", name
+            )
 
 
 def _own(policy: SiteFile) -> dict[str, Any]:

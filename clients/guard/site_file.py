@@ -28,7 +28,15 @@ MAY_SET: Final = (
 )
 """Settings of a plan that do not touch what is the site's: `data.root` and `site.*` are never the coordinator's."""
 
-NEVER_SET: Final = ("data.root", "output", "site.home", "site.cache", "site.roles", "site.device", "site.threads")
+NEVER_SET: Final = (
+    "data.root",
+    "output",
+    "site.home",
+    "site.cache",
+    "site.roles",
+    "site.device",
+    "site.threads",
+)
 PATHS: Final = ("ca", "key", "data_root", "home", "cache", "approved")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 """What a site or a project may be called: the name becomes a folder, a node setting and a certificate's subject."""
@@ -91,18 +99,38 @@ class SiteFile(Section):
 
     def checks(self) -> Checks:
         """Names are plain, the address has a port, floors are positive, lists hold only what is known."""
-        yield bool(NAME.fullmatch(self.site)), "site", "letters, digits, blanks and ._- (63 at most)"
-        yield bool(NAME.fullmatch(self.project)), "project", "letters, digits, blanks and ._- (63 at most)"
-        yield split_address(self.server) is not None, "server", "host:port, e.g. federation.example.org:8443"
+        yield (
+            bool(NAME.fullmatch(self.site)),
+            "site",
+            "letters, digits, blanks and ._- (63 at most)",
+        )
+        yield (
+            bool(NAME.fullmatch(self.project)),
+            "project",
+            "letters, digits, blanks and ._- (63 at most)",
+        )
+        yield (
+            split_address(self.server) is not None,
+            "server",
+            "host:port, e.g. federation.example.org:8443",
+        )
         yield all(map(is_import_path, self.code)), "code", "import paths, package.module:Class"
         yield bool(self.roles) and set(self.roles) <= set(ROLES), "roles", " | ".join(ROLES)
         known = (*SHARED_BY_DEFAULT, *SHARED_BY_CONSENT)
         yield set(self.sharing) <= set(known), "sharing", " | ".join(known)
         yield self.patient_floor >= 1, "patient_floor", "1 or more"
         yield self.min_pixels >= 1, "min_pixels", "1 or more"
-        yield bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)), "device", "auto | cpu | cuda | cuda:0"
+        yield (
+            bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)),
+            "device",
+            "auto | cpu | cuda | cuda:0",
+        )
         yield self.threads >= 1, "threads", "1 or more"
-        outside = [name for name in self.coordinator_may_set if name in NEVER_SET or name.startswith("site.")]
+        outside = [
+            name
+            for name in self.coordinator_may_set
+            if name in NEVER_SET or name.startswith("site.")
+        ]
         yield not outside, "coordinator_may_set", "no setting that is the site's own"
         yield self.deadline_s >= 0, "deadline_s", "seconds, 0 or more"
         yield 0 <= self.runtime_port <= 65535, "runtime_port", "a port, 0 for any free one"
@@ -113,7 +141,9 @@ class SiteFile(Section):
         if name in NEVER_SET or name.startswith("site."):
             return False
         rules = self.coordinator_may_set
-        return any(name == rule or (rule.endswith("*") and name.startswith(rule[:-1])) for rule in rules)
+        return any(
+            name == rule or (rule.endswith("*") and name.startswith(rule[:-1])) for rule in rules
+        )
 
 
 def read_site_file(path: Path) -> SiteFile:
@@ -128,9 +158,17 @@ def read_site_file(path: Path) -> SiteFile:
     path = path / "site.yaml" if path.is_dir() else path
     tree = read_tree(path, "DEP-601", "give the kit's folder, or its site.yaml")
     folder = path.resolve().parent
-    absolute = {name: str(folder / expand(str(tree[name]), name)) for name in PATHS if tree.get(name)}
+    absolute = {
+        name: str(folder / expand(str(tree[name]), name)) for name in PATHS if tree.get(name)
+    }
     empty = tuple(
-        Problem("DEP-601", found="nothing", expected="a path", action="fill it in", where=f"{path}, {name}")
+        Problem(
+            "DEP-601",
+            found="nothing",
+            expected="a path",
+            action="fill it in",
+            where=f"{path}, {name}",
+        )
         for name in PATHS
         if name in tree and not tree[name]
     )

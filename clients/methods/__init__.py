@@ -27,10 +27,16 @@ def method_class(settings: MethodSettings) -> type[Source]:
         return METHODS[settings.name]
     cls = load_class(settings.name, "method")
     if not issubclass(cls, Source):
-        raise unusable(settings.name, f"{cls.__name__}", "method", "a subclass of clients.methods.Source")
+        raise unusable(
+            settings.name, f"{cls.__name__}", "method", "a subclass of clients.methods.Source"
+        )
     if traits_of(cls) != settings.traits:
-        found, expected = (", ".join(traits) or "nothing" for traits in (traits_of(cls), settings.traits))
-        raise unusable(settings.name, f"a class that says: {found}", "method", f"as in the plan: {expected}")
+        found, expected = (
+            ", ".join(traits) or "nothing" for traits in (traits_of(cls), settings.traits)
+        )
+        raise unusable(
+            settings.name, f"a class that says: {found}", "method", f"as in the plan: {expected}"
+        )
     return cls
 
 

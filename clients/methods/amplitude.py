@@ -42,7 +42,9 @@ The way back gains later because its FFT writes and reads the whole half spectru
 """
 
 
-def mix_amplitude(images: Tensor, partners: Tensor, ratio: Tensor, window: float = WINDOW) -> Tensor:
+def mix_amplitude(
+    images: Tensor, partners: Tensor, ratio: Tensor, window: float = WINDOW
+) -> Tensor:
     """Give every image a mixture of its own low-frequency amplitudes and its partner's (methods.md 2.5).
 
     Runs on the device of the images without waiting for it, without gradient, in float32 (float64 for float64 images)
@@ -85,7 +87,9 @@ def window_amplitudes(images: Tensor, window: float = WINDOW) -> Tensor:
     return _amplitudes("images", images.to(_precision(images)), _half_window(images, window))
 
 
-def mix_window_amplitudes(images: Tensor, amplitudes: Tensor, ratio: Tensor, window: float = WINDOW) -> Tensor:
+def mix_window_amplitudes(
+    images: Tensor, amplitudes: Tensor, ratio: Tensor, window: float = WINDOW
+) -> Tensor:
     """Mix as `mix_amplitude` does, with partners whose window amplitudes were computed before.
 
     Args:
@@ -142,7 +146,9 @@ class _Transform(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _transform(height: int, width: int, half: int, dtype: torch.dtype, device: torch.device) -> _Transform:
+def _transform(
+    height: int, width: int, half: int, dtype: torch.dtype, device: torch.device
+) -> _Transform:
     """Made on the CPU in float64 once a size and kept on the device.
 
     On the way back a column counts twice, for itself and for the conjugate column that is not computed. Column 0 has
@@ -161,7 +167,9 @@ def _transform(height: int, width: int, half: int, dtype: torch.dtype, device: t
 
 def _waves(half: int, length: int) -> tuple[Tensor, Tensor]:
     """Return cos and sin of 2 pi f t / length for f = 0 to b, each (b + 1, length) float64, whole turns taken off."""
-    turns = (torch.arange(half + 1)[:, None] * torch.arange(length)).remainder(length).double() / length
+    turns = (torch.arange(half + 1)[:, None] * torch.arange(length)).remainder(
+        length
+    ).double() / length
     return torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
 
 
@@ -182,7 +190,9 @@ def _spectrum(images: Tensor, half: int) -> tuple[Tensor, Tensor]:
     return torch.stack([cc + ss, cc - ss], 2), torch.stack([cs - sc, cs + sc], 2)
 
 
-def _change(spectrum: tuple[Tensor, Tensor], amplitudes: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def _change(
+    spectrum: tuple[Tensor, Tensor], amplitudes: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
     """What mixing adds to the spectrum: (1 - r) (A_partner - A) along the own phase.
 
     An amplitude below the rounding of the image's largest (an empty slice) has no phase; it counts as zero, whose phase
@@ -204,7 +214,9 @@ def _add_inverse(images: Tensor, change: tuple[Tensor, Tensor], half: int) -> Te
     waves = images.new_empty(B, C, 2, size, size, 2)
     waves[:, :, 0, ..., 0], waves[:, :, 0, ..., 1] = a + b, u + v
     waves[:, :, 1, ..., 0], waves[:, :, 1, ..., 1] = v - u, a - b
-    lines = torch.bmm(transform.rows_back.expand(B * C, -1, -1), waves.view(B * C, 2 * size, 2 * size))
+    lines = torch.bmm(
+        transform.rows_back.expand(B * C, -1, -1), waves.view(B * C, 2 * size, 2 * size)
+    )
     if _takes_fft(images, half, "back"):
         added: Tensor = torch.fft.irfft(torch.view_as_complex(lines.view(B, C, H, size, 2)), n=W)
     else:
@@ -255,13 +267,19 @@ def _check_images(name: str, images: Tensor) -> None:
     if not images.dtype.is_floating_point:
         raise ValueError(f"{name}: found {images.dtype}, expected floats")
     if 0 in images.shape:
-        raise ValueError(f"{name}: found shape {tuple(images.shape)}, expected (B, C, H, W) with none of them 0")
+        raise ValueError(
+            f"{name}: found shape {tuple(images.shape)}, expected (B, C, H, W) with none of them 0"
+        )
 
 
-def _check_partner(name: str, partner: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_partner(
+    name: str, partner: Tensor, shape: tuple[int, ...], device: torch.device
+) -> None:
     check_shape(name, partner, shape)
     if not partner.dtype.is_floating_point or partner.device != device:
-        raise ValueError(f"{name}: found {partner.dtype} on {partner.device}, expected floats on {device}")
+        raise ValueError(
+            f"{name}: found {partner.dtype} on {partner.device}, expected floats on {device}"
+        )
 
 
 def _check_ratio(ratio: Tensor, B: int) -> None:

@@ -118,7 +118,9 @@ def softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
     labels = labels.long()
     valid = labels != IGNORE
     # The sum over valid pixels divided by their number: the library's own mean is 0/0 when every pixel is ignored.
-    entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / valid.sum().clamp(min=1)
+    entropy = F.cross_entropy(
+        logits, labels, ignore_index=IGNORE, reduction="sum"
+    ) / valid.sum().clamp(min=1)
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     truth = (labels.unsqueeze(1) == classes).to(logits.dtype)
     return entropy + dice_loss(logits.softmax(1)[:, 1:], truth, valid.unsqueeze(1))
@@ -134,14 +136,19 @@ def sigmoid_loss(logits: Tensor, labels: Tensor, structures: Mapping[str, Sequen
     """
     valid = (labels != IGNORE).unsqueeze(1)
     truth = structure_targets(labels, structures).to(logits.dtype)
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, weight=valid.to(logits.dtype), reduction="sum")
+    entropy = F.binary_cross_entropy_with_logits(
+        logits, truth, weight=valid.to(logits.dtype), reduction="sum"
+    )
     entropy = entropy / (valid.sum() * logits.shape[1]).clamp(min=1)
     return entropy + dice_loss(logits.sigmoid(), truth, valid)
 
 
 def structure_targets(labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
     """Return (B, S, H, W) bool: whether a pixel's class is one of the structure's classes."""
-    channels = [torch.stack([labels == index for index in classes]).any(0) for classes in structures.values()]
+    channels = [
+        torch.stack([labels == index for index in classes]).any(0)
+        for classes in structures.values()
+    ]
     return torch.stack(channels, dim=1)
 
 

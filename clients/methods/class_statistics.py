@@ -61,7 +61,9 @@ def site_statistics(
     total = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
     with torch.no_grad(), statistics_mode(network, norm_mode or plan.prototypes.norm_mode):
         for images, labels in statistics_batches(tables, plan.method, rngs):
-            total = total + batch_statistics(_features(network, images, plan, device), labels.to(device), plan)
+            total = total + batch_statistics(
+                _features(network, images, plan, device), labels.to(device), plan
+            )
     return total
 
 
@@ -88,13 +90,17 @@ def site_moments(
     """
     with torch.no_grad(), _measured_moments(network) as measured:
         for images, labels in statistics_batches(tables, plan.method, rngs):
-            changed, _ = augment(images.to(device), labels.to(device), plan.data.augmentation, generator)
+            changed, _ = augment(
+                images.to(device), labels.to(device), plan.data.augmentation, generator
+            )
             _features(network, changed, plan, device)
             measured.take()
     return measured.moments()
 
 
-def _features(network: nn.Module, images: torch.Tensor, plan: Plan, device: torch.device) -> torch.Tensor:
+def _features(
+    network: nn.Module, images: torch.Tensor, plan: Plan, device: torch.device
+) -> torch.Tensor:
     """Run the network on a batch (B, C, S, S); returns its feature map (B, A, h, w)."""
     with arithmetic(precision(plan.method, device), device):
         features: torch.Tensor = network(images.to(device, memory_format=torch.channels_last))[1]
@@ -117,7 +123,9 @@ def statistics_batches(
     seen = [np.zeros(len(table), np.bool_) for table in tables]
     for chosen in index_batches(tables, once, rngs):
         images, labels = gather(tables, chosen)
-        again = np.concatenate([known[numbers] for known, numbers in zip(seen, chosen, strict=True)])
+        again = np.concatenate(
+            [known[numbers] for known, numbers in zip(seen, chosen, strict=True)]
+        )
         for known, numbers in zip(seen, chosen, strict=True):
             known[numbers] = True
         labels[torch.from_numpy(again)] = IGNORE
@@ -125,7 +133,11 @@ def statistics_batches(
 
 
 def sample_features(
-    network: nn.Module, table: SliceTable, plan: Plan, device: torch.device, rng: np.random.Generator
+    network: nn.Module,
+    table: SliceTable,
+    plan: Plan,
+    device: torch.device,
+    rng: np.random.Generator,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Draw features of single pixels of some slices, for the t-SNE of a simulation's report; they stay at the site.
 
@@ -135,22 +147,35 @@ def sample_features(
     """
     slices = rng.permutation(len(table))[: SAMPLED_BATCHES * SAMPLED_SLICES]
     most = -(-plan.site.feature_samples // SAMPLED_BATCHES)
-    features, classes = [np.zeros((0, plan.network.num_features), np.float32)], [np.zeros(0, np.int64)]
+    features, classes = (
+        [np.zeros((0, plan.network.num_features), np.float32)],
+        [np.zeros(0, np.int64)],
+    )
     dtype = precision(plan.method, device)
     with torch.no_grad(), statistics_mode(network, "running"):
         for start in range(0, len(slices), SAMPLED_SLICES):
             images, labels = table.stack(slices[start : start + SAMPLED_SLICES])
             with arithmetic(dtype, device):
-                _, maps = network(torch.from_numpy(images).to(device, memory_format=torch.channels_last))
-            small = labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes).reshape(-1).numpy()
+                _, maps = network(
+                    torch.from_numpy(images).to(device, memory_format=torch.channels_last)
+                )
+            small = (
+                labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes)
+                .reshape(-1)
+                .numpy()
+            )
             chosen = sample_pixels(small, rng, most)
-            pixels = pixel_features(maps, plan.prototypes.normalize)[torch.from_numpy(chosen).to(device)]
+            pixels = pixel_features(maps, plan.prototypes.normalize)[
+                torch.from_numpy(chosen).to(device)
+            ]
             features.append(pixels.cpu().numpy())
             classes.append(small[chosen])
     return np.concatenate(features), np.concatenate(classes)
 
 
-def batch_statistics(penultimate: torch.Tensor, labels: torch.Tensor, plan: Plan) -> ClassStatistics:
+def batch_statistics(
+    penultimate: torch.Tensor, labels: torch.Tensor, plan: Plan
+) -> ClassStatistics:
     """Statistics of one batch: moments on the device of the features, carried on in float64.
 
     Args:
@@ -176,8 +201,12 @@ class _Measured:
     def __init__(self, layers: dict[str, _BatchNorm]) -> None:
         self._layers = layers
         self._sizes = dict.fromkeys(layers, 0)
-        self._total = NormMoments.empty({name: layer.num_features for name, layer in layers.items()})
-        self._handles = [layer.register_forward_pre_hook(self._counter(name)) for name, layer in layers.items()]
+        self._total = NormMoments.empty(
+            {name: layer.num_features for name, layer in layers.items()}
+        )
+        self._handles = [
+            layer.register_forward_pre_hook(self._counter(name)) for name, layer in layers.items()
+        ]
 
     def _counter(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -189,7 +218,10 @@ class _Measured:
         """Add the batch that has just gone through the network."""
         sizes = np.array(list(self._sizes.values()), dtype=np.float64)
         mean, variance = (
-            torch.cat([getattr(layer, name) for layer in self._layers.values()]).double().cpu().numpy()
+            torch.cat([getattr(layer, name) for layer in self._layers.values()])
+            .double()
+            .cpu()
+            .numpy()
             for name in ("running_mean", "running_var")
         )
         degrees = np.repeat(np.maximum(sizes - 1.0, 0.0), list(self._total.layers.values()))
@@ -243,7 +275,11 @@ def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
     alone, so nothing has to be copied and put back.
     """
     was_training = network.training
-    layers = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    layers = [
+        module
+        for module in network.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
     network.eval()
     try:
         if norm_mode == "batch":

@@ -48,7 +48,11 @@ class Guidance:
 
     @classmethod
     def from_prototypes(
-        cls, prototypes: ClassStatistics | None, settings: PrototypeSettings, round_number: int, device: torch.device
+        cls,
+        prototypes: ClassStatistics | None,
+        settings: PrototypeSettings,
+        round_number: int,
+        device: torch.device,
     ) -> Guidance | None:
         """Put the prototypes on the device; None while there are none or the warm-up lasts (methods.md 1.5)."""
         if prototypes is None or round_number <= settings.warmup_rounds:
@@ -56,7 +60,9 @@ class Guidance:
         return cls.of(prototypes, settings, device)
 
     @classmethod
-    def of(cls, prototypes: ClassStatistics, settings: PrototypeSettings, device: torch.device) -> Guidance | None:
+    def of(
+        cls, prototypes: ClassStatistics, settings: PrototypeSettings, device: torch.device
+    ) -> Guidance | None:
         """Put the prototypes on the device; None with fewer than two active classes.
 
         With one class there is nothing to be told apart from: the closed form is q' Sigma q / (2 tau^2), which only

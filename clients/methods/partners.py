@@ -60,13 +60,17 @@ class LocalMixer:
         rng: Draws partners and ratios.
     """
 
-    def __init__(self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator) -> None:
+    def __init__(
+        self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator
+    ) -> None:
         self._tables, self._settings, self._rng = tables, settings, rng
         self._offset = OFFSETS[mixing_space(tables)]
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw a slice (C, S, S) of a domain other than its own for each slice of a batch."""
-        partners = np.concatenate([self._partners(domain, size) for domain, size in enumerate(sizes)])
+        partners = np.concatenate(
+            [self._partners(domain, size) for domain, size in enumerate(sizes)]
+        )
         return torch.from_numpy(partners), draw_ratio(self._rng, len(partners))
 
     def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
@@ -77,8 +81,12 @@ class LocalMixer:
 
     def _partners(self, domain: int, size: int) -> npt.NDArray[np.float32]:
         others = [number for number in range(len(self._tables)) if number != domain] or [domain]
-        chosen = [self._tables[others[number]] for number in self._rng.integers(0, len(others), size)]
-        return np.concatenate([table.stack([int(self._rng.integers(0, len(table)))])[0] for table in chosen])
+        chosen = [
+            self._tables[others[number]] for number in self._rng.integers(0, len(others), size)
+        ]
+        return np.concatenate(
+            [table.stack([int(self._rng.integers(0, len(table)))])[0] for table in chosen]
+        )
 
 
 class _SharedMixer(ABC):
@@ -118,12 +126,21 @@ class SummaryMixer(_SharedMixer):
     """
 
     def __init__(
-        self, data: bytes, own: AmplitudeSummary, site: str, settings: RamSettings, rng: np.random.Generator
+        self,
+        data: bytes,
+        own: AmplitudeSummary,
+        site: str,
+        settings: RamSettings,
+        rng: np.random.Generator,
     ) -> None:
         super().__init__(settings, own.space, rng)
         shared = AmplitudeSummary.decode(data)
         if shared.layout != own.layout:
-            raise fail("PAY-106", found=f"amplitudes of {shared.layout}", expected=f"{own.layout}, as at this site")
+            raise fail(
+                "PAY-106",
+                found=f"amplitudes of {shared.layout}",
+                expected=f"{own.layout}, as at this site",
+            )
         others = shared.without(replace(own, sites=(site,))) if site in shared.sites else shared
         _check_others(int(others.count))
         self._sampler = AmplitudeSampler(others)
@@ -146,12 +163,16 @@ class BankMixer(_SharedMixer):
         FedsgcgError: As `SummaryMixer`.
     """
 
-    def __init__(self, data: bytes, site: str, space: str, settings: RamSettings, rng: np.random.Generator) -> None:
+    def __init__(
+        self, data: bytes, site: str, space: str, settings: RamSettings, rng: np.random.Generator
+    ) -> None:
         super().__init__(settings, space, rng)
         others = AmplitudeBank.decode(data).without(site)
         _check_others(len(others.owners))
         if others.space != space:
-            raise fail("PAY-106", found=f"amplitudes of {others.space}s", expected=f"those of {space}s")
+            raise fail(
+                "PAY-106", found=f"amplitudes of {others.space}s", expected=f"those of {space}s"
+            )
         self._windows = others.windows
 
     def _draw(self, count: int) -> npt.NDArray[np.floating]:
@@ -170,7 +191,12 @@ def mixing_space(tables: Sequence[SliceTable]) -> str:
 
 
 def build_mixer(
-    stores: Sequence[CaseStore], plan: Plan, site: str, round_number: int, amplitudes: bytes, device: torch.device
+    stores: Sequence[CaseStore],
+    plan: Plan,
+    site: str,
+    round_number: int,
+    amplitudes: bytes,
+    device: torch.device,
 ) -> Mixer | None:
     """Return the mixer of a round, None for a method that mixes nothing.
 
@@ -220,7 +246,9 @@ def site_amplitudes(
     return AmplitudeBank(windows, (site,) * len(chosen), mixing_space([table])).encode()
 
 
-def own_summary(stores: Sequence[CaseStore], settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+def own_summary(
+    stores: Sequence[CaseStore], settings: RamSettings, device: torch.device
+) -> AmplitudeSummary:
     """Summary of a client's training slices; what was computed once is kept while the process lives.
 
     It depends on the slices and the window alone, and is wanted in every round.
@@ -229,7 +257,9 @@ def own_summary(stores: Sequence[CaseStore], settings: RamSettings, device: torc
     return reduce(add, others, first)
 
 
-def _known_summary(store: CaseStore, settings: RamSettings, device: torch.device) -> AmplitudeSummary:
+def _known_summary(
+    store: CaseStore, settings: RamSettings, device: torch.device
+) -> AmplitudeSummary:
     data = store.data
     key = fingerprint(store), data.stack, data.train_slices, settings.window, str(device)
     if key not in _KNOWN:
@@ -251,5 +281,7 @@ def _windows(
     table: SliceTable, numbers: npt.NDArray[np.int64], settings: RamSettings, device: torch.device
 ) -> npt.NDArray[np.float32]:
     images = torch.from_numpy(table.stack(numbers)[0]).to(device) + OFFSETS[mixing_space([table])]
-    windows: npt.NDArray[np.float32] = window_amplitudes(images, settings.window).float().cpu().numpy()
+    windows: npt.NDArray[np.float32] = (
+        window_amplitudes(images, settings.window).float().cpu().numpy()
+    )
     return windows

@@ -60,15 +60,23 @@ class Ram(Source):
         """Segmentation of both views, their consistency, and restoration."""
         settings, data = self.plan.method.ram, self.plan.data
         plain, mixed = views
-        both = segmentation_loss(plain.logits, batch.labels, data) + segmentation_loss(mixed.logits, batch.labels, data)
+        both = segmentation_loss(plain.logits, batch.labels, data) + segmentation_loss(
+            mixed.logits, batch.labels, data
+        )
         # Told as the mean of the views, so that it compares with a method of one view; the total holds their sum.
         valid = (batch.labels != IGNORE).unsqueeze(1)
         bernoulli = settings.divergence == "symmetric_bernoulli"
         probabilities = [probability(view.logits, data.activation) for view in views]
-        consistency = consistency_loss(probabilities[0], probabilities[1], valid, symmetric=bernoulli)
+        consistency = consistency_loss(
+            probabilities[0], probabilities[1], valid, symmetric=bernoulli
+        )
         restoration = self._restoration(batch)
         total = both + settings.consistency * consistency + settings.restoration * restoration
-        parts = {"loss_supervised": both / 2, "loss_consistency": consistency, "loss_restoration": restoration}
+        parts = {
+            "loss_supervised": both / 2,
+            "loss_consistency": consistency,
+            "loss_restoration": restoration,
+        }
         return total, {name: value.detach() for name, value in parts.items()}
 
     def _mixed_view(self, batch: Batch) -> View:
@@ -86,7 +94,9 @@ class Ram(Source):
     def _unet(self) -> UNet:
         """Return the network, whose deepest map the restoration decoder starts from."""
         if not isinstance(self.network, UNet):
-            raise TypeError(f"the restoration decoder belongs to the U-Net, found {type(self.network).__name__}")
+            raise TypeError(
+                f"the restoration decoder belongs to the U-Net, found {type(self.network).__name__}"
+            )
         return self.network
 
     def _restoration(self, batch: Batch) -> Tensor:
@@ -114,7 +124,9 @@ def probability(logits: Tensor, activation: str) -> Tensor:
     return value.clamp(CLAMP, 1 - CLAMP)
 
 
-def consistency_loss(first: Tensor, second: Tensor, valid: Tensor, *, symmetric: bool = False) -> Tensor:
+def consistency_loss(
+    first: Tensor, second: Tensor, valid: Tensor, *, symmetric: bool = False
+) -> Tensor:
     """Symmetric Kullback-Leibler divergence of two predictions, mean over all elements; gradient into both.
 
     mean(b (log b - log a)) + mean(a (log a - log b)) = mean((a - b)(log a - log b)) (methods.md 2.6).

@@ -39,14 +39,18 @@ class Overlay:
         device: Where the loss is computed.
     """
 
-    def __init__(self, others: ClassStatistics, own: ClassStatistics, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self, others: ClassStatistics, own: ClassStatistics, plan: Plan, device: torch.device
+    ) -> None:
         self._others, self._own, self._plan, self._device = others, own, plan, device
         self._weight = own.count
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
         """Take a batch into the own part, then return the prototypes (update before loss, methods.md 1.2 point 7)."""
         batch = batch_statistics(features.detach(), labels, self._plan)
-        fraction = np.divide(batch.count, self._weight, out=np.ones_like(batch.count), where=self._weight > 0)
+        fraction = np.divide(
+            batch.count, self._weight, out=np.ones_like(batch.count), where=self._weight > 0
+        )
         self._own = self._own.scaled(np.maximum(1.0 - fraction, 0.0)) + batch
         return Guidance.of(self._others + self._own, self._plan.prototypes, self._device)
 
@@ -67,7 +71,12 @@ class Online:
     """
 
     def __init__(
-        self, others: ClassStatistics, own: ClassStatistics, plan: Plan, round_number: int, device: torch.device
+        self,
+        others: ClassStatistics,
+        own: ClassStatistics,
+        plan: Plan,
+        round_number: int,
+        device: torch.device,
     ) -> None:
         self._others, self._own, self._plan, self._device = others, own, plan, device
         self._compares = round_number > plan.prototypes.warmup_rounds
@@ -96,10 +105,14 @@ def kept_statistics(state: Mapping[str, Tensor], prefix: str = SENT) -> ClassSta
     """Read what `keep_statistics` returned; None when the state has none."""
     if f"{prefix}count" not in state:
         return None
-    return ClassStatistics(*(state[f"{prefix}{name}"].numpy() for name in ("count", "mean", "scatter")))
+    return ClassStatistics(
+        *(state[f"{prefix}{name}"].numpy() for name in ("count", "mean", "scatter"))
+    )
 
 
-def other_sites(prototypes: ClassStatistics, sent: ClassStatistics | None, held: Collection[str]) -> ClassStatistics:
+def other_sites(
+    prototypes: ClassStatistics, sent: ClassStatistics | None, held: Collection[str]
+) -> ClassStatistics:
     """Return the prototypes without this site's own part.
 
     Only the coordinator knows whether it holds what the site last sent: a contribution may have come late or have been

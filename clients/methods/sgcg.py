@@ -33,18 +33,29 @@ class SgCG(Source):
         if guidance is None or self.plan.prototypes.weight == 0:
             return total, parts
         contrast = contrast_of_views(views, batch.labels, guidance, self.plan)
-        return total + self.plan.prototypes.weight * contrast, parts | {"loss_contrast": contrast.detach()}
+        return total + self.plan.prototypes.weight * contrast, parts | {
+            "loss_contrast": contrast.detach()
+        }
 
 
-def contrast_of_views(views: Sequence[View], labels: Tensor, guidance: Guidance, plan: Plan) -> Tensor:
+def contrast_of_views(
+    views: Sequence[View], labels: Tensor, guidance: Guidance, plan: Plan
+) -> Tensor:
     """Sum over the plan's views of the contrastive loss; statistics follow the source view alone (methods.md 1.6)."""
     chosen = [view for view in views if view.name in plan.prototypes.views]
-    losses = [contrast_loss(view.features, labels, guidance, plan.prototypes, plan.data.num_classes) for view in chosen]
+    losses = [
+        contrast_loss(view.features, labels, guidance, plan.prototypes, plan.data.num_classes)
+        for view in chosen
+    ]
     return torch.stack(losses).sum()
 
 
 def contrast_loss(
-    penultimate: Tensor, labels: Tensor, guidance: Guidance, settings: PrototypeSettings, num_classes: int
+    penultimate: Tensor,
+    labels: Tensor,
+    guidance: Guidance,
+    settings: PrototypeSettings,
+    num_classes: int,
 ) -> Tensor:
     """Contrastive loss of a batch: the mean over its pixels, or the mean of its per-class means (methods.md 1.4)."""
     labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
@@ -74,7 +85,9 @@ def class_balanced_mean(values: Tensor, labels: Tensor, active: Tensor) -> Tenso
     known = labels < num_classes
     index = labels.where(known, 0)
     weight = (known & active[index]).double()
-    totals = torch.zeros(num_classes, dtype=torch.float64, device=values.device).index_add(0, index, values * weight)
+    totals = torch.zeros(num_classes, dtype=torch.float64, device=values.device).index_add(
+        0, index, values * weight
+    )
     counts = torch.zeros_like(totals).index_add(0, index, weight)
     return ((totals / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)).to(values.dtype)
 
@@ -82,4 +95,8 @@ def class_balanced_mean(values: Tensor, labels: Tensor, active: Tensor) -> Tenso
 def labels_at(labels: Tensor, width: int, num_classes: int) -> Tensor:
     """Return the labels (B, H, W) at the resolution of a feature map of this width."""
     factor = labels.shape[-1] // width
-    return labels.long() if factor == 1 else reduce_labels(labels.long(), factor, num_classes, ignore_index=IGNORE)
+    return (
+        labels.long()
+        if factor == 1
+        else reduce_labels(labels.long(), factor, num_classes, ignore_index=IGNORE)
+    )

@@ -68,7 +68,9 @@ class Gaussians:
         batch, _, height, width = features.shape
         pixels = pixel_features(features, normalize)
         squares = [
-            ((pixels - mean) @ whiten.T).square().sum(1) if seen else torch.full_like(pixels[:, 0], torch.inf)
+            ((pixels - mean) @ whiten.T).square().sum(1)
+            if seen
+            else torch.full_like(pixels[:, 0], torch.inf)
             for mean, whiten, seen in zip(self.mean, self.whiten, self.seen.tolist(), strict=True)
         ]
         return torch.stack(squares, 1).reshape(batch, height, width, -1).permute(0, 3, 1, 2)

@@ -20,7 +20,9 @@ from common.images.read import VOLUME_SUFFIXES, suffix_of
 from common.names import printable
 from common.settings.plan import DataSettings
 
-RESULT: Final = re.compile(r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE)
+RESULT: Final = re.compile(
+    r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE
+)
 """Names of masks and of results: in a folder of images they are no images."""
 
 SHOWN: Final = 5
@@ -76,18 +78,26 @@ class Passed:
         """One sentence for each kind of file that is there, with how to convert other formats."""
         said = []
         if self.results:
-            said.append(counted_names(self.results, "files that are masks or results by their names"))
+            said.append(
+                counted_names(self.results, "files that are masks or results by their names")
+            )
         if foreign := [path for found in self.folders for path in found.foreign]:
-            advice = " ".join(dict.fromkeys(text for found in self.folders for text in found.conversions()))
+            advice = " ".join(
+                dict.fromkeys(text for found in self.folders for text in found.conversions())
+            )
             what = f"files of formats that are not read ({by_format(foreign)})"
             said.append(f"{counted_names(foreign, what)}. {advice}")
         if ghosts := [path for found in self.folders for path in found.ghosts]:
             said.append(counted_names(ghosts, "hidden files called like images"))
         said += [
-            f"{printable(str(path))} cannot be read ({why})" for found in self.folders for path, why in found.closed
+            f"{printable(str(path))} cannot be read ({why})"
+            for found in self.folders
+            for path, why in found.closed
         ]
         return said + [
-            f"{printable(str(path))} leads back into itself" for found in self.folders for path in found.loops
+            f"{printable(str(path))} leads back into itself"
+            for found in self.folders
+            for path in found.loops
         ]
 
 
@@ -107,7 +117,10 @@ def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[li
             passed.folders.append(inside)
             kept = [file for file in inside.images if not RESULT.fullmatch(stem_of(file))]
             passed.results += [file for file in inside.images if file not in set(kept)]
-            found += [Job(file, (file.parent.relative_to(path) / stem_of(file)).as_posix()) for file in kept]
+            found += [
+                Job(file, (file.parent.relative_to(path) / stem_of(file)).as_posix())
+                for file in kept
+            ]
         else:
             found.append(Job(path, stem_of(path)))
     if not found:
@@ -126,7 +139,9 @@ def _kind(path: Path) -> str:
         raise fail("MOD-809", where=str(path), found="no such file", expected=expected) from error
     except OSError as error:
         found, action = str(error.strerror or error), disk_advice(error, "name another path.")
-        raise fail("MOD-809", where=str(path), found=found, expected=expected, action=action) from error
+        raise fail(
+            "MOD-809", where=str(path), found=found, expected=expected, action=action
+        ) from error
 
 
 def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | None) -> list[Job]:
@@ -145,29 +160,53 @@ def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | 
     for name in [site] if site else discover_sites(root):
         for case in open_site(root, name, data).cases:
             if split is None or case.split == split:
-                jobs.append(Job(case.image, f"{name}/{Path(case.name).name or 'case'}", case.mask, name, case.name))
+                jobs.append(
+                    Job(
+                        case.image,
+                        f"{name}/{Path(case.name).name or 'case'}",
+                        case.mask,
+                        name,
+                        case.name,
+                    )
+                )
     if not jobs:
         found = f"no case of split {split}" if split else "no case"
         raise fail("MOD-809", where=str(root), found=found, expected="cases to predict")
     return jobs
 
 
-def check_output(folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, overwrite: bool) -> None:
+def check_output(
+    folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, overwrite: bool
+) -> None:
     """Refuse before any work what could not be written, or would be written over.
 
     Raises:
         FedsgcgError: MOD-808 for results that are there already, that would lie outside the folder, or that are the
             images or masks themselves.
     """
-    if outside := [job for job in jobs if ".." in Path(job.name).parts or Path(job.name).is_absolute()]:
+    if outside := [
+        job for job in jobs if ".." in Path(job.name).parts or Path(job.name).is_absolute()
+    ]:
         found, expected = f"results called {outside[0].name!r}", "a name inside the folder"
-        raise fail("MOD-808", where=str(outside[0].image), found=found, expected=expected, action="Rename the image.")
+        raise fail(
+            "MOD-808",
+            where=str(outside[0].image),
+            found=found,
+            expected=expected,
+            action="Rename the image.",
+        )
     inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
     targets = [path for job in jobs for ending in endings for path in _targets(folder, job, ending)]
     own = [path for path in targets if path.resolve() in inputs]
     there = [] if overwrite else [path for path in targets if os.path.lexists(path)]
     problems = [
-        Problem("MOD-808", "it is one of the images or masks", "another folder", "Choose another DIR.", str(path))
+        Problem(
+            "MOD-808",
+            "it is one of the images or masks",
+            "another folder",
+            "Choose another DIR.",
+            str(path),
+        )
         for path in own[:SHOWN]
     ]
     if there and not own:
@@ -212,7 +251,10 @@ def write(path: Path, content: bytes) -> None:
 
 def refused(path: Path, error: OSError) -> FedsgcgError:
     """The error for a disk that refuses."""
-    found, expected = f"{type(error).__name__}: {error.strerror or error}", "a folder with room that can be written"
+    found, expected = (
+        f"{type(error).__name__}: {error.strerror or error}",
+        "a folder with room that can be written",
+    )
     action = disk_advice(error, "choose another DIR.")
     return fail("MOD-808", where=str(path), found=found, expected=expected, action=action)
 
@@ -222,7 +264,10 @@ def _distinct(jobs: Sequence[Job]) -> list[Job]:
     for depth in (1, 2):
         common = Counter(job.name.lower() for job in jobs)
         jobs = [
-            replace(job, name="_".join([*job.image.absolute().parts[-1 - depth : -1], stem_of(job.image)]))
+            replace(
+                job,
+                name="_".join([*job.image.absolute().parts[-1 - depth : -1], stem_of(job.image)]),
+            )
             if common[job.name.lower()] > 1
             else job
             for job in jobs

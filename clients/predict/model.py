@@ -25,7 +25,16 @@ VERSION: Final = "1"
 """Schema of `model.json` that this program reads (`common.run_folder.SCHEMA_VERSION`)."""
 
 CHANNELS: Final = ("in_channels", "out_channels")
-NEEDED: Final = ("weights", "digest", "network", "classes", "labels", "structures", "preprocessing", "data")
+NEEDED: Final = (
+    "weights",
+    "digest",
+    "network",
+    "classes",
+    "labels",
+    "structures",
+    "preprocessing",
+    "data",
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,13 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise _damaged(path, "no schema_version")
     if version != VERSION:
         action = "Use the fedsgcg release that wrote it, or train again."
-        raise fail("MOD-802", where=str(path), found=f"schema {version}", expected=f"schema {VERSION}", action=action)
+        raise fail(
+            "MOD-802",
+            where=str(path),
+            found=f"schema {version}",
+            expected=f"schema {VERSION}",
+            action=action,
+        )
     if missing := [name for name in NEEDED if not card.get(name)]:
         raise _damaged(path, f"nothing for {', '.join(missing)}")
     return dict(card)
@@ -106,17 +121,30 @@ def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
     """Return the model's data settings; unknown or contradictory labels, structures and preprocessing are refused."""
     where = str(folder / "model.json")
     if not isinstance(card["preprocessing"], dict) or not isinstance(card["labels"], dict):
-        raise _damaged(folder / "model.json", "labels or preprocessing that are no names and values")
+        raise _damaged(
+            folder / "model.json", "labels or preprocessing that are no names and values"
+        )
     if list(card["labels"]) != card["classes"]:
-        found, expected = f"labels for {', '.join(card['labels'])}", f"labels for {', '.join(card['classes'])}"
-        raise fail("MOD-805", where=where, found=found, expected=expected, action="Get the model again.")
+        found, expected = (
+            f"labels for {', '.join(card['labels'])}",
+            f"labels for {', '.join(card['classes'])}",
+        )
+        raise fail(
+            "MOD-805", where=where, found=found, expected=expected, action="Get the model again."
+        )
     tree = {"name": str(card["data"]), "root": "", "sites": [], "classes": card["labels"]}
     try:
-        return build(DataSettings, {**tree, "structures": card["structures"], **card["preprocessing"]})
+        return build(
+            DataSettings, {**tree, "structures": card["structures"], **card["preprocessing"]}
+        )
     except FedsgcgError as error:
-        found = "; ".join(f"{problem.where}: {problem.found or problem.expected}" for problem in error.problems)
+        found = "; ".join(
+            f"{problem.where}: {problem.found or problem.expected}" for problem in error.problems
+        )
         expected = "classes, structures and preprocessing that fit each other"
-        raise fail("MOD-805", where=where, found=found, expected=expected, action="Get the model again.") from error
+        raise fail(
+            "MOD-805", where=where, found=found, expected=expected, action="Get the model again."
+        ) from error
 
 
 def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
@@ -126,17 +154,25 @@ def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
     return known or tuple(kind for kind in KINDS if data.stack == 1 or kind != PICTURE)
 
 
-def _network(card: Mapping[str, Any], data: DataSettings, folder: Path) -> tuple[NetworkSettings, dict[str, int]]:
+def _network(
+    card: Mapping[str, Any], data: DataSettings, folder: Path
+) -> tuple[NetworkSettings, dict[str, int]]:
     """Return the network's settings and its channels, which must be those of the labels."""
     where, tree = str(folder / "model.json"), dict(card["network"])
     channels = {name: tree.pop(name, None) for name in CHANNELS}
     if unknown := set(tree) - {field.name for field in fields(NetworkSettings)}:
         found = f"network settings {', '.join(sorted(unknown))}"
-        raise fail("MOD-802", where=where, found=found, action="Use the fedsgcg release that wrote the model.")
+        raise fail(
+            "MOD-802",
+            where=where,
+            found=found,
+            action="Use the fedsgcg release that wrote the model.",
+        )
     wanted = {"in_channels": 3, "out_channels": data.out_channels}
     if channels != wanted:
         found, expected = (
-            ", ".join(f"{name} {number}" for name, number in both.items()) for both in (channels, wanted)
+            ", ".join(f"{name} {number}" for name, number in both.items())
+            for both in (channels, wanted)
         )
         action = "The labels and structures are not those the model was trained with: get model.json again."
         raise fail("MOD-804", where=where, found=found, expected=expected, action=action)
@@ -157,12 +193,20 @@ def _load_weights(network: nn.Module, card: Mapping[str, Any], folder: Path) -> 
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     own = network.state_dict()
-    wrong = [name for name in own if name not in state or tuple(own[name].shape) != state[name].shape]
+    wrong = [
+        name for name in own if name not in state or tuple(own[name].shape) != state[name].shape
+    ]
     wrong += [name for name in state if name not in own]
     if wrong:
         found = f"{len(wrong)} entries that differ, the first {wrong[0]}"
         expected = f"the names and shapes of {card['network']}"
-        raise fail("MOD-804", where=str(path), found=found, expected=expected, action="Get both files again.")
+        raise fail(
+            "MOD-804",
+            where=str(path),
+            found=found,
+            expected=expected,
+            action="Get both files again.",
+        )
     digest = Weights.from_state({name: state[name] for name in own}).digest()
     if digest != card["digest"]:
         found, expected = f"digest {digest[:12]}", f"digest {str(card['digest'])[:12]}"
@@ -184,12 +228,20 @@ def _prototypes(
         statistics, identity = decode_statistics(path.read_bytes())
     except FedsgcgError as error:
         found = error.problems[0].found
-        raise fail("MOD-807", where=str(path), found=found, action="Copy prototypes.arrow again.") from error
+        raise fail(
+            "MOD-807", where=str(path), found=found, action="Copy prototypes.arrow again."
+        ) from error
     found_shape, wanted = statistics.mean.shape, (data.num_classes, settings.num_features)
     if found_shape != wanted or identity.plan != card.get("plan", identity.plan):
         found = f"{found_shape[0]} classes, {found_shape[1]} features, plan {identity.plan[:12]}"
         expected = f"{wanted[0]} classes, {wanted[1]} features, plan {str(card.get('plan'))[:12]}"
-        raise fail("MOD-807", where=str(path), found=found, expected=expected, action="Copy prototypes.arrow again.")
+        raise fail(
+            "MOD-807",
+            where=str(path),
+            found=found,
+            expected=expected,
+            action="Copy prototypes.arrow again.",
+        )
     return statistics
 
 

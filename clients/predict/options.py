@@ -23,23 +23,52 @@ def add_predict_parser(commands: Any) -> None:
     """Add `predict` to the subparsers of `fedsgcg-site`."""
     raw = argparse.RawDescriptionHelpFormatter
     words = "use a model on images of this hospital"
-    parser = commands.add_parser("predict", help=words, description=PREDICT, epilog=EXITS, formatter_class=raw)
-    parser.add_argument("model", metavar="MODEL", type=Path, help="folder of the model, or model.json / .safetensors")
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="images, or folders of images")
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="folder for what is written")
-    parser.add_argument("--data", metavar="FOLDER", type=Path, help="prepared folder: predict and score its cases")
+    parser = commands.add_parser(
+        "predict", help=words, description=PREDICT, epilog=EXITS, formatter_class=raw
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="folder of the model, or model.json / .safetensors",
+    )
+    parser.add_argument(
+        "images", metavar="IMAGE", type=Path, nargs="*", help="images, or folders of images"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="folder for what is written"
+    )
+    parser.add_argument(
+        "--data", metavar="FOLDER", type=Path, help="prepared folder: predict and score its cases"
+    )
     parser.add_argument("--site", metavar="NAME", help="with --data: this hospital only")
     splits = ("train", "validation", "test")
-    parser.add_argument("--split", choices=splits, help="with --data: cases that the manifest puts there only")
-    parser.add_argument("--probability", action="store_true", help="write each structure's probability too")
     parser.add_argument(
-        "--confidence", action="store_true", help="write the distance to the prototypes as a map in [0, 1]"
+        "--split", choices=splits, help="with --data: cases that the manifest puts there only"
     )
-    parser.add_argument("--overlay", action="store_true", help="write a PNG with the outlines, one slice a case")
-    parser.add_argument("--overwrite", action="store_true", help="write over results that are there already")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--batch", metavar="N", type=int, help="slices at once (default: as in evaluation)")
-    parser.add_argument("--threads", metavar="N", type=int, default=os.cpu_count() or 1, help="CPU threads")
+    parser.add_argument(
+        "--probability", action="store_true", help="write each structure's probability too"
+    )
+    parser.add_argument(
+        "--confidence",
+        action="store_true",
+        help="write the distance to the prototypes as a map in [0, 1]",
+    )
+    parser.add_argument(
+        "--overlay", action="store_true", help="write a PNG with the outlines, one slice a case"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write over results that are there already"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=int, help="slices at once (default: as in evaluation)"
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=int, default=os.cpu_count() or 1, help="CPU threads"
+    )
     parser.add_argument(
         "--code",
         metavar="PATH",

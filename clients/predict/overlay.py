@@ -24,7 +24,9 @@ COLOURS: Final = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#0072B
 SMALLEST: Final = 64  # pixels of the smallest side that is shown
 
 
-def overlay(prediction: Prediction, structures: Sequence[str], title: str, truth: Mask | None = None) -> bytes:
+def overlay(
+    prediction: Prediction, structures: Sequence[str], title: str, truth: Mask | None = None
+) -> bytes:
     """Draw one slice with the outlines of every structure, and of the truth where it is known.
 
     Args:
@@ -39,19 +41,32 @@ def overlay(prediction: Prediction, structures: Sequence[str], title: str, truth
     z, why = chosen_slice(prediction.masks, truth)
     outlines = _outlines(prediction.masks[:, z], structures)
     if truth is not None:
-        outlines += [_Outline(mask, TRUTH, "dashed", "truth" * (index == 0)) for index, mask in enumerate(truth[:, z])]
+        outlines += [
+            _Outline(mask, TRUTH, "dashed", "truth" * (index == 0))
+            for index, mask in enumerate(truth[:, z])
+        ]
     maps = 1 if prediction.confidence is None else 2
     figure = Figure(figsize=(6.4 * maps, 7.2), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    _panel(figure.add_subplot(1, maps, 1), prediction.display[z] / 255, "gray", outlines, prediction)
+    _panel(
+        figure.add_subplot(1, maps, 1), prediction.display[z] / 255, "gray", outlines, prediction
+    )
     if prediction.confidence is not None:  # shows where the features are far from the prototypes
         axes = figure.add_subplot(1, maps, maps)
         shown = _panel(axes, prediction.confidence[z], "cividis", outlines, prediction)
         axes.set_title("confidence: nearness to the prototype", fontsize=10)
         figure.colorbar(shown, ax=axes, shrink=0.6)
-    number = "" if len(prediction.display) == 1 else f"\nslice {z + 1} of {len(prediction.display)}, {why}"
+    number = (
+        ""
+        if len(prediction.display) == 1
+        else f"\nslice {z + 1} of {len(prediction.display)}, {why}"
+    )
     figure.suptitle(title + number, fontsize=10)
-    lines = [Line2D([], [], color=one.colour, linestyle=one.style, label=one.name) for one in outlines if one.name]
+    lines = [
+        Line2D([], [], color=one.colour, linestyle=one.style, label=one.name)
+        for one in outlines
+        if one.name
+    ]
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     sink = io.BytesIO()
     figure.savefig(sink, format="png", metadata={"Software": None})
@@ -86,19 +101,41 @@ class _Outline:
 def _outlines(masks: Mask, structures: Sequence[str]) -> list[_Outline]:
     """Return how the predicted structures are drawn."""
     pairs = enumerate(zip(masks, structures, strict=True))
-    return [_Outline(mask, COLOURS[i % len(COLOURS)], "solid", f"{name} (predicted)") for i, (mask, name) in pairs]
+    return [
+        _Outline(mask, COLOURS[i % len(COLOURS)], "solid", f"{name} (predicted)")
+        for i, (mask, name) in pairs
+    ]
 
 
-def _panel(axes: Any, values: NDArray[Any], colours: str, outlines: Sequence[_Outline], prediction: Prediction) -> Any:
+def _panel(
+    axes: Any,
+    values: NDArray[Any],
+    colours: str,
+    outlines: Sequence[_Outline],
+    prediction: Prediction,
+) -> Any:
     """Draw a slice with values in [0, 1] and the outlines along the edges of their pixels."""
     spacing = prediction.volume.spacing
-    drawn = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect=spacing[1] / spacing[2], interpolation="nearest")
+    drawn = axes.imshow(
+        values,
+        cmap=colours,
+        vmin=0,
+        vmax=1,
+        aspect=spacing[1] / spacing[2],
+        interpolation="nearest",
+    )
     for one in outlines:
         if one.mask.any():
             padded = np.pad(one.mask, 1).astype(float)
             rows, columns = (np.arange(size) - 1 for size in padded.shape)
             axes.contour(
-                columns, rows, padded, levels=[0.5], colors=[one.colour], linestyles=[one.style], linewidths=1.8
+                columns,
+                rows,
+                padded,
+                levels=[0.5],
+                colors=[one.colour],
+                linestyles=[one.style],
+                linewidths=1.8,
             )
     top, bottom, left, right = _frame(np.logical_or.reduce([one.mask for one in outlines]))
     axes.set_xlim(left - 0.5, right - 0.5)

@@ -17,7 +17,12 @@ from torch import Tensor
 
 from clients.data.slices import to_slices
 from clients.data.store import SliceTable
-from clients.evaluation import evaluation_mode, native_probabilities, post_process, structures_from_logits
+from clients.evaluation import (
+    evaluation_mode,
+    native_probabilities,
+    post_process,
+    structures_from_logits,
+)
 from clients.predict.confidence import Gaussians
 from clients.predict.model import Model
 from common.errors import fail
@@ -79,7 +84,9 @@ class Predictor:
         if volume.kind not in self.model.kinds:
             expected = " or ".join(self.model.kinds)
             action = "Use a model of such images; a volume can also be resampled to slices of the model's plane."
-            raise fail("MOD-806", where=str(path), found=volume.kind, expected=expected, action=action)
+            raise fail(
+                "MOD-806", where=str(path), found=volume.kind, expected=expected, action=action
+            )
         check_image(volume, str(path))
         return self.apply(volume)
 
@@ -92,7 +99,9 @@ class Predictor:
         none = np.zeros(depth, np.int64)
         table = SliceTable(none, np.arange(depth), none.astype(np.bool_), data.stack, (slices,))
         logits, squares = self._maps(table)
-        masks = post_process(structures_from_logits(logits, native, data), data, is_picture=volume.is_picture)
+        masks = post_process(
+            structures_from_logits(logits, native, data), data, is_picture=volume.is_picture
+        )
         classes = class_map(masks, logits, native, data)
         return Prediction(
             volume=volume,
@@ -115,17 +124,23 @@ class Predictor:
                 out, features = network(batch)
                 logits.append(out.float())
                 if self.gaussians is not None:
-                    distances = self.gaussians.squared_distance(features, normalize=self.model.normalize)
+                    distances = self.gaussians.squared_distance(
+                        features, normalize=self.model.normalize
+                    )
                     squares += list(torch.unbind(distances.cpu()))
         return torch.cat(logits), squares
 
-    def _confidence(self, squares: list[Tensor], classes: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+    def _confidence(
+        self, squares: list[Tensor], classes: NDArray[np.uint8]
+    ) -> NDArray[np.float32] | None:
         """Bring the distances to the native size and keep that to the class of the mask."""
         if self.gaussians is None:
             return None
         layers = []
         for square, layer in zip(squares, classes, strict=True):
-            wide = F.interpolate(square[None], size=layer.shape, mode="bilinear", align_corners=False)[0]
+            wide = F.interpolate(
+                square[None], size=layer.shape, mode="bilinear", align_corners=False
+            )[0]
             chosen = wide.gather(0, torch.from_numpy(layer.astype(np.int64))[None])[0]
             layers.append(self.gaussians.confidence(chosen).nan_to_num(0.0).numpy())
         return np.stack(layers)
@@ -142,7 +157,9 @@ def _fits(values: list[int], kind: type[np.integer[Any]]) -> bool:
     return min(values) >= np.iinfo(kind).min and max(values) <= np.iinfo(kind).max
 
 
-def class_map(masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSettings) -> NDArray[np.uint8]:
+def class_map(
+    masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSettings
+) -> NDArray[np.uint8]:
     """Return class indices (Z, Y, X) of structures (S, Z, Y, X), which may lie within each other.
 
     Outer structures are drawn first, then those within them. A structure stands for the class that none of its inner
@@ -157,7 +174,9 @@ def class_map(masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSe
     """
     parts = [set(group) for group in data.structure_classes().values()]
     classes = np.zeros(masks.shape[1:], np.uint8)
-    for index in sorted(range(len(parts)), key=lambda one: (-len(parts[one]), -int(masks[one].sum()))):
+    for index in sorted(
+        range(len(parts)), key=lambda one: (-len(parts[one]), -int(masks[one].sum()))
+    ):
         inner = set().union(*(part for part in parts if part < parts[index]))
         own = sorted(parts[index] - inner or parts[index])
         drawn: NDArray[np.uint8] = np.full(1, own[0], np.uint8)
@@ -167,18 +186,26 @@ def class_map(masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSe
     return classes
 
 
-def probabilities(logits: Tensor, native: tuple[int, ...], data: DataSettings) -> NDArray[np.float32]:
+def probabilities(
+    logits: Tensor, native: tuple[int, ...], data: DataSettings
+) -> NDArray[np.float32]:
     """Return the probability of each structure (S, Z, Y, X) of logits (Z, C, h, w) at the native size (Y, X)."""
     groups = list(data.structure_classes().values())
     layers = []
     for maps in native_probabilities(logits, native, data):
-        united = maps if data.activation == "sigmoid" else torch.stack([maps[group].sum(0) for group in groups])
+        united = (
+            maps
+            if data.activation == "sigmoid"
+            else torch.stack([maps[group].sum(0) for group in groups])
+        )
         layers.append(united)
     found: NDArray[np.float32] = torch.stack(layers, 1).clamp(0, 1).cpu().numpy()
     return found
 
 
-def _likeliest(logits: Tensor, native: tuple[int, ...], own: list[int], data: DataSettings) -> NDArray[np.uint8]:
+def _likeliest(
+    logits: Tensor, native: tuple[int, ...], own: list[int], data: DataSettings
+) -> NDArray[np.uint8]:
     """Return the likeliest of some classes (Z, Y, X)."""
     chosen = [maps[own].argmax(0) for maps in native_probabilities(logits, native, data)]
     found: NDArray[np.uint8] = np.array(own, np.uint8)[torch.stack(chosen).cpu().numpy()]

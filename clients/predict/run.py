@@ -19,7 +19,15 @@ from clients.device import choose_device
 from clients.evaluation import BATCH, structure_masks
 from clients.guard.contents import TrainedOn
 from clients.predict.confidence import Gaussians
-from clients.predict.files import Job, Passed, check_output, jobs_of_data, jobs_of_images, save, write
+from clients.predict.files import (
+    Job,
+    Passed,
+    check_output,
+    jobs_of_data,
+    jobs_of_images,
+    save,
+    write,
+)
 from clients.predict.model import Model, load_model
 from clients.predict.overlay import overlay
 from clients.predict.predictor import Prediction, Predictor
@@ -39,7 +47,9 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     _check(options)
     model = load_model(options.model, options.code)
     gaussians = _gaussians(options, model)
-    jobs = jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
+    jobs = (
+        jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
+    )
     found, passed = jobs_of_images(options.images, jobs)
     check_output(options.output, found, _endings(options), overwrite=options.overwrite)
     _introduce(options, model, len(found), passed, console)
@@ -57,7 +67,10 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
             failed += [(job, problem) for problem in error.problems]
             line = f"[{error.code}] not predicted"
         except Exception as error:  # whatever one image does to a library, the others are predicted
-            seen, action = f"{type(error).__name__}: {error}", "Look at the file; the other images are predicted."
+            seen, action = (
+                f"{type(error).__name__}: {error}",
+                "Look at the file; the other images are predicted.",
+            )
             failed.append((job, Problem("MOD-810", seen, action=action, where=str(job.image))))
             line = "[MOD-810] not predicted"
         style = "yellow" if failed and failed[-1][0] is job else None
@@ -68,11 +81,20 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
 def _check(options: argparse.Namespace) -> None:
     for name in ("batch", "threads"):
         if getattr(options, name) < 1:
-            raise fail("CFG-001", where=f"--{name}", found=str(getattr(options, name)), expected="1 or more")
+            raise fail(
+                "CFG-001",
+                where=f"--{name}",
+                found=str(getattr(options, name)),
+                expected="1 or more",
+            )
     if (options.site or options.split) and not options.data:
         raise fail("CFG-001", where="--site, --split", found="no --data", expected="--data FOLDER")
     if not options.images and not options.data:
-        raise fail("MOD-809", found="no IMAGE and no --data", expected="images, a folder of images, or --data FOLDER")
+        raise fail(
+            "MOD-809",
+            found="no IMAGE and no --data",
+            expected="images, a folder of images, or --data FOLDER",
+        )
 
 
 def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gaussians] | None:
@@ -81,18 +103,34 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
         return None
     prototypes = model.prototypes
     if prototypes is None:
-        found = "prototypes.arrow is not there" if model.card.get("prototypes") else "a method without statistics"
+        found = (
+            "prototypes.arrow is not there"
+            if model.card.get("prototypes")
+            else "a method without statistics"
+        )
         action = "Leave --confidence out, or train with method.statistics=true."
-        raise fail("MOD-807", where=str(options.model), found=found, expected="prototypes.arrow", action=action)
+        raise fail(
+            "MOD-807",
+            where=str(options.model),
+            found=found,
+            expected="prototypes.arrow",
+            action=action,
+        )
     return lambda device: Gaussians.of(prototypes, device)
 
 
 def _endings(options: argparse.Namespace) -> tuple[str, ...]:
-    wanted = (("_probability", options.probability), ("_confidence", options.confidence), ("_overlay", options.overlay))
+    wanted = (
+        ("_probability", options.probability),
+        ("_confidence", options.confidence),
+        ("_overlay", options.overlay),
+    )
     return ("_mask", *(ending for ending, on in wanted if on))
 
 
-def _introduce(options: argparse.Namespace, model: Model, images: int, passed: Passed, console: Screen) -> None:
+def _introduce(
+    options: argparse.Namespace, model: Model, images: int, passed: Passed, console: Screen
+) -> None:
     card = model.card
     trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
     words = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}, trained at {trained}"
@@ -105,27 +143,47 @@ def _trained_on(options: argparse.Namespace, console: Screen) -> TrainedOn | Non
     """Return the images that the model has learned from; where nothing beside it says which, say that of scores."""
     known = TrainedOn.of_model(options.model)
     if known is None and options.data:
-        words = f"no {TRAINING_IMAGES} beside the model: cases that it was trained on are not marked"
+        words = (
+            f"no {TRAINING_IMAGES} beside the model: cases that it was trained on are not marked"
+        )
         console.print(words, style="dim")
     return known
 
 
-def _one(predictor: Predictor, job: Job, options: argparse.Namespace, scores: Scores, known: TrainedOn | None) -> str:
+def _one(
+    predictor: Predictor,
+    job: Job,
+    options: argparse.Namespace,
+    scores: Scores,
+    known: TrainedOn | None,
+) -> str:
     """Predict one image, write what is wanted of it, and return a line about it."""
     started = time.monotonic()
     data = predictor.model.data
     try:
         prediction = predictor.predict(job.image)
-    except (RuntimeError, MemoryError, ValueError) as error:  # out of memory, or a size that the network cannot take
+    except (
+        RuntimeError,
+        MemoryError,
+        ValueError,
+    ) as error:  # out of memory, or a size that the network cannot take
         action = "Try a smaller --batch, or --device cpu."
-        raise fail("MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action) from error
+        raise fail(
+            "MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action
+        ) from error
     truth = _truth(job, prediction, predictor.model)
     _write_maps(options.output, job, prediction, list(data.structures))
     words = [_sizes(prediction, predictor.model)]
     if truth is not None:
-        words.append(scores.add(job, prediction, truth, known.hospital_of(prediction.volume) if known else ""))
+        words.append(
+            scores.add(
+                job, prediction, truth, known.hospital_of(prediction.volume) if known else ""
+            )
+        )
     if prediction.confidence is not None and prediction.masks.any():
-        words.append(f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}")
+        words.append(
+            f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}"
+        )
     if options.overlay:
         drawn = None if truth is None else structure_masks(truth, data)
         title = f"{job.site} {printable(Path(job.name).name)}  {words[1] if drawn is not None else ''}".strip()
@@ -148,7 +206,9 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
         (problem,) = error.problems
         action = "Score it with a model of these labels, or leave --data out."
         where = str(job.mask)
-        raise fail("MOD-805", where=where, found=problem.found, expected=problem.expected, action=action) from error
+        raise fail(
+            "MOD-805", where=where, found=problem.found, expected=problem.expected, action=action
+        ) from error
 
 
 def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
@@ -167,7 +227,9 @@ def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequ
     contents = {"_mask": (mask_bytes if small else wide_bytes)(prediction.labels[0])}
     if prediction.probability is not None:
         maps = zip(structures, prediction.probability, strict=True)
-        contents |= {f"_probability_{name}": picture_bytes(_grey(layers[0])) for name, layers in maps}
+        contents |= {
+            f"_probability_{name}": picture_bytes(_grey(layers[0])) for name, layers in maps
+        }
     if prediction.confidence is not None:
         contents["_confidence"] = picture_bytes(_grey(prediction.confidence[0]))
     for ending, content in contents.items():
@@ -191,23 +253,27 @@ def _sizes(prediction: Prediction, model: Model) -> str:
         pixels = int(mask.sum())
         real = model.data.spacing_unit == "mm" and prediction.volume.millimetres is not None
         size = (
-            f"{pixels * voxel:.1f} ml" if real else f"{pixels} {'pixels' if prediction.volume.is_picture else 'voxels'}"
+            f"{pixels * voxel:.1f} ml"
+            if real
+            else f"{pixels} {'pixels' if prediction.volume.is_picture else 'voxels'}"
         )
         parts.append(f"{name} {size}" if pixels else f"{name} not found")
     return ", ".join(parts)
 
 
 def _finish(
-    options: argparse.Namespace, scores: Scores, failed: Sequence[tuple[Job, Problem]], images: int, console: Screen
+    options: argparse.Namespace,
+    scores: Scores,
+    failed: Sequence[tuple[Job, Problem]],
+    images: int,
+    console: Screen,
 ) -> int:
     """Show the scores and what failed."""
     if scores.rows:
         scores.write(options.output / "scores.csv")
         console.print(scores.table())
         if trained := scores.trained_on():
-            words = (
-                f"{len(trained)} of {scores.cases()} scored cases are images that the model was trained on or chosen by"
-            )
+            words = f"{len(trained)} of {scores.cases()} scored cases are images that the model was trained on or chosen by"
             words += f" ({', '.join(trained[:5])}{', ...' if len(trained) > 5 else ''}): their scores do not count"
             words += " for new patients (column trained_on)"
             console.print(words, style="yellow")
@@ -215,7 +281,9 @@ def _finish(
     for _, problem in failed:
         console.print(str(problem), style="yellow")
     lost = len({job.name for job, _ in failed})
-    words = f"{images - lost} of {images} images predicted" + (f", {lost} failed (above)" if lost else "")
+    words = f"{images - lost} of {images} images predicted" + (
+        f", {lost} failed (above)" if lost else ""
+    )
     console.print(words, style="yellow" if lost else "green")
     if lost == images:
         return 1

@@ -38,13 +38,17 @@ class Scores:
 
     def trained_on(self) -> list[str]:
         """Names of the scored cases that the model has learned from."""
-        return list(dict.fromkeys(f"{row['site']} {row['case']}" for row in self.rows if row["trained_on"]))
+        return list(
+            dict.fromkeys(f"{row['site']} {row['case']}" for row in self.rows if row["trained_on"])
+        )
 
     def cases(self) -> int:
         """Number of scored cases."""
         return len({(row["site"], row["case"]) for row in self.rows})
 
-    def add(self, job: Job, prediction: Prediction, truth: NDArray[np.uint8], trained_on: str = "") -> str:
+    def add(
+        self, job: Job, prediction: Prediction, truth: NDArray[np.uint8], trained_on: str = ""
+    ) -> str:
         """Score one case against its true class indices (Z, Y, X); return its Dice in words."""
         volume = prediction.volume
         case = Case(
@@ -59,7 +63,9 @@ class Scores:
             is_picture=volume.is_picture,
             has_foreground=bool(truth.any()),
         )
-        found = case_rows(CaseResult(case, prediction.masks, structure_masks(truth, self.data), truth), self.data)
+        found = case_rows(
+            CaseResult(case, prediction.masks, structure_masks(truth, self.data), truth), self.data
+        )
         self.rows += [{"site": job.site, **row, "trained_on": trained_on} for row in found]
         if len(found) == 1:
             return f"Dice {found[0]['dice']:.3f}"
@@ -76,17 +82,28 @@ class Scores:
 
     def table(self) -> Table:
         """Return the mean over cases of each hospital and structure."""
-        real = self.data.spacing_unit == "mm" and any(row["asd_mm"] is not None for row in self.rows)
+        real = self.data.spacing_unit == "mm" and any(
+            row["asd_mm"] is not None for row in self.rows
+        )
         unit, ending = ("mm", "_mm") if real else ("pixel", "")
         table = Table(title=f"Scores: mean over cases (distances in {unit})")
         for title in ("hospital", "structure", "cases", "Dice ± sd", "ASD", "ASSD", "HD95"):
-            table.add_column(title, justify="left" if title in ("hospital", "structure") else "right")
+            table.add_column(
+                title, justify="left" if title in ("hospital", "structure") else "right"
+            )
         for site in sorted({row["site"] for row in self.rows}):
             for structure in self.data.structures:
-                mine = [row for row in self.rows if (row["site"], row["structure"]) == (site, structure)]
+                mine = [
+                    row for row in self.rows if (row["site"], row["structure"]) == (site, structure)
+                ]
                 dice = [row["dice"] for row in mine]
-                distances = [_mean([row[f"{name}{ending}"] for row in mine]) for name in ("asd", "assd", "hd95")]
-                spread = f"{np.mean(dice):.3f}" + (f" ± {np.std(dice, ddof=1):.3f}" if len(dice) > 1 else "")
+                distances = [
+                    _mean([row[f"{name}{ending}"] for row in mine])
+                    for name in ("asd", "assd", "hd95")
+                ]
+                spread = f"{np.mean(dice):.3f}" + (
+                    f" ± {np.std(dice, ddof=1):.3f}" if len(dice) > 1 else ""
+                )
                 table.add_row(site, structure, str(len(mine)), spread, *distances)
         return table
 

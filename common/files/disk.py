@@ -56,7 +56,9 @@ class Disk:
                 self.put(temporary, data)
                 self.replace(temporary, path)
             except OSError:
-                with suppress(OSError):  # the first failure is the one to tell; a leftover is cleared at the next start
+                with suppress(
+                    OSError
+                ):  # the first failure is the one to tell; a leftover is cleared at the next start
                     self.remove(temporary)
                 raise
             self.settle(path.parent)

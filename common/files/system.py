@@ -38,7 +38,9 @@ def lock(file: IO[Any], *, action: str, wait: bool = False) -> bool:
         if error.errno not in NO_LOCKS:
             raise
         found = f"{error.strerror or error} (a network file system without locks?)"
-        raise fail("CFG-008", where=str(file.name), found=found, expected="flock", action=action) from error
+        raise fail(
+            "CFG-008", where=str(file.name), found=found, expected="flock", action=action
+        ) from error
     return True
 
 

@@ -40,7 +40,9 @@ def content_hash(image: Volume) -> str:
     if image.is_picture and len(array) == 3 and (array == array[:1]).all():
         array = array[:1]
     head = f"{image.is_picture} {array.shape}".encode()
-    return hashlib.blake2b(head + np.ascontiguousarray(array, "<f4").tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        head + np.ascontiguousarray(array, "<f4").tobytes(), digest_size=16
+    ).hexdigest()
 
 
 def salt_of(identity: Identity) -> str:

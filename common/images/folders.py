@@ -54,7 +54,11 @@ def look_through(folder: Path, *, deep: bool = True) -> Listing:
 def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, links to folders included, sorted; raises OSError when it cannot be read."""
     with os.scandir(folder) as entries:
-        return sorted(Path(entry.path) for entry in entries if not _is_hidden(entry.name) and _is_folder(entry))
+        return sorted(
+            Path(entry.path)
+            for entry in entries
+            if not _is_hidden(entry.name) and _is_folder(entry)
+        )
 
 
 def stem_of(path: Path) -> str:
@@ -72,7 +76,9 @@ def without_suffix(name: str) -> str:
 def counted_names(paths: Iterable[Path], what: str) -> str:
     """Say how many files of a kind there are and name the first, e.g. `4 masks without an image: a, b, c, ...`."""
     names = [printable(path.name) for path in paths]
-    return f"{len(names)} {what}: {', '.join(names[:NAMED])}" + (", ..." if len(names) > NAMED else "")
+    return f"{len(names)} {what}: {', '.join(names[:NAMED])}" + (
+        ", ..." if len(names) > NAMED else ""
+    )
 
 
 def by_format(paths: Sequence[Path]) -> str:

@@ -118,7 +118,9 @@ def write_hospitals(
         for number in range(1, cases_per_site + 1):
             patient = f"{site}-{number:03d}"
             names = [f"{site}/{patient}_{kind}.nii.gz" for kind in ("image", "mask")]
-            image, mask, affine = make_patient(scanner, shape, stream(seed, "phantom", site, number))
+            image, mask, affine = make_patient(
+                scanner, shape, stream(seed, "phantom", site, number)
+            )
             write_volume(root / names[0], image, affine)
             write_volume(root / names[1], mask, affine)
             rows.append([site, *names, patient])
@@ -148,7 +150,11 @@ def make_patient(
     patient.draw_bladder()
     gland = patient.draw_gland()
     image = _scan(patient, scanner, rectum)
-    return image, np.asarray(gland > 0, dtype=np.uint8), _affine(scanner.orientation, image.shape, spacing, rng)
+    return (
+        image,
+        np.asarray(gland > 0, dtype=np.uint8),
+        _affine(scanner.orientation, image.shape, spacing, rng),
+    )
 
 
 class Patient:
@@ -161,9 +167,16 @@ class Patient:
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], spacing: Point, tissue: Mapping[str, float], rng: np.random.Generator
+        self,
+        shape: tuple[int, int, int],
+        spacing: Point,
+        tissue: Mapping[str, float],
+        rng: np.random.Generator,
     ) -> None:
-        axes = [(np.arange(size) - (size - 1) / 2) * step for size, step in zip(shape, spacing, strict=True)]
+        axes = [
+            (np.arange(size) - (size - 1) / 2) * step
+            for size, step in zip(shape, spacing, strict=True)
+        ]
         self.z, self.y, self.x = (axis.astype(np.float32) for axis in np.ix_(*axes))
         self.value: Image = np.zeros(shape, np.float32)
         self.body: NDArray[np.bool_] = np.zeros(shape, np.bool_)
@@ -176,13 +189,21 @@ class Patient:
             13.0 * growth * rng.uniform(0.92, 1.1),
             19.5 * growth ** (2 / 3) * rng.uniform(0.92, 1.1),
         )
-        self.centre: Point = (rng.normal(-0.1, 0.05) * reach, rng.normal(-3.0, 2.0), rng.normal(0.0, 2.0))
+        self.centre: Point = (
+            rng.normal(-0.1, 0.05) * reach,
+            rng.normal(-3.0, 2.0),
+            rng.normal(0.0, 2.0),
+        )
 
-    def ellipsoid(self, centre: Sequence[float], radii: Sequence[float], tilt: float = 0.0) -> Image:
+    def ellipsoid(
+        self, centre: Sequence[float], radii: Sequence[float], tilt: float = 0.0
+    ) -> Image:
         """Return (Z, Y, X), about the distance in mm to an ellipsoid's surface, positive inside; tilt in radians."""
         y, x = self.y - np.float32(centre[1]), self.x - np.float32(centre[2])
         cosine, sine = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
-        squares = ((y * cosine - x * sine) / radii[1]) ** 2 + ((y * sine + x * cosine) / radii[2]) ** 2
+        squares = ((y * cosine - x * sine) / radii[1]) ** 2 + (
+            (y * sine + x * cosine) / radii[2]
+        ) ** 2
         radius = np.sqrt(squares + ((self.z - np.float32(centre[0])) / radii[0]) ** 2)
         return np.asarray((1.0 - radius) * min(radii[1], radii[2]), dtype=np.float32)
 
@@ -205,13 +226,25 @@ class Patient:
         self.body = np.asarray(outline > 0)
         self.paint(outline, tissue["fat"] * self.rng.uniform(0.92, 1.05))
         self.paint(self.ellipsoid((0, 6, 0), (400, 49 * size, 72 * size)), tissue["muscle"] * 1.15)
-        self.paint(self.ellipsoid((0, 4, 0), (120, 37 * size, 29 * size)), tissue["fascia"] + self.bumps(0.07, 2.5))
+        self.paint(
+            self.ellipsoid((0, 4, 0), (120, 37 * size, 29 * size)),
+            tissue["fascia"] + self.bumps(0.07, 2.5),
+        )
         for sign in (-1, 1):
             self._bone((0, 2 + jitter[0], sign * 61 * size), (70, 21, 18), 0.0)
             self._bone((-16, -36 * size + jitter[1], sign * 14), (34, 9, 13), sign * 0.5)
-            self.paint(self.ellipsoid((0, 3 + jitter[2], sign * 38 * size), (90, 27, 8), sign * 0.12), tissue["muscle"])
-            self.paint(self.ellipsoid((0, 8, sign * 26 * size), (60, 22, 3.6), -sign * 0.16), tissue["muscle"] * 0.9)
-            self.paint(self.ellipsoid((0, 44 * size, sign * 28), (80, 13, 22), sign * 0.5), tissue["muscle"] * 1.3)
+            self.paint(
+                self.ellipsoid((0, 3 + jitter[2], sign * 38 * size), (90, 27, 8), sign * 0.12),
+                tissue["muscle"],
+            )
+            self.paint(
+                self.ellipsoid((0, 8, sign * 26 * size), (60, 22, 3.6), -sign * 0.16),
+                tissue["muscle"] * 0.9,
+            )
+            self.paint(
+                self.ellipsoid((0, 44 * size, sign * 28), (80, 13, 22), sign * 0.5),
+                tissue["muscle"] * 1.3,
+            )
         for _ in range(8):
             at = (
                 self.rng.uniform(-22, 22),
@@ -258,7 +291,10 @@ class Patient:
         for _ in range(int(self.rng.integers(3, 7))):
             at = [centre[axis] + self.rng.uniform(-0.5, 0.3) * radii[axis] for axis in range(3)]
             nodule = self.ellipsoid(at, (6.0, *self.rng.uniform(2.0, 5.0, 2)))
-            self.paint(np.minimum(nodule, whole), tissue["nodule"] * self.rng.uniform(0.6, 1.3) + self.bumps(0.04, 1.5))
+            self.paint(
+                np.minimum(nodule, whole),
+                tissue["nodule"] * self.rng.uniform(0.6, 1.3) + self.bumps(0.04, 1.5),
+            )
         return whole
 
 
@@ -267,10 +303,16 @@ def _scan(patient: Patient, scanner: Scanner, coil_at: Point) -> NDArray[np.int1
     rng, spacing = patient.rng, patient.spacing
     texture = patient.bumps(0.03, 1.5) * patient.body
     image = np.clip(patient.value + texture, 0, None) ** np.float32(scanner.gamma)
-    image = ndimage.gaussian_filter(image, [0.2, scanner.blur / spacing[1], scanner.blur / spacing[2]])
+    image = ndimage.gaussian_filter(
+        image, [0.2, scanner.blur / spacing[1], scanner.blur / spacing[2]]
+    )
     strength, reach = scanner.coil
     distance = np.hypot(patient.y - coil_at[1], patient.x - coil_at[2])
-    image = image * (1.0 + strength * np.exp(-distance / reach)) * np.exp(scanner.bias * _smooth_field(patient))
+    image = (
+        image
+        * (1.0 + strength * np.exp(-distance / reach))
+        * np.exp(scanner.bias * _smooth_field(patient))
+    )
     noise = rng.normal(0, scanner.noise, (2, *image.shape))
     magnitude = np.hypot(image + noise[0], noise[1]) * scanner.gain * rng.uniform(0.8, 1.25)
     return np.asarray(np.clip(magnitude, 0, 32767).round(), dtype=np.int16)
@@ -282,7 +324,9 @@ def _smooth_field(patient: Patient) -> Image:
     for _ in range(4):
         wave = patient.rng.normal(0, 1, 3) * (0.01, 0.022, 0.022)
         phase = patient.rng.uniform(0, 2 * np.pi)
-        total += np.cos(patient.z * wave[0] + patient.y * wave[1] + patient.x * wave[2] + phase).astype(np.float32)
+        total += np.cos(
+            patient.z * wave[0] + patient.y * wave[1] + patient.x * wave[2] + phase
+        ).astype(np.float32)
     return np.asarray((total - total.mean()) / max(float(total.std()), 1e-6), dtype=np.float32)
 
 
@@ -294,5 +338,7 @@ def _affine(
     turn = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
     canonical = np.eye(4)
     canonical[:3, :3] = turn @ np.diag([-spacing[2], -spacing[1], spacing[0]])
-    canonical[:3, 3] = rng.uniform(-20, 20, 3) - canonical[:3, :3] @ ((np.array(shape[::-1]) - 1) / 2)
+    canonical[:3, 3] = rng.uniform(-20, 20, 3) - canonical[:3, :3] @ (
+        (np.array(shape[::-1]) - 1) / 2
+    )
     return affine_as(codes, canonical, shape)

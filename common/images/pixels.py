@@ -50,10 +50,18 @@ def _pillow_pixels(path: Path, mask: bool, page: int = 0) -> Array:
         if page:
             opened.seek(page)
         opened.load()
-        picture = ImageOps.exif_transpose(opened)  # cameras store the turn apart; people see and draw the turned one
-        if picture.mode in ("L", "I", "F", "1", "RGB", "RGBA", "LA") or picture.mode.startswith("I;16"):
+        picture = ImageOps.exif_transpose(
+            opened
+        )  # cameras store the turn apart; people see and draw the turned one
+        if picture.mode in ("L", "I", "F", "1", "RGB", "RGBA", "LA") or picture.mode.startswith(
+            "I;16"
+        ):
             return np.asarray(picture)
-        return np.asarray(picture) if mask and picture.mode == "P" else np.asarray(picture.convert("RGB"))
+        return (
+            np.asarray(picture)
+            if mask and picture.mode == "P"
+            else np.asarray(picture.convert("RGB"))
+        )
 
 
 def _tiff_pixels(path: Path, mask: bool) -> Array:
@@ -66,14 +74,28 @@ def _tiff_pixels(path: Path, mask: bool) -> Array:
             page = series.keyframe
             kind = BLACK_IS_ZERO if page.photometric is None else int(page.photometric)
             if mask and page.compression in LOSSY_TIFF:
-                raise _lossy(path, f"TIFF with {getattr(page.compression, 'name', page.compression)} compression")
-            plain = page.compression in PLAIN and kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE)
+                raise _lossy(
+                    path,
+                    f"TIFF with {getattr(page.compression, 'name', page.compression)} compression",
+                )
+            plain = page.compression in PLAIN and kind in (
+                WHITE_IS_ZERO,
+                BLACK_IS_ZERO,
+                RGB,
+                PALETTE,
+            )
             if not plain and len(series.pages) == 1:
                 # Pillow knows more compressions and colour spaces; of grey values it turns all but those of 16 bits.
                 pixels = _pillow_pixels(path, mask, page.index)
-                return _inverted(pixels, 16) if kind == WHITE_IS_ZERO and pixels.dtype == np.uint16 else pixels
+                return (
+                    _inverted(pixels, 16)
+                    if kind == WHITE_IS_ZERO and pixels.dtype == np.uint16
+                    else pixels
+                )
             pixels, tag = np.asarray(series.asarray()), page.tags.get(ORIENTATION)
-            pixels = _as_shown(pixels, kind, int(page.bitspersample), None if mask else page.colormap)
+            pixels = _as_shown(
+                pixels, kind, int(page.bitspersample), None if mask else page.colormap
+            )
             return _turned(_channels_last(pixels, str(series.axes)), int(tag.value) if tag else 1)
     except tifffile.TiffFileError as error:
         raise ValueError(str(error)) from error
@@ -85,13 +107,20 @@ def _whole_picture(found: Any, path: Path) -> Any:
     height, width = size = max(sizes, key=lambda size: size[0] * size[1])
     # A thumbnail's sides are rounded to pixels.
     copies = [
-        bool(one.keyframe.is_reduced) or (small != size and abs(small[0] - small[1] * height / width) <= 1)
+        bool(one.keyframe.is_reduced)
+        or (small != size and abs(small[0] - small[1] * height / width) <= 1)
         for one, small in zip(found, sizes, strict=True)
     ]
     if copies.count(False) > 1:
         shapes = ", ".join(f"{one[0]}x{one[1]}" for one in sizes[:8])
         action = "Save the page that is the picture as a file of its own."
-        raise fail("DAT-106", found=f"pages of {shapes}", expected="one picture", action=action, where=str(path))
+        raise fail(
+            "DAT-106",
+            found=f"pages of {shapes}",
+            expected="one picture",
+            action=action,
+            where=str(path),
+        )
     return found[sizes.index(size)]
 
 
@@ -118,7 +147,11 @@ def _channels_last(pixels: Array, axes: str) -> Array:
     coloured = pixels.ndim > len(axes)  # a palette's colours have come as a last axis
     if coloured or pixels.ndim == 2 or axes.endswith("S"):
         return pixels
-    return pixels.transpose(1, 2, 0) if pixels.ndim == 3 and axes.startswith("S") else pixels[..., None]
+    return (
+        pixels.transpose(1, 2, 0)
+        if pixels.ndim == 3 and axes.startswith("S")
+        else pixels[..., None]
+    )
 
 
 def _turned(pixels: Array, orientation: int) -> Array:
@@ -127,7 +160,11 @@ def _turned(pixels: Array, orientation: int) -> Array:
     turns = {3: 2, 6: -1, 8: 1}  # quarter turns against the clock
     if orientation == 7:
         return pixels[::-1, ::-1].swapaxes(0, 1)
-    return np.rot90(pixels, turns[orientation]) if orientation in turns else flipped.get(orientation, pixels)
+    return (
+        np.rot90(pixels, turns[orientation])
+        if orientation in turns
+        else flipped.get(orientation, pixels)
+    )
 
 
 def _lossy(path: Path, kind: str) -> Exception:

@@ -94,7 +94,9 @@ class Volume:
 def suffix_of(path: Path) -> str:
     """Return the known image suffix of a path in lower case, "" when it is none (`.nii.gz` counts as one)."""
     name = path.name.lower()
-    return next((suffix for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(suffix)), "")
+    return next(
+        (suffix for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(suffix)), ""
+    )
 
 
 def read_volume(path: Path, *, mask: bool = False) -> Volume:
@@ -112,17 +114,31 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
     suffix = suffix_of(path)
     if not suffix:
         found, action = f"suffix {path.suffix!r}", conversion_advice(path)
-        raise fail("DAT-103", found=found, expected="NIfTI or a 2-D picture", action=action, where=str(path))
-    reader: Callable[[Path, bool], Volume] = _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
+        raise fail(
+            "DAT-103",
+            found=found,
+            expected="NIfTI or a 2-D picture",
+            action=action,
+            where=str(path),
+        )
+    reader: Callable[[Path, bool], Volume] = (
+        _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
+    )
     try:
         return reader(path, mask)
     except FedsgcgError:
         raise
     # Fed with damaged bytes, the readers raise nearly anything, SyntaxError included; one file must not stop a site.
     except Exception as error:
-        found = "no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}"
+        found = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"{type(error).__name__}: {error}"
+        )
         action = "Export the file again from its source; the case is left out until then."
-        raise fail("DAT-103", found=found, expected="a complete image", action=action, where=str(path)) from error
+        raise fail(
+            "DAT-103", found=found, expected="a complete image", action=action, where=str(path)
+        ) from error
 
 
 def to_native(array: Array, volume: Volume) -> Array:
@@ -135,7 +151,9 @@ def to_native(array: Array, volume: Volume) -> Array:
     return _from_canonical(array, volume.affine, volume.plane)
 
 
-def affine_as(codes: tuple[str, str, str], affine: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+def affine_as(
+    codes: tuple[str, str, str], affine: NDArray[np.float64], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
     """Return the affine of a file whose axes run along `codes`, e.g. ("R", "A", "S"), of an axial array.
 
     Args:
@@ -143,7 +161,9 @@ def affine_as(codes: tuple[str, str, str], affine: NDArray[np.float64], shape: t
         affine: (4, 4) affine of the canonical array, (x, y, z) -> mm.
         shape: (Z, Y, X) of the canonical array.
     """
-    change = nib.orientations.inv_ornt_aff(_change(_ornt(PLANES["axial"]), _ornt(codes)), shape[::-1])
+    change = nib.orientations.inv_ornt_aff(
+        _change(_ornt(PLANES["axial"]), _ornt(codes)), shape[::-1]
+    )
     return np.asarray(affine @ change, dtype=np.float64)
 
 
@@ -166,10 +186,22 @@ def check_image(volume: Volume, where: str) -> None:
     finite = np.isfinite(volume.array)
     if not finite.all():
         found = f"{int((~finite).sum())} of {finite.size} values are NaN or infinite"
-        raise fail("DAT-107", found=found, expected="finite values", action="Export the image again.", where=where)
+        raise fail(
+            "DAT-107",
+            found=found,
+            expected="finite values",
+            action="Export the image again.",
+            where=where,
+        )
     if volume.array.min() == volume.array.max():
         found = f"every value is {volume.array.flat[0]:g}"
-        raise fail("DAT-108", found=found, expected="an image with contrast", action="Check the export.", where=where)
+        raise fail(
+            "DAT-108",
+            found=found,
+            expected="an image with contrast",
+            action="Check the export.",
+            where=where,
+        )
 
 
 def check_geometry(image: Volume, mask: Volume, where: str) -> None:
@@ -190,10 +222,18 @@ def check_geometry(image: Volume, mask: Volume, where: str) -> None:
     away = _largest_distance(image.canonical_affine, mask.canonical_affine, image.array.shape)
     if away > GEOMETRY_TOLERANCE * min(image.spacing):
         action = "Check origin, spacing and orientation of the mask's header."
-        raise fail("DAT-105", found=f"{away:.3g} mm apart", expected="equal affines", action=action, where=where)
+        raise fail(
+            "DAT-105",
+            found=f"{away:.3g} mm apart",
+            expected="equal affines",
+            action=action,
+            where=where,
+        )
 
 
-def _largest_distance(first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, ...]) -> float:
+def _largest_distance(
+    first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, ...]
+) -> float:
     """Return the largest distance in mm between the same corner of two grids of shape (Z, Y, X)."""
     z, y, x = (size - 1 for size in shape)
     corners = np.array([(i, j, k, 1.0) for i in (0, x) for j in (0, y) for k in (0, z)]).T
@@ -267,7 +307,11 @@ def open_nifti(path: Path) -> Any:
 
 
 def _nifti_image(content: bytes) -> Any:
-    header_size = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
+    header_size = (
+        {struct.unpack(order + "i", content[:4])[0] for order in "<>"}
+        if len(content) >= 4
+        else set()
+    )
     if not header_size & {348, 540}:
         raise ValueError("not a NIfTI file" if content else "the file is empty")
     return (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
@@ -300,7 +344,9 @@ def _has_size(image: Any, content: bytes, shape: tuple[int, ...]) -> bool:
     """
     if int(image.header["sform_code"]) > 0:
         return True
-    stored = np.frombuffer(content[: image.header.structarr.nbytes], image.header.structarr.dtype)[0]["pixdim"]
+    stored = np.frombuffer(content[: image.header.structarr.nbytes], image.header.structarr.dtype)[
+        0
+    ]["pixdim"]
     pairs = zip(np.abs(stored[1:4]), shape, strict=True)
     return all(np.isfinite(size) and (size > 0 or length == 1) for size, length in pairs)
 
@@ -331,9 +377,16 @@ def _three_dimensions(image: Any, path: Path) -> NDArray[np.float32]:
         found = f"shape {_by(shape)}" + (" of colour voxels" if dtype.fields is not None else "")
         action = "Save one time point, echo or channel as a 3-D file and name that in the manifest."
         raise fail("DAT-106", found=found, expected="3 dimensions", action=action, where=str(path))
-    if not core or 0 in core or np.prod([float(size) for size in core]) * 4 > MAX_BYTES or dtype.kind == "c":
+    if (
+        not core
+        or 0 in core
+        or np.prod([float(size) for size in core]) * 4 > MAX_BYTES
+        or dtype.kind == "c"
+    ):
         raise ValueError(f"shape {shape} of {dtype}")
-    array: NDArray[np.float32] = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"), dtype=np.float32)
+    array: NDArray[np.float32] = np.asarray(
+        image.get_fdata(dtype=np.float32, caching="unchanged"), dtype=np.float32
+    )
     return array.reshape([*core, *([1] * (3 - len(core)))])
 
 
@@ -344,12 +397,25 @@ def _read_picture(path: Path, mask: bool) -> Volume:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
         found, action = f"shape {pixels.shape}", "Save one page as a grey or colour picture."
-        raise fail("DAT-106", found=found, expected="one grey or colour picture", action=action, where=str(path))
+        raise fail(
+            "DAT-106",
+            found=found,
+            expected="one grey or colour picture",
+            action=action,
+            where=str(path),
+        )
     pixels = pixels[:, :, : 1 if pixels.shape[2] < 3 else 3]
     if mask and pixels.shape[2] == 3:
         if (pixels != pixels[:, :, :1]).any():
-            found, action = "a mask in colours", "Save the mask as grey values or as a palette picture."
-            raise fail("DAT-106", found=found, expected="one value a pixel", action=action, where=str(path))
+            found, action = (
+                "a mask in colours",
+                "Save the mask as grey values or as a palette picture.",
+            )
+            raise fail(
+                "DAT-106", found=found, expected="one value a pixel", action=action, where=str(path)
+            )
         pixels = pixels[:, :, :1]
     array = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
-    return Volume(array, np.eye(4), (1.0, 1.0, 1.0), is_picture=True, is_eight_bit=pixels.dtype == np.uint8)
+    return Volume(
+        array, np.eye(4), (1.0, 1.0, 1.0), is_picture=True, is_eight_bit=pixels.dtype == np.uint8
+    )

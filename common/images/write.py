@@ -18,7 +18,32 @@ from common.images.read import Volume, open_nifti, suffix_of, to_native
 
 Array = NDArray[Any]
 
-_FIRST = (0, 0, 0, 230, 159, 0, 86, 180, 233, 0, 158, 115, 240, 228, 66, 0, 114, 178, 213, 94, 0, 204, 121, 167)
+_FIRST = (
+    0,
+    0,
+    0,
+    230,
+    159,
+    0,
+    86,
+    180,
+    233,
+    0,
+    158,
+    115,
+    240,
+    228,
+    66,
+    0,
+    114,
+    178,
+    213,
+    94,
+    0,
+    204,
+    121,
+    167,
+)
 PALETTE = (*_FIRST, *(level for value in range(8, 256) for level in 3 * (value,)))
 """Colours of label values in a picture's mask (Okabe and Ito, then grey): a viewer shows colours, a reader sees values.
 All 256 are named: a picture with a shorter palette is stored with fewer bits, which cuts large values off."""
@@ -54,7 +79,9 @@ def _write(path: Path, voxels: Array, kind: Any, like: Any) -> None:
     header["cal_max"], header["cal_min"] = 0, 0
     image = kind(np.ascontiguousarray(voxels), None, header)
     content = image.to_bytes()
-    path.write_bytes(gzip.compress(content, 1, mtime=0) if suffix_of(path) == ".nii.gz" else content)
+    path.write_bytes(
+        gzip.compress(content, 1, mtime=0) if suffix_of(path) == ".nii.gz" else content
+    )
 
 
 def picture_bytes(array: Array) -> bytes:

@@ -33,11 +33,18 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     if origin in (typing.Union, types.UnionType) and type(value) in arguments:
         return value
     if origin is list and isinstance(value, (list, tuple)):
-        return [_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
+        return [
+            _convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)
+        ]
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value))
+        return tuple(
+            _convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)
+        )
     if origin is dict and isinstance(value, Mapping):
-        return {str(key): _convert(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+        return {
+            str(key): _convert(arguments[1], item, f"{path}.{key}", problems)
+            for key, item in value.items()
+        }
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -46,9 +53,17 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
         return int(value)
     if kind is bool and isinstance(value, bool):
         return value
-    expected = " | ".join(str(item) for item in arguments) if origin is Literal else _in_words(origin or kind)
-    action = "write it in quotes" if kind is str and (value is None or isinstance(value, bool)) else ""
-    problems.append(Problem("CFG-001", where=path, found=_found(value), expected=expected, action=action))
+    expected = (
+        " | ".join(str(item) for item in arguments)
+        if origin is Literal
+        else _in_words(origin or kind)
+    )
+    action = (
+        "write it in quotes" if kind is str and (value is None or isinstance(value, bool)) else ""
+    )
+    problems.append(
+        Problem("CFG-001", where=path, found=_found(value), expected=expected, action=action)
+    )
     return None
 
 
@@ -90,9 +105,17 @@ def _convert_section(kind: type, value: Any, path: str, problems: list[Problem])
                     action=nearest(name, names),
                 )
             )
-    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is f.default_factory is dataclasses.MISSING
+    }
     for name in sorted(required - set(value)):
-        problems.append(Problem("CFG-001", where=f"{path}.{name}".lstrip("."), found="nothing", expected="a value"))
+        problems.append(
+            Problem(
+                "CFG-001", where=f"{path}.{name}".lstrip("."), found="nothing", expected="a value"
+            )
+        )
     converted = {}
     for name in (name for name in value if name in names):
         faults = len(problems)
@@ -104,5 +127,7 @@ def _convert_section(kind: type, value: Any, path: str, problems: list[Problem])
     try:  # also with some values refused: the rules of the others are checked with defaults in their place
         return kind(**converted)
     except FedsgcgError as error:
-        problems.extend(dataclasses.replace(p, where=f"{path}.{p.where}".lstrip(".")) for p in error.problems)
+        problems.extend(
+            dataclasses.replace(p, where=f"{path}.{p.where}".lstrip(".")) for p in error.problems
+        )
         return None

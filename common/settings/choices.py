@@ -148,7 +148,13 @@ def offered(own: Sequence[OwnFile]) -> Iterator[None]:
     try:
         for file in own:
             package = "_global_" if file.group == "experiment" else None
-            store.store(name=file.name, node=file.node, group=file.group, package=package, provider=file.path)
+            store.store(
+                name=file.name,
+                node=file.node,
+                group=file.group,
+                package=package,
+                provider=file.path,
+            )
         yield
     finally:
         for file in own:
@@ -163,15 +169,26 @@ def _files_of(directory: Path) -> Iterator[OwnFile]:
         raise fail("CFG-001", where=f"--config-dir {directory}", found=found, expected=expected)
     folders = sorted(path for path in directory.iterdir() if path.is_dir())
     problems = [problem for folder in folders for problem in _misspelled(folder)]
-    files = sorted(path for group in GROUPS for path in (directory / group).glob("*") if path.suffix in SUFFIXES)
+    files = sorted(
+        path
+        for group in GROUPS
+        for path in (directory / group).glob("*")
+        if path.suffix in SUFFIXES
+    )
     if not files and not problems:
         found = ", ".join(path.name for path in folders) or "no folder in it"
-        problems.append(Problem("CFG-001", where=f"--config-dir {directory}", found=found, expected=expected))
+        problems.append(
+            Problem("CFG-001", where=f"--config-dir {directory}", found=found, expected=expected)
+        )
     for path in files:
         if (CONFIGS / path.parent.name / f"{path.stem}.yaml").exists():
             found = f"{path.parent.name}/{path.name}, a name that fedsgcg ships"
             action = f"rename the file, or name it itself: {path.parent.name}={path}"
-            problems.append(Problem("CFG-001", where=str(path), found=found, expected="a new name", action=action))
+            problems.append(
+                Problem(
+                    "CFG-001", where=str(path), found=found, expected="a new name", action=action
+                )
+            )
     if problems:
         raise FedsgcgError(*problems)
     yield from (_read(path.parent.name, path.stem, path) for path in files)
@@ -183,7 +200,13 @@ def _misspelled(folder: Path) -> Iterator[Problem]:
         return
     if close := difflib.get_close_matches(folder.name.lower(), GROUPS, n=1, cutoff=0.75):
         expected = " | ".join(GROUPS)
-        yield Problem("CFG-001", f"folder {folder.name!r}", expected, f"rename it to {close[0]!r}", str(folder))
+        yield Problem(
+            "CFG-001",
+            f"folder {folder.name!r}",
+            expected,
+            f"rename it to {close[0]!r}",
+            str(folder),
+        )
 
 
 def _read(group: str, name: str, path: Path) -> OwnFile:
@@ -191,10 +214,14 @@ def _read(group: str, name: str, path: Path) -> OwnFile:
         return OwnFile(group, name, str(path), path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         found = f"no such file, looked for in {path.absolute().parent}"
-        raise fail("CFG-001", where=f"{group}={path}", found=found, expected="a YAML file of settings") from error
+        raise fail(
+            "CFG-001", where=f"{group}={path}", found=found, expected="a YAML file of settings"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(str(path), " ".join(str(error).split())) from error
 
 
 def _unreadable(path: str, found: str) -> FedsgcgError:
-    return fail("CFG-001", where=path, found=found, expected="a readable YAML file of names and values")
+    return fail(
+        "CFG-001", where=path, found=found, expected="a readable YAML file of names and values"
+    )

@@ -46,7 +46,9 @@ MAPS = ("data.classes", "data.structures", "grid", "method.options", "network.op
 INSIDE_MAPS = tuple(f"{name}." for name in MAPS)
 
 
-def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def join(
+    overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Join YAML, command line and Flower's run config into one resolved tree.
 
     Args:
@@ -60,7 +62,12 @@ def join(overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = N
     run_config = run_config or {}
     if text := str(run_config.get("config-json", "")):
         if overrides or run_config.get("overrides"):
-            raise fail("CFG-001", found="config-json and overrides", expected="one of the two", where="run config")
+            raise fail(
+                "CFG-001",
+                found="config-json and overrides",
+                expected="one of the two",
+                where="run config",
+            )
         return cast("dict[str, Any]", json.loads(text))
     from_flower = _words(str(run_config.get("overrides", "")))
     if own := [text for text in from_flower if _is_of_this_machine(text)]:
@@ -112,7 +119,11 @@ def _own_files(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
     """Read the user's own files that overrides name: the folder `config_dir`, and YAML files as choices."""
     values = dict(text.partition("=")[::2] for text in overrides)
     directory = _literal("config_dir", values.get("config_dir", ""))
-    named = [(key, unquoted(value)) for key, value in values.items() if key in GROUPS and is_file(unquoted(value))]
+    named = [
+        (key, unquoted(value))
+        for key, value in values.items()
+        if key in GROUPS and is_file(unquoted(value))
+    ]
     return own_files(directory, named)
 
 
@@ -145,14 +156,18 @@ def _readable(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, A
         if files or not faulty:
             found = " ".join(str(error).split())
             where = ", ".join(file.path for file in own)
-            raise fail("CFG-001", where=where, found=found, expected="files that can be composed") from error
+            raise fail(
+                "CFG-001", where=where, found=found, expected="files that can be composed"
+            ) from error
         raise FedsgcgError(*(_unreadable(text) for text in faulty)) from error
 
 
 @functools.cache
 def known_settings() -> tuple[str, ...]:
     """Names of all settings and sections, sorted; they are the same for all choices, but for entries of `MAPS`."""
-    return tuple(sorted(name for name in _flatten(_composed([], ())) if not name.startswith(INSIDE_MAPS)))
+    return tuple(
+        sorted(name for name in _flatten(_composed([], ())) if not name.startswith(INSIDE_MAPS))
+    )
 
 
 def _unknown_in_files(tree: Mapping[str, Any], own: tuple[OwnFile, ...]) -> list[Problem]:
@@ -160,9 +175,13 @@ def _unknown_in_files(tree: Mapping[str, Any], own: tuple[OwnFile, ...]) -> list
     if not own:
         return []
     known = known_settings()
-    unknown = [name for name in _flatten(tree) if name not in known and not name.startswith(INSIDE_MAPS)]
+    unknown = [
+        name for name in _flatten(tree) if name not in known and not name.startswith(INSIDE_MAPS)
+    ]
     where = ", ".join(file.path for file in own)
-    return [_unknown(name, known, where) for name in unknown if name.rpartition(".")[0] not in unknown]
+    return [
+        _unknown(name, known, where) for name in unknown if name.rpartition(".")[0] not in unknown
+    ]
 
 
 def _hydra_errors() -> tuple[type[Exception], ...]:
@@ -210,7 +229,9 @@ def _is_class(text: str) -> bool:
 def _is_of_this_machine(text: str) -> bool:
     """Whether an override leads to files or code of the machine that resolves it."""
     key, _, value = text.partition("=")
-    return key == "config_dir" or is_import_path(value) or (key in GROUPS and is_file(unquoted(value)))
+    return (
+        key == "config_dir" or is_import_path(value) or (key in GROUPS and is_file(unquoted(value)))
+    )
 
 
 def _only_resolved(text: str) -> Problem:
@@ -232,7 +253,11 @@ def _all_for_hydra(overrides: Sequence[str]) -> list[str]:
 def _for_hydra(text: str) -> str:
     """Return an override as Hydra takes it: a file by the name that its store has for it."""
     key, _, value = text.partition("=")
-    return f"{key}={hydra_name(unquoted(value))}" if key in GROUPS and is_file(unquoted(value)) else text
+    return (
+        f"{key}={hydra_name(unquoted(value))}"
+        if key in GROUPS and is_file(unquoted(value))
+        else text
+    )
 
 
 def _value_put(key: str, value: str) -> Any:
@@ -267,7 +292,11 @@ def _names(text: str) -> list[str] | None:
         if found is None:
             return None
         double, single, plain = found.group(1, 2, 3)
-        names.append(plain if plain is not None else re.sub(r"\\(.)", r"\1", double if double is not None else single))
+        names.append(
+            plain
+            if plain is not None
+            else re.sub(r"\\(.)", r"\1", double if double is not None else single)
+        )
         place = found.end()
     return None if rest.rstrip().endswith(",") else names
 
@@ -285,7 +314,9 @@ def _words(line: str) -> list[str]:
         return shlex.split(line)
     except ValueError as error:
         action = "close every quote"
-        raise fail("CFG-001", where="overrides", found=line, expected="name=value ...", action=action) from error
+        raise fail(
+            "CFG-001", where="overrides", found=line, expected="name=value ...", action=action
+        ) from error
 
 
 def _given_twice(overrides: Sequence[str]) -> Iterator[Problem]:
@@ -295,7 +326,13 @@ def _given_twice(overrides: Sequence[str]) -> Iterator[Problem]:
     for key, texts in values.items():
         if len(texts) > 1:
             found = " and ".join(texts)
-            yield Problem("CFG-001", where=key, found=found, expected="one value", action="leave one of them out")
+            yield Problem(
+                "CFG-001",
+                where=key,
+                found=found,
+                expected="one value",
+                action="leave one of them out",
+            )
 
 
 def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Problem]:
@@ -307,11 +344,15 @@ def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Proble
         choices = choices_of(key, own) if key in GROUPS else []
         if printable(text) != text:
             action = "rename the folder or file; names are written in UTF-8"
-            problems.append(Problem("CFG-001", found=text, expected="text in UTF-8", action=action, where=key))
+            problems.append(
+                Problem("CFG-001", found=text, expected="text in UTF-8", action=action, where=key)
+            )
         elif text.startswith(("+", "~")):
             problems.append(_added_or_removed(text))
         elif not separator:
-            problems.append(Problem("CFG-001", found=text, expected="name=value", where="command line"))
+            problems.append(
+                Problem("CFG-001", found=text, expected="name=value", where="command line")
+            )
         elif key not in GROUPS:
             named.append(text)
         elif value not in choices and not is_file(unquoted(value)) and not _is_class(text):
@@ -321,11 +362,17 @@ def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Proble
     for text in named:
         inside = _key(text).startswith(INSIDE_MAPS)
         whole = [
-            other for other in named if inside and _key(other) in MAPS and _key(text).startswith(_key(other) + ".")
+            other
+            for other in named
+            if inside and _key(other) in MAPS and _key(text).startswith(_key(other) + ".")
         ]
         if whole:
             found, action = f"{whole[0]} and {text}", "put the entry into the map"
-            problems.append(Problem("CFG-001", where=_key(text), found=found, expected="one of them", action=action))
+            problems.append(
+                Problem(
+                    "CFG-001", where=_key(text), found=found, expected="one of them", action=action
+                )
+            )
             continue
         if _key(text) not in known and not (inside and _is_inside_a_map(text, overrides, own)):
             problems.append(_unknown(_key(text), known))
@@ -337,13 +384,19 @@ def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Proble
 
 def _is_inside_a_map(text: str, overrides: Sequence[str], own: tuple[OwnFile, ...]) -> bool:
     """Whether an override names an entry that a map of the chosen groups has, e.g. `data.classes.gland`."""
-    groups = [_for_hydra(other) for other in overrides if _key(other) in GROUPS and not _is_wrong_choice(other, own)]
+    groups = [
+        _for_hydra(other)
+        for other in overrides
+        if _key(other) in GROUPS and not _is_wrong_choice(other, own)
+    ]
     return _key(text) in set(_flatten(_readable(groups, own)))
 
 
 def _is_wrong_choice(text: str, own: tuple[OwnFile, ...]) -> bool:
     key, _, value = text.partition("=")
-    return value not in choices_of(key, own) and not is_file(unquoted(value))  # classes have no maps
+    return value not in choices_of(key, own) and not is_file(
+        unquoted(value)
+    )  # classes have no maps
 
 
 def _added_or_removed(text: str) -> Problem:
@@ -356,8 +409,15 @@ def _added_or_removed(text: str) -> Problem:
         return _unknown(key, known)
     if sign == "~":
         action = f"every run has this setting: give it a value, {key}=VALUE, or leave it out for the default"
-        return Problem("CFG-001", found=text, expected="name=value: a setting cannot be removed", action=action)
-    return Problem("CFG-001", found=text, expected="name=value: every setting is there", action=f"write {plain}")
+        return Problem(
+            "CFG-001", found=text, expected="name=value: a setting cannot be removed", action=action
+        )
+    return Problem(
+        "CFG-001",
+        found=text,
+        expected="name=value: every setting is there",
+        action=f"write {plain}",
+    )
 
 
 def _repeated_names(text: str) -> Iterator[Problem]:
@@ -376,7 +436,9 @@ def _repeated_names(text: str) -> Iterator[Problem]:
             name = word.strip("'\"")
             if name in seen[-1]:
                 found, action = f"{name} twice in {value}", "leave one of them out"
-                yield Problem("CFG-001", where=key, found=found, expected="each name once", action=action)
+                yield Problem(
+                    "CFG-001", where=key, found=found, expected="each name once", action=action
+                )
             seen[-1].add(name)
 
 

@@ -100,8 +100,16 @@ class DataSettings(Section):
         yield bool(self.structures), "structures", "at least one structure"
         known = set(list(self.classes)[1:])
         used = [name for group in self.structures.values() for name in group]
-        yield set(used) <= known and all(self.structures.values()), "structures", f"made of {sorted(known)}"
-        yield self.image_size >= 32 and self.image_size % 16 == 0, "image_size", "32 or more and a multiple of 16"
+        yield (
+            set(used) <= known and all(self.structures.values()),
+            "structures",
+            f"made of {sorted(known)}",
+        )
+        yield (
+            self.image_size >= 32 and self.image_size % 16 == 0,
+            "image_size",
+            "32 or more and a multiple of 16",
+        )
         yield self.stack in (1, 3), "stack", "1 or 3"
         yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
         yield 0 <= self.label_tolerance < 0.5, "label_tolerance", "a distance in [0, 0.5)"

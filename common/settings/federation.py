@@ -116,4 +116,8 @@ class SiteSettings(Section):
         yield self.micro_batches >= 1, "micro_batches", "1 or more"
         yield 0 <= self.feature_samples <= 300, "feature_samples", "0 (none) to 300"
         yield set(self.shares) <= set(SHARES.values()), "shares", ", ".join(SHARES.values())
-        yield set(self.roles) <= {"train", "heldout", "observer"}, "roles", "train, heldout, observer"
+        yield (
+            set(self.roles) <= {"train", "heldout", "observer"},
+            "roles",
+            "train, heldout, observer",
+        )

@@ -18,7 +18,11 @@ from common.settings.run import RunSettings
 from common.settings.yaml_file import meanings
 
 UNITS = {"_s": "seconds", "_degrees": "degrees", "_mm": "millimetres"}
-UNIT_OF = {"data.image_size": "pixels", "method.batch_size": "slices", "method.ram.bank_size": "images"}
+UNIT_OF = {
+    "data.image_size": "pixels",
+    "method.batch_size": "slices",
+    "method.ram.bank_size": "images",
+}
 """Units by the end of a name, or of a single setting; other settings have none, or their meaning says it."""
 
 
@@ -49,8 +53,11 @@ def described() -> dict[str, Described]:
 
 def sections() -> dict[str, str]:
     """Return the first line of each section's docstring, by name."""
-    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _sections(Plan, "")} | {
-        name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _sections(RunSettings, "")
+    return {
+        name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _sections(Plan, "")
+    } | {
+        name: (cls.__doc__ or "").strip().splitlines()[0]
+        for name, cls in _sections(RunSettings, "")
     }
 
 
@@ -74,11 +81,17 @@ def explain(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str] 
     if len(ends) == 1:
         return _text(known[ends[0]], tree)
     action = f"one of {', '.join(ends)}" if ends else meant(name, known_settings())
-    raise fail("CFG-001", found=f"unknown setting {name!r}", expected="a known setting", action=action)
+    raise fail(
+        "CFG-001", found=f"unknown setting {name!r}", expected="a known setting", action=action
+    )
 
 
 def _section_text(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str]) -> str:
-    lines = [f"{name}: {sections()[name]}" if name in sections() else f"{name}: a named bundle of settings"]
+    lines = [
+        f"{name}: {sections()[name]}"
+        if name in sections()
+        else f"{name}: a named bundle of settings"
+    ]
     if name in GROUPS:
         own = " | package.module:Class" if name in CLASSES else ""
         choices = " | ".join(choices_of(name, own_choices(overrides)))
@@ -92,7 +105,9 @@ def _text(found: Described, tree: Mapping[str, Any]) -> str:
     if found.unit:
         lines.append(f"  unit     {found.unit}")
     lines.append(f"  default  {_shown(_value(found.name, tree))}")
-    lines.append(f"  choices  {' | '.join(found.choices)}" if found.choices else f"  value    {found.kind}")
+    lines.append(
+        f"  choices  {' | '.join(found.choices)}" if found.choices else f"  value    {found.kind}"
+    )
     return "\n".join(lines)
 
 
@@ -144,10 +159,16 @@ def _kind(kind: Any) -> str:
     if origin in (list, tuple):
         return "a list, e.g. [A,B]"
     if origin is dict:
-        return "a map, e.g. {A: 1}" if arguments[1] not in (list[int], list[str], list[Any]) else "a map, e.g. {A: [1]}"
+        return (
+            "a map, e.g. {A: 1}"
+            if arguments[1] not in (list[int], list[str], list[Any])
+            else "a map, e.g. {A: [1]}"
+        )
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return "" if isinstance(kind, types.UnionType) else words.get(kind, "")
 
 
 def _unit(name: str) -> str:
-    return UNIT_OF.get(name) or next((unit for end, unit in UNITS.items() if name.endswith(end)), "")
+    return UNIT_OF.get(name) or next(
+        (unit for end, unit in UNITS.items() if name.endswith(end)), ""
+    )

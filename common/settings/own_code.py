@@ -27,7 +27,9 @@ def load_class(path: str, where: str) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module raises while it is imported
-        raise unusable(path, f"{type(error).__name__}: {error}", where, "a class that can be imported") from error
+        raise unusable(
+            path, f"{type(error).__name__}: {error}", where, "a class that can be imported"
+        ) from error
     if not isinstance(found, type):
         raise unusable(path, f"a {type(found).__name__}", where, "a class")
     return found

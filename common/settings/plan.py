@@ -17,7 +17,13 @@ from typing import Any, Final
 from common.settings.base import Checks, Section
 from common.settings.build import build
 from common.settings.data import AugmentationSettings, DataSettings
-from common.settings.federation import POOLED, SHARES, FederationSettings, PrivacySettings, SiteSettings
+from common.settings.federation import (
+    POOLED,
+    SHARES,
+    FederationSettings,
+    PrivacySettings,
+    SiteSettings,
+)
 from common.settings.training import (
     METHOD_NAMES,
     NETWORK_NAMES,
@@ -88,9 +94,18 @@ class Plan(Section):
         expected = "0 with a network by import path: the restoration decoder belongs to the U-Net"
         yield not (restores and self.network.is_own), "method.ram.restoration", expected
         pooled = self.federation.ownership == "pooled"
-        yield not pooled or self.method.ram.sharing == "local", "method.ram.sharing", "local with federation=pooled"
-        own_part = self.prototypes.memory in ("overlay", "online") and self.prototypes.weighting != "pixels"
-        expected = f"pixels with memory={self.prototypes.memory}, which takes a site's own sums out again"
+        yield (
+            not pooled or self.method.ram.sharing == "local",
+            "method.ram.sharing",
+            "local with federation=pooled",
+        )
+        own_part = (
+            self.prototypes.memory in ("overlay", "online")
+            and self.prototypes.weighting != "pixels"
+        )
+        expected = (
+            f"pixels with memory={self.prototypes.memory}, which takes a site's own sums out again"
+        )
         yield not own_part, "prototypes.weighting", expected
 
     def members(self) -> tuple[str, ...]:
@@ -132,7 +147,11 @@ class Plan(Section):
 
     def described_in_training(self, number: int) -> bool:
         """Whether class statistics of the received model come with the answer to the training message of a round."""
-        return self.method.statistics and number > 1 and self.prototypes.memory not in ("restart", "online")
+        return (
+            self.method.statistics
+            and number > 1
+            and self.prototypes.memory not in ("restart", "online")
+        )
 
     def role(self, site: str) -> str:
         """Return `train`, `heldout` or `observer` for a site of this fold."""
@@ -156,4 +175,7 @@ class Plan(Section):
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Plan:
         """Build a plan from plain dictionaries; raises one error with all problems."""
-        return build(cls, {name: tree[name] for name in tree if name in {field.name for field in fields(cls)}})
+        return build(
+            cls,
+            {name: tree[name] for name in tree if name in {field.name for field in fields(cls)}},
+        )

@@ -55,7 +55,11 @@ class NetworkSettings(Section):
         yield self.is_own or not self.options, "options", "nothing but for a network by import path"
         measured = self.feature_channels >= 1 if self.is_own else self.feature_channels == 0
         yield measured, "feature_channels", "nothing: it is measured"
-        yield self.base_width >= 4 and self.base_width % 4 == 0, "base_width", "4 or more and a multiple of 4"
+        yield (
+            self.base_width >= 4 and self.base_width % 4 == 0,
+            "base_width",
+            "4 or more and a multiple of 4",
+        )
         yield self.projection >= 1, "projection", "1 or more"
 
     @property
@@ -161,9 +165,17 @@ class MethodSettings(Section):
         yield self.batch_size >= 2, "batch_size", "2 or more (BatchNorm needs more than one slice)"
         yield self.local_epochs >= 1, "local_epochs", "1 or more"
         yield self.steps_per_round >= 0, "steps_per_round", "0 or more"
-        yield all(size >= 1 for size in self.batch_per_domain), "batch_per_domain", "1 or more slices of each domain"
+        yield (
+            all(size >= 1 for size in self.batch_per_domain),
+            "batch_per_domain",
+            "1 or more slices of each domain",
+        )
         needed = self.contrasts
-        yield self.statistics or not needed, "statistics", f"true for {self.name}, which learns from class statistics"
+        yield (
+            self.statistics or not needed,
+            "statistics",
+            f"true for {self.name}, which learns from class statistics",
+        )
 
     @property
     def is_own(self) -> bool:
@@ -212,7 +224,9 @@ class PrototypeSettings(Section):
     warmup_rounds: int = 1
     normalize: bool = True
     covariance: Literal["full", "diagonal", "none"] = "full"
-    memory: Literal["cumulative", "discount", "lagged", "restart", "momentum", "overlay", "online"] = "restart"
+    memory: Literal[
+        "cumulative", "discount", "lagged", "restart", "momentum", "overlay", "online"
+    ] = "restart"
     discount: float = 0.9
     momentum: float = 0.5
     weighting: Literal["pixels", "sites"] = "pixels"
@@ -228,6 +242,10 @@ class PrototypeSettings(Section):
         yield self.warmup_rounds >= 0, "warmup_rounds", "zero or more"
         yield 0 < self.discount < 1, "discount", "a fraction in (0, 1)"
         yield 0 < self.momentum <= 1, "momentum", "a fraction in (0, 1]"
-        yield set(self.views) <= {"source", "ram"} and bool(self.views), "views", "[source], [ram] or [source,ram]"
+        yield (
+            set(self.views) <= {"source", "ram"} and bool(self.views),
+            "views",
+            "[source], [ram] or [source,ram]",
+        )
         yield len(set(self.views)) == len(self.views), "views", "each view once"
         yield self.min_count >= 1, "min_count", "1 or more"

@@ -50,7 +50,10 @@ class AsWritten(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 first = seen[key.value].start_mark.line + 1
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice, first in line {first}", key.start_mark
+                    None,
+                    None,
+                    f"{key.value!r} is there twice, first in line {first}",
+                    key.start_mark,
                 )
             seen[getattr(key, "value", "")] = key
         return super().construct_mapping(node, deep)
@@ -83,7 +86,9 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"<<", "<"),
 ):
-    AsWritten.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+    AsWritten.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
 AsWritten.add_constructor("tag:yaml.org,2002:int", AsWritten.whole)
 AsWritten.add_constructor("tag:yaml.org,2002:float", AsWritten.decimal)
 
@@ -111,7 +116,9 @@ def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
     return {str(name): value for name, value in tree.items()}
 
 
-def build_from(cls: type[T], tree: Mapping[str, Any], path: Path, code: str, faults: tuple[Problem, ...] = ()) -> T:
+def build_from(
+    cls: type[T], tree: Mapping[str, Any], path: Path, code: str, faults: tuple[Problem, ...] = ()
+) -> T:
     """Build a typed section from a file's tree; every problem, and those in `faults`, under the file's code and name.
 
     Raises:

@@ -62,7 +62,11 @@ def pixel_losses(
     programs = triton.cdiv(N, LOSS_ROWS[width])
     losses = features.new_empty(N, dtype=torch.float32)
     kept = torch.zeros(max(programs, 1), dtype=torch.int32, device=features.device)
-    on = torch.ones(K, dtype=torch.int8, device=features.device) if active is None else active.view(torch.int8)
+    on = (
+        torch.ones(K, dtype=torch.int8, device=features.device)
+        if active is None
+        else active.view(torch.int8)
+    )
     if N:
         _loss_kernel[(programs,)](
             features,
@@ -126,7 +130,14 @@ def class_moments(
     number = count.clamp(min=1)[:, None].double()
     shift = (first.sum(0) / number).float()
     _scatter_kernel[(parts, K, columns * columns)](
-        features, labels, shift, first, second, *shape, **sizes, PRECISION=_product_precision(features.device)
+        features,
+        labels,
+        shift,
+        first,
+        second,
+        *shape,
+        **sizes,
+        PRECISION=_product_precision(features.device),
     )
     offset = first.sum(0) / number
     scatter = second.sum(0) - number[:, :, None] * offset[:, :, None] * offset[:, None, :]
@@ -135,7 +146,11 @@ def class_moments(
 
 def _product_precision(device: torch.device) -> str:
     """Three TF32 products keep the digits of float32; a device without them multiplies as such."""
-    return "tf32x3" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "ieee"
+    return (
+        "tf32x3"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        else "ieee"
+    )
 
 
 @triton.jit
@@ -163,7 +178,9 @@ def _loss_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < N)[:, None] & (column < A)[None, :]
-    q = tl.load(features + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(features + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(
+        tl.float32
+    )
     label = tl.load(labels + row, mask=row < N, other=ignore).to(tl.int64)
     label = tl.where((row < N) & (label != ignore), label, -1)
     length = tl.sqrt(tl.sum(q * q, 1))
@@ -181,7 +198,9 @@ def _loss_kernel(
         if tl.load(active + k) != 0:
             mu = tl.load(mean + k * A + column, mask=column < A, other=0.0)[None, :] * inverse
             square = (column < A)[:, None] & (column < A)[None, :]
-            sigma = tl.load(covariance + (k * A + column[:, None]) * A + column[None, :], mask=square, other=0.0)
+            sigma = tl.load(
+                covariance + (k * A + column[:, None]) * A + column[None, :], mask=square, other=0.0
+            )
             slope = tl.dot(q, sigma, input_precision=PRECISION) * (inverse * inverse)
             half = 0.5 * tl.sum(slope * q, 1)
             z = tl.sum(q * mu, 1) + half
@@ -206,7 +225,11 @@ def _loss_kernel(
         if UNIT_NORM:
             along = tl.where(length > 1e-12, tl.sum(g * q, 1), 0.0)
             g = (g - along[:, None] * q) / tl.maximum(length, 1e-12)[:, None]
-        tl.store(gradient + row[:, None] * A + column[None, :], g.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(
+            gradient + row[:, None] * A + column[None, :],
+            g.to(gradient.dtype.element_ty),
+            mask=inside,
+        )
 
 
 @triton.jit
@@ -233,7 +256,9 @@ def _sums_kernel(
         label = tl.load(labels + row, mask=row < N, other=ignore).to(tl.int64)
         mine = (label == k) & (label != ignore) & (row < N)
         wanted = mine[:, None] & (column < A)[None, :]
-        x = tl.load(features + row[:, None] * stride + column[None, :], mask=wanted, other=0.0).to(tl.float32)
+        x = tl.load(features + row[:, None] * stride + column[None, :], mask=wanted, other=0.0).to(
+            tl.float32
+        )
         total += tl.sum(x, 0).to(tl.float64)
         number += mine.to(tl.int32)
     place = part * K + k
@@ -272,8 +297,12 @@ def _scatter_kernel(
         label = tl.load(labels + row, mask=row < N, other=ignore).to(tl.int64)
         mine = ((label == k) & (label != ignore) & (row < N))[:, None]
         left, right = mine & (upper < A)[None, :], mine & (lower < A)[None, :]
-        x = tl.load(features + row[:, None] * stride + upper[None, :], mask=left, other=0.0).to(tl.float32)
-        y = tl.load(features + row[:, None] * stride + lower[None, :], mask=right, other=0.0).to(tl.float32)
+        x = tl.load(features + row[:, None] * stride + upper[None, :], mask=left, other=0.0).to(
+            tl.float32
+        )
+        y = tl.load(features + row[:, None] * stride + lower[None, :], mask=right, other=0.0).to(
+            tl.float32
+        )
         x = tl.where(left, x - upper_shift[None, :], 0.0)
         y = tl.where(right, y - lower_shift[None, :], 0.0)
         products += tl.dot(tl.trans(x), y, input_precision=PRECISION).to(tl.float64)

@@ -90,7 +90,15 @@ def sgcg_loss(
         active = active.to(features.device, non_blocking=True)
     if covariance_form == "full" and triton_kernels(features, widest=MAX_KERNEL_CHANNELS):
         one_pass: Tensor = _KernelLoss.apply(  # type: ignore[no-untyped-call]
-            features, labels, centre, spread, active, temperature, ignore_index, unit_norm, reduction
+            features,
+            labels,
+            centre,
+            spread,
+            active,
+            temperature,
+            ignore_index,
+            unit_norm,
+            reduction,
         )
         return one_pass
     if unit_norm:
@@ -130,7 +138,18 @@ class _PixelLoss(torch.autograd.Function):
         gradient = _make_gradient(ctx, features)
         losses = torch.empty_like(weight)
         with torch.autocast(features.device.type, enabled=False):
-            _fill(losses, gradient, features, labels, weight, mean, covariance, active, temperature, form)
+            _fill(
+                losses,
+                gradient,
+                features,
+                labels,
+                weight,
+                mean,
+                covariance,
+                active,
+                temperature,
+                form,
+            )
         return losses if reduction == "none" else losses.sum(dtype=torch.float64).to(losses.dtype)
 
     @staticmethod
@@ -195,8 +214,12 @@ def _make_gradient(ctx: Any, features: Tensor) -> Tensor | None:
 
 def _scaled(ctx: Any, scale: Tensor) -> Tensor:
     """The kept gradient times the incoming one (() or (N,)), in place where nobody can come back for it."""
-    if torch.is_grad_enabled():  # only with create_graph=True; a silent zero would be worse than a stop
-        raise RuntimeError("the gradient of sgcg_loss cannot be differentiated again (create_graph=True)")
+    if (
+        torch.is_grad_enabled()
+    ):  # only with create_graph=True; a silent zero would be worse than a stop
+        raise RuntimeError(
+            "the gradient of sgcg_loss cannot be differentiated again (create_graph=True)"
+        )
     gradient: Tensor = ctx.saved_tensors[0]
     scale = scale[:, None] if scale.ndim else scale
     if _graph_is_kept():
@@ -231,13 +254,21 @@ def _fill(
     pull = share.neg()[None]
     hidden = None
     if active is not None:
-        hidden = mean.new_zeros(active.shape).masked_fill_(~active, torch.finfo(mean.dtype).min / 2)[:, None]
+        hidden = mean.new_zeros(active.shape).masked_fill_(
+            ~active, torch.finfo(mean.dtype).min / 2
+        )[:, None]
     quadratic = QUADRATICS[form](covariance, temperature)
-    targets = [None] * max(1, -(-features.shape[0] // n)) if gradient is None else torch.split(gradient, n)
+    targets = (
+        [None] * max(1, -(-features.shape[0] // n))
+        if gradient is None
+        else torch.split(gradient, n)
+    )
     # Views are made for all chunks at once: one by one they would cost as much as the arithmetic of a small chunk.
     rows = (torch.split(tensor, n) for tensor in (features, weight, share, losses))
     columns = (torch.split(tensor, n, 1) for tensor in (labels[None], pull))
-    for pixels, kept, scale, loss, label, minus, target in zip(*rows, *columns, targets, strict=True):
+    for pixels, kept, scale, loss, label, minus, target in zip(
+        *rows, *columns, targets, strict=True
+    ):
         q = pixels.to(mean.dtype)
         half = quadratic.evaluate(q)  # (K, n): q' Sigma_k q / (2 tau^2)
         logits = torch.addmm(half, near, q.T)

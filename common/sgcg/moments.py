@@ -91,7 +91,9 @@ def reduce_labels(
         ValueError: A map whose sides are not multiples of `factor`, a majority outside [0, 1], labels out of range.
     """
     if labels.ndim != 3 or factor < 1 or labels.shape[1] % factor or labels.shape[2] % factor:
-        raise ValueError(f"labels: found shape {tuple(labels.shape)}, expected (B, H, W), multiples of factor={factor}")
+        raise ValueError(
+            f"labels: found shape {tuple(labels.shape)}, expected (B, H, W), multiples of factor={factor}"
+        )
     if not 0 <= majority <= 1:
         raise ValueError(f"majority: found {majority}, expected a share in [0, 1]")
     check_labels(labels, num_classes, ignore_index)
@@ -109,8 +111,12 @@ def reduce_labels(
     return winner.masked_fill_(most < majority * factor**2, ignore_index).to(labels.dtype)
 
 
-def _moments_by_class(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    keys = torch.where(labels == ignore_index, K, labels).to(torch.uint8 if K < 256 else torch.int32)
+def _moments_by_class(
+    rows: Tensor, labels: Tensor, K: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys = torch.where(labels == ignore_index, K, labels).to(
+        torch.uint8 if K < 256 else torch.int32
+    )
     order = torch.argsort(keys, stable=True)  # 8-bit keys take torch's radix sort
     count = torch.bincount(keys, minlength=K + 1)[:K]
     mean, scatter = _zeros(rows, K)
@@ -130,7 +136,11 @@ def _shifted_moments(rows: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
     size = min(len(members), max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(1, A))))
     gathered, shifted = rows.new_empty(size, A), shift.new_empty(size, A)
     for part in torch.split(members, size):
-        block = shifted[: len(part)].copy_(torch.index_select(rows, 0, part, out=gathered[: len(part)])).sub_(shift)
+        block = (
+            shifted[: len(part)]
+            .copy_(torch.index_select(rows, 0, part, out=gathered[: len(part)]))
+            .sub_(shift)
+        )
         _add_products(first, second, block)
     offset = first / len(members)
     return shift + offset, second - len(members) * torch.outer(offset, offset)
@@ -142,9 +152,13 @@ def _add_products(first: Tensor, second: Tensor, block: Tensor) -> None:
     second.addmm_(block.T, block)
 
 
-def _moments_by_mask(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _moments_by_mask(
+    rows: Tensor, labels: Tensor, K: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     n = max(1, MASK_ELEMENTS // rows.shape[1])
-    members = ((labels[:, None] == torch.arange(K, device=rows.device)) & (labels != ignore_index)[:, None]).double()
+    members = (
+        (labels[:, None] == torch.arange(K, device=rows.device)) & (labels != ignore_index)[:, None]
+    ).double()
     mean, scatter = _zeros(rows, K)
     for part, member in zip(torch.split(rows, n), torch.split(members, n), strict=True):
         mean.addmm_(member.T, part.double())
@@ -157,7 +171,9 @@ def _moments_by_mask(rows: Tensor, labels: Tensor, K: int, ignore_index: int) ->
     return count.long(), mean, scatter
 
 
-def _moments_by_kernel(rows: Tensor, labels: Tensor, K: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+def _moments_by_kernel(
+    rows: Tensor, labels: Tensor, K: int, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
     from common.sgcg import kernels
 
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -195,7 +211,9 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(wrong.any()):
         found = int(labels[wrong][0])
-        raise ValueError(f"labels: found {found}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)")
+        raise ValueError(
+            f"labels: found {found}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)"
+        )
 
 
 def check_finite(**tensors: Tensor) -> None:
@@ -210,6 +228,8 @@ def check_finite(**tensors: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """Refuse a tensor of another shape; None stands for any size."""
     shape = tuple(tensor.shape)
-    if len(shape) != len(expected) or any(want not in (None, got) for want, got in zip(expected, shape, strict=True)):
+    if len(shape) != len(expected) or any(
+        want not in (None, got) for want, got in zip(expected, shape, strict=True)
+    ):
         text = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected ({text})")

@@ -25,7 +25,10 @@ class Full:
 
     def _make_room(self, n: int) -> None:
         K, A = len(self.matrices), len(self.half)
-        self.products, self.scratch = self.half.new_empty(K, n, A).unbind(0), self.half.new_empty(n, A)
+        self.products, self.scratch = (
+            self.half.new_empty(K, n, A).unbind(0),
+            self.half.new_empty(n, A),
+        )
         self.terms = self.half.new_empty(K, n)
         self.rows = self.terms.unbind(0)
 

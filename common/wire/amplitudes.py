@@ -123,7 +123,9 @@ class AmplitudeSummary:
         self._check_like(other)
         first, second = self.first + other.first, self.second + other.second
         sites = tuple(sorted({*self.sites, *other.sites}))
-        return AmplitudeSummary(self.count + other.count, first, second, self.side, self.space, sites)
+        return AmplitudeSummary(
+            self.count + other.count, first, second, self.side, self.space, sites
+        )
 
     def without(self, part: AmplitudeSummary) -> AmplitudeSummary:
         """Take the images of one site out again.
@@ -134,7 +136,9 @@ class AmplitudeSummary:
         self._check_like(part)
         first, second = self.first - part.first, self.second - part.second
         sites = tuple(site for site in self.sites if site not in part.sites)
-        return AmplitudeSummary(self.count - part.count, first, second, self.side, self.space, sites)
+        return AmplitudeSummary(
+            self.count - part.count, first, second, self.side, self.space, sites
+        )
 
     @property
     def layout(self) -> tuple[tuple[int, ...], int, str]:
@@ -160,7 +164,11 @@ class AmplitudeSummary:
 
     def encode(self) -> bytes:
         """Lay the summary out as an Arrow stream of one row: (C + P, 2, b+1, b+1)."""
-        facts = {"count": repr(self.count), "channels": str(len(self.first)), "sites": json.dumps(self.sites)}
+        facts = {
+            "count": repr(self.count),
+            "channels": str(len(self.first)),
+            "sites": json.dumps(self.sites),
+        }
         facts |= {"side": str(self.side), "space": self.space}
         return _encode("summary", np.concatenate([self.first, self.second])[None], facts, [""])
 
@@ -173,27 +181,42 @@ class AmplitudeSummary:
         """
         windows, metadata, _ = _decode("summary", data, np.float64)
         try:
-            count, channels, side = float(metadata["count"]), int(metadata["channels"]), int(metadata["side"])
+            count, channels, side = (
+                float(metadata["count"]),
+                int(metadata["channels"]),
+                int(metadata["side"]),
+            )
             sites = tuple(str(site) for site in json.loads(metadata["sites"]))
         except (KeyError, ValueError, TypeError) as error:
             expected = "the number of images, channels and pixels of a side, and the sites"
-            raise fail("PAY-106", found="a summary that does not say what it sums", expected=expected) from error
+            raise fail(
+                "PAY-106", found="a summary that does not say what it sums", expected=expected
+            ) from error
         rows = channels + channels * (channels + 1) // 2
         if not (0 < channels <= MAX_CHANNELS and windows.shape[:2] == (1, rows) and side > 0):
             found = f"sums of shape {windows.shape} for {channels} channels and a side of {side}"
-            raise fail("PAY-106", found=found, expected="one row: the sums of the channels and of their pairs")
+            raise fail(
+                "PAY-106",
+                found=found,
+                expected="one row: the sums of the channels and of their pairs",
+            )
         first, second = np.split(windows[0].astype(np.float64, copy=False), [channels])
         summary = cls(count, first, second, side, _space(metadata), sites)
         if not summary._is_possible():
             found = f"moments of {count!r} images that no set of images has"
-            raise fail("STA-201", found=found, expected="finite sums of logarithms and of their products")
+            raise fail(
+                "STA-201", found=found, expected="finite sums of logarithms and of their products"
+            )
         return summary
 
     def _is_possible(self) -> bool:
         if not (0 <= self.count <= MAX_IMAGES and self.count.is_integer()):
             return False
         reach = MAX_LOG * self.count
-        if not (np.abs(self.first) <= reach).all() or not (np.abs(self.second) <= MAX_LOG * reach).all():
+        if (
+            not (np.abs(self.first) <= reach).all()
+            or not (np.abs(self.second) <= MAX_LOG * reach).all()
+        ):
             return False  # not finite either
         first, squares = np.moveaxis(self.first, 0, -1), self.count * _square(self.second)
         spread = np.linalg.eigvalsh(squares - first[..., :, None] * first[..., None, :])
@@ -246,7 +269,9 @@ class AmplitudeBank:
     def without(self, site: str) -> AmplitudeBank:
         """Leave the images of one site out."""
         kept = [owner != site for owner in self.owners]
-        return AmplitudeBank(self.windows[kept], tuple(name for name in self.owners if name != site), self.space)
+        return AmplitudeBank(
+            self.windows[kept], tuple(name for name in self.owners if name != site), self.space
+        )
 
     def encode(self) -> bytes:
         """Lay the bank out as an Arrow stream of M rows."""
@@ -261,7 +286,11 @@ class AmplitudeBank:
         """
         windows, metadata, owners = _decode("bank", data, np.float32)
         if not np.isfinite(windows).all() or (windows < 0).any():
-            raise fail("STA-201", found="negative amplitudes, or not finite", expected="finite numbers of zero or more")
+            raise fail(
+                "STA-201",
+                found="negative amplitudes, or not finite",
+                expected="finite numbers of zero or more",
+            )
         return cls(windows.astype(np.float32, copy=False), tuple(owners), _space(metadata))
 
 
@@ -277,15 +306,25 @@ def _square(pairs: Doubles) -> Doubles:
 def _space(metadata: Mapping[str, str]) -> str:
     space = metadata.get("space", "")
     if space not in OFFSETS:
-        raise fail("PAY-106", found=f"amplitudes of the space {space!r}", expected=" | ".join(OFFSETS))
+        raise fail(
+            "PAY-106", found=f"amplitudes of the space {space!r}", expected=" | ".join(OFFSETS)
+        )
     return space
 
 
-def _encode(level: str, windows: npt.NDArray[np.floating], facts: dict[str, str], owners: list[str]) -> bytes:
+def _encode(
+    level: str, windows: npt.NDArray[np.floating], facts: dict[str, str], owners: list[str]
+) -> bytes:
     flat = np.ascontiguousarray(windows).reshape(len(windows), -1)
     kind = pa.float64() if windows.dtype == np.float64 else pa.float32()
     shape = ",".join(str(size) for size in windows.shape[1:])
-    metadata = {"schema_version": SCHEMA_VERSION, "kind": KIND, "level": level, "shape": shape, **facts}
+    metadata = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "level": level,
+        "shape": shape,
+        **facts,
+    }
     fields = [pa.field("site", pa.string()), pa.field("window", pa.list_(kind, flat.shape[1]))]
     schema = pa.schema(fields, metadata=metadata)
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
@@ -300,21 +339,54 @@ def _decode(
 ) -> tuple[npt.NDArray[np.floating], dict[str, str], list[str]]:
     try:
         with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-            metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            metadata = {
+                key.decode(): value.decode()
+                for key, value in (reader.schema.metadata or {}).items()
+            }
             if (metadata.get("kind"), metadata.get("level")) != (KIND, level):
-                raise fail("PAY-106", found=f"a payload of kind {metadata.get('kind')!r}", expected=f"a {level}")
+                raise fail(
+                    "PAY-106",
+                    found=f"a payload of kind {metadata.get('kind')!r}",
+                    expected=f"a {level}",
+                )
             if metadata.get("schema_version") != SCHEMA_VERSION:
-                raise fail("PAY-107", found=f"version {metadata.get('schema_version')}", expected=SCHEMA_VERSION)
+                raise fail(
+                    "PAY-107",
+                    found=f"version {metadata.get('schema_version')}",
+                    expected=SCHEMA_VERSION,
+                )
             table = reader.read_all()
             table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
         shape = tuple(int(size) for size in metadata["shape"].split(","))
-        wanted = len(shape) == 4 and shape[1] == 2 and min(shape) > 0 and table.num_rows * np.prod(shape) <= MAX_VALUES
+        wanted = (
+            len(shape) == 4
+            and shape[1] == 2
+            and min(shape) > 0
+            and table.num_rows * np.prod(shape) <= MAX_VALUES
+        )
         wanted = wanted and shape[2] == shape[3]
-        if not wanted or not 0 < table.num_rows <= MAX_WINDOWS or any(part.null_count for part in table.columns):
-            raise fail("PAY-106", found=f"{table.num_rows} windows of shape {shape}", expected="(C, 2, b+1, b+1)")
+        if (
+            not wanted
+            or not 0 < table.num_rows <= MAX_WINDOWS
+            or any(part.null_count for part in table.columns)
+        ):
+            raise fail(
+                "PAY-106",
+                found=f"{table.num_rows} windows of shape {shape}",
+                expected="(C, 2, b+1, b+1)",
+            )
         flat = table["window"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         windows = np.asarray(flat, dtype=dtype).reshape(table.num_rows, *shape)
         owners = [str(name) for name in table["site"].to_pylist()]
-    except (pa.ArrowException, ValueError, KeyError, OSError, OverflowError, AttributeError) as error:
-        raise fail("PAY-106", found=f"{len(data)} bytes that are no amplitudes", expected=f"a {level}") from error
+    except (
+        pa.ArrowException,
+        ValueError,
+        KeyError,
+        OSError,
+        OverflowError,
+        AttributeError,
+    ) as error:
+        raise fail(
+            "PAY-106", found=f"{len(data)} bytes that are no amplitudes", expected=f"a {level}"
+        ) from error
     return windows, metadata, owners

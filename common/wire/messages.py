@@ -76,7 +76,10 @@ class Reply:
 
 def encode_request(request: Request) -> RecordDict:
     """Lay a request out as Flower records."""
-    fields: dict[str, str | bytes] = {"options": json.dumps(request.options), "amplitudes": request.amplitudes}
+    fields: dict[str, str | bytes] = {
+        "options": json.dumps(request.options),
+        "amplitudes": request.amplitudes,
+    }
     return _records(request.identity, request.weights, request.prototypes, fields)
 
 
@@ -101,7 +104,9 @@ def encode_reply(reply: Reply) -> RecordDict:
         fields["moments"] = reply.moments.encode(reply.identity)
     records = _records(reply.identity, reply.weights, reply.statistics, fields)
     if reply.metrics:
-        records["metrics"] = MetricRecord({name: float(value) for name, value in reply.metrics.items()})
+        records["metrics"] = MetricRecord(
+            {name: float(value) for name, value in reply.metrics.items()}
+        )
     return records
 
 
@@ -126,7 +131,9 @@ def decode_reply(records: RecordDict) -> Reply:
 def payload_bytes(records: RecordDict) -> dict[str, int]:
     """Bytes of each part of a message, as the ledger and the README's table count them."""
     message = _message(records)
-    parts = {name: len(value) for name, value in message.items() if isinstance(value, bytes) and value}
+    parts = {
+        name: len(value) for name, value in message.items() if isinstance(value, bytes) and value
+    }
     parts["text"] = sum(len(value.encode()) for value in message.values() if isinstance(value, str))
     if arrays := records.array_records.get("weights"):
         parts["weights"] = sum(len(array.data) for array in arrays.values())
@@ -155,14 +162,18 @@ def _records(
 def _message(records: RecordDict) -> ConfigRecord:
     message = records.config_records.get("message")
     if message is None:
-        raise fail("PAY-106", found=f"records {sorted(records)}", expected="a record called message")
+        raise fail(
+            "PAY-106", found=f"records {sorted(records)}", expected="a record called message"
+        )
     return message
 
 
 def _text(records: RecordDict, name: str) -> str:
     value = _message(records).get(name)
     if not isinstance(value, str):
-        raise fail("PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as text")
+        raise fail(
+            "PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as text"
+        )
     return value
 
 
@@ -170,16 +181,24 @@ def _facts(records: RecordDict, name: str) -> dict[str, Any]:
     try:
         facts = json.loads(_text(records, name))
     except ValueError as error:
-        raise fail("PAY-106", found=f"{name} that is not JSON", expected=f"{name} as a JSON object") from error
+        raise fail(
+            "PAY-106", found=f"{name} that is not JSON", expected=f"{name} as a JSON object"
+        ) from error
     if not isinstance(facts, dict):
-        raise fail("PAY-106", found=f"{name} of type {type(facts).__name__}", expected=f"{name} as a JSON object")
+        raise fail(
+            "PAY-106",
+            found=f"{name} of type {type(facts).__name__}",
+            expected=f"{name} as a JSON object",
+        )
     return facts
 
 
 def _bytes(records: RecordDict, name: str) -> bytes:
     value = _message(records).get(name)
     if not isinstance(value, bytes):
-        raise fail("PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as bytes")
+        raise fail(
+            "PAY-106", found=f"{name} of type {type(value).__name__}", expected=f"{name} as bytes"
+        )
     return value
 
 
@@ -188,11 +207,15 @@ def _weights(records: RecordDict) -> Weights | None:
     if arrays is None:
         return None
     if list(arrays) != ["values"]:
-        raise fail("PAY-103", found=f"arrays {list(arrays)}", expected="one flat array called values")
+        raise fail(
+            "PAY-103", found=f"arrays {list(arrays)}", expected="one flat array called values"
+        )
     try:
         values: np.ndarray[Any, Any] = arrays["values"].numpy()
     except (TypeError, ValueError, EOFError) as error:
-        raise fail("PAY-106", found="an array that cannot be read", expected="a float32 array") from error
+        raise fail(
+            "PAY-106", found="an array that cannot be read", expected="a float32 array"
+        ) from error
     return Weights.decode(_text(records, "layout"), values)
 
 

@@ -38,7 +38,9 @@ _SCHEMA = pa.schema(
 
 def norm_layers(weights: Weights) -> dict[str, int]:
     """Return the BatchNorm layers of a model in the order of its entries, with their channels; {} where it has none."""
-    return {name.removesuffix(MEAN): shape[0] for name, shape in weights.layout if name.endswith(MEAN)}
+    return {
+        name.removesuffix(MEAN): shape[0] for name, shape in weights.layout if name.endswith(MEAN)
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,9 @@ class NormMoments:
         wanted = (len(self.layers),), (sum(self.layers.values()),)
         found = self.count.shape, self.mean.shape, self.scatter.shape
         if found != (wanted[0], wanted[1], wanted[1]):
-            raise ValueError(f"count, mean, scatter: found shapes {found}, expected {wanted[0]} and twice {wanted[1]}")
+            raise ValueError(
+                f"count, mean, scatter: found shapes {found}, expected {wanted[0]} and twice {wanted[1]}"
+            )
 
     @classmethod
     def empty(cls, layers: Mapping[str, int]) -> NormMoments:
@@ -89,14 +93,22 @@ class NormMoments:
         delta = other.mean - self.mean
         between = self._by_channel(self.count * share) * np.square(delta)
         return NormMoments(
-            self.layers, count, self.mean + self._by_channel(share) * delta, self.scatter + other.scatter + between
+            self.layers,
+            count,
+            self.mean + self._by_channel(share) * delta,
+            self.scatter + other.scatter + between,
         )
 
     def weighted_equally(self, count: npt.ArrayLike) -> NormMoments:
         """Return the same mean and variance about another number of values (L,)."""
         wanted = np.asarray(count, dtype=np.float64)
         ratio = np.divide(wanted, self.count, out=np.zeros_like(self.count), where=self.count > 0)
-        return NormMoments(self.layers, wanted * (self.count > 0), self.mean, self.scatter * self._by_channel(ratio))
+        return NormMoments(
+            self.layers,
+            wanted * (self.count > 0),
+            self.mean,
+            self.scatter * self._by_channel(ratio),
+        )
 
     def put_into(self, weights: Weights) -> Weights:
         """Return a model with these running moments; a layer that no input was seen of keeps its own.
@@ -140,19 +152,35 @@ class NormMoments:
         """
         try:
             with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-                metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+                metadata = {
+                    key.decode(): value.decode()
+                    for key, value in (reader.schema.metadata or {}).items()
+                }
                 _check_metadata(metadata, reader.schema)
                 table = reader.read_all()
                 table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
                 stated = Identity.decode(metadata["identity"])
             if table.num_rows > MAX_LAYERS or any(column.null_count for column in table.columns):
-                raise fail("PAY-106", found=f"{table.num_rows} rows", expected=f"at most {MAX_LAYERS} complete rows")
-            names, means, scatters = (table[name].to_pylist() for name in ("layer", "mean", "scatter"))
+                raise fail(
+                    "PAY-106",
+                    found=f"{table.num_rows} rows",
+                    expected=f"at most {MAX_LAYERS} complete rows",
+                )
+            names, means, scatters = (
+                table[name].to_pylist() for name in ("layer", "mean", "scatter")
+            )
             layers = {name: len(mean) for name, mean in zip(names, means, strict=True)}
             if len(layers) != len(names):
                 raise fail("PAY-106", found="a layer twice", expected="each layer once")
             moments = cls(layers, table["count"].to_numpy(), _joined(means), _joined(scatters))
-        except (pa.ArrowException, ValueError, KeyError, TypeError, OSError, OverflowError) as error:
+        except (
+            pa.ArrowException,
+            ValueError,
+            KeyError,
+            TypeError,
+            OSError,
+            OverflowError,
+        ) as error:
             found = f"{len(data)} bytes that are no moments of BatchNorm layers"
             raise fail("PAY-106", found=found, expected="layer, count, mean, scatter") from error
         return moments, stated
@@ -176,4 +204,9 @@ def _check_metadata(metadata: Mapping[str, str], schema: pa.Schema) -> None:
         raise fail("PAY-106", found=f"kind {metadata.get('kind')!r}", expected=KIND)
     if (version := metadata.get("schema_version")) != SCHEMA_VERSION:
         action = "install the same fedsgcg release at every site"
-        raise fail("PAY-107", found=f"version {version}", expected=f"version {SCHEMA_VERSION}", action=action)
+        raise fail(
+            "PAY-107",
+            found=f"version {version}",
+            expected=f"version {SCHEMA_VERSION}",
+            action=action,
+        )

@@ -36,7 +36,9 @@ CASES_VERSION = "2"
 
 def _column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> pa.Field:
     """A column with what it means and its unit, which a Parquet file keeps."""
-    return pa.field(name, kind, metadata={"description": meaning} | ({"unit": unit} if unit else {}))
+    return pa.field(
+        name, kind, metadata={"description": meaning} | ({"unit": unit} if unit else {})
+    )
 
 
 _MEANINGS = {
@@ -52,16 +54,38 @@ CASES_SCHEMA = pa.schema(
         _column("case", pa.string(), "alias of the case; the hospital alone knows whose it is"),
         _column("structure", pa.string(), "structure"),
         _column("dice", pa.float64(), "2 |P and T| / (|P| + |T|), 1 where both are empty", "1"),
-        *(_column(name, pa.float64(), f"{_MEANINGS[name]}; {_UNDEFINED}", "pixel") for name in DISTANCES),
-        _column("unit", pa.string(), "unit of asd, assd, hd95, hd95_max and asd_compat: pixel (voxel of a volume)"),
         *(
-            _column(f"{name}_mm", pa.float64(), f"{_MEANINGS[name]}; null where the spacing is not real", "mm")
+            _column(name, pa.float64(), f"{_MEANINGS[name]}; {_UNDEFINED}", "pixel")
+            for name in DISTANCES
+        ),
+        _column(
+            "unit",
+            pa.string(),
+            "unit of asd, assd, hd95, hd95_max and asd_compat: pixel (voxel of a volume)",
+        ),
+        *(
+            _column(
+                f"{name}_mm",
+                pa.float64(),
+                f"{_MEANINGS[name]}; null where the spacing is not real",
+                "mm",
+            )
             for name in DISTANCES
         ),
         _column("empty_prediction", pa.bool_(), "whether nothing was predicted"),
         _column("empty_truth", pa.bool_(), "whether the truth is empty"),
-        _column("dice_smooth1", pa.float64(), "(2 |P and T| + 1) / (|P| + |T| + 1), for printed tables alone", "1"),
-        _column("asd_compat", pa.float64(), "asd, 100 where one mask is empty, for printed tables alone", "pixel"),
+        _column(
+            "dice_smooth1",
+            pa.float64(),
+            "(2 |P and T| + 1) / (|P| + |T| + 1), for printed tables alone",
+            "1",
+        ),
+        _column(
+            "asd_compat",
+            pa.float64(),
+            "asd, 100 where one mask is empty, for printed tables alone",
+            "pixel",
+        ),
     ],
     metadata={"schema_version": CASES_VERSION, "kind": CASES_KIND},
 )
@@ -92,10 +116,17 @@ class Identity:
         """Read what `encode` wrote; raises PAY-106 for anything else."""
         try:
             fields = json.loads(text)
-            return cls(str(fields["run"]), str(fields["heldout"]), int(fields["round"]), str(fields["plan"]))
+            return cls(
+                str(fields["run"]),
+                str(fields["heldout"]),
+                int(fields["round"]),
+                str(fields["plan"]),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise fail(
-                "PAY-106", found=f"identity {text[:80]!r}", expected="JSON with run, heldout, round, plan"
+                "PAY-106",
+                found=f"identity {text[:80]!r}",
+                expected="JSON with run, heldout, round, plan",
             ) from error
 
 
@@ -116,9 +147,15 @@ class Weights:
     @classmethod
     def from_state(cls, state: Mapping[str, npt.NDArray[Any]]) -> Weights:
         """Flatten a state dictionary of NumPy arrays, keeping its order."""
-        floating = [(name, array) for name, array in state.items() if np.issubdtype(array.dtype, np.floating)]
+        floating = [
+            (name, array)
+            for name, array in state.items()
+            if np.issubdtype(array.dtype, np.floating)
+        ]
         counters = tuple(
-            (name, int(array)) for name, array in state.items() if not np.issubdtype(array.dtype, np.floating)
+            (name, int(array))
+            for name, array in state.items()
+            if not np.issubdtype(array.dtype, np.floating)
         )
         layout = tuple((name, tuple(int(n) for n in array.shape)) for name, array in floating)
         flat = [np.ascontiguousarray(array, dtype=np.float32).reshape(-1) for _, array in floating]
@@ -146,7 +183,10 @@ class Weights:
     def encode_layout(self) -> str:
         """Return layout and counters as JSON, to travel beside the flat array."""
         return json.dumps(
-            {"layout": [[name, list(shape)] for name, shape in self.layout], "counters": dict(self.counters)}
+            {
+                "layout": [[name, list(shape)] for name, shape in self.layout],
+                "counters": dict(self.counters),
+            }
         )
 
     @classmethod
@@ -154,10 +194,14 @@ class Weights:
         """Join a layout and a flat array; raises PAY-103 where the sizes disagree and PAY-106 for unreadable text."""
         try:
             parsed = json.loads(layout_json)
-            layout = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in parsed["layout"])
+            layout = tuple(
+                (str(name), tuple(int(n) for n in shape)) for name, shape in parsed["layout"]
+            )
             counters = tuple((str(name), int(value)) for name, value in parsed["counters"].items())
         except (ValueError, KeyError, TypeError) as error:
-            raise fail("PAY-106", found="layout that is not JSON", expected="names and shapes") from error
+            raise fail(
+                "PAY-106", found="layout that is not JSON", expected="names and shapes"
+            ) from error
         wanted = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in layout)
         if values.ndim != 1 or values.dtype != np.float32 or values.size != wanted:
             raise fail(
@@ -197,24 +241,39 @@ def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
     """
     try:
         with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-            metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            metadata = {
+                key.decode(): value.decode()
+                for key, value in (reader.schema.metadata or {}).items()
+            }
             _check_kind(metadata, STATISTICS_KIND)
             num_features = int(metadata["num_features"])
-            if not 0 < num_features <= MAX_FEATURES or not reader.schema.equals(_statistics_schema(num_features, None)):
+            if not 0 < num_features <= MAX_FEATURES or not reader.schema.equals(
+                _statistics_schema(num_features, None)
+            ):
                 raise fail(
-                    "PAY-106", found=f"schema {reader.schema.names}", expected="class, count, mean, scatter_upper"
+                    "PAY-106",
+                    found=f"schema {reader.schema.names}",
+                    expected="class, count, mean, scatter_upper",
                 )
             table = reader.read_all()
             table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
             stated = Identity.decode(metadata["identity"])
-        if not 0 < table.num_rows <= MAX_CLASSES or any(column.null_count for column in table.columns):
-            raise fail("PAY-106", found=f"{table.num_rows} rows", expected=f"1 to {MAX_CLASSES} complete rows")
+        if not 0 < table.num_rows <= MAX_CLASSES or any(
+            column.null_count for column in table.columns
+        ):
+            raise fail(
+                "PAY-106",
+                found=f"{table.num_rows} rows",
+                expected=f"1 to {MAX_CLASSES} complete rows",
+            )
         count = table["count"].to_numpy().astype(np.float64)
         mean = _matrix(table["mean"], num_features)
         packed = _matrix(table["scatter_upper"], num_features * (num_features + 1) // 2)
     except (pa.ArrowException, ValueError, KeyError, OSError, OverflowError) as error:
         raise fail(
-            "PAY-106", found=f"{len(data)} bytes that are not an Arrow stream", expected="class statistics"
+            "PAY-106",
+            found=f"{len(data)} bytes that are not an Arrow stream",
+            expected="class statistics",
         ) from error
     scatter = np.zeros((table.num_rows, num_features, num_features))
     rows, columns = np.triu_indices(num_features)
@@ -236,17 +295,26 @@ def decode_cases(data: bytes) -> list[dict[str, Any]]:
     """Read what `encode_cases` wrote; raises PAY-107 or PAY-106 like `decode_statistics`."""
     try:
         with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-            metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            metadata = {
+                key.decode(): value.decode()
+                for key, value in (reader.schema.metadata or {}).items()
+            }
             _check_kind(metadata, CASES_KIND, CASES_VERSION)
             if not reader.schema.equals(CASES_SCHEMA):
-                raise fail("PAY-106", found=f"columns {reader.schema.names}", expected=f"columns {CASES_SCHEMA.names}")
+                raise fail(
+                    "PAY-106",
+                    found=f"columns {reader.schema.names}",
+                    expected=f"columns {CASES_SCHEMA.names}",
+                )
             table = reader.read_all()
             table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
             rows: list[dict[str, Any]] = table.to_pylist()
             return rows
     except (pa.ArrowException, ValueError, OSError) as error:
         raise fail(
-            "PAY-106", found=f"{len(data)} bytes that are not an Arrow stream", expected="per-case results"
+            "PAY-106",
+            found=f"{len(data)} bytes that are not an Arrow stream",
+            expected="per-case results",
         ) from error
 
 

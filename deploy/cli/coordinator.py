@@ -59,7 +59,10 @@ method=package.module:Class, network=package.module:Class. Frequent settings:
 INTERRUPTED = "Interrupted. The same command goes on from the last done round."
 
 HYDRA_FLAGS = {
-    ("-m", "--multirun"): "leave it out: `fedsgcg study` runs every combination of values with commas",
+    (
+        "-m",
+        "--multirun",
+    ): "leave it out: `fedsgcg study` runs every combination of values with commas",
     ("-c", "--cfg"): "`fedsgcg settings` shows every setting, resolved",
     ("--resolve",): "`fedsgcg settings` shows every setting, resolved",
     ("--info",): "`fedsgcg settings NAME` explains a setting",
@@ -104,7 +107,9 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="fedsgcg", description=HELP, epilog=EXITS, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="fedsgcg", description=HELP, epilog=EXITS, formatter_class=raw
+    )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, words in (
@@ -112,9 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         ("simulate", _simulate, "one federation on this machine"),
         ("settings", _settings, "show every setting, resolved"),
     ):
-        command = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
+        command = commands.add_parser(
+            name, help=words, description=words, epilog=EXITS, formatter_class=raw
+        )
         metavar = "name=value" if name != "settings" else "name[=value]"
-        command.add_argument("overrides", nargs="*", metavar=metavar, help="settings; see fedsgcg settings")
+        command.add_argument(
+            "overrides", nargs="*", metavar=metavar, help="settings; see fedsgcg settings"
+        )
         command.add_argument(
             *("--config-dir", "-cd"),
             default="",
@@ -123,22 +132,34 @@ def _parser() -> argparse.ArgumentParser:
         )
         for flags, instead in HYDRA_FLAGS.items():
             command.add_argument(
-                *flags, action="append_const", dest="hydra", const=f"{flags[-1]}: {instead}", help=argparse.SUPPRESS
+                *flags,
+                action="append_const",
+                dest="hydra",
+                const=f"{flags[-1]}: {instead}",
+                help=argparse.SUPPRESS,
             )
         add_output_options(command, events=True)
         if name != "settings":
-            command.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+            command.add_argument(
+                "--dry-run", action="store_true", help="say what would be run, and run nothing"
+            )
         command.set_defaults(run=run)
-    report = commands.add_parser("report", help="make report.html again from the files of a run folder")
+    report = commands.add_parser(
+        "report", help="make report.html again from the files of a run folder"
+    )
     report.add_argument("folder", type=Path)
     add_output_options(report, events=True)
     report.set_defaults(run=_report)
-    clean = commands.add_parser("clean", help="remove what the finished cells of a run folder do not need")
+    clean = commands.add_parser(
+        "clean", help="remove what the finished cells of a run folder do not need"
+    )
     clean.add_argument("folder", metavar="RUN", type=Path)
     clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     add_output_options(clean, events=True)
     clean.set_defaults(run=_clean)
-    hospitals = commands.add_parser("hospitals", help="write the synthetic hospitals as NIfTI files")
+    hospitals = commands.add_parser(
+        "hospitals", help="write the synthetic hospitals as NIfTI files"
+    )
     hospitals.add_argument("folder", type=Path)
     hospitals.add_argument("--seed", type=int, default=0)
     hospitals.set_defaults(run=_hospitals)
@@ -162,8 +183,14 @@ def _overrides(options: argparse.Namespace) -> list[str]:
         FedsgcgError: CFG-001 with what to use instead of Hydra's own options.
     """
     if options.hydra:
-        raise FedsgcgError(*(Problem("CFG-001", where="command line", found=text) for text in options.hydra))
-    own = [f"config_dir={expand(options.config_dir, '--config-dir').absolute()}"] if options.config_dir else []
+        raise FedsgcgError(
+            *(Problem("CFG-001", where="command line", found=text) for text in options.hydra)
+        )
+    own = (
+        [f"config_dir={expand(options.config_dir, '--config-dir').absolute()}"]
+        if options.config_dir
+        else []
+    )
     return [*own, *options.overrides]
 
 
@@ -176,7 +203,13 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
         study = plan_study(overrides, single=single)
     names = [cell.name for cell in study.cells]
     done = [cell.name for cell in study.cells if cell.done]
-    facts = {"folder": study.folder, "cells": names, "done": done, "runtime": study.runtime, "device": study.device}
+    facts = {
+        "folder": study.folder,
+        "cells": names,
+        "done": done,
+        "runtime": study.runtime,
+        "device": study.device,
+    }
     if options.dry_run:
         from deploy.study.dry_run import show_plan
 
@@ -187,7 +220,9 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
     code = run_study(study, console)
     tell_end(study.folder, study.cells, code, console)
     report = study.folder / "report.html"
-    console.event("study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report)
+    console.event(
+        "study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report
+    )
     return code
 
 
@@ -214,9 +249,16 @@ def _clean(options: argparse.Namespace, console: Screen) -> int:
     _check_run_folder(folder)
     with lock_file(folder / "lock"):
         cells = finished_cells(folder)
-        for name, patterns in (("checkpoints and journals", RESUME), ("pictures and features", PICTURES)):
-            freed = sum((remove(cell, patterns, dry_run=options.dry_run) for cell in cells), Freed())
-            console.event("clean", what=name, files=freed.files, bytes=freed.size, removed=not options.dry_run)
+        for name, patterns in (
+            ("checkpoints and journals", RESUME),
+            ("pictures and features", PICTURES),
+        ):
+            freed = sum(
+                (remove(cell, patterns, dry_run=options.dry_run) for cell in cells), Freed()
+            )
+            console.event(
+                "clean", what=name, files=freed.files, bytes=freed.size, removed=not options.dry_run
+            )
             console.print(f"{name}: {freed}{' would be' if options.dry_run else ''} removed")
     console.print(f"{len(cells)} finished cells keep their results, rounds, models and the report.")
     console.print("A report that is made again has no overlays of them.")
@@ -225,7 +267,12 @@ def _clean(options: argparse.Namespace, console: Screen) -> int:
 
 def _check_run_folder(folder: Path) -> None:
     if not (folder / "study.yaml").is_file():
-        raise fail("CFG-001", where=str(folder), found="no study.yaml", expected="a run folder made by fedsgcg")
+        raise fail(
+            "CFG-001",
+            where=str(folder),
+            found="no study.yaml",
+            expected="a run folder made by fedsgcg",
+        )
 
 
 def _settings(options: argparse.Namespace, console: Screen) -> int:

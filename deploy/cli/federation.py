@@ -17,16 +17,30 @@ Command = Callable[[argparse.Namespace, Screen], int]
 def add_commands(commands: Any) -> None:
     """Add the commands to `fedsgcg`'s parser."""
     _provision_command(commands)
-    serve = _command(commands, "serve", "the coordinator's server: TLS, registered hospitals only", _serve)
-    serve.add_argument("--insecure", action="store_true", help="without TLS and keys; on loopback only")
-    serve.add_argument("--listen", default="", metavar="ADDRESS", help="bind this address instead of the project's")
+    serve = _command(
+        commands, "serve", "the coordinator's server: TLS, registered hospitals only", _serve
+    )
+    serve.add_argument(
+        "--insecure", action="store_true", help="without TLS and keys; on loopback only"
+    )
+    serve.add_argument(
+        "--listen", default="", metavar="ADDRESS", help="bind this address instead of the project's"
+    )
     run = _command(commands, "run", "start the study on the hospitals, or go on with it", _run)
-    run.add_argument("overrides", nargs="*", metavar="name=value", help="settings, over those of the project")
+    run.add_argument(
+        "overrides", nargs="*", metavar="name=value", help="settings, over those of the project"
+    )
     resume = _command(commands, "resume", "go on with what was last started", _resume)
     for command in (run, resume):
-        command.add_argument("--detach", action="store_true", help="return at once; the server carries on")
         command.add_argument(
-            OPTION, action="append", default=[], metavar="SITE", help="it has left for good: take its statistics out"
+            "--detach", action="store_true", help="return at once; the server carries on"
+        )
+        command.add_argument(
+            OPTION,
+            action="append",
+            default=[],
+            metavar="SITE",
+            help="it has left for good: take its statistics out",
         )
     _command(commands, "status", "who is there, which round, who is late", _status)
     _command(commands, "stop", "stop the run; what is done stays", _stop)
@@ -42,13 +56,29 @@ def _command(commands: Any, name: str, words: str, run: Command) -> argparse.Arg
 def _provision_command(commands: Any) -> None:
     words = "make the coordinator's kit and a start-up kit for each hospital"
     command = commands.add_parser("provision", help=words, description=words)
-    command.add_argument("project", type=Path, help="project file: name, server, sites, plan, quorum, deadlines")
-    command.add_argument("-o", "--output", type=Path, default=Path("kits"), help="folder of all kits (kits)")
-    command.add_argument("--renew", action="store_true", help="make a new server certificate now")
-    command.add_argument("--revoke", action="append", default=[], metavar="SITE", help="never let its key in again")
-    command.add_argument("--reissue", action="append", default=[], metavar="SITE", help="revoke its key, make another")
     command.add_argument(
-        "--register", action="append", default=[], metavar="SITE=FILE", help="let in a key that the site made"
+        "project", type=Path, help="project file: name, server, sites, plan, quorum, deadlines"
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, default=Path("kits"), help="folder of all kits (kits)"
+    )
+    command.add_argument("--renew", action="store_true", help="make a new server certificate now")
+    command.add_argument(
+        "--revoke", action="append", default=[], metavar="SITE", help="never let its key in again"
+    )
+    command.add_argument(
+        "--reissue",
+        action="append",
+        default=[],
+        metavar="SITE",
+        help="revoke its key, make another",
+    )
+    command.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="SITE=FILE",
+        help="let in a key that the site made",
     )
     command.set_defaults(run=_provision)
 
@@ -77,7 +107,9 @@ def _provision(options: argparse.Namespace, console: Screen) -> int:
         console.print(f"  {words}", style="yellow")
     console.print(f"coordinator: {done.kit.folder}")
     console.print(f"hospitals:   {done.sites}")
-    console.print("Fingerprint of the authority, for hospitals to compare with `fedsgcg-site check`:")
+    console.print(
+        "Fingerprint of the authority, for hospitals to compare with `fedsgcg-site check`:"
+    )
     console.print(f"  {done.authority[:48]}\n  {done.authority[48:]}")
     return 0
 
@@ -98,7 +130,9 @@ def _serve(options: argparse.Namespace, console: Screen) -> int:
 def _run(options: argparse.Namespace, console: Screen) -> int:
     from deploy.coordinator.runs import run_kit
 
-    return run_kit(options.kit, options.overrides, console, detach=options.detach, without=options.without)
+    return run_kit(
+        options.kit, options.overrides, console, detach=options.detach, without=options.without
+    )
 
 
 def _resume(options: argparse.Namespace, console: Screen) -> int:

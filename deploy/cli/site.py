@@ -54,12 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="fedsgcg-site", description=HELP, epilog=EXITS, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="fedsgcg-site", description=HELP, epilog=EXITS, formatter_class=raw
+    )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {}
     for name, work, words in (
-        ("check", _check, "look at files, device, disk and link, and say how to mend what is wrong"),
+        (
+            "check",
+            _check,
+            "look at files, device, disk and link, and say how to mend what is wrong",
+        ),
         ("join", _join, "take part until told to stop"),
         ("status", _status, "is it up, what did it do last"),
         ("leave", _leave, "stop taking part"),
@@ -68,8 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         ("cache", _cache, "size of the slice cache"),
         ("request", _request, "make this site's key"),
     ):
-        made[name] = commands.add_parser(name, help=words, description=words, epilog=EXITS, formatter_class=raw)
-        made[name].add_argument("kit", type=Path, metavar="KIT", nargs="?", default=Path(), help="folder of site.yaml")
+        made[name] = commands.add_parser(
+            name, help=words, description=words, epilog=EXITS, formatter_class=raw
+        )
+        made[name].add_argument(
+            "kit", type=Path, metavar="KIT", nargs="?", default=Path(), help="folder of site.yaml"
+        )
         made[name].set_defaults(run=work)
     _options(made)
     add_predict_parser(commands)
@@ -80,31 +90,65 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
     """Add what only some commands take."""
     check = made["check"]
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
-    check.add_argument("--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation")
-    check.add_argument("--no-link", action="store_true", help="do not look at the link to the coordinator")
+    check.add_argument(
+        "--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation"
+    )
+    check.add_argument(
+        "--no-link", action="store_true", help="do not look at the link to the coordinator"
+    )
     check.add_argument("--all", action="store_true", help="show the files without a problem too")
-    made["join"].add_argument("--cold", action="store_true", help="a new training process for every message")
-    made["leave"].add_argument("--for-good", action="store_true", help="say what remains to be done")
+    made["join"].add_argument(
+        "--cold", action="store_true", help="a new training process for every message"
+    )
+    made["leave"].add_argument(
+        "--for-good", action="store_true", help="say what remains to be done"
+    )
     ledger = made["ledger"]
-    ledger.add_argument("--all", action="store_true", help=f"every line, not only the last {RECENT}")
-    ledger.add_argument("--dry-run", action="store_true", help="make the next round's reply here and show its bytes")
-    ledger.add_argument("--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation")
-    ledger.add_argument("--model", type=Path, help="model.safetensors to describe and train; else fresh weights")
+    ledger.add_argument(
+        "--all", action="store_true", help=f"every line, not only the last {RECENT}"
+    )
+    ledger.add_argument(
+        "--dry-run", action="store_true", help="make the next round's reply here and show its bytes"
+    )
+    ledger.add_argument(
+        "--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation"
+    )
+    ledger.add_argument(
+        "--model", type=Path, help="model.safetensors to describe and train; else fresh weights"
+    )
     approve = made["approve"]
-    approve.add_argument("bundle", type=Path, nargs="?", help="a .fab file; else the bundle that was refused last")
-    approve.add_argument("--hash", default="", help="approve the refused bundle whose digest begins so")
-    approve.add_argument("--installed", action="store_true", help="approve exactly the code that is installed here")
+    approve.add_argument(
+        "bundle", type=Path, nargs="?", help="a .fab file; else the bundle that was refused last"
+    )
+    approve.add_argument(
+        "--hash", default="", help="approve the refused bundle whose digest begins so"
+    )
+    approve.add_argument(
+        "--installed", action="store_true", help="approve exactly the code that is installed here"
+    )
     approve.add_argument("--yes", action="store_true", help="do not ask")
-    approve.add_argument("--diff", action="store_true", help="show every changed line, not only the files")
-    made["cache"].add_argument("--prune", action="store_true", help="remove files without recent use")
-    made["cache"].add_argument("--days", type=float, default=30.0, help="days without use; 0 removes all")
+    approve.add_argument(
+        "--diff", action="store_true", help="show every changed line, not only the files"
+    )
+    made["cache"].add_argument(
+        "--prune", action="store_true", help="remove files without recent use"
+    )
+    made["cache"].add_argument(
+        "--days", type=float, default=30.0, help="days without use; 0 removes all"
+    )
 
 
 def _check(options: argparse.Namespace, console: Screen) -> int:
     from deploy.site.check import examine, exit_code, show
 
     path = site_file_of(options.kit)
-    findings = examine(read_site_file(path), path.parent, options.settings, link=not options.no_link, console=console)
+    findings = examine(
+        read_site_file(path),
+        path.parent,
+        options.settings,
+        link=not options.no_link,
+        console=console,
+    )
     if options.json:
         console.print(json.dumps([finding.as_dict() for finding in findings], indent=1))
     else:
@@ -142,19 +186,32 @@ def _status(options: argparse.Namespace, console: Screen) -> int:
 
     policy = read_site_file(site_file_of(options.kit))
     home = Path(policy.home)
-    pid, facts, work = joined_pid(home), read_facts(home / "join.json"), read_facts(home / "resident.json")
+    pid, facts, work = (
+        joined_pid(home),
+        read_facts(home / "join.json"),
+        read_facts(home / "resident.json"),
+    )
     state = str(facts.get("state", "unknown")) if pid else "not joined"
-    rows = [("site", f"{policy.site} of {policy.project}"), ("coordinator", policy.server), ("state", state)]
+    rows = [
+        ("site", f"{policy.site} of {policy.project}"),
+        ("coordinator", policy.server),
+        ("state", state),
+    ]
     if pid:
         rows += [
-            ("processes", f"join {pid}, SuperNode {facts.get('supernode', 0)}, resident {facts.get('resident', 0)}"),
+            (
+                "processes",
+                f"join {pid}, SuperNode {facts.get('supernode', 0)}, resident {facts.get('resident', 0)}",
+            ),
             ("up since", _ago(facts.get("started"))),
             ("restarts", str(facts.get("restarts", 0))),
             ("node", str(facts.get("node", "not connected yet"))),
             ("work", " ".join(str(work.get(name, "")) for name in ("state", "message")) or "none"),
         ]
     if facts.get("last_message"):
-        rows.append(("last message", f"{facts['last_message']}, {_ago(facts.get('last_message_time'))}"))
+        rows.append(
+            ("last message", f"{facts['last_message']}, {_ago(facts.get('last_message_time'))}")
+        )
     if facts.get("last"):
         rows.append(("last trouble", str(facts["last"])))
     lines = ledger.entries(home / LEDGER) if (home / LEDGER).exists() else []
@@ -207,14 +264,20 @@ def _approve(options: argparse.Namespace, console: Screen) -> int:
     path = Path(policy.approved)
     bundle = choose_bundle(path, options.bundle, options.hash, installed_code=options.installed)
     if bundle is None:
-        console.print(f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}")
+        console.print(
+            f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}"
+        )
         return 0
     if is_approved(bundle, path):
         console.print(f"{bundle.digest} is approved already.")
         return 0
     show_difference(bundle, path, console, lines=options.diff)
-    if not options.yes and (not sys.stdin.isatty() or input("Approve this code to run here? [y/N] ").lower() != "y"):
-        console.print("Not approved: it does not run here. --yes approves without a question.", style="yellow")
+    if not options.yes and (
+        not sys.stdin.isatty() or input("Approve this code to run here? [y/N] ").lower() != "y"
+    ):
+        console.print(
+            "Not approved: it does not run here. --yes approves without a question.", style="yellow"
+        )
         return 1
     approve(bundle, path, user_name())
     console.print(f"Approved: {bundle.digest}")
@@ -231,7 +294,9 @@ def _cache(options: argparse.Namespace, console: Screen) -> int:
         gone = prune(Path(policy.cache), options.days)
         console.print(f"removed {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB")
     else:
-        console.print(f"Files without use for {UNUSED_DAYS:.0f} days go by themselves; --prune --days N removes more.")
+        console.print(
+            f"Files without use for {UNUSED_DAYS:.0f} days go by themselves; --prune --days N removes more."
+        )
     return 0
 
 
@@ -244,7 +309,9 @@ def _request(options: argparse.Namespace, console: Screen) -> int:
     if key.name != "site.key":
         raise fail("DEP-601", where=str(path), found=f"key: {key.name}", expected="key: site.key")
     line = make_site_key(key.parent, policy.site)
-    console.print(f"Send this line to the coordinator ({key.parent / 'site.pub'}); {key} never leaves:")
+    console.print(
+        f"Send this line to the coordinator ({key.parent / 'site.pub'}); {key} never leaves:"
+    )
     console.print(line)
     return 0
 

@@ -106,7 +106,10 @@ class Control:
         self.address = address
         version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
         self._client = ControlHttpClient.from_server_address(
-            server_address=address, insecure=ca is None, root_certificates=ca, interceptors=[version, Bearer(token)]
+            server_address=address,
+            insecure=ca is None,
+            root_certificates=ca,
+            interceptors=[version, Bearer(token)],
         )
 
     def close(self) -> None:
@@ -117,7 +120,10 @@ class Control:
         """Every node that was ever registered, by site and time."""
         found = self._call(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
         order = sorted(found, key=lambda node: (node.name, node.registered_at))
-        return [Node(n.name, n.node_id, n.status, n.public_key, n.last_activated_at or "") for n in order]
+        return [
+            Node(n.name, n.node_id, n.status, n.public_key, n.last_activated_at or "")
+            for n in order
+        ]
 
     def register(self, site: str, line: str) -> None:
         """Let a site in with its public key (an OpenSSH line)."""
@@ -131,10 +137,17 @@ class Control:
     def start(self, bundle: bytes, run_config: Mapping[str, Any]) -> int:
         """Submit the app with its run config; returns Flower's number of the run."""
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
-        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)))
+        request = StartRunRequest(
+            fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
+        )
         reply = self._call(lambda: self._client.StartRun(request))
         if not reply.HasField("run_id"):
-            raise fail("DEP-612", where=self.address, found="no run was started", action="look into state/server.log")
+            raise fail(
+                "DEP-612",
+                where=self.address,
+                found="no run was started",
+                action="look into state/server.log",
+            )
         return int(reply.run_id)
 
     def stop(self, run_id: int) -> None:
@@ -154,12 +167,17 @@ class Control:
             return request()
         except httpx.RequestError as error:
             action = "start it: fedsgcg serve KIT"
-            raise fail("DEP-610", where=self.address, found=_one_line(error), action=action) from error
+            raise fail(
+                "DEP-610", where=self.address, found=_one_line(error), action=action
+            ) from error
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
                 action = "use the kit that the server was started with"
                 raise fail(
-                    "DEP-611", where=self.address, found="not this server's credential", action=action
+                    "DEP-611",
+                    where=self.address,
+                    found="not this server's credential",
+                    action=action,
                 ) from error
             told = FlowerError.from_json(error.response.text)
             found = told.message if told else f"HTTP {error.response.status_code}"

@@ -120,7 +120,9 @@ services:
 def coordinator_files(project: Project) -> dict[str, str]:
     """File name -> text of the coordinator's kit."""
     return {
-        "README.md": COORDINATOR_README.format(name=project.name, server=project.server, unit=COORDINATOR_UNIT),
+        "README.md": COORDINATOR_README.format(
+            name=project.name, server=project.server, unit=COORDINATOR_UNIT
+        ),
         "compose.yaml": COORDINATOR_COMPOSE.format(image=IMAGE, port=project.address[1]),
         COORDINATOR_UNIT: (UNITS / COORDINATOR_UNIT).read_text(encoding="utf-8"),
     }
@@ -133,6 +135,8 @@ def site_files(project: Project, site: str) -> dict[str, str]:
     return {
         "README.md": SITE_README.format(first=first, **names),
         "compose.yaml": SITE_COMPOSE.format(image=IMAGE),
-        "settings.txt": "".join(f"{text}\n" for text in project.plan),  # `fedsgcg-site check` measures with these
+        "settings.txt": "".join(
+            f"{text}\n" for text in project.plan
+        ),  # `fedsgcg-site check` measures with these
         SITE_UNIT: (UNITS / SITE_UNIT).read_text(encoding="utf-8"),
     }

@@ -42,6 +42,10 @@ def last_started(kit: Kit) -> Started:
         return Started(**{**found, "overrides": tuple(found["overrides"])})
     except FileNotFoundError as error:
         action = f"fedsgcg run {kit.folder}"
-        raise fail("DEP-613", where=str(kit.folder), found="no state/run.json", action=action) from error
+        raise fail(
+            "DEP-613", where=str(kit.folder), found="no state/run.json", action=action
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise fail("SRV-402", where=str(path), found="not what was written", action="remove it") from error
+        raise fail(
+            "SRV-402", where=str(path), found="not what was written", action="remove it"
+        ) from error

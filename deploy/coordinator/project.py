@@ -56,15 +56,31 @@ class Project(Section):
 
     def checks(self) -> Checks:
         """Names are plain and different, addresses have ports, numbers are positive."""
-        yield bool(NAME.fullmatch(self.name)), "name", "letters, digits, blanks and ._- (63 at most)"
-        yield split_address(self.server) is not None, "server", "host:port, e.g. federation.example.org:8443"
+        yield (
+            bool(NAME.fullmatch(self.name)),
+            "name",
+            "letters, digits, blanks and ._- (63 at most)",
+        )
+        yield (
+            split_address(self.server) is not None,
+            "server",
+            "host:port, e.g. federation.example.org:8443",
+        )
         plain = all(NAME.fullmatch(site) for site in self.sites)
         folded = {site.casefold() for site in self.sites}
-        yield plain and len(folded) == len(self.sites) >= 2, "sites", "two or more different plain names"
+        yield (
+            plain and len(folded) == len(self.sites) >= 2,
+            "sites",
+            "two or more different plain names",
+        )
         yield 0 <= self.quorum <= len(self.sites), "quorum", "0 (all) to the number of sites"
         yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
         yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
-        yield 0 <= self.control_port <= 65535, "control_port", "a port, 0 for the one after the public one"
+        yield (
+            0 <= self.control_port <= 65535,
+            "control_port",
+            "a port, 0 for the one after the public one",
+        )
         yield 1 <= self.certificate_days <= 825, "certificate_days", "1 to 825 days"
 
     @property
@@ -101,10 +117,14 @@ class Project(Section):
             f"federation.join_deadline_s={self.join_deadline_s}",
             f"federation.round_deadline_s={self.round_deadline_s}",
         )
-        theirs = [text for text in (*self.plan, *overrides) if _is_the_sites(text.partition("=")[0])]
+        theirs = [
+            text for text in (*self.plan, *overrides) if _is_the_sites(text.partition("=")[0])
+        ]
         if theirs:
             action = "leave it out: each hospital says it in its own site.yaml"
-            raise FedsgcgError(*(Problem("CFG-001", text, "a setting of the study", action) for text in theirs))
+            raise FedsgcgError(
+                *(Problem("CFG-001", text, "a setting of the study", action) for text in theirs)
+            )
         merged = {text.partition("=")[0]: text for text in (*own, *self.plan, *overrides)}
         tree = join(list(merged.values()))
         tree["data"] = {**tree["data"], "root": "", "sites": sorted(self.sites)}
@@ -170,7 +190,9 @@ def read_project(path: Path) -> Project:
     Raises:
         FedsgcgError: DEP-602 with every problem of the file.
     """
-    tree = read_tree(path, "DEP-602", "write one: name, server, sites; see docs/how-to/found-a-federation.md")
+    tree = read_tree(
+        path, "DEP-602", "write one: name, server, sites; see docs/how-to/found-a-federation.md"
+    )
     if isinstance(sites := tree.get("sites"), Mapping):
         tree["sites"] = list(sites)
     project = build_from(Project, tree, path, "DEP-602")
@@ -178,7 +200,10 @@ def read_project(path: Path) -> Project:
         settings = project.settings()
         Plan.from_tree({**settings, "output": "runs"})
     except FedsgcgError as error:
-        faults = (Problem("DEP-602", p.found, p.expected, p.action, f"{path}, plan: {p.where}") for p in error.problems)
+        faults = (
+            Problem("DEP-602", p.found, p.expected, p.action, f"{path}, plan: {p.where}")
+            for p in error.problems
+        )
         raise FedsgcgError(*faults) from error
     return project
 

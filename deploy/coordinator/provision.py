@@ -114,13 +114,17 @@ def _check_same_project(kit: Kit, project: Project) -> None:
     path = kit.folder / "project.yaml"
     if path.is_file() and (before := read_project(path)).name != project.name:
         action = "choose another folder with -o"
-        raise fail("DEP-605", where=str(path), found=project.name, expected=before.name, action=action)
+        raise fail(
+            "DEP-605", where=str(path), found=project.name, expected=before.name, action=action
+        )
 
 
 def _check_known(project: Project, sites: Sequence[str]) -> None:
     for site in sites:
         if site not in project.sites:
-            raise fail("DEP-606", where=site, found="no such site", action=nearest(site, project.sites))
+            raise fail(
+                "DEP-606", where=site, found="no such site", action=nearest(site, project.sites)
+            )
 
 
 def _authority(kit: Kit, project: Project, done: Provisioned) -> None:
@@ -136,12 +140,19 @@ def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> No
     authority = read_authority(kit.folder)
     if path.exists() and not renew:
         old = read_certificate(path)
-        fits = set(project.certificate_names) <= set(names_of(old)) and is_signed_by(old, authority.certificate)
+        fits = set(project.certificate_names) <= set(names_of(old)) and is_signed_by(
+            old, authority.certificate
+        )
         if fits and (left := days_left(old)) > 0:
             if left < RENEW_WITHIN_DAYS:
-                done.warnings.append(f"the server's certificate ends in {left:.0f} days: --renew makes a new one")
+                done.warnings.append(
+                    f"the server's certificate ends in {left:.0f} days: --renew makes a new one"
+                )
             return
-    write_server(kit.folder, *make_server_certificate(authority, project.certificate_names, project.certificate_days))
+    write_server(
+        kit.folder,
+        *make_server_certificate(authority, project.certificate_names, project.certificate_days),
+    )
     names = ", ".join(project.certificate_names)
     done.made.append(f"server certificate for {names}, good for {project.certificate_days} days")
 
@@ -167,16 +178,30 @@ def _register(kit: Kit, site: str, line: str, done: Provisioned) -> None:
     """Let a site in with a public key; one that was revoked, or that another site has, is refused."""
     if _is_revoked(kit, line):
         action = "the site makes a new key: remove its site.key, then fedsgcg-site request"
-        raise fail("DEP-603", where=site, found="a key that was revoked", expected="a new key", action=action)
+        raise fail(
+            "DEP-603",
+            where=site,
+            found="a key that was revoked",
+            expected="a new key",
+            action=action,
+        )
     for path in sorted(kit.keys.glob("*.pub")):
         if path.stem != site and fingerprint(read_public_key(path)) == fingerprint(line):
-            raise fail("DEP-603", where=site, found=f"the key of {path.stem}", expected="a key of its own")
+            raise fail(
+                "DEP-603", where=site, found=f"the key of {path.stem}", expected="a key of its own"
+            )
     path = kit.keys / f"{site}.pub"
     if path.exists():
         if fingerprint(read_public_key(path)) == fingerprint(line):
             return
         action = f"revoke the old one first: --revoke {site}"
-        raise fail("DEP-603", where=site, found="another key is registered", expected="one key a site", action=action)
+        raise fail(
+            "DEP-603",
+            where=site,
+            found="another key is registered",
+            expected="one key a site",
+            action=action,
+        )
     path.write_text(f"{line} {site}\n", encoding="utf-8")
     done.made.append(f"{site}: public key registered")
 
@@ -215,7 +240,10 @@ def _was_revoked(kit: Kit, site: str) -> bool:
 
 
 def _is_revoked(kit: Kit, line: str) -> bool:
-    return any(fingerprint(read_public_key(path)) == fingerprint(line) for path in kit.revoked.glob("*.pub"))
+    return any(
+        fingerprint(read_public_key(path)) == fingerprint(line)
+        for path in kit.revoked.glob("*.pub")
+    )
 
 
 def blank_site_file(project: Project, site: str) -> SiteFile:

@@ -54,7 +54,13 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     base = project.settings((*rest, *first))
     if names or base["select"]:
         action = "choose with fedsgcg study, then set the value"
-        raise fail("CFG-001", where="select", found=str(names), expected="nothing at real hospitals", action=action)
+        raise fail(
+            "CFG-001",
+            where="select",
+            found=str(names),
+            expected="nothing at real hospitals",
+            action=action,
+        )
     axes = with_grid(values, base["grid"], rest)
     sites: list[str] = base["data"]["sites"]
     heldouts = axes.get("heldout") or [str(base["heldout"])]
@@ -63,7 +69,13 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     compared = variants(axes, str(base["method"]["name"]), str(base["federation"]["ownership"]))
     if alone := [variant.federation for variant in compared if variant.federation != "by_site"]:
         expected = "by_site: at real hospitals each trains on its own images, with the others"
-        raise fail("CFG-001", where="federation", found=alone[0], expected=expected, action="use fedsgcg study for it")
+        raise fail(
+            "CFG-001",
+            where="federation",
+            found=alone[0],
+            expected=expected,
+            action="use fedsgcg study for it",
+        )
     folder = kit.runs / f"{base['data']['name']}-{identity(base)[:8]}"
     trees = {variant.label: project.settings((*rest, *variant.overrides)) for variant in compared}
     cells = tuple(
@@ -74,11 +86,18 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     )
     _check(cells)
     machine = look_at_machine()
-    return Study(folder, cells, "superlink", "sites", machine, "", tuple(overrides), "run", "at the sites")
+    return Study(
+        folder, cells, "superlink", "sites", machine, "", tuple(overrides), "run", "at the sites"
+    )
 
 
 def run_kit(
-    path: Path, overrides: Sequence[str], console: Screen, *, detach: bool = False, without: Sequence[str] = ()
+    path: Path,
+    overrides: Sequence[str],
+    console: Screen,
+    *,
+    detach: bool = False,
+    without: Sequence[str] = (),
 ) -> int:
     """Submit the cells of a study that are missing, one after the other, and watch them.
 
@@ -111,7 +130,9 @@ def run_kit(
         for cell in missing if without else ():
             declare(Plan.from_tree(cell.tree), without, Disk())
         console.print(
-            Text.assemble((f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}")
+            Text.assemble(
+                (f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}"
+            )
         )
         console.print(f"app bundle {bundle.digest[:16]}, which each hospital must have approved")
         for cell in missing:
@@ -145,7 +166,9 @@ def check_leaving(study: Study, sites: Sequence[str]) -> None:
     missing = [cell for cell in study.cells if not cell.done]
     if not missing:
         found = "a study that is done: nothing can be taken out of a finished model"
-        raise fail("CFG-001", where=OPTION, found=found, action="train a new study without the site")
+        raise fail(
+            "CFG-001", where=OPTION, found=found, action="train a new study without the site"
+        )
     problems: dict[Problem, None] = {}
     for cell in missing:
         try:
@@ -156,7 +179,9 @@ def check_leaving(study: Study, sites: Sequence[str]) -> None:
         raise FedsgcgError(*problems)
 
 
-def submit(kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Sequence[str]) -> Started:
+def submit(
+    kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Sequence[str]
+) -> Started:
     """Submit one cell and remember it."""
     run_id = control.start(bundle.data, run_config(cell.tree))
     started = Started(run_id, str(cell.folder), tuple(overrides), bundle.digest, time.time())
@@ -175,7 +200,9 @@ def watch(control: Control, cell: Cell, started: Started, console: Screen) -> No
         with Progress([cell], console):
             state = wait_until_over(control, started.run_id, console)
     except KeyboardInterrupt:
-        console.print("The run goes on at the server; fedsgcg status, or fedsgcg stop.", style="yellow")
+        console.print(
+            "The run goes on at the server; fedsgcg status, or fedsgcg stop.", style="yellow"
+        )
         raise
     if _is_of_this_run(cell, started):
         outcome = cell.outcome()
@@ -185,7 +212,9 @@ def watch(control: Control, cell: Cell, started: Started, console: Screen) -> No
     raise fail(
         "DEP-615",
         where=f"run {started.run_id}",
-        found=" ".join(filter(None, (state.ending, state.details))) if state else "the server does not know the run",
+        found=" ".join(filter(None, (state.ending, state.details)))
+        if state
+        else "the server does not know the run",
         action="look into state/runs.log of the kit; `fedsgcg resume KIT` goes on after the last done round",
     )
 
@@ -210,7 +239,9 @@ def wait_until_over(control: Control, run_id: int, console: Screen) -> RunState 
         time.sleep(POLL_S)
 
 
-def resume_kit(path: Path, console: Screen, *, detach: bool = False, without: Sequence[str] = ()) -> int:
+def resume_kit(
+    path: Path, console: Screen, *, detach: bool = False, without: Sequence[str] = ()
+) -> int:
     """Go on with what was last submitted, without the sites that left for good; raises DEP-613 when nothing was."""
     started = last_started(Kit.at(path))
     return run_kit(path, started.overrides, console, detach=detach, without=without)
@@ -227,7 +258,11 @@ def stop_kit(path: Path, console: Screen) -> int:
             return 0
         control.stop(started.run_id)
         end = time.monotonic() + STOPPING_S
-        while time.monotonic() < end and (state := control.run(started.run_id)) is not None and not state.over:
+        while (
+            time.monotonic() < end
+            and (state := control.run(started.run_id)) is not None
+            and not state.over
+        ):
             time.sleep(POLL_S)
     console.print(f"run {started.run_id} stopped; fedsgcg resume {kit.folder} goes on")
     return 0
@@ -253,7 +288,11 @@ def _is_of_this_run(cell: Cell, started: Started) -> bool:
 def _cell(tree: dict[str, Any], folder: Path, variant: Variant, heldout: str, seed: int) -> Cell:
     parts = (folder_name(variant.label), heldout or "all-sites", str(seed))
     own = {**tree, "heldout": heldout, "seed": seed, "output": str(folder.joinpath(*parts))}
-    own |= {"run": "/".join((folder.name, *parts)), "label": variant.label, "setting": " ".join(variant.settings)}
+    own |= {
+        "run": "/".join((folder.name, *parts)),
+        "label": variant.label,
+        "setting": " ".join(variant.settings),
+    }
     Plan.from_tree(own)
     return Cell(variant.label, heldout, seed, own)
 
@@ -265,6 +304,8 @@ def _check(cells: Sequence[Cell]) -> None:
         try:
             check_plan(Plan.from_tree(cell.tree), "cpu")
         except FedsgcgError as error:
-            problems |= dict.fromkeys(problem for problem in error.problems if problem.code not in SITES_DECIDE)
+            problems |= dict.fromkeys(
+                problem for problem in error.problems if problem.code not in SITES_DECIDE
+            )
     if problems:
         raise FedsgcgError(*problems)

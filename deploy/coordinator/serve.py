@@ -54,7 +54,10 @@ def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: st
         FedsgcgError: DEP-604 without a kit, DEP-607 for a certificate that hospitals would refuse, DEP-608 for
             `insecure` outside loopback, DEP-609 for a port that is taken.
     """
-    from deploy.coordinator.superlink import Doors, serve  # Flower's server takes a second to import
+    from deploy.coordinator.superlink import (
+        Doors,
+        serve,
+    )  # Flower's server takes a second to import
 
     kit = Kit.at(path)
     project = kit.project()
@@ -118,12 +121,24 @@ def check_certificate(kit: Kit, project: Project, console: Screen) -> None:
     where = str(kit.folder / "server.crt")
     if left <= 0 or days_left(authority) <= 0:
         found = f"it ended on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
-        raise fail("DEP-607", where=where, found=found, expected="a certificate that is still good", action=action)
+        raise fail(
+            "DEP-607",
+            where=where,
+            found=found,
+            expected="a certificate that is still good",
+            action=action,
+        )
     if project.address[0] not in names:
         found = f"it is for {', '.join(names)}"
         raise fail("DEP-607", where=where, found=found, expected=project.address[0], action=action)
     if not is_signed_by(certificate, authority):
-        raise fail("DEP-607", where=where, found="another authority signed it", expected="ca.crt", action=action)
+        raise fail(
+            "DEP-607",
+            where=where,
+            found="another authority signed it",
+            expected="ca.crt",
+            action=action,
+        )
     if left < RENEW_WITHIN_DAYS:
         console.print(f"The server's certificate ends in {left:.0f} days: {action}", style="yellow")
 
@@ -136,8 +151,12 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            action = "is another `fedsgcg serve` running? end it, or change the port in project.yaml"
-            raise fail("DEP-609", where=f"{host}:{port}", found=error.strerror or str(error), action=action) from error
+            action = (
+                "is another `fedsgcg serve` running? end it, or change the port in project.yaml"
+            )
+            raise fail(
+                "DEP-609", where=f"{host}:{port}", found=error.strerror or str(error), action=action
+            ) from error
 
 
 def prepare_state(kit: Kit, *, insecure: bool) -> None:
@@ -149,8 +168,12 @@ def prepare_state(kit: Kit, *, insecure: bool) -> None:
     prepare_environment()
     os.environ["FLWR_HOME"] = str(kit.state / "flwr")
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
-    os.chdir(kit.state)  # a run's process starts here: no package of this folder can hide the bundle's
-    handler = logging.handlers.RotatingFileHandler(kit.state / "server.log", maxBytes=LOG_BYTES, backupCount=5)
+    os.chdir(
+        kit.state
+    )  # a run's process starts here: no package of this folder can hide the bundle's
+    handler = logging.handlers.RotatingFileHandler(
+        kit.state / "server.log", maxBytes=LOG_BYTES, backupCount=5
+    )
     handler.addFilter(lambda record: not record.getMessage().startswith(ROUTINE))
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in LOGGERS:
@@ -223,7 +246,9 @@ class Watch:
     def _watch(self) -> None:
         with control_of(self.kit) as control:
             if run_id := end_orphan(self.kit, control):
-                self._tell(f"run {run_id} was cut off when the server ended; fedsgcg resume {self.kit.folder} goes on")
+                self._tell(
+                    f"run {run_id} was cut off when the server ended; fedsgcg resume {self.kit.folder} goes on"
+                )
             while True:
                 self._look_and_tell(control)
                 if self._ended.wait(LOOK_S):

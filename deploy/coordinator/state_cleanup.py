@@ -30,9 +30,25 @@ UNFINISHED: Final = """
 """
 
 EMPTIED: Final = (
-    *("message_res", "message_ins", "message", "task_message", "task_event", "task_usage", "task_logs"),
+    *(
+        "message_res",
+        "message_ins",
+        "message",
+        "task_message",
+        "task_event",
+        "task_usage",
+        "task_logs",
+    ),
     *("object_push_session_pending", "object_push_session_roots", "object_push_sessions"),
-    *("run_objects", "object_children", "objects", "compacted_contexts", "run_connector", "federation_app", "fab"),
+    *(
+        "run_objects",
+        "object_children",
+        "objects",
+        "compacted_contexts",
+        "run_connector",
+        "federation_app",
+        "fab",
+    ),
 )
 """Tables of what runs sent and were made of, those that refer to others first."""
 
@@ -65,7 +81,11 @@ def tidy(kit: Kit) -> str:
             return f"state/superlink.db was not tidied ({error}); it only grows"
     shutil.rmtree(kit.state / "flwr" / "apps", ignore_errors=True)
     freed = before - size_of(kit.state)
-    return f"state/: {freed / 1e6:.1f} MB of ended runs cleared away" if freed >= WORTH_TELLING_BYTES else ""
+    return (
+        f"state/: {freed / 1e6:.1f} MB of ended runs cleared away"
+        if freed >= WORTH_TELLING_BYTES
+        else ""
+    )
 
 
 def forget_runs(connection: sqlite3.Connection, last: int) -> None:
@@ -75,14 +95,17 @@ def forget_runs(connection: sqlite3.Connection, last: int) -> None:
         connection: The database, in autocommit mode.
         last: Flower's number of the run whose line stays, 0 for none.
     """
-    signed = last - 2**64 if last >= 2**63 else last  # Flower stores unsigned numbers in SQLite's signed integers
+    signed = (
+        last - 2**64 if last >= 2**63 else last
+    )  # Flower stores unsigned numbers in SQLite's signed integers
     connection.execute("BEGIN IMMEDIATE")
     for table in EMPTIED:
         connection.execute(f"DELETE FROM {table}")  # noqa: S608 (a name of the list above)
     for table in RUNS:
         connection.execute(f"DELETE FROM {table} WHERE run_id != ?", (signed,))  # noqa: S608
     for table in SERIES:
-        connection.execute(f"DELETE FROM {table} WHERE series_id NOT IN (SELECT series_id FROM series_runs)")  # noqa: S608
+        orphans = f"{table} WHERE series_id NOT IN (SELECT series_id FROM series_runs)"  # noqa: S608
+        connection.execute(f"DELETE FROM {orphans}")
     connection.execute("COMMIT")
     connection.execute("VACUUM")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -103,4 +126,6 @@ def _last_run(kit: Kit) -> int:
     try:
         return last_started(kit).run_id
     except FedsgcgError:
-        return 0  # nothing was submitted with this kit, or its note is damaged; `status` will say so
+        return (
+            0  # nothing was submitted with this kit, or its note is damaged; `status` will say so
+        )

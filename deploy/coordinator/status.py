@@ -24,7 +24,12 @@ from server.sites.departures import departed
 LATE_FACTOR: Final = 2.0
 """A site is late when it has taken twice its own usual time, or the others' in its first round."""
 
-STYLES: Final = {"online": "green", "offline": "red", "never came": "yellow", "not registered": "red"}
+STYLES: Final = {
+    "online": "green",
+    "offline": "red",
+    "never came": "yellow",
+    "not registered": "red",
+}
 
 
 @dataclass
@@ -73,7 +78,9 @@ class Standing:
         if name == "run.started":
             self.ended, self.done, self.started = "", self.round, 0.0
         elif name == "sites.enrolled":
-            self.sites = {str(site): self.sites.get(str(site), SiteLine()) for site in event.get("sites", [])}
+            self.sites = {
+                str(site): self.sites.get(str(site), SiteLine()) for site in event.get("sites", [])
+            }
         elif name == "round.started":
             self.started = when
             for line in self.sites.values():
@@ -105,7 +112,9 @@ class Standing:
         if self.ended or not self.seconds:
             return ""
         seconds = median(self.seconds[-5:]) * (self.rounds - self.done)
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        return (
+            f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        )
 
     def _reply(self, event: dict[str, Any], when: float) -> None:
         line = self.sites.setdefault(str(event.get("site")), SiteLine())
@@ -158,7 +167,9 @@ def status_kit(path: Path, console: Screen) -> int:
     return 1 if trouble or now.ended == "failed" else 0
 
 
-def _table(sites: tuple[str, ...], there: dict[str, str], now: Standing, gone: Mapping[str, str]) -> Table:
+def _table(
+    sites: tuple[str, ...], there: dict[str, str], now: Standing, gone: Mapping[str, str]
+) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in ("site", "server sees it", "last answer", "usual time", ""):
         table.add_column(title, justify="right" if title == "usual time" else "left")

@@ -72,7 +72,9 @@ class Doors:
     @property
     def tls(self) -> dict[str, str]:
         """Arguments of uvicorn for TLS, none without an authority."""
-        return {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)} if self.ca else {}
+        return (
+            {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)} if self.ca else {}
+        )
 
 
 class FleetOnly:
@@ -84,7 +86,9 @@ class FleetOnly:
 
     def __init__(self, app: Application) -> None:
         self._app = app
-        self.paths = frozenset({"/health", *(str(getattr(route, "path", "")) for route in fleet_router.routes)})
+        self.paths = frozenset(
+            {"/health", *(str(getattr(route, "path", "")) for route in fleet_router.routes)}
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
@@ -92,7 +96,13 @@ class FleetOnly:
             await self._app(scope, receive, send)
             return
         if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 403,
+                    "headers": [(b"content-type", b"text/plain")],
+                }
+            )
             await send({"type": "http.response.body", "body": REFUSAL})
             return
         await send({"type": "websocket.close", "code": 1008})
@@ -148,7 +158,11 @@ def superlink_app(doors: Doors) -> Any:
     """Build the SuperLink's application with the coordinator's credential in front of its Control API."""
     certificates = None
     if doors.ca:
-        certificates = (doors.ca.read_bytes(), doors.certificate.read_bytes(), doors.key.read_bytes())
+        certificates = (
+            doors.ca.read_bytes(),
+            doors.certificate.read_bytes(),
+            doors.key.read_bytes(),
+        )
     config = SuperLinkLifespanConfig(
         control_address=f"{LOOPBACK}:{doors.control_port}",
         health_server_address=None,
@@ -200,7 +214,9 @@ async def serve(doors: Doors, on_ready: Callable[[], None], on_stop: Callable[[]
     app = superlink_app(doors)
     common: dict[str, Any] = {"log_config": None, "access_log": False, "workers": 1, **doors.tls}
     inner = QuietServer(uvicorn.Config(app, host=LOOPBACK, port=doors.control_port, **common))
-    outer = QuietServer(uvicorn.Config(FleetOnly(app), host=doors.host, port=doors.port, lifespan="off", **common))
+    outer = QuietServer(
+        uvicorn.Config(FleetOnly(app), host=doors.host, port=doors.port, lifespan="off", **common)
+    )
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -227,7 +243,9 @@ async def serve(doors: Doors, on_ready: Callable[[], None], on_stop: Callable[[]
 def start_executor(doors: Doors) -> subprocess.Popen[bytes]:
     """Start Flower's executor in a session of its own, so that it can be ended with all that it starts."""
     with doors.log.open("ab") as log:
-        return subprocess.Popen(executor_command(doors), stdout=log, stderr=log, start_new_session=True)  # noqa: S603
+        return subprocess.Popen(  # noqa: S603
+            executor_command(doors), stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def end_group(process: subprocess.Popen[bytes] | None) -> None:

@@ -30,19 +30,35 @@ converts only what changed. Files that cannot be used are listed, and the rest g
 
 def add_parser(commands: Any) -> None:
     """Add `data` with its two commands to the subparsers of `fedsgcg`."""
-    data = commands.add_parser("data", help="list the data sets, or convert one into the canonical folder")
+    data = commands.add_parser(
+        "data", help="list the data sets, or convert one into the canonical folder"
+    )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="data sets that ship with settings: hospitals, cases, terms")
+    listing = actions.add_parser(
+        "list", help="data sets that ship with settings: hospitals, cases, terms"
+    )
     listing.set_defaults(run=run_list)
     raw = argparse.RawDescriptionHelpFormatter
-    prepare = actions.add_parser("prepare", help="convert a data set", description=PREPARE, formatter_class=raw)
-    prepare.add_argument("name", metavar="NAME", choices=NAMES, help=" | ".join(NAMES) + " (own data)")
-    prepare.add_argument(
-        "source", metavar="SOURCE", type=Path, nargs="?", help="downloaded folder, or a CSV of own data"
+    prepare = actions.add_parser(
+        "prepare", help="convert a data set", description=PREPARE, formatter_class=raw
     )
-    prepare.add_argument("-o", "--output", metavar="FOLDER", type=Path, help="new folder for the canonical form")
     prepare.add_argument(
-        "--link", action="store_true", help="link to files that need no change instead of copying them"
+        "name", metavar="NAME", choices=NAMES, help=" | ".join(NAMES) + " (own data)"
+    )
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        nargs="?",
+        help="downloaded folder, or a CSV of own data",
+    )
+    prepare.add_argument(
+        "-o", "--output", metavar="FOLDER", type=Path, help="new folder for the canonical form"
+    )
+    prepare.add_argument(
+        "--link",
+        action="store_true",
+        help="link to files that need no change instead of copying them",
     )
     words = "share of a published training part kept for source validation (default 0.2)"
     prepare.add_argument("--validation", metavar="SHARE", type=float, default=0.2, help=words)
@@ -74,11 +90,24 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
 
     name, source, folder = options.name, options.source, options.output
     if source is None or not source.exists():
-        raise absent(name, source, "no such folder" if source is not None else "no SOURCE was given")
+        raise absent(
+            name, source, "no such folder" if source is not None else "no SOURCE was given"
+        )
     if folder is None:
-        raise fail("DAT-121", found="no folder", expected="-o FOLDER", action="Name a new folder.", where="-o")
+        raise fail(
+            "DAT-121",
+            found="no folder",
+            expected="-o FOLDER",
+            action="Name a new folder.",
+            where="-o",
+        )
     if not 0 <= options.validation < 1:
-        raise fail("CFG-001", where="--validation", found=f"{options.validation:g}", expected="a fraction in [0, 1)")
+        raise fail(
+            "CFG-001",
+            where="--validation",
+            found=f"{options.validation:g}",
+            expected="a fraction in [0, 1)",
+        )
     labels = None
     with console.status(f"looking through {source}"):
         if name in ("fundus", "prostate"):
@@ -104,7 +133,9 @@ def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Scre
     data_set = CATALOGUE.get(name)
     if data_set:
         console.print(f"terms: {data_set.terms}")
-    done = f"{outcome.written} converted" + (f", {outcome.kept} unchanged since the last call" if outcome.kept else "")
+    done = f"{outcome.written} converted" + (
+        f", {outcome.kept} unchanged since the last call" if outcome.kept else ""
+    )
     wrong = f"; {len(outcome.problems)} problems" if outcome.problems else ""
     state = ("incomplete", "yellow") if outcome.problems else ("complete", "green")
     console.print(Text.assemble(state, f": {done}{wrong}; report: {folder / REPORT}"))
@@ -124,7 +155,12 @@ def _counts(name: str, outcome: Outcome) -> Table:
     data_set = CATALOGUE.get(name)
     published = {hospital.name: hospital for hospital in data_set.hospitals} if data_set else {}
     caption = f"published counts: {data_set.counted}" if data_set else None
-    table = Table(title=f"{name}: cases", caption=caption, caption_justify="left", min_width=64 if data_set else None)
+    table = Table(
+        title=f"{name}: cases",
+        caption=caption,
+        caption_justify="left",
+        min_width=64 if data_set else None,
+    )
     titles = ("hospital", "known as", "cases", "published") if data_set else ("hospital", "cases")
     for title in titles:
         table.add_column(title, justify="left" if title in ("hospital", "known as") else "right")

@@ -96,14 +96,20 @@ class Found:
     def missing(self, path: Path, why: str) -> None:
         """Note a file that should be there."""
         action = "Get the file again, or go on without the case."
-        self.problems.append(Problem("DAT-122", f"no {why}", "the published file", action, str(path)))
+        self.problems.append(
+            Problem("DAT-122", f"no {why}", "the published file", action, str(path))
+        )
 
     def surplus(self, path: Path, why: str) -> None:
         """Note a file that has no place in the data set."""
         action = "It is left out; take it away if it came there by mistake."
-        self.problems.append(Problem("DAT-123", why, "only files of the data set", action, str(path)))
+        self.problems.append(
+            Problem("DAT-123", why, "only files of the data set", action, str(path))
+        )
 
-    def extras(self, files: Sequence[Path], known: Callable[[Path], bool] = lambda path: False) -> None:
+    def extras(
+        self, files: Sequence[Path], known: Callable[[Path], bool] = lambda path: False
+    ) -> None:
         """Note every image file that no case uses and that is not `known` to have a purpose of its own."""
         used = {path for work in self.work for path in work.sources} | self.torn
         told = {problem.where for problem in self.problems}
@@ -165,9 +171,14 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
                     done[work.image] = {"stamp": stamp, "mask": work.mask, "note": note}
                 rows.append(work)
         finally:  # also an interrupted call leaves a record of what it made
-            _write(folder / RECORD, json.dumps(_record(name, source, {**before, **done}), indent=1).encode())
+            _write(
+                folder / RECORD,
+                json.dumps(_record(name, source, {**before, **done}), indent=1).encode(),
+            )
         if not rows:
-            raise FedsgcgError(Problem("DAT-125", "no usable case", "at least one", where=str(source)), *problems)
+            raise FedsgcgError(
+                Problem("DAT-125", "no usable case", "at least one", where=str(source)), *problems
+            )
         _forget(folder, before, done)
         _write(folder / "manifest.csv", _manifest(rows, source))
         counts = Counter((work.site, work.published) for work in rows)
@@ -188,26 +199,46 @@ def image_files(source: Path, found: Found) -> list[Path]:
     """
     listing = look_through(source)
     if listing.foreign:
-        said = counted_names(listing.foreign, f"files of formats that are not read ({by_format(listing.foreign)})")
+        said = counted_names(
+            listing.foreign, f"files of formats that are not read ({by_format(listing.foreign)})"
+        )
         advice = " ".join(listing.conversions())
         if found.published:
             found.notes.append(f"{said}. {advice}")
         else:
-            found.problems.append(Problem("DAT-119", said, "NIfTI or 2-D pictures", advice, str(source)))
+            found.problems.append(
+                Problem("DAT-119", said, "NIfTI or 2-D pictures", advice, str(source))
+            )
     if listing.ghosts:
-        found.notes.append(counted_names(listing.ghosts, "hidden files called like images are passed over"))
+        found.notes.append(
+            counted_names(listing.ghosts, "hidden files called like images are passed over")
+        )
     for folder, why in listing.closed:
         action = "Give this user the right to read it, then call again."
-        found.problems.append(Problem("DAT-122", f"no way into the folder: {why}", "", action, str(folder)))
+        found.problems.append(
+            Problem("DAT-122", f"no way into the folder: {why}", "", action, str(folder))
+        )
     for folder in listing.loops:
-        found.problems.append(Problem("DAT-123", "a folder that leads back into itself", "", "", str(folder)))
+        found.problems.append(
+            Problem("DAT-123", "a folder that leads back into itself", "", "", str(folder))
+        )
     return listing.images
 
 
 def absent(name: str, source: Path | None, found: str) -> FedsgcgError:
     """Return the error for a data set that is not where it was looked for; it says what to fetch."""
-    expected = "\n    ".join(CATALOGUE[name].layouts) if name in CATALOGUE else "a CSV file or one folder a hospital"
-    return fail("DAT-120", where=str(source or name), found=found, expected=expected, action=fetch_advice(name))
+    expected = (
+        "\n    ".join(CATALOGUE[name].layouts)
+        if name in CATALOGUE
+        else "a CSV file or one folder a hospital"
+    )
+    return fail(
+        "DAT-120",
+        where=str(source or name),
+        found=found,
+        expected=expected,
+        action=fetch_advice(name),
+    )
 
 
 @contextmanager
@@ -231,7 +262,9 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
             raise _refused(folder, error) from error
         if not free:
             action = "Wait for the other call, then call again."
-            raise fail("DAT-121", where=str(folder), found="another call is writing to it", action=action)
+            raise fail(
+                "DAT-121", where=str(folder), found="another call is writing to it", action=action
+            )
         if not (folder / RECORD).exists():  # from now on an interrupted call is known to be ours
             _write(folder / RECORD, json.dumps(_record(name, source, {})).encode())
         yield before
@@ -243,7 +276,13 @@ def _earlier(folder: Path, name: str, source: Path) -> dict[str, dict[str, str]]
     action = "Choose another folder with -o."
     if here == there or there in here.parents or here in there.parents:
         expected = "a folder outside the source"
-        raise fail("DAT-121", where=str(folder), found=f"it overlaps {source}", expected=expected, action=action)
+        raise fail(
+            "DAT-121",
+            where=str(folder),
+            found=f"it overlaps {source}",
+            expected=expected,
+            action=action,
+        )
     if not folder.exists() or (
         folder.is_dir() and not [path for path in folder.iterdir() if path.name != ".prepare.lock"]
     ):
@@ -255,14 +294,27 @@ def _earlier(folder: Path, name: str, source: Path) -> dict[str, dict[str, str]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = "a file" if folder.is_file() else "files that fedsgcg did not prepare"
         expected = "a new or empty folder"
-        raise fail("DAT-121", where=str(folder), found=found, expected=expected, action=action) from error
+        raise fail(
+            "DAT-121", where=str(folder), found=found, expected=expected, action=action
+        ) from error
     if made != name:
-        raise fail("DAT-121", where=str(folder), found=f"data set {made}", expected=f"data set {name}", action=action)
+        raise fail(
+            "DAT-121",
+            where=str(folder),
+            found=f"data set {made}",
+            expected=f"data set {name}",
+            action=action,
+        )
     return files
 
 
 def _record(name: str, source: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-    return {"dataset": name, "format": FORMAT, "source": str(source.resolve()), "files": dict(files)}
+    return {
+        "dataset": name,
+        "format": FORMAT,
+        "source": str(source.resolve()),
+        "files": dict(files),
+    }
 
 
 def _stamp(work: Work) -> str:
@@ -300,7 +352,9 @@ def _made(folder: Path, work: Work) -> str:
             half.unlink(missing_ok=True)
 
 
-def _forget(folder: Path, before: Mapping[str, Mapping[str, str]], done: Mapping[str, Mapping[str, str]]) -> None:
+def _forget(
+    folder: Path, before: Mapping[str, Mapping[str, str]], done: Mapping[str, Mapping[str, str]]
+) -> None:
     """Remove what an earlier call made and this one no longer lists."""
     wanted = {name for image, facts in done.items() for name in (image, facts["mask"])}
     for image, facts in before.items():
@@ -317,7 +371,15 @@ def _manifest(rows: Sequence[Work], source: Path) -> bytes:
         original = work.sources[0]
         place = original.relative_to(source) if original.is_relative_to(source) else original
         writer.writerow(
-            [work.site, work.image, work.mask, work.patient, work.split, work.published, printable(place.as_posix())]
+            [
+                work.site,
+                work.image,
+                work.mask,
+                work.patient,
+                work.split,
+                work.published,
+                printable(place.as_posix()),
+            ]
         )
     return sink.getvalue().encode()
 
@@ -328,7 +390,11 @@ def _miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Pro
     if data_set is None:
         return
     for hospital in data_set.hospitals:
-        parts = {"train": hospital.train, "test": hospital.test} if hospital.test else {"": hospital.train}
+        parts = (
+            {"train": hospital.train, "test": hospital.test}
+            if hospital.test
+            else {"": hospital.train}
+        )
         for part, wanted in parts.items():
             if (got := counts.get((hospital.name, part), 0)) != wanted:
                 where = f"{hospital.name} ({hospital.source})" + (f", {part}" if part else "")
@@ -339,12 +405,23 @@ def _miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Pro
 
 def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:
     data_set = CATALOGUE.get(name)
-    lines = [f"data set: {name}", f"source: {printable(str(source))}", f"layout: {printable(found.layout)}"]
+    lines = [
+        f"data set: {name}",
+        f"source: {printable(str(source))}",
+        f"layout: {printable(found.layout)}",
+    ]
     lines += [f"terms: {data_set.terms}", f"cite: {data_set.cite}"] if data_set else []
     lines += ["", "cases:"]
-    lines += [f"  {site} {part}".rstrip() + f": {count}" for (site, part), count in sorted(outcome.counts.items())]
+    lines += [
+        f"  {site} {part}".rstrip() + f": {count}"
+        for (site, part), count in sorted(outcome.counts.items())
+    ]
     lines += ["", *(f"note: {note}" for note in outcome.notes)] if outcome.notes else []
-    lines += ["", *(str(problem) for problem in outcome.problems)] if outcome.problems else ["", "nothing is wrong"]
+    lines += (
+        ["", *(str(problem) for problem in outcome.problems)]
+        if outcome.problems
+        else ["", "nothing is wrong"]
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -369,4 +446,10 @@ def take(source: Path, target: Path, *, link: bool) -> None:
 def _refused(path: Path, error: OSError) -> FedsgcgError:
     found = f"{type(error).__name__}: {error.strerror or error}"
     action = disk_advice(error, "choose another folder with -o.")
-    return fail("DAT-126", where=str(path), found=found, expected="a folder that can be written", action=action)
+    return fail(
+        "DAT-126",
+        where=str(path),
+        found=found,
+        expected="a folder that can be written",
+        action=action,
+    )

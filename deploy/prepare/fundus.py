@@ -56,7 +56,8 @@ ORIGINALS: Final = (
 )
 # Other experts, other maps and the REFUGE test part: in the releases, not in the benchmark.
 UNUSED: Final = re.compile(
-    r".*(-exp[12]|seg.*map|_?OD(Avg)?|_?cup(Avg)?)\.(png|bmp)|T\d{4}\.(jpe?g|bmp|png)", re.IGNORECASE
+    r".*(-exp[12]|seg.*map|_?OD(Avg)?|_?cup(Avg)?)\.(png|bmp)|T\d{4}\.(jpe?g|bmp|png)",
+    re.IGNORECASE,
 )
 
 
@@ -80,14 +81,21 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
 
 
 def _laid_out(
-    source: Path, files: Sequence[Path], root: Path | None, validation_fraction: float, *, link: bool
+    source: Path,
+    files: Sequence[Path],
+    root: Path | None,
+    validation_fraction: float,
+    *,
+    link: bool,
 ) -> Found:
     """List the cases of the released layout where there is a root of it, else of the original one."""
     if root is not None:
         return _released(root, files, validation_fraction, link=link)
     index = _original_index(files)
     if not any(index.values()):
-        raise absent("fundus", source, f"{len(files)} image files, none in a known place or of a known name")
+        raise absent(
+            "fundus", source, f"{len(files)} image files, none in a known place or of a known name"
+        )
     return _original(source, files, index, validation_fraction)
 
 
@@ -113,19 +121,30 @@ def window(disc: NDArray[np.bool_], side: int = SIDE) -> tuple[int, int]:
     for axis, length in enumerate(disc.shape):
         along = np.flatnonzero(disc.any(axis=1 - axis))
         if along.size == 0:
-            raise fail("DAT-125", found="a mask without a disc", expected="a disc", action="Check the mask.")
+            raise fail(
+                "DAT-125",
+                found="a mask without a disc",
+                expected="a disc",
+                action="Check the mask.",
+            )
         first, last = int(along[0]), int(along[-1])
         if last - first >= side:
-            raise fail("DAT-125", found=f"a disc of {last - first + 1} pixels", expected=f"at most {side}")
+            raise fail(
+                "DAT-125", found=f"a disc of {last - first + 1} pixels", expected=f"at most {side}"
+            )
         start = (first + last + 1) // 2 - side // 2
-        starts.append(min(max(start, 0), length - side) if length >= side else -((side - length) // 2))
+        starts.append(
+            min(max(start, 0), length - side) if length >= side else -((side - length) // 2)
+        )
     return starts[0], starts[1]
 
 
 def cut(array: NDArray[Any], start: tuple[int, int], side: int = SIDE) -> NDArray[Any]:
     """Cut a square out of (H, W) or (H, W, C); what lies outside the picture is 0."""
     out = np.zeros((side, side, *array.shape[2:]), array.dtype)
-    rows, columns = (slice(max(s, 0), min(s + side, n)) for s, n in zip(start, array.shape[:2], strict=True))
+    rows, columns = (
+        slice(max(s, 0), min(s + side, n)) for s, n in zip(start, array.shape[:2], strict=True)
+    )
     piece = array[rows, columns]
     top, left = max(-start[0], 0), max(-start[1], 0)
     out[top : top + piece.shape[0], left : left + piece.shape[1]] = piece
@@ -141,7 +160,9 @@ def grey_values(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             return np.asarray(ImageOps.exif_transpose(picture).convert("L"))
-    except Exception as error:  # damaged bytes raise nearly anything; one file must not stop the others
+    except (
+        Exception
+    ) as error:  # damaged bytes raise nearly anything; one file must not stop the others
         found = f"{type(error).__name__}: {error}"
         raise fail("DAT-103", found=found, action="Get the file again.", where=str(path)) from error
 
@@ -153,19 +174,25 @@ def _released_root(files: Sequence[Path]) -> Path | None:
     """Return the folder that holds Domain1 ... Domain4, None when no file lies below such a folder."""
     for path in files:
         for parent in path.parents:
-            if parent.name in DOMAINS and path.is_relative_to(parent / "train") | path.is_relative_to(parent / "test"):
+            if parent.name in DOMAINS and path.is_relative_to(
+                parent / "train"
+            ) | path.is_relative_to(parent / "test"):
                 return parent.parent
     return None
 
 
-def _released(root: Path, files: Sequence[Path], validation_fraction: float, *, link: bool) -> Found:
+def _released(
+    root: Path, files: Sequence[Path], validation_fraction: float, *, link: bool
+) -> Found:
     found = Found(f"released crops, Domain1 to Domain4 below {root}")
     present = set(files)
     for domain in DOMAINS:
         for part in PARTS:
             pairs, from_list = _listed_pairs(root, domain, part, files)
             if from_list is not None:
-                found.notes.append(f"{domain} {part}: {len(pairs)} cases as listed in {from_list.name}")
+                found.notes.append(
+                    f"{domain} {part}: {len(pairs)} cases as listed in {from_list.name}"
+                )
             for image, mask in pairs:
                 gone = [path for path in (image, mask) if path not in present]
                 for path in gone:
@@ -173,7 +200,9 @@ def _released(root: Path, files: Sequence[Path], validation_fraction: float, *, 
                     found.torn |= {image, mask} - set(gone)
                 if not gone:
                     make = partial(_make_released, image, mask, link)
-                    found.work.append(_work(domain, part, image.stem, (image, mask), make, validation_fraction))
+                    found.work.append(
+                        _work(domain, part, image.stem, (image, mask), make, validation_fraction)
+                    )
     found.extras(files)
     return found
 
@@ -187,17 +216,31 @@ def _listed_pairs(
     """
     for path in (root / f"{domain}_{part}.list", root / domain / f"{part}.list"):
         if path.is_file():
-            lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            lines = [
+                line.split()
+                for line in path.read_text(encoding="utf-8-sig").splitlines()
+                if line.strip()
+            ]
             if wrong := [number for number, words in enumerate(lines, 1) if len(words) != 2]:
                 found = f"line {wrong[0]} has not two paths"
-                raise fail("DAT-120", where=str(path), found=found, expected="image and mask, with a blank between")
-            return [(_place(root, domain, one), _place(root, domain, two)) for one, two in lines], path
+                raise fail(
+                    "DAT-120",
+                    where=str(path),
+                    found=found,
+                    expected="image and mask, with a blank between",
+                )
+            return [
+                (_place(root, domain, one), _place(root, domain, two)) for one, two in lines
+            ], path
     folder = root / domain / part / "ROIs"
     suffixes = {path.stem: path.suffix for path in files if path.parent == folder / "image"}
     masks = {path.stem: path.suffix for path in files if path.parent == folder / "mask"}
     names = sorted(PUBLISHED[domain, part])
     return [
-        (folder / "image" / (name + suffixes.get(name, ".png")), folder / "mask" / (name + masks.get(name, ".png")))
+        (
+            folder / "image" / (name + suffixes.get(name, ".png")),
+            folder / "mask" / (name + masks.get(name, ".png")),
+        )
         for name in names
     ], None
 
@@ -206,7 +249,10 @@ def _place(root: Path, domain: str, text: str) -> Path:
     """Return the file that a path of a list means; one that leads out of the folder counts as missing there."""
     text = text.replace("\\", "/").lstrip("/")
     inside = [base / text for base in (root, root / domain) if ".." not in Path(text).parts]
-    return next((path for path in inside if path.is_file()), inside[0] if inside else root / domain / Path(text).name)
+    return next(
+        (path for path in inside if path.is_file()),
+        inside[0] if inside else root / domain / Path(text).name,
+    )
 
 
 def _make_released(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) -> str:
@@ -218,7 +264,11 @@ def _make_released(image: Path, mask: Path, link: bool, to_image: Path, to_mask:
     else:
         to_image.write_bytes(picture_bytes(pixels))
     to_mask.write_bytes(mask_bytes(labels))
-    return "" if labels.shape == (SIDE, SIDE) else f"{labels.shape[1]} x {labels.shape[0]} pixels, not {SIDE} x {SIDE}"
+    return (
+        ""
+        if labels.shape == (SIDE, SIDE)
+        else f"{labels.shape[1]} x {labels.shape[0]} pixels, not {SIDE} x {SIDE}"
+    )
 
 
 # the original releases
@@ -227,12 +277,16 @@ def _make_released(image: Path, mask: Path, link: bool, to_image: Path, to_mask:
 def _original_index(files: Sequence[Path]) -> dict[tuple[str, str], list[tuple[str, Path]]]:
     """Sort files by domain and kind: (published case name, file)."""
     numbers = {name[-3:]: name for part in PARTS for name in PUBLISHED["Domain1", part]}
-    index: dict[tuple[str, str], list[tuple[str, Path]]] = {(domain, kind): [] for domain, kind, _ in ORIGINALS}
+    index: dict[tuple[str, str], list[tuple[str, Path]]] = {
+        (domain, kind): [] for domain, kind, _ in ORIGINALS
+    }
     for path in files:
         for domain, kind, pattern in ORIGINALS:
             if match := pattern.fullmatch(path.name):
                 case = match["case"]
-                index[domain, kind].append((numbers.get(case[-3:], case) if domain == "Domain1" else case, path))
+                index[domain, kind].append(
+                    (numbers.get(case[-3:], case) if domain == "Domain1" else case, path)
+                )
                 break
     return index
 
@@ -311,7 +365,14 @@ def _marked(path: Path, columns: int, limit: int) -> NDArray[np.bool_]:
 # both
 
 
-def _work(domain: str, part: str, case: str, sources: tuple[Path, ...], make: Any, validation_fraction: float) -> Work:
+def _work(
+    domain: str,
+    part: str,
+    case: str,
+    sources: tuple[Path, ...],
+    make: Any,
+    validation_fraction: float,
+) -> Work:
     split = "test" if part == "test" else split_of(case, validation_fraction)
     suffixes = (".png", ".png")
     return Work(domain, case, sources, suffixes, make, patient=case, split=split, published=part)
@@ -321,14 +382,33 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
     """Return a colour picture as (H, W, 3)."""
     array = read_volume(path).array
     if array.ndim != 3 or array.shape[0] != 3:
-        raise fail("DAT-125", found=f"{array.shape[0]} channels", expected="a colour picture", where=str(path))
+        raise fail(
+            "DAT-125",
+            found=f"{array.shape[0]} channels",
+            expected="a colour picture",
+            where=str(path),
+        )
     return np.ascontiguousarray(array.transpose(1, 2, 0), dtype=np.uint8)
 
 
 def _check_pair(pixels: NDArray[np.uint8], labels: Labels, path: Path) -> None:
     """Refuse a mask of another size (DAT-104) or without a disc (DAT-125)."""
     if pixels.shape[:2] != labels.shape:
-        found, expected = (f"{columns}x{rows}" for rows, columns in (labels.shape, pixels.shape[:2]))
-        raise fail("DAT-104", found=found, expected=expected, action="Get both files again.", where=str(path))
+        found, expected = (
+            f"{columns}x{rows}" for rows, columns in (labels.shape, pixels.shape[:2])
+        )
+        raise fail(
+            "DAT-104",
+            found=found,
+            expected=expected,
+            action="Get both files again.",
+            where=str(path),
+        )
     if not labels.any():
-        raise fail("DAT-125", found="a mask without disc", expected="a disc", action="Check it.", where=str(path))
+        raise fail(
+            "DAT-125",
+            found="a mask without disc",
+            expected="a disc",
+            action="Check it.",
+            where=str(path),
+        )

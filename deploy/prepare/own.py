@@ -67,7 +67,9 @@ class Labels:
             expected = "whole numbers from 0 to 255, one a class"
             if self.allowed is not None:
                 expected = "values " + ", ".join(map(str, sorted(self.allowed)))
-            raise fail("DAT-109", found=found, expected=expected, action="Correct the mask.", where=where)
+            raise fail(
+                "DAT-109", found=found, expected=expected, action="Correct the mask.", where=where
+            )
         self.seen.update({label for label in labels.values() if label is not None})
 
     def advice(self) -> str:
@@ -75,8 +77,13 @@ class Labels:
         if not self.seen:
             return ""
         values = sorted(self.seen)
-        groups = [f"{'background' if not value else f'class_{value}'}: [{value}]" for value in values]
-        return f"label values {', '.join(map(str, values))}; declare them: classes: {{{', '.join(groups)}}}" + PIECES
+        groups = [
+            f"{'background' if not value else f'class_{value}'}: [{value}]" for value in values
+        ]
+        return (
+            f"label values {', '.join(map(str, values))}; declare them: classes: {{{', '.join(groups)}}}"
+            + PIECES
+        )
 
 
 def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
@@ -103,7 +110,9 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     if not lines:
         said = "; ".join(problem.found for problem in found.problems if problem.code == "DAT-119")
         raise absent(name, source, "; ".join(filter(None, [_nothing(len(files), listed), said])))
-    found.notes += [f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))]
+    found.notes += [
+        f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))
+    ]
     for line in _named(lines):
         gone = [path for path in (line.image, line.mask) if path is not None and not is_file(path)]
         for path in gone:
@@ -118,7 +127,11 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
 
 
 def _nothing(files: int, listed: bool) -> str:
-    return "a table without a usable line" if listed else f"{files} image files, no table and no <site>/<case>_image.*"
+    return (
+        "a table without a usable line"
+        if listed
+        else f"{files} image files, no table and no <site>/<case>_image.*"
+    )
 
 
 def _sites(lines: Sequence[Line]) -> list[str]:
@@ -130,7 +143,9 @@ def _from_table(name: str, table: Path, found: Found) -> list[Line]:
         rows = read_manifest(table)
     except FedsgcgError as error:
         (problem,) = error.problems
-        raise absent(name, table, f"{problem.found}. {problem.action}".removesuffix(". ")) from error
+        raise absent(
+            name, table, f"{problem.found}. {problem.action}".removesuffix(". ")
+        ) from error
     lines = []
     seen: set[tuple[str, Path]] = set()
     for row in rows:
@@ -149,7 +164,11 @@ def _from_table(name: str, table: Path, found: Found) -> list[Line]:
 
 def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Line]:
     """List `<site>/<case>_image.*` with the `<case>_mask.*` beside it."""
-    stems = {path.parent / without_suffix(path.name): path for path in files if path.parent.parent == source}
+    stems = {
+        path.parent / without_suffix(path.name): path
+        for path in files
+        if path.parent.parent == source
+    }
     lines, masks = [], set()
     for stem, path in stems.items():
         if stem.name.endswith("_image"):
@@ -171,7 +190,10 @@ def _named(lines: Sequence[Line]) -> list[Line]:
     for depth in (1, 2):
         counts = Counter((line.site, line.name.lower()) for line in plain)
         plain = [
-            replace(line, name=printable("_".join([*line.image.parts[-1 - depth : -1], stem_of(line.image)])))
+            replace(
+                line,
+                name=printable("_".join([*line.image.parts[-1 - depth : -1], stem_of(line.image)])),
+            )
             if counts[line.site, line.name.lower()] > 1
             else line
             for line in plain

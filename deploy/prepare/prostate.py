@@ -16,7 +16,14 @@ from common.images.write import write_native
 from deploy.prepare.conversion import Found, Work, absent, image_files, take
 
 FOLDERS: Final = {
-    **{"isbi": "RUNMC", "runmc": "RUNMC", "isbi15": "BMC", "bmc": "BMC", "i2cvb": "I2CVB", "hcrudb": "I2CVB"},
+    **{
+        "isbi": "RUNMC",
+        "runmc": "RUNMC",
+        "isbi15": "BMC",
+        "bmc": "BMC",
+        "i2cvb": "I2CVB",
+        "hcrudb": "I2CVB",
+    },
     **{"ucl": "UCL", "bidmc": "BIDMC", "hk": "HK"},
 }
 """Folder name in small letters and digits -> hospital; both naming habits of the release."""
@@ -27,7 +34,9 @@ LISTED: Final = {
 }
 """Numbers of the cases in the training lists of SAML (commit 3842011): what a site with too few cases lacks."""
 
-FILE: Final = re.compile(r"(?P<case>case[ _-]?\d+)(?P<mask>[ _-]segmentation)?\.nii(\.gz)?", re.IGNORECASE)
+FILE: Final = re.compile(
+    r"(?P<case>case[ _-]?\d+)(?P<mask>[ _-]segmentation)?\.nii(\.gz)?", re.IGNORECASE
+)
 
 
 def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
@@ -53,7 +62,11 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
             if (masks if match["mask"] else images).setdefault(key, path) != path:
                 found.surplus(path, f"a second file of {site} {key[1]}")
     if not images and not masks:
-        raise absent("prostate", source, f"{len(files)} image files, none called CaseNN in a folder of a known site")
+        raise absent(
+            "prostate",
+            source,
+            f"{len(files)} image files, none called CaseNN in a folder of a known site",
+        )
     for key in sorted(images.keys() | masks.keys()):
         site, case = key
         if key not in images:
@@ -76,12 +89,17 @@ def _name_missing(source: Path, images: set[tuple[str, str]], found: Found) -> N
         elif len(present) < hospital.train:
             for number in LISTED[name]:
                 if (case := f"Case{number:02d}") not in present:
-                    found.missing(source / name / f"{case}.nii.gz", f"{case}, which SAML's list of {name} has")
+                    found.missing(
+                        source / name / f"{case}.nii.gz", f"{case}, which SAML's list of {name} has"
+                    )
 
 
 def _site_of(path: Path, source: Path) -> str:
     """Return the hospital of a file, from the nearest folder with a known name; "" for none."""
-    names = ("".join(filter(str.isalnum, part.lower())) for part in reversed(path.relative_to(source).parts[:-1]))
+    names = (
+        "".join(filter(str.isalnum, part.lower()))
+        for part in reversed(path.relative_to(source).parts[:-1])
+    )
     return next((FOLDERS[name] for name in names if name in FOLDERS), "")
 
 
@@ -99,16 +117,36 @@ def _make(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) ->
     values = np.unique(drawn.array)
     if not set(values.tolist()) <= {0.0, 1.0, 2.0}:
         found = "values " + ", ".join(f"{value:g}" for value in values[:8])
-        raise fail("DAT-109", found=found, expected="0, 1 and 2", action="Get the mask again.", where=str(mask))
+        raise fail(
+            "DAT-109",
+            found=found,
+            expected="0, 1 and 2",
+            action="Get the mask again.",
+            where=str(mask),
+        )
     if not values.any():
-        raise fail("DAT-125", found="an empty mask", expected="a prostate", action="Check it.", where=str(mask))
+        raise fail(
+            "DAT-125",
+            found="an empty mask",
+            expected="a prostate",
+            action="Check it.",
+            where=str(mask),
+        )
     voxels, grid = to_native(drawn.array, drawn), to_native(scan.array, scan)
     if voxels.shape != grid.shape:
         found, expected = ("x".join(map(str, array.shape)) for array in (voxels, grid))
-        raise fail("DAT-104", found=found, expected=expected, action="Get both files again.", where=str(mask))
+        raise fail(
+            "DAT-104",
+            found=found,
+            expected=expected,
+            action="Get both files again.",
+            where=str(mask),
+        )
     take(image, to_image, link=link)
     # Upstream reads voxels and no header: voxel (i, j, k) of the mask belongs to voxel (i, j, k) of the image.
     write_native(to_mask, (voxels > 0).astype(np.uint8), image)
     if np.allclose(drawn.affine, scan.affine, atol=1e-3):
         return ""
-    return "the mask's header places it elsewhere; its voxels were taken one for one, as upstream does"
+    return (
+        "the mask's header places it elsewhere; its voxels were taken one for one, as upstream does"
+    )

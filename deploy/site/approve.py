@@ -25,7 +25,9 @@ def installed() -> Bundle:
     return bundle_of_folder(Path(__file__).resolve().parents[2])
 
 
-def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_code: bool) -> Bundle | None:
+def choose_bundle(
+    approved: Path, file: Path | None, digest: str, *, installed_code: bool
+) -> Bundle | None:
     """Return the bundle that is to be approved, None when nothing waits for an approval.
 
     Args:
@@ -43,10 +45,17 @@ def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_c
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise fail("POL-705", where=str(file), found=str(error), expected="a .fab file") from error
+            raise fail(
+                "POL-705", where=str(file), found=str(error), expected="a .fab file"
+            ) from error
         bundle = read_bundle(content)
         if digest and not bundle.digest.startswith(digest):
-            raise fail("POL-705", where=str(file), found=bundle.digest, expected=f"a digest that begins with {digest}")
+            raise fail(
+                "POL-705",
+                where=str(file),
+                found=bundle.digest,
+                expected=f"a digest that begins with {digest}",
+            )
         return bundle
     waiting = [folder for folder in refused(approved) if folder.name.startswith(digest)]
     if digest and installed().digest.startswith(digest):
@@ -56,7 +65,9 @@ def choose_bundle(approved: Path, file: Path | None, digest: str, *, installed_c
     if len(waiting) != 1 and digest:
         known = ", ".join(folder.name[:16] for folder in refused(approved)) or "none"
         found = f"{len(waiting)} refused bundles that begin so (refused: {known})"
-        action = "give a .fab file, a longer --hash, or --installed for the code that is installed here"
+        action = (
+            "give a .fab file, a longer --hash, or --installed for the code that is installed here"
+        )
         raise fail("POL-705", found=found, expected="one bundle", action=action)
     return code_below(waiting[0])
 
@@ -70,7 +81,9 @@ def show_difference(bundle: Bundle, approved: Path, console: Screen, *, lines: b
     console.print(f"Code {bundle.digest}")
     console.print(f"{len(bundle.code)} files; against {against}:")
     if bundle.client_app != base.client_app:
-        console.print(f"changed  what is started: {base.client_app} -> {bundle.client_app}", style="yellow")
+        console.print(
+            f"changed  what is started: {base.client_app} -> {bundle.client_app}", style="yellow"
+        )
     for headline, _ in changes:
         console.print(f"  {headline}")
     if not changes:

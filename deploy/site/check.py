@@ -35,7 +35,9 @@ COLOUR: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 ORDER = ("files", "site", "device", "disk", "clock", "link")
 
 
-def examine(policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Screen) -> list[Finding]:
+def examine(
+    policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Screen
+) -> list[Finding]:
     """Look at files, folders, device, disk, clock and link; one finding a thing, in the order of `ORDER`.
 
     Args:
@@ -59,7 +61,12 @@ def examine(policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         bar.update(task, description="one training step")
-        findings = [*files, *examine_folders(policy), *examine_device(policy, plan), *examine_disk(policy, seen)]
+        findings = [
+            *files,
+            *examine_folders(policy),
+            *examine_device(policy, plan),
+            *examine_disk(policy, seen),
+        ]
         if link:
             bar.update(task, description=f"the link to {policy.server}")
             findings += examine_link(policy, payload_bytes(plan))
@@ -94,7 +101,11 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
         findings.append(Finding("site", "approved code", "warn", "none yet", action, "POL-705"))
     if os.access(policy.data_root, os.W_OK) and os.geteuid() != 0:
         action = "Mount it read-only, or run the site as a user who may only read it."
-        findings.append(Finding("site", "data folder", "warn", "this user may write into it", action, "SITE-518"))
+        findings.append(
+            Finding(
+                "site", "data folder", "warn", "this user may write into it", action, "SITE-518"
+            )
+        )
     for name in ("home", "cache"):
         folder = Path(getattr(policy, name))
         try:
@@ -104,7 +115,9 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
             probe.unlink()
         except OSError as error:
             action = f"Make {folder} writable for this user."
-            findings.append(Finding("site", name, "fail", f"{error.strerror}: {folder}", action, "SITE-501"))
+            findings.append(
+                Finding("site", name, "fail", f"{error.strerror}: {folder}", action, "SITE-501")
+            )
     return findings
 
 
@@ -122,14 +135,18 @@ def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
     except FedsgcgError as error:
         return [Finding.of("device", problem) for problem in error.problems]
     found = [Finding("device", "hardware", "ok", describe_hardware())]
-    memory = f"{step.bytes / 2**20:.0f} MiB" + (f" of {step.available / 2**20:.0f}" if step.available else "")
+    memory = f"{step.bytes / 2**20:.0f} MiB" + (
+        f" of {step.available / 2**20:.0f}" if step.available else ""
+    )
     words = f"{step.seconds:.2f} s and {memory} for {plan.method.batch_size} slices of {plan.data.image_size} pixels"
     if step.parts > plan.site.micro_batches:
         words = f"the memory does not hold it whole; in {step.parts} parts: {words}"
         action = "Nothing: training cuts its steps likewise. A larger card, or a smaller data.image_size, avoids it."
         found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
     elif step.available and step.bytes > 0.9 * step.available:
-        action = "Lower method.batch_size, network.base_width or data.image_size, or use a larger card."
+        action = (
+            "Lower method.batch_size, network.base_width or data.image_size, or use a larger card."
+        )
         found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
     else:
         found.append(Finding("device", "one step", "ok", f"{words} on {chosen.type}"))
@@ -161,8 +178,12 @@ def _authority(path: Path) -> Finding:
         found = certificate_fingerprint(read_certificate(path))
     except FedsgcgError as error:
         action = "Ask the coordinator for ca.crt again."
-        return Finding("site", "authority", "fail", f"{path}: {error.problems[0].found}", action, error.code)
-    return Finding("site", "authority", "ok", found, "Compare it with the coordinator's by telephone.")
+        return Finding(
+            "site", "authority", "fail", f"{path}: {error.problems[0].found}", action, error.code
+        )
+    return Finding(
+        "site", "authority", "ok", found, "Compare it with the coordinator's by telephone."
+    )
 
 
 def payload_bytes(plan: Plan) -> int:
@@ -201,6 +222,14 @@ def show(findings: Sequence[Finding], console: Screen, *, everything: bool) -> N
         last = finding.area
     console.print(table)
     counts = Counter(finding.verdict for finding in findings)
-    hidden = f" ({len(quiet)} files without a problem; --all lists them)" if quiet and not everything else ""
-    said = [Text(f"{counts[verdict]} {verdict}", style=COLOUR[verdict]) for verdict in COLOUR if counts[verdict]]
+    hidden = (
+        f" ({len(quiet)} files without a problem; --all lists them)"
+        if quiet and not everything
+        else ""
+    )
+    said = [
+        Text(f"{counts[verdict]} {verdict}", style=COLOUR[verdict])
+        for verdict in COLOUR
+        if counts[verdict]
+    ]
     console.print(Text(", ").join(said) + Text(hidden))

@@ -118,18 +118,29 @@ def examine_files(
         try:
             seen.append(_look(case, split, data))
         except FedsgcgError as error:
-            findings += [Finding.of("files", replace(problem, where=case.name)) for problem in error.problems]
+            findings += [
+                Finding.of("files", replace(problem, where=case.name)) for problem in error.problems
+            ]
         progress(number + 1, len(site.cases))
     whole = [*_other_kind(seen), *_empty(seen), *_spacing(seen), *_twice(seen), *_same_person(seen)]
     known = {finding.name for finding in whole}
-    fine = [Finding("files", one.case.name, "ok", _words(one)) for one in seen if one.case.name not in known]
+    fine = [
+        Finding("files", one.case.name, "ok", _words(one))
+        for one in seen
+        if one.case.name not in known
+    ]
     return [*findings, *whole, *fine, *_floor(seen, site, policy, heldout)], seen
 
 
 def _look(case: CaseFile, split: str, data: DataSettings) -> Seen:
     """Read one case as training would; raises what is wrong with it."""
     if case.mask is None:
-        problem = Problem("DAT-112", "an image alone", "an image and its mask", "Draw a mask, or leave the case out.")
+        problem = Problem(
+            "DAT-112",
+            "an image alone",
+            "an image and its mask",
+            "Draw a mask, or leave the case out.",
+        )
         raise FedsgcgError(problem)
     image, mask = read_volume(case.image), read_volume(case.mask, mask=True)
     check_image(image, case.name)
@@ -156,7 +167,9 @@ def _axes(image: Volume) -> str:
 def _words(one: Seen) -> str:
     if one.spacing is None:
         return f"{one.split}, {one.kind}"
-    return f"{one.split}, {one.kind}, {'x'.join(f'{side:.3g}' for side in one.spacing)} mm {one.axes}"
+    return (
+        f"{one.split}, {one.kind}, {'x'.join(f'{side:.3g}' for side in one.spacing)} mm {one.axes}"
+    )
 
 
 def _other_kind(seen: Sequence[Seen]) -> Iterator[Finding]:
@@ -171,21 +184,40 @@ def _empty(seen: Sequence[Seen]) -> Iterator[Finding]:
     action = "Used as a case without the structure (a true negative); if the mask was never drawn, leave the case out."
     for one in seen:
         if one.empty:
-            yield Finding("files", one.case.name, "warn", "no declared structure in the mask", action, "DAT-110")
+            yield Finding(
+                "files",
+                one.case.name,
+                "warn",
+                "no declared structure in the mask",
+                action,
+                "DAT-110",
+            )
 
 
 def _spacing(seen: Sequence[Seen]) -> Iterator[Finding]:
     """Yield cases whose voxel is much larger or smaller than the site's usual one along some axis."""
     for one in seen:
         if one.spacing is None and one.kind != PICTURE:
-            action = "Correct the voxel size in the header; distances are in voxels alone until then."
-            yield Finding("files", one.case.name, "warn", "the header gives no voxel size", action, "SITE-510")
+            action = (
+                "Correct the voxel size in the header; distances are in voxels alone until then."
+            )
+            yield Finding(
+                "files", one.case.name, "warn", "the header gives no voxel size", action, "SITE-510"
+            )
         elif one.spacing and not all(SMALLEST_MM <= side <= LARGEST_MM for side in one.spacing):
             found = f"a voxel of {'x'.join(f'{side:.3g}' for side in one.spacing)} mm"
             action = "Check the unit of length (xyzt_units) and the voxel size in the header."
             yield Finding("files", one.case.name, "warn", found, action, "SITE-510")
-    sized = [one for one in seen if one.spacing and all(SMALLEST_MM <= side <= LARGEST_MM for side in one.spacing)]
-    usual = [statistics.median(one.spacing[axis] for one in sized if one.spacing) for axis in range(3)] if sized else []
+    sized = [
+        one
+        for one in seen
+        if one.spacing and all(SMALLEST_MM <= side <= LARGEST_MM for side in one.spacing)
+    ]
+    usual = (
+        [statistics.median(one.spacing[axis] for one in sized if one.spacing) for axis in range(3)]
+        if sized
+        else []
+    )
     for one in sized:
         for axis, side in enumerate(one.spacing or ()):
             ratio = side / usual[axis]
@@ -202,13 +234,17 @@ def _twice(seen: Sequence[Seen]) -> Iterator[Finding]:
     for one in seen:
         by_content[one.content].append(one)
     for group in (group for group in by_content.values() if len(group) > 1):
-        leaks = len({one.split for one in group}) > 1 or len({one.case.patient for one in group}) > 1
+        leaks = (
+            len({one.split for one in group}) > 1 or len({one.case.patient for one in group}) > 1
+        )
         for one in group[1:]:
             word = "split" if one.split != group[0].split else "patient"
             leak = f", in another {word}" if leaks else ""
             found = f"the same pixels as {group[0].case.name}{leak}"
             action = "Remove one of the two; the second is left out of training and evaluation."
-            yield Finding("files", one.case.name, "fail" if leaks else "warn", found, action, "SITE-511")
+            yield Finding(
+                "files", one.case.name, "fail" if leaks else "warn", found, action, "SITE-511"
+            )
 
 
 def _same_person(seen: Sequence[Seen]) -> Iterator[Finding]:
@@ -241,7 +277,9 @@ def _floor(seen: Sequence[Seen], site: Site, policy: SiteFile, heldout: bool) ->
     listed = len(site.cases) + len(site.quarantined)
     training = counts.get("train", 0)
     if not seen:
-        yield Finding("site", "cases", "fail", f"0 of {listed} usable", "Mend at least one case.", "DAT-102")
+        yield Finding(
+            "site", "cases", "fail", f"0 of {listed} usable", "Mend at least one case.", "DAT-102"
+        )
     elif not heldout and training < policy.patient_floor:
         found = f"{training} training patients, the floor is {policy.patient_floor}"
         action = "Add patients: below the floor this site's class statistics are withheld."

@@ -53,7 +53,9 @@ def _steps(policy: SiteFile, payload: int) -> Iterator[Finding]:
         raise AssertionError("checked when the site file was read")
     host, port = address
     try:
-        found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+        found = sorted(
+            {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        )
     except OSError as error:
         action = "Check the name in server: and this machine's DNS."
         yield Finding("link", "name", "fail", f"{host}: {error}", action, "SITE-506")
@@ -66,7 +68,9 @@ def _steps(policy: SiteFile, payload: int) -> Iterator[Finding]:
         action = f"Is the coordinator's server running? Does a firewall let port {port} out?"
         yield Finding("link", "port", "fail", f"{host}:{port}: {error}", action, "SITE-506")
         return
-    yield Finding("link", "port", "ok", f"{port} is open ({1000 * (time.perf_counter() - began):.0f} ms)")
+    yield Finding(
+        "link", "port", "ok", f"{port} is open ({1000 * (time.perf_counter() - began):.0f} ms)"
+    )
     yield from _secured(policy, host, port, payload)
 
 
@@ -76,13 +80,17 @@ def _secured(policy: SiteFile, host: str, port: int, payload: int) -> Iterator[F
         context = ssl.create_default_context(cafile=policy.ca)
     except (OSError, ssl.SSLError) as error:
         action = "Ask the coordinator for ca.crt again."
-        yield Finding("link", "authority", "fail", f"{Path(policy.ca).name}: {error}", action, "SITE-506")
+        yield Finding(
+            "link", "authority", "fail", f"{Path(policy.ca).name}: {error}", action, "SITE-506"
+        )
         return
     connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
     try:
         connection.connect()
     except ssl.SSLCertVerificationError as error:
-        yield Finding("link", "certificate", "fail", error.verify_message, _repair(error), "SITE-506")
+        yield Finding(
+            "link", "certificate", "fail", error.verify_message, _repair(error), "SITE-506"
+        )
         return
     except OSError as error:
         action = "The port answers, but not with TLS: is this the coordinator's server?"
@@ -93,7 +101,9 @@ def _secured(policy: SiteFile, host: str, port: int, payload: int) -> Iterator[F
         yield from _timings(connection, payload)
     except (OSError, http.client.HTTPException) as error:
         action = "The server closes the connection: look at its log, or try again."
-        yield Finding("link", "answers", "fail", f"{type(error).__name__}: {error}", action, "SITE-506")
+        yield Finding(
+            "link", "answers", "fail", f"{type(error).__name__}: {error}", action, "SITE-506"
+        )
     finally:
         connection.close()
 
@@ -102,9 +112,7 @@ def _repair(error: ssl.SSLCertVerificationError) -> str:
     """What to do about a certificate that does not hold."""
     message = error.verify_message.casefold()
     if "expired" in message:
-        return (
-            "The coordinator renews the server's certificate: fedsgcg provision --renew. Is this machine's date right?"
-        )
+        return "The coordinator renews the server's certificate: fedsgcg provision --renew. Is this machine's date right?"
     if "not yet valid" in message:
         return "Set this machine's clock."
     if "hostname" in message or "ip address" in message:
@@ -151,11 +159,20 @@ def _timings(connection: http.client.HTTPSConnection, payload: int) -> Iterator[
 def _clock(skews: list[float]) -> Finding:
     if not skews:
         return Finding(
-            "clock", "difference", "warn", "the server tells no time", "Compare both clocks by hand.", "SITE-515"
+            "clock",
+            "difference",
+            "warn",
+            "the server tells no time",
+            "Compare both clocks by hand.",
+            "SITE-515",
         )
     skew = statistics.median(skews)
     side = "ahead of" if skew > 0 else "behind"
-    words = f"{abs(skew):.0f} s {side} the coordinator's" if abs(skew) > WARN_SKEW_S else "less than 2 s"
+    words = (
+        f"{abs(skew):.0f} s {side} the coordinator's"
+        if abs(skew) > WARN_SKEW_S
+        else "less than 2 s"
+    )
     action = "Switch on time synchronisation (NTP): signed requests with a wrong time are refused."
     if skew > MOST_AHEAD_S or skew < -MOST_BEHIND_S:
         return Finding("clock", "difference", "fail", words, action, "SITE-515")
@@ -173,5 +190,9 @@ def _ask(connection: http.client.HTTPSConnection, body: bytes) -> tuple[float, f
     answer = connection.getresponse()
     answer.read()
     seconds = time.perf_counter() - began
-    date = email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp() if answer.headers["Date"] else None
+    date = (
+        email.utils.parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        if answer.headers["Date"]
+        else None
+    )
     return seconds, date

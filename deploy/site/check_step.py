@@ -52,7 +52,13 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
         if parts == most:
             action = "lower network.base_width or data.image_size, or use a larger card"
             found = f"a step of {batch} slices of {plan.data.image_size} pixels in {parts} parts"
-            raise fail("SITE-502", where=str(device), found=found, expected="memory that holds it", action=action)
+            raise fail(
+                "SITE-502",
+                where=str(device),
+                found=found,
+                expected="memory that holds it",
+                action=action,
+            )
         parts = min(2 * parts, most)
         let_go(device)
     if device.type == "cuda":
@@ -63,11 +69,18 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
 
 def _step_seconds(plan: Plan, device: torch.device, parts: int) -> float:
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # a step that did not fit says nothing about this one
-    network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0).to(device).train()
+        torch.cuda.reset_peak_memory_stats(
+            device
+        )  # a step that did not fit says nothing about this one
+    network = (
+        build_network(plan.network, 3, plan.data.out_channels, generator_seed=0).to(device).train()
+    )
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     side, batch, seconds = plan.data.image_size, plan.method.batch_size, 0.0
-    images, labels = torch.zeros(batch, 3, side, side), torch.zeros(batch, side, side, dtype=torch.long)
+    images, labels = (
+        torch.zeros(batch, 3, side, side),
+        torch.zeros(batch, side, side, dtype=torch.long),
+    )
     images, labels = images.to(device), labels.to(device)
     for _ in range(WARM_STEPS + 1):
         began = time.perf_counter()

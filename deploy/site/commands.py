@@ -16,9 +16,16 @@ from deploy.environment import programs_first
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
     """Return the command line of this hospital's SuperNode: TLS and key always, its own processes on loopback only."""
     command = [
-        *(str(Path(sys.executable).with_name("flower-supernode")), "--root-certificates", policy.ca),
+        *(
+            str(Path(sys.executable).with_name("flower-supernode")),
+            "--root-certificates",
+            policy.ca,
+        ),
         *("--superlink", policy.server, "--auth-supernode-private-key", policy.key),
-        *("--node-config", f"site={quoted(policy.site)} site-file={quoted(str(site_file.resolve()))}"),
+        *(
+            "--node-config",
+            f"site={quoted(policy.site)} site-file={quoted(str(site_file.resolve()))}",
+        ),
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
@@ -27,7 +34,14 @@ def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path
 
 def resident_command(site_file: Path, port: int, secret: Path, cold: bool) -> list[str]:
     """Return the command line of the resident beside it."""
-    command = [sys.executable, "-P", "-m", "deploy.site.resident", str(site_file.resolve()), f"127.0.0.1:{port}"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "deploy.site.resident",
+        str(site_file.resolve()),
+        f"127.0.0.1:{port}",
+    ]
     return [*command, str(secret), *(["cold"] if cold else [])]
 
 
@@ -38,15 +52,18 @@ def environment(policy: SiteFile) -> dict[str, str]:
     if policy.device == "cpu" or device[2]:
         environ["CUDA_VISIBLE_DEVICES"] = device[2]
     loopback = ",".join(filter(None, [environ.get("NO_PROXY", ""), "127.0.0.1", "localhost"]))
-    return environ | {
-        "FLWR_HOME": str(Path(policy.home) / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PATH": programs_first(environ.get("PATH", "")),
-        "PYTHONUNBUFFERED": "1",
-        "NO_PROXY": loopback,  # the hospital's proxy must not see what its own processes say to each other
-        "no_proxy": loopback,
-    }
+    return (
+        environ
+        | {
+            "FLWR_HOME": str(Path(policy.home) / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PATH": programs_first(environ.get("PATH", "")),
+            "PYTHONUNBUFFERED": "1",
+            "NO_PROXY": loopback,  # the hospital's proxy must not see what its own processes say to each other
+            "no_proxy": loopback,
+        }
+    )
 
 
 def new_secret(path: Path) -> Path:
@@ -65,7 +82,9 @@ def quoted(text: str) -> str:
         FedsgcgError: DEP-601 for text that Flower's grammar cannot carry.
     """
     if any(char in text for char in "'\"\n\\"):
-        raise fail("DEP-601", found=repr(text), expected="a name or path without quotes and backslashes")
+        raise fail(
+            "DEP-601", found=repr(text), expected="a name or path without quotes and backslashes"
+        )
     return f"'{text}'"
 
 

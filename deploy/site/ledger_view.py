@@ -45,9 +45,13 @@ def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
     shown = lines[-last:] if last else lines
     console.print(f"What left {policy.site}: {path}")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    used = [name for name in PARTS if any(line["parts"].get(name) for line in shown)]  # a terminal may have 80 columns
+    used = [
+        name for name in PARTS if any(line["parts"].get(name) for line in shown)
+    ]  # a terminal may have 80 columns
     table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("time (UTC)", min_width=10)  # the day above the hour where there is little room
+    table.add_column(
+        "time (UTC)", min_width=10
+    )  # the day above the hour where there is little room
     table.add_column("round", justify="right", no_wrap=True)
     table.add_column("answer to", no_wrap=True)
     for name in used:
@@ -95,7 +99,9 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
             log = Path(folder) / "home" / "errors.log"
             found = log.read_text(encoding="utf-8") if log.exists() else ""
             raise FedsgcgError(Problem(reply.error, found=found, where=policy.site))
-    table = Table(title=f"What the next round of {policy.site} would send ({seconds:.1f} s of work)")
+    table = Table(
+        title=f"What the next round of {policy.site} would send ({seconds:.1f} s of work)"
+    )
     for name in ("part", "bytes", "content"):
         table.add_column(name, justify="right" if name == "bytes" else "left")
     parts = wire.payload_bytes(content)
@@ -141,5 +147,7 @@ def _weights(plan: Plan, model: Path | None) -> Weights:
     from clients.app import CHANNELS
     from common.networks import build_network
 
-    state = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=0).state_dict()
+    state = build_network(
+        plan.network, CHANNELS, plan.data.out_channels, generator_seed=0
+    ).state_dict()
     return Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})

@@ -30,7 +30,12 @@ from typing import Any
 import httpx
 from flwr.app import Context, Message
 from flwr.common.constant import SubStatus
-from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+)
 from flwr.proto.message_pb2 import Context as ProtoContext
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
@@ -102,11 +107,18 @@ class Worker:
         """
         self.link.settimeout(STARTED_S)
         receive_frame(self.link)
-        send_frame(self.link, json.dumps({"folder": str(folder), "app": bundle.client_app}).encode())
+        send_frame(
+            self.link, json.dumps({"folder": str(folder), "app": bundle.client_app}).encode()
+        )
         self.digest = bundle.digest
 
     def answer(
-        self, message: Message, context: Context, task: int, deadline_s: float, stop: Callable[[], bool]
+        self,
+        message: Message,
+        context: Context,
+        task: int,
+        deadline_s: float,
+        stop: Callable[[], bool],
     ) -> tuple[Message, Context]:
         """Have it answer one message.
 
@@ -163,7 +175,9 @@ class Resident:
 
     def run(self) -> int:
         """Take tasks until told to stop (0) or until the SuperNode's runtime API is gone (1)."""
-        acquiring = self._client(SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=[ACQUIRE]))
+        acquiring = self._client(
+            SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=[ACQUIRE])
+        )
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         last_seen = time.monotonic()
         if not self.cold:
@@ -176,7 +190,9 @@ class Resident:
                     last_seen = time.monotonic()
                 except httpx.HTTPError as error:
                     if time.monotonic() - last_seen > UNREACHABLE_S:
-                        LOG.error("the SuperNode's runtime API at %s is gone: %s", self.address, error)
+                        LOG.error(
+                            "the SuperNode's runtime API at %s is gone: %s", self.address, error
+                        )
                         return 1
                     task = None
                 if task is not None and task.HasField("task") and task.token:
@@ -202,11 +218,15 @@ class Resident:
         try:
             message, context, run, fab = pull_task_input(client)
             threading.Thread(target=_beat, args=(client, beating), daemon=True).start()
-            self._tell(state="at work", message=str(message.metadata.message_type), run=str(run.run_id))
+            self._tell(
+                state="at work", message=str(message.metadata.message_type), run=str(run.run_id)
+            )
             reply, context = self._answer(message, context, fab.content, TaskIdentity.task_id)
             push_message(client, reply, context)
             done, details = SubStatus.COMPLETED, ""
-        except Exception:  # the SuperNode reports a task without output by itself; the site's log says why
+        except (
+            Exception
+        ):  # the SuperNode reports a task without output by itself; the site's log says why
             LOG.exception("a task could not be answered")
         finally:
             beating.set()
@@ -215,7 +235,9 @@ class Resident:
             client.close()
             self._tell(state="waiting")
 
-    def _answer(self, message: Message, context: Context, fab: bytes, task: int) -> tuple[Message, Context]:
+    def _answer(
+        self, message: Message, context: Context, fab: bytes, task: int
+    ) -> tuple[Message, Context]:
         """Return the worker's reply, or one that holds a code."""
         try:
             bundle = read_bundle(fab)
@@ -224,7 +246,9 @@ class Resident:
             forget_old(approved)
             require_approved(bundle, approved)
             worker = self._ready(bundle, place)
-            reply, after = worker.answer(message, context, task, self.deadline_s(message), self.stopping.is_set)
+            reply, after = worker.answer(
+                message, context, task, self.deadline_s(message), self.stopping.is_set
+            )
             return _reply_to(message, reply), after
         except FedsgcgError as error:
             return self._refusal(message, error.code, str(error)), context
@@ -232,7 +256,9 @@ class Resident:
             note = f"ended after {self.deadline_s(message):.0f} s"
             return self._refusal(message, "SITE-503", note), context
         except StoppedError:
-            return self._refusal(message, "SITE-505", "ended because the site was told to stop"), context
+            return self._refusal(
+                message, "SITE-505", "ended because the site was told to stop"
+            ), context
         except (EOFError, OSError):
             code = self.worker.process.wait() if self.worker else 0
             return self._refusal(
@@ -255,9 +281,15 @@ class Resident:
     def _refusal(self, message: Message, code: str, note: str) -> Message:
         """Return the reply that holds a code; its words stay in the site's ledger and error log. Ends the worker."""
         self._end_worker()
-        kind, identity, home = str(message.metadata.message_type), identity_of(message.content), Path(self.policy.home)
+        kind, identity, home = (
+            str(message.metadata.message_type),
+            identity_of(message.content),
+            Path(self.policy.home),
+        )
         keep_trace(home, kind, identity)
-        return Message(release_error(code, identity, self.policy.site, home, kind, note), reply_to=message)
+        return Message(
+            release_error(code, identity, self.policy.site, home, kind, note), reply_to=message
+        )
 
     def deadline_s(self, message: Message) -> float:
         """Seconds that the work on a message may take: the site's own, or the life of the message."""
@@ -281,7 +313,9 @@ class Resident:
         path = Path(self.policy.home) / "resident.json"
         partial = path.with_name("resident.json.partial")
         with suppress(OSError):  # a full disk must not stop an answer; the ledger refuses by itself
-            partial.write_text(json.dumps({"pid": os.getpid(), "time": time.time(), **facts}), encoding="utf-8")
+            partial.write_text(
+                json.dumps({"pid": os.getpid(), "time": time.time(), **facts}), encoding="utf-8"
+            )
             partial.replace(path)
 
 
@@ -303,7 +337,9 @@ def main() -> int:
     """Run the resident of a site: `python -m deploy.site.resident SITE_FILE ADDRESS SECRET_FILE [cold]`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     policy = read_site_file(Path(sys.argv[1]))
-    resident = Resident(policy, sys.argv[2], Path(sys.argv[3]).read_bytes(), cold="cold" in sys.argv[4:])
+    resident = Resident(
+        policy, sys.argv[2], Path(sys.argv[3]).read_bytes(), cold="cold" in sys.argv[4:]
+    )
     signal.signal(signal.SIGTERM, resident.stop)
     signal.signal(signal.SIGINT, resident.stop)
     return resident.run()

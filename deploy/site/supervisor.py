@@ -27,7 +27,13 @@ from common.errors import fail
 from common.files.system import lock
 from deploy.certificates import read_site_key
 from deploy.site.check_link import examine_link
-from deploy.site.commands import environment, free_port, new_secret, resident_command, supernode_command
+from deploy.site.commands import (
+    environment,
+    free_port,
+    new_secret,
+    resident_command,
+    supernode_command,
+)
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 20.0
 MOST_FAILURES = 20
@@ -100,7 +106,12 @@ class Join:
         read_site_key(Path(self.policy.key))
         check_certificate(self.policy)
         with only_one(home):
-            self.facts = {"pid": os.getpid(), "site": self.policy.site, "started": time.time(), "restarts": 0}
+            self.facts = {
+                "pid": os.getpid(),
+                "site": self.policy.site,
+                "started": time.time(),
+                "restarts": 0,
+            }
             try:
                 return self._keep_alive(home)
             finally:
@@ -119,10 +130,17 @@ class Join:
                 break
             if time.monotonic() - began > HEALTHY_S:
                 failures, pause = 0, SHORTEST_PAUSE_S
-            failures += not self.stuck  # the link may be away for days; that is no fault of this node
+            failures += (
+                not self.stuck
+            )  # the link may be away for days; that is no fault of this node
             if failures >= MOST_FAILURES:
                 action = f"read {home / 'logs' / 'supernode.log'}, then fedsgcg-site check"
-                raise fail("SITE-507", where=self.policy.site, found=f"{failures} restarts; last: {why}", action=action)
+                raise fail(
+                    "SITE-507",
+                    where=self.policy.site,
+                    found=f"{failures} restarts; last: {why}",
+                    action=action,
+                )
             self.facts["restarts"] += 1
             self._tell(state="restarting", last=why)
             self.say(f"{why}; starting again in {pause:.0f} s")
@@ -137,15 +155,21 @@ class Join:
         children: list[subprocess.Popen[bytes]] = []
         self.stuck = ""
         try:
-            node = self._start(supernode_command(self.policy, self.site_file, port, secret), home, "supernode")
+            node = self._start(
+                supernode_command(self.policy, self.site_file, port, secret), home, "supernode"
+            )
             children.append(node)
             self._tell(state="starting", supernode=node.pid, port=port)
             if not self._listens(node, port):
                 return f"the SuperNode did not start (exit code {node.poll()})"
-            resident = self._start(resident_command(self.site_file, port, secret, self.cold), home, "resident")
+            resident = self._start(
+                resident_command(self.site_file, port, secret, self.cold), home, "resident"
+            )
             children.append(resident)
             self._tell(state="joined", resident=resident.pid)
-            self.say(f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, {home / 'logs'}")
+            self.say(
+                f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, {home / 'logs'}"
+            )
             while not self.stopping.wait(0.5):
                 if self.stuck:
                     return self.stuck
@@ -168,7 +192,9 @@ class Join:
             preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, nothing that could lock
         )
         log = home / "logs" / f"{name}.log"
-        threading.Thread(target=self._follow, args=(child, log), name=f"log-{name}", daemon=True).start()
+        threading.Thread(
+            target=self._follow, args=(child, log), name=f"log-{name}", daemon=True
+        ).start()
         return child
 
     def _follow(self, child: subprocess.Popen[bytes], log: Path) -> None:
@@ -184,7 +210,11 @@ class Join:
     def _notice(self, line: str) -> None:
         """Show and remember connection, messages and failures."""
         text = COLOURS.sub("", line)
-        text = text.partition(":")[2].strip() if text.startswith(("INFO", "WARNING", "ERROR")) else text
+        text = (
+            text.partition(":")[2].strip()
+            if text.startswith(("INFO", "WARNING", "ERROR"))
+            else text
+        )
         # Two threads come here, one a child: only what was found is written, or one would undo the other's finding.
         if why := next((why for words, why in STUCK.items() if words in text), ""):
             self.stuck = why
@@ -192,7 +222,11 @@ class Join:
             self._tell(node=text.rpartition(" ")[2], last="")
             self.say(f"connected to {self.policy.server}, node {text.rpartition(' ')[2]}")
         elif text.startswith(("Receiving:", "Sending:")):
-            words = text.partition(" (ID")[0].replace("Receiving:", "received").replace("Sending:", "sent")
+            words = (
+                text.partition(" (ID")[0]
+                .replace("Receiving:", "received")
+                .replace("Sending:", "sent")
+            )
             self._tell(last_message=words, last_message_time=time.time())
             self.say(words)
         elif known := next((code for words, code in TROUBLE.items() if words in text), ""):
@@ -251,7 +285,9 @@ def prepare_home(policy: SiteFile) -> Path:
         for folder in (home, home / "logs", home / "flwr"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise fail("SITE-501", where=str(home), found=str(error), expected="a folder that can be written") from error
+        raise fail(
+            "SITE-501", where=str(home), found=str(error), expected="a folder that can be written"
+        ) from error
     return home
 
 
@@ -318,7 +354,11 @@ def leave(policy: SiteFile, patience_s: float = 60.0) -> bool:
     end = time.monotonic() + patience_s
     while joined_pid(home):
         if time.monotonic() > end:
-            raise fail("SITE-508", found=f"process {pid} is still there after {patience_s:.0f} s", action=f"kill {pid}")
+            raise fail(
+                "SITE-508",
+                found=f"process {pid} is still there after {patience_s:.0f} s",
+                action=f"kill {pid}",
+            )
         time.sleep(0.2)
     return True
 

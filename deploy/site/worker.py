@@ -21,7 +21,15 @@ import traceback
 from typing import Any
 
 LENGTH = struct.Struct(">Q")
-PRELOADED = ("numpy", "pyarrow", "torch", "torch.utils.data", "yaml", "flwr.clientapp", "flwr.common.serde")
+PRELOADED = (
+    "numpy",
+    "pyarrow",
+    "torch",
+    "torch.utils.data",
+    "yaml",
+    "flwr.clientapp",
+    "flwr.common.serde",
+)
 """Libraries that every bundle needs; loaded while nobody waits."""
 
 PARENT_POLL_S = 1.0
@@ -53,7 +61,12 @@ def serve(link: socket.socket) -> None:
     """Load the bundle that the first frame names, then answer (identity, message, context) with (message, context)."""
     for name in PRELOADED:
         importlib.import_module(name)
-    from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+    from flwr.common.serde import (
+        context_from_proto,
+        context_to_proto,
+        message_from_proto,
+        message_to_proto,
+    )
     from flwr.proto.message_pb2 import Context as ProtoContext
     from flwr.proto.message_pb2 import Message as ProtoMessage
     from flwr.supercore.task_identity import TaskIdentity
@@ -62,7 +75,9 @@ def serve(link: socket.socket) -> None:
     facts = json.loads(receive_frame(link))
     app = _load(facts["folder"], facts["app"])
     while True:
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = json.loads(receive_frame(link))
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = json.loads(
+            receive_frame(link)
+        )
         message = message_from_proto(ProtoMessage.FromString(receive_frame(link)))
         context = context_from_proto(ProtoContext.FromString(receive_frame(link)))
         reply = app(message, context)

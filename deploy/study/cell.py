@@ -48,10 +48,15 @@ class Cell:
             return {}
         except ValueError as error:
             action = "remove the cell's folder and call again"
-            raise fail("SRV-402", where=str(path), found="text that is not JSON", action=action) from error
+            raise fail(
+                "SRV-402", where=str(path), found="text that is not JSON", action=action
+            ) from error
         return found
 
     @property
     def done(self) -> bool:
         """Whether the federation ran to its end and its results are there."""
-        return self.outcome().get("status") in ("completed", "degraded") and (self.folder / "results.parquet").exists()
+        return (
+            self.outcome().get("status") in ("completed", "degraded")
+            and (self.folder / "results.parquet").exists()
+        )

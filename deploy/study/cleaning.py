@@ -56,7 +56,9 @@ def remove(cell: Path, patterns: tuple[str, ...], *, dry_run: bool = False) -> F
         dry_run: Only count them.
     """
     freed = Freed()
-    for path in sorted(path for pattern in patterns for path in cell.glob(pattern) if path.is_file()):
+    for path in sorted(
+        path for pattern in patterns for path in cell.glob(pattern) if path.is_file()
+    ):
         freed += Freed(1, path.stat().st_size)
         if not dry_run:
             path.unlink()

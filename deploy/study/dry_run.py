@@ -17,7 +17,12 @@ CHECKPOINTS: Final = 3
 
 def show_plan(study: Study, console: Screen) -> None:
     """Print the cells of a study and an estimate of the disk it takes."""
-    inner = [cell for found in study.candidates.values() for candidate in found for cell in candidate.inner]
+    inner = [
+        cell
+        for found in study.candidates.values()
+        for candidate in found
+        for cell in candidate.inner
+    ]
     missing = [cell for cell in study.cells if not cell.done]
     for label, count in Counter(cell.method for cell in study.cells).items():
         to_do = sum(cell.method == label for cell in missing)
@@ -30,12 +35,16 @@ def show_plan(study: Study, console: Screen) -> None:
     at_once = min(len(missing) + len(inner), study.machine.cpus)
     running = CHECKPOINTS * at_once * max((model_bytes(cell) for cell in missing), default=0)
     disk = f"about {kept / 1e6:.0f} MB of models stay, {running / 1e6:.0f} MB more while it runs"
-    console.print(f"disk: {disk}, in {study.folder}; pictures for the report and the slice cache come on top")
+    console.print(
+        f"disk: {disk}, in {study.folder}; pictures for the report and the slice cache come on top"
+    )
     console.print("time: not measured; the progress display estimates it once a round is done")
 
 
 def model_bytes(cell: Cell) -> int:
     """Bytes of the model of a cell."""
     plan = Plan.from_tree(cell.tree)
-    state = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None).state_dict()
+    state = build_network(
+        plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None
+    ).state_dict()
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

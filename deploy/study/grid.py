@@ -90,12 +90,20 @@ def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str
         if key in values:
             found = f"{key}={','.join(values[key])} and {text}"
             action = f"put the values in one: {key}=A,B"
-            problems.append(Problem("CFG-001", where=key, found=found, expected="one value", action=action))
+            problems.append(
+                Problem("CFG-001", where=key, found=found, expected="one value", action=action)
+            )
         if key.startswith(PLACES):
             expected = "a setting that decides the outcome"
             action = f"a list goes in brackets: {key}=[{value}]"
             problems.append(
-                Problem("CFG-001", where=key, found=f"several values, {value}", expected=expected, action=action)
+                Problem(
+                    "CFG-001",
+                    where=key,
+                    found=f"several values, {value}",
+                    expected=expected,
+                    action=action,
+                )
             )
         values[key] = [item for item in dict.fromkeys(items) if item or key == "heldout"]
     problems += _unknown_choices(values, own)
@@ -117,7 +125,11 @@ def with_grid(
         given: Settings that the command line fixes; they are no axis any more.
     """
     fixed = {text.partition("=")[0] for text in given}
-    axes = {name: [_spelled(item) for item in items] for name, items in grid.items() if name not in fixed}
+    axes = {
+        name: [_spelled(item) for item in items]
+        for name, items in grid.items()
+        if name not in fixed
+    }
     joined = {**axes, **values}
     if problems := list(_unknown_choices(joined, own_choices(given))):
         raise FedsgcgError(*problems)
@@ -199,7 +211,10 @@ def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> li
     if not read:
         return []
     combinations = itertools.product(*(selected[name] for name in read))
-    return [tuple(f"{name}={value}" for name, value in zip(read, values, strict=True)) for values in combinations]
+    return [
+        tuple(f"{name}={value}" for name, value in zip(read, values, strict=True))
+        for values in combinations
+    ]
 
 
 def folder_name(label: str) -> str:
@@ -234,7 +249,9 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
-def _unknown_choices(values: Mapping[str, Sequence[str]], own: Sequence[OwnFile]) -> Iterator[Problem]:
+def _unknown_choices(
+    values: Mapping[str, Sequence[str]], own: Sequence[OwnFile]
+) -> Iterator[Problem]:
     for group in ("method", "federation"):
         known = choices_of(group, own)
         for name in values.get(group, []):
@@ -272,7 +289,10 @@ def _values_of(text: str, own: Sequence[OwnFile]) -> list[str] | None:
     if isinstance(found, Glob) and key in GROUPS:
         return found.filter(choices_of(key, own))
     if not override.is_discrete_sweep() or isinstance(found, Glob):
-        expected, action = "values that can be listed", f"{key}=A,B or choice(A,B) or range(START,STOP,STEP)"
+        expected, action = (
+            "values that can be listed",
+            f"{key}=A,B or choice(A,B) or range(START,STOP,STEP)",
+        )
         raise fail("CFG-001", where=key, found=text, expected=expected, action=action)
     items: list[Any] = list(override.sweep_iterator())
     if isinstance(found, RangeSweep):
@@ -313,7 +333,11 @@ def _spelled(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_spelled(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_spelled(name)}:{_spelled(item)}" for name, item in value.items()) + "}"
+        return (
+            "{"
+            + ",".join(f"{_spelled(name)}:{_spelled(item)}" for name, item in value.items())
+            + "}"
+        )
     return str(value)
 
 

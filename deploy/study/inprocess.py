@@ -44,7 +44,9 @@ class InProcessGrid(Grid):
         self._run = Run.create_empty(run_id)
         self._client_app = client_app
         # Node ids of a real federation are random: derive them from the name, so that nothing can lean on their order.
-        self._contexts = {stream_seed(run_id, "node", site): _context(run_id, site) for site in sites}
+        self._contexts = {
+            stream_seed(run_id, "node", site): _context(run_id, site) for site in sites
+        }
         self._waiting: queue.Queue[Message | None] = queue.Queue()
         self._replies: dict[str, Message] = {}
         self._lock = threading.Lock()
@@ -61,7 +63,12 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Create a message (Flower's deprecated spelling of the `Message` constructor)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -88,9 +95,15 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that have come, each once."""
         with self._lock:
-            return [self._replies.pop(identifier) for identifier in list(message_ids) if identifier in self._replies]
+            return [
+                self._replies.pop(identifier)
+                for identifier in list(message_ids)
+                if identifier in self._replies
+            ]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """Push messages and wait for all replies, or until `timeout` seconds have passed."""
         missing = set(self.push_messages(messages))
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -119,13 +132,19 @@ class InProcessGrid(Grid):
     def _serve(self, message: Message) -> Message:
         try:
             return self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception:  # whatever a site's code raises must come back as an error reply, as on a real node
+        except (
+            Exception
+        ):  # whatever a site's code raises must come back as an error reply, as on a real node
             traceback.print_exc()
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the ClientApp raised an exception")
+            error = Error(
+                ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the ClientApp raised an exception"
+            )
             return Message(error, reply_to=message)
 
 
-def run_in_process(server_app: ServerApp, client_app: ClientApp, sites: Sequence[str], run_id: int = 1) -> None:
+def run_in_process(
+    server_app: ServerApp, client_app: ClientApp, sites: Sequence[str], run_id: int = 1
+) -> None:
     """Run one federation to its end in this process; what the ServerApp raises comes out here."""
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run_id
@@ -140,4 +159,10 @@ def run_in_process(server_app: ServerApp, client_app: ClientApp, sites: Sequence
 
 def _context(run_id: int, site: str) -> Context:
     node_id = stream_seed(run_id, "node", site)
-    return Context(run_id=run_id, node_id=node_id, node_config={"site": site}, state=RecordDict(), run_config={})
+    return Context(
+        run_id=run_id,
+        node_id=node_id,
+        node_config={"site": site},
+        state=RecordDict(),
+        run_config={},
+    )

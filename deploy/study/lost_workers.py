@@ -20,7 +20,9 @@ LOST = "RND-410"
 @cache
 def reasons() -> tuple[tuple[type[BaseException], str], ...]:
     """Return Ray's errors of this kind with what happened; actors that died or are away are `RayActorError`."""
-    from ray import exceptions as ray  # late, for Ray reads the environment that `prepare_environment` makes
+    from ray import (
+        exceptions as ray,
+    )  # late, for Ray reads the environment that `prepare_environment` makes
 
     return (
         (ray.OutOfMemoryError, "Ray ended it because the memory of the machine was nearly used up"),
@@ -40,7 +42,9 @@ def lost_worker(error: BaseException | None) -> str:
         seen.add(id(error))
         for kind, reason in reasons():
             if isinstance(error, kind):
-                return reason + (SHORT if "memory" in str(error).casefold() and "memory" not in reason else "")
+                return reason + (
+                    SHORT if "memory" in str(error).casefold() and "memory" not in reason else ""
+                )
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return ""
 
@@ -57,7 +61,9 @@ def as_lost(error: BaseException) -> FedsgcgError | None:
     if not found:
         return None
     action = "call again: the cell goes on from its last done round; where memory is short, raise site.threads"
-    return fail(LOST, found=found, action=f"{action}, so that fewer cells run at once, or free memory")
+    return fail(
+        LOST, found=found, action=f"{action}, so that fewer cells run at once, or free memory"
+    )
 
 
 @contextmanager

@@ -66,7 +66,9 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     cells: list[Cell] = []
     candidates: dict[str, tuple[Candidate, ...]] = {}
     trees = {
-        (variant.label, settings): _tree_of(replace(variant, settings=(*variant.settings, *settings)), rest, located)
+        (variant.label, settings): _tree_of(
+            replace(variant, settings=(*variant.settings, *settings)), rest, located
+        )
         for variant in compared
         for settings in candidates_of(variant, selected) or [()]
     }
@@ -78,7 +80,9 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         for cell in made if combinations else ():
             own = {settings: trees[variant.label, settings] for settings in combinations}
             candidates[cell.name] = tuple(_candidates(cell, own, folder))
-    inner = [cell for found in candidates.values() for candidate in found for cell in candidate.inner]
+    inner = [
+        cell for found in candidates.values() for candidate in found for cell in candidate.inner
+    ]
     if single and len(cells) + len(inner) > 1:
         found, action = (
             f"{len(cells) + len(inner)} cells: several methods, hospitals, seeds or settings",
@@ -89,7 +93,9 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells) + len(inner), machine)
     command = "simulate" if single else "study"
     address = _ray_address(str(base["ray"]["address"]))
-    data = _fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]}))  # a cell may hold few hospitals
+    data = _fingerprint(
+        Plan.from_tree({**cells[0].tree, "data": located["data"]})
+    )  # a cell may hold few hospitals
     swept = [name for name in axes if name not in AXES]
     contrasts = any("contrasts" in variant.traits for variant in compared)
     words = describe_selection(list(selected), swept, contrasts=contrasts)
@@ -116,27 +122,46 @@ def _cells(
     if variant.federation != "local":
         yield _cell(tree, folder, variant, heldout, seed, device, "")
         return
-    training = [site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]]
+    training = [
+        site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
+    ]
     for site in training:
         data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        yield _cell({**tree, "data": data, "observers": []}, folder, variant, heldout, seed, device, site)
+        yield _cell(
+            {**tree, "data": data, "observers": []}, folder, variant, heldout, seed, device, site
+        )
 
 
 def _cell(
-    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int, device: str, trained_on: str
+    tree: Mapping[str, Any],
+    folder: Path,
+    variant: Variant,
+    heldout: str,
+    seed: int,
+    device: str,
+    trained_on: str,
 ) -> Cell:
     fold = f"{seed}-{trained_on}" if trained_on else str(seed)
     parts = (folder_name(variant.label), heldout or "all-sites", fold)
     own = {**tree, "heldout": heldout, "seed": seed, "output": str(folder.joinpath(*parts))}
-    own |= {"run": "/".join((folder.name, *parts)), "label": variant.label, "setting": " ".join(variant.settings)}
+    own |= {
+        "run": "/".join((folder.name, *parts)),
+        "label": variant.label,
+        "setting": " ".join(variant.settings),
+    }
     own["site"] = {**tree["site"], "device": device}
     Plan.from_tree(own)
     return Cell(variant.label, heldout, seed, own, trained_on)
 
 
-def _candidates(cell: Cell, trees: Mapping[tuple[str, ...], Mapping[str, Any]], folder: Path) -> Iterator[Candidate]:
+def _candidates(
+    cell: Cell, trees: Mapping[tuple[str, ...], Mapping[str, Any]], folder: Path
+) -> Iterator[Candidate]:
     """Yield what a cell's fold chooses between; `trees` are the variant's settings by candidate."""
-    own = {name: cell.tree[name] for name in ("heldout", "seed", "output", "run", "label", "setting", "site")}
+    own = {
+        name: cell.tree[name]
+        for name in ("heldout", "seed", "output", "run", "label", "setting", "site")
+    }
     for settings, tree in trees.items():
         whole = {**tree, **own, "data": {**tree["data"], "sites": cell.tree["data"]["sites"]}}
         whole["observers"] = cell.tree["observers"]
@@ -145,10 +170,17 @@ def _candidates(cell: Cell, trees: Mapping[tuple[str, ...], Mapping[str, Any]], 
 
 
 def _tree_of(variant: Variant, rest: Sequence[str], located: Mapping[str, Any]) -> dict[str, Any]:
-    tree = join([*(text for text in rest if text.partition("=")[0] not in AXES), *variant.overrides])
-    return {**tree, "data": {**tree["data"], "root": located["data"]["root"], "sites": located["data"]["sites"]}} | {
-        "site": located["site"]
-    }
+    tree = join(
+        [*(text for text in rest if text.partition("=")[0] not in AXES), *variant.overrides]
+    )
+    return {
+        **tree,
+        "data": {
+            **tree["data"],
+            "root": located["data"]["root"],
+            "sites": located["data"]["sites"],
+        },
+    } | {"site": located["site"]}
 
 
 def _alone(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
@@ -159,7 +191,9 @@ def _alone(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _name(tree: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """Data and experiment: two experiments on the same data are two folders, whatever cells they share."""
-    experiments = [unquoted(text.partition("=")[2]) for text in overrides if text.startswith("experiment=")]
+    experiments = [
+        unquoted(text.partition("=")[2]) for text in overrides if text.startswith("experiment=")
+    ]
     experiments = [Path(name).stem if is_file(name) else name for name in experiments]
     return "-".join([str(tree["data"]["name"]), *(name for name in experiments if name != "none")])
 
@@ -194,13 +228,17 @@ def _ray_address(address: str) -> str:
         socket.create_connection((host, int(port)), timeout=RAY_ANSWERS_WITHIN_S).close()
     except (OSError, ValueError) as error:
         action = "start the cluster (ray start --head), or use ray.address=local"
-        raise fail("CFG-007", where="ray.address", found=f"{address}: {error}", action=action) from error
+        raise fail(
+            "CFG-007", where="ray.address", found=f"{address}: {error}", action=action
+        ) from error
     return address
 
 
 def _fingerprint(plan: Plan) -> str:
     """Fingerprint of the hospitals' files, so that a run folder is never taken for a study of other images."""
-    return data_fingerprint(Path(plan.data.root), plan.data.sites, plan.data, resolve_cache(plan.site))
+    return data_fingerprint(
+        Path(plan.data.root), plan.data.sites, plan.data, resolve_cache(plan.site)
+    )
 
 
 def _runtime(name: str) -> str:

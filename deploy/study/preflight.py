@@ -41,9 +41,14 @@ def look_at_machine(cpus: int = 0) -> Machine:
     import torch
 
     if cpus < 0:
-        raise fail("CFG-001", where="ray.cpus", found=str(cpus), expected="a whole number, 0 (all) or more")
+        raise fail(
+            "CFG-001", where="ray.cpus", found=str(cpus), expected="a whole number, 0 (all) or more"
+        )
 
-    return Machine(cpus or len(os.sched_getaffinity(0)), torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return Machine(
+        cpus or len(os.sched_getaffinity(0)),
+        torch.cuda.device_count() if torch.cuda.is_available() else 0,
+    )
 
 
 def check_device(device: str, machine: Machine) -> str:
@@ -155,21 +160,38 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
     sites = plan.data.sites
     if plan.heldout and plan.heldout not in sites:
         yield Problem(
-            "CFG-002", repr(plan.heldout), " | ".join(sites), nearest(plan.heldout, sites, listed=True), "heldout"
+            "CFG-002",
+            repr(plan.heldout),
+            " | ".join(sites),
+            nearest(plan.heldout, sites, listed=True),
+            "heldout",
         )
     for name in plan.observers:
         if name not in sites:
-            yield Problem("CFG-001", repr(name), "a hospital of the data", nearest(name, sites), "observers")
+            yield Problem(
+                "CFG-001", repr(name), "a hospital of the data", nearest(name, sites), "observers"
+            )
         elif name == plan.heldout:
-            expected, action = "a hospital that is not held out", "take it out of observers: it is evaluated anyway"
+            expected, action = (
+                "a hospital that is not held out",
+                "take it out of observers: it is evaluated anyway",
+            )
             yield Problem("CFG-001", repr(name), expected, action, "observers")
     quorum = plan.federation.quorum
     if not training:
         found, action = f"none of {len(sites)} hospitals", "take a name out of heldout or observers"
         yield Problem("CFG-003", found, "at least one training hospital", action, "observers")
     elif quorum > len(training):
-        expected = f"at most {len(training)}, the number of training hospitals ({', '.join(training)})"
-        yield Problem("CFG-001", str(quorum), expected, "lower it, or set 0 for all of them", "federation.quorum")
+        expected = (
+            f"at most {len(training)}, the number of training hospitals ({', '.join(training)})"
+        )
+        yield Problem(
+            "CFG-001",
+            str(quorum),
+            expected,
+            "lower it, or set 0 for all of them",
+            "federation.quorum",
+        )
 
 
 def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
@@ -178,7 +200,11 @@ def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem
         return
     root = Path(plan.data.root)
     try:
-        cases = [case for site in training for case in open_site(root, site, plan.data).cases] if plan.data.root else []
+        cases = (
+            [case for site in training for case in open_site(root, site, plan.data).cases]
+            if plan.data.root
+            else []
+        )
     except FedsgcgError as error:
         yield from error.problems
         return

@@ -38,7 +38,9 @@ COLUMNS: Mapping[str, Callable[[CellState], RenderableType]] = {
     "Dice (held out)": lambda state: _show(state.heldout_dice),
     "": lambda state: Text(state.status, style=STYLES.get(state.status, "yellow")),
 }
-COLUMNS_WHERE_NARROW = {title: COLUMNS[title] for title in ("held out", "round", "Dice (held out)", "")}
+COLUMNS_WHERE_NARROW = {
+    title: COLUMNS[title] for title in ("held out", "round", "Dice (held out)", "")
+}
 
 
 @dataclass
@@ -57,7 +59,9 @@ class CellState:
     dice_round: int = 0  # round of the model that `dice` belongs to: sites judge what they receive
     heldout_dice: float = float("nan")
     observer_dice: float = float("nan")
-    done_before: int = 0  # rounds an earlier call had done: they say nothing about this call's speed
+    done_before: int = (
+        0  # rounds an earlier call had done: they say nothing about this call's speed
+    )
     lines: list[str] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)  # read and not shown yet
 
@@ -98,7 +102,13 @@ class CellState:
             self.observer_dice = _number(event.get("dice"), self.observer_dice)
         else:
             self.status = "running"
-        if name in ("round.done", "validation.done", "heldout.done", "observer.done", "run.finished"):
+        if name in (
+            "round.done",
+            "validation.done",
+            "heldout.done",
+            "observer.done",
+            "run.finished",
+        ):
             self.lines.append(self.describe(name))
 
     def describe(self, event: str) -> str:
@@ -121,11 +131,17 @@ class Progress:
 
     def __init__(self, cells: Sequence[Cell], console: Screen) -> None:
         self.console = console
-        self.states = [CellState(cell, rounds=int(cell.tree["federation"]["rounds"])) for cell in cells]
+        self.states = [
+            CellState(cell, rounds=int(cell.tree["federation"]["rounds"])) for cell in cells
+        ]
         self.started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._live = Live(console=console, auto_refresh=False, transient=True) if self._redraws(console) else None
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True)
+            if self._redraws(console)
+            else None
+        )
         for state in self.states:  # what an earlier call did is known, not news
             state.read_events()
             state.done_before, state.status = state.done, "waiting"
@@ -139,7 +155,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stop.set()
         self._thread.join()
@@ -158,7 +177,9 @@ class Progress:
         if not done:
             return "estimating the time left"
         seconds = (time.monotonic() - self.started) / done * left
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        return (
+            f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        )
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
@@ -169,7 +190,9 @@ class Progress:
             state.read_events()
             for event in state.events:
                 self.console.event(
-                    event["event"], cell=state.cell.name, **{k: v for k, v in event.items() if k != "event"}
+                    event["event"],
+                    cell=state.cell.name,
+                    **{k: v for k, v in event.items() if k != "event"},
                 )
             state.events.clear()
             if not self._live:
@@ -184,9 +207,13 @@ class Progress:
         done = sum(state.done for state in self.states)
         finished = sum(state.ended for state in self.states)
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        head = Text(f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}")
+        head = Text(
+            f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}"
+        )
         # A running cell is worth a line; of the others a few are enough, for a study may have hundreds.
-        order = sorted(self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1))[:16]
+        order = sorted(
+            self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1)
+        )[:16]
         table = _table(order, COLUMNS)
         if least_width(self.console, table) > self.console.width:
             table = _table(order, COLUMNS_WHERE_NARROW)
@@ -195,7 +222,9 @@ class Progress:
         return Group(head, bar, table)
 
 
-def _table(states: Sequence[CellState], columns: Mapping[str, Callable[[CellState], RenderableType]]) -> Table:
+def _table(
+    states: Sequence[CellState], columns: Mapping[str, Callable[[CellState], RenderableType]]
+) -> Table:
     """Return a line a cell; a redrawn table cannot run over the console's edge, so it gets the columns that fit."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in columns:

@@ -53,7 +53,9 @@ def check_same_study(study: Study) -> None:
         return
     path = study.folder / "study.yaml"
     # A method that was not there before has nothing to be compared with but what all cells share.
-    problems = differences(before["shared"], dict(study.shared), str(path)) if "shared" in before else []
+    problems = (
+        differences(before["shared"], dict(study.shared), str(path)) if "shared" in before else []
+    )
     problems = problems or [
         problem
         for method, tree in settings_by_method(study).items()
@@ -96,13 +98,17 @@ def write_record(study: Study) -> None:
         "shared": dict(study.shared),
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
-    Disk().write(study.folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+    Disk().write(
+        study.folder / "study.yaml",
+        yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
+    )
 
 
 def settings_by_method(study: Study) -> dict[str, Any]:
     """Settings of each method as `study.yaml` keeps them: what decides the outcome, less what differs between cells."""
     return {
-        cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ())) for cell in study.cells
+        cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ()))
+        for cell in study.cells
     }
 
 
@@ -124,16 +130,30 @@ def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict
 def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
     """Add to `study.yaml` what folds have chosen, by label, held-out hospital and seed."""
     record = read_record(folder)
-    kept = [entry for entry in _chosen(record) if (entry["method"], entry["heldout"], entry["seed"]) not in choices]
+    kept = [
+        entry
+        for entry in _chosen(record)
+        if (entry["method"], entry["heldout"], entry["seed"]) not in choices
+    ]
     new = [
-        {"method": method, "heldout": heldout, "seed": seed, "settings": choice.settings, "scores": choice.scores}
+        {
+            "method": method,
+            "heldout": heldout,
+            "seed": seed,
+            "settings": choice.settings,
+            "scores": choice.scores,
+        }
         for (method, heldout, seed), choice in choices.items()
     ]
     record["selection"] = {
         **record.get("selection", {}),
-        "chosen": sorted([*kept, *new], key=lambda entry: (entry["method"], entry["heldout"], entry["seed"])),
+        "chosen": sorted(
+            [*kept, *new], key=lambda entry: (entry["method"], entry["heldout"], entry["seed"])
+        ),
     }
-    Disk().write(folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
+    Disk().write(
+        folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode()
+    )
 
 
 def _chosen(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -153,14 +173,18 @@ def collect(folder: Path) -> None:
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
             sink = pa.BufferOutputStream()
-            pq.write_table(pa.concat_tables(tables, promote_options="default"), sink, compression="zstd")
+            pq.write_table(
+                pa.concat_tables(tables, promote_options="default"), sink, compression="zstd"
+            )
             Disk().write(folder / name, bytes(sink.getvalue()))
 
 
 def damaged(path: Path, found: str) -> FedsgcgError:
     """The error for a file of a run folder that cannot be read."""
     action = "remove the cell's folder (or the study's) and call again"
-    return fail("SRV-402", where=str(path), found=found, expected="a file that fedsgcg wrote", action=action)
+    return fail(
+        "SRV-402", where=str(path), found=found, expected="a file that fedsgcg wrote", action=action
+    )
 
 
 def _table(path: Path) -> pa.Table:

@@ -39,7 +39,9 @@ def run_study(study: Study, console: Screen) -> int:
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
         console.print(
-            Text.assemble((f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}")
+            Text.assemble(
+                (f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}"
+            )
         )
         console.print(_explain_runtime(study, len(missing)))
         _tell_survey(study, console)
@@ -56,7 +58,10 @@ def run_study(study: Study, console: Screen) -> int:
             make_report(study.folder, tell)
     _tell_cut_steps(missing, console)
     for name, text in ended.retried.items():
-        console.print(f"{name} lost its worker ({text}) and was run again from its last done round.", style="yellow")
+        console.print(
+            f"{name} lost its worker ({text}) and was run again from its last done round.",
+            style="yellow",
+        )
     for name, text in ended.errors.items():
         console.print(f"{name} failed", style="bold red")
         console.print(text)
@@ -68,14 +73,18 @@ def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[lis
 
     Inner cells are resumed like any other; where one failed, its fold's own cell waits for the next call.
     """
-    waiting = {cell.name: study.candidates[cell.name] for cell in missing if cell.name in study.candidates}
+    waiting = {
+        cell.name: study.candidates[cell.name] for cell in missing if cell.name in study.candidates
+    }
     inner = [cell for found in waiting.values() for candidate in found for cell in candidate.inner]
     open_cells = [cell for cell in inner if not cell.done]
     if not inner:
         return list(missing), Ended()
     ended = Ended()
     if open_cells:
-        console.print(f"choosing {len(waiting)} settings: {len(open_cells)} of {len(inner)} inner cells to do")
+        console.print(
+            f"choosing {len(waiting)} settings: {len(open_cells)} of {len(inner)} inner cells to do"
+        )
         with Progress(inner, console):
             ended = _run_cells(study, open_cells)
     ready: list[Cell] = []
@@ -93,7 +102,9 @@ def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[lis
         if choice is not None:
             choices[cell.method, cell.heldout, cell.seed] = choice
             told = ", ".join(f"{name}: {score:.3f}" for name, score in choice.scores.items())
-            console.print(f"{cell.name}: {choice.settings} is chosen (mean Dice at the sources left out: {told})")
+            console.print(
+                f"{cell.name}: {choice.settings} is chosen (mean Dice at the sources left out: {told})"
+            )
         ready.append(cell if choice is None else chosen_cell(cell, found, choice))
     add_choices(study.folder, choices)
     return ready, ended
@@ -120,7 +131,9 @@ def _tell_cut_steps(cells: Iterable[Cell], console: Screen) -> None:
     from server.report.rounds import cut_steps
 
     for cell in cells:
-        if text := cut_steps(Reader(cell.folder).rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))):
+        if text := cut_steps(
+            Reader(cell.folder).rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))
+        ):
             console.print(f"{cell.name}: {text}.", style="yellow")
 
 
@@ -212,7 +225,9 @@ def describe(error: BaseException) -> str:
 
 def _explain_runtime(study: Study, missing: int) -> str:
     threads = int(study.cells[0].tree["site"]["threads"])
-    place = f"{study.machine.cpus} CPU cores" + (f", {study.machine.gpus} GPUs" if study.machine.gpus else ", no GPU")
+    place = f"{study.machine.cpus} CPU cores" + (
+        f", {study.machine.gpus} GPUs" if study.machine.gpus else ", no GPU"
+    )
     if study.runtime == "ray":
         how = "hospitals in parallel: Flower's simulation engine on Ray, one cell after the other"
     else:

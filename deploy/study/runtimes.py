@@ -23,7 +23,9 @@ from deploy.study.preflight import Machine
 SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
 
-LONGEST_TEMPORARY = SOCKET_PATH - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+LONGEST_TEMPORARY = SOCKET_PATH - len(
+    "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+)
 """Bytes of a temporary folder in which Ray's longest socket still has a path that the kernel takes."""
 
 
@@ -78,7 +80,9 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     plan = Plan.from_tree(tree)
     training = sum(plan.role(site) == "train" for site in plan.members())
     with warnings.catch_warnings(), told_of_lost_workers():
-        warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices, once a process
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # Ray's note on visible devices, once a process
         # As Flower would start it; here, because Ray puts a handler of SIGTERM in the place of ours.
         ray.init(
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
@@ -90,7 +94,10 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
             client_app=build_client_app(dict(tree)),
             num_supernodes=len(plan.members()),
             backend_config={
-                "client_resources": {"num_cpus": plan.site.threads, "num_gpus": gpu_share(training, machine)},
+                "client_resources": {
+                    "num_cpus": plan.site.threads,
+                    "num_gpus": gpu_share(training, machine),
+                },
             },
         )
 
@@ -121,7 +128,9 @@ def short_folder(temporary: str, others: Sequence[str] = ("/tmp", "/var/tmp", "/
     if len(os.fsencode(temporary)) <= LONGEST_TEMPORARY:
         return ""
     for folder in others:
-        if len(os.fsencode(folder)) + OWN_FOLDER <= LONGEST_TEMPORARY and os.access(folder, os.W_OK | os.X_OK):
+        if len(os.fsencode(folder)) + OWN_FOLDER <= LONGEST_TEMPORARY and os.access(
+            folder, os.W_OK | os.X_OK
+        ):
             return str(own_folder("ray-", folder))
     found = f"{temporary} ({len(os.fsencode(temporary))} bytes)"
     expected = f"at most {LONGEST_TEMPORARY} bytes, for a socket's path may have {SOCKET_PATH}"

@@ -67,7 +67,9 @@ class Choice:
     scores: dict[str, float]
 
 
-def inner_cells(tree: Mapping[str, Any], study: Path, label: str, heldout: str, settings: str) -> tuple[Cell, ...]:
+def inner_cells(
+    tree: Mapping[str, Any], study: Path, label: str, heldout: str, settings: str
+) -> tuple[Cell, ...]:
     """Return the federations that judge one candidate of one fold.
 
     Args:
@@ -80,11 +82,21 @@ def inner_cells(tree: Mapping[str, Any], study: Path, label: str, heldout: str, 
     Raises:
         FedsgcgError: CFG-003 when fewer than two hospitals are sources.
     """
-    sources = [site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]]
+    sources = [
+        site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
+    ]
     if len(sources) < FEWEST_SOURCES:
         found = f"{len(sources)} source hospitals with {heldout or 'nobody'} held out"
-        action = "take hospitals out of observers, use federation=by_site or pooled, or leave select out"
-        raise fail("CFG-003", where="select", found=found, expected="two or more in every fold", action=action)
+        action = (
+            "take hospitals out of observers, use federation=by_site or pooled, or leave select out"
+        )
+        raise fail(
+            "CFG-003",
+            where="select",
+            found=found,
+            expected="two or more in every fold",
+            action=action,
+        )
     seed = int(tree["seed"])
     values = (text.partition("=") for text in settings.split())
     words = " ".join([label, *(f"{name.rpartition('.')[2]}={value}" for name, _, value in values)])
@@ -92,12 +104,20 @@ def inner_cells(tree: Mapping[str, Any], study: Path, label: str, heldout: str, 
     cells = []
     for site in sources:
         data = {**tree["data"], "sites": sources}
-        own = {**tree, "data": data, "heldout": site, "observers": [], "output": str(folder / site / str(seed))}
+        own = {
+            **tree,
+            "data": data,
+            "heldout": site,
+            "observers": [],
+            "output": str(folder / site / str(seed)),
+        }
         own |= {"run": f"{tree['run']}/{FOLDER}/{folder.name}/{site}", "label": words, "chosen": ""}
         own["site"] = {**tree["site"], "feature_samples": 0}
         plan = Plan.from_tree(own)
         if heldout in plan.data.sites or heldout in plan.members():
-            raise AssertionError("a held-out hospital must not be asked for anything that chooses a setting")
+            raise AssertionError(
+                "a held-out hospital must not be asked for anything that chooses a setting"
+            )
         name = f"{words} · {heldout or 'nobody'} held out, inner"
         cells.append(Cell(name, site, seed, own))
     return tuple(cells)
@@ -114,7 +134,9 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
     if not judged:
         folders = candidates[0].inner[0].folder.parents[1]
         found = "no source hospital has a case to choose a setting by"
-        raise fail("RND-403", where=str(folders), found=found, expected="test cases at a source hospital")
+        raise fail(
+            "RND-403", where=str(folders), found=found, expected="test cases at a source hospital"
+        )
     scores = [float(np.mean([table[site] for site in judged])) for table in tables]
     best = candidates[int(np.argmax(scores))]
     named = {candidate.settings: score for candidate, score in zip(candidates, scores, strict=True)}
@@ -147,7 +169,9 @@ def describe_selection(names: Sequence[str], swept: Sequence[str], *, contrasts:
     parts = (
         NESTED.format(names=" and ".join(names), were=_were(names)) if names else "",
         COMPARED.format(names=" and ".join(swept), were=_were(swept)) if swept else "",
-        NOT_NESTED.format(names=" and ".join(open_ones), select=",".join(open_ones)) if open_ones else "",
+        NOT_NESTED.format(names=" and ".join(open_ones), select=",".join(open_ones))
+        if open_ones
+        else "",
     )
     return " ".join(filter(None, parts))
 

@@ -15,7 +15,19 @@ from deploy.study.selection import Candidate
 
 # Places and machines: changing them does not make another study.
 NOT_IDENTITY = (
-    *("method", "heldout", "seed", "run", "output", "device", "runtime", "ray", "site", "grid", "select"),
+    *(
+        "method",
+        "heldout",
+        "seed",
+        "run",
+        "output",
+        "device",
+        "runtime",
+        "ray",
+        "site",
+        "grid",
+        "select",
+    ),
     "config_dir",
 )
 
@@ -75,6 +87,8 @@ def shared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _identifying(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in tree.items() if name not in NOT_IDENTITY}
     kept["federation"] = {
-        name: value for name, value in tree["federation"].items() if name not in ("ownership", "moments")
+        name: value
+        for name, value in tree["federation"].items()
+        if name not in ("ownership", "moments")
     }
     return kept

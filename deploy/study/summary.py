@@ -40,7 +40,10 @@ def _print_left_out(cells: Sequence[Cell], console: Screen) -> None:
     for line in lines:
         console.print(line, style="yellow")
     if lines:
-        console.print("Which files, and what to do: sites/<site>/problems.txt in a cell's folder.", style="yellow")
+        console.print(
+            "Which files, and what to do: sites/<site>/problems.txt in a cell's folder.",
+            style="yellow",
+        )
 
 
 def _print_problems(cells: Sequence[Cell], console: Screen) -> None:
@@ -51,7 +54,10 @@ def _print_problems(cells: Sequence[Cell], console: Screen) -> None:
         for problem in cell.outcome().get("problems", [])[:MOST_PROBLEMS]:
             console.print(f"  {Problem(**problem)}")
     if degraded:
-        console.print("A degraded cell counts. To run it again, remove its folder and call again.", style="yellow")
+        console.print(
+            "A degraded cell counts. To run it again, remove its folder and call again.",
+            style="yellow",
+        )
 
 
 def _print_results(folder: Path, console: Screen) -> None:
@@ -85,14 +91,29 @@ def _print_results(folder: Path, console: Screen) -> None:
     for title in ("Dice ± sd", "95 % interval", *(name.upper() for name in DISTANCES), "cases"):
         table.add_column(title, justify="right", no_wrap=True)  # a number is not broken
     for row in rows:
-        spread = f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" if row["cases"] > 1 else f"{row['dice_mean']:.3f}"
-        interval = "–" if math.isnan(row["dice_low"]) else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
-        cells = [*(str(row[name]) for name in heads), spread, interval, *(_distance(row, name) for name in DISTANCES)]
+        spread = (
+            f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}"
+            if row["cases"] > 1
+            else f"{row['dice_mean']:.3f}"
+        )
+        interval = (
+            "–"
+            if math.isnan(row["dice_low"])
+            else f"{row['dice_low']:.3f} to {row['dice_high']:.3f}"
+        )
+        cells = [
+            *(str(row[name]) for name in heads),
+            spread,
+            interval,
+            *(_distance(row, name) for name in DISTANCES),
+        ]
         end = row["site"] == AVERAGE
         table.add_row(*cells, str(row["cases"]), style="bold" if end else "", end_section=end)
     console.print(table)
     if any(row[f"{name}_excluded"] for row in rows for name in DISTANCES):
-        console.print("(n of N): a mean over n of N predictions; a distance is undefined where one mask is empty.")
+        console.print(
+            "(n of N): a mean over n of N predictions; a distance is undefined where one mask is empty."
+        )
 
 
 def _chosen(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:

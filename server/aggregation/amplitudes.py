@@ -42,7 +42,9 @@ def check_consent(level: str, members: Mapping[str, Member], training: Iterable[
         allowed = members[site].details.get("shares")
         if level not in (allowed if isinstance(allowed, list) else []):
             action = f"set method.ram.sharing=local, or have the site add {level} to `shares` in its own file"
-            problems.append(Problem("ROL-202", f"the site does not share its {level}", level, action, site))
+            problems.append(
+                Problem("ROL-202", f"the site does not share its {level}", level, action, site)
+            )
     if problems:
         raise FedsgcgError(*problems)
 
@@ -71,7 +73,12 @@ def _summary(plan: Plan, site: str, data: bytes) -> AmplitudeSummary:
     summary = _decoded(AmplitudeSummary.decode, site, data)
     _check_size(plan, site, summary.first.shape)
     if summary.side != plan.data.image_size:
-        raise fail("PAY-106", where=site, found=f"a side of {summary.side}", expected=f"{plan.data.image_size} pixels")
+        raise fail(
+            "PAY-106",
+            where=site,
+            found=f"a side of {summary.side}",
+            expected=f"{plan.data.image_size} pixels",
+        )
     return replace(summary, sites=(site,))
 
 
@@ -86,18 +93,27 @@ def _decoded(decode: Callable[[bytes], Amplitudes], site: str, data: bytes) -> A
         return decode(data)
     except FedsgcgError as error:
         problem = error.problems[0]
-        raise fail(problem.code, where=site, found=problem.found, expected=problem.expected) from error
+        raise fail(
+            problem.code, where=site, found=problem.found, expected=problem.expected
+        ) from error
 
 
 def _check_size(plan: Plan, site: str, shape: tuple[int, ...]) -> None:
     size = math.floor(plan.data.image_size * plan.method.ram.window) + 1
     wanted = (CHANNELS, 2, size, size)
     if shape != wanted:
-        raise fail("PAY-106", where=site, found=f"amplitude windows of shape {shape}", expected=f"{wanted}")
+        raise fail(
+            "PAY-106", where=site, found=f"amplitude windows of shape {shape}", expected=f"{wanted}"
+        )
 
 
 def _check_one_space(spaces: Sequence[tuple[str, str]]) -> None:
     if len({space for _, space in spaces}) > 1:
         found = ", ".join(f"{space}s at {site}" for site, space in spaces)
         action = "let hospitals with pictures and hospitals with volumes train apart, or set method.ram.sharing=local"
-        raise fail("PAY-106", found=f"amplitudes of {found}", expected="pictures alone or volumes alone", action=action)
+        raise fail(
+            "PAY-106",
+            found=f"amplitudes of {found}",
+            expected="pictures alone or volumes alone",
+            action=action,
+        )

@@ -60,7 +60,9 @@ def merge_weights(parts: Sequence[tuple[str, Weights, float]]) -> Weights:
     return Weights(first.layout, total.astype(np.float32), largest)
 
 
-def merge_statistics(parts: Sequence[tuple[str, ClassStatistics]], weighting: str = "pixels") -> ClassStatistics:
+def merge_statistics(
+    parts: Sequence[tuple[str, ClassStatistics]], weighting: str = "pixels"
+) -> ClassStatistics:
     """Pool the sites' class statistics (methods.md 1.8, all sites at once).
 
     Args:
@@ -78,11 +80,15 @@ def merge_statistics(parts: Sequence[tuple[str, ClassStatistics]], weighting: st
     if weighting != "sites":
         raise ValueError(f"weighting: found {weighting!r}, expected pixels or sites")
     equal = reduce(add, [part.weighted_equally() for part in statistics])
-    pixels_per_site = np.divide(pooled.count, equal.count, out=np.zeros_like(pooled.count), where=equal.count > 0)
+    pixels_per_site = np.divide(
+        pooled.count, equal.count, out=np.zeros_like(pooled.count), where=equal.count > 0
+    )
     return ClassStatistics(pooled.count, equal.mean, equal.scatter * pixels_per_site[:, None, None])
 
 
-def merge_moments(parts: Sequence[tuple[str, NormMoments]], weighting: str = "samples") -> NormMoments:
+def merge_moments(
+    parts: Sequence[tuple[str, NormMoments]], weighting: str = "samples"
+) -> NormMoments:
     """Pool the moments that the sites measured of the inputs of the merged model's BatchNorm layers.
 
     Args:

@@ -64,14 +64,18 @@ class PrototypeMemory:
         """
         policy, new = self.settings.memory, dict(fresh)
         if len(new) != len(fresh):
-            raise ValueError(f"found a site twice in {[site for site, _ in fresh]}, expected each once")
+            raise ValueError(
+                f"found a site twice in {[site for site, _ in fresh]}, expected each once"
+            )
         if policy == "momentum":
             return self._moved(previous, fresh)
         if policy in LAST_ROUND:
             return new or dict(previous)
         gamma = self.settings.discount if policy == "discount" else 1.0
         kept = {site: part.discounted(gamma) for site, part in previous.items()}
-        return kept | {site: kept[site] + part if site in kept else part for site, part in new.items()}
+        return kept | {
+            site: kept[site] + part if site in kept else part for site, part in new.items()
+        }
 
     def prototypes(self, parts: Parts) -> ClassStatistics | None:
         """Return the global prototypes of a memory, None while it is empty; the same bits in whatever order it came."""
@@ -89,7 +93,11 @@ class PrototypeMemory:
         if not fresh:
             return dict(previous)
         merged = merge_statistics(fresh, self.settings.weighting)
-        return {EVERYBODY: moved(previous[EVERYBODY], merged, self.settings.momentum) if previous else merged}
+        return {
+            EVERYBODY: moved(previous[EVERYBODY], merged, self.settings.momentum)
+            if previous
+            else merged
+        }
 
     def shift(self, fresh: Fresh) -> dict[str, list[float]]:
         """Return the domain shift of a round's statistics, one value a class (NaN where no site has seen it).
@@ -123,7 +131,11 @@ def moved(previous: ClassStatistics, fresh: ClassStatistics, beta: float) -> Cla
 
 
 def prototype_rows(
-    memory: PrototypeMemory, prototypes: ClassStatistics, fresh: Fresh, classes: Sequence[str], number: int
+    memory: PrototypeMemory,
+    prototypes: ClassStatistics,
+    fresh: Fresh,
+    classes: Sequence[str],
+    number: int,
 ) -> list[dict[str, Any]]:
     """Return the round's rows on prototypes: shift and count of every class (phase `merge`, all sites).
 
@@ -134,19 +146,32 @@ def prototype_rows(
         classes: K class names.
         number: Number of the round.
     """
-    figures = {"prototype_count": prototypes.count.tolist()} | (memory.shift(fresh) if fresh else {})
+    figures = {"prototype_count": prototypes.count.tolist()} | (
+        memory.shift(fresh) if fresh else {}
+    )
     return _class_rows(figures, classes, number)
 
 
-def evaluation_rows(memory: PrototypeMemory, fresh: Fresh, classes: Sequence[str], number: int) -> list[dict[str, Any]]:
+def evaluation_rows(
+    memory: PrototypeMemory, fresh: Fresh, classes: Sequence[str], number: int
+) -> list[dict[str, Any]]:
     """Return the rows on the shift of the chosen model, every site under the normalisation of evaluation."""
     figures = {f"{metric}_evaluation": values for metric, values in memory.shift(fresh).items()}
     return _class_rows(figures, classes, number)
 
 
-def _class_rows(figures: Mapping[str, list[float]], classes: Sequence[str], number: int) -> list[dict[str, Any]]:
+def _class_rows(
+    figures: Mapping[str, list[float]], classes: Sequence[str], number: int
+) -> list[dict[str, Any]]:
     return [
-        {"round": number, "phase": "merge", "site": "", "cls": name, "metric": metric, "value": value}
+        {
+            "round": number,
+            "phase": "merge",
+            "site": "",
+            "cls": name,
+            "metric": metric,
+            "value": value,
+        }
         for metric, values in figures.items()
         for name, value in zip(classes, values, strict=True)
         if not np.isnan(value)

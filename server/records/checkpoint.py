@@ -104,7 +104,11 @@ def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
         "layout": record.weights.encode_layout(),
         "best": None
         if record.best is None
-        else {"round": record.best.round, "score": record.best.score, "layout": record.best.weights.encode_layout()},
+        else {
+            "round": record.best.round,
+            "score": record.best.score,
+            "layout": record.best.weights.encode_layout(),
+        },
         "notes": [asdict(note) for note in record.notes],
         "rounds": list(hashes),
     }
@@ -139,7 +143,12 @@ def _record(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -
             for name in sorted(tensors)
             if name.startswith(PART)
         },
-        best=best and Best(int(best["round"]), float(best["score"]), Weights.decode(best["layout"], tensors["best"])),
+        best=best
+        and Best(
+            int(best["round"]),
+            float(best["score"]),
+            Weights.decode(best["layout"], tensors["best"]),
+        ),
         notes=tuple(Problem(**note) for note in facts["notes"]),
     )
 
@@ -155,4 +164,10 @@ def _checkpoint_sha(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str,
 def damage(path: Path, found: str) -> Problem:
     """The problem of a file that is not as it was written."""
     action = "restore the file from a backup, or start anew in another output=FOLDER"
-    return Problem("SRV-402", where=str(path), found=found, expected="the file as it was written", action=action)
+    return Problem(
+        "SRV-402",
+        where=str(path),
+        found=found,
+        expected="the file as it was written",
+        action=action,
+    )

@@ -36,7 +36,13 @@ class EventLog:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Record one event of the current `round`; numbers that are not finite become null. Raises SRV-401."""
-        found = {"time": round(time.time(), 3), "event": event, **self._fixed, "round": self.round, **fields}
+        found = {
+            "time": round(time.time(), 3),
+            "event": event,
+            **self._fixed,
+            "round": self.round,
+            **fields,
+        }
         found = {name: _finite(value) for name, value in found.items()}
         with refusals(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")

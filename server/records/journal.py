@@ -52,7 +52,11 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, plan_digest: str, settings_tree: Mapping[str, Any], disk: Disk | None = None
+        self,
+        folder: Path,
+        plan_digest: str,
+        settings_tree: Mapping[str, Any],
+        disk: Disk | None = None,
     ) -> None:
         self.folder = Path(folder) / "journal"
         self.damaged: tuple[Problem, ...] = ()
@@ -77,7 +81,10 @@ class Journal:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -118,7 +125,9 @@ class Journal:
                 problems.extend(error.problems)
         later_rows = any(number > 1 for number in self._rows_present())
         if record is None and (problems or later_rows):
-            raise FedsgcgError(*(problems or [damage(self.folder, "rows of rounds without any checkpoint")]))
+            raise FedsgcgError(
+                *(problems or [damage(self.folder, "rows of rounds without any checkpoint")])
+            )
         self.damaged, self._hashes = tuple(problems), hashes
         self._tidy(len(hashes))
         return record
@@ -138,7 +147,9 @@ class Journal:
     def _check_plan(self, settings_tree: Mapping[str, Any]) -> None:
         path = self.folder / "plan.json"
         if not path.exists():
-            text = json.dumps({"digest": self._digest, "settings": settings_tree}, indent=1, sort_keys=True)
+            text = json.dumps(
+                {"digest": self._digest, "settings": settings_tree}, indent=1, sort_keys=True
+            )
             self._disk.write(path, text.encode())
             return
         try:
@@ -148,7 +159,9 @@ class Journal:
             raise FedsgcgError(damage(path, "not the JSON that was written")) from error
         if digest != self._digest:
             wanted = json.loads(json.dumps(settings_tree))
-            raise FedsgcgError(*(list(differences(settings, wanted, str(path))) or [_other_plan(path, digest)]))
+            raise FedsgcgError(
+                *(list(differences(settings, wanted, str(path))) or [_other_plan(path, digest)])
+            )
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*.safetensors"), reverse=True)
@@ -166,7 +179,9 @@ class Journal:
     def _read_checkpoint(self, path: Path) -> tuple[RoundRecord, list[str]]:
         record, hashes = decode_checkpoint(path)
         if record.identity.plan != self._digest or self._checkpoint_path(record.round) != path:
-            raise FedsgcgError(damage(path, f"round {record.round} of plan {record.identity.plan[:12]}"))
+            raise FedsgcgError(
+                damage(path, f"round {record.round} of plan {record.identity.plan[:12]}")
+            )
         if len(hashes) != record.round:
             raise FedsgcgError(damage(path, f"hashes of {len(hashes)} rounds"))
         for number, wanted in enumerate(hashes, start=1):
@@ -179,7 +194,9 @@ class Journal:
             raise FedsgcgError(damage(path, "no such file"))
         data = _read(path)
         if _sha(data) != wanted:
-            raise FedsgcgError(damage(path, f"SHA-256 {_sha(data)[:12]}…, written was {wanted[:12]}…"))
+            raise FedsgcgError(
+                damage(path, f"SHA-256 {_sha(data)[:12]}…, written was {wanted[:12]}…")
+            )
         return data
 
     def _tidy(self, done: int) -> None:
@@ -235,16 +252,31 @@ def differences(before: Any, now: Any, where: str, path: str = "") -> list[Probl
         return [
             p
             for name in names
-            for p in differences(before.get(name), now.get(name), where, f"{path}.{name}".lstrip("."))
+            for p in differences(
+                before.get(name), now.get(name), where, f"{path}.{name}".lstrip(".")
+            )
         ]
     if before == now:
         return []
     action = "use the first run's settings, or choose another output=FOLDER"
-    return [Problem("CFG-005", where=where, found=f"{path}={now!r}", expected=f"{path}={before!r}", action=action)]
+    return [
+        Problem(
+            "CFG-005",
+            where=where,
+            found=f"{path}={now!r}",
+            expected=f"{path}={before!r}",
+            action=action,
+        )
+    ]
 
 
 def _other_plan(path: Path, digest: str) -> Problem:
-    return Problem("CFG-005", where=str(path), found=f"plan {digest[:12]}", action="choose another output=FOLDER")
+    return Problem(
+        "CFG-005",
+        where=str(path),
+        found=f"plan {digest[:12]}",
+        action="choose another output=FOLDER",
+    )
 
 
 def _read(path: Path) -> bytes:

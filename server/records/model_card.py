@@ -34,7 +34,9 @@ PREPROCESSING: Final = (
 )
 
 
-def protocol(plan: Plan, training: Sequence[str], selected_round: int, *, validated: bool = True) -> dict[str, Any]:
+def protocol(
+    plan: Plan, training: Sequence[str], selected_round: int, *, validated: bool = True
+) -> dict[str, Any]:
     """Return the protocol in words, for `model.json` and the report's protocol box.
 
     Args:
@@ -52,14 +54,18 @@ def protocol(plan: Plan, training: Sequence[str], selected_round: int, *, valida
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source validation; every "
             "case of the held-out site is its test set unless the manifest says otherwise"
         ),
-        "selection": SELECTIONS[federation.selection] if validated else SELECTIONS["last"] + _unvalidated(plan),
+        "selection": SELECTIONS[federation.selection]
+        if validated
+        else SELECTIONS["last"] + _unvalidated(plan),
         "selected_round": selected_round,
         "rounds": federation.rounds,
         "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
         "decision": f"probabilities at training size, bilinear to the images' own size, then {_decision(plan)}",
         "post_processing": _post_processing(plan),
         "metrics": METRICS,
-        "distance_unit": "pixel" if data.spacing_unit == "pixel" else "pixel, and mm where the spacing is real",
+        "distance_unit": "pixel"
+        if data.spacing_unit == "pixel"
+        else "pixel, and mm where the spacing is real",
         "structures": {name: list(parts) for name, parts in data.structures.items()},
     }
 
@@ -92,7 +98,12 @@ def _steps(data: DataSettings, name: str, parts: Mapping[str, set[str]]) -> Iter
 
 
 def model_card(
-    plan: Plan, chosen: Best, training: Sequence[str], *, prototypes: bool, kinds: Sequence[str] = ()
+    plan: Plan,
+    chosen: Best,
+    training: Sequence[str],
+    *,
+    prototypes: bool,
+    kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what `model.json` says: how to use the model, and how it came about.
 
@@ -104,7 +115,10 @@ def model_card(
         kinds: What the training images were (`common.images.read.KINDS`); empty where the sites did not say.
     """
     data = asdict(plan.data)
-    network = asdict(plan.network) | {"in_channels": IN_CHANNELS, "out_channels": plan.data.out_channels}
+    network = asdict(plan.network) | {
+        "in_channels": IN_CHANNELS,
+        "out_channels": plan.data.out_channels,
+    }
     return cell_of(plan) | {
         "schema_version": SCHEMA_VERSION,
         "run": plan.run,

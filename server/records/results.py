@@ -39,16 +39,26 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
     try:
         rows = decode_cases(data)
     except Exception as error:  # as in `sites.exchange`: hostile bytes; and what was found may quote the site's text
-        raise fail(error.code if isinstance(error, FedsgcgError) else "PAY-106", where=site) from error
+        raise fail(
+            error.code if isinstance(error, FedsgcgError) else "PAY-106", where=site
+        ) from error
     for row in rows:
         if row["structure"] not in plan.data.structures or not row["case"]:
             expected = f"an alias and one of {', '.join(plan.data.structures)}"
             raise fail(
-                "PAY-106", where=site, found="a case without alias or of an unknown structure", expected=expected
+                "PAY-106",
+                where=site,
+                found="a case without alias or of an unknown structure",
+                expected=expected,
             )
         for name in ("dice", "dice_smooth1"):
             if row[name] is None or not 0.0 <= row[name] <= 1.0:
-                raise fail("PAY-106", where=site, found=f"{name} {row[name]!r}", expected="a number in [0, 1]")
+                raise fail(
+                    "PAY-106",
+                    where=site,
+                    found=f"{name} {row[name]!r}",
+                    expected="a number in [0, 1]",
+                )
     return [{"site": site, **row} for row in rows]
 
 
@@ -73,11 +83,16 @@ def write_model(disk: Disk, plan: Plan, weights: Weights, card: Mapping[str, Any
     folder = Path(plan.output)
     state = {name: array.copy() for name, array in weights.to_state().items()}
     network = {"network": card["network"], "digest": card["digest"]}
-    disk.write(folder / "model.safetensors", save(state, metadata={"fedsgcg": json.dumps(network, sort_keys=True)}))
+    disk.write(
+        folder / "model.safetensors",
+        save(state, metadata={"fedsgcg": json.dumps(network, sort_keys=True)}),
+    )
     disk.write(folder / "model.json", _json(card))
 
 
-def write_prototypes(disk: Disk, plan: Plan, prototypes: ClassStatistics | None, identity: Identity) -> None:
+def write_prototypes(
+    disk: Disk, plan: Plan, prototypes: ClassStatistics | None, identity: Identity
+) -> None:
     """Write `prototypes.arrow`, or remove it where there are none any more. Raises SRV-401."""
     path = Path(plan.output) / "prototypes.arrow"
     if prototypes is None:

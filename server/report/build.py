@@ -18,19 +18,53 @@ from server.report.figures.drawing import MARKERS, PALETTE
 from server.report.figures.overlays import Images
 from server.report.format import show
 from server.report.gallery import gallery, write_gallery
-from server.report.labels import FEDERATION_WORDS, Group, Label, figure_groups, label_colours, main_labels, main_pairs
+from server.report.labels import (
+    FEDERATION_WORDS,
+    Group,
+    Label,
+    figure_groups,
+    label_colours,
+    main_labels,
+    main_pairs,
+)
 from server.report.protocol import chosen_within_folds, protocol_box
 from server.report.reader import Reader
 from server.report.sections.claims import claims_section, hospital_tables, main_claims
 from server.report.sections.features import similarity_section, tsne_section
 from server.report.sections.federation import federation_section
-from server.report.sections.panels import case_figures, overlay_blocks, shift_classes, shift_figures, training_figures
-from server.report.sections.papers import ablation_tables, layouts_of, paper_notes, paper_tables, seeds_note
+from server.report.sections.panels import (
+    case_figures,
+    overlay_blocks,
+    shift_classes,
+    shift_figures,
+    training_figures,
+)
+from server.report.sections.papers import (
+    ablation_tables,
+    layouts_of,
+    paper_notes,
+    paper_tables,
+    seeds_note,
+)
 from server.report.sections.published import published_for
-from server.report.sections.results import Section, case_means, cell_rows, departure_rows, hash_note, result_tables
+from server.report.sections.results import (
+    Section,
+    case_means,
+    cell_rows,
+    departure_rows,
+    hash_note,
+    result_tables,
+)
 from server.report.sections.sweeps import HELD_OUT, VALIDATION, sweep_sections, sweeps_of
 from server.report.study_files import StudyFiles, read_study
-from server.report.summary import STATUS_WORDS, headline, result_notes, settings_text, status_sentence, troubled
+from server.report.summary import (
+    STATUS_WORDS,
+    headline,
+    result_notes,
+    settings_text,
+    status_sentence,
+    troubled,
+)
 from server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 from server.report.templates.page import PAGE
 
@@ -85,7 +119,9 @@ def collector_at_rest() -> Iterator[None]:
 
 def render(content: Mapping[str, Any]) -> str:
     """Return the page; the same files give the same bytes."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["show"] = show
     return environment.from_string(PAGE).render(**content)
 
@@ -116,8 +152,12 @@ def _words(study: StudyFiles) -> dict[str, Any]:
         "differing_settings": differing,
         "setting_methods": list(study.settings),
         "command": study.tree.get("command", ""),
-        "dates": [(name, study.tree[name]) for name in ("created", "updated") if study.tree.get(name)],
-        "versions": study.tree.get("versions") if isinstance(study.tree.get("versions"), dict) else {},
+        "dates": [
+            (name, study.tree[name]) for name in ("created", "updated") if study.tree.get(name)
+        ],
+        "versions": study.tree.get("versions")
+        if isinstance(study.tree.get("versions"), dict)
+        else {},
         "folder": study.folder.resolve().name,
         "cells": cell_rows(study),
         "hash_note": hash_note(study),
@@ -128,7 +168,9 @@ def _words(study: StudyFiles) -> dict[str, Any]:
     }
 
 
-def _tables(study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader) -> dict[str, Any]:
+def _tables(
+    study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader
+) -> dict[str, Any]:
     """Results in all metrics, cases, what left each hospital."""
     summary = summary_rows(rows)
     structures = _structures(study)
@@ -151,7 +193,9 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     structures, colours = _structures(study), label_colours(labels)
     values = CaseValues(rows)
     claims: list[Difference] = main_claims(values, labels, structures) if rows else []
-    sites = sorted({cell.heldout for cell in study.cells if cell.heldout} | {site for _, site in values.places})
+    sites = sorted(
+        {cell.heldout for cell in study.cells if cell.heldout} | {site for _, site in values.places}
+    )
     published = published_for(str(_data(study).get("name", "")), structures)
     printed = CaseValues(rows, "pixel") if published else values
     layouts = layouts_of(printed, structures, sites, published) if rows else []
@@ -164,15 +208,23 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
         "place": place,
         "nested": chosen_within_folds(study),
         "dice_floor": f"{DICE_FLOOR:g}",
-        "headline": headline(summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)),
+        "headline": headline(
+            summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)
+        ),
         "papers": papers,
         "paper_notes": paper_notes(published, papers) if rows else [],
         "paper_seeds": seeds_note(values, main_labels(labels)),
         "ablation": ablation_tables(layouts, labels, colours),
         "differences": claims_section(claims, structures) if claims else None,
-        "hospital_tables": hospital_tables(values, main_pairs(labels), structures) if len(values.places) > 1 else [],
-        "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place) if rows else [],
-        "federation": federation_section(values, labels, structures, colours, study.rounds, place) if rows else None,
+        "hospital_tables": hospital_tables(values, main_pairs(labels), structures)
+        if len(values.places) > 1
+        else [],
+        "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place)
+        if rows
+        else [],
+        "federation": federation_section(values, labels, structures, colours, study.rounds, place)
+        if rows
+        else None,
     }
 
 
@@ -184,7 +236,11 @@ def _figures(
 
     def case_parts(group: Group) -> list[Section]:
         found = [(name, case_figures(cases, name, group.labels, colours)) for name in structures]
-        return [{"title": name if len(structures) > 1 else "", "panels": panels} for name, panels in found if panels]
+        return [
+            {"title": name if len(structures) > 1 else "", "panels": panels}
+            for name, panels in found
+            if panels
+        ]
 
     def own_rounds(group: Group) -> list[Row]:
         return [row for row in study.rounds if row["method"] in group.labels]
@@ -193,8 +249,12 @@ def _figures(
         return _part(shift_figures(own_rounds(group), group.labels))
 
     tell("curves")
-    training = _blocks(groups, lambda group: _part(training_figures(own_rounds(group), group.labels, colours)))
-    marks = [panel["marks"] for block in training for part in block["parts"] for panel in part["panels"]]
+    training = _blocks(
+        groups, lambda group: _part(training_figures(own_rounds(group), group.labels, colours))
+    )
+    marks = [
+        panel["marks"] for block in training for part in block["parts"] for panel in part["panels"]
+    ]
     shift = (block for group in groups for block in _blocks([group], shift_parts))
     case_panels = _blocks(groups, case_parts) if cases else []
     tell("features of single pixels")
@@ -222,7 +282,12 @@ def _blocks(groups: Sequence[Group], draw: Callable[[Group], list[Section]]) -> 
     for group in groups:
         parts = draw(group)
         if parts:
-            head = {"title": group.title, "labels": group.labels, "left_out": group.left_out, "more": Markup("")}
+            head = {
+                "title": group.title,
+                "labels": group.labels,
+                "left_out": group.left_out,
+                "more": Markup(""),
+            }
             blocks.append(head | {"parts": parts})
     return blocks
 
@@ -239,7 +304,10 @@ def _structures(study: StudyFiles) -> list[str]:
     """Structures with results, in the order of the settings."""
     declared = _data(study).get("structures", {})
     found = sorted({str(row["structure"]) for row in study.results})
-    return [*(name for name in declared if name in found), *(name for name in found if name not in declared)]
+    return [
+        *(name for name in declared if name in found),
+        *(name for name in found if name not in declared),
+    ]
 
 
 def _data(study: StudyFiles) -> dict[str, Any]:

@@ -24,7 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from server.report.intervals import NAN, Component, Interval, combined_interval, component_of, mean_interval
+from server.report.intervals import (
+    NAN,
+    Component,
+    Interval,
+    combined_interval,
+    component_of,
+    mean_interval,
+)
 from server.report.significance import ALPHA, SignFlips, holm, sign_flips
 from server.report.tables import (
     AVERAGE,
@@ -44,7 +51,9 @@ Place = tuple[str, str]  # (heldout, site)
 Seeds = dict[int, float]
 Floats = npt.NDArray[np.float64]
 Values = dict[Place, dict[str, Seeds]]  # place -> case -> seed -> value
-Parts = dict[Place, dict[str, Seeds]]  # the same of differences: only places, cases and seeds that both have
+Parts = dict[
+    Place, dict[str, Seeds]
+]  # the same of differences: only places, cases and seeds that both have
 
 DICE_FLOOR = 0.2
 """Mean Dice below which a model misses the structure; a difference between two such models means nothing."""
@@ -142,7 +151,10 @@ def corrected_for_number(differences: Sequence[Difference]) -> list[Difference]:
     """Correct the tests of one table for their number (Holm)."""
     tests = holm([entry.test.p for entry in differences])
     family = sum(not math.isnan(p) for p in tests)
-    return [replace(entry, corrected=p, family=family) for entry, p in zip(differences, tests, strict=True)]
+    return [
+        replace(entry, corrected=p, family=family)
+        for entry, p in zip(differences, tests, strict=True)
+    ]
 
 
 class CaseValues:
@@ -158,7 +170,9 @@ class CaseValues:
         self.unit = unit or distance_unit(rows)
         self.structures = sorted({str(row["structure"]) for row in rows})
         self.places = sorted({(str(row["heldout"]), str(row["site"])) for row in rows})
-        self._values: dict[tuple[str, str, str], Values] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+        self._values: dict[tuple[str, str, str], Values] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(dict))
+        )
         self._left_out: dict[tuple[str, str, str], dict[Place, list[int]]] = defaultdict(dict)
         for row in rows:
             place = str(row["heldout"]), str(row["site"])
@@ -171,11 +185,15 @@ class CaseValues:
 
     def _count(self, row: Row, place: Place) -> None:
         for metric in METRICS:
-            counts = self._left_out[str(row["method"]), str(row["structure"]), metric].setdefault(place, [0, 0])
+            counts = self._left_out[str(row["method"]), str(row["structure"]), metric].setdefault(
+                place, [0, 0]
+            )
             counts[0] += undefined(row, metric)
             counts[1] += int(row.get("evaluations", 1))
 
-    def left_out(self, method: str, structure: str, metric: str, place: Place | None = None) -> tuple[int, int]:
+    def left_out(
+        self, method: str, structure: str, metric: str, place: Place | None = None
+    ) -> tuple[int, int]:
         """Evaluations without a value and evaluations in all, at one place or over all places."""
         found = self._left_out.get((method, structure, metric), {})
         counts = [found.get(place, [0, 0])] if place else list(found.values())
@@ -192,13 +210,17 @@ class CaseValues:
             for place, cases in self.of(method, structure, metric).items()
         }
 
-    def interval(self, method: str, structure: str, metric: str, place: Place | None = None) -> Interval:
+    def interval(
+        self, method: str, structure: str, metric: str, place: Place | None = None
+    ) -> Interval:
         """Mean with interval at one place, or on average over all places (each counts the same)."""
         cases = self.cases(method, structure, metric)
         values = [cases.get(place, [])] if place else [cases[key] for key in sorted(cases)]
         return mean_interval(values, bounds=bounds_of(metric))
 
-    def by_seed(self, method: str, structure: str, metric: str, place: Place | None = None) -> dict[int, float]:
+    def by_seed(
+        self, method: str, structure: str, metric: str, place: Place | None = None
+    ) -> dict[int, float]:
         """Mean of every seed at one place, or over all places that the label has (seeds without one of them left out).
 
         Cases count the same within a place, places count the same.
@@ -213,14 +235,23 @@ class CaseValues:
                     seeds[seed].append(value)
             for seed, part in seeds.items():
                 found[seed].append(float(np.mean(part)))
-        return {seed: float(np.mean(means)) for seed, means in sorted(found.items()) if len(means) == len(places)}
+        return {
+            seed: float(np.mean(means))
+            for seed, means in sorted(found.items())
+            if len(means) == len(places)
+        }
 
-    def difference(self, pair: tuple[str, str], structure: str, metric: str, place: Place | None = None) -> Difference:
+    def difference(
+        self, pair: tuple[str, str], structure: str, metric: str, place: Place | None = None
+    ) -> Difference:
         """Compare a pair (label, reference) at one place, or over all places."""
         places = [place] if place else self.places
         ours, theirs = (self.of(name, structure, metric) for name in pair)
         parts = _paired_places(ours, theirs, places)
-        means = [np.array([np.mean(list(seeds.values())) for seeds in part.values()]) for part in parts.values()]
+        means = [
+            np.array([np.mean(list(seeds.values())) for seeds in part.values()])
+            for part in parts.values()
+        ]
         return Difference(
             *pair,
             site=place[1] if place else AVERAGE,
@@ -233,7 +264,9 @@ class CaseValues:
             groups=len(parts),
             test=sign_flips(_trainings(parts)),
             hospitals=len(places),
-            by_hospital={site: float(part.mean()) for (_, site), part in zip(parts, means, strict=True)},
+            by_hospital={
+                site: float(part.mean()) for (_, site), part in zip(parts, means, strict=True)
+            },
             levels=self._levels(pair, structure, places),
             judged=self._judged(pair, structure, places),
         )
@@ -243,7 +276,9 @@ class CaseValues:
         ours, theirs = (self.of(name, structure, "dice") for name in pair)
         return sum(len(part) for part in _paired_places(ours, theirs, places).values())
 
-    def _levels(self, pair: tuple[str, str], structure: str, places: Sequence[Place]) -> tuple[float, float]:
+    def _levels(
+        self, pair: tuple[str, str], structure: str, places: Sequence[Place]
+    ) -> tuple[float, float]:
         """Mean Dice of both labels over the places; NaN for one without a value."""
         found = [self.cases(name, structure, "dice") for name in pair]
         means = [[float(np.mean(part[key])) for key in places if part.get(key)] for part in found]
@@ -251,7 +286,9 @@ class CaseValues:
         return first, second
 
 
-def paired_differences(results: pa.Table | Iterable[Row], method: str, reference: str) -> list[Difference]:
+def paired_differences(
+    results: pa.Table | Iterable[Row], method: str, reference: str
+) -> list[Difference]:
     """Compare two labels on the same cases and seeds, per structure, metric and hospital, and on average.
 
     A pair is (hospital, case, seed) with a defined value for both; pairs are averaged over seeds, then cases. The p

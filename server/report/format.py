@@ -11,7 +11,13 @@ from server.report.intervals import Interval
 Summary = Mapping[str, Any]
 DASH = "–"
 DECIMALS = {"dice": 3, "asd": 2, "assd": 2, "hd95": 2, "hd95_max": 2}
-TITLES = {"dice": "Dice", "asd": "ASD", "assd": "ASSD", "hd95": "HD95", "hd95_max": "HD95, larger side"}
+TITLES = {
+    "dice": "Dice",
+    "asd": "ASD",
+    "assd": "ASSD",
+    "hd95": "HD95",
+    "hd95_max": "HD95, larger side",
+}
 
 
 def show(value: float, decimals: int, *, sign: bool = False) -> str:
@@ -26,7 +32,9 @@ def show_interval(interval: Interval, decimals: int, *, sign: bool = False) -> s
     """Write "low to high", or a dash when it is not known."""
     if not math.isfinite(interval.low):
         return DASH
-    return f"{show(interval.low, decimals, sign=sign)} to {show(interval.high, decimals, sign=sign)}"
+    return (
+        f"{show(interval.low, decimals, sign=sign)} to {show(interval.high, decimals, sign=sign)}"
+    )
 
 
 def show_p(p: float) -> str:

@@ -56,8 +56,16 @@ def write_gallery(folder: Path, figures: Mapping[str, Drawing], disk: Disk) -> N
 def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]]:
     """Every drawing below a part of the page, with the titles on the way to it."""
     if isinstance(part, Mapping):
-        own = [str(part[key]) for key in ("kind", "name", "title") if isinstance(part.get(key), str) and part[key]]
-        found = [part["detail"]] if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str) else []
+        own = [
+            str(part[key])
+            for key in ("kind", "name", "title")
+            if isinstance(part.get(key), str) and part[key]
+        ]
+        found = (
+            [part["detail"]]
+            if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str)
+            else []
+        )
         if isinstance(part.get("drawing"), Drawing):
             yield [*words, *own, *found], part["drawing"]
         for value in part.values():
@@ -69,7 +77,9 @@ def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]
 
 
 def _slug(words: list[str]) -> str:
-    plain = [re.sub(r"[^a-z0-9.]+", "-", word.partition(":")[0].lower()).strip("-.") for word in words]
+    plain = [
+        re.sub(r"[^a-z0-9.]+", "-", word.partition(":")[0].lower()).strip("-.") for word in words
+    ]
     return "-".join(word for word in dict.fromkeys(plain) if word)[:LONGEST].strip("-.")
 
 

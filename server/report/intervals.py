@@ -86,7 +86,8 @@ def mean_interval(
         Mean and interval; all NaN without a value, ends NaN when no group has two values.
     """
     groups = [
-        array[np.isfinite(array)] for array in (np.asarray(g, dtype=np.float64).reshape(-1) for g in values_by_group)
+        array[np.isfinite(array)]
+        for array in (np.asarray(g, dtype=np.float64).reshape(-1) for g in values_by_group)
     ]
     groups = [group for group in groups if group.size]
     if not groups:
@@ -98,7 +99,11 @@ def mean_interval(
     shifted = [group - group[0] for group in groups]
     parts = _within(shifted)
     error = math.sqrt(math.fsum(part.variance for part in parts))
-    skewness = math.fsum(_third_moment(part / error) / part.size**2 for part in shifted) if error > 0 else 0.0
+    skewness = (
+        math.fsum(_third_moment(part / error) / part.size**2 for part in shifted)
+        if error > 0
+        else 0.0
+    )
     scaled = [Component(part.variance / len(groups) ** 2, part.freedom) for part in parts]
     return combined_interval(mean, scaled, skewness=skewness, level=level, bounds=bounds)
 
@@ -144,7 +149,10 @@ def _within(groups: Sequence[Floats]) -> list[Component]:
     several = [group for group in groups if group.size > 1]
     freedom = sum(group.size - 1 for group in several)
     pooled = math.fsum(float(group.var(ddof=1)) * (group.size - 1) for group in several) / freedom
-    return [component_of(group) if group.size > 1 else Component(pooled, float(freedom)) for group in groups]
+    return [
+        component_of(group) if group.size > 1 else Component(pooled, float(freedom))
+        for group in groups
+    ]
 
 
 def _third_moment(values: Floats) -> float:

@@ -60,7 +60,11 @@ def read_label(row: Row) -> Label:
     federation = str(row.get("federation") or (spoken[0] if spoken else "by_site"))
     stated = row.get("setting")
     parts = str(stated).split() if stated is not None else words
-    setting = tuple((left, right) for left, sign, right in (part.partition("=") for part in parts) if sign and left)
+    setting = tuple(
+        (left, right)
+        for left, sign, right in (part.partition("=") for part in parts)
+        if sign and left
+    )
     return Label(name, str(row.get("trains") or (words[0] if words else name)), federation, setting)
 
 
@@ -82,7 +86,9 @@ def label_order(name: str) -> tuple[Any, ...]:
     """Sort key of a label: method (as in the ablation), federation, then settings, numbers by size."""
     label = read_label({"method": name})
     method = TRAINS.index(label.trains) if label.trains in TRAINS else len(TRAINS)
-    place = FEDERATIONS.index(label.federation) if label.federation in FEDERATIONS else len(FEDERATIONS)
+    place = (
+        FEDERATIONS.index(label.federation) if label.federation in FEDERATIONS else len(FEDERATIONS)
+    )
     return method, label.trains, place, _natural(name), name
 
 
@@ -130,7 +136,9 @@ def figure_groups(labels: Mapping[str, Label]) -> list[Group]:
     by_federation: dict[str, list[str]] = {}
     for label in main_labels(labels):
         by_federation.setdefault(label.federation, []).append(label.name)
-    order = sorted(by_federation, key=lambda name: FEDERATIONS.index(name) if name in FEDERATIONS else 9)
+    order = sorted(
+        by_federation, key=lambda name: FEDERATIONS.index(name) if name in FEDERATIONS else 9
+    )
     return [
         Group(
             FEDERATION_WORDS.get(name, name) if len(order) > 1 else "",
@@ -169,6 +177,8 @@ def main_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
 
 
 def _references(trains: str, present: Sequence[str]) -> list[str]:
-    wanted = {"ram": ["source"], "sgcg": ["source"], "ram_sgcg": ["ram", "sgcg", "source"]}.get(trains, ["source"])
+    wanted = {"ram": ["source"], "sgcg": ["source"], "ram_sgcg": ["ram", "sgcg", "source"]}.get(
+        trains, ["source"]
+    )
     usable = [part for part in wanted if part in present and part != trains]
     return usable or [part for part in present[-1:] if part != trains]

@@ -44,7 +44,9 @@ def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:
 
 def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
     """Every different statement of the cells about `name`, in order."""
-    return list(dict.fromkeys(str(entry[name]) for entry in protocols if entry.get(name) not in (None, "")))
+    return list(
+        dict.fromkeys(str(entry[name]) for entry in protocols if entry.get(name) not in (None, ""))
+    )
 
 
 def _post_processing(protocols: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -60,27 +62,49 @@ def _post_processing(protocols: Iterable[Mapping[str, Any]]) -> list[str]:
 def _folds(study: StudyFiles) -> list[str]:
     together = [cell.model.get("protocol") for cell in study.cells if not cell.trained_on]
     entries = [entry for entry in together if isinstance(entry, dict)]
-    entries.sort(key=lambda entry: len(entry.get("trained", [])))  # who shared a place stands there as one
-    trained = {str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody" for entry in entries}
+    entries.sort(
+        key=lambda entry: len(entry.get("trained", []))
+    )  # who shared a place stands there as one
+    trained = {
+        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody"
+        for entry in entries
+    }
     alone: dict[str, set[str]] = {}
     for cell in study.cells:
         if cell.trained_on and cell.model:
             alone.setdefault(cell.heldout, set()).add(cell.trained_on)
     for heldout, names in alone.items():
-        trained.setdefault(heldout, f"{join_words(sorted(names))}{', each' if len(names) > 1 else ''} alone")
+        trained.setdefault(
+            heldout, f"{join_words(sorted(names))}{', each' if len(names) > 1 else ''} alone"
+        )
     lines = []
     for heldout in sorted({cell.heldout for cell in study.cells}):
         who = f"{heldout} held out" if heldout else "no hospital held out"
-        lines.append(f"{who}: {trained[heldout]} trained" if heldout in trained else f"{who}: not run to its end")
-    observers = sorted({str(name) for entry in _protocols(study) for name in entry.get("observers", [])})
-    return lines + ([f"only evaluated, never trained: {join_words(observers)}"] if observers else [])
+        lines.append(
+            f"{who}: {trained[heldout]} trained"
+            if heldout in trained
+            else f"{who}: not run to its end"
+        )
+    observers = sorted(
+        {str(name) for entry in _protocols(study) for name in entry.get("observers", [])}
+    )
+    return lines + (
+        [f"only evaluated, never trained: {join_words(observers)}"] if observers else []
+    )
 
 
 def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
     rounds = sorted(
-        {int(entry["selected_round"]) for entry in protocols if isinstance(entry.get("selected_round"), int)}
+        {
+            int(entry["selected_round"])
+            for entry in protocols
+            if isinstance(entry.get("selected_round"), int)
+        }
     )
-    words = [f"{text}; the held-out hospital never chooses a model" for text in _all_of(protocols, "selection")]
+    words = [
+        f"{text}; the held-out hospital never chooses a model"
+        for text in _all_of(protocols, "selection")
+    ]
     few = f"round{'' if len(rounds) == 1 else 's'} {join_words(rounds)}"
     span = few if len(rounds) <= 3 else f"rounds {rounds[0]} to {rounds[-1]}"
     return words + ([f"evaluated: the model of {span}"] if rounds and words else [])
@@ -104,9 +128,13 @@ def _settings_choice(study: StudyFiles) -> list[str]:
     selection = _selection_of(study)
     lines = [str(selection["words"])] if selection.get("words") else []
     for entry in selection.get("chosen") or []:
-        scores = ", ".join(f"{name} {show(float(score), 3)}" for name, score in entry["scores"].items())
+        scores = ", ".join(
+            f"{name} {show(float(score), 3)}" for name, score in entry["scores"].items()
+        )
         fold = f"{entry['heldout'] or 'nobody'} held out, seed {entry['seed']}"
-        lines.append(f"{entry['method']}, {fold}: {entry['settings']} (mean Dice at the sources left out: {scores})")
+        lines.append(
+            f"{entry['method']}, {fold}: {entry['settings']} (mean Dice at the sources left out: {scores})"
+        )
     if not selection:  # a study from before this was recorded
         lines.append(
             "the same in every fold; a setting that was chosen with validation cases of these hospitals (as the "
@@ -136,10 +164,16 @@ def _training(study: StudyFiles) -> list[str]:
     def either(section: str, *names: str, say: Callable[..., str] = str) -> str:
         """What the methods' settings say, each different word once: "6 or 24"."""
         parts = [_part(tree, section) for tree in study.settings.values()]
-        return " or ".join(dict.fromkeys(say(*(part.get(name) for name in names)) for part in parts if part))
+        return " or ".join(
+            dict.fromkeys(say(*(part.get(name) for name in names)) for part in parts if part)
+        )
 
     def amount(steps: int | None, epochs: int | None) -> str:
-        return count_of(steps, "step") if steps else count_of(1 if epochs is None else epochs, "local epoch")
+        return (
+            count_of(steps, "step")
+            if steps
+            else count_of(1 if epochs is None else epochs, "local epoch")
+        )
 
     seeds = sorted({cell.seed for cell in study.cells})
     lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
@@ -157,15 +191,24 @@ def _training(study: StudyFiles) -> list[str]:
 
 def _structures(tree: Mapping[str, Any]) -> list[str]:
     parts = _part(_part(tree, "data"), "structures")
-    named = {str(name): [str(part) for part in classes] for name, classes in parts.items() if isinstance(classes, list)}
-    return [name if classes == [name] else f"{name} = {' + '.join(classes)}" for name, classes in named.items()]
+    named = {
+        str(name): [str(part) for part in classes]
+        for name, classes in parts.items()
+        if isinstance(classes, list)
+    }
+    return [
+        name if classes == [name] else f"{name} = {' + '.join(classes)}"
+        for name, classes in named.items()
+    ]
 
 
 def _metrics(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
     found: Mapping[str, Any] = next(
         (entry["metrics"] for entry in protocols if isinstance(entry.get("metrics"), dict)), {}
     )
-    return [f"{TITLES[name]}: {text}" if name in TITLES else str(text) for name, text in found.items()]
+    return [
+        f"{TITLES[name]}: {text}" if name in TITLES else str(text) for name, text in found.items()
+    ]
 
 
 def _machine(study: StudyFiles) -> list[str]:

@@ -132,8 +132,15 @@ class Reader:
             return None
 
     def _damaged(self, path: Path, found: str = "a file that cannot be read") -> None:
-        where = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
-        problem = Problem("SRV-402", found=found, action="run the study again: it makes what is missing", where=where)
+        where = (
+            path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
+        )
+        problem = Problem(
+            "SRV-402",
+            found=found,
+            action="run the study again: it makes what is missing",
+            where=where,
+        )
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -155,6 +162,9 @@ def _structure_names(metadata: Mapping[bytes, bytes] | None) -> tuple[str, ...]:
 def _picture(row: Row, names: tuple[str, ...]) -> Picture:
     shape = int(row["height"]), int(row["width"])
     image, truth, prediction = (
-        np.frombuffer(row[name], np.uint8).reshape(shape) for name in ("image", "truth_mask", "prediction")
+        np.frombuffer(row[name], np.uint8).reshape(shape)
+        for name in ("image", "truth_mask", "prediction")
     )
-    return Picture(str(row["case"]), float(row["dice"]), int(row["z"]), image, truth, prediction, names)
+    return Picture(
+        str(row["case"]), float(row["dice"]), int(row["z"]), image, truth, prediction, names
+    )

@@ -16,7 +16,9 @@ from server.report.study_files import Cell
 from server.report.tables import Row
 
 Floats = npt.NDArray[np.float64]
-RECEIVED = ("validation_dice",)  # measured on the model a site received, which is the outcome of the round before
+RECEIVED = (
+    "validation_dice",
+)  # measured on the model a site received, which is the outcome of the round before
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,17 @@ def curves(rows: Iterable[Row], metric: str) -> dict[tuple[str, str, str], Curve
             continue
         rounds = found.setdefault((row["heldout"], row["method"], row["cls"] or ""), {})
         seeds = rounds.setdefault(int(row["round"]) - shift, {})
-        seeds.setdefault(int(row["seed"]), defaultdict(list))[bool(row["site"])].append(float(value))
+        seeds.setdefault(int(row["seed"]), defaultdict(list))[bool(row["site"])].append(
+            float(value)
+        )
     return {key: _curve(rounds) for key, rounds in sorted(found.items())}
 
 
 def _curve(rounds: Mapping[int, Mapping[int, Mapping[bool, list[float]]]]) -> Curve:
     numbers = sorted(rounds)
-    by_round = [[_mean(sides.get(True) or sides[False]) for sides in rounds[r].values()] for r in numbers]
+    by_round = [
+        [_mean(sides.get(True) or sides[False]) for sides in rounds[r].values()] for r in numbers
+    ]
     return Curve(
         rounds=np.array(numbers, dtype=np.float64),
         mean=np.array([_mean(values) for values in by_round]),
@@ -83,7 +89,10 @@ def cut_steps(rows: Iterable[Row]) -> str:
             parts[str(row["site"])].add(int(row["value"]))
     if not parts:
         return ""
-    told = [f"{site} in {' or '.join(map(str, sorted(numbers)))}" for site, numbers in sorted(parts.items())]
+    told = [
+        f"{site} in {' or '.join(map(str, sorted(numbers)))}"
+        for site, numbers in sorted(parts.items())
+    ]
     return (
         f"parts of a training step that the memory did not hold whole: {', '.join(told)}. The effective batch is the "
         "same; BatchNorm and the Dice term see the parts"
@@ -107,7 +116,10 @@ def steps_by_federation(rows: Iterable[Row], federations: Mapping[str, str]) -> 
     ends = {name: (min(steps), max(steps)) for name, steps in taken.items()}
     if len(set(ends.values())) < 2:
         return {}
-    return {name: f"{low:.0f}" + (f" to {high:.0f}" if high > low else "") for name, (low, high) in ends.items()}
+    return {
+        name: f"{low:.0f}" + (f" to {high:.0f}" if high > low else "")
+        for name, (low, high) in ends.items()
+    }
 
 
 @dataclass

@@ -50,7 +50,11 @@ class SignFlips:
     @property
     def smallest_p(self) -> float:
         """Smallest p that so many units could give at all: every sign the same (4 units cannot go below 0.125)."""
-        return min(1.0, max(2.0 ** (1 - (self.units - self.zeros)), 1 / _DRAWS)) if self.units else math.nan
+        return (
+            min(1.0, max(2.0 ** (1 - (self.units - self.zeros)), 1 / _DRAWS))
+            if self.units
+            else math.nan
+        )
 
 
 def sign_flips(values: npt.ArrayLike) -> SignFlips:

@@ -98,14 +98,20 @@ class StudyFiles:
     def labels(self) -> dict[str, Label]:
         """What is compared, by label, in order; told by the tables where they have the columns."""
         told = {str(row["method"]): row for rows in (self.rounds, self.results) for row in rows}
-        return labels_of(told.get(cell.method) or self._settings_row(cell.method) for cell in self.cells)
+        return labels_of(
+            told.get(cell.method) or self._settings_row(cell.method) for cell in self.cells
+        )
 
     def _settings_row(self, label: str) -> Row:
         """What the settings say about a label without any row."""
         tree = self.settings.get(label, {})
         parts = {name: tree.get(name) for name in ("method", "federation")}
         trains, federation = (part if isinstance(part, dict) else {} for part in parts.values())
-        own = {"trains": trains.get("name"), "federation": federation.get("ownership"), "setting": tree.get("setting")}
+        own = {
+            "trains": trains.get("name"),
+            "federation": federation.get("ownership"),
+            "setting": tree.get("setting"),
+        }
         return {"method": label} | own
 
     @property
@@ -119,7 +125,18 @@ class StudyFiles:
         return "degraded" if states <= set(DONE) else "incomplete"
 
 
-RESULT_COLUMNS = ("method", "heldout", "seed", "site", "case", "structure", "dice", "asd", "assd", "hd95")
+RESULT_COLUMNS = (
+    "method",
+    "heldout",
+    "seed",
+    "site",
+    "case",
+    "structure",
+    "dice",
+    "asd",
+    "assd",
+    "hd95",
+)
 ROUND_COLUMNS = ("method", "heldout", "seed", "round", "phase", "site", "cls", "metric", "value")
 CELL_NAME = re.compile(r"(-?\d+)(?:-(.+))?")  # <seed>[-<trained_on>]
 
@@ -135,7 +152,11 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
     """
     reader = Reader(folder)
     tree = reader.tree(folder / "study.yaml")
-    names = {folder_of(str(name)): str(name) for name in tree.get("methods") or [] if isinstance(name, str)}
+    names = {
+        folder_of(str(name)): str(name)
+        for name in tree.get("methods") or []
+        if isinstance(name, str)
+    }
     found = {_key_of(path, folder, names): path for path in _cell_folders(folder)}
     wanted = [key for key in _wanted(tree) if key not in found]
     if not tree and not found and not (folder / "results.parquet").is_file():
@@ -153,10 +174,19 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
     for key in sorted(with_results - keyed.keys()):
         keyed[key] = None
     cells = [
-        _cell(reader, key, path or cell_folder(folder, key), found=path is not None, has_results=key in with_results)
+        _cell(
+            reader,
+            key,
+            path or cell_folder(folder, key),
+            found=path is not None,
+            has_results=key in with_results,
+        )
         for key, path in keyed.items()
     ]
-    order = {name: place for place, name in enumerate(methods_of([{"method": cell.method} for cell in cells]))}
+    order = {
+        name: place
+        for place, name in enumerate(methods_of([{"method": cell.method} for cell in cells]))
+    }
     cells.sort(key=lambda cell: (order[cell.method], *cell.key[1:]))
     return StudyFiles(folder, tree, tuple(cells), results, rounds, tuple(reader.problems)), reader
 
@@ -164,7 +194,12 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
 def cell_folder(study: Path, key: Key) -> Path:
     """Return where a cell of a study lies."""
     method, heldout, seed, trained_on = key
-    return study / folder_of(method) / (heldout or ALL_SITES) / (f"{seed}-{trained_on}" if trained_on else str(seed))
+    return (
+        study
+        / folder_of(method)
+        / (heldout or ALL_SITES)
+        / (f"{seed}-{trained_on}" if trained_on else str(seed))
+    )
 
 
 def reason_of(code: str) -> str:
@@ -175,7 +210,9 @@ def reason_of(code: str) -> str:
 def _cell_folders(folder: Path) -> Iterator[Path]:
     """Folders that hold a cell: the folder itself for a single run, else <method>/<fold>/<seed>."""
     marks = ("model.json", "events.jsonl", "results.parquet", "journal")
-    if not (folder / "study.yaml").is_file() and any((folder / mark).exists() for mark in ("model.json", "journal")):
+    if not (folder / "study.yaml").is_file() and any(
+        (folder / mark).exists() for mark in ("model.json", "journal")
+    ):
         yield folder
         return
     for path in sorted(folder.glob("*/*/*")):
@@ -196,11 +233,21 @@ def _key_of(path: Path, folder: Path, names: Mapping[str, str]) -> Key:
     fold, name = path.parent.name, CELL_NAME.fullmatch(path.name)
     seed, alone = name.groups() if name else ("0", None)
     label = path.parents[1].name
-    return names.get(label, label.replace(",", " ")), "" if fold == ALL_SITES else fold, int(seed), alone or ""
+    return (
+        names.get(label, label.replace(",", " ")),
+        "" if fold == ALL_SITES else fold,
+        int(seed),
+        alone or "",
+    )
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
-    return str(entry["method"]), str(entry["heldout"]), int(entry["seed"]), str(entry.get("trained_on") or "")
+    return (
+        str(entry["method"]),
+        str(entry["heldout"]),
+        int(entry["seed"]),
+        str(entry.get("trained_on") or ""),
+    )
 
 
 def _wanted(tree: Tree) -> list[Key]:
@@ -212,7 +259,11 @@ def _wanted(tree: Tree) -> list[Key]:
     return [
         (str(method), str(heldout), int(seed), trained)
         for method, heldout, seed in product(*axes)
-        for trained in (_alone(sites, str(heldout)) if read_label({"method": method}).federation == "local" else [""])
+        for trained in (
+            _alone(sites, str(heldout))
+            if read_label({"method": method}).federation == "local"
+            else [""]
+        )
     ]
 
 
@@ -223,16 +274,24 @@ def _alone(sites: Sequence[str], heldout: str) -> list[str]:
 def _training_sites(tree: Tree) -> list[str]:
     """Every site that any label's settings name, less observers: a label of hospitals that train alone names few."""
     settings = tree.get("settings")
-    trees = [entry for entry in settings.values() if isinstance(entry, dict)] if isinstance(settings, dict) else []
+    trees = (
+        [entry for entry in settings.values() if isinstance(entry, dict)]
+        if isinstance(settings, dict)
+        else []
+    )
     named = [
         tree.get("sites"),
         *(part.get("sites") for part in (t.get("data") for t in trees) if isinstance(part, dict)),
     ]
     watching = {str(name) for t in trees for name in t.get("observers") or []}
-    return sorted({str(site) for sites in named if isinstance(sites, list) for site in sites} - watching)
+    return sorted(
+        {str(site) for sites in named if isinstance(sites, list) for site in sites} - watching
+    )
 
 
-def _all_rows(reader: Reader, folder: Path, found: Mapping[Key, Path], name: str, columns: Sequence[str]) -> list[Row]:
+def _all_rows(
+    reader: Reader, folder: Path, found: Mapping[Key, Path], name: str, columns: Sequence[str]
+) -> list[Row]:
     """Rows of the study's file, and of the cells that it does not hold yet (a study that was stopped)."""
     rows = reader.rows(folder / name, columns)
     held = {_key(row) for row in rows}
@@ -245,8 +304,14 @@ def _all_rows(reader: Reader, folder: Path, found: Mapping[Key, Path], name: str
 def _cell(reader: Reader, key: Key, where: Path, *, found: bool, has_results: bool) -> Cell:
     model, outcome = reader.tree(where / "model.json"), reader.tree(where / "outcome.json")
     events = reader.lines(where / "events.jsonl")
-    ends = (event for event in reversed(events) if event.get("event") in {"run.started", "run.finished"})
-    status = str(outcome.get("status") or next(ends, {}).get("status") or ("completed" if has_results else ""))
+    ends = (
+        event for event in reversed(events) if event.get("event") in {"run.started", "run.finished"}
+    )
+    status = str(
+        outcome.get("status")
+        or next(ends, {}).get("status")
+        or ("completed" if has_results else "")
+    )
     if status not in {*DONE, "failed"}:
         status = "interrupted" if found else "missing"
     method, heldout, seed, trained_on = key
@@ -257,8 +322,13 @@ def _cell(reader: Reader, key: Key, where: Path, *, found: bool, has_results: bo
 def _reason(outcome: Tree) -> str:
     """What a cell's outcome says went wrong: the first few problems, each with its sentence."""
     found = outcome.get("problems")
-    problems = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-    texts = [f"{entry.get('where', '')}: {reason_of(str(entry.get('code', '')))}".lstrip(": ") for entry in problems]
+    problems = (
+        [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    )
+    texts = [
+        f"{entry.get('where', '')}: {reason_of(str(entry.get('code', '')))}".lstrip(": ")
+        for entry in problems
+    ]
     more = [f"And {len(texts) - REASONS} more."] if len(texts) > REASONS else []
     return " ".join([*texts[:REASONS], *more]) or reason_of(str(outcome.get("error") or ""))
 
@@ -267,5 +337,7 @@ def _seconds(outcome: Tree, events: Sequence[Tree]) -> float:
     """Wall-clock time of a cell: as its outcome states, else from its first to its last event."""
     if isinstance(outcome.get("seconds"), (int, float)):
         return float(outcome["seconds"])
-    times = [float(event["time"]) for event in events if isinstance(event.get("time"), (int, float))]
+    times = [
+        float(event["time"]) for event in events if isinstance(event.get("time"), (int, float))
+    ]
     return max(times) - min(times) if times else float("nan")

@@ -32,7 +32,12 @@ def focus_method(methods: Sequence[str]) -> str:
     return methods[-1] if methods else ""
 
 
-def headline(summary: Sequence[Summary], differences: Sequence[Difference], structure: str, hospitals: int = 0) -> str:
+def headline(
+    summary: Sequence[Summary],
+    differences: Sequence[Difference],
+    structure: str,
+    hospitals: int = 0,
+) -> str:
     """Say the main result in one or two sentences: Dice of the main structure at hospitals that took no part.
 
     Args:
@@ -46,14 +51,20 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
     if not rows:
         return "No held-out hospital has been evaluated yet."
     focus = focus_method(methods)
-    site = AVERAGE if any(row["site"] == AVERAGE and row["method"] == focus for row in rows) else rows[0]["site"]
+    site = (
+        AVERAGE
+        if any(row["site"] == AVERAGE and row["method"] == focus for row in rows)
+        else rows[0]["site"]
+    )
     chosen = {row["method"]: row for row in rows if row["site"] == site}
     if focus not in chosen:
         focus = next(iter(chosen))
     if len(chosen) > 1 and not any(entry["heldout"] not in ("", AVERAGE) for entry in rows):
         return _best_of(list(chosen.values()), structure)
     row = chosen[focus]
-    among = f"{row['hospitals']} of {hospitals}" if row["hospitals"] < hospitals else row["hospitals"]
+    among = (
+        f"{row['hospitals']} of {hospitals}" if row["hospitals"] < hospitals else row["hospitals"]
+    )
     place = f"On average over {among} hospitals" if site == AVERAGE else f"At {site}, a hospital"
     place += " that took no part in training"
     if not any(row["heldout"] not in ("", AVERAGE) for row in rows):
@@ -62,7 +73,11 @@ def headline(summary: Sequence[Summary], differences: Sequence[Difference], stru
     text = f"{place}, {focus} reaches a mean Dice of {show(row['dice_mean'], 3)}"
     text += f" (95 % interval {spread})" if spread != DASH else ""
     text += f" for {structure}."
-    pairs = [d for d in differences if d.structure == structure and d.metric == "dice" and d.method == focus]
+    pairs = [
+        d
+        for d in differences
+        if d.structure == structure and d.metric == "dice" and d.method == focus
+    ]
     pair = next((d for d in pairs if d.site == site and d.cases), None)
     return f"{text} {_compared(pair)}" if pair is not None else text
 
@@ -75,9 +90,7 @@ def _best_of(rows: Sequence[Summary], structure: str) -> str:
     interval = show_interval(Interval(first["dice_mean"], first["dice_low"], first["dice_high"]), 3)
     text += f" (95 % interval {interval})" if interval != DASH else ""
     text += f" for {structure}; next is {second['method']} with {show(second['dice_mean'], 3)}."
-    return (
-        f"{text} A setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
-    )
+    return f"{text} A setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
 
 
 def _compared(pair: Difference) -> str:
@@ -85,7 +98,9 @@ def _compared(pair: Difference) -> str:
     interval = show_ends(pair.interval, 3)
     if interval == DASH:
         return f"{start}; one case allows no interval."
-    facts = "; ".join([f"95 % interval {interval}", f"corrected p\u00a0{show_p(pair.p)}", *directions(pair)])
+    facts = "; ".join(
+        [f"95 % interval {interval}", f"corrected p\u00a0{show_p(pair.p)}", *directions(pair)]
+    )
     if pair.holds:
         return f"{start} ({facts}): the difference holds."
     return f"{start} ({facts}): {pair.sentence}."
@@ -101,14 +116,16 @@ def _how_runs_ended(study: StudyFiles) -> str:
     done = sum(cell.status in DONE for cell in study.cells)
     text = f"{done} of {count_of(len(study.cells), 'run')} ended"
     if study.status == "completed":
-        return f"All {len(study.cells)} runs ended as planned." if done > 1 else "The run ended as planned."
+        return (
+            f"All {len(study.cells)} runs ended as planned."
+            if done > 1
+            else "The run ended as planned."
+        )
     if study.status == "degraded":
         return f"{text}, but some of them without every hospital in every round. Their results are shown and marked."
     if study.status == "failed":
         return f"{text}. There is no result to rely on."
-    return (
-        f"{text}. Tables and figures show what is there; gaps are marked. The same command runs only what is missing."
-    )
+    return f"{text}. Tables and figures show what is there; gaps are marked. The same command runs only what is missing."
 
 
 def troubled(cells: Iterable[Cell]) -> list[dict[str, str]]:
@@ -132,12 +149,18 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
         )
     seeds = {seed for row in single for seed in row["seeds"]}
     if len(seeds) == 1:
-        notes.append("One seed: nothing here tells how much the result changes when training is repeated.")
+        notes.append(
+            "One seed: nothing here tells how much the result changes when training is repeated."
+        )
     short = sorted({row["site"] for row in single if len(row["seeds"]) < len(seeds)})
     if short:
-        notes.append(f"Some seeds are missing at {join_words(short)}; the table says how many each number has.")
+        notes.append(
+            f"Some seeds are missing at {join_words(short)}; the table says how many each number has."
+        )
     if any(row["site"] == AVERAGE and row["hospitals"] < hospitals for row in summary):
-        notes.append(f"An average over fewer than {hospitals} hospitals is marked, and no average is called best.")
+        notes.append(
+            f"An average over fewer than {hospitals} hospitals is marked, and no average is called best."
+        )
     undefined = sum(int(row["asd_excluded"]) for row in single)
     if undefined:
         notes.append(
@@ -152,7 +175,9 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
     return notes
 
 
-def settings_text(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, list[tuple[str, list[str]]]]:
+def settings_text(
+    settings: Mapping[str, Mapping[str, Any]],
+) -> tuple[str, list[tuple[str, list[str]]]]:
     """Return (YAML of what all methods share, [(setting, value of each method)] of what differs)."""
     flat = {method: dict(_flatten(tree)) for method, tree in settings.items()}
     names = list(dict.fromkeys(name for tree in flat.values() for name in tree))

@@ -64,13 +64,20 @@ def merge_models(rows: list[Row]) -> list[Row]:
         return rows
     grouped: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        grouped[tuple(row[name] for name in ("method", "heldout", "seed", "site", "case", "structure"))].append(row)
+        grouped[
+            tuple(row[name] for name in ("method", "heldout", "seed", "site", "case", "structure"))
+        ].append(row)
     return [_merged(part) if part[0].get("trained_on") else part[0] for part in grouped.values()]
 
 
 def _merged(rows: Sequence[Row]) -> Row:
-    values = {name: [number(row, name) for row in rows] for name in (*METRICS, *MILLIMETRES, *COMPATIBLE.values())}
-    known = {name: [value for value in column if math.isfinite(value)] for name, column in values.items()}
+    values = {
+        name: [number(row, name) for row in rows]
+        for name in (*METRICS, *MILLIMETRES, *COMPATIBLE.values())
+    }
+    known = {
+        name: [value for value in column if math.isfinite(value)] for name, column in values.items()
+    }
     return {
         **rows[0],
         **{name: float(np.mean(column)) if column else None for name, column in known.items()},
@@ -95,8 +102,12 @@ def _judges(row: Row) -> bool:
 def distance_unit(rows: Iterable[Row]) -> str:
     """Return `mm` when every measured distance is also known in mm, else the unit of the rows (one unit a study)."""
     rows = list(rows)
-    measured = [row for row in rows if any(math.isfinite(number(row, name)) for name in METRICS[1:])]
-    in_mm = measured and all(any(math.isfinite(number(row, f"{name}_mm")) for name in METRICS[1:]) for row in measured)
+    measured = [
+        row for row in rows if any(math.isfinite(number(row, name)) for name in METRICS[1:])
+    ]
+    in_mm = measured and all(
+        any(math.isfinite(number(row, f"{name}_mm")) for name in METRICS[1:]) for row in measured
+    )
     return "mm" if in_mm else str(rows[0].get("unit") or "pixel") if rows else "pixel"
 
 
@@ -126,20 +137,40 @@ def summary_rows(results: pa.Table | Iterable[Row]) -> list[dict[str, Any]]:
     """
     rows = heldout_rows(as_rows(results))
     unit = distance_unit(rows)
-    cells: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = defaultdict(lambda: defaultdict(list))
+    cells: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for row in rows:
         cells[row["method"], row["structure"]][row["heldout"], row["site"]].append(row)
     order = {name: position for position, name in enumerate(methods_of(rows))}
     summary = []
-    for (method, structure), hospitals in sorted(cells.items(), key=lambda item: (item[0][1], order[item[0][0]])):
+    for (method, structure), hospitals in sorted(
+        cells.items(), key=lambda item: (item[0][1], order[item[0][0]])
+    ):
         parts = {key: _case_values(part, unit) for key, part in sorted(hospitals.items())}
         for (heldout, site), values in parts.items():
-            head = {"method": method, "heldout": heldout, "site": site, "structure": structure, "unit": unit}
-            summary.append(head | _facts(hospitals[heldout, site]) | {"hospitals": 1} | _spread([values]))
+            head = {
+                "method": method,
+                "heldout": heldout,
+                "site": site,
+                "structure": structure,
+                "unit": unit,
+            }
+            summary.append(
+                head | _facts(hospitals[heldout, site]) | {"hospitals": 1} | _spread([values])
+            )
         if len(parts) > 1:
-            head = {"method": method, "heldout": AVERAGE, "site": AVERAGE, "structure": structure, "unit": unit}
+            head = {
+                "method": method,
+                "heldout": AVERAGE,
+                "site": AVERAGE,
+                "structure": structure,
+                "unit": unit,
+            }
             joined = [row for part in hospitals.values() for row in part]
-            summary.append(head | _facts(joined) | {"hospitals": len(parts)} | _spread(list(parts.values())))
+            summary.append(
+                head | _facts(joined) | {"hospitals": len(parts)} | _spread(list(parts.values()))
+            )
     return summary
 
 
@@ -148,7 +179,9 @@ def _facts(rows: Sequence[Row]) -> dict[str, Any]:
         "cases": len({(row["heldout"], row["site"], row["case"]) for row in rows}),
         "seeds": sorted({int(row["seed"]) for row in rows}),
         "evaluations": sum(int(row.get("evaluations", 1)) for row in rows),
-        "both_empty": sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows),
+        "both_empty": sum(
+            bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows
+        ),
     }
     for metric in METRICS:
         facts[f"{metric}_excluded"] = sum(undefined(row, metric) for row in rows)
@@ -158,7 +191,11 @@ def _facts(rows: Sequence[Row]) -> dict[str, Any]:
 def undefined(row: Row, metric: str) -> int:
     """Evaluations of a row in which a metric has no value."""
     merged = row.get("undefined")
-    return int(merged[metric]) if merged and metric in merged else int(not math.isfinite(number(row, metric)))
+    return (
+        int(merged[metric])
+        if merged and metric in merged
+        else int(not math.isfinite(number(row, metric)))
+    )
 
 
 def _case_values(rows: Sequence[Row], unit: str) -> Floats:
@@ -173,7 +210,9 @@ def _nanmean(values: Floats) -> Floats:
     """Mean over the first axis of the finite values; NaN where there is none."""
     known = np.isfinite(values)
     count = known.sum(axis=0)
-    return np.asarray(np.where(count > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1), NAN))
+    return np.asarray(
+        np.where(count > 0, np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1), NAN)
+    )
 
 
 def _spread(groups: Sequence[Floats]) -> dict[str, float]:
@@ -182,7 +221,11 @@ def _spread(groups: Sequence[Floats]) -> dict[str, float]:
     for column, metric in enumerate(METRICS):
         values = [group[:, column][np.isfinite(group[:, column])] for group in groups]
         interval = mean_interval(values, bounds=bounds_of(metric))
-        single = values[0] if len(values) == 1 else np.array([group.mean() for group in values if group.size])
+        single = (
+            values[0]
+            if len(values) == 1
+            else np.array([group.mean() for group in values if group.size])
+        )
         spread |= {
             f"{metric}_mean": interval.mean,
             f"{metric}_sd": float(np.std(single, ddof=1)) if single.size > 1 else NAN,

@@ -33,7 +33,9 @@ def departed(folder: Path) -> dict[str, str]:
         return {}
     except (ValueError, AttributeError) as error:
         action = f"remove it and say who has left again: fedsgcg resume KIT {OPTION} SITE"
-        raise fail("SRV-402", where=str(path), found="not the JSON that was written", action=action) from error
+        raise fail(
+            "SRV-402", where=str(path), found="not the JSON that was written", action=action
+        ) from error
 
 
 def declare(plan: Plan, sites: Collection[str], disk: Disk) -> None:
@@ -70,7 +72,9 @@ def departure_note(site: str, done: int) -> Problem:
     rounds = {0: "no round was done with it", 1: "the weights keep what they learned in round 1"}
     kept = rounds.get(done, f"the weights keep what they learned in rounds 1 to {done}")
     action = "for a model that never saw the site, train a new study without it"
-    return Problem("RND-407", where=site, found=f"gone from round {done + 1} on; {kept}", action=action)
+    return Problem(
+        "RND-407", where=site, found=f"gone from round {done + 1} on; {kept}", action=action
+    )
 
 
 def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
@@ -78,15 +82,17 @@ def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
     for site in sorted(gone):
         role = plan.role(site)
         if role != "train":
-            found = (
-                f"{site}, which is {'held out' if role == 'heldout' else 'an observer'}: it gave nothing to take out"
-            )
+            found = f"{site}, which is {'held out' if role == 'heldout' else 'an observer'}: it gave nothing to take out"
             expected = f"a training site: {', '.join(training)}"
             action = "leave the site out of the study's heldout= and observers="
             yield Problem("CFG-001", where=OPTION, found=found, expected=expected, action=action)
         elif training and site not in training:
             yield Problem(
-                "CFG-001", where=OPTION, found=repr(site), expected="a training site", action=nearest(site, training)
+                "CFG-001",
+                where=OPTION,
+                found=repr(site),
+                expected="a training site",
+                action=nearest(site, training),
             )
     left = [site for site in training if site not in gone]
     quorum = plan.federation.quorum
@@ -96,6 +102,8 @@ def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
         )
 
         found = f"{', '.join(left) or 'no training site'} left"
-        expected = f"the quorum of {training_sites(quorum)}" if quorum else "one training site or more"
+        expected = (
+            f"the quorum of {training_sites(quorum)}" if quorum else "one training site or more"
+        )
         action = "found a new study with those who stay"
         yield Problem("CFG-001", where=OPTION, found=found, expected=expected, action=action)

@@ -114,7 +114,9 @@ class Cohort:
     departed: frozenset[str] = frozenset()
     _compared: bool = False  # the sites that were there at the start have been compared
     _asked: dict[str, int] = field(default_factory=dict)
-    _known: dict[int, str] = field(default_factory=dict)  # node -> when it was last activated before it was asked
+    _known: dict[int, str] = field(
+        default_factory=dict
+    )  # node -> when it was last activated before it was asked
     _tries: Counter[int] = field(default_factory=Counter)
 
     def poll(self) -> bool:
@@ -128,7 +130,11 @@ class Cohort:
         new = set(present) - set(self._known)
         for node in sorted(new):
             if identifier := push(
-                self.grid, encode_request(request), ENROL, node, self.plan.federation.join_deadline_s
+                self.grid,
+                encode_request(request),
+                ENROL,
+                node,
+                self.plan.federation.join_deadline_s,
             ):
                 self._asked[identifier] = node
                 self._known[node] = present[node]
@@ -146,8 +152,13 @@ class Cohort:
     def _forget_restarted(self, present: Mapping[int, str]) -> None:
         """Take nodes that were started again since they were asked, and have not answered, for new ones."""
         for node in set(self._asked.values()):
-            if was_restarted(node, self._known.get(node, ""), present) and self._tries[node] < MOST_TRIES:
-                self._asked = {identifier: asked for identifier, asked in self._asked.items() if asked != node}
+            if (
+                was_restarted(node, self._known.get(node, ""), present)
+                and self._tries[node] < MOST_TRIES
+            ):
+                self._asked = {
+                    identifier: asked for identifier, asked in self._asked.items() if asked != node
+                }
                 del self._known[node]
 
     def wait(self) -> None:
@@ -160,7 +171,9 @@ class Cohort:
         """
         sites = self.plan.data.sites
         if sites and self.plan.heldout and self.plan.heldout not in sites:
-            raise fail("CFG-002", found=repr(self.plan.heldout), action=nearest(self.plan.heldout, sites))
+            raise fail(
+                "CFG-002", found=repr(self.plan.heldout), action=nearest(self.plan.heldout, sites)
+            )
         end = time.monotonic() + self.plan.federation.join_deadline_s
         quiet_since, pause = time.monotonic(), FIRST_PAUSE_S
         while True:
@@ -187,12 +200,24 @@ class Cohort:
 
     def unlike(self) -> list[Problem]:
         """One problem where hospitals have images of different kinds: one network would be trained on all of them."""
-        stated = {site: ", ".join(member.kinds()) for site, member in sorted(self.members.items()) if member.kinds()}
+        stated = {
+            site: ", ".join(member.kinds())
+            for site, member in sorted(self.members.items())
+            if member.kinds()
+        }
         if len(set(stated.values())) < 2:
             return []
         found = "; ".join(f"{kind} at {site}" for site, kind in stated.items())
         action = "take the hospitals of one kind (data.sites), or resample the volumes to one plane"
-        return [Problem("DAT-117", where="images", found=found, expected="one kind at all hospitals", action=action)]
+        return [
+            Problem(
+                "DAT-117",
+                where="images",
+                found=found,
+                expected="one kind at all hospitals",
+                action=action,
+            )
+        ]
 
     @property
     def asked(self) -> dict[str, int]:
@@ -206,7 +231,11 @@ class Cohort:
 
     def of_role(self, role: str) -> dict[str, int]:
         """Site -> node id of the enrolled sites of a role."""
-        return {site: self.members[site].node for site in sorted(self.members) if self.plan.role(site) == role}
+        return {
+            site: self.members[site].node
+            for site in sorted(self.members)
+            if self.plan.role(site) == role
+        }
 
     @property
     def quorum(self) -> int:
@@ -224,8 +253,12 @@ class Cohort:
         return {
             site: {
                 "role": self.plan.role(site),
-                "cases": {split: member.count("cases", split) for split in ("train", "validation", "test")},
-                "left_out": dict(Counter(code for code in member.problem_codes() if code not in KEPT)),
+                "cases": {
+                    split: member.count("cases", split) for split in ("train", "validation", "test")
+                },
+                "left_out": dict(
+                    Counter(code for code in member.problem_codes() if code not in KEPT)
+                ),
                 "flagged": dict(Counter(code for code in member.problem_codes() if code in KEPT)),
             }
             for site, member in sorted(self.members.items())
@@ -233,17 +266,29 @@ class Cohort:
 
     def absent(self) -> list[Problem]:
         """One problem for every site that has not enrolled though it was expected, or came without a usable case."""
-        expected = [site for role in ("train", "heldout", "observer") for site in self._expected(role)]
-        came = [] if self.plan.members() else [site for site in sorted(self.refusals) if self._unusable(site)]
+        expected = [
+            site for role in ("train", "heldout", "observer") for site in self._expected(role)
+        ]
+        came = (
+            []
+            if self.plan.members()
+            else [site for site in sorted(self.refusals) if self._unusable(site)]
+        )
         return [
-            self.refusals.get(site, Problem("RND-404", where=site, found="the site has not enrolled"))
+            self.refusals.get(
+                site, Problem("RND-404", where=site, found="the site has not enrolled")
+            )
             for site in dict.fromkeys([*expected, *came])
             if site not in self.members
         ]
 
     def _unusable(self, site: str) -> bool:
         """Whether a site answered that it has nothing to train on; it is not missing, and waiting would not help."""
-        return site not in self.members and site in self.refusals and self.refusals[site].code in UNUSABLE
+        return (
+            site not in self.members
+            and site in self.refusals
+            and self.refusals[site].code in UNUSABLE
+        )
 
     def _expected(self, role: str) -> list[str]:
         named = set(self.plan.members())
@@ -252,7 +297,11 @@ class Cohort:
         return sorted(site for site in named - self.departed if self.plan.role(site) == role)
 
     def _nobody_else_expected(self, quiet_s: float) -> bool:
-        expected = {*self._expected("train"), *self._expected("heldout"), *self._expected("observer")}
+        expected = {
+            *self._expected("train"),
+            *self._expected("heldout"),
+            *self._expected("observer"),
+        }
         if not expected <= {*self.members, *self.refusals}:
             return False
         if self.plan.members() or self._asked:
@@ -266,13 +315,17 @@ class Cohort:
             return
         needed = [*self._expected("train"), *([heldout] if heldout else [])]
         silent = [site for site in needed if site not in self.members and site not in self.refusals]
-        refusals = {name: problem for name, problem in self.refusals.items() if name not in self.departed}
+        refusals = {
+            name: problem for name, problem in self.refusals.items() if name not in self.departed
+        }
         raise not_enough_enrolled(self.plan, list(self.training), self.quorum, refusals, silent)
 
     def _take(self, node: int, answer: Answer, identity: Identity) -> None:
         try:
             if answer.reply is None:
-                problem = answer.problem or missing(answer.site, ENROL, self.plan.federation.join_deadline_s)
+                problem = answer.problem or missing(
+                    answer.site, ENROL, self.plan.federation.join_deadline_s
+                )
                 raise FedsgcgError(replace(problem, where=answer.stated or answer.site))
             self._admit(node, answer.reply, identity)
         except FedsgcgError as error:
@@ -285,17 +338,39 @@ class Cohort:
         site = reply.site
         role = self.plan.role(site)
         if reply.identity != identity:
-            raise fail("PAY-120", where=f"node {node}", found="an answer to another run, fold or plan")
+            raise fail(
+                "PAY-120", where=f"node {node}", found="an answer to another run, fold or plan"
+            )
         members = self.plan.members()
         if not site or (members and site not in {*members, *self.plan.observers}):
-            raise fail("ROL-201", where=f"node {node}", found=f"site {site[:60]!r}", expected=" | ".join(members))
+            raise fail(
+                "ROL-201",
+                where=f"node {node}",
+                found=f"site {site[:60]!r}",
+                expected=" | ".join(members),
+            )
         if site in self.departed:
-            raise fail("RND-407", where=site, found=f"node {node} asks to enrol", action="end its SuperNode")
+            raise fail(
+                "RND-407",
+                where=site,
+                found=f"node {node} asks to enrol",
+                action="end its SuperNode",
+            )
         there = {info.node_id: info.name for info in self.grid.get_nodes()}
         if there.get(node) and there[node] != site:
-            raise fail("ROL-201", where=there[node], found=f"it calls itself {site[:60]!r}", expected="its own name")
+            raise fail(
+                "ROL-201",
+                where=there[node],
+                found=f"it calls itself {site[:60]!r}",
+                expected="its own name",
+            )
         if site in self.members and self.members[site].node in there:
-            raise fail("ROL-201", where=site, found=f"node {node} also calls itself {site}", expected="each site once")
+            raise fail(
+                "ROL-201",
+                where=site,
+                found=f"node {node} also calls itself {site}",
+                expected="each site once",
+            )
         accepted = reply.details.get("roles", [])
         if role not in (accepted if isinstance(accepted, list) else []):
             raise fail("ROL-201", where=site, found=f"the site does not accept role {role}")
@@ -308,7 +383,9 @@ class Cohort:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
         if self._compared:  # a site that comes late is refused by itself, and stops nobody else
-            self._compare_images({name: one.details for name, one in self.members.items()} | {site: reply.details})
+            self._compare_images(
+                {name: one.details for name, one in self.members.items()} | {site: reply.details}
+            )
         self._compare_data(site, str(reply.details.get("data", "")))
         self.members[site] = member
         self.refusals.pop(site, None)
@@ -319,7 +396,11 @@ class Cohort:
         Raises:
             FedsgcgError: RND-408 with `federation.shared_images=refuse`.
         """
-        told = {site: found[CONTENT_HASHES] for site, found in details.items() if CONTENT_HASHES in found}
+        told = {
+            site: found[CONTENT_HASHES]
+            for site, found in details.items()
+            if CONTENT_HASHES in found
+        }
         if not told:
             return
         leaks, twice = shared_images(self.plan, told)
@@ -329,7 +410,9 @@ class Cohort:
         path = Path(self.plan.output) / TRAINING_IMAGES
         salt = salt_of(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
         images = _known_images(path, salt) | learned_from(self.plan, told)
-        self.disk.write(path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode())
+        self.disk.write(
+            path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode()
+        )
 
     def _compare_data(self, site: str, data: str) -> None:
         """Note a site whose data are no longer those with which it first took part in this run folder."""
@@ -340,7 +423,9 @@ class Cohort:
             found = f"data {data[:12]}, before {known[site][:12]}"
             self.changes.append(Problem("RND-406", where=site, found=found, action=action))
         if data and known.get(site) != data:
-            self.disk.write(path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode())
+            self.disk.write(
+                path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode()
+            )
 
 
 def _known_images(path: Path, salt: str) -> dict[str, list[str]]:
@@ -359,4 +444,6 @@ def _read_hashes(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError) as error:
-        raise fail("SRV-402", where=str(path), found="not the JSON that was written", action="remove it") from error
+        raise fail(
+            "SRV-402", where=str(path), found="not the JSON that was written", action="remove it"
+        ) from error

@@ -217,7 +217,9 @@ def was_restarted(node: int, since: str, present: Mapping[int, str]) -> bool:
 def push(grid: Grid, content: RecordDict, message_type: str, node: int, deadline_s: float) -> str:
     """Send one message; returns its id, or "" when the grid would not take it (a node that has left)."""
     message = Message(content, node, message_type, ttl=deadline_s + TTL_MARGIN_S)
-    identifiers = list(grid.push_messages([message]))  # one by one: a grid may leave refused ones out of the list
+    identifiers = list(
+        grid.push_messages([message])
+    )  # one by one: a grid may leave refused ones out of the list
     return (identifiers[0] or "") if identifiers else ""
 
 
@@ -230,7 +232,9 @@ def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
     """Decode a reply; whatever is wrong with it becomes the answer's problem and goes no further."""
     if message.has_error():
         lost = was_lost(message)
-        found = f"{'it was lost' if lost else 'its app failed'} (Flower's error {message.error.code})"
+        found = (
+            f"{'it was lost' if lost else 'its app failed'} (Flower's error {message.error.code})"
+        )
         problem = Problem("RND-404" if lost else "SITE-500", where=site, found=found)
         return Answer(site, problem=problem, bytes_down=bytes_down)
     try:
@@ -241,15 +245,23 @@ def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
     except FedsgcgError as error:
         # What was found may quote the site's text; the code says what was wrong.
         return Answer(site, problem=Problem(error.code, where=site), bytes_down=bytes_down)
-    except Exception as error:  # what a decoder raises for hostile bytes is an open list; none may stop the others
+    except (
+        Exception
+    ) as error:  # what a decoder raises for hostile bytes is an open list; none may stop the others
         found = f"a reply that cannot be read ({type(error).__name__})"
-        return Answer(site, problem=Problem("PAY-106", where=site, found=found), bytes_down=bytes_down)
+        return Answer(
+            site, problem=Problem("PAY-106", where=site, found=found), bytes_down=bytes_down
+        )
     if reply.error:
         known = reply.error in CODES
         problem = Problem(
-            reply.error if known else "SITE-500", where=site, found="" if known else "an unknown error code"
+            reply.error if known else "SITE-500",
+            where=site,
+            found="" if known else "an unknown error code",
         )
-        return Answer(site, problem=problem, bytes_down=bytes_down, bytes_up=size, stated=reply.site)
+        return Answer(
+            site, problem=problem, bytes_down=bytes_down, bytes_up=size, stated=reply.site
+        )
     return Answer(site, reply=reply, bytes_down=bytes_down, bytes_up=size)
 
 
@@ -257,5 +269,8 @@ def missing(site: str, message_type: str, deadline_s: float) -> Problem:
     """The problem of a site that has not answered."""
     found = f"no answer to {message_type!r} within {deadline_s:g} s"
     return Problem(
-        "RND-404", where=site, found=found, action="look at the site's own log; it is asked again next round"
+        "RND-404",
+        where=site,
+        found=found,
+        action="look at the site's own log; it is asked again next round",
     )

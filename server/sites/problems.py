@@ -24,7 +24,10 @@ def error_logs(plan: Plan, sites: Sequence[str]) -> str:
     """Say where sites keep their own error logs, "" for no site; a real hospital's folders are not known here."""
     if sites and not plan.data.root and not plan.site.home:
         return f"home/logs and home/errors.log of the kit at {' and '.join(sites)}"
-    homes = {site: Path(plan.site.home.replace("{site}", site) or f"{plan.output}/sites/{site}") for site in sites}
+    homes = {
+        site: Path(plan.site.home.replace("{site}", site) or f"{plan.output}/sites/{site}")
+        for site in sites
+    }
     return " and ".join(f"{home / 'errors.log'} at the site" for home in homes.values())
 
 
@@ -34,7 +37,11 @@ def training_sites(number: int) -> str:
 
 
 def not_enough_enrolled(
-    plan: Plan, training: Sequence[str], quorum: int, refusals: Mapping[str, Problem], missing: Sequence[str]
+    plan: Plan,
+    training: Sequence[str],
+    quorum: int,
+    refusals: Mapping[str, Problem],
+    missing: Sequence[str],
 ) -> FedsgcgError:
     """Return RND-401: why the federation cannot start.
 
@@ -47,14 +54,26 @@ def not_enough_enrolled(
     """
     found, heldout = [], plan.heldout
     if heldout in refusals:
-        found.append(f"the held-out site {heldout} cannot be used: {sentence(refusals[heldout].code)}")
+        found.append(
+            f"the held-out site {heldout} cannot be used: {sentence(refusals[heldout].code)}"
+        )
     elif heldout and heldout in missing:
         found.append(f"the held-out site {heldout} has not enrolled")
     met = "the quorum is met" if len(training) >= quorum else f"the quorum of {quorum} is not met"
-    found.append(f"{training_sites(len(training))} ({', '.join(sorted(training)) or 'nobody'}), {met}")
+    found.append(
+        f"{training_sites(len(training))} ({', '.join(sorted(training)) or 'nobody'}), {met}"
+    )
     found += [f"missing: {', '.join(missing)}"] if missing else []
-    refused = {name: sentence(problem.code) for name, problem in sorted(refusals.items()) if name != heldout}
-    found += [f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}"] if refused else []
+    refused = {
+        name: sentence(problem.code)
+        for name, problem in sorted(refusals.items())
+        if name != heldout
+    }
+    found += (
+        [f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}"]
+        if refused
+        else []
+    )
     known = [name for name in sorted(refusals) if name in {heldout, *plan.members()}]
     actions = [f"mend what stands in {error_logs(plan, known)}"] if known else []
     actions += [f"start {', '.join(missing)}"] if missing else []
@@ -67,9 +86,15 @@ def not_enough_enrolled(
     )
 
 
-def quorum_missed(plan: Plan, collected: Sequence[Collected], quorum: int, number: int) -> FedsgcgError:
+def quorum_missed(
+    plan: Plan, collected: Sequence[Collected], quorum: int, number: int
+) -> FedsgcgError:
     """Return RND-402: which sites a round lost and why."""
-    lost = {part.answer.site: sentence(part.verdict.code) for part in collected if not part.verdict.accepted}
+    lost = {
+        part.answer.site: sentence(part.verdict.code)
+        for part in collected
+        if not part.verdict.accepted
+    }
     reasons = "; ".join(f"{site}: {text}" for site, text in lost.items())
     look = f"look into {error_logs(plan, list(lost))}; " if lost else ""
     return fail(
@@ -86,7 +111,9 @@ def heldout_unanswered(plan: Plan, reason: Problem | None) -> FedsgcgError:
     return fail(
         "RND-403",
         where=plan.heldout,
-        found=" ".join(filter(None, (sentence(reason.code), reason.found))) if reason else "no answer",
+        found=" ".join(filter(None, (sentence(reason.code), reason.found)))
+        if reason
+        else "no answer",
         expected="per-case results of its test cases",
         action=f"look into {error_logs(plan, [plan.heldout])}, then start the same command again: "
         "only the evaluation is left",
@@ -116,7 +143,9 @@ def too_few_classes(
         return None
     withheld = {part.answer.site: _withheld(plan, part) for part in admitted(collected)}
     told = [f"{site} withholds {', '.join(names)}" for site, names in withheld.items() if names]
-    classes = f"{active} of {plan.data.num_classes} classes {'has' if active == 1 else 'have'} prototypes"
+    classes = (
+        f"{active} of {plan.data.num_classes} classes {'has' if active == 1 else 'have'} prototypes"
+    )
     return Problem(
         "STA-203",
         where=f"round {number}",

@@ -77,7 +77,9 @@ class Judged:
     @property
     def asd(self) -> float:
         """Mean ASD over cases and structures where it is defined; NaN without one."""
-        known = [row["asd"] for row in self.cases if row["asd"] is not None and math.isfinite(row["asd"])]
+        known = [
+            row["asd"] for row in self.cases if row["asd"] is not None and math.isfinite(row["asd"])
+        ]
         return math.fsum(known) / len(known) if known else math.nan
 
     @property
@@ -92,7 +94,11 @@ class Judged:
         The figure that a site also sends in training is preferred, so that all rounds are compared by one measure.
         """
         stated = validation_of(self.reply)
-        return stated if stated[1] > 0 else (self.dice, float(len({row["case"] for row in self.cases})))
+        return (
+            stated
+            if stated[1] > 0
+            else (self.dice, float(len({row["case"] for row in self.cases})))
+        )
 
 
 def due(plan: Plan, message_type: str, site: str, request: Request, slices: int) -> Expectation:
@@ -147,10 +153,17 @@ def mean_loss(parts: Sequence[Collected]) -> float:
     """Return the training loss over the admitted sites, weighted by their examples; NaN when one did not tell."""
     replies = [part.reply for part in admitted(parts)]
     total = math.fsum(reply.metrics["examples"] for reply in replies)
-    return math.fsum(reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies) / total
+    return (
+        math.fsum(
+            reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies
+        )
+        / total
+    )
 
 
-def site_rows(number: int, trained: Sequence[Collected], *described: Sequence[Collected]) -> list[Row]:
+def site_rows(
+    number: int, trained: Sequence[Collected], *described: Sequence[Collected]
+) -> list[Row]:
     """Return the sites' rows of a round: figures of the admitted, bytes of all.
 
     Args:
@@ -163,11 +176,20 @@ def site_rows(number: int, trained: Sequence[Collected], *described: Sequence[Co
         site = part.answer.site
         answers = [
             part.answer,
-            *(other.answer for others in described for other in others if other.answer.site == site),
+            *(
+                other.answer
+                for others in described
+                for other in others
+                if other.answer.site == site
+            ),
         ]
         figures = dict(part.reply.metrics) if part.verdict.accepted else {}
         parts = sorted(name for name in figures if LOSS_PART.fullmatch(name))[:MOST_PARTS]
-        kept = {name: figures[name] for name in (*parts, *SITE_METRICS) if math.isfinite(figures.get(name, math.nan))}
+        kept = {
+            name: figures[name]
+            for name in (*parts, *SITE_METRICS)
+            if math.isfinite(figures.get(name, math.nan))
+        }
         kept["bytes_up"] = float(sum(answer.bytes_up for answer in answers))
         kept["bytes_down"] = float(sum(answer.bytes_down for answer in answers))
         rows += [row(number, "train", site, name, value) for name, value in kept.items()]
@@ -179,12 +201,16 @@ def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
     return [
         row(number, "train", part.site, name, value)
         for part in judged
-        for name, value in zip(("validation_dice", "validation_cases"), part.validation, strict=True)
+        for name, value in zip(
+            ("validation_dice", "validation_cases"), part.validation, strict=True
+        )
         if math.isfinite(value)
     ]
 
 
-def judged_rows(plan: Plan, number: int, judged: Sequence[Judged], known: Sequence[Row] = ()) -> list[Row]:
+def judged_rows(
+    plan: Plan, number: int, judged: Sequence[Judged], known: Sequence[Row] = ()
+) -> list[Row]:
     """Return the rows of an evaluation of round `number`'s model, without those that are `known` already.
 
     The held-out site's are of phase `heldout` and metrics `heldout_dice` and `heldout_asd`, an observer's of phase
@@ -206,4 +232,11 @@ def judged_rows(plan: Plan, number: int, judged: Sequence[Judged], known: Sequen
 
 def row(number: int, phase: str, site: str, metric: str, value: float) -> Row:
     """Return one row of the rounds table."""
-    return {"round": number, "phase": phase, "site": site, "cls": "", "metric": metric, "value": float(value)}
+    return {
+        "round": number,
+        "phase": phase,
+        "site": site,
+        "cls": "",
+        "metric": metric,
+        "value": float(value),
+    }

@@ -42,7 +42,9 @@ class Asking:
     log: EventLog
     note: Callable[[Problem], None]
 
-    def collect(self, message_type: str, request: Request, sites: Collection[str] | None = None) -> list[Collected]:
+    def collect(
+        self, message_type: str, request: Request, sites: Collection[str] | None = None
+    ) -> list[Collected]:
         """Ask the training sites, admit what they send, and insist on the quorum.
 
         Args:
@@ -62,15 +64,21 @@ class Asking:
             found[answer.site] = part = self._verdict(answer, message_type, request)
             self._report(part, message_type)
 
-        nodes = {site: node for site, node in self.cohort.asked.items() if sites is None or site in sites}
+        nodes = {
+            site: node for site, node in self.cohort.asked.items() if sites is None or site in sites
+        }
         self._ask(message_type, nodes, request, receive, self.cohort.quorum)
         collected = [found[site] for site in sorted(found)]
-        self.cohort.leave_out_late(part.answer.site for part in collected if part.verdict.code == "RND-404")
+        self.cohort.leave_out_late(
+            part.answer.site for part in collected if part.verdict.code == "RND-404"
+        )
         if len(admitted(collected)) < self.cohort.quorum:
             raise quorum_missed(self.plan, collected, self.cohort.quorum, request.identity.round)
         return collected
 
-    def evaluate(self, split: str, nodes: Mapping[str, int], weights: Weights, number: int) -> list[Judged]:
+    def evaluate(
+        self, split: str, nodes: Mapping[str, int], weights: Weights, number: int
+    ) -> list[Judged]:
         """Have a model evaluated case by case; a site without a usable answer becomes a note.
 
         Args:
@@ -82,8 +90,14 @@ class Asking:
         identity = identity_of(self.plan, number)
         judged = []
         # A held-out site that was lost is waited for, an observer is not.
-        enough = self.cohort.quorum if split == "validation" else len(set(nodes) - {*self.plan.observers})
-        for answer in self._ask(EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough):
+        enough = (
+            self.cohort.quorum
+            if split == "validation"
+            else len(set(nodes) - {*self.plan.observers})
+        )
+        for answer in self._ask(
+            EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough
+        ):
             problem = answer.problem
             if answer.reply is not None:
                 verdict = admit(answer.reply, Expectation(identity, answer.site))
@@ -109,7 +123,13 @@ class Asking:
         guard_recipients(self.plan, message_type, nodes)
         deadline_s = self.plan.federation.round_deadline_s
         return exchange(
-            self.grid, nodes, message_type, request, deadline_s=deadline_s, enough=enough, on_answer=on_answer
+            self.grid,
+            nodes,
+            message_type,
+            request,
+            deadline_s=deadline_s,
+            enough=enough,
+            on_answer=on_answer,
         )
 
     def _verdict(self, answer: Answer, message_type: str, request: Request) -> Collected:
@@ -119,7 +139,9 @@ class Asking:
             verdict = Verdict(answer.site, False, problem.code, problem.found)
         else:
             slices = self.cohort.members[answer.site].slices("train")
-            verdict = admit(answer.reply, due(self.plan, message_type, answer.site, request, slices))
+            verdict = admit(
+                answer.reply, due(self.plan, message_type, answer.site, request, slices)
+            )
         if not verdict.accepted:
             self.note(Collected(answer, verdict).problem(request.identity.round))
         return Collected(answer, verdict)
@@ -129,7 +151,13 @@ class Asking:
         if message_type != TRAIN and verdict.accepted:
             return
         figures = {name: reply.metrics.get(name) for name in EVENT_METRICS} if reply else {}
-        self.log.emit("round.reply", site=verdict.site, accepted=verdict.accepted, code=verdict.code, **figures)
+        self.log.emit(
+            "round.reply",
+            site=verdict.site,
+            accepted=verdict.accepted,
+            code=verdict.code,
+            **figures,
+        )
 
 
 def identity_of(plan: Plan, number: int) -> Identity:

@@ -36,7 +36,11 @@ def images_of(site: str, contents: Any) -> Iterator[tuple[str, Image]]:
     """Yield (salted hash, image) of what a site told at its enrolment; whatever has another form is passed over."""
     for hospital, images in contents.items() if isinstance(contents, Mapping) else ():
         for alias, entry in images.items() if isinstance(images, Mapping) else ():
-            if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
+            if (
+                isinstance(entry, list)
+                and len(entry) == 2
+                and all(isinstance(part, str) for part in entry)
+            ):
                 yield entry[0], Image(site, str(hospital), str(alias), entry[1])
 
 
@@ -73,7 +77,12 @@ def shared_images(plan: Plan, told: Mapping[str, Any]) -> tuple[list[Problem], l
             training[mark].append(image)
         elif not trains and image.split == "test":
             judged[mark].append(image)
-    leaks = _pairs((one, other) for mark in training for one in training[mark] for other in judged.get(mark, []))
+    leaks = _pairs(
+        (one, other)
+        for mark in training
+        for one in training[mark]
+        for other in judged.get(mark, [])
+    )
     twice = _pairs(
         (one, other)
         for images in training.values()
@@ -84,7 +93,10 @@ def shared_images(plan: Plan, told: Mapping[str, Any]) -> tuple[list[Problem], l
     refused = "or go on with federation.shared_images=flag, which ends as degraded"
     counts = "for they count twice, and may be training at one and validation at the other"
     return (
-        [_problem(pair, images, "no training image at a hospital that is judged", refused) for pair, images in leaks],
+        [
+            _problem(pair, images, "no training image at a hospital that is judged", refused)
+            for pair, images in leaks
+        ],
         [_problem(pair, images, "every image at one hospital", counts) for pair, images in twice],
     )
 
@@ -94,7 +106,9 @@ def _all(told: Mapping[str, Any]) -> Iterator[tuple[str, Image]]:
         yield from images_of(site, told[site])
 
 
-def _pairs(images: Iterable[tuple[Image, Image]]) -> list[tuple[tuple[str, str], list[tuple[str, str]]]]:
+def _pairs(
+    images: Iterable[tuple[Image, Image]],
+) -> list[tuple[tuple[str, str], list[tuple[str, str]]]]:
     """Group pairs of equal images by their hospitals: ((hospital, hospital), [(alias, alias)]), sorted."""
     found: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
     for one, other in images:
@@ -102,11 +116,15 @@ def _pairs(images: Iterable[tuple[Image, Image]]) -> list[tuple[tuple[str, str],
     return [(pair, sorted(aliases)) for pair, aliases in sorted(found.items())]
 
 
-def _problem(pair: tuple[str, str], images: list[tuple[str, str]], expected: str, otherwise: str) -> Problem:
+def _problem(
+    pair: tuple[str, str], images: list[tuple[str, str]], expected: str, otherwise: str
+) -> Problem:
     one, other = pair
     named = ", ".join(f"{first} = {second}" for first, second in images[:SHOWN])
     more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
     number = f"{len(images)} image{' is' if len(images) == 1 else 's are'}"
     found = f"{number} at {one} and at {other}, by alias: {named}{more}"
-    action = f"Take them out at one of the two (aliases.csv of each site names the cases), {otherwise}."
+    action = (
+        f"Take them out at one of the two (aliases.csv of each site names the cases), {otherwise}."
+    )
     return Problem("RND-408", found, expected, action, other)

@@ -17,14 +17,26 @@ import torch
 from deploy.study.preflight import look_at_machine
 from deploy.study.record import describe_machine
 
-PARTS = ("loss", "statistics", "amplitude", "metrics", "step", "federation", "deployment", "end_to_end", "gpu")
+PARTS = (
+    "loss",
+    "statistics",
+    "amplitude",
+    "metrics",
+    "step",
+    "federation",
+    "deployment",
+    "end_to_end",
+    "gpu",
+)
 FOLDER = Path("runs/benchmarks")
 
 
 def main() -> None:
     """Run the parts that were asked for and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all but gpu")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all but gpu"
+    )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the tables go")
     options = parser.parse_args()
     parts = options.parts or [part for part in PARTS if part != "gpu"]
@@ -61,7 +73,17 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
         value = f"{line['value']:.3g} {line['unit']}"
         lines.append(
             "| "
-            + " | ".join([line["part"], line["case"], line["measure"], value, spread, line["target"], line["met"]])
+            + " | ".join(
+                [
+                    line["part"],
+                    line["case"],
+                    line["measure"],
+                    value,
+                    spread,
+                    line["target"],
+                    line["met"],
+                ]
+            )
             + " |"
         )
     return "\n".join(lines) + "\n"

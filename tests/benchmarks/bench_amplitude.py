@@ -32,7 +32,9 @@ def pictures(count: int, H: int, W: int, seed: int) -> Tensor:
     return (0.4 * shapes + 0.1 * noise - 0.3).clamp(-1, 1)
 
 
-def numpy_mix(images: np.ndarray, partners: np.ndarray, shares: np.ndarray, window: float) -> np.ndarray:
+def numpy_mix(
+    images: np.ndarray, partners: np.ndarray, shares: np.ndarray, window: float
+) -> np.ndarray:
     """The published form: for each image both spectra in complex128, split into amplitude and phase, and back."""
     H, W = images.shape[-2:]
     b = int(np.floor(min(H, W) * window))
@@ -76,9 +78,33 @@ def _case(H: int, W: int, judged: bool) -> list[dict[str, Any]]:
     whole, bank = ratio(times, "numpy", "ours"), ratio(times, "numpy", "kept")
     gap = float(np.abs(variants["ours"]().double().numpy() - variants["numpy"]()).max())
     return [
-        row(PART, case, "NumPy's form / ours", whole, "x", *(("≥ 15x", at_least(whole, 15)) if judged else ())),
-        row(PART, case, "NumPy's form / kept partners", bank, "x", *(("≥ 25x", at_least(bank, 25)) if judged else ())),
-        row(PART, case, "whole FFT / ours", fft := ratio(times, "fft", "ours"), "x", "≥ 1x", at_least(fft, 1)),
+        row(
+            PART,
+            case,
+            "NumPy's form / ours",
+            whole,
+            "x",
+            *(("≥ 15x", at_least(whole, 15)) if judged else ()),
+        ),
+        row(
+            PART,
+            case,
+            "NumPy's form / kept partners",
+            bank,
+            "x",
+            *(("≥ 25x", at_least(bank, 25)) if judged else ()),
+        ),
+        row(
+            PART,
+            case,
+            "whole FFT / ours",
+            fft := ratio(times, "fft", "ours"),
+            "x",
+            "≥ 1x",
+            at_least(fft, 1),
+        ),
         row(PART, case, "largest difference from float64", gap, "", "≤ 2e-6", gap <= 2e-6),
-        row(PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"),
+        row(
+            PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"
+        ),
     ]

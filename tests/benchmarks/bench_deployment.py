@@ -91,9 +91,19 @@ def run() -> list[dict[str, Any]]:
     rows = []
     for kind, times in seconds.items():
         spread = statistics.quantiles(times, n=4, method="inclusive")
-        rows.append(row("deployment", case, f"seconds a round, {kind}", (spread[1], spread[0], spread[2]), "s"))
+        rows.append(
+            row(
+                "deployment",
+                case,
+                f"seconds a round, {kind}",
+                (spread[1], spread[0], spread[2]),
+                "s",
+            )
+        )
     gain = statistics.median(seconds["plain"]) / statistics.median(seconds["ours"])
-    rows.append(row("deployment", case, "seconds a round, plain / ours", gain, "x", ">= 2", gain >= 2))
+    rows.append(
+        row("deployment", case, "seconds a round, plain / ours", gain, "x", ">= 2", gain >= 2)
+    )
     rows.append(row("deployment", "inside one site", "a message with a new process", cold, "s"))
     rows.append(row("deployment", "inside one site", "a message with the warm process", warm, "s"))
     return show(rows)
@@ -123,14 +133,20 @@ def _rounds(kind: str, folder: Path) -> list[float]:
             status = federation.wait(run_id, 900)
             ends = [float(line) for line in file.read_text().split()]
         else:
-            settings = [f"federation.rounds={ROUNDS}", "method=source", f"data.sites=[{','.join(SITES)}]"]
+            settings = [
+                f"federation.rounds={ROUNDS}",
+                "method=source",
+                f"data.sites=[{','.join(SITES)}]",
+            ]
             run_id = federation.submit(app, settings)
             status = federation.wait(run_id, 900)
             (events,) = (folder / "coordinator/runs" / run_id).rglob("events.jsonl")
             told = [json.loads(line) for line in events.read_text().splitlines()]
             ends = [float(event["time"]) for event in told if event["event"] == "round.done"]
         if status != "finished:completed" or len(ends) != ROUNDS:
-            raise RuntimeError(f"{kind}: {status} after {len(ends)} rounds\n{federation.said('superlink')[-3000:]}")
+            raise RuntimeError(
+                f"{kind}: {status} after {len(ends)} rounds\n{federation.said('superlink')[-3000:]}"
+            )
     return [second - first for first, second in zip(ends, ends[1:], strict=False)]
 
 
@@ -142,7 +158,12 @@ def _start_plain(federation: Any, kit: Path) -> None:
     federation.start(
         kit.name,
         *("flower-supernode", "--root-certificates", str(kit / "ca.crt")),
-        *("--superlink", f"127.0.0.1:{federation.port}", "--auth-supernode-private-key", str(kit / "site.key")),
+        *(
+            "--superlink",
+            f"127.0.0.1:{federation.port}",
+            "--auth-supernode-private-key",
+            str(kit / "site.key"),
+        ),
         *("--host", "127.0.0.1", "--port", str(free_port())),
         FLWR_HOME=str(home),
     )
@@ -157,7 +178,9 @@ def _write_plain(app: Path) -> None:
     (package / "__init__.py").write_text("")
     numbers = PLAIN_APP.replace("SITES", str(len(SITES))).replace("ROUNDS", str(ROUNDS))
     (package / "app.py").write_text(numbers)
-    shutil.copytree(Path(networks.__file__).parent, app / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(networks.__file__).parent, app / "common", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (package / "networks.py").write_text("from common.networks import UNet\n")
 
 
@@ -218,7 +241,9 @@ def _messages(folder: Path) -> tuple[tuple[float, float, float], tuple[float, fl
         taken[cold] = []
         for number in range(MESSAGES + 1):
             metadata = Metadata(1, str(number), 0, 1, "", "", time.time(), 600.0, "train")
-            context = Context(run_id=1, node_id=1, node_config={"site": "A"}, state=RecordDict(), run_config={})
+            context = Context(
+                run_id=1, node_id=1, node_config={"site": "A"}, state=RecordDict(), run_config={}
+            )
             began = time.perf_counter()
             reply, _ = resident._answer(made(content, metadata=metadata), context, fab, 1)
             if "weights" not in reply.content:

@@ -29,7 +29,14 @@ from tests.benchmarks.harness import at_least, ratio, row, show
 
 KINDS = ("published", "ours")
 REPEATS = 3
-SETTINGS = ("experiment=demo", "method=sgcg", "heldout=West", "federation.rounds=3", "runtime=inprocess", "device=cpu")
+SETTINGS = (
+    "experiment=demo",
+    "method=sgcg",
+    "heldout=West",
+    "federation.rounds=3",
+    "runtime=inprocess",
+    "device=cpu",
+)
 PART = "study, end to end"
 
 
@@ -48,9 +55,14 @@ def run() -> list[dict[str, Any]]:
     loss, dice = (abs(found["ours"][name] - found["published"][name]) for name in ("loss", "dice"))
     return show(
         [
-            *(row(PART, case, f"CPU seconds, {kind}", statistics.median(times[kind]), "s") for kind in KINDS),
+            *(
+                row(PART, case, f"CPU seconds, {kind}", statistics.median(times[kind]), "s")
+                for kind in KINDS
+            ),
             row(PART, case, "published / ours", gain, "x", "> 1", at_least(gain, 1.0)),
-            row(PART, case, "difference of the first round's loss", loss, "", "≤ 1e-2", loss <= 1e-2),
+            row(
+                PART, case, "difference of the first round's loss", loss, "", "≤ 1e-2", loss <= 1e-2
+            ),
             row(PART, case, "difference of the held-out Dice", dice, ""),
         ]
     )
@@ -59,7 +71,9 @@ def run() -> list[dict[str, Any]]:
 def _child_process(kind: str, folder: Path, name: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.benchmarks.bench_end_to_end", kind, str(folder), name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=1800, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -85,7 +99,10 @@ def _figures(folder: Path) -> dict[str, float]:
     rounds = pq.read_table(folder / "rounds.parquet").to_pylist()
     losses = [line["value"] for line in rounds if line["round"] == 1 and line["metric"] == "loss"]
     cases = pq.read_table(folder / "results.parquet").to_pylist()
-    return {"loss": statistics.fmean(losses), "dice": statistics.fmean(line["dice"] for line in cases)}
+    return {
+        "loss": statistics.fmean(losses),
+        "dice": statistics.fmean(line["dice"] for line in cases),
+    }
 
 
 def _swap_in_the_published_forms() -> None:
@@ -130,7 +147,11 @@ def _einsum_loss(
     kept = labels != ignore_index
     kept = kept & active[labels.where(kept, 0)]
     return peers.einsum_loss(
-        features[kept], number[labels[kept]], mean[active], covariance[active], temperature=temperature
+        features[kept],
+        number[labels[kept]],
+        mean[active],
+        covariance[active],
+        temperature=temperature,
     )
 
 

@@ -43,13 +43,19 @@ def run() -> list[dict[str, Any]]:
                 times[name][kind].append(seconds)
     case = f"{len(SITES)} sites, 3.19 M parameters, nobody trains"
     rows = []
-    for name, words in (("fixed", "fixed cost"), ("round", "seconds a round"), ("cpu", "CPU seconds of the run")):
+    for name, words in (
+        ("fixed", "fixed cost"),
+        ("round", "seconds a round"),
+        ("cpu", "CPU seconds of the run"),
+    ):
         for kind in KINDS:
             middle = statistics.median(times[name][kind])
             rows.append(row("federation", case, f"{words}, {kind}", middle, "s"))
         for kind in KINDS[1:]:
             gain = ratio(times[name], "plain", kind)
-            rows.append(row("federation", case, f"{words}, plain / {kind}", gain, "x", ">= 1", gain[0] >= 1))
+            rows.append(
+                row("federation", case, f"{words}, plain / {kind}", gain, "x", ">= 1", gain[0] >= 1)
+            )
     return show(rows)
 
 
@@ -58,12 +64,18 @@ def _timed(kind: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.benchmarks.bench_federation", kind, folder]
         began = time.time()
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=300, check=False
+        )
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         report = json.loads(done.stdout.strip().splitlines()[-1])
     ends: list[float] = report["round_ends"]
-    return {"fixed": ends[0] - began, "round": (ends[-1] - ends[0]) / (len(ends) - 1), "cpu": report["cpu"]}
+    return {
+        "fixed": ends[0] - began,
+        "round": (ends[-1] - ends[0]) / (len(ends) - 1),
+        "cpu": report["cpu"],
+    }
 
 
 def _child(kind: str, folder: Path) -> dict[str, Any]:
@@ -72,8 +84,13 @@ def _child(kind: str, folder: Path) -> dict[str, Any]:
     prepare_environment()
     quiet_flower()
     ends = _run_plain() if kind == "plain" else _run_ours(kind, folder)
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"round_ends": ends, "cpu": own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime}
+    own, children = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return {
+        "round_ends": ends,
+        "cpu": own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime,
+    }
 
 
 def _run_plain() -> list[float]:
@@ -103,10 +120,15 @@ def _run_plain() -> list[float]:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        strategy = Timed(fraction_evaluate=0.0, min_available_nodes=len(SITES), min_train_nodes=len(SITES))
+        strategy = Timed(
+            fraction_evaluate=0.0, min_available_nodes=len(SITES), min_train_nodes=len(SITES)
+        )
         strategy.start(grid, ArrayRecord(UNet().state_dict()), num_rounds=ROUNDS)
 
-    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"log_to_driver": False}}
+    backend = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"log_to_driver": False},
+    }
     run_simulation(server, client, len(SITES), backend_config=backend)
     return ends
 
@@ -150,7 +172,9 @@ def _echo_app() -> Any:
     app = ClientApp()
 
     def site_of(context: Context) -> str:
-        return str(context.node_config.get("site") or SITES[int(context.node_config["partition-id"])])
+        return str(
+            context.node_config.get("site") or SITES[int(context.node_config["partition-id"])]
+        )
 
     @app.query("enrol")
     def enrol(message: Message, context: Context) -> Message:
@@ -164,12 +188,16 @@ def _echo_app() -> Any:
             "slices": counts,
             "problems": [],
         }
-        return Message(encode_reply(Reply(request.identity, site, details=details)), reply_to=message)
+        return Message(
+            encode_reply(Reply(request.identity, site, details=details)), reply_to=message
+        )
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = decode_request(message.content)
-        network = build_network(NetworkSettings(), 3, 2, generator_seed=None)  # as clients.app makes it
+        network = build_network(
+            NetworkSettings(), 3, 2, generator_seed=None
+        )  # as clients.app makes it
         assert request.weights
         load_weights(network, request.weights)
         metrics = {
@@ -187,7 +215,8 @@ def _echo_app() -> Any:
     def evaluate(message: Message, context: Context) -> Message:
         request = decode_request(message.content)
         return Message(
-            encode_reply(Reply(request.identity, site_of(context), cases=encode_cases([]))), reply_to=message
+            encode_reply(Reply(request.identity, site_of(context), cases=encode_cases([]))),
+            reply_to=message,
         )
 
     return app

@@ -66,7 +66,9 @@ class Sizes:
 def run() -> list[dict[str, Any]]:
     """Measure on the first CUDA device and return the rows; without one, stop and say what was found."""
     if not torch.cuda.is_available():
-        raise SystemExit(f"the gpu part needs a CUDA device that PyTorch can use; found {describe_hardware()}")
+        raise SystemExit(
+            f"the gpu part needs a CUDA device that PyTorch can use; found {describe_hardware()}"
+        )
     return show(measure(choose_device("cuda"), Sizes()))
 
 
@@ -113,10 +115,14 @@ class _Clock:
 def _kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
     rows = []
     for A, K in ((32, 3), (64, 3)):
-        features, labels, mean, covariance = (part.to(device) for part in inputs(sizes.pixels, A, K))
+        features, labels, mean, covariance = (
+            part.to(device) for part in inputs(sizes.pixels, A, K)
+        )
         leaf = features.requires_grad_()
 
-        def loss(form: Callable[..., Tensor], leaf: Tensor = leaf, rest: Any = (labels, mean, covariance)) -> Work:
+        def loss(
+            form: Callable[..., Tensor], leaf: Tensor = leaf, rest: Any = (labels, mean, covariance)
+        ) -> Work:
             return lambda: torch.autograd.grad(form(leaf, *rest, temperature=0.5), leaf)
 
         variants = {
@@ -124,28 +130,40 @@ def _kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
             "torch": _without_kernels(loss(sgcg_loss)),
             "einsum": loss(peers.einsum_loss),
             "moments": lambda f=features, y=labels, K=K: class_moments(f, y, K),
-            "moments torch": _without_kernels(lambda f=features, y=labels, K=K: class_moments(f, y, K)),
+            "moments torch": _without_kernels(
+                lambda f=features, y=labels, K=K: class_moments(f, y, K)
+            ),
         }
         times, case = timed(variants, device, sizes.repeats), f"N={sizes.pixels} A={A} K={K}"
         rows += [
             row("sgcg_loss, GPU", case, "einsum / ours", ratio(times, "einsum", "ours"), "x"),
             row("sgcg_loss, GPU", case, "torch form / ours", ratio(times, "torch", "ours"), "x"),
             row("sgcg_loss, GPU", case, "ours, forward+backward", _middle(times, "ours"), "ms"),
-            row("class_moments, GPU", case, "torch form / ours", ratio(times, "moments torch", "moments"), "x"),
+            row(
+                "class_moments, GPU",
+                case,
+                "torch form / ours",
+                ratio(times, "moments torch", "moments"),
+                "x",
+            ),
             row("class_moments, GPU", case, "ours", _middle(times, "moments"), "ms"),
             *_kernel_errors(leaf, labels, mean, covariance, case),
         ]
     return rows
 
 
-def _kernel_errors(leaf: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, case: str) -> list[dict[str, Any]]:
+def _kernel_errors(
+    leaf: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, case: str
+) -> list[dict[str, Any]]:
     """Relative errors against the same in float64, the law."""
     results = []
     for dtype in (leaf.dtype, torch.float64):
         here = leaf.detach().to(dtype).requires_grad_()
         loss = sgcg_loss(here, labels, mean, covariance, temperature=0.5)
         (gradient,) = torch.autograd.grad(loss, here)
-        results.append((loss.detach().double(), gradient.double(), class_moments(here, labels, len(mean))[2]))
+        results.append(
+            (loss.detach().double(), gradient.double(), class_moments(here, labels, len(mean))[2])
+        )
     (loss, gradient, scatter), (exact, slope, product) = results
     errors = {
         "loss": float(abs(loss - exact) / exact),
@@ -154,7 +172,15 @@ def _kernel_errors(leaf: Tensor, labels: Tensor, mean: Tensor, covariance: Tenso
     }
     limits = {"loss": 1e-6, "gradient": 1e-6, "scatter": 1e-6}
     return [
-        row("kernels, GPU", case, f"relative error, {name}", error, "", f"≤ {limits[name]:g}", error <= limits[name])
+        row(
+            "kernels, GPU",
+            case,
+            f"relative error, {name}",
+            error,
+            "",
+            f"≤ {limits[name]:g}",
+            error <= limits[name],
+        )
         for name, error in errors.items()
     ]
 
@@ -174,7 +200,9 @@ def _without_kernels(work: Work) -> Work:
 def _mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
     from tests.benchmarks.bench_amplitude import fft_mix, pictures
 
-    images, partners = (pictures(sizes.batch, sizes.side, sizes.side, seed=seed).to(device) for seed in (1, 2))
+    images, partners = (
+        pictures(sizes.batch, sizes.side, sizes.side, seed=seed).to(device) for seed in (1, 2)
+    )
     share = torch.full((sizes.batch,), 0.3, device=device)
     kept = window_amplitudes(partners)
     variants = {
@@ -182,7 +210,10 @@ def _mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         "kept": lambda: mix_window_amplitudes(images, kept, share),
         "fft": lambda: fft_mix(images, partners, share, 0.1),
     }
-    times, case = timed(variants, device, sizes.repeats), f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}"
+    times, case = (
+        timed(variants, device, sizes.repeats),
+        f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}",
+    )
     gap = float((variants["ours"]() - variants["fft"]()).abs().max())
     part = "mix_amplitude, GPU"
     return [
@@ -194,22 +225,38 @@ def _mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def _plan(method: str, sizes: Sizes, *overrides: str) -> Plan:
-    fixed = [f"method={method}", f"data.image_size={sizes.side}", f"method.batch_size={sizes.batch}"]
+    fixed = [
+        f"method={method}",
+        f"data.image_size={sizes.side}",
+        f"method.batch_size={sizes.batch}",
+    ]
     return Plan.from_tree(compose([*fixed, *overrides]))
 
 
 class _Loop:
     """A training loop over slices of a memory-mapped file."""
 
-    def __init__(self, plan: Plan, device: torch.device, sizes: Sizes, slices: np.ndarray, *, eager: bool) -> None:
+    def __init__(
+        self, plan: Plan, device: torch.device, sizes: Sizes, slices: np.ndarray, *, eager: bool
+    ) -> None:
         order = torch.contiguous_format if eager else torch.channels_last
-        self.device, self.sizes, self.plan, self.slices, self.order = device, sizes, plan, slices, order
-        network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(device, memory_format=order)
+        self.device, self.sizes, self.plan, self.slices, self.order = (
+            device,
+            sizes,
+            plan,
+            slices,
+            order,
+        )
+        network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(
+            device, memory_format=order
+        )
         self.method = METHODS[plan.method.name](network.train(), plan, 1, device)
         self.method.local.to(memory_format=order).train()
         images, labels, guidance = make_batch(plan, sizes.side, sizes.batch)
         self.labels, self.partners = labels, window_amplitudes(images.to(device))
-        self.guidance = Guidance(*(getattr(guidance, name).to(device) for name in ("mean", "covariance", "active")))
+        self.guidance = Guidance(
+            *(getattr(guidance, name).to(device) for name in ("mean", "covariance", "active"))
+        )
         self.eager, self.share = eager, torch.full((sizes.batch,), 0.3, device=device)
         if eager:
             groups = [{**group, "lr": 1e-3} for group in self.method.groups()]
@@ -282,20 +329,27 @@ def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[d
         for name, loop in loops.items():
             rates[name].append(loop.once())
     ours = loops["ours"]
-    fixed = ours.prepare(torch.from_numpy(np.array(slices[: sizes.batch])).to(device), ours.labels.to(device))
+    fixed = ours.prepare(
+        torch.from_numpy(np.array(slices[: sizes.batch])).to(device), ours.labels.to(device)
+    )
     without = loops["ours without SgCG"]
     parts = timed(
         {
             "step": lambda: ours.step(*fixed),
             "step without SgCG": lambda: without.step(*fixed),
-            "mixing": lambda: mix_window_amplitudes(fixed[0], ours.partners, ours.share).clamp(-1, 1),
+            "mixing": lambda: mix_window_amplitudes(fixed[0], ours.partners, ours.share).clamp(
+                -1, 1
+            ),
         },
         device,
         sizes.repeats,
     )
     share = tuple(1 - 1 / value for value in ratio(parts, "step", "step without SgCG"))
     mixing = ratio(parts, "mixing", "step")
-    part, case = "training step, GPU", f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}"
+    part, case = (
+        "training step, GPU",
+        f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}",
+    )
     speed, gain = _middle(rates, "ours"), ratio(rates, "ours", "eager")
     return [
         row(part, case, "ours, whole loop", speed, "images/s", "≥ 1500", at_least(speed, 1500)),
@@ -330,7 +384,9 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shape = (sizes.depth, sizes.side, sizes.side)
-        write_hospitals(folder / "data", sites=("North", "South"), cases_per_site=sizes.volumes, shape=shape)
+        write_hospitals(
+            folder / "data", sites=("North", "South"), cases_per_site=sizes.volumes, shape=shape
+        )
         plan = _plan("ram_sgcg", sizes, f"data.root={folder / 'data'}", "method.local_epochs=1")
         opened = (open_site(folder / "data", site, plan.data) for site in ("North", "South"))
         training, test = (
@@ -339,12 +395,17 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         )
         network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(device)
         guide = make_batch(plan, sizes.side, sizes.batch)[2]
-        guide = Guidance(*(getattr(guide, name).to(device) for name in ("mean", "covariance", "active")))
+        guide = Guidance(
+            *(getattr(guide, name).to(device) for name in ("mean", "covariance", "active"))
+        )
 
         def epoch() -> None:
             train_round(network, [training], plan, round_number=1, guide=guide, device=device)
 
-        work = {"epoch": epoch, "evaluation": lambda: evaluate_cases(network, [test], plan, "test", device)}
+        work = {
+            "epoch": epoch,
+            "evaluation": lambda: evaluate_cases(network, [test], plan, "test", device),
+        }
         times: Times = {name: [] for name in work}
         for kind, call in work.items():
             call()
@@ -352,7 +413,10 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
                 with _Clock(device) as clock:
                     call()
                 times[kind].append(clock.milliseconds / 1e3)
-    part, case = "evaluation, GPU", f"{sizes.volumes} volumes of {sizes.depth} x {sizes.side} x {sizes.side}"
+    part, case = (
+        "evaluation, GPU",
+        f"{sizes.volumes} volumes of {sizes.depth} x {sizes.side} x {sizes.side}",
+    )
     gain = ratio(times, "epoch", "evaluation")
     return [
         row(part, case, "a local epoch / evaluation", gain, "x", "≥ 1x", at_least(gain, 1)),

@@ -24,13 +24,22 @@ MAX_GATHER_ELEMENTS = 1 << 28
 PART = "sgcg_loss forward+backward"
 
 
-def inputs(N: int, A: int, K: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    N: int, A: int, K: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit-length post-ReLU features as the network makes them, and positive covariances."""
     generator = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(N, A, generator=generator, dtype=dtype).relu())
+    features = torch.nn.functional.normalize(
+        torch.randn(N, A, generator=generator, dtype=dtype).relu()
+    )
     labels = torch.randint(0, K, (N,), generator=generator)
     root = torch.randn(K, A, A, generator=generator, dtype=dtype) / A
-    return features, labels, torch.randn(K, A, generator=generator, dtype=dtype) / A**0.5, root @ root.mT
+    return (
+        features,
+        labels,
+        torch.randn(K, A, generator=generator, dtype=dtype) / A**0.5,
+        root @ root.mT,
+    )
 
 
 def run() -> list[dict[str, Any]]:
@@ -61,11 +70,15 @@ def _case(N: int, A: int, K: int) -> list[dict[str, Any]]:
     rows = _rows(case, paired(variants), (N, A, K), extra_memory(ours))
     if N * A * A <= MAX_GATHER_ELEMENTS:
         times = paired({"ours": ours, "gather": peer(peers.gather_loss)}, rounds=3)
-        rows.append(row(PART, case, "gather of Sigma_y / ours", ratio(times, "gather", "ours"), "x"))
+        rows.append(
+            row(PART, case, "gather of Sigma_y / ours", ratio(times, "gather", "ours"), "x")
+        )
     return rows
 
 
-def _rows(case: str, times: dict[str, list[float]], shape: tuple[int, int, int], memory: float) -> list[dict[str, Any]]:
+def _rows(
+    case: str, times: dict[str, list[float]], shape: tuple[int, int, int], memory: float
+) -> list[dict[str, Any]]:
     N, A, K = shape
     einsum, ceiling = ratio(times, "einsum", "ours"), ratio(times, "gemm", "ours")
     wanted = 4.0 if (N, A, K) == (65536, 32, 3) else None
@@ -73,20 +86,33 @@ def _rows(case: str, times: dict[str, list[float]], shape: tuple[int, int, int],
     room = (1.5 * N * A * 4) / 2**20 + 4
     return [
         row(PART, case, "einsum / ours", einsum, "x", *_judged(einsum, wanted, "≥ 4x")),
-        row(PART, case, "share of the GEMM ceiling", ceiling, "", *_judged(ceiling, share, f"≥ {share}")),
+        row(
+            PART,
+            case,
+            "share of the GEMM ceiling",
+            ceiling,
+            "",
+            *_judged(ceiling, share, f"≥ {share}"),
+        ),
         row(PART, case, "GEMM ceiling", _speed(times["gemm"], 2 * N * K * A**2), "GFLOP/s"),
         row(PART, case, "SePiCo's diagonal / ours", ratio(times, "diagonal", "ours"), "x"),
         row(PART, case, "extra memory", memory, "MiB", f"≤ {room:.1f} MiB", memory <= room),
-        row(PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"),
+        row(
+            PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"
+        ),
     ]
 
 
 def _speed(milliseconds: list[float], operations: int) -> tuple[float, float, float]:
     """Median and quartiles of the operations a second, in units of 1e9."""
-    return ratio({"work": [operations / 1e6] * len(milliseconds), "time": milliseconds}, "work", "time")
+    return ratio(
+        {"work": [operations / 1e6] * len(milliseconds), "time": milliseconds}, "work", "time"
+    )
 
 
-def _judged(value: tuple[float, float, float], target: float | None, text: str) -> tuple[str, bool | None]:
+def _judged(
+    value: tuple[float, float, float], target: float | None, text: str
+) -> tuple[str, bool | None]:
     return ("", None) if target is None else (text, at_least(value, target))
 
 

@@ -36,10 +36,17 @@ def star(side: int, seed: int) -> np.ndarray:
 def volume(seed: int) -> np.ndarray:
     """A star that shrinks towards the end slices."""
     plane = star(128, seed)
-    return np.stack([plane & (np.hypot(*(np.mgrid[:128, :128] - 63.5)) < 3.5 * min(z, 31 - z)) for z in range(32)])
+    return np.stack(
+        [
+            plane & (np.hypot(*(np.mgrid[:128, :128] - 63.5)) < 3.5 * min(z, 31 - z))
+            for z in range(32)
+        ]
+    )
 
 
-def _case(case: str, prediction: np.ndarray, truth: np.ndarray, judged: bool) -> list[dict[str, Any]]:
+def _case(
+    case: str, prediction: np.ndarray, truth: np.ndarray, judged: bool
+) -> list[dict[str, Any]]:
     times = paired(
         {
             "ours": lambda: segmentation_metrics(prediction, truth),
@@ -50,10 +57,29 @@ def _case(case: str, prediction: np.ndarray, truth: np.ndarray, judged: bool) ->
     one, four = ratio(times, "medpy one", "ours"), ratio(times, "medpy four", "ours")
     found = segmentation_metrics(prediction, truth)
     theirs = peers.medpy_four(prediction, truth)
-    gap = max(abs(a - b) for a, b in zip((found.dice, found.asd, found.asd_reverse, found.assd), theirs, strict=True))
+    gap = max(
+        abs(a - b)
+        for a, b in zip((found.dice, found.asd, found.asd_reverse, found.assd), theirs, strict=True)
+    )
     return [
-        row(PART, case, "medpy dice+asd / ours (all)", one, "x", *(("≥ 8x", at_least(one, 8)) if judged else ())),
-        row(PART, case, "medpy all four / ours (all)", four, "x", *(("≥ 30x", at_least(four, 30)) if judged else ())),
+        row(
+            PART,
+            case,
+            "medpy dice+asd / ours (all)",
+            one,
+            "x",
+            *(("≥ 8x", at_least(one, 8)) if judged else ()),
+        ),
+        row(
+            PART,
+            case,
+            "medpy all four / ours (all)",
+            four,
+            "x",
+            *(("≥ 30x", at_least(four, 30)) if judged else ()),
+        ),
         row(PART, case, "largest difference from medpy", gap, "", "≤ 1e-10", gap <= 1e-10),
-        row(PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"),
+        row(
+            PART, case, "ours", ratio({**times, "1": [1.0] * len(times["ours"])}, "ours", "1"), "ms"
+        ),
     ]

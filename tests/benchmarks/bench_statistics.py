@@ -20,12 +20,17 @@ PART = "class_moments"
 def run() -> list[dict[str, Any]]:
     """Measure every case and return the rows."""
     with one_thread():
-        return show([line for case in CASES for line in _case(*case)] + _batch_error() + _merge_error())
+        return show(
+            [line for case in CASES for line in _case(*case)] + _batch_error() + _merge_error()
+        )
 
 
 def _case(N: int, A: int, K: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(N, A, generator=generator), torch.randint(0, K, (N,), generator=generator)
+    features, labels = (
+        torch.randn(N, A, generator=generator),
+        torch.randint(0, K, (N,), generator=generator),
+    )
     exact = features.double()
     variants = {
         "ours": lambda: class_moments(features, labels, K),
@@ -33,11 +38,22 @@ def _case(N: int, A: int, K: int) -> list[dict[str, Any]]:
         "gram": lambda: exact.T @ exact,
     }
     times, case = paired(variants), f"N={N} A={A} K={K}"
-    isda, share, memory = ratio(times, "onehot", "ours"), ratio(times, "gram", "ours"), extra_memory(variants["ours"])
+    isda, share, memory = (
+        ratio(times, "onehot", "ours"),
+        ratio(times, "gram", "ours"),
+        extra_memory(variants["ours"]),
+    )
     wanted = {(64, 19): 25.0, (64, 3): 4.0}.get((A, K))
     return [
         row(PART, case, "ISDA's form / ours", isda, "x", *_judged(isda, wanted)),
-        row(PART, case, "share of one float64 X'X", share, "", *_judged(share, 0.65 if A >= 256 else None)),
+        row(
+            PART,
+            case,
+            "share of one float64 X'X",
+            share,
+            "",
+            *_judged(share, 0.65 if A >= 256 else None),
+        ),
         row(PART, case, "extra memory", memory, "MiB", "≤ 32 MiB", memory <= 32),
     ]
 
@@ -71,7 +87,10 @@ def _merge_error() -> list[dict[str, Any]]:
         outer += shifted.T @ shifted
     n = MERGES * PIXELS
     exact = (outer - np.multiply.outer(total, total) / n).astype(np.float64)
-    error, least = _relative(state.scatter[0], exact), float(np.linalg.eigvalsh(state.scatter[0])[0])
+    error, least = (
+        _relative(state.scatter[0], exact),
+        float(np.linalg.eigvalsh(state.scatter[0])[0]),
+    )
     uneven = int((state.scatter != state.scatter.transpose(0, 2, 1)).sum())
     part, case = "merge", f"{MERGES} site-rounds, mean 1e3, std 1e-2"
     return [

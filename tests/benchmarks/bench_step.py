@@ -32,7 +32,9 @@ KINDS = ("ours", "contiguous", "published")
 
 def run() -> list[dict[str, Any]]:
     """Measure one size and return the rows."""
-    plan = Plan.from_tree(compose(["method=sgcg", f"data.image_size={SIDE}", f"method.batch_size={B}", "device=cpu"]))
+    plan = Plan.from_tree(
+        compose(["method=sgcg", f"data.image_size={SIDE}", f"method.batch_size={B}", "device=cpu"])
+    )
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # as `clients.device.choose_device` has it on a CPU
     try:
@@ -44,11 +46,17 @@ def run() -> list[dict[str, Any]]:
 
 def _rows(plan: Plan) -> list[dict[str, Any]]:
     name = f"U-Net {plan.network.base_width}, B={B}, {plan.method.name}"
-    times, case = paired({kind: make_step(plan, kind, SIDE) for kind in KINDS}, rounds=5), f"{name}, {SIDE} x {SIDE}"
+    times, case = (
+        paired({kind: make_step(plan, kind, SIDE) for kind in KINDS}, rounds=5),
+        f"{name}, {SIDE} x {SIDE}",
+    )
     gains = {kind: ratio(times, kind, "ours") for kind in KINDS[1:]}
     rate = ratio({**times, "1": [1e3 * B] * len(times["ours"])}, "1", "ours")
     return [
-        *(row(PART, case, f"{k} / ours", gain, "x", "≥ 1.15x", at_least(gain, 1.15)) for k, gain in gains.items()),
+        *(
+            row(PART, case, f"{k} / ours", gain, "x", "≥ 1.15x", at_least(gain, 1.15))
+            for k, gain in gains.items()
+        ),
         row(PART, case, "ours", rate, "images/s"),
         *_differences(plan, f"{name}, {SMALL_SIDE} x {SMALL_SIDE}, {STEPS} steps"),
     ]
@@ -62,9 +70,13 @@ def _differences(plan: Plan, case: str) -> list[dict[str, Any]]:
     exact = abs(losses("ours", torch.float64) - losses("contiguous", torch.float64)).max()
     plain = losses("contiguous", torch.float32)
     other = abs(losses("ours", torch.float32) - plain).max()
-    itself = abs(losses("contiguous", torch.float32, nudge=torch.finfo(torch.float32).eps) - plain).max()
+    itself = abs(
+        losses("contiguous", torch.float32, nudge=torch.finfo(torch.float32).eps) - plain
+    ).max()
     return [
-        row(PART, case, "loss, contiguous - ours, float64", exact, "", "≤ 1e-4", bool(exact <= 1e-4)),
+        row(
+            PART, case, "loss, contiguous - ours, float64", exact, "", "≤ 1e-4", bool(exact <= 1e-4)
+        ),
         row(PART, case, "loss, contiguous - ours, float32", other, ""),
         row(PART, case, "loss, contiguous - itself after a nudge, float32", itself, ""),
     ]
@@ -75,11 +87,17 @@ def make_step(
 ) -> Callable[[], float]:
     """Return a step on a fresh network of the plan's seed; each call trains it once more and gives the loss."""
     order = torch.channels_last if kind == "ours" else torch.contiguous_format
-    network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(dtype, memory_format=order).train()
+    network = (
+        build_network(plan.network, 3, plan.data.out_channels, plan.seed)
+        .to(dtype, memory_format=order)
+        .train()
+    )
     if kind == "published":
         for block in network.decoder.blocks:
             block.__class__ = PublishedBlock
-    optimizer = torch.optim.Adam(network.parameters(), lr=plan.method.learning_rate, fused=kind != "published")
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=plan.method.learning_rate, fused=kind != "published"
+    )
     images, labels, guidance = make_batch(plan, side)
     images = (images * (1 + nudge)).to(dtype).to(memory_format=order)
     method = METHODS[plan.method.name](network, plan, 1, torch.device("cpu"))
@@ -99,7 +117,9 @@ class PublishedBlock(DecoderBlock):
     """The decoder block with its 1 x 1 convolution after the upsampling."""
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
-        wide = functional.interpolate(self.reduce(features), scale_factor=2, mode="bilinear", align_corners=False)
+        wide = functional.interpolate(
+            self.reduce(features), scale_factor=2, mode="bilinear", align_corners=False
+        )
         narrow = functional.relu(self.narrow_norm(self.narrow(wide)))
         return self.join(torch.cat([skip, narrow], dim=1))
 

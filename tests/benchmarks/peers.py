@@ -12,7 +12,9 @@ from torch import Tensor
 from common.metrics import Metrics
 
 
-def einsum_loss(features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float) -> Tensor:
+def einsum_loss(
+    features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float
+) -> Tensor:
     """The formula as a reader would type it: einsum('na,kab,nb->nk'), autograd for the gradient."""
     quadratic = torch.einsum("na,kab,nb->nk", features, covariance, features) / (2 * temperature**2)
     linear = features @ mean.T / temperature
@@ -20,18 +22,26 @@ def einsum_loss(features: Tensor, labels: Tensor, mean: Tensor, covariance: Tens
     return ((linear + quadratic).logsumexp(1) - positive).mean()
 
 
-def gather_loss(features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float) -> Tensor:
+def gather_loss(
+    features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float
+) -> Tensor:
     """The textbook form in ISDA's manner: Sigma[y] gathered for every pixel (N x A x A), and the term that cancels."""
     own = covariance[labels]
     positive = (features * mean[labels]).sum(1) / temperature
-    own_quadratic = torch.bmm(features[:, None], torch.bmm(own, features[:, :, None]))[:, 0, 0] / (2 * temperature**2)
-    others = torch.stack([(features @ sigma * features).sum(1) for sigma in covariance], 1) / (2 * temperature**2)
+    own_quadratic = torch.bmm(features[:, None], torch.bmm(own, features[:, :, None]))[:, 0, 0] / (
+        2 * temperature**2
+    )
+    others = torch.stack([(features @ sigma * features).sum(1) for sigma in covariance], 1) / (
+        2 * temperature**2
+    )
     logits = features @ mean.T / temperature + others
     log_p = (positive + own_quadratic) - logits.logsumexp(1)
     return (own_quadratic - log_p).mean()
 
 
-def diagonal_loss(features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float) -> Tensor:
+def diagonal_loss(
+    features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float
+) -> Tensor:
     """SePiCo's form, which knows only the diagonal of the covariance: two N x A by A x K products."""
     variances = covariance.diagonal(dim1=1, dim2=2)
     linear = features @ mean.T / temperature
@@ -39,7 +49,9 @@ def diagonal_loss(features: Tensor, labels: Tensor, mean: Tensor, covariance: Te
     return ((linear + quadratic).logsumexp(1) - linear.gather(1, labels[:, None])[:, 0]).mean()
 
 
-def onehot_moments(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def onehot_moments(
+    features: Tensor, labels: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """ISDA's form: features and one-hot labels expanded to N x K x A, one batched product for the covariances."""
     N, A = features.shape
     onehot = torch.zeros(N, num_classes).scatter_(1, labels[:, None], 1)
@@ -70,7 +82,9 @@ def medpy_four(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float,
     return *medpy_dice_and_asd(prediction, truth), back, binary.assd(prediction, truth)
 
 
-def medpy_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] | None) -> Metrics:
+def medpy_metrics(
+    prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] | None
+) -> Metrics:
     """All the product's figures, one call of medpy each; both masks hold something."""
     from medpy.metric import binary
 

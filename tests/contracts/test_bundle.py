@@ -11,12 +11,19 @@ LIMIT = 10 * 2**20
 
 def test_bundle_holds_the_code_and_the_settings_and_stays_small(tmp_path: Path) -> None:
     flwr = Path(sys.executable).parent / "flwr"
-    done = subprocess.run([flwr, "build", "--app", str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [flwr, "build", "--app", str(ROOT)], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (bundle,) = [*tmp_path.glob("*.fab"), *tmp_path.glob("**/*.fab")][:1]
     with zipfile.ZipFile(bundle) as archive:
         names = set(archive.namelist())
-    for folder, pattern in (("server", "*.py"), ("clients", "*.py"), ("common", "*.py"), ("configs", "*.yaml")):
+    for folder, pattern in (
+        ("server", "*.py"),
+        ("clients", "*.py"),
+        ("common", "*.py"),
+        ("configs", "*.yaml"),
+    ):
         wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
         assert wanted <= names, wanted - names
     assert not {name for name in names if name.startswith(("tests/", "deploy/", "runs/"))}

@@ -23,7 +23,12 @@ from deploy.coordinator.provision import provision
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"
 DOCKERFILES = sorted((DEPLOY / "docker").glob("Dockerfile.*"))
-PROJECT = {"name": "demo", "server": "fed.example.org:8443", "sites": ["North", "South"], "data_root": "/data"}
+PROJECT = {
+    "name": "demo",
+    "server": "fed.example.org:8443",
+    "sites": ["North", "South"],
+    "data_root": "/data",
+}
 SECRET_WORDS = re.compile(r"(?i)(password|secret|token|private|ca\.key|server\.key)")
 BIN = Path(sys.executable).parent  # the tools of this environment, whatever PATH says
 
@@ -37,7 +42,11 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composes(kits: Path) -> dict[str, Mapping[str, Any]]:
-    paths = [DEPLOY / "compose.yaml", kits / "coordinator/compose.yaml", kits / "sites/North/compose.yaml"]
+    paths = [
+        DEPLOY / "compose.yaml",
+        kits / "coordinator/compose.yaml",
+        kits / "sites/North/compose.yaml",
+    ]
     return {str(path): yaml.safe_load(path.read_text()) for path in paths}
 
 
@@ -53,7 +62,9 @@ def commands(kits: Path) -> Iterator[tuple[str, list[str]]]:
         (line,) = re.findall(r"ExecStart=(.*)", path.read_text())
         yield str(path), shlex.split(line)
     for path in kits.rglob("README.md"):
-        for line in re.findall(r"^(?:`)?(fedsgcg(?:-site)? [^`#\n]*)", path.read_text(), flags=re.MULTILINE):
+        for line in re.findall(
+            r"^(?:`)?(fedsgcg(?:-site)? [^`#\n]*)", path.read_text(), flags=re.MULTILINE
+        ):
             yield str(path), shlex.split(line)
 
 
@@ -72,16 +83,22 @@ def test_every_command_is_one_of_this_version(kits: Path) -> None:
     for path, words in commands(kits):
         program = Path(words[0]).name
         if program in parsers and words[1:] != ["--help"]:
-            parsers[program].parse_args(words[1:])  # leaves the process, and so fails, for a wrong command
+            parsers[program].parse_args(
+                words[1:]
+            )  # leaves the process, and so fails, for a wrong command
             seen.add((program, words[1]))
         else:
-            assert words in (["fedsgcg", "--help"], ["chown", "10001:10001", "/kits", "/data"]), path
+            assert words in (["fedsgcg", "--help"], ["chown", "10001:10001", "/kits", "/data"]), (
+                path
+            )
     wanted = {("fedsgcg", name) for name in ("provision", "serve", "run", "status", "hospitals")}
     wanted |= {("fedsgcg-site", name) for name in ("check", "approve", "join", "status")}
     assert wanted <= seen
 
 
-def test_the_loopback_federation_prepares_itself_outside_a_container(kits: Path, tmp_path: Path) -> None:
+def test_the_loopback_federation_prepares_itself_outside_a_container(
+    kits: Path, tmp_path: Path
+) -> None:
     """Run what `compose.yaml` runs before the hospitals join, with its volumes as folders."""
     tree = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     places = {
@@ -101,7 +118,10 @@ def test_the_loopback_federation_prepares_itself_outside_a_container(kits: Path,
     assert site.data_root == str(tmp_path / "data/hospitals")
     assert Path(site.approved).is_file()
     joined = {
-        words[2] for name, service in tree["services"].items() for words in [service["command"]] if "join" in words
+        words[2]
+        for name, service in tree["services"].items()
+        for words in [service["command"]]
+        if "join" in words
     }
     assert joined == {f"/kits/sites/{name}" for name in project.sites}
 
@@ -118,7 +138,10 @@ def test_containers_are_locked_down(kits: Path) -> None:
             assert service["read_only"] is True, (path, name)
             assert service["cap_drop"] == ["ALL"], (path, name)
             assert service["security_opt"] == ["no-new-privileges:true"], (path, name)
-            assert service["user"] == "10001:10001" or service["command"][0] == "chown", (path, name)
+            assert service["user"] == "10001:10001" or service["command"][0] == "chown", (
+                path,
+                name,
+            )
             assert "mem_limit" in service, (path, name)
             assert "privileged" not in service
             assert not SECRET_WORDS.search(json.dumps(service.get("environment", {})))
@@ -128,7 +151,9 @@ def test_images_are_read_only_where_a_hospital_works(kits: Path) -> None:
     loopback = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     for name in ("east", "north", "south", "west"):
         assert "data:/data:ro" in loopback[name]["volumes"]
-    for service in yaml.safe_load((kits / "sites/North/compose.yaml").read_text())["services"].values():
+    for service in yaml.safe_load((kits / "sites/North/compose.yaml").read_text())[
+        "services"
+    ].values():
         (mount,) = [volume for volume in service["volumes"] if volume["target"] == "/data"]
         assert mount["read_only"] is True
         assert "ports" not in service
@@ -144,9 +169,15 @@ def test_images_have_no_root_and_no_secret(path: Path) -> None:
     for line in re.findall(r"^(?:ARG|ENV) .*", text, flags=re.MULTILINE):
         assert not SECRET_WORDS.search(line)
     copied = {
-        word for line in re.findall(r"^COPY (?!--from)(.*)", text, flags=re.MULTILINE) for word in line.split()[:-1]
+        word
+        for line in re.findall(r"^COPY (?!--from)(.*)", text, flags=re.MULTILINE)
+        for word in line.split()[:-1]
     }
-    allowed = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    allowed = {
+        line[1:]
+        for line in (REPOSITORY / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     assert copied == allowed
     assert all((REPOSITORY / name).exists() for name in copied)
     found = subprocess.run([str(BIN / "hadolint"), str(path)], capture_output=True, text=True)
@@ -154,12 +185,12 @@ def test_images_have_no_root_and_no_secret(path: Path) -> None:
 
 
 def test_yaml_files_are_clean(kits: Path) -> None:
-    rules = (
-        "{extends: default, rules: {line-length: {max: 140}, document-start: disable, braces: {max-spaces-inside: 1}}}"
-    )
+    rules = "{extends: default, rules: {line-length: {max: 140}, document-start: disable, braces: {max-spaces-inside: 1}}}"
     files = [DEPLOY / "compose.yaml", DEPLOY / "chart/values.yaml", DEPLOY / "chart/Chart.yaml"]
     files += [kits / "coordinator/compose.yaml", kits / "sites/North/compose.yaml"]
-    found = subprocess.run([str(BIN / "yamllint"), "-d", rules, *map(str, files)], capture_output=True, text=True)
+    found = subprocess.run(
+        [str(BIN / "yamllint"), "-d", rules, *map(str, files)], capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout
 
 
@@ -170,5 +201,7 @@ def test_the_charts_values_keep_to_their_schema() -> None:
     for change in ({"role": "boss"}, {"gpus": -1}, {"image": {}}, {"surprise": 1}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**values, **change}, schema)
-    used = set(re.findall(r"\.Values\.(\w+)", (DEPLOY / "chart/templates/workload.yaml").read_text()))
+    used = set(
+        re.findall(r"\.Values\.(\w+)", (DEPLOY / "chart/templates/workload.yaml").read_text())
+    )
     assert used <= set(values)

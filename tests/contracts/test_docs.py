@@ -112,7 +112,10 @@ def test_every_command_parses_and_its_settings_make_a_plan(page: str, call: list
     if len(call) == 1 or call[1].startswith("-"):
         return
     options = GENERATOR.parser_of(call[0]).parse_args(call[1:])
-    overrides = [*(getattr(options, "overrides", None) or []), *(getattr(options, "settings", None) or [])]
+    overrides = [
+        *(getattr(options, "overrides", None) or []),
+        *(getattr(options, "settings", None) or []),
+    ]
     if "..." in overrides:
         return
     rest, selected = split_select(overrides)
@@ -139,7 +142,9 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
 def test_commands_in_a_sentence_exist_with_their_options() -> None:
     helps = {words: parser for name in PROGRAMS for words, parser in GENERATOR.subparsers(name)}
     for path in sorted(DOCS.rglob("*.md")):
-        for text in re.findall(r"(?<!`)`(fedsgcg(?:-site)? [a-z][^`\n]*)`", path.read_text(encoding="utf-8")):
+        for text in re.findall(
+            r"(?<!`)`(fedsgcg(?:-site)? [a-z][^`\n]*)`", path.read_text(encoding="utf-8")
+        ):
             words = text.split()
             known = [name for name in helps if words[: len(name.split())] == name.split()]
             assert known, f"{path}: {text}"
@@ -181,7 +186,12 @@ def test_pages_can_be_followed(pages: tuple[str, ...], tmp_path: Path) -> None:
             if block.mark.startswith("run"):
                 how = [sys.executable, "-c"] if block.language == "python" else ["bash", "-e", "-c"]
                 done = subprocess.run(
-                    [*how, block.text], cwd=place, env=variables, capture_output=True, text=True, timeout=280
+                    [*how, block.text],
+                    cwd=place,
+                    env=variables,
+                    capture_output=True,
+                    text=True,
+                    timeout=280,
                 )
                 assert done.returncode == 0, f"{page}:\n{block.text}\n{done.stdout}\n{done.stderr}"
     for outcome in place.glob("*/*/*/*/outcome.json"):
@@ -194,9 +204,19 @@ def check_run_folder(cell: Path) -> None:
 
     page = (DOCS / "reference" / "run-folder.md").read_text(encoding="utf-8")
     study = cell.parents[2]
-    found = [path.name for place in (study, cell, *cell.glob("sites/*")) for path in place.iterdir()]
-    variants = {path.name for path in study.iterdir() if (path / "journal").is_dir() or list(path.glob("*/*/journal"))}
-    missing = {name for name in found if name not in variants and not re.search(rf"`{re.escape(name)}/?", page)}
+    found = [
+        path.name for place in (study, cell, *cell.glob("sites/*")) for path in place.iterdir()
+    ]
+    variants = {
+        path.name
+        for path in study.iterdir()
+        if (path / "journal").is_dir() or list(path.glob("*/*/journal"))
+    }
+    missing = {
+        name
+        for name in found
+        if name not in variants and not re.search(rf"`{re.escape(name)}/?", page)
+    }
     assert not missing - {"sites"}
     columns = (DOCS / "reference" / "result-columns.md").read_text(encoding="utf-8")
     metrics = set(pq.read_table(cell / "rounds.parquet")["metric"].to_pylist())

@@ -9,12 +9,18 @@ from common.errors import CODES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SECTIONS = dict(
-    re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE | re.DOTALL)
+    re.findall(
+        r"^## (\S+)\n(.*?)(?=^## |\Z)",
+        (DOCS / "reference" / "errors.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
 )
 
 
 def test_every_code_has_one_section_in_the_catalogues_order() -> None:
-    headings = re.findall(r"^## (\S+)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE)
+    headings = re.findall(
+        r"^## (\S+)", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE
+    )
     assert headings == list(CODES)
 
 

@@ -12,7 +12,9 @@ from deploy.site.supervisor import LINK_GIVEN_UP, STUCK
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
     """Flower's own log lines."""
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     caplog.set_level(logging.INFO, logger="flwr")
@@ -27,7 +29,9 @@ def test_a_server_that_ends_a_handshake_makes_flower_give_up_with_the_words_that
     said: pytest.LogCaptureFixture,
 ) -> None:
     def call() -> None:
-        raise httpx.ConnectError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol")
+        raise httpx.ConnectError(
+            "[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol"
+        )
 
     with pytest.raises(httpx.ConnectError):
         make_simple_http_retry_invoker().invoke(call)

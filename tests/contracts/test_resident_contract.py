@@ -2,7 +2,12 @@
 
 import inspect
 
-from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+)
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -25,8 +30,13 @@ def test_tasks_are_pulled_and_pushed_by_these_functions():
 def test_a_task_is_acquired_with_a_secret_and_a_token_comes_back():
     assert ACQUIRE in run_superexec._SUPEREXEC_AUTH_METHODS
     assert {field.name for field in AcquireTaskResponse.DESCRIPTOR.fields} >= {"task", "token"}
-    assert TaskType.CLIENT_APP in AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]).supported_task_types
-    assert list(SendTaskHeartbeatRequest.DESCRIPTOR.fields) == [], "a heartbeat says nothing but that it comes"
+    assert (
+        TaskType.CLIENT_APP
+        in AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]).supported_task_types
+    )
+    assert list(SendTaskHeartbeatRequest.DESCRIPTOR.fields) == [], (
+        "a heartbeat says nothing but that it comes"
+    )
     for name in ("AcquireTask", "SendTaskHeartbeat", "PullTaskInput", "PushTaskOutput"):
         assert callable(getattr(RuntimeHttpClient, name))
 
@@ -41,7 +51,11 @@ def test_the_resident_starts_without_torch():
     import sys
 
     told = subprocess.run(
-        [sys.executable, "-c", "import deploy.site.resident, sys; print('torch' in sys.modules, 'ray' in sys.modules)"],
+        [
+            sys.executable,
+            "-c",
+            "import deploy.site.resident, sys; print('torch' in sys.modules, 'ray' in sys.modules)",
+        ],
         capture_output=True,
         text=True,
     )

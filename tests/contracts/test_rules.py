@@ -8,16 +8,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PRODUCT = [path for room in ("server", "clients", "common", "deploy") for path in sorted((ROOT / room).rglob("*.py"))]
+PRODUCT = [
+    path
+    for room in ("server", "clients", "common", "deploy")
+    for path in sorted((ROOT / room).rglob("*.py"))
+]
 
 
 def test_rooms_import_each_other_only_as_the_architecture_allows() -> None:
-    done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"\bimport pickle\b", r"torch\.load\(", r"yaml\.load\(", r"(?<![\w.])eval\(", r"allow_pickle=True"]
+    "pattern",
+    [
+        r"\bimport pickle\b",
+        r"torch\.load\(",
+        r"yaml\.load\(",
+        r"(?<![\w.])eval\(",
+        r"allow_pickle=True",
+    ],
 )
 def test_nothing_that_came_over_the_wire_or_from_disk_is_executed(pattern: str) -> None:
     hits = [str(path.relative_to(ROOT)) for path in PRODUCT if re.search(pattern, path.read_text())]
@@ -46,4 +59,6 @@ def test_the_packages_that_run_are_the_ones_of_this_checkout() -> None:
 def test_data_is_printed_by_the_one_console_that_changes_nothing_of_it(pattern: str) -> None:
     """`:AB:` in a fingerprint is an emoji to another console, `[final]` in a path its markup."""
     others = [path for path in PRODUCT if path != ROOT / "common/console.py"]
-    assert [str(path.relative_to(ROOT)) for path in others if re.search(pattern, path.read_text())] == []
+    assert [
+        str(path.relative_to(ROOT)) for path in others if re.search(pattern, path.read_text())
+    ] == []

@@ -33,7 +33,9 @@ def test_the_option_list_is_the_frozen_one() -> None:
     )
 
 
-@pytest.mark.parametrize("choice", [f"{group}={name}" for group in GROUPS for name in choices_of(group)])
+@pytest.mark.parametrize(
+    "choice", [f"{group}={name}" for group in GROUPS for name in choices_of(group)]
+)
 def test_every_choice_of_every_group_is_a_valid_plan(choice: str) -> None:
     assert Plan.from_tree(join([choice])).digest()
 
@@ -53,19 +55,32 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_known_setting() -> None
 
 def test_all_wrong_values_are_named_at_once_with_what_was_expected() -> None:
     tree = join(
-        ["prototypes.temperature=-1", "method.batch_size=many", "data.image_size=50", "prototypes.memory=forever"]
+        [
+            "prototypes.temperature=-1",
+            "method.batch_size=many",
+            "data.image_size=50",
+            "prototypes.memory=forever",
+        ]
     )
     with pytest.raises(FedsgcgError) as caught:
         Plan.from_tree(tree)
     places = {problem.where for problem in caught.value.problems}
-    assert places == {"prototypes.temperature", "method.batch_size", "data.image_size", "prototypes.memory"}
+    assert places == {
+        "prototypes.temperature",
+        "method.batch_size",
+        "data.image_size",
+        "prototypes.memory",
+    }
     assert "cumulative | discount | lagged | restart" in str(caught.value)
 
 
 def test_command_line_beats_experiment_beats_group() -> None:
     assert compose(["data=promise12"])["data"]["image_size"] == 128
     assert compose(["data=promise12", "experiment=demo"])["data"]["image_size"] == 48
-    assert compose(["data=promise12", "experiment=demo", "data.image_size=96"])["data"]["image_size"] == 96
+    assert (
+        compose(["data=promise12", "experiment=demo", "data.image_size=96"])["data"]["image_size"]
+        == 96
+    )
 
 
 def test_flower_run_config_carries_the_tree_unchanged() -> None:
@@ -82,7 +97,9 @@ def test_two_sources_of_settings_at_once_are_refused() -> None:
 def test_plan_survives_its_own_tree_and_ignores_places_in_its_digest() -> None:
     plan = Plan.from_tree(join(["heldout=B"]))
     assert Plan.from_tree(plan.to_tree()) == plan
-    elsewhere = Plan.from_tree(join(["heldout=B", "data.root=/elsewhere", "site.home=/h", "device=cpu", "output=/o"]))
+    elsewhere = Plan.from_tree(
+        join(["heldout=B", "data.root=/elsewhere", "site.home=/h", "device=cpu", "output=/o"])
+    )
     assert elsewhere.digest() == plan.digest()
     assert Plan.from_tree(join(["heldout=C"])).digest() != plan.digest()
     assert Plan.from_tree(join(["heldout=B", "prototypes.temperature=1"])).digest() != plan.digest()
@@ -97,7 +114,17 @@ def refused(*overrides: str) -> FedsgcgError:
 
 @pytest.mark.parametrize(
     "value",
-    ["/tmp/My Data (1)", "/tmp/lr=1,2", "/x/{site}", "/a[b]", "/it's", '/say "hi"', "/a:b%c", "/${x}", "/tmp/Zürich"],
+    [
+        "/tmp/My Data (1)",
+        "/tmp/lr=1,2",
+        "/x/{site}",
+        "/a[b]",
+        "/it's",
+        '/say "hi"',
+        "/a:b%c",
+        "/${x}",
+        "/tmp/Zürich",
+    ],
 )
 @pytest.mark.parametrize("key", ["data.root", "output", "site.home", "site.cache"])
 def test_a_folder_is_taken_to_the_letter(key: str, value: str) -> None:
@@ -108,7 +135,15 @@ def test_a_folder_is_taken_to_the_letter(key: str, value: str) -> None:
 
 
 def test_quotes_about_a_whole_value_are_not_part_of_it_and_the_home_folder_is_put_in() -> None:
-    tree = join(["output='a b'", 'data.root="~/x"', "site.home=~/homes/{site}", "run=~y", "heldout=St. Mary, (2)"])
+    tree = join(
+        [
+            "output='a b'",
+            'data.root="~/x"',
+            "site.home=~/homes/{site}",
+            "run=~y",
+            "heldout=St. Mary, (2)",
+        ]
+    )
     home = str(Path.home())
     assert (tree["output"], tree["data"]["root"], tree["site"]["home"]) == (
         "a b",
@@ -152,7 +187,9 @@ def test_settings_can_be_changed_not_added_nor_removed(text: str, instead: str) 
 
 
 def test_a_setting_given_twice_is_refused_with_both_values() -> None:
-    error = refused("federation.rounds=2", "seed=1", "federation.rounds=3", "data=synthetic", "data=promise12")
+    error = refused(
+        "federation.rounds=2", "seed=1", "federation.rounds=3", "data=synthetic", "data=promise12"
+    )
     assert [problem.found for problem in error.problems] == [
         "federation.rounds=2 and federation.rounds=3",
         "data=synthetic and data=promise12",
@@ -185,7 +222,14 @@ def test_without_a_near_name_the_settings_of_the_group_are_listed() -> None:
 
 def test_types_are_named_in_words() -> None:
     error = refused(
-        *("data.sites=3", "seed=a", "method.learning_rate=b", "data.fill_holes=2", "data.name=[a]", "data.classes=4")
+        *(
+            "data.sites=3",
+            "seed=a",
+            "method.learning_rate=b",
+            "data.fill_holes=2",
+            "data.name=[a]",
+            "data.classes=4",
+        )
     )
     assert {problem.where: problem.expected for problem in error.problems} == {
         "data.sites": "a list such as [A,B]",
@@ -213,7 +257,19 @@ def test_names_of_hospitals_stay_as_they_are_written(key: str) -> None:
     tree: Any = join([f"{key}={text}"])
     for part in key.split("."):
         tree = tree[part]
-    names = ["010", "NO", "12:30", "1_000", "1e3", "1.10", "yes", "2021-01-01", "null", "true", "St. Mary"]
+    names = [
+        "010",
+        "NO",
+        "12:30",
+        "1_000",
+        "1e3",
+        "1.10",
+        "yes",
+        "2021-01-01",
+        "null",
+        "true",
+        "St. Mary",
+    ]
     assert tree == [*names, "A, B", 'it"s', 'say "hi"', "K\u00f6ln"]
     assert join([f"{key}=[]"])["data" if key == "data.sites" else key] in (join()["data"], [])
 
@@ -226,7 +282,10 @@ def test_a_list_of_names_that_is_none_is_refused(text: str) -> None:
 def test_a_name_given_twice_in_braces_is_refused() -> None:
     (problem,) = refused("data.classes={background:[0],gland:[1],gland:[2]}").problems
     assert "gland twice" in problem.found
-    assert join(["data.classes={background:[0],gland:[1]}"])["data"]["classes"] == {"background": [0], "gland": [1]}
+    assert join(["data.classes={background:[0],gland:[1]}"])["data"]["classes"] == {
+        "background": [0],
+        "gland": [1],
+    }
     refused("data.augmentation={flip:0.5,flip:0.1}")
 
 

@@ -67,14 +67,18 @@ def trace(plan: Plan, site: str = "North") -> str:
 def visited(work: Callable[[Visit], RecordDict], plan: Plan) -> RecordDict:
     content = encode_request(Request(sites.identity(plan)))
     metadata = Metadata(1, "1", 0, 1, "", "", 0.0, 600.0, "train")
-    context = Context(run_id=1, node_id=1, node_config={"site": "North"}, state=RecordDict(), run_config={})
+    context = Context(
+        run_id=1, node_id=1, node_config={"site": "North"}, state=RecordDict(), run_config={}
+    )
     return visiting(work, Message(content, metadata=metadata), context, plan.to_tree())
 
 
 def test_no_name_leaves_when_all_is_well(root, tmp_path):
     plan = sites.plan_of(root, tmp_path, "heldout=South")
     enrolled = leaves(plan, wire.ENROL, Request(sites.identity(plan, 0)))
-    evaluated = leaves(plan, wire.EVALUATE, Request(sites.identity(plan), sites.weights(plan)), "South")
+    evaluated = leaves(
+        plan, wire.EVALUATE, Request(sites.identity(plan), sites.weights(plan)), "South"
+    )
     for reply, data in (enrolled, evaluated, trained(plan)):
         assert reply.error == ""
         assert CANARY.encode() not in data
@@ -82,7 +86,9 @@ def test_no_name_leaves_when_all_is_well(root, tmp_path):
     assert CANARY in (Path(plan.output) / "sites/South/aliases.csv").read_text()
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyError, MemoryError, OSError, ZeroDivisionError, UnicodeError])
+@pytest.mark.parametrize(
+    "error", [RuntimeError, KeyError, MemoryError, OSError, ZeroDivisionError, UnicodeError]
+)
 def test_an_unforeseen_error_becomes_a_code_and_its_trace_stays(root, tmp_path, error):
     plan = sites.plan_of(root, tmp_path)
 
@@ -185,11 +191,15 @@ def test_settings_that_make_no_plan_are_a_code_too(tree):
 
 def test_a_run_config_that_is_no_json_is_a_code_too():
     run_config = {"config-json": "{" + CANARY}
-    records = sites.ask(None, wire.TRAIN, encode_request(Request(NOBODY)), {"site": "North"}, run_config)
+    records = sites.ask(
+        None, wire.TRAIN, encode_request(Request(NOBODY)), {"site": "North"}, run_config
+    )
     assert decode_reply(records) == Reply(NOBODY, "", error="SITE-500")
 
 
-@pytest.mark.parametrize("content", [RecordDict(), RecordDict({"message": ConfigRecord({"identity": "nonsense"})})])
+@pytest.mark.parametrize(
+    "content", [RecordDict(), RecordDict({"message": ConfigRecord({"identity": "nonsense"})})]
+)
 def test_a_message_that_is_no_request_is_a_code_too(root, tmp_path, content):
     plan = sites.plan_of(root, tmp_path)
     reply = decode_reply(sites.ask(plan.to_tree(), wire.TRAIN, content, {"site": "North"}))
@@ -199,7 +209,9 @@ def test_a_message_that_is_no_request_is_a_code_too(root, tmp_path, content):
 def test_the_heldout_site_gives_nothing_away_when_it_is_asked_by_mistake(root, tmp_path):
     plan = sites.plan_of(root, tmp_path, "heldout=South")
     for kind in (wire.TRAIN, wire.STATISTICS):
-        reply, data = leaves(plan, kind, Request(sites.identity(plan), sites.weights(plan)), "South")
+        reply, data = leaves(
+            plan, kind, Request(sites.identity(plan), sites.weights(plan)), "South"
+        )
         assert reply == Reply(sites.identity(plan), "South", error="ROL-201")
         assert len(data) < 1000
     assert ledger.verify(tmp_path / "run/sites/South/ledger.jsonl") == 2

@@ -91,7 +91,10 @@ def means_without(plan: Plan, site: str, last: int) -> np.ndarray:
     for number in range(1, last + 1):
         request = Request(replace(record.identity, round=number), record.weights)
         sent = {name: honest_reply(plan, name, TRAIN, request).statistics for name in ALL[:3]}
-        parts = memory.update(parts, [(name, part) for name, part in sent.items() if part is not None and name != site])
+        parts = memory.update(
+            parts,
+            [(name, part) for name, part in sent.items() if part is not None and name != site],
+        )
     found = memory.prototypes(parts)
     assert found is not None
     return found.mean
@@ -105,7 +108,9 @@ def test_what_is_left_is_what_the_others_sent_in_all_rounds(memory: str, tmp_pat
     _, grid = run(plan)
     first = next(sent for sent in grid.sent if sent.kind == TRAIN)
     assert first.request.prototypes is not None
-    np.testing.assert_allclose(first.request.prototypes.mean, means_without(plan, "C", 2), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        first.request.prototypes.mean, means_without(plan, "C", 2), rtol=1e-12, atol=1e-15
+    )
     stored = PrototypeMemory(plan.prototypes).prototypes(last_record(plan).parts)
     assert stored is not None
     np.testing.assert_allclose(stored.mean, means_without(plan, "C", 3), rtol=1e-12, atol=1e-15)
@@ -122,7 +127,11 @@ def test_momentum_starts_anew_once(tmp_path: Path) -> None:
     run_until(fresh, 2)
     leaves(fresh, "C")
     _, grid = run(fresh)
-    given = {sent.request.identity.round: sent.request.prototypes for sent in grid.sent if sent.kind == TRAIN}
+    given = {
+        sent.request.identity.round: sent.request.prototypes
+        for sent in grid.sent
+        if sent.kind == TRAIN
+    }
     assert [number for number, prototypes in given.items() if prototypes is None] == [3]
 
 
@@ -162,7 +171,9 @@ def test_the_model_does_not_depend_on_whether_the_site_still_knocks(tmp_path: Pa
     assert digests[0] == digests[1] != ""
 
 
-def test_a_checkpoint_from_before_the_departure_is_relieved_of_the_site_again(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_the_departure_is_relieved_of_the_site_again(
+    tmp_path: Path,
+) -> None:
     plan = small_plan(tmp_path, federation__rounds=3, prototypes__memory="cumulative")
     run_until(plan, 1)
     leaves(plan, "C")
@@ -174,8 +185,12 @@ def test_a_checkpoint_from_before_the_departure_is_relieved_of_the_site_again(tm
     assert set(last_record(plan).parts) == {"A", "B"}
 
 
-def test_a_site_that_leaves_after_the_last_round_is_not_in_the_prototypes_that_are_handed_out(tmp_path: Path) -> None:
-    def no_judgement(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+def test_a_site_that_leaves_after_the_last_round_is_not_in_the_prototypes_that_are_handed_out(
+    tmp_path: Path,
+) -> None:
+    def no_judgement(
+        grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
+    ) -> object:
         return SILENCE if (site, kind) == ("D", EVALUATE) else reply
 
     plan = small_plan(tmp_path, federation__rounds=2, prototypes__memory="cumulative")
@@ -188,25 +203,39 @@ def test_a_site_that_leaves_after_the_last_round_is_not_in_the_prototypes_that_a
     assert TRAIN not in {sent.kind for sent in grid.sent}
     described = [sent for sent in grid.sent if sent.kind == STATISTICS]
     assert [sent.site for sent in described] == ["A", "B"]
-    parts = [(sent.site, honest_reply(plan, sent.site, STATISTICS, sent.request).statistics) for sent in described]
+    parts = [
+        (sent.site, honest_reply(plan, sent.site, STATISTICS, sent.request).statistics)
+        for sent in described
+    ]
     stored, _ = decode_statistics((tmp_path / "prototypes.arrow").read_bytes())
     assert stored.count.sum() == pytest.approx(with_it.count.sum() * 2 / 3)
-    assert stored.digest() == merge_statistics([(site, part) for site, part in parts if part is not None]).digest()
-    assert set(last_record(plan).parts) == {"A", "B", "C"}, "the checkpoint is that of the last round"
+    assert (
+        stored.digest()
+        == merge_statistics([(site, part) for site, part in parts if part is not None]).digest()
+    )
+    assert set(last_record(plan).parts) == {"A", "B", "C"}, (
+        "the checkpoint is that of the last round"
+    )
 
 
 def test_the_choice_of_the_model_starts_anew_for_the_site_had_a_say_in_it(tmp_path: Path) -> None:
-    def delighted(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+    def delighted(
+        grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
+    ) -> object:
         liked = site == "C" and kind == TRAIN and request.identity.round == 2
         return (
-            replace(reply, metrics=reply.metrics | {"validation_dice": 1.0, "validation_cases": 99.0})
+            replace(
+                reply, metrics=reply.metrics | {"validation_dice": 1.0, "validation_cases": 99.0}
+            )
             if liked
             else reply
         )
 
     chosen = {}
     for name in ("stays", "leaves"):
-        plan = small_plan(tmp_path / name, federation__rounds=4, federation__selection="source_validation")
+        plan = small_plan(
+            tmp_path / name, federation__rounds=4, federation__selection="source_validation"
+        )
         run_until(plan, 2, script=delighted)
         best = last_record(plan).best
         assert best is not None
@@ -239,7 +268,11 @@ def test_who_is_missing_besides_is_still_missed(tmp_path: Path) -> None:
     [
         (["Xyz"], {}, "known: A, B, C"),
         (["North"], {"data__sites": ["North", "South", "West"], "heldout": "West"}, ""),
-        (["Noth"], {"data__sites": ["North", "South", "West"], "heldout": "West"}, "did you mean 'North'?"),
+        (
+            ["Noth"],
+            {"data__sites": ["North", "South", "West"], "heldout": "West"},
+            "did you mean 'North'?",
+        ),
         (["D"], {}, "held out"),
         (["C"], {"observers": ["C"]}, "an observer"),
         (["A", "B", "C"], {}, "one training site or more"),

@@ -39,7 +39,9 @@ class FaultyDisk(Disk):
         self._do(lambda: Disk.make_folder(self, folder))
 
     def put(self, path: Path, data: bytes) -> None:
-        self._do(lambda: Disk.put(self, path, data), lambda: path.write_bytes(data[: len(data) // 2]))
+        self._do(
+            lambda: Disk.put(self, path, data), lambda: path.write_bytes(data[: len(data) // 2])
+        )
 
     def replace(self, source: Path, target: Path) -> None:
         self._do(lambda: Disk.replace(self, source, target))
@@ -168,7 +170,11 @@ def test_a_real_file_size_limit_stops_the_run_and_keeps_the_last_checkpoint(tmp_
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=root
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=root,
     )
     assert "SRV-401" in done.stdout
     assert "too large" in done.stdout

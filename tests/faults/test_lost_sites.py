@@ -21,7 +21,9 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, script: Script, **changes: object) -> tuple[Outcome, ScriptedGrid]:
-    plan = small_plan(folder, **{"federation__rounds": 2, "federation__round_deadline_s": 8.0, **changes})
+    plan = small_plan(
+        folder, **{"federation__rounds": 2, "federation__round_deadline_s": 8.0, **changes}
+    )
     grid = ScriptedGrid(plan, ALL, script)
     grid.activated = dict.fromkeys(grid.nodes, "2026-01-01T00:00:00")
     return run_federation(grid, plan), grid
@@ -32,10 +34,14 @@ def undisturbed(folder: Path) -> str:
 
 
 def trained(grid: ScriptedGrid) -> Counter[tuple[str, int]]:
-    return Counter((sent.site, sent.request.identity.round) for sent in grid.sent if sent.kind == TRAIN)
+    return Counter(
+        (sent.site, sent.request.identity.round) for sent in grid.sent if sent.kind == TRAIN
+    )
 
 
-def test_a_site_that_was_lost_and_is_back_is_asked_again_and_nothing_is_different(tmp_path: Path) -> None:
+def test_a_site_that_was_lost_and_is_back_is_asked_again_and_nothing_is_different(
+    tmp_path: Path,
+) -> None:
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         first = sum(sent.site == "B" and sent.kind == TRAIN for sent in grid.sent) == 1
         return LOST if (site, kind) == ("B", TRAIN) and first else reply
@@ -43,15 +49,21 @@ def test_a_site_that_was_lost_and_is_back_is_asked_again_and_nothing_is_differen
     outcome, grid = run(tmp_path / "lost", script)
     assert (outcome.status, outcome.problems) == ("completed", ())
     assert outcome.digest == undisturbed(tmp_path / "quiet")
-    assert trained(grid) == {(site, number): 1 + ((site, number) == ("B", 1)) for site in "ABC" for number in (1, 2)}
+    assert trained(grid) == {
+        (site, number): 1 + ((site, number) == ("B", 1)) for site in "ABC" for number in (1, 2)
+    }
 
 
-def test_a_site_that_was_restarted_is_asked_again_although_flower_says_nothing(tmp_path: Path) -> None:
+def test_a_site_that_was_restarted_is_asked_again_although_flower_says_nothing(
+    tmp_path: Path,
+) -> None:
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         if (site, kind) != ("B", TRAIN) or trained(grid)[("B", request.identity.round)] > 1:
             return reply
         (node,) = (node for node, name in grid.nodes.items() if name == "B")
-        grid.activated[node] = f"2026-01-01T00:00:0{request.identity.round}"  # it died and was started again
+        grid.activated[node] = (
+            f"2026-01-01T00:00:0{request.identity.round}"  # it died and was started again
+        )
         return SILENCE
 
     outcome, grid = run(tmp_path / "restarted", script)
@@ -100,7 +112,9 @@ def test_with_a_quorum_nobody_waits_for_a_lost_site(tmp_path: Path) -> None:
 
     outcome, grid = run(tmp_path, script, federation__quorum=2, federation__round_deadline_s=60.0)
     assert outcome.status == "degraded"
-    assert [(problem.code, problem.where) for problem in outcome.problems] == [("RND-404", "round 1, B")]
+    assert [(problem.code, problem.where) for problem in outcome.problems] == [
+        ("RND-404", "round 1, B")
+    ]
     assert trained(grid)[("B", 1)] == 1
     assert trained(grid)[("B", 2)] == 1
 
@@ -128,7 +142,11 @@ def test_what_becomes_of_a_site_that_is_late(late: str, asked: int, tmp_path: Pa
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         return SILENCE if (site, kind, request.identity.round) == ("B", TRAIN, 1) else reply
 
-    changes = {"federation__late": late, "federation__quorum": 2, "federation__round_deadline_s": 0.3}
+    changes = {
+        "federation__late": late,
+        "federation__quorum": 2,
+        "federation__round_deadline_s": 0.3,
+    }
     outcome, grid = run(tmp_path, script, **changes)
     assert outcome.status == "degraded"
     assert sum(count for (site, _), count in trained(grid).items() if site == "B") == asked
@@ -136,7 +154,9 @@ def test_what_becomes_of_a_site_that_is_late(late: str, asked: int, tmp_path: Pa
 
 def test_a_site_whose_data_changed_is_told_at_the_resume(tmp_path: Path) -> None:
     def data(text: str) -> Script:
-        def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+        def script(
+            grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
+        ) -> object:
             if kind == ENROL:
                 reply.details["data"] = text if site == "B" else "same"  # type: ignore[index]
             return reply
@@ -152,7 +172,9 @@ def test_a_site_whose_data_changed_is_told_at_the_resume(tmp_path: Path) -> None
     assert json.loads((tmp_path / "data.json").read_text())["B"] == "one"
     second, _ = run(tmp_path, data("two"), federation__round_deadline_s=0.3)
     changed = [problem for problem in second.problems if problem.code == "RND-406"]
-    assert [(problem.where, problem.found) for problem in changed] == [("B", "data two, before one")]
+    assert [(problem.where, problem.found) for problem in changed] == [
+        ("B", "data two, before one")
+    ]
     assert second.status == "degraded"
 
 

@@ -22,7 +22,10 @@ ALL = ("A", "B", "C", "D")
 
 def with_weights(reply: Reply, values: np.ndarray) -> Reply:
     assert reply.weights is not None
-    return replace(reply, weights=Weights(reply.weights.layout, values.astype(np.float32), reply.weights.counters))
+    return replace(
+        reply,
+        weights=Weights(reply.weights.layout, values.astype(np.float32), reply.weights.counters),
+    )
 
 
 def nan(reply: Reply) -> Reply:
@@ -51,7 +54,9 @@ def poisoned_mean(reply: Reply) -> Reply:
 def other_round_statistics(reply: Reply) -> RecordDict:
     """Weights of this round beside statistics that state another one."""
     records = encode_reply(reply)
-    old = encode_reply(replace(reply, identity=replace(reply.identity, round=reply.identity.round - 1)))
+    old = encode_reply(
+        replace(reply, identity=replace(reply.identity, round=reply.identity.round - 1))
+    )
     records["message"]["statistics"] = old["message"]["statistics"]
     return records
 
@@ -76,19 +81,28 @@ FAULTS = {
     "nan": (nan, "PAY-101"),
     "inf": (lambda r: with_weights(r, r.weights.values + np.float32(np.inf)), "PAY-101"),
     "renamed": (renamed, "PAY-103"),
-    "short": (lambda r: replace(r, weights=Weights((("w", (3,)),), np.zeros(3, np.float32))), "PAY-103"),
+    "short": (
+        lambda r: replace(r, weights=Weights((("w", (3,)),), np.zeros(3, np.float32))),
+        "PAY-103",
+    ),
     "no weights": (lambda r: replace(r, weights=None), "PAY-103"),
     "no count": (lambda r: replace(r, metrics={}), "PAY-110"),
     "negative count": (lambda r: replace(r, metrics=r.metrics | {"examples": -4.0}), "PAY-110"),
     "huge count": (lambda r: replace(r, metrics=r.metrics | {"examples": 1e12}), "PAY-111"),
-    "old round": (lambda r: replace(r, identity=replace(r.identity, round=r.identity.round - 1)), "PAY-120"),
+    "old round": (
+        lambda r: replace(r, identity=replace(r.identity, round=r.identity.round - 1)),
+        "PAY-120",
+    ),
     "other run": (lambda r: replace(r, identity=replace(r.identity, run="x")), "PAY-120"),
     "other site": (lambda r: replace(r, site="A"), "PAY-120"),
     "no statistics": (lambda r: replace(r, statistics=None), "STA-201"),
     "negative scatter": (negative_scatter, "STA-201"),
     "poisoned mean": (poisoned_mean, "STA-201"),
     "mixed rounds": (other_round_statistics, "PAY-120"),
-    "statistics of other classes": (lambda r: replace(r, statistics=ClassStatistics.empty(5, 8)), "STA-201"),
+    "statistics of other classes": (
+        lambda r: replace(r, statistics=ClassStatistics.empty(5, 8)),
+        "STA-201",
+    ),
     "garbage": (garbage, "PAY-106"),
     "truncated": (truncated, "PAY-106"),
     "unreadable details": (unreadable_details, "PAY-106"),
@@ -132,7 +146,9 @@ def test_a_bad_payload_is_listed_and_touches_nothing(
     card = json.loads((tmp_path / "model.json").read_text())
     assert card["digest"] == outcome.digest
     told = [
-        event for event in events if event["event"] == "round.reply" and (event["site"], event["round"]) == ("B", 2)
+        event
+        for event in events
+        if event["event"] == "round.reply" and (event["site"], event["round"]) == ("B", 2)
     ]
     assert [(event["accepted"], event["code"]) for event in told] == [(False, code)]
     assert PATIENT.encode() not in everything_written(tmp_path)
@@ -158,7 +174,9 @@ MOMENT_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", MOMENT_FAULTS)
-def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(fault: str, tmp_path: Path) -> None:
+def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(
+    fault: str, tmp_path: Path
+) -> None:
     bend, code = MOMENT_FAULTS[fault]
     plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=2)
     trained: dict[str, Reply] = {}
@@ -175,7 +193,9 @@ def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(fault: str
     outcome = run_federation(ScriptedGrid(plan, ALL, script), plan)
     assert outcome.status == "degraded"
     assert [(problem.code, problem.where) for problem in outcome.problems] == [(code, "round 1, B")]
-    merged = merge_weights([(site, r.weights, r.metrics["examples"]) for site, r in trained.items()])  # type: ignore[misc]
+    merged = merge_weights(
+        [(site, r.weights, r.metrics["examples"]) for site, r in trained.items()]
+    )  # type: ignore[misc]
     moments = merge_moments([(site, measured[site].moments) for site in ("A", "C")])  # type: ignore[misc]
     assert outcome.digest == moments.put_into(merged).digest()
 
@@ -186,11 +206,17 @@ def test_a_site_whose_training_did_not_count_is_not_asked_for_moments(tmp_path: 
         SILENCE if (site, kind) == ("B", TRAIN) else reply
     ))  # fmt: skip
     run_federation(grid, plan)
-    asked = [sent.site for sent in grid.sent if sent.kind == STATISTICS and sent.request.options.get("moments")]
+    asked = [
+        sent.site
+        for sent in grid.sent
+        if sent.kind == STATISTICS and sent.request.options.get("moments")
+    ]
     assert asked == ["A", "C"]
 
 
-def test_prototypes_are_those_of_the_chosen_model_and_of_the_admitted_sites_alone(tmp_path: Path) -> None:
+def test_prototypes_are_those_of_the_chosen_model_and_of_the_admitted_sites_alone(
+    tmp_path: Path,
+) -> None:
     plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=1)
     sent: dict[str, ClassStatistics] = {}
     asked: list[Request] = []
@@ -257,7 +283,10 @@ def test_the_honest_script_is_what_an_untouched_round_merges(tmp_path: Path) -> 
     trained = [sent for sent in grid.sent if sent.kind == TRAIN]
     assert [sent.site for sent in trained] == ["A", "B", "C"]
     start = initial_weights(plan)
-    assert all(sent.request.weights is not None and sent.request.weights.digest() == start.digest() for sent in trained)
+    assert all(
+        sent.request.weights is not None and sent.request.weights.digest() == start.digest()
+        for sent in trained
+    )
     replies = {sent.site: honest_reply(plan, sent.site, TRAIN, sent.request) for sent in trained}
     parts = [(site, reply.weights, reply.metrics["examples"]) for site, reply in replies.items()]
     assert outcome.digest == merge_weights(parts).digest()  # type: ignore[arg-type]

@@ -47,7 +47,11 @@ def train(message, context):
 @pytest.fixture
 def policy(tmp_path: Path) -> SiteFile:
     made = policy_for(tmp_path, tmp_path, deadline_s=30.0)
-    approve(read_bundle(fab({"clients/app.py": APP, "clients/__init__.py": ""})), Path(made.approved), "test")
+    approve(
+        read_bundle(fab({"clients/app.py": APP, "clients/__init__.py": ""})),
+        Path(made.approved),
+        "test",
+    )
     return made
 
 
@@ -80,7 +84,9 @@ def test_one_warm_process_answers_message_after_message(resident):
     first, second = asked(resident, "go")["facts"], asked(resident, "go")["facts"]
     assert first["pid"] == second["pid"] != os.getpid()
     assert (first["calls"], second["calls"]) == (1, 2)
-    assert "bundles" in first["file"], "the code must come from the approved bundle, not from the installed package"
+    assert "bundles" in first["file"], (
+        "the code must come from the approved bundle, not from the installed package"
+    )
 
 
 def test_cold_every_message_has_a_process_of_its_own(resident):
@@ -93,7 +99,11 @@ def test_cold_every_message_has_a_process_of_its_own(resident):
 def test_another_approved_bundle_gets_another_process(resident, policy):
     first = asked(resident, "go")["facts"]
     other = APP + "\n# a new version\n"
-    approve(read_bundle(fab({"clients/app.py": other, "clients/__init__.py": ""})), Path(policy.approved), "test")
+    approve(
+        read_bundle(fab({"clients/app.py": other, "clients/__init__.py": ""})),
+        Path(policy.approved),
+        "test",
+    )
     second = asked(resident, "go", other)["facts"]
     assert first["pid"] != second["pid"]
     assert first["file"] != second["file"]
@@ -104,7 +114,9 @@ def test_code_that_is_not_approved_is_not_even_imported(resident, policy, tmp_pa
     evil = f"open({str(proof)!r}, 'w')\n" + APP
     assert error_of(asked(resident, "go", evil)) == "POL-705"
     assert not proof.exists()
-    assert [(folder / "clients/app.py").read_text() for folder in refused(Path(policy.approved))] == [evil]
+    assert [
+        (folder / "clients/app.py").read_text() for folder in refused(Path(policy.approved))
+    ] == [evil]
     (line,) = ledger.entries(Path(policy.home) / "ledger.jsonl")
     assert "POL-705" in line["note"]
 

@@ -18,7 +18,15 @@ from server.federation import Outcome, run_federation
 from server.records.journal import Journal
 from server.sites.enrolment import UNUSABLE
 from tests.support.plans import small_plan
-from tests.support.scripted_grid import FLOWER_ERROR, SILENCE, Script, ScriptedGrid, case_rows, honest_reply, score_of
+from tests.support.scripted_grid import (
+    FLOWER_ERROR,
+    SILENCE,
+    Script,
+    ScriptedGrid,
+    case_rows,
+    honest_reply,
+    score_of,
+)
 
 ALL = ("A", "B", "C", "D")
 
@@ -50,7 +58,11 @@ def test_the_outcome_says_on_which_processor_and_torch_its_hash_was_made(tmp_pat
     assert machine["torch"] == torch.__version__
     assert machine["threads"] == 2
     assert machine["capability"] == torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    model = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     assert machine["cpu"]
     assert not model or model[0].endswith(machine["cpu"])
 
@@ -60,7 +72,9 @@ def test_the_outcome_says_on_which_processor_and_torch_its_hash_was_made(tmp_pat
 
 @pytest.mark.parametrize("memory", ["lagged", "restart", "cumulative", "discount"])
 def test_the_heldout_site_gets_no_contributing_message(memory: str, tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, prototypes__memory=memory, observers=["C"], federation__heldout_every=1)
+    plan = small_plan(
+        tmp_path, prototypes__memory=memory, observers=["C"], federation__heldout_every=1
+    )
     outcome, grid = run(plan)
     assert outcome.status == "completed"
     received = {site: Counter(sent.kind for sent in grid.sent if sent.site == site) for site in ALL}
@@ -68,16 +82,24 @@ def test_the_heldout_site_gets_no_contributing_message(memory: str, tmp_path: Pa
     assert received["C"] == {ENROL: 1, EVALUATE: 1}
     # After each of three merges BatchNorm's moments, at the end the chosen model's statistics.
     assert received["A"] == received["B"] == {ENROL: 1, TRAIN: 3, EVALUATE: 1, STATISTICS: 4}
-    splits = {(sent.site, sent.request.options["split"]) for sent in grid.sent if sent.kind == EVALUATE}
+    splits = {
+        (sent.site, sent.request.options["split"]) for sent in grid.sent if sent.kind == EVALUATE
+    }
     assert splits == {("A", "validation"), ("B", "validation"), ("C", "test"), ("D", "test")}
 
 
 def test_what_the_heldout_site_answers_changes_nothing_but_its_results(tmp_path: Path) -> None:
-    def flattering(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+    def flattering(
+        grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
+    ) -> object:
         if site != "D" or kind != EVALUATE:
             return reply
         rows = [row | {"dice": 1.0} for row in case_rows(grid.plan, site, request.weights)]  # type: ignore[arg-type]
-        return replace(reply, cases=encode_cases(rows), metrics={"validation_dice": 1.0, "validation_cases": 9.0})
+        return replace(
+            reply,
+            cases=encode_cases(rows),
+            metrics={"validation_dice": 1.0, "validation_cases": 9.0},
+        )
 
     settings = {"federation__selection": "source_validation", "federation__heldout_every": 1}
     honest, _ = run(small_plan(tmp_path / "one", **settings))
@@ -88,7 +110,10 @@ def test_what_the_heldout_site_answers_changes_nothing_but_its_results(tmp_path:
 
 
 def test_prototypes_go_to_training_sites_and_to_nobody_else(tmp_path: Path) -> None:
-    for memory, first in (("restart", 2), ("lagged", 3)):  # the first trained model is that of round 1
+    for memory, first in (
+        ("restart", 2),
+        ("lagged", 3),
+    ):  # the first trained model is that of round 1
         _, grid = run(small_plan(tmp_path / memory, prototypes__memory=memory))
         trained = [sent for sent in grid.sent if sent.kind == TRAIN]
         assert len(trained) == 9
@@ -104,10 +129,20 @@ def test_restart_without_a_pass_after_the_merge_asks_before_the_round(tmp_path: 
     }.items():
         _, grid = run(small_plan(tmp_path / name, prototypes__memory="restart", **changes))
         asked = [
-            s for s in grid.sent if s.kind == STATISTICS and s.site == "A" and not s.request.options.get("moments")
+            s
+            for s in grid.sent
+            if s.kind == STATISTICS and s.site == "A" and not s.request.options.get("moments")
         ]
-        trained = {s.request.identity.round: s.request for s in grid.sent if s.kind == TRAIN and s.site == "A"}
-        assert [s.request.identity.round for s in asked] == [2, 3, 3]  # before rounds 2 and 3, and the chosen model
+        trained = {
+            s.request.identity.round: s.request
+            for s in grid.sent
+            if s.kind == TRAIN and s.site == "A"
+        }
+        assert [s.request.identity.round for s in asked] == [
+            2,
+            3,
+            3,
+        ]  # before rounds 2 and 3, and the chosen model
         for sent in asked[:2]:
             now = trained[sent.request.identity.round]
             assert sent.request.weights is not None
@@ -118,9 +153,15 @@ def test_restart_without_a_pass_after_the_merge_asks_before_the_round(tmp_path: 
 
 
 def test_a_site_learns_whether_its_own_part_is_in_the_prototypes(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, prototypes__memory="overlay", federation__rounds=4, federation__quorum=2)
+    plan = small_plan(
+        tmp_path, prototypes__memory="overlay", federation__rounds=4, federation__quorum=2
+    )
     _, grid = run(plan, script=silent("B", TRAIN, range(3, 4)))
-    held = {s.request.identity.round: s.request.options.get("held") for s in grid.sent if s.kind == TRAIN}
+    held = {
+        s.request.identity.round: s.request.options.get("held")
+        for s in grid.sent
+        if s.kind == TRAIN
+    }
     assert {number: len(parts or []) for number, parts in held.items()} == {1: 0, 2: 0, 3: 3, 4: 2}
     sent = {
         site: honest_reply(plan, site, TRAIN, s.request).statistics
@@ -168,7 +209,9 @@ def test_a_heldout_name_that_no_site_has_is_refused_at_once(tmp_path: Path) -> N
 
 
 def test_the_name_of_a_site_is_taken_once(tmp_path: Path) -> None:
-    def impostor(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+    def impostor(
+        grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
+    ) -> object:
         return replace(reply, site="A") if site == "E" else reply
 
     outcome, grid = run(small_plan(tmp_path), (*ALL, "E"), script=impostor)
@@ -196,7 +239,9 @@ def test_a_site_that_the_plan_does_not_know_is_never_asked_to_train(tmp_path: Pa
         (lambda r: replace(r, details=[1]), "PAY-106"),
     ],
 )
-def test_a_site_that_cannot_take_part_is_refused_with_its_reason(change, code: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_site_that_cannot_take_part_is_refused_with_its_reason(
+    change, code: str, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         return change(reply) if (site, kind) == ("B", ENROL) else reply
 
@@ -239,8 +284,12 @@ def test_a_site_that_misses_a_round_is_named_and_asked_again(tmp_path: Path) -> 
     plan = small_plan(tmp_path, federation__quorum=2)
     outcome, grid = run(plan, script=silent("B", TRAIN, range(2, 3)))
     assert outcome.status == "degraded"
-    assert [(problem.code, problem.where) for problem in outcome.problems] == [("RND-404", "round 2, B")]
-    assert [sent.request.identity.round for sent in grid.sent if (sent.site, sent.kind) == ("B", TRAIN)] == [1, 2, 3]
+    assert [(problem.code, problem.where) for problem in outcome.problems] == [
+        ("RND-404", "round 2, B")
+    ]
+    assert [
+        sent.request.identity.round for sent in grid.sent if (sent.site, sent.kind) == ("B", TRAIN)
+    ] == [1, 2, 3]
     rows = pq.read_table(tmp_path / "rounds.parquet").to_pylist()
     trained = {(row["site"], row["round"]) for row in rows if row["metric"] == "loss"}
     assert ("B", 2) not in trained
@@ -259,7 +308,9 @@ def test_a_late_reply_is_never_merged(tmp_path: Path) -> None:
         return SILENCE if request.identity.round == 1 else held[0]
 
     outcome, _ = run(plan, script=late)
-    without, _ = run(small_plan(tmp_path / "without", federation__quorum=2), script=silent("B", TRAIN))
+    without, _ = run(
+        small_plan(tmp_path / "without", federation__quorum=2), script=silent("B", TRAIN)
+    )
     assert outcome.digest == without.digest
     assert [problem.code for problem in outcome.problems] == ["RND-404", "PAY-120", "PAY-120"]
 
@@ -283,8 +334,16 @@ def test_below_the_quorum_the_run_stops_and_goes_on_later(fault: object, tmp_pat
     again, grid = run(plan)
     assert (again.status, again.digest) == ("completed", whole.digest)
     assert {sent.request.identity.round for sent in grid.sent if sent.kind == TRAIN} == {2, 3}
-    for name in ("results.parquet", "rounds.parquet", "model.safetensors", "model.json", "prototypes.arrow"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for name in (
+        "results.parquet",
+        "rounds.parquet",
+        "model.safetensors",
+        "model.json",
+        "prototypes.arrow",
+    ):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (
+            name
+        )
 
 
 def test_a_missed_site_is_remembered_over_a_resume(tmp_path: Path) -> None:
@@ -298,14 +357,20 @@ def test_a_missed_site_is_remembered_over_a_resume(tmp_path: Path) -> None:
     assert outcome.status == "failed"
     again, _ = run(plan)
     assert again.status == "degraded"
-    assert [(problem.code, problem.where) for problem in again.problems] == [("RND-404", "round 1, B")]
+    assert [(problem.code, problem.where) for problem in again.problems] == [
+        ("RND-404", "round 1, B")
+    ]
 
 
 def test_a_run_that_is_done_evaluates_again_and_trains_no_more(tmp_path: Path) -> None:
     first, _ = run(small_plan(tmp_path))
     again, grid = run(small_plan(tmp_path))
     assert again.digest == first.digest
-    assert {sent.kind for sent in grid.sent} == {ENROL, EVALUATE, STATISTICS}  # the last describes the chosen model
+    assert {sent.kind for sent in grid.sent} == {
+        ENROL,
+        EVALUATE,
+        STATISTICS,
+    }  # the last describes the chosen model
 
 
 @pytest.mark.parametrize("memory", ["lagged", "restart"])
@@ -316,7 +381,10 @@ def test_order_of_arrival_changes_nothing(memory: str, weighting: str, tmp_path:
         folder = tmp_path / str(shuffle)
         plan = small_plan(folder, prototypes__memory=memory, federation__weighting=weighting)
         outcome, _ = run(plan, shuffle=shuffle)
-        files = [(folder / name).read_bytes() for name in ("results.parquet", "rounds.parquet", "prototypes.arrow")]
+        files = [
+            (folder / name).read_bytes()
+            for name in ("results.parquet", "rounds.parquet", "prototypes.arrow")
+        ]
         found.append((outcome.status, outcome.digest, files))
     assert found[0] == found[1] == found[2]
 
@@ -331,12 +399,20 @@ def test_fedavg_weighting_matters(tmp_path: Path) -> None:
 
 
 def test_the_chosen_model_is_the_best_on_source_validation(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path / "run", federation__rounds=5, federation__selection="source_validation")
+    plan = small_plan(
+        tmp_path / "run", federation__rounds=5, federation__selection="source_validation"
+    )
     outcome, grid = run(plan)
     models = {s.request.identity.round - 1: s.request.weights for s in grid.sent if s.kind == TRAIN}
-    final = next(s.request for s in grid.sent if s.kind == EVALUATE and s.request.options["split"] == "validation")
+    final = next(
+        s.request
+        for s in grid.sent
+        if s.kind == EVALUATE and s.request.options["split"] == "validation"
+    )
     models[5] = final.weights
-    scores = {number: score_of(model) for number, model in models.items() if number and model is not None}
+    scores = {
+        number: score_of(model) for number, model in models.items() if number and model is not None
+    }
     best = max(scores, key=lambda number: scores[number])
     card = json.loads((tmp_path / "run" / "model.json").read_text())
     assert card["selected_round"] == best
@@ -345,14 +421,22 @@ def test_the_chosen_model_is_the_best_on_source_validation(tmp_path: Path) -> No
     assert chosen is not None
     assert outcome.digest == chosen.digest()
     judged = [s for s in grid.sent if s.site == "D" and s.kind == EVALUATE]
-    assert [s.request.weights.digest() for s in judged if s.request.weights is not None] == [outcome.digest]
+    assert [s.request.weights.digest() for s in judged if s.request.weights is not None] == [
+        outcome.digest
+    ]
 
 
 def test_validation_dice_of_a_round_is_that_of_the_model_it_received(tmp_path: Path) -> None:
     _, grid = run(small_plan(tmp_path))
     rows = pq.read_table(tmp_path / "rounds.parquet").to_pylist()
-    stated = {row["round"]: row["value"] for row in rows if (row["metric"], row["site"]) == ("validation_dice", "A")}
-    received = {s.request.identity.round: score_of(s.request.weights) for s in grid.sent if s.kind == TRAIN}  # type: ignore[arg-type]
+    stated = {
+        row["round"]: row["value"]
+        for row in rows
+        if (row["metric"], row["site"]) == ("validation_dice", "A")
+    }
+    received = {
+        s.request.identity.round: score_of(s.request.weights) for s in grid.sent if s.kind == TRAIN
+    }  # type: ignore[arg-type]
     final = next(s.request.weights for s in grid.sent if s.kind == EVALUATE)
     assert stated == pytest.approx(received | {4: score_of(final)})  # type: ignore[arg-type]
 
@@ -397,7 +481,14 @@ def test_source_without_statistics_has_no_prototypes(tmp_path: Path) -> None:
     assert not (tmp_path / "prototypes.arrow").exists()
     metrics = {row["metric"] for row in pq.read_table(tmp_path / "rounds.parquet").to_pylist()}
     assert "between_site_trace" not in metrics
-    assert {"loss", "validation_dice", "examples", "bytes_up", "bytes_down", "heldout_dice"} <= metrics
+    assert {
+        "loss",
+        "validation_dice",
+        "examples",
+        "bytes_up",
+        "bytes_down",
+        "heldout_dice",
+    } <= metrics
 
 
 # The run folder
@@ -433,9 +524,11 @@ def test_a_damaged_checkpoint_costs_one_round_and_is_told(tmp_path: Path) -> Non
     again = run_federation(grid, plan, events.append)
     assert again.digest == first.digest
     assert {sent.request.identity.round for sent in grid.sent if sent.kind == TRAIN} == {3}
-    assert [str(event["where"]).rpartition("/")[2] for event in events if event["event"] == "journal.damaged"] == [
-        path.name
-    ]
+    assert [
+        str(event["where"]).rpartition("/")[2]
+        for event in events
+        if event["event"] == "journal.damaged"
+    ] == [path.name]
 
 
 def test_events_are_lines_of_json_in_order(tmp_path: Path) -> None:
@@ -446,8 +539,21 @@ def test_events_are_lines_of_json_in_order(tmp_path: Path) -> None:
     assert lines == heard
     names = [line["event"] for line in lines if line["event"] != "round.reply"]
     rounds = ["round.started", "round.done"] * 2
-    wanted = ["run.started", "sites.enrolled", *rounds, "validation.done", "heldout.done", "run.finished"]
+    wanted = [
+        "run.started",
+        "sites.enrolled",
+        *rounds,
+        "validation.done",
+        "heldout.done",
+        "run.finished",
+    ]
     assert names == wanted
-    assert Counter(line["site"] for line in lines if line["event"] == "round.reply") == {"A": 2, "B": 2, "C": 2}
-    assert {(line["method"], line["heldout"], line["seed"], line["rounds"]) for line in lines} == {("sgcg", "D", 0, 2)}
+    assert Counter(line["site"] for line in lines if line["event"] == "round.reply") == {
+        "A": 2,
+        "B": 2,
+        "C": 2,
+    }
+    assert {(line["method"], line["heldout"], line["seed"], line["rounds"]) for line in lines} == {
+        ("sgcg", "D", 0, 2)
+    }
     assert all(np.isfinite(line["time"]) for line in lines)

@@ -24,7 +24,9 @@ from tests.support.scripted_grid import SILENCE, Script, ScriptedGrid
 ALL = ("A", "B", "C", "D")
 
 
-def run(plan: Plan, sites: tuple[str, ...] = ALL, **grid: object) -> tuple[Outcome, list[dict], ScriptedGrid]:
+def run(
+    plan: Plan, sites: tuple[str, ...] = ALL, **grid: object
+) -> tuple[Outcome, list[dict], ScriptedGrid]:
     found = ScriptedGrid(plan, sites, **grid)  # type: ignore[arg-type]
     heard: list[dict] = []
     return run_federation(found, plan, heard.append), heard, found
@@ -39,7 +41,9 @@ def failing(code: str, *sites: str, kind: str = ENROL) -> Script:
 def detailed(**details: dict[str, object]) -> Script:
     """A script in which sites add to what they tell at the enrolment."""
     return lambda grid, site, kind, request, reply: (
-        replace(reply, details=reply.details | details[site]) if kind == ENROL and site in details else reply
+        replace(reply, details=reply.details | details[site])
+        if kind == ENROL and site in details
+        else reply
     )
 
 
@@ -57,7 +61,11 @@ def withholding(*hidden: int, sites: tuple[str, ...] = ("A", "B", "C"), until: i
             reply.statistics.scatter * keep[:, None, None],
         )
         names = [list(grid.plan.data.classes)[index] for index in hidden]
-        return replace(reply, statistics=kept, details=reply.details | {"withheld": [*names, "Jane Doe", 7, [1]]})
+        return replace(
+            reply,
+            statistics=kept,
+            details=reply.details | {"withheld": [*names, "Jane Doe", 7, [1]]},
+        )
 
     return script
 
@@ -69,9 +77,15 @@ def test_every_contrastive_method_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", ["lagged", "restart", "cumulative", "discount"])
-@pytest.mark.parametrize(("hidden", "active"), [((0, 1), "0 of 2 classes have"), ((1,), "1 of 2 classes has")])
-def test_a_contrastive_loss_without_prototypes_is_told_once(memory, hidden, active, tmp_path: Path) -> None:
-    outcome, _, _ = run(small_plan(tmp_path, prototypes__memory=memory), script=withholding(*hidden))
+@pytest.mark.parametrize(
+    ("hidden", "active"), [((0, 1), "0 of 2 classes have"), ((1,), "1 of 2 classes has")]
+)
+def test_a_contrastive_loss_without_prototypes_is_told_once(
+    memory, hidden, active, tmp_path: Path
+) -> None:
+    outcome, _, _ = run(
+        small_plan(tmp_path, prototypes__memory=memory), script=withholding(*hidden)
+    )
     assert outcome.status == "degraded"
     (problem,) = outcome.problems
     names = "background, gland" if len(hidden) == 2 else "gland"
@@ -102,7 +116,10 @@ def test_it_is_told_once_over_a_resume(tmp_path: Path) -> None:
         ({"prototypes__warmup_rounds": 3}, withholding(0, 1)),  # no round comes after the warm-up
         ({"prototypes__weight": 0.0}, withholding(0, 1)),  # the loss is off by the plan
         ({"method__name": "source"}, withholding(0, 1)),
-        ({"prototypes__warmup_rounds": 0}, withholding(1, until=0)),  # round 1 has no prototypes by design
+        (
+            {"prototypes__warmup_rounds": 0},
+            withholding(1, until=0),
+        ),  # round 1 has no prototypes by design
     ],
 )
 def test_it_is_not_told_where_it_is_not_so(changes, script, tmp_path: Path) -> None:
@@ -114,7 +131,9 @@ def test_it_is_not_told_where_it_is_not_so(changes, script, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("code", UNUSABLE)
 @pytest.mark.parametrize("sites", [["A", "B", "C", "D"], []])
-def test_a_site_without_a_case_does_not_stop_the_others(code: str, sites: list[str], tmp_path: Path) -> None:
+def test_a_site_without_a_case_does_not_stop_the_others(
+    code: str, sites: list[str], tmp_path: Path
+) -> None:
     outcome, _, grid = run(small_plan(tmp_path, data__sites=sites), script=failing(code, "B"))
     assert outcome.status == "degraded"
     assert [(problem.code, problem.where) for problem in outcome.problems] == [(code, "B")]
@@ -172,7 +191,9 @@ def test_a_lost_evaluation_says_why_and_where_to_look(tmp_path: Path) -> None:
     assert f"{tmp_path}/sites/D/errors.log at the site" in problem.action
 
 
-def test_a_failure_is_raised_and_not_logged_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_raised_and_not_logged_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plan = small_plan(tmp_path)
     outcome, _, _ = run(plan, ("A",))
     with caplog.at_level(logging.DEBUG), pytest.raises(FedsgcgError) as caught:
@@ -187,12 +208,18 @@ def test_a_failure_is_raised_and_not_logged_as_well(tmp_path: Path, caplog: pyte
 def test_the_validation_dice_of_an_event_says_whose_it_is(tmp_path: Path) -> None:
     _, heard, _ = run(small_plan(tmp_path))
     done = [event for event in heard if event["event"] == "round.done"]
-    assert [(event["round"], event["validation_round"]) for event in done] == [(1, 0), (2, 1), (3, 2)]
+    assert [(event["round"], event["validation_round"]) for event in done] == [
+        (1, 0),
+        (2, 1),
+        (3, 2),
+    ]
     (closing,) = [event for event in heard if event["event"] == "validation.done"]
     assert closing["round"] == 3
     rows = pq.read_table(tmp_path / "rounds.parquet").to_pylist()
     last = [row["value"] for row in rows if (row["metric"], row["round"]) == ("validation_dice", 4)]
-    assert last == pytest.approx([closing["validation_dice"]] * 3)  # a scripted site's score is the model's alone
+    assert last == pytest.approx(
+        [closing["validation_dice"]] * 3
+    )  # a scripted site's score is the model's alone
     metadata = pq.read_schema(tmp_path / "rounds.parquet").metadata
     assert b"that of round r-1" in metadata[b"validation_dice"]
 
@@ -201,11 +228,17 @@ def test_the_validation_dice_of_an_event_says_whose_it_is(tmp_path: Path) -> Non
 def test_an_observer_is_not_called_held_out(heldout: str, tmp_path: Path) -> None:
     plan = small_plan(tmp_path, heldout=heldout, observers=["C"], federation__heldout_every=1)
     _, heard, _ = run(plan)
-    assert {event["site"] for event in heard if event["event"] == "heldout.done"} == ({heldout} - {""})
+    assert {event["site"] for event in heard if event["event"] == "heldout.done"} == (
+        {heldout} - {""}
+    )
     (observed,) = [event for event in heard if event["event"] == "observer.done"]
     assert (observed["site"], 0 <= observed["dice"] <= 1) == ("C", True)
     rows = pq.read_table(tmp_path / "rounds.parquet").to_pylist()
-    found = sorted((row["phase"], row["metric"], row["site"], row["round"]) for row in rows if "_dice" in row["metric"])
+    found = sorted(
+        (row["phase"], row["metric"], row["site"], row["round"])
+        for row in rows
+        if "_dice" in row["metric"]
+    )
     judged = [entry for entry in found if entry[0] != "train"]
     curve = [("heldout", "heldout_dice", "D", number) for number in (1, 2, 3)] if heldout else []
     assert judged == [*curve, ("observer", "observer_dice", "C", 3)]
@@ -217,7 +250,9 @@ def test_an_observer_is_not_called_held_out(heldout: str, tmp_path: Path) -> Non
 def unvalidated(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
     if kind == EVALUATE and request.options["split"] == "validation":
         return replace(reply, cases=encode_cases([]), metrics={})
-    kept = {name: value for name, value in reply.metrics.items() if not name.startswith("validation")}
+    kept = {
+        name: value for name, value in reply.metrics.items() if not name.startswith("validation")
+    }
     return replace(reply, metrics=kept)
 
 
@@ -257,19 +292,34 @@ def test_a_case_with_an_empty_mask_is_used_and_flagged_in_every_role(tmp_path: P
 
 def test_the_model_says_what_its_training_images_were(tmp_path: Path) -> None:
     """What the held-out site has, and what is no kind, does not count."""
-    stated = {"A": ["picture"], "B": ["axial volume", "Jane Doe"], "C": "picture", "D": ["sagittal volume"]}
-    run(small_plan(tmp_path), script=detailed(**{site: {"kinds": kinds} for site, kinds in stated.items()}))
+    stated = {
+        "A": ["picture"],
+        "B": ["axial volume", "Jane Doe"],
+        "C": "picture",
+        "D": ["sagittal volume"],
+    }
+    run(
+        small_plan(tmp_path),
+        script=detailed(**{site: {"kinds": kinds} for site, kinds in stated.items()}),
+    )
     card = json.loads((tmp_path / "model.json").read_text())
     assert card["kinds"] == ["axial volume", "picture"]
     assert card["protocol"]["images"] == "axial volumes, pictures"
 
 
-def facts(role: str, cases: int, left_out: dict[str, int], flagged: dict[str, int]) -> dict[str, object]:
+def facts(
+    role: str, cases: int, left_out: dict[str, int], flagged: dict[str, int]
+) -> dict[str, object]:
     return {"role": role, "cases": {"train": cases}, "left_out": left_out, "flagged": flagged}
 
 
 def test_a_hospital_has_one_line_for_each_role_that_differs() -> None:
-    held = {"sites": {"West": facts("heldout", 2, {"DAT-103": 2}, {"DAT-110": 1}), "East": facts("train", 3, {}, {})}}
+    held = {
+        "sites": {
+            "West": facts("heldout", 2, {"DAT-103": 2}, {"DAT-110": 1}),
+            "East": facts("train", 3, {}, {}),
+        }
+    }
     trained = {"sites": {"West": facts("train", 1, {"DAT-103": 2, "DAT-104": 1}, {})}}
     same = {"sites": {"East": facts("heldout", 3, {}, {})}}
     reason = f"DAT-103 {CODES['DAT-103']}".rstrip(".")
@@ -284,19 +334,36 @@ def test_a_hospital_has_one_line_for_each_role_that_differs() -> None:
 
 
 def test_the_banner_counts_a_case_once() -> None:
-    one = {"sites": {"West": facts("heldout", 2, {"DAT-103": 2}, {}), "East": facts("train", 2, {"DAT-104": 1}, {})}}
+    one = {
+        "sites": {
+            "West": facts("heldout", 2, {"DAT-103": 2}, {}),
+            "East": facts("train", 2, {"DAT-104": 1}, {}),
+        }
+    }
     more = {"sites": {"West": facts("train", 2, {"DAT-103": 2, "DAT-108": 1}, {})}}
     assert left_out_sentence([one, more, one]) == "4 cases were left out at East and West."
-    single = {"sites": {"East": facts("train", 2, {"DAT-104": 1}, {}), "West": facts("train", 2, {}, {"DAT-110": 1})}}
+    single = {
+        "sites": {
+            "East": facts("train", 2, {"DAT-104": 1}, {}),
+            "West": facts("train", 2, {}, {"DAT-110": 1}),
+        }
+    }
     assert left_out_sentence([single]) == "1 case was left out at East."
-    assert left_out_sentence([{}, {"sites": "?"}, {"sites": {"East": facts("train", 2, {}, {})}}]) == ""
+    assert (
+        left_out_sentence([{}, {"sites": "?"}, {"sites": {"East": facts("train", 2, {}, {})}}])
+        == ""
+    )
 
 
 # Hospitals whose images are of different kinds
 
 
 def test_hospitals_with_images_of_different_kinds_are_named(tmp_path: Path) -> None:
-    kinds = {"A": {"kinds": ["axial volume"]}, "B": {"kinds": ["axial volume"]}, "D": {"kinds": ["picture"]}}
+    kinds = {
+        "A": {"kinds": ["axial volume"]},
+        "B": {"kinds": ["axial volume"]},
+        "D": {"kinds": ["picture"]},
+    }
     outcome, _, _ = run(small_plan(tmp_path / "mixed"), script=detailed(**kinds))
     (problem,) = outcome.problems
     assert (outcome.status, problem.code, problem.where) == ("degraded", "DAT-117", "images")

@@ -34,11 +34,15 @@ def mask(z=3):
 def write(folder, name, pixels=None, labels=None, affine=AFFINE, mask_affine=None):
     folder.mkdir(parents=True, exist_ok=True)
     pixels = image() if pixels is None else pixels
-    pixels = pixels + np.array(sum(name.encode()), pixels.dtype)  # one image twice would be left out
+    pixels = pixels + np.array(
+        sum(name.encode()), pixels.dtype
+    )  # one image twice would be left out
     write_volume(folder / f"{name}_image.nii.gz", pixels, affine)
     if labels is not False:
         labels = mask() if labels is None else labels
-        write_volume(folder / f"{name}_mask.nii.gz", labels, affine if mask_affine is None else mask_affine)
+        write_volume(
+            folder / f"{name}_mask.nii.gz", labels, affine if mask_affine is None else mask_affine
+        )
 
 
 def spoil(root):
@@ -81,7 +85,9 @@ def data(make_data):
 def test_each_bad_case_is_left_out_for_its_reason_and_the_rest_goes_on(tmp_path, data):
     expected = spoil(tmp_path)
     store = open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
-    assert [case.name for case in store.cases] == ["empty", "good1", "good2"], "a healthy patient is used"
+    assert [case.name for case in store.cases] == ["empty", "good1", "good2"], (
+        "a healthy patient is used"
+    )
     assert {problem.where: problem.code for problem in store.problems} == expected
     for problem in store.problems:
         assert problem.found, problem
@@ -89,7 +95,9 @@ def test_each_bad_case_is_left_out_for_its_reason_and_the_rest_goes_on(tmp_path,
         assert problem.action, problem
     assert len(store.slices("train")) == 9
     foreground = replace(data, train_slices="foreground")
-    chosen = open_store(open_site(tmp_path, "S", data), foreground, tmp_path / "cache", heldout=False).slices("train")
+    chosen = open_store(
+        open_site(tmp_path, "S", data), foreground, tmp_path / "cache", heldout=False
+    ).slices("train")
     assert set(chosen.case_of.tolist()) == {1, 2}, "of a healthy patient no slice holds a structure"
 
 
@@ -108,7 +116,9 @@ def test_a_held_out_site_keeps_the_empty_mask_and_says_so(tmp_path, data):
 def test_problems_are_remembered_with_the_cache(tmp_path, data):
     spoil(tmp_path)
     site = open_site(tmp_path, "S", data)
-    first, second = (open_store(site, data, tmp_path / "cache", heldout=False).problems for _ in range(2))
+    first, second = (
+        open_store(site, data, tmp_path / "cache", heldout=False).problems for _ in range(2)
+    )
     assert first == second
     assert len(list((tmp_path / "cache" / "slices").glob("*.arrow"))) == 1
 
@@ -128,7 +138,12 @@ def test_a_site_without_a_usable_case_refuses_with_every_reason(tmp_path, data):
     with pytest.raises(FedsgcgError) as caught:
         open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
     assert caught.value.code == "DAT-102"
-    assert sorted(problem.code for problem in caught.value.problems) == ["DAT-102", "DAT-109", "DAT-109", "DAT-112"]
+    assert sorted(problem.code for problem in caught.value.problems) == [
+        "DAT-102",
+        "DAT-109",
+        "DAT-109",
+        "DAT-112",
+    ]
 
 
 def test_a_site_of_healthy_patients_takes_part(tmp_path, data):
@@ -143,7 +158,9 @@ def test_a_site_of_healthy_patients_takes_part(tmp_path, data):
 
 def test_a_held_out_site_whose_manifest_has_no_test_case_refuses(tmp_path, data):
     write(tmp_path / "S", "a")
-    (tmp_path / "manifest.csv").write_text("site,image,mask,split\nS,S/a_image.nii.gz,S/a_mask.nii.gz,train\n")
+    (tmp_path / "manifest.csv").write_text(
+        "site,image,mask,split\nS,S/a_image.nii.gz,S/a_mask.nii.gz,train\n"
+    )
     site = open_site(tmp_path, "S", data)
     assert open_store(site, data, tmp_path / "cache", heldout=False).cases[0].split == "train"
     with pytest.raises(FedsgcgError, match="none in the test split"):
@@ -235,9 +252,13 @@ def samples(tmp_path_factory):
     nifti = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), AFFINE)
     nib.save(nifti, folder / "a.nii.gz")
     nib.save(nifti, folder / "a.nii")
-    nib.save(nib.Nifti2Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), AFFINE), folder / "b.nii")
+    nib.save(
+        nib.Nifti2Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), AFFINE), folder / "b.nii"
+    )
     for suffix in ("png", "jpg", "bmp", "tif"):
-        Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / f"a.{suffix}")
+        Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(
+            folder / f"a.{suffix}"
+        )
     return folder
 
 
@@ -250,7 +271,9 @@ def outcome(path):
     return f"{volume.array.dtype} {volume.array.ndim}-D"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), max_size=6),
     keep=st.floats(0, 1),

@@ -39,7 +39,12 @@ Figures = dict[str, list[float]]
 
 def figures(hospitals: Path, output: Path) -> Figures:
     """Figures of every round, averaged over the sites that report them."""
-    settings = ("method=sgcg", "heldout=South", "prototypes.warmup_rounds=0", "prototypes.weight=0.1")
+    settings = (
+        "method=sgcg",
+        "heldout=South",
+        "prototypes.warmup_rounds=0",
+        "prototypes.weight=0.1",
+    )
     (cell,) = small.plan(hospitals, output, *settings).cells
     run_cell_in_process(cell.tree)
     values: dict[str, dict[int, list[float]]] = {}
@@ -47,7 +52,10 @@ def figures(hospitals: Path, output: Path) -> Figures:
         name = f"{row['metric']} {row['cls']}".strip()
         if row["metric"] in METRICS:
             values.setdefault(name, {}).setdefault(row["round"], []).append(row["value"])
-    return {name: [sum(v) / len(v) for _, v in sorted(rounds.items())] for name, rounds in sorted(values.items())}
+    return {
+        name: [sum(v) / len(v) for _, v in sorted(rounds.items())]
+        for name, rounds in sorted(values.items())
+    }
 
 
 @contextmanager
@@ -84,7 +92,10 @@ def deviations(found: Figures, wanted: Figures) -> dict[str, list[float]]:
     """Relative deviation of each figure of each round."""
     assert found.keys() == wanted.keys()
     return {
-        name: [abs(one - other) / max(abs(other), 1e-12) for one, other in zip(found[name], values, strict=True)]
+        name: [
+            abs(one - other) / max(abs(other), 1e-12)
+            for one, other in zip(found[name], values, strict=True)
+        ]
         for name, values in wanted.items()
     }
 
@@ -93,7 +104,11 @@ def assert_golden(found: Figures) -> None:
     golden = json.loads(GOLDEN.read_text())
     for name, shares in deviations(found, golden["values"]).items():
         limits = golden["tolerances"][name]
-        assert all(share <= limit for share, limit in zip(shares, limits, strict=True)), (name, shares, limits)
+        assert all(share <= limit for share, limit in zip(shares, limits, strict=True)), (
+            name,
+            shares,
+            limits,
+        )
 
 
 def test_small_federation_gives_the_golden_figures(hospitals: Path, tmp_path: Path) -> None:
@@ -111,14 +126,19 @@ def test_the_tolerances_cover_what_one_bit_and_another_thread_do(
 def write_golden() -> None:
     """Measure the figures and how far rounding carries them, and write both."""
     with tempfile.TemporaryDirectory() as place:
-        root = write_hospitals(Path(place) / "hospitals", cases_per_site=5, shape=(6, 40, 40), seed=7)
+        root = write_hospitals(
+            Path(place) / "hospitals", cases_per_site=5, shape=(6, 40, 40), seed=7
+        )
         torch.set_num_threads(1)
         values = figures(root, Path(place) / "plain")
         spread = {name: [0.0] * len(rounds) for name, rounds in values.items()}
         for every, threads in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (5, 1), (5, 2), (7, 1)):
             with last_bits_flipped(every, threads):
                 found = deviations(figures(root, Path(place) / f"{every}-{threads}"), values)
-            spread = {name: [max(pair) for pair in zip(spread[name], found[name], strict=True)] for name in spread}
+            spread = {
+                name: [max(pair) for pair in zip(spread[name], found[name], strict=True)]
+                for name in spread
+            }
     tolerances = {
         name: [0.0 if name.startswith(EXACT) else max(FLOOR, SAFETY * one) for one in rounds]
         for name, rounds in spread.items()

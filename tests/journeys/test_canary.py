@@ -44,25 +44,37 @@ def canary(hospitals: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("heldout", ["South", "North"])
 def test_a_patients_name_stays_at_the_hospital(canary: Path, tmp_path: Path, heldout: str) -> None:
     output = tmp_path / "run"
-    done = small.run("simulate", *small.overrides(canary, output, f"heldout={heldout}", "method=sgcg"))
+    done = small.run(
+        "simulate", *small.overrides(canary, output, f"heldout={heldout}", "method=sgcg")
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert NAME not in done.stdout + done.stderr
     assert "DAT-103" in done.stdout, "the user is not told that a case was left out"
-    kept = [path for path in output.rglob("*") if path.is_file() and "sites" not in path.relative_to(output).parts]
+    kept = [
+        path
+        for path in output.rglob("*")
+        if path.is_file() and "sites" not in path.relative_to(output).parts
+    ]
     assert len(kept) > 8
     for path in kept:
         assert NAME.encode() not in path.read_bytes(), path
     (home,) = output.glob("*/*/*/sites/North")
-    assert NAME in (home / "problems.txt").read_text(), "the hospital itself must be told which file it is"
+    assert NAME in (home / "problems.txt").read_text(), (
+        "the hospital itself must be told which file it is"
+    )
 
 
-def test_a_site_that_fails_keeps_its_words_and_the_round_says_its_code(canary: Path, tmp_path: Path) -> None:
+def test_a_site_that_fails_keeps_its_words_and_the_round_says_its_code(
+    canary: Path, tmp_path: Path
+) -> None:
     for path in (canary / "North").glob("*_image.nii.gz"):
         path.write_bytes(NAME.encode())
     output = tmp_path / "run"
     arguments = small.overrides(canary, output, "heldout=South", "federation.join_deadline_s=3")
     done = small.run("simulate", *arguments)
-    assert done.returncode == 3, done.stdout + done.stderr  # the others go on, and the run says that it is degraded
+    assert done.returncode == 3, (
+        done.stdout + done.stderr
+    )  # the others go on, and the run says that it is degraded
     assert "DAT-102" in done.stdout + done.stderr
     assert "North" in done.stdout + done.stderr
     assert NAME not in done.stdout + done.stderr
@@ -71,9 +83,14 @@ def test_a_site_that_fails_keeps_its_words_and_the_round_says_its_code(canary: P
             assert NAME.encode() not in path.read_bytes(), path
 
 
-def test_features_of_a_single_patient_are_withheld_by_the_floor(hospitals: Path, tmp_path: Path) -> None:
+def test_features_of_a_single_patient_are_withheld_by_the_floor(
+    hospitals: Path, tmp_path: Path
+) -> None:
     done = small.run(
-        "simulate", *small.overrides(hospitals, tmp_path, "heldout=South", "method=sgcg", "privacy.min_patients=99")
+        "simulate",
+        *small.overrides(
+            hospitals, tmp_path, "heldout=South", "method=sgcg", "privacy.min_patients=99"
+        ),
     )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "STA-203" in done.stdout, "the user is not told that the contrastive loss was off"
@@ -102,7 +119,9 @@ def test_a_real_deployment_keeps_names_at_the_hospital(canary: Path, tmp_path: P
         run = federation.submit(REPOSITORY, settings)
         assert federation.wait(run) == "finished:completed", federation.said("superlink")[-3000:]
         for path in (canary / "North").glob("*_image.nii.gz"):
-            path.write_bytes(NAME.encode())  # from now on every case raises an error that names the patient
+            path.write_bytes(
+                NAME.encode()
+            )  # from now on every case raises an error that names the patient
         broken = federation.submit(REPOSITORY, [*settings, "federation.join_deadline_s=15"])
         assert federation.wait(broken) == "finished:failed"
         (told,) = (tmp_path / "coordinator/runs" / broken).rglob("outcome.json")

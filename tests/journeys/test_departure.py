@@ -50,7 +50,12 @@ def training_rounds(cell: Cell, site: str) -> int:
 def test_the_study_goes_on_without_the_hospital_and_remembers_no_pixel_of_it(
     hospitals: Path, tmp_path: Path, memory: str
 ) -> None:
-    settings = ("method=sgcg", "heldout=South", "federation.rounds=4", f"prototypes.memory={memory}")
+    settings = (
+        "method=sgcg",
+        "heldout=South",
+        "federation.rounds=4",
+        f"prototypes.memory={memory}",
+    )
     (cell,) = small.plan(hospitals, tmp_path, *settings).cells
     with pytest.raises(Stopped):
         federate(cell, stop_after=2)
@@ -65,31 +70,49 @@ def test_the_study_goes_on_without_the_hospital_and_remembers_no_pixel_of_it(
     assert (note["code"], note["where"]) == ("RND-407", LEAVER)
     assert "gone from round 3 on" in note["found"]
     assert set(outcome["sites"]) == {"East", "South", "West"}
-    assert training_rounds(cell, LEAVER) == 2, "its process was there all the time, and was asked for nothing more"
+    assert training_rounds(cell, LEAVER) == 2, (
+        "its process was there all the time, and was asked for nothing more"
+    )
     assert training_rounds(cell, "East") == 4
 
     after = checkpoint(cell, 4)
-    rounds = 3 if memory == "cumulative" else 1  # the model of round 1 is described in round 2, that of 3 in 4
+    rounds = (
+        3 if memory == "cumulative" else 1
+    )  # the model of round 1 is described in round 2, that of 3 in 4
     assert set(after.parts) == {"East", "West"}
     stored, _ = decode_statistics((cell.folder / "prototypes.arrow").read_bytes())
-    np.testing.assert_array_equal(stored.count, sum(part.count for part in after.parts.values()) / rounds)
+    np.testing.assert_array_equal(
+        stored.count, sum(part.count for part in after.parts.values()) / rounds
+    )
     pixels = before.parts["East"].count.sum()
-    assert after.parts["East"].count.sum() == rounds * pixels, "who stays keeps all that it ever sent"
+    assert after.parts["East"].count.sum() == rounds * pixels, (
+        "who stays keeps all that it ever sent"
+    )
 
 
 def test_a_federation_that_never_knew_the_hospital_ends_with_the_same_prototypes(
     hospitals: Path, tmp_path: Path
 ) -> None:
     """Before the first round nothing was learned, so weights and prototypes are those of a study without the site."""
-    settings = ("method=sgcg", "heldout=South", "federation.rounds=2", "prototypes.memory=cumulative")
+    settings = (
+        "method=sgcg",
+        "heldout=South",
+        "federation.rounds=2",
+        "prototypes.memory=cumulative",
+    )
     (left,) = small.plan(hospitals, tmp_path / "left", *settings).cells
     declare(Plan.from_tree(left.tree), [LEAVER], Disk())
     federate(left)
-    (never,) = small.plan(hospitals, tmp_path / "never", *settings, "data.sites=[East,South,West]").cells
+    (never,) = small.plan(
+        hospitals, tmp_path / "never", *settings, "data.sites=[East,South,West]"
+    ).cells
     federate(never)
     assert (left.outcome()["status"], never.outcome()["status"]) == ("degraded", "completed")
     assert left.outcome()["digest"] == never.outcome()["digest"] != ""
     one, other = checkpoint(left, 2), checkpoint(never, 2)
     for site in ("East", "West"):
         for name in ("count", "mean", "scatter"):
-            assert getattr(one.parts[site], name).tobytes() == getattr(other.parts[site], name).tobytes()
+            assert (
+                getattr(one.parts[site], name).tobytes()
+                == getattr(other.parts[site], name).tobytes()
+            )

@@ -27,7 +27,9 @@ def federation(hospitals: Path, tmp_path: Path) -> Iterator[Federation]:
 
 def simulated(hospitals: Path, folder: Path, *settings: str) -> str:
     """Model hash of the same study, simulated in one process."""
-    done = small.run("simulate", *small.overrides(hospitals, folder, "runtime=inprocess", *settings))
+    done = small.run(
+        "simulate", *small.overrides(hospitals, folder, "runtime=inprocess", *settings)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return small.digest(folder)
 
@@ -51,7 +53,9 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
     assert federation.finish("run", 240) == 0, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 4, [])
-    assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", "data.sites=[East,North]", *settings)
+    assert outcome["digest"] == simulated(
+        hospitals, tmp_path / "simulated", "data.sites=[East,North]", *settings
+    )
     said = federation.log("run")
     assert "completed" in said
     assert "report.html" in said
@@ -63,7 +67,10 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
 def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federation) -> None:
     """The runbook word by word: leave, revoke, resume without; the server is restarted and clears its folder."""
     federation.provision(
-        ["East", "North", "South"], "method=sgcg", "federation.rounds=3", "prototypes.memory=cumulative"
+        ["East", "North", "South"],
+        "method=sgcg",
+        "federation.rounds=3",
+        "prototypes.memory=cumulative",
     )
     federation.serve()
     federation.join("East", "North", "South")
@@ -71,21 +78,36 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     federation.wait(lambda: federation.seen("round.done", round=1), 300, "round 1 was not finished")
     assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
-    left = federation.try_command("leave", federation.site("South"), "--for-good", module="deploy.cli.site")
+    left = federation.try_command(
+        "leave", federation.site("South"), "--for-good", module="deploy.cli.site"
+    )
     assert "--without South" in left.stdout
     federation.command(
-        "provision", federation.folder / "project.yaml", "-o", federation.folder / "kits", "--revoke", "South"
+        "provision",
+        federation.folder / "project.yaml",
+        "-o",
+        federation.folder / "kits",
+        "--revoke",
+        "South",
     )
     federation.processes.pop("serve").terminate()
-    federation.wait(lambda: "server ended" in federation.log("serve"), 60, "the server does not end")
+    federation.wait(
+        lambda: "server ended" in federation.log("serve"), 60, "the server does not end"
+    )
     federation.serve()
     assert "of ended runs cleared away" in federation.log("serve")
-    federation.wait(lambda: federation.online("East", "North"), 120, "the hospitals do not come back")
-    federation.start("run", "deploy.cli.coordinator", "resume", federation.kit.folder, "--without", "South")
+    federation.wait(
+        lambda: federation.online("East", "North"), 120, "the hospitals do not come back"
+    )
+    federation.start(
+        "run", "deploy.cli.coordinator", "resume", federation.kit.folder, "--without", "South"
+    )
     assert federation.finish("run", 240) == 3, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"]) == ("degraded", 3)
-    assert [(problem["code"], problem["where"]) for problem in outcome["problems"]] == [("RND-407", "South")]
+    assert [(problem["code"], problem["where"]) for problem in outcome["problems"]] == [
+        ("RND-407", "South")
+    ]
     assert set(outcome["sites"]) == {"East", "North"}
     standing = federation.command("status", federation.kit.folder)
     assert "left for good" in standing
@@ -94,7 +116,9 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     assert (again.returncode, "a finished model" in " ".join(again.stderr.split())) == (2, True)
 
 
-def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: Path, tmp_path: Path) -> None:
+def test_faults_change_nothing_of_the_model(
+    federation: Federation, hospitals: Path, tmp_path: Path
+) -> None:
     """Kill -9 a hospital, pause another, cut a link, kill the coordinator's server; then resume: the same model."""
     settings = ("method=sgcg", "heldout=West", "federation.rounds=3")
     sites = ("East", "North", "South", "West")
@@ -104,7 +128,9 @@ def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: P
         federation.serve()
         federation.join(*sites)
         federation.run()
-        federation.wait(lambda: federation.seen("round.started", round=1), 150, "no round has started")
+        federation.wait(
+            lambda: federation.seen("round.started", round=1), 150, "no round has started"
+        )
         networks = {apart.network(federation.processes[site].pid) for site in sites}
         if federation.relays:
             assert len(networks - {apart.network(os.getpid())}) == len(sites)
@@ -115,7 +141,9 @@ def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: P
         time.sleep(12)  # longer than a few pulls of Flower's, shorter than its patience
         link.mend()
         federation.go_on("North")
-        federation.wait(lambda: federation.seen("round.started", round=2), 400, "round 1 was not finished")
+        federation.wait(
+            lambda: federation.seen("round.started", round=2), 400, "round 1 was not finished"
+        )
         federation.kill("serve")
         federation.serve()
         assert federation.finish("run", 60) == 1
@@ -127,14 +155,19 @@ def test_faults_change_nothing_of_the_model(federation: Federation, hospitals: P
     rounds = [event["round"] for event in federation.events() if event["event"] == "round.done"]
     assert rounds == [1, 2, 3]
     assert outcome["digest"] == simulated(hospitals, tmp_path / "simulated", *settings)
-    assert all(link.passed > 100_000 for link in links.values())  # the only way out, and it was used
+    assert all(
+        link.passed > 100_000 for link in links.values()
+    )  # the only way out, and it was used
     assert leaked(federation, hospitals) == []
 
 
 def leaked(federation: Federation, hospitals: Path) -> list[str]:
     """Everything that the coordinator has and that only hospitals may know: file names, cases, folders."""
     secrets = {path.name.partition("_")[0].encode() for path in hospitals.glob("*/*.nii.gz")}
-    secrets |= {str(hospitals).encode(), *(str(federation.site(site)).encode() for site in ("East", "North"))}
+    secrets |= {
+        str(hospitals).encode(),
+        *(str(federation.site(site)).encode() for site in ("East", "North")),
+    }
     assert len(secrets) > 20
     return [
         f"{word!r} in {path}"

@@ -55,7 +55,9 @@ def test_flwr_run_trains_and_writes_results(flower: dict[str, str], tmp_path: Pa
         "json",
     )
     run_id = json.loads(started)["run-id"]
-    assert wait_for_end(flower, str(run_id)) == "finished:completed", flwr(flower, "log", str(run_id), "--show")
+    assert wait_for_end(flower, str(run_id)) == "finished:completed", flwr(
+        flower, "log", str(run_id), "--show"
+    )
     (results,) = (tmp_path / "home").rglob("results.parquet")
     table = pq.read_table(results)
     assert set(table["site"].to_pylist()) == {"West"}
@@ -63,7 +65,9 @@ def test_flwr_run_trains_and_writes_results(flower: dict[str, str], tmp_path: Pa
 
 
 def flwr(environment: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run(["flwr", *arguments], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(
+        ["flwr", *arguments], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -28,10 +28,17 @@ def _interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("runtime", ["inprocess", "ray"])
-def test_interrupted_run_ends_soon_and_frees_its_folder(hospitals: Path, tmp_path: Path, runtime: str) -> None:
-    arguments = small.overrides(hospitals, tmp_path, "heldout=South", "federation.rounds=200", f"runtime={runtime}")
+def test_interrupted_run_ends_soon_and_frees_its_folder(
+    hospitals: Path, tmp_path: Path, runtime: str
+) -> None:
+    arguments = small.overrides(
+        hospitals, tmp_path, "heldout=South", "federation.rounds=200", f"runtime={runtime}"
+    )
     process = subprocess.Popen(
-        small.command("simulate", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        small.command("simulate", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         wait_for(lambda: has_open_rounds(tmp_path), process)
@@ -45,7 +52,9 @@ def test_interrupted_run_ends_soon_and_frees_its_folder(hospitals: Path, tmp_pat
     subprocess.run(["flock", "--nonblock", str(lock), "true"], check=True, timeout=10)
 
 
-def test_hospitals_that_miss_the_deadline_fail_the_run_and_not_the_interpreter(hospitals: Path, tmp_path: Path) -> None:
+def test_hospitals_that_miss_the_deadline_fail_the_run_and_not_the_interpreter(
+    hospitals: Path, tmp_path: Path
+) -> None:
     slow = ("method.steps_per_round=400", "federation.round_deadline_s=0.5")
     done = small.run("simulate", *small.overrides(hospitals, tmp_path, "heldout=South", *slow))
     assert done.returncode == 1, done.stderr
@@ -54,7 +63,9 @@ def test_hospitals_that_miss_the_deadline_fail_the_run_and_not_the_interpreter(h
     assert json.loads(outcome.read_text())["status"] == "failed"
 
 
-def test_run_folder_is_never_taken_for_a_study_of_other_images(hospitals: Path, tmp_path: Path) -> None:
+def test_run_folder_is_never_taken_for_a_study_of_other_images(
+    hospitals: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(hospitals, other)
     arguments = ("heldout=South", "federation.rounds=1")
@@ -73,14 +84,18 @@ def test_run_folder_is_never_taken_for_a_study_of_other_images(hospitals: Path, 
 
 def test_ray_cluster_that_is_not_there_is_named_at_once(hospitals: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = small.run("study", *small.overrides(hospitals, tmp_path, "heldout=all", "ray.address=127.0.0.1:1"))
+    done = small.run(
+        "study", *small.overrides(hospitals, tmp_path, "heldout=all", "ray.address=127.0.0.1:1")
+    )
     assert done.returncode == 2
     assert "CFG-007" in done.stderr
     assert time.monotonic() - began < SOON_S
 
 
 @pytest.mark.parametrize("name", ["study.yaml", "*/*/*/outcome.json"])
-def test_damaged_record_is_named_and_not_a_traceback(hospitals: Path, tmp_path: Path, name: str) -> None:
+def test_damaged_record_is_named_and_not_a_traceback(
+    hospitals: Path, tmp_path: Path, name: str
+) -> None:
     arguments = small.overrides(hospitals, tmp_path, "heldout=South", "federation.rounds=1")
     assert small.run("simulate", *arguments).returncode == 0
     (path,) = tmp_path.glob(name)

@@ -19,12 +19,22 @@ from tests.support import small
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_resumed_once_and_told_in_one_sentence(hospitals: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_resumed_once_and_told_in_one_sentence(
+    hospitals: Path, tmp_path: Path
+) -> None:
     arguments = small.overrides(
-        hospitals, tmp_path / "run", "method=source", "heldout=North,South", "federation.rounds=12", "ray.cpus=1"
+        hospitals,
+        tmp_path / "run",
+        "method=source",
+        "heldout=North,South",
+        "federation.rounds=12",
+        "ray.cpus=1",
     )
     study = subprocess.Popen(
-        small.command("study", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        small.command("study", *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         cell = _with_rounds_behind_it(tmp_path / "run", study)
@@ -86,15 +96,25 @@ def test_every_kind_of_lost_worker_is_a_sentence_and_not_a_trace(error: Exceptio
     assert lost_worker(wrapped) == lost_worker(error)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), fail("TRN-301"), ray.TaskCancelledError(), ray.OutOfDiskError("")])
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), fail("TRN-301"), ray.TaskCancelledError(), ray.OutOfDiskError("")]
+)
 def test_a_fault_of_the_cell_itself_is_not_tried_again(error: Exception) -> None:
     assert as_lost(error) is None
 
 
 def test_the_reasons_cover_what_this_ray_has() -> None:
     """A newer Ray may have more errors of dead processes and machines."""
-    found = [kind for kind in vars(ray).values() if isinstance(kind, type) and issubclass(kind, ray.RayError)]
-    named = [kind for kind in found if any(word in kind.__name__ for word in ("Died", "Crashed", "OutOfMemory"))]
+    found = [
+        kind
+        for kind in vars(ray).values()
+        if isinstance(kind, type) and issubclass(kind, ray.RayError)
+    ]
+    named = [
+        kind
+        for kind in found
+        if any(word in kind.__name__ for word in ("Died", "Crashed", "OutOfMemory"))
+    ]
     assert named
     assert all(issubclass(kind, tuple(kind for kind, _ in reasons())) for kind in named)
 

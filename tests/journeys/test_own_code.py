@@ -38,7 +38,9 @@ def my_lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OWN = ("method=my_lab:Smooth", "network=my_lab:SmallNet", "network.options={width: 4}")
 
 
-def test_the_example_of_the_documentation_is_a_study(my_lab: Path, hospitals: Path, tmp_path: Path) -> None:
+def test_the_example_of_the_documentation_is_a_study(
+    my_lab: Path, hospitals: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     texts = ["method=my_lab:Smooth,sgcg", *OWN[1:], "heldout=South", "federation.rounds=2"]
     study = small.plan(hospitals, output, *texts)
@@ -62,7 +64,9 @@ def test_own_options_change_the_plan_and_the_seed_the_weights(my_lab: Path) -> N
     plan = Plan.from_tree(join(OWN))
     assert (plan.network.num_features, plan.recalibrates) == (4, True)
     assert Plan.from_tree(join([*OWN, "method.options={weight: 0.5}"])).digest() != plan.digest()
-    first, same, other = (build_network(plan.network, 3, 2, seed).state_dict() for seed in (1, 1, 2))
+    first, same, other = (
+        build_network(plan.network, 3, 2, seed).state_dict() for seed in (1, 1, 2)
+    )
     assert all(first[name].equal(same[name]) for name in first)
     assert not first["head.weight"].equal(other["head.weight"])
 
@@ -70,7 +74,11 @@ def test_own_options_change_the_plan_and_the_seed_the_weights(my_lab: Path) -> N
 def test_traits_are_in_the_plan_and_compared_with_the_class(my_lab: Path) -> None:
     my_lab.write_text(my_lab.read_text() + "\n\nclass Pull(Smooth):\n    contrasts = True\n")
     plan = Plan.from_tree(join(["method=my_lab:Pull"]))
-    assert (plan.method.traits, plan.method.contrasts, plan.method.statistics) == (("contrasts",), True, True)
+    assert (plan.method.traits, plan.method.contrasts, plan.method.statistics) == (
+        ("contrasts",),
+        True,
+        True,
+    )
     assert method_class(plan.method).__name__ == "Pull"
     other = dataclasses.replace(plan.method, name="my_lab:Smooth")
     with pytest.raises(FedsgcgError, match="CFG-011"):
@@ -98,7 +106,9 @@ def test_a_plan_is_read_without_the_class(my_lab: Path, monkeypatch: pytest.Monk
         ("network=my_lab:Picky", "TypeError"),
     ],
 )
-def test_what_does_not_keep_the_contract_says_what_was_found(my_lab: Path, text: str, found: str) -> None:
+def test_what_does_not_keep_the_contract_says_what_was_found(
+    my_lab: Path, text: str, found: str
+) -> None:
     my_lab.write_text(
         my_lab.read_text()
         + """
@@ -132,7 +142,9 @@ class Picky(SmallNet):
     assert found in problem.found
 
 
-def test_a_class_that_is_no_method_is_refused_before_the_start(my_lab: Path, hospitals: Path, tmp_path: Path) -> None:
+def test_a_class_that_is_no_method_is_refused_before_the_start(
+    my_lab: Path, hospitals: Path, tmp_path: Path
+) -> None:
     with pytest.raises(FedsgcgError, match=r"clients\.methods\.Source"):
         small.plan(hospitals, tmp_path / "run", "method=my_lab:SmallNet", "heldout=South")
 
@@ -143,7 +155,9 @@ def test_the_restoration_decoder_needs_the_shipped_network(my_lab: Path) -> None
     assert Plan.from_tree(join(["method=ram", "method.ram.restoration=0", *OWN[1:]])).method.mixes
 
 
-def test_a_hospital_runs_only_code_that_it_allows(my_lab: Path, hospitals: Path, tmp_path: Path) -> None:
+def test_a_hospital_runs_only_code_that_it_allows(
+    my_lab: Path, hospitals: Path, tmp_path: Path
+) -> None:
     policy = policy_for(hospitals, tmp_path)
     plan = asked_of(hospitals, tmp_path, *OWN)
     with pytest.raises(FedsgcgError) as caught:

@@ -11,12 +11,20 @@ from tests.support import downloads
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("network.base_width=4", "data.image_size=32", "federation.rounds=1", "seed=0", "device=cpu")
+SMALL = (
+    "network.base_width=4",
+    "data.image_size=32",
+    "federation.rounds=1",
+    "seed=0",
+    "device=cpu",
+)
 FLOORS = ("privacy.min_pixels=1", "privacy.min_patients=1")
 
 
 def prepared_fundus(folder):
-    names = {key: sorted(cases)[: 4 if key[1] == "train" else 2] for key, cases in PUBLISHED.items()}
+    names = {
+        key: sorted(cases)[: 4 if key[1] == "train" else 2] for key, cases in PUBLISHED.items()
+    }
     downloads.released(folder / "down", 48, names)
     return "fundus", folder / "down"
 
@@ -41,8 +49,17 @@ def test_an_experiment_from_the_original_files_to_the_table(
     prepare, experiment, heldout, structures, cases, tmp_path, capsys
 ):
     name, source = prepare(tmp_path)
-    assert main(["data", "prepare", name, str(source), "-o", str(tmp_path / "data")]) in (0, 3)  # fewer than published
-    asked = [f"experiment={experiment}", f"heldout={heldout}", f"data.root={tmp_path / 'data'}", *SMALL, *FLOORS]
+    assert main(["data", "prepare", name, str(source), "-o", str(tmp_path / "data")]) in (
+        0,
+        3,
+    )  # fewer than published
+    asked = [
+        f"experiment={experiment}",
+        f"heldout={heldout}",
+        f"data.root={tmp_path / 'data'}",
+        *SMALL,
+        *FLOORS,
+    ]
     places = [f"output={tmp_path / 'run'}", f"site.cache={tmp_path / 'cache'}"]
     assert main(["study", *asked, *places]) in (0, 3)
     rows = pq.read_table(tmp_path / "run" / "results.parquet").to_pylist()
@@ -52,7 +69,9 @@ def test_an_experiment_from_the_original_files_to_the_table(
     assert {row["structure"] for row in judged} == structures
     assert len(judged) == 4 * cases * len(structures)
     assert all(0 <= row["dice"] <= 1 for row in judged)
-    ledger = (tmp_path / "run" / "ram_sgcg" / heldout / "0" / "sites" / "pooled" / "ledger.jsonl").read_text()
+    ledger = (
+        tmp_path / "run" / "ram_sgcg" / heldout / "0" / "sites" / "pooled" / "ledger.jsonl"
+    ).read_text()
     kinds = ["query.enrol", "train", "query.statistics", "evaluate", "query.statistics"]
     assert [json.loads(line)["kind"] for line in ledger.splitlines()] == kinds
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000

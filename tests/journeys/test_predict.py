@@ -24,7 +24,13 @@ from deploy.study.runtimes import run_cell_in_process
 from tests.support import downloads, small
 
 pytestmark = pytest.mark.slow
-LEARNS = ("method=sgcg", "federation.rounds=4", "method.steps_per_round=8", "method.learning_rate=1e-2", "device=cpu")
+LEARNS = (
+    "method=sgcg",
+    "federation.rounds=4",
+    "method.steps_per_round=8",
+    "method.learning_rate=1e-2",
+    "device=cpu",
+)
 
 
 def trained(hospitals: Path, output: Path, *more: str) -> Path:
@@ -62,14 +68,23 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             downloads.picture(folder / "down" / paths[1], grey)
             lines.append(" ".join(paths))
         (folder / "down" / f"{domain}_{part}.list").write_text("\n".join(lines) + "\n")
-    assert coordinator(["data", "prepare", "fundus", str(folder / "down"), "-o", str(folder / "data")]) == 3
+    assert (
+        coordinator(["data", "prepare", "fundus", str(folder / "down"), "-o", str(folder / "data")])
+        == 3
+    )
     return folder / "data"
 
 
 @pytest.fixture(scope="module")
 def eye_cell(eyes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of fundus pictures whose held-out hospital is Domain1."""
-    return trained(eyes, tmp_path_factory.mktemp("pictures"), "data=fundus", "heldout=Domain1", "method.batch_size=2")
+    return trained(
+        eyes,
+        tmp_path_factory.mktemp("pictures"),
+        "data=fundus",
+        "heldout=Domain1",
+        "method.batch_size=2",
+    )
 
 
 def predict(*arguments: object) -> int:
@@ -89,14 +104,23 @@ def evaluated(cell: Path, root: Path, site: str, cache: Path) -> dict[str, np.nd
     return {result.case.name: result.prediction for result in found}
 
 
-def test_masks_and_scores_are_those_of_evaluation(cell: Path, hospitals: Path, tmp_path: Path) -> None:
+def test_masks_and_scores_are_those_of_evaluation(
+    cell: Path, hospitals: Path, tmp_path: Path
+) -> None:
     assert predict(cell, "--data", hospitals, "--site", "West", "-o", tmp_path / "out") == 0
     wanted = evaluated(cell, hospitals, "West", tmp_path / "cache")
     assert len(wanted) == 5
-    assert any(masks.any() for masks in wanted.values()), "a model that finds nothing proves nothing"
+    assert any(masks.any() for masks in wanted.values()), (
+        "a model that finds nothing proves nothing"
+    )
     for case, masks in wanted.items():
-        image, mask = hospitals / f"West/{case}_image.nii.gz", nib.load(tmp_path / f"out/West/{case}_mask.nii.gz")
-        np.testing.assert_array_equal(np.asarray(mask.dataobj), to_native(masks[0], read_volume(image)))
+        image, mask = (
+            hospitals / f"West/{case}_image.nii.gz",
+            nib.load(tmp_path / f"out/West/{case}_mask.nii.gz"),
+        )
+        np.testing.assert_array_equal(
+            np.asarray(mask.dataobj), to_native(masks[0], read_volume(image))
+        )
         np.testing.assert_array_equal(mask.affine, nib.load(image).affine)
     judged = sorted(row["dice"] for row in pq.read_table(cell / "results.parquet").to_pylist())
     scored = sorted(float(row["dice"]) for row in rows_of(tmp_path / "out/scores.csv"))
@@ -109,7 +133,9 @@ def test_pictures_with_nested_structures(eye_cell: Path, eyes: Path, tmp_path: P
     assert predict(*call, "--probability", "--confidence", "--overlay") == 0
     wanted = evaluated(eye_cell, eyes, "Domain1", tmp_path / "cache")
     assert sorted(wanted) == ["test10", "test11"]
-    assert any(masks[0].any() for masks in wanted.values()), "a model that finds nothing proves nothing"
+    assert any(masks[0].any() for masks in wanted.values()), (
+        "a model that finds nothing proves nothing"
+    )
     for case, (disc, cup) in wanted.items():
         mask = np.asarray(Image.open(out / f"Domain1/{case}_mask.png"))
         np.testing.assert_array_equal(mask, np.where(cup[0], 2, np.where(disc[0], 1, 0)))
@@ -117,7 +143,9 @@ def test_pictures_with_nested_structures(eye_cell: Path, eyes: Path, tmp_path: P
             assert Image.open(out / f"Domain1/{case}_{name}.png").size == (56, 48)
         assert (out / f"Domain1/{case}_overlay.png").is_file()
     judged = sorted(row["dice"] for row in pq.read_table(eye_cell / "results.parquet").to_pylist())
-    assert sorted(float(row["dice"]) for row in rows_of(out / "scores.csv")) == pytest.approx(judged, abs=1e-12)
+    assert sorted(float(row["dice"]) for row in rows_of(out / "scores.csv")) == pytest.approx(
+        judged, abs=1e-12
+    )
 
 
 def test_a_folder_survives_broken_files_and_lists_them(
@@ -141,7 +169,9 @@ def test_a_folder_survives_broken_files_and_lists_them(
     assert {path: path.read_bytes() for path in images.rglob("*") if path.is_file()} == before
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     cases = [f"ward/North-00{number}" for number in range(1, 6)]
-    assert names == sorted(f"{case}_{kind}.nii.gz" for case in cases for kind in ("confidence", "mask", "probability"))
+    assert names == sorted(
+        f"{case}_{kind}.nii.gz" for case in cases for kind in ("confidence", "mask", "probability")
+    )
     image = nib.load(images / "ward/North-002_image.nii.gz")
     for kind in ("probability", "confidence"):
         drawn = nib.load(out / f"ward/North-002_{kind}.nii.gz")
@@ -169,14 +199,24 @@ def test_the_same_call_writes_the_same_bytes(cell: Path, hospitals: Path, tmp_pa
     image = hospitals / "South/South-001_image.nii.gz"
     for name in ("a", "b"):
         assert predict(cell, image, "-o", tmp_path / name, "--probability", "--overlay") == 0
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("a", "b"))
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("a", "b")
+    )
     assert first == second
     assert len(first) == 3
 
 
 def test_the_six_prostate_sites_are_prepared_trained_on_and_predicted(tmp_path: Path) -> None:
     """Original layout -> prepare -> leave-one-out federation -> predict -> scores, at reduced size."""
-    names = {"ISBI": "RUNMC", "ISBI_1.5": "BMC", "I2CVB": "I2CVB", "UCL": "UCL", "BIDMC": "BIDMC", "HK": "HK"}
+    names = {
+        "ISBI": "RUNMC",
+        "ISBI_1.5": "BMC",
+        "I2CVB": "I2CVB",
+        "UCL": "UCL",
+        "BIDMC": "BIDMC",
+        "HK": "HK",
+    }
     write_hospitals(tmp_path / "made", sites=tuple(names), cases_per_site=2, shape=(5, 40, 40))
     for site in names:
         for number, path in enumerate(sorted((tmp_path / "made" / site).glob("*_image.nii.gz"))):
@@ -186,7 +226,9 @@ def test_the_six_prostate_sites_are_prepared_trained_on_and_predicted(tmp_path: 
             mask = path.with_name(path.name.replace("_image", "_mask"))
             mask.rename(target.with_name(target.name.replace(".nii", "_segmentation.nii")))
     data = tmp_path / "data"
-    assert coordinator(["data", "prepare", "prostate", str(tmp_path / "down"), "-o", str(data)]) == 3, "few cases"
+    assert (
+        coordinator(["data", "prepare", "prostate", str(tmp_path / "down"), "-o", str(data)]) == 3
+    ), "few cases"
     quick = ("data.image_size=32", "federation.rounds=2", "method.steps_per_round=2")
     cell = trained(data, tmp_path / "run", "data=prostate", "heldout=HK", *quick)
     outcome = json.loads((cell / "outcome.json").read_text())

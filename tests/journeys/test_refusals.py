@@ -27,7 +27,9 @@ CLOSED = (
 def federation(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A served federation of three hospitals, none of them there."""
     found = Federation(tmp_path_factory.mktemp("federation"), hospitals)
-    found.provision(["East", "North", "South"], "method=source", "federation.rounds=1", join_deadline_s=60.0)
+    found.provision(
+        ["East", "North", "South"], "method=source", "federation.rounds=1", join_deadline_s=60.0
+    )
     found.serve()
     yield found
     found.close()
@@ -42,8 +44,15 @@ def ask(federation: Federation, port: int, path: str, **headers: str) -> httpx.R
 
 
 @pytest.mark.parametrize("path", CLOSED)
-def test_the_public_port_knows_no_command_of_the_coordinator(federation: Federation, path: str) -> None:
-    for spelling in (f"/v1/{path}", f"/v1/fleet/../{path}", f"//v1/{path}", f"/v1/fleet/%2e%2e/{path}"):
+def test_the_public_port_knows_no_command_of_the_coordinator(
+    federation: Federation, path: str
+) -> None:
+    for spelling in (
+        f"/v1/{path}",
+        f"/v1/fleet/../{path}",
+        f"//v1/{path}",
+        f"/v1/fleet/%2e%2e/{path}",
+    ):
         response = ask(federation, federation.port, spelling)
         assert response.status_code == 403, spelling
         assert "only registered hospitals" in response.text
@@ -60,9 +69,14 @@ def test_the_public_port_wants_a_hospitals_key(federation: Federation, name: str
 
 
 @pytest.mark.parametrize("path", CLOSED)
-def test_on_the_coordinators_own_machine_the_credential_is_wanted_too(federation: Federation, path: str) -> None:
+def test_on_the_coordinators_own_machine_the_credential_is_wanted_too(
+    federation: Federation, path: str
+) -> None:
     for headers in ({}, {"authorization": "Bearer guess"}, {"authorization": "Basic guess"}):
-        assert ask(federation, federation.port + 1, f"/v1/{path}", **headers).status_code in (401, 403)
+        assert ask(federation, federation.port + 1, f"/v1/{path}", **headers).status_code in (
+            401,
+            403,
+        )
 
 
 def test_without_the_credential_no_run_is_started(federation: Federation) -> None:
@@ -71,19 +85,25 @@ def test_without_the_credential_no_run_is_started(federation: Federation) -> Non
     for attempt in (lambda: outsider.start(b"", {}), outsider.nodes, lambda: outsider.stop(1)):
         with pytest.raises(FedsgcgError, match="DEP-611"):
             attempt()
-    through_the_front = Control(f"127.0.0.1:{federation.port}", federation.kit.token.read_text().strip(), ca)
+    through_the_front = Control(
+        f"127.0.0.1:{federation.port}", federation.kit.token.read_text().strip(), ca
+    )
     with pytest.raises(FedsgcgError, match="DEP-611"):
         through_the_front.nodes()
 
 
 def test_another_authority_is_not_believed(federation: Federation, tmp_path: Path) -> None:
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
-    control = Control(federation.kit.project().control_address, "any", (tmp_path / "ca.crt").read_bytes())
+    control = Control(
+        federation.kit.project().control_address, "any", (tmp_path / "ca.crt").read_bytes()
+    )
     with pytest.raises(FedsgcgError, match=r"DEP-610(.|\n)*CERTIFICATE_VERIFY_FAILED"):
         control.nodes()
 
 
-def test_a_hospital_that_trusts_another_authority_does_not_connect(federation: Federation, tmp_path: Path) -> None:
+def test_a_hospital_that_trusts_another_authority_does_not_connect(
+    federation: Federation, tmp_path: Path
+) -> None:
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
     shutil.copy(tmp_path / "ca.crt", federation.site("East") / "ca.crt")
     try:
@@ -126,17 +146,29 @@ def test_a_revoked_hospital_is_out_at_once_and_stays_out(federation: Federation)
         federation.join("North")
     federation.wait(lambda: federation.online("North"), 60, "North did not join")
     federation.command(
-        "provision", federation.folder / "project.yaml", "-o", federation.folder / "kits", "--revoke", "North"
+        "provision",
+        federation.folder / "project.yaml",
+        "-o",
+        federation.folder / "kits",
+        "--revoke",
+        "North",
     )
-    federation.wait(lambda: "North: not let in any more" in federation.log("serve"), 30, "nothing happened")
+    federation.wait(
+        lambda: "North: not let in any more" in federation.log("serve"), 30, "nothing happened"
+    )
     with control_of(federation.kit) as control:
         assert {node.status for node in control.nodes() if node.site == "North"} == {"unregistered"}
     federation.wait(lambda: "SITE-509" in federation.log("North"), 120, "the hospital is not told")
-    assert "North   not registered" in federation.try_command("status", federation.kit.folder).stdout
+    assert (
+        "North   not registered" in federation.try_command("status", federation.kit.folder).stdout
+    )
 
 
 def test_a_server_without_tls_is_for_loopback_only(federation: Federation) -> None:
-    for arguments in (("--insecure", "--listen", "0.0.0.0"), ("--insecure", "--listen", "192.0.2.7")):
+    for arguments in (
+        ("--insecure", "--listen", "0.0.0.0"),
+        ("--insecure", "--listen", "192.0.2.7"),
+    ):
         done = federation.try_command("serve", federation.kit.folder, *arguments)
         assert done.returncode == 2
         assert "DEP-608" in done.stderr
@@ -163,7 +195,11 @@ def test_a_port_that_is_taken_is_told(federation: Federation) -> None:
 
 
 def test_a_server_that_is_not_there_is_told(federation: Federation, tmp_path: Path) -> None:
-    text = (federation.folder / "project.yaml").read_text().replace(str(federation.port), str(free_ports(2)))
+    text = (
+        (federation.folder / "project.yaml")
+        .read_text()
+        .replace(str(federation.port), str(free_ports(2)))
+    )
     (tmp_path / "project.yaml").write_text(text)
     federation.command("provision", tmp_path / "project.yaml", "-o", tmp_path / "kits")
     for command in ("run", "status"):
@@ -177,7 +213,9 @@ def test_a_server_that_is_not_there_is_told(federation: Federation, tmp_path: Pa
 
 
 @pytest.mark.parametrize("setting", ["data.root=/etc", "site.home=/etc", "site.roles=[train]"])
-def test_what_is_the_hospitals_own_cannot_be_set_by_the_coordinator(federation: Federation, setting: str) -> None:
+def test_what_is_the_hospitals_own_cannot_be_set_by_the_coordinator(
+    federation: Federation, setting: str
+) -> None:
     done = federation.try_command("run", federation.kit.folder, setting)
     assert done.returncode == 2
     assert "each hospital says it in its own site.yaml" in done.stderr

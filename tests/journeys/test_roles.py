@@ -40,7 +40,9 @@ def recorded(
 def test_heldout_site_never_gets_a_training_message(
     hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
 ) -> None:
-    plan, sent = recorded(hospitals, tmp_path, monkeypatch, "method=sgcg", f"prototypes.memory={memory}")
+    plan, sent = recorded(
+        hospitals, tmp_path, monkeypatch, "method=sgcg", f"prototypes.memory={memory}"
+    )
     assert set(sent["South"]) == {"query.enrol", EVALUATE}
     assert sent["South"].count(EVALUATE) == 1
     for site in set(plan.data.sites) - {"South"}:
@@ -55,13 +57,18 @@ def test_heldout_site_sends_no_weights_and_no_statistics(
     plan, _ = recorded(hospitals, tmp_path, monkeypatch, "method=sgcg")
     home = Path(plan.output) / "sites"
     for site in plan.data.sites:
-        parts = [set(json.loads(line)["parts"]) for line in (home / site / "ledger.jsonl").read_text().splitlines()]
+        parts = [
+            set(json.loads(line)["parts"])
+            for line in (home / site / "ledger.jsonl").read_text().splitlines()
+        ]
         contributed = any({"weights", "statistics", "moments"} & names for names in parts)
         assert contributed == (site != "South")
 
 
 @pytest.mark.parametrize("kind", [TRAIN, STATISTICS])
-def test_heldout_site_refuses_a_training_message_that_reaches_it(hospitals: Path, tmp_path: Path, kind: str) -> None:
+def test_heldout_site_refuses_a_training_message_that_reaches_it(
+    hospitals: Path, tmp_path: Path, kind: str
+) -> None:
     from common.networks import build_network
     from common.wire.messages import Request, encode_request
     from common.wire.payload import Identity, Weights
@@ -69,13 +76,17 @@ def test_heldout_site_refuses_a_training_message_that_reaches_it(hospitals: Path
     (cell,) = small.plan(hospitals, tmp_path, "heldout=South", "method=sgcg").cells
     plan = Plan.from_tree(cell.tree)
     network = build_network(plan.network, 3, plan.data.out_channels, 0)
-    weights = Weights.from_state({name: tensor.numpy() for name, tensor in network.state_dict().items()})
+    weights = Weights.from_state(
+        {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    )
     request = Request(Identity(plan.run, plan.heldout, 1, plan.digest()), weights)
     from flwr.supercore.task_identity import TaskIdentity
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
     message = Message(encode_request(request), dst_node_id=5, message_type=kind)
-    context = Context(run_id=1, node_id=5, node_config={"site": "South"}, state=RecordDict(), run_config={})
+    context = Context(
+        run_id=1, node_id=5, node_config={"site": "South"}, state=RecordDict(), run_config={}
+    )
     reply = decode_reply(build_client_app(cell.tree)(message, context).content)
     assert reply.error == "ROL-201"
     assert reply.weights is None

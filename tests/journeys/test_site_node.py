@@ -44,13 +44,19 @@ def outcome(federation: Loopback, run: str) -> dict[str, object]:
 
 
 def processes(kit: Path) -> dict[str, int]:
-    return {name: json.loads((kit / "home/join.json").read_text())[name] for name in ("pid", "supernode", "resident")}
+    return {
+        name: json.loads((kit / "home/join.json").read_text())[name]
+        for name in ("pid", "supernode", "resident")
+    }
 
 
-def test_a_federation_of_warm_sites_gives_the_models_of_a_simulation(hospitals: Path, tmp_path: Path) -> None:
+def test_a_federation_of_warm_sites_gives_the_models_of_a_simulation(
+    hospitals: Path, tmp_path: Path
+) -> None:
     three = "data.sites=[East,North,South]"
     simulated = small.run(
-        "simulate", *small.overrides(hospitals, tmp_path / "run", "heldout=South", "device=cpu", three)
+        "simulate",
+        *small.overrides(hospitals, tmp_path / "run", "heldout=South", "device=cpu", three),
     )
     assert simulated.returncode == 0, simulated.stdout + simulated.stderr
     with loopback(tmp_path) as federation:
@@ -62,7 +68,9 @@ def test_a_federation_of_warm_sites_gives_the_models_of_a_simulation(hospitals: 
             federation.await_line(kit.name, "connected to")
         run = federation.submit(REPOSITORY, [*SETTINGS, "heldout=South", three])
         assert federation.wait(run) == "finished:completed", federation.said("superlink")[-3000:]
-        assert outcome(federation, run)["digest"] == small.digest(tmp_path / "run"), "warm, cold and simulated differ"
+        assert outcome(federation, run)["digest"] == small.digest(tmp_path / "run"), (
+            "warm, cold and simulated differ"
+        )
         code, said = site_tool(federation, "status", str(kits[1]))
         assert code == 0, said
         assert "joined" in said
@@ -74,7 +82,12 @@ def test_a_federation_of_warm_sites_gives_the_models_of_a_simulation(hospitals: 
         assert site_tool(federation, "status", str(kits[1]))[0] == 1
         lines = ledger.entries(kits[1] / "home/ledger.jsonl")
         rounds = ["train", "query.statistics"] * 3
-        assert [line["kind"] for line in lines] == ["query.enrol", *rounds, "evaluate", "query.statistics"]
+        assert [line["kind"] for line in lines] == [
+            "query.enrol",
+            *rounds,
+            "evaluate",
+            "query.statistics",
+        ]
         code, said = site_tool(federation, "ledger", str(kits[1]))
         assert code == 0
         assert "the chain of hashes is intact" in said
@@ -89,9 +102,15 @@ def test_a_node_whose_parts_are_killed_comes_back(hospitals: Path, tmp_path: Pat
         for victim in ("resident", "supernode"):
             before = processes(kit)
             os.kill(before[victim], signal.SIGKILL)
-            federation.await_line("North", f"the {'SuperNode' if victim == 'supernode' else 'resident'} ended with -9")
-            end = time.monotonic() + 150  # Flower takes a minute to notice that a killed node is gone
-            while federation.said("North").count("connected to") < (2 if victim == "resident" else 3):
+            federation.await_line(
+                "North", f"the {'SuperNode' if victim == 'supernode' else 'resident'} ended with -9"
+            )
+            end = (
+                time.monotonic() + 150
+            )  # Flower takes a minute to notice that a killed node is gone
+            while federation.said("North").count("connected to") < (
+                2 if victim == "resident" else 3
+            ):
                 assert time.monotonic() < end, federation.said("North")
                 time.sleep(0.3)
             after = processes(kit)
@@ -141,8 +160,23 @@ def test_an_expired_certificate_is_named(hospitals: Path, tmp_path: Path) -> Non
     federation = Loopback(tmp_path)
     try:
         kit = federation.kit("North", hospitals)
-        key = ("--ssl-ca-certfile", "authority.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key")
-        federation.start("superlink", "flower-superlink", *key, "--host", "127.0.0.1", "--port", str(federation.port))
+        key = (
+            "--ssl-ca-certfile",
+            "authority.crt",
+            "--ssl-certfile",
+            "server.crt",
+            "--ssl-keyfile",
+            "server.key",
+        )
+        federation.start(
+            "superlink",
+            "flower-superlink",
+            *key,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(federation.port),
+        )
         federation.await_line("superlink", "Uvicorn running")
         code, said = site_tool(federation, "join", str(kit))
         assert code == 2
@@ -158,7 +192,9 @@ def test_an_altered_bundle_does_not_run(hospitals: Path, tmp_path: Path) -> None
     altered = tmp_path / "altered"
     altered.mkdir()
     for name in ("clients", "common", "configs", "server"):
-        shutil.copytree(REPOSITORY / name, altered / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            REPOSITORY / name, altered / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, altered / name)
     proof = tmp_path / "proof"

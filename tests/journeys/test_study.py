@@ -20,54 +20,91 @@ from tests.support import small
 pytestmark = pytest.mark.slow
 
 
-def test_study_runs_every_cell_and_a_second_call_does_nothing(hospitals: Path, tmp_path: Path) -> None:
+def test_study_runs_every_cell_and_a_second_call_does_nothing(
+    hospitals: Path, tmp_path: Path
+) -> None:
     arguments = small.overrides(
-        hospitals, tmp_path / "run", "method=source,sgcg", "heldout=all", "seed=0", "federation.rounds=2"
+        hospitals,
+        tmp_path / "run",
+        "method=source,sgcg",
+        "heldout=all",
+        "seed=0",
+        "federation.rounds=2",
     )
     first = small.run("study", *arguments)
     assert first.returncode == 0, first.stdout + first.stderr
     rows = small.table(tmp_path / "run" / "results.parquet")
     sites = sorted({row["heldout"] for row in rows})
-    assert {(row["method"], row["heldout"]) for row in rows} == {(m, s) for m in ("source", "sgcg") for s in sites}
+    assert {(row["method"], row["heldout"]) for row in rows} == {
+        (m, s) for m in ("source", "sgcg") for s in sites
+    }
     assert all(row["site"] == row["heldout"] for row in rows)
     assert len(sites) >= 2
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*/*/results.parquet")}
+    stamps = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*/*/results.parquet")
+    }
     second = small.run("study", *arguments)
     assert second.returncode == 0, second.stderr
     assert "0 to do" in second.stdout
-    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*/*/results.parquet")}
+    assert stamps == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*/*/results.parquet")
+    }
 
 
-def test_killed_study_called_again_ends_with_the_same_table(hospitals: Path, tmp_path: Path) -> None:
+def test_killed_study_called_again_ends_with_the_same_table(
+    hospitals: Path, tmp_path: Path
+) -> None:
     axes = ("method=sgcg", "heldout=all", "seed=0", "federation.rounds=4", "ray.cpus=1")
     whole = small.run("study", *small.overrides(hospitals, tmp_path / "whole", *axes))
     assert whole.returncode == 0, whole.stdout + whole.stderr
     cut = tmp_path / "cut"
     arguments = small.overrides(hospitals, cut, *axes)
     process = subprocess.Popen(
-        small.command("study", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        small.command("study", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         # Somewhere in the second cell or later: one cell is done, another has rounds behind it.
-        wait_for(lambda: len(list(cut.glob("*/*/*/results.parquet"))) >= 1 and has_open_rounds(cut), process)
+        wait_for(
+            lambda: len(list(cut.glob("*/*/*/results.parquet"))) >= 1 and has_open_rounds(cut),
+            process,
+        )
     finally:
         kill_session(process)
-    left = [path.parent for path in cut.glob("*/*/*/journal") if not (path.parent / "results.parquet").exists()]
+    left = [
+        path.parent
+        for path in cut.glob("*/*/*/journal")
+        if not (path.parent / "results.parquet").exists()
+    ]
     assert left, "the study ended before it could be cut off"
     again = small.run("study", *arguments)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert small.table(cut / "results.parquet") == small.table(tmp_path / "whole" / "results.parquet")
+    assert small.table(cut / "results.parquet") == small.table(
+        tmp_path / "whole" / "results.parquet"
+    )
     for path in (tmp_path / "whole").glob("*/*/*/outcome.json"):
         other = cut / path.relative_to(tmp_path / "whole")
         assert json.loads(other.read_text())["digest"] == json.loads(path.read_text())["digest"]
 
 
-def test_both_runtimes_and_any_number_of_actors_give_the_same_model(hospitals: Path, tmp_path: Path) -> None:
+def test_both_runtimes_and_any_number_of_actors_give_the_same_model(
+    hospitals: Path, tmp_path: Path
+) -> None:
     hashes, machines = {}, []
-    for name, machine in (("inprocess", None), ("one actor", Machine(1, 0)), ("two actors", Machine(2, 0))):
+    for name, machine in (
+        ("inprocess", None),
+        ("one actor", Machine(1, 0)),
+        ("two actors", Machine(2, 0)),
+    ):
         study = small.plan(
-            hospitals, tmp_path / name.replace(" ", "-"), "method=sgcg", "heldout=South", "federation.rounds=2"
+            hospitals,
+            tmp_path / name.replace(" ", "-"),
+            "method=sgcg",
+            "heldout=South",
+            "federation.rounds=2",
         )
         (cell,) = study.cells
         if machine is None:
@@ -77,7 +114,9 @@ def test_both_runtimes_and_any_number_of_actors_give_the_same_model(hospitals: P
         hashes[name] = cell.outcome()["digest"]
         machines.append(cell.outcome()["machine"])
     assert len(set(hashes.values())) == 1, hashes
-    assert machines[1:] == machines[:-1], "equal hashes are promised for one processor, torch and number of threads"
+    assert machines[1:] == machines[:-1], (
+        "equal hashes are promised for one processor, torch and number of threads"
+    )
 
 
 def test_another_seed_gives_another_model(hospitals: Path, tmp_path: Path) -> None:
@@ -91,10 +130,17 @@ def test_another_seed_gives_another_model(hospitals: Path, tmp_path: Path) -> No
     assert len(hashes) == 2
 
 
-def test_second_process_on_the_same_folder_is_refused_and_named(hospitals: Path, tmp_path: Path) -> None:
-    arguments = small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=40")
+def test_second_process_on_the_same_folder_is_refused_and_named(
+    hospitals: Path, tmp_path: Path
+) -> None:
+    arguments = small.overrides(
+        hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=40"
+    )
     first = subprocess.Popen(
-        small.command("study", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        small.command("study", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         wait_for(lambda: has_open_rounds(tmp_path / "run"), first)
@@ -106,11 +152,18 @@ def test_second_process_on_the_same_folder_is_refused_and_named(hospitals: Path,
     assert str(first.pid) in second.stderr
 
 
-def test_same_folder_with_other_settings_is_refused_and_the_difference_named(hospitals: Path, tmp_path: Path) -> None:
-    study = small.plan(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1")
+def test_same_folder_with_other_settings_is_refused_and_the_difference_named(
+    hospitals: Path, tmp_path: Path
+) -> None:
+    study = small.plan(
+        hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1"
+    )
     assert run_study(study, Screen(io.StringIO())) == 0
     done = small.run(
-        "study", *small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=2")
+        "study",
+        *small.overrides(
+            hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=2"
+        ),
     )
     assert done.returncode == 2
     assert "CFG-005" in done.stderr
@@ -136,7 +189,9 @@ def test_bad_command_line_says_what_was_found_and_expected(
         torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
             pytest.skip("this machine has a CUDA device")
-    done = small.run("simulate", *small.overrides(hospitals, tmp_path / "run", "heldout=South", argument))
+    done = small.run(
+        "simulate", *small.overrides(hospitals, tmp_path / "run", "heldout=South", argument)
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert code in done.stderr
     assert hint in done.stderr

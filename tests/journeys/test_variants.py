@@ -30,7 +30,12 @@ def root(tmp_path_factory):
 
 
 def tree_of(root, folder, *overrides):
-    places = [f"data.root={root}", f"output={folder / 'run'}", f"site.cache={folder / 'cache'}", "data.sites=[A,B,C]"]
+    places = [
+        f"data.root={root}",
+        f"output={folder / 'run'}",
+        f"site.cache={folder / 'cache'}",
+        "data.sites=[A,B,C]",
+    ]
     return compose([*places, *sites.SMALL, "federation.rounds=3", "heldout=C", *overrides])
 
 
@@ -43,8 +48,12 @@ def ledger(folder, site):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize(("sharing", "consent"), [("summary", "amplitude_summary"), ("bank", "amplitude_bank")])
-def test_amplitudes_leave_only_with_the_sites_word_and_the_ledger_shows_them(root, tmp_path, sharing, consent):
+@pytest.mark.parametrize(
+    ("sharing", "consent"), [("summary", "amplitude_summary"), ("bank", "amplitude_bank")]
+)
+def test_amplitudes_leave_only_with_the_sites_word_and_the_ledger_shows_them(
+    root, tmp_path, sharing, consent
+):
     asked = ["method=ram", f"method.ram.sharing={sharing}", "method.ram.bank_size=4"]
     with pytest.raises(FedsgcgError) as caught:
         federated(tree_of(root, tmp_path / "without", *asked))
@@ -53,11 +62,18 @@ def test_amplitudes_leave_only_with_the_sites_word_and_the_ledger_shows_them(roo
     assert "amplitudes" not in json.dumps(ledger(tmp_path / "without", "A"))
 
     federated(tree_of(root, tmp_path / "with", *asked, f"site.shares=[{consent}]"))
-    entries = [line for line in ledger(tmp_path / "with", "A") if line["kind"] == "query.amplitudes"]
+    entries = [
+        line for line in ledger(tmp_path / "with", "A") if line["kind"] == "query.amplitudes"
+    ]
     assert len(entries) == 1
     assert entries[0]["parts"]["amplitudes"] > 0
-    assert json.loads((tmp_path / "with" / "run" / "outcome.json").read_text())["status"] == "completed"
-    assert "query.amplitudes" not in json.dumps(ledger(tmp_path / "with", "C")), "a held-out site shares nothing"
+    assert (
+        json.loads((tmp_path / "with" / "run" / "outcome.json").read_text())["status"]
+        == "completed"
+    )
+    assert "query.amplitudes" not in json.dumps(ledger(tmp_path / "with", "C")), (
+        "a held-out site shares nothing"
+    )
 
 
 def test_local_only_keeps_everything_but_the_unets_weights_at_the_site(root, tmp_path):
@@ -66,14 +82,27 @@ def test_local_only_keeps_everything_but_the_unets_weights_at_the_site(root, tmp
     model = load_file(tmp_path / "run" / "model.safetensors")
     assert any(name.startswith("local.restoration") for name in state)
     assert not any("restoration" in name for name in model)
-    assert {line["kind"] for line in ledger(tmp_path, "A")} == {"query.enrol", "train", "query.statistics", "evaluate"}
+    assert {line["kind"] for line in ledger(tmp_path, "A")} == {
+        "query.enrol",
+        "train",
+        "query.statistics",
+        "evaluate",
+    }
 
 
 @pytest.mark.parametrize("memory", ["overlay", "momentum"])
 @pytest.mark.parametrize("ownership", ["by_site", "pooled"])
 def test_a_run_that_was_cut_off_ends_with_the_same_model(root, tmp_path, memory, ownership):
-    options = ["method=ram_sgcg", f"federation={ownership}", "federation.moments=keep", f"prototypes.memory={memory}"]
-    whole, cut = tree_of(root, tmp_path / "whole", *options), tree_of(root, tmp_path / "cut", *options)
+    options = [
+        "method=ram_sgcg",
+        f"federation={ownership}",
+        "federation.moments=keep",
+        f"prototypes.memory={memory}",
+    ]
+    whole, cut = (
+        tree_of(root, tmp_path / "whole", *options),
+        tree_of(root, tmp_path / "cut", *options),
+    )
     federated(whole)
 
     class Enough(Exception):
@@ -87,18 +116,26 @@ def test_a_run_that_was_cut_off_ends_with_the_same_model(root, tmp_path, memory,
 
     plan = Plan.from_tree(cut)
     grid = InProcessGrid(build_client_app(cut), plan.members(), 1)
-    with pytest.raises(Enough):  # after sites have stored the state of round 3, before the round counts
+    with pytest.raises(
+        Enough
+    ):  # after sites have stored the state of round 3, before the round counts
         run_federation(grid, plan, stop)
     grid.close()
     federated(cut)
     digests = [
-        json.loads((tmp_path / name / "run" / "outcome.json").read_text())["digest"] for name in ("whole", "cut")
+        json.loads((tmp_path / name / "run" / "outcome.json").read_text())["digest"]
+        for name in ("whole", "cut")
     ]
     assert digests[0] == digests[1]
 
 
 def test_a_study_of_variants_runs_reports_and_goes_on(root, tmp_path, capsys):
-    places = [f"data.root={root}", f"output={tmp_path / 'run'}", f"site.cache={tmp_path / 'cache'}", *sites.SMALL]
+    places = [
+        f"data.root={root}",
+        f"output={tmp_path / 'run'}",
+        f"site.cache={tmp_path / 'cache'}",
+        *sites.SMALL,
+    ]
     places.remove("federation.rounds=4")
     varied = ["method=source,sgcg", "federation=local,pooled", "prototypes.weight=0.1,1"]
     asked = [*places, "federation.rounds=1", "heldout=C", *varied]

@@ -19,7 +19,9 @@ def problems(draw, most=13):
     B, C, H, W = (draw(st.integers(1, top)) for top in (3, 2, most, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     images, partners = torch.randn(2, B, C, H, W, generator=generator, dtype=torch.float64)
-    ratio = torch.tensor(draw(st.lists(st.floats(0, 1), min_size=B, max_size=B)), dtype=torch.float64)
+    ratio = torch.tensor(
+        draw(st.lists(st.floats(0, 1), min_size=B, max_size=B)), dtype=torch.float64
+    )
     return images, partners, ratio, draw(st.sampled_from(WINDOWS))
 
 
@@ -45,7 +47,9 @@ def window_of_spectrum(images, window):
     H, W = images.shape[-2:]
     b = int(np.floor(min(H, W) * window))
     rows = np.stack([np.arange(b + 1), -np.arange(b + 1)])
-    return torch.from_numpy(abs(np.fft.fft2(images.numpy()))[..., rows[:, :, None] % H, np.arange(b + 1) % W])
+    return torch.from_numpy(
+        abs(np.fft.fft2(images.numpy()))[..., rows[:, :, None] % H, np.arange(b + 1) % W]
+    )
 
 
 def close(found, wanted, error=1e-9):
@@ -139,16 +143,25 @@ def test_linear_in_the_partners_amplitudes(problem, seed):
     images, partners, ratio, window = problem
     generator = torch.Generator().manual_seed(seed)
     first = window_amplitudes(partners, window)
-    second = window_amplitudes(torch.randn(images.shape, generator=generator, dtype=torch.float64), window)
+    second = window_amplitudes(
+        torch.randn(images.shape, generator=generator, dtype=torch.float64), window
+    )
     apart = [mix_window_amplitudes(images, a, ratio, window) for a in (first, second)]
-    close(mix_window_amplitudes(images, (first + 3 * second) / 4, ratio, window), (apart[0] + 3 * apart[1]) / 4)
+    close(
+        mix_window_amplitudes(images, (first + 3 * second) / 4, ratio, window),
+        (apart[0] + 3 * apart[1]) / 4,
+    )
 
 
 @laws
 @given(problems(), st.floats(0.1, 10))
 def test_scales_with_images_and_partners_together(problem, scale):
     images, partners, ratio, window = problem
-    close(mix_amplitude(scale * images, scale * partners, ratio, window), scale * mix_amplitude(*problem), error=1e-8)
+    close(
+        mix_amplitude(scale * images, scale * partners, ratio, window),
+        scale * mix_amplitude(*problem),
+        error=1e-8,
+    )
 
 
 @laws
@@ -156,7 +169,9 @@ def test_scales_with_images_and_partners_together(problem, scale):
 def test_moves_with_the_image_and_not_with_the_partner(problem, down, right):
     images, partners, ratio, window = problem
     mixed = mix_amplitude(*problem)
-    moved = mix_amplitude(images.roll((down, right), (-2, -1)), partners.roll((right, down), (-2, -1)), ratio, window)
+    moved = mix_amplitude(
+        images.roll((down, right), (-2, -1)), partners.roll((right, down), (-2, -1)), ratio, window
+    )
     close(moved, mixed.roll((down, right), (-2, -1)))
 
 
@@ -176,7 +191,11 @@ def test_a_batch_is_its_images_and_channels_one_by_one(problem):
     for i in range(images.shape[0]):
         for c in range(images.shape[1]):
             one = np.s_[i : i + 1, c : c + 1]
-            close(whole[one], mix_amplitude(images[one], partners[one], ratio[i : i + 1], window), error=1e-12)
+            close(
+                whole[one],
+                mix_amplitude(images[one], partners[one], ratio[i : i + 1], window),
+                error=1e-12,
+            )
 
 
 @laws

@@ -33,7 +33,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("laws")
-    return sites.plan_of(folder / "data", folder, "prototypes.warmup_rounds=0", "prototypes.norm_mode=running")
+    return sites.plan_of(
+        folder / "data", folder, "prototypes.warmup_rounds=0", "prototypes.norm_mode=running"
+    )
 
 
 def maps_and_labels(seed: int, batch: int, ignored: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +46,9 @@ def maps_and_labels(seed: int, batch: int, ignored: float) -> tuple[torch.Tensor
     return torch.from_numpy(maps), torch.from_numpy(labels)
 
 
-def per_pixel(maps: torch.Tensor, labels: torch.Tensor, guidance: Guidance, plan: Plan) -> torch.Tensor:
+def per_pixel(
+    maps: torch.Tensor, labels: torch.Tensor, guidance: Guidance, plan: Plan
+) -> torch.Tensor:
     return sgcg_loss(
         pixel_features(maps, plan.prototypes.normalize),
         labels.reshape(-1),
@@ -67,15 +71,23 @@ def test_each_sites_per_pixel_loss_is_the_pooled_one(plan, seeds, sizes, ignored
     merged = reduce(add, [batch_statistics(maps, labels, plan) for maps, labels in parts])
     federated = Guidance.from_prototypes(merged, plan.prototypes, 1, CPU)
 
-    maps, labels = torch.cat([maps for maps, _ in parts]), torch.cat([labels for _, labels in parts])
+    maps, labels = (
+        torch.cat([maps for maps, _ in parts]),
+        torch.cat([labels for _, labels in parts]),
+    )
     pixels = pixel_features(maps, True).double().numpy()
     pooled = Guidance.from_prototypes(
-        ClassStatistics.from_features(pixels, labels.reshape(-1).numpy(), 2), plan.prototypes, 1, CPU
+        ClassStatistics.from_features(pixels, labels.reshape(-1).numpy(), 2),
+        plan.prototypes,
+        1,
+        CPU,
     )
     assert (federated is None) == (pooled is None)
     assume(federated is not None)  # nearly all pixels ignored: fewer than two classes are left
     at_sites = torch.cat([per_pixel(own, own_labels, federated, plan) for own, own_labels in parts])
-    np.testing.assert_allclose(at_sites.numpy(), per_pixel(maps, labels, pooled, plan).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        at_sites.numpy(), per_pixel(maps, labels, pooled, plan).numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -85,9 +97,14 @@ def test_site_means_weighted_by_their_pixels_are_the_pooled_mean(plan, seeds):
     merged = reduce(add, [batch_statistics(maps, labels, plan) for maps, labels in parts])
     guidance = Guidance.from_prototypes(merged, plan.prototypes, 1, CPU)
     assert guidance is not None
-    losses = [contrast_loss(maps, labels, guidance, plan.prototypes, 2).item() for maps, labels in parts]
+    losses = [
+        contrast_loss(maps, labels, guidance, plan.prototypes, 2).item() for maps, labels in parts
+    ]
     pixels = [int((labels != 255).sum()) for _, labels in parts]
-    maps, labels = torch.cat([maps for maps, _ in parts]), torch.cat([labels for _, labels in parts])
+    maps, labels = (
+        torch.cat([maps for maps, _ in parts]),
+        torch.cat([labels for _, labels in parts]),
+    )
     pooled = contrast_loss(maps, labels, guidance, plan.prototypes, 2).item()
     assert np.average(losses, weights=pixels) == pytest.approx(pooled, rel=1e-4, abs=1e-6)
 
@@ -97,10 +114,18 @@ def test_it_holds_for_the_real_network_on_real_files(plan):
     network = build_network(plan.network, 3, plan.data.out_channels, 7)
     cache = Path(plan.site.cache)
     tables = [
-        open_store(open_site(root, name, plan.data), plan.data, cache, heldout=False).slices("train")
+        open_store(open_site(root, name, plan.data), plan.data, cache, heldout=False).slices(
+            "train"
+        )
         for name in sites.SITES
     ]
-    merged = reduce(add, [site_statistics(network, [table], plan, CPU, [np.random.default_rng(0)]) for table in tables])
+    merged = reduce(
+        add,
+        [
+            site_statistics(network, [table], plan, CPU, [np.random.default_rng(0)])
+            for table in tables
+        ],
+    )
 
     maps, labels = [], []
     with torch.no_grad():
@@ -110,11 +135,15 @@ def test_it_holds_for_the_real_network_on_real_files(plan):
             labels.append(torch.from_numpy(truth).long())
     pixels = pixel_features(torch.cat(maps), True).double().numpy()
     pooled = ClassStatistics.from_features(pixels, torch.cat(labels).reshape(-1).numpy(), 2)
-    federated, central = (Guidance.from_prototypes(part, plan.prototypes, 1, CPU) for part in (merged, pooled))
+    federated, central = (
+        Guidance.from_prototypes(part, plan.prototypes, 1, CPU) for part in (merged, pooled)
+    )
     assert federated is not None
     assert central is not None
     for own, own_labels in zip(maps, labels, strict=True):
-        here, there = (per_pixel(own, own_labels, guidance, plan) for guidance in (federated, central))
+        here, there = (
+            per_pixel(own, own_labels, guidance, plan) for guidance in (federated, central)
+        )
         np.testing.assert_allclose(here.numpy(), there.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -126,7 +155,9 @@ def test_ignored_pixels_have_no_influence_on_the_supervised_loss(seed, channels)
     labels = torch.randint(0, channels, (2, 4, 4), generator=generator)
     ignored = torch.rand(2, 4, 4, generator=generator) < 0.4
     labels[ignored] = 255
-    other = torch.where(ignored.unsqueeze(1), torch.randn(logits.shape, generator=generator) * 9, logits)
+    other = torch.where(
+        ignored.unsqueeze(1), torch.randn(logits.shape, generator=generator) * 9, logits
+    )
     assert supervised.softmax_loss(other, labels).item() == pytest.approx(
         supervised.softmax_loss(logits, labels).item(), rel=1e-5
     )
@@ -156,6 +187,12 @@ def test_the_class_balanced_mean_equals_brute_force(values, seed):
     rng = np.random.default_rng(seed)
     labels = rng.choice([0, 1, 2, 255], len(values))
     active = rng.random(3) < 0.7
-    means = [np.mean(np.array(values)[labels == k]) for k in range(3) if active[k] and (labels == k).any()]
-    found = class_balanced_mean(torch.tensor(values, dtype=torch.float64), torch.tensor(labels), torch.tensor(active))
+    means = [
+        np.mean(np.array(values)[labels == k])
+        for k in range(3)
+        if active[k] and (labels == k).any()
+    ]
+    found = class_balanced_mean(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(labels), torch.tensor(active)
+    )
     assert found.item() == pytest.approx(np.mean(means) if means else 0.0, abs=1e-9)

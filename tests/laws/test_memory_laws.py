@@ -14,7 +14,11 @@ CLASSES, CHANNELS = 3, 2
 SITES = ("A", "B", "C")
 LEAVER = "B"
 
-ROUNDS = st.lists(st.dictionaries(st.sampled_from(SITES), st.integers(0, 10**6), max_size=3), min_size=1, max_size=7)
+ROUNDS = st.lists(
+    st.dictionaries(st.sampled_from(SITES), st.integers(0, 10**6), max_size=3),
+    min_size=1,
+    max_size=7,
+)
 """For each round: who sent statistics, and the seed of what was sent; a round may go by without anybody."""
 
 
@@ -23,13 +27,19 @@ def sent(site: str, seed: int) -> ClassStatistics:
     rng = np.random.default_rng([ord(site), seed])
     pixels = int(rng.integers(1, 40))
     labels = rng.integers(0, rng.integers(1, CLASSES + 1), pixels)
-    return ClassStatistics.from_features(rng.normal(size=(pixels, CHANNELS)) + rng.integers(0, 9), labels, CLASSES)
+    return ClassStatistics.from_features(
+        rng.normal(size=(pixels, CHANNELS)) + rng.integers(0, 9), labels, CLASSES
+    )
 
 
-def remembered(memory: PrototypeMemory, rounds: list[dict[str, int]], never: str = "") -> dict[str, ClassStatistics]:
+def remembered(
+    memory: PrototypeMemory, rounds: list[dict[str, int]], never: str = ""
+) -> dict[str, ClassStatistics]:
     parts: dict[str, ClassStatistics] = {}
     for answers in rounds:
-        parts = memory.update(parts, [(site, sent(site, seed)) for site, seed in answers.items() if site != never])
+        parts = memory.update(
+            parts, [(site, sent(site, seed)) for site, seed in answers.items() if site != never]
+        )
     return parts
 
 
@@ -37,7 +47,9 @@ def assert_same(found: ClassStatistics | None, wanted: ClassStatistics | None) -
     assert (found is None) == (wanted is None)
     if found is not None and wanted is not None:
         for name in ("count", "mean", "scatter"):
-            np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(wanted, name), rtol=1e-12, atol=1e-12
+            )
 
 
 @FEW
@@ -59,7 +71,9 @@ def test_after_a_departure_the_prototypes_are_those_of_a_federation_without_the_
 
 @FEW
 @given(rounds=ROUNDS)
-def test_cumulative_prototypes_are_those_of_all_pixels_ever_sent(rounds: list[dict[str, int]]) -> None:
+def test_cumulative_prototypes_are_those_of_all_pixels_ever_sent(
+    rounds: list[dict[str, int]],
+) -> None:
     memory = PrototypeMemory(PrototypeSettings(memory="cumulative"))
     found = memory.prototypes(remembered(memory, rounds))
     whole = ClassStatistics.empty(CLASSES, CHANNELS)
@@ -75,9 +89,13 @@ def test_cumulative_prototypes_are_those_of_all_pixels_ever_sent(rounds: list[di
 
 
 @FEW
-@pytest.mark.parametrize("policy", ["cumulative", "discount", "lagged", "restart", "overlay", "momentum"])
+@pytest.mark.parametrize(
+    "policy", ["cumulative", "discount", "lagged", "restart", "overlay", "momentum"]
+)
 @given(rounds=ROUNDS, gone=st.sets(st.sampled_from(SITES)))
-def test_taking_out_is_done_once_and_for_all(policy: str, rounds: list[dict[str, int]], gone: set[str]) -> None:
+def test_taking_out_is_done_once_and_for_all(
+    policy: str, rounds: list[dict[str, int]], gone: set[str]
+) -> None:
     memory = PrototypeMemory(PrototypeSettings(memory=policy))  # type: ignore[arg-type]
     parts = remembered(memory, rounds)
     once = memory.without(parts, gone)

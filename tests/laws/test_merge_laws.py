@@ -22,8 +22,13 @@ def weights(values: npt.NDArray[np.float32], steps: int = 0) -> Weights:
     return Weights((("x", (SIZE,)),), values, (("steps", steps),))
 
 
-def named(parts: list[tuple[npt.NDArray[np.float32], float, int]]) -> list[tuple[str, Weights, float]]:
-    return [(f"site {k}", weights(values, steps), share) for k, (values, share, steps) in enumerate(parts)]
+def named(
+    parts: list[tuple[npt.NDArray[np.float32], float, int]],
+) -> list[tuple[str, Weights, float]]:
+    return [
+        (f"site {k}", weights(values, steps), share)
+        for k, (values, share, steps) in enumerate(parts)
+    ]
 
 
 @FEW
@@ -49,7 +54,9 @@ def test_a_merged_weight_lies_between_those_of_the_sites(parts) -> None:  # type
 @FEW
 @given(VALUES, st.lists(SHARES, min_size=1, max_size=6))
 def test_sites_that_agree_are_merged_to_what_they_agree_on(values, shares) -> None:  # type: ignore[no-untyped-def]
-    merged = merge_weights([(f"site {k}", weights(values), share) for k, share in enumerate(shares)])
+    merged = merge_weights(
+        [(f"site {k}", weights(values), share) for k, share in enumerate(shares)]
+    )
     np.testing.assert_array_equal(merged.values, values)
 
 
@@ -65,9 +72,9 @@ def test_weighted_mean_in_exact_arithmetic(parts) -> None:  # type: ignore[no-un
         exact = sum(terms, Fraction(0)) / total
         size = max(abs(Fraction(float(values[k]))) for values, _, _ in parts)
         # one float32 rounding of the result, and float64 round-off relative to the largest site
-        assert abs(Fraction(float(merged[k])) - exact) <= abs(exact) * Fraction(1, 2**23) + size * Fraction(
-            1, 2**48
-        ) + (Fraction(1, 2**149))
+        assert abs(Fraction(float(merged[k])) - exact) <= abs(exact) * Fraction(
+            1, 2**23
+        ) + size * Fraction(1, 2**48) + (Fraction(1, 2**149))
 
 
 @st.composite
@@ -76,7 +83,9 @@ def labelled_sites(draw) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.i
     for _ in range(draw(st.integers(1, 5))):
         n = draw(st.integers(0, 12))
         features = draw(hnp.arrays(np.float64, (n, 3), elements=st.floats(-100, 100)))
-        sites.append((features, draw(hnp.arrays(np.int64, n, elements=st.sampled_from([0, 1, 2, 255])))))
+        sites.append(
+            (features, draw(hnp.arrays(np.int64, n, elements=st.sampled_from([0, 1, 2, 255]))))
+        )
     return sites
 
 
@@ -108,7 +117,9 @@ def test_equal_sites_are_a_mean_of_means_and_of_second_moments(sites) -> None:  
             mean = np.mean([part.mean(axis=0) for part in own], axis=0)
             second = np.mean([part.T @ part / len(part) for part in own], axis=0)
             np.testing.assert_allclose(merged.mean[k], mean, atol=1e-9)
-            np.testing.assert_allclose(merged.covariance[k], second - np.outer(mean, mean), atol=1e-7)
+            np.testing.assert_allclose(
+                merged.covariance[k], second - np.outer(mean, mean), atol=1e-7
+            )
 
 
 @FEW
@@ -127,4 +138,6 @@ def test_order_of_arrival_changes_no_bit_of_the_statistics(sites, weighting, rng
 def test_merged_scatter_is_symmetric_and_has_no_negative_variance(sites, weighting) -> None:  # type: ignore[no-untyped-def]
     merged = merge_statistics(statistics(sites), weighting)
     assert (merged.scatter == merged.scatter.transpose(0, 2, 1)).all()
-    assert np.linalg.eigvalsh(merged.scatter).min() >= -1e-8 * max(1.0, float(np.abs(merged.scatter).max()))
+    assert np.linalg.eigvalsh(merged.scatter).min() >= -1e-8 * max(
+        1.0, float(np.abs(merged.scatter).max())
+    )

@@ -40,7 +40,9 @@ def table_of(images, space):
     label = np.zeros((count, side, side), np.uint8)
     kind, spacing = (PICTURE, None) if space == "picture" else (KINDS[0], (1.0, 1.0, 1.0))
     slices = Slices(stored, label, label, label, np.ones((count, 2), np.bool_), spacing, kind=kind)
-    return SliceTable(np.zeros(count, np.int64), np.arange(count), np.ones(count, np.bool_), 1, [slices])
+    return SliceTable(
+        np.zeros(count, np.int64), np.arange(count), np.ones(count, np.bool_), 1, [slices]
+    )
 
 
 def textures(rng, count, side=SIDE, contrast=0.2):
@@ -89,7 +91,9 @@ def test_a_picture_is_mixed_as_in_grey_levels_of_0_to_255(seed, share):
     ratio = torch.tensor([share], dtype=torch.float32)
     grey = mix_amplitude((own.double() + 1) * 127.5, (partner.double() + 1) * 127.5, ratio.double())
     wanted = grey.clamp(0, 255) / 127.5 - 1
-    found = LocalMixer([table_of(np.zeros((1, SIDE, SIDE)), "picture")], RamSettings(), rng).mix(own, partner, ratio)
+    found = LocalMixer([table_of(np.zeros((1, SIDE, SIDE)), "picture")], RamSettings(), rng).mix(
+        own, partner, ratio
+    )
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-5)
 
 
@@ -97,11 +101,15 @@ def test_a_picture_is_mixed_as_in_grey_levels_of_0_to_255(seed, share):
 @laws
 def test_pictures_and_volumes_agree_where_both_images_have_the_same_mean(seed, share):
     rng = np.random.default_rng(seed)
-    own, partner = (torch.from_numpy(textures(rng, 1)).float().expand(1, 3, -1, -1) for _ in range(2))
+    own, partner = (
+        torch.from_numpy(textures(rng, 1)).float().expand(1, 3, -1, -1) for _ in range(2)
+    )
     partner = partner - partner.mean() + own.mean()
     ratio = torch.tensor([share], dtype=torch.float32)
     found = [
-        LocalMixer([table_of(np.zeros((1, SIDE, SIDE)), space)], RamSettings(), rng).mix(own, partner, ratio)
+        LocalMixer([table_of(np.zeros((1, SIDE, SIDE)), space)], RamSettings(), rng).mix(
+            own, partner, ratio
+        )
         for space in ("picture", "volume")
     ]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-5)
@@ -114,7 +122,9 @@ def test_the_whole_own_share_changes_nothing_and_no_mixture_leaves_the_range(see
     mixer = mixer_of(sharing, space, textures(rng, 5, contrast=0.4), rng)
     images = torch.from_numpy(textures(rng, 4, contrast=0.4)).float()[:, None].expand(-1, 3, -1, -1)
     partners, ratio = mixer.draw((4,))
-    torch.testing.assert_close(mixer.mix(images, partners, torch.ones(4)), images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        mixer.mix(images, partners, torch.ones(4)), images, rtol=0, atol=1e-6
+    )
     mixed = mixer.mix(images, partners, ratio)
     assert mixed.isfinite().all()
     assert mixed.abs().max() <= 1
@@ -131,7 +141,9 @@ def test_an_image_mixed_with_itself_stays_as_it_is(seed, space, share):
         itself = torch.from_numpy(images).float().expand(1, 3, -1, -1)
         mixed = mixer.mix(itself, mixer.draw((1,))[0], ratio)
         # A summary does not hold amplitudes below its floor; those of an image of 8 bits or more change nothing seen.
-        torch.testing.assert_close(mixed, itself, rtol=0, atol=GREY_LEVEL if sharing == "summary" else 1e-4)
+        torch.testing.assert_close(
+            mixed, itself, rtol=0, atol=GREY_LEVEL if sharing == "summary" else 1e-4
+        )
 
 
 # what is summarised
@@ -149,11 +161,15 @@ def test_one_constant_slice_of_forty_leaves_the_deviation_and_the_mixtures_as_th
     with_one = images.copy()
     with_one[17] = -1.0
     faint = images.copy()
-    faint[17] = -1.0 + np.rint(rng.uniform(0, 1, (3, SIDE, SIDE))) * GREY_LEVEL / 2  # rounding alone
+    faint[17] = (
+        -1.0 + np.rint(rng.uniform(0, 1, (3, SIDE, SIDE))) * GREY_LEVEL / 2
+    )  # rounding alone
     one_channel = images.copy()
     one_channel[17, 0] = -1.0  # the slice before it, in the stack of its neighbour
     rest = summary_of(np.delete(images, 17, axis=0))
-    naive = np.log(np.maximum(window_amplitudes(torch.from_numpy(with_one).float()).numpy(), 1e-6)).std(axis=0)
+    naive = np.log(
+        np.maximum(window_amplitudes(torch.from_numpy(with_one).float()).numpy(), 1e-6)
+    ).std(axis=0)
     assert naive.mean() > 2, "what the example was: 0.6 became 2.6"
     for spoilt in (with_one, faint, one_channel):
         found = summary_of(spoilt)
@@ -162,7 +178,9 @@ def test_one_constant_slice_of_forty_leaves_the_deviation_and_the_mixtures_as_th
     # The logarithm of a Rayleigh amplitude deviates by pi / sqrt(24) = 0.641: what noise has without any floor.
     assert rest.deviation[:, :, 1:, 1:].mean() == pytest.approx(math.pi / math.sqrt(24), abs=0.03)
     own = torch.from_numpy(images).float()
-    mixer = SummaryMixer(replace(rest, sites=("B",)).encode(), rest, "A", RamSettings(), np.random.default_rng(1))
+    mixer = SummaryMixer(
+        replace(rest, sites=("B",)).encode(), rest, "A", RamSettings(), np.random.default_rng(1)
+    )
     mixed = mixer.mix(own, *mixer.draw((40,)))
     assert (mixed.abs() >= 1).float().mean() < 0.03
 
@@ -178,21 +196,31 @@ def test_the_floor_is_what_rounding_to_eight_bits_leaves():
 
 def test_a_site_of_constant_slices_alone_adds_nothing():
     flat = summary_of(np.full((5, 3, SIDE, SIDE), -1.0), sites=("A",))
-    some = summary_of(np.repeat(textures(np.random.default_rng(0), 4)[:, None], 3, axis=1), sites=("B",))
+    some = summary_of(
+        np.repeat(textures(np.random.default_rng(0), 4)[:, None], 3, axis=1), sites=("B",)
+    )
     assert flat.count == 0
     back = AmplitudeSummary.decode((AmplitudeSummary.decode(flat.encode()) + some).encode())
     np.testing.assert_array_equal(back.covariance, some.covariance)
     assert back.sites == ("A", "B")
     with pytest.raises(FedsgcgError, match="no other site"):
         SummaryMixer((flat + some).encode(), some, "B", RamSettings(), np.random.default_rng(0))
-    assert shows_something(np.zeros((2, 3, 2, 1, 1)), SIDE).all(), "a window of frequency zero alone has no rest"
+    assert shows_something(np.zeros((2, 3, 2, 1, 1)), SIDE).all(), (
+        "a window of frequency zero alone has no rest"
+    )
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), seeds)
 def test_summaries_add_up_and_come_apart(first, second, channels, seed):
     rng = np.random.default_rng(seed)
-    parts = [rng.gamma(2.0, 10.0, (count, channels, 2, 3, 3)).astype(np.float32) for count in (first, second)]
-    one, two = (AmplitudeSummary.from_amplitudes(part, SIDE, sites=(n,)) for part, n in zip(parts, "BA", strict=True))
+    parts = [
+        rng.gamma(2.0, 10.0, (count, channels, 2, 3, 3)).astype(np.float32)
+        for count in (first, second)
+    ]
+    one, two = (
+        AmplitudeSummary.from_amplitudes(part, SIDE, sites=(n,))
+        for part, n in zip(parts, "BA", strict=True)
+    )
     whole = AmplitudeSummary.from_amplitudes(np.concatenate(parts), SIDE)
     together = one + two
     assert together.sites == ("A", "B")
@@ -206,7 +234,12 @@ def test_summaries_add_up_and_come_apart(first, second, channels, seed):
     wanted = np.einsum("mchij,mdhij->hijcd", rest, rest) / len(logs)
     np.testing.assert_allclose(whole.covariance, wanted, atol=1e-10)
     back = AmplitudeSummary.decode(together.encode())
-    assert (back.count, back.side, back.space, back.sites) == (together.count, SIDE, "volume", ("A", "B"))
+    assert (back.count, back.side, back.space, back.sites) == (
+        together.count,
+        SIDE,
+        "volume",
+        ("A", "B"),
+    )
     np.testing.assert_array_equal(back.first, together.first)
     np.testing.assert_array_equal(back.second, together.second)
 
@@ -215,7 +248,9 @@ def test_summaries_add_up_and_come_apart(first, second, channels, seed):
 @laws
 def test_the_two_halves_hold_an_amplitude_twice_exactly_where_they_are_said_to(problem, seed):
     side, window = problem
-    images = torch.randn(3, 2, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    images = torch.randn(
+        3, 2, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     windows = window_amplitudes(images, window).numpy()
     equal = np.isclose(windows[:, :, 0], windows[:, :, 1], rtol=1e-9, atol=1e-9).all(axis=(0, 1))
     np.testing.assert_array_equal(equal, same_amplitude(windows.shape[-1] - 1, side))
@@ -231,13 +266,21 @@ def test_drawn_amplitudes_deviate_and_go_together_as_the_summary_says():
     """
     rng, draws = np.random.default_rng(0), 4000
     base = textures(rng, 62)
-    images = np.stack([base[:-2], base[1:-1] + base[:-2], base[2:] + base[1:-1] + base[:-2]], axis=1) / 3
+    images = (
+        np.stack([base[:-2], base[1:-1] + base[:-2], base[2:] + base[1:-1] + base[:-2]], axis=1) / 3
+    )
     summary = summary_of(images)
     logs = np.log(AmplitudeSampler(summary).draw(draws, rng))
     deviation = summary.deviation
-    np.testing.assert_array_less(abs(logs.mean(axis=0) - summary.mean), 6 * deviation / math.sqrt(draws))
-    np.testing.assert_array_less(abs(logs.std(axis=0) - deviation), 6 * deviation / math.sqrt(2 * draws))
-    assert logs.std(axis=0)[0, 0, 0, 0] == pytest.approx(deviation[0, 0, 0, 0], rel=6 / math.sqrt(2 * draws))
+    np.testing.assert_array_less(
+        abs(logs.mean(axis=0) - summary.mean), 6 * deviation / math.sqrt(draws)
+    )
+    np.testing.assert_array_less(
+        abs(logs.std(axis=0) - deviation), 6 * deviation / math.sqrt(2 * draws)
+    )
+    assert logs.std(axis=0)[0, 0, 0, 0] == pytest.approx(
+        deviation[0, 0, 0, 0], rel=6 / math.sqrt(2 * draws)
+    )
     rest = logs - logs.mean(axis=0)
     found = np.einsum("mchij,mdhij->hijcd", rest, rest) / draws
     sigma = np.moveaxis(deviation, 0, -1)
@@ -254,14 +297,20 @@ def test_a_drawn_window_is_that_of_a_real_image(problem, seed):
     rng = np.random.default_rng(seed)
     images = rng.uniform(-1, 1, (6, 3, side, side))
     windows = window_amplitudes(torch.from_numpy(images), window).numpy()
-    drawn = AmplitudeSampler(AmplitudeSummary.from_amplitudes(windows.astype(np.float32), side)).draw(2, rng)
+    drawn = AmplitudeSampler(
+        AmplitudeSummary.from_amplitudes(windows.astype(np.float32), side)
+    ).draw(2, rng)
     same = same_amplitude(drawn.shape[-1] - 1, side)
     np.testing.assert_array_equal(drawn[:, :, 0, same], drawn[:, :, 1, same])
     assert (drawn[:, :, 0, ~same] != drawn[:, :, 1, ~same]).all()
     own = torch.from_numpy(images[:2])
     assume(window_amplitudes(own, window).min() > 1e-3)  # a phase that is known
-    mixed = mix_window_amplitudes(own, torch.from_numpy(drawn), torch.zeros(2, dtype=torch.float64), window)
-    np.testing.assert_allclose(window_amplitudes(mixed, window).numpy(), drawn, rtol=1e-9, atol=1e-9)
+    mixed = mix_window_amplitudes(
+        own, torch.from_numpy(drawn), torch.zeros(2, dtype=torch.float64), window
+    )
+    np.testing.assert_allclose(
+        window_amplitudes(mixed, window).numpy(), drawn, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("space", "most"), [("picture", 2 * SIDE**2), ("volume", SIDE**2)])
@@ -270,7 +319,9 @@ def test_nothing_is_drawn_that_no_image_can_have(space, most):
     levels = np.random.default_rng(0).choice([0.05, 1.0], (40, 1, 1, 1)) * (1 + offset) - offset
     images = np.clip(levels + np.random.default_rng(1).normal(0, 0.05, (40, 3, SIDE, SIDE)), -1, 1)
     windows = window_amplitudes(torch.from_numpy(images + offset)).numpy().astype(np.float32)
-    drawn = AmplitudeSampler(AmplitudeSummary.from_amplitudes(windows, SIDE, space)).draw(500, np.random.default_rng(0))
+    drawn = AmplitudeSampler(AmplitudeSummary.from_amplitudes(windows, SIDE, space)).draw(
+        500, np.random.default_rng(0)
+    )
     assert drawn.max() == pytest.approx(most)
     assert drawn.max() <= most * (1 + 1e-9)
 
@@ -325,7 +376,9 @@ def test_amplitudes_of_another_version_are_refused_as_such(kind, monkeypatch):
     with monkeypatch.context() as older:
         older.setattr("common.wire.amplitudes.SCHEMA_VERSION", "1")
         bank = AmplitudeBank(windows, ("A", "A"))
-        data = (bank if kind is AmplitudeBank else AmplitudeSummary.from_amplitudes(windows, SIDE)).encode()
+        data = (
+            bank if kind is AmplitudeBank else AmplitudeSummary.from_amplitudes(windows, SIDE)
+        ).encode()
     with pytest.raises(FedsgcgError) as caught:
         kind.decode(data)
     assert caught.value.code == "PAY-107"
@@ -335,7 +388,9 @@ def test_a_summary_stays_as_small_as_it_is_said_to_be():
     """At 256 pixels and three channels: 9 x 2 x 26 x 26 doubles, whatever the number of images."""
     sizes = []
     for count in (2, 50):
-        windows = np.random.default_rng(0).gamma(2.0, 100.0, (count, 3, 2, 26, 26)).astype(np.float32)
+        windows = (
+            np.random.default_rng(0).gamma(2.0, 100.0, (count, 3, 2, 26, 26)).astype(np.float32)
+        )
         sizes.append(len(AmplitudeSummary.from_amplitudes(windows, 256).encode()))
     assert max(sizes) < 9 * 2 * 26 * 26 * 8 + 2000
     assert abs(sizes[0] - sizes[1]) < 64

@@ -43,7 +43,11 @@ def moments_of(*inputs: np.ndarray) -> NormMoments:
     )
 
 
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.floats(-1e3, 1e3))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    st.floats(-1e3, 1e3),
+)
 def test_pooled_moments_are_those_of_all_inputs_at_once(seed, sizes, offset):
     rng = np.random.default_rng(seed)
     parts = [(rng.normal(offset, 2, (n, 2)), rng.normal(size=(2 * n, 3))) for n in sizes]
@@ -95,7 +99,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory):
     # Each site in one batch, which is compared with the plain slices.
     plan = sites.plan_of(root, folder, "method.batch_size=64", "data.sites=[North,South]", *still)
     tables = [
-        open_store(open_site(root, name, plan.data), plan.data, folder / "c", heldout=False).slices("train")
+        open_store(open_site(root, name, plan.data), plan.data, folder / "c", heldout=False).slices(
+            "train"
+        )
         for name in sites.SITES
     ]
     return plan, tables, build_network(plan.network, 3, plan.data.out_channels, 0)
@@ -132,7 +138,9 @@ def test_the_merged_model_has_the_moments_of_all_sites_inputs(opened):
         for name, table in zip(sites.SITES, tables, strict=True)
     ]
     assert weights_of(network).digest() == before.digest()
-    apart = [inputs_of(network, torch.from_numpy(table.stack(range(len(table)))[0])) for table in tables]
+    apart = [
+        inputs_of(network, torch.from_numpy(table.stack(range(len(table)))[0])) for table in tables
+    ]
     merged = merge_moments(parts).put_into(before)
     state = merged.to_state()
     assert list(apart[0]) == list(norm_layers(before))
@@ -141,8 +149,12 @@ def test_the_merged_model_has_the_moments_of_all_sites_inputs(opened):
         # In units of the deviation: the network itself runs in float32, in another order of the slices.
         off = (state[f"{layer}.running_mean"] - rows.mean(0)) / rows.std(0)
         assert np.abs(off).max() < 1e-4, layer
-        np.testing.assert_allclose(state[f"{layer}.running_var"], rows.var(0, ddof=1), rtol=1e-3, err_msg=layer)
-    changed = [name for name, array in before.to_state().items() if not np.array_equal(array, state[name])]
+        np.testing.assert_allclose(
+            state[f"{layer}.running_var"], rows.var(0, ddof=1), rtol=1e-3, err_msg=layer
+        )
+    changed = [
+        name for name, array in before.to_state().items() if not np.array_equal(array, state[name])
+    ]
     assert all(name.endswith(("running_mean", "running_var")) for name in changed)
     assert merged.counters == before.counters
     load_weights(network, merged)  # it is a model of the same layout
@@ -160,7 +172,10 @@ def test_batches_add_up_to_one_pass_over_every_slice(opened):
 def test_the_moments_are_those_of_the_augmented_batches_of_a_step(opened):
     plan, tables, network = opened
     noisy = replace(
-        plan, data=replace(plan.data, augmentation=AugmentationSettings(gamma=0.5, brightness=0.5, noise=0.5))
+        plan,
+        data=replace(
+            plan.data, augmentation=AugmentationSettings(gamma=0.5, brightness=0.5, noise=0.5)
+        ),
     )
     found = site_moments(network, tables[:1], noisy, CPU, rngs(1), torch.Generator().manual_seed(3))
     again = site_moments(network, tables[:1], noisy, CPU, rngs(1), torch.Generator().manual_seed(3))

@@ -39,12 +39,16 @@ def any_statistics(draw) -> ClassStatistics:  # type: ignore[no-untyped-def]
     scatter = draw(hnp.arrays(np.float64, (classes, features, features), elements=ANY))
     scatter = np.triu(scatter) + np.triu(scatter, 1).transpose(0, 2, 1)
     count = draw(hnp.arrays(np.float64, classes, elements=ANY))
-    return ClassStatistics(count, draw(hnp.arrays(np.float64, (classes, features), elements=ANY)), scatter)
+    return ClassStatistics(
+        count, draw(hnp.arrays(np.float64, (classes, features), elements=ANY)), scatter
+    )
 
 
 @FEW
 @given(any_statistics(), st.builds(Identity, TEXT, TEXT, st.integers(0, 10**6), TEXT))
-def test_statistics_survive_to_the_last_bit(statistics: ClassStatistics, identity: Identity) -> None:
+def test_statistics_survive_to_the_last_bit(
+    statistics: ClassStatistics, identity: Identity
+) -> None:
     back, stated = decode_statistics(encode_statistics(statistics, identity))
     assert stated == identity
     for name in ("count", "mean", "scatter"):
@@ -75,7 +79,9 @@ def test_weights_survive_to_the_last_bit(entries, counters, seed) -> None:  # ty
 
 def reply() -> Reply:
     rng = np.random.default_rng(0)
-    weights = Weights((("w", (3, 2)), ("b", (1,))), rng.normal(size=7).astype(np.float32), (("n", 3),))
+    weights = Weights(
+        (("w", (3, 2)), ("b", (1,))), rng.normal(size=7).astype(np.float32), (("n", 3),)
+    )
     features = rng.normal(size=(20, 3))
     row = dict.fromkeys(DISTANCES, float("nan")) | dict.fromkeys(f"{name}_mm" for name in DISTANCES)
     row |= {"case": "a1", "structure": "gland", "dice": 0.5, "unit": "pixel"}
@@ -154,13 +160,18 @@ class Envelope:
         return False
 
 
-SCALARS = st.one_of(TEXT, st.binary(max_size=40), st.integers(-(2**40), 2**40), st.floats(), st.booleans())
+SCALARS = st.one_of(
+    TEXT, st.binary(max_size=40), st.integers(-(2**40), 2**40), st.floats(), st.booleans()
+)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["identity", "layout", "statistics", "site", "error", "cases", "details", "options"]), SCALARS
+        st.sampled_from(
+            ["identity", "layout", "statistics", "site", "error", "cases", "details", "options"]
+        ),
+        SCALARS,
     ),
     st.booleans(),
 )
@@ -176,7 +187,12 @@ def test_no_message_whatever_gets_past_reading_as_an_exception(entries, with_res
     "array",
     [
         Array(dtype="float32", shape=(7,), stype="numpy.ndarray", data=b"not an array"),
-        Array(dtype="object", shape=(1,), stype="numpy.ndarray", data=b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O', }"),
+        Array(
+            dtype="object",
+            shape=(1,),
+            stype="numpy.ndarray",
+            data=b"\x93NUMPY\x01\x00\x10\x00{'descr': '|O', }",
+        ),
         Array(np.zeros(7)),  # float64
         Array(np.zeros((7, 1), np.float32)),
         Array(np.zeros(6, np.float32)),
@@ -195,7 +211,9 @@ def test_a_header_that_lies_about_its_size_is_refused_without_the_memory() -> No
     header += b" " * (117 - len(header)) + b"\n"
     data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\x00" * 28
     records = encode_reply(reply())
-    records["weights"] = ArrayRecord({"values": Array(dtype="float32", shape=(7,), stype="numpy.ndarray", data=data)})
+    records["weights"] = ArrayRecord(
+        {"values": Array(dtype="float32", shape=(7,), stype="numpy.ndarray", data=data)}
+    )
     answer = read_answer(Envelope(records), "A")  # type: ignore[arg-type]
     assert answer.problem is not None
     assert answer.problem.code in CODES
@@ -205,7 +223,11 @@ def test_another_schema_version_is_named() -> None:
     data = encode_statistics(ClassStatistics.empty(2, 3), IDENTITY)
     assert data.count(b"schema_version") == 1
     at = data.index(b"schema_version")
-    value = data.rindex(b"1", 0, at) if b"1" in data[at - 16 : at] else data.index(b"1", at + len(b"schema_version"))
+    value = (
+        data.rindex(b"1", 0, at)
+        if b"1" in data[at - 16 : at]
+        else data.index(b"1", at + len(b"schema_version"))
+    )
     changed = data[:value] + b"2" + data[value + 1 :]
     with pytest.raises(FedsgcgError) as caught:
         decode_statistics(changed)
@@ -231,5 +253,11 @@ def test_every_figure_of_a_case_states_its_meaning_and_unit() -> None:
         words = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
         assert words["description"], field.name
         if pa.types.is_floating(field.type):
-            unit = "mm" if field.name.endswith("_mm") else "1" if field.name.startswith("dice") else "pixel"
+            unit = (
+                "mm"
+                if field.name.endswith("_mm")
+                else "1"
+                if field.name.startswith("dice")
+                else "pixel"
+            )
             assert words["unit"] == unit, field.name

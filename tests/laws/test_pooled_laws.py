@@ -52,7 +52,9 @@ def by_site(root: Path, folder: Path, *overrides: str):
 
 def statistics(seed, count, features=3, classes=2):
     rng = np.random.default_rng(seed)
-    return ClassStatistics.from_features(rng.normal(size=(count, features)), rng.integers(0, classes, count), classes)
+    return ClassStatistics.from_features(
+        rng.normal(size=(count, features)), rng.integers(0, classes, count), classes
+    )
 
 
 def described(plan, site, **options):
@@ -74,11 +76,14 @@ def test_the_pass_of_a_pooled_client_sees_the_mixed_batches_of_a_step(root, tmp_
     """One batch of both hospitals: BatchNorm normalises the mixture, and the shift between them stays visible."""
     plan = pooled(root, tmp_path, "method.batch_size=64")
     stores = [
-        open_store(open_site(root, name, plan.data), plan.data, tmp_path / "c", heldout=False) for name in sites.SITES
+        open_store(open_site(root, name, plan.data), plan.data, tmp_path / "c", heldout=False)
+        for name in sites.SITES
     ]
     tables = [store.slices("train") for store in stores]
     network = build_network(plan.network, 3, plan.data.out_channels, 3)
-    found = site_statistics(network, tables, plan, CPU, [np.random.default_rng(k) for k in range(2)])
+    found = site_statistics(
+        network, tables, plan, CPU, [np.random.default_rng(k) for k in range(2)]
+    )
     stacked = [table.stack(range(len(table))) for table in tables]
     images, labels = (np.concatenate(part) for part in zip(*stacked, strict=True))
     with torch.no_grad():
@@ -86,7 +91,9 @@ def test_the_pass_of_a_pooled_client_sees_the_mixed_batches_of_a_step(root, tmp_
     expected = batch_statistics(maps, torch.from_numpy(labels), plan)
     assert found.count.tolist() == expected.count.tolist()
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-5)
-    alone = [site_statistics(network, [table], plan, CPU, [np.random.default_rng(0)]) for table in tables]
+    alone = [
+        site_statistics(network, [table], plan, CPU, [np.random.default_rng(0)]) for table in tables
+    ]
     assert np.abs((alone[0] + alone[1]).mean - expected.mean).max() > 1e-3
 
 
@@ -96,11 +103,23 @@ def test_every_slice_counts_once_however_unequal_the_hospitals(counts, batch_siz
     settings = MethodSettings("source", False, batch_size=batch_size, steps_per_round=7)
     rngs = [np.random.default_rng(k) for k in range(len(tables))]
     batches = list(statistics_batches(tables, settings, rngs))
-    counted = [image for images, labels in batches for image, label in zip(images, labels, strict=True) if label != 255]
-    assert sorted(int(image) for image in counted) == sorted(int(n) for table in tables for n in table.numbers)
-    sizes = [min(size, count) for size, count in zip(domain_sizes(settings, len(tables)), counts, strict=True)]
+    counted = [
+        image
+        for images, labels in batches
+        for image, label in zip(images, labels, strict=True)
+        if label != 255
+    ]
+    assert sorted(int(image) for image in counted) == sorted(
+        int(n) for table in tables for n in table.numbers
+    )
+    sizes = [
+        min(size, count)
+        for size, count in zip(domain_sizes(settings, len(tables)), counts, strict=True)
+    ]
     for images, _ in batches[:-1]:  # every domain in every batch, in the shares of a step
-        found = [int(((images >= 100 * k) & (images < 100 * (k + 1))).sum()) for k in range(len(tables))]
+        found = [
+            int(((images >= 100 * k) & (images < 100 * (k + 1))).sum()) for k in range(len(tables))
+        ]
         assert all(part >= 1 for part in found)
         assert all(part <= size + 1 for part, size in zip(found, sizes, strict=True))
 
@@ -121,10 +140,13 @@ class NumberedSlices:
 
 @pytest.mark.parametrize("features", ["penultimate", "projection", "bottleneck"])
 @pytest.mark.parametrize("form", ["full", "diagonal", "none"])
-def test_with_frozen_weights_every_pixel_costs_the_same_at_its_hospital_and_pooled(root, tmp_path, features, form):
+def test_with_frozen_weights_every_pixel_costs_the_same_at_its_hospital_and_pooled(
+    root, tmp_path, features, form
+):
     plan = by_site(root, tmp_path, f"network.features={features}", f"prototypes.covariance={form}")
     stores = [
-        open_store(open_site(root, name, plan.data), plan.data, tmp_path / "c", heldout=False) for name in sites.SITES
+        open_store(open_site(root, name, plan.data), plan.data, tmp_path / "c", heldout=False)
+        for name in sites.SITES
     ]
     network = build_network(plan.network, 3, plan.data.out_channels, 3).eval()
     rng = np.random.default_rng(0)
@@ -163,7 +185,9 @@ def test_one_hospital_is_the_same_model_pooled_or_by_site(root, tmp_path, method
             "federation.rounds=2",
         )  # fmt: skip
 
-        run_in_process(build_server_app(tree), build_client_app(tree), Plan.from_tree(tree).members())
+        run_in_process(
+            build_server_app(tree), build_client_app(tree), Plan.from_tree(tree).members()
+        )
 
         state = load_file(tmp_path / name / "run" / "model.safetensors")
         digests.append({key: array.tobytes() for key, array in state.items()})
@@ -182,7 +206,9 @@ def test_one_site_and_one_local_step_a_round_is_the_centralised_step(root, tmp_p
     found = load_file(Path(plan.output) / "model.safetensors")
 
     choose_device("cpu", threads=1)
-    store = open_store(open_site(root, "North", plan.data), plan.data, tmp_path / "cache", heldout=False)
+    store = open_store(
+        open_site(root, "North", plan.data), plan.data, tmp_path / "cache", heldout=False
+    )
     network = build_network(plan.network, 3, plan.data.out_channels, 0)
     start = initial_weights(plan).to_state()
     network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in start.items()})
@@ -200,7 +226,9 @@ def test_one_site_and_one_local_step_a_round_is_the_centralised_step(root, tmp_p
         # Single weights of small gradients are blown up too, so that a tensor's whole way is compared: a step more or
         # less, or another rate, changes it by a fifth.
         if name.endswith("weight"):
-            assert np.linalg.norm(found[name] - array) <= 0.02 * np.linalg.norm(array - start[name]), name
+            assert np.linalg.norm(found[name] - array) <= 0.02 * np.linalg.norm(
+                array - start[name]
+            ), name
 
 
 def test_pooled_training_asks_one_site_and_reports_all_cases(root, tmp_path):
@@ -209,7 +237,9 @@ def test_pooled_training_asks_one_site_and_reports_all_cases(root, tmp_path):
     assert plan.hospitals_of(POOLED) == sites.SITES
     enrolled = sites.answer(plan, wire.ENROL, Request(sites.identity(plan, 0)), POOLED).details
     alone = [
-        sites.answer(p := by_site(root, tmp_path / name), wire.ENROL, Request(sites.identity(p, 0)), name).details
+        sites.answer(
+            p := by_site(root, tmp_path / name), wire.ENROL, Request(sites.identity(p, 0)), name
+        ).details
         for name in sites.SITES
     ]
     for kind in ("cases", "patients", "slices"):
@@ -243,7 +273,11 @@ def test_momentum_is_the_mixture_of_both_whatever_the_counts():
     after = moved(before, fresh, 0.25)
     delta = fresh.mean - before.mean
     np.testing.assert_allclose(after.mean, before.mean + 0.25 * delta, rtol=1e-12)
-    expected = 0.75 * before.covariance + 0.25 * fresh.covariance + 0.1875 * delta[:, :, None] * delta[:, None, :]
+    expected = (
+        0.75 * before.covariance
+        + 0.25 * fresh.covariance
+        + 0.1875 * delta[:, :, None] * delta[:, None, :]
+    )
     np.testing.assert_allclose(after.covariance, expected, rtol=1e-12)
     assert after.count.tolist() == fresh.count.tolist()
     np.testing.assert_allclose(moved(before, fresh, 1.0).covariance, fresh.covariance)
@@ -254,7 +288,11 @@ def test_momentum_is_the_mixture_of_both_whatever_the_counts():
 
 def followed(root, tmp_path, memory):
     return by_site(
-        root, tmp_path, f"prototypes.memory={memory}", "prototypes.warmup_rounds=0", "prototypes.normalize=false"
+        root,
+        tmp_path,
+        f"prototypes.memory={memory}",
+        "prototypes.warmup_rounds=0",
+        "prototypes.normalize=false",
     )
 
 
@@ -262,14 +300,18 @@ def test_an_overlay_replaces_the_own_part_and_keeps_the_others_and_the_weight(ro
     plan = followed(root, tmp_path, "overlay")
     sent, others = statistics(0, 60, 8), statistics(1, 90, 8)
     own = statistics(2, 60, 8)
-    guide = build_guide(others + sent, keep_statistics(sent), own, plan, 2, CPU, held=[sent.digest()])
+    guide = build_guide(
+        others + sent, keep_statistics(sent), own, plan, 2, CPU, held=[sent.digest()]
+    )
     assert isinstance(guide, Overlay)
     maps, labels = torch.randn(1, 8, 4, 4), torch.full((1, 4, 4), 255)
     untouched = guide.after(maps, labels)  # every pixel ignored: nothing is replaced
     expected = others + own
     np.testing.assert_allclose(untouched.mean.numpy(), expected.mean, atol=1e-5)
     labels = torch.randint(0, 2, (1, 4, 4))
-    batch = ClassStatistics.from_features(pixel_features(maps, False).numpy(), labels.reshape(-1).numpy(), 2)
+    batch = ClassStatistics.from_features(
+        pixel_features(maps, False).numpy(), labels.reshape(-1).numpy(), 2
+    )
     after = guide.after(maps, labels)
     keep = own.scaled(1 - batch.count / own.count)
     np.testing.assert_allclose(after.mean.numpy(), (others + keep + batch).mean, atol=1e-5)
@@ -283,10 +325,12 @@ def test_what_the_coordinator_does_not_hold_is_not_taken_out(root, tmp_path, mem
     others, sent, own = statistics(0, 450, 8), statistics(1, 100, 8), statistics(2, 100, 8)
     state = keep_statistics(sent)
     maps, labels = torch.randn(1, 8, 4, 4), torch.full((1, 4, 4), 255)
-    refused = build_guide(others, state, own, plan, 2, CPU, held=[others.digest()]).after(maps, labels)
-    held = build_guide(others + sent, state, own, plan, 2, CPU, held=[others.digest(), sent.digest()]).after(
+    refused = build_guide(others, state, own, plan, 2, CPU, held=[others.digest()]).after(
         maps, labels
     )
+    held = build_guide(
+        others + sent, state, own, plan, 2, CPU, held=[others.digest(), sent.digest()]
+    ).after(maps, labels)
     expected = others + own if memory == "overlay" else others
     for guidance in (refused, held):
         np.testing.assert_allclose(guidance.mean.numpy(), expected.mean, atol=1e-5)
@@ -309,12 +353,16 @@ def test_online_is_the_papers_update_batch_by_batch_before_the_loss(root, tmp_pa
             rows = pixels[classes == k]
             m, w, delta = len(rows), len(rows) / (count[k] + len(rows)), rows.mean(0) - mean[k]
             spread = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / m
-            covariance[k] = (1 - w) * covariance[k] + w * spread + w * (1 - w) * np.outer(delta, delta)
+            covariance[k] = (
+                (1 - w) * covariance[k] + w * spread + w * (1 - w) * np.outer(delta, delta)
+            )
             mean[k] += w * delta
             count[k] += m
         np.testing.assert_allclose(found.mean.numpy(), mean, atol=1e-5)
         np.testing.assert_allclose(found.covariance.numpy(), covariance, atol=1e-5)
-    again = build_guide(None, guide.state(), None, plan, 2, CPU)  # the next round goes on from there
+    again = build_guide(
+        None, guide.state(), None, plan, 2, CPU
+    )  # the next round goes on from there
     untouched = again.after(maps, torch.full((1, 4, 4), 255))
     np.testing.assert_allclose(untouched.mean.numpy(), mean, atol=1e-5)
 
@@ -327,8 +375,12 @@ def test_online_collects_in_the_warm_up_and_compares_nothing(root, tmp_path):
 
 
 def test_a_pooled_run_sends_the_sum_of_its_training_batches(root, tmp_path):
-    plan = pooled(root, tmp_path, "prototypes.memory=online", "method=sgcg", "method.local_epochs=2")
-    first = sites.answer(plan, wire.TRAIN, Request(sites.identity(plan, 1), sites.weights(plan)), POOLED)
+    plan = pooled(
+        root, tmp_path, "prototypes.memory=online", "method=sgcg", "method.local_epochs=2"
+    )
+    first = sites.answer(
+        plan, wire.TRAIN, Request(sites.identity(plan, 1), sites.weights(plan)), POOLED
+    )
     assert first.error == ""
     pixels = 32 * 32 * first.metrics["steps"] * plan.method.batch_size
     assert first.statistics.count.sum() == pixels  # with every step, not once a round
@@ -342,7 +394,9 @@ def test_a_pooled_run_sends_the_sum_of_its_training_batches(root, tmp_path):
 def test_the_floor_of_online_compares_different_pixels(root, tmp_path):
     floors = ("privacy.min_pixels=100000", "method.local_epochs=30", "method.batch_size=16")
     plan = pooled(root, tmp_path, "prototypes.memory=online", "method=sgcg", *floors)
-    reply = sites.answer(plan, wire.TRAIN, Request(sites.identity(plan, 1), sites.weights(plan)), POOLED)
+    reply = sites.answer(
+        plan, wire.TRAIN, Request(sites.identity(plan, 1), sites.weights(plan)), POOLED
+    )
     assert reply.statistics.count.tolist() == [0, 0]
     assert reply.details["withheld"] == ["background", "gland"]
 

@@ -32,11 +32,15 @@ def flat_table(level, count=4):
     image = np.full((count, 1, SIDE, SIDE), round(level * STEPS), np.int16)
     label = np.zeros((count, SIDE, SIDE), np.uint8)
     stored = Slices(image, label, label, label, np.ones((count, 2), np.bool_), None)
-    return SliceTable(np.zeros(count, np.int64), np.arange(count), np.ones(count, np.bool_), 1, [stored])
+    return SliceTable(
+        np.zeros(count, np.int64), np.arange(count), np.ones(count, np.bool_), 1, [stored]
+    )
 
 
 def plan_of(*overrides):
-    return Plan.from_tree(join(["method=ram", "network.base_width=4", "data.image_size=32", *overrides]))
+    return Plan.from_tree(
+        join(["method=ram", "network.base_width=4", "data.image_size=32", *overrides])
+    )
 
 
 def method_of(plan, domains=1):
@@ -64,9 +68,13 @@ def test_a_pooled_client_mixes_with_another_domain_only_and_a_hospital_with_itse
     for seed in range(30):
         mixer = LocalMixer(tables, RamSettings(), np.random.default_rng(seed))
         mixed = mixer.mix(images, *mixer.draw((4, 4)))
-        for image, own, other in zip(mixed, [0.2] * 4 + [0.8] * 4, [0.8] * 4 + [0.2] * 4, strict=True):
+        for image, own, other in zip(
+            mixed, [0.2] * 4 + [0.8] * 4, [0.8] * 4 + [0.2] * 4, strict=True
+        ):
             share = (image.mean().item() - other) / (own - other)
-            assert share == pytest.approx(round(share, 1), abs=1e-3), "a tenth of the own amplitude, or more tenths"
+            assert share == pytest.approx(round(share, 1), abs=1e-3), (
+                "a tenth of the own amplitude, or more tenths"
+            )
             assert torch.allclose(image, image.mean(), atol=1e-4)
             seen.add(round(share, 1))
     assert seen == {step / 10 for step in range(1, 11)}
@@ -77,30 +85,50 @@ def test_a_pooled_client_mixes_with_another_domain_only_and_a_hospital_with_itse
 
 def test_a_summary_without_spread_gives_the_others_amplitudes_and_never_ones_own():
     pattern = torch.rand(SIDE, SIDE, generator=torch.Generator().manual_seed(0)) - 0.5
-    faint, strong = (np.repeat(window_amplitudes((s * pattern).expand(1, 3, -1, -1)).numpy(), 2, 0) for s in (0.1, 0.5))
+    faint, strong = (
+        np.repeat(window_amplitudes((s * pattern).expand(1, 3, -1, -1)).numpy(), 2, 0)
+        for s in (0.1, 0.5)
+    )
     own, others = (
-        AmplitudeSummary.from_amplitudes(part, SIDE, sites=(n,)) for part, n in ((faint, "A"), (strong, "B"))
+        AmplitudeSummary.from_amplitudes(part, SIDE, sites=(n,))
+        for part, n in ((faint, "A"), (strong, "B"))
     )
     images = (0.1 * pattern).expand(200, 3, -1, -1)
     wanted = strong[0, 0, 0, 1, 1] / faint[0, 0, 0, 1, 1]
-    for total, mine in ((own + others, "A"), (others, "A")):  # what a site sent may have come too late to count
-        mixer = SummaryMixer(total.encode(), replace(own, sites=()), mine, RamSettings(), np.random.default_rng(0))
+    for total, mine in (
+        (own + others, "A"),
+        (others, "A"),
+    ):  # what a site sent may have come too late to count
+        mixer = SummaryMixer(
+            total.encode(), replace(own, sites=()), mine, RamSettings(), np.random.default_rng(0)
+        )
         mixed = window_amplitudes(mixer.mix(images, *mixer.draw((200,))))[:, 0, 0, 1, 1].numpy()
-        shares = {round(float((value / faint[0, 0, 0, 1, 1] - wanted) / (1 - wanted)), 1) for value in mixed}
+        shares = {
+            round(float((value / faint[0, 0, 0, 1, 1] - wanted) / (1 - wanted)), 1)
+            for value in mixed
+        }
         assert shares == {step / 10 for step in range(1, 11)}
     with pytest.raises(FedsgcgError, match="no other site"):
         SummaryMixer(own.encode(), own, "A", RamSettings(), np.random.default_rng(0))
 
 
 def test_a_bank_leaves_out_its_own_entries():
-    windows = window_amplitudes(torch.stack([torch.full((3, SIDE, SIDE), level) for level in (0.1, 0.5)])).numpy()
+    windows = window_amplitudes(
+        torch.stack([torch.full((3, SIDE, SIDE), level) for level in (0.1, 0.5)])
+    ).numpy()
     bank = AmplitudeBank(windows, ("A", "B"))
     mixer = BankMixer(bank.encode(), "A", "volume", RamSettings(), np.random.default_rng(0))
     images = torch.full((50, 3, SIDE, SIDE), 0.1)
     levels = [image.mean().item() for image in mixer.mix(images, *mixer.draw((50,)))]
     assert max(levels) > 0.4
     with pytest.raises(FedsgcgError, match="no other site"):
-        BankMixer(AmplitudeBank(windows[:1], ("A",)).encode(), "A", "volume", RamSettings(), np.random.default_rng(0))
+        BankMixer(
+            AmplitudeBank(windows[:1], ("A",)).encode(),
+            "A",
+            "volume",
+            RamSettings(),
+            np.random.default_rng(0),
+        )
 
 
 # losses
@@ -108,18 +136,25 @@ def test_a_bank_leaves_out_its_own_entries():
 
 def test_consistency_by_hand():
     # p = (3/4, 1/4), q = (1/2, 1/2): sum (p - q)(log p - log q) = (1/4)(log 3/2) + (-1/4)(log 1/2), over two elements.
-    first, second = torch.tensor([0.75, 0.25]).view(1, 2, 1, 1), torch.tensor([0.5, 0.5]).view(1, 2, 1, 1)
+    first, second = (
+        torch.tensor([0.75, 0.25]).view(1, 2, 1, 1),
+        torch.tensor([0.5, 0.5]).view(1, 2, 1, 1),
+    )
     valid = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     by_hand = (0.25 * math.log(1.5) - 0.25 * math.log(0.5)) / 2
     assert consistency_loss(first, second, valid).item() == pytest.approx(by_hand, rel=1e-6)
-    assert consistency_loss(first, second, valid, symmetric=True).item() == pytest.approx(2 * by_hand, rel=1e-6)
+    assert consistency_loss(first, second, valid, symmetric=True).item() == pytest.approx(
+        2 * by_hand, rel=1e-6
+    )
     assert consistency_loss(first, second, ~valid).item() == 0
 
 
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_consistency_is_symmetric_not_negative_and_zero_for_equals(seed, symmetric):
     generator = torch.Generator().manual_seed(seed)
-    first, second = (torch.rand(2, 2, 3, 3, generator=generator).clamp(1e-7, 1 - 1e-7) for _ in range(2))
+    first, second = (
+        torch.rand(2, 2, 3, 3, generator=generator).clamp(1e-7, 1 - 1e-7) for _ in range(2)
+    )
     valid = torch.rand(2, 1, 3, 3, generator=generator) > 0.2
     value = consistency_loss(first, second, valid, symmetric=symmetric)
     assert value >= 0
@@ -134,7 +169,9 @@ def test_saturated_predictions_stay_finite():
     total, _ = method.loss(batch_of((4,)), None)
     total.backward()
     assert torch.isfinite(total)
-    assert all(torch.isfinite(p.grad).all() for p in method.network.parameters() if p.grad is not None)
+    assert all(
+        torch.isfinite(p.grad).all() for p in method.network.parameters() if p.grad is not None
+    )
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3)])
@@ -143,7 +180,11 @@ def test_the_total_is_the_sum_of_its_terms_with_the_papers_weights(sizes):
     method = method_of(plan, len(sizes))
     total, parts = method.loss(batch, None)
     assert total.item() == pytest.approx(
-        (2 * parts["loss_supervised"] + 0.5 * parts["loss_consistency"] + 0.1 * parts["loss_restoration"]).item(),
+        (
+            2 * parts["loss_supervised"]
+            + 0.5 * parts["loss_consistency"]
+            + 0.1 * parts["loss_restoration"]
+        ).item(),
         rel=1e-6,
     )
     again = method_of(plan, len(sizes))
@@ -152,7 +193,9 @@ def test_the_total_is_the_sum_of_its_terms_with_the_papers_weights(sizes):
     maps = again.network.encode(batch.mixed)
     mixed, _ = again.network.decode(maps)
     both = sum(segmentation_loss(logits, batch.labels, plan.data) for logits in (plain, mixed))
-    assert parts["loss_supervised"].item() == pytest.approx(both.item() / 2, rel=1e-6)  # the mean of the views
+    assert parts["loss_supervised"].item() == pytest.approx(
+        both.item() / 2, rel=1e-6
+    )  # the mean of the views
     start, restored = 0, 0.0
     for domain, size in enumerate(sizes):
         part = slice(start, start + size)
@@ -171,9 +214,17 @@ def test_published_parameter_counts():
 
 def test_each_domain_has_a_batchnorm_of_its_own():
     decoder = RestorationDecoder(4, 2).train()
-    before = {name: tensor.clone() for name, tensor in decoder.state_dict().items() if "running_mean" in name}
+    before = {
+        name: tensor.clone()
+        for name, tensor in decoder.state_dict().items()
+        if "running_mean" in name
+    }
     decoder(torch.rand(2, 64, 2, 2), 1)
-    changed = {name for name, tensor in before.items() if not torch.equal(tensor, decoder.state_dict()[name])}
+    changed = {
+        name
+        for name, tensor in before.items()
+        if not torch.equal(tensor, decoder.state_dict()[name])
+    }
     assert changed == {name for name in before if ".1.running_mean" in name}
     assert len(changed) == 12
 
@@ -192,11 +243,22 @@ def test_the_encoder_learns_at_half_the_rate_while_images_are_restored():
 
 def test_restoring_trains_the_encoder_through_the_mixed_copy():
     plan, batch = plan_of("method.ram.consistency=0"), batch_of((4,))
-    weak, strong = (method_of(plan_of("method.ram.consistency=0", f"method.ram.restoration={w}")) for w in (0.1, 10))
+    weak, strong = (
+        method_of(plan_of("method.ram.consistency=0", f"method.ram.restoration={w}"))
+        for w in (0.1, 10)
+    )
     grads = []
     for method in (weak, strong):
         method.loss(batch, None)[0].backward()
-        grads.append(torch.cat([p.grad.flatten() for p in method.network.encoder.parameters() if p.grad is not None]))
+        grads.append(
+            torch.cat(
+                [
+                    p.grad.flatten()
+                    for p in method.network.encoder.parameters()
+                    if p.grad is not None
+                ]
+            )
+        )
         assert all(p.grad is not None for p in method.local.parameters())
     assert not torch.allclose(grads[0], grads[1])
     assert plan.method.ram.restoration == 0.1

@@ -30,7 +30,14 @@ def problems(draw, dtype=torch.float64, min_pixels=1):
         torch.randn(N, A, generator=generator, dtype=dtype),
         torch.randn(K, A, generator=generator, dtype=dtype),
     )
-    return features, labels, mean, root @ root.mT / A, draw(st.sampled_from([0.3, 1.0, 5.0])), active
+    return (
+        features,
+        labels,
+        mean,
+        root @ root.mT / A,
+        draw(st.sampled_from([0.3, 1.0, 5.0])),
+        active,
+    )
 
 
 def brute_force(features, labels, mean, covariance, temperature, active=None, form="full"):
@@ -43,7 +50,12 @@ def brute_force(features, labels, mean, covariance, temperature, active=None, fo
             gradients.append(torch.zeros_like(q))
             continue
         sigma = {k: form_of(covariance[k].double(), form) for k in on}
-        z = torch.stack([q @ mean[k].double() / temperature + q @ sigma[k] @ q / (2 * temperature**2) for k in on])
+        z = torch.stack(
+            [
+                q @ mean[k].double() / temperature + q @ sigma[k] @ q / (2 * temperature**2)
+                for k in on
+            ]
+        )
         p = torch.softmax(z, 0)
         losses.append(float(torch.logsumexp(z, 0) - q @ mean[y].double() / temperature))
         pulled = sum(
@@ -55,17 +67,30 @@ def brute_force(features, labels, mean, covariance, temperature, active=None, fo
 
 
 def form_of(sigma, form):
-    return {"full": sigma, "diagonal": torch.diag(sigma.diagonal()), "none": torch.zeros_like(sigma)}[form]
+    return {
+        "full": sigma,
+        "diagonal": torch.diag(sigma.diagonal()),
+        "none": torch.zeros_like(sigma),
+    }[form]
 
 
 def kept(labels, active):
-    return torch.tensor([y != IGNORE and (active is None or bool(active[y])) for y in labels.tolist()])
+    return torch.tensor(
+        [y != IGNORE and (active is None or bool(active[y])) for y in labels.tolist()]
+    )
 
 
 def pixel_losses(problem, **options):
     features, labels, mean, covariance, temperature, active = problem
     return sgcg_loss(
-        features, labels, mean, covariance, temperature=temperature, active=active, reduction="none", **options
+        features,
+        labels,
+        mean,
+        covariance,
+        temperature=temperature,
+        active=active,
+        reduction="none",
+        **options,
     )
 
 
@@ -75,9 +100,13 @@ def test_loss_and_gradient_equal_the_formulas_in_float64(problem, form, seed):
     features, labels, mean, covariance, temperature, active = problem
     features.requires_grad_()
     losses = pixel_losses(problem, covariance_form=form)
-    wanted, slopes = brute_force(features.detach(), labels, mean, covariance, temperature, active, form)
+    wanted, slopes = brute_force(
+        features.detach(), labels, mean, covariance, temperature, active, form
+    )
     torch.testing.assert_close(losses.detach(), wanted, rtol=1e-12, atol=1e-12)
-    weight = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight = torch.rand(
+        len(labels), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     (gradient,) = torch.autograd.grad((losses * weight).sum(), features)
     torch.testing.assert_close(gradient, slopes * weight[:, None], rtol=1e-12, atol=1e-11)
 
@@ -87,14 +116,26 @@ def test_loss_and_gradient_equal_the_formulas_in_float64(problem, form, seed):
 def test_float32_keeps_six_digits(problem, form):
     features, labels, mean, covariance, temperature, active = problem
     features.requires_grad_()
-    loss = sgcg_loss(features, labels, mean, covariance, temperature=temperature, active=active, covariance_form=form)
+    loss = sgcg_loss(
+        features,
+        labels,
+        mean,
+        covariance,
+        temperature=temperature,
+        active=active,
+        covariance_form=form,
+    )
     assert loss.dtype == torch.float32
-    wanted, slopes = brute_force(features.detach(), labels, mean, covariance, temperature, active, form)
+    wanted, slopes = brute_force(
+        features.detach(), labels, mean, covariance, temperature, active, form
+    )
     number = max(1, int(kept(labels, active).sum()))
     scale = 1 + float(wanted.abs().max())
     assert abs(float(loss.detach()) - float(wanted.sum()) / number) <= 1e-6 * scale
     (gradient,) = torch.autograd.grad(loss, features)
-    size = scale * (1 + float(slopes.abs().max()) + float(mean.abs().max()) / temperature)  # before anything cancels
+    size = scale * (
+        1 + float(slopes.abs().max()) + float(mean.abs().max()) / temperature
+    )  # before anything cancels
     assert float((number * gradient - slopes).abs().max()) <= 2e-6 * size
 
 
@@ -136,8 +177,12 @@ def test_one_class_leaves_the_quadratic_term(problem):
     features, labels, mean, covariance, temperature, _ = problem
     only = torch.where(labels == IGNORE, IGNORE, 0)
     losses = pixel_losses((features, only, mean[:1], covariance[:1], temperature, None))
-    quadratic = torch.einsum("na,ab,nb->n", features, covariance[0], features) / (2 * temperature**2)
-    torch.testing.assert_close(losses, torch.where(only == IGNORE, 0.0, quadratic), rtol=1e-11, atol=1e-11)
+    quadratic = torch.einsum("na,ab,nb->n", features, covariance[0], features) / (
+        2 * temperature**2
+    )
+    torch.testing.assert_close(
+        losses, torch.where(only == IGNORE, 0.0, quadratic), rtol=1e-11, atol=1e-11
+    )
 
 
 @settings(deadline=None)
@@ -149,7 +194,9 @@ def test_no_covariance_is_prototype_cross_entropy(problem):
         features @ mean.T / temperature, labels, ignore_index=IGNORE, reduction="none"
     )
     torch.testing.assert_close(pixel_losses(problem), wanted, rtol=1e-11, atol=1e-11)
-    without = pixel_losses((features, labels, mean, covariance, temperature, None), covariance_form="none")
+    without = pixel_losses(
+        (features, labels, mean, covariance, temperature, None), covariance_form="none"
+    )
     torch.testing.assert_close(without, wanted, rtol=1e-11, atol=1e-11)
 
 
@@ -159,7 +206,9 @@ def test_the_diagonal_form_equals_a_diagonal_covariance(problem):
     features, labels, mean, covariance, temperature, active = problem
     diagonal = torch.diag_embed(covariance.diagonal(dim1=1, dim2=2))
     full = pixel_losses((features, labels, mean, diagonal, temperature, active))
-    torch.testing.assert_close(pixel_losses(problem, covariance_form="diagonal"), full, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        pixel_losses(problem, covariance_form="diagonal"), full, rtol=1e-11, atol=1e-11
+    )
 
 
 @settings(deadline=None)
@@ -184,7 +233,10 @@ def test_the_order_of_the_classes_does_not_matter(problem, order):
     renamed = torch.where(labels == IGNORE, IGNORE, place[torch.where(labels == IGNORE, 0, labels)])
     moved = pixel_losses((features, renamed, mean[order], covariance[order], temperature, None))
     torch.testing.assert_close(
-        pixel_losses((features, labels, mean, covariance, temperature, None)), moved, rtol=1e-11, atol=1e-11
+        pixel_losses((features, labels, mean, covariance, temperature, None)),
+        moved,
+        rtol=1e-11,
+        atol=1e-11,
     )
 
 
@@ -195,7 +247,12 @@ def test_gradcheck(problem, form, reduction):
     features.requires_grad_()
 
     def loss(q):
-        options = {"temperature": temperature, "active": active, "reduction": reduction, "covariance_form": form}
+        options = {
+            "temperature": temperature,
+            "active": active,
+            "reduction": reduction,
+            "covariance_form": form,
+        }
         return sgcg_loss(q, labels, mean, covariance, **options)
 
     assert torch.autograd.gradcheck(loss, features, atol=1e-4, rtol=1e-3)
@@ -221,7 +278,9 @@ def test_chunks_do_not_change_the_result(problem, pixels, form):
 def test_logits_far_above_1e4_stay_finite(problem, size):
     features, labels, mean, covariance, _, active = problem
     features = (size * features).float().requires_grad_()
-    loss = sgcg_loss(features, labels, size * mean.float(), covariance.float(), temperature=0.1, active=active)
+    loss = sgcg_loss(
+        features, labels, size * mean.float(), covariance.float(), temperature=0.1, active=active
+    )
     loss.backward()
     assert math.isfinite(float(loss.detach()))
     assert features.grad.isfinite().all()
@@ -233,7 +292,9 @@ def labelled(draw):
     N, A, K = draw(st.integers(0, 60)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    features = draw(st.sampled_from([0.0, 100.0])) + torch.randn(N, A, generator=generator, dtype=dtype)
+    features = draw(st.sampled_from([0.0, 100.0])) + torch.randn(
+        N, A, generator=generator, dtype=dtype
+    )
     labels = torch.randint(0, draw(st.integers(1, K)), (N,), generator=generator)
     labels[torch.rand(N, generator=generator) < 0.2] = IGNORE
     return features, labels.to(draw(st.sampled_from([torch.uint8, torch.int64]))), K
@@ -247,7 +308,10 @@ def test_moments_equal_pooled_statistics_on_either_path(data, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "BLOCK_ELEMENTS", block)
         patch.setattr(moments, "MASK_ELEMENTS", block)
-        for found in (class_moments(features, labels, K), moments._moments_by_mask(features, labels, K, IGNORE)):
+        for found in (
+            class_moments(features, labels, K),
+            moments._moments_by_mask(features, labels, K, IGNORE),
+        ):
             count, mean, scatter = (tensor.numpy() for tensor in found)
             np.testing.assert_array_equal(count, wanted.count)
             np.testing.assert_allclose(mean, wanted.mean, rtol=1e-6, atol=1e-6)
@@ -278,7 +342,11 @@ def test_reduced_labels_are_the_majority_of_each_square(seed, factor, K, majorit
     found = reduce_labels(labels, factor, K, majority)
     assert found.dtype == dtype
     for b, i, j in np.ndindex(2, 2, 3):
-        square = labels[b, i * factor : (i + 1) * factor, j * factor : (j + 1) * factor].flatten().tolist()
+        square = (
+            labels[b, i * factor : (i + 1) * factor, j * factor : (j + 1) * factor]
+            .flatten()
+            .tolist()
+        )
         counts = [square.count(k) for k in range(K)] + [square.count(IGNORE)]
         best = int(np.argmax(counts))
         share = counts[best] / factor**2

@@ -7,12 +7,17 @@ from hypothesis import strategies as st
 
 from clients.data.case_files import CaseFile, split_of, splits
 
-patients = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=30)
+patients = st.lists(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=30
+)
 fractions = st.floats(0.0, 0.99)
 
 
 def cases_of(names):
-    return [CaseFile("S", f"case{number}", Path("i"), Path("m"), name, None) for number, name in enumerate(names)]
+    return [
+        CaseFile("S", f"case{number}", Path("i"), Path("m"), name, None)
+        for number, name in enumerate(names)
+    ]
 
 
 @given(patients, fractions)
@@ -39,13 +44,20 @@ def test_new_cases_move_no_patient(names, more, fraction):
 def test_the_order_of_the_cases_does_not_matter(names, fraction, random):
     cases = cases_of(names)
     shuffled = random.sample(cases, len(cases))
-    by_name = dict(zip([case.name for case in shuffled], splits(shuffled, fraction, heldout=False), strict=True))
+    by_name = dict(
+        zip(
+            [case.name for case in shuffled], splits(shuffled, fraction, heldout=False), strict=True
+        )
+    )
     assert [by_name[case.name] for case in cases] == list(splits(cases, fraction, heldout=False))
 
 
 @given(patients, st.tuples(fractions, fractions))
 def test_a_larger_share_only_adds_validation_patients(names, pair):
-    small, large = (({name for name in names if split_of(name, share) == "validation"}) for share in sorted(pair))
+    small, large = (
+        ({name for name in names if split_of(name, share) == "validation"})
+        for share in sorted(pair)
+    )
     assert small <= large
 
 

@@ -15,7 +15,11 @@ IGNORE = 255
 @st.composite
 def labelled(draw, min_pixels=0, max_pixels=60):
     """Features (N, A) with a draw of offset and scale, labels with ignored pixels and often absent classes, and K."""
-    N, A, K = draw(st.integers(min_pixels, max_pixels)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    N, A, K = (
+        draw(st.integers(min_pixels, max_pixels)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 4)),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     offset, scale = draw(st.sampled_from([(0, 1), (10, 0.1), (1000, 1)]))
     labels = rng.integers(0, draw(st.integers(1, K)), N)
@@ -50,7 +54,10 @@ def assert_identical(found, wanted):
 
 def parts_of(features, labels, K, seed, parts):
     owner = np.random.default_rng(seed).integers(0, parts, len(labels))
-    return [ClassStatistics.from_features(features[owner == s], labels[owner == s], K, IGNORE) for s in range(parts)]
+    return [
+        ClassStatistics.from_features(features[owner == s], labels[owner == s], K, IGNORE)
+        for s in range(parts)
+    ]
 
 
 @settings(deadline=None)
@@ -92,8 +99,12 @@ def test_nothing_is_the_exact_identity(data):
 @given(labelled(min_pixels=1), labelled(min_pixels=1))
 def test_an_absent_class_changes_nothing(one, other):
     A, K = min(one[0].shape[1], other[0].shape[1]), 5
-    first = ClassStatistics.from_features(one[0][:, :A], np.where(one[1] == IGNORE, IGNORE, 0), K, IGNORE)
-    second = ClassStatistics.from_features(other[0][:, :A], np.where(other[1] == IGNORE, IGNORE, 3), K, IGNORE)
+    first = ClassStatistics.from_features(
+        one[0][:, :A], np.where(one[1] == IGNORE, IGNORE, 0), K, IGNORE
+    )
+    second = ClassStatistics.from_features(
+        other[0][:, :A], np.where(other[1] == IGNORE, IGNORE, 3), K, IGNORE
+    )
     pooled = first + second
     for k, source in ((0, first), (3, second)):
         assert pooled.count[k] == source.count[k]
@@ -106,7 +117,10 @@ def test_an_absent_class_changes_nothing(one, other):
 @given(labelled(min_pixels=1), st.floats(-100, 100))
 def test_a_shift_moves_the_mean_and_leaves_the_scatter(data, shift):
     features, labels, K = data
-    here, there = brute_force(features, labels, K), ClassStatistics.from_features(features + shift, labels, K, IGNORE)
+    here, there = (
+        brute_force(features, labels, K),
+        ClassStatistics.from_features(features + shift, labels, K, IGNORE),
+    )
     seen = here.count > 0
     np.testing.assert_allclose(there.mean[seen], here.mean[seen] + shift, rtol=1e-12, atol=1e-9)
     np.testing.assert_allclose(there.scatter, here.scatter, rtol=1e-9, atol=1e-7)
@@ -135,7 +149,9 @@ def test_sums_of_sites_about_one_reference_add_up(data, seed):
     parts = parts_of(*data, seed, 3)
     reference = parts[0].mean + 0.5
     sums = [part.to_sums(reference) for part in parts]
-    added = ClassStatistics.from_sums(*(sum(column) for column in zip(*sums, strict=True)), reference)
+    added = ClassStatistics.from_sums(
+        *(sum(column) for column in zip(*sums, strict=True)), reference
+    )
     scale = max(np.abs(s[2]).max(initial=0) for s in sums)
     assert_same(added, sum_of(parts), atol=1e-9 * scale + 1e-7)
 
@@ -177,7 +193,9 @@ def test_covariances_are_population_ones_and_positive(data, seed):
                 rtol=1e-8,
                 atol=1e-9,
             )
-        assert np.linalg.eigvalsh(pooled.scatter[k])[0] >= -1e-10 * (1 + np.trace(pooled.scatter[k]))
+        assert np.linalg.eigvalsh(pooled.scatter[k])[0] >= -1e-10 * (
+            1 + np.trace(pooled.scatter[k])
+        )
 
 
 @settings(deadline=None)
@@ -202,7 +220,9 @@ def test_identical_sites_have_no_shift(data):
 
 
 def test_between_site_trace_by_hand():
-    sites = [ClassStatistics([n], [[m, 0.0]], np.zeros((1, 2, 2))) for n, m in ((1.0, 0.0), (3.0, 4.0))]
+    sites = [
+        ClassStatistics([n], [[m, 0.0]], np.zeros((1, 2, 2))) for n, m in ((1.0, 0.0), (3.0, 4.0))
+    ]
     # mean 3; 1/4 * 9 + 3/4 * 1 = 3
     np.testing.assert_allclose(between_site_trace(sites), [3.0])
 
@@ -231,7 +251,9 @@ def test_counts_stay_exact_beyond_what_float32_can_count():
 @given(st.integers(0, 99))
 def test_hundreds_of_merges_far_from_the_origin_keep_eight_digits(seed):
     rng = np.random.default_rng(seed)
-    features = 1e3 + 1e-2 * (rng.standard_normal((1200, 3)) + np.repeat(rng.standard_normal((300, 3)), 4, axis=0))
+    features = 1e3 + 1e-2 * (
+        rng.standard_normal((1200, 3)) + np.repeat(rng.standard_normal((300, 3)), 4, axis=0)
+    )
     one_by_one = ClassStatistics.empty(1, 3)
     for rows in features.reshape(300, 4, 3):
         one_by_one = one_by_one + ClassStatistics.from_features(rows, np.zeros(4, np.int64), 1)
@@ -245,7 +267,10 @@ def test_a_class_larger_than_a_block_is_summed_over_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     features, labels = 100 + rng.standard_normal((50, 3)).astype(np.float32), rng.integers(0, 2, 50)
     monkeypatch.setattr("common.statistics.BLOCK_ELEMENTS", 12)
-    assert_same(ClassStatistics.from_features(features, labels, 2), brute_force(features.astype(np.float64), labels, 2))
+    assert_same(
+        ClassStatistics.from_features(features, labels, 2),
+        brute_force(features.astype(np.float64), labels, 2),
+    )
 
 
 @pytest.mark.parametrize(

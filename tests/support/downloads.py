@@ -43,7 +43,10 @@ def released(
         for case in sorted(cases):
             folder = root / domain / part / "ROIs"
             image = picture(folder / "image" / f"{case}.png", colours((side, side), len(made)))
-            mask = picture(folder / "mask" / f"{case}.png", grey_mask((side, side), (side / 2, side / 2), side / 4))
+            mask = picture(
+                folder / "mask" / f"{case}.png",
+                grey_mask((side, side), (side / 2, side / 2), side / 4),
+            )
             made[case] = (image, mask)
     return made
 
@@ -51,7 +54,9 @@ def released(
 def volume(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> np.ndarray:
     """Write (i, j, k) voxels as NIfTI and return them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, np.diag([-0.5, -0.5, 3.0, 1.0]) if affine is None else affine), path)
+    nib.save(
+        nib.Nifti1Image(array, np.diag([-0.5, -0.5, 3.0, 1.0]) if affine is None else affine), path
+    )
     return array
 
 

@@ -79,7 +79,13 @@ class Federation:
     def fill_in(self, site: str, **changes: Any) -> None:
         """Fill in a hospital's `site.yaml` as its people would, and approve the code that is installed."""
         path = self.site(site) / "site.yaml"
-        own = {"data_root": str(self.hospitals), "device": "cpu", "patient_floor": 1, "min_pixels": 1, **changes}
+        own = {
+            "data_root": str(self.hospitals),
+            "device": "cpu",
+            "patient_floor": 1,
+            "min_pixels": 1,
+            **changes,
+        }
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **own}))
         approve(bundle_of_folder(REPOSITORY), self.site(site) / "approved.json", "test")
 
@@ -142,7 +148,14 @@ class Federation:
         before = ["tests.support.apart", str(relay), str(self.port)] if relay else []
         with (self.folder / f"{name}.log").open("a") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", *before, module, *(str(argument) for argument in arguments)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    *before,
+                    module,
+                    *(str(argument) for argument in arguments),
+                ],
                 stdout=log,
                 stderr=log,
                 text=True,
@@ -195,7 +208,8 @@ class Federation:
     def seen(self, event: str, **facts: Any) -> bool:
         """Whether an event with some facts has happened."""
         return any(
-            found["event"] == event and all(found.get(name) == value for name, value in facts.items())
+            found["event"] == event
+            and all(found.get(name) == value for name, value in facts.items())
             for found in self.events()
         )
 

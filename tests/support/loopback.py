@@ -39,7 +39,10 @@ QUIET = {
 
 
 def certificate(
-    folder: Path, name: str, issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None, days: float = 9
+    folder: Path,
+    name: str,
+    issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None,
+    days: float = 9,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """Write `<name>.crt` and `<name>.key`: an authority without an issuer, else a server's for loopback."""
     key = ec.generate_private_key(ec.SECP384R1())
@@ -69,9 +72,13 @@ def site_key(folder: Path) -> None:
     """Write `site.key` (OpenSSH) and `site.pub`."""
     key = ec.generate_private_key(ec.SECP384R1())
     form = serialization.PrivateFormat.OpenSSH
-    (folder / "site.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    (folder / "site.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    )
     (folder / "site.key").chmod(0o600)
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
     (folder / "site.pub").write_bytes(public)
 
 
@@ -123,10 +130,18 @@ class Loopback:
         home.mkdir(exist_ok=True)
         config = {"default": "link"}
         text = f'[superlink]\ndefault = "{config["default"]}"\n[superlink.link]\naddress = "127.0.0.1:{self.port}"\n'
-        (home / "config.toml").write_text(text + f'root-certificates = "{self.folder}/authority.crt"\n')
+        (home / "config.toml").write_text(
+            text + f'root-certificates = "{self.folder}/authority.crt"\n'
+        )
         self.start(
             "superlink",
-            *("flower-superlink", "--ssl-ca-certfile", "authority.crt", "--ssl-certfile", "server.crt"),
+            *(
+                "flower-superlink",
+                "--ssl-ca-certfile",
+                "authority.crt",
+                "--ssl-certfile",
+                "server.crt",
+            ),
             *(
                 "--ssl-keyfile",
                 "server.key",
@@ -134,7 +149,13 @@ class Loopback:
                 "--database",
                 self.database or str(home / "state.db"),
             ),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--disable-runtime-dependency-installation"),
+            *(
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--disable-runtime-dependency-installation",
+            ),
         )
         wait_for_port(self.port)
 
@@ -144,14 +165,20 @@ class Loopback:
 
     def join(self, kit: Path, *more: str, **variables: str) -> None:
         """Start `fedsgcg-site join` for a kit."""
-        self.start(kit.name, sys.executable, "-m", "deploy.cli.site", "join", str(kit), *more, **variables)
+        self.start(
+            kit.name, sys.executable, "-m", "deploy.cli.site", "join", str(kit), *more, **variables
+        )
 
     def start(self, name: str, program: str, *arguments: str, **variables: str) -> None:
         """Start a program in the background, its output in `<name>.log`; `variables` are added to its environment."""
         path = program if program.startswith("/") else str(BIN / program)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.children[name] = subprocess.Popen(
-                [path, *arguments], cwd=self.folder, env=self.environment() | variables, stdout=log, stderr=log
+                [path, *arguments],
+                cwd=self.folder,
+                env=self.environment() | variables,
+                stdout=log,
+                stderr=log,
             )
 
     def environment(self) -> dict[str, str]:
@@ -169,7 +196,11 @@ class Loopback:
     def flwr(self, *arguments: str) -> str:
         """Run the `flwr` client and return what it said."""
         done = subprocess.run(
-            [str(BIN / "flwr"), *arguments], cwd=self.folder, env=self.environment(), capture_output=True, timeout=120
+            [str(BIN / "flwr"), *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            timeout=120,
         )
         text = done.stdout.decode() + done.stderr.decode()
         assert done.returncode == 0, text
@@ -196,7 +227,10 @@ class Loopback:
     def wait(self, run: str, patience_s: float = 400) -> str:
         """Wait for the end of a run's ServerApp, which the SuperLink logs, and return the run's status."""
         end = time.monotonic() + patience_s
-        while not re.search(rf"Finished task \d+ of run {run}", self.said("superlink")) and time.monotonic() < end:
+        while (
+            not re.search(rf"Finished task \d+ of run {run}", self.said("superlink"))
+            and time.monotonic() < end
+        ):
             time.sleep(0.5)
         return self.status(run)
 

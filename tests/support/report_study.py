@@ -125,9 +125,13 @@ def write_large_study(
     for label, (trains, federation, setting) in labels.items():
         for heldout in sites if label not in skip else ():
             for seed in seeds:
-                alone = [site for site in sites if site != heldout] if federation == "local" else [""]
+                alone = (
+                    [site for site in sites if site != heldout] if federation == "local" else [""]
+                )
                 for trained_on in alone:
-                    facts = dict(zip(LABEL_COLUMNS, (trains, federation, setting, trained_on), strict=True))
+                    facts = dict(
+                        zip(LABEL_COLUMNS, (trains, federation, setting, trained_on), strict=True)
+                    )
                     plain = not setting and seed == seeds[0]
                     write_cell(
                         folder, (label, heldout, seed), sites, structures, cases, pictures=plain,
@@ -138,7 +142,16 @@ def write_large_study(
 
 
 def write_cell(
-    folder, key, sites, structures, cases=12, pictures=True, status="completed", problems=(), facts=None, features=False
+    folder,
+    key,
+    sites,
+    structures,
+    cases=12,
+    pictures=True,
+    status="completed",
+    problems=(),
+    facts=None,
+    features=False,
 ):
     method, heldout, seed = key
     facts = facts or {}
@@ -150,9 +163,15 @@ def write_cell(
     names = dict(zip(("method", "heldout", "seed"), key, strict=True))
     added = facts if "trains" in facts else {}
     results = [row | added for row in result_rows(key, structures, cases, facts)]
-    pq.write_table(pa.Table.from_pylist(results, schema=_with_labels(RESULTS_SCHEMA, added)), cell / "results.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(results, schema=_with_labels(RESULTS_SCHEMA, added)),
+        cell / "results.parquet",
+    )
     rounds = [row | added for row in round_rows(key, training, facts)]
-    pq.write_table(pa.Table.from_pylist(rounds, schema=_with_labels(ROUNDS_SCHEMA, added)), cell / "rounds.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(rounds, schema=_with_labels(ROUNDS_SCHEMA, added)),
+        cell / "rounds.parquet",
+    )
     outcome = names | {
         "status": status,
         "error": "",
@@ -195,7 +214,9 @@ def write_features(cell, trains, training, heldout, classes, channels=8, pixels=
         centres = apart * np.eye(classes, channels) + shift * place
         features = np.maximum(centres[labels] + rng.normal(0, 0.5, (labels.size, channels)), 0)
         features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-12
-        write_feature_samples(cell / "sites" / site / "features.arrow", features, labels, site, trains)
+        write_feature_samples(
+            cell / "sites" / site / "features.arrow", features, labels, site, trains
+        )
         parts.append(ClassStatistics.from_features(features, labels, classes))
     if "sgcg" in trains:
         pooled = sum(parts[1:-1], parts[0])
@@ -230,7 +251,9 @@ def result_rows(key, structures, cases, facts=None):
     rows = []
     for case in range(cases):
         for depth, structure in enumerate(structures):
-            dice = float(np.clip(level + hard[case] - 0.08 * depth + gain + noise.normal(0, 0.012), 0, 1))
+            dice = float(
+                np.clip(level + hard[case] - 0.08 * depth + gain + noise.normal(0, 0.012), 0, 1)
+            )
             empty = case == 0 and method == "source" and heldout == "HK"
             dice = 0.0 if empty else dice
             distance = float("nan") if empty else 9.0 * (1.02 - dice)
@@ -277,12 +300,36 @@ def round_rows(key, training, facts=None):
             contrast = 0.5 * np.exp(-number / 9) + 0.2 if has_sgcg else 0.0
             add(number, "train", site, "loss_supervised", supervised)
             add(number, "train", site, "loss", supervised + 0.1 * contrast)
-            add(number, "train", site, "validation_dice", 0.88 * (1 - np.exp(-(number - 1) / 3)) + rng.normal(0, 0.012))
+            add(
+                number,
+                "train",
+                site,
+                "validation_dice",
+                0.88 * (1 - np.exp(-(number - 1) / 3)) + rng.normal(0, 0.012),
+            )
             add(number, "train", site, "bytes_up", 12_800_000)
-            add(number, "train", site, "steps", 84 if (facts or {}).get("federation") == "pooled" else 28)
+            add(
+                number,
+                "train",
+                site,
+                "steps",
+                84 if (facts or {}).get("federation") == "pooled" else 28,
+            )
         if facts:
-            add(number, "heldout", heldout, "heldout_dice", 0.8 * (1 - np.exp(-number / 4)) + gain_of(key, facts))
-            add(number, "heldout", heldout, "heldout_asd", 6 * np.exp(-number / 6) + 1.2 - gain_of(key, facts))
+            add(
+                number,
+                "heldout",
+                heldout,
+                "heldout_dice",
+                0.8 * (1 - np.exp(-number / 4)) + gain_of(key, facts),
+            )
+            add(
+                number,
+                "heldout",
+                heldout,
+                "heldout_asd",
+                6 * np.exp(-number / 6) + 1.2 - gain_of(key, facts),
+            )
         if has_sgcg and len(training) > 1:
             for cls, scale in (("background", 0.02), ("prostate", 0.06)):
                 add(
@@ -293,7 +340,14 @@ def round_rows(key, training, facts=None):
                     scale * np.exp(-number / 8) * (1 + rng.normal(0, 0.08)),
                     cls,
                 )
-                add(number, "merge", "", "within_site_trace", 0.3 + scale * np.exp(-number / 15), cls)
+                add(
+                    number,
+                    "merge",
+                    "",
+                    "within_site_trace",
+                    0.3 + scale * np.exp(-number / 15),
+                    cls,
+                )
     return rows
 
 
@@ -304,7 +358,13 @@ def write_ledgers(cell, method, training, heldout):
         lines = []
         path = cell / "sites" / site / "ledger.jsonl"
         for number in range(1, ROUNDS + 1):
-            entry = {"seq": number - 1, "round": number, "kind": "train", "parts": parts, "withheld": []}
+            entry = {
+                "seq": number - 1,
+                "round": number,
+                "kind": "train",
+                "parts": parts,
+                "withheld": [],
+            }
             entry["previous"] = json.loads(lines[-1])["hash"] if lines else ledger.START
             lines.append(json.dumps(entry | {"hash": ledger.seal(entry)}))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -332,12 +392,21 @@ def write_discs(path, key, structures, cases, facts=None, size=128):
         y, x, radius = rng.uniform(50, 78), rng.uniform(50, 78), rng.uniform(16, 27)
         ripple = 1 + 0.12 * np.sin(3 * np.arctan2(rows - y, columns - x) + rng.uniform(0, 6))
         distance = np.hypot(rows - y, (columns - x) / 1.25) / ripple
-        moved = np.hypot(rows - y - (3 if "sgcg" in method else 6), (columns - x + 2) / 1.2) / ripple
+        moved = (
+            np.hypot(rows - y - (3 if "sgcg" in method else 6), (columns - x + 2) / 1.2) / ripple
+        )
         truth = np.stack([distance < radius / (depth + 1) for depth in range(len(structures))])
         guess = np.stack(
-            [moved < (0 if values[0] == 0 else radius * 0.95) / (depth + 1) for depth in range(len(structures))]
+            [
+                moved < (0 if values[0] == 0 else radius * 0.95) / (depth + 1)
+                for depth in range(len(structures))
+            ]
         )
-        image = 70 + 60 * (distance < radius) + 30 * np.exp(-((rows - 64) ** 2 + (columns - 64) ** 2) / 3000)
+        image = (
+            70
+            + 60 * (distance < radius)
+            + 30 * np.exp(-((rows - 64) ** 2 + (columns - 64) ** 2) / 3000)
+        )
         image = np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8)
         found.append(
             Picture(
@@ -363,7 +432,12 @@ def hash_of(text: str) -> int:
 def _settings(method, sites, structures, name="made-up"):
     classes = {"background": [0], **{name: [place + 1] for place, name in enumerate(structures)}}
     return {
-        "data": {"name": name, "sites": list(sites), "classes": classes, "structures": dict(structures)},
+        "data": {
+            "name": name,
+            "sites": list(sites),
+            "classes": classes,
+            "structures": dict(structures),
+        },
         "network": {"name": "unet", "base_width": 16, "norm": "batch"},
         "method": {
             "name": method,

@@ -22,7 +22,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from common.seeding import stream
 from common.settings.plan import Plan
 from common.statistics import ClassStatistics
-from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request, decode_request, encode_reply
+from common.wire.messages import (
+    ENROL,
+    EVALUATE,
+    STATISTICS,
+    TRAIN,
+    Reply,
+    Request,
+    decode_request,
+    encode_reply,
+)
 from common.wire.norm_moments import NormMoments, norm_layers
 from common.wire.payload import DISTANCES, Weights, encode_cases
 
@@ -77,7 +86,11 @@ class ScriptedGrid(Grid):
 
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [
-            NodeInfo(node_id=node, last_activated_at=self.activated.get(node, ""), name=self.names.get(node, ""))
+            NodeInfo(
+                node_id=node,
+                last_activated_at=self.activated.get(node, ""),
+                name=self.names.get(node, ""),
+            )
             for node in self.get_node_ids()
         ]
 
@@ -102,11 +115,17 @@ class ScriptedGrid(Grid):
         site, kind = self.nodes[message.metadata.dst_node_id], message.metadata.message_type
         request = decode_request(message.content)
         self.sent.append(Sent(site, kind, request))
-        answer = self.script(self, site, kind, request, honest_reply(self.plan, site, kind, request))
+        answer = self.script(
+            self, site, kind, request, honest_reply(self.plan, site, kind, request)
+        )
         if answer is SILENCE:
             return
         if answer in (FLOWER_ERROR, LOST):
-            code = ErrorCode.NODE_UNAVAILABLE if answer is LOST else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            code = (
+                ErrorCode.NODE_UNAVAILABLE
+                if answer is LOST
+                else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            )
             reply = Message(Error(code, PATIENT), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = 1  # as the SuperLink does for a dead node
         else:
@@ -126,18 +145,29 @@ def honest_reply(plan: Plan, site: str, kind: str, request: Request) -> Reply:
     if kind == ENROL:
         counts = {"train": examples_of(site), "validation": 2, "test": 2}
         details = {"site": site, "roles": ["train", "heldout", "observer"], "problems": []}
-        return replace(reply, details=details | {"cases": counts, "patients": counts, "slices": counts})
+        return replace(
+            reply, details=details | {"cases": counts, "patients": counts, "slices": counts}
+        )
     assert request.weights is not None
     if kind == STATISTICS:
         moments = site_moments(request.weights, rng) if request.options.get("moments") else None
         return replace(reply, statistics=statistics, moments=moments)
     if kind == EVALUATE:
         rows = case_rows(plan, site, request.weights)
-        return replace(reply, cases=encode_cases(rows), metrics={"dice": float(np.mean([row["dice"] for row in rows]))})
+        return replace(
+            reply,
+            cases=encode_cases(rows),
+            metrics={"dice": float(np.mean([row["dice"] for row in rows]))},
+        )
     noise = rng.normal(scale=0.01, size=request.weights.values.size).astype(np.float32)
     counters = tuple((name, value + len(site)) for name, value in request.weights.counters)
     weights = Weights(request.weights.layout, request.weights.values + noise, counters)
-    metrics = {"examples": float(examples_of(site)), "steps": 3.0, "loss": 1.0 / identity.round, "seconds": 1.5}
+    metrics = {
+        "examples": float(examples_of(site)),
+        "steps": 3.0,
+        "loss": 1.0 / identity.round,
+        "seconds": 1.5,
+    }
     judged = {"validation_dice": score_of(request.weights), "validation_cases": 2.0}
     return replace(reply, weights=weights, statistics=statistics, metrics=metrics | judged)
 
@@ -162,8 +192,19 @@ def case_rows(plan: Plan, site: str, weights: Weights) -> list[dict[str, object]
     """Two cases with a Dice that depends on the model."""
     distances = dict.fromkeys((*DISTANCES, *(f"{name}_mm" for name in DISTANCES)), 1.0)
     return [
-        {"case": f"{site}-{k}", "structure": name, "dice": score_of(weights), "unit": "pixel", **distances}
-        | {"empty_prediction": False, "empty_truth": False, "dice_smooth1": score_of(weights), "asd_compat": 1.0}
+        {
+            "case": f"{site}-{k}",
+            "structure": name,
+            "dice": score_of(weights),
+            "unit": "pixel",
+            **distances,
+        }
+        | {
+            "empty_prediction": False,
+            "empty_truth": False,
+            "dice_smooth1": score_of(weights),
+            "asd_compat": 1.0,
+        }
         for k in range(2)
         for name in plan.data.structures
     ]

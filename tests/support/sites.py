@@ -36,7 +36,13 @@ def hospitals(root: Path, cases: int = 4) -> Path:
 def tree_of(root: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     """Resolved settings of a federation on `root` whose run and cache lie below `folder`."""
     return compose(
-        [f"data.root={root}", f"output={folder / 'run'}", f"site.cache={folder / 'cache'}", *SMALL, *overrides]
+        [
+            f"data.root={root}",
+            f"output={folder / 'run'}",
+            f"site.cache={folder / 'cache'}",
+            *SMALL,
+            *overrides,
+        ]
     )
 
 
@@ -57,7 +63,11 @@ def identity(plan: Plan, round_number: int = 1) -> Identity:
 
 
 def ask(
-    tree: Mapping[str, Any] | None, kind: str, records: RecordDict, node: Mapping[str, Any], run: Any = None
+    tree: Mapping[str, Any] | None,
+    kind: str,
+    records: RecordDict,
+    node: Mapping[str, Any],
+    run: Any = None,
 ) -> RecordDict:
     """Give one message to the app, as Flower does, and return what leaves."""
     metadata = Metadata(
@@ -72,7 +82,9 @@ def ask(
         message_type=kind,
     )
     message = Message(records, metadata=metadata)
-    context = Context(run_id=1, node_id=1, node_config=dict(node), state=RecordDict(), run_config=run or {})
+    context = Context(
+        run_id=1, node_id=1, node_config=dict(node), state=RecordDict(), run_config=run or {}
+    )
     return build_client_app(tree)(message, context).content
 
 

@@ -40,7 +40,14 @@ def command(*arguments: str) -> list[str]:
 def run(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
     """Run the installed `fedsgcg` to its end."""
     environment = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=280, **keywords)
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=280,
+        **keywords,
+    )
 
 
 def table(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +57,10 @@ def table(path: Path) -> list[dict[str, Any]]:
         for row in pq.read_table(path).to_pylist()
     ]
     return sorted(
-        rows, key=lambda row: str([row[name] for name in ("method", "heldout", "seed", "site", "case", "structure")])
+        rows,
+        key=lambda row: str(
+            [row[name] for name in ("method", "heldout", "seed", "site", "case", "structure")]
+        ),
     )
 
 

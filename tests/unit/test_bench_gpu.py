@@ -8,7 +8,9 @@ from tests.benchmarks import bench_gpu
 
 @pytest.mark.slow
 def test_every_row_of_the_issue_is_measured():
-    sizes = bench_gpu.Sizes(pixels=600, batch=2, side=32, steps=3, repeats=2, slices=6, volumes=3, depth=4)
+    sizes = bench_gpu.Sizes(
+        pixels=600, batch=2, side=32, steps=3, repeats=2, slices=6, volumes=3, depth=4
+    )
     rows = bench_gpu.measure(torch.device("cpu"), sizes)
     measures = {(row["part"], row["measure"]): row for row in rows}
     for part, measure in (
@@ -27,5 +29,8 @@ def test_every_row_of_the_issue_is_measured():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_refuses_and_says_what_it_found():
-    with pytest.raises(SystemExit, match=r"needs a CUDA device.*found torch .* built for CUDA none; no NVIDIA driver"):
+    with pytest.raises(
+        SystemExit,
+        match=r"needs a CUDA device.*found torch .* built for CUDA none; no NVIDIA driver",
+    ):
         bench_gpu.run()

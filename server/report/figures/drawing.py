@@ -122,7 +122,10 @@ def case_panel(
     _join_cases(axes, list(strips.values()), list(places.values()))
     for position, (name, cases) in enumerate(strips.items()):
         _strip(
-            axes, np.array([cases[case] for case in sorted(cases)]), places[name], (colours or {}).get(name, position)
+            axes,
+            np.array([cases[case] for case in sorted(cases)]),
+            places[name],
+            (colours or {}).get(name, position),
         )
     axes.set_yticks(list(places.values()), list(places))
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -148,7 +151,9 @@ def _strip(axes: Axes, values: np.ndarray[Any, Any], place: float, index: int) -
     values = values[np.isfinite(values)]
     if not values.size:
         return
-    jitter = 0.13 * np.sin(np.arange(values.size) * 2.399963)  # golden angle: spread out, the same every time
+    jitter = 0.13 * np.sin(
+        np.arange(values.size) * 2.399963
+    )  # golden angle: spread out, the same every time
     axes.scatter(
         values,
         place + (jitter if values.size > 1 else 0),
@@ -161,14 +166,32 @@ def _strip(axes: Axes, values: np.ndarray[Any, Any], place: float, index: int) -
         rasterized=values.size > RASTER_ABOVE,
     )
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-    box = Rectangle((low, place - 0.25), high - low, 0.5, fill=False, edgecolor=colour(index), linewidth=1.2, zorder=4)
+    box = Rectangle(
+        (low, place - 0.25),
+        high - low,
+        0.5,
+        fill=False,
+        edgecolor=colour(index),
+        linewidth=1.2,
+        zorder=4,
+    )
     axes.add_patch(box)
-    axes.plot([middle, middle], [place - 0.25, place + 0.25], color=INK, linewidth=2.4, zorder=5, solid_capstyle="butt")
+    axes.plot(
+        [middle, middle],
+        [place - 0.25, place + 0.25],
+        color=INK,
+        linewidth=2.4,
+        zorder=5,
+        solid_capstyle="butt",
+    )
 
 
 @mpl.rc_context(STYLE)
 def curve_panel(
-    parts: Sequence[Sequence[Line]], labels: Sequence[str], spans: Sequence[tuple[float, float]], alt: str
+    parts: Sequence[Sequence[Line]],
+    labels: Sequence[str],
+    spans: Sequence[tuple[float, float]],
+    alt: str,
 ) -> Drawing:
     """Draw stacked axes over the same rounds, e.g. loss above Dice above ASD.
 
@@ -215,14 +238,21 @@ def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> D
     return finish(figure, height, alt)
 
 
-def span_of(lines: Sequence[Line], *, floor: float | None = None, ceiling: float | None = None) -> tuple[float, float]:
+def span_of(
+    lines: Sequence[Line], *, floor: float | None = None, ceiling: float | None = None
+) -> tuple[float, float]:
     """Ends of an axis that holds every line, with a margin, cut at `floor` and `ceiling`."""
-    values = [part[np.isfinite(part)] for line in lines for part in (line.curve.low, line.curve.high)]
+    values = [
+        part[np.isfinite(part)] for line in lines for part in (line.curve.low, line.curve.high)
+    ]
     joined = np.concatenate(values) if values else np.array([0.0, 1.0])
     low, high = float(joined.min()), float(joined.max())
     margin = 0.06 * (high - low) or 0.05
     low, high = low - margin, high + margin
-    return (low if floor is None else max(low, floor), high if ceiling is None else min(high, ceiling))
+    return (
+        low if floor is None else max(low, floor),
+        high if ceiling is None else min(high, ceiling),
+    )
 
 
 def log_span_of(lines: Sequence[Line]) -> tuple[float, float]:
@@ -243,7 +273,9 @@ def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
             line.dash,
             color=ink,
             linewidth=1.9 if line.strong else 1.2,
-            marker=MARKERS[line.colour % len(MARKERS)] if line.strong or data.rounds.size == 1 else None,
+            marker=MARKERS[line.colour % len(MARKERS)]
+            if line.strong or data.rounds.size == 1
+            else None,
             markevery=max(1, data.rounds.size // 6),
             markersize=4.5,
             markeredgewidth=0,
@@ -260,7 +292,12 @@ def canvas_of(
 ) -> tuple[Figure, Axes]:
     """Return a figure with one axes at fixed margins (CSS pixels), so that panels side by side line up."""
     figure = Figure(figsize=(width / 72, height / 72))
-    box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    box = (
+        left / width,
+        bottom / height,
+        (width - left - right) / width,
+        (height - top - bottom) / height,
+    )
     axes = figure.add_axes(box)
     plain_axes(axes)
     return figure, axes
@@ -285,7 +322,9 @@ def finish(figure: Figure, height: int, alt: str, width: int = WIDTH) -> Drawing
     canvas.print_svg(stream, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = _lean(stream.getvalue())
     dark = re.sub("|".join(DARK), lambda match: DARK[match.group()], text)
-    return Drawing(data_uri(text), data_uri(dark), alt, width, height, text.encode(), partial(_png, figure))
+    return Drawing(
+        data_uri(text), data_uri(dark), alt, width, height, text.encode(), partial(_png, figure)
+    )
 
 
 @mpl.rc_context(STYLE)

@@ -25,7 +25,10 @@ from server.report.intervals import Interval
 from server.report.reader import Picture
 
 Box = tuple[int, int, int, int]
-TRUTH, INKS = "#ff5a47", ("#2ee6a8", "#6cc7ff", "#f0e442", "#e79ac6")  # as in the page's style sheet
+TRUTH, INKS = (
+    "#ff5a47",
+    ("#2ee6a8", "#6cc7ff", "#f0e442", "#e79ac6"),
+)  # as in the page's style sheet
 PREDICTIONS = len(INKS)  # colours of structures
 SIDE = 320  # pixels of the drawn picture: enough for the widest place on the page
 
@@ -61,9 +64,13 @@ def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, s
             if np.isfinite(picture.dice):
                 dice.setdefault(picture.case, {}).setdefault(name, picture.dice)
     most = max((len(values) for values in dice.values()), default=0)
-    mean = {case: sum(values.values()) / most for case, values in dice.items() if len(values) == most}
+    mean = {
+        case: sum(values.values()) / most for case, values in dice.items() if len(values) == most
+    }
     ordered = sorted(mean, key=lambda case: (mean[case], case))
-    places = {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1} if ordered else {}
+    places = (
+        {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1} if ordered else {}
+    )
     chosen: dict[str, str] = {}
     for rank in ("worst", "best", "median"):
         if rank in places:
@@ -112,7 +119,10 @@ def overlay(picture: Picture, box: Box, label: str, images: Images) -> Markup:
     size = f"{width * scale:.0f}", f"{height * scale:.0f}"
     lines = []
     for bit in range(max(1, len(picture.structures))):
-        for masks, name in ((picture.truth, "truth"), (picture.prediction, f"prediction p{bit % PREDICTIONS}")):
+        for masks, name in (
+            (picture.truth, "truth"),
+            (picture.prediction, f"prediction p{bit % PREDICTIONS}"),
+        ):
             path = contour_path(((masks[top:bottom, left:right] >> bit) & 1).astype(bool), scale)
             if path:
                 lines.append(f'<path class="halo" d="{path}"/><path class="{name}" d="{path}"/>')
@@ -148,14 +158,21 @@ def overlay_sheet(rows: Sequence[Row], methods: Sequence[str], alt: str) -> Draw
         for column, picture in enumerate(pictures):
             place = left + side * column, height - top - side * (row + 1)
             axes = figure.add_axes(
-                ((place[0] + 3) / width, (place[1] + 3) / height, (side - 6) / width, (side - 6) / height)
+                (
+                    (place[0] + 3) / width,
+                    (place[1] + 3) / height,
+                    (side - 6) / width,
+                    (side - 6) / height,
+                )
             )
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(methods[column], fontsize=11, color=INK)
             if picture is not None:
                 _draw_slice(axes, picture, box)
-        figure.text(6 / width, (height - top - side * (row + 0.5)) / height, rank, color=INK, va="center")
+        figure.text(
+            6 / width, (height - top - side * (row + 0.5)) / height, rank, color=INK, va="center"
+        )
     return finish(figure, height, alt, width)
 
 
@@ -163,7 +180,10 @@ def _draw_slice(axes: Axes, picture: Picture, box: Box) -> None:
     top, bottom, left, right = box
     axes.imshow(picture.image[top:bottom, left:right], cmap="gray", vmin=0, vmax=255)
     for bit in range(max(1, len(picture.structures))):
-        for masks, ink, dash in ((picture.truth, TRUTH, "-"), (picture.prediction, INKS[bit % PREDICTIONS], "--")):
+        for masks, ink, dash in (
+            (picture.truth, TRUTH, "-"),
+            (picture.prediction, INKS[bit % PREDICTIONS], "--"),
+        ):
             mask = (masks[top:bottom, left:right] >> bit) & 1
             if mask.any() and not mask.all():
                 axes.contour(mask, levels=[0.5], colors=[ink], linestyles=[dash], linewidths=[1.2])
@@ -174,7 +194,9 @@ def contour_path(mask: npt.NDArray[np.bool_], scale: float) -> str:
     padded = np.pad(mask, 1).astype(np.float64)
     parts = []
     for line in contour_generator(z=padded).lines(0.5):
-        points = (np.asarray(line) - 0.5) * scale  # the pad shifts by one pixel, a pixel's centre by half of one
+        points = (
+            np.asarray(line) - 0.5
+        ) * scale  # the pad shifts by one pixel, a pixel's centre by half of one
         text = "L".join(f"{x:.1f} {y:.1f}" for x, y in points[:-1])
         parts.append(f"M{text}Z")
     return "".join(parts)
@@ -193,7 +215,8 @@ def interval_bar(interval: Interval, span: float) -> Markup:
     if not np.isfinite(interval.low) or span <= 0:
         return Markup("")
     low, mean, high = (
-        60 + 54 * max(-1.0, min(1.0, value / span)) for value in (interval.low, interval.mean, interval.high)
+        60 + 54 * max(-1.0, min(1.0, value / span))
+        for value in (interval.low, interval.mean, interval.high)
     )
     return Markup(
         '<svg class="interval" aria-hidden="true" viewBox="0 0 120 16" width="120" height="16">'

@@ -112,13 +112,17 @@ def sweep_panel(
     shared: Axes | None = None
     for place, label in enumerate(labels):
         base = foot + (len(labels) - 1 - place) * (one + gap)
-        axes = figure.add_axes((66 / WIDTH, base / height, (WIDTH - 82) / WIDTH, one / height), sharex=shared)
+        axes = figure.add_axes(
+            (66 / WIDTH, base / height, (WIDTH - 82) / WIDTH, one / height), sharex=shared
+        )
         shared = shared or axes
         plain_axes(axes)
         for order, line in enumerate(series):
             _sweep_line(axes, line, place, order, _nudge(numbers, order, len(series)))
         for dash, level in zip(LEVEL_DASHES, levels, strict=False):
-            axes.axhline(level[place].mean, color=MUTED, linewidth=1.4, linestyle=(0, dash), zorder=1)
+            axes.axhline(
+                level[place].mean, color=MUTED, linewidth=1.4, linestyle=(0, dash), zorder=1
+            )
         axes.set_ylabel(label, color=MUTED)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_label_coords(-50 / (WIDTH - 82), 0.5)
@@ -141,18 +145,31 @@ def _nudge(numbers: Sequence[float], order: int, lines: int) -> tuple[float, flo
     return 1.0, step * (max(numbers) - min(numbers))
 
 
-def _sweep_line(axes: Axes, line: Series, metric: int, order: int, nudge: tuple[float, float]) -> None:
+def _sweep_line(
+    axes: Axes, line: Series, metric: int, order: int, nudge: tuple[float, float]
+) -> None:
     known = [point for point in line.points if math.isfinite(point.intervals[metric].mean)]
     x = np.array([point.number * nudge[0] + nudge[1] for point in known])
     y = np.array([point.intervals[metric].mean for point in known])
     ink, marker = colour(line.colour), MARKERS[line.colour % len(MARKERS)]
-    axes.plot(x, y, DASHES[order % len(DASHES)], color=ink, linewidth=1.8, marker=marker, markersize=6)
+    axes.plot(
+        x, y, DASHES[order % len(DASHES)], color=ink, linewidth=1.8, marker=marker, markersize=6
+    )
     for place, point in zip(x, known, strict=True):
         interval = point.intervals[metric]
         if math.isfinite(interval.low):
-            axes.plot([place, place], [interval.low, interval.high], color=ink, linewidth=1.4, alpha=0.75)
+            axes.plot(
+                [place, place], [interval.low, interval.high], color=ink, linewidth=1.4, alpha=0.75
+            )
         if point.usual:
-            axes.plot([place], [interval.mean], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK)
+            axes.plot(
+                [place],
+                [interval.mean],
+                "o",
+                markersize=13,
+                markerfacecolor="none",
+                markeredgecolor=INK,
+            )
 
 
 def _value_axis(axes: Axes, numbers: Sequence[float]) -> None:
@@ -194,12 +211,29 @@ def dot_panel(dots: Sequence[Dot], label: str, alt: str) -> Drawing:
     left = min(0.55 * WIDTH, 24 + 7.4 * max(len(dot.title) for dot in dots))
     figure, axes = canvas_of(height, left=left, right=16, top=6, bottom=46)
     for dot, row in zip(dots, places, strict=True):
-        ink, marker = (MUTED, "o") if dot.colour == GREY else (colour(dot.colour), MARKERS[dot.colour % len(MARKERS)])
+        ink, marker = (
+            (MUTED, "o")
+            if dot.colour == GREY
+            else (colour(dot.colour), MARKERS[dot.colour % len(MARKERS)])
+        )
         if math.isfinite(dot.interval.low):
-            axes.plot([dot.interval.low, dot.interval.high], [row, row], color=ink, linewidth=3, solid_capstyle="butt")
+            axes.plot(
+                [dot.interval.low, dot.interval.high],
+                [row, row],
+                color=ink,
+                linewidth=3,
+                solid_capstyle="butt",
+            )
         axes.plot([dot.interval.mean], [row], marker, color=ink, markersize=9)
         if dot.usual:
-            axes.plot([dot.interval.mean], [row], "o", markersize=17, markerfacecolor="none", markeredgecolor=INK)
+            axes.plot(
+                [dot.interval.mean],
+                [row],
+                "o",
+                markersize=17,
+                markerfacecolor="none",
+                markeredgecolor=INK,
+            )
     axes.set_yticks(places, [_short(dot.title) for dot in dots])
     axes.set_ylim(place - 0.6, 0.6)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
@@ -270,15 +304,29 @@ def matrix_panel(values: npt.NDArray[np.float64], names: Sequence[str], alt: str
         value = float(values[row, column])
         strength = STRONGEST * max(0.0, min(1.0, value)) if math.isfinite(value) else 0.0
         axes.add_patch(
-            Rectangle((column, -row - 1), 1, 1, facecolor=colour(1), alpha=strength, edgecolor="none", zorder=1)
+            Rectangle(
+                (column, -row - 1),
+                1,
+                1,
+                facecolor=colour(1),
+                alpha=strength,
+                edgecolor="none",
+                zorder=1,
+            )
         )
-        axes.add_patch(Rectangle((column, -row - 1), 1, 1, fill=False, edgecolor=RULE, linewidth=0.8, zorder=2))
+        axes.add_patch(
+            Rectangle((column, -row - 1), 1, 1, fill=False, edgecolor=RULE, linewidth=0.8, zorder=2)
+        )
         text = f"{value:.2f}" if math.isfinite(value) else "–"
         axes.text(column + 0.5, -row - 0.5, text, ha="center", va="center", color=INK, zorder=3)
     axes.set_xlim(0, len(names))
     axes.set_ylim(-len(names), 0)
-    axes.set_yticks([-place - 0.5 for place in range(len(names))], [_short(name, 14) for name in names])
-    axes.set_xticks([place + 0.5 for place in range(len(names))], [_short(name, 14) for name in names])
+    axes.set_yticks(
+        [-place - 0.5 for place in range(len(names))], [_short(name, 14) for name in names]
+    )
+    axes.set_xticks(
+        [place + 0.5 for place in range(len(names))], [_short(name, 14) for name in names]
+    )
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelcolor=INK)
     axes.grid(visible=False)

@@ -30,7 +30,9 @@ def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
     Returns:
         One line a hospital; one for each of its roles where they differ between folds.
     """
-    found: dict[str, dict[tuple[str, str], None]] = {}  # site -> (role, words), in order and each once
+    found: dict[
+        str, dict[tuple[str, str], None]
+    ] = {}  # site -> (role, words), in order and each once
     for site, facts in _censuses(outcomes):
         found.setdefault(site, {})[str(facts.get("role", "")), _case_words(facts)] = None
     lines = []
@@ -39,7 +41,10 @@ def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
         if len(words) == 1:
             lines.append(f"{site}: {words[0]}")
             continue
-        ordered = sorted(entries, key=lambda entry: list(ROLES).index(entry[0]) if entry[0] in ROLES else len(ROLES))
+        ordered = sorted(
+            entries,
+            key=lambda entry: list(ROLES).index(entry[0]) if entry[0] in ROLES else len(ROLES),
+        )
         lines += [f"{site} ({ROLES.get(role, role)}): {text}" for role, text in ordered]
     return lines
 
@@ -79,11 +84,15 @@ def _case_words(facts: Mapping[str, Any]) -> str:
 
 
 def _counts(facts: Mapping[str, Any], name: str) -> Mapping[str, int]:
-    return {str(key): value for key, value in _mapping(facts, name).items() if isinstance(value, int)}
+    return {
+        str(key): value for key, value in _mapping(facts, name).items() if isinstance(value, int)
+    }
 
 
 def _reasons(counts: Mapping[str, int]) -> str:
-    return "; ".join(f"{number} × {code} {CODES.get(code, '')}".rstrip(" .") for code, number in counts.items())
+    return "; ".join(
+        f"{number} × {code} {CODES.get(code, '')}".rstrip(" .") for code, number in counts.items()
+    )
 
 
 def _mapping(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -20,7 +20,9 @@ MOST_PAIRS = 30  # of the folded tables hospital by hospital; all of them are in
 NAMED_HOSPITALS = 8  # of a sentence; with more it says how many
 
 
-def main_claims(values: CaseValues, labels: Mapping[str, Label], structures: Sequence[str]) -> list[Difference]:
+def main_claims(
+    values: CaseValues, labels: Mapping[str, Label], structures: Sequence[str]
+) -> list[Difference]:
     """The comparisons that the study is about, over all hospitals, as one family."""
     return compare_on_average(values, main_pairs(labels), structures, CLAIMED)
 
@@ -38,7 +40,9 @@ def federation_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
 
 
 def claim_groups(
-    differences: Sequence[Difference], several: bool, title: Callable[[Difference], str] | None = None
+    differences: Sequence[Difference],
+    several: bool,
+    title: Callable[[Difference], str] | None = None,
 ) -> list[tuple[str, list[Section]]]:
     """Rows of a table of claims, grouped by metric and structure.
 
@@ -71,7 +75,9 @@ def claim_row(entry: Difference, span: float) -> Section:
         "p": show_p(entry.p),
         "directions": "; ".join(directions(entry)),
         "seeds": ", ".join(show(value, places, sign=True) for value in entry.seeds.values()) or "–",
-        "sentence": entry.sentence[:1].upper() + entry.sentence[1:] if entry.method else entry.sentence,
+        "sentence": entry.sentence[:1].upper() + entry.sentence[1:]
+        if entry.method
+        else entry.sentence,
         "holds": entry.holds,
     }
 
@@ -89,18 +95,28 @@ def claim_sentence(entry: Difference, several: bool) -> str:
         several: Whether the structure must be named.
     """
     places = DECIMALS[entry.metric]
-    where = (f" of {entry.structure}" if several else "") + (f" at {entry.site}" if entry.site != AVERAGE else "")
+    where = (f" of {entry.structure}" if several else "") + (
+        f" at {entry.site}" if entry.site != AVERAGE else ""
+    )
     start = f"{entry.method} against {entry.reference}, {TITLES[entry.metric]}{where}"
     if not entry.cases:
         return f"{start}: no case in common."
     unit = f" {entry.unit}" if entry.unit else ""
     size = f"{show(entry.interval.mean, places, sign=True)}{unit}"
     facts = [f"95 % interval {show_ends(entry.interval, places)}"]
-    some = f" at {entry.groups} of {entry.hospitals} hospitals" if entry.groups < entry.hospitals else ""
+    some = (
+        f" at {entry.groups} of {entry.hospitals} hospitals"
+        if entry.groups < entry.hospitals
+        else ""
+    )
     facts += [cases_of(entry) + some, count_of(len(entry.seeds), "seed")]
     facts += [f"corrected p\u00a0{show_p(entry.p)}"]
     verdict = entry.sentence.partition(": ")
-    words = "the difference holds" if entry.holds else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
+    words = (
+        "the difference holds"
+        if entry.holds
+        else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
+    )
     return f"{start}: {size} ({'; '.join([*facts, *directions(entry)])}); {words}."
 
 
@@ -120,9 +136,17 @@ def hospital_tables(
     several, tables = len(structures) > 1, []
     for pair in pairs[:MOST_PAIRS]:
         found = compare_everywhere(values, pair)
-        found.sort(key=lambda entry: structures.index(entry.structure) if entry.structure in structures else 0)
-        groups = claim_groups(found, several, lambda entry: "Average" if entry.site == AVERAGE else entry.site)
-        tables.append({"method": pair[0], "reference": pair[1], "groups": groups, "family": _family(found)})
+        found.sort(
+            key=lambda entry: (
+                structures.index(entry.structure) if entry.structure in structures else 0
+            )
+        )
+        groups = claim_groups(
+            found, several, lambda entry: "Average" if entry.site == AVERAGE else entry.site
+        )
+        tables.append(
+            {"method": pair[0], "reference": pair[1], "groups": groups, "family": _family(found)}
+        )
     return tables
 
 

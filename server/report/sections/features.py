@@ -85,7 +85,9 @@ def _choose_cells(study: StudyFiles) -> list[Cell]:
     for before, after in PAIRS:
         for cell in with_file:
             same = [other for other in with_file if other.key[1:] == cell.key[1:]]
-            partner = [other for other in same if _fits(labels[other.method], labels[cell.method], after)]
+            partner = [
+                other for other in same if _fits(labels[other.method], labels[cell.method], after)
+            ]
             if labels[cell.method].trains == before and labels[cell.method].plain and partner:
                 return [cell, partner[0]]
     return with_file[:1]
@@ -107,13 +109,17 @@ def read_pixels(cell: Cell, reader: Reader) -> Pixels | None:
         if samples is not None and len(samples.features):
             found[path.parent.name] = samples
     widths = {samples.features.shape[1] for samples in found.values()}
-    kept = {name: samples for name, samples in found.items() if samples.features.shape[1] == min(widths)}
+    kept = {
+        name: samples for name, samples in found.items() if samples.features.shape[1] == min(widths)
+    }
     if not kept:
         return None
     return Pixels(
         np.concatenate([samples.features for samples in kept.values()]).astype(np.float64),
         np.concatenate([samples.classes for samples in kept.values()]),
-        np.concatenate([np.full(len(samples.classes), place) for place, samples in enumerate(kept.values())]),
+        np.concatenate(
+            [np.full(len(samples.classes), place) for place, samples in enumerate(kept.values())]
+        ),
         tuple(kept),
     )
 
@@ -127,7 +133,11 @@ def thinned(pixels: Pixels, most: int = SHOWN_PIXELS) -> Pixels:
     ]
     rng = np.random.default_rng(0)
     share = max(1, most // max(1, sum(bool(group.size) for group in groups)))
-    kept = np.sort(np.concatenate([rng.choice(group, min(share, group.size), replace=False) for group in groups]))
+    kept = np.sort(
+        np.concatenate(
+            [rng.choice(group, min(share, group.size), replace=False) for group in groups]
+        )
+    )
     return Pixels(pixels.features[kept], pixels.classes[kept], pixels.sites[kept], pixels.names)
 
 
@@ -143,9 +153,14 @@ def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> Section:
     labels, kinds = np.unique(pixels.classes, return_inverse=True)
     titles = [names.get(int(label), f"class {label}") for label in labels]
     panels = []
-    for title, kind, words in (("by class", kinds, titles), ("by hospital", pixels.sites, pixels.names)):
+    for title, kind, words in (
+        ("by class", kinds, titles),
+        ("by hospital", pixels.sites, pixels.names),
+    ):
         alt = f"t-SNE of sampled pixel features of {cell.method}, {title}. {text}"
-        panels.append({"title": f"{cell.method}, {title}", "drawing": scatter_panel(plane, kind, alt, words)})
+        panels.append(
+            {"title": f"{cell.method}, {title}", "drawing": scatter_panel(plane, kind, alt, words)}
+        )
     return {"method": cell.method, "panels": panels, "text": text}
 
 
@@ -177,7 +192,9 @@ def neighbour_shares(pixels: Pixels, neighbours: int = NEIGHBOURS) -> tuple[floa
     home = kin & (pixels.sites[chosen] == pixels.sites[:, None])
     same = (pixels.classes[:, None] == pixels.classes[None, :]) & ~np.eye(count, dtype=bool)
     both = same & (pixels.sites[:, None] == pixels.sites[None, :])
-    expected = np.divide(both.sum(axis=1), same.sum(axis=1), out=np.full(count, np.nan), where=same.sum(axis=1) > 0)
+    expected = np.divide(
+        both.sum(axis=1), same.sum(axis=1), out=np.full(count, np.nan), where=same.sum(axis=1) > 0
+    )
     weight = kin.sum(axis=1)
     chance = float(np.nansum(expected * weight) / weight.sum()) if weight.sum() else math.nan
     return float(kin.mean()), float(home.sum() / kin.sum()) if kin.any() else math.nan, chance
@@ -193,7 +210,9 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
     panels = []
     labels = [name for group in figure_groups(study.labels) for name in group.labels]
     for label in labels[:MOST_MATRICES]:
-        cells = [cell for cell in study.cells if cell.method == label and cell.status in DONE][:MOST_CELLS]
+        cells = [cell for cell in study.cells if cell.method == label and cell.status in DONE][
+            :MOST_CELLS
+        ]
         found = list(_statistics(cells, reader))
         widest = max((part.num_classes for _, part in found), default=0)
         parts = [(sampled, part) for sampled, part in found if part.num_classes == widest]
@@ -208,10 +227,22 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
             ("cosine", mean_of([cosines(p) for _, p in parts])),
             ("share", mean_of([logit_shares(p, tau) for _, p in parts])),
         ):
-            words = "Cosine between class means" if kind == "cosine" else "SgCG's likeness of class means to classes"
+            words = (
+                "Cosine between class means"
+                if kind == "cosine"
+                else "SgCG's likeness of class means to classes"
+            )
             alt = f"{words}, {label}, {detail}. {_said(matrix, titles)}"
             drawing = matrix_panel(matrix, titles, alt)
-            panels.append({"kind": kind, "title": label, "detail": detail, "drawing": drawing, "tau": f"{tau:g}"})
+            panels.append(
+                {
+                    "kind": kind,
+                    "title": label,
+                    "detail": detail,
+                    "drawing": drawing,
+                    "tau": f"{tau:g}",
+                }
+            )
     return {"panels": panels, "kinds": [kind for kind in ("cosine", "share") if panels]}
 
 
@@ -224,14 +255,24 @@ def _statistics(cells: Sequence[Cell], reader: Reader) -> Iterator[tuple[bool, C
             continue
         pixels = read_pixels(cell, reader)
         if pixels is not None and (pixels.classes >= 0).all():
-            yield True, ClassStatistics.from_features(pixels.features, pixels.classes, int(pixels.classes.max()) + 1)
+            yield (
+                True,
+                ClassStatistics.from_features(
+                    pixels.features, pixels.classes, int(pixels.classes.max()) + 1
+                ),
+            )
 
 
 def cosines(statistics: ClassStatistics) -> Floats:
     """(K, K) cosine between class means; NaN for a class without a pixel or with a mean of zero."""
     norm = np.linalg.norm(statistics.mean, axis=1)
     known = (statistics.count > 0) & (norm > 0)
-    unit = np.divide(statistics.mean, norm[:, None], out=np.full_like(statistics.mean, np.nan), where=known[:, None])
+    unit = np.divide(
+        statistics.mean,
+        norm[:, None],
+        out=np.full_like(statistics.mean, np.nan),
+        where=known[:, None],
+    )
     return np.asarray(unit @ unit.T)
 
 
@@ -272,11 +313,18 @@ def class_names(study: StudyFiles) -> dict[int, str]:
     """Name of every class index, in the order of the settings."""
     data = next((tree.get("data") for tree in study.settings.values()), None)
     classes = data.get("classes") if isinstance(data, Mapping) else None
-    return {place: str(name) for place, name in enumerate(classes)} if isinstance(classes, Mapping) else {}
+    return (
+        {place: str(name) for place, name in enumerate(classes)}
+        if isinstance(classes, Mapping)
+        else {}
+    )
 
 
 def _said(matrix: Floats, names: Sequence[str]) -> str:
     pairs: dict[str, float] = defaultdict(float)
     for row, column in combinations(range(len(names)), 2):
         pairs[f"{names[row]} and {names[column]}"] = float(matrix[row, column])
-    return "; ".join(f"{name} {value:.2f}" for name, value in pairs.items() if math.isfinite(value)) + "."
+    return (
+        "; ".join(f"{name} {value:.2f}" for name, value in pairs.items() if math.isfinite(value))
+        + "."
+    )

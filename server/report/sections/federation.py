@@ -42,7 +42,9 @@ def federation_section(
         for metric in METRICS:
             title = TITLES[metric] if metric == "dice" else f"{TITLES[metric]}, {values.unit}"
             dots = _federation_dots(rows, values, structure, metric, colours)
-            said = "; ".join(f"{dot.title} {show(dot.interval.mean, DECIMALS[metric])}" for dot in dots)
+            said = "; ".join(
+                f"{dot.title} {show(dot.interval.mean, DECIMALS[metric])}" for dot in dots
+            )
             alt = f"Mean {title} of {structure} over {place}: {said}."
             head = f"{structure}, {title}" if len(structures) > 1 else title
             if dots:
@@ -55,7 +57,11 @@ def federation_section(
 
 
 def _federation_dots(
-    rows: Sequence[Label], values: CaseValues, structure: str, metric: str, colours: Mapping[str, int]
+    rows: Sequence[Label],
+    values: CaseValues,
+    structure: str,
+    metric: str,
+    colours: Mapping[str, int],
 ) -> list[Dot]:
     dots: list[Dot] = []
     before = None
@@ -64,6 +70,8 @@ def _federation_dots(
         if math.isfinite(interval.mean):
             training = label.trains, label.setting
             title = f"{label.trains}, {label.federation}" if label.plain else label.name
-            dots.append(Dot(title, interval, colours.get(label.name, 0), bool(dots) and training != before))
+            dots.append(
+                Dot(title, interval, colours.get(label.name, 0), bool(dots) and training != before)
+            )
             before = training
     return dots

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from server.report.figures.drawing import Drawing, Line, case_panel, curve_panel, log_span_of, shift_panel, span_of
+from server.report.figures.drawing import (
+    Drawing,
+    Line,
+    case_panel,
+    curve_panel,
+    log_span_of,
+    shift_panel,
+    span_of,
+)
 from server.report.figures.overlays import Images, choose_cases, crop_box, overlay, overlay_sheet
 from server.report.format import show
 from server.report.labels import Group
@@ -25,10 +33,15 @@ Curves = Mapping[tuple[str, str, str], Curve]
 
 
 def case_figures(
-    cases: Sequence[Section], structure: str, methods: Sequence[str], colours: Mapping[str, int] | None = None
+    cases: Sequence[Section],
+    structure: str,
+    methods: Sequence[str],
+    colours: Mapping[str, int] | None = None,
 ) -> list[Section]:
     """One strip plot a hospital: Dice of every case with every method."""
-    chosen = [case for case in cases if case["structure"] == structure and case["method"] in methods]
+    chosen = [
+        case for case in cases if case["structure"] == structure and case["method"] in methods
+    ]
     values = [case["dice"] for case in chosen if math.isfinite(case["dice"])]
     low = max(0.0, math.floor((min(values, default=0.0) - 0.02) * 20) / 20)
     panels = []
@@ -40,7 +53,13 @@ def case_figures(
         middles = [f"{name} median {show(_median(s), 3)}" for name, s in strips.items() if s]
         alt = f"Dice of {structure} for every case at {site}: {', '.join(middles)}."
         drawing = case_panel(strips, (low, 1.003), alt, "Dice of a case, mean over seeds", colours)
-        panels.append({"title": site, "detail": count_of(max(map(len, strips.values())), "case"), "drawing": drawing})
+        panels.append(
+            {
+                "title": site,
+                "detail": count_of(max(map(len, strips.values())), "case"),
+                "drawing": drawing,
+            }
+        )
     return panels
 
 
@@ -56,16 +75,29 @@ def training_figures(
     painted = dict(colours or {name: place for place, name in enumerate(methods)})
     found = {name: curves(rows, name) for name in ("loss_supervised", "loss", "validation_dice")}
     judged = [row for row in rows if row["site"] == row["heldout"]]
-    heldout, distance = (_followed(curves(judged, name)) for name in ("heldout_dice", "heldout_asd"))
+    heldout, distance = (
+        _followed(curves(judged, name)) for name in ("heldout_dice", "heldout_asd")
+    )
     supervised, validation = found["loss_supervised"] or found["loss"], found["validation_dice"]
     chosen = {name: painted[name] for name in methods}
-    folds = sorted({key[0] for part in (supervised, validation) for key in part if key[1] in chosen})
-    upper = {f: _lines(supervised, f, chosen) + _companions(found["loss"], supervised, f, chosen) for f in folds}
+    folds = sorted(
+        {key[0] for part in (supervised, validation) for key in part if key[1] in chosen}
+    )
+    upper = {
+        f: _lines(supervised, f, chosen) + _companions(found["loss"], supervised, f, chosen)
+        for f in folds
+    }
     dash: dict[str, Any] = {"dash": ":", "strong": False}
-    lower = {fold: _lines(validation, fold, chosen) + _lines(heldout, fold, chosen, **dash) for fold in folds}
+    lower = {
+        fold: _lines(validation, fold, chosen) + _lines(heldout, fold, chosen, **dash)
+        for fold in folds
+    }
     third = {fold: _lines(distance, fold, chosen, **dash) for fold in folds}
     parts = [upper, lower, *([third] if any(third.values()) else [])]
-    labels = ["supervised loss", "Dice" if any(_lines(heldout, f, chosen) for f in folds) else "validation Dice"]
+    labels = [
+        "supervised loss",
+        "Dice" if any(_lines(heldout, f, chosen) for f in folds) else "validation Dice",
+    ]
     labels += ["held-out ASD"] if len(parts) > 2 else []
     ceilings = (None, 1.0, None)
     spans = [
@@ -96,9 +128,15 @@ def _left_out_words(rows: Sequence[Row], fold: str, methods: Sequence[str]) -> s
     counts = [
         int(row["value"])
         for row in rows
-        if row["metric"] == "heldout_asd_left_out" and row["heldout"] == fold and row["method"] in methods
+        if row["metric"] == "heldout_asd_left_out"
+        and row["heldout"] == fold
+        and row["method"] in methods
     ]
-    return f"ASD without up to {count_of(max(counts), 'evaluation')} with an empty mask" if counts else ""
+    return (
+        f"ASD without up to {count_of(max(counts), 'evaluation')} with an empty mask"
+        if counts
+        else ""
+    )
 
 
 def _followed(found: Curves) -> Curves:
@@ -111,7 +149,9 @@ def _end(found: Curves, fold: str, method: str) -> str:
     return show(float(curve.mean[-1]), 3) if curve else "–"
 
 
-def _lines(found: Curves, fold: str, colours: Mapping[str, int], *, dash: str = "-", strong: bool = True) -> list[Line]:
+def _lines(
+    found: Curves, fold: str, colours: Mapping[str, int], *, dash: str = "-", strong: bool = True
+) -> list[Line]:
     return [
         Line(found[fold, method, ""], index, dash, strong)
         for method, index in colours.items()
@@ -119,14 +159,20 @@ def _lines(found: Curves, fold: str, colours: Mapping[str, int], *, dash: str = 
     ]
 
 
-def _companions(total: Curves, supervised: Curves, fold: str, colours: Mapping[str, int]) -> list[Line]:
+def _companions(
+    total: Curves, supervised: Curves, fold: str, colours: Mapping[str, int]
+) -> list[Line]:
     """The whole loss, where it holds more than the supervised part."""
     kept = []
     for method, index in colours.items():
         for line in _lines(total, fold, {method: index}, dash="--", strong=False):
             part = supervised.get((fold, method, ""))
             alike = part is not None and part.mean.shape == line.curve.mean.shape
-            kept += [] if alike and part is not None and np.allclose(part.mean, line.curve.mean) else [line]
+            kept += (
+                []
+                if alike and part is not None and np.allclose(part.mean, line.curve.mean)
+                else [line]
+            )
     return kept
 
 
@@ -134,7 +180,10 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
     """One panel a fold and method with statistics: trace of the scatter between and within hospitals, per class."""
     between, within = curves(rows, "between_site_trace"), curves(rows, "within_site_trace")
     # Of the chosen model, every hospital under one normalisation; studies of before have those of the last round alone.
-    end = between | curves(rows, "between_site_trace_evaluation"), within | curves(rows, "within_site_trace_evaluation")
+    end = (
+        between | curves(rows, "between_site_trace_evaluation"),
+        within | curves(rows, "within_site_trace_evaluation"),
+    )
     classes = shift_classes(rows)
     panels: list[Section] = []
     wanted = {key[:2] for key in between if key[1] in methods}
@@ -145,13 +194,17 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
             lines += [Line(between[key], index)] if key in between else []
             lines += [Line(within[key], index, "--", strong=False)] if key in within else []
             if key in between and key in within:
-                shares.append({"name": name, "index": index, "share": _share(end[0][key], end[1][key])})
+                shares.append(
+                    {"name": name, "index": index, "share": _share(end[0][key], end[1][key])}
+                )
         title = f"{fold or 'no hospital'} held out"
         panels.append({"title": title, "method": method, "lines": lines, "shares": shares})
     span = log_span_of([line for panel in panels for line in panel["lines"]])
     for panel in panels:
         ends = "; ".join(f"{entry['name']} {entry['share']}" for entry in panel["shares"])
-        alt = f"Scatter between and within hospitals by round, {panel['title']}, {panel['method']}. "
+        alt = (
+            f"Scatter between and within hospitals by round, {panel['title']}, {panel['method']}. "
+        )
         alt += f"Share between hospitals at the end: {ends or 'unknown'}."
         panel["drawing"] = shift_panel(panel.pop("lines"), span, alt)
         panel["detail"] = panel["method"] if len({entry["method"] for entry in panels}) > 1 else ""
@@ -166,34 +219,62 @@ def _share(between: Curve, within: Curve) -> str:
 
 def shift_classes(rows: Sequence[Row]) -> list[str]:
     """Names of the classes in the shift figures, in the order of their colours."""
-    return list(dict.fromkeys(row["cls"] for row in rows if row["metric"] == "between_site_trace" and row["cls"]))
+    return list(
+        dict.fromkeys(
+            row["cls"] for row in rows if row["metric"] == "between_site_trace" and row["cls"]
+        )
+    )
 
 
 MOST_OVERLAYS = 12  # labels of one case
 
 
-def overlay_blocks(study: StudyFiles, reader: Reader, groups: Sequence[Group], images: Images) -> list[Section]:
+def overlay_blocks(
+    study: StudyFiles, reader: Reader, groups: Sequence[Group], images: Images
+) -> list[Section]:
     """One block a hospital: worst, median and best case by the mean over labels, the same slice with every label."""
     wanted = [name for group in groups for name in group.labels][:MOST_OVERLAYS]
     blocks = []
     for fold in sorted({cell.heldout for cell in study.cells}):
-        ready = [cell for cell in study.cells if cell.heldout == fold and cell.status in DONE and cell.method in wanted]
-        for site in sorted({path.parent.name for cell in ready for path in cell.folder.glob("sites/*/pictures.arrow")}):
+        ready = [
+            cell
+            for cell in study.cells
+            if cell.heldout == fold and cell.status in DONE and cell.method in wanted
+        ]
+        for site in sorted(
+            {
+                path.parent.name
+                for cell in ready
+                for path in cell.folder.glob("sites/*/pictures.arrow")
+            }
+        ):
             shown = _one_seed([cell for cell in ready if _picture_path(cell, site).is_file()])
             pictures = {cell.method: reader.pictures(_picture_path(cell, site)) for cell in shown}
             cases = _overlay_cases(pictures, groups, images)
             if cases:
                 alone = sorted({cell.trained_on for cell in shown if cell.trained_on})
                 sheet = {"title": site, "drawing": _sheet(pictures, groups[0].labels, site)}
-                blocks.append({"site": site, "seed": shown[0].seed, "cases": cases, "alone": alone, "sheet": sheet})
+                blocks.append(
+                    {
+                        "site": site,
+                        "seed": shown[0].seed,
+                        "cases": cases,
+                        "alone": alone,
+                        "sheet": sheet,
+                    }
+                )
     return blocks
 
 
-def _sheet(pictures: Mapping[str, Sequence[Picture]], methods: Sequence[str], site: str) -> Drawing | None:
+def _sheet(
+    pictures: Mapping[str, Sequence[Picture]], methods: Sequence[str], site: str
+) -> Drawing | None:
     """The same cases as one figure for a file, with the methods of the first group; None where it has no picture."""
     rows = []
     for rank, case in choose_cases(pictures):
-        found = [next((p for p in pictures.get(name, ()) if p.case == case), None) for name in methods]
+        found = [
+            next((p for p in pictures.get(name, ()) if p.case == case), None) for name in methods
+        ]
         rows += [(rank, found)] if any(picture is not None for picture in found) else []
     alt = f"Worst, median and best case at {site} with each method."
     return overlay_sheet(rows, methods, alt) if rows else None
@@ -211,15 +292,23 @@ def _picture_path(cell: Cell, site: str) -> Path:
     return cell.folder / "sites" / site / "pictures.arrow"
 
 
-def _overlay_cases(pictures: Mapping[str, Sequence[Picture]], groups: Sequence[Group], images: Images) -> list[Section]:
+def _overlay_cases(
+    pictures: Mapping[str, Sequence[Picture]], groups: Sequence[Group], images: Images
+) -> list[Section]:
     cases = []
     for rank, case in choose_cases(pictures):
-        versions = {name: next((p for p in found if p.case == case), None) for name, found in pictures.items()}
+        versions = {
+            name: next((p for p in found if p.case == case), None)
+            for name, found in pictures.items()
+        }
         present = [picture for picture in versions.values() if picture is not None]
         box = crop_box(present)
         rows = []
         for group in groups:
-            drawn = [_overlay_image(name, versions.get(name), box, (rank, case), images) for name in group.labels]
+            drawn = [
+                _overlay_image(name, versions.get(name), box, (rank, case), images)
+                for name in group.labels
+            ]
             rows.append({"title": group.title, "images": drawn})
         known = [picture.dice for picture in present if math.isfinite(picture.dice)]
         mean = show(float(np.mean(known)), 3) if known else "–"
@@ -228,9 +317,17 @@ def _overlay_cases(pictures: Mapping[str, Sequence[Picture]], groups: Sequence[G
 
 
 def _overlay_image(
-    name: str, picture: Picture | None, box: tuple[int, int, int, int], what: tuple[str, str], images: Images
+    name: str,
+    picture: Picture | None,
+    box: tuple[int, int, int, int],
+    what: tuple[str, str],
+    images: Images,
 ) -> Section:
     if picture is None:
         return {"method": name, "drawing": Markup(""), "dice": ""}
     label = f"{what[0]} case {what[1]}, {name}: contours of truth (solid) and prediction (dashed)"
-    return {"method": name, "drawing": overlay(picture, box, label, images), "dice": show(picture.dice, 3)}
+    return {
+        "method": name,
+        "drawing": overlay(picture, box, label, images),
+        "dice": show(picture.dice, 3),
+    }

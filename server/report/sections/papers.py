@@ -24,7 +24,12 @@ from server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
 Section = dict[str, Any]
 PAPER_METRICS = ("dice", "asd")
 JOINED_AT_MOST = 3  # structures in one entry
-ARMS = {"source": (False, False), "ram": (True, False), "sgcg": (False, True), "ram_sgcg": (True, True)}
+ARMS = {
+    "source": (False, False),
+    "ram": (True, False),
+    "sgcg": (False, True),
+    "ram_sgcg": (True, True),
+}
 """Parts (RAM, SgCG) of each training method of the ablation."""
 
 
@@ -39,15 +44,23 @@ class Layout:
     """
 
     def __init__(
-        self, values: CaseValues, structures: Sequence[str], sites: Sequence[str], published: Published | None
+        self,
+        values: CaseValues,
+        structures: Sequence[str],
+        sites: Sequence[str],
+        published: Published | None,
     ) -> None:
         self.values, self.structures, self.published = values, list(structures), published
         self.judged = any(heldout for heldout, _ in values.places)
         if published:
             domains = {site: published.domain_of(site) for site in sites}
-            sites = sorted(sites, key=lambda site: (domains[site] is None, domains[site] or 0, site))
+            sites = sorted(
+                sites, key=lambda site: (domains[site] is None, domains[site] or 0, site)
+            )
         places = {site: (heldout, site) for heldout, site in values.places}
-        self.columns: list[tuple[str, Place | None]] = [(site, places.get(site, (site, site))) for site in sites]
+        self.columns: list[tuple[str, Place | None]] = [
+            (site, places.get(site, (site, site))) for site in sites
+        ]
         self.hospitals = len(sites)
         if len(sites) > 1:
             self.columns.append((AVERAGE, None))
@@ -58,12 +71,18 @@ class Layout:
         for site, place in self.columns:
             domain = self.published.domain_of(site) if self.published and place else None
             detail = (
-                "hospitals count the same" if place is None else f"domain {domain + 1}" if domain is not None else ""
+                "hospitals count the same"
+                if place is None
+                else f"domain {domain + 1}"
+                if domain is not None
+                else ""
             )
             heads.append({"title": "Average" if place is None else site, "detail": detail})
         return heads
 
-    def rows(self, labels: Sequence[Label], metric: str, colours: Mapping[str, int]) -> list[Section]:
+    def rows(
+        self, labels: Sequence[Label], metric: str, colours: Mapping[str, int]
+    ) -> list[Section]:
         """One row a label; best entries of a column are marked where every difference holds."""
         best = {site: self._winners(labels, metric, place) for site, place in self.columns}
         return [
@@ -73,7 +92,10 @@ class Layout:
                 "ticks": ARMS.get(label.trains),
                 "published": False,
                 "counted": False,
-                "cells": [self._cell(label.name, metric, place, best[site]) for site, place in self.columns],
+                "cells": [
+                    self._cell(label.name, metric, place, best[site])
+                    for site, place in self.columns
+                ],
             }
             for label in labels
         ]
@@ -84,7 +106,11 @@ class Layout:
         Nothing where the printed code counts as we do, and where the results do not hold the column for every case.
         """
         column, name = COMPATIBLE.get(metric, ""), str(row["label"])
-        if self.published is None or metric not in self.published.counted or not self._complete(name, column):
+        if (
+            self.published is None
+            or metric not in self.published.counted
+            or not self._complete(name, column)
+        ):
             return []
         empty = [""] * len(self.structures)
         cells = [self._cell(name, column, place, empty) for _, place in self.columns]
@@ -95,7 +121,8 @@ class Layout:
     def _complete(self, name: str, column: str) -> bool:
         """Whether a column is known for every case, seed and structure of a label."""
         return all(
-            _keys(self.values.of(name, structure, column)) == _keys(self.values.of(name, structure, "dice"))
+            _keys(self.values.of(name, structure, column))
+            == _keys(self.values.of(name, structure, "dice"))
             for structure in self.structures
         )
 
@@ -108,7 +135,11 @@ class Layout:
             parts.append({"text": _shown(interval.mean, metric), "bold": winner == name})
             spreads.append(_shown(float(np.std(seeds, ddof=1)), metric) if len(seeds) > 1 else "")
             ends.append(_ends(interval, metric))
-            mark = counted(*self.values.left_out(name, structure, metric, place)) if metric in METRICS else ""
+            mark = (
+                counted(*self.values.left_out(name, structure, metric, place))
+                if metric in METRICS
+                else ""
+            )
             if mark:
                 notes.append(f"{structure}: {mark}" if len(self.structures) > 1 else mark)
             if place is None and 0 < len(cases) < self.hospitals:
@@ -126,27 +157,44 @@ class Layout:
 
     def _together(self, name: str, metric: str) -> float:
         """Average over hospitals and structures, as it is printed."""
-        means = [self.values.interval(name, structure, metric).mean for structure in self.structures]
+        means = [
+            self.values.interval(name, structure, metric).mean for structure in self.structures
+        ]
         return float(np.mean(means))
 
     def _winners(self, labels: Sequence[Label], metric: str, place: Place | None) -> list[str]:
         """Best label of a column for each structure, "" where the lead over some other label does not hold."""
         return [
-            self._winner([label.name for label in labels], structure, metric, place) for structure in self.structures
+            self._winner([label.name for label in labels], structure, metric, place)
+            for structure in self.structures
         ]
 
-    def _winner(self, names: Sequence[str], structure: str, metric: str, place: Place | None) -> str:
+    def _winner(
+        self, names: Sequence[str], structure: str, metric: str, place: Place | None
+    ) -> str:
         cases = {name: self.values.cases(name, structure, metric) for name in names}
         if place is None:
-            full = {name: [np.mean(part) for part in found.values()] for name, found in cases.items()}
-            means = {name: float(np.mean(part)) for name, part in full.items() if len(part) == self.hospitals}
+            full = {
+                name: [np.mean(part) for part in found.values()] for name, found in cases.items()
+            }
+            means = {
+                name: float(np.mean(part))
+                for name, part in full.items()
+                if len(part) == self.hospitals
+            }
         else:
-            means = {name: float(np.mean(found[place])) for name, found in cases.items() if found.get(place)}
+            means = {
+                name: float(np.mean(found[place]))
+                for name, found in cases.items()
+                if found.get(place)
+            }
         if len(means) < 2:
             return ""
         first = (max if metric == "dice" else min)(means, key=lambda name: means[name])
         pairs = [(first, name) for name in means if name != first]
-        leads = corrected_for_number([self.values.difference(pair, structure, metric, place) for pair in pairs])
+        leads = corrected_for_number(
+            [self.values.difference(pair, structure, metric, place) for pair in pairs]
+        )
         return first if all(lead.holds and lead.better for lead in leads) else ""
 
     def published_rows(self, metric: str, only: Mapping[str, str] | None = None) -> list[Section]:
@@ -170,7 +218,12 @@ class Layout:
             whole = self.hospitals == len(self.published.domains)
             notes = [f"the row gives {show(row.recomputed, 2)}"] if row.printed_otherwise else []
             notes += [] if whole else [f"over {len(self.published.domains)} domains"]
-            return {"parts": [{"text": show(row.average, 2), "bold": False}], "sd": "", "interval": "", "notes": notes}
+            return {
+                "parts": [{"text": show(row.average, 2), "bold": False}],
+                "sd": "",
+                "interval": "",
+                "notes": notes,
+            }
         domain = self.published.domain_of(site)
         if domain is None:
             return {"parts": [{"text": DASH, "bold": False}], "sd": "", "interval": "", "notes": []}
@@ -179,7 +232,9 @@ class Layout:
         return {"parts": parts, "sd": "", "interval": "", "notes": []}
 
 
-def paper_tables(layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]) -> list[Section]:
+def paper_tables(
+    layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]
+) -> list[Section]:
     """Tables 1 to 4: one a metric and layout, labels in groups by federation, printed rows last."""
     tables = []
     for layout in layouts:
@@ -199,7 +254,11 @@ def paper_tables(layouts: Iterable[Layout], labels: Mapping[str, Label], colours
                 for name in sorted(set(federations), key=lambda name: _place(FEDERATIONS, name))
             ]
             printed = layout.published_rows(metric)
-            groups += [{"title": "printed by others, under another protocol", "rows": printed}] if printed else []
+            groups += (
+                [{"title": "printed by others, under another protocol", "rows": printed}]
+                if printed
+                else []
+            )
             tables.append(_table(layout, metric, groups))
     return tables
 
@@ -216,14 +275,22 @@ def ablation_tables(
             arms.sort(key=lambda label: _place(TRAINS, label.trains))
             if len(arms) < 3:
                 continue
-            printed = federation == "pooled" or not any(label.federation == "pooled" for label in plain)
+            printed = federation == "pooled" or not any(
+                label.federation == "pooled" for label in plain
+            )
             groups = []
             for metric in PAPER_METRICS:
                 rows = layout.rows(arms, metric, colours)
                 rows += layout.published_rows(metric, ABLATION) if printed else []
                 groups.append({"title": metric_title(metric, layout.values.unit), "rows": rows})
-            words = FEDERATION_WORDS[federation] if len({label.federation for label in plain}) > 1 else ""
-            tables.append(_table(layout, "", groups) | {"title": words or " / ".join(layout.structures)})
+            words = (
+                FEDERATION_WORDS[federation]
+                if len({label.federation for label in plain}) > 1
+                else ""
+            )
+            tables.append(
+                _table(layout, "", groups) | {"title": words or " / ".join(layout.structures)}
+            )
     return tables
 
 
@@ -270,7 +337,10 @@ def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> 
         "The grey rows are copied from the SgCG paper (withdrawn from ICLR 2025) as printed. They were not reproduced "
         "here and must not be compared digit by digit:",
         *published.protocol,
-        *(f"A row “as the papers count” has {words}; it stands where that changes a number." for words in counted),
+        *(
+            f"A row “as the papers count” has {words}; it stands where that changes a number."
+            for words in counted
+        ),
         f"Distances in this table are in {published.unit}s, as printed, also where millimetres are known.",
         "An average that does not follow from its own row says what the row gives.",
     ]
@@ -279,14 +349,25 @@ def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> 
 def seeds_note(values: CaseValues, labels: Iterable[Label]) -> str:
     """Say over how many seeds the spread is."""
     numbers = {
-        len(values.by_seed(label.name, structure, "dice")) for label in labels for structure in values.structures
+        len(values.by_seed(label.name, structure, "dice"))
+        for label in labels
+        for structure in values.structures
     }
     seeds = max(numbers, default=0)
-    return f"mean ± standard deviation over {count_of(seeds, 'seed')}" if seeds > 1 else "mean of one seed"
+    return (
+        f"mean ± standard deviation over {count_of(seeds, 'seed')}"
+        if seeds > 1
+        else "mean of one seed"
+    )
 
 
 def _keys(values: Values) -> set[tuple[Place, str, int]]:
-    return {(place, case, seed) for place, cases in values.items() for case, seeds in cases.items() for seed in seeds}
+    return {
+        (place, case, seed)
+        for place, cases in values.items()
+        for case, seeds in cases.items()
+        for seed in seeds
+    }
 
 
 def _plain(cell: Section) -> list[Section] | None:

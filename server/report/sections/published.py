@@ -70,7 +70,10 @@ ABLATION = {"RAM": "ram", "SgCG": "ram_sgcg"}
 
 def published_for(data: str, structures: Sequence[str]) -> Published | None:
     """Return the printed tables for a data set, None where there are none for its name and structures."""
-    found = next((table for name, table in PUBLISHED.items() if data == name or data.startswith(f"{name}_")), None)
+    found = next(
+        (table for name, table in PUBLISHED.items() if data == name or data.startswith(f"{name}_")),
+        None,
+    )
     return found if found is not None and sorted(found.structures) == sorted(structures) else None
 
 
@@ -169,6 +172,8 @@ PUBLISHED: dict[str, Published] = {
                 SgCG 0.92 0.74 2.17 1.02 1.67 0.93 1.24"""),
         },
         protocol=(*_COMMON, *_PROSTATE),
-        counted={"asd": "a distance of 100 voxels where one mask is empty (that code makes a whole volume of it)"},
+        counted={
+            "asd": "a distance of 100 voxels where one mask is empty (that code makes a whole volume of it)"
+        },
     ),
 }

@@ -9,13 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from server.report.format import DECIMALS, TITLES, Summary, show, show_bytes, show_interval, show_seconds
+from server.report.format import (
+    DECIMALS,
+    TITLES,
+    Summary,
+    show,
+    show_bytes,
+    show_interval,
+    show_seconds,
+)
 from server.report.intervals import Interval
 from server.report.reader import Reader
 from server.report.rounds import departures
 from server.report.sections.cases import count_of
 from server.report.study_files import StudyFiles
-from server.report.tables import AVERAGE, METRICS, Row, best_methods, counted, distance_unit, value_of
+from server.report.tables import (
+    AVERAGE,
+    METRICS,
+    Row,
+    best_methods,
+    counted,
+    distance_unit,
+    value_of,
+)
 
 Section = dict[str, Any]
 DENSE_ABOVE = 5  # columns; then mean and standard deviation stand on two lines
@@ -28,23 +44,31 @@ MEANING = {
 }
 
 
-def result_tables(summary: Sequence[Summary], study: StudyFiles, structures: Sequence[str]) -> list[Section]:
+def result_tables(
+    summary: Sequence[Summary], study: StudyFiles, structures: Sequence[str]
+) -> list[Section]:
     """One table a structure: metric x method in rows, held-out hospitals and their average in columns."""
     methods = list(dict.fromkeys(cell.method for cell in study.cells))
     sites = sorted(
-        {cell.heldout for cell in study.cells if cell.heldout} | {row["site"] for row in summary} - {AVERAGE}
+        {cell.heldout for cell in study.cells if cell.heldout}
+        | {row["site"] for row in summary} - {AVERAGE}
     )
     seeds = len({cell.seed for cell in study.cells})
     tables = []
     for structure in structures:
-        found = {(row["method"], row["site"]): row for row in summary if row["structure"] == structure}
+        found = {
+            (row["method"], row["site"]): row for row in summary if row["structure"] == structure
+        }
         columns = [*sites, AVERAGE] if len(sites) > 1 else sites
         unit = next((row["unit"] for row in found.values()), "pixel")
         tables.append(
             {
                 "structure": structure,
                 "dense": len(columns) > DENSE_ABOVE,
-                "columns": [_column(site, [row for key, row in found.items() if key[1] == site]) for site in columns],
+                "columns": [
+                    _column(site, [row for key, row in found.items() if key[1] == site])
+                    for site in columns
+                ],
                 "metrics": [
                     {
                         "title": TITLES[metric] + ("" if metric == "dice" else f", {unit}"),
@@ -52,7 +76,8 @@ def result_tables(summary: Sequence[Summary], study: StudyFiles, structures: Seq
                         "rows": _metric_rows(metric, methods, columns, found, (seeds, len(sites))),
                     }
                     for metric in METRICS
-                    if metric != "hd95_max" or any(math.isfinite(row["hd95_max_mean"]) for row in found.values())
+                    if metric != "hd95_max"
+                    or any(math.isfinite(row["hd95_max_mean"]) for row in found.values())
                 ],
             }
         )
@@ -83,7 +108,8 @@ def _metric_rows(
             "method": method,
             "index": index,
             "cells": [
-                _result_cell(found.get((method, site)), metric, method in best[site], wanted) for site in columns
+                _result_cell(found.get((method, site)), metric, method in best[site], wanted)
+                for site in columns
             ],
         }
         for index, method in enumerate(methods)
@@ -118,21 +144,33 @@ def case_means(rows: Sequence[Row]) -> list[Section]:
         grouped[row["structure"], row["site"], row["method"], row["case"]].append(row)
     cases = []
     for (structure, site, method, case), part in grouped.items():
-        entry: Section = {"structure": structure, "site": site, "method": method, "case": case, "seeds": len(part)}
+        entry: Section = {
+            "structure": structure,
+            "site": site,
+            "method": method,
+            "case": case,
+            "seeds": len(part),
+        }
         for metric in METRICS:
             values = [value for row in part if math.isfinite(value := value_of(row, metric, unit))]
             entry[metric] = float(np.mean(values)) if values else math.nan
             entry[f"{metric}_text"] = show(entry[metric], DECIMALS[metric])
         entry["remark"] = _remark(part)
         cases.append(entry)
-    return sorted(cases, key=lambda e: (e["structure"], e["site"], e["dice"], e["case"], e["method"]))
+    return sorted(
+        cases, key=lambda e: (e["structure"], e["site"], e["dice"], e["case"], e["method"])
+    )
 
 
 def _remark(rows: Sequence[Row]) -> str:
     counts = {"both masks empty": 0, "prediction empty": 0, "truth empty": 0}
     for row in rows:
         empty = bool(row.get("empty_prediction")), bool(row.get("empty_truth"))
-        name = {(True, True): "both masks empty", (True, False): "prediction empty", (False, True): "truth empty"}
+        name = {
+            (True, True): "both masks empty",
+            (True, False): "prediction empty",
+            (False, True): "truth empty",
+        }
         if empty in name:
             counts[name[empty]] += 1
     return ", ".join(f"{name} ({count} of {len(rows)})" for name, count in counts.items() if count)
@@ -152,7 +190,9 @@ def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], li
             "site": entry.site,
             "messages": entry.messages,
             "rounds": entry.rounds,
-            "parts": [show_bytes(entry.parts[name]) if entry.parts.get(name) else "–" for name in parts],
+            "parts": [
+                show_bytes(entry.parts[name]) if entry.parts.get(name) else "–" for name in parts
+            ],
             "per_round": show_bytes(entry.total / entry.rounds) if entry.rounds else "–",
             "total": show_bytes(entry.total),
             "withheld": ", ".join(sorted(entry.withheld)) or "none",
@@ -165,13 +205,17 @@ def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], li
 
 def hash_note(study: StudyFiles) -> str:
     """A sentence on which model hashes may be compared: those of one processor, build of torch and thread count."""
-    machines = Counter(_machine_of(cell.outcome) for cell in study.cells if cell.outcome.get("digest"))
+    machines = Counter(
+        _machine_of(cell.outcome) for cell in study.cells if cell.outcome.get("digest")
+    )
     rule = "Equal settings and seeds give equal hashes on one type of processor, build of torch and number of threads"
     if not machines or set(machines) == {""}:
         return f"{rule}; these runs do not say theirs."
     if len(machines) == 1:
         return f"{rule}, here {next(iter(machines))}."
-    found = "; ".join(f"{name or 'not recorded'} ({number})" for name, number in sorted(machines.items()))
+    found = "; ".join(
+        f"{name or 'not recorded'} ({number})" for name, number in sorted(machines.items())
+    )
     return f"{rule}. These runs ended on different ones, so that their hashes cannot be compared: {found}."
 
 
@@ -181,7 +225,13 @@ def _machine_of(outcome: Mapping[str, Any]) -> str:
         return ""
     threads = machine.get("threads")
     parts = [str(machine.get(name, "?")) for name in ("cpu", "capability")]
-    return ", ".join([*parts, f"torch {machine.get('torch', '?')}", f"{threads} thread{'' if threads == 1 else 's'}"])
+    return ", ".join(
+        [
+            *parts,
+            f"torch {machine.get('torch', '?')}",
+            f"{threads} thread{'' if threads == 1 else 's'}",
+        ]
+    )
 
 
 def cell_rows(study: StudyFiles) -> list[Section]:
@@ -191,5 +241,7 @@ def cell_rows(study: StudyFiles) -> list[Section]:
         protocol = cell.model.get("protocol")
         chosen = protocol.get("selected_round", "–") if isinstance(protocol, dict) else "–"
         digest = str(cell.outcome.get("digest") or cell.model.get("digest") or "–")
-        rows.append({"cell": cell, "time": show_seconds(cell.seconds), "round": chosen, "digest": digest})
+        rows.append(
+            {"cell": cell, "time": show_seconds(cell.seconds), "round": chosen, "digest": digest}
+        )
     return rows

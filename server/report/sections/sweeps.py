@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.report.differences import CaseValues, compare_on_average
-from server.report.figures.plots import GREY, LEVEL_DASHES, Dot, Point, Series, dot_panel, is_logarithmic, sweep_panel
+from server.report.figures.plots import (
+    GREY,
+    LEVEL_DASHES,
+    Dot,
+    Point,
+    Series,
+    dot_panel,
+    is_logarithmic,
+    sweep_panel,
+)
 from server.report.format import DECIMALS, show, show_interval
 from server.report.labels import MOST_COLOURS, Label, Swept, numeric, value_order
 from server.report.sections.claims import claims_section
@@ -55,7 +64,9 @@ class Sweep:
         return family in self.usual and self.usual[family][1] == value
 
 
-def sweeps_of(labels: Mapping[str, Label], settings: Mapping[str, Mapping[str, Any]]) -> list[Sweep]:
+def sweeps_of(
+    labels: Mapping[str, Label], settings: Mapping[str, Mapping[str, Any]]
+) -> list[Sweep]:
     """Find the swept settings: names that take two values or more while all else is the same.
 
     Args:
@@ -75,7 +86,9 @@ def sweeps_of(labels: Mapping[str, Label], settings: Mapping[str, Mapping[str, A
                 value = _looked_up(settings.get(label.name, {}), name)
                 usual |= {_family(label, name): (label.name, value)} if value else {}
         kept = {
-            family: line for family, line in lines.items() if len({*line, usual.get(family, ("", ""))[1]} - {""}) > 1
+            family: line
+            for family, line in lines.items()
+            if len({*line, usual.get(family, ("", ""))[1]} - {""}) > 1
         }
         if kept:
             sweeps.append(Sweep(name, kept, usual))
@@ -93,7 +106,9 @@ def _looked_up(tree: Mapping[str, Any], name: str) -> str:
     for part in parts:
         found = found.get(part) if isinstance(found, Mapping) else None
     if found is None and len(parts) == 1:
-        inner = [group[name] for group in tree.values() if isinstance(group, Mapping) and name in group]
+        inner = [
+            group[name] for group in tree.values() if isinstance(group, Mapping) and name in group
+        ]
         found = inner[0] if len(inner) == 1 else None
     if found is None or isinstance(found, (Mapping, list)):
         return ""
@@ -118,7 +133,10 @@ def sweep_sections(
         colours: Index of the palette by label.
         place: Who was judged, in words.
     """
-    return [_sweep_section(sweep, _beside(sweep, labels), values, structures, colours, place) for sweep in sweeps]
+    return [
+        _sweep_section(sweep, _beside(sweep, labels), values, structures, colours, place)
+        for sweep in sweeps
+    ]
 
 
 def _beside(sweep: Sweep, labels: Mapping[str, Label]) -> list[str]:
@@ -145,10 +163,20 @@ def _sweep_section(
         pairs += [(label, reference) for label in line.values() if label != reference]
     claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
     drawn = {family: place for place, family in enumerate(families[:MOST_COLOURS])}
-    if len({family[0] for family in drawn}) == len(drawn):  # a line a method: the method's own colour
-        drawn = {family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn}
-    panels = [panel for name in structures for panel in _sweep_panels(sweep, drawn, beside, values, name, place)]
-    shown = list(dict.fromkeys([*(label for line in sweep.all_lines() for label in line.values()), *beside]))
+    if len({family[0] for family in drawn}) == len(
+        drawn
+    ):  # a line a method: the method's own colour
+        drawn = {
+            family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn
+        }
+    panels = [
+        panel
+        for name in structures
+        for panel in _sweep_panels(sweep, drawn, beside, values, name, place)
+    ]
+    shown = list(
+        dict.fromkeys([*(label for line in sweep.all_lines() for label in line.values()), *beside])
+    )
     return {
         "name": sweep.name,
         "numbers": sweep.numbers,
@@ -159,11 +187,15 @@ def _sweep_section(
             for label, dash in zip(beside, LEVEL_DASHES, strict=False)
             if sweep.numbers
         ],
-        "key": [{"title": _family_title(family), "index": index} for family, index in drawn.items()],
+        "key": [
+            {"title": _family_title(family), "index": index} for family, index in drawn.items()
+        ],
         "left_out": len(families) - len(drawn),
         "panels": panels,
         "several": len(structures) > 1,
-        "rows": [row for family in families for row in _sweep_rows(sweep, family, values, structures)],
+        "rows": [
+            row for family in families for row in _sweep_rows(sweep, family, values, structures)
+        ],
         "claims": claims,
         "unit": values.unit,
         "note": distance_note(values, shown, structures),
@@ -175,7 +207,12 @@ def _numbers(sweep: Sweep) -> list[float]:
 
 
 def _sweep_panels(
-    sweep: Sweep, drawn: Mapping[Family, int], beside: Sequence[str], values: CaseValues, structure: str, place: str
+    sweep: Sweep,
+    drawn: Mapping[Family, int],
+    beside: Sequence[str],
+    values: CaseValues,
+    structure: str,
+    place: str,
 ) -> list[Section]:
     titles = ["Dice", f"ASD, {values.unit}"]
     series = [
@@ -186,14 +223,26 @@ def _sweep_panels(
         f"{line.title} {', '.join(f'{p.value}: {show(p.intervals[0].mean, 3)}' for p in line.points)}"
         for line in series
     )
-    levels = {label: tuple(values.interval(label, structure, metric) for metric in METRICS) for label in beside}
+    levels = {
+        label: tuple(values.interval(label, structure, metric) for metric in METRICS)
+        for label in beside
+    }
     ends += "".join(f"; {label} {show(level[0].mean, 3)}" for label, level in levels.items())
     alt = f"{structure}: mean Dice over {place} by {sweep.name}. {ends}."
     if sweep.numbers:
-        return [{"title": structure, "drawing": sweep_panel(series, sweep.name, titles, alt, list(levels.values()))}]
+        return [
+            {
+                "title": structure,
+                "drawing": sweep_panel(series, sweep.name, titles, alt, list(levels.values())),
+            }
+        ]
     panels = []
     for number, title in enumerate(titles):
-        dots = [Dot(label, level[number], GREY) for label, level in levels.items() if math.isfinite(level[number].mean)]
+        dots = [
+            Dot(label, level[number], GREY)
+            for label, level in levels.items()
+            if math.isfinite(level[number].mean)
+        ]
         dots += [
             Dot(
                 _dot_title(line, point, series),
@@ -207,7 +256,9 @@ def _sweep_panels(
             if math.isfinite(point.intervals[number].mean)
         ]
         if dots:
-            panels.append({"title": f"{structure}, {title}", "drawing": dot_panel(dots, title, alt)})
+            panels.append(
+                {"title": f"{structure}, {title}", "drawing": dot_panel(dots, title, alt)}
+            )
     return panels
 
 
@@ -229,18 +280,27 @@ def _points(sweep: Sweep, family: Family, values: CaseValues, structure: str) ->
 
 def _family_title(family: Family) -> str:
     trains, federation, rest = family
-    words = [trains, *([] if federation == "by_site" else [federation]), *(f"{name}={value}" for name, value in rest)]
+    words = [
+        trains,
+        *([] if federation == "by_site" else [federation]),
+        *(f"{name}={value}" for name, value in rest),
+    ]
     return " ".join(words)
 
 
-def _sweep_rows(sweep: Sweep, family: Family, values: CaseValues, structures: Sequence[str]) -> list[Section]:
+def _sweep_rows(
+    sweep: Sweep, family: Family, values: CaseValues, structures: Sequence[str]
+) -> list[Section]:
     rows = []
     for value, label in sweep.line(family).items():
         cells = []
         for structure in structures:
             for metric in METRICS:
                 interval, places = values.interval(label, structure, metric), DECIMALS[metric]
-                cell = {"value": show(interval.mean, places), "interval": show_interval(interval, places)}
+                cell = {
+                    "value": show(interval.mean, places),
+                    "interval": show_interval(interval, places),
+                }
                 cells.append(cell | {"note": counted(*values.left_out(label, structure, metric))})
         usual = sweep.is_usual(family, value)
         rows.append({"line": _family_title(family), "value": value, "usual": usual, "cells": cells})
@@ -254,5 +314,7 @@ def distance_note(values: CaseValues, labels: Sequence[str], structures: Sequenc
         for structure in structures:
             if mark := counted(*values.left_out(label, structure, "asd")):
                 parts.append(f"{label}{f', {structure}' if len(structures) > 1 else ''}: {mark}")
-    text = "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations"
+    text = (
+        "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations"
+    )
     return f"{text} ({'; '.join(parts)})." if parts else ""

@@ -27,15 +27,21 @@ def test_a_wave_takes_its_partners_height_and_keeps_its_place():
 
 
 def test_a_negative_mean_stays_negative():
-    found = mix_amplitude(wave(2, offset=-1, phase=0), wave(2, offset=3, phase=0), HALF, window=0.125)
+    found = mix_amplitude(
+        wave(2, offset=-1, phase=0), wave(2, offset=3, phase=0), HALF, window=0.125
+    )
     torch.testing.assert_close(found, wave(2, offset=-2, phase=0), rtol=0, atol=1e-12)
 
 
 def test_a_window_below_one_frequency_changes_the_mean_alone():
-    own, other = torch.rand(2, 1, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own, other = torch.rand(
+        2, 1, 3, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     assert window_amplitudes(own, 0.1).shape == (1, 3, 2, 1, 1)
     shift = 0.5 * (other.mean((2, 3), keepdim=True) - own.mean((2, 3), keepdim=True))
-    torch.testing.assert_close(mix_amplitude(own, other, HALF, 0.1), own + shift, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        mix_amplitude(own, other, HALF, 0.1), own + shift, rtol=0, atol=1e-12
+    )
 
 
 def test_a_wave_outside_the_window_stays():
@@ -46,12 +52,18 @@ def test_a_wave_outside_the_window_stays():
 def test_amplitudes_of_a_wave():
     found = window_amplitudes(wave(2, offset=-1, phase=0.7), window=0.25)
     wanted = torch.zeros(1, 1, 2, 3, 3, dtype=torch.float64)
-    wanted[0, 0, :, 0] = torch.tensor([64.0, 64.0, 0.0])  # 64 pixels times |-1|; half of the height 2 times 64
+    wanted[0, 0, :, 0] = torch.tensor(
+        [64.0, 64.0, 0.0]
+    )  # 64 pixels times |-1|; half of the height 2 times 64
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def test_half_sampling_frequency_counts_once():
-    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64).repeat(2, 2).expand(1, 1, 4, 4)
+    board = (
+        torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+        .repeat(2, 2)
+        .expand(1, 1, 4, 4)
+    )
     found = mix_amplitude(board, 3 * board, HALF, window=0.5)
     torch.testing.assert_close(found, 2 * board, rtol=0, atol=1e-12)
     assert window_amplitudes(board, 0.5).shape == (1, 1, 2, 3, 3)
@@ -61,7 +73,9 @@ def test_half_sampling_frequency_counts_once():
 @pytest.mark.parametrize("value", [0.0, -1.0, 0.7])
 def test_an_empty_slice_has_phase_zero_not_the_phase_of_its_rounding(value, dtype):
     blank = torch.full((1, 1, 33, 48), value, dtype=dtype)
-    partner = 0.3 * torch.randn(1, 1, 33, 48, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    partner = 0.3 * torch.randn(
+        1, 1, 33, 48, generator=torch.Generator().manual_seed(1), dtype=dtype
+    )
     found = np.fft.fft2(mix_amplitude(blank, partner, HALF, 0.2).double().numpy())[0, 0]
     wanted = np.fft.fft2(partner.double().numpy())[0, 0]
     near = np.s_[1:7, 1:7]
@@ -90,11 +104,17 @@ def test_within_two_millionths_of_float64_at_the_products_sizes(H, W, by_fft, mo
         (96, 0.5, True, True),
     ],
 )
-def test_wide_windows_of_widths_without_a_large_prime_take_the_fft(side, window, forward, back, monkeypatch):
+def test_wide_windows_of_widths_without_a_large_prime_take_the_fft(
+    side, window, forward, back, monkeypatch
+):
     taken = []
     for name in ("rfft", "irfft"):
         real = getattr(torch.fft, name)
-        monkeypatch.setattr(torch.fft, name, lambda *a, name=name, real=real, **k: taken.append(name) or real(*a, **k))
+        monkeypatch.setattr(
+            torch.fft,
+            name,
+            lambda *a, name=name, real=real, **k: taken.append(name) or real(*a, **k),
+        )
     image = pictures(1, side, side, seed=1)
     mix_window_amplitudes(image, window_amplitudes(image, window), HALF, window)
     assert ("rfft" in taken, "irfft" in taken) == (forward, back)
@@ -121,7 +141,11 @@ def test_memory_order_and_width_of_the_images_do_not_matter():
 
 
 def test_neither_autocast_nor_reduced_products_nor_gradients_reach_the_mixing():
-    images, partners, ratio = pictures(1, 32, 32, seed=1), pictures(1, 32, 32, seed=2), torch.tensor([0.3])
+    images, partners, ratio = (
+        pictures(1, 32, 32, seed=1),
+        pictures(1, 32, 32, seed=2),
+        torch.tensor([0.3]),
+    )
     wanted = mix_amplitude(images, partners, ratio)
     torch.set_float32_matmul_precision("medium")
     try:
@@ -144,7 +168,10 @@ RATIO = torch.tensor([0.1, 1.0])
         ((GOOD[0], GOOD, RATIO), r"images: found shape \(3, 20, 16\)"),
         ((GOOD.int(), GOOD, RATIO), r"images: found torch.int32, expected floats"),
         ((GOOD[:0], GOOD[:0], RATIO), r"images: found shape \(0, 3, 20, 16\)"),
-        ((GOOD, GOOD.mT, RATIO), r"partners: found shape \(2, 3, 16, 20\), expected \(2, 3, 20, 16\)"),
+        (
+            (GOOD, GOOD.mT, RATIO),
+            r"partners: found shape \(2, 3, 16, 20\), expected \(2, 3, 20, 16\)",
+        ),
         ((GOOD, GOOD[:1], RATIO), r"partners: found shape \(1, 3, 20, 16\)"),
         ((GOOD, GOOD.int(), RATIO), r"partners: found torch.int32 on cpu, expected floats on cpu"),
         ((GOOD, GOOD.to("meta"), RATIO), r"partners: found torch.float32 on meta"),
@@ -167,7 +194,9 @@ def test_what_does_not_fit_is_named(arguments, message):
 
 def test_kept_amplitudes_that_do_not_fit_are_named():
     kept = window_amplitudes(GOOD)
-    with pytest.raises(ValueError, match=r"amplitudes: found shape \(2, 3, 2, 2, 2\), expected \(2, 3, 2, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"amplitudes: found shape \(2, 3, 2, 2, 2\), expected \(2, 3, 2, 4, 4\)"
+    ):
         mix_window_amplitudes(GOOD, kept, RATIO, window=0.2)
     with pytest.raises(ValueError, match="amplitudes: found values that are not finite"):
         mix_window_amplitudes(GOOD, kept * math.nan, RATIO)
@@ -178,7 +207,11 @@ def test_kept_amplitudes_that_do_not_fit_are_named():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same_without_a_wait():
-    images, partners, ratio = pictures(2, 256, 192, seed=1), pictures(2, 256, 192, seed=2), torch.tensor([0.1, 0.6])
+    images, partners, ratio = (
+        pictures(2, 256, 192, seed=1),
+        pictures(2, 256, 192, seed=2),
+        torch.tensor([0.1, 0.6]),
+    )
     there = [t.cuda() for t in (images, partners, ratio)]
     mix_amplitude(*there)  # puts the matrices of this size on the device
     torch.cuda.set_sync_debug_mode("error")
@@ -186,4 +219,6 @@ def test_a_gpu_gives_the_same_without_a_wait():
         found = mix_amplitude(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(found.cpu(), mix_amplitude(images, partners, ratio), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        found.cpu(), mix_amplitude(images, partners, ratio), rtol=0, atol=2e-6
+    )

@@ -24,12 +24,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def federation(root: Path, folder: Path, *overrides: str) -> Plan:
-    return sites.plan_of(root, folder, "heldout=South", f"site.cache={root.parent / 'cache'}", *overrides)
+    return sites.plan_of(
+        root, folder, "heldout=South", f"site.cache={root.parent / 'cache'}", *overrides
+    )
 
 
 def asked(plan: Plan, kind: str, site: str, round_number: int = 1, **request) -> Reply:
     weights = None if kind == wire.ENROL else sites.weights(plan)
-    return sites.answer(plan, kind, Request(sites.identity(plan, round_number), weights, **request), site)
+    return sites.answer(
+        plan, kind, Request(sites.identity(plan, round_number), weights, **request), site
+    )
 
 
 def test_a_site_enrols_with_its_cases_counted_by_split(root, tmp_path):
@@ -44,22 +48,34 @@ def test_a_site_enrols_with_its_cases_counted_by_split(root, tmp_path):
     assert counts["validation"] >= 1
     assert reply.details["slices"]["train"] == 4 * counts["train"]
     assert reply.details["patients"] == counts
-    assert asked(plan, wire.ENROL, "South", 0).details["cases"] == {"train": 0, "validation": 0, "test": 4}
+    assert asked(plan, wire.ENROL, "South", 0).details["cases"] == {
+        "train": 0,
+        "validation": 0,
+        "test": 4,
+    }
 
 
 def test_a_site_tells_when_its_data_changed_and_never_where_they_lie(root, tmp_path):
-    told = [asked(federation(root, tmp_path / name), wire.ENROL, "North", 0).details["data"] for name in ("a", "b")]
+    told = [
+        asked(federation(root, tmp_path / name), wire.ENROL, "North", 0).details["data"]
+        for name in ("a", "b")
+    ]
     assert len(told[0]) == 16
     assert told[0] == told[1]
     copy = tmp_path / "elsewhere"
     shutil.copytree(root, copy)
     assert (
-        asked(sites.plan_of(copy, tmp_path / "c", "heldout=South"), wire.ENROL, "North", 0).details["data"] == told[0]
+        asked(sites.plan_of(copy, tmp_path / "c", "heldout=South"), wire.ENROL, "North", 0).details[
+            "data"
+        ]
+        == told[0]
     )
     resplit = federation(root, tmp_path, "data.validation_fraction=0.6")
     assert asked(resplit, wire.ENROL, "North", 0).details["data"] != told[0]
     shutil.copy(copy / "North/North-001_mask.nii.gz", copy / "North/North-002_mask.nii.gz")
-    changed = asked(sites.plan_of(copy, tmp_path / "c", "heldout=South"), wire.ENROL, "North", 0).details["data"]
+    changed = asked(
+        sites.plan_of(copy, tmp_path / "c", "heldout=South"), wire.ENROL, "North", 0
+    ).details["data"]
     assert changed not in told
 
 
@@ -68,7 +84,9 @@ def test_the_aliases_are_explained_at_the_site_only(root, tmp_path):
     rows = decode_cases(asked(plan, wire.EVALUATE, "South", options={"split": "test"}).cases)
     with (tmp_path / "run/sites/South/aliases.csv").open() as file:
         names = {row["alias"]: row["case"] for row in csv.DictReader(file)}
-    assert sorted(names[row["case"]] for row in rows) == [f"South-00{number}" for number in (1, 2, 3, 4)]
+    assert sorted(names[row["case"]] for row in rows) == [
+        f"South-00{number}" for number in (1, 2, 3, 4)
+    ]
 
 
 def test_training_replies_with_weights_statistics_and_figures(root, tmp_path):
@@ -81,7 +99,15 @@ def test_training_replies_with_weights_statistics_and_figures(root, tmp_path):
     assert reply.statistics is not None
     assert reply.statistics.count.sum() == reply.metrics["examples"] * 32 * 32
     assert set(reply.metrics) == {
-        *("examples", "steps", "loss", "loss_supervised", "loss_contrast", "learning_rate", "seconds"),
+        *(
+            "examples",
+            "steps",
+            "loss",
+            "loss_supervised",
+            "loss_contrast",
+            "learning_rate",
+            "seconds",
+        ),
         *("validation_dice", "validation_cases", "micro_batches"),
     }
     assert 0 <= reply.metrics["validation_dice"] <= 1
@@ -97,7 +123,9 @@ def test_statistics_describe_the_received_model_not_the_trained_one(root, tmp_pa
     np.testing.assert_array_equal(received.mean, trained.mean)
 
 
-@pytest.mark.parametrize("memory", ["lagged", "restart", "cumulative", "discount", "momentum", "overlay"])
+@pytest.mark.parametrize(
+    "memory", ["lagged", "restart", "cumulative", "discount", "momentum", "overlay"]
+)
 def test_the_untrained_model_of_round_1_is_not_described(root, tmp_path, memory):
     """Prototypes of an untrained network would be what round 2 pulls towards, and `cumulative` would keep them."""
     plan = federation(root, tmp_path, f"prototypes.memory={memory}")
@@ -124,8 +152,12 @@ def test_moments_are_measured_on_request_alone_or_with_the_classes(root, tmp_pat
 def test_the_chosen_model_is_described_as_evaluation_sees_it(root, tmp_path):
     plan = federation(root, tmp_path)
     in_training = asked(plan, wire.STATISTICS, "North").statistics
-    found = asked(plan, wire.STATISTICS, "North", options={"classes": True, "norm_mode": "running"}).statistics
-    expected = asked(federation(root, tmp_path, "prototypes.norm_mode=running"), wire.STATISTICS, "North").statistics
+    found = asked(
+        plan, wire.STATISTICS, "North", options={"classes": True, "norm_mode": "running"}
+    ).statistics
+    expected = asked(
+        federation(root, tmp_path, "prototypes.norm_mode=running"), wire.STATISTICS, "North"
+    ).statistics
     assert found is not None
     assert found.digest() == expected.digest() != in_training.digest()
 
@@ -182,9 +214,14 @@ def test_a_site_that_does_not_train_refuses_training_and_statistics(root, tmp_pa
     assert asked(plan, kind, "South") == Reply(sites.identity(plan), "South", error="ROL-201")
 
 
-@pytest.mark.parametrize(("site", "split"), [("North", "test"), ("South", "validation"), ("North", "train")])
+@pytest.mark.parametrize(
+    ("site", "split"), [("North", "test"), ("South", "validation"), ("North", "train")]
+)
 def test_a_split_that_the_role_forbids_is_refused(root, tmp_path, site, split):
-    assert asked(federation(root, tmp_path), wire.EVALUATE, site, options={"split": split}).error == "ROL-201"
+    assert (
+        asked(federation(root, tmp_path), wire.EVALUATE, site, options={"split": split}).error
+        == "ROL-201"
+    )
 
 
 def test_a_site_refuses_a_role_that_its_own_settings_do_not_accept(root, tmp_path):
@@ -224,14 +261,21 @@ def test_the_deployed_app_reads_its_settings_from_the_run_config(root, tmp_path)
     plan = federation(root, tmp_path)
     request = encode_request(Request(sites.identity(plan, 0)))
     run_config = {"config-json": json.dumps(plan.to_tree()), "overrides": ""}
-    assert decode_reply(sites.ask(None, wire.ENROL, request, {"site": "North"}, run_config)).details["site"] == "North"
+    assert (
+        decode_reply(sites.ask(None, wire.ENROL, request, {"site": "North"}, run_config)).details[
+            "site"
+        ]
+        == "North"
+    )
 
 
 def test_a_home_of_the_sites_own_holds_its_ledger(root, tmp_path):
     plan = federation(root, tmp_path, f"site.home='{tmp_path}/homes/{{site}}'")
     asked(plan, wire.ENROL, "North", 0)
     asked(plan, wire.TRAIN, "North")
-    asked(plan, wire.EVALUATE, "North", options={"split": "test"})  # refused, and entered all the same
+    asked(
+        plan, wire.EVALUATE, "North", options={"split": "test"}
+    )  # refused, and entered all the same
     path = tmp_path / "homes/North/ledger.jsonl"
     assert ledger.verify(path) == 3
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]

@@ -25,7 +25,9 @@ from clients.guard.approval import (
 from common.errors import FedsgcgError
 from tests.conftest import REPOSITORY
 
-PROJECT = '[project]\nname="x"\nversion="1"\n[tool.flwr.app.components]\nclientapp = "clients.app:app"\n'
+PROJECT = (
+    '[project]\nname="x"\nversion="1"\n[tool.flwr.app.components]\nclientapp = "clients.app:app"\n'
+)
 
 
 def fab(files: dict[str, str | bytes], project: str = PROJECT) -> bytes:
@@ -92,7 +94,10 @@ def test_the_difference_names_files_and_lines(tmp_path):
     path = tmp_path / "approved.json"
     approve(Bundle({"a.py": b"one\ntwo\n", "gone.py": b"x\n", "same.py": b"s"}), path, "anna")
     changes = dict(
-        difference(last_approved(path), Bundle({"a.py": b"one\nthree\n", "new.py": b"n\n", "same.py": b"s"}))
+        difference(
+            last_approved(path),
+            Bundle({"a.py": b"one\nthree\n", "new.py": b"n\n", "same.py": b"s"}),
+        )
     )
     assert [line.split() for line in changes] == [
         ["changed", "a.py", "(+1", "-1", "lines)"],

@@ -40,14 +40,17 @@ def order(table, method, seed=0):
 
 def test_what_a_batch_is():
     table = table_of(9)
-    images, labels = gather([table], next(index_batches([table], settings(batch_size=4), [np.random.default_rng(0)])))
+    images, labels = gather(
+        [table], next(index_batches([table], settings(batch_size=4), [np.random.default_rng(0)]))
+    )
     assert (images.shape, images.dtype) == ((4, 3, SIDE, SIDE), torch.float32)
     assert (labels.shape, labels.dtype) == ((4, SIDE, SIDE), torch.int64)
     torch.testing.assert_close(images[:, 0], labels / 100.0, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (4, [4]), (5, [5]), (3, [3]), (1, [1])]
+    ("count", "sizes"),
+    [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (4, [4]), (5, [5]), (3, [3]), (1, [1])],
 )
 def test_sizes_of_batches(count, sizes):
     """A single slice left over joins the batch before it; a small table is one batch."""
@@ -93,19 +96,29 @@ def test_settings_say_how_long_a_round_is():
 def test_no_slice_is_an_error():
     table = table_of(3)
     with pytest.raises(FedsgcgError) as caught:
-        next(index_batches([table.only(np.zeros(3, np.bool_))], settings(), [np.random.default_rng(0)]))
+        next(
+            index_batches(
+                [table.only(np.zeros(3, np.bool_))], settings(), [np.random.default_rng(0)]
+            )
+        )
     assert caught.value.code == "TRN-302"
 
 
 def test_a_pooled_epoch_is_the_longest_domain_and_the_others_start_over_newly_shuffled():
     tables, method = [table_of(12), table_of(4)], settings(batch_size=6, local_epochs=2)
-    steps = list(index_batches(tables, method, [np.random.default_rng(1), np.random.default_rng(2)]))
-    assert len(steps) == steps_of(tables, method) == 8  # three of each domain a step, twelve slices, two epochs
+    steps = list(
+        index_batches(tables, method, [np.random.default_rng(1), np.random.default_rng(2)])
+    )
+    assert (
+        len(steps) == steps_of(tables, method) == 8
+    )  # three of each domain a step, twelve slices, two epochs
     long, short = ([numbers[domain].tolist() for numbers in steps] for domain in (0, 1))
     assert sorted(sum(long[:4], [])) == sorted(sum(long[4:], [])) == list(range(12))
     assert long[:4] != long[4:]
     assert [len(step) for step in short] == [4] * 8  # three and a single one left over join
-    assert len({tuple(step) for step in short}) > 4, "a replayed first pass would show one order only"
+    assert len({tuple(step) for step in short}) > 4, (
+        "a replayed first pass would show one order only"
+    )
 
 
 def test_slices_of_each_domain_in_a_step():
@@ -124,7 +137,9 @@ def test_parts_of_a_batch_hold_every_domain_and_every_slice_once():
     parts = whole.parts(3)
     assert [share for share, _ in parts] == [0.4, 0.3, 0.3]
     assert [part.sizes for _, part in parts] == [(2, 2), (2, 1), (2, 1)]
-    assert sorted(torch.cat([part.labels for _, part in parts]).flatten().tolist()) == list(range(10))
+    assert sorted(torch.cat([part.labels for _, part in parts]).flatten().tolist()) == list(
+        range(10)
+    )
     for _, part in parts:
         assert part.mixed is not None
         assert (part.mixed - part.images == 100).all()
@@ -147,16 +162,28 @@ def test_batch_indices_by_brute_force():
 
 def batch(count=6, seed=0):
     generator = np.random.default_rng(seed)
-    smooth = ndimage.gaussian_filter(generator.standard_normal((count, 3, SIDE, SIDE)), (0, 0, 2, 2))
+    smooth = ndimage.gaussian_filter(
+        generator.standard_normal((count, 3, SIDE, SIDE)), (0, 0, 2, 2)
+    )
     images = torch.from_numpy(np.clip(smooth / abs(smooth).max(), -1, 1)).float()
     return images, (images[:, 1] > 0.1).long()
 
 
 def change(images, labels, seed=0, **amounts):
-    return augment(images, labels, AugmentationSettings(**amounts), torch.Generator().manual_seed(seed))
+    return augment(
+        images, labels, AugmentationSettings(**amounts), torch.Generator().manual_seed(seed)
+    )
 
 
-ALL = {"flip": 0.5, "rotate_degrees": 20.0, "scale": 0.2, "shift": 0.1, "gamma": 0.5, "brightness": 0.2, "noise": 0.1}
+ALL = {
+    "flip": 0.5,
+    "rotate_degrees": 20.0,
+    "scale": 0.2,
+    "shift": 0.1,
+    "gamma": 0.5,
+    "brightness": 0.2,
+    "noise": 0.1,
+}
 
 
 def test_nothing_changes_when_everything_is_off():
@@ -208,7 +235,12 @@ def test_half_of_many_slices_are_flipped():
 
 def test_labels_move_with_their_image_and_keep_their_values():
     """Images that are themselves label maps must still be so after rotation, scaling, shift and flip."""
-    spots = ndimage.gaussian_filter(np.random.default_rng(1).standard_normal((8, SIDE, SIDE)), (0, 3, 3)) > 0
+    spots = (
+        ndimage.gaussian_filter(
+            np.random.default_rng(1).standard_normal((8, SIDE, SIDE)), (0, 3, 3)
+        )
+        > 0
+    )
     labels = torch.from_numpy(np.where(spots, 255, 2)).long()
     images = torch.from_numpy(spots * 2.0 - 1.0).float()[:, None].expand(-1, 3, -1, -1)
     moved, mapped = change(images, labels, **{**ALL, "gamma": 0.0, "brightness": 0.0, "noise": 0.0})
@@ -276,7 +308,9 @@ def test_brightness_gamma_and_noise_by_hand():
     assert 0.5 ** np.exp(-0.4) < curved.max() <= 0.5 ** np.exp(-0.5)
     spread = change(images, labels, noise=0.2)[0].std(dim=(1, 2, 3))
     assert spread.max() < 0.4
-    assert spread.mean() == pytest.approx(0.1, abs=0.02), "drawn uniformly between zero and the setting"
+    assert spread.mean() == pytest.approx(0.1, abs=0.02), (
+        "drawn uniformly between zero and the setting"
+    )
 
 
 @pytest.mark.gpu
@@ -297,8 +331,12 @@ def test_a_zoomed_window_lies_in_the_slice_and_moves_image_and_label_together():
     side, count = 64, 200
     columns = torch.linspace(-1, 1, side).expand(count, 3, side, side)
     labels = torch.arange(side).expand(count, side, side)
-    moved, mapped = augment(columns, labels, AugmentationSettings(zoom=0.5), torch.Generator().manual_seed(0))
-    widths = (moved[:, 0, 0, -1] - moved[:, 0, 0, 0]).numpy() / (columns[0, 0, 0, -1] - columns[0, 0, 0, 0]).item()
+    moved, mapped = augment(
+        columns, labels, AugmentationSettings(zoom=0.5), torch.Generator().manual_seed(0)
+    )
+    widths = (moved[:, 0, 0, -1] - moved[:, 0, 0, 0]).numpy() / (
+        columns[0, 0, 0, -1] - columns[0, 0, 0, 0]
+    ).item()
     whole = np.isclose(widths, 1, atol=1e-5)
     assert 0.35 < whole.mean() < 0.65, "half of the slices stay as they are"
     assert (widths[~whole] >= 1 / 1.5 - 1e-3).all()

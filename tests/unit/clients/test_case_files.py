@@ -69,7 +69,8 @@ def test_a_byte_order_mark_as_spreadsheets_write_it_is_no_trouble(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["../x.nii.gz", "/etc/x.nii.gz", "A/../../x.nii.gz", "..\\x.nii.gz", "C:\\x.nii.gz", ".."]
+    "path",
+    ["../x.nii.gz", "/etc/x.nii.gz", "A/../../x.nii.gz", "..\\x.nii.gz", "C:\\x.nii.gz", ".."],
 )
 def test_paths_that_leave_the_root_are_refused(tmp_path, path):
     root = root_with(tmp_path / "d", "site,image,mask", f"A,{path},A/m.nii.gz")
@@ -110,10 +111,18 @@ def test_unreadable_manifests_and_roots(tmp_path):
 
 
 def test_an_image_listed_twice_counts_once(tmp_path, make_data):
-    root = root_with(tmp_path / "d", "site,image,mask", "A,a.png,m.png", "A,a.png,m.png", files=("a.png", "m.png"))
+    root = root_with(
+        tmp_path / "d",
+        "site,image,mask",
+        "A,a.png,m.png",
+        "A,a.png,m.png",
+        files=("a.png", "m.png"),
+    )
     site = open_site(root, "A", make_data())
     assert len(site.cases) == 1
-    assert [(p.code, p.found) for p in site.quarantined] == [("SITE-511", "the image of line 2 again")]
+    assert [(p.code, p.found) for p in site.quarantined] == [
+        ("SITE-511", "the image of line 2 again")
+    ]
 
 
 def test_missing_files_are_left_out_and_the_rest_goes_on(tmp_path, make_data):
@@ -134,7 +143,11 @@ def test_cases_that_share_a_file_name_keep_different_names(tmp_path, make_data):
         *(f"A,{name},s1/m.nii.gz" for name in (files[0], files[1], files[3])),
         files=files,
     )
-    assert [c.name for c in open_site(root, "A", make_data()).cases] == ["s1_anat_image", "s2_anat_image", "x"]
+    assert [c.name for c in open_site(root, "A", make_data()).cases] == [
+        "s1_anat_image",
+        "s2_anat_image",
+        "x",
+    ]
 
 
 def test_a_site_without_cases_names_those_that_exist(tmp_path, make_data):
@@ -161,7 +174,10 @@ def test_folders_without_a_manifest(tmp_path, make_data):
         ("p1", "p1_image.nii.gz", "p1_mask.nii.gz", "p1"),
         ("p2", "p2_image.nii", "p2_mask.nii.gz", "p2"),
     ]
-    assert [(c.name, c.mask and c.mask.name) for c in south.cases] == [("f", "f_mask.png"), ("g", None)]
+    assert [(c.name, c.mask and c.mask.name) for c in south.cases] == [
+        ("f", "f_mask.png"),
+        ("g", None),
+    ]
 
 
 # splits
@@ -170,7 +186,19 @@ def test_folders_without_a_manifest(tmp_path, make_data):
 def test_the_split_of_a_patient_never_changes_between_versions():
     """Frozen values: a change would move patients between training and validation of running studies."""
     assert [split_of(f"East-{number:03d}", 0.2) for number in range(1, 9)].count("validation") == 1
-    assert [n for n in range(40) if split_of(f"p{n}", 0.2) == "validation"] == [3, 4, 6, 11, 15, 16, 17, 19, 29, 32, 36]
+    assert [n for n in range(40) if split_of(f"p{n}", 0.2) == "validation"] == [
+        3,
+        4,
+        6,
+        11,
+        15,
+        16,
+        17,
+        19,
+        29,
+        32,
+        36,
+    ]
 
 
 def test_roles_and_manifest_splits():
@@ -185,7 +213,9 @@ def test_a_site_whose_patients_all_fall_into_validation_still_trains():
     assert chosen.count("train") in (1, 2)
     assert chosen[0] == chosen[1], "both cases of a patient move together"
     assert splits([case("only")], 0.999999, heldout=False) == ("train",)
-    assert splits([case("only", "validation")], 0.5, heldout=False) == ("validation",), "the manifest's word stands"
+    assert splits([case("only", "validation")], 0.5, heldout=False) == ("validation",), (
+        "the manifest's word stands"
+    )
 
 
 def test_a_patient_in_two_splits_is_left_out_whole(tmp_path, make_data):
@@ -218,14 +248,19 @@ def test_synthetic_hospitals_are_made_once(tmp_path, make_data):
     assert (root / "manifest.csv").stat().st_mtime_ns == stamp
     assert discover_sites(root) == ("East", "North", "South", "West")
     assert len(list(csv.DictReader((root / "manifest.csv").open()))) == 32
-    assert sorted(os.listdir(tmp_path)) == [root.name, "synthetic.lock"], "no half-written folder stays"
+    assert sorted(os.listdir(tmp_path)) == [root.name, "synthetic.lock"], (
+        "no half-written folder stays"
+    )
 
 
 def test_data_without_a_root(tmp_path, make_data):
     (problem,) = problems_of(ensure_data, make_data("fundus"), str(tmp_path))
     assert problem.code == "DAT-101"
     assert "github.com/emma-sjwang/Dofe" in problem.action, "it says what to fetch"
-    assert problems_of(ensure_data, make_data(root=str(tmp_path / "no")), str(tmp_path))[0].code == "DAT-101"
+    assert (
+        problems_of(ensure_data, make_data(root=str(tmp_path / "no")), str(tmp_path))[0].code
+        == "DAT-101"
+    )
     assert ensure_data(make_data("promise12", root=str(tmp_path)), "") == tmp_path
 
 
@@ -234,7 +269,9 @@ def test_data_without_a_root(tmp_path, make_data):
 
 def test_the_fingerprint_follows_content_and_manifest_not_place_nor_order(tmp_path, make_data):
     def made(name, split="train"):
-        root = root_with(tmp_path / name, "site,image,mask,split", f"A,a.png,m.png,{split}", "B,b.png,m.png,")
+        root = root_with(
+            tmp_path / name, "site,image,mask,split", f"A,a.png,m.png,{split}", "B,b.png,m.png,"
+        )
         for file in ("a.png", "b.png", "m.png"):
             (root / file).write_bytes(file.encode())
         return root
@@ -318,7 +355,9 @@ def test_one_path_in_two_spellings_is_one_case(tmp_path, make_data):
     )  # fmt: skip
     site = open_site(root, "A", make_data())
     assert [case.name for case in site.cases] == ["a", "b"]
-    assert [(p.code, p.found) for p in site.quarantined] == [("SITE-511", "the image of line 2 again")] * 2
+    assert [(p.code, p.found) for p in site.quarantined] == [
+        ("SITE-511", "the image of line 2 again")
+    ] * 2
 
 
 def test_names_that_are_no_utf8_become_cases_with_names_that_can_be_written(tmp_path, make_data):
@@ -341,7 +380,13 @@ def test_names_that_are_no_utf8_become_cases_with_names_that_can_be_written(tmp_
 
 def test_hospitals_that_look_the_same_are_a_warning_that_shows_the_difference(tmp_path):
     composed, split = "Z\u00fcrich", "Zu\u0308rich"
-    root = folder_root(tmp_path, f"{composed}/a_image.png", f"{split}/a_image.png", "B/a_image.png", "b/a_image.png")
+    root = folder_root(
+        tmp_path,
+        f"{composed}/a_image.png",
+        f"{split}/a_image.png",
+        "B/a_image.png",
+        "b/a_image.png",
+    )
     assert len(discover_sites(root)) == 4
     said = survey(root, discover_sites(root))
     assert [(problem.code, problem.found) for problem in said] == [
@@ -353,7 +398,9 @@ def test_hospitals_that_look_the_same_are_a_warning_that_shows_the_difference(tm
 
 
 def test_a_name_that_no_file_can_have_leaves_its_case_out(tmp_path, make_data):
-    root = root_with(tmp_path / "d", "site,image,mask", f"A,{'x' * 300}.png,", "A,a.png,", files=("a.png",))
+    root = root_with(
+        tmp_path / "d", "site,image,mask", f"A,{'x' * 300}.png,", "A,a.png,", files=("a.png",)
+    )
     site = open_site(root, "A", make_data())
     assert [case.name for case in site.cases] == ["a"]
     assert "File name too long" in site.quarantined[0].found
@@ -378,12 +425,18 @@ def told(call, *arguments):
         try:
             return call(*arguments)
         except FedsgcgError as error:
-            return [(problem.code, problem.found.split(":")[0], Path(problem.where).name) for problem in error.problems]
+            return [
+                (problem.code, problem.found.split(":")[0], Path(problem.where).name)
+                for problem in error.problems
+            ]
 
 
 def test_a_closed_folder_stops_only_those_who_need_it_and_says_which(make_data):
     with tempfile.TemporaryDirectory() as outside:  # pytest's own folders are closed to other users
-        root, data = folder_root(Path(outside) / "data", "A/a_image.png", "B/b_image.png"), make_data()
+        root, data = (
+            folder_root(Path(outside) / "data", "A/a_image.png", "B/b_image.png"),
+            make_data(),
+        )
         for folder in (Path(outside), root):
             folder.chmod(0o755)
         (root / "B").chmod(0o000)
@@ -399,6 +452,8 @@ def test_a_closed_folder_stops_only_those_who_need_it_and_says_which(make_data):
         root.chmod(0o000)
         closed = [("DAT-101", "Permission denied", "data")]
         assert told(discover_sites, root) == closed
-        assert told(ensure_data, make_data(root=str(root / "inner")), "") == [("DAT-101", "Permission denied", "inner")]
+        assert told(ensure_data, make_data(root=str(root / "inner")), "") == [
+            ("DAT-101", "Permission denied", "inner")
+        ]
         root.chmod(0o755)
         (root / "B").chmod(0o755)

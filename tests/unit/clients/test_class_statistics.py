@@ -11,7 +11,12 @@ from torch import nn
 
 from clients.data.case_files import open_site
 from clients.data.store import CaseStore, open_store
-from clients.methods.class_statistics import batch_statistics, patients_per_class, site_statistics, statistics_mode
+from clients.methods.class_statistics import (
+    batch_statistics,
+    patients_per_class,
+    site_statistics,
+    statistics_mode,
+)
 from clients.training import weights_of
 from common.networks import build_network
 from common.settings.plan import Plan
@@ -28,12 +33,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(root: Path, *overrides: str) -> tuple[Plan, CaseStore, nn.Module]:
     plan = sites.plan_of(root, root.parent, *overrides)
-    store = open_store(open_site(root, "North", plan.data), plan.data, root.parent / "cache", heldout=False)
+    store = open_store(
+        open_site(root, "North", plan.data), plan.data, root.parent / "cache", heldout=False
+    )
     return plan, store, build_network(plan.network, 3, plan.data.out_channels, 0)
 
 
 def described(plan: Plan, store: CaseStore, network: nn.Module, seed: int = 0) -> ClassStatistics:
-    return site_statistics(network, [store.slices("train")], plan, CPU, [np.random.default_rng(seed)])
+    return site_statistics(
+        network, [store.slices("train")], plan, CPU, [np.random.default_rng(seed)]
+    )
 
 
 @pytest.mark.parametrize("mode", ["batch", "running"])
@@ -41,10 +50,15 @@ def described(plan: Plan, store: CaseStore, network: nn.Module, seed: int = 0) -
 def test_the_pass_changes_neither_weights_nor_buffers_nor_mode(root, mode, training):
     plan, store, network = opened(root, f"prototypes.norm_mode={mode}")
     before = weights_of(network.train(training)).digest()
-    modes = [(module.training, getattr(module, "track_running_stats", None)) for module in network.modules()]
+    modes = [
+        (module.training, getattr(module, "track_running_stats", None))
+        for module in network.modules()
+    ]
     described(plan, store, network)
     assert weights_of(network).digest() == before
-    assert [(m.training, getattr(m, "track_running_stats", None)) for m in network.modules()] == modes
+    assert [
+        (m.training, getattr(m, "track_running_stats", None)) for m in network.modules()
+    ] == modes
     assert all(module.training is training for module in network.modules())
 
 
@@ -72,7 +86,9 @@ def test_running_mode_equals_the_pooled_pixels_computed_at_once(root):
 
 
 def test_batch_mode_describes_the_training_forward_pass(root):
-    plan, store, network = opened(root, "method.batch_size=64")  # one batch: nothing depends on the order
+    plan, store, network = opened(
+        root, "method.batch_size=64"
+    )  # one batch: nothing depends on the order
     table = store.slices("train")
     images, labels = table.stack(np.arange(len(table)))
     with torch.no_grad():
@@ -88,9 +104,15 @@ def test_raw_features_are_described_where_the_loss_uses_raw_ones(root):
     plan, store, network = opened(root, "prototypes.normalize=false")
     lengths = []
     for statistics in (described(opened(root)[0], store, network), described(plan, store, network)):
-        second = np.trace(statistics.scatter, axis1=1, axis2=2) + statistics.count * (statistics.mean**2).sum(1)
-        lengths.append(second.sum() / statistics.count.sum())  # mean squared length of a pixel's feature
-    assert lengths[0] == pytest.approx(1.0, abs=1e-2)  # a pixel without any active channel keeps length 0
+        second = np.trace(statistics.scatter, axis1=1, axis2=2) + statistics.count * (
+            statistics.mean**2
+        ).sum(1)
+        lengths.append(
+            second.sum() / statistics.count.sum()
+        )  # mean squared length of a pixel's feature
+    assert lengths[0] == pytest.approx(
+        1.0, abs=1e-2
+    )  # a pixel without any active channel keeps length 0
     assert abs(lengths[1] - 1.0) > 0.1
 
 
@@ -119,7 +141,9 @@ def test_patients_are_counted_not_cases_nor_slices(root, tmp_path):
     assert patients_per_class([store], 3).tolist() == [2, 2, 0]
 
 
-def test_patients_are_those_whose_training_slices_hold_the_class_and_no_image_is_read(root, monkeypatch):
+def test_patients_are_those_whose_training_slices_hold_the_class_and_no_image_is_read(
+    root, monkeypatch
+):
     plan, store, _ = opened(root)
     table = store.slices("train")
     _, labels = table.stack(np.arange(len(table)))
@@ -132,6 +156,11 @@ def test_patients_are_those_whose_training_slices_hold_the_class_and_no_image_is
     monkeypatch.setattr(type(table), "stack", unread)
     assert patients_per_class([store], plan.data.num_classes).tolist() == expected
     first = store.stored[int(table.case_of[0])]
-    vanished = replace(first, label=np.zeros_like(first.label))  # the structure was lost when the slices were resized
+    vanished = replace(
+        first, label=np.zeros_like(first.label)
+    )  # the structure was lost when the slices were resized
     stored = tuple(vanished if slices is first else slices for slices in store.stored)
-    assert patients_per_class([replace(store, stored=stored)], 2).tolist() == [expected[0], expected[1] - 1]
+    assert patients_per_class([replace(store, stored=stored)], 2).tolist() == [
+        expected[0],
+        expected[1] - 1,
+    ]

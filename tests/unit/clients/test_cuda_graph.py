@@ -16,7 +16,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def batches(count=7):
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
-        yield torch.randn(2 + number % 2, 3, generator=generator), torch.tensor([number]), (number, "sizes")
+        yield (
+            torch.randn(2 + number % 2, 3, generator=generator),
+            torch.tensor([number]),
+            (number, "sizes"),
+        )
 
 
 def test_on_a_cpu_the_batches_pass_through_untouched():
@@ -28,7 +32,9 @@ def test_on_a_cpu_the_batches_pass_through_untouched():
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 50])
 def test_reading_ahead_keeps_every_item_and_the_order(ahead):
-    assert list(read_ahead(range(20), lambda number: number**2, ahead)) == [number**2 for number in range(20)]
+    assert list(read_ahead(range(20), lambda number: number**2, ahead)) == [
+        number**2 for number in range(20)
+    ]
     assert list(read_ahead([], str, ahead)) == []
 
 
@@ -62,8 +68,13 @@ def test_an_error_comes_up_where_its_batch_would_have_come_and_the_thread_ends()
 def trainer(device, seed=0):
     """A small network with its step, as a session has it."""
     torch.manual_seed(seed)
-    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)).to(device)
-    groups = [{"params": network[0].parameters(), "factor": 0.5}, {"params": network[1:].parameters(), "factor": 1.0}]
+    network = torch.nn.Sequential(
+        torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+    ).to(device)
+    groups = [
+        {"params": network[0].parameters(), "factor": 0.5},
+        {"params": network[1:].parameters(), "factor": 1.0},
+    ]
     optimizer = adam(groups, 0.01, 0.0, device)
 
     def step(images, target):
@@ -83,9 +94,14 @@ def run(device, wrap, steps=12):
     for number in range(steps):
         set_rate(optimizer, 0.01 * (1 - number / steps))
         rows = 4 if number % 5 else 6  # two shapes of a batch
-        images, target = torch.randn(rows, 3, generator=generator), torch.randn(rows, 1, generator=generator)
+        images, target = (
+            torch.randn(rows, 3, generator=generator),
+            torch.randn(rows, 1, generator=generator),
+        )
         figures.append(call(images.to(device), target.to(device)))
-    return torch.stack(figures).cpu(), {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    return torch.stack(figures).cpu(), {
+        name: tensor.cpu() for name, tensor in network.state_dict().items()
+    }
 
 
 def test_on_a_cpu_a_step_is_called_as_it_is():
@@ -109,7 +125,9 @@ def test_a_replay_takes_every_step_once_with_the_batch_that_was_given(monkeypatc
     replayed = run(CPU, lambda step, clear: Replay(step, clear, CUDA))
     assert torch.equal(plain[0], replayed[0])
     assert all(torch.equal(tensor, replayed[1][name]) for name, tensor in plain[1].items())
-    assert len(captures) == 1  # twelve steps: nine of four rows, three of six, which never leave the warm-up
+    assert (
+        len(captures) == 1
+    )  # twelve steps: nine of four rows, three of six, which never leave the warm-up
 
 
 def test_what_is_no_tensor_has_graphs_of_its_own(monkeypatch):

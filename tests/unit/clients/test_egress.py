@@ -68,7 +68,9 @@ def test_an_unseen_class_is_not_called_withheld():
 )
 def test_what_leaves_is_above_both_floors_or_zero(counts, patients, pixels, people):
     kept, hidden = apply_floors(
-        statistics(*counts), np.array(patients[: len(counts)]), PrivacySettings(min_pixels=pixels, min_patients=people)
+        statistics(*counts),
+        np.array(patients[: len(counts)]),
+        PrivacySettings(min_pixels=pixels, min_patients=people),
     )
     for index, count in enumerate(kept.count):
         if count:
@@ -82,7 +84,9 @@ def test_what_leaves_is_above_both_floors_or_zero(counts, patients, pixels, peop
 
 def test_a_release_names_what_was_withheld_and_writes_one_line(tmp_path):
     reply = Reply(IDENTITY, "North", statistics=statistics(1000, 20, 500), metrics={"loss": 1.0})
-    records = release(reply, tmp_path, kind="train", privacy=FLOORS, classes=CLASSES, patients=np.array([3, 3, 1]))
+    records = release(
+        reply, tmp_path, kind="train", privacy=FLOORS, classes=CLASSES, patients=np.array([3, 3, 1])
+    )
     left = decode_reply(records)
     assert left.details == {"withheld": ["gland", "lesion"]}
     assert left.statistics is not None
@@ -96,7 +100,12 @@ def test_a_release_names_what_was_withheld_and_writes_one_line(tmp_path):
 
 def test_statistics_without_patient_counts_do_not_leave(tmp_path):
     with pytest.raises(ValueError, match="patients"):
-        release(Reply(IDENTITY, "North", statistics=statistics(1000)), tmp_path, kind="train", privacy=FLOORS)
+        release(
+            Reply(IDENTITY, "North", statistics=statistics(1000)),
+            tmp_path,
+            kind="train",
+            privacy=FLOORS,
+        )
     assert not (tmp_path / LEDGER).exists()
 
 
@@ -131,7 +140,10 @@ def test_the_chain_holds_as_written(tmp_path):
     entries = [json.loads(text) for text in (tmp_path / LEDGER).read_text().splitlines()]
     assert entries[0]["previous"] == "0" * 64
     assert [entry["seq"] for entry in entries] == [0, 1, 2, 3, 4]
-    assert all(after["previous"] == before["hash"] for before, after in zip(entries, entries[1:], strict=False))
+    assert all(
+        after["previous"] == before["hash"]
+        for before, after in zip(entries, entries[1:], strict=False)
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -147,7 +159,9 @@ def test_any_changed_byte_removed_or_swapped_line_is_found(tmp_path_factory, dat
         row = data.draw(st.integers(0, 3))
         at = data.draw(st.integers(0, len(lines[row]) - 2))
         old = lines[row][at : at + 1]
-        new = data.draw(st.sampled_from([b"0", b"1", b"x", b'"', b"}"]).filter(lambda byte: byte != old))
+        new = data.draw(
+            st.sampled_from([b"0", b"1", b"x", b'"', b"}"]).filter(lambda byte: byte != old)
+        )
         lines[row] = lines[row][:at] + new + lines[row][at + 1 :]
     elif kind == "remove":
         del lines[data.draw(st.integers(0, 2))]  # the last line alone cannot be missed by any chain
@@ -203,7 +217,12 @@ def test_disk_full_on_the_ledger_lets_nothing_out_and_leaves_the_ledger_whole(tm
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, hard))  # room for a part of the line
     try:
         with pytest.raises(FedsgcgError) as caught:
-            release(Reply(IDENTITY, "North", metrics={"loss": 1.0}), tmp_path, kind="train", privacy=FLOORS)
+            release(
+                Reply(IDENTITY, "North", metrics={"loss": 1.0}),
+                tmp_path,
+                kind="train",
+                privacy=FLOORS,
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.code == "SITE-501"

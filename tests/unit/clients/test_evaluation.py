@@ -50,7 +50,9 @@ def nested(**changes) -> DataSettings:
 
 
 def a_case(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float] | None = None, picture: bool = False
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float] | None = None,
+    picture: bool = False,
 ) -> Case:
     return Case(0, "name", "alias", "patient", "test", shape[0], shape, spacing, picture, True)
 
@@ -76,12 +78,16 @@ def test_probabilities_are_brought_to_the_native_size_before_the_decision(activa
     """Foreground has 0.9 in the left of two pixels and 0.2 in the right one; four times as wide natively."""
     logits = torch.zeros(1, 2 if activation == "softmax" else 1, 1, 2)
     logits[0, -1, 0] = torch.logit(torch.tensor([0.9, 0.2]))
-    data = nested(classes={"background": [0], "a": [1]}, structures={"a": ["a"]}, activation=activation)
+    data = nested(
+        classes={"background": [0], "a": [1]}, structures={"a": ["a"]}, activation=activation
+    )
     masks = structures_from_logits(logits, (1, 8), data)
     # Sample j of 8 lies at x = (j + 0.5) / 4 - 0.5, clipped to [0, 1]; 0.9 - 0.7 x is above 0.5 up to x = 0.571.
     expected = [0.9 - 0.7 * min(max((j + 0.5) / 4 - 0.5, 0), 1) > 0.5 for j in range(8)]
     assert masks[0, 0, 0].tolist() == expected
-    assert sum(expected) == 4  # the logits 2.197 - 3.584 x are positive up to x = 0.613 and would set one more
+    assert (
+        sum(expected) == 4
+    )  # the logits 2.197 - 3.584 x are positive up to x = 0.613 and would set one more
     (maps,) = native_probabilities(logits, (1, 8), data)
     np.testing.assert_allclose(maps[-1, 0, 2:6], [0.8125, 0.6375, 0.4625, 0.2875], atol=1e-6)
 
@@ -99,7 +105,9 @@ def test_a_disc_that_the_network_is_sure_of_has_its_area_at_native_size():
     masks = structures_from_logits(inside * 40.0 - 20.0, (native, native), data)
     expected = math.pi * ((radius - 0.25) * native / side) ** 2
     assert masks[0].sum() == pytest.approx(expected, rel=0.003)
-    logits = torch.nn.functional.interpolate(inside * 40.0 - 20.0, (native, native), mode="bilinear")
+    logits = torch.nn.functional.interpolate(
+        inside * 40.0 - 20.0, (native, native), mode="bilinear"
+    )
     assert (logits[:, 0].sigmoid() > 0.75).sum() > 1.004 * expected, "interpolated logits"
 
 
@@ -185,7 +193,9 @@ def test_a_nested_structure_stays_inside_the_one_around_it(outer_first):
 def test_a_filled_hole_of_the_inner_structure_stays_inside_the_outer_one():
     inner = np.ones((5, 5), bool)
     inner[2, 2] = False
-    outer = inner.copy()  # sigmoid structures are decided apart: with largest_component alone the hole stays open
+    outer = (
+        inner.copy()
+    )  # sigmoid structures are decided apart: with largest_component alone the hole stays open
     masks = np.stack([outer, inner])[:, None]
     filled = post_process(masks, nested(), is_picture=True)
     assert filled.all()
@@ -205,7 +215,9 @@ def test_structure_masks_unite_the_true_classes():
 
 def scored(prediction: np.ndarray, truth: np.ndarray, case: Case, **changes) -> dict:
     data = nested(classes={"background": [0], "a": [1]}, structures={"a": ["a"]}, **changes)
-    (row,) = case_rows(CaseResult(case, prediction[None], truth[None], truth.astype(np.uint8)), data)
+    (row,) = case_rows(
+        CaseResult(case, prediction[None], truth[None], truth.astype(np.uint8)), data
+    )
     return row
 
 
@@ -238,7 +250,12 @@ def test_a_single_slice_is_scored_as_a_plane():
 def test_empty_masks_are_flagged_and_defined():
     empty, full = np.zeros((2, 3, 3), bool), np.ones((2, 3, 3), bool)
     both = scored(empty, empty, a_case((2, 3, 3)))
-    assert (both["dice"], both["asd"], both["empty_prediction"], both["empty_truth"]) == (1.0, 0.0, True, True)
+    assert (both["dice"], both["asd"], both["empty_prediction"], both["empty_truth"]) == (
+        1.0,
+        0.0,
+        True,
+        True,
+    )
     one = scored(empty, full, a_case((2, 3, 3)))
     assert (one["dice"], one["empty_prediction"], one["empty_truth"]) == (0.0, True, False)
     assert math.isnan(one["asd"])
@@ -250,11 +267,20 @@ def test_empty_masks_are_flagged_and_defined():
 
 def test_overlap_counts_and_dice_by_hand():
     labels = torch.tensor([[[0, 1, 2, 255]], [[0, 0, 0, 0]]])
-    decided = torch.tensor([[[[0, 1, 1, 1]], [[0, 1, 0, 1]]], [[[0, 0, 0, 0]], [[1, 0, 0, 0]]]]).bool()
+    decided = torch.tensor(
+        [[[[0, 1, 1, 1]], [[0, 1, 0, 1]]], [[[0, 0, 0, 0]], [[1, 0, 0, 0]]]]
+    ).bool()
     counts = overlap_counts(decided, labels, {"cord": [1, 2], "grey": [2]})
-    assert counts[:, 0].tolist() == [[2, 0], [2, 1], [2, 1]]  # both, prediction, truth of the first slice
+    assert counts[:, 0].tolist() == [
+        [2, 0],
+        [2, 1],
+        [2, 1],
+    ]  # both, prediction, truth of the first slice
     values = dice_from_counts(counts.double())
-    assert values.tolist() == [[1.0, 0.0], [1.0, 0.0]]  # the second slice: both empty; only predicted
+    assert values.tolist() == [
+        [1.0, 0.0],
+        [1.0, 0.0],
+    ]  # the second slice: both empty; only predicted
 
 
 def test_bits_and_choice_of_a_picture():
@@ -280,13 +306,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(root: Path, *overrides: str, heldout: bool) -> tuple[Plan, CaseStore, torch.nn.Module]:
     plan = sites.plan_of(root, root.parent, *overrides)
-    store = open_store(open_site(root, "South", plan.data), plan.data, root.parent / "cache", heldout=heldout)
+    store = open_store(
+        open_site(root, "South", plan.data), plan.data, root.parent / "cache", heldout=heldout
+    )
     return plan, store, build_network(plan.network, 3, plan.data.out_channels, 3)
 
 
 def test_every_case_is_scored_under_its_alias_and_the_pictures_show_the_same(root, tmp_path):
     plan, store, network = opened(root, heldout=True)
-    rows = evaluate_cases(network, [store], plan, "test", CPU, pictures=tmp_path / "site" / "pictures.arrow")
+    rows = evaluate_cases(
+        network, [store], plan, "test", CPU, pictures=tmp_path / "site" / "pictures.arrow"
+    )
     assert [row["case"] for row in rows] == [case.alias for case in store.cases]
     assert decode_cases(encode_cases(rows)) == rows
     assert set(rows[0]) == set(CASES_SCHEMA.names)
@@ -303,7 +333,9 @@ def test_every_case_is_scored_under_its_alias_and_the_pictures_show_the_same(roo
 
 
 def test_scores_equal_a_plain_recomputation(root):
-    plan, store, network = opened(root, "data.largest_component=false", "data.fill_holes=false", heldout=True)
+    plan, store, network = opened(
+        root, "data.largest_component=false", "data.fill_holes=false", heldout=True
+    )
     rows = evaluate_cases(network, [store], plan, "test", CPU)
     table = store.slices("test")
     for row, case in zip(rows, store.cases, strict=True):
@@ -311,7 +343,9 @@ def test_scores_equal_a_plain_recomputation(root):
         truth = store.truth(case)
         with torch.no_grad():
             logits, _ = network.eval()(torch.from_numpy(images))
-            native = torch.nn.functional.interpolate(logits, truth.shape[1:], mode="bilinear", align_corners=False)
+            native = torch.nn.functional.interpolate(
+                logits, truth.shape[1:], mode="bilinear", align_corners=False
+            )
         prediction = native.argmax(1).numpy() == 1
         dice = 2 * (prediction & (truth == 1)).sum() / (prediction.sum() + (truth == 1).sum())
         assert row["dice"] == pytest.approx(dice, abs=1e-3)
@@ -351,7 +385,9 @@ def test_validation_dice_is_the_mean_over_cases_at_training_size(root):
         images, labels = table.stack(np.flatnonzero(table.case_of == index))
         with torch.no_grad():
             prediction = network.eval()(torch.from_numpy(images))[0].argmax(1).numpy() == 1
-        dices.append(2 * (prediction & (labels == 1)).sum() / (prediction.sum() + (labels == 1).sum()))
+        dices.append(
+            2 * (prediction & (labels == 1)).sum() / (prediction.sum() + (labels == 1).sum())
+        )
     value, cases = validation_dice(network, [store], plan, CPU)
     assert cases == len(dices)
     assert value == pytest.approx(np.mean(dices), abs=1e-3)

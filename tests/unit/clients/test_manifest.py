@@ -32,7 +32,17 @@ def root(tmp_path):
         PLAIN.replace("\n", ",,\n").encode(),
         PLAIN.replace("site,", "hospital,").replace(",mask", ",Segmentation").encode(),
     ],
-    ids=["plain", "semicolons", "tabs", "windows", "titles", "backslashes", "empty rows", "empty columns", "synonyms"],
+    ids=[
+        "plain",
+        "semicolons",
+        "tabs",
+        "windows",
+        "titles",
+        "backslashes",
+        "empty rows",
+        "empty columns",
+        "synonyms",
+    ],
 )
 def test_one_table_in_every_writing_says_the_same_to_study_and_prepare(content, root, make_data):
     (root / "manifest.csv").write_bytes(content)

@@ -35,7 +35,12 @@ def test_the_judge_notices_a_wait():
 @pytest.mark.parametrize("unit_norm", [False, True])
 def test_loss_and_gradient_check_their_input_without_a_wait(form, reduction, unit_norm):
     active = torch.ones(3, dtype=torch.bool, device="meta")
-    options = {"covariance_form": form, "reduction": reduction, "unit_norm": unit_norm, "active": active}
+    options = {
+        "covariance_form": form,
+        "reduction": reduction,
+        "unit_norm": unit_norm,
+        "active": active,
+    }
     features, *rest = pixels()
     loss = sgcg_loss(features.requires_grad_(), *rest, temperature=0.5, **options)
     assert loss.shape == (() if reduction == "mean" else (50,))
@@ -46,8 +51,14 @@ def test_loss_and_gradient_check_their_input_without_a_wait(form, reduction, uni
 def test_shapes_types_and_settings_are_still_refused():
     features, labels, mean, covariance = pixels()
     for change, message in (
-        ((features[:, :7], labels, mean, covariance), r"mean: found shape \(3, 8\), expected \(any, 7\)"),
-        ((features, labels[:-1], mean, covariance), r"labels: found shape \(49,\), expected \(50\)"),
+        (
+            (features[:, :7], labels, mean, covariance),
+            r"mean: found shape \(3, 8\), expected \(any, 7\)",
+        ),
+        (
+            (features, labels[:-1], mean, covariance),
+            r"labels: found shape \(49,\), expected \(50\)",
+        ),
         ((features, labels, mean.half(), covariance), "mean: found torch.float16"),
         ((features, labels, mean, covariance[:, :, :7]), r"covariance: found shape \(3, 8, 7\)"),
     ):

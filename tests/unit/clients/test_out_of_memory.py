@@ -48,7 +48,9 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def opened(hospital, *overrides):
     root, folder = hospital
     plan = sites.plan_of(root, folder, *overrides)
-    return plan, open_store(open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=False)
+    return plan, open_store(
+        open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=False
+    )
 
 
 def network_of(plan: Plan) -> UNet:
@@ -116,7 +118,9 @@ def test_an_error_that_followed_a_failed_allocation_counts_and_an_unrelated_one_
 
 
 @pytest.mark.parametrize(("method", "calls"), [("source", 0), ("ram_sgcg", 2)])
-def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_the_start(hospital, method, calls):
+def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_the_start(
+    hospital, method, calls
+):
     """Also where two steps were taken before: weights, BatchNorm, moments, decoder, overlay and streams start over."""
     options = f"method={method}", "federation.moments=keep", "prototypes.memory=overlay"
     options = *options, "method.steps_per_round=3"
@@ -133,7 +137,13 @@ def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_t
                 of = plan
             guide = Overlay(others, own, of, CPU)
             found, state = train_round(
-                network, [store], of, round_number=number, guide=guide, device=CPU, state=state or None
+                network,
+                [store],
+                of,
+                round_number=number,
+                guide=guide,
+                device=CPU,
+                state=state or None,
             )
             figures.append(found)
         return weights_of(network).digest(), state, figures, failed
@@ -154,10 +164,14 @@ def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_t
 
 
 def test_what_the_site_had_kept_is_as_it_was_after_a_round(hospital):
-    plan, store = opened(hospital, "method=ram", "federation.moments=keep", "method.steps_per_round=2")
+    plan, store = opened(
+        hospital, "method=ram", "federation.moments=keep", "method.steps_per_round=2"
+    )
     _, state = train_round(network_of(plan), [store], plan, round_number=1, guide=None, device=CPU)
     before = {name: tensor.clone() for name, tensor in state.items()}
-    train_round(network_of(plan), [store], plan, round_number=2, guide=None, device=CPU, state=state)
+    train_round(
+        network_of(plan), [store], plan, round_number=2, guide=None, device=CPU, state=state
+    )
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
@@ -169,21 +183,27 @@ def test_the_next_round_begins_with_the_parts_that_fitted_also_from_the_disk(hos
     figures, state = train_round(network, [store], plan, round_number=1, guide=None, device=CPU)
     assert figures["micro_batches"] == 2
     kept.store(1, state)
-    figures, _ = train_round(network, [store], plan, round_number=2, guide=None, device=CPU, state=kept.load(2)[1])
+    figures, _ = train_round(
+        network, [store], plan, round_number=2, guide=None, device=CPU, state=kept.load(2)[1]
+    )
     assert figures["micro_batches"] == 2
     assert failed == [4], "the first round alone tried the whole step"
 
 
 def test_a_site_that_never_ran_out_of_memory_keeps_nothing_of_it(hospital):
     plan, store = opened(hospital, "method=source", "site.micro_batches=2")
-    figures, state = train_round(network_of(plan), [store], plan, round_number=1, guide=None, device=CPU)
+    figures, state = train_round(
+        network_of(plan), [store], plan, round_number=1, guide=None, device=CPU
+    )
     assert figures["micro_batches"] == 2
     assert state == {}
 
 
 def test_more_parts_than_a_step_has_are_told_as_they_are(hospital):
     plan, store = opened(hospital, "site.micro_batches=64")  # four slices: two parts of two
-    figures, _ = train_round(network_of(plan), [store], plan, round_number=1, guide=None, device=CPU)
+    figures, _ = train_round(
+        network_of(plan), [store], plan, round_number=1, guide=None, device=CPU
+    )
     assert figures["micro_batches"] == 2
 
 
@@ -263,7 +283,9 @@ def test_the_doctor_measures_a_step_as_training_would_take_it(hospital, monkeypa
 def batch_of(sizes, seed=0, classes=2):
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(sum(sizes), 3, 32, 32, generator=generator) * 2 - 1
-    return Batch(images, torch.randint(0, classes, (sum(sizes), 32, 32), generator=generator), sizes)
+    return Batch(
+        images, torch.randint(0, classes, (sum(sizes), 32, 32), generator=generator), sizes
+    )
 
 
 class Entropy(Source):
@@ -285,7 +307,9 @@ def gradients(plan, batch, parts, method=None):
 
 
 @pytest.mark.parametrize(("sizes", "parts"), [((8,), 2), ((8,), 4), ((7,), 3), ((4, 4), 2)])
-def test_gradients_of_the_parts_add_up_to_those_of_the_whole_for_a_mean_over_slices(hospital, sizes, parts):
+def test_gradients_of_the_parts_add_up_to_those_of_the_whole_for_a_mean_over_slices(
+    hospital, sizes, parts
+):
     plan, _ = opened(hospital, "method=source", "network.norm=group")
     whole, figures, _ = gradients(plan, batch_of(sizes), 1, Entropy)
     cut, figures_of_parts, _ = gradients(plan, batch_of(sizes), parts, Entropy)
@@ -300,7 +324,10 @@ def test_dice_sees_the_parts_and_their_gradients_are_weighted_by_their_slices(ho
     cut, figures, _ = gradients(plan, batch, 3)
     network = network_of(plan).double()
     own = [[0, 3, 6], [1, 4], [2, 5]]
-    losses = [segmentation_loss(network(batch.images[i].double())[0], batch.labels[i], plan.data) for i in own]
+    losses = [
+        segmentation_loss(network(batch.images[i].double())[0], batch.labels[i], plan.data)
+        for i in own
+    ]
     total = (3 * losses[0] + 2 * losses[1] + 2 * losses[2]) / 7
     expected = torch.autograd.grad(total, list(network.parameters()))
     for first, second in zip(expected, cut, strict=True):
@@ -319,7 +346,9 @@ def test_batchnorm_sees_the_parts_one_after_the_other(hospital):
     _, _, trained = gradients(plan, batch, 2)
     after = list(trained.encoder.modules())[5]
     assert int(after.num_batches_tracked) == 2
-    torch.testing.assert_close(after.running_mean, 0.9 * (0.1 * means[0]) + 0.1 * means[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        after.running_mean, 0.9 * (0.1 * means[0]) + 0.1 * means[1], rtol=1e-9, atol=1e-12
+    )
 
 
 # a process whose memory is limited
@@ -365,11 +394,25 @@ def test_a_process_with_too_little_memory_trains_the_same_model_in_parts(hospita
     options = "method=source", "data.image_size=128", "network.base_width=8", "method.batch_size=8"
     tree = sites.tree_of(root, folder, *options, "method.steps_per_round=2")
     # Memory that is freed goes back to the system, so that the size of the process is what it uses.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
     def trained(parts: int, room: int = 0):
-        command = [sys.executable, "-c", LIMITED, json.dumps(tree), str(parts), str(room), str(tmp_path / "cache")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        command = [
+            sys.executable,
+            "-c",
+            LIMITED,
+            json.dumps(tree),
+            str(parts),
+            str(room),
+            str(tmp_path / "cache"),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout), done.stderr
 
@@ -385,7 +428,9 @@ def test_a_process_with_too_little_memory_trains_the_same_model_in_parts(hospita
 # what the user is told
 
 
-def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(hospital, tmp_path, monkeypatch):
+def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(
+    hospital, tmp_path, monkeypatch
+):
     def built(*given: object, **named: object) -> UNet:
         network = build_network(*given, **named)
         needing_much(network, 2)
@@ -393,21 +438,34 @@ def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(hos
 
     monkeypatch.setattr("clients.app.build_network", built)
     root, _ = hospital
-    words = "method=source", "heldout=South", "federation.rounds=2", f"data.root={root}", "runtime=inprocess"
+    words = (
+        "method=source",
+        "heldout=South",
+        "federation.rounds=2",
+        f"data.root={root}",
+        "runtime=inprocess",
+    )
     places = f"output={tmp_path / 'study'}", f"site.cache={tmp_path / 'cache'}"
     small = [text for text in sites.SMALL if not text.startswith("federation.rounds")]
     said = io.StringIO()
     console = Screen(said, width=400)
     assert run_study(plan_study([*small, *words, *places]), console) == 0
     told = "North in 2. The effective batch is the same; BatchNorm and the Dice term see the parts"
-    assert f"source · South · seed 0: parts of a training step that the memory did not hold whole: {told}" in (
-        said.getvalue()
+    assert (
+        f"source · South · seed 0: parts of a training step that the memory did not hold whole: {told}"
+        in (said.getvalue())
     )
     assert told in (tmp_path / "study" / "report.html").read_text()
 
 
 def test_nothing_is_told_of_steps_that_were_whole():
-    rows = [{"metric": "micro_batches", "site": "North", "value": 1.0}, {"metric": "loss", "site": "B", "value": 9.0}]
+    rows = [
+        {"metric": "micro_batches", "site": "North", "value": 1.0},
+        {"metric": "loss", "site": "B", "value": 9.0},
+    ]
     assert cut_steps(rows) == ""
-    rows += [{"metric": "micro_batches", "site": site, "value": value} for site, value in (("B", 8.0), ("B", 2.0))]
+    rows += [
+        {"metric": "micro_batches", "site": site, "value": value}
+        for site, value in (("B", 8.0), ("B", 2.0))
+    ]
     assert "B in 2 or 8." in cut_steps(rows)

@@ -13,7 +13,12 @@ from clients.methods import partners
 from clients.methods.amplitude import window_amplitudes
 from clients.methods.partners import own_summary, site_amplitudes
 from common.settings.plan import RamSettings
-from common.wire.amplitudes import AmplitudeBank, AmplitudeSampler, AmplitudeSummary, amplitude_floor
+from common.wire.amplitudes import (
+    AmplitudeBank,
+    AmplitudeSampler,
+    AmplitudeSummary,
+    amplitude_floor,
+)
 from tests.support import sites
 
 CPU = torch.device("cpu")
@@ -25,7 +30,10 @@ def stores(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixing")
     root = sites.hospitals(folder / "data")
     data = sites.plan_of(root, folder).data
-    return [open_store(open_site(root, name, data), data, folder / "cache", heldout=False) for name in sites.SITES]
+    return [
+        open_store(open_site(root, name, data), data, folder / "cache", heldout=False)
+        for name in sites.SITES
+    ]
 
 
 def by_force(store, window):
@@ -34,7 +42,9 @@ def by_force(store, window):
     windows = window_amplitudes(images, window).double().numpy()
     logs = np.log(np.maximum(windows, amplitude_floor(images.shape[-1])))
     pairs = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
-    return logs.sum(axis=0), np.stack([(logs[:, one] * logs[:, two]).sum(axis=0) for one, two in pairs])
+    return logs.sum(axis=0), np.stack(
+        [(logs[:, one] * logs[:, two]).sum(axis=0) for one, two in pairs]
+    )
 
 
 def test_the_summary_of_a_client_sums_all_training_slices_of_its_hospitals(stores):
@@ -57,10 +67,14 @@ def pictures(tmp_path_factory):
         Image.fromarray(pixels).save(folder / "data" / "Eye" / f"{number}_image.png")
         Image.fromarray(mask).save(folder / "data" / "Eye" / f"{number}_mask.png")
     data = replace(sites.plan_of(folder / "data", folder, "data.sites=[Eye]").data, stack=1)
-    return open_store(open_site(folder / "data", "Eye", data), data, folder / "cache", heldout=False)
+    return open_store(
+        open_site(folder / "data", "Eye", data), data, folder / "cache", heldout=False
+    )
 
 
-def test_what_a_site_shares_of_pictures_is_taken_in_grey_levels_and_of_volumes_about_zero(stores, pictures):
+def test_what_a_site_shares_of_pictures_is_taken_in_grey_levels_and_of_volumes_about_zero(
+    stores, pictures
+):
     for store, space, offset in ((stores[0], "volume", 0.0), (pictures, "picture", 1.0)):
         images = store.slices("train").stack(range(len(store.slices("train"))))[0]
         zero = abs((images.astype(np.float64) + offset).sum(axis=(-2, -1)))
@@ -78,12 +92,16 @@ def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stor
     monkeypatch.setattr(partners, "_KNOWN", {})
     store = stores[0]
     known = own_summary([store], SUMMARY, CPU)
-    assert own_summary([replace(store)], SUMMARY, CPU) is known  # opened again for the next round's message
+    assert (
+        own_summary([replace(store)], SUMMARY, CPU) is known
+    )  # opened again for the next round's message
     wider = own_summary([store], replace(SUMMARY, window=0.2), CPU)
     assert wider.first.shape != known.first.shape
     fewer = tuple(replace(case, split="test") if case.index == 0 else case for case in store.cases)
     assert own_summary([replace(store, cases=fewer)], SUMMARY, CPU).count < known.count
-    shown = replace(store.data, train_slices="foreground" if store.data.train_slices == "all" else "all")
+    shown = replace(
+        store.data, train_slices="foreground" if store.data.train_slices == "all" else "all"
+    )
     other = replace(store, data=shown)
     assert own_summary([other], SUMMARY, CPU).count == len(other.slices("train"))
     assert own_summary([store], SUMMARY, CPU) is known
@@ -102,7 +120,9 @@ def test_the_oldest_summaries_make_room(stores, monkeypatch):
 def test_channels_of_drawn_amplitudes_are_as_alike_as_those_of_real_partners(stores):
     """Mean correlation of neighbouring slices' log amplitudes: 0.20 when each channel was drawn for itself."""
     tables = [store.slices("train") for store in stores]
-    images = torch.from_numpy(np.concatenate([table.stack(range(len(table)))[0] for table in tables]))
+    images = torch.from_numpy(
+        np.concatenate([table.stack(range(len(table)))[0] for table in tables])
+    )
     real = window_amplitudes(images, SUMMARY.window).double().numpy()
     drawn = AmplitudeSampler(own_summary(stores, SUMMARY, CPU)).draw(500, np.random.default_rng(0))
     alike = [neighbours(amplitudes, images.shape[-1]) for amplitudes in (real, drawn)]

@@ -49,14 +49,18 @@ def asked_of(root: Path, folder: Path, *overrides: str) -> Plan:
     return Plan.from_tree(tree)
 
 
-def answer(policy: SiteFile, folder: Path, plan: Plan, kind: str = wire.ENROL, **request: object) -> Reply:
+def answer(
+    policy: SiteFile, folder: Path, plan: Plan, kind: str = wire.ENROL, **request: object
+) -> Reply:
     """Ask the app of a node whose config names the site file."""
     path = folder / "site.yaml"
     write_site_file(path, policy)
     approve(bundle_of_folder(REPOSITORY), Path(policy.approved), "test")
     weights = None if kind == wire.ENROL else sites.weights(plan)
     content = encode_request(Request(sites.identity(plan), weights, **request))
-    return decode_reply(sites.ask(plan.to_tree(), kind, content, {"site": policy.site, NODE_KEY: str(path)}))
+    return decode_reply(
+        sites.ask(plan.to_tree(), kind, content, {"site": policy.site, NODE_KEY: str(path)})
+    )
 
 
 def refused(policy: SiteFile, plan: Plan) -> list[tuple[str, str]]:
@@ -72,7 +76,11 @@ def test_without_a_site_file_nothing_changes(root, tmp_path):
 
 def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
     policy = policy_for(
-        root, tmp_path, roles=("heldout",), threads=2, sharing=("weights", "statistics", "amplitude_bank")
+        root,
+        tmp_path,
+        roles=("heldout",),
+        threads=2,
+        sharing=("weights", "statistics", "amplitude_bank"),
     )
     obeyed = obey(asked_of(root, tmp_path, "site.home='/elsewhere'"), policy)
     assert obeyed.site.shares == ("amplitude_bank",)
@@ -93,7 +101,9 @@ def test_a_data_folder_outside_the_sites_own_is_refused(root, tmp_path):
     policy = policy_for(root, tmp_path)
     plan = asked_of(root, tmp_path)
     for place in ("/etc", str(root.parent), str(root / ".." / "elsewhere")):
-        assert refused(policy, replace(plan, data=replace(plan.data, root=place))) == [("POL-702", "data.root")]
+        assert refused(policy, replace(plan, data=replace(plan.data, root=place))) == [
+            ("POL-702", "data.root")
+        ]
     link = tmp_path / "link"
     link.symlink_to("/etc")
     assert not inside(link, tmp_path)
@@ -103,7 +113,9 @@ def test_a_data_folder_outside_the_sites_own_is_refused(root, tmp_path):
 
 def test_a_setting_that_is_not_on_the_list_must_be_as_it_was_shipped(root, tmp_path):
     policy = policy_for(
-        root, tmp_path, coordinator_may_set=("data.*", "network.*", "privacy.*", "federation.*", "heldout")
+        root,
+        tmp_path,
+        coordinator_may_set=("data.*", "network.*", "privacy.*", "federation.*", "heldout"),
     )
     plan = asked_of(root, tmp_path, "method.batch_size=8")
     assert obey(plan, policy).method == plan.method
@@ -113,11 +125,15 @@ def test_a_setting_that_is_not_on_the_list_must_be_as_it_was_shipped(root, tmp_p
 
 def test_the_sites_threads_cannot_be_asked_for(root, tmp_path):
     policy = policy_for(root, tmp_path, threads=2)
-    assert refused(policy, asked_of(root, tmp_path, "site.threads=4")) == [("POL-703", "site.threads")]
+    assert refused(policy, asked_of(root, tmp_path, "site.threads=4")) == [
+        ("POL-703", "site.threads")
+    ]
     assert obey(asked_of(root, tmp_path, "site.threads=2"), policy).site.threads == 2
 
 
-def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_door(root, tmp_path):
+def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_door(
+    root, tmp_path
+):
     policy = policy_for(root, tmp_path, sharing=("weights",))
     assert refused(policy, asked_of(root, tmp_path)) == [("POL-704", "sharing")]
     assert obey(asked_of(root, tmp_path, "method=source"), policy).method.name == "source"
@@ -126,7 +142,9 @@ def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_
     with pytest.raises(FedsgcgError, match="amplitudes"):
         check_sharing({"weights": 4, "amplitudes": 8}, ("weights", "statistics"))
     check_sharing({"amplitudes": 8, "text": 2}, ("weights", "amplitude_summary"))
-    check_sharing({"moments": 8, "text": 2}, ("weights",))  # running moments are entries of the weights
+    check_sharing(
+        {"moments": 8, "text": 2}, ("weights",)
+    )  # running moments are entries of the weights
     with pytest.raises(FedsgcgError, match="POL-704"):
         check_sharing({"moments": 8, "text": 2}, ("statistics",))
     check_sharing({"weights": 4, "cases": 8, "metrics": 8, "text": 2}, ("weights",))
@@ -146,7 +164,9 @@ def test_a_link_out_of_the_data_folder_leaves_the_case_out(root, tmp_path):
     assert len(site.cases) == 4
     kept = confined(site, policy)
     assert [case.name for case in kept.cases] == ["North-002", "North-003", "North-004"]
-    assert [(problem.code, problem.where) for problem in kept.quarantined] == [("POL-702", "North-001")]
+    assert [(problem.code, problem.where) for problem in kept.quarantined] == [
+        ("POL-702", "North-001")
+    ]
     assert confined(site, None) is site
 
 
@@ -179,7 +199,12 @@ def test_a_node_with_a_site_file_trains_on_its_own_data_under_its_own_floors(roo
 
 
 def test_a_role_that_the_site_does_not_take_is_refused(root, tmp_path):
-    reply = answer(policy_for(root, tmp_path, roles=("heldout",)), tmp_path, asked_of(root, tmp_path), wire.TRAIN)
+    reply = answer(
+        policy_for(root, tmp_path, roles=("heldout",)),
+        tmp_path,
+        asked_of(root, tmp_path),
+        wire.TRAIN,
+    )
     assert reply.error == "ROL-201"
 
 

@@ -74,18 +74,31 @@ def test_labels_give_back_exactly_the_structures_that_are_scored(seed, make_data
     data = make_data(
         "synthetic",
         classes={"background": [0], "a": [1], "b": [2], "c": [3], "d": [4]},
-        structures={"outer": ["a", "b", "c"], "inner": ["c"], "middle": ["b", "c"], "beside": ["d"]},
+        structures={
+            "outer": ["a", "b", "c"],
+            "inner": ["c"],
+            "middle": ["b", "c"],
+            "beside": ["d"],
+        },
     )
     rng = np.random.default_rng(seed)
     classes = rng.integers(0, 5, (3, 9, 9)).astype(np.uint8)
-    masks = post_process(structure_masks(classes, data), replace(data, fill_holes=False), is_picture=False)
-    misleading = torch.tensor(rng.normal(size=(3, 5, 9, 9)))  # each structure stands for one class: nothing to choose
+    masks = post_process(
+        structure_masks(classes, data), replace(data, fill_holes=False), is_picture=False
+    )
+    misleading = torch.tensor(
+        rng.normal(size=(3, 5, 9, 9))
+    )  # each structure stands for one class: nothing to choose
     drawn = class_map(masks, misleading, (9, 9), data)
     np.testing.assert_array_equal(structure_masks(drawn, data), masks)
 
 
 def test_a_structure_of_several_classes_takes_the_likeliest_of_them(make_data):
-    data = make_data("synthetic", classes={"background": [0], "a": [1], "b": [2]}, structures={"both": ["a", "b"]})
+    data = make_data(
+        "synthetic",
+        classes={"background": [0], "a": [1], "b": [2]},
+        structures={"both": ["a", "b"]},
+    )
     logits = torch.zeros(1, 3, 1, 4)
     logits[0, 0] = 9.0  # background is not asked: the mask has decided
     logits[0, 2, 0] = torch.tensor([1.0, -1.0, 2.0, 5.0])
@@ -99,7 +112,9 @@ def test_of_overlapping_structures_that_are_not_nested_the_smaller_is_drawn_on_t
         data = make_data("fundus", classes=classes, structures=structures)
         large, small = np.ones((1, 1, 5), bool), np.array([[[False, True, False, False, False]]])
         masks = np.stack([large if name == "a" else small for name in structures])
-        assert class_map(masks, torch.zeros(1, 2, 1, 5), (1, 5), data).tolist() == [[[1, 2, 1, 1, 1]]]
+        assert class_map(masks, torch.zeros(1, 2, 1, 5), (1, 5), data).tolist() == [
+            [[1, 2, 1, 1, 1]]
+        ]
 
 
 def test_label_values_get_the_smallest_type_that_holds_them(make_data):
@@ -107,7 +122,12 @@ def test_label_values_get_the_smallest_type_that_holds_them(make_data):
         classes = {str(value): [value] for value in values}
         return label_values(make_data(classes=classes, structures={"one": [str(values[1])]})).dtype
 
-    assert (kind(0, 255), kind(0, 256), kind(-1, 1), kind(0, 40000)) == ("uint8", "int16", "int16", "int32")
+    assert (kind(0, 255), kind(0, 256), kind(-1, 1), kind(0, 40000)) == (
+        "uint8",
+        "int16",
+        "int16",
+        "int32",
+    )
 
 
 # probability
@@ -141,7 +161,9 @@ def test_distances_follow_the_documented_formula():
         for y in range(2):
             for x in range(2):
                 away = queries[0, :, y, x] - statistics.mean[k]
-                assert found[0, k, y, x] == pytest.approx(away @ np.linalg.inv(shrunk) @ away, rel=1e-4)
+                assert found[0, k, y, x] == pytest.approx(
+                    away @ np.linalg.inv(shrunk) @ away, rel=1e-4
+                )
     assert gaussians.confidence(torch.tensor(3.0)).item() == pytest.approx(0.5), "d^2 = A"
     assert gaussians.confidence(torch.tensor(0.0)).item() == 1
 
@@ -160,7 +182,9 @@ def test_a_singular_covariance_and_a_class_nobody_has_seen_stay_usable():
     features[:, 0] = np.arange(10)  # one direction alone
     labels = np.array([0] * 8 + [1] * 2)
     features[labels == 1] = 2.0  # a class whose pixels are all equal
-    gaussians = Gaussians.of(ClassStatistics.from_features(features, labels, 3), torch.device("cpu"))
+    gaussians = Gaussians.of(
+        ClassStatistics.from_features(features, labels, 3), torch.device("cpu")
+    )
     found = gaussians.squared_distance(torch.full((1, 4, 1, 1), 2.0), normalize=False).reshape(-1)
     assert torch.isfinite(found[:2]).all()
     assert found[1] == 0
@@ -171,7 +195,9 @@ def test_a_singular_covariance_and_a_class_nobody_has_seen_stay_usable():
 # geometry
 
 
-@pytest.mark.parametrize("codes", [("L", "P", "S"), ("R", "A", "S"), ("P", "S", "L"), ("I", "R", "A")])
+@pytest.mark.parametrize(
+    "codes", [("L", "P", "S"), ("R", "A", "S"), ("P", "S", "L"), ("I", "R", "A")]
+)
 def test_what_is_written_lies_where_its_image_lies(codes, tmp_path):
     rng = np.random.default_rng(1)
     array = rng.integers(0, 100, (3, 4, 5)).astype(np.int16)
@@ -208,7 +234,9 @@ def test_masks_of_pictures_keep_their_values(tmp_path):
     (tmp_path / "m.png").write_bytes(mask_bytes(labels))
     np.testing.assert_array_equal(read_volume(tmp_path / "m.png", mask=True).array[0], labels)
     (tmp_path / "w.png").write_bytes(wide_bytes(labels.astype(np.int32) * 100))
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "w.png")), labels.astype(int) * 100)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "w.png")), labels.astype(int) * 100
+    )
 
 
 # files
@@ -227,7 +255,11 @@ def test_a_folder_gives_its_images_and_passes_over_masks_and_results(tmp_path):
         "b_probability_cup.png", "a_confidence.nii.gz", ".hidden.png", "note.txt",
     )))  # fmt: skip
     jobs, passed = jobs_of_images([tmp_path])
-    assert [(job.name, job.suffix) for job in jobs] == [("a", ".nii.gz"), ("b", ".png"), ("sub/c", ".nii")]
+    assert [(job.name, job.suffix) for job in jobs] == [
+        ("a", ".nii.gz"),
+        ("b", ".png"),
+        ("sub/c", ".nii"),
+    ]
     assert passed.words() == [
         "5 files that are masks or results by their names: a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
         "1 hidden files called like images: .hidden.png",
@@ -235,7 +267,12 @@ def test_a_folder_gives_its_images_and_passes_over_masks_and_results(tmp_path):
 
 
 def test_images_of_one_name_get_results_of_their_own(tmp_path):
-    paths = touch(tmp_path / "p1/t2.nii.gz", tmp_path / "p2/t2.nii.gz", tmp_path / "p1/t2.png", tmp_path / "o.png")
+    paths = touch(
+        tmp_path / "p1/t2.nii.gz",
+        tmp_path / "p2/t2.nii.gz",
+        tmp_path / "p1/t2.png",
+        tmp_path / "o.png",
+    )
     jobs, _ = jobs_of_images(paths)
     there = tmp_path.name
     assert [job.name for job in jobs] == [f"{there}_p1_t2", "p2_t2", f"{there}_p1_t2_2", "o"]
@@ -258,7 +295,9 @@ def test_nothing_is_written_over_unless_asked_and_never_an_input(tmp_path):
     own = replace(job, mask=mask)
     assert code_of(check_output, tmp_path, [own], ["_mask"], overwrite=True) == "MOD-808"
     (tmp_path / "file").write_bytes(b"")
-    assert code_of(check_output, tmp_path / "file/sub", [job], ["_mask"], overwrite=True) == "MOD-808"
+    assert (
+        code_of(check_output, tmp_path / "file/sub", [job], ["_mask"], overwrite=True) == "MOD-808"
+    )
 
 
 # overlays
@@ -284,10 +323,17 @@ def test_an_overlay_shows_image_prediction_truth_and_confidence(tmp_path):
     plain = overlay(one, ["disc", "cup"], "x")
     (tmp_path / "plain.png").write_bytes(plain)
     picture = np.asarray(Image.open(tmp_path / "plain.png").convert("RGB")).astype(int)
-    assert (abs(picture - [0x56, 0xB4, 0xE9]).sum(2) < 30).sum() > 100, "the first structure's colour"
+    assert (abs(picture - [0x56, 0xB4, 0xE9]).sum(2) < 30).sum() > 100, (
+        "the first structure's colour"
+    )
     assert (abs(picture - [0xD5, 0x5E, 0x00]).sum(2) < 30).sum() == 0, "no truth, no truth's colour"
     (tmp_path / "both.png").write_bytes(
-        overlay(replace(one, confidence=np.full((1, 40, 30), 0.5, np.float32)), ["disc", "cup"], "x", masks)
+        overlay(
+            replace(one, confidence=np.full((1, 40, 30), 0.5, np.float32)),
+            ["disc", "cup"],
+            "x",
+            masks,
+        )
     )
     wide = np.asarray(Image.open(tmp_path / "both.png").convert("RGB")).astype(int)
     assert wide.shape[1] == 2 * picture.shape[1]
@@ -299,7 +345,9 @@ def test_an_overlay_shows_image_prediction_truth_and_confidence(tmp_path):
 
 def store(folder, *overrides):
     """Write a model folder as the coordinator does, with random weights and prototypes."""
-    plan = Plan.from_tree(compose(["network.base_width=4", "data.image_size=32", f"output={folder}", *overrides]))
+    plan = Plan.from_tree(
+        compose(["network.base_width=4", "data.image_size=32", f"output={folder}", *overrides])
+    )
     folder.mkdir()
     state = build_network(plan.network, 3, 2, 5).state_dict()
     weights = Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})
@@ -308,7 +356,9 @@ def store(folder, *overrides):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, plan.network.num_features))
     statistics = ClassStatistics.from_features(features, rng.integers(0, 2, 50), 2)
-    server.records.results.write_prototypes(Disk(), plan, statistics, Identity("run", "", 1, plan.digest()))
+    server.records.results.write_prototypes(
+        Disk(), plan, statistics, Identity("run", "", 1, plan.digest())
+    )
     return folder
 
 
@@ -388,7 +438,9 @@ def test_a_picture_for_a_model_of_volumes_is_refused_and_a_volume_is_not(stored,
     Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "p.png")
     predictor = Predictor(load_model(stored), torch.device("cpu"), 4)
     assert code_of(predictor.predict, tmp_path / "p.png") == "MOD-806"
-    write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
+    write_volume(
+        tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4)
+    )
     found = predictor.predict(tmp_path / "v.nii.gz")
     assert found.labels.shape == found.volume.array.shape
     assert (found.probability, found.confidence) == (None, None)
@@ -399,9 +451,14 @@ def test_a_model_predicts_the_kinds_it_was_trained_on_whatever_its_stack(tmp_pat
     """Pictures ignore `data.stack`: the default of 3 must not make a model of pictures useless."""
     folder = store(tmp_path / "m", f"data.stack={stack}")
     Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "p.png")
-    write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
+    write_volume(
+        tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4)
+    )
     nib.save(
-        nib.Nifti1Image(np.arange(480).reshape(4, 10, 12).astype(np.int16), np.diag([4.0, 1, 1, 1])), tmp_path / "s.nii"
+        nib.Nifti1Image(
+            np.arange(480).reshape(4, 10, 12).astype(np.int16), np.diag([4.0, 1, 1, 1])
+        ),
+        tmp_path / "s.nii",
     )
     images = {"picture": "p.png", "axial volume": "v.nii.gz", "sagittal volume": "s.nii"}
     card = json.loads((folder / "model.json").read_text())
@@ -409,7 +466,9 @@ def test_a_model_predicts_the_kinds_it_was_trained_on_whatever_its_stack(tmp_pat
         (folder / "model.json").write_text(json.dumps(card | {"kinds": [kind]}))
         predictor = Predictor(load_model(folder), torch.device("cpu"), 4)
         found = predictor.predict(tmp_path / own)
-        assert found.labels.shape == (found.volume.array.shape if kind != "picture" else (1, 32, 32))
+        assert found.labels.shape == (
+            found.volume.array.shape if kind != "picture" else (1, 32, 32)
+        )
         for other in set(images.values()) - {own}:
             assert code_of(predictor.predict, tmp_path / other) == "MOD-806"
     del card["kinds"]  # a model from before
@@ -420,10 +479,14 @@ def test_a_model_predicts_the_kinds_it_was_trained_on_whatever_its_stack(tmp_pat
 
 def test_predictions_do_not_depend_on_the_batch(stored, tmp_path):
     rng = np.random.default_rng(0)
-    write_volume(tmp_path / "v.nii.gz", rng.integers(0, 99, (7, 30, 34)).astype(np.int16), np.eye(4))
+    write_volume(
+        tmp_path / "v.nii.gz", rng.integers(0, 99, (7, 30, 34)).astype(np.int16), np.eye(4)
+    )
     model, device = load_model(stored), torch.device("cpu")
     gaussians = Gaussians.of(model.prototypes, device)
-    one, many = (Predictor(model, device, n, True, gaussians).predict(tmp_path / "v.nii.gz") for n in (1, 16))
+    one, many = (
+        Predictor(model, device, n, True, gaussians).predict(tmp_path / "v.nii.gz") for n in (1, 16)
+    )
     np.testing.assert_allclose(one.probability, many.probability, atol=1e-5)
     np.testing.assert_allclose(one.confidence, many.confidence, atol=1e-4)
     assert ((one.confidence >= 0) & (one.confidence <= 1)).all()
@@ -432,10 +495,16 @@ def test_predictions_do_not_depend_on_the_batch(stored, tmp_path):
 
 @pytest.mark.parametrize("features", ["projection", "bottleneck"])
 def test_confidence_works_with_every_representation(features, tmp_path):
-    model = load_model(store(tmp_path / "m", f"network.features={features}", "network.projection=6"))
-    write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
+    model = load_model(
+        store(tmp_path / "m", f"network.features={features}", "network.projection=6")
+    )
+    write_volume(
+        tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4)
+    )
     gaussians = Gaussians.of(model.prototypes, torch.device("cpu"))
-    found = Predictor(model, torch.device("cpu"), 4, False, gaussians).predict(tmp_path / "v.nii.gz")
+    found = Predictor(model, torch.device("cpu"), 4, False, gaussians).predict(
+        tmp_path / "v.nii.gz"
+    )
     assert found.confidence.shape == found.labels.shape
     assert (found.confidence > 0).all()
 
@@ -450,7 +519,9 @@ def test_confidence_works_with_every_representation(features, tmp_path):
         (["--data", "gone"], "DAT-101"),
     ],
 )
-def test_calls_that_cannot_work_are_refused_with_words(arguments, words, stored, tmp_path, monkeypatch, capsys):
+def test_calls_that_cannot_work_are_refused_with_words(
+    arguments, words, stored, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["predict", str(stored), *arguments, "-o", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
@@ -459,7 +530,9 @@ def test_calls_that_cannot_work_are_refused_with_words(arguments, words, stored,
 
 def test_confidence_without_prototypes_is_refused_before_any_work(stored, tmp_path, capsys):
     (stored / "prototypes.arrow").unlink()
-    write_volume(tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4))
+    write_volume(
+        tmp_path / "v.nii.gz", np.arange(3 * 20 * 24).reshape(3, 20, 24).astype(np.int16), np.eye(4)
+    )
     call = ["predict", str(stored), str(tmp_path / "v.nii.gz"), "-o", str(tmp_path / "out")]
     assert main([*call, "--confidence"]) == 2
     assert "MOD-807" in capsys.readouterr().err
@@ -478,21 +551,42 @@ def nifti():
 
 
 def predicted(stored, folder, out, *more):
-    return main(["predict", str(stored), str(folder), "-o", str(out), "--device", "cpu", "--threads", "1", *more])
+    return main(
+        [
+            "predict",
+            str(stored),
+            str(folder),
+            "-o",
+            str(out),
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            *more,
+        ]
+    )
 
 
 def test_files_whose_names_lie_about_gzip_are_predicted_like_the_others(stored, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     packed = gzip.compress(nifti())
-    for name, content in {"a.nii.gz": packed, "b.nii.gz": nifti(), "c.nii": packed, "D.Nii.Gz": nifti()}.items():
+    for name, content in {
+        "a.nii.gz": packed,
+        "b.nii.gz": nifti(),
+        "c.nii": packed,
+        "D.Nii.Gz": nifti(),
+    }.items():
         (folder / name).write_bytes(content)
     (folder / "e.nii.gz").write_bytes(packed[:100])
     assert predicted(stored, folder, out, "--probability") == 3
     told = capsys.readouterr().out
     assert "4 of 5 images predicted" in told
     assert "[DAT-103]" in told
-    masks = [nib.load(out / name) for name in ("a_mask.nii.gz", "b_mask.nii.gz", "c_mask.nii", "D_mask.nii.gz")]
+    masks = [
+        nib.load(out / name)
+        for name in ("a_mask.nii.gz", "b_mask.nii.gz", "c_mask.nii", "D_mask.nii.gz")
+    ]
     for mask in masks:
         np.testing.assert_array_equal(np.asarray(mask.dataobj), np.asarray(masks[0].dataobj))
         assert mask.header["descrip"].item() == b"scanner"
@@ -550,12 +644,19 @@ def test_names_without_utf8_and_names_that_are_too_long(stored, tmp_path, capsys
 
 
 def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
-    touch(tmp_path / "data/a.nii", tmp_path / "data/b.mha", tmp_path / "data/._a.nii", tmp_path / "elsewhere/P2/c.nii")
+    touch(
+        tmp_path / "data/a.nii",
+        tmp_path / "data/b.mha",
+        tmp_path / "data/._a.nii",
+        tmp_path / "elsewhere/P2/c.nii",
+    )
     (tmp_path / "data/P2").symlink_to(tmp_path / "elsewhere/P2")
     jobs, passed = jobs_of_images([tmp_path / "data"])
     assert [job.name for job in jobs] == ["P2/c", "a"]
     first, second = passed.words()
-    assert first.startswith("1 files of formats that are not read (.mha 1): b.mha. Convert it with SimpleITK")
+    assert first.startswith(
+        "1 files of formats that are not read (.mha 1): b.mha. Convert it with SimpleITK"
+    )
     assert second == "1 hidden files called like images: ._a.nii"
     (tmp_path / "only").mkdir()
     touch(tmp_path / "only/x.dcm")

@@ -25,7 +25,11 @@ def test_a_written_file_is_read_back_with_its_paths_absolute(tmp_path: Path) -> 
     write_site_file(tmp_path / "site.yaml", SITE)
     found = read_site_file(tmp_path)
     assert found == replace(
-        SITE, **{name: str(tmp_path / getattr(SITE, name)) for name in ("ca", "key", "home", "cache", "approved")}
+        SITE,
+        **{
+            name: str(tmp_path / getattr(SITE, name))
+            for name in ("ca", "key", "home", "cache", "approved")
+        },
     )
     assert found.data_root == "/data/prostate"
 
@@ -34,20 +38,27 @@ def test_every_setting_is_explained_in_the_file(tmp_path: Path) -> None:
     write_site_file(tmp_path / "site.yaml", SITE)
     lines = (tmp_path / "site.yaml").read_text().splitlines()
     for field in fields(SiteFile):
-        (place,) = [number for number, line in enumerate(lines) if line.startswith(f"{field.name}:")]
+        (place,) = [
+            number for number, line in enumerate(lines) if line.startswith(f"{field.name}:")
+        ]
         assert lines[place - 1].startswith("# ")
 
 
 def test_all_faults_are_told_at_once_and_an_unfilled_folder_is_one(tmp_path: Path) -> None:
-    text = (
-        "site: North\nproject: p\nserver: nowhere\nca: ca.crt\nkey: k\ndata_root: ''\nhome: h\ncache: c\napproved: a\n"
-    )
+    text = "site: North\nproject: p\nserver: nowhere\nca: ca.crt\nkey: k\ndata_root: ''\nhome: h\ncache: c\napproved: a\n"
     (tmp_path / "site.yaml").write_text(text + "patient_floor: 0\nroles: [boss]\ndevise: cpu\n")
     with pytest.raises(FedsgcgError) as caught:
         read_site_file(tmp_path)
     assert {problem.code for problem in caught.value.problems} == {"DEP-601"}
     text = str(caught.value)
-    for word in ("server", "patient_floor", "roles", "did you mean 'device'", "data_root", "fill it in"):
+    for word in (
+        "server",
+        "patient_floor",
+        "roles",
+        "did you mean 'device'",
+        "data_root",
+        "fill it in",
+    ):
         assert word in text
 
 

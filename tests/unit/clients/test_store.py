@@ -37,7 +37,11 @@ def write_case(folder, name, image, mask, codes=("L", "P", "S")):
 
 def ramp(z=4, side=32):
     """Return an image (Z, side, side) whose slice z lies between z and z + 1, and a mask in slices 1 and 2."""
-    image = np.arange(z)[:, None, None] * 100 + np.linspace(0, 99, side)[None, None, :] + np.zeros((z, side, 1))
+    image = (
+        np.arange(z)[:, None, None] * 100
+        + np.linspace(0, 99, side)[None, None, :]
+        + np.zeros((z, side, 1))
+    )
     mask = np.zeros((z, side, side), np.uint8)
     mask[1:3, 4:20, 8:16] = 1
     return image.astype(np.int16), mask
@@ -53,7 +57,11 @@ def one(tmp_path, make_data):
     """A hospital with three cases of known pixels."""
     for name in ("a", "b", "c"):
         write_case(tmp_path / "data" / "S", name, *ramp())
-    return tmp_path / "data", make_data(image_size=32, intensity="minmax", validation_fraction=0.0), tmp_path / "cache"
+    return (
+        tmp_path / "data",
+        make_data(image_size=32, intensity="minmax", validation_fraction=0.0),
+        tmp_path / "cache",
+    )
 
 
 # what a slice is
@@ -89,7 +97,11 @@ def test_table_knows_the_case_and_the_foreground_of_each_slice(one, make_data):
     assert table.has_foreground.tolist() == [False, True, True, False] * 3
     assert len(store.slices("validation")) == len(store.slices("test")) == 0
     only = store_of(
-        one[0], make_data(image_size=32, intensity="minmax", validation_fraction=0.0, train_slices="foreground"), one[2]
+        one[0],
+        make_data(
+            image_size=32, intensity="minmax", validation_fraction=0.0, train_slices="foreground"
+        ),
+        one[2],
     )
     chosen = only.slices("train")
     assert chosen.z_of.tolist() == [1, 2] * 3
@@ -100,7 +112,9 @@ def test_table_knows_the_case_and_the_foreground_of_each_slice(one, make_data):
 def test_foreground_means_the_declared_structures_alone(one, make_data):
     """A class that belongs to no structure is learned but does not count as foreground."""
     data = make_data(
-        image_size=32, classes={"background": [0], "bladder": [1], "gland": [2]}, structures={"gland": ["gland"]}
+        image_size=32,
+        classes={"background": [0], "bladder": [1], "gland": [2]},
+        structures={"gland": ["gland"]},
     )
     image, mask = ramp()
     mask[3, 0, 0] = 2
@@ -114,7 +128,13 @@ def test_case_facts(one):
     store = store_of(*one, heldout=True)
     first = store.cases[0]
     assert store.site == "S"
-    assert (first.index, first.name, first.patient, first.split, first.num_slices) == (0, "a", "a", "test", 4)
+    assert (first.index, first.name, first.patient, first.split, first.num_slices) == (
+        0,
+        "a",
+        "a",
+        "test",
+        4,
+    )
     assert first.native_shape == (4, 32, 32)
     assert first.spacing == pytest.approx((3.0, 2.0, 1.0))
     assert not first.is_picture
@@ -124,21 +144,31 @@ def test_case_facts(one):
 
 def test_native_truth_and_image_keep_their_size(tmp_path, make_data):
     rng = np.random.default_rng(0)
-    image, mask = rng.integers(0, 500, (3, 40, 56)).astype(np.int16), rng.integers(0, 2, (3, 40, 56)).astype(np.uint8)
+    image, mask = (
+        rng.integers(0, 500, (3, 40, 56)).astype(np.int16),
+        rng.integers(0, 2, (3, 40, 56)).astype(np.uint8),
+    )
     write_case(tmp_path / "S", "a", image, mask, ("P", "S", "R"))
     data = make_data(image_size=32, intensity="minmax")
     store = store_of(tmp_path, data, tmp_path / "cache", heldout=True)
     np.testing.assert_array_equal(store.truth(store.cases[0]), mask)
-    np.testing.assert_allclose(store.image(store.cases[0]), (image - image.min()) / np.ptp(image), atol=1 / 254)
+    np.testing.assert_allclose(
+        store.image(store.cases[0]), (image - image.min()) / np.ptp(image), atol=1 / 254
+    )
     assert store.slices("test").stack([0])[0].shape == (1, 3, 32, 32)
 
 
 def test_every_orientation_of_one_patient_gives_the_same_slices(tmp_path, make_data):
     rng = np.random.default_rng(1)
-    image, mask = rng.integers(0, 500, (4, 32, 32)).astype(np.int16), rng.integers(0, 2, (4, 32, 32)).astype(np.uint8)
+    image, mask = (
+        rng.integers(0, 500, (4, 32, 32)).astype(np.int16),
+        rng.integers(0, 2, (4, 32, 32)).astype(np.uint8),
+    )
     for name, codes in (("a", ("L", "P", "S")), ("b", ("R", "A", "S")), ("c", ("S", "L", "A"))):
         write_case(tmp_path / "S", name, image, mask, codes)
-    table = store_of(tmp_path, make_data(image_size=32), tmp_path / "cache", heldout=True).slices("test")
+    table = store_of(tmp_path, make_data(image_size=32), tmp_path / "cache", heldout=True).slices(
+        "test"
+    )
     images, labels = table.stack(range(12))
     for start in (4, 8):
         np.testing.assert_array_equal(images[start : start + 4], images[:4])
@@ -165,7 +195,9 @@ def test_pictures_in_grey_and_colour(tmp_path, make_data):
     assert np.ptp(images[0], axis=0).max() > 0.1, "colours stay apart"
     assert np.ptp(images[1], axis=0).max() == 0, "grey is repeated"
     assert np.unique(small).tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(store.truth(store.cases[0])[0], np.select([labels == 128, labels == 30], [1, 2]))
+    np.testing.assert_array_equal(
+        store.truth(store.cases[0])[0], np.select([labels == 128, labels == 30], [1, 2])
+    )
 
 
 def test_a_hospital_uses_the_kind_that_most_of_its_cases_are(tmp_path, make_data):
@@ -176,7 +208,9 @@ def test_a_hospital_uses_the_kind_that_most_of_its_cases_are(tmp_path, make_data
     for kind, array in (("image", image), ("mask", mask)):
         nifti = nib.Nifti1Image(array, np.diag([3.0, 1.0, 1.0, 1.0]))
         nib.save(nifti, tmp_path / "S" / f"sagittal_{kind}.nii.gz")
-    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(tmp_path / "S" / "p_image.png")
+    Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32)).save(
+        tmp_path / "S" / "p_image.png"
+    )
     Image.fromarray(mask[1]).save(tmp_path / "S" / "p_mask.png")
     store = store_of(tmp_path, make_data(image_size=32), tmp_path / "cache", heldout=True)
     assert store.kind == "axial volume"
@@ -191,11 +225,23 @@ def test_sagittal_acquisitions_are_sliced_as_they_were_acquired(tmp_path, make_d
     """Right to left 4 slices of 32 x 32; across them a slice would be 4 x 32 stretched to a square."""
     image, mask = ramp()
     (tmp_path / "S").mkdir()
-    for kind, array in (("image", image), ("mask", mask)):  # axes: left-right, front-back, feet-head
-        nib.save(nib.Nifti1Image(array, np.diag([3.0, 1.0, 1.0, 1.0])), tmp_path / "S" / f"a_{kind}.nii.gz")
-    store = store_of(tmp_path, make_data(image_size=32, intensity="minmax"), tmp_path / "cache", heldout=True)
+    for kind, array in (
+        ("image", image),
+        ("mask", mask),
+    ):  # axes: left-right, front-back, feet-head
+        nib.save(
+            nib.Nifti1Image(array, np.diag([3.0, 1.0, 1.0, 1.0])),
+            tmp_path / "S" / f"a_{kind}.nii.gz",
+        )
+    store = store_of(
+        tmp_path, make_data(image_size=32, intensity="minmax"), tmp_path / "cache", heldout=True
+    )
     (case,) = store.cases
-    assert (store.kind, case.native_shape, case.spacing) == ("sagittal volume", (4, 32, 32), (3.0, 1.0, 1.0))
+    assert (store.kind, case.native_shape, case.spacing) == (
+        "sagittal volume",
+        (4, 32, 32),
+        (3.0, 1.0, 1.0),
+    )
     # Slices run towards the left, rows towards the feet, columns towards the back; the file runs the other way.
     np.testing.assert_array_equal(store.truth(case), mask[::-1].transpose(0, 2, 1)[:, ::-1, ::-1])
 
@@ -224,7 +270,12 @@ def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data)
     for name, pixels in (("eight", grey), ("sixteen", grey.astype(np.uint16))):
         Image.fromarray(pixels).save(tmp_path / "S" / f"{name}_image.png")
         Image.fromarray(mask).save(tmp_path / "S" / f"{name}_mask.png")
-    data = make_data("fundus", image_size=32, classes={"background": [0], "disc": [1]}, structures={"disc": ["disc"]})
+    data = make_data(
+        "fundus",
+        image_size=32,
+        classes={"background": [0], "disc": [1]},
+        structures={"disc": ["disc"]},
+    )
     assert data.intensity == "fixed"
     store = store_of(tmp_path, data, tmp_path / "cache", heldout=True)
     image = store.slices("test").stack([0])[0][0, 0]
@@ -296,7 +347,9 @@ def test_label_maps_that_were_rescaled_on_saving_are_read(tmp_path, kind, labels
 
 @pytest.mark.parametrize(("size", "side"), [((64, 64), 32), ((20, 50), 32), ((33, 47), 64)])
 def test_resizing_keeps_means_places_and_label_values(size, side):
-    image = np.add.outer(np.linspace(0, 1, size[0]), np.linspace(0, 3, size[1])).astype(np.float32)[None, None]
+    image = np.add.outer(np.linspace(0, 1, size[0]), np.linspace(0, 3, size[1])).astype(np.float32)[
+        None, None
+    ]
     small = resize(image, side)
     assert small.shape == (1, 1, side, side)
     assert small.mean() == pytest.approx(image.mean(), abs=0.01)
@@ -323,10 +376,14 @@ def test_a_label_of_a_quarter_of_the_pixels_does_not_become_all_of_them():
 
 def test_equal_shares_go_to_the_class_declared_later():
     """At half the size an inner pixel is 1/8, 3/8, 3/8, 1/8 of four rows: an edge through its middle is a tie."""
-    rows = np.array([0, 0, 0, 2, 2, 2, 1, 1], np.uint8)  # the edges lie in the middle of the new rows 1 and 3
+    rows = np.array(
+        [0, 0, 0, 2, 2, 2, 1, 1], np.uint8
+    )  # the edges lie in the middle of the new rows 1 and 3
     labels = np.broadcast_to(rows[:, None], (8, 8))[None].copy()
     np.testing.assert_array_equal(resize_labels(labels, 4)[0, :, 0], [0, 2, 2, 1])
-    np.testing.assert_array_equal(resize_labels(np.ascontiguousarray(labels[:, ::-1]), 4)[0, :, 0], [1, 2, 2, 0])
+    np.testing.assert_array_equal(
+        resize_labels(np.ascontiguousarray(labels[:, ::-1]), 4)[0, :, 0], [1, 2, 2, 0]
+    )
 
 
 def test_labels_at_half_the_size_are_the_largest_of_shares_by_hand():
@@ -337,7 +394,9 @@ def test_labels_at_half_the_size_are_the_largest_of_shares_by_hand():
             if 0 <= 2 * row + offset < 64:
                 weight[row, 2 * row + offset] = part
     weight /= weight.sum(1, keepdims=True)  # what lies outside the slice has no share
-    shares = np.stack([weight @ (layer == index) @ weight.T for layer in labels for index in range(4)])
+    shares = np.stack(
+        [weight @ (layer == index) @ weight.T for layer in labels for index in range(4)]
+    )
     shares = shares.reshape(2, 4, 32, 32).round(9)
     np.testing.assert_array_equal(resize_labels(labels, 32), 3 - shares[:, ::-1].argmax(1))
 
@@ -357,7 +416,9 @@ def test_labels_are_centred_on_their_image_at_every_factor(rows, columns, side, 
         np.testing.assert_array_equal(small, np.flip(resize_labels(blob, side), axes))
         moved.append(_centroid(small, rows, columns) - _centroid(mirrored, rows, columns))
     assert np.abs(np.mean(moved, axis=0)).max() < 0.02, "native pixels"
-    assert np.abs(moved).max() < 0.3 * max(1, rows / side, columns / side), "less than a third of a new pixel each"
+    assert np.abs(moved).max() < 0.3 * max(1, rows / side, columns / side), (
+        "less than a third of a new pixel each"
+    )
 
 
 def _blob(rows, columns, rng):
@@ -365,14 +426,18 @@ def _blob(rows, columns, rng):
     y = (np.arange(rows) + 0.5)[:, None] / rows - rng.uniform(0.45, 0.55)
     x = (np.arange(columns) + 0.5)[None] / columns - rng.uniform(0.45, 0.55)
     turn = np.arctan2(y, x)
-    radius = 0.25 * (1 + sum(rng.uniform(-0.1, 0.1) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in (2, 3, 4)))
+    radius = 0.25 * (
+        1 + sum(rng.uniform(-0.1, 0.1) * np.cos(k * turn + rng.uniform(0, 6.3)) for k in (2, 3, 4))
+    )
     return (np.hypot(y, x) < radius).astype(np.uint8)[None]
 
 
 def _centroid(labels, rows, columns):
     """Return the centroid of label 1 in native pixels, from the slice's corner."""
     _, y, x = np.nonzero(labels == 1)
-    return np.array([(y + 0.5).mean() * rows / labels.shape[1], (x + 0.5).mean() * columns / labels.shape[2]])
+    return np.array(
+        [(y + 0.5).mean() * rows / labels.shape[1], (x + 0.5).mean() * columns / labels.shape[2]]
+    )
 
 
 def test_half_size_labels_of_real_prostates_come_back_as_well_as_they_can(real_data):
@@ -381,7 +446,9 @@ def test_half_size_labels_of_real_prostates_come_back_as_well_as_they_can(real_d
     for path in sorted(real_data("promise12").glob("*/*_mask.nii.gz")):
         truth = read_volume(path, mask=True).array > 0
         small = torch.from_numpy(resize_labels(truth.astype(np.uint8), 64)).double()[:, None]
-        back = torch.nn.functional.interpolate(small, truth.shape[1:], mode="bilinear", align_corners=False)
+        back = torch.nn.functional.interpolate(
+            small, truth.shape[1:], mode="bilinear", align_corners=False
+        )
         found = segmentation_metrics((back[:, 0] > 0.5).numpy(), truth)
         scores.append((found.dice, found.asd))
     np.testing.assert_allclose(np.mean(scores, axis=0), (0.968, 0.238), atol=5e-4)
@@ -413,7 +480,9 @@ def test_opening_again_reads_no_image_and_writes_nothing(one, monkeypatch):
         os.utime(case.image, ns=(status.st_atime_ns, status.st_mtime_ns))
     second = open_store(site, data, cache, heldout=False)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == files
-    np.testing.assert_array_equal(second.slices("train").stack([5])[0], first.slices("train").stack([5])[0])
+    np.testing.assert_array_equal(
+        second.slices("train").stack([5])[0], first.slices("train").stack([5])[0]
+    )
 
 
 def test_slices_are_views_of_the_mapped_file(one):
@@ -431,7 +500,12 @@ def test_both_roles_share_one_cache_file(one):
 
 
 @pytest.mark.parametrize(
-    "change", [{"image_size": 48}, {"intensity": "zscore"}, {"classes": {"background": [0, 9], "gland": [1]}}]
+    "change",
+    [
+        {"image_size": 48},
+        {"intensity": "zscore"},
+        {"classes": {"background": [0, 9], "gland": [1]}},
+    ],
 )
 def test_settings_that_shape_a_slice_make_a_new_cache(one, make_data, change):
     root, data, cache = one
@@ -455,7 +529,9 @@ def test_an_alias_follows_the_case_and_not_its_company(one, make_data):
     root, data, cache = one
     before = {case.name: case.alias for case in store_of(root, data, cache).cases}
     (root / "S" / "a_image.nii.gz").unlink()
-    after = {case.name: case.alias for case in store_of(root, make_data(image_size=48), cache).cases}
+    after = {
+        case.name: case.alias for case in store_of(root, make_data(image_size=48), cache).cases
+    }
     assert after == {name: before[name] for name in ("b", "c")}
 
 
@@ -499,7 +575,9 @@ def test_prostate_images_have_the_counts_of_their_manifest(real_data, make_data,
             row = rows[f"{name}/{case.name}_image.nii.gz"]
             x, y, z = (int(size) for size in row["shape"].split("x"))
             assert case.native_shape == (z, y, x)
-            assert case.spacing == pytest.approx([float(s) for s in row["spacing_mm"].split("x")][::-1])
+            assert case.spacing == pytest.approx(
+                [float(s) for s in row["spacing_mm"].split("x")][::-1]
+            )
             assert case.patient == row["patient_id"]
             truth = store.truth(case)
             assert int((truth == 1).sum()) == int(row["gland_voxels"])
@@ -514,7 +592,9 @@ def test_spinal_cords_are_nested_and_upright(real_data, make_data, tmp_path):
     rows = {row["image"]: row for row in csv.DictReader((root / "manifest.csv").open())}
     for name in discover_sites(root):
         store = store_of(root, data, tmp_path, name, heldout=False)
-        assert {case.split for case in store.cases} == {"train"}, "one patient a site: the patient trains"
+        assert {case.split for case in store.cases} == {"train"}, (
+            "one patient a site: the patient trains"
+        )
         for case in store.cases:
             row = rows[f"{name}/{case.name}_image.nii.gz"]
             truth = store.truth(case)
@@ -526,7 +606,10 @@ def test_spinal_cords_are_nested_and_upright(real_data, make_data, tmp_path):
                 rows_of_grey = np.nonzero(slice_truth == 2)[0]
                 if len(rows_of_grey):
                     middle = (rows_of_grey.min() + rows_of_grey.max()) / 2
-                    in_front, behind = in_front + (rows_of_grey < middle).sum(), behind + (rows_of_grey > middle).sum()
+                    in_front, behind = (
+                        in_front + (rows_of_grey < middle).sum(),
+                        behind + (rows_of_grey > middle).sum(),
+                    )
             assert in_front > 1.05 * behind
 
 
@@ -555,7 +638,9 @@ def test_a_store_of_the_written_hospitals_does_not_depend_on_the_folder(make_dat
         for name in ("x", "y")
     ]  # fmt: skip
     assert [c.alias for c in stores[0].cases] == [c.alias for c in stores[1].cases]
-    for left, right in zip(*(store.slices("test").stack(range(8)) for store in stores), strict=True):
+    for left, right in zip(
+        *(store.slices("test").stack(range(8)) for store in stores), strict=True
+    ):
         np.testing.assert_array_equal(left, right)
 
 

@@ -37,7 +37,9 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def opened(hospital: tuple[Path, Path], *overrides: str) -> tuple[Plan, CaseStore]:
     root, folder = hospital
     plan = sites.plan_of(root, folder, *overrides)
-    return plan, open_store(open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=False)
+    return plan, open_store(
+        open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=False
+    )
 
 
 def fresh(plan: Plan, seed: int = 0) -> torch.nn.Module:
@@ -47,7 +49,9 @@ def fresh(plan: Plan, seed: int = 0) -> torch.nn.Module:
 def trained(plan: Plan, store: CaseStore, round_number: int = 1, guidance: Guidance | None = None):
     choose_device("cpu", threads=1)
     network = fresh(plan)
-    figures, _ = train_round(network, [store], plan, round_number=round_number, guide=guidance, device=CPU)
+    figures, _ = train_round(
+        network, [store], plan, round_number=round_number, guide=guidance, device=CPU
+    )
     return weights_of(network).digest(), figures
 
 
@@ -143,7 +147,9 @@ def test_weights_that_became_infinite_in_the_last_step_stop_the_round(hospital):
 def test_a_site_without_training_slice_says_so(hospital):
     plan, _ = opened(hospital)
     root, folder = hospital
-    store = open_store(open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=True)
+    store = open_store(
+        open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=True
+    )
     with pytest.raises(FedsgcgError) as caught:
         trained(plan, store)
     assert caught.value.code == "TRN-302"
@@ -215,8 +221,14 @@ def test_losses_of_millions_of_equal_pixels_keep_five_digits(memory_format):
     """Equal terms are the worst for a running sum: its rounding goes one way, and float32 loses percents."""
     logits = torch.full((16, 3, 256, 256), 0.1)
     logits[:, 1] += 0.37
-    logits, labels = logits.contiguous(memory_format=memory_format), torch.zeros(16, 256, 256, dtype=torch.int64)
-    classes, valid = {"a": [1], "b": [1, 2], "c": [2]}, torch.ones(16, 1, 256, 256, dtype=torch.bool)
+    logits, labels = (
+        logits.contiguous(memory_format=memory_format),
+        torch.zeros(16, 256, 256, dtype=torch.int64),
+    )
+    classes, valid = (
+        {"a": [1], "b": [1, 2], "c": [2]},
+        torch.ones(16, 1, 256, 256, dtype=torch.bool),
+    )
 
     def losses(logits):
         first, second = logits.softmax(1), (1.3 * logits).softmax(1)
@@ -224,7 +236,9 @@ def test_losses_of_millions_of_equal_pixels_keep_five_digits(memory_format):
         yield supervised.sigmoid_loss(logits, labels, classes)
         yield consistency_loss(first, second, valid, symmetric=True)
         yield torch.nn.functional.mse_loss(first, second)
-        yield class_balanced_mean(first[:, 0].reshape(-1), labels.reshape(-1), torch.ones(3, dtype=torch.bool))
+        yield class_balanced_mean(
+            first[:, 0].reshape(-1), labels.reshape(-1), torch.ones(3, dtype=torch.bool)
+        )
 
     for found, wanted in zip(losses(logits), losses(logits.double()), strict=True):
         assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -236,7 +250,11 @@ def test_the_method_uses_all_pixels_as_its_settings_say(hospital, balance):
     guidance = Guidance.from_prototypes(some_prototypes(plan), plan.prototypes, 2, CPU)
     assert guidance is not None
     torch.manual_seed(0)
-    maps, logits, labels = torch.rand(2, 8, 4, 4), torch.randn(2, 2, 4, 4), torch.randint(0, 2, (2, 4, 4))
+    maps, logits, labels = (
+        torch.rand(2, 8, 4, 4),
+        torch.randn(2, 2, 4, 4),
+        torch.randint(0, 2, (2, 4, 4)),
+    )
     labels[0, 0, 0] = 255
     views = [View("source", logits, maps)]
     contrast = contrast_of_views(views, labels, guidance, plan)

@@ -45,8 +45,16 @@ def test_own_files_are_choices_beside_the_shipped_ones(folder: Path) -> None:
     own = f"config_dir={folder}"
     tree = compose([own, "experiment=mine", "data.image_size=64"])
     assert tree["data"]["classes"] == {"background": [0], "cord": [1]}
-    assert (tree["data"]["name"], tree["data"]["image_size"], tree["data"]["stack"]) == ("cord", 64, 3)
-    assert (tree["method"]["name"], tree["method"]["learning_rate"], tree["federation"]["rounds"]) == ("sgcg", 1e-4, 2)
+    assert (tree["data"]["name"], tree["data"]["image_size"], tree["data"]["stack"]) == (
+        "cord",
+        64,
+        3,
+    )
+    assert (
+        tree["method"]["name"],
+        tree["method"]["learning_rate"],
+        tree["federation"]["rounds"],
+    ) == ("sgcg", 1e-4, 2)
     assert {"cord", "promise12"} <= set(choices_of("data", own_choices([own])))
     assert chosen([own, "experiment=mine"])["method"] == "slow"
     assert "cord" not in choices_of("data")
@@ -55,7 +63,9 @@ def test_own_files_are_choices_beside_the_shipped_ones(folder: Path) -> None:
 
 def test_a_yaml_file_is_a_choice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "data" / "cord.yaml"
-    assert compose([f"data={path}"])["data"] == compose([f"config_dir={folder}", "data=cord"])["data"]
+    assert (
+        compose([f"data={path}"])["data"] == compose([f"config_dir={folder}", "data=cord"])["data"]
+    )
     monkeypatch.chdir(folder / "data")
     (folder / "data" / "promise12.yaml").write_text(CORD)
     assert compose(["data=promise12.yaml"])["data"]["classes"] == {"background": [0], "cord": [1]}
@@ -116,19 +126,31 @@ def test_a_folder_that_holds_no_settings_is_refused(tmp_path: Path) -> None:
 
 def test_maps_on_the_command_line_replace() -> None:
     tree = compose(
-        ["data=promise12", "data.classes={background: [0], cord: [1]}", "data.structures={cord: [cord]}", "grid={}"]
+        [
+            "data=promise12",
+            "data.classes={background: [0], cord: [1]}",
+            "data.structures={cord: [cord]}",
+            "grid={}",
+        ]
     )
     assert tree["data"]["classes"] == {"background": [0], "cord": [1]}
     assert tree["data"]["structures"] == {"cord": ["cord"]}
     assert compose(["experiment=ablation", "grid={seed: [1, 2]}"])["grid"] == {"seed": [1, 2]}
-    assert compose(["data.classes.gland=[2]"])["data"]["classes"] == {"background": [0], "gland": [2]}
+    assert compose(["data.classes.gland=[2]"])["data"]["classes"] == {
+        "background": [0],
+        "gland": [2],
+    }
     assert "prostate" in str(refused("data=synthetic", "data.classes.prostate=[2]"))
     refused("data.classes={a: [0]}", "data.classes.gland=[2]")
-    assert compose(["data.augmentation={flip: 0.1}"])["data"]["augmentation"]["rotate_degrees"] == 10.0
+    assert (
+        compose(["data.augmentation={flip: 0.1}"])["data"]["augmentation"]["rotate_degrees"] == 10.0
+    )
 
 
 def test_a_study_sweeps_own_methods_and_knows_what_they_read(folder: Path) -> None:
-    axes, rest = split_axes([f"config_dir={folder}", "method=source,slow", "prototypes.weight=0.1,0.5"])
+    axes, rest = split_axes(
+        [f"config_dir={folder}", "method=source,slow", "prototypes.weight=0.1,0.5"]
+    )
     assert axes["method"] == ["source", "slow"]
     traits = {"source": (), "slow": ("contrasts",)}
     labels = [variant.label for variant in variants(axes, "source", "by_site", traits)]
@@ -138,6 +160,13 @@ def test_a_study_sweeps_own_methods_and_knows_what_they_read(folder: Path) -> No
 
 def test_files_and_classes_are_labelled_by_their_names() -> None:
     axes = {"method": ["/x/a.yaml", "lab.losses:Margin", "source"]}
-    assert [variant.label for variant in variants(axes, "source", "by_site")] == ["a", "Margin", "source"]
+    assert [variant.label for variant in variants(axes, "source", "by_site")] == [
+        "a",
+        "Margin",
+        "source",
+    ]
     axes = {"method": ["/x/a.yaml", "/y/a.yaml"]}
-    assert [variant.label for variant in variants(axes, "source", "by_site")] == ["/x/a.yaml", "/y/a.yaml"]
+    assert [variant.label for variant in variants(axes, "source", "by_site")] == [
+        "/x/a.yaml",
+        "/y/a.yaml",
+    ]

@@ -112,7 +112,8 @@ def test_no_console_is_too_narrow_for_a_word_or_a_number(words, width):
 
 
 @pytest.mark.parametrize(
-    ("columns", "width"), [("0", WITHOUT_TERMINAL), ("x", WITHOUT_TERMINAL), ("", WITHOUT_TERMINAL), ("40", 40)]
+    ("columns", "width"),
+    [("0", WITHOUT_TERMINAL), ("x", WITHOUT_TERMINAL), ("", WITHOUT_TERMINAL), ("40", 40)],
 )
 def test_a_width_that_makes_no_sense_is_not_believed(columns, width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
@@ -165,6 +166,9 @@ def test_a_file_that_is_opened_later_does_not_get_the_number_of_a_closed_stream(
     work = f"open({str(tmp_path / 'kept')!r}, 'w').fileno() > 2 and __import__('os').system('echo stray') or 0"
     code = f"import sys; from common.console import run_command as r; sys.exit(r(lambda c: {work}))"
     subprocess.run(
-        ["bash", "-c", f'{sys.executable} -c "$1" >&- 2>&- <&-', "-", code], cwd=ROOT, check=True, timeout=60
+        ["bash", "-c", f'{sys.executable} -c "$1" >&- 2>&- <&-', "-", code],
+        cwd=ROOT,
+        check=True,
+        timeout=60,
     )
     assert (tmp_path / "kept").read_text() == ""

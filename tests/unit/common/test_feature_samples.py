@@ -7,7 +7,12 @@ import pyarrow as pa
 import pytest
 
 from common.errors import FedsgcgError
-from common.feature_samples import PIXELS_A_CLASS, read_feature_samples, sample_pixels, write_feature_samples
+from common.feature_samples import (
+    PIXELS_A_CLASS,
+    read_feature_samples,
+    sample_pixels,
+    write_feature_samples,
+)
 
 FEATURES = np.arange(12, dtype=np.float32).reshape(4, 3)
 CLASSES = np.array([0, 1, 1, 2])
@@ -30,7 +35,12 @@ def test_no_pixel_at_all_is_a_file_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("features", "classes"),
-    [(FEATURES, CLASSES[:3]), (FEATURES[0], CLASSES), (np.full((4, 3), np.nan), CLASSES), (np.zeros((4, 0)), CLASSES)],
+    [
+        (FEATURES, CLASSES[:3]),
+        (FEATURES[0], CLASSES),
+        (np.full((4, 3), np.nan), CLASSES),
+        (np.zeros((4, 0)), CLASSES),
+    ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, features, classes):
     with pytest.raises(ValueError, match="features"):

@@ -38,7 +38,12 @@ def test_links_are_followed_and_a_folder_that_leads_back_is_entered_once(tmp_pat
 
 
 def test_every_kind_of_file_has_its_place(tmp_path):
-    touch(*(tmp_path / name for name in ("a.nii.gz", "b.MHA", "c.nrrd", "._a.nii.gz", "note.txt", "__MACOSX/a.png")))
+    touch(
+        *(
+            tmp_path / name
+            for name in ("a.nii.gz", "b.MHA", "c.nrrd", "._a.nii.gz", "note.txt", "__MACOSX/a.png")
+        )
+    )
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "1.2.840.113").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "README").write_bytes(b"text")
@@ -84,12 +89,21 @@ def test_names_that_are_no_utf8_can_be_shown_and_written():
 
 def test_names_that_look_the_same_are_found():
     composed, split = "Z\u00fcrich", "Zu\u0308rich"
-    assert alike(["A", "a", composed, split, "B", "AB", "ZURICH"]) == [("A", "a"), (split, composed)]
+    assert alike(["A", "a", composed, split, "B", "AB", "ZURICH"]) == [
+        ("A", "a"),
+        (split, composed),
+    ]
 
 
 @pytest.mark.parametrize(
     ("number", "start"),
-    [(36, "Shorten the name"), (28, "Make room"), (122, "Make room"), (13, "Get the right"), (5, "Choose another")],
+    [
+        (36, "Shorten the name"),
+        (28, "Make room"),
+        (122, "Make room"),
+        (13, "Get the right"),
+        (5, "Choose another"),
+    ],
 )
 def test_each_refusal_of_the_disk_has_its_own_advice(number, start):
     advice = disk_advice(OSError(number, "x"), "choose another DIR.")

@@ -33,7 +33,9 @@ ALL_CODES = [
 
 
 def save(path, array, affine=None, dtype=None):
-    image = nib.Nifti1Image(array, np.diag([-1.0, -2.0, 3.0, 1.0]) if affine is None else affine, dtype=dtype)
+    image = nib.Nifti1Image(
+        array, np.diag([-1.0, -2.0, 3.0, 1.0]) if affine is None else affine, dtype=dtype
+    )
     nib.save(image, path)
     return path
 
@@ -59,15 +61,21 @@ def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_
         affine[:, axis] = 0
         affine[world, axis] = sizes[axis] * (1 if code in "RAS" else -1)
     # The marker lies at the voxel that is the most right, most anterior and most superior.
-    place = tuple(0 if code in "LPI" else size - 1 for code, size in zip(codes, array.shape, strict=True))
+    place = tuple(
+        0 if code in "LPI" else size - 1 for code, size in zip(codes, array.shape, strict=True)
+    )
     array[place] = 9
     volume = read_volume(save(tmp_path / "a.nii.gz", array, affine))
     where = np.argwhere(volume.array == 9)
     # Slices are cut across the axis with the longest voxels, axis 2 of the file.
-    assert volume.plane == {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal"}.get(codes[2], "sagittal")
+    assert volume.plane == {"S": "axial", "I": "axial", "A": "coronal", "P": "coronal"}.get(
+        codes[2], "sagittal"
+    )
     along = PLANES[volume.plane][::-1]  # of slices, rows, columns
     last = [size - 1 for size in volume.array.shape]
-    assert where.tolist() == [[end if code in "RAS" else 0 for code, end in zip(along, last, strict=True)]]
+    assert where.tolist() == [
+        [end if code in "RAS" else 0 for code, end in zip(along, last, strict=True)]
+    ]
     expected = [
         next(sizes[axis] for axis, own in enumerate(codes) if own in pair)
         for code in along
@@ -92,7 +100,9 @@ def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_
     ],
 )
 def test_slices_are_those_of_the_acquisition(tmp_path, sizes, shape, plane):
-    volume = read_volume(save(tmp_path / "a.nii", np.zeros(shape, np.int16), np.diag([*sizes, 1.0])))
+    volume = read_volume(
+        save(tmp_path / "a.nii", np.zeros(shape, np.int16), np.diag([*sizes, 1.0]))
+    )
     assert (volume.plane, volume.kind) == (plane, f"{plane} volume")
     across = {"sagittal": 0, "coronal": 1, "axial": 2}[plane]
     assert volume.array.shape[0] == shape[across]
@@ -102,7 +112,9 @@ def test_slices_are_those_of_the_acquisition(tmp_path, sizes, shape, plane):
 # lengths
 
 
-@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3), ("unknown", 1)])
+@pytest.mark.parametrize(
+    ("unit", "factor"), [("mm", 1), ("meter", 1e-3), ("micron", 1e3), ("unknown", 1)]
+)
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_lengths_are_in_millimetres_whatever_the_headers_unit(tmp_path, unit, factor, kind):
     affine = np.diag([0.8 * factor, 0.8 * factor, 3.0 * factor, 1.0])
@@ -130,7 +142,9 @@ def test_a_voxel_size_that_is_missing_gives_no_millimetres(tmp_path, missing, ki
     raw[:size] = header.tobytes()
     (tmp_path / "a.nii").write_bytes(bytes(raw))
     if np.isnan(missing):
-        assert code_of(tmp_path / "a.nii") == "DAT-103"  # an affine that is no number places nothing
+        assert (
+            code_of(tmp_path / "a.nii") == "DAT-103"
+        )  # an affine that is no number places nothing
     else:
         assert read_volume(tmp_path / "a.nii").millimetres is None
 
@@ -167,7 +181,9 @@ def test_writing_and_reading_returns_the_canonical_array_and_the_same_place_in_m
 
 def test_equal_volumes_are_written_as_equal_bytes(tmp_path):
     for name in ("a", "b"):
-        write_volume(tmp_path / f"{name}.nii.gz", np.ones((2, 3, 4), np.int16), np.diag([-1.0, -1, 1, 1]))
+        write_volume(
+            tmp_path / f"{name}.nii.gz", np.ones((2, 3, 4), np.int16), np.diag([-1.0, -1, 1, 1])
+        )
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     assert (tmp_path / "a.nii.gz").read_bytes()[4:8] == bytes(4), "no time stamp"
 
@@ -175,7 +191,9 @@ def test_equal_volumes_are_written_as_equal_bytes(tmp_path):
 # voxels
 
 
-@pytest.mark.parametrize(("dtype", "raw"), [(np.int16, -300), (np.uint16, 65000), (np.uint8, 200), (np.float64, 0.25)])
+@pytest.mark.parametrize(
+    ("dtype", "raw"), [(np.int16, -300), (np.uint16, 65000), (np.uint8, 200), (np.float64, 0.25)]
+)
 def test_scale_factors_of_the_header_are_applied(tmp_path, dtype, raw):
     image = nib.Nifti1Image(np.full((2, 2, 2), raw, dtype), np.diag([-1.0, -1, 1, 1]))
     image.header.set_slope_inter(0.5, 7)
@@ -226,7 +244,9 @@ def test_colour_voxels_are_refused(tmp_path):
 
 
 def test_damaged_files_say_so(tmp_path):
-    whole = save(tmp_path / "whole.nii.gz", np.arange(6000, dtype=np.int16).reshape(10, 20, 30)).read_bytes()
+    whole = save(
+        tmp_path / "whole.nii.gz", np.arange(6000, dtype=np.int16).reshape(10, 20, 30)
+    ).read_bytes()
     damaged = {
         "cut.nii.gz": whole[: len(whole) // 2],
         "cut_in_header.nii.gz": whole[:40],
@@ -336,7 +356,10 @@ def test_a_mask_saved_with_other_axes_over_the_same_space_is_fine(tmp_path):
     canonical = np.diag([-1.0, -2.0, 3.0, 1.0])
     for name, codes in (("image", ("L", "P", "S")), ("mask", ("S", "R", "A"))):
         write_volume(tmp_path / f"{name}.nii.gz", array, affine_as(codes, canonical, array.shape))
-    image, mask = read_volume(tmp_path / "image.nii.gz"), read_volume(tmp_path / "mask.nii.gz", mask=True)
+    image, mask = (
+        read_volume(tmp_path / "image.nii.gz"),
+        read_volume(tmp_path / "mask.nii.gz", mask=True),
+    )
     check_geometry(image, mask, "case")
     np.testing.assert_array_equal(image.array, mask.array)
 
@@ -366,7 +389,12 @@ def test_sixteen_bit_tiff_keeps_its_values(tmp_path, compression):
     colours = np.arange(5 * 6 * 3, dtype=np.uint8).reshape(5, 6, 3)
     tifffile.imwrite(tmp_path / "b.tif", colours, photometric="rgb", compression=compression)
     np.testing.assert_array_equal(read_volume(tmp_path / "b.tif").array, colours.transpose(2, 0, 1))
-    tifffile.imwrite(tmp_path / "c.tif", colours.transpose(2, 0, 1).copy(), photometric="rgb", planarconfig="separate")
+    tifffile.imwrite(
+        tmp_path / "c.tif",
+        colours.transpose(2, 0, 1).copy(),
+        photometric="rgb",
+        planarconfig="separate",
+    )
     np.testing.assert_array_equal(read_volume(tmp_path / "c.tif").array, colours.transpose(2, 0, 1))
 
 
@@ -381,24 +409,38 @@ def test_a_tiff_of_many_pages_is_refused(tmp_path):
     assert code_of(tmp_path / "a.tif") == "DAT-106"
 
 
-BILEVEL = {"none": None, "lzw": "tiff_lzw", "group4": "group4", "packbits": "packbits", "deflate": "tiff_adobe_deflate"}
+BILEVEL = {
+    "none": None,
+    "lzw": "tiff_lzw",
+    "group4": "group4",
+    "packbits": "packbits",
+    "deflate": "tiff_adobe_deflate",
+}
 
 
 @pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("compression", BILEVEL.values(), ids=list(BILEVEL))
-def test_a_tiff_is_read_as_a_viewer_shows_it_whether_white_or_black_is_zero(tmp_path, compression, photometric):
+def test_a_tiff_is_read_as_a_viewer_shows_it_whether_white_or_black_is_zero(
+    tmp_path, compression, photometric
+):
     mask = np.zeros((48, 64), bool)
     mask[10:30, 15:40] = True
-    Image.fromarray(mask).save(tmp_path / "a.tif", compression=compression, tiffinfo={262: photometric})
+    Image.fromarray(mask).save(
+        tmp_path / "a.tif", compression=compression, tiffinfo={262: photometric}
+    )
     np.testing.assert_array_equal(read_volume(tmp_path / "a.tif", mask=True).array[0], mask)
     if compression == "group4":
         return  # holds one bit a pixel alone
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    Image.fromarray(grey).save(tmp_path / "b.tif", compression=compression, tiffinfo={262: photometric})
+    Image.fromarray(grey).save(
+        tmp_path / "b.tif", compression=compression, tiffinfo={262: photometric}
+    )
     np.testing.assert_array_equal(read_volume(tmp_path / "b.tif").array[0], grey)
     deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 200
     stored = 65535 - deep if photometric == 0 else deep
-    Image.fromarray(stored).save(tmp_path / "c.tif", compression=compression, tiffinfo={262: photometric})
+    Image.fromarray(stored).save(
+        tmp_path / "c.tif", compression=compression, tiffinfo={262: photometric}
+    )
     np.testing.assert_array_equal(read_volume(tmp_path / "c.tif").array[0], deep)
 
 
@@ -409,7 +451,9 @@ def test_a_palette_tiff_gives_colours_as_an_image_and_indices_as_a_mask(tmp_path
     palette.save(tmp_path / "p.tif", compression=compression)
     expected = np.asarray(palette.convert("RGB")).transpose(2, 0, 1)
     np.testing.assert_array_equal(read_volume(tmp_path / "p.tif").array, expected)
-    np.testing.assert_array_equal(read_volume(tmp_path / "p.tif", mask=True).array[0], np.asarray(palette))
+    np.testing.assert_array_equal(
+        read_volume(tmp_path / "p.tif", mask=True).array[0], np.asarray(palette)
+    )
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
@@ -442,7 +486,11 @@ def test_a_tiff_of_two_different_pictures_is_refused(tmp_path):
 def test_a_mask_in_a_lossy_format_is_refused_whatever_it_is_called(tmp_path):
     mask = np.zeros((48, 64), np.uint8)
     mask[10:30, 15:40] = 1
-    for name, options in (("m.jpg", {}), ("m.jpeg", {"quality": 100}), ("m.tif", {"compression": "jpeg"})):
+    for name, options in (
+        ("m.jpg", {}),
+        ("m.jpeg", {"quality": 100}),
+        ("m.tif", {"compression": "jpeg"}),
+    ):
         Image.fromarray(mask).save(tmp_path / name, **options)
         assert code_of(tmp_path / name, mask=True) == "DAT-116", name
     (tmp_path / "m.png").write_bytes((tmp_path / "m.jpg").read_bytes())
@@ -460,8 +508,12 @@ def test_mask_pictures_give_label_values(tmp_path):
     Image.fromarray(labels > 0).save(tmp_path / "binary.png")
     np.testing.assert_array_equal(read_volume(tmp_path / "palette.png", mask=True).array[0], labels)
     np.testing.assert_array_equal(read_volume(tmp_path / "equal.png", mask=True).array[0], labels)
-    np.testing.assert_array_equal(read_volume(tmp_path / "binary.png", mask=True).array[0], labels > 0)
-    assert read_volume(tmp_path / "palette.png").array.shape == (3, 2, 2), "as an image a palette means colours"
+    np.testing.assert_array_equal(
+        read_volume(tmp_path / "binary.png", mask=True).array[0], labels > 0
+    )
+    assert read_volume(tmp_path / "palette.png").array.shape == (3, 2, 2), (
+        "as an image a palette means colours"
+    )
     coloured = np.zeros((2, 2, 3), np.uint8)
     coloured[0, 0] = (255, 0, 0)
     Image.fromarray(coloured).save(tmp_path / "colours.png")
@@ -494,7 +546,9 @@ def test_a_picture_is_read_as_people_see_it(tmp_path, suffix, orientation):
     }[orientation]
     path = tmp_path / f"picture.{suffix}"
     if suffix == "tif":
-        tifffile.imwrite(path, np.ascontiguousarray(turned), extratags=[(274, 3, 1, orientation, True)])
+        tifffile.imwrite(
+            path, np.ascontiguousarray(turned), extratags=[(274, 3, 1, orientation, True)]
+        )
     else:
         exif = Image.Exif()
         exif[274] = orientation

@@ -42,11 +42,17 @@ def both(features, labels, mean, covariance, **options):
     """Loss and gradient of the kernel and of the law, all in float64 on the CPU."""
     results = []
     for dtype, device in ((torch.float32, DEVICE), (torch.float64, "cpu")):
-        leaf = features.to(device, dtype if dtype == torch.float64 else features.dtype).detach().requires_grad_()
+        leaf = (
+            features.to(device, dtype if dtype == torch.float64 else features.dtype)
+            .detach()
+            .requires_grad_()
+        )
         active = options.get("active")
         here = options | {"active": None if active is None else active.to(device)}
         loss = sgcg_loss(leaf, labels.to(device), mean.to(device), covariance.to(device), **here)
-        weights = torch.linspace(0.5, 2, max(loss.numel(), 1), device=device, dtype=loss.dtype)[: loss.numel()]
+        weights = torch.linspace(0.5, 2, max(loss.numel(), 1), device=device, dtype=loss.dtype)[
+            : loss.numel()
+        ]
         (gradient,) = torch.autograd.grad((loss.flatten() * weights).sum(), leaf)
         results += [loss.detach().double().cpu(), gradient.double().cpu()]
     return results
@@ -67,11 +73,17 @@ def assert_same(found, digits=1e-6):
 def test_loss_and_gradient_follow_the_law(N, A, K, unit_norm, reduction):
     features, labels, mean, covariance = problem(N, A, K)
     labels[0] = 0
-    options = {"temperature": 0.5 if unit_norm else 3.0, "unit_norm": unit_norm, "reduction": reduction}
+    options = {
+        "temperature": 0.5 if unit_norm else 3.0,
+        "unit_norm": unit_norm,
+        "reduction": reduction,
+    }
     assert_same(both(features, labels, mean, covariance, **options))
 
 
-@pytest.mark.parametrize("active", [[True, False, True], [False, True, False], [False, False, False]])
+@pytest.mark.parametrize(
+    "active", [[True, False, True], [False, True, False], [False, False, False]]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_inactive_classes_take_no_part(active, reduction):
     features, labels, mean, covariance = problem(150, 6, 3)
@@ -112,9 +124,13 @@ def test_a_pixel_of_zeros_keeps_the_gradient_of_the_normalisation():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_are_computed_in_float32(dtype):
     features, labels, mean, covariance = problem(200, 32, 3)
-    loss, gradient, wanted, slope = both(features.to(dtype), labels, mean, covariance, temperature=0.5, unit_norm=True)
+    loss, gradient, wanted, slope = both(
+        features.to(dtype), labels, mean, covariance, temperature=0.5, unit_norm=True
+    )
     assert abs(loss - wanted) <= 1e-6 * wanted
-    assert (gradient - slope).norm() <= 8e-3 * slope.norm()  # rounded once to the type of the features
+    assert (
+        gradient - slope
+    ).norm() <= 8e-3 * slope.norm()  # rounded once to the type of the features
 
 
 def test_label_types_strides_and_another_ignore_index_do_not_matter():
@@ -134,7 +150,9 @@ def test_label_types_strides_and_another_ignore_index_do_not_matter():
 def test_a_nan_is_not_hidden_by_the_kernel():
     features, labels, mean, covariance = problem(40, 4, 2)
     features[3, 1], labels[3] = math.nan, 255
-    found = sgcg_loss(*(part.to(DEVICE) for part in (features, labels, mean, covariance)), temperature=1.0)
+    found = sgcg_loss(
+        *(part.to(DEVICE) for part in (features, labels, mean, covariance)), temperature=1.0
+    )
     assert found.isnan()
 
 
@@ -144,25 +162,35 @@ def test_what_the_kernel_does_not_hold_takes_the_torch_form(monkeypatch, form, w
 
     monkeypatch.setattr(kernels, "pixel_losses", None)
     features, labels, mean, covariance = (part.to(DEVICE) for part in problem(20, width, 2))
-    assert sgcg_loss(features, labels, mean, covariance, temperature=5.0, covariance_form=form).isfinite()
+    assert sgcg_loss(
+        features, labels, mean, covariance, temperature=5.0, covariance_form=form
+    ).isfinite()
 
 
-@pytest.mark.parametrize(("N", "A", "K"), [(500, 32, 3), (130, 7, 4), (1, 1, 1), (300, 70, 2), (9000, 3, 2), (0, 3, 2)])
+@pytest.mark.parametrize(
+    ("N", "A", "K"), [(500, 32, 3), (130, 7, 4), (1, 1, 1), (300, 70, 2), (9000, 3, 2), (0, 3, 2)]
+)
 def test_moments_follow_the_law(N, A, K):
     features, labels, *_ = problem(N, A, K)
     labels[: N // 2][labels[: N // 2] == K - 1] = 255
-    count, mean, scatter = (part.cpu() for part in class_moments(features.to(DEVICE), labels.to(DEVICE), K))
+    count, mean, scatter = (
+        part.cpu() for part in class_moments(features.to(DEVICE), labels.to(DEVICE), K)
+    )
     wanted = class_moments(features.double(), labels, K)
     assert torch.equal(count, wanted[0])
     torch.testing.assert_close(mean, wanted[1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(scatter, wanted[2], rtol=1e-6, atol=1e-6 * (1 + float(wanted[2].abs().max())))
+    torch.testing.assert_close(
+        scatter, wanted[2], rtol=1e-6, atol=1e-6 * (1 + float(wanted[2].abs().max()))
+    )
     assert torch.equal(scatter, scatter.mT)
 
 
 def test_moments_keep_their_digits_far_from_the_origin():
     features, labels, *_ = problem(3000, 5, 2)
     features = 1e3 + 1e-2 * features
-    _, mean, scatter = (part.cpu() for part in class_moments(features.to(DEVICE), labels.to(DEVICE), 2))
+    _, mean, scatter = (
+        part.cpu() for part in class_moments(features.to(DEVICE), labels.to(DEVICE), 2)
+    )
     _, exact_mean, exact = class_moments(features.double(), labels, 2)
     assert (scatter - exact).norm() <= 1e-7 * exact.norm()
     assert (mean - exact_mean).abs().max() <= 1e-9
@@ -180,7 +208,9 @@ def test_moments_hold_their_bound_in_whatever_order_a_tile_is_summed(monkeypatch
         return interpreter.TensorHandle(sums + d.data, d.dtype.scalar)
 
     called = []
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda *given: called.append(1) or dot(*given))
+    monkeypatch.setattr(
+        interpreter.InterpreterBuilder, "create_dot", lambda *given: called.append(1) or dot(*given)
+    )
     features, labels, *_ = problem(3000, 5, 2)
     features = centre + 1e-2 * (features.sign() if spread == "two values" else features)
     count, mean, scatter = class_moments(features, labels, 2)
@@ -188,14 +218,18 @@ def test_moments_hold_their_bound_in_whatever_order_a_tile_is_summed(monkeypatch
     rows = [features[labels == k].numpy().astype(np.longdouble) for k in range(2)]
     exact = np.stack([(own - own.mean(0)).T @ (own - own.mean(0)) for own in rows])
     deviation = np.sqrt(np.diagonal(exact, axis1=1, axis2=2))
-    assert (abs(scatter.numpy() - exact) <= 1e-5 * deviation[:, :, None] * deviation[:, None, :]).all()
+    assert (
+        abs(scatter.numpy() - exact) <= 1e-5 * deviation[:, :, None] * deviation[:, None, :]
+    ).all()
     means = np.stack([own.mean(0) for own in rows])
     assert (abs(mean.numpy() - means) <= 1e-5 * deviation / np.sqrt(count.numpy())[:, None]).all()
 
 
 def test_a_class_seen_by_one_pixel_and_an_absent_class():
     features = torch.tensor([[1.0, 2.0], [3.0, 5.0], [7.0, 7.0]])
-    count, mean, scatter = class_moments(features.to(DEVICE), torch.tensor([0, 0, 2], device=DEVICE), 4)
+    count, mean, scatter = class_moments(
+        features.to(DEVICE), torch.tensor([0, 0, 2], device=DEVICE), 4
+    )
     assert count.tolist() == [2, 0, 1, 0]
     assert mean.tolist() == [[2, 3.5], [0, 0], [7, 7], [0, 0]]
     assert scatter[0].tolist() == [[2, 3], [3, 4.5]]
@@ -232,6 +266,12 @@ for dtype in ("fp32", "bf16"):
 def test_the_kernels_compile_for_hopper_where_there_is_none(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("shared bytes") == 12

@@ -30,7 +30,11 @@ def pairs(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     share = draw(st.sampled_from([0.05, 0.3, 0.6, 0.95, 1.0]))
     spacing = draw(st.one_of(st.none(), st.tuples(*[st.floats(0.1, 5)] * len(shape))))
-    return rng.random(shape) < share, rng.random(shape) < draw(st.sampled_from([0.05, 0.5, 1.0])), spacing
+    return (
+        rng.random(shape) < share,
+        rng.random(shape) < draw(st.sampled_from([0.05, 0.5, 1.0])),
+        spacing,
+    )
 
 
 def mask(shape, *points):
@@ -80,7 +84,9 @@ def test_all_figures_equal_medpy(pair):
     assert found.asd_reverse == pytest.approx(binary.asd(truth, prediction, spacing), abs=1e-10)
     assert found.assd == pytest.approx(binary.assd(prediction, truth, spacing), abs=1e-10)
     assert found.hd95 == pytest.approx(binary.hd95(prediction, truth, spacing), abs=1e-10)
-    assert found.hd95_max == pytest.approx(larger_directed_percentile(prediction, truth, spacing), abs=1e-10)
+    assert found.hd95_max == pytest.approx(
+        larger_directed_percentile(prediction, truth, spacing), abs=1e-10
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -95,7 +101,9 @@ def test_each_function_gives_what_the_joint_one_gives(pair):
         hausdorff_distance_95(prediction, truth, spacing),
         average_surface_distance(truth, prediction, spacing),
     )
-    np.testing.assert_allclose(alone, (joint.dice, joint.asd, joint.assd, joint.hd95, joint.asd_reverse), rtol=1e-12)
+    np.testing.assert_allclose(
+        alone, (joint.dice, joint.asd, joint.assd, joint.hd95, joint.asd_reverse), rtol=1e-12
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -103,7 +111,10 @@ def test_each_function_gives_what_the_joint_one_gives(pair):
 def test_distances_scale_with_the_spacing_and_assd_is_symmetric(pair, factor):
     prediction, truth, _ = pair
     assume(prediction.any() and truth.any())
-    one, other = segmentation_metrics(prediction, truth), segmentation_metrics(truth, prediction, factor)
+    one, other = (
+        segmentation_metrics(prediction, truth),
+        segmentation_metrics(truth, prediction, factor),
+    )
     assert other.assd == pytest.approx(factor * one.assd)
     assert other.hd95 == pytest.approx(factor * one.hd95)
     assert other.asd_reverse == pytest.approx(factor * one.asd)
@@ -116,7 +127,9 @@ def test_two_single_pixels_three_and_four_apart():
 
 
 def test_two_single_voxels_with_anisotropic_spacing():
-    found = segmentation_metrics(mask((3, 4, 4), (0, 0, 0)), mask((3, 4, 4), (2, 3, 0)), (2.0, 1.0, 0.5))
+    found = segmentation_metrics(
+        mask((3, 4, 4), (0, 0, 0)), mask((3, 4, 4), (2, 3, 0)), (2.0, 1.0, 0.5)
+    )
     assert found.asd == found.hd95 == 5.0  # sqrt((2 * 2)^2 + 3^2)
 
 
@@ -172,10 +185,15 @@ def test_the_interior_is_no_surface_even_where_a_corner_is_missing():
 
 def test_what_published_code_counts_by_hand():
     """P has 3 elements, T has 4, two are in both: (2 * 2 + 1) / (3 + 4 + 1); a Dice of 0 or 1 does not stay one."""
-    prediction, truth = mask((2, 4), (0, 0), (0, 1), (0, 2)), mask((2, 4), (0, 1), (0, 2), (1, 1), (1, 2))
+    prediction, truth = (
+        mask((2, 4), (0, 0), (0, 1), (0, 2)),
+        mask((2, 4), (0, 1), (0, 2), (1, 1), (1, 2)),
+    )
     found = segmentation_metrics(prediction, truth)
     assert (found.dice, found.dice_smooth1) == (4 / 7, 5 / 8)
-    assert found.asd_compat == found.asd == 1 / 3  # of the three predicted elements one lies a step away
+    assert (
+        found.asd_compat == found.asd == 1 / 3
+    )  # of the three predicted elements one lies a step away
     empty = np.zeros((2, 4), bool)
     for one in (segmentation_metrics(prediction, empty), segmentation_metrics(empty, prediction)):
         assert (one.dice, one.dice_smooth1, one.asd_compat) == (0, 1 / 4, 100)
@@ -190,10 +208,20 @@ def test_what_published_code_counts_by_hand():
 def test_empty_masks(shape):
     empty, full = np.zeros(shape, bool), np.ones(shape, bool)
     both = segmentation_metrics(empty, empty)
-    assert (both.dice, both.asd, both.assd, both.hd95, both.hd95_max, both.asd_reverse) == (1, 0, 0, 0, 0, 0)
+    assert (both.dice, both.asd, both.assd, both.hd95, both.hd95_max, both.asd_reverse) == (
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     for one in (segmentation_metrics(empty, full), segmentation_metrics(full, empty)):
         assert one.dice == 0
-        assert all(math.isnan(value) for value in (one.asd, one.assd, one.hd95, one.hd95_max, one.asd_reverse))
+        assert all(
+            math.isnan(value)
+            for value in (one.asd, one.assd, one.hd95, one.hd95_max, one.asd_reverse)
+        )
     assert math.isnan(average_surface_distance(empty, full))
     assert average_surface_distance(empty, empty) == 0
     assert (dice(empty, empty), dice(empty, full)) == (1, 0)
@@ -211,7 +239,12 @@ def test_results_are_plain_floats():
 @pytest.mark.parametrize(
     ("prediction", "truth", "spacing", "message"),
     [
-        (np.ones((2, 3), bool), np.ones((3, 2), bool), None, r"prediction: found shape \(2, 3\).*\(3, 2\)"),
+        (
+            np.ones((2, 3), bool),
+            np.ones((3, 2), bool),
+            None,
+            r"prediction: found shape \(2, 3\).*\(3, 2\)",
+        ),
         (np.ones(3, bool), np.ones(3, bool), None, "2-D or 3-D"),
         (np.ones((2, 2, 2, 2), bool), np.ones((2, 2, 2, 2), bool), None, "2-D or 3-D"),
         (np.ones((2, 2)), np.ones((2, 2), bool), None, "prediction: found dtype float64"),

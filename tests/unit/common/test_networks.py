@@ -26,13 +26,32 @@ def test_base_width_16_has_the_published_parameter_counts():
 
 def test_encoder_maps_have_widths_16_to_256_at_strides_1_to_16():
     maps = UNet(base_width=16).encoder(torch.zeros(1, 3, 64, 32))
-    assert [tuple(m.shape[1:]) for m in maps] == [(16, 64, 32), (32, 32, 16), (64, 16, 8), (128, 8, 4), (256, 4, 2)]
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (16, 64, 32),
+        (32, 32, 16),
+        (64, 16, 8),
+        (128, 8, 4),
+        (256, 4, 2),
+    ]
 
 
 def test_the_first_convolution_of_an_encoder_block_has_no_relu():
     network = UNet(base_width=16)
-    kinds = [type(layer).__name__ for layer in network.encoder.blocks[0].modules() if not list(layer.children())]
-    assert kinds == ["Conv2d", "BatchNorm2d", "Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d", "ReLU"]
+    kinds = [
+        type(layer).__name__
+        for layer in network.encoder.blocks[0].modules()
+        if not list(layer.children())
+    ]
+    assert kinds == [
+        "Conv2d",
+        "BatchNorm2d",
+        "Conv2d",
+        "BatchNorm2d",
+        "ReLU",
+        "Conv2d",
+        "BatchNorm2d",
+        "ReLU",
+    ]
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "instance"])
@@ -63,9 +82,13 @@ def test_decoder_block_equals_interpolating_before_the_1x1_convolution(norm):
     block = UNet(base_width=8, norm=norm).double().decoder.blocks[1]
     nn.init.normal_(block.narrow.bias)
     features, skip = torch.randn(2, 128, 5, 7).double(), torch.randn(2, 32, 10, 14).double()
-    wide = functional.interpolate(block.reduce(features), scale_factor=2, mode="bilinear", align_corners=False)
+    wide = functional.interpolate(
+        block.reduce(features), scale_factor=2, mode="bilinear", align_corners=False
+    )
     up = functional.relu(block.narrow_norm(block.narrow(wide)))
-    torch.testing.assert_close(block(features, skip), block.join(torch.cat([skip, up], 1)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        block(features, skip), block.join(torch.cat([skip, up], 1)), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_every_parameter_receives_a_gradient():
@@ -109,7 +132,12 @@ def test_convolutions_are_kaiming_normal_over_fan_out():
 
 @pytest.mark.parametrize("width", [4, 12, 20])
 def test_group_norm_divides_every_width(width):
-    assert UNet(base_width=width, norm="group")(torch.randn(1, 3, 16, 16))[0].shape == (1, 2, 16, 16)
+    assert UNet(base_width=width, norm="group")(torch.randn(1, 3, 16, 16))[0].shape == (
+        1,
+        2,
+        16,
+        16,
+    )
 
 
 def test_unknown_names_are_refused():
@@ -135,5 +163,7 @@ print(torch.are_deterministic_algorithms_enabled(), "torch._dynamo" in sys.modul
 
 
 def test_a_process_that_does_not_train_is_deterministic_and_does_not_load_torchs_compiler():
-    done = subprocess.run([sys.executable, "-c", PREDICTS], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PREDICTS], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["True", "False"]

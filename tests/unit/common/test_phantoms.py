@@ -17,7 +17,10 @@ def test_the_folder_has_the_layout_that_a_hospital_would_bring(hospitals):
     assert len(rows) == 20
     assert len({row["patient_id"] for row in rows}) == 20
     for row in rows:
-        image, mask = read_volume(hospitals / row["image"]), read_volume(hospitals / row["mask"], mask=True)
+        image, mask = (
+            read_volume(hospitals / row["image"]),
+            read_volume(hospitals / row["mask"], mask=True),
+        )
         check_image(image, row["image"])
         check_geometry(image, mask, row["image"])
         assert np.unique(mask.array).tolist() == [0, 1]
@@ -25,8 +28,13 @@ def test_the_folder_has_the_layout_that_a_hospital_would_bring(hospitals):
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
     options = {"sites": ["A"], "cases_per_site": 2, "shape": (4, 24, 24)}
-    folders = [write_hospitals(tmp_path / name, seed=seed, **options) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
-    one, two, other = ([path.read_bytes() for path in sorted(folder.rglob("*.nii.gz"))] for folder in folders)
+    folders = [
+        write_hospitals(tmp_path / name, seed=seed, **options)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    one, two, other = (
+        [path.read_bytes() for path in sorted(folder.rglob("*.nii.gz"))] for folder in folders
+    )
     assert one == two
     assert all(left != right for left, right in zip(one, other, strict=True))
 
@@ -40,8 +48,16 @@ def test_a_patient_does_not_depend_on_how_many_there_are(tmp_path):
 
 def test_hospitals_differ_in_file_orientation_matrix_and_voxel_size(hospitals):
     first = [nib.load(sorted((hospitals / site).glob("*_image.nii.gz"))[0]) for site in SITES]
-    assert ["".join(nib.aff2axcodes(image.affine)) for image in first] == ["LPS", "RAS", "PSL", "LAS"]
-    shapes = {read_volume(sorted((hospitals / site).glob("*_image.nii.gz"))[0]).array.shape for site in SITES}
+    assert ["".join(nib.aff2axcodes(image.affine)) for image in first] == [
+        "LPS",
+        "RAS",
+        "PSL",
+        "LAS",
+    ]
+    shapes = {
+        read_volume(sorted((hospitals / site).glob("*_image.nii.gz"))[0]).array.shape
+        for site in SITES
+    }
     assert len(shapes) == len(SITES)
 
 
@@ -62,10 +78,20 @@ def look(image, mask):
     """Describe a picture without its anatomy: noise in the air, gland against the rest, histogram, sharpness."""
     image = image / np.percentile(image, 99)
     air = np.concatenate([image[:, :5, :5].ravel(), image[:, :5, -5:].ravel()])
-    ring = ndimage.binary_dilation(mask, iterations=4) & ~ndimage.binary_dilation(mask, iterations=2)
+    ring = ndimage.binary_dilation(mask, iterations=4) & ~ndimage.binary_dilation(
+        mask, iterations=2
+    )
     inside = image[mask > 0].mean()
     edges = np.abs(np.diff(image, axis=2)).mean()
-    return np.log([air.mean(), inside, inside / image[ring].mean(), *np.percentile(image, (25, 50, 75)), edges])
+    return np.log(
+        [
+            air.mean(),
+            inside,
+            inside / image[ring].mean(),
+            *np.percentile(image, (25, 50, 75)),
+            edges,
+        ]
+    )
 
 
 def test_a_patient_can_be_told_to_a_hospital_by_its_look():
@@ -73,10 +99,14 @@ def test_a_patient_can_be_told_to_a_hospital_by_its_look():
     looks, owners = [], []
     for position, scanner in enumerate(SCANNERS):
         for number in range(6):
-            image, mask, _ = make_patient(scanner, (8, 64, 64), np.random.default_rng([position, number]))
+            image, mask, _ = make_patient(
+                scanner, (8, 64, 64), np.random.default_rng([position, number])
+            )
             looks.append(look(image.astype(float), mask))
             owners.append(position)
     points = (np.array(looks) - np.mean(looks, 0)) / np.std(looks, 0)
-    distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag(np.full(len(points), np.inf))
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag(
+        np.full(len(points), np.inf)
+    )
     right = np.array(owners)[distance.argmin(axis=1)] == owners
     assert right.mean() >= 0.9

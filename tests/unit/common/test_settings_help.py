@@ -11,7 +11,9 @@ from deploy.cli.coordinator import main
 def test_every_setting_has_a_meaning_and_a_kind() -> None:
     found = described()
     assert not [
-        name for name in known_settings() if name not in found and name not in sections() and name not in GROUPS
+        name
+        for name in known_settings()
+        if name not in found and name not in sections() and name not in GROUPS
     ]
     assert not [name for name, setting in found.items() if not setting.meaning]
     assert not [name for name, setting in found.items() if not (setting.kind or setting.choices)]
@@ -37,7 +39,9 @@ def test_an_unknown_or_ambiguous_name_gets_a_hint() -> None:
         explain("weighting", join())
 
 
-def test_the_command_explains_names_and_shows_all_without(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_explains_names_and_shows_all_without(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["settings", "data=promise12", "data.image_size", "rounds"]) == 0
     out = capsys.readouterr().out
     assert "pixels" in out
@@ -47,8 +51,11 @@ def test_the_command_explains_names_and_shows_all_without(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("flag", "instead"), [("-m", "with commas"), ("--multirun", "with commas"), ("--cfg", "settings")]
+    ("flag", "instead"),
+    [("-m", "with commas"), ("--multirun", "with commas"), ("--cfg", "settings")],
 )
-def test_options_of_hydra_say_what_to_use_instead(flag: str, instead: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_hydra_say_what_to_use_instead(
+    flag: str, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["study", "seed=1", flag, "method=sgcg"]) == 2
     assert instead in capsys.readouterr().err

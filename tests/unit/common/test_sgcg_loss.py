@@ -15,7 +15,9 @@ MEAN = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 COVARIANCE = torch.stack([torch.eye(2), 2 * torch.eye(2)])
 
 
-def loss(features=FEATURES, labels=LABELS, mean=MEAN, covariance=COVARIANCE, temperature=1.0, **options):
+def loss(
+    features=FEATURES, labels=LABELS, mean=MEAN, covariance=COVARIANCE, temperature=1.0, **options
+):
     return sgcg_loss(features, labels, mean, covariance, temperature=temperature, **options)
 
 
@@ -41,7 +43,9 @@ def test_gradient_by_hand():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("active", [None, torch.tensor([True, False]), torch.tensor([False, False])])
+@pytest.mark.parametrize(
+    "active", [None, torch.tensor([True, False]), torch.tensor([False, False])]
+)
 def test_an_empty_selection_gives_zero_that_stays_connected(reduction, active):
     features = FEATURES.clone().requires_grad_()
     labels = torch.tensor([255, 255]) if active is None or active.any() else LABELS
@@ -127,13 +131,25 @@ def test_the_gradient_cannot_be_differentiated_again():
     [
         ({"features": torch.ones(2)}, r"features: found shape \(2,\), expected \(any, any\)"),
         ({"features": torch.ones(2, 3)}, r"mean: found shape \(2, 2\), expected \(any, 3\)"),
-        ({"features": torch.ones(2, 2, dtype=torch.int64)}, "features: found torch.int64, expected floats"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels: found shape \(3,\), expected \(2\)"),
+        (
+            {"features": torch.ones(2, 2, dtype=torch.int64)},
+            "features: found torch.int64, expected floats",
+        ),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            r"labels: found shape \(3,\), expected \(2\)",
+        ),
         ({"labels": torch.zeros(2)}, "labels: found torch.float32, expected integers"),
         ({"labels": torch.tensor([0, 2])}, "labels: found 2, expected 0 to 1 or 255"),
         ({"labels": torch.tensor([0, -1])}, "labels: found -1"),
-        ({"covariance": torch.zeros(2, 2)}, r"covariance: found shape \(2, 2\), expected \(2, 2, 2\)"),
-        ({"covariance": COVARIANCE.half()}, "covariance: found torch.float16, expected float32 or float64"),
+        (
+            {"covariance": torch.zeros(2, 2)},
+            r"covariance: found shape \(2, 2\), expected \(2, 2, 2\)",
+        ),
+        (
+            {"covariance": COVARIANCE.half()},
+            "covariance: found torch.float16, expected float32 or float64",
+        ),
         ({"mean": MEAN.bfloat16()}, "mean: found torch.bfloat16"),
         ({"active": torch.tensor([True])}, r"active: found shape \(1,\), expected \(2\)"),
         ({"active": torch.tensor([1, 0])}, "active: found torch.int64, expected bool"),
@@ -142,10 +158,19 @@ def test_the_gradient_cannot_be_differentiated_again():
         ({"temperature": -1.0}, "temperature: found -1.0"),
         ({"reduction": "sum"}, "reduction: found 'sum'"),
         ({"covariance_form": "low-rank"}, "covariance_form: found 'low-rank'"),
-        ({"features": torch.tensor([[1.0, math.nan], [0.0, 1.0]])}, "features: found values that are not finite"),
-        ({"features": torch.tensor([[1.0, math.inf], [0.0, 1.0]])}, "features: found values that are not finite"),
+        (
+            {"features": torch.tensor([[1.0, math.nan], [0.0, 1.0]])},
+            "features: found values that are not finite",
+        ),
+        (
+            {"features": torch.tensor([[1.0, math.inf], [0.0, 1.0]])},
+            "features: found values that are not finite",
+        ),
         ({"mean": torch.full((2, 2), math.nan)}, "mean: found values that are not finite"),
-        ({"covariance": torch.full((2, 2, 2), math.nan)}, "covariance: found values that are not finite"),
+        (
+            {"covariance": torch.full((2, 2, 2), math.nan)},
+            "covariance: found values that are not finite",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
@@ -211,7 +236,11 @@ def test_moments_of_half_precision_features_are_those_of_their_values():
     [
         (torch.ones(2, 2), torch.tensor([0, 3]), "labels: found 3, expected 0 to 2 or 255"),
         (torch.ones(2, 2), torch.tensor([0]), "labels: found shape"),
-        (torch.tensor([[math.nan]]), torch.tensor([0]), "features: found values that are not finite"),
+        (
+            torch.tensor([[math.nan]]),
+            torch.tensor([0]),
+            "features: found values that are not finite",
+        ),
     ],
 )
 def test_moments_refuse_bad_input_by_name(features, labels, message):
@@ -229,7 +258,12 @@ def test_reduced_labels_by_hand():
 @pytest.mark.parametrize(
     ("labels", "factor", "majority", "message"),
     [
-        (torch.zeros(1, 4, 6, dtype=torch.int64), 4, 0.75, r"labels: found shape \(1, 4, 6\).*factor=4"),
+        (
+            torch.zeros(1, 4, 6, dtype=torch.int64),
+            4,
+            0.75,
+            r"labels: found shape \(1, 4, 6\).*factor=4",
+        ),
         (torch.zeros(4, 4, dtype=torch.int64), 2, 0.75, "labels: found shape"),
         (torch.zeros(1, 4, 4, dtype=torch.int64), 2, 1.5, "majority: found 1.5"),
         (torch.full((1, 4, 4), 9), 2, 0.75, "labels: found 9"),
@@ -248,7 +282,10 @@ def test_a_gpu_gives_the_same_without_making_the_host_wait(form):
     features = torch.nn.functional.normalize(torch.randn(5000, 8, generator=generator))
     labels = torch.randint(0, 3, (5000,), generator=generator)
     labels[::9] = 255
-    root, active = torch.randn(4, 8, 8, generator=generator), torch.tensor([True, True, False, True])
+    root, active = (
+        torch.randn(4, 8, 8, generator=generator),
+        torch.tensor([True, True, False, True]),
+    )
     arguments = (labels, torch.randn(4, 8, generator=generator), root @ root.mT / 8)
     here = features.clone().requires_grad_()
     wanted = sgcg_loss(here, *arguments, temperature=0.5, active=active, covariance_form=form)

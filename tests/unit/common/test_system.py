@@ -27,10 +27,16 @@ from server.records.journal import lock_file
 ROOT = Path(__file__).resolve().parents[3]
 PLACES = {
     "run folder": (lambda folder: lock_file(folder / "lock"), "output="),
-    "prepared data": (lambda folder: claimed(folder / "out", "manifest", folder / "in").__enter__(), "-o"),
+    "prepared data": (
+        lambda folder: claimed(folder / "out", "manifest", folder / "in").__enter__(),
+        "-o",
+    ),
     "slice cache": (lambda folder: locked(folder / "c.lock").__enter__(), "site.cache"),
     "join": (lambda folder: only_one(folder).__enter__(), "home in site.yaml"),
-    "joined": (lambda folder: (folder / "join.lock").touch() or joined_pid(folder), "home in site.yaml"),
+    "joined": (
+        lambda folder: (folder / "join.lock").touch() or joined_pid(folder),
+        "home in site.yaml",
+    ),
     "ledger": (
         lambda folder: ledger.append(
             folder / "ledger.jsonl", round_number=1, kind="train", parts={}, withheld=(), sha256=""
@@ -42,7 +48,9 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("number", sorted(system.NO_LOCKS))
-def test_a_file_system_without_locks_is_named_with_the_setting_of_the_folder(place, number, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_named_with_the_setting_of_the_folder(
+    place, number, tmp_path, monkeypatch
+):
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
@@ -56,12 +64,19 @@ def test_a_file_system_without_locks_is_named_with_the_setting_of_the_folder(pla
 
 
 def test_locks_are_taken_by_one_function_alone():
-    users = [path for room in ("clients", "common", "deploy", "server") for path in (ROOT / room).rglob("*.py")]
-    assert [path.name for path in users if re.search(r"\b(flock|lockf)\(", path.read_text())] == ["system.py"]
+    users = [
+        path
+        for room in ("clients", "common", "deploy", "server")
+        for path in (ROOT / room).rglob("*.py")
+    ]
+    assert [path.name for path in users if re.search(r"\b(flock|lockf)\(", path.read_text())] == [
+        "system.py"
+    ]
     assert [
         str(path)
         for path in users
-        if path.name != "system.py" and re.search(r"expanduser\(|Path\.home\(|getuser\(", path.read_text())
+        if path.name != "system.py"
+        and re.search(r"expanduser\(|Path\.home\(|getuser\(", path.read_text())
     ] == []
 
 
@@ -139,7 +154,9 @@ def test_a_temporary_folder_that_is_too_long_for_a_socket_is_not_taken(monkeypat
         short_folder("/" + "x" * LONGEST_TEMPORARY, [str(tmp_path / "absent"), "/" + "y" * 60])
     assert caught.value.code == "CFG-010"
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setenv("TMPDIR", "/ünï" + "x" * (LONGEST_TEMPORARY - 5))  # bytes count, not characters
+    monkeypatch.setenv(
+        "TMPDIR", "/ünï" + "x" * (LONGEST_TEMPORARY - 5)
+    )  # bytes count, not characters
     assert ray_arguments(Machine(1, 0), "local")["_temp_dir"] == other
     assert "_temp_dir" not in ray_arguments(Machine(1, 0), "auto")
 
@@ -152,8 +169,15 @@ def test_ray_starts_with_a_long_temporary_folder(tmp_path):
         "prepare_environment(); "
         "ray.init(**ray_arguments(Machine(1, 0), 'local')); ray.shutdown(); print('started')"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | {"TMPDIR": str(long)}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | {
+        "TMPDIR": str(long)
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout.endswith("started\n"), done.stderr

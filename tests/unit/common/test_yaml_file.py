@@ -38,7 +38,23 @@ def read(folder: Path, text: str) -> Example:
     return build_from(Example, read_tree(path, "DEP-602"), path, "DEP-602")
 
 
-NAMES = ("010", "NO", "off", "y", "12:30", "1_000", "1e3", "1.10", "2021-01-01", "0x10", "+5", "1.", ".5", "-0", "12")
+NAMES = (
+    "010",
+    "NO",
+    "off",
+    "y",
+    "12:30",
+    "1_000",
+    "1e3",
+    "1.10",
+    "2021-01-01",
+    "0x10",
+    "+5",
+    "1.",
+    ".5",
+    "-0",
+    "12",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +66,9 @@ def test_a_name_stays_as_it_is_written(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["true", "False", "null", "~", ""])
-def test_a_name_that_yaml_has_another_meaning_for_is_refused_with_the_way_out(name: str, tmp_path: Path) -> None:
+def test_a_name_that_yaml_has_another_meaning_for_is_refused_with_the_way_out(
+    name: str, tmp_path: Path
+) -> None:
     with pytest.raises(FedsgcgError) as caught:
         read(tmp_path, f"name: {name}\n")
     assert caught.value.problems[0].action == "write it in quotes"
@@ -65,13 +83,17 @@ def test_numbers_and_switches_are_still_what_they_were(tmp_path: Path) -> None:
     assert read(tmp_path, "share: -.5\n").share == -0.5
 
 
-@pytest.mark.parametrize("line", ["count: 010", "count: 1_000", "on: yes", "count: 1.0", "version: 2", "share: 1:30"])
+@pytest.mark.parametrize(
+    "line", ["count: 010", "count: 1_000", "on: yes", "count: 1.0", "version: 2", "share: 1:30"]
+)
 def test_what_is_no_number_or_switch_is_refused(line: str, tmp_path: Path) -> None:
     with pytest.raises(FedsgcgError, match="DEP-602"):
         read(tmp_path, line + "\n")
 
 
-@pytest.mark.parametrize("text", ["name: a\ncount: 1\nname: b\n", 'name: a\n"name": b\n', "names: [{a: 1, a: 2}]\n"])
+@pytest.mark.parametrize(
+    "text", ["name: a\ncount: 1\nname: b\n", 'name: a\n"name": b\n', "names: [{a: 1, a: 2}]\n"]
+)
 def test_a_name_given_twice_is_refused_with_its_lines(text: str, tmp_path: Path) -> None:
     with pytest.raises(FedsgcgError, match="is there twice, first in line 1"):
         read(tmp_path, text)

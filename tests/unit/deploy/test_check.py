@@ -17,7 +17,14 @@ from common.console import Screen, run_command
 from common.settings.plan import Plan
 from deploy.certificates import certificate_fingerprint, make_authority, write_authority
 from deploy.cli import site as site_cli
-from deploy.site.check import examine_device, examine_disk, examine_folders, exit_code, payload_bytes, show
+from deploy.site.check import (
+    examine_device,
+    examine_disk,
+    examine_folders,
+    exit_code,
+    payload_bytes,
+    show,
+)
 from deploy.site.check_files import Finding, examine_files, plain_id
 from deploy.site.check_link import examine_link
 from tests.support import sites
@@ -52,10 +59,16 @@ def plan(root: Path, folder: Path) -> Plan:
 def findings(root: Path, folder: Path, *, heldout: bool = False) -> dict[str, Finding]:
     """What the doctor says about North, by case; of two findings the worse."""
     found, _ = examine_files(
-        policy_for(root, folder), plan(root, folder).data, heldout=heldout, progress=lambda done, total: None
+        policy_for(root, folder),
+        plan(root, folder).data,
+        heldout=heldout,
+        progress=lambda done, total: None,
     )
     order = {"ok": 0, "warn": 1, "fail": 2}
-    return {finding.name: finding for finding in sorted(found, key=lambda finding: order[finding.verdict])}
+    return {
+        finding.name: finding
+        for finding in sorted(found, key=lambda finding: order[finding.verdict])
+    }
 
 
 def test_healthy_files_are_healthy(root, tmp_path):
@@ -76,12 +89,16 @@ def test_every_planted_fault_is_named_with_its_repair(root, tmp_path):
         return nib.Nifti1Image(array, affine)
 
     rewrite(root, 1, "image", nan)
-    rewrite(root, 2, "mask", lambda array, affine: nib.Nifti1Image((array * 7).astype(np.uint8), affine))
+    rewrite(
+        root, 2, "mask", lambda array, affine: nib.Nifti1Image((array * 7).astype(np.uint8), affine)
+    )
     rewrite(root, 3, "mask", lambda array, affine: nib.Nifti1Image(np.zeros_like(array), affine))
     rewrite(root, 4, "mask", moved)
     (root / "North/North-005_image.nii.gz").write_bytes(b"")
     found = findings(root, tmp_path)
-    assert {name: (finding.code, finding.verdict) for name, finding in found.items() if finding.code} == {
+    assert {
+        name: (finding.code, finding.verdict) for name, finding in found.items() if finding.code
+    } == {
         "North-001": ("DAT-107", "fail"),
         "North-002": ("DAT-109", "fail"),
         "North-003": ("DAT-110", "warn"),
@@ -121,11 +138,18 @@ def test_a_spacing_that_stands_out(root, tmp_path):
 
 def test_the_same_pixels_under_two_patients_are_a_leak_and_under_one_a_warning(root, tmp_path):
     for kind in ("image", "mask"):
-        shutil.copy(root / f"North/North-001_{kind}.nii.gz", root / f"North/North-002_{kind}.nii.gz")
+        shutil.copy(
+            root / f"North/North-001_{kind}.nii.gz", root / f"North/North-002_{kind}.nii.gz"
+        )
     found = findings(root, tmp_path)["North-002"]
     assert (found.code, found.verdict) == ("SITE-511", "fail")
     assert "North-001" in found.found
-    manifest(root, lambda row: row | ({"patient_id": "one"} if row["image"].startswith("North/North-00") else {}))
+    manifest(
+        root,
+        lambda row: (
+            row | ({"patient_id": "one"} if row["image"].startswith("North/North-00") else {})
+        ),
+    )
     assert findings(root, tmp_path)["North-002"].verdict == "warn"
 
 
@@ -140,7 +164,10 @@ def test_the_same_pixels_in_another_orientation_are_found(root, tmp_path):
 
 
 def test_one_person_under_two_spellings_in_two_splits(root, tmp_path):
-    names = {"North/North-001_image.nii.gz": ("P-01", "train"), "North/North-002_image.nii.gz": ("p1", "validation")}
+    names = {
+        "North/North-001_image.nii.gz": ("P-01", "train"),
+        "North/North-002_image.nii.gz": ("p1", "validation"),
+    }
 
     def named(row):
         patient, split = names.get(row["image"], (row["patient_id"], "train"))
@@ -186,7 +213,11 @@ def test_a_site_below_its_own_floor_is_told(root, tmp_path):
 
 def test_key_and_folders(root, tmp_path):
     policy = policy_for(root, tmp_path)
-    assert [finding.code for finding in examine_folders(policy) if finding.code] == ["SITE-518", "DEP-603", "POL-705"]
+    assert [finding.code for finding in examine_folders(policy) if finding.code] == [
+        "SITE-518",
+        "DEP-603",
+        "POL-705",
+    ]
     write_authority(Path(policy.ca).parent, make_authority("demo"))
     key = Path(policy.key)
     key.write_text("secret")
@@ -209,7 +240,10 @@ def test_a_step_is_measured_and_a_missing_device_said(root, tmp_path):
 
 def test_the_disk_is_compared_with_what_is_needed(root, tmp_path):
     _, seen = examine_files(
-        policy_for(root, tmp_path), plan(root, tmp_path).data, heldout=False, progress=lambda d, t: None
+        policy_for(root, tmp_path),
+        plan(root, tmp_path).data,
+        heldout=False,
+        progress=lambda d, t: None,
     )
     found = examine_disk(policy_for(root, tmp_path), seen)
     assert len(found) == 2
@@ -227,13 +261,18 @@ def test_the_payload_is_counted_as_it_travels(root, tmp_path):
 
 def test_a_link_without_a_server_stops_at_the_port(root, tmp_path):
     found = examine_link(policy_for(root, tmp_path), 10)
-    assert [(finding.name, finding.verdict) for finding in found] == [("name", "ok"), ("port", "fail")]
+    assert [(finding.name, finding.verdict) for finding in found] == [
+        ("name", "ok"),
+        ("port", "fail"),
+    ]
     nowhere = examine_link(policy_for(root, tmp_path, server="no-such-host.invalid:1"), 10)
     assert [(finding.name, finding.code) for finding in nowhere] == [("name", "SITE-506")]
 
 
 def test_exit_codes_and_the_table(root, tmp_path):
-    ok, warn, bad = (Finding("files", f"case-{v}", v, "x [y]", "do [z]") for v in ("ok", "warn", "fail"))
+    ok, warn, bad = (
+        Finding("files", f"case-{v}", v, "x [y]", "do [z]") for v in ("ok", "warn", "fail")
+    )
     assert [exit_code(some) for some in ([ok], [ok, warn], [ok, warn, bad])] == [0, 3, 1]
     text = io.StringIO()
     show([ok, warn, bad], Screen(text, 110), everything=False)
@@ -243,7 +282,9 @@ def test_exit_codes_and_the_table(root, tmp_path):
 
 
 @pytest.mark.parametrize("columns", ["40", "110"])
-def test_the_fingerprint_to_compare_is_shown_to_the_letter(root, tmp_path, columns, monkeypatch, capsys):
+def test_the_fingerprint_to_compare_is_shown_to_the_letter(
+    root, tmp_path, columns, monkeypatch, capsys
+):
     monkeypatch.setenv("COLUMNS", columns)
     policy = policy_for(root, tmp_path)
     authority = make_authority("demo")
@@ -252,7 +293,9 @@ def test_the_fingerprint_to_compare_is_shown_to_the_letter(root, tmp_path, colum
     found = [finding for finding in examine_folders(policy) if finding.name == "authority"]
     assert [finding.found for finding in found] == [fingerprint]
     run_command(lambda console: show(found, console, everything=True) or 0)
-    cells = [line.split("│")[4].strip() for line in capsys.readouterr().out.splitlines() if "│" in line]
+    cells = [
+        line.split("│")[4].strip() for line in capsys.readouterr().out.splitlines() if "│" in line
+    ]
     assert "".join(cells) == fingerprint
 
 
@@ -260,8 +303,12 @@ def test_check_prints_json_and_its_exit_code(root, tmp_path, capsys):
     kit = tmp_path / "kit"
     kit.mkdir()
     write_site_file(kit / "site.yaml", policy_for(root, tmp_path))
-    (kit / "settings.txt").write_text("# the federation\nnetwork.base_width=4\ndata.image_size=32\n")
-    code = site_cli.main(["check", str(kit), "--json", "--no-link", "--settings", "method.batch_size=2"])
+    (kit / "settings.txt").write_text(
+        "# the federation\nnetwork.base_width=4\ndata.image_size=32\n"
+    )
+    code = site_cli.main(
+        ["check", str(kit), "--json", "--no-link", "--settings", "method.batch_size=2"]
+    )
     told = json.loads(capsys.readouterr().out)
     assert code == 1  # the key is missing
     assert {entry["area"] for entry in told} == {"files", "site", "device", "disk"}

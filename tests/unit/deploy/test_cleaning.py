@@ -14,9 +14,20 @@ from deploy.study.record import check_same_study, write_record
 from deploy.study.run import run_study
 from tests.support import small
 
-KEPT = ("outcome.json", "results.parquet", "rounds.parquet", "model.json", "model.safetensors", "journal/plan.json")
+KEPT = (
+    "outcome.json",
+    "results.parquet",
+    "rounds.parquet",
+    "model.json",
+    "model.safetensors",
+    "journal/plan.json",
+)
 GONE = (
-    *("journal/checkpoint-00002.safetensors", "journal/checkpoint-00003.safetensors", "journal/rounds/00001.arrow"),
+    *(
+        "journal/checkpoint-00002.safetensors",
+        "journal/checkpoint-00003.safetensors",
+        "journal/rounds/00001.arrow",
+    ),
     *("sites/A/state/1.safetensors", "sites/A/pictures.arrow", "sites/A/features.arrow"),
 )
 
@@ -62,19 +73,27 @@ def test_the_command_says_what_it_frees_and_touches_nothing_on_a_dry_run(
     assert "no study.yaml" in capsys.readouterr().err
 
 
-def test_another_study_does_not_enter_the_folder_whatever_its_methods(hospitals: Path, tmp_path: Path) -> None:
+def test_another_study_does_not_enter_the_folder_whatever_its_methods(
+    hospitals: Path, tmp_path: Path
+) -> None:
     first = small.plan(hospitals, tmp_path / "run", "method=source", "heldout=South")
     (tmp_path / "run").mkdir()
     write_record(first)
-    check_same_study(small.plan(hospitals, tmp_path / "run", "method=sgcg", "heldout=all", "seed=1,2"))
+    check_same_study(
+        small.plan(hospitals, tmp_path / "run", "method=sgcg", "heldout=all", "seed=1,2")
+    )
     with pytest.raises(FedsgcgError) as caught:
-        check_same_study(small.plan(hospitals, tmp_path / "run", "method=sgcg", "federation.rounds=7"))
+        check_same_study(
+            small.plan(hospitals, tmp_path / "run", "method=sgcg", "federation.rounds=7")
+        )
     (problem,) = caught.value.problems
     assert (problem.code, problem.found) == ("CFG-005", "federation.rounds=7")
 
 
 @pytest.mark.slow
-def test_a_study_without_a_held_out_hospital_says_so_and_leaves_no_checkpoint(hospitals: Path, tmp_path: Path) -> None:
+def test_a_study_without_a_held_out_hospital_says_so_and_leaves_no_checkpoint(
+    hospitals: Path, tmp_path: Path
+) -> None:
     stream = io.StringIO()
     study = small.plan(hospitals, tmp_path / "run", "method=source", "federation.rounds=1")
     assert run_study(study, Screen(stream, width=120)) == 0

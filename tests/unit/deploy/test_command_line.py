@@ -27,7 +27,9 @@ def test_help_loads_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize("main", [cli.main, site_cli.main])
-def test_the_version_is_said_with_those_it_stands_on(main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_said_with_those_it_stands_on(
+    main, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
     assert caught.value.code == 0
@@ -37,7 +39,9 @@ def test_the_version_is_said_with_those_it_stands_on(main, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_command_with_its_own_code(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_a_command_with_its_own_code(
+    number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(number)
 
     def work(console: object) -> int:
@@ -50,10 +54,17 @@ def test_a_signal_ends_a_command_with_its_own_code(number: int, code: int, capsy
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_study_that_the_same_command_goes_on_with(hospitals: Path, tmp_path: Path) -> None:
-    texts = small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=200")
+def test_sigterm_ends_a_study_that_the_same_command_goes_on_with(
+    hospitals: Path, tmp_path: Path
+) -> None:
+    texts = small.overrides(
+        hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=200"
+    )
     process = subprocess.Popen(
-        small.command("study", *texts, "runtime=inprocess"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        small.command("study", *texts, "runtime=inprocess"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     while "round 1/" not in (line := process.stdout.readline()):
@@ -68,7 +79,9 @@ def test_sigterm_ends_a_study_that_the_same_command_goes_on_with(hospitals: Path
 def test_a_dry_run_names_the_cells_and_the_disk_and_writes_nothing(
     hospitals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = small.overrides(hospitals, tmp_path / "run", "method=source,sgcg", "heldout=all", "seed=range(2)")
+    texts = small.overrides(
+        hospitals, tmp_path / "run", "method=source,sgcg", "heldout=all", "seed=range(2)"
+    )
     assert cli.main(["study", "--dry-run", *texts]) == 0
     out = capsys.readouterr().out
     assert "source: 8 cells, 8 to do" in out
@@ -83,7 +96,9 @@ def test_quiet_prints_problems_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "CFG-001" in capsys.readouterr().err
 
 
-def test_json_puts_events_and_nothing_else_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_puts_events_and_nothing_else_on_standard_output(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cli.main(["settings", "--json", "seed=4"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["settings"]["seed"] == 4
@@ -95,7 +110,9 @@ def test_json_puts_events_and_nothing_else_on_standard_output(capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_a_study_tells_its_rounds_as_json_lines(hospitals: Path, tmp_path: Path) -> None:
-    texts = small.overrides(hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1")
+    texts = small.overrides(
+        hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1"
+    )
     done = small.run("study", "--json", *texts, "runtime=inprocess")
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in done.stdout.splitlines()]

@@ -17,8 +17,18 @@ def labels(axes, method="source"):
 def test_a_value_with_commas_is_an_axis_and_everything_else_stays():
     axes, rest = split_axes(
         [
-            *("method=[source,sgcg]", "prototypes.weight=0.1,0.5", "prototypes.views=[source],[source,ram]"),
-            *("data.sites=[A,B]", "federation.rounds=3", "data.root=/a,/b", "heldout=A,'B'", "seed=0"),
+            *(
+                "method=[source,sgcg]",
+                "prototypes.weight=0.1,0.5",
+                "prototypes.views=[source],[source,ram]",
+            ),
+            *(
+                "data.sites=[A,B]",
+                "federation.rounds=3",
+                "data.root=/a,/b",
+                "heldout=A,'B'",
+                "seed=0",
+            ),
         ]
     )
     assert axes == {
@@ -42,7 +52,10 @@ def test_a_value_with_commas_is_an_axis_and_everything_else_stays():
         ("prototypes.weight=range(0.1,0.5,0.1)", ["0.1", "0.2", "0.3", "0.4"]),
         ("prototypes.weight=1e-3,0.001,0.10", ["0.001", "0.1"]),
         ("prototypes.normalize=true,false", ["true", "false"]),
-        ("data.intensity=choice(minmax,'zscore','a,b','true')", ["minmax", "zscore", '"a,b"', '"true"']),
+        (
+            "data.intensity=choice(minmax,'zscore','a,b','true')",
+            ["minmax", "zscore", '"a,b"', '"true"'],
+        ),
         ("data.classes={a: [0], b: [1]},{a: [0], c: [1]}", ["{a:[0],b:[1]}", "{a:[0],c:[1]}"]),
     ],
 )
@@ -85,7 +98,11 @@ def test_labels_name_what_differs_and_nothing_else():
     assert labels({"method": ["source", "ram"]}) == ["source", "ram"]
     assert labels({"federation": ["pooled"]}) == ["source"]
     assert labels({"federation": ["pooled", "by_site"]}) == ["source pooled", "source by_site"]
-    swept = {"method": ["ram", "ram_sgcg"], "prototypes.weight": ["0.1", "1"], "method.ram.sharing": ["local"]}
+    swept = {
+        "method": ["ram", "ram_sgcg"],
+        "prototypes.weight": ["0.1", "1"],
+        "method.ram.sharing": ["local"],
+    }
     assert labels(swept) == [
         "ram sharing=local",
         "ram_sgcg weight=0.1 sharing=local",
@@ -97,11 +114,15 @@ def test_labels_name_what_differs_and_nothing_else():
 
 def test_what_hospitals_share_of_their_amplitudes_varies_only_where_there_are_other_hospitals():
     sharing = {"method.ram.sharing": ["local", "bank"]}
-    assert labels({"method": ["source", "ram"], "federation": ["local", "pooled", "by_site"]} | sharing) == [
+    assert labels(
+        {"method": ["source", "ram"], "federation": ["local", "pooled", "by_site"]} | sharing
+    ) == [
         *("source local", "source pooled", "source by_site", "ram local", "ram pooled"),
         *("ram by_site sharing=local", "ram by_site sharing=bank"),
     ]
-    assert [v.settings for v in variants({"federation": ["pooled"]} | sharing, "ram", "by_site")] == [()]
+    assert [
+        v.settings for v in variants({"federation": ["pooled"]} | sharing, "ram", "by_site")
+    ] == [()]
 
 
 def test_a_variant_is_a_command_line_of_its_own():
@@ -114,7 +135,9 @@ def test_a_variant_is_a_command_line_of_its_own():
 def root(tmp_path_factory):
     from common.images.phantoms import write_hospitals
 
-    return write_hospitals(tmp_path_factory.mktemp("grid"), sites=("A", "B", "C"), cases_per_site=2, shape=(4, 40, 40))
+    return write_hospitals(
+        tmp_path_factory.mktemp("grid"), sites=("A", "B", "C"), cases_per_site=2, shape=(4, 40, 40)
+    )
 
 
 def planned(root, tmp_path, *overrides):
@@ -124,7 +147,10 @@ def planned(root, tmp_path, *overrides):
 
 def test_local_makes_a_cell_of_each_training_hospital(root, tmp_path):
     study = planned(root, tmp_path, "federation=local,by_site", "heldout=A,B", "method=source")
-    found = [(cell.method, cell.heldout, cell.trained_on, cell.tree["data"]["sites"]) for cell in study.cells]
+    found = [
+        (cell.method, cell.heldout, cell.trained_on, cell.tree["data"]["sites"])
+        for cell in study.cells
+    ]
     assert found == [
         ("source local", "A", "B", ["A", "B"]),
         ("source local", "A", "C", ["A", "C"]),
@@ -155,13 +181,23 @@ def test_a_swept_value_of_the_wrong_kind_is_named(root, tmp_path):
 def test_experiments_are_the_grids_they_say(root, tmp_path, experiment, cells):
     study = planned(root, tmp_path, f"experiment={experiment}", "heldout=A")
     assert len(study.cells) == cells
-    assert len({cell.method for cell in study.cells}) == len({cell.folder.parent.parent for cell in study.cells})
+    assert len({cell.method for cell in study.cells}) == len(
+        {cell.folder.parent.parent for cell in study.cells}
+    )
 
 
 def test_the_sharing_experiment_has_every_form_and_the_consent_that_it_needs(root, tmp_path):
-    plans = [Plan.from_tree(cell.tree) for cell in planned(root, tmp_path, "experiment=ram_sharing", "heldout=A").cells]
-    mixing = [(plan.federation.ownership, plan.method.ram.sharing) for plan in plans if plan.method.mixes]
-    assert mixing == [("pooled", "local"), *(("by_site", sharing) for sharing in ("local", "summary", "bank"))]
+    plans = [
+        Plan.from_tree(cell.tree)
+        for cell in planned(root, tmp_path, "experiment=ram_sharing", "heldout=A").cells
+    ]
+    mixing = [
+        (plan.federation.ownership, plan.method.ram.sharing) for plan in plans if plan.method.mixes
+    ]
+    assert mixing == [
+        ("pooled", "local"),
+        *(("by_site", sharing) for sharing in ("local", "summary", "bank")),
+    ]
     assert all(sharing_level(plan) in {"", *plan.site.shares} for plan in plans)
 
 
@@ -173,7 +209,9 @@ def test_the_same_grid_is_the_same_folder_and_more_values_are_too(root, tmp_path
             ["method=sgcg", "prototypes.weight=0.1,1"],
             ["method=sgcg", "prototypes.weight=0.1,1,2", "federation=pooled,by_site"],
             ["experiment=lambda_sweep"],
-            ["method=sgcg", "federation.rounds=9"] if "federation.rounds=4" not in places else ["method=sgcg"],
+            ["method=sgcg", "federation.rounds=9"]
+            if "federation.rounds=4" not in places
+            else ["method=sgcg"],
         )
     ]
     assert folders[0] == folders[1] == folders[3]
@@ -181,6 +219,8 @@ def test_the_same_grid_is_the_same_folder_and_more_values_are_too(root, tmp_path
 
 
 def test_a_study_with_cells_of_single_hospitals_is_of_the_same_data(root, tmp_path):
-    whole, alone = (planned(root, tmp_path, "heldout=A", f"federation={name}") for name in ("by_site", "local"))
+    whole, alone = (
+        planned(root, tmp_path, "heldout=A", f"federation={name}") for name in ("by_site", "local")
+    )
     assert whole.data == alone.data
     assert alone.cells[0].tree["data"]["sites"] == ["A", "B"]

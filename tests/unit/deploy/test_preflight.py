@@ -41,7 +41,9 @@ def test_a_plan_that_can_run_is_accepted(overrides: tuple[str, ...]) -> None:
 
 
 def test_a_quorum_counts_training_sites_only() -> None:
-    assert problems_of("heldout=South", "observers=[North]", "federation.quorum=2") == {"federation.quorum": "CFG-001"}
+    assert problems_of("heldout=South", "observers=[North]", "federation.quorum=2") == {
+        "federation.quorum": "CFG-001"
+    }
     assert problems_of("federation.quorum=4") == {"federation.quorum": "CFG-001"}
 
 
@@ -53,7 +55,9 @@ def test_observers_exist_and_are_not_held_out() -> None:
 
 
 def test_somebody_must_train() -> None:
-    assert problems_of("heldout=South", "observers=[North,West]", "federation.quorum=1") == {"observers": "CFG-003"}
+    assert problems_of("heldout=South", "observers=[North,West]", "federation.quorum=1") == {
+        "observers": "CFG-003"
+    }
 
 
 def test_several_sites_do_not_share_a_home() -> None:
@@ -63,15 +67,22 @@ def test_several_sites_do_not_share_a_home() -> None:
 def test_a_model_is_not_chosen_on_validation_cases_that_nobody_has(tmp_path: Path) -> None:
     wish = ("federation.selection=source_validation", "data.validation_fraction=0", "heldout=South")
     assert problems_of(*wish) == {"federation.selection": "CFG-001"}
-    lines = ["site,image,mask,split", *(f"{site},{site}.png,{site}_m.png,train" for site in ("North", "West"))]
+    lines = [
+        "site,image,mask,split",
+        *(f"{site},{site}.png,{site}_m.png,train" for site in ("North", "West")),
+    ]
     for name in ("North", "West", "South"):
         (tmp_path / f"{name}.png").touch()
         (tmp_path / f"{name}_m.png").touch()
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("\n".join([*lines, "South,South.png,South_m.png,validation"]))
-    assert problems_of(*wish, f"data.root={tmp_path}") == {"federation.selection": "CFG-001"}  # South does not train
+    assert problems_of(*wish, f"data.root={tmp_path}") == {
+        "federation.selection": "CFG-001"
+    }  # South does not train
     manifest.write_text(
-        "\n".join([*lines, "South,South.png,South_m.png,test"]).replace("West_m.png,train", "West_m.png,validation")
+        "\n".join([*lines, "South,South.png,South_m.png,test"]).replace(
+            "West_m.png,train", "West_m.png,validation"
+        )
     )
     check_plan(plan_of(*wish, f"data.root={tmp_path}"), "cpu")
 
@@ -88,7 +99,13 @@ def test_all_problems_are_listed_at_once() -> None:
         *("federation.quorum=9", "observers=[Nroth]", "site.home=/h", "method.precision=bf16"),
         *("federation.selection=source_validation", "data.validation_fraction=0"),
     )
-    assert set(found) == {"federation.quorum", "observers", "site.home", "method.precision", "federation.selection"}
+    assert set(found) == {
+        "federation.quorum",
+        "observers",
+        "site.home",
+        "method.precision",
+        "federation.selection",
+    }
 
 
 def test_a_negative_number_of_cores_is_refused() -> None:

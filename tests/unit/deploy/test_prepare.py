@@ -35,14 +35,20 @@ def report(folder):
 
 
 def content(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def pixels(path):
     return np.asarray(Image.open(path))
 
 
-SOME = {("Domain1", "train"): ["gdrishtiGS_002"], ("Domain2", "test"): ["S-2-L"], ("Domain4", "train"): ["V0001"]}
+SOME = {
+    ("Domain1", "train"): ["gdrishtiGS_002"],
+    ("Domain2", "test"): ["S-2-L"],
+    ("Domain4", "train"): ["V0001"],
+}
 
 
 # the catalogue
@@ -64,10 +70,19 @@ def test_advice_for_own_and_synthetic_data():
 
 def test_the_published_names_have_the_published_counts_and_no_case_is_in_both_parts():
     counts = {key: len(names) for key, names in PUBLISHED.items()}
-    fundus = {hospital.name: (hospital.train, hospital.test) for hospital in CATALOGUE["fundus"].hospitals}
-    assert fundus == {"Domain1": (50, 51), "Domain2": (99, 60), "Domain3": (320, 80), "Domain4": (320, 80)}
+    fundus = {
+        hospital.name: (hospital.train, hospital.test) for hospital in CATALOGUE["fundus"].hospitals
+    }
+    assert fundus == {
+        "Domain1": (50, 51),
+        "Domain2": (99, 60),
+        "Domain3": (320, 80),
+        "Domain4": (320, 80),
+    }
     assert counts == {
-        (name, part): n for name, both in fundus.items() for part, n in zip(("train", "test"), both, strict=True)
+        (name, part): n
+        for name, both in fundus.items()
+        for part, n in zip(("train", "test"), both, strict=True)
     }
     for domain in fundus:
         assert not PUBLISHED[domain, "train"] & PUBLISHED[domain, "test"]
@@ -125,7 +140,9 @@ def test_released_pixels_are_kept_and_grey_values_become_classes(tmp_path, make_
     store = open_store(open_site(out, "Domain2", data), data, tmp_path / "cache", heldout=True)
     assert store.problems == ()
     assert store.cases[0].is_picture
-    np.testing.assert_array_equal(store.truth(store.cases[0])[0], pixels(out / "Domain2/S-2-L_mask.png"))
+    np.testing.assert_array_equal(
+        store.truth(store.cases[0])[0], pixels(out / "Domain2/S-2-L_mask.png")
+    )
     train = open_store(open_site(out, "Domain1", data), data, tmp_path / "cache", heldout=False)
     assert [case.split for case in train.cases] == ["train"]
 
@@ -151,7 +168,10 @@ def test_lists_beside_the_domains_and_lists_within_them_mean_the_same(tmp_path):
 def test_every_missing_and_every_extra_file_is_listed_and_the_rest_goes_on(tmp_path):
     down, out = tmp_path / "down", tmp_path / "out"
     downloads.released(down, 8)
-    gone = [down / "Domain1/test/ROIs/mask/gdrishtiGS_039.png", down / "Domain3/train/ROIs/image/g0003.png"]
+    gone = [
+        down / "Domain1/test/ROIs/mask/gdrishtiGS_039.png",
+        down / "Domain3/train/ROIs/image/g0003.png",
+    ]
     for path in gone:
         path.unlink()
     stray = [down / "Domain2/train/ROIs/image/N-99-L.png", down / "Domain4/overview.jpg"]
@@ -166,7 +186,9 @@ def test_every_missing_and_every_extra_file_is_listed_and_the_rest_goes_on(tmp_p
     for path in stray:
         assert f"[DAT-123] A file does not belong to the data set. ({path})" in text
     assert "MACOSX" not in text
-    assert (text.count("[DAT-122]"), text.count("[DAT-123]")) == (2, 2), "what is left of a torn pair is no extra file"
+    assert (text.count("[DAT-122]"), text.count("[DAT-123]")) == (2, 2), (
+        "what is left of a torn pair is no extra file"
+    )
     assert "(Domain1 (Drishti-GS), test)\n  found: 50 cases\n  expected: 51 cases" in text
     assert text.count("[DAT-124]") == 2
     assert len(manifest(out)) == 1060 - 2
@@ -177,7 +199,10 @@ def test_broken_files_are_told_and_the_rest_goes_on(tmp_path, capsys):
     downloads.released(down, 8, {("Domain1", "train"): ["a", "b", "c", "d", "e"]})
     folder = down / "Domain1/train/ROIs"
     (down / "Domain1_train.list").write_text(
-        "".join(f"Domain1/train/ROIs/image/{name}.png Domain1/train/ROIs/mask/{name}.png\n" for name in "abcde")
+        "".join(
+            f"Domain1/train/ROIs/image/{name}.png Domain1/train/ROIs/mask/{name}.png\n"
+            for name in "abcde"
+        )
     )
     (folder / "image/a.png").write_bytes(b"no picture")
     (folder / "mask/b.png").write_bytes((folder / "mask/b.png").read_bytes()[:40])
@@ -191,7 +216,10 @@ def test_broken_files_are_told_and_the_rest_goes_on(tmp_path, capsys):
         ("DAT-104", "c.png"),
         ("DAT-125", "d.png"),
     ):
-        assert any(line.startswith(f"[{code}]") and name in line for line in text.splitlines()), (code, name)
+        assert any(line.startswith(f"[{code}]") and name in line for line in text.splitlines()), (
+            code,
+            name,
+        )
     assert [row["image"] for row in manifest(out)] == ["Domain1/e_image.png"]
     assert not [path for path in (out / "Domain1").iterdir() if not path.name.startswith("e_")]
     assert "incomplete" in capsys.readouterr().out
@@ -230,7 +258,9 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     down = tmp_path / "down"
     # Drishti-GS: soft maps of four experts
     training = down / "Drishti-GS1_files/Training"
-    image = downloads.picture(training / "Images/GLAUCOMA/drishtiGS_002.png", downloads.colours((900, 1000), 1))
+    image = downloads.picture(
+        training / "Images/GLAUCOMA/drishtiGS_002.png", downloads.colours((900, 1000), 1)
+    )
     maps = training / "GT/drishtiGS_002/SoftMap"
     disc = np.zeros((900, 1000), np.uint8)
     disc[300:500, 400:600] = 255
@@ -258,11 +288,15 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
         ("V0158", "REFUGE-Validation400", "REFUGE-Validation400-GT/Disc_Cup_Masks"),
     ):
         downloads.picture(refuge / folder / f"{name}.jpg", downloads.colours((850, 900), 3))
-        downloads.picture(refuge / gold / f"{name}.bmp", downloads.grey_mask((850, 900), (100.0, 450.0), 60.0))
+        downloads.picture(
+            refuge / gold / f"{name}.bmp", downloads.grey_mask((850, 900), (100.0, 450.0), 60.0)
+        )
     downloads.picture(refuge / "Test400/T0001.jpg", downloads.colours((20, 20)))
     out = tmp_path / "out"
     assert prepare("fundus", down, "-o", out) == 3
-    assert {(row["site"], Path(row["image"]).name, row["published_split"]) for row in manifest(out)} == {
+    assert {
+        (row["site"], Path(row["image"]).name, row["published_split"]) for row in manifest(out)
+    } == {
         ("Domain1", "gdrishtiGS_002_image.png", "train"),
         ("Domain2", "N-1-L_image.png", "test"),
         ("Domain3", "g0001_image.png", "test"),
@@ -272,7 +306,9 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     assert "[DAT-123]" not in text
     assert text.count("[DAT-122]") == 3 * 100 + 3 * 158 + 2 * 399 + 2 * 399
     # Drishti: rows 330..499, columns 400..599 are the disc; the square begins at 415 - 400 and 500 - 400
-    np.testing.assert_array_equal(pixels(out / "Domain1/gdrishtiGS_002_image.png"), image[15:815, 100:900])
+    np.testing.assert_array_equal(
+        pixels(out / "Domain1/gdrishtiGS_002_image.png"), image[15:815, 100:900]
+    )
     expected = np.zeros((SIDE, SIDE), np.uint8)
     expected[315:485, 300:500] = 1
     expected[365:395, 350:450] = 2
@@ -287,7 +323,9 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     # REFUGE: the disc lies near the upper edge
     mask = labels_of(downloads.grey_mask((850, 900), (100.0, 450.0), 60.0))
     for domain, name in (("Domain3", "g0001"), ("Domain4", "V0158")):
-        np.testing.assert_array_equal(pixels(out / domain / f"{name}_mask.png"), mask[0:800, 50:850])
+        np.testing.assert_array_equal(
+            pixels(out / domain / f"{name}_mask.png"), mask[0:800, 50:850]
+        )
     data = make_data("fundus", image_size=64)
     store = open_store(open_site(out, "Domain4", data), data, tmp_path / "cache", heldout=True)
     assert (store.problems, store.cases[0].native_shape) == ((), (1, SIDE, SIDE))
@@ -326,14 +364,20 @@ def test_the_six_sites_become_canonical_with_the_published_counts(tmp_path, make
     assert "recalled" in capsys.readouterr().out
     image, labels = made["ISBI_1.5", 7]
     written = nib.load(out / "BMC/Case07_mask.nii.gz")
-    np.testing.assert_array_equal(np.asarray(nib.load(out / "BMC/Case07_image.nii.gz").dataobj), image)
+    np.testing.assert_array_equal(
+        np.asarray(nib.load(out / "BMC/Case07_image.nii.gz").dataobj), image
+    )
     np.testing.assert_array_equal(np.asarray(written.dataobj), labels > 0)
-    np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "down/Prostate/ISBI_1.5/Case07.nii.gz").affine)
+    np.testing.assert_array_equal(
+        written.affine, nib.load(tmp_path / "down/Prostate/ISBI_1.5/Case07.nii.gz").affine
+    )
     data = make_data("prostate", image_size=32)
     store = open_store(open_site(out, "HK", data), data, tmp_path / "cache", heldout=False)
     assert (len(store.cases), store.problems) == (12, ())
     table = store.slices("train")
-    assert len(table) == 3 * sum(case.split == "train" for case in store.cases), "only the three gland slices train"
+    assert len(table) == 3 * sum(case.split == "train" for case in store.cases), (
+        "only the three gland slices train"
+    )
 
 
 @pytest.mark.parametrize(
@@ -364,10 +408,15 @@ def test_a_mask_whose_header_lies_elsewhere_is_taken_voxel_for_voxel_and_noted(t
     downloads.volume(tmp_path / "down/UCL/Case01_segmentation.nii.gz", labels, turned)
     out = tmp_path / "out"
     assert prepare("prostate", tmp_path / "down", "-o", out) == 3
-    np.testing.assert_array_equal(np.asarray(nib.load(out / "UCL/Case01_mask.nii.gz").dataobj), labels > 0)
+    np.testing.assert_array_equal(
+        np.asarray(nib.load(out / "UCL/Case01_mask.nii.gz").dataobj), labels > 0
+    )
     assert "UCL Case01: the mask's header places it elsewhere" in report(out)
     data = make_data("prostate", image_size=32)
-    assert open_store(open_site(out, "UCL", data), data, tmp_path / "cache", heldout=True).problems == ()
+    assert (
+        open_store(open_site(out, "UCL", data), data, tmp_path / "cache", heldout=True).problems
+        == ()
+    )
 
 
 def test_volumes_that_cannot_be_used_are_told_one_by_one(tmp_path):
@@ -407,7 +456,10 @@ def test_a_table_with_its_own_columns_order_and_separator(tmp_path, make_data, c
         ";;c/t2 gland.nii;South;;c/t2.nii.gz\n"
     )
     assert prepare("manifest", down / "cases.csv", "-o", out) == 0
-    rows = [[row[name] for name in ("site", "image", "mask", "patient_id", "split")] for row in manifest(out)]
+    rows = [
+        [row[name] for name in ("site", "image", "mask", "patient_id", "split")]
+        for row in manifest(out)
+    ]
     assert rows == [
         ["North", "North/a_t2_image.nii.gz", "North/a_t2_mask.nii", "P1", ""],
         ["North", "North/b_t2_image.nii.gz", "North/b_t2_mask.nii", "P2", "test"],
@@ -416,7 +468,10 @@ def test_a_table_with_its_own_columns_order_and_separator(tmp_path, make_data, c
     assert "classes: {background: [0], class_1: [1], class_2: [2]}" in capsys.readouterr().out
     assert (out / "North/b_t2_image.nii.gz").read_bytes() == (down / "b/t2.nii.gz").read_bytes()
     data = make_data("prostate", image_size=32, classes={"background": [0], "prostate": [1, 2]})
-    assert open_store(open_site(out, "South", data), data, tmp_path / "cache", heldout=True).problems == ()
+    assert (
+        open_store(open_site(out, "South", data), data, tmp_path / "cache", heldout=True).problems
+        == ()
+    )
 
 
 def test_a_table_with_bad_lines_and_files_says_each(tmp_path):
@@ -436,7 +491,11 @@ def test_a_table_with_bad_lines_and_files_says_each(tmp_path):
         ("DAT-123", "line 3"), ("DAT-125", "line 4"), ("DAT-125", "line 5"), ("DAT-122", "gone"),
         ("DAT-109", "odd"), ("DAT-105", "i.nii.gz"), ("DAT-125", "line 9"),
     ):  # fmt: skip
-        assert any(head.startswith(f"[{code}]") and place in head for head in heads), (code, place, heads)
+        assert any(head.startswith(f"[{code}]") and place in head for head in heads), (
+            code,
+            place,
+            heads,
+        )
     assert "E i: no mask" in report(out)
 
 
@@ -449,7 +508,9 @@ def test_one_folder_a_hospital_without_a_table(tmp_path):
     assert prepare("manifest", down, "-o", out, "--link") == 0
     assert [row["patient_id"] for row in manifest(out)] == ["North-p1", "North-p2", "South-p1"]
     assert (out / "North/p1_image.nii.gz").is_symlink()
-    assert (out / "North/p1_image.nii.gz").read_bytes() == (down / "North/p1_image.nii.gz").read_bytes()
+    assert (out / "North/p1_image.nii.gz").read_bytes() == (
+        down / "North/p1_image.nii.gz"
+    ).read_bytes()
 
 
 def test_a_table_without_its_columns_is_refused(tmp_path, capsys):
@@ -479,7 +540,9 @@ def test_a_second_call_converts_only_what_changed_and_forgets_what_went(tmp_path
     assert {path.name for path in (out / "HK").iterdir()} == {
         f"Case{number}_{kind}.nii.gz" for number in (38, 39) for kind in ("image", "mask")
     }
-    np.testing.assert_array_equal(np.asarray(nib.load(out / "HK/Case39_image.nii.gz").dataobj), image)
+    np.testing.assert_array_equal(
+        np.asarray(nib.load(out / "HK/Case39_image.nii.gz").dataobj), image
+    )
     (out / "HK/Case38_mask.nii.gz").unlink()
     assert prepare("prostate", down, "-o", out) == 3
     assert (out / "HK/Case38_mask.nii.gz").is_file(), "what was lost in the folder is made again"
@@ -536,7 +599,10 @@ def test_an_interrupted_call_is_continued(tmp_path, monkeypatch, capsys):
     assert prepare("prostate", down, "-o", out) == 130
     assert not (out / "manifest.csv").exists()
     assert len(json.loads((out / "prepared.json").read_text())["files"]) == 1
-    assert {path.name for path in (out / "HK").iterdir()} == {"Case38_image.nii.gz", "Case38_mask.nii.gz"}
+    assert {path.name for path in (out / "HK").iterdir()} == {
+        "Case38_image.nii.gz",
+        "Case38_mask.nii.gz",
+    }
     capsys.readouterr()
     assert prepare("prostate", down, "-o", out) == 3
     assert "2 converted, 1 unchanged" in capsys.readouterr().out

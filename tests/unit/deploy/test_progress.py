@@ -33,7 +33,11 @@ def test_a_resumed_cell_counts_the_rounds_of_this_call_alone(cell: Cell) -> None
     tell(cell, "round.started", 2)  # and there the first call was cut off
     shown = progress(cell)
     (state,) = shown.states
-    assert (state.done_before, state.status, shown.time_left()) == (1, "waiting", "estimating the time left")
+    assert (state.done_before, state.status, shown.time_left()) == (
+        1,
+        "waiting",
+        "estimating the time left",
+    )
     tell(cell, "run.started", 1)
     tell(cell, "round.started", 2)
     tell(cell, "round.done", 2, loss=0.5)
@@ -43,7 +47,9 @@ def test_a_resumed_cell_counts_the_rounds_of_this_call_alone(cell: Cell) -> None
 
 
 def test_a_cell_that_failed_asks_for_no_more_time(cell: Cell, tmp_path: Path) -> None:
-    second = Cell("sgcg", "East", 0, {"output": str(tmp_path / "second"), "federation": {"rounds": 4}})
+    second = Cell(
+        "sgcg", "East", 0, {"output": str(tmp_path / "second"), "federation": {"rounds": 4}}
+    )
     second.folder.mkdir()
     tell(cell, "round.done", 1)
     shown = progress(cell, second)

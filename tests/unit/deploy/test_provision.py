@@ -27,21 +27,45 @@ def project(tmp_path: Path) -> Path:
 
 
 def write_project(folder: Path, **changes: object) -> Path:
-    tree = {"name": "prostate", "server": "fed.example.org:8443", "sites": ["North", "South", "West"], **changes}
+    tree = {
+        "name": "prostate",
+        "server": "fed.example.org:8443",
+        "sites": ["North", "South", "West"],
+        **changes,
+    }
     path = folder / "project.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_kits_hold_what_each_party_needs_and_nothing_of_another(project: Path, tmp_path: Path) -> None:
+def test_kits_hold_what_each_party_needs_and_nothing_of_another(
+    project: Path, tmp_path: Path
+) -> None:
     done = provision(project, tmp_path / "kits")
     found = set(content(tmp_path / "kits"))
-    own = {"ca.crt", "ca.key", "server.crt", "server.key", "token", "executor.secret", "project.yaml", "README.md"}
-    own |= {"compose.yaml", "fedsgcg-coordinator.service", *(f"keys/{site}.pub" for site in ("North", "South", "West"))}
+    own = {
+        "ca.crt",
+        "ca.key",
+        "server.crt",
+        "server.key",
+        "token",
+        "executor.secret",
+        "project.yaml",
+        "README.md",
+    }
+    own |= {
+        "compose.yaml",
+        "fedsgcg-coordinator.service",
+        *(f"keys/{site}.pub" for site in ("North", "South", "West")),
+    }
     kit = {
         "site.yaml",
         "ca.crt",
@@ -91,7 +115,12 @@ def test_the_servers_certificate_is_what_tls_wants(project: Path, tmp_path: Path
     certificate = certificates.read_certificate(folder / "server.crt")
     authority = certificates.read_certificate(folder / "ca.crt")
     assert isinstance(certificate.public_key(), ec.EllipticCurvePublicKey)
-    assert set(certificates.names_of(certificate)) == {"fed.example.org", "localhost", "127.0.0.1", "::1"}
+    assert set(certificates.names_of(certificate)) == {
+        "fed.example.org",
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    }
     assert certificates.is_signed_by(certificate, authority)
     assert 397 < certificates.days_left(certificate) <= 398
     constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
@@ -102,16 +131,22 @@ def test_the_servers_certificate_is_what_tls_wants(project: Path, tmp_path: Path
 def test_another_authority_is_not_trusted_in_a_handshake(project: Path, tmp_path: Path) -> None:
     folder = provision(project, tmp_path / "kits").kit.folder
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
-    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer|self-signed|signature"):
+    with pytest.raises(
+        ssl.SSLCertVerificationError, match="unable to get local issuer|self-signed|signature"
+    ):
         handshake(folder, "fed.example.org", trust=tmp_path / "ca.crt")
     with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
         handshake(folder, "other.example.org")
 
 
-def test_a_certificate_that_has_ended_is_not_trusted_in_a_handshake(project: Path, tmp_path: Path) -> None:
+def test_a_certificate_that_has_ended_is_not_trusted_in_a_handshake(
+    project: Path, tmp_path: Path
+) -> None:
     folder = provision(project, tmp_path / "kits").kit.folder
     authority = certificates.read_authority(folder)
-    certificates.write_server(folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0))
+    certificates.write_server(
+        folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0)
+    )
     with pytest.raises(ssl.SSLCertVerificationError, match="certificate has expired"):
         handshake(folder, "fed.example.org")
 
@@ -146,7 +181,9 @@ def test_a_sites_key_is_one_that_flower_takes(project: Path, tmp_path: Path) -> 
     assert numbers == key.public_key().public_numbers()
 
 
-def test_renewal_makes_another_certificate_of_the_same_authority(project: Path, tmp_path: Path) -> None:
+def test_renewal_makes_another_certificate_of_the_same_authority(
+    project: Path, tmp_path: Path
+) -> None:
     folder = provision(project, tmp_path / "kits").kit.folder
     before, authority = (folder / "server.crt").read_bytes(), (folder / "ca.crt").read_bytes()
     provision(project, tmp_path / "kits", renew=True)
@@ -156,25 +193,35 @@ def test_renewal_makes_another_certificate_of_the_same_authority(project: Path, 
 
 
 @pytest.mark.parametrize("state", ["ended", "another name", "another authority"])
-def test_a_certificate_that_does_not_fit_is_renewed_without_asking(tmp_path: Path, state: str) -> None:
+def test_a_certificate_that_does_not_fit_is_renewed_without_asking(
+    tmp_path: Path, state: str
+) -> None:
     project = write_project(tmp_path)
     folder = provision(project, tmp_path / "kits").kit.folder
     authority = certificates.read_authority(folder)
     if state == "ended":
-        certificates.write_server(folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0))
+        certificates.write_server(
+            folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0)
+        )
     elif state == "another authority":
         stranger = certificates.make_authority("stranger")
-        certificates.write_server(folder, *certificates.make_server_certificate(stranger, ["fed.example.org"]))
+        certificates.write_server(
+            folder, *certificates.make_server_certificate(stranger, ["fed.example.org"])
+        )
     else:
         write_project(tmp_path, names=["10.0.0.5"])
-    assert any("server certificate" in words for words in provision(project, tmp_path / "kits").made)
+    assert any(
+        "server certificate" in words for words in provision(project, tmp_path / "kits").made
+    )
     assert handshake(folder, "fed.example.org")
 
 
 def test_a_certificate_near_its_end_is_a_warning(project: Path, tmp_path: Path) -> None:
     folder = provision(project, tmp_path / "kits").kit.folder
     authority = certificates.read_authority(folder)
-    certificates.write_server(folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=9))
+    certificates.write_server(
+        folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=9)
+    )
     (warning,) = provision(project, tmp_path / "kits").warnings
     assert "--renew" in warning
 
@@ -214,7 +261,10 @@ def test_in_the_request_flow_no_private_key_travels(tmp_path: Path) -> None:
     at_the_site = tmp_path / "hospital"
     shutil.copytree(kits / "sites/North", at_the_site)
     certificates.make_site_key(at_the_site, "North")
-    assert provision(project, kits, register=[("North", at_the_site / "site.pub")]).waiting == ["South", "West"]
+    assert provision(project, kits, register=[("North", at_the_site / "site.pub")]).waiting == [
+        "South",
+        "West",
+    ]
     assert provision(project, kits).waiting == ["South", "West"]
     with pytest.raises(FedsgcgError, match="key of North"):
         provision(project, kits, register=[("South", at_the_site / "site.pub")])
@@ -228,7 +278,9 @@ def test_a_kit_is_whole_once_the_data_folder_is_filled_in(project: Path, tmp_pat
     kit = tmp_path / "kits/sites/North"
     with pytest.raises(FedsgcgError, match="data_root"):
         read_site_file(kit)
-    (kit / "site.yaml").write_text((kit / "site.yaml").read_text().replace("data_root: ''", "data_root: /data"))
+    (kit / "site.yaml").write_text(
+        (kit / "site.yaml").read_text().replace("data_root: ''", "data_root: /data")
+    )
     site = read_site_file(kit)
     assert (site.site, site.project, site.server) == ("North", "prostate", "fed.example.org:8443")
     assert Path(site.key).is_file()
@@ -240,13 +292,24 @@ def test_nothing_that_is_reported_holds_a_secret(project: Path, tmp_path: Path) 
     text = str(done)
     for path in (tmp_path / "kits").rglob("*"):
         if path.name in SECRETS:
-            lines = [line for line in path.read_text().splitlines() if len(line) > 20 and "-----" not in line]
+            lines = [
+                line
+                for line in path.read_text().splitlines()
+                if len(line) > 20 and "-----" not in line
+            ]
             assert lines
             assert not [line for line in lines if line in text]
 
 
 def test_faults_of_the_project_file_are_told_at_once(tmp_path: Path) -> None:
-    path = write_project(tmp_path, server="nowhere", sites=["A", "a"], quorum=5, plan=["federation.round=3"], sights=1)
+    path = write_project(
+        tmp_path,
+        server="nowhere",
+        sites=["A", "a"],
+        quorum=5,
+        plan=["federation.round=3"],
+        sights=1,
+    )
     with pytest.raises(FedsgcgError) as caught:
         read_project(path)
     assert {problem.code for problem in caught.value.problems} == {"DEP-602"}
@@ -263,7 +326,9 @@ def test_a_folder_of_another_project_is_refused(project: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("action", ["revoke", "reissue"])
-def test_an_unknown_site_is_refused_with_the_nearest_name(project: Path, tmp_path: Path, action: str) -> None:
+def test_an_unknown_site_is_refused_with_the_nearest_name(
+    project: Path, tmp_path: Path, action: str
+) -> None:
     with pytest.raises(FedsgcgError, match="did you mean 'North'"):
         provision(project, tmp_path / "kits", **{action: ["Nort"]})  # type: ignore[arg-type]
 
@@ -281,7 +346,9 @@ def test_a_key_that_flower_would_refuse_is_refused_first(tmp_path: Path, kind: s
     elif kind == "rsa":
         form = serialization.PrivateFormat.OpenSSH
         path.write_bytes(
-            rsa.generate_private_key(65537, 2048).private_bytes(serialization.Encoding.PEM, form, no_password)
+            rsa.generate_private_key(65537, 2048).private_bytes(
+                serialization.Encoding.PEM, form, no_password
+            )
         )
     elif kind == "text":
         path.write_text("hello")
@@ -302,7 +369,11 @@ def test_settings_of_the_project_and_of_the_command_line(tmp_path: Path) -> None
     project = read_project(write_project(tmp_path, plan=plan, quorum=2, round_deadline_s=90))
     tree = project.settings(("federation.rounds=3",))
     assert (tree["federation"]["rounds"], tree["federation"]["quorum"]) == (3, 2)
-    assert (tree["heldout"], tree["method"]["name"], tree["federation"]["round_deadline_s"]) == ("West", "sgcg", 90.0)
+    assert (tree["heldout"], tree["method"]["name"], tree["federation"]["round_deadline_s"]) == (
+        "West",
+        "sgcg",
+        90.0,
+    )
     assert (tree["data"]["sites"], tree["data"]["root"]) == (["North", "South", "West"], "")
 
 

@@ -15,7 +15,11 @@ def rows(known: int):
     """Four cases of one hospital; `known` of them have distances (ASD 1.5, ASSD 2.5, HD95 3.25)."""
     for number in range(4):
         there = number < known
-        values = {"asd": 1.5, "assd": 2.5, "hd95": 3.25} if there else dict.fromkeys(("asd", "assd", "hd95"), math.nan)
+        values = (
+            {"asd": 1.5, "assd": 2.5, "hd95": 3.25}
+            if there
+            else dict.fromkeys(("asd", "assd", "hd95"), math.nan)
+        )
         yield {
             "method": "source",
             "heldout": "North [old]",
@@ -33,7 +37,9 @@ def rows(known: int):
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 99, 110, 200])
 @pytest.mark.parametrize(("known", "mark"), [(4, ""), (1, "(1 of 4)"), (0, "(0 of 4)")])
-def test_all_numbers_are_there_at_any_width_and_say_over_how_many_cases_they_are(tmp_path, width, known, mark):
+def test_all_numbers_are_there_at_any_width_and_say_over_how_many_cases_they_are(
+    tmp_path, width, known, mark
+):
     pq.write_table(pa.Table.from_pylist(list(rows(known))), tmp_path / "results.parquet")
     sink = io.StringIO()
     _print_results(tmp_path, Screen(sink, width))

@@ -36,7 +36,9 @@ def events(*steps: tuple[float, str, dict[str, Any]]) -> Standing:
 ENROLLED = (0.0, "sites.enrolled", {"sites": ["A", "B"]})
 
 
-def replied(when: float, site: str, number: int, code: str = "") -> tuple[float, str, dict[str, Any]]:
+def replied(
+    when: float, site: str, number: int, code: str = ""
+) -> tuple[float, str, dict[str, Any]]:
     return when, "round.reply", {"site": site, "round": number, "accepted": not code, "code": code}
 
 
@@ -64,13 +66,19 @@ def test_in_the_first_round_the_others_are_the_measure() -> None:
 
 def test_a_rejected_answer_shows_its_code_and_is_no_measure() -> None:
     now = events(ENROLLED, (10.0, "round.started", {"round": 1}), replied(14.0, "A", 1, "TRN-301"))
-    assert (now.sites["A"].code, now.sites["A"].answers, now.sites["A"].asked) == ("TRN-301", [], False)
+    assert (now.sites["A"].code, now.sites["A"].answers, now.sites["A"].asked) == (
+        "TRN-301",
+        [],
+        False,
+    )
     assert now.sites["B"].asked
 
 
 def test_a_resumed_run_counts_the_rounds_that_were_done_before() -> None:
     now = events(
-        ENROLLED, (10.0, "run.finished", {"status": "failed", "round": 2}), (20.0, "run.started", {"round": 2})
+        ENROLLED,
+        (10.0, "run.finished", {"status": "failed", "round": 2}),
+        (20.0, "run.started", {"round": 2}),
     )
     assert (now.ended, now.done) == ("", 2)
 
@@ -112,11 +120,18 @@ def kit_of(folder: Path, project: dict[str, Any]) -> Any:
     return provision(folder / "project.yaml", folder / "kits").kit
 
 
-def test_a_project_means_one_cell_and_a_command_line_may_mean_more(tmp_path: Path, project: dict[str, Any]) -> None:
+def test_a_project_means_one_cell_and_a_command_line_may_mean_more(
+    tmp_path: Path, project: dict[str, Any]
+) -> None:
     kit = kit_of(tmp_path, project)
     (cell,) = plan_deployment(kit, ()).cells
     plan = Plan.from_tree(cell.tree)
-    assert (plan.heldout, plan.federation.rounds, plan.federation.quorum, plan.data.root) == ("West", 5, 1, "")
+    assert (plan.heldout, plan.federation.rounds, plan.federation.quorum, plan.data.root) == (
+        "West",
+        5,
+        1,
+        "",
+    )
     assert plan.data.sites == ["East", "North", "West"]
     assert cell.folder.is_relative_to(kit.runs)
     grid = plan_deployment(kit, ("heldout=all", "method=source,sgcg", "federation.rounds=2")).cells
@@ -166,10 +181,17 @@ def test_the_bundle_describes_the_app_as_the_repository_does() -> None:
     assert described["project"]["name"] == repository["project"]["name"]
 
 
-def test_a_hospital_as_shipped_refuses_nothing_of_what_a_study_sets(tmp_path: Path, project: dict[str, Any]) -> None:
+def test_a_hospital_as_shipped_refuses_nothing_of_what_a_study_sets(
+    tmp_path: Path, project: dict[str, Any]
+) -> None:
     kit = kit_of(tmp_path, {**project, "data_root": "/data"})
     site = read_site_file(tmp_path / "kits/sites/East")
-    settings = ("method=source,sgcg", "prototypes.weight=0.1,0.5", "network.base_width=8", "privacy.min_patients=1")
+    settings = (
+        "method=source,sgcg",
+        "prototypes.weight=0.1,0.5",
+        "network.base_width=8",
+        "privacy.min_patients=1",
+    )
     for cell in plan_deployment(kit, settings).cells:
         assert list(refusals(Plan.from_tree(cell.tree), site)) == []
 
@@ -213,7 +235,9 @@ def test_nobody_leaves_a_study_that_is_done(
     kit.state.mkdir()
     remember(kit, Started(7, str(cell.folder), (), "ab12", 1.5))
     assert cli.main(["resume", str(kit.folder), "--without", "North"]) == 2
-    assert "nothing can be taken out of a finished model" in " ".join(capsys.readouterr().err.split())
+    assert "nothing can be taken out of a finished model" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert not (cell.folder / "departed.json").exists()
 
 
@@ -233,5 +257,7 @@ def test_status_says_that_a_site_has_left(tmp_path: Path, project: dict[str, Any
 def test_a_setting_is_not_chosen_at_real_hospitals(tmp_path: Path, project: dict[str, Any]) -> None:
     kit = kit_of(tmp_path, project)
     with pytest.raises(FedsgcgError, match="fedsgcg study") as caught:
-        plan_deployment(kit, ["method=sgcg", "prototypes.weight=0.1,0.5", "select=prototypes.weight"])
+        plan_deployment(
+            kit, ["method=sgcg", "prototypes.weight=0.1,0.5", "select=prototypes.weight"]
+        )
     assert caught.value.problems[0].where == "select"

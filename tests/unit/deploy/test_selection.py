@@ -26,16 +26,29 @@ from tests.support import sites, small
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_hospitals(
-        tmp_path_factory.mktemp("four"), sites=("A", "B", "C", "D"), cases_per_site=2, shape=(4, 40, 40)
+        tmp_path_factory.mktemp("four"),
+        sites=("A", "B", "C", "D"),
+        cases_per_site=2,
+        shape=(4, 40, 40),
     )
 
 
 def planned(root: Path, tmp_path: Path, *more: str, single: bool = False):
-    places = [f"data.root={root}", f"site.cache={tmp_path / 'cache'}", f"output={tmp_path / 'study'}", *sites.SMALL]
+    places = [
+        f"data.root={root}",
+        f"site.cache={tmp_path / 'cache'}",
+        f"output={tmp_path / 'study'}",
+        *sites.SMALL,
+    ]
     return plan_study([*places, *more], single=single)
 
 
-SWEEP = ("method=source,sgcg", "prototypes.weight=0.1,0.5", "prototypes.temperature=1,2", "select=prototypes.weight")
+SWEEP = (
+    "method=source,sgcg",
+    "prototypes.weight=0.1,0.5",
+    "prototypes.temperature=1,2",
+    "select=prototypes.weight",
+)
 
 
 def test_a_fold_compares_what_varies_and_chooses_what_is_selected(root, tmp_path):
@@ -53,21 +66,41 @@ def test_a_fold_compares_what_varies_and_chooses_what_is_selected(root, tmp_path
             assert plan.output == cell.tree["output"]
             assert plan.observers == ("D",)
             assert {part.heldout for part in candidate.inner} == {"A", "B", "C"} - {cell.heldout}
-    inner = [part for found in study.candidates.values() for candidate in found for part in candidate.inner]
+    inner = [
+        part
+        for found in study.candidates.values()
+        for candidate in found
+        for part in candidate.inner
+    ]
     assert len(inner) == 2 * 2 * 2 * 2
     assert len({part.folder for part in [*inner, *study.cells]}) == len(inner) + len(study.cells)
     assert len({part.name for part in inner}) == len(inner)
 
 
 @pytest.mark.parametrize("federation", ["by_site", "pooled"])
-def test_the_heldout_hospital_and_observers_are_no_members_of_what_chooses(root, tmp_path, federation):
-    study = planned(root, tmp_path, *SWEEP, "heldout=A,B,C", "observers=[D]", f"federation={federation}", "seed=0,1")
+def test_the_heldout_hospital_and_observers_are_no_members_of_what_chooses(
+    root, tmp_path, federation
+):
+    study = planned(
+        root,
+        tmp_path,
+        *SWEEP,
+        "heldout=A,B,C",
+        "observers=[D]",
+        f"federation={federation}",
+        "seed=0,1",
+    )
     checked = 0
     for cell in study.cells:
         for candidate in study.candidates.get(cell.name, ()):
             for part in candidate.inner:
                 plan = Plan.from_tree(part.tree)
-                assert not {cell.heldout, "D"} & {*plan.data.sites, *plan.members(), plan.heldout, *plan.observers}
+                assert not {cell.heldout, "D"} & {
+                    *plan.data.sites,
+                    *plan.members(),
+                    plan.heldout,
+                    *plan.observers,
+                }
                 assert plan.role(part.heldout) == "heldout"
                 assert plan.seed == cell.seed
                 checked += 1
@@ -92,7 +125,15 @@ def test_what_cannot_be_chosen_is_named(root, tmp_path, more, code, words):
 
 def test_simulate_has_no_room_for_a_choice(root, tmp_path):
     with pytest.raises(FedsgcgError, match="fedsgcg study"):
-        planned(root, tmp_path, *SWEEP[1:2], "method=sgcg", "select=prototypes.weight", "heldout=A", single=True)
+        planned(
+            root,
+            tmp_path,
+            *SWEEP[1:2],
+            "method=sgcg",
+            "select=prototypes.weight",
+            "heldout=A",
+            single=True,
+        )
 
 
 def test_select_is_taken_off_the_command_line():
@@ -106,7 +147,9 @@ def candidate(folder: Path, number: int, dice: dict[str, list[float]]) -> Candid
     for site, values in dice.items():
         output = folder / str(number) / site / "0"
         output.mkdir(parents=True, exist_ok=True)
-        rows = [{"site": site, "dice": value} for value in values] + [{"site": "observer", "dice": 1.0}]
+        rows = [{"site": site, "dice": value} for value in values] + [
+            {"site": "observer", "dice": 1.0}
+        ]
         pq.write_table(pa.Table.from_pylist(rows), output / "results.parquet")
         cells.append(Cell("x", site, 0, {"output": str(output)}))
     return Candidate(f"v={number}", {}, tuple(cells))
@@ -117,7 +160,9 @@ unit = st.floats(0, 1)
 
 @given(
     table=st.lists(
-        st.fixed_dictionaries({"A": st.lists(unit, max_size=3), "B": st.lists(unit, min_size=1, max_size=3)}),
+        st.fixed_dictionaries(
+            {"A": st.lists(unit, max_size=3), "B": st.lists(unit, min_size=1, max_size=3)}
+        ),
         min_size=1,
         max_size=4,
     )
@@ -143,13 +188,16 @@ def test_of_equal_values_the_first_is_chosen_and_nobody_to_judge_is_an_error(tmp
 def test_figures_whose_settings_were_not_chosen_in_the_folds_say_so():
     weight, temperature = "prototypes.weight", "prototypes.temperature"
     assert describe_selection([], [], contrasts=False) == ""
-    assert "may be optimistic; select=prototypes.weight,prototypes.temperature" in describe_selection(
-        [], [], contrasts=True
+    assert (
+        "may be optimistic; select=prototypes.weight,prototypes.temperature"
+        in describe_selection([], [], contrasts=True)
     )
     both = describe_selection([weight, temperature], [], contrasts=True)
     assert "held-out hospital chose no setting" in both
     assert "optimistic" not in both
-    assert describe_selection([], [weight], contrasts=True).startswith(f"{weight} was compared, not chosen")
+    assert describe_selection([], [weight], contrasts=True).startswith(
+        f"{weight} was compared, not chosen"
+    )
 
 
 @pytest.mark.slow
@@ -160,14 +208,18 @@ def test_a_study_chooses_resumes_after_a_cut_and_trains_what_it_chose(hospitals,
         axes = ("method=source", "heldout=North", "federation.rounds=1", "ray.cpus=1", *more)
         return small.plan(hospitals, tmp_path / folder, "data.sites=[North,South,East]", *axes)
 
-    swept = study("method.learning_rate=0.000001,0.01", "select=method.learning_rate", folder="nested")
+    swept = study(
+        "method.learning_rate=0.000001,0.01", "select=method.learning_rate", folder="nested"
+    )
     (cell,) = swept.cells
     assert run_command(lambda console: run_study(swept, console)) == 0
     assert "is chosen" in capsys.readouterr().out
     (chosen,) = read_record(swept.folder)["selection"]["chosen"]
     assert (chosen["method"], chosen["heldout"], chosen["seed"]) == ("source", "North", 0)
     assert chosen["scores"][chosen["settings"]] == max(chosen["scores"].values())
-    assert {row["chosen"] for row in small.table(swept.folder / "results.parquet")} == {chosen["settings"]}
+    assert {row["chosen"] for row in small.table(swept.folder / "results.parquet")} == {
+        chosen["settings"]
+    }
     assert {row["heldout"] for row in small.table(swept.folder / "results.parquet")} == {"North"}
     words = dict(protocol_box(read_study(swept.folder)[0]))["Choice of settings"]
     assert any(chosen["settings"] in line for line in words)
@@ -181,7 +233,9 @@ def test_a_study_chooses_resumes_after_a_cut_and_trains_what_it_chose(hospitals,
     for path in inner:  # the held-out hospital was asked for nothing
         assert sorted(folder.name for folder in (path / "sites").iterdir()) == ["East", "South"]
         events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
-        assert "North" not in {event.get("site") for event in events} | {event["heldout"] for event in events}
+        assert "North" not in {event.get("site") for event in events} | {
+            event["heldout"] for event in events
+        }
 
     stamps = {path: (path / "results.parquet").stat().st_mtime_ns for path in inner}
     digest = cell.outcome()["digest"]

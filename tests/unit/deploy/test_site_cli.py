@@ -40,9 +40,22 @@ def test_the_ledger_is_readable_and_its_chain_verified(kit, capsys):
     path = kit / "home/ledger.jsonl"
     for number in range(25):
         ledger.append(
-            path, round_number=number, kind="train", parts={"weights": 4000, "text": 10}, withheld=[], sha256="0" * 64
+            path,
+            round_number=number,
+            kind="train",
+            parts={"weights": 4000, "text": 10},
+            withheld=[],
+            sha256="0" * 64,
         )
-    ledger.append(path, round_number=9, kind="train", parts={"text": 5}, withheld=[], sha256="0" * 64, note="SITE-503")
+    ledger.append(
+        path,
+        round_number=9,
+        kind="train",
+        parts={"text": 5},
+        withheld=[],
+        sha256="0" * 64,
+        note="SITE-503",
+    )
     assert site_cli.main(["ledger", str(kit)]) == 0
     said = capsys.readouterr().out
     assert "26 messages, 100,255 bytes; the chain of hashes is intact." in said
@@ -59,17 +72,29 @@ def test_a_ledger_is_shown_whole_on_a_console_of_any_width(kit, capsys, monkeypa
     monkeypatch.setenv("COLUMNS", columns)
     parts = {"weights": 31_000_000, "statistics": 84_012, "text": 5_123}
     ledger.append(
-        kit / "home/ledger.jsonl", round_number=120, kind="statistics", parts=parts, withheld=["cup"], sha256="0" * 64
+        kit / "home/ledger.jsonl",
+        round_number=120,
+        kind="statistics",
+        parts=parts,
+        withheld=["cup"],
+        sha256="0" * 64,
     )
     assert site_cli.main(["ledger", str(kit)]) == 0
     said = capsys.readouterr().out
-    assert all(text in said for text in ("31,000,000", "84,012", "5,123", " 120 ", "statistics", "cup"))
+    assert all(
+        text in said for text in ("31,000,000", "84,012", "5,123", " 120 ", "statistics", "cup")
+    )
     assert "amplitudes" not in said  # a part that never left has no column
 
 
 def test_a_dry_run_shows_the_bytes_of_a_real_reply_and_leaves_nothing(kit, root, capsys):
     approve(bundle_of_folder(REPOSITORY), kit / "approved.json", "test")
-    settings = ["data.image_size=32", "network.base_width=4", "method.steps_per_round=1", "method.batch_size=4"]
+    settings = [
+        "data.image_size=32",
+        "network.base_width=4",
+        "method.steps_per_round=1",
+        "method.batch_size=4",
+    ]
     assert site_cli.main(["ledger", str(kit), "--dry-run", "--settings", *settings]) == 0
     said = capsys.readouterr().out
     travels = len(Array(sites.weights(sites.plan_of(root, kit)).values).data)
@@ -172,12 +197,18 @@ def test_the_node_is_started_with_tls_and_key_and_never_without(kit, root):
     assert options["--root-certificates"] == policy.ca
     assert options["--auth-supernode-private-key"] == policy.key
     assert options["--node-config"] == f"site='North' site-file='{kit.resolve()}/site.yaml'"
-    assert (options["--host"], options["--port"], options["--max-retries"]) == ("127.0.0.1", "4321", "4")
+    assert (options["--host"], options["--port"], options["--max-retries"]) == (
+        "127.0.0.1",
+        "4321",
+        "4",
+    )
     with pytest.raises(FedsgcgError, match="quotes"):
         quoted("it's")
 
 
-@pytest.mark.parametrize(("device", "visible"), [("cpu", ""), ("cuda:1", "1"), ("cuda", "7"), ("auto", "7")])
+@pytest.mark.parametrize(
+    ("device", "visible"), [("cpu", ""), ("cuda:1", "1"), ("cuda", "7"), ("auto", "7")]
+)
 def test_a_site_sees_its_own_card_only(kit, root, monkeypatch, device, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setenv("NO_PROXY", "intranet")
@@ -229,5 +260,10 @@ def test_a_copied_kit_hears_that_another_node_uses_its_key(tmp_path):
     join._notice("ERROR :     Failed to activate SuperNode.")
     (text,) = said
     assert text.startswith("[SITE-509]")
-    for words in ("another node may use this key", "a copy of this kit", "is registered, or revoked", "clocks"):
+    for words in (
+        "another node may use this key",
+        "a copy of this kit",
+        "is registered, or revoked",
+        "clocks",
+    ):
         assert words in text

@@ -34,7 +34,10 @@ class Server:
     def at(cls, folder: Path) -> "Server":
         (folder / "state").mkdir(exist_ok=True)
         database = str(folder / "state" / "superlink.db")
-        return cls(Kit(folder), get_objectstore_linkstate_factories(database, get_federation_manager())[1].state())
+        return cls(
+            Kit(folder),
+            get_objectstore_linkstate_factories(database, get_federation_manager())[1].state(),
+        )
 
     def run(self, number: int, ending: str = SubStatus.COMPLETED) -> int:
         """Submit one version of an app, have an array on its way, and end the run; "" leaves it running."""
@@ -61,8 +64,16 @@ class Server:
     def rows(self) -> dict[str, int]:
         """Rows of Flower's tables, without those that are empty."""
         with closing(sqlite3.connect(self.kit.state / "superlink.db")) as database:
-            names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            found = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
+            names = [
+                name
+                for (name,) in database.execute(
+                    "SELECT name FROM sqlite_master WHERE type = 'table'"
+                )
+            ]
+            found = {
+                name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0]
+                for name in names
+            }
         return {name: count for name, count in found.items() if count}
 
 
@@ -76,14 +87,19 @@ def server(tmp_path: Path) -> Server:
 
 def test_ended_runs_go_and_the_hospitals_and_the_last_runs_line_stay(server: Server) -> None:
     registered = server.rows()
-    runs = [server.run(number, ending) for number, ending in enumerate((SubStatus.COMPLETED, SubStatus.FAILED), 1)]
+    runs = [
+        server.run(number, ending)
+        for number, ending in enumerate((SubStatus.COMPLETED, SubStatus.FAILED), 1)
+    ]
     last = server.run(3, SubStatus.STOPPED)
     before = server.rows()
     assert before["fab"] == before["run"] == 3
     assert before["objects"] >= 3, "Flower keeps what ended runs had on their way"
     size = size_of(server.kit.state)
     assert "MB of ended runs cleared away" in tidy(server.kit)
-    left = dict.fromkeys(("run", "task", "series_runs", "run_series", "series_context", "objectstore_locks"), 1)
+    left = dict.fromkeys(
+        ("run", "task", "series_runs", "run_series", "series_context", "objectstore_locks"), 1
+    )
     assert server.rows() == registered | left
     assert size_of(server.kit.state) < size - 2_000_000
     assert not (server.kit.state / "flwr" / "apps").exists()

@@ -15,7 +15,16 @@ import yaml
 from common.errors import CODES, FedsgcgError
 from server.report.build import make_report
 from server.report.tables import summary_rows
-from tests.support.report_study import NESTED, ROUNDS, SITES, STRUCTURES, collect, result_rows, write_cell, write_study
+from tests.support.report_study import (
+    NESTED,
+    ROUNDS,
+    SITES,
+    STRUCTURES,
+    collect,
+    result_rows,
+    write_cell,
+    write_study,
+)
 
 VOID = {"meta", "img", "source", "br", "link"}
 SMALL = {"sites": ("HK", "UCL"), "seeds": (0,), "cases": 4}
@@ -97,12 +106,21 @@ class TestWholeStudy:
         assert all(head.get("scope") for head in page.all("th"))
         assert len(page.all("table")) == len(page.all("caption"))
         assert all(svg.get("aria-hidden") or svg.get("aria-label") for svg in page.all("svg"))
-        assert max(Counter(attributes["id"] for _, attributes in page.tags if "id" in attributes).values()) == 1
+        assert (
+            max(
+                Counter(
+                    attributes["id"] for _, attributes in page.tags if "id" in attributes
+                ).values()
+            )
+            == 1
+        )
         targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
         assert all(link["href"][1:] in targets for link in page.all("a"))
 
     def test_every_figure_has_a_light_and_a_dark_version(self, page):
-        assert len(page.all("picture")) == len(page.all("source")) == len(page.all("img")) == 4 + 4 + 4
+        assert (
+            len(page.all("picture")) == len(page.all("source")) == len(page.all("img")) == 4 + 4 + 4
+        )
         assert all("dark" in source["media"] for source in page.all("source"))
 
     def test_numbers_are_those_of_the_table(self, study, page):
@@ -112,7 +130,11 @@ class TestWholeStudy:
             assert f"{row['hd95_mean']:.2f} ± {row['hd95_sd']:.2f}" in page.text
         # HK's empty prediction with source, three seeds: four distances in the table of all metrics, and the ASD in the
         # papers' table, at HK and on average.
-        assert page.text.count("mean over 33 of 36") == page.text.count("mean over 141 of 144") == 4 + 1
+        assert (
+            page.text.count("mean over 33 of 36")
+            == page.text.count("mean over 141 of 144")
+            == 4 + 1
+        )
         assert "47 of 48" in page.text  # of the pairs that the claims compare
 
     def test_says_who_trained_and_what_was_asked(self, page):
@@ -128,13 +150,19 @@ class TestWholeStudy:
 
     def test_every_figure_is_a_file_too(self, study, page):
         files = sorted(path.name for path in (study / "figures").iterdir())
-        assert len(files) == 2 * (len(page.all("picture")) + len(SITES))  # the overlays are drawn otherwise in the page
+        assert len(files) == 2 * (
+            len(page.all("picture")) + len(SITES)
+        )  # the overlays are drawn otherwise in the page
         assert "overlays-hk.png" in files
         assert "cases-hk.svg" in files
         assert "convergence-hk-held-out.png" in files
         for path in (study / "figures").iterdir():
             start = path.read_bytes()[:8]
-            assert start.startswith(b"<svg") if path.suffix == ".svg" else start == b"\x89PNG\r\n\x1a\n"
+            assert (
+                start.startswith(b"<svg")
+                if path.suffix == ".svg"
+                else start == b"\x89PNG\r\n\x1a\n"
+            )
 
     def test_claims_say_how_large_how_sure_and_whether_they_hold(self, page):
         # One failed case of the reference makes half of the gain, at one hospital.
@@ -158,7 +186,9 @@ class TestUnfinishedStudies:
         write_study(tmp_path, **SMALL, skip=skip)
         started = tmp_path / "sgcg" / "HK" / "0"
         started.mkdir(parents=True)
-        (started / "events.jsonl").write_text('{"event": "run.started", "time": 1.0}\n{"event": "rou')
+        (started / "events.jsonl").write_text(
+            '{"event": "run.started", "time": 1.0}\n{"event": "rou'
+        )
         page = page_of(tmp_path)
         assert "Not complete. 1 of 4 runs ended." in page.text
         assert "sgcg · HK held out · seed 0: interrupted" in page.text
@@ -181,11 +211,15 @@ class TestUnfinishedStudies:
         assert "validation Dice" in " ".join(image["alt"] for image in page.all("img"))
 
     def test_a_failed_study_says_why(self, tmp_path):
-        write_study(tmp_path, **SMALL, skip={(m, h, 0) for m in ("sgcg", "source") for h in ("HK", "UCL")})
+        write_study(
+            tmp_path, **SMALL, skip={(m, h, 0) for m in ("sgcg", "source") for h in ("HK", "UCL")}
+        )
         cell = tmp_path / "source" / "HK" / "0"
         cell.mkdir(parents=True)
         problem = {"code": "RND-401", "where": "join", "found": "1 site"}
-        (cell / "outcome.json").write_text(json.dumps({"status": "failed", "error": "RND-401", "problems": [problem]}))
+        (cell / "outcome.json").write_text(
+            json.dumps({"status": "failed", "error": "RND-401", "problems": [problem]})
+        )
         (cell / "journal").mkdir()
         page = page_of(tmp_path)
         assert "Failed. 0 of 4 runs ended. There is no result to rely on." in page.text
@@ -195,10 +229,21 @@ class TestUnfinishedStudies:
     def test_a_degraded_run_counts_and_is_marked(self, tmp_path):
         write_study(tmp_path, **SMALL)
         late = [{"code": "RND-404", "where": f"round {n}, UCL"} for n in range(5)]
-        write_cell(tmp_path, ("sgcg", "HK", 0), ("HK", "UCL"), STRUCTURES, 4, status="degraded", problems=late)
+        write_cell(
+            tmp_path,
+            ("sgcg", "HK", 0),
+            ("HK", "UCL"),
+            STRUCTURES,
+            4,
+            status="degraded",
+            problems=late,
+        )
         page = page_of(tmp_path)
         assert "Complete, with degraded runs." in page.text
-        assert "round 2, UCL: RND-404 A site did not answer before the round's deadline. And 2 more." in page.text
+        assert (
+            "round 2, UCL: RND-404 A site did not answer before the round's deadline. And 2 more."
+            in page.text
+        )
         assert not [cell for cell in page.all("td") if cell.get("class") == "missing"]
 
     @pytest.mark.parametrize(
@@ -219,7 +264,9 @@ class TestUnfinishedStudies:
         for number, path in enumerate(sorted(tmp_path.glob("*/*/*/outcome.json"))):
             version = torches[number == 3]
             machine = {"cpu": "EPYC", "capability": "AVX2", "torch": version, "threads": 1}
-            path.write_text(json.dumps(json.loads(path.read_text()) | ({"machine": machine} if version else {})))
+            path.write_text(
+                json.dumps(json.loads(path.read_text()) | ({"machine": machine} if version else {}))
+            )
         assert sentence in page_of(tmp_path).text
 
     def test_pictures_and_ledgers_that_stay_at_the_sites_are_not_missed(self, tmp_path):
@@ -244,14 +291,22 @@ class TestUnfinishedStudies:
         assert refused.value.code == "SRV-402"
 
     def test_a_study_that_has_not_begun_gives_a_page(self, tmp_path):
-        write_study(tmp_path, **SMALL, skip={(m, h, 0) for m in ("sgcg", "source") for h in ("HK", "UCL")})
+        write_study(
+            tmp_path, **SMALL, skip={(m, h, 0) for m in ("sgcg", "source") for h in ("HK", "UCL")}
+        )
         assert "Not complete. 0 of 4 runs ended." in page_of(tmp_path).text
 
 
 class TestOtherShapes:
     def test_text_of_sites_cannot_become_markup(self, tmp_path):
         nasty = "<script>alert('x')<img src=x onerror=y> $\\frac{1}$"
-        write_study(tmp_path, sites=(nasty, "B & C"), seeds=(0,), cases=3, structures={"<i>gland": ["<i>gland"]})
+        write_study(
+            tmp_path,
+            sites=(nasty, "B & C"),
+            seeds=(0,),
+            cases=3,
+            structures={"<i>gland": ["<i>gland"]},
+        )
         page = page_of(tmp_path)
         assert not {"script", "i"} & {tag for tag, _ in page.tags}
         assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
@@ -277,7 +332,9 @@ class TestOtherShapes:
         assert "At HK, a hospital that took no part in training, sgcg reaches" in page.text
 
     def test_a_study_without_a_held_out_hospital_does_not_claim_one(self, tmp_path):
-        write_study(tmp_path, **SMALL, methods=("source",), skip={("source", "HK", 0), ("source", "UCL", 0)})
+        write_study(
+            tmp_path, **SMALL, methods=("source",), skip={("source", "HK", 0), ("source", "UCL", 0)}
+        )
         record = yaml.safe_load((tmp_path / "study.yaml").read_text()) | {"heldout": [""]}
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(record))
         cell = tmp_path / "source" / "all-sites" / "0"

@@ -33,7 +33,14 @@ from server.report.study_files import read_study
 from tests.support.report_study import write_large_study
 
 NAN = float("nan")
-SMALL = {"sites": ("A", "B"), "seeds": (0,), "cases": 3, "weights": (), "temperatures": (), "memories": ()}
+SMALL = {
+    "sites": ("A", "B"),
+    "seeds": (0,),
+    "cases": 3,
+    "weights": (),
+    "temperatures": (),
+    "memories": (),
+}
 SMALL |= {"federations": ("by_site",)}
 
 
@@ -41,7 +48,9 @@ def statistics(mean, count=None, covariance=None):
     mean = np.asarray(mean, float)
     count = np.ones(len(mean)) if count is None else np.asarray(count, float)
     width = mean.shape[1]
-    covariance = np.zeros((len(mean), width, width)) if covariance is None else np.asarray(covariance, float)
+    covariance = (
+        np.zeros((len(mean), width, width)) if covariance is None else np.asarray(covariance, float)
+    )
     return ClassStatistics(count, mean, covariance * count[:, None, None])
 
 
@@ -76,7 +85,9 @@ class TestLikeness:
     def test_law_rows_sum_to_one_and_stay_finite(self, seed, tau):
         rng = np.random.default_rng(seed)
         root = rng.normal(0, 1, (4, 3, 3))
-        found = logit_shares(statistics(rng.normal(0, 3, (4, 3)), covariance=root @ root.transpose(0, 2, 1)), tau)
+        found = logit_shares(
+            statistics(rng.normal(0, 3, (4, 3)), covariance=root @ root.transpose(0, 2, 1)), tau
+        )
         assert found.sum(axis=1) == pytest.approx(np.ones(4))
 
     def test_mean_of_what_is_known(self):
@@ -97,7 +108,9 @@ class TestNeighbours:
 
     def test_hospitals_that_lie_apart_are_found(self):
         features = [[0], [0.1], [0.2], [5], [5.1], [5.2]]
-        same_class, same_site, chance = neighbour_shares(pixels(features, [0] * 6, [0, 0, 0, 1, 1, 1]), neighbours=2)
+        same_class, same_site, chance = neighbour_shares(
+            pixels(features, [0] * 6, [0, 0, 0, 1, 1, 1]), neighbours=2
+        )
         assert (same_class, same_site) == (1.0, 1.0)
         assert chance == pytest.approx(2 / 5)
 
@@ -171,7 +184,10 @@ class TestSections:
 def test_names_of_figures_are_free_of_what_a_file_system_minds(tmp_path):
     study, reader = read_study(write_large_study(tmp_path, **SMALL))
     panels = similarity_section(study, reader)["panels"]
-    same = [panel | {"title": title} for panel, title in zip(panels, ("a/b", "A b", "..", "<x>"), strict=False)]
+    same = [
+        panel | {"title": title}
+        for panel, title in zip(panels, ("a/b", "A b", "..", "<x>"), strict=False)
+    ]
     names = list(gallery({"likeness": {"panels": same}}))
     assert len(names) == len(same)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") for name in names)
@@ -187,7 +203,9 @@ def test_a_figure_that_has_not_changed_is_not_drawn_as_pixels_again(tmp_path):
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {path.rpartition(".")[2] for path in first} == {"svg", "png"}
     same, changed, lost = sorted(path.stem for path in folder.glob("*.png"))[:3]
-    (folder / f"{same}.png").write_bytes(b"kept")  # beside an SVG that is the figure's to the letter
+    (folder / f"{same}.png").write_bytes(
+        b"kept"
+    )  # beside an SVG that is the figure's to the letter
     (folder / f"{changed}.svg").write_bytes(b"<svg>of an earlier study</svg>")
     (folder / f"{changed}.png").write_bytes(b"of an earlier study")
     (folder / f"{lost}.png").unlink()
@@ -202,7 +220,13 @@ def test_a_report_tells_its_steps_and_leaves_the_collector_as_it_was(tmp_path):
     assert gc.isenabled()
     make_report(folder, told.append)
     assert gc.isenabled()
-    assert told == ["tables and claims", "curves", "features of single pixels", "overlays", "files of the figures"]
+    assert told == [
+        "tables and claims",
+        "curves",
+        "features of single pixels",
+        "overlays",
+        "files of the figures",
+    ]
     with pytest.raises(FedsgcgError), collector_at_rest():
         raise fail("SRV-402")
     assert gc.isenabled()

@@ -82,7 +82,9 @@ class TestMean:
         freedom = sum(variances) ** 2 / (variances[0] ** 2 / 1 + variances[1] ** 2 / 2)
         half = stats.t.ppf(0.975, freedom) * math.sqrt(sum(variances)) / 2
         found = mean_interval([first, second])
-        assert (found.mean, found.low, found.high) == pytest.approx((6.25, 6.25 - half, 6.25 + half))
+        assert (found.mean, found.low, found.high) == pytest.approx(
+            (6.25, 6.25 - half, 6.25 + half)
+        )
 
     def test_a_single_case_takes_the_variance_of_the_others(self):
         found = mean_interval([[1.0, 3.0], [10.0]])
@@ -127,7 +129,9 @@ class TestMean:
         before, after = mean_interval([values]), mean_interval([np.array(values) * scale + shift])
         expected = [end * scale + shift for end in (before.mean, before.low, before.high)]
         width = after.high - after.low
-        assert [after.mean, after.low, after.high] == pytest.approx(expected, abs=1e-6 + 1e-6 * width)
+        assert [after.mean, after.low, after.high] == pytest.approx(
+            expected, abs=1e-6 + 1e-6 * width
+        )
 
     @settings(max_examples=100, deadline=None)
     @given(VALUES)

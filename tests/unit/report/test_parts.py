@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.report.figures import drawing as figures
-from server.report.figures.overlays import Images, choose_cases, contour_path, crop_box, interval_bar, overlay
+from server.report.figures.overlays import (
+    Images,
+    choose_cases,
+    contour_path,
+    crop_box,
+    interval_bar,
+    overlay,
+)
 from server.report.format import show, show_bytes, show_interval, show_seconds
 from server.report.intervals import Interval
 from server.report.reader import Picture, Reader
@@ -27,7 +34,13 @@ NAN = float("nan")
 
 
 def entry(metric, value, number=1, seed=0, site="A", cls="", method="sgcg", heldout="HK"):
-    return {"method": method, "heldout": heldout, "seed": seed, "round": number, "phase": "train"} | {
+    return {
+        "method": method,
+        "heldout": heldout,
+        "seed": seed,
+        "round": number,
+        "phase": "train",
+    } | {
         "site": site,
         "cls": cls,
         "metric": metric,
@@ -42,7 +55,10 @@ def picture(case="a", dice=0.5, size=(20, 30), truth=None, prediction=None):
 
 
 def points(path):
-    return [np.array([list(map(float, p.split())) for p in part.split("L")]) for part in re.findall(r"M([^Z]*)Z", path)]
+    return [
+        np.array([list(map(float, p.split())) for p in part.split("L")])
+        for part in re.findall(r"M([^Z]*)Z", path)
+    ]
 
 
 class TestSteps:
@@ -70,7 +86,11 @@ class TestTraining:
     def test_a_held_out_hospital_that_was_judged_only_at_the_end_has_no_curve(self):
         def panel(*judged):
             rows = [entry("loss_supervised", 1.0 / n, n) for n in (1, 2, 3)]
-            rows += [entry(f"heldout_{name}", 0.5, n, site="HK") for n in judged for name in ("dice", "asd")]
+            rows += [
+                entry(f"heldout_{name}", 0.5, n, site="HK")
+                for n in judged
+                for name in ("dice", "asd")
+            ]
             (found,) = training_figures(rows, ["sgcg"])
             return found
 
@@ -80,22 +100,36 @@ class TestTraining:
 
     def test_a_followed_distance_says_of_how_many_evaluations_it_is_no_mean(self):
         rows = [entry("loss_supervised", 1.0 / n, n) for n in (1, 2, 3)]
-        rows += [entry(f"heldout_{name}", 0.5, n, site="HK") for n in (1, 2, 3) for name in ("dice", "asd")]
+        rows += [
+            entry(f"heldout_{name}", 0.5, n, site="HK")
+            for n in (1, 2, 3)
+            for name in ("dice", "asd")
+        ]
         (panel,) = training_figures(rows, ["sgcg"])
         assert panel["detail"] == ""
-        rows += [entry("heldout_asd_left_out", value, n, site="HK") for n, value in ((1, 3.0), (2, 1.0))]
+        rows += [
+            entry("heldout_asd_left_out", value, n, site="HK") for n, value in ((1, 3.0), (2, 1.0))
+        ]
         (panel,) = training_figures(rows, ["sgcg"])
         assert panel["detail"] == "ASD without up to 3 evaluations with an empty mask"
 
 
 class TestCurves:
     def test_sites_count_the_same_then_seeds(self):
-        rows = [entry("loss", 1.0, site="A"), entry("loss", 2.0, site="B"), entry("loss", 4.5, site="A", seed=1)]
+        rows = [
+            entry("loss", 1.0, site="A"),
+            entry("loss", 2.0, site="B"),
+            entry("loss", 4.5, site="A", seed=1),
+        ]
         curve = curves(rows, "loss")["HK", "sgcg", ""]
         assert (curve.mean[0], curve.low[0], curve.high[0], curve.seeds) == (3.0, 1.5, 4.5, 2)
 
     def test_validation_belongs_to_the_round_before(self):
-        rows = [entry("validation_dice", 0.1, 1), entry("validation_dice", 0.6, 2), entry("loss", 1.0, 2)]
+        rows = [
+            entry("validation_dice", 0.1, 1),
+            entry("validation_dice", 0.6, 2),
+            entry("loss", 1.0, 2),
+        ]
         assert curves(rows, "validation_dice")["HK", "sgcg", ""].rounds.tolist() == [0, 1]
         assert curves(rows, "loss")["HK", "sgcg", ""].rounds.tolist() == [2]
 
@@ -114,7 +148,11 @@ class TestCurves:
 class TestShift:
     def test_the_share_at_the_end_is_that_under_the_normalisation_of_evaluation(self):
         traces = {"between_site_trace": 1.0, "within_site_trace": 99.0}
-        rows = [entry(name, value, number, site="", cls="a") for name, value in traces.items() for number in (1, 2)]
+        rows = [
+            entry(name, value, number, site="", cls="a")
+            for name, value in traces.items()
+            for number in (1, 2)
+        ]
         (panel,) = shift_figures(rows, ["sgcg"])
         assert panel["shares"][0]["share"] == "1.0 %"
         final = {"between_site_trace_evaluation": 30.0, "within_site_trace_evaluation": 70.0}
@@ -132,10 +170,22 @@ class TestDepartures:
         home.mkdir(parents=True)
         lines = [
             {"round": 0, "kind": "query.enrol", "parts": {"text": 10}, "withheld": []},
-            {"round": 1, "kind": "train", "parts": {"weights": 1000, "statistics": 50}, "withheld": ["tumour"]},
-            {"round": 2, "kind": "train", "parts": {"weights": 1000, "statistics": 50}, "withheld": []},
+            {
+                "round": 1,
+                "kind": "train",
+                "parts": {"weights": 1000, "statistics": 50},
+                "withheld": ["tumour"],
+            },
+            {
+                "round": 2,
+                "kind": "train",
+                "parts": {"weights": 1000, "statistics": 50},
+                "withheld": [],
+            },
         ]
-        (home / "ledger.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"round": 3, "par')
+        (home / "ledger.jsonl").write_text(
+            "\n".join(map(json.dumps, lines)) + '\n{"round": 3, "par'
+        )
         (found,) = departures([self.cell(tmp_path)], [entry("bytes_up", 5)], Reader(tmp_path))
         assert (found.site, found.source, found.messages, found.rounds) == ("A", "ledger", 3, 2)
         assert found.parts == {"text": 10, "weights": 2000, "statistics": 100}
@@ -158,14 +208,18 @@ class TestDepartures:
 
 class TestOverlays:
     @given(st.integers(0, 6), st.integers(0, 6), st.integers(1, 9), st.integers(1, 9))
-    def test_law_outline_of_a_rectangle_ends_at_its_pixels_and_encloses_their_area(self, top, left, height, width):
+    def test_law_outline_of_a_rectangle_ends_at_its_pixels_and_encloses_their_area(
+        self, top, left, height, width
+    ):
         mask = np.zeros((16, 16), bool)
         mask[top : top + height, left : left + width] = True
         (outline,) = points(contour_path(mask, 10.0))
         x, y = outline[:, 0] / 10, outline[:, 1] / 10
         assert (x.min(), x.max(), y.min(), y.max()) == (left, left + width, top, top + height)
         area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
-        assert area == pytest.approx(height * width - 0.5)  # each of the four corners is cut by a triangle of 1/8
+        assert area == pytest.approx(
+            height * width - 0.5
+        )  # each of the four corners is cut by a triangle of 1/8
 
     def test_a_ring_has_two_outlines_and_nothing_has_none(self):
         ring = np.ones((7, 7), bool)
@@ -174,7 +228,10 @@ class TestOverlays:
         assert contour_path(np.zeros((5, 5), bool), 1.0) == ""
 
     def test_worst_median_best(self):
-        cases = [picture(name, dice) for name, dice in zip("abcde", (0.5, 0.9, 0.1, 0.7, NAN), strict=True)]
+        cases = [
+            picture(name, dice)
+            for name, dice in zip("abcde", (0.5, 0.9, 0.1, 0.7, NAN), strict=True)
+        ]
         assert choose_cases({"sgcg": cases}) == [("worst", "c"), ("median", "a"), ("best", "b")]
         assert choose_cases({"sgcg": cases[:2]}) == [("worst", "a"), ("best", "b")]
         assert choose_cases({"sgcg": cases[:1]}) == [("worst", "a")]
@@ -182,15 +239,23 @@ class TestOverlays:
 
     def test_no_method_chooses_alone(self):
         ours = [picture(name, dice) for name, dice in zip("abc", (0.9, 0.5, 0.4), strict=True)]
-        theirs = [picture(name, dice) for name, dice in zip("abcd", (0.1, 0.6, 0.8, 0.0), strict=True)]
+        theirs = [
+            picture(name, dice) for name, dice in zip("abcd", (0.1, 0.6, 0.8, 0.0), strict=True)
+        ]
         # Means 0.5, 0.55, 0.6; d is judged by one method only.
-        assert choose_cases({"sgcg": ours, "source": theirs}) == [("worst", "a"), ("median", "b"), ("best", "c")]
+        assert choose_cases({"sgcg": ours, "source": theirs}) == [
+            ("worst", "a"),
+            ("median", "b"),
+            ("best", "c"),
+        ]
 
     def test_crop_holds_every_mask_and_stays_in_the_picture(self):
         truth, prediction = np.zeros((100, 120), np.uint8), np.zeros((100, 120), np.uint8)
         truth[2:30, 90:119] = 1
         prediction[40:45, 80:85] = 2
-        top, bottom, left, right = crop_box([picture(size=(100, 120), truth=truth, prediction=prediction)])
+        top, bottom, left, right = crop_box(
+            [picture(size=(100, 120), truth=truth, prediction=prediction)]
+        )
         assert 0 <= top <= 2
         assert 45 <= bottom <= 100
         assert 0 <= left <= 80
@@ -202,7 +267,9 @@ class TestOverlays:
         mask = np.zeros((20, 30), np.uint8)
         mask[5:9, 5:9] = 1
         images = Images()
-        text = str(overlay(picture(truth=mask, prediction=mask), (0, 20, 0, 30), '<script> "x"', images))
+        text = str(
+            overlay(picture(truth=mask, prediction=mask), (0, 20, 0, 30), '<script> "x"', images)
+        )
         assert "<script" not in text
         assert text.count('class="truth"') == text.count('class="prediction p0"') == 1
         root = ET.fromstring(text)
@@ -222,22 +289,39 @@ class TestOverlays:
     def test_an_interval_bar_lies_on_its_side_of_zero(self):
         root = ET.fromstring(str(interval_bar(Interval(0.2, 0.1, 0.3), 0.3)))
         bar = root.findall("line")[1].attrib
-        assert 60 < float(bar["x1"]) < float(root.find("circle").attrib["cx"]) < float(bar["x2"]) == 114.0
+        assert (
+            60
+            < float(bar["x1"])
+            < float(root.find("circle").attrib["cx"])
+            < float(bar["x2"])
+            == 114.0
+        )
         assert interval_bar(Interval(0.2, NAN, NAN), 0.3) == ""
 
 
 class TestFigures:
-    curve = Curve(np.arange(1.0, 6), np.linspace(1, 0.2, 5), np.linspace(0.9, 0.1, 5), np.linspace(1.1, 0.3, 5), 2)
+    curve = Curve(
+        np.arange(1.0, 6),
+        np.linspace(1, 0.2, 5),
+        np.linspace(0.9, 0.1, 5),
+        np.linspace(1.1, 0.3, 5),
+        2,
+    )
 
     def drawings(self):
         line = figures.Line(self.curve, 0)
         yield figures.case_panel(
-            {"source": {"a": 0.5, "b": 0.8}, "sgcg": {"a": 0.6, "$x_1$": 0.7}}, (0.4, 1), "alt", "Dice"
+            {"source": {"a": 0.5, "b": 0.8}, "sgcg": {"a": 0.6, "$x_1$": 0.7}},
+            (0.4, 1),
+            "alt",
+            "Dice",
         )
         yield figures.case_panel({"source": {}, "sgcg": {"a": NAN}}, (0.4, 1), "alt", "Dice")
         other = figures.Line(self.curve, 1, ":", False)
         yield figures.curve_panel([[line], [other]], ("a", "b"), [(0, 1), (0, 1)], "alt")
-        yield figures.curve_panel([[line], [other], []], ("a", "b", "c"), [(0, 1), (0, 1), (0, 2)], "alt")
+        yield figures.curve_panel(
+            [[line], [other], []], ("a", "b", "c"), [(0, 1), (0, 1), (0, 2)], "alt"
+        )
         yield figures.shift_panel([line], figures.log_span_of([line]), "alt")
         yield figures.shift_panel([], figures.log_span_of([]), "alt")
 
@@ -246,7 +330,10 @@ class TestFigures:
         assert len(back) == len(figures.DARK)
         assert not set(back) & set(figures.DARK)
         for drawing in self.drawings():
-            light, dark = (base64.b64decode(uri.partition(",")[2]).decode() for uri in (drawing.light, drawing.dark))
+            light, dark = (
+                base64.b64decode(uri.partition(",")[2]).decode()
+                for uri in (drawing.light, drawing.dark)
+            )
             assert ET.fromstring(light).attrib["viewBox"] == f"0 0 {drawing.width} {drawing.height}"
             assert not [colour for colour in figures.DARK if colour in dark]
             assert re.sub("|".join(back), lambda match: back[match.group()], dark) == light
@@ -297,16 +384,24 @@ class TestWords:
         assert show_bytes(size) == text
 
     @pytest.mark.parametrize(
-        ("seconds", "text"), [(4.4, "4 s"), (89, "1 min"), (3600, "1 h 00 min"), (9900, "2 h 45 min")]
+        ("seconds", "text"),
+        [(4.4, "4 s"), (89, "1 min"), (3600, "1 h 00 min"), (9900, "2 h 45 min")],
     )
     def test_durations(self, seconds, text):
         assert show_seconds(seconds) == text
 
     def test_lists(self):
-        assert [join_words(words) for words in ([], ["a"], ["a", "b"], "abc")] == ["", "a", "a and b", "a, b and c"]
+        assert [join_words(words) for words in ([], ["a"], ["a", "b"], "abc")] == [
+            "",
+            "a",
+            "a and b",
+            "a, b and c",
+        ]
 
     def test_settings_are_split_into_shared_and_differing(self):
-        shared, differing = settings_text({"a": {"x": {"y": 1, "z": 2}}, "b": {"x": {"y": 1, "z": 3}, "w": 4}})
+        shared, differing = settings_text(
+            {"a": {"x": {"y": 1, "z": 2}}, "b": {"x": {"y": 1, "z": 3}, "w": 4}}
+        )
         assert shared == "x.y: 1\n"
         assert differing == [("x.z", ["2", "3"]), ("w", ["–", "4"])]
 
@@ -318,13 +413,20 @@ class TestWords:
             headline([row | {"heldout": "HK"}], [], "gland")
             == "At HK, a hospital that took no part in training, sgcg reaches a mean Dice of 0.500 for gland."
         )
-        better = row | {"method": "sgcg weight=1", "dice_mean": 0.625, "dice_low": 0.5, "dice_high": 0.75}
+        better = row | {
+            "method": "sgcg weight=1",
+            "dice_mean": 0.625,
+            "dice_low": 0.5,
+            "dice_high": 0.75,
+        }
         assert headline([row, better], [], "gland") == (
             "No hospital was held out. On the hospitals' own validation cases, sgcg weight=1 has the highest mean Dice "
             "of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for gland; next is sgcg with 0.500. A "
             "setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
         )
         average = row | {"heldout": "average", "site": "average", "hospitals": 3}
-        assert "over 3 of 4 hospitals" in headline([row | {"heldout": "HK"}, average], [], "gland", 4)
+        assert "over 3 of 4 hospitals" in headline(
+            [row | {"heldout": "HK"}, average], [], "gland", 4
+        )
         assert headline([], [], "gland") == "No held-out hospital has been evaluated yet."
         assert math.isnan(row["dice_low"])

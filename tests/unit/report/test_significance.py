@@ -20,7 +20,10 @@ P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 def brute_force(values):
     """Two-sided p by trying all signs."""
     seen = abs(sum(values))
-    sums = [sum(sign * value for sign, value in zip(signs, values, strict=True)) for signs in signs_of(len(values))]
+    sums = [
+        sum(sign * value for sign, value in zip(signs, values, strict=True))
+        for signs in signs_of(len(values))
+    ]
     return sum(abs(s) >= seen - 1e-9 for s in sums) / len(sums)
 
 
@@ -31,7 +34,12 @@ def signs_of(number):
 class TestSignFlips:
     def test_four_of_one_sign_give_one_in_eight(self):
         found = sign_flips([0.1, 0.2, 0.3, 0.4])
-        assert (found.statistic, found.p, found.units, found.zeros) == (pytest.approx(1.0), 0.125, 4, 0)
+        assert (found.statistic, found.p, found.units, found.zeros) == (
+            pytest.approx(1.0),
+            0.125,
+            4,
+            0,
+        )
         assert found.smallest_p == found.p
 
     def test_worked_by_hand_with_one_loss(self):
@@ -41,7 +49,20 @@ class TestSignFlips:
     def test_one_hospital_that_makes_the_difference_shows_nothing(self):
         # The first outweighs all others together, and they are against it: no choice of signs is nearer to zero.
         assert sign_flips([0.297, -0.006, -0.036, -0.012]).p == 1.0
-        thrice = [0.297, 0.29, 0.30, -0.006, -0.005, -0.007, -0.036, -0.03, -0.04, -0.012, -0.01, -0.014]
+        thrice = [
+            0.297,
+            0.29,
+            0.30,
+            -0.006,
+            -0.005,
+            -0.007,
+            -0.036,
+            -0.03,
+            -0.04,
+            -0.012,
+            -0.01,
+            -0.014,
+        ]
         assert sign_flips(thrice).p >= 0.25
 
     def test_zeros_change_nothing_but_are_counted(self):
@@ -86,7 +107,9 @@ class TestSignFlips:
     def test_false_alarms_are_as_rare_as_promised(self):
         """Skewed units, too, as long as their signs are exchangeable: 5 % of 600 plus three standard errors."""
         rng = np.random.default_rng(5)
-        found = [sign_flips(rng.choice([-1, 1], 8) * rng.exponential(1, 8)).p <= 0.05 for _ in range(600)]
+        found = [
+            sign_flips(rng.choice([-1, 1], 8) * rng.exponential(1, 8)).p <= 0.05 for _ in range(600)
+        ]
         assert np.mean(found) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
 
 
@@ -107,7 +130,9 @@ class TestHolm:
     @given(P_VALUES)
     def test_law_never_below_the_raw_value_never_above_one(self, values):
         assert all(p <= corrected <= 1 for p, corrected in zip(values, holm(values), strict=True))
-        assert all(c <= min(1.0, len(values) * p) for p, c in zip(values, holm(values), strict=True))
+        assert all(
+            c <= min(1.0, len(values) * p) for p, c in zip(values, holm(values), strict=True)
+        )
 
     @given(P_VALUES)
     def test_law_smaller_raw_values_stay_smaller(self, values):

@@ -21,7 +21,13 @@ from server.sites.replies import Judged, judged_rows
 from tests.support.report_study import write_study
 from tests.unit.report.test_tables import row
 
-SMALL = {"sites": ("HK", "UCL"), "methods": ("ram", "source"), "seeds": (0,), "cases": 3, "pictures": False}
+SMALL = {
+    "sites": ("HK", "UCL"),
+    "methods": ("ram", "source"),
+    "seeds": (0,),
+    "cases": 3,
+    "pictures": False,
+}
 
 
 def study_of(folder, change=None):
@@ -49,13 +55,18 @@ def mixing(sharing, ownership="by_site"):
 
 @pytest.mark.parametrize(
     ("sharing", "ownership", "said"),
-    [("local", "by_site", True), ("local", "local", True), ("local", "pooled", False), ("summary", "by_site", False)],
+    [
+        ("local", "by_site", True),
+        ("local", "local", True),
+        ("local", "pooled", False),
+        ("summary", "by_site", False),
+    ],
 )
-def test_mixing_within_a_hospital_is_said_not_to_be_the_published_method(tmp_path, sharing, ownership, said):
+def test_mixing_within_a_hospital_is_said_not_to_be_the_published_method(
+    tmp_path, sharing, ownership, said
+):
     words = lines(study_of(tmp_path, mixing(sharing, ownership)), "Training")
-    sentence = (
-        "ram: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the published method"
-    )
+    sentence = "ram: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the published method"
     assert (sentence in words) == said
     assert "source: an image" not in words
 
@@ -63,12 +74,21 @@ def test_mixing_within_a_hospital_is_said_not_to_be_the_published_method(tmp_pat
 def test_a_protocol_says_whose_patients_chose_the_settings(tmp_path):
     words = lines(study_of(tmp_path / "plain"), "Choice of settings")
     assert "was chosen with patients of hospitals that are held out here" in words
-    entry = {"method": "sgcg", "heldout": "HK", "seed": 0, "settings": "weight=1", "scores": {"weight=1": 0.5}}
+    entry = {
+        "method": "sgcg",
+        "heldout": "HK",
+        "seed": 0,
+        "settings": "weight=1",
+        "scores": {"weight=1": 0.5},
+    }
     record = {"words": "chosen by the sources of each fold", "chosen": [entry]}
     nested = study_of(tmp_path / "nested", lambda tree: tree.update(selection=record))
     words = lines(nested, "Choice of settings")
     assert words.startswith("chosen by the sources of each fold")
-    assert "sgcg, HK held out, seed 0: weight=1 (mean Dice at the sources left out: weight=1 0.500)" in words
+    assert (
+        "sgcg, HK held out, seed 0: weight=1 (mean Dice at the sources left out: weight=1 0.500)"
+        in words
+    )
     assert "patients of hospitals that are held out here" not in words
 
 
@@ -106,13 +126,19 @@ def test_results_of_an_older_version_are_read_and_joined_with_new_ones(tmp_path)
     known = {(entry["method"], entry["heldout"]): entry["hd95_max"] for entry in rows}
     assert known["source", "HK"] is None
     assert known["ram", "HK"] > 0
-    units = {field.name: (field.metadata or {}).get(b"unit") for field in pq.read_schema(tmp_path / "results.parquet")}
+    units = {
+        field.name: (field.metadata or {}).get(b"unit")
+        for field in pq.read_schema(tmp_path / "results.parquet")
+    }
     assert units["hd95_max"] == b"pixel"
 
 
 def test_a_column_that_older_results_lack_is_not_shown_as_undefined(tmp_path):
     study = study_of(tmp_path)
-    old = [{name: value for name, value in entry.items() if "hd95_max" not in name} for entry in study.results]
+    old = [
+        {name: value for name, value in entry.items() if "hd95_max" not in name}
+        for entry in study.results
+    ]
     for rows, number in ((study.results, 5), (old, 4)):
         (table,) = result_tables(summary_rows(rows), study, ["prostate"])
         assert len(table["metrics"]) == number

@@ -32,13 +32,26 @@ from server.report.sections.papers import ablation_tables, layouts_of, paper_not
 from server.report.sections.published import PUBLISHED, published_for
 from server.report.sections.sweeps import sweep_sections, sweeps_of
 from server.report.tables import heldout_rows, merge_models, methods_of, summary_rows
-from tests.support.report_study import ARMS, FUNDUS, FUNDUS_SITES, ROUNDS, collect, label_of, write_large_study
+from tests.support.report_study import (
+    ARMS,
+    FUNDUS,
+    FUNDUS_SITES,
+    ROUNDS,
+    collect,
+    label_of,
+    write_large_study,
+)
 from tests.unit.report.test_build import Page
 from tests.unit.report.test_tables import row
 
 NAN = float("nan")
 LABELS = labels_of(
-    {"method": label_of(trains, federation), "trains": trains, "federation": federation, "setting": ""}
+    {
+        "method": label_of(trains, federation),
+        "trains": trains,
+        "federation": federation,
+        "setting": "",
+    }
     for trains in ARMS
     for federation in ("by_site", "pooled", "local")
 )
@@ -51,22 +64,35 @@ def label_rows(name, **columns):
 class TestLabels:
     def test_columns_tell_what_a_label_is(self):
         found = read_label(
-            {"method": "x", "trains": "ram_sgcg", "federation": "pooled", "setting": "prototypes.weight=0.5 a.b=c"}
+            {
+                "method": "x",
+                "trains": "ram_sgcg",
+                "federation": "pooled",
+                "setting": "prototypes.weight=0.5 a.b=c",
+            }
         )
-        assert found == Label("x", "ram_sgcg", "pooled", (("prototypes.weight", "0.5"), ("a.b", "c")))
+        assert found == Label(
+            "x", "ram_sgcg", "pooled", (("prototypes.weight", "0.5"), ("a.b", "c"))
+        )
 
     @pytest.mark.parametrize(
         ("name", "expected"),
         [
             ("sgcg", Label("sgcg", "sgcg", "by_site")),
             ("sgcg pooled", Label("sgcg pooled", "sgcg", "pooled")),
-            ("ram_sgcg weight=0.5", Label("ram_sgcg weight=0.5", "ram_sgcg", "by_site", (("weight", "0.5"),))),
+            (
+                "ram_sgcg weight=0.5",
+                Label("ram_sgcg weight=0.5", "ram_sgcg", "by_site", (("weight", "0.5"),)),
+            ),
             ("", Label("", "", "by_site")),
         ],
     )
     def test_without_columns_the_words_of_the_label_do(self, name, expected):
         assert read_label({"method": name}) == expected
-        assert read_label({"method": name, "trains": None, "federation": None, "setting": None}) == expected
+        assert (
+            read_label({"method": name, "trains": None, "federation": None, "setting": None})
+            == expected
+        )
 
     def test_the_folder_of_a_label_is_the_one_that_a_study_makes(self):
         for name in ("sgcg", "sgcg pooled", "ram_sgcg weight=0.5 temperature=1", "a/b c"):
@@ -84,7 +110,16 @@ class TestLabels:
             "source",
         ]
         assert methods_of([{"method": name} for name in names]) == [
-            *("source", "source pooled", "ram", "sgcg", "ram_sgcg", "ram_sgcg weight=9", "ram_sgcg weight=10", "other"),
+            *(
+                "source",
+                "source pooled",
+                "ram",
+                "sgcg",
+                "ram_sgcg",
+                "ram_sgcg weight=9",
+                "ram_sgcg weight=10",
+                "other",
+            ),
         ]
 
     @given(st.lists(st.text(alphabet="ab= 1.9", max_size=8), unique=True, max_size=6), st.randoms())
@@ -106,7 +141,10 @@ class TestLabels:
         assert main_pairs(labels_of([{"method": "fedx"}, {"method": "fedy"}])) == [("fedy", "fedx")]
         assert main_pairs(labels_of([{"method": "sgcg"}])) == []
         swept = labels_of([{"method": f"sgcg weight={value}"} for value in (1, 10, 2)])
-        assert main_pairs(swept) == [("sgcg weight=2", "sgcg weight=1"), ("sgcg weight=10", "sgcg weight=1")]
+        assert main_pairs(swept) == [
+            ("sgcg weight=2", "sgcg weight=1"),
+            ("sgcg weight=10", "sgcg weight=1"),
+        ]
 
     def test_a_method_has_one_colour_in_every_federation(self):
         colours = label_colours(LABELS)
@@ -117,21 +155,33 @@ class TestLabels:
         assert len({label_colours(swept)[name] for name in group.labels}) == 6
 
     def test_federations_are_compared_in_both_directions_of_interest(self):
-        pairs = federation_pairs({name: label for name, label in LABELS.items() if label.trains == "sgcg"})
-        assert pairs == [("sgcg", "sgcg pooled"), ("sgcg", "sgcg local"), ("sgcg pooled", "sgcg local")]
+        pairs = federation_pairs(
+            {name: label for name, label in LABELS.items() if label.trains == "sgcg"}
+        )
+        assert pairs == [
+            ("sgcg", "sgcg pooled"),
+            ("sgcg", "sgcg local"),
+            ("sgcg pooled", "sgcg local"),
+        ]
         assert federation_pairs(labels_of([{"method": "sgcg"}, {"method": "source"}])) == []
 
     def test_federations_of_a_study_that_sweeps_everywhere_are_compared_at_the_same_value(self):
         rows = [
-            {"method": f"source {federation} rounds={value}", "federation": federation, "setting": f"rounds={value}"}
+            {
+                "method": f"source {federation} rounds={value}",
+                "federation": federation,
+                "setting": f"rounds={value}",
+            }
             for federation in ("by_site", "pooled")
             for value in (24, 6)
         ]
         pairs = federation_pairs(labels_of({**entry, "trains": "source"} for entry in rows))
-        assert pairs == [(f"source by_site rounds={n}", f"source pooled rounds={n}") for n in (6, 24)]
-        assert federation_pairs(labels_of([*rows, {"method": "source"}, {"method": "source pooled"}])) == [
-            ("source", "source pooled")
+        assert pairs == [
+            (f"source by_site rounds={n}", f"source pooled rounds={n}") for n in (6, 24)
         ]
+        assert federation_pairs(
+            labels_of([*rows, {"method": "source"}, {"method": "source pooled"}])
+        ) == [("source", "source pooled")]
 
 
 class TestHospitalsThatTrainedAlone:
@@ -143,7 +193,9 @@ class TestHospitalsThatTrainedAlone:
     )
 
     def test_their_models_are_averaged_per_case_and_seed(self):
-        merged = {(entry["method"], entry["seed"]): entry for entry in merge_models(list(self.rows))}
+        merged = {
+            (entry["method"], entry["seed"]): entry for entry in merge_models(list(self.rows))
+        }
         assert len(merged) == 3
         assert merged["sgcg local", 0]["dice"] == pytest.approx(0.1)
         assert merged["sgcg local", 0]["asd"] == 4.0  # the other model has no distance
@@ -157,7 +209,10 @@ class TestHospitalsThatTrainedAlone:
 
     def test_they_are_one_side_of_a_pair(self):
         found = CaseValues(self.rows).difference(("sgcg", "sgcg local"), "gland", "dice")
-        assert (found.cases, found.interval.mean) == (1, pytest.approx(0.8))  # seed 0, which both have
+        assert (found.cases, found.interval.mean) == (
+            1,
+            pytest.approx(0.8),
+        )  # seed 0, which both have
 
     def test_merging_twice_is_merging_once(self):
         once = heldout_rows(self.rows)
@@ -192,7 +247,9 @@ class TestDifferences:
         assert found.test.p == pytest.approx(2 / 2**12)  # twelve trainings, not 144 evaluations
         # Four hospitals: mean 0.02, sd 0.00163, se 0.000816, t with 3 degrees 3.182.
         half = 3.1824463 * math.sqrt((2 * 0.002**2) / 3 / 4)
-        assert (found.interval.low, found.interval.high) == pytest.approx((0.02 - half, 0.02 + half))
+        assert (found.interval.low, found.interval.high) == pytest.approx(
+            (0.02 - half, 0.02 + half)
+        )
         assert claim_sentence(found, several=False) == (
             "sgcg against source, Dice: +0.020 (95 % interval +0.017 to +0.023; 48 cases; 3 seeds; "
             "corrected p\u00a0<\u00a00.001; higher at 4 of 4 hospitals: RUNMC +0.022, HK +0.020, UCL +0.020, "
@@ -203,11 +260,15 @@ class TestDifferences:
     def test_one_hospital_that_makes_the_difference_is_no_difference(self, seeds):
         """What one seed and four hospitals once called a difference that holds, whatever the number of seeds."""
         gain = {"BIDMC": 0.297, "HK": -0.006, "RUNMC": -0.036, "UCL": -0.012}
-        found = self.compare(self.two(lambda site, seed, i: gain[site] + 0.001 * ((seed + i) % 3 - 1), seeds=seeds))
+        found = self.compare(
+            self.two(lambda site, seed, i: gain[site] + 0.001 * ((seed + i) % 3 - 1), seeds=seeds)
+        )
         assert not found.holds
         assert not found.interval.excludes_zero
         text = claim_sentence(found, several=False)
-        assert "higher at 1 of 4 hospitals: BIDMC +0.297, HK −0.006, UCL −0.012, RUNMC −0.036" in text
+        assert (
+            "higher at 1 of 4 hospitals: BIDMC +0.297, HK −0.006, UCL −0.012, RUNMC −0.036" in text
+        )
         assert ("no verdict, because with one seed" in text) == (len(seeds) == 1)
 
     def test_one_seed_gives_no_verdict_however_clear_it_looks(self):
@@ -220,7 +281,9 @@ class TestDifferences:
         assert found.interval.excludes_zero
         assert not found.holds
         assert found.levels == pytest.approx((0.075, 0.025))
-        assert found.sentence == ("no verdict: both mean Dice are below 0.2, so neither model finds the structure")
+        assert found.sentence == (
+            "no verdict: both mean Dice are below 0.2, so neither model finds the structure"
+        )
         found = self.compare(self.two(lambda *_: 0.3, base=0.02, n=2))
         assert found.holds  # one of them does find it
 
@@ -228,11 +291,17 @@ class TestDifferences:
         found = self.compare(self.two(lambda *_: 0.02, sites=("HK", "UCL"), seeds=(0, 1)))
         assert found.interval.excludes_zero
         assert not found.holds
-        assert found.sentence == ("no difference shown: 4 trainings are too few for a test (p cannot be below 0.12)")
+        assert found.sentence == (
+            "no difference shown: 4 trainings are too few for a test (p cannot be below 0.12)"
+        )
 
     def test_at_one_hospital_the_units_are_its_seeds_and_cases(self):
         """Seeds 0.09, 0.1, 0.11 and cases twice as far: variances 0.0001 / 3 and 0.0004 / 3, 2 degrees each."""
-        found = self.compare(self.two(lambda _, seed, i: 0.1 + 0.01 * (seed - 1) + 0.02 * (i - 1), sites=("HK",), n=3))
+        found = self.compare(
+            self.two(
+                lambda _, seed, i: 0.1 + 0.01 * (seed - 1) + 0.02 * (i - 1), sites=("HK",), n=3
+            )
+        )
         seeds, cases = 0.0001 / 3, 0.0004 / 3
         freedom = (seeds + cases) ** 2 / ((seeds**2 + cases**2) / 2)
         half = stats.t.ppf(0.975, freedom) * math.sqrt(seeds + cases)
@@ -241,7 +310,10 @@ class TestDifferences:
 
     def test_hospitals_that_were_judged_by_the_same_models_share_their_seeds(self):
         """No hospital held out: one training a seed, so three seeds are three units, and their spread counts."""
-        rows = self.two(lambda site, seed, _: 0.1 + 0.01 * (seed - 1) + 0.02 * (site == "HK"), sites=("HK", "UCL"))
+        rows = self.two(
+            lambda site, seed, _: 0.1 + 0.01 * (seed - 1) + 0.02 * (site == "HK"),
+            sites=("HK", "UCL"),
+        )
         rows = [{**entry, "heldout": ""} for entry in rows]
         found = self.compare(rows)
         assert (found.test.units, found.test.p) == (3, 0.25)
@@ -304,7 +376,11 @@ class TestPublished:
         prostate = {entry.method: entry for entry in PUBLISHED["prostate"].rows["dice"]}
         assert prostate["SgCG"].recomputed == pytest.approx(88.31333, abs=1e-4)
         assert prostate["Source"].recomputed == pytest.approx(84.07, abs=0.01)
-        assert {name for name, entry in prostate.items() if entry.printed_otherwise} >= {"SgCG", "Source", "BigAug"}
+        assert {name for name, entry in prostate.items() if entry.printed_otherwise} >= {
+            "SgCG",
+            "Source",
+            "BigAug",
+        }
         fundus = {entry.method: entry for entry in PUBLISHED["fundus"].rows["asd"]}
         assert fundus["DoFE"].recomputed == pytest.approx(11.33125)
         assert [name for name, entry in fundus.items() if entry.printed_otherwise] == ["DoFE"]
@@ -319,11 +395,16 @@ class TestPublished:
 
     def test_sites_find_their_domain_by_any_usual_name(self):
         fundus, prostate = PUBLISHED["fundus"], PUBLISHED["prostate"]
-        assert [fundus.domain_of(site) for site in ("Drishti-GS", "RIM_ONE", "refuge-train", "Domain4", "refuge")] == [
+        assert [
+            fundus.domain_of(site)
+            for site in ("Drishti-GS", "RIM_ONE", "refuge-train", "Domain4", "refuge")
+        ] == [
             *(0, 1, 2, 3),
             None,
         ]
-        assert [prostate.domain_of(site) for site in ("RUNMC", "ISBI_1.5", "isbi", "hk", "elsewhere")] == [
+        assert [
+            prostate.domain_of(site) for site in ("RUNMC", "ISBI_1.5", "isbi", "hk", "elsewhere")
+        ] == [
             0,
             1,
             0,
@@ -341,7 +422,15 @@ class TestPaperTables:
                 for seed in (0, 1):
                     for i in range(12):
                         noise = 0.001 * ((i * 7 + len(method) * 3) % 5)
-                        found.append(row(method, site, seed, case=str(i), dice=0.6 + gain + noise + 0.01 * seed))
+                        found.append(
+                            row(
+                                method,
+                                site,
+                                seed,
+                                case=str(i),
+                                dice=0.6 + gain + noise + 0.01 * seed,
+                            )
+                        )
         return found
 
     def table(self, rows, metric="dice", sites=("HK", "UCL")):
@@ -368,13 +457,21 @@ class TestPaperTables:
         ]
         assert bold(self.table(self.rows())) == []  # ram and sgcg cannot be told apart
         two = [entry for entry in self.rows() if entry["method"] != "ram"]
-        assert bold(self.table(two)) == []  # two hospitals and two seeds are four trainings: p is 0.125 at least
+        assert (
+            bold(self.table(two)) == []
+        )  # two hospitals and two seeds are four trainings: p is 0.125 at least
         many = [{**entry, "seed": seed} for entry in two if entry["seed"] == 0 for seed in range(5)]
-        assert bold(self.table(many)) == [("sgcg", 2)]  # ten trainings on average, five at each hospital
+        assert bold(self.table(many)) == [
+            ("sgcg", 2)
+        ]  # ten trainings on average, five at each hospital
         assert bold(self.table(two, "asd")) == []
 
     def test_no_average_leads_that_lacks_a_hospital(self):
-        two = [e for e in self.rows() if e["method"] != "ram" and (e["method"], e["heldout"]) != ("sgcg", "UCL")]
+        two = [
+            e
+            for e in self.rows()
+            if e["method"] != "ram" and (e["method"], e["heldout"]) != ("sgcg", "UCL")
+        ]
         sgcg = self.table(two)["groups"][0]["rows"][1]
         assert sgcg["cells"][1] == {"missing": True}
         assert sgcg["cells"][2]["notes"] == ["1 of 2 hospitals"]
@@ -383,11 +480,16 @@ class TestPaperTables:
     @staticmethod
     def printed(rows, name="fundus", sites=("drishti", "refuge_val")):
         published = PUBLISHED[name]
-        layouts = layouts_of(CaseValues(rows, "pixel"), list(published.structures), sites, published)
+        layouts = layouts_of(
+            CaseValues(rows, "pixel"), list(published.structures), sites, published
+        )
         tables = paper_tables(layouts, labels_of(rows), {})
         counted = {
             table["metric"]: [
-                (entry["label"], [[part["text"] for part in cell["parts"]] for cell in entry["cells"]])
+                (
+                    entry["label"],
+                    [[part["text"] for part in cell["parts"]] for cell in entry["cells"]],
+                )
                 for group in table["groups"]
                 for entry in group["rows"]
                 if entry["counted"]
@@ -404,7 +506,12 @@ class TestPaperTables:
             for site in ("drishti", "refuge_val"):
                 for case in ("a", "b"):
                     for structure in ("cup", "disc"):
-                        lost = empties and (method, site, case, structure) == ("sgcg", "drishti", "a", "cup")
+                        lost = empties and (method, site, case, structure) == (
+                            "sgcg",
+                            "drishti",
+                            "a",
+                            "cup",
+                        )
                         own = {"dice": 0.0, "asd": NAN} if lost else {"dice": 0.8, "asd": 10.0}
                         counts = {"dice_smooth1": 0.01, "asd_compat": 100.0} if lost else {}
                         counts = {"dice_smooth1": own["dice"], "asd_compat": own["asd"]} | counts
@@ -415,8 +522,12 @@ class TestPaperTables:
     def test_a_row_as_the_papers_count_stands_where_it_changes_a_number(self):
         counted, notes = self.printed(self.fundus_rows())
         # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same both ways: no row.
-        assert counted["dice"] == [("sgcg", [["40.50", "80.00"], ["80.00", "80.00"], ["60.25", "80.00"]])]
-        assert counted["asd"] == [("sgcg", [["55.00", "10.00"], ["10.00", "10.00"], ["32.50", "10.00"]])]
+        assert counted["dice"] == [
+            ("sgcg", [["40.50", "80.00"], ["80.00", "80.00"], ["60.25", "80.00"]])
+        ]
+        assert counted["asd"] == [
+            ("sgcg", [["55.00", "10.00"], ["10.00", "10.00"], ["32.50", "10.00"]])
+        ]
         assert [note for note in notes if "as the papers count" in note] == [
             "A row “as the papers count” has Dice (2 I + 1) / (P + G + 1) of I pixels in both, P predicted and G true; "
             "a distance of 100 pixels where one mask is empty; it stands where that changes a number."
@@ -424,7 +535,11 @@ class TestPaperTables:
 
     def test_no_row_as_the_papers_count_without_a_difference_or_without_the_columns(self):
         some_without = [
-            {name: value for name, value in entry.items() if name not in ("dice_smooth1", "asd_compat")}
+            {
+                name: value
+                for name, value in entry.items()
+                if name not in ("dice_smooth1", "asd_compat")
+            }
             if entry["case"] == "b"
             else entry
             for entry in self.fundus_rows()
@@ -435,9 +550,15 @@ class TestPaperTables:
             assert not any("as the papers count" in note for note in notes)
 
     def test_printed_prostate_dice_is_plain_and_gets_no_such_row(self):
-        rows = [entry | {"structure": "prostate"} for entry in self.fundus_rows() if entry["structure"] == "cup"]
         rows = [
-            entry | {name: {"drishti": "BMC"}.get(entry[name], "HK") for name in ("site", "heldout")} for entry in rows
+            entry | {"structure": "prostate"}
+            for entry in self.fundus_rows()
+            if entry["structure"] == "cup"
+        ]
+        rows = [
+            entry
+            | {name: {"drishti": "BMC"}.get(entry[name], "HK") for name in ("site", "heldout")}
+            for entry in rows
         ]
         counted, _ = self.printed(rows, "prostate", ("BMC", "HK"))
         assert counted["dice"] == []
@@ -445,7 +566,9 @@ class TestPaperTables:
 
     def test_models_of_single_hospitals_are_averaged_in_these_columns_too(self):
         rows = [
-            row("local", case="a", trained_on=site, dice=0.5, dice_smooth1=smooth, asd_compat=compat)
+            row(
+                "local", case="a", trained_on=site, dice=0.5, dice_smooth1=smooth, asd_compat=compat
+            )
             for site, smooth, compat in (("A", 0.2, 100.0), ("B", 0.4, 3.0))
         ]
         (merged,) = merge_models(rows)
@@ -458,7 +581,10 @@ class TestPaperTables:
         (table,) = ablation_tables(layouts, labels_of(rows), {})
         ticks = [entry["ticks"] for entry in table["groups"][0]["rows"]]
         assert ticks == [(False, False), (True, False), (False, True)]
-        assert ablation_tables(layouts, labels_of(row for row in rows if row["method"] != "ram"), {}) == []
+        assert (
+            ablation_tables(layouts, labels_of(row for row in rows if row["method"] != "ram"), {})
+            == []
+        )
 
 
 class TestSweeps:
@@ -479,8 +605,12 @@ class TestSweeps:
         assert weight.numbers
 
     def test_the_label_without_the_sweep_stands_at_its_own_value(self):
-        labels = labels_of([{"method": "sgcg"}, {"method": "sgcg weight=0.01"}, {"method": "sgcg weight=1"}])
-        (sweep,) = sweeps_of(labels, {"sgcg": {"prototypes": {"weight": 0.1}, "method": {"name": "sgcg"}}})
+        labels = labels_of(
+            [{"method": "sgcg"}, {"method": "sgcg weight=0.01"}, {"method": "sgcg weight=1"}]
+        )
+        (sweep,) = sweeps_of(
+            labels, {"sgcg": {"prototypes": {"weight": 0.1}, "method": {"name": "sgcg"}}}
+        )
         (line,) = sweep.all_lines()
         assert list(line) == ["0.01", "0.1", "1"]
         assert line["0.1"] == "sgcg"
@@ -488,29 +618,51 @@ class TestSweeps:
         assert list(alone.all_lines()[0]) == ["0.01", "1"]
 
     def test_words_are_no_numbers_and_one_value_is_no_sweep(self):
-        (sweep,) = sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "sgcg memory=b"}]), {})
+        (sweep,) = sweeps_of(
+            labels_of([{"method": "sgcg memory=a"}, {"method": "sgcg memory=b"}]), {}
+        )
         assert not sweep.numbers
         assert sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "source"}]), {}) == []
 
     @pytest.mark.parametrize("words", ["0.1 1", "lagged restart"])
     def test_what_does_not_have_the_setting_stands_beside_it(self, words):
         first, second = words.split()
-        dice = {"source": 0.5, "source pooled": 0.9, f"sgcg weight={first}": 0.625, f"sgcg weight={second}": 0.75}
-        rows = [row(method, case=f"c{n}", dice=value) for method, value in dice.items() for n in range(3)]
+        dice = {
+            "source": 0.5,
+            "source pooled": 0.9,
+            f"sgcg weight={first}": 0.625,
+            f"sgcg weight={second}": 0.75,
+        }
+        rows = [
+            row(method, case=f"c{n}", dice=value)
+            for method, value in dice.items()
+            for n in range(3)
+        ]
         labels = labels_of(rows)
         sections = sweep_sections(
-            sweeps_of(labels, {}), labels, CaseValues(rows), ["gland"], {}, "the hospitals’ own validation cases"
+            sweeps_of(labels, {}),
+            labels,
+            CaseValues(rows),
+            ["gland"],
+            {},
+            "the hospitals’ own validation cases",
         )
         (section,) = sections
         alt = section["panels"][0]["drawing"].alt
         assert "Dice over the hospitals’ own validation cases by weight" in alt
-        assert f"{first}: 0.625, {second}: 0.750; source 0.500." in alt  # another federation is no baseline
-        assert [line["title"] for line in section["beside"]] == (["source"] if section["numbers"] else [])
+        assert (
+            f"{first}: 0.625, {second}: 0.750; source 0.500." in alt
+        )  # another federation is no baseline
+        assert [line["title"] for line in section["beside"]] == (
+            ["source"] if section["numbers"] else []
+        )
 
     def test_a_mean_distance_over_some_of_the_cases_is_marked(self):
         lost = lambda method, n: NAN if method == "sgcg weight=1" and n else 2.0  # noqa: E731
         names = ("source", "sgcg weight=1", "sgcg weight=2")
-        rows = [row(name, case=f"c{n}", dice=0.5, asd=lost(name, n)) for name in names for n in range(4)]
+        rows = [
+            row(name, case=f"c{n}", dice=0.5, asd=lost(name, n)) for name in names for n in range(4)
+        ]
         labels, values = labels_of(rows), CaseValues(rows)
         (section,) = sweep_sections(sweeps_of(labels, {}), labels, values, ["gland"], {})
         assert section["note"] == (
@@ -525,7 +677,9 @@ class TestSweeps:
         assert (claim.cases, claim.judged) == (1, 4)
         assert "1 of 4 cases" in claim_sentence(claim, several=False)
         (table,) = [
-            t for t in paper_tables(layouts_of(values, ["gland"], ["HK"], None), labels, {}) if t["metric"] == "asd"
+            t
+            for t in paper_tables(layouts_of(values, ["gland"], ["HK"], None), labels, {})
+            if t["metric"] == "asd"
         ]
         notes = [line["cells"][0]["notes"] for line in table["groups"][0]["rows"]]
         assert [note for note in notes if note] == []  # only the label without a sweep stands there
@@ -549,7 +703,12 @@ SMALL = {
 
 
 PLAIN = SMALL | {"weights": (), "memories": (), "arms": ("source", "ram", "sgcg")}
-OLD = {"arms": ("ram", "sgcg", "ram_sgcg"), "federations": ("by_site", "pooled"), "memories": (), "cases": 3}
+OLD = {
+    "arms": ("ram", "sgcg", "ram_sgcg"),
+    "federations": ("by_site", "pooled"),
+    "memories": (),
+    "cases": 3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -570,13 +729,25 @@ def page(html):
 class TestWholePage:
     def test_has_a_section_for_every_question(self, page):
         ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-        assert ids >= {"ablation", "differences", "sweep-1", "sweep-2", "federation", "features", "overlays"}
+        assert ids >= {
+            "ablation",
+            "differences",
+            "sweep-1",
+            "sweep-2",
+            "federation",
+            "features",
+            "overlays",
+        }
         assert "Swept setting: prototypes.memory" in page.text
         assert "a ring marks the value of the runs that did not sweep it" in page.text
         assert "Of the 10 nearest neighbours of a pixel" in page.text
 
     def test_numbers_of_the_local_models_are_those_of_all_of_them(self, large, page):
-        rows = [r for r in pq.read_table(large / "results.parquet").to_pylist() if r["method"] == "ram_sgcg local"]
+        rows = [
+            r
+            for r in pq.read_table(large / "results.parquet").to_pylist()
+            if r["method"] == "ram_sgcg local"
+        ]
         by_case = {}
         for entry in rows:
             by_case.setdefault((entry["heldout"], entry["case"]), []).append(entry["dice"])
@@ -619,7 +790,9 @@ class TestWholePage:
 
     def test_tables_of_an_older_version_give_the_same_sections(self, tmp_path):
         page = Page(
-            make_report(write_large_study(tmp_path, **(SMALL | OLD), columns=False, features=False)).read_text()
+            make_report(
+                write_large_study(tmp_path, **(SMALL | OLD), columns=False, features=False)
+            ).read_text()
         )
         ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
         assert ids >= {"ablation", "differences", "sweep-1", "federation"}
@@ -628,17 +801,31 @@ class TestWholePage:
     def test_fundus_has_the_printed_rows_beside_ours_in_the_papers_order(self, tmp_path):
         write_large_study(
             tmp_path,
-            **(PLAIN | {"sites": FUNDUS_SITES, "cases": 2, "arms": ("ram", "ram_sgcg"), "federations": ("pooled",)}),
+            **(
+                PLAIN
+                | {
+                    "sites": FUNDUS_SITES,
+                    "cases": 2,
+                    "arms": ("ram", "ram_sgcg"),
+                    "federations": ("pooled",),
+                }
+            ),
             structures=FUNDUS,
             name="fundus",
             features=False,
         )
         page = Page(make_report(tmp_path).read_text())
-        heads = "drishti domain 1 rim_one domain 2 refuge_train domain 3 refuge_val domain 4 Average"
+        heads = (
+            "drishti domain 1 rim_one domain 2 refuge_train domain 3 refuge_val domain 4 Average"
+        )
         assert heads in page.text
-        assert "SgCG printed 86.65 / 95.92 80.40 / 90.39 87.48 / 95.07 86.27 / 94.18 89.55" in page.text
         assert (
-            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 the row gives 11.33" in page.text
+            "SgCG printed 86.65 / 95.92 80.40 / 90.39 87.48 / 95.07 86.27 / 94.18 89.55"
+            in page.text
+        )
+        assert (
+            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 the row gives 11.33"
+            in page.text
         )
         assert "must not be compared digit by digit" in page.text
         assert "withdrawn" in page.text
@@ -654,7 +841,9 @@ class TestWholePage:
         assert all(path.suffix in {".svg", ".png"} for path in (study / "figures").iterdir())
 
     def test_the_protocol_tells_every_value_of_what_the_methods_do_not_share(self, tmp_path):
-        study = write_large_study(tmp_path, **(PLAIN | {"federations": ("by_site",)}), features=False)
+        study = write_large_study(
+            tmp_path, **(PLAIN | {"federations": ("by_site",)}), features=False
+        )
         record = yaml.safe_load((study / "study.yaml").read_text())
         record["settings"]["sgcg"]["federation"]["rounds"] = 24
         record["settings"]["sgcg"]["method"] |= {"steps_per_round": 7}
@@ -693,7 +882,9 @@ def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_
         for path in folder.glob("*/*/*/results.parquet"):
             path.unlink()
         words[name] = Page(make_report(folder).read_text()).text
-    assert words["new"].count("as the papers count") == 3  # one row each of Dice and ASD, and the note
+    assert (
+        words["new"].count("as the papers count") == 3
+    )  # one row each of Dice and ASD, and the note
     assert "as the papers count" not in words["old"]
 
 
@@ -702,7 +893,9 @@ def test_cells_of_an_older_version_join_those_of_this_one(tmp_path):
 
     for seed in (0, 1):
         (tmp_path / "sgcg" / "HK" / str(seed)).mkdir(parents=True)
-        cell = {"method": ["sgcg"], "seed": [seed], "dice": [0.5]} | ({"dice_smooth1": [0.6]} if seed else {})
+        cell = {"method": ["sgcg"], "seed": [seed], "dice": [0.5]} | (
+            {"dice_smooth1": [0.6]} if seed else {}
+        )
         pq.write_table(pa.table(cell), tmp_path / "sgcg" / "HK" / str(seed) / "results.parquet")
     collect_study(tmp_path)
     assert pq.read_table(tmp_path / "results.parquet")["dice_smooth1"].to_pylist() == [None, 0.6]

@@ -22,11 +22,40 @@ from server.report.tables import (
 NAN = float("nan")
 
 
-def row(method="sgcg", heldout="HK", seed=0, site=None, case="a", structure="gland", dice=0.5, asd=2.0, **more):
+def row(
+    method="sgcg",
+    heldout="HK",
+    seed=0,
+    site=None,
+    case="a",
+    structure="gland",
+    dice=0.5,
+    asd=2.0,
+    **more,
+):
     empty = math.isnan(asd)
-    base = {"method": method, "heldout": heldout, "seed": seed, "site": site or heldout, "case": case}
-    base |= {"structure": structure, "dice": dice, "asd": asd, "assd": asd, "hd95": 3 * asd, "unit": "pixel"}
-    base |= {"asd_mm": None, "assd_mm": None, "hd95_mm": None, "empty_prediction": empty, "empty_truth": False}
+    base = {
+        "method": method,
+        "heldout": heldout,
+        "seed": seed,
+        "site": site or heldout,
+        "case": case,
+    }
+    base |= {
+        "structure": structure,
+        "dice": dice,
+        "asd": asd,
+        "assd": asd,
+        "hd95": 3 * asd,
+        "unit": "pixel",
+    }
+    base |= {
+        "asd_mm": None,
+        "assd_mm": None,
+        "hd95_mm": None,
+        "empty_prediction": empty,
+        "empty_truth": False,
+    }
     return base | more
 
 
@@ -41,12 +70,24 @@ class TestSummary:
         assert found["dice_mean"] == pytest.approx((0.3 + 0.9) / 2)
         assert found["dice_sd"] == pytest.approx(np.std([0.3, 0.9], ddof=1))
         assert (found["cases"], found["seeds"], found["evaluations"]) == (2, [0, 1], 3)
-        assert (found["dice_low"], found["dice_high"]) == (0.0, 1.0)  # two cases say almost nothing: 0.6 ± 3.8
+        assert (found["dice_low"], found["dice_high"]) == (
+            0.0,
+            1.0,
+        )  # two cases say almost nothing: 0.6 ± 3.8
 
     def test_distances_of_empty_masks_are_left_out_and_counted_while_dice_counts(self):
-        rows = [row(case="a", dice=0.0, asd=NAN), row(case="b", dice=0.8, asd=1.0), row(case="c", dice=0.7, asd=3.0)]
+        rows = [
+            row(case="a", dice=0.0, asd=NAN),
+            row(case="b", dice=0.8, asd=1.0),
+            row(case="c", dice=0.7, asd=3.0),
+        ]
         (found,) = summary_rows(rows)
-        assert (found["asd_mean"], found["hd95_mean"], found["asd_excluded"], found["dice_excluded"]) == (
+        assert (
+            found["asd_mean"],
+            found["hd95_mean"],
+            found["asd_excluded"],
+            found["dice_excluded"],
+        ) == (
             2.0,
             6.0,
             1,
@@ -60,12 +101,16 @@ class TestSummary:
         assert found["asd_excluded"] == 1
 
     def test_both_masks_empty_is_counted(self):
-        (found,) = summary_rows([row(dice=1.0, asd=0.0, empty_prediction=True, empty_truth=True), row(case="b")])
+        (found,) = summary_rows(
+            [row(dice=1.0, asd=0.0, empty_prediction=True, empty_truth=True), row(case="b")]
+        )
         assert found["both_empty"] == 1
         assert found["asd_excluded"] == 0
 
     def test_average_lets_every_hospital_count_the_same(self):
-        rows = [row(heldout="HK", case=str(case), dice=0.9) for case in range(9)] + [row(heldout="UCL", dice=0.5)]
+        rows = [row(heldout="HK", case=str(case), dice=0.9) for case in range(9)] + [
+            row(heldout="UCL", dice=0.5)
+        ]
         *hospitals, average = summary_rows(rows)
         assert [found["site"] for found in hospitals] == ["HK", "UCL"]
         assert average["site"] == average["heldout"] == AVERAGE
@@ -135,39 +180,70 @@ class TestDifferences:
         assert self.differences(rows, "asd")["HK"].sentence == "no case in common"
 
     def test_average_counts_hospitals_the_same(self):
-        rows = [row("sgcg", "HK", case=str(i), dice=0.6) for i in range(4)] + [row("sgcg", "UCL", dice=0.9)]
-        rows += [row("source", "HK", case=str(i), dice=0.5) for i in range(4)] + [row("source", "UCL", dice=0.6)]
+        rows = [row("sgcg", "HK", case=str(i), dice=0.6) for i in range(4)] + [
+            row("sgcg", "UCL", dice=0.9)
+        ]
+        rows += [row("source", "HK", case=str(i), dice=0.5) for i in range(4)] + [
+            row("source", "UCL", dice=0.6)
+        ]
         found = self.differences(rows)[AVERAGE]
         assert found.interval.mean == pytest.approx(0.2)
         assert (found.cases, found.groups) == (5, 2)
 
     @pytest.mark.parametrize(
         ("metric", "change", "word"),
-        [("dice", 0.1, "better"), ("dice", -0.1, "worse"), ("asd", 0.1, "worse"), ("asd", -0.1, "better")],
+        [
+            ("dice", 0.1, "better"),
+            ("dice", -0.1, "worse"),
+            ("asd", 0.1, "worse"),
+            ("asd", -0.1, "better"),
+        ],
     )
     def test_sentence_knows_which_direction_is_good(self, metric, change, word):
-        places = [{"heldout": h, "seed": seed, "case": c} for h in ("HK", "UCL") for seed in range(4) for c in "ab"]
+        places = [
+            {"heldout": h, "seed": seed, "case": c}
+            for h in ("HK", "UCL")
+            for seed in range(4)
+            for c in "ab"
+        ]
         rows = [row("source", **place, **{metric: 0.5}) for place in places]
         rows += [row("sgcg", **place, **{metric: 0.5 + change}) for place in places]
         found = self.differences(rows, metric)
         assert found[AVERAGE].corrected == pytest.approx(12 * 2 / 2**8)
         (alone,) = compare_on_average(CaseValues(rows), [("sgcg", "source")], ["gland"], [metric])
         assert alone.sentence == f"sgcg is {word}: the difference holds"
-        assert found["HK"].sentence.startswith("no difference shown: 4 trainings are too few for a test")
+        assert found["HK"].sentence.startswith(
+            "no difference shown: 4 trainings are too few for a test"
+        )
 
     def test_sentence_without_a_difference_or_an_interval(self):
-        rows = [row(m, seed=s, case=c, dice=0.5) for m in ("source", "sgcg") for s in (0, 1) for c in "ab"]
-        changed = [{**r, "dice": 0.6 if r["case"] == "a" else 0.4} if r["method"] == "sgcg" else r for r in rows]
-        assert self.differences(changed)["HK"].sentence == "no difference shown: the interval includes zero"
+        rows = [
+            row(m, seed=s, case=c, dice=0.5)
+            for m in ("source", "sgcg")
+            for s in (0, 1)
+            for c in "ab"
+        ]
+        changed = [
+            {**r, "dice": 0.6 if r["case"] == "a" else 0.4} if r["method"] == "sgcg" else r
+            for r in rows
+        ]
+        assert (
+            self.differences(changed)["HK"].sentence
+            == "no difference shown: the interval includes zero"
+        )
         other = [r for r in rows if (r["method"] == "sgcg") == (r["case"] == "a")]
         assert self.differences(other)["HK"].sentence == "no case in common"
         one = [r for r in rows if r["case"] == "a"]
-        assert self.differences(one)["HK"].sentence == "no verdict: one case in common gives no interval"
+        assert (
+            self.differences(one)["HK"].sentence
+            == "no verdict: one case in common gives no interval"
+        )
 
 
 def test_best_is_highest_dice_and_lowest_distance_and_nobody_in_a_tie_of_all():
     rows = [
-        {"method": m, "dice_mean": d, "asd_mean": a} for m, d, a in (("x", 0.8, 1.0), ("y", 0.9, 3.0), ("z", 0.9, NAN))
+        {"method": m, "dice_mean": d, "asd_mean": a}
+        for m, d, a in (("x", 0.8, 1.0), ("y", 0.9, 3.0), ("z", 0.9, NAN))
     ]
     assert best_methods(rows, "dice") == {"y", "z"}
     assert best_methods(rows, "asd") == {"x"}

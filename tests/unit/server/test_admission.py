@@ -25,7 +25,9 @@ def statistics(seed: int = 0) -> ClassStatistics:
 class Sent:
     identity: Identity = IDENTITY
     site: str = "A"
-    weights: Weights | None = Weights(LAYOUT, np.arange(6, dtype=np.float32), (("bn.num_batches_tracked", 9),))
+    weights: Weights | None = Weights(
+        LAYOUT, np.arange(6, dtype=np.float32), (("bn.num_batches_tracked", 9),)
+    )
     statistics: ClassStatistics | None = field(default_factory=statistics)
     metrics: dict[str, float] = field(default_factory=lambda: {"examples": 12.0})
 
@@ -65,27 +67,54 @@ def test_an_honest_payload_is_admitted() -> None:
         ("PAY-120", Sent(identity=replace(IDENTITY, round=2)), "round 2 instead of 3"),
         ("PAY-120", Sent(identity=replace(IDENTITY, run="other")), "another run"),
         ("PAY-120", Sent(identity=replace(IDENTITY, heldout="A")), "another heldout"),
-        ("PAY-120", Sent(identity=replace(IDENTITY, plan="x", run="y")), "another run and another plan"),
+        (
+            "PAY-120",
+            Sent(identity=replace(IDENTITY, plan="x", run="y")),
+            "another run and another plan",
+        ),
         ("PAY-120", Sent(site="B"), "another site"),
         ("PAY-103", Sent(weights=None), "no weights"),
-        ("PAY-103", Sent(weights=Weights(LAYOUT[:1], np.zeros(4, np.float32), GLOBAL.counters)), "bn.running_var"),
-        ("PAY-103", Sent(weights=Weights(LAYOUT[::-1], np.zeros(6, np.float32), GLOBAL.counters)), "another order"),
         (
             "PAY-103",
-            Sent(weights=Weights((("conv.weight", (4,)), LAYOUT[1]), np.zeros(6, np.float32), GLOBAL.counters)),
+            Sent(weights=Weights(LAYOUT[:1], np.zeros(4, np.float32), GLOBAL.counters)),
+            "bn.running_var",
+        ),
+        (
+            "PAY-103",
+            Sent(weights=Weights(LAYOUT[::-1], np.zeros(6, np.float32), GLOBAL.counters)),
+            "another order",
+        ),
+        (
+            "PAY-103",
+            Sent(
+                weights=Weights(
+                    (("conv.weight", (4,)), LAYOUT[1]), np.zeros(6, np.float32), GLOBAL.counters
+                )
+            ),
             "shape (4,) instead of (2, 2)",
         ),
         (
             "PAY-103",
-            Sent(weights=Weights((*LAYOUT, ("head", (1,))), np.zeros(7, np.float32), GLOBAL.counters)),
+            Sent(
+                weights=Weights((*LAYOUT, ("head", (1,))), np.zeros(7, np.float32), GLOBAL.counters)
+            ),
             "1 entries that the network does not have",
         ),
         ("PAY-103", Sent(weights=Weights(LAYOUT, np.zeros(6, np.float32))), "counters"),
-        ("PAY-103", Sent(weights=Weights(LAYOUT, np.zeros(6, np.float32), (("bn.num_batches_tracked", -1),))), "below"),
+        (
+            "PAY-103",
+            Sent(
+                weights=Weights(LAYOUT, np.zeros(6, np.float32), (("bn.num_batches_tracked", -1),))
+            ),
+            "below",
+        ),
         ("PAY-101", Sent(weights=values(0, 0, 0, 0, 0, np.nan)), "'bn.running_var'"),
         ("PAY-101", Sent(weights=values(np.inf, 0, 0, 0, 0, 0)), "'conv.weight'"),
         ("PAY-110", Sent(metrics={}), "nan"),
-        *[("PAY-110", Sent(metrics={"examples": n}), "examples") for n in (0.0, -3.0, 2.5, np.nan, np.inf, -np.inf)],
+        *[
+            ("PAY-110", Sent(metrics={"examples": n}), "examples")
+            for n in (0.0, -3.0, 2.5, np.nan, np.inf, -np.inf)
+        ],
         ("PAY-111", Sent(metrics={"examples": 13.0}), "13 examples"),
         ("PAY-111", Sent(metrics={"examples": 1e12}), "enrolled with 12"),
         ("STA-201", Sent(statistics=None), "no class statistics"),
@@ -131,7 +160,9 @@ def test_long_vectors_are_fine_where_unit_length_is_not_agreed() -> None:
 
 def test_rank_deficient_and_absent_classes_are_honest() -> None:
     one_pixel = ClassStatistics.from_features(np.array([[1.0, 0, 0, 0]]), np.array([2]), 3)
-    line = ClassStatistics.from_features(np.array([[1.0, 0, 0, 0], [0.6, 0.8, 0, 0]]), np.array([1, 1]), 3)
+    line = ClassStatistics.from_features(
+        np.array([[1.0, 0, 0, 0], [0.6, 0.8, 0, 0]]), np.array([1, 1]), 3
+    )
     for found in (one_pixel, line, ClassStatistics.empty(3, 4)):
         assert admit(Sent(statistics=found), EXPECTED).accepted
 

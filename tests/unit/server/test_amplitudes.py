@@ -15,11 +15,17 @@ SIDE, SIZE = 32, 4
 
 
 def plan_of(sharing):
-    return Plan.from_tree(join(["method=ram", f"method.ram.sharing={sharing}", f"data.image_size={SIDE}"]))
+    return Plan.from_tree(
+        join(["method=ram", f"method.ram.sharing={sharing}", f"data.image_size={SIDE}"])
+    )
 
 
 def windows(seed, count=5, channels=3, size=SIZE):
-    return np.random.default_rng(seed).gamma(2.0, 100.0, (count, channels, 2, size, size)).astype(np.float32)
+    return (
+        np.random.default_rng(seed)
+        .gamma(2.0, 100.0, (count, channels, 2, size, size))
+        .astype(np.float32)
+    )
 
 
 def summary(seed, **facts):
@@ -34,18 +40,29 @@ def refused(plan, parts):
 
 def test_the_sum_of_the_summaries_names_who_is_in_it_whatever_the_sites_say():
     one, two = summary(0), summary(1, sites=("someone else",))
-    total = AmplitudeSummary.decode(merge_amplitudes(plan_of("summary"), [("B", two.encode()), ("A", one.encode())]))
+    total = AmplitudeSummary.decode(
+        merge_amplitudes(plan_of("summary"), [("B", two.encode()), ("A", one.encode())])
+    )
     assert total.sites == ("A", "B")
     assert total.count == 10
     np.testing.assert_allclose(total.first, one.first + two.first)
-    np.testing.assert_allclose(total.without(replace(one, sites=("A",))).covariance, two.covariance, atol=1e-10)
+    np.testing.assert_allclose(
+        total.without(replace(one, sites=("A",))).covariance, two.covariance, atol=1e-10
+    )
 
 
 def test_banks_stand_one_after_another_under_the_names_of_who_sent_them():
-    banks = {name: AmplitudeBank(windows(seed, 2), ("forged", "forged")) for seed, name in enumerate("BA")}
-    merged = AmplitudeBank.decode(merge_amplitudes(plan_of("bank"), [(n, bank.encode()) for n, bank in banks.items()]))
+    banks = {
+        name: AmplitudeBank(windows(seed, 2), ("forged", "forged"))
+        for seed, name in enumerate("BA")
+    }
+    merged = AmplitudeBank.decode(
+        merge_amplitudes(plan_of("bank"), [(n, bank.encode()) for n, bank in banks.items()])
+    )
     assert merged.owners == ("A", "A", "B", "B")
-    np.testing.assert_array_equal(merged.windows, np.concatenate([banks["A"].windows, banks["B"].windows]))
+    np.testing.assert_array_equal(
+        merged.windows, np.concatenate([banks["A"].windows, banks["B"].windows])
+    )
     assert merged.without("A").owners == ("B", "B")
 
 

@@ -21,13 +21,22 @@ SETTINGS = {"seed": 0, "method": {"name": "sgcg"}}
 
 def record(number: int, plan: str = "plan") -> RoundRecord:
     rng = np.random.default_rng(number)
-    model = Weights((("a", (3, 2)), ("b", ())), rng.normal(size=7).astype(np.float32), (("steps", number),))
+    model = Weights(
+        (("a", (3, 2)), ("b", ())), rng.normal(size=7).astype(np.float32), (("steps", number),)
+    )
     parts = {
         site: ClassStatistics.from_features(rng.normal(size=(30, 4)), np.repeat([0, 1, 2], 10), 3)
         for site in ("B/Süd 1", "A")[: number - 1]
     }
     rows = [
-        {"round": number, "phase": "train", "site": site, "cls": "", "metric": "loss", "value": float(rng.normal())}
+        {
+            "round": number,
+            "phase": "train",
+            "site": site,
+            "cls": "",
+            "metric": "loss",
+            "value": float(rng.normal()),
+        }
         for site in "AB"
     ]
     return RoundRecord(
@@ -120,7 +129,9 @@ def test_the_order_in_which_sites_were_remembered_changes_no_byte(tmp_path: Path
 def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
     filled(tmp_path / "one", 3)
     filled(tmp_path / "two", 3)
-    assert checkpoint(tmp_path / "one", 3).read_bytes() == checkpoint(tmp_path / "two", 3).read_bytes()
+    assert (
+        checkpoint(tmp_path / "one", 3).read_bytes() == checkpoint(tmp_path / "two", 3).read_bytes()
+    )
 
 
 def test_rounds_are_committed_in_order(tmp_path: Path) -> None:
@@ -147,7 +158,9 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [flip, truncate, empty])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(harm, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
+    harm, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     records = filled(tmp_path, 3)
     harm(checkpoint(tmp_path, 3))
     with journal(tmp_path) as found:
@@ -235,7 +248,9 @@ def test_a_second_user_of_the_folder_is_refused_and_told_who_holds_it(tmp_path: 
             "try: Journal(Path(sys.argv[1]), 'plan', {})\n"
             "except FedsgcgError as error: print(error)"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        )
         import os
 
         assert "CFG-006" in done.stdout
@@ -280,5 +295,7 @@ def test_a_damaged_plan_file_is_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(FedsgcgError) as caught:
         journal(tmp_path)
     assert caught.value.code == "SRV-402"
-    (tmp_path / "journal" / "plan.json").write_text(json.dumps({"digest": "plan", "settings": SETTINGS}))
+    (tmp_path / "journal" / "plan.json").write_text(
+        json.dumps({"digest": "plan", "settings": SETTINGS})
+    )
     journal(tmp_path).close()

@@ -17,7 +17,9 @@ def weights(*values: float, steps: int = 0) -> Weights:
 
 
 def test_fedavg_by_hand() -> None:
-    merged = merge_weights([("A", weights(1, 2, 3, steps=4), 1.0), ("B", weights(5, 6, -1, steps=2), 3.0)])
+    merged = merge_weights(
+        [("A", weights(1, 2, 3, steps=4), 1.0), ("B", weights(5, 6, -1, steps=2), 3.0)]
+    )
     np.testing.assert_array_equal(merged.values, np.array([4, 5, 0], np.float32))
     assert merged.values.dtype == np.float32
     assert merged.layout == LAYOUT
@@ -27,7 +29,10 @@ def test_fedavg_by_hand() -> None:
 def test_sum_is_taken_in_float64() -> None:
     # In float32 1e8 + 1 is 1e8: the ones would be lost.
     values = [1e8, *[1.0] * 16, -1e8]
-    parts = [(f"{k:02d}", Weights((("x", (1,)),), np.array([v], np.float32)), 1.0) for k, v in enumerate(values)]
+    parts = [
+        (f"{k:02d}", Weights((("x", (1,)),), np.array([v], np.float32)), 1.0)
+        for k, v in enumerate(values)
+    ]
     assert merge_weights(parts).values[0] == np.float32(16 / 18)
 
 
@@ -42,14 +47,25 @@ def test_largest_finite_weights_do_not_overflow() -> None:
     [
         ([], "no part"),
         ([("A", weights(1, 2, 3), 1.0), ("A", weights(1, 2, 3), 1.0)], "twice"),
-        ([("A", weights(1, 2, 3), 1.0), ("B", Weights((("w", (3,)),), np.zeros(3, np.float32)), 1.0)], "layout of B"),
-        ([("A", weights(1, 2, 3), 1.0), ("B", Weights(LAYOUT, np.zeros(3, np.float32)), 1.0)], "layout of B"),
+        (
+            [
+                ("A", weights(1, 2, 3), 1.0),
+                ("B", Weights((("w", (3,)),), np.zeros(3, np.float32)), 1.0),
+            ],
+            "layout of B",
+        ),
+        (
+            [("A", weights(1, 2, 3), 1.0), ("B", Weights(LAYOUT, np.zeros(3, np.float32)), 1.0)],
+            "layout of B",
+        ),
         ([("A", weights(1, 2, 3), 0.0)], "positive"),
         ([("A", weights(1, 2, 3), -2.0)], "positive"),
         ([("A", weights(1, 2, 3), float("nan"))], "positive"),
     ],
 )
-def test_parts_that_cannot_be_merged_are_refused(parts: list[tuple[str, Weights, float]], text: str) -> None:
+def test_parts_that_cannot_be_merged_are_refused(
+    parts: list[tuple[str, Weights, float]], text: str
+) -> None:
     with pytest.raises(ValueError, match=text):
         merge_weights(parts)
 
@@ -91,7 +107,9 @@ def _changed(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def one_class(values: list[float]) -> ClassStatistics:
-    return ClassStatistics.from_features(np.array(values, float)[:, None], np.zeros(len(values), int), 1)
+    return ClassStatistics.from_features(
+        np.array(values, float)[:, None], np.zeros(len(values), int), 1
+    )
 
 
 def test_pixel_weighting_pools_all_pixels() -> None:
@@ -102,7 +120,9 @@ def test_pixel_weighting_pools_all_pixels() -> None:
 
 
 def test_site_weighting_gives_each_site_the_same_say_and_keeps_the_pixel_count() -> None:
-    merged = merge_statistics([("A", one_class([0, 2])), ("B", one_class([5, 5, 5, 5, 5, 5]))], "sites")
+    merged = merge_statistics(
+        [("A", one_class([0, 2])), ("B", one_class([5, 5, 5, 5, 5, 5]))], "sites"
+    )
     assert merged.count.tolist() == [8]
     assert merged.mean[0, 0] == pytest.approx((1 + 5) / 2)  # mean of the means
     # within: (1 + 0) / 2, between: ((1 - 3)^2 + (5 - 3)^2) / 2

@@ -12,7 +12,9 @@ def of(values: list[float], other: list[float] | None = None) -> ClassStatistics
     """Statistics of one-channel features of two classes."""
     other = other or []
     labels = [0] * len(values) + [1] * len(other)
-    return ClassStatistics.from_features(np.array(values + other, float)[:, None], np.array(labels, int), 2)
+    return ClassStatistics.from_features(
+        np.array(values + other, float)[:, None], np.array(labels, int), 2
+    )
 
 
 def memory(name: str, **changes: object) -> PrototypeMemory:
@@ -44,7 +46,9 @@ def test_discount_counts_older_pixels_for_less() -> None:
     mean = np.average(values, weights=weights)
     assert found.count.tolist() == [6, 0]
     assert found.mean[0, 0] == pytest.approx(mean)
-    assert found.covariance[0, 0, 0] == pytest.approx(np.average((values - mean) ** 2, weights=weights))
+    assert found.covariance[0, 0, 0] == pytest.approx(
+        np.average((values - mean) ** 2, weights=weights)
+    )
 
 
 @pytest.mark.parametrize("name", ["lagged", "restart"])
@@ -69,7 +73,9 @@ def test_momentum_moves_all_sites_together_and_a_departure_starts_it_anew() -> N
 
 def test_with_equal_sites_every_site_weighs_the_same_in_all_rounds_together() -> None:
     policy = memory("cumulative", weighting="sites")
-    parts = policy.update(policy.update({}, [("A", of([0, 0, 0, 0])), ("B", of([6, 6]))]), [("B", of([8, 8]))])
+    parts = policy.update(
+        policy.update({}, [("A", of([0, 0, 0, 0])), ("B", of([6, 6]))]), [("B", of([8, 8]))]
+    )
     found = policy.prototypes(parts)
     assert found is not None
     assert found.count.tolist() == [8, 0]
@@ -108,7 +114,10 @@ def test_a_site_counts_once_a_round() -> None:
 @pytest.mark.parametrize("name", ["cumulative", "discount", "lagged", "restart"])
 def test_order_of_arrival_changes_no_bit(name: str) -> None:
     policy = memory(name, weighting="sites")
-    parts = [(site, of(list(np.random.default_rng(k).normal(size=5)), [float(k)])) for k, site in enumerate("ABCD")]
+    parts = [
+        (site, of(list(np.random.default_rng(k).normal(size=5)), [float(k)]))
+        for k, site in enumerate("ABCD")
+    ]
     before = {"B": of([1, 2])}
     one, other = (policy.prototypes(policy.update(before, fresh)) for fresh in (parts, parts[::-1]))
     assert one is not None
@@ -127,7 +136,9 @@ def test_shift_splits_the_pooled_variance_into_between_and_within() -> None:
 
 def test_shift_with_equal_sites_does_not_depend_on_their_sizes() -> None:
     parts = [("A", of([0, 2] * 50)), ("B", of([4, 6]))]
-    assert memory("lagged", weighting="sites").shift(parts)["between_site_trace"][0] == pytest.approx(4)
+    assert memory("lagged", weighting="sites").shift(parts)["between_site_trace"][
+        0
+    ] == pytest.approx(4)
     assert memory("lagged").shift(parts)["between_site_trace"][0] < 1
 
 

@@ -21,7 +21,9 @@ OTHER = Weights((("x", (1,)),), np.ones(1, np.float32))
 
 @pytest.mark.parametrize("kind", [TRAIN, STATISTICS])
 @pytest.mark.parametrize("recipient", ["D", "C"])
-def test_neither_the_heldout_site_nor_an_observer_may_contribute(kind: str, recipient: str, tmp_path: Path) -> None:
+def test_neither_the_heldout_site_nor_an_observer_may_contribute(
+    kind: str, recipient: str, tmp_path: Path
+) -> None:
     plan = small_plan(tmp_path, observers=["C"])
     guard_recipients(plan, kind, ["A", "B"])
     with pytest.raises(FedsgcgError) as caught:
@@ -40,7 +42,8 @@ def test_source_score_weighs_sites_by_their_cases() -> None:
 
 
 @pytest.mark.parametrize(
-    "nonsense", [(np.nan, 2), (1.5, 2), (-0.1, 2), (0.5, 0), (0.5, -1), (0.5, np.inf), (0.5, np.nan)]
+    "nonsense",
+    [(np.nan, 2), (1.5, 2), (-0.1, 2), (0.5, 0), (0.5, -1), (0.5, np.inf), (0.5, np.nan)],
 )
 def test_source_score_leaves_nonsense_out(nonsense: tuple[float, float]) -> None:
     assert source_score([(0.5, 2), nonsense]) == 0.5
@@ -64,14 +67,18 @@ def test_the_untrained_model_is_never_chosen() -> None:
 
 
 def test_protocol_says_who_trained_and_how_the_model_was_chosen(tmp_path: Path) -> None:
-    plan = small_plan(tmp_path, federation__selection="source_validation", data__largest_component=True)
+    plan = small_plan(
+        tmp_path, federation__selection="source_validation", data__largest_component=True
+    )
     found = protocol(plan, ["B", "A"], 2)
     assert found["trained"] == ["A", "B"]
     assert found["heldout"] == "D"
     assert found["selected_round"] == 2
     assert "training sites' own validation" in found["selection"]
     assert "20%" in found["splits"]
-    assert found["post_processing"] == {"gland": "largest connected component; holes kept; empty stays empty"}
+    assert found["post_processing"] == {
+        "gland": "largest connected component; holes kept; empty stays empty"
+    }
     assert found["structures"] == {"gland": ["gland"]}
     assert found["decision"].endswith("bilinear to the images' own size, then the likeliest class")
     sigmoid = small_plan(tmp_path, data__activation="sigmoid", data__threshold=0.75)

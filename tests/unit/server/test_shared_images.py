@@ -46,15 +46,21 @@ def test_a_copy_is_found_whatever_its_name_compression_axes_and_header(tmp_path,
         plain = gzip.decompress((site / f"a_{kind}.nii.gz").read_bytes())
         (site / f"unpacked_{kind}.nii").write_bytes(plain)
         image = nib.Nifti1Image.from_bytes(plain)
-        saved = nib.Nifti1Image(image.get_fdata(), image.affine)  # 64-bit floats, and nothing else of the header
+        saved = nib.Nifti1Image(
+            image.get_fdata(), image.affine
+        )  # 64-bit floats, and nothing else of the header
         saved.header["descrip"] = b"saved again"
         nib.save(saved, site / f"saved_{kind}.nii")
     data = make_data(image_size=32)
     for heldout in (False, True):
-        store = open_store(open_site(tmp_path / "data", "S", data), data, tmp_path / "cache", heldout=heldout)
+        store = open_store(
+            open_site(tmp_path / "data", "S", data), data, tmp_path / "cache", heldout=heldout
+        )
         assert [case.name for case in store.cases] == ["a", "other"]
         copies = [(p.code, p.where, p.found) for p in store.problems]
-        assert copies == [("SITE-511", name, "the same image as a") for name in ("saved", "turned", "unpacked")]
+        assert copies == [
+            ("SITE-511", name, "the same image as a") for name in ("saved", "turned", "unpacked")
+        ]
 
 
 def test_the_hash_is_of_what_is_seen():
@@ -143,7 +149,9 @@ def test_many_copies_are_counted_and_the_first_named():
 def test_a_hospital_tells_hashes_only_where_its_own_file_says_so(tmp_path, make_data):
     write(tmp_path / "data/S", "a", 1)
     data, identity = make_data(image_size=32), Identity("r", "", 0, "p")
-    store = open_store(open_site(tmp_path / "data", "S", data), data, tmp_path / "cache", heldout=False)
+    store = open_store(
+        open_site(tmp_path / "data", "S", data), data, tmp_path / "cache", heldout=False
+    )
     policy = policy_for(tmp_path / "data", tmp_path)
     assert shared_contents([store], identity, policy) is None
     allowed = replace(policy, sharing=(*policy.sharing, "content_hashes"))
@@ -203,7 +211,9 @@ def test_copies_at_two_training_hospitals_degrade_and_silence_of_all_says_nothin
     plan = small_plan(tmp_path / "twice", federation__rounds=1)
     script = with_hashes(A="x", B="x", D="z")
     outcome = run_federation(ScriptedGrid(plan, ("A", "B", "C", "D"), script=script), plan)
-    assert [problem.found for problem in outcome.problems] == ["1 image is at A and at B, by alias: alias-A = alias-B"]
+    assert [problem.found for problem in outcome.problems] == [
+        "1 image is at A and at B, by alias: alias-A = alias-B"
+    ]
     plan = small_plan(tmp_path / "silent", federation__rounds=1)
     assert run_federation(ScriptedGrid(plan, ("A", "B", "C", "D")), plan).status == "completed"
     assert not (tmp_path / "silent" / TRAINING_IMAGES).exists()
