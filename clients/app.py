@@ -27,7 +27,7 @@ from clients.methods.class_statistics import (
 )
 from clients.methods.partners import site_amplitudes
 from clients.methods.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
-from clients.request import SPLITS, Visit, guard, visiting
+from clients.request import SPLITS, SiteRequest, handle, require_role
 from clients.training import client_name, load_weights, train_round, weights_of
 from common.errors import fail
 from common.feature_samples import FILE, write_feature_samples
@@ -51,21 +51,23 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
     """
     app = ClientApp()
 
-    def answering(work: Callable[[Visit], RecordDict]) -> Callable[[Message, Context], Message]:
-        def handle(message: Message, context: Context) -> Message:
-            return Message(visiting(work, message, context, tree), reply_to=message)
+    def answering(
+        work: Callable[[SiteRequest], RecordDict],
+    ) -> Callable[[Message, Context], Message]:
+        def answer(message: Message, context: Context) -> Message:
+            return Message(handle(work, message, context, tree), reply_to=message)
 
-        return handle
+        return answer
 
     app.query("enrol")(answering(enrol))
-    app.query("statistics")(answering(describe))
-    app.query("amplitudes")(answering(share))
+    app.query("statistics")(answering(send_statistics))
+    app.query("amplitudes")(answering(send_amplitudes))
     app.train()(answering(train))
     app.evaluate()(answering(evaluate))
     return app
 
 
-def enrol(visit: Visit) -> RecordDict:
+def enrol(visit: SiteRequest) -> RecordDict:
     """Say who this site is and how many usable cases it has; case names stay behind their aliases.
 
     `data` is a digest by which the coordinator notices that the site's files or splits changed within a run;
@@ -92,14 +94,14 @@ def enrol(visit: Visit) -> RecordDict:
     return send(visit, Reply(visit.identity, visit.site, details=details))
 
 
-def describe(visit: Visit) -> RecordDict:
+def send_statistics(visit: SiteRequest) -> RecordDict:
     """Measure the received model on the training slices: class statistics, BatchNorm's moments, or both.
 
     The request's options say which: `moments`, `classes`, and for the latter alone `norm_mode`, which is
     `prototypes.norm_mode` unless the coordinator asks for the normalisation of evaluation.
     """
-    guard(visit, "train")
-    options, network = visit.request.options, received(visit)
+    require_role(visit, "train")
+    options, network = visit.request.options, load_global_model(visit)
     mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
     measured = moments(visit, network) if options.get("moments") else None
     wanted = visit.plan.method.statistics and (options.get("classes") or measured is None)
@@ -107,14 +109,14 @@ def describe(visit: Visit) -> RecordDict:
     return send(visit, Reply(visit.identity, visit.site, statistics=found, moments=measured))
 
 
-def train(visit: Visit) -> RecordDict:
+def train(visit: SiteRequest) -> RecordDict:
     """Describe and judge the received model, then train it on the site's own slices and send it back."""
-    guard(visit, "train")
-    plan, network, number = visit.plan, received(visit), visit.identity.round
+    require_role(visit, "train")
+    plan, network, number = visit.plan, load_global_model(visit), visit.identity.round
     described = statistics(visit, network) if plan.described_in_training(number) else None
-    before = judged(visit, network)
+    before = validation_metrics(visit, network)
     _, state = visit.state.load(number)
-    own = leaving(visit, described) if plan.prototypes.memory == "overlay" else None
+    own = apply_floors_to(visit, described) if plan.prototypes.memory == "overlay" else None
     guide = build_guide(
         visit.request.prototypes,
         state,
@@ -136,7 +138,7 @@ def train(visit: Visit) -> RecordDict:
     )
     if plan.prototypes.memory == "online":
         described = kept_statistics(state, ONLINE)
-        own = leaving(visit, described)
+        own = apply_floors_to(visit, described)
     if state or own is not None:
         visit.state.store(number, state | keep_statistics(own))
     return send(
@@ -150,9 +152,9 @@ def held_parts(options: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(str(part) for part in stated) if isinstance(stated, list) else frozenset()
 
 
-def share(visit: Visit) -> RecordDict:
+def send_amplitudes(visit: SiteRequest) -> RecordDict:
     """Send the amplitudes of the site's training slices, where its own file allows it (methods.md 2.8)."""
-    guard(visit, "train")
+    require_role(visit, "train")
     ram = visit.plan.method.ram
     wanted = SHARES.get(ram.sharing, "")
     if wanted not in visit.plan.site.shares:
@@ -161,23 +163,23 @@ def share(visit: Visit) -> RecordDict:
     return send(visit, Reply(visit.identity, visit.site, amplitudes=amplitudes))
 
 
-def evaluate(visit: Visit) -> RecordDict:
+def evaluate(visit: SiteRequest) -> RecordDict:
     """Score the received model case by case: a held-out site on its test cases, a training site on its validation."""
     split = str(visit.request.options.get("split", "test"))
-    guard(visit, *(("train",) if split == "validation" else ("heldout", "observer")))
+    require_role(visit, *(("train",) if split == "validation" else ("heldout", "observer")))
     pictures = visit.home / "pictures.arrow" if split == "test" else None
-    network = received(visit)
+    network = load_global_model(visit)
     keep_features(visit, network, split)
     rows = evaluate_cases(network, visit.stores, visit.plan, split, visit.device, pictures=pictures)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
     if (
         split == "validation"
     ):  # the measure of every other round too, so that models can be compared
-        metrics |= judged(visit, network)
+        metrics |= validation_metrics(visit, network)
     return send(visit, Reply(visit.identity, visit.site, metrics=metrics, cases=encode_cases(rows)))
 
 
-def keep_features(visit: Visit, network: nn.Module, split: str) -> None:
+def keep_features(visit: SiteRequest, network: nn.Module, split: str) -> None:
     """Keep features of some pixels in the site's folder, with `site.feature_samples`; nothing of it is sent."""
     if not visit.plan.site.feature_samples:
         return
@@ -190,13 +192,13 @@ def keep_features(visit: Visit, network: nn.Module, split: str) -> None:
         )
 
 
-def judged(visit: Visit, network: nn.Module) -> dict[str, float]:
+def validation_metrics(visit: SiteRequest, network: nn.Module) -> dict[str, float]:
     """Source-validation Dice of a network, slice by slice at training size; nothing without a validation case."""
     dice, cases = validation_dice(network, visit.stores, visit.plan, visit.device)
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
-def received(visit: Visit) -> nn.Module:
+def load_global_model(visit: SiteRequest) -> nn.Module:
     """The plan's network on the site's device, holding the weights of the request."""
     if visit.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
@@ -207,14 +209,14 @@ def received(visit: Visit) -> nn.Module:
     return network
 
 
-def training_slices(visit: Visit) -> tuple[list[SliceTable], list[np.random.Generator]]:
+def training_slices(visit: SiteRequest) -> tuple[list[SliceTable], list[np.random.Generator]]:
     """The training slices of each of the site's hospitals, and the generator that orders them in a pass."""
     plan, number = visit.plan, visit.identity.round
     tables = [store.slices("train") for store in visit.stores]
     return tables, [stream(plan.seed, number, store.site, "statistics") for store in visit.stores]
 
 
-def moments(visit: Visit, network: nn.Module) -> NormMoments:
+def moments(visit: SiteRequest, network: nn.Module) -> NormMoments:
     """Moments of BatchNorm's inputs over the site's augmented training slices under the network's weights."""
     tables, rngs = training_slices(visit)
     name = client_name([store.site for store in visit.stores])
@@ -224,21 +226,23 @@ def moments(visit: Visit, network: nn.Module) -> NormMoments:
 
 
 def statistics(
-    visit: Visit, network: nn.Module, norm_mode: NormMode | None = None
+    visit: SiteRequest, network: nn.Module, norm_mode: NormMode | None = None
 ) -> ClassStatistics:
     """Class statistics of the site's training slices under the network's weights, pooled over its hospitals."""
     tables, rngs = training_slices(visit)
     return site_statistics(network, tables, visit.plan, visit.device, rngs, norm_mode)
 
 
-def leaving(visit: Visit, described: ClassStatistics | None) -> ClassStatistics | None:
+def apply_floors_to(
+    visit: SiteRequest, described: ClassStatistics | None
+) -> ClassStatistics | None:
     """The site's statistics as they will leave, without the classes that its floors withhold."""
     if described is None:
         return None
     return apply_floors(described, visit.patients, visit.plan.privacy, visit.different_pixels)[0]
 
 
-def send(visit: Visit, reply: Reply) -> RecordDict:
+def send(visit: SiteRequest, reply: Reply) -> RecordDict:
     """Let a reply out through the door."""
     return release(
         reply,

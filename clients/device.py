@@ -64,7 +64,7 @@ def precision(settings: MethodSettings, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 and settings.precision != "float32" else torch.float32
 
 
-def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+def autocast_for(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return the context in which the network runs: autocast to `dtype`, or nothing for float32."""
     return torch.autocast(
         device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32

@@ -43,7 +43,7 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
         raise
 
 
-def let_go(device: torch.device) -> None:
+def free_memory(device: torch.device) -> None:
     """Give back what an abandoned step still holds; to be called after its error is gone."""
     gc.collect()
     if device.type == "cuda":

@@ -21,7 +21,7 @@ from clients.data.store import CaseStore, open_store
 from clients.device import choose_device
 from clients.guard.approval import check_approved
 from clients.guard.egress import release_error
-from clients.guard.policy import alias_salt, confined, obey, policy_of
+from clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
 from clients.guard.site_file import SiteFile
 from clients.local_state import LocalState
 from clients.methods.class_statistics import patients_per_class, pixels_per_class
@@ -37,7 +37,7 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Visit:
+class SiteRequest:
     """Everything that answering one message needs.
 
     Attributes:
@@ -81,7 +81,7 @@ class Visit:
         """
         data, cache = self.plan.data, resolve_cache(self.plan.site)
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
-        sites = [confined(site, self.policy) for site in sites]
+        sites = [only_inside_data_root(site, self.policy) for site in sites]
         heldout, salt = self.role != "train", alias_salt(self.policy)
         stores = tuple(open_store(site, data, cache, heldout=heldout, salt=salt) for site in sites)
         write_text(self.home / "aliases.csv", aliases_table(stores))
@@ -124,8 +124,8 @@ class Visit:
         return found
 
 
-def visiting(
-    work: Callable[[Visit], RecordDict],
+def handle(
+    work: Callable[[SiteRequest], RecordDict],
     message: Message,
     context: Context,
     tree: Mapping[str, Any] | None,
@@ -146,13 +146,13 @@ def visiting(
             site, home = policy.site, Path(policy.home)
             check_approved(policy)
         asked = plan_of_run(tree, dict(context.run_config), context.run_id)
-        plan = obey(asked, policy)
+        plan = apply_policy(asked, policy)
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
         request = decode_request(message.content)
         check_identity(request.identity, asked)
-        return work(Visit(request, plan, site, root, home, kind, policy))
+        return work(SiteRequest(request, plan, site, root, home, kind, policy))
     except Exception as error:
         keep_trace(home, kind, identity)
         unforeseen = "SITE-502" if out_of_memory(error) else "SITE-500"
@@ -162,7 +162,7 @@ def visiting(
         )
 
 
-def guard(visit: Visit, *allowed: str) -> None:
+def require_role(visit: SiteRequest, *allowed: str) -> None:
     """Refuse what the site's role in this fold, or the site's own settings, forbid.
 
     Raises:

@@ -20,13 +20,13 @@ from clients.data.batches import (
     domain_sizes,
     gather,
     index_batches,
-    most_parts,
+    max_micro_batches,
     steps_of,
 )
 from clients.data.prefetch import prefetch
 from clients.methods import Guidance, Guide, Source, method_class
 from clients.methods.partners import Mixer, build_mixer
-from clients.out_of_memory import let_go, unless_out_of_memory
+from clients.out_of_memory import free_memory, unless_out_of_memory
 from common.errors import fail
 from common.seeding import stream, stream_seed
 from common.settings.plan import Plan
@@ -84,7 +84,7 @@ def train_round(
         min(size, len(table))
         for table, size in zip(tables, domain_sizes(plan.method, len(tables)), strict=True)
     ]
-    most = most_parts(sizes)
+    most = max_micro_batches(sizes)
     parts = min(max(plan.site.micro_batches, int(state.get(PARTS, 1))), most)
 
     def attempt() -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -100,7 +100,7 @@ def train_round(
 
     while (trained := unless_out_of_memory(attempt)) is None:
         parts = _more_parts(parts, most, plan, round_number, device)
-        let_go(device)
+        free_memory(device)
         network.zero_grad(set_to_none=True)
         network.load_state_dict(received)
     figures, kept = trained

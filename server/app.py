@@ -45,12 +45,12 @@ def build_server_app(
     def main(grid: Grid, context: Context) -> None:
         plan = plan_of_run(tree, dict(context.run_config), context.run_id)
         # A failure is raised and not logged as well: Flower prints what an app raises.
-        tell(run_federation(grid, plan, on_event), plan)
+        report_outcome(run_federation(grid, plan, on_event), plan)
 
     return app
 
 
-def tell(outcome: Outcome, plan: Plan) -> None:
+def report_outcome(outcome: Outcome, plan: Plan) -> None:
     """Say where the results are; raises FedsgcgError for a run that failed."""
     if outcome.failure:
         raise FedsgcgError(*outcome.failure)

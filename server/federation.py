@@ -32,7 +32,7 @@ from server.records.checkpoint import Best, RoundRecord
 from server.records.events import EventLog, OnEvent, ignore_event
 from server.records.journal import Journal
 from server.records.model_card import IN_CHANNELS, model_card
-from server.selection import better, source_score
+from server.selection import best_so_far, source_score
 from server.sites.departures import check_departures, departed, departure_note
 from server.sites.enrolment import Cohort
 from server.sites.problems import heldout_unanswered, too_few_classes
@@ -49,7 +49,7 @@ from server.sites.replies import (
     validation_of,
     validation_rows,
 )
-from server.sites.requests import Asking, identity_of
+from server.sites.requests import SiteRequests, identity_of
 
 Status = Literal["completed", "degraded", "failed"]
 NO_VALIDATION: Final = "raise data.validation_fraction, or take federation.selection=last"
@@ -123,7 +123,7 @@ class Federation:
         self.notes: list[Problem] = []
         self._plan, self._journal, self._log, self._disk = plan, journal, log, disk
         self._cohort = Cohort(grid, plan, disk)
-        self._asking = Asking(grid, plan, self._cohort, log, self._note)
+        self._asking = SiteRequests(grid, plan, self._cohort, log, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
         self._amplitudes = b""
         self._described: list[Collected] = []  # answers to the last pass after a merge
@@ -166,7 +166,7 @@ class Federation:
             self._log.emit("journal.damaged", code=problem.code, where=problem.where)
         for problem in record.notes if record else ():
             self._note(problem)
-        state = self._let_go(
+        state = self._drop_departed(
             record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan))
         )
         self._cohort.wait()
@@ -175,7 +175,7 @@ class Federation:
             self._note(problem)
         return state
 
-    def _let_go(self, state: RoundRecord) -> RoundRecord:
+    def _drop_departed(self, state: RoundRecord) -> RoundRecord:
         """Go on without the sites that have left for good, their statistics taken out of what is remembered.
 
         The choice by source validation starts anew with them gone: earlier scores counted their validation cases.
@@ -254,7 +254,7 @@ class Federation:
             weights=merged,
             parts=parts,
             # What the sites measured this round is the model they received: that of the round before.
-            best=better(state.best, number - 1, score, state.weights),
+            best=best_so_far(state.best, number - 1, score, state.weights),
         )
         rows += self._heldout_curve(record)
         record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
@@ -304,7 +304,7 @@ class Federation:
         validation = self._asking.evaluate("validation", self._cohort.asked, state.weights, last)
         score = source_score([part.validation for part in validation])
         self._log.emit("validation.done", round=last, validation_dice=score)
-        best = better(state.best, last, score, state.weights)
+        best = best_so_far(state.best, last, score, state.weights)
         chosen = Best(last, float("nan") if score is None else score, state.weights)
         if plan.federation.selection == "source_validation" and best is not None:
             chosen = best

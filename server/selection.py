@@ -52,7 +52,9 @@ def source_score(parts: Sequence[tuple[float, float]]) -> float | None:
     return sum(dice * cases for dice, cases in valid) / total if valid else None
 
 
-def better(best: Best | None, number: int, score: float | None, weights: Weights) -> Best | None:
+def best_so_far(
+    best: Best | None, number: int, score: float | None, weights: Weights
+) -> Best | None:
     """Return the best model so far; an equal score keeps the earlier one, and round 0 (untrained) never counts."""
     if score is None or number < 1 or (best is not None and score <= best.score):
         return best

@@ -38,13 +38,13 @@ class Batch:
     mixed: Tensor | None = None
 
     def parts(self, count: int) -> list[tuple[float, Batch]]:
-        """Cut into at most `count` parts that hold every domain (`most_parts`), each with its share of the slices.
+        """Cut into at most `count` parts that hold every domain (`max_micro_batches`), each with its share of the slices.
 
         The mean of the parts weighted by their shares is the mean over the slices: gradients of a loss that is a mean
         over slices add up to those of the whole batch. BatchNorm and the Dice term look at a whole batch and see the
         parts instead.
         """
-        count = min(count, most_parts(self.sizes))
+        count = min(count, max_micro_batches(self.sizes))
         if count == 1:
             return [(1.0, self)]
         starts = np.cumsum([0, *self.sizes])
@@ -66,7 +66,7 @@ class Batch:
         return cut
 
 
-def most_parts(sizes: Sequence[int]) -> int:
+def max_micro_batches(sizes: Sequence[int]) -> int:
     """Return into how many parts a step can be cut, given its slices of each domain.
 
     Every part holds every domain, and at least two slices, because BatchNorm at the coarsest level needs more than one.

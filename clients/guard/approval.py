@@ -184,14 +184,14 @@ def approve(bundle: Bundle, path: Path, by: str) -> None:
     }
     known = [old for old in approvals(path) if old["digest"] != bundle.digest]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unpack(bundle, kept(path))
+    unpack(bundle, bundle_store(path))
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps({"approved": [*known, entry]}, indent=1), encoding="utf-8")
     partial.chmod(0o600)
     partial.replace(path)
 
 
-def kept(path: Path) -> Path:
+def bundle_store(path: Path) -> Path:
     """Folder in which the code of approved and of refused bundles is kept, one folder a digest."""
     return path.parent / "bundles"
 
@@ -199,7 +199,7 @@ def kept(path: Path) -> Path:
 def last_approved(path: Path) -> Bundle | None:
     """Return the code of the newest approval, or None."""
     known = approvals(path)
-    folder = kept(path) / known[-1]["digest"] if known else None
+    folder = bundle_store(path) / known[-1]["digest"] if known else None
     return code_below(folder) if folder is not None and folder.is_dir() else None
 
 
@@ -221,7 +221,9 @@ def refused(path: Path) -> list[Path]:
     """Return the folders of kept code that is not approved, newest first."""
     known = {entry["digest"] for entry in approvals(path)}
     folders = [
-        folder for folder in kept(path).glob("*") if folder.is_dir() and len(folder.name) == 64
+        folder
+        for folder in bundle_store(path).glob("*")
+        if folder.is_dir() and len(folder.name) == 64
     ]
     return sorted(
         (f for f in folders if f.name not in known), key=lambda f: f.stat().st_mtime, reverse=True

@@ -51,7 +51,7 @@ def policy_of(node_config: Mapping[str, Any]) -> SiteFile | None:
     return policy
 
 
-def obey(plan: Plan, policy: SiteFile | None) -> Plan:
+def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
     """Return the plan as this site carries it out; its digest is no longer the federation's.
 
     Raises:
@@ -140,7 +140,7 @@ def check_sharing(parts: Mapping[str, int], sharing: tuple[str, ...] | None) -> 
         )
 
 
-def confined(site: Site, policy: SiteFile | None) -> Site:
+def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
     """Leave out every case whose files really lie outside the data folder, whatever links lead to them (POL-702)."""
     if policy is None:
         return site

@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from clients.data.batches import Batch
-from clients.device import arithmetic, precision
+from clients.device import autocast_for, precision
 from clients.methods.guidance import IGNORE, Guide
 from common.settings.plan import DataSettings, Plan
 
@@ -91,7 +91,7 @@ class Source:
 
     def view(self, name: str, images: Tensor) -> View:
         """Run the network on one view (B, C, H, W)."""
-        with arithmetic(self._dtype, self.device):
+        with autocast_for(self._dtype, self.device):
             logits, features = self.network(images)
         return View(name, logits.float(), features)
 

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clients.data.augment import augment
 from clients.data.batches import gather, index_batches
-from clients.device import arithmetic, precision
+from clients.device import autocast_for, precision
 from clients.methods.guidance import IGNORE, pixel_features
 from clients.methods.sgcg import labels_at
 from common.feature_samples import sample_pixels
@@ -102,7 +102,7 @@ def _features(
     network: nn.Module, images: torch.Tensor, plan: Plan, device: torch.device
 ) -> torch.Tensor:
     """Run the network on a batch (B, C, S, S); returns its feature map (B, A, h, w)."""
-    with arithmetic(precision(plan.method, device), device):
+    with autocast_for(precision(plan.method, device), device):
         features: torch.Tensor = network(images.to(device, memory_format=torch.channels_last))[1]
     return features
 
@@ -155,7 +155,7 @@ def sample_features(
     with torch.no_grad(), statistics_mode(network, "running"):
         for start in range(0, len(slices), SAMPLED_SLICES):
             images, labels = table.stack(slices[start : start + SAMPLED_SLICES])
-            with arithmetic(dtype, device):
+            with autocast_for(dtype, device):
                 _, maps = network(
                     torch.from_numpy(images).to(device, memory_format=torch.channels_last)
                 )

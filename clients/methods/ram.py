@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from clients.data.batches import Batch
-from clients.device import arithmetic
+from clients.device import autocast_for
 from clients.methods.base import Loss, Source, View, segmentation_loss
 from clients.methods.guidance import IGNORE
 from clients.methods.sgcg import SgCG
@@ -85,7 +85,7 @@ class Ram(Source):
         if not self.local:
             return self.view("ram", batch.mixed)
         network = self._unet()
-        with arithmetic(self._dtype, self.device):
+        with autocast_for(self._dtype, self.device):
             maps = network.encode(batch.mixed)
             logits, features = network.decode(maps)
         self._deepest = maps[-1]
@@ -108,7 +108,7 @@ class Ram(Source):
         for domain, (deepest, images) in enumerate(
             zip(torch.split(self._deepest, sizes), torch.split(batch.images, sizes), strict=True)
         ):
-            with arithmetic(self._dtype, self.device):
+            with autocast_for(self._dtype, self.device):
                 restored = decoder(deepest, domain)
             errors.append(F.mse_loss(restored.float(), images))
         return torch.stack(errors).sum()

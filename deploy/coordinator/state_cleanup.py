@@ -104,8 +104,8 @@ def forget_runs(connection: sqlite3.Connection, last: int) -> None:
     for table in RUNS:
         connection.execute(f"DELETE FROM {table} WHERE run_id != ?", (signed,))  # noqa: S608
     for table in SERIES:
-        orphans = f"{table} WHERE series_id NOT IN (SELECT series_id FROM series_runs)"  # noqa: S608
-        connection.execute(f"DELETE FROM {orphans}")
+        orphans = "WHERE series_id NOT IN (SELECT series_id FROM series_runs)"
+        connection.execute(f"DELETE FROM {table} {orphans}")  # noqa: S608
     connection.execute("COMMIT")
     connection.execute("VACUUM")
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -435,7 +435,7 @@ def _write(path: Path, content: bytes) -> None:
         raise _refused(path, error) from error
 
 
-def take(source: Path, target: Path, *, link: bool) -> None:
+def copy_or_link(source: Path, target: Path, *, link: bool) -> None:
     """Copy a file that needs no change, or link to it."""
     if link:
         target.symlink_to(source.resolve())

@@ -24,7 +24,7 @@ from common.datasets import FUNDUS
 from common.errors import fail
 from common.images.read import read_volume
 from common.images.write import mask_bytes, picture_bytes
-from deploy.prepare.conversion import Found, Work, absent, image_files, take
+from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 from deploy.prepare.fundus_names import PUBLISHED
 
 SIDE: Final = 800
@@ -260,7 +260,7 @@ def _make_released(image: Path, mask: Path, link: bool, to_image: Path, to_mask:
     labels = labels_of(grey_values(mask))
     _check_pair(pixels, labels, image)
     if image.suffix.lower() == ".png":
-        take(image, to_image, link=link)
+        copy_or_link(image, to_image, link=link)
     else:
         to_image.write_bytes(picture_bytes(pixels))
     to_mask.write_bytes(mask_bytes(labels))

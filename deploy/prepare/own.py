@@ -23,7 +23,7 @@ from common.errors import CODES, FedsgcgError, Problem, fail
 from common.images.folders import is_file, stem_of, without_suffix
 from common.images.read import check_geometry, check_image, read_volume, suffix_of
 from common.names import printable
-from deploy.prepare.conversion import Found, Work, absent, image_files, take
+from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 MAX_LABELS: Final = 64
 """More different values than this in a mask: it is no label map."""
@@ -223,6 +223,6 @@ def _make(line: Line, labels: Labels, link: bool, to_image: Path, to_mask: Path)
         mask = read_volume(line.mask, mask=True)
         check_geometry(image, mask, str(line.image))
         labels.check(np.unique(mask.array).tolist(), str(line.mask))
-        take(line.mask, to_mask, link=link)
-    take(line.image, to_image, link=link)
+        copy_or_link(line.mask, to_mask, link=link)
+    copy_or_link(line.image, to_image, link=link)
     return "" if line.mask is not None else "no mask: not usable for training or evaluation"

@@ -13,7 +13,7 @@ from common.datasets import PROSTATE
 from common.errors import fail
 from common.images.read import check_image, read_volume, suffix_of, to_native
 from common.images.write import write_native
-from deploy.prepare.conversion import Found, Work, absent, image_files, take
+from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 FOLDERS: Final = {
     **{
@@ -142,7 +142,7 @@ def _make(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) ->
             action="Get both files again.",
             where=str(mask),
         )
-    take(image, to_image, link=link)
+    copy_or_link(image, to_image, link=link)
     # Upstream reads voxels and no header: voxel (i, j, k) of the mask belongs to voxel (i, j, k) of the image.
     write_native(to_mask, (voxels > 0).astype(np.uint8), image)
     if np.allclose(drawn.affine, scan.affine, atol=1e-3):

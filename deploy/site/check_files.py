@@ -20,7 +20,7 @@ import numpy as np
 from clients.data.case_files import CaseFile, Site, open_site, splits
 from clients.data.slices import class_indices
 from clients.data.store import main_kind, other_kind
-from clients.guard.policy import confined
+from clients.guard.policy import only_inside_data_root
 from clients.guard.site_file import SiteFile
 from common.errors import CODES, FedsgcgError, Problem
 from common.images.contents import content_hash
@@ -107,7 +107,7 @@ def examine_files(
         The findings, one or more a case, and what was seen of the readable cases.
     """
     try:
-        site = confined(open_site(Path(policy.data_root), policy.site, data), policy)
+        site = only_inside_data_root(open_site(Path(policy.data_root), policy.site, data), policy)
     except FedsgcgError as error:
         return [Finding.of("files", problem) for problem in error.problems], []
     findings = [Finding.of("files", problem) for problem in site.quarantined]

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from clients.data.batches import most_parts
-from clients.out_of_memory import let_go, unless_out_of_memory
+from clients.data.batches import max_micro_batches
+from clients.out_of_memory import free_memory, unless_out_of_memory
 from common.errors import fail
 from common.networks import build_network
 from common.settings.plan import Plan
@@ -46,7 +46,7 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
         FedsgcgError: SITE-502 when the device's memory does not hold a step in its smallest parts.
     """
     before, batch = _grown(), plan.method.batch_size
-    most = most_parts([batch])
+    most = max_micro_batches([batch])
     parts = min(plan.site.micro_batches, most)
     while (seconds := unless_out_of_memory(partial(_step_seconds, plan, device, parts))) is None:
         if parts == most:
@@ -60,7 +60,7 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
                 action=action,
             )
         parts = min(2 * parts, most)
-        let_go(device)
+        free_memory(device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return Step(seconds, torch.cuda.max_memory_allocated(device), int(total), parts)

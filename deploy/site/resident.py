@@ -50,7 +50,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from clients.boundary import identity_of, keep_trace
-from clients.guard.approval import Bundle, forget_old, kept, read_bundle, require_approved, unpack
+from clients.guard.approval import (
+    Bundle,
+    bundle_store,
+    forget_old,
+    read_bundle,
+    require_approved,
+    unpack,
+)
 from clients.guard.egress import release_error
 from clients.guard.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, fail
@@ -242,7 +249,9 @@ class Resident:
         try:
             bundle = read_bundle(fab)
             approved = Path(self.policy.approved)
-            place = unpack(bundle, kept(approved))  # refused code is kept too: people compare it
+            place = unpack(
+                bundle, bundle_store(approved)
+            )  # refused code is kept too: people compare it
             forget_old(approved)
             require_approved(bundle, approved)
             worker = self._ready(bundle, place)

@@ -94,7 +94,7 @@ class PrototypeMemory:
             return dict(previous)
         merged = merge_statistics(fresh, self.settings.weighting)
         return {
-            EVERYBODY: moved(previous[EVERYBODY], merged, self.settings.momentum)
+            EVERYBODY: momentum_update(previous[EVERYBODY], merged, self.settings.momentum)
             if previous
             else merged
         }
@@ -114,7 +114,9 @@ class PrototypeMemory:
         }
 
 
-def moved(previous: ClassStatistics, fresh: ClassStatistics, beta: float) -> ClassStatistics:
+def momentum_update(
+    previous: ClassStatistics, fresh: ClassStatistics, beta: float
+) -> ClassStatistics:
     """Move mean and covariance a share of the way to the fresh ones, whatever the counts (methods.md 1.8).
 
     mean += beta d, covariance = (1-beta) S + beta S' + beta (1-beta) d d^T with d = fresh mean - mean: the mixture of

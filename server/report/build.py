@@ -74,11 +74,11 @@ CASE_ROWS = 3000  # of the table of all cases; more would make the page heavy, a
 Tell = Callable[[str], None]
 
 
-def keep_silent(step: str) -> None:
+def no_progress(step: str) -> None:
     """Tell nobody of a step."""
 
 
-def make_report(study: Path, tell: Tell = keep_silent) -> Path:
+def make_report(study: Path, tell: Tell = no_progress) -> Path:
     """Write `report.html` into a study folder from the files that are there, and its figures into `figures/`.
 
     Pictures of patients are drawn only from sites whose folder lies on this machine.
@@ -94,7 +94,7 @@ def make_report(study: Path, tell: Tell = keep_silent) -> Path:
         FedsgcgError: SRV-402 when the folder holds neither a study nor a run, SRV-401 when it cannot be written.
     """
     files, reader = read_study(study)
-    with collector_at_rest():
+    with gc_disabled():
         content = contents(files, reader, tell)
         disk = Disk()
         with refusals(study / "figures"):
@@ -106,7 +106,7 @@ def make_report(study: Path, tell: Tell = keep_silent) -> Path:
 
 
 @contextmanager
-def collector_at_rest() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Let Python's cycle collector rest: figures are made of cycles that live until the end, and it walks them all."""
     was_on = gc.isenabled()
     gc.disable()
@@ -126,7 +126,7 @@ def render(content: Mapping[str, Any]) -> str:
     return environment.from_string(PAGE).render(**content)
 
 
-def contents(study: StudyFiles, reader: Reader, tell: Tell = keep_silent) -> dict[str, Any]:
+def contents(study: StudyFiles, reader: Reader, tell: Tell = no_progress) -> dict[str, Any]:
     """Return everything that the page shows, by the name that its template uses."""
     tell("tables and claims")
     rows = heldout_rows(study.results)

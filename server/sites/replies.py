@@ -101,7 +101,9 @@ class Judged:
         )
 
 
-def due(plan: Plan, message_type: str, site: str, request: Request, slices: int) -> Expectation:
+def expectation_for(
+    plan: Plan, message_type: str, site: str, request: Request, slices: int
+) -> Expectation:
     """Return what the answer to a contributing message must be.
 
     Args:

@@ -19,13 +19,13 @@ from server.selection import guard_recipients
 from server.sites.enrolment import Cohort
 from server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
 from server.sites.problems import quorum_missed
-from server.sites.replies import Collected, Judged, admitted, due
+from server.sites.replies import Collected, Judged, admitted, expectation_for
 
 EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 
 
 @dataclass(frozen=True)
-class Asking:
+class SiteRequests:
     """What a federation asks of its cohort.
 
     Attributes:
@@ -140,7 +140,7 @@ class Asking:
         else:
             slices = self.cohort.members[answer.site].slices("train")
             verdict = admit(
-                answer.reply, due(self.plan, message_type, answer.site, request, slices)
+                answer.reply, expectation_for(self.plan, message_type, answer.site, request, slices)
             )
         if not verdict.accepted:
             self.note(Collected(answer, verdict).problem(request.identity.round))

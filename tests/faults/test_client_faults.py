@@ -14,7 +14,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from clients.boundary import NOBODY
 from clients.guard import ledger
-from clients.request import Visit, visiting
+from clients.request import SiteRequest, handle
 from common.settings.plan import Plan
 from common.wire import messages as wire
 from common.wire.messages import Reply, Request, decode_reply, encode_request
@@ -64,13 +64,13 @@ def trace(plan: Plan, site: str = "North") -> str:
     return (Path(plan.output) / "sites" / site / "errors.log").read_text()
 
 
-def visited(work: Callable[[Visit], RecordDict], plan: Plan) -> RecordDict:
+def visited(work: Callable[[SiteRequest], RecordDict], plan: Plan) -> RecordDict:
     content = encode_request(Request(sites.identity(plan)))
     metadata = Metadata(1, "1", 0, 1, "", "", 0.0, 600.0, "train")
     context = Context(
         run_id=1, node_id=1, node_config={"site": "North"}, state=RecordDict(), run_config={}
     )
-    return visiting(work, Message(content, metadata=metadata), context, plan.to_tree())
+    return handle(work, Message(content, metadata=metadata), context, plan.to_tree())
 
 
 def test_no_name_leaves_when_all_is_well(root, tmp_path):
@@ -92,7 +92,7 @@ def test_no_name_leaves_when_all_is_well(root, tmp_path):
 def test_an_unforeseen_error_becomes_a_code_and_its_trace_stays(root, tmp_path, error):
     plan = sites.plan_of(root, tmp_path)
 
-    def broken(visit: Visit) -> RecordDict:
+    def broken(visit: SiteRequest) -> RecordDict:
         raise error(f"cannot read {CANARY}")
 
     records = visited(broken, plan)
@@ -106,7 +106,7 @@ def test_an_unforeseen_error_becomes_a_code_and_its_trace_stays(root, tmp_path, 
 def test_traces_are_appended(root, tmp_path):
     plan = sites.plan_of(root, tmp_path)
 
-    def broken(visit: Visit) -> RecordDict:
+    def broken(visit: SiteRequest) -> RecordDict:
         raise RuntimeError("once more")
 
     visited(broken, plan)

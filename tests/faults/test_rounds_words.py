@@ -14,7 +14,7 @@ from common.settings.plan import Plan
 from common.statistics import ClassStatistics
 from common.wire.messages import ENROL, EVALUATE, TRAIN, Reply, Request
 from common.wire.payload import encode_cases
-from server.app import tell
+from server.app import report_outcome
 from server.federation import Outcome, run_federation
 from server.report.sections.cases import case_lines, left_out_sentence
 from server.sites.enrolment import UNUSABLE
@@ -197,7 +197,7 @@ def test_a_failure_is_raised_and_not_logged_as_well(
     plan = small_plan(tmp_path)
     outcome, _, _ = run(plan, ("A",))
     with caplog.at_level(logging.DEBUG), pytest.raises(FedsgcgError) as caught:
-        tell(outcome, plan)
+        report_outcome(outcome, plan)
     assert caught.value.code == "RND-401"
     assert caplog.records == []
 

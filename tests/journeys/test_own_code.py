@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from clients.guard.policy import obey
+from clients.guard.policy import apply_policy
 from clients.methods import method_class
 from clients.predict.model import load_model
 from common.errors import FedsgcgError
@@ -161,13 +161,13 @@ def test_a_hospital_runs_only_code_that_it_allows(
     policy = policy_for(hospitals, tmp_path)
     plan = asked_of(hospitals, tmp_path, *OWN)
     with pytest.raises(FedsgcgError) as caught:
-        obey(plan, policy)
+        apply_policy(plan, policy)
     assert [(problem.code, problem.where) for problem in caught.value.problems] == [
         ("POL-706", "method.name"),
         ("POL-706", "network.name"),
     ]
     allowed = dataclasses.replace(policy, code=("my_lab:Smooth", "my_lab:SmallNet"))
-    assert obey(plan, allowed).method.name == "my_lab:Smooth"
+    assert apply_policy(plan, allowed).method.name == "my_lab:Smooth"
     inside = asked_of(hospitals, tmp_path, "method=clients.methods.sgcg:SgCG")
-    assert obey(inside, policy).method.contrasts
-    assert obey(plan, None) is plan
+    assert apply_policy(inside, policy).method.contrasts
+    assert apply_policy(plan, None) is plan

@@ -29,7 +29,7 @@ from common.statistics import ClassStatistics
 from common.wire import messages as wire
 from common.wire.messages import Request
 from deploy.study.inprocess import run_in_process
-from server.aggregation.prototypes import moved
+from server.aggregation.prototypes import momentum_update
 from server.app import build_server_app
 from server.federation import initial_weights
 from tests.support import sites
@@ -270,7 +270,7 @@ def test_more_than_there_is_cannot_leave():
 
 def test_momentum_is_the_mixture_of_both_whatever_the_counts():
     before, fresh = statistics(0, 50), statistics(1, 5000)
-    after = moved(before, fresh, 0.25)
+    after = momentum_update(before, fresh, 0.25)
     delta = fresh.mean - before.mean
     np.testing.assert_allclose(after.mean, before.mean + 0.25 * delta, rtol=1e-12)
     expected = (
@@ -280,10 +280,10 @@ def test_momentum_is_the_mixture_of_both_whatever_the_counts():
     )
     np.testing.assert_allclose(after.covariance, expected, rtol=1e-12)
     assert after.count.tolist() == fresh.count.tolist()
-    np.testing.assert_allclose(moved(before, fresh, 1.0).covariance, fresh.covariance)
+    np.testing.assert_allclose(momentum_update(before, fresh, 1.0).covariance, fresh.covariance)
     absent = ClassStatistics.empty(2, 3)
-    np.testing.assert_allclose(moved(before, absent, 0.25).mean, before.mean)
-    np.testing.assert_allclose(moved(absent, fresh, 0.25).covariance, fresh.covariance)
+    np.testing.assert_allclose(momentum_update(before, absent, 0.25).mean, before.mean)
+    np.testing.assert_allclose(momentum_update(absent, fresh, 0.25).covariance, fresh.covariance)
 
 
 def followed(root, tmp_path, memory):

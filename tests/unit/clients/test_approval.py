@@ -11,11 +11,11 @@ from clients.guard.approval import (
     Bundle,
     approve,
     bundle_of_folder,
+    bundle_store,
     code_below,
     difference,
     forget_old,
     is_approved,
-    kept,
     last_approved,
     read_bundle,
     refused,
@@ -121,7 +121,7 @@ def test_refused_bundles_do_not_pile_up(tmp_path):
     path = tmp_path / "approved.json"
     approve(Bundle({"a.py": b"good"}), path, "anna")
     for number in range(MOST_REFUSED + 3):
-        unpack(Bundle({"a.py": str(number).encode()}), kept(path))
+        unpack(Bundle({"a.py": str(number).encode()}), bundle_store(path))
     forget_old(path)
     assert len(refused(path)) == MOST_REFUSED
     assert last_approved(path) == Bundle({"a.py": b"good"})

@@ -8,7 +8,14 @@ import pytest
 from clients.data.case_files import open_site
 from clients.guard import ledger
 from clients.guard.approval import approve, bundle_of_folder
-from clients.guard.policy import NODE_KEY, check_sharing, confined, inside, obey, policy_of
+from clients.guard.policy import (
+    NODE_KEY,
+    apply_policy,
+    check_sharing,
+    inside,
+    only_inside_data_root,
+    policy_of,
+)
 from clients.guard.site_file import SiteFile, write_site_file
 from common.errors import FedsgcgError
 from common.settings.plan import Plan
@@ -65,13 +72,13 @@ def answer(
 
 def refused(policy: SiteFile, plan: Plan) -> list[tuple[str, str]]:
     with pytest.raises(FedsgcgError) as caught:
-        obey(plan, policy)
+        apply_policy(plan, policy)
     return [(problem.code, problem.where) for problem in caught.value.problems]
 
 
 def test_without_a_site_file_nothing_changes(root, tmp_path):
     plan = sites.plan_of(root, tmp_path)
-    assert obey(plan, policy_of({"site": "North"})) is plan
+    assert apply_policy(plan, policy_of({"site": "North"})) is plan
 
 
 def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
@@ -82,9 +89,9 @@ def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
         threads=2,
         sharing=("weights", "statistics", "amplitude_bank"),
     )
-    obeyed = obey(asked_of(root, tmp_path, "site.home='/elsewhere'"), policy)
+    obeyed = apply_policy(asked_of(root, tmp_path, "site.home='/elsewhere'"), policy)
     assert obeyed.site.shares == ("amplitude_bank",)
-    assert obey(asked_of(root, tmp_path), policy_for(root, tmp_path)).site.shares == ()
+    assert apply_policy(asked_of(root, tmp_path), policy_for(root, tmp_path)).site.shares == ()
     assert obeyed.data.root == str(root)
     assert (obeyed.site.home, obeyed.site.cache) == (policy.home, policy.cache)
     assert (obeyed.site.roles, obeyed.site.threads, obeyed.site.device) == (("heldout",), 2, "cpu")
@@ -93,7 +100,9 @@ def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
 @pytest.mark.parametrize(("asked", "own", "holds"), [(1, 5, 5), (7, 5, 7), (5, 5, 5)])
 def test_floors_only_get_stricter(root, tmp_path, asked, own, holds):
     plan = asked_of(root, tmp_path, f"privacy.min_patients={asked}", f"privacy.min_pixels={asked}")
-    privacy = obey(plan, policy_for(root, tmp_path, patient_floor=own, min_pixels=own)).privacy
+    privacy = apply_policy(
+        plan, policy_for(root, tmp_path, patient_floor=own, min_pixels=own)
+    ).privacy
     assert (privacy.min_patients, privacy.min_pixels) == (holds, holds)
 
 
@@ -108,7 +117,7 @@ def test_a_data_folder_outside_the_sites_own_is_refused(root, tmp_path):
     link.symlink_to("/etc")
     assert not inside(link, tmp_path)
     within = replace(plan, data=replace(plan.data, root=str(root / "North")))
-    assert obey(within, policy).data.root == str(root)
+    assert apply_policy(within, policy).data.root == str(root)
 
 
 def test_a_setting_that_is_not_on_the_list_must_be_as_it_was_shipped(root, tmp_path):
@@ -118,7 +127,7 @@ def test_a_setting_that_is_not_on_the_list_must_be_as_it_was_shipped(root, tmp_p
         coordinator_may_set=("data.*", "network.*", "privacy.*", "federation.*", "heldout"),
     )
     plan = asked_of(root, tmp_path, "method.batch_size=8")
-    assert obey(plan, policy).method == plan.method
+    assert apply_policy(plan, policy).method == plan.method
     faster = asked_of(root, tmp_path, "method.batch_size=8", "method.learning_rate=0.5", "seed=7")
     assert refused(policy, faster) == [("POL-703", "method.learning_rate"), ("POL-703", "seed")]
 
@@ -128,7 +137,7 @@ def test_the_sites_threads_cannot_be_asked_for(root, tmp_path):
     assert refused(policy, asked_of(root, tmp_path, "site.threads=4")) == [
         ("POL-703", "site.threads")
     ]
-    assert obey(asked_of(root, tmp_path, "site.threads=2"), policy).site.threads == 2
+    assert apply_policy(asked_of(root, tmp_path, "site.threads=2"), policy).site.threads == 2
 
 
 def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_door(
@@ -136,7 +145,7 @@ def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_
 ):
     policy = policy_for(root, tmp_path, sharing=("weights",))
     assert refused(policy, asked_of(root, tmp_path)) == [("POL-704", "sharing")]
-    assert obey(asked_of(root, tmp_path, "method=source"), policy).method.name == "source"
+    assert apply_policy(asked_of(root, tmp_path, "method=source"), policy).method.name == "source"
     with pytest.raises(FedsgcgError, match="POL-704"):
         check_sharing({"weights": 4, "statistics": 8, "text": 2}, ("weights",))
     with pytest.raises(FedsgcgError, match="amplitudes"):
@@ -162,12 +171,12 @@ def test_a_link_out_of_the_data_folder_leaves_the_case_out(root, tmp_path):
     policy = policy_for(copy, tmp_path)
     site = open_site(copy, "North", asked_of(root, tmp_path).data)
     assert len(site.cases) == 4
-    kept = confined(site, policy)
+    kept = only_inside_data_root(site, policy)
     assert [case.name for case in kept.cases] == ["North-002", "North-003", "North-004"]
     assert [(problem.code, problem.where) for problem in kept.quarantined] == [
         ("POL-702", "North-001")
     ]
-    assert confined(site, None) is site
+    assert only_inside_data_root(site, None) is site
 
 
 def test_a_file_of_another_site_is_refused(root, tmp_path):

@@ -10,7 +10,14 @@ from flwr.app import Array
 
 from clients.data.cache import prune, touch_used
 from clients.guard import ledger
-from clients.guard.approval import Bundle, approve, bundle_of_folder, is_approved, kept, unpack
+from clients.guard.approval import (
+    Bundle,
+    approve,
+    bundle_of_folder,
+    bundle_store,
+    is_approved,
+    unpack,
+)
 from clients.guard.site_file import write_site_file
 from common.errors import FedsgcgError
 from deploy.cli import site as site_cli
@@ -127,7 +134,7 @@ def test_approve_shows_what_a_refused_bundle_changes(kit, capsys):
     path = kit / "approved.json"
     approve(Bundle({"clients/app.py": b"one\n"}), path, "test")
     new = Bundle({"clients/app.py": b"one\ntwo\n"}, "clients.other:app")
-    unpack(new, kept(path))
+    unpack(new, bundle_store(path))
     assert site_cli.main(["approve", str(kit), "--diff"]) == 1
     said = capsys.readouterr().out
     assert "clients/app.py  (+1 -0 lines)" in said

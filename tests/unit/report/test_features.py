@@ -14,7 +14,7 @@ from common.errors import FedsgcgError, fail
 from common.feature_samples import write_feature_samples
 from common.files.disk import Disk
 from common.statistics import ClassStatistics
-from server.report.build import collector_at_rest, make_report
+from server.report.build import gc_disabled, make_report
 from server.report.gallery import gallery, write_gallery
 from server.report.sections.features import (
     ABSENT,
@@ -227,6 +227,6 @@ def test_a_report_tells_its_steps_and_leaves_the_collector_as_it_was(tmp_path):
         "overlays",
         "files of the figures",
     ]
-    with pytest.raises(FedsgcgError), collector_at_rest():
+    with pytest.raises(FedsgcgError), gc_disabled():
         raise fail("SRV-402")
     assert gc.isenabled()

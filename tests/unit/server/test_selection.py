@@ -12,7 +12,7 @@ from common.errors import FedsgcgError
 from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN
 from common.wire.payload import Weights
 from server.records.model_card import protocol
-from server.selection import better, guard_recipients, source_score
+from server.selection import best_so_far, guard_recipients, source_score
 from tests.support.plans import small_plan
 
 MODEL = Weights((("x", (1,)),), np.zeros(1, np.float32))
@@ -51,19 +51,19 @@ def test_source_score_leaves_nonsense_out(nonsense: tuple[float, float]) -> None
 
 
 def test_best_model_is_kept_until_a_better_one_comes() -> None:
-    first = better(None, 1, 0.5, MODEL)
+    first = best_so_far(None, 1, 0.5, MODEL)
     assert first is not None
     assert (first.round, first.score) == (1, 0.5)
-    assert better(first, 2, 0.5, OTHER) is first  # an equal score keeps the earlier one
-    assert better(first, 2, 0.4, OTHER) is first
-    assert better(first, 2, None, OTHER) is first
-    second = better(first, 3, 0.6, OTHER)
+    assert best_so_far(first, 2, 0.5, OTHER) is first  # an equal score keeps the earlier one
+    assert best_so_far(first, 2, 0.4, OTHER) is first
+    assert best_so_far(first, 2, None, OTHER) is first
+    second = best_so_far(first, 3, 0.6, OTHER)
     assert second is not None
     assert (second.round, second.weights) == (3, OTHER)
 
 
 def test_the_untrained_model_is_never_chosen() -> None:
-    assert better(None, 0, 0.99, MODEL) is None
+    assert best_so_far(None, 0, 0.99, MODEL) is None
 
 
 def test_protocol_says_who_trained_and_how_the_model_was_chosen(tmp_path: Path) -> None:
