@@ -133,7 +133,7 @@ def test_control_characters_do_not_reach_the_terminal():
 def test_work_goes_on_when_its_messages_cannot_be_written(number, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Gone(number))
     assert run_command(lambda console: console.print("lost") or 3) == 3
-    assert ("Messages are lost" in capsys.readouterr().err) == (number != errno.EPIPE)
+    assert ("Output is lost" in capsys.readouterr().err) == (number != errno.EPIPE)
 
 
 DRAW = (

@@ -99,9 +99,9 @@ def test_names_that_look_the_same_are_found():
     ("number", "start"),
     [
         (36, "Shorten the name"),
-        (28, "Make room"),
-        (122, "Make room"),
-        (13, "Get the right"),
+        (28, "Free space"),
+        (122, "Free space"),
+        (13, "Get write permission"),
         (5, "Choose another"),
     ],
 )
