@@ -121,7 +121,7 @@ def test_a_folder_that_holds_no_settings_is_refused(tmp_path: Path) -> None:
     assert "rename it to 'method'" in str(refused(f"config_dir={tmp_path}"))
     (tmp_path / "methods").rename(tmp_path / "method")
     (tmp_path / "method" / "ram.yaml").write_text("")
-    assert "a name that fedsgcg ships" in str(refused(f"config_dir={tmp_path}"))
+    assert "the name of a choice that fedsgcg provides" in str(refused(f"config_dir={tmp_path}"))
 
 
 def test_maps_on_the_command_line_replace() -> None:
