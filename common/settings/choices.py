@@ -27,7 +27,7 @@ BASES: Final = {
     "network": "unet",
     "method": "source",
     "federation": "by_site",
-    "prototypes": "effective",
+    "prototypes": "default",
     "privacy": "floors",
     "site": "local",
     "experiment": "",

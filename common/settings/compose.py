@@ -1,8 +1,8 @@
 """Composes YAML files, the command line and Flower's run config into one resolved tree.
 
-Precedence, lowest first: `configs/run.yaml` and its groups, an `experiment`, the command line. A
-Flower run carries the resolved tree as a string, `config-json`, because `flwr run` accepts only
-flat settings, or a line of overrides, `overrides`.
+Precedence, lowest first: the typed defaults, the groups of `configs/run.yaml`, an `experiment`, the
+command line. A Flower run carries the resolved tree as a string, `config-json`, because `flwr run`
+accepts only flat settings, or a line of overrides, `overrides`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from common.settings.choices import (
     own_files,
     unquoted,
 )
+from common.settings.defaults import typed_defaults
 from common.settings.hints import meant, nearest
 from common.settings.resolve import resolve_own_code
 
@@ -46,6 +47,7 @@ NAMES = ("data.sites", "observers")
 # Maps with the user's own names: one on the command line replaces that of the data set instead of
 # being merged with it.
 MAPS = ("data.classes", "data.structures", "grid", "method.options", "network.options")
+TYPED_DEFAULTS = "typed_defaults"  # name of the first entry of `configs/run.yaml`
 INSIDE_MAPS = tuple(f"{name}." for name in MAPS)
 
 
@@ -110,7 +112,7 @@ def chosen(overrides: Sequence[str]) -> dict[str, str]:
     own = _own_files(overrides)
     plain = _all_for_hydra(overrides)
     choices = _hydra_config(tuple(plain), own).hydra.runtime.choices
-    return {group: str(choices[group]) for group in GROUPS}
+    return {group: str(choices[group] or "") for group in GROUPS}
 
 
 def own_choices(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
@@ -133,9 +135,11 @@ def _own_files(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
 def _hydra_config(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=TYPED_DEFAULTS, node=typed_defaults())
     with offered(own), initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra_compose("run", list(overrides), return_hydra_config=True)
 

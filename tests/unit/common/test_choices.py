@@ -1,4 +1,4 @@
-"""Own settings files: a folder beside the shipped groups, and a YAML file as a choice."""
+"""Own settings files: a folder with the layout of `configs/`, and a YAML file as a choice."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,8 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         "data/cord.yaml": CORD,
         "method/slow.yaml": "defaults: [sgcg]\nlearning_rate: 1.0e-4\n",
         "experiment/mine.yaml": (
-            "defaults:\n  - override /data: cord\n  - override /method: slow\nfederation: {rounds: 2}\n"
+            "defaults:\n  - override /data: cord\n  - override /method: slow\n"
+            "federation: {rounds: 2}\n"
         ),
     }.items():
         path = root / name
