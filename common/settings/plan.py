@@ -104,7 +104,7 @@ class Plan(Section):
             and self.prototypes.weighting != "pixels"
         )
         expected = (
-            f"pixels with memory={self.prototypes.memory}, which takes a site's own sums out again"
+            f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         )
         yield not own_part, "prototypes.weighting", expected
 
