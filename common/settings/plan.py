@@ -103,9 +103,7 @@ class Plan(Section):
             self.prototypes.memory in ("overlay", "online")
             and self.prototypes.weighting != "pixels"
         )
-        expected = (
-            f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
-        )
+        expected = f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         yield not own_part, "prototypes.weighting", expected
 
     def members(self) -> tuple[str, ...]:
