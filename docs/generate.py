@@ -143,7 +143,9 @@ def _comment_lines(lines: Sequence[str]) -> int:
 
 def file_settings(kind: type) -> str:
     """Return every entry of a YAML file that a settings class describes."""
-    hints, meanings, parts = typing.get_type_hints(kind), described(kind), []
+    hints = typing.get_type_hints(kind)
+    meanings = described(kind)
+    parts = []
     for field in dataclasses.fields(kind):
         needed = field.default is dataclasses.MISSING
         default = "needed" if needed else f"default {_value(field.default)}"

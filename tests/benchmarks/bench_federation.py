@@ -104,7 +104,9 @@ def _run_plain() -> list[float]:
 
     from common.networks import UNet
 
-    client, server, ends = ClientApp(), ServerApp(), []
+    client = ClientApp()
+    server = ServerApp()
+    ends = []
 
     @client.train()
     def train(message: Message, context: Context) -> Message:

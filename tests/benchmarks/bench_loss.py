@@ -83,7 +83,7 @@ def _rows(
     N, A, K = shape
     einsum, ceiling = ratio(times, "einsum", "ours"), ratio(times, "gemm", "ours")
     wanted = 4.0 if (N, A, K) == (65536, 32, 3) else None
-    share = 0.8 if A >= 256 else 0.5 if A == 64 else None
+    share = 0.8 if A >= 256 else {64: 0.5}.get(A)
     room = (1.5 * N * A * 4) / 2**20 + 4
     return [
         row(PART, case, "einsum / ours", einsum, "x", *_judged(einsum, wanted, "≥ 4x")),

@@ -13,7 +13,10 @@ from tests.benchmarks import peers
 from tests.benchmarks.harness import at_least, extra_memory, one_thread, paired, ratio, row, show
 
 CASES = ((65536, 32, 3), (65536, 64, 3), (65536, 64, 19), (16384, 256, 3), (65536, 256, 3))
-MERGES, SITES, PIXELS, CHANNELS = 6000, 6, 256, 8
+MERGES = 6000
+SITES = 6
+PIXELS = 256
+CHANNELS = 8
 PART = "class_moments"
 
 

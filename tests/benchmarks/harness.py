@@ -108,6 +108,7 @@ def row(
 ) -> dict[str, Any]:
     """Return a row of the table: part, case, measure, median with quartiles, and target."""
     middle, low, high = value if isinstance(value, tuple) else (value, value, value)
+    verdict = "yes" if met else "no"
     return {
         "part": part,
         "case": case,
@@ -117,7 +118,7 @@ def row(
         "high": float(high),
         "unit": unit,
         "target": target,
-        "met": "" if met is None else ("yes" if met else "no"),
+        "met": "" if met is None else verdict,
     }
 
 
