@@ -16,7 +16,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,8 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
             action=action,
             where=str(path),
         )
-    reader: Callable[[Path, bool], Volume] = (
-        _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
-    )
     try:
-        return reader(path, mask)
+        return _read_nifti(path) if suffix in VOLUME_SUFFIXES else _read_picture(path, mask)
     except FedsgcgError:
         raise
     except FileNotFoundError as error:
@@ -278,9 +275,8 @@ def _from_canonical(array: Array, affine: NDArray[np.float64], plane: str) -> Ar
     return np.asarray(nib.apply_orientation(array.transpose(2, 1, 0), change))
 
 
-def _read_nifti(path: Path, mask: bool) -> Volume:
+def _read_nifti(path: Path) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file into canonical orientation."""
-    del mask
     content = _bytes(path)
     image = _nifti_image(content)
     array = _three_dimensions(image, path)
