@@ -1,1 +1,1 @@
-"""What both sides share: statistics, loss, networks, metrics, settings, errors and the wire format."""
+"""Code shared by server and clients: settings, messages, networks, statistics, metrics, errors."""

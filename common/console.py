@@ -1,8 +1,8 @@
-"""What every command does with its console: how text, data and tables look, errors in words, progress.
+"""Console output of all commands: text, tables, errors, progress and signals.
 
-Everything that is printed goes through a `Screen`. Data passes through nothing that could change it: names, paths and
-fingerprints are neither markup nor emoji nor numbers to be coloured, a line is never broken, and a table that is wider
-than the console is printed whole.
+Everything is printed through a `Screen`, which leaves data unchanged: names, paths and fingerprints
+are not interpreted as markup or emoji and not highlighted, lines are not wrapped, and a table wider
+than the console is not truncated.
 """
 
 from __future__ import annotations
@@ -44,41 +44,42 @@ from common.streams import Outlet, flush_streams, open_streams
 T = TypeVar("T")
 
 WITHOUT_TERMINAL = 110
-"""Columns of a console that is a file or a pipe, where 80 would break a table."""
+"""Columns of a file or a pipe, where 80 would break tables."""
 
 TERMINAL = 80
-"""Columns of a terminal that does not say how many it has."""
+"""Columns of a terminal that does not report its width."""
 
 FEWEST_COLUMNS = 20
-"""A console of fewer columns (`COLUMNS=0`) is one whose width nobody knows."""
+"""A smaller value of `COLUMNS` (such as 0) is ignored."""
 
 FOLDED = 24
-"""Columns from which a long word, such as a path, is folded in a column that folds."""
+"""Columns at which a long word, such as a path, is folded if its column allows folding."""
 
 WIDEST = 10_000
-"""Columns in which every cell fits on one line."""
+"""Columns that are enough for any cell to fit on one line."""
 
 PROBLEM_STYLES = ("yellow", "red", "bold red")
-"""Styles of what `-q` prints too."""
+"""Styles that are printed even with `-q`."""
 
 UNSEEN = {number: "?" for number in (*range(0x20), *range(0x7F, 0xA0)) if chr(number) not in "\t\n"}
-"""How control characters are shown."""
+"""Replacements of control characters."""
 
 ENDS_WITHIN_S = 10.0
-"""Seconds in which a command that was interrupted must have cleaned up."""
+"""Seconds that an interrupted command has for cleaning up."""
 
 QUIET_S = 5.0
-"""Seconds between two lines on a console that cannot redraw."""
+"""Seconds between two progress lines on a console that cannot redraw."""
 
 
 class Screen(Console):
-    """A console that prints data verbatim, and all of it.
+    """A console that prints data verbatim and without truncation.
 
     Args:
         stream: Where to print.
-        width: Columns; else those of the terminal or of `COLUMNS`.
-        quiet: Print warnings and errors alone (`-q`).
-        events: Write events as JSON lines to standard output (`--json`); `stream` is then standard error.
+        width: Columns; the default is `COLUMNS` or the width of the terminal.
+        quiet: Print only warnings and errors (`-q`).
+        events: Write events as JSON lines to standard output (`--json`); `stream` is then standard
+            error.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Screen(Console):
         )
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as `rich` does; a table that is too wide for the console runs over its edge and loses nothing."""
+        """Print as `rich` does, but let a wide table exceed the console instead of cutting it."""
         if self.only_problems and options.get("style") not in PROBLEM_STYLES:
             return
         for table in objects:
@@ -105,14 +106,14 @@ class Screen(Console):
         super().print(*objects, **options)
 
     def event(self, name: str, **fields: Any) -> None:
-        """Write an event as one line of JSON to standard output where that was asked for; else do nothing."""
+        """Write an event as one line of JSON to standard output if `--json` was given."""
         if self.events:
             line = json.dumps({"event": name, **fields}, default=str)
             Outlet(sys.stdout).write(line + "\n")
             sys.stdout.flush()
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return a text verbatim, but for control characters: a file's name cannot steer the terminal."""
+        """Return a text verbatim, except for control characters, which could steer the terminal."""
         return super().render_str(text.translate(UNSEEN), **options)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
@@ -121,54 +122,57 @@ class Screen(Console):
 
 
 def _columns(stream: TextIO) -> int | None:
-    """Return the console's width: `COLUMNS` where it makes sense; None leaves a terminal to `rich`, as it may change.
+    """Return the console's width, or None to let `rich` follow the width of a terminal.
 
-    `rich` takes `COLUMNS=0` at its word and prints nothing.
+    A plausible `COLUMNS` has precedence; `rich` itself would accept `COLUMNS=0` and print nothing.
     """
-    wish = os.environ.get("COLUMNS", "")
-    if wish.isdigit() and int(wish) >= FEWEST_COLUMNS:
-        return int(wish)
+    requested = os.environ.get("COLUMNS", "")
+    if requested.isdigit() and int(requested) >= FEWEST_COLUMNS:
+        return int(requested)
     if not stream.isatty():
         return WITHOUT_TERMINAL
-    return os.get_terminal_size(stream.fileno()).columns or TERMINAL if wish.isdigit() else None
+    if requested.isdigit():
+        return os.get_terminal_size(stream.fileno()).columns or TERMINAL
+    return None
 
 
 def least_width(console: Console, table: Table) -> int:
-    """Return the columns that a table needs at least, and keep its cells from being cut where it has fewer.
+    """Set the least width of each column and return the least width of the table.
 
-    A column is never narrower than its longest word, one with `no_wrap` never than its longest cell: `rich` would cut
-    off the rest. Long words of a column with `overflow="fold"` go on in the next line.
+    `rich` truncates what does not fit. So a column gets at least the width of its longest word, and
+    with `no_wrap` that of its longest cell. Long words of a column with `overflow="fold"` continue
+    on the next line.
     """
     wide = console.options.update(width=WIDEST)
     for column in table.columns:
         sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
         widest = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
-        column.min_width = max(
-            min(widest, FOLDED if column.overflow == "fold" else widest), column.min_width or 0
-        )
+        needed = min(widest, FOLDED) if column.overflow == "fold" else widest
+        column.min_width = max(needed, column.min_width or 0)
     return Measurement.get(console, wide, table).minimum
 
 
 class Version(argparse.Action):
-    """`--version`: the program's version and those of what it stands on."""
+    """`--version`: the versions of the program and of its main dependencies."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show the version and leave")
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> NoReturn:
-        """Print and leave."""
-        parts = [f"{name} {version(name)}" for name in ("torch", "flwr", "ray")]
-        own = f"{parser.prog} {version('fedsgcg')} (Python {platform.python_version()}, {', '.join(parts)})"
-        sys.stdout.write(f"{own}\n")
+        """Print the versions and exit."""
+        parts = [f"Python {platform.python_version()}"]
+        parts += [f"{name} {version(name)}" for name in ("torch", "flwr", "ray")]
+        sys.stdout.write(f"{parser.prog} {version('fedsgcg')} ({', '.join(parts)})\n")
         parser.exit()
 
 
-class _Ending:
-    """Handler of SIGINT and SIGTERM, the end of a job on a cluster, of a container, of a service: both end a command.
+class _Interruption:
+    """Handler of SIGINT and SIGTERM; both end a command.
 
-    The signal is remembered: Ray raises a `KeyboardInterrupt` of its own in the place of any that comes out. Flower's
-    simulation engine waits, while it is left, for the coordinator's thread and so for the round's deadline; what has
-    not ended after `ENDS_WITHIN_S` is left there.
+    SIGTERM is how a cluster, a container or a service manager ends a job. The signal's number is
+    kept, because Ray replaces a `KeyboardInterrupt` by its own. On its way out, Flower's simulation
+    engine waits for the coordinator's thread, which may wait until the round's deadline; so the
+    process exits after `ENDS_WITHIN_S` even if cleaning up has not finished.
     """
 
     def __init__(self) -> None:
@@ -178,21 +182,23 @@ class _Ending:
         self._timer: threading.Timer | None = None
 
     def begin(self, message: str) -> None:
-        """Forget an earlier signal; `message` is what to say after one."""
-        self.number, self.armed, self._message = 0, True, message
+        """Start to handle signals for a command; `message` is printed after an interruption."""
+        self.number = 0
+        self.armed = True
+        self._message = message
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if not self.number:  # a second one must not cut off the cleaning up after the first
+        if not self.number:  # a second signal must not interrupt the cleaning up
             self.number = number
             self._timer = threading.Timer(ENDS_WITHIN_S, self._leave)
             self._timer.daemon = True
             self._timer.start()
-            logging.disable(logging.ERROR)  # what breaks off now is no news
+            logging.disable(logging.ERROR)  # errors that follow from the interruption
             raise KeyboardInterrupt
 
     def end(self) -> int:
-        """Say that the command was interrupted and return its exit code."""
+        """Print that the command was interrupted and return its exit code."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -207,21 +213,22 @@ class _Ending:
         os._exit(code)
 
 
-_ENDING = _Ending()
+_INTERRUPTION = _Interruption()
 
 
 def catch_signals() -> None:
-    """Let SIGTERM end the command under way as Ctrl-C does, also where a library has put its own handlers since.
+    """Make SIGTERM end the running command as Ctrl-C does.
 
-    Nothing happens without a command, and outside the main thread, where Python allows no handlers.
+    To be called again after a library has set its own handlers. Does nothing without a running
+    command, or outside the main thread, where Python does not allow signal handlers.
     """
-    if _ENDING.armed and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _ENDING)
-        signal.signal(signal.SIGINT, _ENDING)
+    if _INTERRUPTION.armed and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _INTERRUPTION)
+        signal.signal(signal.SIGINT, _INTERRUPTION)
 
 
 def add_output_options(parser: argparse.ArgumentParser, *, events: bool = False) -> None:
-    """Add `-q` and `-v`, and `--json` where a command has events, to the options of a command."""
+    """Add `-q` and `-v` to the options of a command, and `--json` if it has events."""
     parser.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
     parser.add_argument(
         "-v",
@@ -241,23 +248,24 @@ def add_output_options(parser: argparse.ArgumentParser, *, events: bool = False)
 def run_command(
     work: Callable[[Screen], int], interrupted: str = "", options: argparse.Namespace | None = None
 ) -> int:
-    """Run a command with a console and return its exit code; errors of ours become text, never a traceback.
+    """Run a command with a console; a `FedsgcgError` is printed without a traceback.
 
     Args:
         work: The command.
-        interrupted: What to say after Ctrl-C or SIGTERM.
+        interrupted: Message to print after Ctrl-C or SIGTERM.
         options: The command line, for `-q`, `-v` and `--json` (`add_output_options`).
 
     Returns:
-        What `work` returned; 2 for an error of ours, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit code: what `work` returned, 2 after a `FedsgcgError`, 130 after Ctrl-C, 143 after
+        SIGTERM.
     """
     open_streams()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    _ENDING.begin(interrupted)
+    _INTERRUPTION.begin(interrupted)
     catch_signals()
-    quiet, verbose, events = (
-        bool(getattr(options, name, False)) for name in ("quiet", "verbose", "json_events")
-    )
+    quiet = bool(getattr(options, "quiet", False))
+    verbose = bool(getattr(options, "verbose", False))
+    events = bool(getattr(options, "json_events", False))
     screen = Screen(sys.stderr if events else sys.stdout, quiet=quiet, events=events)
     if verbose:
         logging.basicConfig(
@@ -273,9 +281,9 @@ def run_command(
             screen.event("error", **asdict(problem))
         return 2
     except KeyboardInterrupt:
-        return _ENDING.end()
+        return _INTERRUPTION.end()
     finally:
-        _ENDING.armed = False
+        _INTERRUPTION.armed = False
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
@@ -283,12 +291,12 @@ def run_command(
 
 
 def print_error(text: str) -> None:
-    """Print an error to standard error, to the letter."""
+    """Print an error to standard error, verbatim."""
     Screen(sys.stderr).print(text, style="red")
 
 
 def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
-    """Return a bar that goes when it is done; its descriptions are shown verbatim."""
+    """Return a bar that disappears when it is done; its descriptions are shown verbatim."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -299,46 +307,46 @@ def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def steps_of(console: Screen, words: str) -> Iterator[Callable[[str], None]]:
-    """Show what long work is at: a spinner, or a line now and then on a console that cannot redraw.
+def steps_of(console: Screen, task: str) -> Iterator[Callable[[str], None]]:
+    """Show the steps of a long task by a spinner, or by lines on a console that cannot redraw.
 
     Args:
         console: Where to show it.
-        words: What is happening, e.g. "making the report".
+        task: What is happening, e.g. "making the report".
 
     Yields:
-        A function that is told the name of each step.
+        A function to call with the name of each step.
     """
     if console.is_terminal:
-        with console.status(Text(words)) as status:
-            yield lambda step: status.update(Text(f"{words}: {step}"))
+        with console.status(Text(task)) as status:
+            yield lambda step: status.update(Text(f"{task}: {step}"))
         return
     last = time.monotonic()
 
-    def tell(step: str) -> None:
+    def show(step: str) -> None:
         nonlocal last
         if time.monotonic() - last >= QUIET_S:
             last = time.monotonic()
-            console.print(f"{words}: {step}")
+            console.print(f"{task}: {step}")
 
-    yield tell
+    yield show
 
 
-def counted(items: Sequence[T], console: Screen, words: str) -> Iterator[T]:
+def counted(items: Sequence[T], console: Screen, task: str) -> Iterator[T]:
     """Yield the items and show how many are done.
 
     Args:
-        items: What is worked through.
+        items: The items to work through.
         console: Where to show it.
-        words: What is happening, e.g. "converting".
+        task: What is happening, e.g. "converting".
     """
     if console.is_terminal:
         with progress_bar(console, MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-            yield from progress.track(items, description=words)
+            yield from progress.track(items, description=task)
         return
     last = time.monotonic()
     for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() - last >= QUIET_S and done < len(items):
             last = time.monotonic()
-            console.print(f"{words}: {done} of {len(items)}")
+            console.print(f"{task}: {done} of {len(items)}")

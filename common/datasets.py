@@ -1,6 +1,6 @@
-"""The data sets that ship with settings: whose they are, how many cases were published, their terms, where to get them.
+"""The published data sets that fedsgcg has settings for: hospitals, case numbers, terms, source.
 
-Facts only: nothing is read or downloaded here. `deploy.prepare` turns a downloaded folder into the canonical form.
+Nothing is read or downloaded here; `deploy.prepare` converts a downloaded folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Hospital:
     """One hospital of a published data set.
 
     Attributes:
-        name: Name in the canonical form.
+        name: Name of its folder after preparation.
         source: What its publishers call it.
         train: Published number of training cases; all cases where the publishers made no split.
         test: Published number of test cases; 0 where the publishers made no split.
@@ -34,10 +34,10 @@ class DataSet:
         name: As in `data=NAME` and `fedsgcg data prepare NAME`.
         title: What it shows.
         hospitals: The hospitals, in the order of the papers.
-        counted: Where the numbers of cases are from.
-        terms: Licence or terms of use, as far as they are known to us.
+        counted: Source of the numbers of cases.
+        terms: Licence or terms of use, as far as known.
         cite: What to cite.
-        fetch: Steps that get the files, one sentence each.
+        fetch: Steps to download the files, one sentence each.
         layouts: Folder layouts that `prepare` reads.
     """
 
@@ -53,7 +53,7 @@ class DataSet:
 
 FUNDUS: Final = DataSet(
     name="fundus",
-    title="optic disc and cup in colour fundus photographs, 800 x 800 crops about the disc",
+    title="optic disc and cup in colour fundus photographs, 800 x 800 crops around the disc",
     hospitals=(
         Hospital("Domain1", "Drishti-GS", 50, 51),
         Hospital("Domain2", "RIM-ONE r3", 99, 60),
@@ -62,21 +62,26 @@ FUNDUS: Final = DataSet(
     ),
     counted="list files of RAM-DSIR (github.com/zzzqzhou/RAM-DSIR, dataset/fundus)",
     terms=(
-        "research only, no redistribution: RIM-ONE r3 forbids it in its read-me; Drishti-GS and REFUGE ask for "
-        "registration and have terms of their own, which you accept there"
+        "research only, no redistribution: RIM-ONE r3 forbids it in its README; Drishti-GS and "
+        "REFUGE require registration and have their own terms, which you accept there"
     ),
-    cite="Wang et al., DoFE, IEEE TMI 2020; Sivaswamy et al. 2014; Fumero et al. 2015; Orlando et al., REFUGE, 2020",
+    cite=(
+        "Wang et al., DoFE, IEEE TMI 2020; Sivaswamy et al. 2014; Fumero et al. 2015; "
+        "Orlando et al., REFUGE, 2020"
+    ),
     fetch=(
-        "The released crops: follow the data link in github.com/emma-sjwang/Dofe (Google Drive file "
-        "1p33nsWQaiZMAgsruDoJLyatoq5XAH-TH), unpack it.",
-        "Optional: copy DomainN_train.list and DomainN_test.list of github.com/zzzqzhou/RAM-DSIR (dataset/fundus) "
-        "beside the folders Domain1 to Domain4; without them the published names that ship with fedsgcg are used.",
-        "Or the original releases, unpacked below one folder: Drishti-GS1 (cvit.iiit.ac.in), RIM-ONE r3 "
-        "(medimrg.webs.ull.es), REFUGE Training400 and Validation400 with their Disc_Cup_Masks "
-        "(refuge.grand-challenge.org).",
+        "The released crops: follow the data link in github.com/emma-sjwang/Dofe (Google Drive "
+        "file 1p33nsWQaiZMAgsruDoJLyatoq5XAH-TH) and unpack it.",
+        "Optional: copy DomainN_train.list and DomainN_test.list of github.com/zzzqzhou/RAM-DSIR "
+        "(dataset/fundus) next to the folders Domain1 to Domain4; without them the published "
+        "names that ship with fedsgcg are used.",
+        "Or the original releases, unpacked below one folder: Drishti-GS1 (cvit.iiit.ac.in), "
+        "RIM-ONE r3 (medimrg.webs.ull.es), REFUGE Training400 and Validation400 with their "
+        "Disc_Cup_Masks (refuge.grand-challenge.org).",
     ),
     layouts=(
-        "Domain1 ... Domain4, each with train/ROIs/image, train/ROIs/mask, test/ROIs/image, test/ROIs/mask",
+        "Domain1 ... Domain4, each with train/ROIs/image, train/ROIs/mask, test/ROIs/image, "
+        "test/ROIs/mask",
         "the original releases anywhere below one folder, with their own file names",
     ),
 )
@@ -92,16 +97,27 @@ PROSTATE: Final = DataSet(
         Hospital("BIDMC", "PROMISE12, BIDMC", 12),
         Hospital("HK", "PROMISE12, HK", 12),
     ),
-    counted="recalled from the papers; the training lists in github.com/liuquande/SAML hold as many names",
-    terms="research with citation; the three sources (NCI-ISBI 2013, I2CVB, PROMISE12) have terms of their own",
-    cite="Liu et al., SAML, MICCAI 2020; Bloch et al. 2015; Lemaitre et al. 2015; Litjens et al. 2014",
+    counted=(
+        "recalled from the papers; the training lists in github.com/liuquande/SAML have as many "
+        "names"
+    ),
+    terms=(
+        "research with citation; the three sources (NCI-ISBI 2013, I2CVB, PROMISE12) have their "
+        "own terms"
+    ),
+    cite=(
+        "Liu et al., SAML, MICCAI 2020; Bloch et al. 2015; Lemaitre et al. 2015; "
+        "Litjens et al. 2014"
+    ),
     fetch=(
-        "Follow the data link on liuquande.github.io/SAML and unpack it: one folder a site with CaseNN.nii.gz and "
-        "CaseNN_segmentation.nii.gz.",
-        "The processed slices that RAM-DSIR links to (.npy) hold no whole volumes and cannot be used.",
+        "Follow the data link on liuquande.github.io/SAML and unpack it: one folder per site with "
+        "CaseNN.nii.gz and CaseNN_segmentation.nii.gz.",
+        "The processed slices that RAM-DSIR links to (.npy) are not complete volumes and cannot "
+        "be used.",
     ),
     layouts=(
-        "RUNMC or ISBI, BMC or ISBI_1.5, I2CVB or HCRUDB, UCL, BIDMC, HK, each with CaseNN[_segmentation].nii.gz",
+        "RUNMC or ISBI, BMC or ISBI_1.5, I2CVB or HCRUDB, UCL, BIDMC, HK, each with "
+        "CaseNN[_segmentation].nii.gz",
     ),
 )
 
@@ -116,15 +132,20 @@ PROMISE12: Final = DataSet(
     ),
     counted="PROMISE12 training cases of four hospitals",
     terms="research with citation; no statement that allows redistribution was found",
-    cite="Litjens et al., Medical Image Analysis 18(2), 359-373, 2014 (doi 10.1016/j.media.2013.12.002)",
+    cite=(
+        "Litjens et al., Medical Image Analysis 18(2), 359-373, 2014 "
+        "(doi 10.1016/j.media.2013.12.002)"
+    ),
     fetch=(
-        "A 128-pixel copy: image_train00..49.npy and label_train00..49.npy of github.com/YipengHu/promise12, branch "
-        "data; or the challenge's own files, Zenodo record 8026660.",
-        "Save each case as NIfTI <SITE>/CaseNN_image.nii.gz and <SITE>/CaseNN_mask.nii.gz (RUNMC 13-25, UCL 01 and "
-        "26-37, BIDMC 00 and 02-12, HK 38-49); a manifest.csv with site,image,mask,patient_id may stand beside them.",
+        "A 128-pixel copy: image_train00..49.npy and label_train00..49.npy of "
+        "github.com/YipengHu/promise12, branch data; or the challenge's own files, Zenodo record "
+        "8026660.",
+        "Save each case as NIfTI <SITE>/CaseNN_image.nii.gz and <SITE>/CaseNN_mask.nii.gz (RUNMC "
+        "13-25, UCL 01 and 26-37, BIDMC 00 and 02-12, HK 38-49), optionally with a manifest.csv "
+        "with the columns site,image,mask,patient_id.",
     ),
     layouts=(
-        "manifest.csv, or one folder a hospital with CaseNN_image.nii.gz and CaseNN_mask.nii.gz",
+        "manifest.csv, or one folder per hospital with CaseNN_image.nii.gz and CaseNN_mask.nii.gz",
     ),
 )
 
@@ -140,44 +161,50 @@ SPINEGM: Final = DataSet(
         Hospital("UCL", "sub-9418", 1),
     ),
     counted="volumes that have image and both labels in the public repository",
-    terms="CC0 1.0 (public domain); credit the Spinal Cord Gray Matter Imaging Challenge all the same",
+    terms=(
+        "CC0 1.0 (public domain); please credit the Spinal Cord Gray Matter Imaging Challenge "
+        "nevertheless"
+    ),
     cite="github.com/sct-pipeline/gm-challenge-data",
     fetch=(
         "Clone github.com/sct-pipeline/gm-challenge-data (BIDS; labels in derivatives/labels).",
-        "Join *_seg-manual (1) and *_gmseg-manual (2) into one mask and save <SITE>/<case>_image.nii.gz and "
-        "<SITE>/<case>_mask.nii.gz; a manifest.csv with site,image,mask,patient_id may stand beside them.",
+        "Join *_seg-manual (1) and *_gmseg-manual (2) into one mask and save "
+        "<SITE>/<case>_image.nii.gz and "
+        "<SITE>/<case>_mask.nii.gz, optionally with a manifest.csv with the columns "
+        "site,image,mask,patient_id.",
     ),
     layouts=(
-        "manifest.csv, or one folder a hospital with <case>_image.nii.gz and <case>_mask.nii.gz",
+        "manifest.csv, or one folder per hospital with <case>_image.nii.gz and <case>_mask.nii.gz",
     ),
 )
 
 CATALOGUE: Final = {data_set.name: data_set for data_set in (FUNDUS, PROSTATE, PROMISE12, SPINEGM)}
 
 OWN_DATA: Final = (
-    "Your own images: one folder a hospital with <case>_image.nii.gz and <case>_mask.nii.gz (or pictures), or a CSV "
-    "with the columns site, image, mask and, if you like, patient_id and split. Check and copy them with "
-    "`fedsgcg data prepare manifest SOURCE -o FOLDER`, declare classes and structures in the data settings, and set "
-    "data.root=FOLDER."
+    "Your own images: one folder per hospital with <case>_image.nii.gz and <case>_mask.nii.gz (or "
+    "pictures), or a CSV file with the columns site, image, mask and optionally patient_id and "
+    "split. Check and copy them with `fedsgcg data prepare manifest SOURCE -o FOLDER`, declare "
+    "classes and structures in the data settings, and set data.root=FOLDER."
 )
 
 
 def fetch_advice(name: str) -> str:
-    """Say what to download from where, and how to prepare it, for `data=NAME`; own data get the layout they need.
+    """Return how to download and prepare `data=NAME`.
 
     Returns:
-        Lines of text. `synthetic` needs nothing; a name that is not published gets the advice for own data.
+        Lines of text. For a name that is not a published data set, the layout of own data.
     """
     if name == "synthetic":
-        return (
-            "The synthetic hospitals need no download: they are written when they are first used."
-        )
+        return "The synthetic hospitals need no download: they are written when first used."
     data_set = CATALOGUE.get(name)
     if data_set is None:
         return OWN_DATA
     steps = [f"{number}. {step}" for number, step in enumerate(data_set.fetch, 1)]
-    prepare = f"{len(steps) + 1}. fedsgcg data prepare {name} DOWNLOADED -o FOLDER, then set data.root=FOLDER"
-    head = f"fedsgcg downloads nothing. To get {name} ({data_set.title}):"
-    return "\n".join(
-        [head, *steps, prepare, f"Terms: {data_set.terms}.", f"Cite: {data_set.cite}."]
+    prepare = (
+        f"{len(steps) + 1}. fedsgcg data prepare {name} DOWNLOADED -o FOLDER, "
+        "then set data.root=FOLDER"
     )
+    head = f"fedsgcg downloads nothing. To get {name} ({data_set.title}):"
+    terms = f"Terms: {data_set.terms}."
+    cite = f"Cite: {data_set.cite}."
+    return "\n".join([head, *steps, prepare, terms, cite])

@@ -1,7 +1,7 @@
-"""Errors that speak to the person who can mend them: a code, what was found, what was expected, what to do.
+"""Error codes and errors: a code, what was found, what was expected and what to do.
 
-A `FedsgcgError` may name a file and therefore a patient. Inside a hospital that is wanted; across the wire only
-`FedsgcgError.public()` travels, which keeps the code and the sentence of the catalogue and drops every free text.
+A `FedsgcgError` may name a file and therefore a patient. That is useful inside a hospital, but only
+`FedsgcgError.public()`, the code without any free text, may be sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CODES: Final[dict[str, str]] = {
     "CFG-001": "The settings are not valid.",
     "CFG-002": "The held-out hospital does not exist.",
     "CFG-003": "A leave-one-hospital-out study needs at least two hospitals.",
-    "CFG-004": "The device that was asked for is not there.",
+    "CFG-004": "The requested device is not available.",
     "CFG-005": "The run folder belongs to a run with other settings.",
     "CFG-006": "Another process is using the run folder.",
     "CFG-007": "The Ray cluster cannot be reached.",
@@ -24,16 +24,16 @@ CODES: Final[dict[str, str]] = {
     "CFG-009": "There is no home directory.",
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
-    # DAT: the data of one hospital
+    # DAT: the data of a hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
     "DAT-103": "A file cannot be read as an image.",
     "DAT-104": "The mask does not have the shape of its image.",
-    "DAT-105": "The mask does not lie where its image lies.",
+    "DAT-105": "The mask and its image do not occupy the same space.",
     "DAT-106": "The image has more dimensions than a volume or a picture.",
-    "DAT-107": "The image holds values that are not finite.",
+    "DAT-107": "The image has values that are not finite.",
     "DAT-108": "The image is constant.",
-    "DAT-109": "The mask holds a label value that is not declared.",
+    "DAT-109": "The mask has a label value that is not declared.",
     "DAT-110": "The mask is empty.",
     "DAT-111": "A patient is in more than one split.",
     "DAT-112": "The case has no mask.",
@@ -44,7 +44,7 @@ CODES: Final[dict[str, str]] = {
     "DAT-118": "Hospitals' names differ only in Unicode form or case.",
     "DAT-119": "Files in the folder are not used.",
     # DAT-12x: preparing a downloaded data set
-    "DAT-120": "The data set is not there.",
+    "DAT-120": "The data set was not found.",
     "DAT-121": "The output folder cannot be used.",
     "DAT-122": "A file of the data set is missing.",
     "DAT-123": "A file does not belong to the data set.",
@@ -54,7 +54,7 @@ CODES: Final[dict[str, str]] = {
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",
-    "MOD-803": "The weights are not those that the model names.",
+    "MOD-803": "The weights do not match the hash in the model's description.",
     "MOD-804": "The weights do not fit the model's network.",
     "MOD-805": "The labels do not fit.",
     "MOD-806": "The image is not of the kind that the model was trained on.",
@@ -62,18 +62,18 @@ CODES: Final[dict[str, str]] = {
     "MOD-808": "The predictions cannot be written.",
     "MOD-809": "There is no image to predict.",
     "MOD-810": "The image could not be predicted.",
-    # ROL: who may do what
+    # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
-    # POL: the site's own policy beats the coordinator's wish
-    "POL-701": "The site's own settings do not fit the site that was asked.",
-    "POL-702": "A path lies outside the site's data folder.",
-    "POL-703": "The coordinator set something that the site does not let it set.",
-    "POL-704": "The site does not let this part leave.",
+    # POL: the site's own policy, which takes precedence over the coordinator
+    "POL-701": "The site's own settings do not match the site that the request is for.",
+    "POL-702": "A path is outside the site's data folder.",
+    "POL-703": "The coordinator set something that the site does not allow it to set.",
+    "POL-704": "The site does not allow this part to leave.",
     "POL-705": "The app bundle is not approved at this site.",
     "POL-706": "The site does not run code from outside the approved app bundle.",
     # PAY and STA: what a site sent
-    "PAY-101": "The weights hold values that are not finite.",
+    "PAY-101": "The weights have values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",
     "PAY-106": "The payload cannot be decoded.",
     "PAY-107": "The payload has another schema version.",
@@ -87,52 +87,55 @@ CODES: Final[dict[str, str]] = {
     "TRN-301": "The training loss is not finite.",
     "TRN-302": "The site has no training case.",
     # RND: the round loop
-    "RND-401": "The sites that the run needs did not all join in a usable state before the deadline.",
+    "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",
     "RND-403": "The held-out hospital did not answer the evaluation.",
     "RND-404": "A site did not answer before the round's deadline.",
-    "RND-405": "No site has a validation case: the last model is taken.",
-    "RND-406": "A site's data changed within the run.",
-    "RND-407": "A site has left for good: its statistics were taken out, the weights keep what they learned.",
-    "RND-408": "The same images are at two hospitals.",
+    "RND-405": "No site has a validation case: the last model is used.",
+    "RND-406": "A site's data changed during the run.",
+    "RND-407": (
+        "A site left permanently: its statistics were removed, "
+        "the weights keep what they learned from it."
+    ),
+    "RND-408": "Two hospitals have the same images.",
     "RND-410": "A worker of the simulation was lost.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",
-    # DEP: deployment; kits, certificates, keys, the coordinator's server
+    # DEP: deployment: kits, certificates, keys, the coordinator's server
     "DEP-601": "The site file cannot be used.",
     "DEP-602": "The project file cannot be used.",
     "DEP-603": "A key or certificate cannot be used.",
-    "DEP-604": "There is no kit of a coordinator.",
+    "DEP-604": "There is no coordinator kit.",
     "DEP-605": "The kit does not belong to this project.",
     "DEP-606": "The site is not part of the federation.",
-    "DEP-607": "The server's certificate has ended or does not fit.",
-    "DEP-608": "A server without TLS is for loopback only.",
+    "DEP-607": "The server's certificate has expired or does not match.",
+    "DEP-608": "A server without TLS is allowed on loopback only.",
     "DEP-609": "The server's port cannot be used.",
     "DEP-610": "The coordinator's server does not answer.",
     "DEP-611": "The coordinator's server refuses the credential.",
     "DEP-612": "The coordinator's server refuses the command.",
     "DEP-613": "No run was started with this kit.",
-    "DEP-614": "A run is under way.",
+    "DEP-614": "A run is in progress.",
     "DEP-615": "The run ended without an outcome.",
-    # SITE: anything unforeseen inside a hospital; the trace stays there
+    # SITE: operation of a site, and unexpected failures, whose traceback stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
     "SITE-502": "The memory of the site's device is too small.",
     "SITE-501": "The site's folder cannot be written or its ledger is broken; nothing leaves.",
-    "SITE-503": "The work took longer than the site's deadline and was ended.",
+    "SITE-503": "The work took longer than the site's deadline and was stopped.",
     "SITE-504": "The site's training process died.",
-    "SITE-505": "The site is leaving; it was told to stop.",
+    "SITE-505": "The site is shutting down.",
     "SITE-506": "The site's link to the coordinator cannot be used.",
-    "SITE-507": "The site's Flower node does not stay alive.",
-    "SITE-508": "The site has joined already, or does not end.",
-    "SITE-509": "The coordinator does not let this site in.",
+    "SITE-507": "The site's Flower node keeps stopping.",
+    "SITE-508": "The site has already joined, or does not stop.",
+    "SITE-509": "The coordinator does not admit this site.",
     "SITE-510": "The voxel size is missing, implausible, or far from the site's other cases.",
-    "SITE-511": "The same image is there twice.",
-    "SITE-512": "Two patient ids may be one person.",
+    "SITE-511": "The same image occurs twice.",
+    "SITE-512": "Two patient ids may belong to one person.",
     "SITE-513": "The site has fewer patients than its own floor.",
     "SITE-514": "The disk is too full.",
     "SITE-515": "The site's clock is wrong.",
-    "SITE-516": "The coordinator's certificate ends soon.",
+    "SITE-516": "The coordinator's certificate expires soon.",
     "SITE-518": "A key or folder of the site has the wrong permissions.",
 }
 
@@ -143,10 +146,10 @@ class Problem:
 
     Attributes:
         code: Key of `CODES`.
-        found: What was there.
-        expected: What was wanted.
+        found: What was found.
+        expected: What was expected.
         action: What the reader should do next.
-        where: File, setting, case or site it concerns. May name a patient: never sent as it is.
+        where: The file, setting, case or site concerned. May name a patient and is never sent.
     """
 
     code: str
@@ -158,9 +161,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise KeyError(f"unknown error code {self.code!r}")
-        for field in fields(
-            self
-        ):  # a file name that is no UTF-8 must not break the console or the log it is told in
+        # A file name that is not valid UTF-8 must not break the console or the log.
+        for field in fields(self):
             object.__setattr__(self, field.name, printable(getattr(self, field.name)))
 
     def __str__(self) -> str:
@@ -176,7 +178,7 @@ class Problem:
 
 
 class FedsgcgError(Exception):
-    """One or more problems that stop what was asked for."""
+    """One or more problems that stop an operation."""
 
     def __init__(self, *problems: Problem) -> None:
         if not problems:
@@ -190,11 +192,11 @@ class FedsgcgError(Exception):
         return self.problems[0].code
 
     def public(self) -> str:
-        """What may cross the wire: the code alone; the reader looks its sentence up in `CODES`."""
+        """What may be sent: the code alone; the reader looks up its sentence in `CODES`."""
         return self.code
 
     def __reduce__(self) -> tuple[type[FedsgcgError], tuple[Problem, ...]]:
-        # Exceptions that take several arguments do not survive Ray's pickling without this.
+        # Without this an exception with several arguments cannot be unpickled by Ray.
         return (type(self), self.problems)
 
 

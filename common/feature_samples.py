@@ -1,7 +1,7 @@
-"""A sample of pixel features of one site, as an Arrow file that stays at the site (for the report's t-SNE).
+"""A sample of one site's pixel features, as an Arrow file that stays at the site.
 
-Pixel features are not class statistics: they tell about single pixels of single patients. They never travel; a
-simulation, where every site lies on one machine, writes them on request so that a researcher can look at them.
+Unlike class statistics, pixel features describe single pixels of single patients, so they are never
+sent. They are written on request, for the t-SNE of a simulation's report.
 
 Legend: N sampled pixels, A feature channels.
 """
@@ -22,7 +22,7 @@ FILE: Final = "features.arrow"
 KIND: Final = "fedsgcg.feature_samples"
 SCHEMA_VERSION: Final = "1"
 PIXELS_A_CLASS: Final = 300
-"""Pixels of one class that a site writes at most: enough for a picture, too few to be a copy of its data."""
+"""Most pixels of one class that a site writes: enough for a plot, too few to copy its data."""
 MAX_FEATURES: Final = 4096
 MAX_PIXELS: Final = 100_000
 
@@ -32,10 +32,10 @@ class FeatureSamples:
     """Features of sampled pixels.
 
     Attributes:
-        features: (N, A) float32, in the representation that the method compares.
+        features: (N, A) float32, in the representation that the method contrasts.
         classes: (N,) int64 true class indices.
         site: The site whose pixels they are.
-        method: What was trained, "" if not said.
+        method: Label of the trained method, or "".
     """
 
     features: npt.NDArray[np.float32]
@@ -52,7 +52,7 @@ def sample_pixels(
     Args:
         classes: (N,) class indices; negative ones and 255 (ignore) are never chosen.
         rng: Source of randomness.
-        most: Pixels of one class.
+        most: Most pixels of one class.
 
     Returns:
         Indices into `classes`, ascending.
@@ -67,23 +67,21 @@ def sample_pixels(
 def write_feature_samples(
     path: Path, features: npt.ArrayLike, classes: npt.ArrayLike, site: str, method: str = ""
 ) -> None:
-    """Write sampled features as an Arrow IPC file, at once or not at all.
+    """Write sampled features atomically as an Arrow IPC file.
 
     Args:
         path: File, `sites/<site>/features.arrow` of a cell.
         features: (N, A) floats.
         classes: (N,) class indices.
         site: Name of the site.
-        method: What was trained.
+        method: Label of the trained method.
 
     Raises:
-        ValueError: Shapes that do not fit, or features that are not finite.
-        FedsgcgError: SITE-501 when the site's folder cannot be written.
+        ValueError: Shapes that do not match, or features that are not finite.
+        FedsgcgError: SITE-501 if the site's folder cannot be written.
     """
-    rows, labels = (
-        np.ascontiguousarray(features, dtype=np.float32),
-        np.asarray(classes, dtype=np.int64),
-    )
+    rows = np.ascontiguousarray(features, dtype=np.float32)
+    labels = np.asarray(classes, dtype=np.int64)
     if rows.ndim != 2 or labels.shape != rows.shape[:1] or not 0 < rows.shape[1] <= MAX_FEATURES:
         raise ValueError(
             f"features: found {rows.shape} with classes {labels.shape}, expected (N, A) and (N,)"
@@ -113,16 +111,16 @@ def write_feature_samples(
 
 
 def read_feature_samples(path: Path) -> FeatureSamples:
-    """Read what `write_feature_samples` wrote.
+    """Read a file of `write_feature_samples`.
 
     Raises:
         ValueError: Another kind, version or layout, or features that are not finite.
-        OSError: A file that cannot be read.
-        pa.ArrowException: A file that is no Arrow file.
+        OSError: The file cannot be read.
+        pa.ArrowException: The file is not an Arrow file.
     """
     with pa.memory_map(str(path)) as source:
         table = pa.ipc.open_file(source).read_all()
-        table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+        table.validate(full=True)  # reading alone does not check offsets and lengths
         metadata = {
             key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
         }
@@ -143,18 +141,21 @@ def _schema(num_features: int) -> pa.Schema:
 
 
 def _check(table: pa.Table, metadata: dict[str, str]) -> None:
-    if (metadata.get("kind"), metadata.get("schema_version")) != (KIND, SCHEMA_VERSION):
+    kind = metadata.get("kind")
+    version = metadata.get("schema_version")
+    if (kind, version) != (KIND, SCHEMA_VERSION):
         raise ValueError(
-            f"feature samples: found kind {metadata.get('kind')!r}, expected {KIND} {SCHEMA_VERSION}"
+            f"feature samples: found kind {kind!r} {version}, expected {KIND} {SCHEMA_VERSION}"
         )
-    width = (
-        getattr(table.schema.field("features").type, "list_size", 0)
-        if "features" in table.column_names
-        else 0
-    )
+    width = 0
+    if "features" in table.column_names:
+        width = getattr(table.schema.field("features").type, "list_size", 0)
     if not 0 < width <= MAX_FEATURES or not table.schema.remove_metadata().equals(_schema(width)):
         raise ValueError(
             f"feature samples: found columns {table.column_names}, expected class and features"
         )
     if table.num_rows > MAX_PIXELS or any(column.null_count for column in table.columns):
-        raise ValueError(f"feature samples: found {table.num_rows} rows, expected complete ones")
+        raise ValueError(
+            f"feature samples: found {table.num_rows} rows, "
+            f"expected at most {MAX_PIXELS} without missing values"
+        )

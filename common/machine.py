@@ -1,7 +1,7 @@
-"""What last bits depend on beside settings and seed: processor, vector width and build of torch.
+"""The parts of a machine that decide the last bits of a result: processor, torch build, threads.
 
-A model's hash covers every bit of its values, and sums are added in another order by another processor, another build
-of torch or another number of threads. Only where all of these are equal can equal hashes be expected.
+A model's hash covers every bit of its weights. The order of sums depends on the processor, the
+build of torch and the number of threads, so equal hashes can be expected only if all three agree.
 """
 
 from __future__ import annotations
@@ -11,26 +11,25 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Return the model name of this machine's processor, its architecture where the system does not say."""
+    """Return the model name of the processor, or its architecture if the name is unknown."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return name
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name
-    )
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else name
 
 
 def arithmetic_of(threads: int) -> dict[str, str | int]:
-    """Return what decides the last bits of a training in this process.
+    """Return what decides the last bits of training in this process.
 
     Args:
         threads: CPU threads of a training process.
 
     Returns:
-        `cpu` (model name), `capability` (vector instructions that torch uses), `torch` (version with its build),
-        `threads`.
+        `cpu` (model name), `capability` (vector instructions used by torch), `torch` (version and
+        build), `threads`.
     """
     import torch
 

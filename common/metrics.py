@@ -1,14 +1,16 @@
-"""Overlap and surface distances of a predicted and a true mask: Dice, ASD, ASSD, HD95, in 2-D and 3-D.
+"""Dice and surface distances (ASD, ASSD, HD95) of a predicted and a true mask, in 2-D and 3-D.
 
-The definitions are those of medpy >= 0.5, to the last digit (performance.md 5), save `hd95_max`, which is MONAI's: the
-surface of a mask is the mask minus its face-connected erosion, what lies outside the array is background, and every
-surface element weighs the same. Instead of distance maps over the whole image, only the surface points are compared, in
-a k-d tree.
+The definitions, and the results to the last digit, are those of medpy >= 0.5, except `hd95_max`,
+which is MONAI's. The surface of a mask is the mask minus its face-connected erosion, everything
+outside the array is background, and all surface elements have the same weight. Only surface points
+are compared, in a k-d tree, instead of distance maps of the whole image.
 
-Empty masks (methods.md 2.7): both empty give Dice 1 and distances 0; one empty gives Dice 0 and distances NaN.
-`dice_smooth1` and `asd_compat` are what published code counts instead, to stand beside printed numbers alone.
+Empty masks: both empty give Dice 1 and distances 0; one empty gives Dice 0 and distances NaN.
+`dice_smooth1` and `asd_compat` are the variants of published code, only for comparison with printed
+tables.
 
-Legend: P prediction, T truth, S(.) surface, d(s, T) distance of a point from the nearest point of S(T).
+Legend: P prediction, T truth, S(.) surface, d(s, T) distance of a point from the nearest point of
+S(T).
 """
 
 from __future__ import annotations
@@ -24,20 +26,20 @@ from scipy.spatial import cKDTree
 Mask = npt.NDArray[np.bool_]
 Spacing = Sequence[float] | float | None
 EMPTY_DISTANCE = 100.0
-"""Distance, in pixels or voxels, that published code gives to a prediction that is empty."""
+"""Distance, in pixels or voxels, that published code assigns to an empty prediction."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """All figures of one pair of masks; distances in the unit of the spacing (pixels without one).
+    """Metrics of one pair of masks; distances in the unit of the spacing (pixels without one).
 
     Attributes:
         dice: 2 |P and T| / (|P| + |T|).
-        asd: Mean of d(s, T) over the surface of the prediction: one-directional.
+        asd: Mean of d(s, T) over the surface of the prediction: one direction.
         assd: Mean over the pooled surface points of both masks.
         hd95: 95th percentile of the pooled distances of both surfaces (medpy).
-        hd95_max: Larger of the two directed 95th percentiles, prediction to truth and truth to prediction (MONAI,
-            surface-distance); never less than the smaller of them, and larger than `hd95` where one side is worse.
+        hd95_max: Larger of the two directed 95th percentiles, prediction to truth and truth to
+            prediction (MONAI, surface-distance); larger than `hd95` where one direction is worse.
         asd_reverse: Mean of d(s, P) over the surface of the truth.
         dice_smooth1: (2 |P and T| + 1) / (|P| + |T| + 1).
     """
@@ -52,14 +54,14 @@ class Metrics:
 
     @property
     def asd_compat(self) -> float:
-        """The asd with `EMPTY_DISTANCE` where it is not defined because one mask is empty."""
+        """The asd, or `EMPTY_DISTANCE` where it is undefined because one mask is empty."""
         return EMPTY_DISTANCE if np.isnan(self.asd) else self.asd
 
 
 def segmentation_metrics(
     prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
 ) -> Metrics:
-    """Compute all figures from one set of surfaces.
+    """Compute all metrics from one extraction of the surfaces.
 
     Args:
         prediction: Boolean array, 2-D or 3-D.
@@ -67,7 +69,8 @@ def segmentation_metrics(
         spacing: Distance of neighbouring elements along each axis; None = 1.
 
     Raises:
-        ValueError: Masks of different shapes, not boolean or neither 2-D nor 3-D; a spacing that is not positive.
+        ValueError: Masks of different shapes, not boolean, or neither 2-D nor 3-D; or a spacing
+            that is not positive.
     """
     first, second, scale = _checked(prediction, truth, spacing)
     forward, backward = _surface_distances(first, second, scale)
@@ -84,7 +87,7 @@ def segmentation_metrics(
 
 
 def dice(prediction: npt.ArrayLike, truth: npt.ArrayLike) -> float:
-    """Return the Dice coefficient 2 |P and T| / (|P| + |T|) of two boolean arrays of one shape; 1 where both are empty.
+    """Return the Dice coefficient 2 |P and T| / (|P| + |T|); 1 if both masks are empty.
 
     Raises:
         ValueError: As `segmentation_metrics`.
@@ -96,7 +99,7 @@ def dice(prediction: npt.ArrayLike, truth: npt.ArrayLike) -> float:
 def average_surface_distance(
     prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
 ) -> float:
-    """Return the mean distance from the surface of the prediction to that of the truth; the other way differs.
+    """Return the mean distance from the predicted surface to the true one; not symmetric.
 
     Arguments, unit and errors as `segmentation_metrics`.
     """
@@ -110,14 +113,14 @@ def average_surface_distance(
 def average_symmetric_surface_distance(
     prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
 ) -> float:
-    """Return the mean distance over the pooled surface points of both masks; see `segmentation_metrics`."""
+    """Return the mean distance over the surface points of both masks; see `Metrics.assd`."""
     return segmentation_metrics(prediction, truth, spacing).assd
 
 
 def hausdorff_distance_95(
     prediction: npt.ArrayLike, truth: npt.ArrayLike, spacing: Spacing = None
 ) -> float:
-    """Return the 95th percentile of the pooled surface distances of both masks; see `Metrics.hd95`."""
+    """Return the 95th percentile of the pooled surface distances; see `Metrics.hd95`."""
     return segmentation_metrics(prediction, truth, spacing).hd95
 
 
@@ -129,14 +132,15 @@ def _dice(first: Mask, second: Mask, smooth: int = 0) -> float:
 def _surface_distances(
     first: Mask, second: Mask, scale: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], ...]:
-    """Distances of every surface point of the first mask from the second's surface, and the other way round."""
+    """Return the distances of each mask's surface points to the other mask's surface."""
     if not (first.any() and second.any()):
         value: float = 0.0 if first.any() == second.any() else np.nan
-        alike = np.array([value])
-        return alike, alike
+        same = np.array([value])
+        return same, same
     first, second = _crop(first, second)
-    here, there = _surface_points(first, scale), _surface_points(second, scale)
-    return _nearest(here, there), _nearest(there, here)
+    first_points = _surface_points(first, scale)
+    second_points = _surface_points(second, scale)
+    return _nearest(first_points, second_points), _nearest(second_points, first_points)
 
 
 def _nearest(
@@ -147,7 +151,7 @@ def _nearest(
 
 
 def _surface_points(mask: Mask, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Coordinates (P, dimensions) of the mask minus its face-connected erosion."""
+    """Return the coordinates (points, dimensions) of the mask minus its face-connected erosion."""
     padded = np.pad(mask, 1)
     core = (slice(1, -1),) * mask.ndim
     interior = padded[core].copy()
@@ -159,7 +163,7 @@ def _surface_points(mask: Mask, scale: npt.NDArray[np.float64]) -> npt.NDArray[n
 
 
 def _crop(first: Mask, second: Mask) -> tuple[Mask, Mask]:
-    """Both masks inside the bounding box of their union."""
+    """Crop both masks to the bounding box of their union."""
     union = first | second
     box = []
     for axis in range(union.ndim):

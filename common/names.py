@@ -1,4 +1,4 @@
-"""Names as people read them: bytes that are no UTF-8 made visible, and names that only look different to a computer."""
+"""File names that are not valid UTF-8, and names that differ only in Unicode form or case."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """Return a name that can be shown and written as UTF-8.
+    """Return a name that can be printed and encoded as UTF-8.
 
-    A file name is bytes; those that are no UTF-8 (an old Windows share, an archive of one) reach Python as lone
-    surrogates, which no console and no UTF-8 file takes. Each becomes its byte in hex, `M%FCller`. The file itself
-    keeps its name.
+    Python represents the invalid bytes of a file name (from an old Windows share, for example) by
+    lone surrogates, which cannot be encoded. Each is replaced by its byte in hex: `M%FCller`.
     """
     if text.isascii():
         return text
@@ -22,10 +21,10 @@ def printable(text: str) -> str:
 
 
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the groups of different names that are equal in another Unicode form or without upper case, sorted.
+    """Return the groups of names that differ only in Unicode form or case, sorted.
 
-    The umlaut of a Mac's file name is two characters where other systems have one: two folders look the same and are
-    two hospitals.
+    macOS writes an umlaut as two characters, other systems as one, so that two folders may look the
+    same and yet be read as two hospitals.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:
@@ -34,10 +33,10 @@ def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def folded(name: str) -> str:
-    """Return what is left of a name when Unicode form, case and surrounding blanks do not count."""
+    """Return a name without differences of Unicode form, case and surrounding spaces."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
 
 
 def spelled(name: str) -> str:
-    """Return a name with every character outside ASCII as its code, so that names that look the same differ."""
+    """Return a name with its non-ASCII characters as codes, which tells lookalikes apart."""
     return "".join(char if char.isascii() else f"\\u{ord(char):04x}" for char in name)

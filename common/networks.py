@@ -1,9 +1,12 @@
-"""The segmentation network: the U-Net of RAM-DSIR (methods.md 2.2), base width and normalisation configurable.
+"""The U-Net of RAM-DSIR with configurable width and normalisation, and networks by import path.
 
-Also DSIR's restoration decoder, which exists in training alone and never leaves a client.
-Legend: B batch, C output channels, H, W height and width (multiples of 16), w base width (16 in RAM-DSIR),
-A channels of the feature map that class statistics and SgCG loss describe: 2w at full resolution for the penultimate
-map, A' for a projection of it, 16w at 1/16 of the resolution for the bottleneck. D source domains.
+Also DSIR's restoration decoder, which is used only in training and never leaves a client. The
+architecture is described in docs/explanation/ram-dsir.md, "Network".
+
+Legend: B batch, C output channels, D source domains, H, W height and width (multiples of 16), w
+base width (16 in RAM-DSIR), A channels of the feature map that class statistics and SgCG loss
+describe: 2w at full resolution for the penultimate map, A' for a projection of it, 16w at 1/16 of
+the resolution for the bottleneck.
 """
 
 from __future__ import annotations
@@ -26,30 +29,33 @@ DOWNSAMPLING: Final = 16
 """Height and width must be multiples of this: four poolings by two."""
 
 IN_CHANNELS: Final = 3
-"""Channels of an image: a slice with its two neighbours, one slice three times, or the colours of a picture."""
+"""Channels of an image: a slice with its neighbours, a repeated slice, or a picture's colours."""
 
 GROUPS: Final = 8
-"""Groups of `norm="group"`, fewer where the channels do not divide by it."""
+"""Groups of `norm="group"`, fewer if the number of channels is not a multiple."""
 
 FEATURES: Final = ("penultimate", "projection", "bottleneck")
 
 NORMS: Final[dict[str, Callable[[int], nn.Module]]] = {
     "batch": nn.BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(math.gcd(GROUPS, channels), channels),
-    # One group a channel is instance normalisation; unlike InstanceNorm2d it accepts the 1 x 1 map of a 16 x 16 image.
+    # One group per channel is instance normalisation. Unlike InstanceNorm2d it accepts the 1 x 1
+    # map of a 16 x 16 image.
     "instance": lambda channels: nn.GroupNorm(channels, channels),
 }
 
 
 class UNet(nn.Module):
-    """The RAM-DSIR U-Net: encoder with 1 967 904 and decoder with 1 217 362 parameters at base width 16.
+    """The RAM-DSIR U-Net.
+
+    At base width 16 the encoder has 1 967 904 and the decoder 1 217 362 parameters.
 
     Args:
         in_channels: Channels of an image.
         out_channels: C, channels of the logits.
         base_width: w, channels of the first block.
         norm: `batch`, `group` or `instance`.
-        features: `penultimate`, `projection` or `bottleneck`: the feature map beside the logits (methods.md 1.4).
+        features: The feature map to return: `penultimate`, `projection` or `bottleneck`.
         projection: A' of `features="projection"`.
 
     Raises:
@@ -87,19 +93,20 @@ class UNet(nn.Module):
             images: (B, in_channels, H, W).
 
         Returns:
-            Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not negative, its projection
-            (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
+            Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not
+            negative, its projection (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
 
         Raises:
-            ValueError: H or W that is not a multiple of 16.
+            ValueError: H or W is not a multiple of 16.
         """
         return self.decode(self.encode(images))
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Return the encoder's five maps of images (B, in_channels, H, W); the last is what DSIR restores from."""
+        """Return the encoder's five maps of images (B, in_channels, H, W); DSIR uses the last."""
         if images.ndim != 4 or images.shape[2] % DOWNSAMPLING or images.shape[3] % DOWNSAMPLING:
             raise ValueError(
-                f"images: found shape {tuple(images.shape)}, expected (B, C, H, W) with H and W multiples of 16"
+                f"images: found shape {tuple(images.shape)}, "
+                f"expected (B, C, H, W) with H and W multiples of {DOWNSAMPLING}"
             )
         maps: list[Tensor] = self.encoder(images)
         return maps
@@ -109,9 +116,9 @@ class UNet(nn.Module):
         logits, penultimate = self.decoder(maps)
         if self.features == "bottleneck":
             return logits, maps[-1]
-        return logits, self.projection(
-            penultimate
-        ) if self.features == "projection" else penultimate
+        if self.features == "projection":
+            return logits, self.projection(penultimate)
+        return logits, penultimate
 
 
 class Encoder(nn.Module):
@@ -148,7 +155,7 @@ class Decoder(nn.Module):
         self.head = nn.Conv2d(planes[-1], out_channels, 3, padding=1)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Turn the encoder's maps into logits (B, C, H, W) and the penultimate map (B, 2w, H, W)."""
+        """Return logits (B, C, H, W) and the penultimate map (B, 2w, H, W)."""
         features = maps[-1]
         for block, skip in zip(self.blocks, maps[-2::-1], strict=True):
             features = block(features, skip)
@@ -156,7 +163,7 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """[conv3x3 2p -> p], bilinear x2, conv1x1 p -> p/2, joined with the skip of p/2, conv3x3 p -> p."""
+    """[conv3x3 2p -> p], bilinear x2, conv1x1 p -> p/2, skip of p/2 joined, conv3x3 p -> p."""
 
     def __init__(self, planes: int, norm: Callable[[int], nn.Module], *, reduce: bool) -> None:
         super().__init__()
@@ -166,8 +173,9 @@ class DecoderBlock(nn.Module):
         self.join = _conv_norm(planes, planes, norm)
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
-        """Bring features to twice their size (B, p, 2h, 2w) with the help of skip (B, p/2, 2h, 2w)."""
-        # 1 x 1 convolution and interpolation (weights that sum to one) commute: the same map for a quarter of the work.
+        """Upsample features to (B, p, 2h, 2w) and join them with skip (B, p/2, 2h, 2w)."""
+        # A 1 x 1 convolution commutes with an interpolation, whose weights sum to one; done first,
+        # it costs a quarter.
         narrow = self.narrow(self.reduce(features))
         wide = functional.interpolate(narrow, scale_factor=2, mode="bilinear", align_corners=False)
         joined: Tensor = self.join(
@@ -177,10 +185,10 @@ class DecoderBlock(nn.Module):
 
 
 class RestorationDecoder(nn.Module):
-    """DSIR's second decoder: restores an image from the deepest map of its mixed copy (methods.md 2.2).
+    """DSIR's second decoder: restores an image from the deepest map of its mixed copy.
 
-    It has no skips, and a BatchNorm for each source domain (614 755 parameters at base width 16 with three domains). It
-    is used in training alone.
+    It has no skip connections and one BatchNorm per source domain (614 755 parameters at base width
+    16 with three domains), and is used only in training.
 
     Args:
         base_width: w of the U-Net it belongs to.
@@ -196,7 +204,7 @@ class RestorationDecoder(nn.Module):
         initialise(self)
 
     def forward(self, deepest: Tensor, domain: int) -> Tensor:
-        """Restore images (B, 3, H, W) in [-1, 1] of one domain from their deepest map (B, 16w, H/16, W/16)."""
+        """Restore images (B, 3, H, W) in [-1, 1] of one domain from (B, 16w, H/16, W/16) maps."""
         for block in self.blocks:
             deepest = block(deepest, domain)
         restored: Tensor = self.head(deepest).tanh()
@@ -204,7 +212,10 @@ class RestorationDecoder(nn.Module):
 
 
 class RestorationBlock(nn.Module):
-    """conv3x3 p -> p/2, bilinear x2, conv1x1, conv3x3; each followed by the domain's BatchNorm and ReLU."""
+    """conv3x3 p -> p/2, bilinear x2, conv1x1, conv3x3.
+
+    Each convolution is followed by the BatchNorm of the domain and ReLU.
+    """
 
     def __init__(self, planes: int, domains: int) -> None:
         super().__init__()
@@ -217,9 +228,9 @@ class RestorationBlock(nn.Module):
         )
 
     def forward(self, features: Tensor, domain: int) -> Tensor:
-        """Bring features (B, p, h, w) to (B, p/2, 2h, 2w)."""
+        """Upsample features (B, p, h, w) to (B, p/2, 2h, 2w)."""
         features = functional.relu(self._norm(0, domain)(self.reduce(features)))
-        # As in `DecoderBlock`: the 1 x 1 convolution and the interpolation commute.
+        # As in `DecoderBlock`, the 1 x 1 convolution commutes with the interpolation.
         wide = functional.interpolate(
             self.narrow(features), scale_factor=2, mode="bilinear", align_corners=False
         )
@@ -234,7 +245,7 @@ class RestorationBlock(nn.Module):
 
 
 def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """Two 1 x 1 convolutions; without a final ReLU the features may point anywhere on the sphere (methods.md 1.4)."""
+    """Return two 1 x 1 convolutions, without a final ReLU so that features may be negative."""
     return nn.Sequential(
         nn.Conv2d(before, before, 1),
         norm(before),
@@ -244,7 +255,7 @@ def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -
 
 
 def build_restoration(base_width: int, domains: int, generator_seed: int) -> RestorationDecoder:
-    """Build a restoration decoder whose weights depend on the seed alone (as `build_network`)."""
+    """Build a restoration decoder whose weights depend only on the seed, as `build_network`."""
     with _WithoutDraws():
         decoder = RestorationDecoder(base_width, domains)
     initialise(decoder, torch.Generator().manual_seed(generator_seed))
@@ -252,11 +263,11 @@ def build_restoration(base_width: int, domains: int, generator_seed: int) -> Res
 
 
 def initialise(network: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Draw all weights anew: kaiming-normal (fan-out) convolutions, zero biases, unit norms (methods.md 2.2).
+    """Initialise all weights: kaiming-normal (fan-out) convolutions, zero biases, unit norms.
 
     Args:
-        network: Changed in place.
-        generator: Source of randomness; None draws from torch's global one.
+        network: The network, changed in place.
+        generator: Source of randomness; None is torch's global generator.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -272,17 +283,18 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
 def build_network(
     settings: NetworkSettings, in_channels: int, out_channels: int, generator_seed: int | None
 ) -> nn.Module:
-    """Build a network whose weights depend on the seed alone; torch's global random state is left untouched.
+    """Build a network whose weights depend only on the seed, not on torch's global random state.
 
     Args:
-        settings: Name, base width, norm and feature map; or an own class and its options.
+        settings: Name, base width, norm and feature map; or a class by import path and its options.
         in_channels: Channels of an image.
         out_channels: Channels of the logits.
-        generator_seed: Seed of the initialisation, e.g. `common.seeding.stream_seed(seed, "weights")`; None leaves the
-            weights undefined, for a caller that loads all of them (the draws cost more than the loading).
+        generator_seed: Seed of the initialisation, e.g. `stream_seed(seed, "weights")`; None leaves
+            the weights undefined, for a caller that loads all of them (drawing costs more than
+            loading).
 
     Raises:
-        FedsgcgError: CFG-011 for an own class that cannot be used.
+        FedsgcgError: CFG-011 for a class by import path that cannot be used.
     """
     if settings.is_own:
         return _build_own(
@@ -303,17 +315,18 @@ def build_network(
 
 
 def measure(network: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[int, str]:
-    """Build an own network once and return the channels of its feature map and its kind of normalisation.
+    """Build a network by import path once and return its feature channels and normalisation.
 
     Args:
         network: Settings of the network, as plain values: `name` and `options`.
-        data: Settings of the data: `classes`, `structures` and `activation` say how many logits there are.
+        data: Settings of the data; `classes`, `structures` and `activation` decide the number of
+            logits.
 
     Returns:
         A, and `batch` for a network with BatchNorm, `group` for any other.
 
     Raises:
-        FedsgcgError: CFG-011 for a class that does not keep the contract.
+        FedsgcgError: CFG-011 for a class that does not have the required interface.
     """
     classes = data["classes"] if data["activation"] == "softmax" else data["structures"]
     options = tuple(sorted(network["options"].items()))
@@ -329,15 +342,18 @@ def _measured(
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             answer = network(torch.zeros(1, IN_CHANNELS, side, side))
-    except Exception as error:  # whatever an own network raises
-        expected = f"a network that takes images (B, {IN_CHANNELS}, H, W), H and W multiples of {DOWNSAMPLING}"
+    except Exception as error:  # user code may raise anything
+        expected = (
+            f"a network that takes images (B, {IN_CHANNELS}, H, W), "
+            f"H and W multiples of {DOWNSAMPLING}"
+        )
         raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
-    expected = f"logits (1, {out_channels}, {side}, {side}) and a feature map (1, A, h, w), h = w a divisor of {side}"
-    if not (
-        isinstance(answer, tuple)
-        and len(answer) == 2
-        and all(isinstance(part, Tensor) for part in answer)
-    ):
+    expected = (
+        f"logits (1, {out_channels}, {side}, {side}) and a feature map (1, A, h, w), "
+        f"h = w a divisor of {side}"
+    )
+    pair = isinstance(answer, tuple) and len(answer) == 2
+    if not (pair and all(isinstance(part, Tensor) for part in answer)):
         raise unusable(name, f"{type(answer).__name__} from forward", "network", expected)
     logits, features = answer
     square = (
@@ -351,9 +367,8 @@ def _measured(
     stated = getattr(network, "num_features", None)
     if stated != features.shape[1]:
         found = f"num_features {stated}, but {features.shape[1]} channels"
-        raise unusable(
-            name, found, "network", "an attribute num_features with the channels of the feature map"
-        )
+        expected = "an attribute num_features with the channels of the feature map"
+        raise unusable(name, found, "network", expected)
     batch = any(
         isinstance(module, _BatchNorm) and module.track_running_stats
         for module in network.modules()
@@ -364,26 +379,24 @@ def _measured(
 def _build_own(
     name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, seed: int
 ) -> nn.Module:
-    """Build a network by import path, its own initialisation drawn from the seed alone."""
+    """Build a network by import path; its initialisation depends only on the seed."""
     cls = load_class(name, "network")
     if not issubclass(cls, nn.Module):
-        raise unusable(
-            name, f"a class that is no {nn.Module.__name__}", "network", "a torch.nn.Module"
-        )
+        raise unusable(name, "a class that is not a Module", "network", "a torch.nn.Module")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             return cls(in_channels, out_channels, **options)
-        except Exception as error:  # whatever an own network raises
+        except Exception as error:  # user code may raise anything
             expected = f"{cls.__name__}(in_channels, out_channels, **options)"
             raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
 
 
 class _WithoutDraws(TorchFunctionMode):
-    """Lets torch's layers be built without drawing their weights, which stay undefined.
+    """Builds torch's layers without drawing their weights, which stay undefined.
 
-    The draws would come from torch's global generator. Building on the `meta` device avoids them too, but imports nine
-    hundred modules of torch's compiler: three seconds of every process that does not train (torch's optimisers do).
+    The draws would advance torch's global generator. Building on the `meta` device avoids them too,
+    but imports nine hundred modules of torch's compiler, which takes three seconds.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -394,13 +407,12 @@ class _WithoutDraws(TorchFunctionMode):
 
 
 _DRAWS: Final = (torch.Tensor.uniform_, torch.Tensor.normal_)
-"""Not every function of `nn.init` tells a mode that it is called: `kaiming_normal_` is seen by its draw alone."""
+"""A mode does not see every function of `nn.init`: of `kaiming_normal_` it sees only the draw."""
 
 
 def _encoder_block(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    entry = nn.Sequential(
-        nn.Conv2d(before, after, 3, padding=1), norm(after)
-    )  # no ReLU here: as RAM-DSIR has it
+    # No ReLU after the first convolution, as in RAM-DSIR.
+    entry = nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after))
     return nn.Sequential(entry, _conv_norm(after, after, norm), _conv_norm(after, after, norm))
 
 
@@ -409,4 +421,4 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
 
 
 NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int], UNet]]] = {"unet": UNet}
-"""Networks by name; each is built from (in_channels, out_channels, base_width, norm, features, projection)."""
+"""Networks by name; called with the arguments of `UNet`."""

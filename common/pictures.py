@@ -1,4 +1,4 @@
-"""One slice of every case to look at, as an Arrow file that stays at the site: image, truth and prediction."""
+"""Example slices with image, truth and prediction, as an Arrow file that stays at the site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from common.errors import fail
 
-MAX_STRUCTURES = 8  # one bit each in a byte; later ones are not drawn
+MAX_STRUCTURES = 8  # one bit each in a byte; further structures are not drawn
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Picture:
     Attributes:
         case: Alias of the case.
         dice: Mean Dice of the case over its structures.
-        z: Number of the slice.
+        z: Index of the slice.
         image: Grey values, 0 to 255.
         truth: True class indices.
         prediction: Bit s is set where structure s was predicted.
@@ -67,7 +67,7 @@ def choose_picture(
     alias: str,
     dice: float,
 ) -> Picture:
-    """Keep the slice with the largest true area.
+    """Return the slice with the largest true area.
 
     Args:
         image: (Z, Y, X) in [0, 1].
@@ -93,7 +93,7 @@ def choose_picture(
 
 
 def bit_mask(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """Join (S, Y, X) masks into one byte a pixel, structure s in bit s."""
+    """Join (S, Y, X) masks into one byte per pixel, structure s in bit s."""
     joined = np.zeros(masks.shape[1:], np.uint8)
     for bit, mask in enumerate(masks[:MAX_STRUCTURES]):
         joined |= mask.astype(np.uint8) << np.uint8(bit)
@@ -101,10 +101,10 @@ def bit_mask(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
 
 
 def write_pictures(path: Path, pictures: Sequence[Picture], structures: Sequence[str]) -> None:
-    """Write the pictures as an Arrow IPC file, at once or not at all.
+    """Write the pictures atomically as an Arrow IPC file.
 
     Raises:
-        FedsgcgError: SITE-501 when the site's folder cannot be written.
+        FedsgcgError: SITE-501 if the site's folder cannot be written.
     """
     schema = SCHEMA.with_metadata({"structures": json.dumps(list(structures)[:MAX_STRUCTURES])})
     table = pa.Table.from_pylist([asdict(picture) for picture in pictures], schema=schema)

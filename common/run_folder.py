@@ -1,4 +1,4 @@
-"""What the files of a run folder hold: schemas and columns that coordinator, report and tools share."""
+"""Schemas of the tables in a run folder, shared by coordinator, report and tools."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ ROWS_SCHEMA = pa.schema(
 SCHEMA_VERSION: Final = "1"
 
 CELL_FIELDS = [
-    pa.field(
-        "method", pa.string()
-    ),  # label of what is compared: the method, and what the study varies of it
+    pa.field("method", pa.string()),  # label of the variant: the method and what the study varies
     pa.field("heldout", pa.string()),
     pa.field("seed", pa.int64()),
     pa.field("trains", pa.string()),  # training method
     pa.field("federation", pa.string()),  # by_site | pooled | local
     pa.field("setting", pa.string()),  # swept settings, e.g. prototypes.weight=0.5
-    pa.field("chosen", pa.string()),  # settings that this fold's source hospitals chose, likewise
+    pa.field("chosen", pa.string()),  # settings that this fold's source hospitals chose
     pa.field("trained_on", pa.string()),  # the one hospital that trained, with federation=local
 ]
 
@@ -42,7 +40,10 @@ RESULTS_SCHEMA = pa.schema(
     [*CELL_FIELDS, pa.field("site", pa.string()), *CASES_SCHEMA],
     metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.results"},
 )
-ROUNDS_NOTE: Final = "validation_dice of row round=r was measured on the model received in round r, that of round r-1"
+ROUNDS_NOTE: Final = (
+    "validation_dice of row round=r was measured on the model received in round r, "
+    "that of round r-1"
+)
 ROUNDS_SCHEMA = pa.schema(
     [*CELL_FIELDS, *ROWS_SCHEMA],
     metadata={
@@ -54,7 +55,7 @@ ROUNDS_SCHEMA = pa.schema(
 
 
 def cell_of(plan: Plan) -> dict[str, Any]:
-    """What names a cell of a study: label, held-out site, seed, and what lies behind the label."""
+    """Return the columns that identify a cell of a study (`CELL_FIELDS`)."""
     return {
         "method": plan.label or plan.method.name,
         "heldout": plan.heldout,

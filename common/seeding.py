@@ -1,8 +1,8 @@
-"""Random streams: one per (seed, round, site, purpose), so that no draw depends on who came first.
+"""Random streams, one for each seed, round, site and purpose.
 
-A stream is named, never shared: two sites, two rounds or two purposes can never influence each other, whatever the
-number of actors or the order of arrival. Names are hashed with BLAKE2b, whose digest is the same on every machine
-(Python's own `hash` is salted per process).
+Streams are independent: no draw depends on the number of workers or on the order in which sites
+answer. Names are hashed with BLAKE2b, which gives the same digest on every machine (Python's `hash`
+is salted per process).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 
 
 def stream_seed(seed: int, *names: str | int) -> int:
-    """Derive a 64-bit seed from the study's seed and the names of a stream.
+    """Derive the seed of a stream from the study's seed and the stream's names.
 
     Args:
         seed: The study's seed.
         names: What the stream is for, e.g. `(round_number, site, "batches")`.
 
     Returns:
-        A non-negative integer below 2**63 (torch refuses larger ones).
+        A non-negative integer below 2**63, the range that torch accepts.
     """
     text = "\x1f".join([str(seed), *(f"{type(name).__name__}:{name}" for name in names)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

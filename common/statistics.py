@@ -1,10 +1,11 @@
 """Class statistics of feature vectors: count, mean and scatter of every class, pooled exactly.
 
-This is the only thing about its images that a hospital shares beside weights, so its algebra is the heart of the
-product: adding two sites' statistics gives, up to rounding, what one would have computed on all their pixels together
-(methods.md 1.2 and 1.8). Pure NumPy in float64: float32 loses a covariance of 1e-4 beside a mean of 1e3.
+The sum of two sites' statistics equals, up to rounding, the statistics of all their pixels together
+(docs/explanation/sgcg.md, "Statistics"). Pure NumPy in float64: float32 loses a covariance of 1e-4
+next to a mean of 1e3.
 
-Legend: K classes incl. background, A feature channels, N pixels; n_k, mu_k, M_k count, mean and scatter of class k.
+Legend: K classes incl. background, A feature channels, N pixels; n_k, mu_k, M_k count, mean and
+scatter of class k.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 BLOCK_ELEMENTS = 1 << 18
-"""Numbers of the feature block held as float64 at a time (2 MiB): small beside the features, large for the BLAS."""
+"""Elements of a feature block held as float64 at a time (2 MiB)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,9 @@ class ClassStatistics:
     """Count, mean and scatter of K classes; an absent class has count 0 and is the identity of `+`.
 
     Attributes:
-        count: (K,) pixels of each class, exact; a discount makes them fractional.
+        count: (K,) pixels of each class; fractional after a discount.
         mean: (K, A) mean feature.
-        scatter: (K, A, A) sum of (x - mean)(x - mean)^T, symmetric to the bit.
+        scatter: (K, A, A) sum of (x - mean)(x - mean)^T, exactly symmetric.
 
     Raises:
         ValueError: An array of another shape or of half precision.
@@ -59,7 +60,7 @@ class ClassStatistics:
         return int(self.mean.shape[1])
 
     def digest(self) -> str:
-        """Return a SHA-256 that names exactly these numbers."""
+        """Return the SHA-256 of these numbers."""
         sha = hashlib.sha256(f"{self.mean.shape}".encode())
         for array in (self.count, self.mean, self.scatter):
             sha.update(np.ascontiguousarray(array, dtype="<f8").tobytes())
@@ -72,7 +73,7 @@ class ClassStatistics:
 
     @classmethod
     def empty(cls, num_classes: int, num_features: int) -> ClassStatistics:
-        """Return the statistics of no pixel at all, the identity of `+`."""
+        """Return the statistics of no pixels, the identity of `+`."""
         return cls(
             np.zeros(num_classes),
             np.zeros((num_classes, num_features)),
@@ -87,9 +88,10 @@ class ClassStatistics:
         num_classes: int,
         ignore_index: int = 255,
     ) -> ClassStatistics:
-        """Compute the statistics of labelled features (methods.md eqs. 1-3), without any N x K x A array.
+        """Compute the statistics of labelled features (SgCG eqs. 1-3), without an N x K x A array.
 
-        Each class is summed about its own first block's mean, so that a large offset costs no digits.
+        Each class is summed relative to the mean of its first block, so that a large offset does
+        not cost precision.
 
         Args:
             features: (N, A) finite floats.
@@ -98,7 +100,7 @@ class ClassStatistics:
             ignore_index: Label of pixels to leave out.
 
         Raises:
-            ValueError: Shapes that do not fit, features that are not finite, labels out of range.
+            ValueError: Shapes that do not match, features that are not finite, labels out of range.
         """
         rows, classes = np.asarray(features), np.asarray(labels)
         _check_labelled(rows, classes, num_classes, ignore_index)
@@ -111,7 +113,7 @@ class ClassStatistics:
         return result
 
     def __add__(self, other: ClassStatistics) -> ClassStatistics:
-        """Pool two disjoint sets of pixels: the pairwise rule of methods.md 1.8, M_a + M_b + (n_a n_b / n) d d^T."""
+        """Pool two disjoint sets of pixels; the scatter is M_a + M_b + (n_a n_b / n) d d^T."""
         if (self.num_classes, self.num_features) != (other.num_classes, other.num_features):
             raise ValueError(
                 f"other: found mean of shape {other.mean.shape}, expected {self.mean.shape}"
@@ -120,30 +122,26 @@ class ClassStatistics:
         share = np.divide(other.count, count, out=np.zeros_like(count), where=count > 0)
         delta = other.mean - self.mean
         mean = self.mean + share[:, None] * delta
-        # The factor multiplies the finished product d_i d_j: (c d_i) d_j and (c d_j) d_i differ in the last bit.
+        # The factor multiplies the product d_i d_j: (c d_i) d_j and (c d_j) d_i differ in the last
+        # bit, which would break the symmetry.
         between = (self.count * share)[:, None, None] * (delta[:, :, None] * delta[:, None, :])
         scatter = self.scatter + other.scatter + between
-        return ClassStatistics(
-            count,
-            np.where(
-                other.count[:, None] == 0,
-                self.mean,
-                np.where(self.count[:, None] == 0, other.mean, mean),
-            ),
-            np.where(
-                other.count[:, None, None] == 0,
-                self.scatter,
-                np.where(self.count[:, None, None] == 0, other.scatter, scatter),
-            ),
-        )
+        only_other = self.count == 0
+        mean = np.where(only_other[:, None], other.mean, mean)
+        scatter = np.where(only_other[:, None, None], other.scatter, scatter)
+        only_self = other.count == 0
+        mean = np.where(only_self[:, None], self.mean, mean)
+        scatter = np.where(only_self[:, None, None], self.scatter, scatter)
+        return ClassStatistics(count, mean, scatter)
 
     def without(self, part: ClassStatistics) -> ClassStatistics:
-        """Take pooled pixels out again, those of a site that leaves or that knows its own better (methods.md 1.8).
+        """Remove pixels that were pooled; the inverse of `+` up to rounding.
 
-        The inverse of `+` up to rounding; a class whose last pixel is taken becomes an absent one.
+        A class whose last pixel is removed becomes absent.
 
         Raises:
-            ValueError: A part of another shape, or with more pixels of a class than there are.
+            ValueError: A part of another shape, or with more pixels of a class than these
+                statistics.
         """
         if self.mean.shape != part.mean.shape:
             raise ValueError(
@@ -163,12 +161,12 @@ class ClassStatistics:
         return ClassStatistics(count, mean, scatter)
 
     def scaled(self, factors: npt.ArrayLike) -> ClassStatistics:
-        """Scale the count of each class by its own factor (K,), leaving means and covariances."""
+        """Scale the count of each class by its own factor (K,), keeping means and covariances."""
         factor = np.asarray(factors, dtype=np.float64)
         return ClassStatistics(self.count * factor, self.mean, self.scatter * factor[:, None, None])
 
     def discounted(self, factor: float) -> ClassStatistics:
-        """Scale every count (and with it the scatter) by `factor`, leaving mean and covariance (methods.md 1.8).
+        """Scale all counts (and with them the scatters) by `factor`, keeping means and covariances.
 
         Raises:
             ValueError: A factor that is negative or not finite.
@@ -178,14 +176,14 @@ class ClassStatistics:
         return ClassStatistics(self.count * factor, self.mean, self.scatter * factor)
 
     def weighted_equally(self) -> ClassStatistics:
-        """Return the same mean and covariance with count 1 for every seen class (equal sites, methods.md 1.12)."""
+        """Return the same means and covariances with count 1 for every seen class: equal sites."""
         return ClassStatistics((self.count > 0).astype(np.float64), self.mean, self.covariance)
 
     def to_sums(self, reference: npt.ArrayLike | None = None) -> tuple[Array, Array, Array]:
-        """Return the additive form (methods.md 1.8): count, sum of x - c, sum of (x - c)(x - c)^T; c is the reference.
+        """Return the additive form: count, sum of x - c and sum of (x - c)(x - c)^T.
 
         Args:
-            reference: (K, A) point known to all, e.g. the last prototypes; None = the origin.
+            reference: c, (K, A), a point known to all, e.g. the last prototypes; None = the origin.
 
         Returns:
             count (K,), first (K, A), second (K, A, A).
@@ -205,7 +203,7 @@ class ClassStatistics:
         second: npt.ArrayLike,
         reference: npt.ArrayLike | None = None,
     ) -> ClassStatistics:
-        """Read what `to_sums` gave, or the elementwise sum of several sites' sums about one reference.
+        """Return the statistics of `to_sums`, or of several sites' sums about one reference.
 
         Raises:
             ValueError: An array of another shape.
@@ -225,7 +223,9 @@ class ClassStatistics:
 
 
 def between_site_trace(parts: Sequence[ClassStatistics]) -> Array:
-    """Measure the domain shift of each class: trace of the between part, sum_s w_s |mu_s - mu|^2 (methods.md 1.8).
+    """Return the trace of the between-site covariance of each class, sum_s w_s |mu_s - mu|^2.
+
+    It measures the domain shift in feature space (docs/explanation/sgcg.md, "Statistics").
 
     Args:
         parts: The statistics of each site, at least one.
@@ -234,7 +234,7 @@ def between_site_trace(parts: Sequence[ClassStatistics]) -> Array:
         (K,) trace with w_s = n_s / n; NaN for a class that no site has seen.
 
     Raises:
-        ValueError: No part, or parts of different shapes.
+        ValueError: No parts, or parts of different shapes.
     """
     weight, mean = _weights_and_means(parts)
     centre = np.einsum("sk,ska->ka", weight, mean)
@@ -242,7 +242,10 @@ def between_site_trace(parts: Sequence[ClassStatistics]) -> Array:
 
 
 def within_site_trace(parts: Sequence[ClassStatistics]) -> Array:
-    """Return (K,) traces of the within part, sum_s w_s tr Sigma_s (methods.md 1.8); see `between_site_trace`."""
+    """Return (K,) traces of the within-site covariance, sum_s w_s tr Sigma_s.
+
+    Arguments and errors as `between_site_trace`.
+    """
     weight, _ = _weights_and_means(parts)
     traces = np.stack([np.trace(part.covariance, axis1=1, axis2=2) for part in parts])
     return np.asarray(np.einsum("sk,sk->k", weight, traces))
@@ -256,17 +259,17 @@ def _weights_and_means(parts: Sequence[ClassStatistics]) -> tuple[Array, Array]:
         _check_shape("parts", part.mean, parts[0].mean.shape)
     count = np.stack([part.count for part in parts])
     total = count.sum(axis=0)
-    return np.divide(count, total, out=np.full_like(count, np.nan), where=total > 0), np.stack(
-        [part.mean for part in parts]
-    )
+    weight = np.divide(count, total, out=np.full_like(count, np.nan), where=total > 0)
+    return weight, np.stack([part.mean for part in parts])
 
 
 def _moments(rows: npt.NDArray[Any], members: npt.NDArray[np.intp]) -> tuple[Array, Array]:
-    """Mean (A,) and scatter (A, A) of the member rows, block by block about a shift near their mean."""
+    """Return mean (A,) and scatter (A, A) of the rows `members`, about a shift near the mean."""
     blocks = _blocks(rows, members)
     block = next(blocks)
     shift = block.mean(axis=0)
-    first, second = np.zeros_like(shift), np.zeros((shift.size, shift.size))
+    first = np.zeros_like(shift)
+    second = np.zeros((shift.size, shift.size))
     while True:
         block -= shift
         first += block.sum(axis=0)
@@ -315,11 +318,13 @@ def _check_labelled(
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.size:
         raise ValueError(
-            f"labels: found {int(wrong[0])}, expected 0 to {num_classes - 1} or {ignore_index} (ignore)"
+            f"labels: found {int(wrong[0])}, "
+            f"expected 0 to {num_classes - 1} or {ignore_index} (ignore)"
         )
     if not np.isfinite(features).all():
         raise ValueError(
-            f"features: found values that are not finite in shape {features.shape}, expected finite numbers"
+            f"features: found values that are not finite in shape {features.shape}, "
+            "expected finite numbers"
         )
 
 

@@ -1,8 +1,8 @@
-"""Standard streams that never end work: closed ones, ASCII only, and those whose reader or disk has gone.
+"""Standard streams whose failures do not stop a command.
 
-What a study has computed does not depend on who reads its messages. A stream that was closed before the start is
-opened on nothing (a file that is opened later would get its number, and every stray message with it); a character that
-the stream's encoding lacks is written in ASCII; and a stream that cannot be written any more goes quiet.
+A stream that was closed before the start is opened on the null device; otherwise the next opened
+file would get its descriptor, and stray messages with it. A character that the stream's encoding
+lacks is written in ASCII. A stream that can no longer be written is silenced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, Final, TextIO
 
 READABLE: Final = "fedsgcg.readable"
-"""Name of the error handler for characters that an encoding lacks."""
+"""Name of the codec error handler for characters that an encoding lacks."""
 
 IN_ASCII: Final = {
     "–": "-",
@@ -33,7 +33,7 @@ IN_ASCII: Final = {
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """Write what cannot be encoded with ASCII signs, or as escapes of Python where there are none."""
+    """Replace what cannot be encoded by ASCII, or by Python escapes if there is no equivalent."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -48,10 +48,10 @@ codecs.register_error(READABLE, _in_ascii)
 
 
 def open_streams() -> None:
-    """Make the standard streams usable whatever the caller closed or set; a second call changes nothing."""
+    """Make the standard streams usable even if the caller closed them; idempotent."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(_free(number), mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - kept for good
+            stream = open(_null(number), mode, encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
     for output in (sys.stdout, sys.stderr):
@@ -59,8 +59,8 @@ def open_streams() -> None:
             output.reconfigure(errors=READABLE)
 
 
-def _free(number: int) -> int:
-    """Return a descriptor of the null device, `number` itself where it is closed."""
+def _null(number: int) -> int:
+    """Return a descriptor of the null device: `number` itself if that is closed."""
     null = os.open(os.devnull, os.O_RDWR)
     try:
         os.fstat(number)
@@ -68,16 +68,16 @@ def _free(number: int) -> int:
         os.dup2(null, number)
         os.close(null)
         return number
-    if null == number:  # it was closed, and the null device got its number
+    if null == number:  # `number` was closed, and `os.open` reused it
         os.set_inheritable(number, True)
     return null
 
 
 class Outlet:
-    """A stream that goes quiet when its reader has gone or its disk is full, instead of ending the work.
+    """A stream that is silenced, instead of raising, when its reader is gone or its disk is full.
 
     Args:
-        stream: What is written to; all else of it (`encoding`, `isatty`, ...) is passed on.
+        stream: The stream to write to; other attributes (`encoding`, `isatty`, ...) are its own.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -87,7 +87,7 @@ class Outlet:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or do nothing when that is not possible any more."""
+        """Write, or do nothing if the stream can no longer be written."""
         try:
             self._stream.write(text)
         except OSError as error:
@@ -95,7 +95,7 @@ class Outlet:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, or do nothing when that is not possible any more."""
+        """Flush, or do nothing if the stream can no longer be written."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -103,18 +103,19 @@ class Outlet:
 
 
 def flush_streams() -> None:
-    """Flush standard output and error; one that cannot be written is silenced, so that the exit code stays."""
+    """Flush standard output and error; a failure does not change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             Outlet(stream).flush()
 
 
 def silence(stream: TextIO, error: OSError) -> None:
-    """Lead a stream that cannot be written to the null device, also what Python still holds for it.
+    """Redirect a stream that cannot be written to the null device, including its buffered text.
 
-    A reader that has gone (`| head`) wants no more; of any other reason standard error hears once.
+    A reader that is gone (`| head`) is expected; any other reason is reported once on standard
+    error.
     """
-    with suppress(OSError):  # a stream without a descriptor has nothing to lead elsewhere
+    with suppress(OSError):  # a stream without a descriptor cannot be redirected
         number = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, number)
@@ -126,6 +127,6 @@ def silence(stream: TextIO, error: OSError) -> None:
     ):
         with suppress(OSError):
             sys.stderr.write(
-                f"Messages are lost from here on ({error.strerror or error}); the work goes on.\n"
+                f"Output is lost from here on ({error.strerror or error}); the command continues.\n"
             )
             sys.stderr.flush()

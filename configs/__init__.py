@@ -1,1 +1,1 @@
-"""The YAML settings, shipped inside the app bundle."""
+"""The YAML files of settings, shipped inside the app bundle."""

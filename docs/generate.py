@@ -1,7 +1,7 @@
-"""Write the generated parts of the reference pages from the code: `python docs/generate.py`.
+"""Writes the generated parts of the reference pages from the code: `python docs/generate.py`.
 
-A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; everything between them is replaced, the
-prose around it is left alone. `tests/contracts/test_docs.py` fails while a page is not what this script writes.
+A page marks such a part with `<!-- generated: NAME -->` and `<!-- end -->`; everything in between
+is replaced. `tests/contracts/test_docs.py` fails if a page is not up to date.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import pyarrow as pa
 
 from clients.guard.site_file import SiteFile
 from common.run_folder import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
-from common.settings.compose import CONFIGS, GROUPS, choices_of, compose
+from common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
 from common.settings.plan import Plan
+from common.settings.run import RunSettings
 from common.wire import messages as wire
 from common.wire.payload import CASES_SCHEMA
 from deploy.coordinator.project import Project
@@ -34,39 +35,39 @@ from deploy.coordinator.project import Project
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH: Final = 88
-"""Columns of the command lines' help."""
+"""Columns of the help texts."""
 
 CELL: Final = {
-    "method": "label of what is compared: the method, and what the study varies of it",
-    "heldout": "hospital that took no part in training; empty where all trained",
+    "method": "label of the variant: the method, and what the study varies of it",
+    "heldout": "hospital that took no part in training; empty if all trained",
     "seed": "seed of the study",
     "trains": "training method: `source`, `ram`, `sgcg` or `ram_sgcg`",
     "federation": "`by_site`, `pooled` or `local`",
     "setting": "swept settings, e.g. `prototypes.weight=0.5`; empty without a sweep",
-    "chosen": "settings that this fold's source hospitals chose (`select`); empty without",
+    "chosen": "settings that this fold's source hospitals chose (`select`), if any",
     "trained_on": "the one hospital that trained, with `federation=local`; else empty",
-    "site": "hospital whose case it is",
+    "site": "hospital of the case",
 }
 ROUNDS: Final = {
     "round": "round number, from 1",
     "phase": "`train`, `merge`, `heldout` or `observer`",
     "site": "site that reported it; empty for all sites together",
-    "cls": "class, for figures of one class; else empty",
-    "metric": "name of the figure, see below",
-    "value": "the figure",
+    "cls": "class, for metrics of one class; else empty",
+    "metric": "name of the metric, see below",
+    "value": "value of the metric",
 }
 
 
 def commands(script: str) -> str:
-    """Help texts of a console script and of all its commands, each under a heading."""
+    """Return the help texts of a console script and of all its commands, each under a heading."""
     parts = [f"## {script}\n\n{_fenced(parser_of(script).format_help())}"]
-    for words, parser in subparsers(script):
-        parts.append(f"### {words}\n\n{_fenced(parser.format_help())}")
+    for command, parser in subparsers(script):
+        parts.append(f"### {command}\n\n{_fenced(parser.format_help())}")
     return "\n\n".join(parts)
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
-    """Return the argument parser behind a console script of pyproject.toml."""
+    """Return the argument parser of a console script of pyproject.toml."""
     project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module = import_module(project["scripts"][script].partition(":")[0])
     parser: argparse.ArgumentParser = module._parser()
@@ -74,26 +75,29 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def subparsers(script: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield (words, parser) of every command of a console script, e.g. `fedsgcg data list`."""
+    """Yield (command, parser) for every command of a console script, e.g. `fedsgcg data list`."""
     yield from _subparsers(parser_of(script), script)
 
 
 def _subparsers(
-    parser: argparse.ArgumentParser, words: str
+    parser: argparse.ArgumentParser, prefix: str
 ) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, command in action.choices.items():
-                yield f"{words} {name}", command
-                yield from _subparsers(command, f"{words} {name}")
+                yield f"{prefix} {name}", command
+                yield from _subparsers(command, f"{prefix} {name}")
 
 
 def settings() -> str:
-    """Every setting that a user can give: type, default, meaning."""
-    known = dict(_plan_settings(Plan))
+    """Return every setting that a user can change: type, default, meaning."""
+    known = dict(_settings_of(Plan)) | dict(_settings_of(RunSettings))
     sections: dict[str, list[str]] = {}
-    for name, value in _leaves(compose([])):
-        kind, meaning = known.get(name) or (type(value), _comment(name))
+    values = dict(_leaves(compose([])))
+    for name, (kind, meaning) in known.items():
+        if name not in values:  # filled in by a study
+            continue
+        value = values[name]
         text = f"### `{name}`\n\n{_type(kind)}, default {_value(value)}\n\n{meaning}"
         sections.setdefault(name.rpartition(".")[0] or "study", []).append(text)
     order = sorted(
@@ -103,34 +107,19 @@ def settings() -> str:
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(sections[title]) for title in order)
 
 
-def _plan_settings(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
-    """Yield (dotted name, (type, meaning)) of every field of a settings class and of those inside it."""
+def _settings_of(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
+    """Yield (dotted name, (type, meaning)) of every field of a settings class, recursively."""
     hints, meanings = typing.get_type_hints(kind), described(kind)
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
-            yield from _plan_settings(typing.cast("type", inner), f"{prefix}{field.name}.")
+            yield from _settings_of(typing.cast("type", inner), f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, (inner, meanings[field.name])
 
 
-def _comment(name: str) -> str:
-    """Return the comment of a setting that only `configs/run.yaml` has."""
-    last = name.rpartition(".")[2]
-    found = re.search(
-        rf"^\s*{last}:[^#\n]*# (.*)$",
-        (CONFIGS / "run.yaml").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-    if found is None:
-        raise ValueError(
-            f"{name}: found no comment in run.yaml, expected one that says what it means"
-        )
-    return found[1][:1].upper() + found[1][1:] + "."
-
-
 def groups() -> str:
-    """Table of the choices of every group, each with the first sentence of its file."""
+    """Return a table of the choices of every group, each with the first sentence of its file."""
     rows = []
     for group in GROUPS:
         for name in choices_of(group):
@@ -153,8 +142,10 @@ def _comment_lines(lines: Sequence[str]) -> int:
 
 
 def file_settings(kind: type) -> str:
-    """Every entry of a YAML file that a settings class describes."""
-    hints, meanings, parts = typing.get_type_hints(kind), described(kind), []
+    """Return every entry of a YAML file that a settings class describes."""
+    hints = typing.get_type_hints(kind)
+    meanings = described(kind)
+    parts = []
     for field in dataclasses.fields(kind):
         needed = field.default is dataclasses.MISSING
         default = "needed" if needed else f"default {_value(field.default)}"
@@ -165,7 +156,7 @@ def file_settings(kind: type) -> str:
 
 
 def columns(schema: Sequence[pa.Field], known: Mapping[str, str]) -> str:
-    """Table of columns: name, type, unit, meaning; a column's own description comes before `known`."""
+    """Return a table of columns; a column's own description has precedence over `known`."""
     rows = []
     for field in schema:
         notes = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
@@ -175,14 +166,13 @@ def columns(schema: Sequence[pa.Field], known: Mapping[str, str]) -> str:
 
 
 def message(kind: type) -> str:
-    """Table of the fields of a request or a reply."""
-    return _table(
-        ("field", "meaning"), [(f"`{name}`", text) for name, text in described(kind).items()]
-    )
+    """Return a table of the fields of a request or a reply."""
+    rows = [(f"`{name}`", text) for name, text in described(kind).items()]
+    return _table(("field", "meaning"), rows)
 
 
 def described(kind: type) -> dict[str, str]:
-    """Field -> its text in the `Attributes:` section of a class's docstring, without references to notes and modules.
+    """Return field -> its text in the `Attributes:` section of a class's docstring.
 
     Raises:
         ValueError: A field without a text, unless it is a section of settings.
@@ -203,29 +193,26 @@ def described(kind: type) -> dict[str, str]:
 
 
 def _without_notes(text: str) -> str:
-    """Drop references that a reader of the site cannot follow."""
-    return re.sub(
-        r"\s*\((?:methods\.md|README|\d\.\d|`(?:common|clients|server)\.)[^()]*\)", "", text
-    )
+    """Remove references to modules, which a reader of the site cannot follow."""
+    return re.sub(r"\s*\(`(?:common|clients|server)\.[^()]*\)", "", text)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        whole = name in ("classes", "structures", "grid")
-        if isinstance(value, Mapping) and not whole:
+        if isinstance(value, Mapping) and prefix + name not in MAPS:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def _type(kind: Any) -> str:
-    """Say what a type is to someone who does not program."""
+    """Return the name of a type for someone who does not program."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "One of " + ", ".join(f"`{item}`" for item in arguments)
     if origin in (typing.Union, types.UnionType):
         return _type(next(item for item in arguments if item is not type(None)))
-    words = {
+    names = {
         list: "List",
         tuple: "List",
         dict: "Map",
@@ -233,7 +220,7 @@ def _type(kind: Any) -> str:
         float: "Number",
         bool: "True or false",
     }
-    return words.get(origin or kind, "Text")
+    return names.get(origin or kind, "Text")
 
 
 def _value(value: Any) -> str:
@@ -249,9 +236,9 @@ def _value(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return (
-        "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (list, tuple)) else str(value)
-    )
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value)
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -283,12 +270,12 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
 
 
 def generated(text: str) -> str:
-    """Return a page with its generated parts as the code has them now."""
+    """Return a page with up-to-date generated parts."""
     return MARK.sub(lambda found: f"{found[1]}\n{PARTS[found[2]]()}\n\n{found[3]}", text)
 
 
 def pages() -> Iterator[tuple[Path, str, str]]:
-    """Yield (path, text as it is, text as it should be) of every page with a generated part."""
+    """Yield (path, current text, up-to-date text) of every page with a generated part."""
     columns_before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(WIDTH)
     try:
@@ -304,7 +291,7 @@ def pages() -> Iterator[tuple[Path, str, str]]:
 
 
 def main() -> None:
-    """Write every page that changed and name it."""
+    """Write every page that changed and print its name."""
     for path, text, wanted in pages():
         if text != wanted:
             path.write_text(wanted, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Files written whole or not at all, locks, and what to do when the file system refuses."""
+"""Atomic writes, file locks, and errors of the file system."""

@@ -1,7 +1,7 @@
-"""The coordinator's disk: every durable file is written whole, or not at all.
+"""Durable files of the coordinator, written atomically.
 
-All writes go through the few operations of `Disk`, so that a test can let the n-th of them fail or be cut short and see
-that a run still resumes (reliability.md, rows 35 and 36).
+All writes go through the few operations of `Disk`, so that a test can make the n-th of them fail or
+write only a part, and check that the run still resumes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from common.errors import fail
 
 
 class Disk:
-    """Operations on files. Each method is one operation that may fail; `write` and `discard` are what others call."""
+    """File operations, each of which may fail; other modules call `write` and `discard`."""
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder with its parents; one that is there is fine."""
+        """Create a folder with its parents, unless it exists."""
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, path: Path, data: bytes) -> None:
-        """Write bytes into a new file and wait until they are on the medium."""
+        """Write bytes to a file and wait until they are on the medium."""
         with path.open("wb") as file:
             file.write(data)
             file.flush()
@@ -33,7 +33,7 @@ class Disk:
         source.replace(target)
 
     def settle(self, folder: Path) -> None:
-        """Wait until the names of a folder are on the medium."""
+        """Wait until the entries of a folder are on the medium."""
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -41,14 +41,14 @@ class Disk:
             os.close(handle)
 
     def remove(self, path: Path) -> None:
-        """Remove a file that may be gone already."""
+        """Remove a file if it exists."""
         path.unlink(missing_ok=True)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Replace the content of `path` in one step.
+        """Replace the content of `path` atomically.
 
         Raises:
-            FedsgcgError: SRV-401 when the disk refuses; what `path` held before is untouched.
+            FedsgcgError: SRV-401 if the disk refuses; the old content of `path` is then untouched.
         """
         temporary = path.with_name(f".{path.name}.tmp")
         with refusals(path):
@@ -56,22 +56,21 @@ class Disk:
                 self.put(temporary, data)
                 self.replace(temporary, path)
             except OSError:
-                with suppress(
-                    OSError
-                ):  # the first failure is the one to tell; a leftover is cleared at the next start
+                # Report the first failure; a leftover file is removed at the next start.
+                with suppress(OSError):
                     self.remove(temporary)
                 raise
             self.settle(path.parent)
 
     def discard(self, path: Path) -> None:
-        """Remove a file; raises SRV-401 when the disk refuses."""
+        """Remove a file; raises SRV-401 if the disk refuses."""
         with refusals(path):
             self.remove(path)
 
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Turn an `OSError` (disk full, read-only, file too large …) into SRV-401 with the path and the reason."""
+    """Turn an `OSError` (disk full, read-only, ...) into SRV-401 with the path and the reason."""
     try:
         yield
     except OSError as error:
@@ -79,6 +78,9 @@ def refusals(path: Path) -> Iterator[None]:
             "SRV-401",
             where=str(path),
             found=error.strerror or repr(error),
-            expected="a folder with room that can be written",
-            action="free space or mend the folder, then start again: the run goes on from the last done round",
+            expected="a writable folder with free space",
+            action=(
+                "free space or repair the folder, then start again: "
+                "the run resumes after the last finished round"
+            ),
         ) from error

@@ -1,4 +1,4 @@
-"""What to do when the file system refuses: a full disk, a long name and a missing right are three things."""
+"""Advice for errors of the file system, by their cause."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ def disk_advice(error: OSError, otherwise: str) -> str:
 
     Args:
         error: The error.
-        otherwise: The other way out, as it follows "Make room, or", e.g. "choose another DIR.".
+        otherwise: The alternative, to follow "Free space, or", e.g. "choose another DIR.".
     """
     if error.errno == errno.ENAMETOOLONG:
-        return "Shorten the name: a file system takes 255 bytes a name (an umlaut has two) and 4095 a path."
+        return (
+            "Shorten the name: file systems allow 255 bytes per name (an umlaut has two) "
+            "and 4095 per path."
+        )
     if error.errno in _FULL:
-        return f"Make room, or {otherwise}"
+        return f"Free space, or {otherwise}"
     if error.errno in _DENIED:
-        return f"Get the right to write there, or {otherwise}"
+        return f"Get write permission, or {otherwise}"
     return otherwise[:1].upper() + otherwise[1:]

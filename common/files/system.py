@@ -1,4 +1,4 @@
-"""What a machine may lack: file locks on a network file system, a home directory, a name of the user."""
+"""File locks, home directory and user name, any of which a machine may lack."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any, Final
 from common.errors import fail
 
 NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
-"""How a file system says that it offers no `flock`: Lustre mounted without `-o flock`, NFS without a lock daemon."""
+"""Errors of a file system without `flock`: Lustre without `-o flock`, NFS without a lock daemon."""
 
 
 def lock(file: IO[Any], *, action: str, wait: bool = False) -> bool:
@@ -20,15 +20,15 @@ def lock(file: IO[Any], *, action: str, wait: bool = False) -> bool:
 
     Args:
         file: The file; its `name` is shown in an error.
-        action: Which folder to choose where the file system offers no locks.
-        wait: Wait for the one who holds it.
+        action: What to do if the file system has no locks.
+        wait: Wait until the lock is free.
 
     Returns:
-        Whether the lock is held now; False when another process (or open file) holds it.
+        Whether the lock is held now; False if another process (or open file) holds it.
 
     Raises:
-        FedsgcgError: CFG-008 where the file system offers no locks.
-        OSError: For any other failure of the file system.
+        FedsgcgError: CFG-008 if the file system has no locks.
+        OSError: Any other failure of the file system.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,25 +45,25 @@ def lock(file: IO[Any], *, action: str, wait: bool = False) -> bool:
 
 
 def expand(path: str, setting: str) -> Path:
-    """Return a path with the home directory put in for `~` or `~user`.
+    """Return a path with `~` or `~user` replaced by the home directory.
 
     Args:
-        path: As it was written.
-        setting: What to set to a full path where there is no home directory.
+        path: The path as it was given.
+        setting: The setting to change to a full path if there is no home directory.
 
     Raises:
-        FedsgcgError: CFG-009 without a home directory, as in a container whose user nobody declared.
+        FedsgcgError: CFG-009 without a home directory, as in a container with an undeclared user.
     """
     try:
         return Path(path).expanduser()
     except (RuntimeError, KeyError) as error:
         found = f"{path} for user {os.getuid()}, HOME is {os.environ.get('HOME') or 'not set'}"
-        action = f"Set {setting} to a full path, or HOME to a folder that can be written."
+        action = f"Set {setting} to a full path, or HOME to a writable folder."
         raise fail("CFG-009", found=found, expected="a home directory", action=action) from error
 
 
 def has_home() -> bool:
-    """Whether this user has a home directory at all."""
+    """Whether this user has a home directory."""
     try:
         Path.home()
     except (RuntimeError, KeyError):
@@ -72,7 +72,7 @@ def has_home() -> bool:
 
 
 def user_name() -> str:
-    """Return the name of the user, or `uid N` for one without a name on this machine."""
+    """Return the name of the user, or `uid N` if this machine has no name for it."""
     try:
         return getpass.getuser()
     except (KeyError, OSError, ImportError):

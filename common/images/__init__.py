@@ -1,1 +1,1 @@
-"""Image files: found, read in one orientation, written in the geometry of their source."""
+"""Image files: finding, reading in a canonical orientation, writing in the geometry of a source."""

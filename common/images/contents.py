@@ -1,10 +1,11 @@
-"""Salted hashes of what images show, by which hospitals of one run find images that more than one of them has.
+"""Salted hashes of image contents, to find images that several hospitals of a run have.
 
-A hash is made of the voxels in canonical orientation, so that a copy is found whatever its name, compression, axes and
-header. It is salted with the run: hashes of two runs cannot be compared. Who knows the salt, as the coordinator does,
-learns two things: which images two hospitals share, and whether a hospital has an image that he holds himself, voxel by
-voxel. Nothing of an image can be computed back. Therefore a hospital sends them only where its own `site.yaml` lists
-`content_hashes` under `sharing`; a simulation, where all images lie with one person, always compares.
+A hash covers the voxels in canonical orientation, so that a copy is found regardless of its name,
+compression, axes and header. It is salted with the run, so that hashes of two runs cannot be
+compared. Whoever knows the salt, as the coordinator does, can learn which images two hospitals
+share, and whether a hospital has an image that the coordinator itself has; the image cannot be
+reconstructed. A hospital therefore sends hashes only if its own `site.yaml` lists `content_hashes`
+under `sharing`; a simulation always compares them.
 """
 
 from __future__ import annotations
@@ -16,37 +17,36 @@ import numpy as np
 
 from common.wire.payload import Identity
 
-if TYPE_CHECKING:  # the coordinator reads no image
+if TYPE_CHECKING:  # the coordinator does not need the reading of images
     from common.images.read import Volume
 
 CONTENT_HASHES: Final = "content_hashes"
-"""What a hospital consents to, and the part of its enrolment that carries the hashes."""
+"""Name of the consent, and of the part of an enrolment that carries the hashes."""
 
 TRAINING_IMAGES: Final = "training_images.json"
-"""File of the coordinator's run folder: `salt`, and hospital -> salted hashes of the images that a model learned from.
+"""File of a cell's folder: `salt`, and hospital -> salted hashes of the images used in training.
 
-It is in the folder of the model and is not one of its parts: who hands on `model.json` and `model.safetensors` hands on
-nothing about images.
+It is not a part of the model: sharing `model.json` and `model.safetensors` reveals nothing about
+images.
 """
 
 
 def content_hash(image: Volume) -> str:
     """Return the hash (32 hex digits) of an image's size and voxels in canonical orientation.
 
-    Spacing and affine do not count: a copy with a corrected header is still a copy. A colour picture whose channels are
-    equal counts as the grey one.
+    Spacing and affine are ignored: a copy with a corrected header is still a copy. A colour picture
+    with equal channels has the hash of the grey one.
     """
     array = image.array
     if image.is_picture and len(array) == 3 and (array == array[:1]).all():
         array = array[:1]
     head = f"{image.is_picture} {array.shape}".encode()
-    return hashlib.blake2b(
-        head + np.ascontiguousarray(array, "<f4").tobytes(), digest_size=16
-    ).hexdigest()
+    content = head + np.ascontiguousarray(array, "<f4").tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def salt_of(identity: Identity) -> str:
-    """Return the salt of a run, the same at all its sites: run, plan and fold."""
+    """Return the salt of a run, plan and fold, the same at all its sites."""
     text = "\n".join((identity.run, identity.plan, identity.heldout))
     return hashlib.blake2b(text.encode(), digest_size=32, person=b"content").hexdigest()
 

@@ -1,8 +1,9 @@
-"""One way to look through a folder of images, for study, check, predict and prepare alike.
+"""Lists the images in a folder, in the same way for study, check, predict and prepare.
 
-Links to folders and files are followed, because shared storage is full of them; a folder that leads back into itself is
-entered once. Hidden files and folders and the `__MACOSX` of an archive are not images, but what looks like one there is
-counted. Nothing is passed over without a word: `Listing` has a place for every kind.
+Links to folders and files are followed, as they are common on shared storage; a link back into a
+folder's own path is not. Hidden files and folders and `__MACOSX` are skipped, but hidden files with
+the name of an image are listed. `Listing` has a field for each kind, so that no file is ignored
+silently.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from common.images.read import suffix_of
 from common.names import printable
 
 NAMED = 3
-"""File names that a sentence names before it only counts."""
+"""Number of file names that a message gives before it only counts."""
 
 
 @dataclass
 class Listing:
-    """What a folder holds, below it included.
+    """The content of a folder and its subfolders.
 
     Attributes:
-        images: Image files of formats that are read, sorted.
-        foreign: Image files of formats that are not read.
-        ghosts: Hidden files that are called like images, most of them a Mac's `._name`, which hold no pixel.
-        closed: Folders that could not be looked into, with the reason.
-        loops: Folders that lead back to one that they lie in.
+        images: Image files of supported formats, sorted.
+        foreign: Image files of other formats.
+        ghosts: Hidden files with the name of an image, mostly `._name` of macOS, without pixels.
+        closed: Folders that could not be read, with the reason.
+        loops: Links to a folder that contains them.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -40,19 +41,19 @@ class Listing:
     loops: list[Path] = field(default_factory=list)
 
     def conversions(self) -> list[str]:
-        """How to convert the files of other formats, each way once."""
+        """Return how to convert the files of other formats, without repetitions."""
         return list(dict.fromkeys(FOREIGN[foreign_suffix(path)] for path in self.foreign))
 
 
 def look_through(folder: Path, *, deep: bool = True) -> Listing:
-    """List what lies in a folder and, unless `deep` is false, below it; an unreadable folder is noted."""
+    """List the content of a folder and, if `deep`, of its subfolders; note unreadable ones."""
     found = Listing()
     _enter(folder, (), found, deep)
     return found
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, links to folders included, sorted; raises OSError when it cannot be read."""
+    """Return the sorted subfolders, including links; raises OSError if the folder is unreadable."""
     with os.scandir(folder) as entries:
         return sorted(
             Path(entry.path)
@@ -62,33 +63,32 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def stem_of(path: Path) -> str:
-    """Return the name of an image without its suffix and `_image`; never empty, whatever the file is called."""
+    """Return the name of an image without its suffix and `_image`; never empty."""
     plain = without_suffix(path.name)
     return plain.removesuffix("_image") or plain
 
 
 def without_suffix(name: str) -> str:
-    """Return a file name without its image suffix; one that is nothing but a suffix stays whole."""
+    """Return a file name without its image suffix; never empty."""
     suffix = suffix_of(Path(name))
-    return (name[: -len(suffix)] if suffix else name) or name
+    return name[: len(name) - len(suffix)] or name
 
 
 def counted_names(paths: Iterable[Path], what: str) -> str:
-    """Say how many files of a kind there are and name the first, e.g. `4 masks without an image: a, b, c, ...`."""
+    """Return the number and first names of files: `4 masks without an image: a, b, c, ...`."""
     names = [printable(path.name) for path in paths]
-    return f"{len(names)} {what}: {', '.join(names[:NAMED])}" + (
-        ", ..." if len(names) > NAMED else ""
-    )
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} {what}: {', '.join(names[:NAMED])}{more}"
 
 
 def by_format(paths: Sequence[Path]) -> str:
-    """Say which other formats there are, e.g. `.mha 2, .nrrd 1`."""
+    """Return the number of files per format, e.g. `.mha 2, .nrrd 1`."""
     counts = Counter(foreign_suffix(path) for path in paths)
     return ", ".join(f"{suffix} {count}" for suffix, count in sorted(counts.items()))
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; unlike `Path.is_file` also of a name that no file can have."""
+    """Whether a file exists; False, unlike `Path.is_file`, for a name that is not valid."""
     try:
         return path.is_file()
     except (OSError, ValueError):

@@ -1,11 +1,12 @@
-"""Synthetic hospitals: pelvis-like MRI with a gland to outline, each hospital with the look of its own scanner.
+"""Synthetic hospitals: pelvis-like MRI with a gland to segment, each with its own scanner.
 
-Nothing here is a patient. The anatomy (fat, muscles, bones, bladder, rectum, a gland with two zones) varies from
-patient to patient in the same way everywhere. What differs between hospitals is how the scanner shows it: tissue
-contrast, bias field, sharpness, noise, coil hot spot, field of view, voxel size and orientation of the file. A model
-trained on three of them therefore meets a real change of domain at the fourth.
+The anatomy (fat, muscles, bones, bladder, rectum, a gland with two zones) varies between patients
+in the same way everywhere. Hospitals differ in the scanner: tissue contrast, bias field, sharpness,
+noise, coil hot spot, field of view, voxel size and orientation of the file. So a model trained on
+three of them meets a domain shift at the fourth.
 
-Legend: Z, Y, X = slices (inferior to superior), rows (anterior to posterior), columns (right to left); lengths in mm.
+Legend: Z, Y, X = slices (inferior to superior), rows (anterior to posterior), columns (right to
+left); lengths in mm.
 """
 
 from __future__ import annotations
@@ -26,15 +27,27 @@ Image = NDArray[np.float32]
 Point = tuple[float, float, float]
 
 SITES = ("East", "North", "South", "West")
-# Part of the name of the folder that holds them: raise it when the images change, so that no old ones are found.
+# Part of the name of their folder; to be raised when the images change, so that old ones are not
+# used.
 VERSION = 2
 SOFT_EDGE_MM = 1.0
 
 # Brightness of tissue on a T2-weighted image, bladder = 1.
 T2: Mapping[str, float] = {
-    "fat": 0.80, "muscle": 0.20, "marrow": 0.55, "cortex": 0.05, "fluid": 1.00, "wall": 0.33, "gas": 0.03,
-    "fascia": 0.52, "capsule": 0.16, "peripheral": 0.80, "central": 0.42, "nodule": 0.60, "vessel": 0.95,
-}  # fmt: skip
+    "fat": 0.80,
+    "muscle": 0.20,
+    "marrow": 0.55,
+    "cortex": 0.05,
+    "fluid": 1.00,
+    "wall": 0.33,
+    "gas": 0.03,
+    "fascia": 0.52,
+    "capsule": 0.16,
+    "peripheral": 0.80,
+    "central": 0.42,
+    "nodule": 0.60,
+    "vessel": 0.95,
+}
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,15 @@ class Scanner:
     Attributes:
         orientation: nibabel axis codes of its files.
         field_of_view: Side of the square image in mm.
-        matrix: Pixels a side, relative to the shape that was asked for.
+        matrix: Pixels per side, relative to the requested shape.
         thickness: Slice thickness in mm.
-        contrast: Tissues that look different from `T2`.
+        contrast: Tissues whose brightness differs from `T2`.
         gamma: Exponent on the tissue contrast.
         blur: Standard deviation of the point spread in mm.
-        noise: Standard deviation of the receiver noise, bladder = 1 (Rician, as in magnitude images).
+        noise: Standard deviation of the receiver noise, bladder = 1 (Rician, as in magnitude
+            images).
         bias: Strength of the smooth multiplicative field (standard deviation of its logarithm).
-        coil: Brightness that a coil in the rectum adds at its place, and the 1 / e range in mm.
+        coil: Relative brightness added at a coil in the rectum, and its 1 / e range in mm.
         gain: Stored value of the bladder.
     """
 
@@ -69,26 +83,59 @@ class Scanner:
 
 
 SCANNERS = (
-    # A quiet reference machine.
+    # A reference scanner with little noise.
     Scanner(("L", "P", "S"), 130.0, 1.0, 4.0),
-    # Fat suppressed, steep contrast, noisy, files in the orientation of most research tools.
+    # Fat suppression, steep contrast, noise; files in the orientation of most research tools.
     Scanner(
-        ("R", "A", "S"), 140.0, 1.1, 3.6, {"fat": 0.34, "marrow": 0.30, "fascia": 0.36},
-        gamma=1.25, blur=1.0, noise=0.055, bias=0.2, gain=350.0,
+        ("R", "A", "S"),
+        field_of_view=140.0,
+        matrix=1.1,
+        thickness=3.6,
+        contrast={"fat": 0.34, "marrow": 0.30, "fascia": 0.36},
+        gamma=1.25,
+        blur=1.0,
+        noise=0.055,
+        bias=0.2,
+        gain=350.0,
     ),
-    # An old machine with a coil in the rectum, soft and flat, axes of the file permuted.
+    # An old scanner with a coil in the rectum: blurred, low contrast; permuted axes in the file.
     Scanner(
-        ("P", "S", "L"), 122.0, 0.9, 4.4, {"muscle": 0.30, "fascia": 0.50, "central": 0.42, "fluid": 0.85},
-        gamma=0.9, blur=1.1, noise=0.04, bias=0.2, coil=(0.8, 28.0), gain=4200.0,
+        ("P", "S", "L"),
+        field_of_view=122.0,
+        matrix=0.9,
+        thickness=4.4,
+        contrast={"muscle": 0.30, "fascia": 0.50, "central": 0.42, "fluid": 0.85},
+        gamma=0.9,
+        blur=1.1,
+        noise=0.04,
+        bias=0.2,
+        coil=(0.8, 28.0),
+        gain=4200.0,
     ),
-    # Towards T1 weighting: fluid is dull, fat bright, and the zones of the gland differ less.
+    # Closer to T1 weighting: fluid is dark, fat bright, and the gland's zones differ less.
     Scanner(
-        ("L", "A", "S"), 134.0, 1.2, 4.0,
-        {"muscle": 0.28, "fascia": 0.44, "fluid": 0.55, "peripheral": 0.76, "central": 0.50, "nodule": 0.56,
-         "wall": 0.36, "vessel": 0.60, "fat": 0.92},
-        blur=0.8, noise=0.04, bias=0.2, coil=(0.2, 45.0), gain=800.0,
+        ("L", "A", "S"),
+        field_of_view=134.0,
+        matrix=1.2,
+        thickness=4.0,
+        contrast={
+            "muscle": 0.28,
+            "fascia": 0.44,
+            "fluid": 0.55,
+            "peripheral": 0.76,
+            "central": 0.50,
+            "nodule": 0.56,
+            "wall": 0.36,
+            "vessel": 0.60,
+            "fat": 0.92,
+        },
+        blur=0.8,
+        noise=0.04,
+        bias=0.2,
+        coil=(0.2, 45.0),
+        gain=800.0,
     ),
-)  # fmt: skip
+)
 
 
 def write_hospitals(
@@ -102,11 +149,11 @@ def write_hospitals(
     """Write synthetic hospitals as NIfTI with a `manifest.csv`.
 
     Args:
-        root: Folder to write to; made when missing.
+        root: Folder to write to; created if missing.
         sites: Names of the hospitals; the k-th gets the k-th scanner (they repeat after four).
-        cases_per_site: Patients of each hospital.
+        cases_per_site: Patients per hospital.
         shape: (Z, Y, X) of an image, before the scanner's own matrix size.
-        seed: Same seed, same bytes; a patient depends on the seed, its site's name and scanner, and its number.
+        seed: Seed; a patient depends on the seed, the site's name and scanner, and its number.
 
     Returns:
         `root`.
@@ -140,7 +187,8 @@ def make_patient(
         rng: Source of the patient's anatomy and of the noise.
 
     Returns:
-        Image and mask (Z, Y, X) in canonical orientation, the mask 1 in the gland, and the (4, 4) affine of the file.
+        Image and mask (Z, Y, X) in canonical orientation, the mask 1 in the gland, and the (4, 4)
+        affine of the file.
     """
     rows, columns = (max(16, round(size * scanner.matrix)) for size in shape[1:])
     spacing = (scanner.thickness, scanner.field_of_view / rows, scanner.field_of_view / columns)
@@ -150,19 +198,16 @@ def make_patient(
     patient.draw_bladder()
     gland = patient.draw_gland()
     image = _scan(patient, scanner, rectum)
-    return (
-        image,
-        np.asarray(gland > 0, dtype=np.uint8),
-        _affine(scanner.orientation, image.shape, spacing, rng),
-    )
+    mask = np.asarray(gland > 0, dtype=np.uint8)
+    return image, mask, _affine(scanner.orientation, image.shape, spacing, rng)
 
 
 class Patient:
-    """One patient's tissue on the grid of one scan; what is drawn later covers what was drawn before.
+    """One patient's tissue on the grid of one scan; later tissue covers earlier tissue.
 
     Attributes:
         value: (Z, Y, X) brightness of the tissue.
-        body: (Z, Y, X) whether a voxel lies in the body.
+        body: (Z, Y, X) whether a voxel is inside the body.
         rng: The patient's random generator.
     """
 
@@ -180,7 +225,9 @@ class Patient:
         self.z, self.y, self.x = (axis.astype(np.float32) for axis in np.ix_(*axes))
         self.value: Image = np.zeros(shape, np.float32)
         self.body: NDArray[np.bool_] = np.zeros(shape, np.bool_)
-        self.spacing, self.tissue, self.rng = spacing, tissue, rng
+        self.spacing = spacing
+        self.tissue = tissue
+        self.rng = rng
         self.size = rng.uniform(0.94, 1.08)
         growth = rng.uniform(0.8, 1.3)
         reach = float(abs(axes[0]).max())
@@ -198,7 +245,10 @@ class Patient:
     def ellipsoid(
         self, centre: Sequence[float], radii: Sequence[float], tilt: float = 0.0
     ) -> Image:
-        """Return (Z, Y, X), about the distance in mm to an ellipsoid's surface, positive inside; tilt in radians."""
+        """Return the approximate signed distance (Z, Y, X) in mm to an ellipsoid, positive inside.
+
+        The tilt is in radians.
+        """
         y, x = self.y - np.float32(centre[1]), self.x - np.float32(centre[2])
         cosine, sine = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
         squares = ((y * cosine - x * sine) / radii[1]) ** 2 + (
@@ -208,20 +258,22 @@ class Patient:
         return np.asarray((1.0 - radius) * min(radii[1], radii[2]), dtype=np.float32)
 
     def paint(self, inside: Image, value: float | Image) -> None:
-        """Lay tissue where `inside` > 0, with a soft edge."""
+        """Draw tissue where `inside` > 0, with a soft edge."""
         weight = np.clip(inside / SOFT_EDGE_MM + 0.5, 0, 1)
         self.value += weight * (value - self.value)
 
     def bumps(self, strength: float, width: float) -> Image:
-        """Return smooth (Z, Y, X) noise of standard deviation `strength` whose bumps are about `width` mm wide."""
+        """Return smooth (Z, Y, X) noise of standard deviation `strength`, bumps `width` mm wide."""
         sigmas = [width / step for step in self.spacing]
         rough = self.rng.standard_normal(self.value.shape, dtype=np.float32)
         smooth = ndimage.gaussian_filter(rough, sigmas, truncate=2.0)
         return np.asarray(smooth * (strength / max(float(smooth.std()), 1e-9)), dtype=np.float32)
 
     def draw_pelvis(self) -> None:
-        """Draw fat, muscles, hip and pubic bones, and the loose tissue about the gland."""
-        tissue, size, jitter = self.tissue, self.size, self.rng.normal(0, 1.5, 6)
+        """Draw fat, muscles, hip and pubic bones, and the loose tissue around the gland."""
+        tissue = self.tissue
+        size = self.size
+        jitter = self.rng.normal(0, 1.5, 6)
         outline = self.ellipsoid((0, 4, 0), (900, 60 * size, 84 * size))
         self.body = np.asarray(outline > 0)
         self.paint(outline, tissue["fat"] * self.rng.uniform(0.92, 1.05))
@@ -254,7 +306,7 @@ class Patient:
             self.paint(self.ellipsoid(at, (9, 1.9, 1.5)), tissue["vessel"])
 
     def _bone(self, centre: Sequence[float], radii: Point, tilt: float) -> None:
-        """Draw marrow within a dark cortex two millimetres thick."""
+        """Draw marrow inside a dark cortex two millimetres thick."""
         distance = self.ellipsoid(centre, radii, tilt)
         self.paint(distance, self.tissue["cortex"])
         self.paint(distance - 2.0, self.tissue["marrow"])
@@ -279,8 +331,10 @@ class Patient:
         self.paint(distance - 2.5, self.tissue["fluid"])
 
     def draw_gland(self) -> Image:
-        """Draw the gland with capsule, outer zone, inner zone and nodules; return the distance inside it in mm."""
-        tissue, centre, radii = self.tissue, self.centre, self.radii
+        """Draw the gland with capsule, zones and nodules; return the distance inside it in mm."""
+        tissue = self.tissue
+        centre = self.centre
+        radii = self.radii
         tilt = self.rng.normal(0, 0.1)
         whole = self.ellipsoid(centre, radii, tilt) + self.bumps(0.8, 7.0)
         self.paint(whole + 1.5, tissue["capsule"])
@@ -299,7 +353,7 @@ class Patient:
 
 
 def _scan(patient: Patient, scanner: Scanner, coil_at: Point) -> NDArray[np.int16]:
-    """Turn tissue into what the scanner stores: contrast, point spread, coil, bias field, Rician noise, rounding."""
+    """Return the stored image: contrast, point spread, coil, bias field, Rician noise, rounding."""
     rng, spacing = patient.rng, patient.spacing
     texture = patient.bumps(0.03, 1.5) * patient.body
     image = np.clip(patient.value + texture, 0, None) ** np.float32(scanner.gamma)
@@ -319,7 +373,7 @@ def _scan(patient: Patient, scanner: Scanner, coil_at: Point) -> NDArray[np.int1
 
 
 def _smooth_field(patient: Patient) -> Image:
-    """Return a (Z, Y, X) field of mean zero and standard deviation one: slow waves across the image."""
+    """Return a smooth (Z, Y, X) field with mean zero and standard deviation one."""
     total = np.zeros(patient.value.shape, np.float32)
     for _ in range(4):
         wave = patient.rng.normal(0, 1, 3) * (0.01, 0.022, 0.022)
@@ -333,7 +387,7 @@ def _smooth_field(patient: Patient) -> Image:
 def _affine(
     codes: tuple[str, str, str], shape: tuple[int, ...], spacing: Point, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Return the affine of a slightly oblique file whose axes run along `codes`, for a (Z, Y, X) canonical grid."""
+    """Return the affine of a slightly oblique file with axes `codes`, for a (Z, Y, X) grid."""
     tilt = rng.uniform(-0.06, 0.06)
     turn = np.array([[1, 0, 0], [0, np.cos(tilt), -np.sin(tilt)], [0, np.sin(tilt), np.cos(tilt)]])
     canonical = np.eye(4)

@@ -1,4 +1,4 @@
-"""Pixels of 2-D picture files as a viewer shows them: photometric meaning, palette and orientation.
+"""Pixels of 2-D pictures as a viewer shows them, by photometric meaning, palette and orientation.
 
 Legend: H, W = rows, columns; C = channels.
 """
@@ -17,23 +17,31 @@ from common.errors import fail
 Array = NDArray[Any]
 
 LOSSY: Final = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
-"""Formats (Pillow's names) that change pixel values: harmless in a photograph, but the values of a mask are labels."""
+"""Formats (Pillow's names) that change pixel values, which are the labels of a mask."""
+
 LOSSY_TIFF: Final = (6, 7, 33003, 33004, 33005, 34712, 34892, 50001, 50002)
-"""TIFF compressions that do: JPEG, JPEG 2000, WebP, JPEG XL."""
+"""TIFF compressions that change pixel values: JPEG, JPEG 2000, WebP, JPEG XL."""
 
 PLAIN: Final = (1, 8, 32946)
 """TIFF compressions that tifffile reads without an extra package: none and deflate."""
+
+PLAIN_MODES: Final = ("L", "I", "F", "1", "RGB", "RGBA", "LA")
+"""Modes of Pillow whose pixels are used without conversion."""
+
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE = range(4)
+"""Values of TIFF's tag PhotometricInterpretation."""
+
 ORIENTATION: Final = 274
+"""Number of TIFF's orientation tag."""
 
 
 def picture_pixels(path: Path, *, mask: bool) -> Array:
-    """Return the pixels of a picture as (H, W) or (H, W, C); more axes where a file holds a stack of pages.
+    """Return the pixels of a picture as (H, W) or (H, W, C); a stack of pages has more axes.
 
     Args:
         path: PNG, JPEG, BMP or TIFF.
-        mask: The file holds label values: a palette picture gives its indices instead of colours, and a format that
-            changes values is refused.
+        mask: Whether the values are labels: a palette picture then gives its indices instead of
+            colours, and a format that changes values is an error.
 
     Raises:
         FedsgcgError: DAT-106 for a TIFF of several pictures, DAT-116 for a mask in a lossy format.
@@ -50,59 +58,45 @@ def _pillow_pixels(path: Path, mask: bool, page: int = 0) -> Array:
         if page:
             opened.seek(page)
         opened.load()
-        picture = ImageOps.exif_transpose(
-            opened
-        )  # cameras store the turn apart; people see and draw the turned one
-        if picture.mode in ("L", "I", "F", "1", "RGB", "RGBA", "LA") or picture.mode.startswith(
-            "I;16"
-        ):
+        # Cameras store the rotation as a tag; viewers and annotation tools apply it.
+        picture = ImageOps.exif_transpose(opened)
+        plain = picture.mode in PLAIN_MODES or picture.mode.startswith("I;16")
+        if plain or (mask and picture.mode == "P"):
             return np.asarray(picture)
-        return (
-            np.asarray(picture)
-            if mask and picture.mode == "P"
-            else np.asarray(picture.convert("RGB"))
-        )
+        return np.asarray(picture.convert("RGB"))
 
 
 def _tiff_pixels(path: Path, mask: bool) -> Array:
-    """Return the pixels of the picture of a TIFF: its largest page, of which the others must be smaller copies."""
+    """Return the pixels of a TIFF's largest page; other pages must be smaller copies of it."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
-            series = _whole_picture(file.series, path)
+            series = _largest_page(file.series, path)
             page = series.keyframe
             kind = BLACK_IS_ZERO if page.photometric is None else int(page.photometric)
             if mask and page.compression in LOSSY_TIFF:
-                raise _lossy(
-                    path,
-                    f"TIFF with {getattr(page.compression, 'name', page.compression)} compression",
-                )
-            plain = page.compression in PLAIN and kind in (
-                WHITE_IS_ZERO,
-                BLACK_IS_ZERO,
-                RGB,
-                PALETTE,
-            )
+                name = getattr(page.compression, "name", page.compression)
+                raise _lossy(path, f"TIFF with {name} compression")
+            known = kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE)
+            plain = page.compression in PLAIN and known
             if not plain and len(series.pages) == 1:
-                # Pillow knows more compressions and colour spaces; of grey values it turns all but those of 16 bits.
+                # Pillow reads more compressions and colour spaces. It inverts white-is-zero grey
+                # values except those of 16 bits.
                 pixels = _pillow_pixels(path, mask, page.index)
-                return (
-                    _inverted(pixels, 16)
-                    if kind == WHITE_IS_ZERO and pixels.dtype == np.uint16
-                    else pixels
-                )
-            pixels, tag = np.asarray(series.asarray()), page.tags.get(ORIENTATION)
-            pixels = _as_shown(
-                pixels, kind, int(page.bitspersample), None if mask else page.colormap
-            )
-            return _turned(_channels_last(pixels, str(series.axes)), int(tag.value) if tag else 1)
+                inverted = kind == WHITE_IS_ZERO and pixels.dtype == np.uint16
+                return _inverted(pixels, 16) if inverted else pixels
+            palette = None if mask else page.colormap
+            pixels = _as_shown(np.asarray(series.asarray()), kind, int(page.bitspersample), palette)
+            tag = page.tags.get(ORIENTATION)
+            orientation = int(tag.value) if tag else 1
+            return _turned(_channels_last(pixels, str(series.axes)), orientation)
     except tifffile.TiffFileError as error:
         raise ValueError(str(error)) from error
 
 
-def _whole_picture(found: Any, path: Path) -> Any:
-    """Return the series of pages that is the picture; thumbnails and previews of it are passed over."""
+def _largest_page(found: Any, path: Path) -> Any:
+    """Return the largest series of pages; the others must be its thumbnails or previews."""
     sizes = [(int(one.keyframe.imagelength), int(one.keyframe.imagewidth)) for one in found]
     height, width = size = max(sizes, key=lambda size: size[0] * size[1])
     # A thumbnail's sides are rounded to pixels.
@@ -113,7 +107,7 @@ def _whole_picture(found: Any, path: Path) -> Any:
     ]
     if copies.count(False) > 1:
         shapes = ", ".join(f"{one[0]}x{one[1]}" for one in sizes[:8])
-        action = "Save the page that is the picture as a file of its own."
+        action = "Save the right page as a separate file."
         raise fail(
             "DAT-106",
             found=f"pages of {shapes}",
@@ -125,7 +119,7 @@ def _whole_picture(found: Any, path: Path) -> Any:
 
 
 def _as_shown(pixels: Array, kind: int, bits: int, palette: Array | None) -> Array:
-    """Return stored values as they are shown: black is zero, and a palette's colours where one is given."""
+    """Return stored values as they are displayed: black is zero, and a palette gives colours."""
     if kind == WHITE_IS_ZERO:
         return _inverted(pixels, bits)
     if kind == PALETTE and palette is not None:
@@ -134,7 +128,7 @@ def _as_shown(pixels: Array, kind: int, bits: int, palette: Array | None) -> Arr
 
 
 def _inverted(pixels: Array, bits: int) -> Array:
-    """Return values whose white is zero with black as zero."""
+    """Return white-is-zero values as black-is-zero values."""
     if pixels.dtype == np.bool_:
         return ~pixels
     if pixels.dtype.kind != "u":
@@ -143,30 +137,26 @@ def _inverted(pixels: Array, bits: int) -> Array:
 
 
 def _channels_last(pixels: Array, axes: str) -> Array:
-    """Return (H, W) or (H, W, C); of a stack of pages with one axis more than a picture has."""
-    coloured = pixels.ndim > len(axes)  # a palette's colours have come as a last axis
+    """Return (H, W) or (H, W, C); a stack of pages has one more axis."""
+    coloured = pixels.ndim > len(axes)  # a palette's colours are the last axis
     if coloured or pixels.ndim == 2 or axes.endswith("S"):
         return pixels
-    return (
-        pixels.transpose(1, 2, 0)
-        if pixels.ndim == 3 and axes.startswith("S")
-        else pixels[..., None]
-    )
+    if pixels.ndim == 3 and axes.startswith("S"):
+        return pixels.transpose(1, 2, 0)
+    return pixels[..., None]
 
 
 def _turned(pixels: Array, orientation: int) -> Array:
-    """Turn (H, W) or (H, W, C) pixels as the orientation tag of TIFF and EXIF (1 to 8) says they are to be seen."""
+    """Apply the orientation tag of TIFF and EXIF (1 to 8) to (H, W) or (H, W, C) pixels."""
     flipped = {2: pixels[:, ::-1], 4: pixels[::-1], 5: pixels.swapaxes(0, 1)}
-    turns = {3: 2, 6: -1, 8: 1}  # quarter turns against the clock
+    turns = {3: 2, 6: -1, 8: 1}  # quarter turns, counterclockwise
     if orientation == 7:
         return pixels[::-1, ::-1].swapaxes(0, 1)
-    return (
-        np.rot90(pixels, turns[orientation])
-        if orientation in turns
-        else flipped.get(orientation, pixels)
-    )
+    if orientation in turns:
+        return np.rot90(pixels, turns[orientation])
+    return flipped.get(orientation, pixels)
 
 
 def _lossy(path: Path, kind: str) -> Exception:
-    action = "Export the mask as PNG, TIFF without JPEG, or NIfTI from where it was drawn."
+    action = "Export the mask again, as PNG, TIFF without JPEG, or NIfTI."
     return fail("DAT-116", found=kind, expected="a lossless format", action=action, where=str(path))

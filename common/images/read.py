@@ -1,12 +1,14 @@
-"""Image files in and out: NIfTI volumes in one canonical orientation, 2-D pictures as they are.
+"""Reads NIfTI volumes in one canonical orientation, and 2-D pictures without a change of axes.
 
-Legend: Z, Y, X = slices, rows, columns of a volume; C = colour channels of a picture (1 or 3); H, W = rows, columns.
+Legend: Z, Y, X = slices, rows, columns of a volume; C = colour channels of a picture (1 or 3); H, W
+= rows, columns.
 
-Canonical orientation of a volume is the radiological display of the plane in which it was acquired: Z runs along the
-axis whose voxels are clearly the longest, and from feet to head where none is. Axial slices go from inferior to
-superior, rows from anterior to posterior, columns from right to left ("LPS" in nibabel's codes, with the axes in the
-order Z, Y, X); coronal and sagittal ones as in `PLANES`. Axes are only permuted and flipped, never resampled, so that
-`to_native` is its exact inverse. Lengths are in mm whatever unit the header has.
+The canonical orientation of a volume is the radiological display of the plane in which it was
+acquired. Z is the axis with clearly the longest voxels, or the axis from feet to head if no axis
+is. Axial slices go from inferior to superior, rows from anterior to posterior, columns from right
+to left ("LPS" in nibabel's codes, with the axes in the order Z, Y, X); for coronal and sagittal
+slices see `PLANES`. Axes are only permuted and flipped, never resampled, so that `to_native` is the
+exact inverse. Lengths are in mm whatever the unit of the header.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +30,29 @@ from common.images.formats import conversion_advice
 from common.images.pixels import picture_pixels
 
 Array = NDArray[Any]
-nib: Any = nibabel  # its functions carry no types
+nib: Any = nibabel  # untyped
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 PLANES = {"axial": ("L", "P", "S"), "coronal": ("L", "I", "P"), "sagittal": ("P", "I", "L")}
-"""Plane of the slices -> where columns, rows and slices run (nibabel's axis codes)."""
+"""Plane of the slices -> directions of columns, rows and slices (nibabel's axis codes)."""
+
 THICK = 2**0.5
-"""How many times longer than the others an axis's voxels must be for slices across it; between the ratios that scanners
-use, so that the rounding of a header does not decide."""
+"""Ratio of voxel sizes from which an axis counts as clearly the longest.
+
+It lies between the ratios that scanners use, so that the rounding of a header does not decide.
+"""
+
 MILLIMETRES = {"meter": 1e3, "micron": 1e-3}
-"""Millimetres in a header's unit of length; a header that names none means mm."""
+"""Millimetres per unit of length of a header; the default unit is mm."""
+
 PICTURE = "picture"
 KINDS = (*(f"{plane} volume" for plane in PLANES), PICTURE)
-"""What an image can be; a data set and a model are of one kind (`Volume.kind`)."""
-# A damaged header can announce any size; a clinical volume stays far below this many bytes.
+"""Kinds of image; a data set and a model are of one kind (`Volume.kind`)."""
+
+# A damaged header can announce any size; a clinical volume is far smaller.
 MAX_BYTES = 2**32
-# A tenth of a voxel: far above the rounding of a header, far below a shift that would harm a contour.
+# A tenth of a voxel: far above the rounding of a header, far below a shift that affects a contour.
 GEOMETRY_TOLERANCE = 0.1
 
 
@@ -54,13 +62,14 @@ class Volume:
 
     Attributes:
         array: (Z, Y, X) float32 of a volume, (C, H, W) float32 of a picture.
-        affine: (4, 4) affine of the file as it lies on disk (voxel -> mm); identity for a picture.
-        spacing: (sz, sy, sx) in mm of the canonical array; ones for a picture and where the header gives no size.
-        is_picture: Whether this is a 2-D picture, whose spacing means nothing.
-        is_eight_bit: Whether it is a picture of 8 bits a channel, whose values lie on the scale from 0 to 255.
+        affine: (4, 4) affine of the file on disk (voxel -> mm); identity for a picture.
+        spacing: (sz, sy, sx) in mm of the canonical array; ones for a picture, or if the header
+            has no voxel size.
+        is_picture: Whether it is a 2-D picture, which has no spacing.
+        is_eight_bit: Whether it is a picture with 8 bits per channel, i.e. values from 0 to 255.
         plane: Key of `PLANES`; without meaning for a picture.
-        has_size: Whether the header of a volume says how large its voxels are.
-        source: nibabel class and header of the NIfTI that was read, with which results are written; None for a picture.
+        has_size: Whether the header of a volume has the voxel size.
+        source: nibabel class and header of the NIfTI file, for writing results; None for a picture.
     """
 
     array: NDArray[np.float32]
@@ -79,7 +88,7 @@ class Volume:
 
     @property
     def millimetres(self) -> tuple[float, float, float] | None:
-        """(sz, sy, sx) in mm; None for a picture and where the header gives no size: lengths in mm are then unknown."""
+        """(sz, sy, sx) in mm; None for a picture, or if the header has no voxel size."""
         return self.spacing if self.has_size and not self.is_picture else None
 
     @property
@@ -92,7 +101,7 @@ class Volume:
 
 
 def suffix_of(path: Path) -> str:
-    """Return the known image suffix of a path in lower case, "" when it is none (`.nii.gz` counts as one)."""
+    """Return the supported image suffix of a path in lower case, e.g. `.nii.gz`, or ""."""
     name = path.name.lower()
     return next(
         (suffix for suffix in (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES) if name.endswith(suffix)), ""
@@ -104,12 +113,13 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
 
     Args:
         path: `.nii`, `.nii.gz`, `.png`, `.jpg`, `.tif` or `.bmp`.
-        mask: The file holds label values: a palette picture gives its indices, a colour picture with equal channels
-            one channel.
+        mask: Whether the values are labels: a palette picture then gives its indices, and a colour
+            picture with equal channels one channel.
 
     Raises:
-        FedsgcgError: DAT-103 when the file is missing, damaged or of an unknown kind; DAT-106 when it has more
-            dimensions than a volume or a picture; DAT-116 for a mask in a format that changes values.
+        FedsgcgError: DAT-103 if the file is missing, damaged or of an unknown format; DAT-106 if it
+            has more dimensions than a volume or a picture; DAT-116 for a mask in a format that
+            changes values.
     """
     suffix = suffix_of(path)
     if not suffix:
@@ -121,30 +131,27 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
             action=action,
             where=str(path),
         )
-    reader: Callable[[Path, bool], Volume] = (
-        _read_nifti if suffix in VOLUME_SUFFIXES else _read_picture
-    )
     try:
-        return reader(path, mask)
+        return _read_nifti(path) if suffix in VOLUME_SUFFIXES else _read_picture(path, mask)
     except FedsgcgError:
         raise
-    # Fed with damaged bytes, the readers raise nearly anything, SyntaxError included; one file must not stop a site.
+    except FileNotFoundError as error:
+        raise _unreadable("no such file", path) from error
+    # On damaged bytes the readers raise almost anything, even SyntaxError; one file must not stop a
+    # site.
     except Exception as error:
-        found = (
-            "no such file"
-            if isinstance(error, FileNotFoundError)
-            else f"{type(error).__name__}: {error}"
-        )
-        action = "Export the file again from its source; the case is left out until then."
-        raise fail(
-            "DAT-103", found=found, expected="a complete image", action=action, where=str(path)
-        ) from error
+        raise _unreadable(f"{type(error).__name__}: {error}", path) from error
+
+
+def _unreadable(found: str, path: Path) -> FedsgcgError:
+    action = "Export the file again from its source; the case is left out until then."
+    return fail("DAT-103", found=found, expected="a complete image", action=action, where=str(path))
 
 
 def to_native(array: Array, volume: Volume) -> Array:
-    """Map a canonical (Z, Y, X) array back to the axes of the file `volume` was read from, as (i, j, k).
+    """Map a canonical (Z, Y, X) array to the axes (i, j, k) of the file of `volume`.
 
-    For a picture, whose axes never change, the array comes back as it is.
+    The array of a picture, whose axes never change, is returned unchanged.
     """
     if volume.is_picture:
         return array
@@ -154,7 +161,7 @@ def to_native(array: Array, volume: Volume) -> Array:
 def affine_as(
     codes: tuple[str, str, str], affine: NDArray[np.float64], shape: tuple[int, ...]
 ) -> NDArray[np.float64]:
-    """Return the affine of a file whose axes run along `codes`, e.g. ("R", "A", "S"), of an axial array.
+    """Return the affine of a file with axes `codes`, e.g. ("R", "A", "S"), for an axial array.
 
     Args:
         codes: nibabel axis codes of the file, first axis first.
@@ -168,9 +175,9 @@ def affine_as(
 
 
 def write_volume(path: Path, array: Array, affine: NDArray[np.float64]) -> None:
-    """Write an axial (Z, Y, X) array as `.nii.gz` in the orientation of `affine`, the file's own voxel -> mm map.
+    """Write an axial (Z, Y, X) array as `.nii.gz` in the orientation of the file's `affine`.
 
-    The bytes depend on the content alone (no time stamp), so that equal images have equal hashes.
+    The bytes depend only on the content (no time stamp), so that equal images have equal hashes.
     """
     image = nib.Nifti1Image(np.ascontiguousarray(_from_canonical(array, affine, "axial")), affine)
     image.header.set_xyzt_units("mm")
@@ -178,10 +185,10 @@ def write_volume(path: Path, array: Array, affine: NDArray[np.float64]) -> None:
 
 
 def check_image(volume: Volume, where: str) -> None:
-    """Refuse an image that cannot be scaled.
+    """Check that an image can be scaled.
 
     Raises:
-        FedsgcgError: DAT-107 for NaN or infinite values, DAT-108 when all values are equal.
+        FedsgcgError: DAT-107 for NaN or infinite values, DAT-108 if all values are equal.
     """
     finite = np.isfinite(volume.array)
     if not finite.all():
@@ -205,12 +212,13 @@ def check_image(volume: Volume, where: str) -> None:
 
 
 def check_geometry(image: Volume, mask: Volume, where: str) -> None:
-    """Refuse a mask that does not lie on its image.
+    """Check that a mask covers the same space as its image.
 
-    Both are compared in canonical orientation: a mask that was saved with other axes but covers the same space is fine.
+    Both are compared in canonical orientation: a mask that was saved with other axes is accepted.
 
     Raises:
-        FedsgcgError: DAT-104 for another shape, DAT-105 when a corner lies more than a tenth of a voxel away.
+        FedsgcgError: DAT-104 for another shape, DAT-105 if a corner is more than a tenth of a voxel
+            away.
     """
     kept = -2 if image.is_picture else -3
     wanted, got = image.array.shape[kept:], mask.array.shape[kept:]
@@ -234,14 +242,14 @@ def check_geometry(image: Volume, mask: Volume, where: str) -> None:
 def _largest_distance(
     first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, ...]
 ) -> float:
-    """Return the largest distance in mm between the same corner of two grids of shape (Z, Y, X)."""
+    """Return the largest distance in mm between corresponding corners of two (Z, Y, X) grids."""
     z, y, x = (size - 1 for size in shape)
     corners = np.array([(i, j, k, 1.0) for i in (0, x) for j in (0, y) for k in (0, z)]).T
     return float(np.linalg.norm(((first - second) @ corners)[:3], axis=0).max())
 
 
 def _by(shape: tuple[int, ...]) -> str:
-    """Return a shape as people write it, e.g. 12x80x80."""
+    """Return a shape as text, e.g. 12x80x80."""
     return "x".join(map(str, shape))
 
 
@@ -251,25 +259,24 @@ def _ornt(codes: tuple[str, ...]) -> Array:
 
 
 def _change(start: Array, target: Array) -> Array:
-    """Return the permutation and flips that lead from one orientation to another."""
+    """Return the permutation and flips from one orientation to another."""
     return np.asarray(nib.orientations.ornt_transform(start, target))
 
 
 def _to_canonical(array: Array, affine: NDArray[np.float64], plane: str) -> Array:
-    """Bring the (i, j, k) axes of a file to (Z, Y, X)."""
+    """Map the (i, j, k) axes of a file to (Z, Y, X)."""
     change = _change(nib.io_orientation(affine), _ornt(PLANES[plane]))
     return np.asarray(nib.apply_orientation(array, change)).transpose(2, 1, 0)
 
 
 def _from_canonical(array: Array, affine: NDArray[np.float64], plane: str) -> Array:
-    """Bring (Z, Y, X) axes to the (i, j, k) of a file; the inverse of `_to_canonical`."""
+    """Map (Z, Y, X) axes to the (i, j, k) of a file; the inverse of `_to_canonical`."""
     change = _change(_ornt(PLANES[plane]), nib.io_orientation(affine))
     return np.asarray(nib.apply_orientation(array.transpose(2, 1, 0), change))
 
 
-def _read_nifti(path: Path, mask: bool) -> Volume:
+def _read_nifti(path: Path) -> Volume:
     """Read a NIfTI-1 or NIfTI-2 file into canonical orientation."""
-    del mask
     content = _bytes(path)
     image = _nifti_image(content)
     array = _three_dimensions(image, path)
@@ -279,7 +286,7 @@ def _read_nifti(path: Path, mask: bool) -> Volume:
         raise ValueError("the header has no usable affine (voxel to mm)")
     codes = nib.io_orientation(affine)
     if np.isnan(codes).any():
-        raise ValueError("the header's affine names no orientation")
+        raise ValueError("the header's affine has no orientation")
     has_size = _has_size(image, content, array.shape)
     sizes = nib.affines.voxel_sizes(affine) if has_size else np.ones(3)
     by_axis = {int(axis): float(size) for axis, size in zip(codes[:, 0], sizes, strict=True)}
@@ -298,35 +305,35 @@ def _read_nifti(path: Path, mask: bool) -> Volume:
 
 
 def open_nifti(path: Path) -> Any:
-    """Return the nibabel image of a file, whether or not its name tells the truth about gzip.
+    """Return the nibabel image of a file; compression is recognised by content, not by name.
 
     Raises:
-        ValueError: The content is no NIfTI.
+        ValueError: The content is not NIfTI.
     """
     return _nifti_image(_bytes(path))
 
 
 def _nifti_image(content: bytes) -> Any:
-    header_size = (
-        {struct.unpack(order + "i", content[:4])[0] for order in "<>"}
-        if len(content) >= 4
-        else set()
-    )
+    header_size = set()
+    if len(content) >= 4:
+        header_size = {struct.unpack(order + "i", content[:4])[0] for order in "<>"}
     if not header_size & {348, 540}:
         raise ValueError("not a NIfTI file" if content else "the file is empty")
     return (nib.Nifti1Image if 348 in header_size else nib.Nifti2Image).from_bytes(content)
 
 
 def _is_flat(affine: NDArray[np.float64]) -> bool:
-    """Whether a voxel has no volume, whatever the unit: an axis of length 0, or three that lie in a plane."""
+    """Whether voxels have no volume: an axis has length 0, or the three axes are coplanar."""
     volume = abs(np.linalg.det(affine[:3, :3]))
     return bool(volume <= 1e-6 * np.prod(np.linalg.norm(affine[:3, :3], axis=0)))
 
 
 def _plane(sizes: Mapping[int, float], lengths: Mapping[int, int]) -> str:
-    """Return the plane of the slices, from voxel sizes and lengths along the body's axes (0 left-right, 1 front-back).
+    """Return the plane of the slices.
 
-    A volume of one slice is of that slice's plane.
+    Args:
+        sizes: Voxel size along each axis of the body (0 left-right, 1 front-back, 2 feet-head).
+        lengths: Number of voxels along each; a volume with one slice has that slice's plane.
     """
     across = {axis: plane for plane, codes in PLANES.items() for axis in (int(_ornt(codes)[2, 0]),)}
     single = [axis for axis, length in lengths.items() if length == 1]
@@ -338,15 +345,14 @@ def _plane(sizes: Mapping[int, float], lengths: Mapping[int, int]) -> str:
 
 
 def _has_size(image: Any, content: bytes, shape: tuple[int, ...]) -> bool:
-    """Whether a header says how large the voxels are: by its sform, or by sizes above zero.
+    """Whether a header has the voxel size: an sform, or sizes above zero.
 
-    The sizes are taken from the file's bytes, because reading turns a zero into a one.
+    The sizes are taken from the file's bytes, because nibabel replaces zero by one.
     """
     if int(image.header["sform_code"]) > 0:
         return True
-    stored = np.frombuffer(content[: image.header.structarr.nbytes], image.header.structarr.dtype)[
-        0
-    ]["pixdim"]
+    header = image.header.structarr
+    stored = np.frombuffer(content[: header.nbytes], header.dtype)[0]["pixdim"]
     pairs = zip(np.abs(stored[1:4]), shape, strict=True)
     return all(np.isfinite(size) and (size > 0 or length == 1) for size, length in pairs)
 
@@ -373,16 +379,13 @@ def _three_dimensions(image: Any, path: Path) -> NDArray[np.float32]:
     core = list(shape)
     while len(core) > 3 and core[-1] == 1:
         core.pop()
-    if len(core) > 3 or dtype.fields is not None:
-        found = f"shape {_by(shape)}" + (" of colour voxels" if dtype.fields is not None else "")
-        action = "Save one time point, echo or channel as a 3-D file and name that in the manifest."
+    coloured = dtype.fields is not None
+    if len(core) > 3 or coloured:
+        found = f"shape {_by(shape)}" + (" of colour voxels" if coloured else "")
+        action = "Save one time point, echo or channel as a 3-D file and list that in the manifest."
         raise fail("DAT-106", found=found, expected="3 dimensions", action=action, where=str(path))
-    if (
-        not core
-        or 0 in core
-        or np.prod([float(size) for size in core]) * 4 > MAX_BYTES
-        or dtype.kind == "c"
-    ):
+    too_large = np.prod([float(size) for size in core]) * 4 > MAX_BYTES
+    if not core or 0 in core or too_large or dtype.kind == "c":
         raise ValueError(f"shape {shape} of {dtype}")
     array: NDArray[np.float32] = np.asarray(
         image.get_fdata(dtype=np.float32, caching="unchanged"), dtype=np.float32
@@ -396,7 +399,8 @@ def _read_picture(path: Path, mask: bool) -> Volume:
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
-        found, action = f"shape {pixels.shape}", "Save one page as a grey or colour picture."
+        found = f"shape {pixels.shape}"
+        action = "Save one page as a grey or colour picture."
         raise fail(
             "DAT-106",
             found=found,
@@ -404,15 +408,17 @@ def _read_picture(path: Path, mask: bool) -> Volume:
             action=action,
             where=str(path),
         )
-    pixels = pixels[:, :, : 1 if pixels.shape[2] < 3 else 3]
-    if mask and pixels.shape[2] == 3:
+    channels = 1 if pixels.shape[2] < 3 else 3
+    pixels = pixels[:, :, :channels]
+    if mask and channels == 3:
         if (pixels != pixels[:, :, :1]).any():
-            found, action = (
-                "a mask in colours",
-                "Save the mask as grey values or as a palette picture.",
-            )
+            action = "Save the mask as grey values or as a palette picture."
             raise fail(
-                "DAT-106", found=found, expected="one value a pixel", action=action, where=str(path)
+                "DAT-106",
+                found="a mask in colours",
+                expected="one value per pixel",
+                action=action,
+                where=str(path),
             )
         pixels = pixels[:, :, :1]
     array = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Results in the geometry of the file they belong to: header, affine and axes of a NIfTI, size of a picture.
+"""Writes results in the geometry of their image: header, affine and axes of a NIfTI file.
 
 Legend: Z, Y, X = slices, rows, columns of the canonical orientation (`common.images.read`).
 """
@@ -18,46 +18,23 @@ from common.images.read import Volume, open_nifti, suffix_of, to_native
 
 Array = NDArray[Any]
 
-_FIRST = (
-    0,
-    0,
-    0,
-    230,
-    159,
-    0,
-    86,
-    180,
-    233,
-    0,
-    158,
-    115,
-    240,
-    228,
-    66,
-    0,
-    114,
-    178,
-    213,
-    94,
-    0,
-    204,
-    121,
-    167,
-)
+_FIRST = bytes.fromhex("000000 E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7")
 PALETTE = (*_FIRST, *(level for value in range(8, 256) for level in 3 * (value,)))
-"""Colours of label values in a picture's mask (Okabe and Ito, then grey): a viewer shows colours, a reader sees values.
-All 256 are named: a picture with a shorter palette is stored with fewer bits, which cuts large values off."""
+"""Colours of label values in a picture's mask (Okabe and Ito, then grey).
+
+A viewer shows the colours, a program reads the values. All 256 entries are needed: with a shorter
+palette the picture is stored with fewer bits, which truncates large values.
+"""
 
 
 def write_like(path: Path, array: Array, volume: Volume) -> None:
-    """Write a canonical array as NIfTI with the header, affine and axes of the file its image came from.
-
-    The header is the one that came with the image: the file is not opened a second time.
+    """Write a canonical array as NIfTI with the header, affine and axes of its image's file.
 
     Args:
         path: `.nii` or `.nii.gz`.
-        array: (Z, Y, X), or (S, Z, Y, X) for one map a structure, which becomes the fourth axis; its type is kept.
-        volume: The image as it was read from a NIfTI.
+        array: (Z, Y, X), or (S, Z, Y, X) with one map per structure, which becomes the fourth axis;
+            its type is kept.
+        volume: The image, read from a NIfTI file.
     """
     maps = [to_native(part, volume) for part in (array if array.ndim == 4 else array[None])]
     _write(path, np.stack(maps, axis=-1) if array.ndim == 4 else maps[0], *volume.source)
@@ -70,18 +47,19 @@ def write_native(path: Path, voxels: Array, source: Path) -> None:
 
 
 def _write(path: Path, voxels: Array, kind: Any, like: Any) -> None:
-    """Write voxels as `kind` of nibabel with a header like another.
+    """Write voxels as nibabel class `kind` with a copy of the header `like`.
 
-    The bytes depend on content and header alone (no time stamp), so that equal results have equal hashes.
+    The bytes depend only on content and header (no time stamp), so that equal results have equal
+    hashes.
     """
     header = like.copy()
     header.set_data_dtype(voxels.dtype)
     header["cal_max"], header["cal_min"] = 0, 0
     image = kind(np.ascontiguousarray(voxels), None, header)
     content = image.to_bytes()
-    path.write_bytes(
-        gzip.compress(content, 1, mtime=0) if suffix_of(path) == ".nii.gz" else content
-    )
+    if suffix_of(path) == ".nii.gz":
+        content = gzip.compress(content, 1, mtime=0)
+    path.write_bytes(content)
 
 
 def picture_bytes(array: Array) -> bytes:
@@ -90,7 +68,7 @@ def picture_bytes(array: Array) -> bytes:
 
 
 def mask_bytes(labels: NDArray[np.uint8]) -> bytes:
-    """Return a palette PNG of (H, W) label values: the pixels are the values, the palette makes them visible."""
+    """Return a PNG of (H, W) label values with a palette that makes them visible."""
     picture = Image.fromarray(np.ascontiguousarray(labels), mode="P")
     picture.putpalette(PALETTE)
     return _png(picture)

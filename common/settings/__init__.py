@@ -1,1 +1,1 @@
-"""Every setting, typed and checked, and how YAML and command line become one plan."""
+"""Typed and checked settings, and their composition from YAML files and the command line."""

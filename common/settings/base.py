@@ -1,4 +1,4 @@
-"""The base of all settings: a frozen dataclass that names everything that is wrong with it at once."""
+"""The base class of all settings: a frozen dataclass that reports all its errors at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Checks = Iterator[tuple[bool, str, str]]
 
 
 class Section:
-    """Base of all settings: a frozen dataclass whose `checks` are run when it is made.
+    """Base class of settings: a frozen dataclass whose `checks` run when an instance is made.
 
-    `checks` yields (holds, field, what was expected) and every failing one becomes a Problem, so that a reader sees all
-    errors of a configuration at once.
+    Every check that fails becomes a `Problem`, so that all errors of a configuration are reported
+    at once.
     """
 
     def checks(self) -> Checks:
-        """Yield (holds, field name, expectation) for every rule of this section."""
+        """Yield (whether it holds, field name, expected value) for every rule of this section."""
         yield from ()
 
     def __post_init__(self) -> None:

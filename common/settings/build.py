@@ -1,4 +1,4 @@
-"""Builds typed settings from plain dictionaries: one error names everything that does not fit."""
+"""Builds typed settings from plain dictionaries, with all problems in one error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """Build a settings dataclass from plain dictionaries, raising one error that lists every problem."""
+    """Build a settings dataclass from plain dictionaries.
+
+    Raises:
+        FedsgcgError: CFG-001 with every problem.
+    """
     problems: list[Problem] = []
     value = _convert(cls, tree, "", problems)
     if problems:
@@ -24,7 +28,7 @@ def build(cls: type[T], tree: Mapping[str, Any]) -> T:
 
 
 def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
-    """Convert `value` to the annotation `kind`; what does not fit becomes a problem and None."""
+    """Convert `value` to the annotation `kind`; on failure add a problem and return None."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _convert_section(kind, value, path, problems)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -48,35 +52,32 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)  # a hospital called 12; a number of a YAML file knows how it was written
+        return str(value)  # e.g. a hospital named 12; numbers of `yaml_file` keep their notation
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     if kind is bool and isinstance(value, bool):
         return value
-    expected = (
-        " | ".join(str(item) for item in arguments)
-        if origin is Literal
-        else _in_words(origin or kind)
-    )
-    action = (
-        "write it in quotes" if kind is str and (value is None or isinstance(value, bool)) else ""
-    )
+    expected = _type_name(origin or kind)
+    if origin is Literal:
+        expected = " | ".join(str(item) for item in arguments)
+    unquoted = kind is str and (value is None or isinstance(value, bool))
+    action = "write it in quotes" if unquoted else ""
     problems.append(
-        Problem("CFG-001", where=path, found=_found(value), expected=expected, action=action)
+        Problem("CFG-001", where=path, found=_as_yaml(value), expected=expected, action=action)
     )
     return None
 
 
-def _found(value: Any) -> str:
-    """Say what a value is as settings are written."""
+def _as_yaml(value: Any) -> str:
+    """Return a value in the notation of YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)
 
 
-def _in_words(kind: Any) -> str:
-    """Say what a type is to someone who does not program."""
-    words: dict[Any, str] = {
+def _type_name(kind: Any) -> str:
+    """Return the name of a type for someone who does not program."""
+    names: dict[Any, str] = {
         types.UnionType: "true, false, a number or text",
         list: "a list such as [A,B]",
         tuple: "a list such as [A,B]",
@@ -86,12 +87,14 @@ def _in_words(kind: Any) -> str:
         bool: "true or false",
         str: "text",
     }
-    return words.get(kind, str(kind))
+    return names.get(kind, str(kind))
 
 
 def _convert_section(kind: type, value: Any, path: str, problems: list[Problem]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(Problem("CFG-001", where=path, found=repr(value), expected=_in_words(dict)))
+        problems.append(
+            Problem("CFG-001", where=path, found=repr(value), expected=_type_name(dict))
+        )
         return None
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
@@ -124,7 +127,9 @@ def _convert_section(kind: type, value: Any, path: str, problems: list[Problem])
             converted[name] = item
     if required - set(converted):
         return None
-    try:  # also with some values refused: the rules of the others are checked with defaults in their place
+    # Defaults replace the values that were refused, so that the rules of the others are checked
+    # too.
+    try:
         return kind(**converted)
     except FedsgcgError as error:
         problems.extend(

@@ -1,8 +1,9 @@
-"""The choices of each settings group: those that are shipped in `configs/`, and a user's own YAML files.
+"""The choices of each group of settings: files in `configs/`, and a user's own YAML files.
 
-Own files are found in the folder of `--config-dir` (the setting `config_dir`), which has the layout of `configs/`, or
-are named themselves: `data=PATH.yaml`. Hydra reads them from its ConfigStore, so that no path has to pass through its
-grammar. A file without a `defaults` list starts from the shipped base of its group.
+Own files are in the folder of `--config-dir` (the setting `config_dir`), which has the layout of
+`configs/`, or are given by path: `data=PATH.yaml`. Hydra reads them from its ConfigStore, so that
+paths are not subject to its grammar. A file without a `defaults` list starts from the base of its
+group.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ BASES: Final = {
     "network": "unet",
     "method": "source",
     "federation": "by_site",
-    "prototypes": "effective",
+    "prototypes": "default",
     "privacy": "floors",
     "site": "local",
     "experiment": "",
 }
-"""Group -> the shipped file that an own one without a `defaults` list starts from."""
+"""Group -> the shipped file from which an own file without a `defaults` list starts."""
 
 GROUPS: Final = tuple(BASES)
 CLASSES: Final = ("method", "network")
@@ -43,12 +44,12 @@ IMPORT_PATH: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 @dataclass(frozen=True)
 class OwnFile:
-    """A YAML file of the user that is one choice of a group.
+    """A user's YAML file that is a choice of a group.
 
     Attributes:
         group: The group.
-        name: What Hydra calls it in that group.
-        path: Where it was read.
+        name: Its name in Hydra.
+        path: Its path.
         text: Its content.
     """
 
@@ -59,10 +60,10 @@ class OwnFile:
 
     @property
     def node(self) -> dict[str, Any]:
-        """The content as Hydra takes it, with the base of its group where it names none.
+        """The content for Hydra, with the base of its group if it has no `defaults`.
 
         Raises:
-            FedsgcgError: CFG-001 for text that is not YAML, or not names and values.
+            FedsgcgError: CFG-001 for text that is not YAML or not a mapping.
         """
         import yaml
         from omegaconf import DictConfig, OmegaConf
@@ -73,7 +74,7 @@ class OwnFile:
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise _unreadable(self.path, " ".join(str(error).split())) from error
         if not isinstance(found, DictConfig):
-            raise _unreadable(self.path, "no names and values")
+            raise _unreadable(self.path, "no names with values")
         tree: dict[str, Any] = OmegaConf.to_container(found, resolve=False)  # type: ignore[assignment]
         base = BASES[self.group]
         if "defaults" not in tree and base:
@@ -84,14 +85,14 @@ class OwnFile:
 
 
 def choices_of(group: str, own: Sequence[OwnFile] = ()) -> list[str]:
-    """Names that a group offers, e.g. `choices_of("data")`, with those of own files."""
+    """Return the choices of a group, e.g. `choices_of("data")`, including own files."""
     shipped = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
     named = {file.name for file in own if file.group == group}
     return sorted(name for name in shipped | named if not name.startswith("_"))
 
 
 def is_file(value: str) -> bool:
-    """Whether the value of a group is the path of a YAML file."""
+    """Whether a choice is the path of a YAML file."""
     return value.endswith(SUFFIXES)
 
 
@@ -101,16 +102,16 @@ def is_import_path(value: str) -> bool:
 
 
 def unquoted(value: str) -> str:
-    """Return a value without the quotes around the whole of it."""
+    """Return a value without enclosing quotes."""
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
         return value[1:-1].replace("\\" + value[0], value[0])
     return value
 
 
 def hydra_name(path: str) -> str:
-    """Return what Hydra calls a file that was named by its path; the path itself may not fit its grammar.
+    """Return the name in Hydra of a file given by path, as its grammar does not allow every path.
 
-    Like every name with an underscore before it, it is no choice of its group.
+    Like every name with a leading underscore, it is not listed as a choice of its group.
     """
     return f"_file-{sha256(str(expand(path, 'settings')).encode()).hexdigest()[:16]}"
 
@@ -120,10 +121,10 @@ def own_files(directory: str, chosen: Sequence[tuple[str, str]]) -> tuple[OwnFil
 
     Args:
         directory: The folder of `--config-dir`, or "".
-        chosen: (group, path) of the files that were named themselves.
+        chosen: (group, path) of the files given by path.
 
     Raises:
-        FedsgcgError: CFG-001 with everything that is wrong with the folder and the files.
+        FedsgcgError: CFG-001 with all problems of the folder and the files.
     """
     files = list(_files_of(expand(directory, "config_dir"))) if directory else []
     for group, path in chosen:
@@ -141,7 +142,7 @@ def own_files(directory: str, chosen: Sequence[tuple[str, str]]) -> tuple[OwnFil
 
 @contextmanager
 def offered(own: Sequence[OwnFile]) -> Iterator[None]:
-    """Let Hydra find own files, for the time of a composition."""
+    """Make own files available to Hydra for one composition."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -163,7 +164,10 @@ def offered(own: Sequence[OwnFile]) -> Iterator[None]:
 
 def _files_of(directory: Path) -> Iterator[OwnFile]:
     """Yield the YAML files of a folder with the layout of `configs/`."""
-    expected = "a folder with data/, experiment/, method/, network/ (or another group) and YAML files in it"
+    expected = (
+        "a folder that contains data/, experiment/, method/, network/ (or another group) "
+        "with YAML files"
+    )
     if not directory.is_dir():
         found = "a file" if directory.exists() else "no such folder"
         raise fail("CFG-001", where=f"--config-dir {directory}", found=found, expected=expected)
@@ -176,14 +180,14 @@ def _files_of(directory: Path) -> Iterator[OwnFile]:
         if path.suffix in SUFFIXES
     )
     if not files and not problems:
-        found = ", ".join(path.name for path in folders) or "no folder in it"
+        found = ", ".join(path.name for path in folders) or "no folders"
         problems.append(
             Problem("CFG-001", where=f"--config-dir {directory}", found=found, expected=expected)
         )
     for path in files:
         if (CONFIGS / path.parent.name / f"{path.stem}.yaml").exists():
-            found = f"{path.parent.name}/{path.name}, a name that fedsgcg ships"
-            action = f"rename the file, or name it itself: {path.parent.name}={path}"
+            found = f"{path.parent.name}/{path.name}, the name of a choice that fedsgcg provides"
+            action = f"rename the file, or give its path: {path.parent.name}={path}"
             problems.append(
                 Problem(
                     "CFG-001", where=str(path), found=found, expected="a new name", action=action
@@ -195,17 +199,17 @@ def _files_of(directory: Path) -> Iterator[OwnFile]:
 
 
 def _misspelled(folder: Path) -> Iterator[Problem]:
-    """Yield a problem for a folder of YAML files that is nearly called like a group: `methods`."""
+    """Yield a problem for a folder with YAML files and nearly the name of a group: `methods`."""
     if folder.name in GROUPS or not any(path.suffix in SUFFIXES for path in folder.iterdir()):
         return
     if close := difflib.get_close_matches(folder.name.lower(), GROUPS, n=1, cutoff=0.75):
         expected = " | ".join(GROUPS)
         yield Problem(
             "CFG-001",
-            f"folder {folder.name!r}",
-            expected,
-            f"rename it to {close[0]!r}",
-            str(folder),
+            found=f"folder {folder.name!r}",
+            expected=expected,
+            action=f"rename it to {close[0]!r}",
+            where=str(folder),
         )
 
 
@@ -223,5 +227,5 @@ def _read(group: str, name: str, path: Path) -> OwnFile:
 
 def _unreadable(path: str, found: str) -> FedsgcgError:
     return fail(
-        "CFG-001", where=path, found=found, expected="a readable YAML file of names and values"
+        "CFG-001", where=path, found=found, expected="a readable YAML file with names and values"
     )

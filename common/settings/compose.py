@@ -1,7 +1,8 @@
-"""Settings: one function joins YAML, command line and Flower's run config; another turns the tree into typed settings.
+"""Composes YAML files, the command line and Flower's run config into one resolved tree.
 
-Precedence, lowest first: `configs/run.yaml` and its groups, an `experiment`, the command line. A Flower run carries the
-resolved tree in one string, `config-json` (stack.md 2.6), or a line of overrides in `overrides`.
+Precedence, lowest first: the typed defaults, the groups of `configs/run.yaml`, an `experiment`, the
+command line. A Flower run carries the resolved tree as a string, `config-json`, because `flwr run`
+accepts only flat settings, or a line of overrides, `overrides`.
 """
 
 from __future__ import annotations
@@ -31,33 +32,38 @@ from common.settings.choices import (
     own_files,
     unquoted,
 )
+from common.settings.defaults import typed_defaults
 from common.settings.hints import meant, nearest
 from common.settings.resolve import resolve_own_code
 
 __all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest"]
 
-# Folders and names: whatever a user writes is meant to the letter, with blanks, commas, brackets and equals signs.
+# Folders and names are taken verbatim, including blanks, commas, brackets and equals signs.
 FOLDERS = ("data.root", "output", "site.home", "site.cache", "config_dir")
 LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
-# Lists of hospitals' names: Hydra's grammar would make numbers of 1_000 and 1.10, and nothing of null.
+# Lists of hospital names: Hydra's grammar would read 1_000 and 1.10 as numbers and null as no
+# value.
 NAMES = ("data.sites", "observers")
-# Maps whose names are the user's: one on the command line replaces the one of the data set, it is not merged with it.
+# Maps with the user's own names: one on the command line replaces that of the data set instead of
+# being merged with it.
 MAPS = ("data.classes", "data.structures", "grid", "method.options", "network.options")
+TYPED_DEFAULTS = "typed_defaults"  # name of the first entry of `configs/run.yaml`
 INSIDE_MAPS = tuple(f"{name}." for name in MAPS)
 
 
 def join(
     overrides: Sequence[str] = (), run_config: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Join YAML, command line and Flower's run config into one resolved tree.
+    """Join YAML files, the command line and Flower's run config into one resolved tree.
 
     Args:
         overrides: Hydra overrides, e.g. `["method=source", "federation.rounds=3"]`.
-        run_config: Flower's flat run config; `config-json` replaces the YAML, `overrides` is put before `overrides`.
+        run_config: Flower's flat run config. Its `config-json` replaces the YAML files; its
+            `overrides` come before the argument `overrides`.
 
     Raises:
-        FedsgcgError: CFG-001 with every unknown setting and the nearest known one, and every setting given twice.
-            CFG-011 for a class by import path that cannot be used.
+        FedsgcgError: CFG-001 with every unknown setting and the nearest known one, and every
+            setting given twice. CFG-011 for a class by import path that cannot be used.
     """
     run_config = run_config or {}
     if text := str(run_config.get("config-json", "")):
@@ -69,54 +75,53 @@ def join(
                 where="run config",
             )
         return cast("dict[str, Any]", json.loads(text))
-    from_flower = _words(str(run_config.get("overrides", "")))
-    if own := [text for text in from_flower if _is_of_this_machine(text)]:
-        raise FedsgcgError(*(_only_resolved(text) for text in own))
+    from_flower = _split(str(run_config.get("overrides", "")))
+    if local := [text for text in from_flower if _is_local(text)]:
+        raise FedsgcgError(*(_local_problem(text) for text in local))
     given = [*from_flower, *overrides]
     if twice := list(_given_twice(given)):
-        raise FedsgcgError(*twice, *_mistakes(given, _own_files(given)))
+        raise FedsgcgError(*twice, *_problems_of(given, _own_files(given)))
     return compose(given)
 
 
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose `configs/run.yaml` with Hydra, after checking that every override names something that exists.
+    """Compose `configs/run.yaml` with Hydra, after checking that every override exists.
 
-    Of a setting given twice the last counts. The values of `LITERAL`, `NAMES` and `MAPS` do not pass through Hydra's
-    merging, those of the first two not through its grammar either.
+    The last value of a setting wins. The values of `LITERAL`, `NAMES` and `MAPS` are not merged by
+    Hydra; those of `LITERAL` and `NAMES` are not parsed by its grammar either.
 
     Raises:
         FedsgcgError: CFG-001 with every override and every own file that cannot be used.
     """
     own = _own_files(overrides)
-    if problems := _mistakes(overrides, own):
+    if problems := _problems_of(overrides, own):
         raise FedsgcgError(*problems)
-    plain = _all_for_hydra(overrides)
-    tree = _readable(plain, own)
+    tree = _composed_or_fail(_all_for_hydra(overrides), own)
     if problems := _unknown_in_files(tree, own):
         raise FedsgcgError(*problems)
     for text in overrides:
-        if _is_put(text):
+        if _bypasses_hydra(text):
             key, _, value = text.partition("=")
-            _put(tree, f"{key}.name" if key in CLASSES else key, _value_put(key, value))
+            _set(tree, f"{key}.name" if key in CLASSES else key, _direct_value(key, value))
     resolve_own_code(tree)
     return tree
 
 
 def chosen(overrides: Sequence[str]) -> dict[str, str]:
-    """Return the choice of each group that overrides and the files they name lead to."""
+    """Return the choice of each group after all overrides."""
     own = _own_files(overrides)
     plain = _all_for_hydra(overrides)
     choices = _hydra_config(tuple(plain), own).hydra.runtime.choices
-    return {group: str(choices[group]) for group in GROUPS}
+    return {group: str(choices[group] or "") for group in GROUPS}
 
 
 def own_choices(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
-    """Return the user's own files that overrides lead to, for `choices_of`."""
+    """Return the user's own files that overrides refer to, for `choices_of`."""
     return _own_files(overrides)
 
 
 def _own_files(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
-    """Read the user's own files that overrides name: the folder `config_dir`, and YAML files as choices."""
+    """Read the user's own files: those of the folder `config_dir`, and those given by path."""
     values = dict(text.partition("=")[::2] for text in overrides)
     directory = _literal("config_dir", values.get("config_dir", ""))
     named = [
@@ -130,9 +135,11 @@ def _own_files(overrides: Sequence[str]) -> tuple[OwnFile, ...]:
 def _hydra_config(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> Any:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
+    ConfigStore.instance().store(name=TYPED_DEFAULTS, node=typed_defaults())
     with offered(own), initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return hydra_compose("run", list(overrides), return_hydra_config=True)
 
@@ -146,8 +153,8 @@ def _composed(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, A
     return cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))
 
 
-def _readable(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, Any]:
-    """Compose; what Hydra refuses is named by the override, or the file, that it does not take."""
+def _composed_or_fail(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, Any]:
+    """Compose; an error of Hydra is reported with the override or the file that causes it."""
     try:
         return _composed(overrides, own)
     except _hydra_errors() as error:
@@ -164,14 +171,14 @@ def _readable(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> dict[str, A
 
 @functools.cache
 def known_settings() -> tuple[str, ...]:
-    """Names of all settings and sections, sorted; they are the same for all choices, but for entries of `MAPS`."""
+    """Return the sorted names of all settings and sections, except the entries of `MAPS`."""
     return tuple(
         sorted(name for name in _flatten(_composed([], ())) if not name.startswith(INSIDE_MAPS))
     )
 
 
 def _unknown_in_files(tree: Mapping[str, Any], own: tuple[OwnFile, ...]) -> list[Problem]:
-    """Return a problem for every name of own files that no setting has; Hydra takes any name of a file."""
+    """Return a problem for every unknown setting in own files, which Hydra would accept."""
     if not own:
         return []
     known = known_settings()
@@ -204,38 +211,37 @@ def _key(text: str) -> str:
 
 
 def _literal(key: str, value: str) -> str:
-    """Return a value as it was meant: without quotes about the whole of it, a folder with the home directory put in."""
+    """Return a value without enclosing quotes, and with `~` of a folder expanded."""
     value = unquoted(value)
     return str(expand(value, key)) if value and key in FOLDERS else value
 
 
 def _is_literal(text: str) -> bool:
-    """Whether an override's value is meant to the letter; a list of names that is no list is left to Hydra's errors."""
+    """Whether an override's value is taken verbatim; an invalid list of names is left to Hydra."""
     key, _, value = text.partition("=")
     return key in LITERAL or (key in NAMES and _names(value) is not None)
 
 
-def _is_put(text: str) -> bool:
-    """Whether an override's value is put into the composed tree, past Hydra's merging."""
+def _bypasses_hydra(text: str) -> bool:
+    """Whether an override's value is set in the composed tree instead of being merged by Hydra."""
     return _is_literal(text) or _key(text) in MAPS or _is_class(text)
 
 
 def _is_class(text: str) -> bool:
-    """Whether an override names a method or network by import path: `method=package.module:Class`."""
+    """Whether an override is a method or network by import path: `method=package.module:Class`."""
     key, _, value = text.partition("=")
     return key in CLASSES and is_import_path(value)
 
 
-def _is_of_this_machine(text: str) -> bool:
-    """Whether an override leads to files or code of the machine that resolves it."""
+def _is_local(text: str) -> bool:
+    """Whether an override refers to files or code of the machine that resolves it."""
     key, _, value = text.partition("=")
-    return (
-        key == "config_dir" or is_import_path(value) or (key in GROUPS and is_file(unquoted(value)))
-    )
+    own_file = key in GROUPS and is_file(unquoted(value))
+    return key == "config_dir" or is_import_path(value) or own_file
 
 
-def _only_resolved(text: str) -> Problem:
-    """Return the problem of an override that every hospital would resolve with files or code of its own."""
+def _local_problem(text: str) -> Problem:
+    """Return the problem of an override that each hospital would resolve with its own files."""
     action = "start the run with `fedsgcg`, which sends the resolved settings (config-json)"
     expected = "settings that are the same on every machine"
     return Problem("CFG-001", where="overrides", found=text, expected=expected, action=action)
@@ -245,23 +251,21 @@ def _all_for_hydra(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that Hydra composes; a class starts from the base of its group."""
     classes = [_key(text) for text in overrides if _is_class(text)]
     return [
-        *(_for_hydra(text) for text in overrides if not _is_put(text)),
+        *(_for_hydra(text) for text in overrides if not _bypasses_hydra(text)),
         *(f"{group}={BASES[group]}" for group in classes),
     ]
 
 
 def _for_hydra(text: str) -> str:
-    """Return an override as Hydra takes it: a file by the name that its store has for it."""
+    """Return an override for Hydra: an own file by its name in Hydra's store."""
     key, _, value = text.partition("=")
-    return (
-        f"{key}={hydra_name(unquoted(value))}"
-        if key in GROUPS and is_file(unquoted(value))
-        else text
-    )
+    if key in GROUPS and is_file(unquoted(value)):
+        return f"{key}={hydra_name(unquoted(value))}"
+    return text
 
 
-def _value_put(key: str, value: str) -> Any:
-    """Return the value that is put into the tree."""
+def _direct_value(key: str, value: str) -> Any:
+    """Return the value of an override that bypasses Hydra."""
     if key in CLASSES:
         return value
     if key in MAPS:
@@ -270,7 +274,7 @@ def _value_put(key: str, value: str) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """Return the value of an override in Hydra's grammar, as plain lists, dictionaries, numbers and text."""
+    """Return the value of an override in Hydra's grammar as plain Python values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
@@ -279,36 +283,36 @@ def _parsed(text: str) -> Any:
 
 
 def _names(text: str) -> list[str] | None:
-    """Return the names of `[A, "B, C", 010]` as they are written, None for text that is no such list."""
+    """Return the names in `[A, "B, C", 010]` verbatim, or None if the text is not such a list."""
     inner = re.fullmatch(r"\s*\[(.*)\]\s*", text)
     if inner is None:
         return None
     quoted = r'"((?:[^"\\]|\\.)*)"' + r"|'((?:[^'\\]|\\.)*)'"
     item = re.compile(rf"\s*(?:{quoted}|([^,'\"\[\]{{}}]+?))\s*(,|$)")
     names: list[str] = []
-    place, rest = 0, inner[1]
+    rest = inner[1]
+    place = 0
     while place < len(rest):
         found = item.match(rest, place)
         if found is None:
             return None
         double, single, plain = found.group(1, 2, 3)
-        names.append(
-            plain
-            if plain is not None
-            else re.sub(r"\\(.)", r"\1", double if double is not None else single)
-        )
+        if plain is not None:
+            names.append(plain)
+        else:
+            names.append(re.sub(r"\\(.)", r"\1", single if double is None else double))
         place = found.end()
     return None if rest.rstrip().endswith(",") else names
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         tree = tree[section]
     tree[name] = value
 
 
-def _words(line: str) -> list[str]:
+def _split(line: str) -> list[str]:
     """Split a line of overrides as a shell does."""
     try:
         return shlex.split(line)
@@ -335,8 +339,8 @@ def _given_twice(overrides: Sequence[str]) -> Iterator[Problem]:
             )
 
 
-def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Problem]:
-    """Return everything that is wrong with the overrides before any value is looked at."""
+def _problems_of(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Problem]:
+    """Return all problems of the overrides that do not depend on the type of a setting."""
     problems: list[Problem] = []
     named = []
     for text in overrides:
@@ -356,21 +360,26 @@ def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Proble
         elif key not in GROUPS:
             named.append(text)
         elif value not in choices and not is_file(unquoted(value)) and not _is_class(text):
-            expected, action = " | ".join(choices), nearest(value, choices, listed=True)
-            problems.append(Problem("CFG-001", found=text, expected=expected, action=action))
+            action = nearest(value, choices, listed=True)
+            problems.append(
+                Problem("CFG-001", found=text, expected=" | ".join(choices), action=action)
+            )
     known = known_settings()
     for text in named:
         inside = _key(text).startswith(INSIDE_MAPS)
-        whole = [
+        maps = [
             other
             for other in named
             if inside and _key(other) in MAPS and _key(text).startswith(_key(other) + ".")
         ]
-        if whole:
-            found, action = f"{whole[0]} and {text}", "put the entry into the map"
+        if maps:
             problems.append(
                 Problem(
-                    "CFG-001", where=_key(text), found=found, expected="one of them", action=action
+                    "CFG-001",
+                    where=_key(text),
+                    found=f"{maps[0]} and {text}",
+                    expected="one of them",
+                    action="put the entry into the map",
                 )
             )
             continue
@@ -383,24 +392,23 @@ def _mistakes(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Proble
 
 
 def _is_inside_a_map(text: str, overrides: Sequence[str], own: tuple[OwnFile, ...]) -> bool:
-    """Whether an override names an entry that a map of the chosen groups has, e.g. `data.classes.gland`."""
+    """Whether an override is an entry of a map of the chosen groups, e.g. `data.classes.gland`."""
     groups = [
         _for_hydra(other)
         for other in overrides
         if _key(other) in GROUPS and not _is_wrong_choice(other, own)
     ]
-    return _key(text) in set(_flatten(_readable(groups, own)))
+    return _key(text) in set(_flatten(_composed_or_fail(groups, own)))
 
 
 def _is_wrong_choice(text: str, own: tuple[OwnFile, ...]) -> bool:
+    """Whether an override is neither a choice nor a file (classes have no maps)."""
     key, _, value = text.partition("=")
-    return value not in choices_of(key, own) and not is_file(
-        unquoted(value)
-    )  # classes have no maps
+    return value not in choices_of(key, own) and not is_file(unquoted(value))
 
 
 def _added_or_removed(text: str) -> Problem:
-    """Return the problem of `+name=value`, `++name=value` and `~name`, which Hydra has and fedsgcg has no use for."""
+    """Return the problem of `+name=value`, `++name=value` or `~name`, which are not supported."""
     sign = text[: len(text) - len(text.lstrip("+~"))]
     plain = text.lstrip("+~")
     key = _key(plain)
@@ -408,20 +416,16 @@ def _added_or_removed(text: str) -> Problem:
     if key not in known and key not in GROUPS:
         return _unknown(key, known)
     if sign == "~":
-        action = f"every run has this setting: give it a value, {key}=VALUE, or leave it out for the default"
-        return Problem(
-            "CFG-001", found=text, expected="name=value: a setting cannot be removed", action=action
-        )
-    return Problem(
-        "CFG-001",
-        found=text,
-        expected="name=value: every setting is there",
-        action=f"write {plain}",
-    )
+        expected = "name=value: a setting cannot be removed"
+        action = f"give it a value, {key}=VALUE, or omit it to use the default"
+    else:
+        expected = "name=value: every setting exists already"
+        action = f"write {plain}"
+    return Problem("CFG-001", found=text, expected=expected, action=action)
 
 
 def _repeated_names(text: str) -> Iterator[Problem]:
-    """Yield a problem for every name that a value in braces has twice: Hydra would keep the last."""
+    """Yield a problem for every repeated name in braces, of which Hydra would keep the last."""
     key, _, value = text.partition("=")
     if _is_literal(text) or "{" not in value:
         return
@@ -435,9 +439,12 @@ def _repeated_names(text: str) -> Iterator[Problem]:
         elif seen and value[mark.end() :].lstrip().startswith(":"):
             name = word.strip("'\"")
             if name in seen[-1]:
-                found, action = f"{name} twice in {value}", "leave one of them out"
                 yield Problem(
-                    "CFG-001", where=key, found=found, expected="each name once", action=action
+                    "CFG-001",
+                    where=key,
+                    found=f"{name} twice in {value}",
+                    expected="each name once",
+                    action="leave one of them out",
                 )
             seen[-1].add(name)
 
@@ -462,9 +469,14 @@ def _unreadable(text: str) -> Problem:
 
 
 def _unknown(key: str, known: Sequence[str], where: str = "") -> Problem:
-    """Return the problem of a name that no setting has, with the one that was probably meant."""
-    found, action = f"unknown setting {key!r}", meant(key, known)
-    return Problem("CFG-001", found=found, expected="a known setting", action=action, where=where)
+    """Return the problem of an unknown setting, with the one that was probably meant."""
+    return Problem(
+        "CFG-001",
+        found=f"unknown setting {key!r}",
+        expected="a known setting",
+        action=meant(key, known),
+        where=where,
+    )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

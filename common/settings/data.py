@@ -1,4 +1,4 @@
-"""Settings of the data: which images, which classes, and how a file becomes a training slice."""
+"""Settings of the data: images, classes, and the way from a file to a training slice."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from typing import Final, Literal
 from common.settings.base import Checks, Section
 
 LABEL_TOLERANCE: Final = 1e-3
-"""Default of `DataSettings.label_tolerance`: a hundred times what rescaled 16-bit labels lose, far below a half."""
+"""Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""
 
 
 @dataclass(frozen=True)
 class AugmentationSettings(Section):
-    """Random changes of a training slice, drawn anew each time; zero switches one off.
+    """Random changes of a training slice, drawn anew each time; zero disables a change.
 
     Attributes:
         flip: Probability of a left-right flip.
-        rotate_degrees: Rotation, uniform in plus/minus this angle.
-        scale: Relative change of size, uniform in [1 - scale, 1 + scale].
-        shift: Shift as a fraction of the image side, uniform in plus/minus.
-        gamma: Contrast exponent, exp(uniform(-gamma, gamma)) on the image scaled to [0, 1].
-        brightness: Offset on the [-1, 1] scale, uniform in plus/minus.
-        noise: Largest standard deviation of Gaussian noise on the [-1, 1] scale; drawn uniformly per slice.
-        zoom: RAM-DSIR's augmentation (methods.md 2.3): with probability one half each side is enlarged by a factor of
-            its own, uniform in [1, 1 + zoom], and a random window of the image's size is kept.
+        rotate_degrees: Largest angle of rotation, drawn uniformly from plus/minus this value.
+        scale: Relative change of size, drawn uniformly from [1 - scale, 1 + scale].
+        shift: Largest shift as a fraction of the image side, drawn uniformly from plus/minus this
+            value.
+        gamma: Contrast exponent, exp(uniform(-gamma, gamma)), of the image scaled to [0, 1].
+        brightness: Largest offset on the scale [-1, 1], drawn uniformly from plus/minus this value.
+        noise: Largest standard deviation of Gaussian noise on the scale [-1, 1], drawn uniformly
+            per slice.
+        zoom: RAM-DSIR's augmentation: with probability one half, each side is enlarged by its own
+            factor, drawn uniformly from [1, 1 + zoom], and a random window of the image's size is
+            kept.
     """
 
     flip: float = 0.0
@@ -52,25 +55,30 @@ class DataSettings(Section):
 
     Attributes:
         name: Short name of the data set, for folders and reports.
-        root: Folder with `manifest.csv` or one folder a site. "" makes the synthetic hospitals.
-        sites: The hospitals that take part; empty means all that the root holds.
-        classes: Class name -> raw label values, background first. Exclusive: every declared value in one class.
-        structures: Reported structure -> the classes that make it up (nested structures share classes).
+        root: Folder with `manifest.csv` or one folder per hospital; "" creates the synthetic
+            hospitals.
+        sites: The hospitals that take part; empty = all in `root`.
+        classes: Class name -> raw label values, background first. A value belongs to one class.
+        structures: Reported structure -> the classes it consists of (nested structures share
+            classes).
         image_size: Side in pixels of the square training slice (height = width).
-        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = the slice alone, repeated. A picture has no
-            neighbours: its colours are the channels, or its grey values repeated, whatever is set here.
-        intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore` (three standard
-            deviations map to 1), or `fixed` (0 to -1 and 255 to 1, for pictures of 8 bits a channel alone).
-        activation: `softmax` over exclusive classes or one `sigmoid` per structure (methods.md 2.6).
-        threshold: Probability above which a sigmoid structure is set; unused with softmax, where the largest wins.
-        spacing_unit: `mm` reports surface distances in millimetres too; `pixel` where the spacing is not real.
-        label_tolerance: How far a mask's value may lie from the whole number that it stands for: label maps that were
-            rescaled on saving hold 0.9999999.
-        largest_component: Keep only the largest connected component of each predicted structure. Off where the data
-            set does not ask for it: a structure of two parts would lose one.
-        fill_holes: Fill holes of each predicted structure, in each slice.
-        train_slices: `all`, or `foreground` = only slices that hold a declared structure.
-        validation_fraction: Share of a source site's patients kept for source validation.
+        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = one slice, repeated. Ignored for
+            a picture, whose channels are its colours or its repeated grey values.
+        intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore`
+            (three standard deviations map to 1), or `fixed` (0 to -1 and 255 to 1, only for
+            pictures with 8 bits per channel).
+        activation: `softmax` over exclusive classes, or one `sigmoid` per structure.
+        threshold: Probability above which a sigmoid structure is predicted; unused with softmax,
+            where the most probable class is predicted.
+        spacing_unit: `mm` reports surface distances also in millimetres; `pixel` does not, for
+            images whose spacing is not real.
+        label_tolerance: Largest distance of a mask's value from a whole number; label maps that
+            were rescaled when saved contain values such as 0.9999999.
+        largest_component: Keep only the largest connected component of each predicted structure;
+            not for structures of several parts.
+        fill_holes: Fill holes of each predicted structure, slice by slice.
+        train_slices: `all`, or `foreground` = only slices with a declared structure.
+        validation_fraction: Share of a source hospital's patients that is kept for validation.
         augmentation: Random changes of training slices.
     """
 
@@ -122,10 +130,10 @@ class DataSettings(Section):
 
     @property
     def out_channels(self) -> int:
-        """Output channels of the network: K with softmax, one a structure with sigmoid."""
+        """Output channels of the network: K with softmax, one per structure with sigmoid."""
         return self.num_classes if self.activation == "softmax" else len(self.structures)
 
     def structure_classes(self) -> dict[str, list[int]]:
-        """Structure name -> class indices that make it up."""
+        """Return structure name -> indices of its classes."""
         index = {name: position for position, name in enumerate(self.classes)}
         return {name: [index[part] for part in parts] for name, parts in self.structures.items()}

@@ -1,4 +1,4 @@
-"""Settings of the federation: the round loop, the floors of privacy, and what is a site's own business."""
+"""Settings of the federation: the round loop, the privacy floors, and those of a site alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from common.settings.base import Checks, Section
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
-POOLED = "pooled"  # the one site that owns every source domain with `federation=pooled`
+POOLED = "pooled"  # the site that owns all source domains with `federation=pooled`
 
 
 @dataclass(frozen=True)
@@ -16,28 +16,30 @@ class FederationSettings(Section):
     """The round loop of the coordinator.
 
     Attributes:
-        ownership: Who owns which source domain. `by_site`: every hospital is a client with its own data. `pooled`: one
-            client owns all source domains, the papers' centralised setting. `local`: one hospital trains alone; a
-            study makes one cell of each training hospital.
-        moments: Adam's moments at the start of a round: `restart` at zero, or `keep` those of the site's round before,
-            which makes a pooled run one uninterrupted training.
+        ownership: Who owns which source domain. `by_site`: every hospital is a client with its own
+            data. `pooled`: one client owns all source domains, the papers' centralised setting.
+            `local`: one hospital trains alone; a study makes one cell per training hospital.
+        moments: Adam's moments at the start of a round: `restart` at zero, or `keep` those of the
+            site's previous round, which makes a pooled run one uninterrupted training.
         rounds: Number of rounds.
         quorum: Training sites that must join and answer; 0 = all of them.
         join_deadline_s: Seconds to wait for sites at the start.
         round_deadline_s: Seconds to wait for the replies of a round (also of an evaluation).
-        late: What becomes of a site that missed a round's deadline: `next_round` asks it again in the next round, so
-            that each round may take its whole deadline; `drop` asks it no more in this call. A late reply never counts.
+        late: How to treat a site that missed a round's deadline: `next_round` asks it again in the
+            next round, so that each round may take up to its deadline; `drop` does not ask it again
+            in this run. A late reply never counts.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
-        norm_policy: BatchNorm's running moments in the merged model. `average` merges those that the sites measured
-            under their local weights, like every other entry. `recalibrate` has every site measure them again under
-            the merged weights, one pass over its augmented training slices, and pools them
-            (`common.wire.norm_moments`).
-        selection: Model that is evaluated at the held-out site: the `last`, or the best on `source_validation`.
-        shared_images: What happens when an image of a training hospital is also at the held-out hospital or an observer
-            (`server.sites.shared_images`): `refuse` ends the run before its first round, with the list; `flag` goes on,
-            and the run ends as `degraded`.
-        heldout_every: Also evaluate at the held-out site every so many rounds, for curves only; 0 = only at the end.
-            The value never selects a model.
+        norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
+            the sites measured under their local weights, like every other entry. `recalibrate`
+            makes every site measure them again under the merged weights, in one pass over its
+            augmented training slices, and pools them (`common.wire.norm_moments`).
+        selection: Model to evaluate at the held-out hospital: the `last`, or the best on
+            `source_validation`.
+        shared_images: What to do if an image of a training hospital is also at the held-out
+            hospital or an observer (`server.sites.shared_images`): `refuse` ends the run before its
+            first round, with the list; `flag` continues, and the run ends as `degraded`.
+        heldout_every: Interval in rounds of additional evaluations at the held-out hospital, for
+            curves only; 0 = only at the end. They never select a model.
     """
 
     ownership: Literal["by_site", "pooled", "local"] = "by_site"
@@ -64,10 +66,10 @@ class FederationSettings(Section):
 
 @dataclass(frozen=True)
 class PrivacySettings(Section):
-    """What a site withholds. A site's own file may only make these stricter.
+    """Privacy floors of the class statistics. A site's own file may only make them stricter.
 
     Attributes:
-        min_pixels: A class with fewer pixels at the site is withheld (sent as absent) (methods.md 1.12).
+        min_pixels: A class with fewer pixels at the site is withheld (sent as absent).
         min_patients: A class seen in fewer patients at the site is withheld.
     """
 
@@ -82,23 +84,27 @@ class PrivacySettings(Section):
 
 @dataclass(frozen=True)
 class SiteSettings(Section):
-    """What is a site's own business and never part of the plan's digest.
+    """Settings of a site alone, which are not part of the plan's digest.
 
     Attributes:
-        home: Folder of the site's ledger, error log and pictures; `{site}` is replaced by the site's name.
+        home: Folder of the site's ledger, error log and pictures; `{site}` is replaced by the
+            site's name.
         cache: Folder of the slice cache; "" = $FEDSGCG_CACHE or ~/.cache/fedsgcg.
         device: `auto`, `cpu` or `cuda`.
         threads: CPU threads of a training process; fixed, because the order of sums depends on it.
-        roles: Roles this site accepts.
-        shares: What the site agrees to send besides weights and class statistics (methods.md 2.8):
-            `amplitude_summary`, per frequency the sums over the site's images of their log amplitudes and of the
-            products of two channels' (means, variances and correlations, no phase); `amplitude_bank`, the amplitudes of
-            single images. In a simulation one setting consents for all hospitals; a site's own file beats it.
-        micro_batches: Parts into which a step is cut where the memory does not hold it; a site that runs out of memory
-            takes more by itself. Gradients are accumulated: the effective batch is the same, but BatchNorm and the Dice
-            term, which look at a whole batch, see the parts.
-        feature_samples: Pixels of each class whose features the site keeps for the report's t-SNE (`features.arrow` in
-            the site's folder, which only a simulation's report can read); 0 keeps none.
+        roles: Roles that this site accepts.
+        shares: What the site agrees to send besides weights and class statistics:
+            `amplitude_summary`, per frequency the sums over the site's images of log amplitudes and
+            of products of two channels' log amplitudes (no phase); `amplitude_bank`, the amplitudes
+            of single images. In a simulation one setting consents for all hospitals; a site's own
+            file takes precedence.
+        micro_batches: Parts into which a step is split if it does not fit into memory; a site that
+            runs out of memory increases it automatically. Gradients are accumulated, so that the
+            effective batch is the same, but BatchNorm and the Dice term, which depend on the batch,
+            are computed per part.
+        feature_samples: Pixels per class whose features the site keeps for the report's t-SNE
+            (`features.arrow` in the site's folder, which only a simulation's report reads); 0 =
+            none.
     """
 
     home: str

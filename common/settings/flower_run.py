@@ -18,7 +18,7 @@ def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], r
     Args:
         tree: Resolved settings of a simulation; None reads the run config.
         run_config: Flower's flat run config.
-        run_id: Names the folder under $FEDSGCG_HOME (or ~/.fedsgcg) that a run without `output` gets.
+        run_id: Name of the run's folder in $FEDSGCG_HOME (or ~/.fedsgcg) if `output` is not set.
 
     Raises:
         FedsgcgError: CFG-001 with every problem of the settings.

@@ -1,4 +1,4 @@
-"""What a setting means, from the docstring of the typed section that holds it: `fedsgcg settings NAME`."""
+"""Explanations of settings for `fedsgcg settings NAME`, from the docstrings of their classes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ UNIT_OF = {
     "method.batch_size": "slices",
     "method.ram.bank_size": "images",
 }
-"""Units by the end of a name, or of a single setting; other settings have none, or their meaning says it."""
+"""Unit of a setting by its name; `UNITS` by the end of the name."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """One setting, as it is explained.
+    """The explanation of a setting.
 
     Attributes:
         name: Dotted name.
         meaning: From the docstring.
-        kind: Type of its values, in words.
-        choices: Values that it may have, where these are few.
+        kind: Description of its type.
+        choices: Allowed values, if these are few.
         unit: Unit of a number, or "".
     """
 
@@ -46,31 +46,28 @@ class Described:
 
 
 def described() -> dict[str, Described]:
-    """Return every setting that has a value of its own, by name; sections are those of `sections`."""
+    """Return the explanation of every setting by name; for sections see `sections`."""
     run = dict(_fields(RunSettings, ""))
     return {**dict(_fields(Plan, "")), **run}
 
 
 def sections() -> dict[str, str]:
     """Return the first line of each section's docstring, by name."""
-    return {
-        name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in _sections(Plan, "")
-    } | {
-        name: (cls.__doc__ or "").strip().splitlines()[0]
-        for name, cls in _sections(RunSettings, "")
-    }
+    found = [*_sections(Plan, ""), *_sections(RunSettings, "")]
+    return {name: (cls.__doc__ or "").strip().splitlines()[0] for name, cls in found}
 
 
 def explain(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str] = ()) -> str:
-    """Return what there is to say about a setting, a section or a group.
+    """Return the explanation of a setting, a section or a group.
 
     Args:
-        name: E.g. `federation.rounds`, `rounds` where only one setting ends like that, `prototypes`, `experiment`.
+        name: E.g. `federation.rounds`, `rounds` (if no other setting ends with it), `prototypes` or
+            `experiment`.
         tree: Resolved settings, for the values.
         overrides: The command line, for own files.
 
     Raises:
-        FedsgcgError: CFG-001 for a name that is none, with the nearest.
+        FedsgcgError: CFG-001 for an unknown name, with the nearest known one.
     """
     known = described()
     ends = [key for key in known if key.rpartition(".")[2] == name]
@@ -87,11 +84,7 @@ def explain(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str] 
 
 
 def _section_text(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str]) -> str:
-    lines = [
-        f"{name}: {sections()[name]}"
-        if name in sections()
-        else f"{name}: a named bundle of settings"
-    ]
+    lines = [f"{name}: {sections().get(name, 'a named bundle of settings')}"]
     if name in GROUPS:
         own = " | package.module:Class" if name in CLASSES else ""
         choices = " | ".join(choices_of(name, own_choices(overrides)))
@@ -159,13 +152,12 @@ def _kind(kind: Any) -> str:
     if origin in (list, tuple):
         return "a list, e.g. [A,B]"
     if origin is dict:
-        return (
-            "a map, e.g. {A: 1}"
-            if arguments[1] not in (list[int], list[str], list[Any])
-            else "a map, e.g. {A: [1]}"
-        )
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return "" if isinstance(kind, types.UnionType) else words.get(kind, "")
+        of_lists = arguments[1] in (list[int], list[str], list[Any])
+        return "a map, e.g. {A: [1]}" if of_lists else "a map, e.g. {A: 1}"
+    if isinstance(kind, types.UnionType):
+        return ""
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(kind, "")
 
 
 def _unit(name: str) -> str:

@@ -1,61 +1,51 @@
-"""Hints for a name that does not exist: the one that was probably meant."""
+"""Hints for an unknown name: the name that was probably meant."""
 
 from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.names import spelled
 from common.settings.choices import GROUPS
 
 
 def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:
-    """Return a hint such as "did you mean x?" for an unknown word, or the list when nothing is near.
+    """Return a hint such as "did you mean 'x'?", or the known names if none is similar.
 
     Args:
-        word: What was given.
-        known: What there is.
-        listed: Whether the message lists what there is already; then there is no hint when nothing is near.
+        word: The unknown name.
+        known: The known names.
+        listed: Whether the message already lists the known names; then the hint may be empty.
     """
     if close := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        same = unicodedata.normalize("NFC", word) == unicodedata.normalize("NFC", close[0])
-        apart = (
-            f" It is spelled {spelled(close[0])}, not {spelled(word)}: copy the folder's own name."
-            if same
-            else ""
-        )
-        return f"did you mean {close[0]!r}?{apart}"
+        hint = f"did you mean {close[0]!r}?"
+        if unicodedata.normalize("NFC", word) == unicodedata.normalize("NFC", close[0]):
+            hint += (
+                f" It is spelled {spelled(close[0])}, not {spelled(word)}: copy the folder's name."
+            )
+        return hint
     return "" if listed else f"known: {', '.join(sorted(known)[:30])}"
 
 
 def meant(key: str, known: Sequence[str]) -> str:
-    """Return a hint for a setting that does not exist.
+    """Return a hint for an unknown setting.
 
     Args:
         key: Its name, e.g. `federation.round` or `lr`.
         known: Names of all settings and sections, e.g. `federation.rounds`.
     """
-    # A user who writes `rounds` means `federation.rounds`: the last part of a name is a way to call it.
-    ends = {name.rpartition(".")[2]: name for name in reversed(known)} | {
-        name: name for name in [*known, *GROUPS]
-    }
+    # A user who writes `rounds` means `federation.rounds`: the last part identifies a setting.
+    ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    ends |= {name: name for name in [*known, *GROUPS]}
+    if key in ends:
+        return f"did you mean {ends[key]!r}?"
     group, _, tail = key.rpartition(".")
     inside = [
         name.removeprefix(f"{group}.") for name in known if group and name.startswith(f"{group}.")
     ]
-    if key in ends:
-        return f"did you mean {ends[key]!r}?"
     if inside:
-        close = [f"{group}.{name}" for name in short_for(tail, inside)] or [
-            ends[tail] for _ in range(tail in ends)
-        ]
-        close = close or [
-            f"{group}.{name}" for name in difflib.get_close_matches(tail, inside, n=1)
-        ]
-        return (
-            f"did you mean {close[0]!r}?" if close else f"settings of {group}: {', '.join(inside)}"
-        )
+        return _meant_inside(group, tail, inside, ends)
     similar = [
         name for word in (key, tail) for name in difflib.get_close_matches(word, list(ends), 1, 0.5)
     ]
@@ -63,17 +53,34 @@ def meant(key: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "see `fedsgcg settings`"
 
 
-def short_for(word: str, names: Sequence[str], *, whole: bool = False) -> list[str]:
-    """Return the names that a word may stand for, the likeliest first.
-
-    In this order: its plural or singular (`round` for `rounds`), a name of these initials (`lr` for `learning_rate`),
-    one that has it as a whole word (`deadline` for `join_deadline_s`), one that begins with it (`temp`), one that
-    contains it.
+def _meant_inside(group: str, tail: str, inside: Sequence[str], ends: Mapping[str, str]) -> str:
+    """Return a hint for an unknown name in a known group.
 
     Args:
-        word: What was given.
-        names: The names, without their section.
-        whole: Leave out the names that only begin with it or contain it.
+        group: The group.
+        tail: The rest of the name.
+        inside: Names of the group's settings, without the group.
+        ends: Last part of a name -> name, of all settings.
+    """
+    close = [f"{group}.{name}" for name in short_for(tail, inside)]
+    if not close and tail in ends:
+        close = [ends[tail]]
+    if not close:
+        close = [f"{group}.{name}" for name in difflib.get_close_matches(tail, inside, n=1)]
+    return f"did you mean {close[0]!r}?" if close else f"settings of {group}: {', '.join(inside)}"
+
+
+def short_for(word: str, names: Sequence[str], *, whole: bool = False) -> list[str]:
+    """Return the names that a word may abbreviate, the likeliest first.
+
+    In this order: its plural or singular (`round` for `rounds`), a name with these initials (`lr`
+    for `learning_rate`), one that has it as a part between underscores (`deadline` for
+    `join_deadline_s`), one that starts with it (`temp`), one that contains it.
+
+    Args:
+        word: The unknown name.
+        names: The known names, without their section.
+        whole: Leave out names that only start with it or contain it.
     """
     plural = [
         name for name in names if word in (f"{name}s", name.removesuffix("s")) and name != word

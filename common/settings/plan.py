@@ -1,9 +1,7 @@
 """The plan: every setting that decides the outcome of a federation, typed, checked and hashed.
 
-Coordinator and hospitals must agree on the plan to the letter; its `digest` travels with every message. Where files
-lie and on which device a site computes is the site's own business (`SiteSettings`) and not part of the digest.
-The defaults live in `configs/`; each field here and in `common.settings.data` and `common.settings.training` says what
-it means, its unit, and why the default is what it is.
+Coordinator and hospitals must have exactly the same plan; its `digest` is part of every message.
+Folders and devices are settings of a site alone (`SiteSettings`) and not part of the digest.
 """
 
 from __future__ import annotations
@@ -52,22 +50,24 @@ __all__ = [
 
 
 NOT_DECISIVE: Final = ("site", "run", "output", "label", "setting", "chosen")
-"""Places and names in a plan: what they say of settings stands in the settings themselves."""
+"""Fields of a plan that do not affect the outcome, or only repeat other settings."""
 
 
 @dataclass(frozen=True)
 class Plan(Section):
-    """All of it, for one federation = one cell of a study.
+    """The settings of one federation, i.e. of one cell of a study.
 
     Attributes:
         seed: The study's seed; every random stream is derived from it (`common.seeding`).
         heldout: The hospital that takes no part in training; "" trains on all.
-        observers: Sites that receive the final model and are evaluated, but neither train nor count as held out.
-        run: Identifier of the run that every payload carries.
+        observers: Hospitals that receive the final model and are evaluated, but neither train nor
+            count as held out.
+        run: Identifier of the run, part of every payload.
         output: The cell's folder on the coordinator.
-        label: What tables call this federation; "" = the method's name.
-        setting: What a study varies here besides method, held-out hospital and seed, e.g. `prototypes.weight=0.5`.
-        chosen: Settings that were chosen for this fold by its source hospitals (`select`), likewise.
+        label: Name of this federation in tables; "" = the method's name.
+        setting: What the study varies here besides method, held-out hospital and seed, e.g.
+            `prototypes.weight=0.5`.
+        chosen: Settings that this fold's source hospitals chose (`select`), in the same form.
     """
 
     data: DataSettings
@@ -87,7 +87,7 @@ class Plan(Section):
     chosen: str = ""
 
     def checks(self) -> Checks:
-        """The parts go together."""
+        """The sections are compatible with each other."""
         mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
         restores = self.method.mixes and self.method.ram.restoration > 0
@@ -103,19 +103,17 @@ class Plan(Section):
             self.prototypes.memory in ("overlay", "online")
             and self.prototypes.weighting != "pixels"
         )
-        expected = (
-            f"pixels with memory={self.prototypes.memory}, which takes a site's own sums out again"
-        )
+        expected = f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         yield not own_part, "prototypes.weighting", expected
 
     def members(self) -> tuple[str, ...]:
-        """Names of the sites of this federation; empty where any hospital may come."""
+        """Return the names of the sites of this federation; empty if any hospital may join."""
         if self.federation.ownership != "pooled":
             return tuple(sorted(self.data.sites))
         return tuple(sorted({POOLED, self.heldout, *self.observers} - {""}))
 
     def hospitals_of(self, site: str) -> tuple[str, ...]:
-        """Hospitals whose data a site owns: itself, or every source domain of a pooled run."""
+        """Return the hospitals whose data a site owns: itself, or all source domains if pooled."""
         if self.federation.ownership != "pooled" or site != POOLED:
             return (site,)
         return tuple(name for name in sorted(self.data.sites) if self.role(name) == "train")
@@ -128,25 +126,25 @@ class Plan(Section):
 
     @property
     def recalibrates(self) -> bool:
-        """Whether BatchNorm's moments are measured again after every merge; other norms have none."""
+        """Whether BatchNorm's moments are measured again after every merge."""
         return self.federation.norm_policy == "recalibrate" and self.network.norm == "batch"
 
     @property
     def described_after_merge(self) -> bool:
-        """Whether the sites describe the merged model for `memory=restart` when they measure BatchNorm's moments."""
+        """Whether class statistics for `memory=restart` come with BatchNorm's moments."""
         shared_pass = self.prototypes.memory == "restart" and self.prototypes.norm_mode == "batch"
         return self.method.statistics and self.recalibrates and shared_pass
 
     def described_before(self, number: int) -> bool:
-        """Whether class statistics of the received model are asked for before round `number` trains.
+        """Whether class statistics of the received model are requested before round `number`.
 
-        Those of the untrained network, received in round 1, describe nothing and are never taken.
+        Never in round 1, whose model is untrained.
         """
         restarts = self.method.statistics and self.prototypes.memory == "restart"
         return restarts and number > 1 and not self.described_after_merge
 
     def described_in_training(self, number: int) -> bool:
-        """Whether class statistics of the received model come with the answer to the training message of a round."""
+        """Whether class statistics of the received model come with the reply to `train`."""
         return (
             self.method.statistics
             and number > 1
@@ -160,7 +158,7 @@ class Plan(Section):
         return "observer" if site in self.observers else "train"
 
     def digest(self) -> str:
-        """SHA-256 of what decides the outcome: everything but places, devices and the run's name."""
+        """Return the SHA-256 of all settings that decide the outcome (all but `NOT_DECISIVE`)."""
         tree = asdict(self)
         for name in NOT_DECISIVE:
             tree.pop(name)
@@ -174,8 +172,6 @@ class Plan(Section):
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> Plan:
-        """Build a plan from plain dictionaries; raises one error with all problems."""
-        return build(
-            cls,
-            {name: tree[name] for name in tree if name in {field.name for field in fields(cls)}},
-        )
+        """Build a plan from plain dictionaries; raises CFG-001 with all problems."""
+        names = {field.name for field in fields(cls)}
+        return build(cls, {name: value for name, value in tree.items() if name in names})

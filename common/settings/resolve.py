@@ -1,4 +1,4 @@
-"""What follows from classes by import path, written into the settings once: traits, channels, normalisation."""
+"""Adds the properties of classes by import path to the settings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from common.settings.own_code import load_class, traits_of
 
 
 def resolve_own_code(tree: dict[str, Any]) -> None:
-    """Write into settings what follows from the classes that they name; settings without such a class stay.
+    """Add the traits of an own method and the channels and norm of an own network, in place.
 
     Raises:
-        FedsgcgError: CFG-011 for a class that cannot be imported or does not keep the contract.
+        FedsgcgError: CFG-011 for a class that cannot be imported or lacks the required interface.
     """
     method, network = tree["method"], tree["network"]
     if is_import_path(str(method["name"])):

@@ -1,4 +1,4 @@
-"""Settings of a call of `fedsgcg study` or `simulate` that are no part of a plan: where and how it runs."""
+"""Settings of `fedsgcg study` and `simulate` that are not part of a plan: where and how to run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from common.settings.base import Checks, Section
 
 @dataclass(frozen=True)
 class RaySettings(Section):
-    """Ray, which runs the hospitals or the cells in parallel.
+    """Settings of Ray, which runs hospitals or cells in parallel.
 
     Attributes:
-        address: `local` starts Ray on this machine; `auto` or `host:port` uses a running cluster.
+        address: `local` starts Ray on this machine; `auto` or `host:port` connects to a cluster.
         cpus: CPU cores that Ray may use; 0 = all.
     """
 
@@ -21,7 +21,7 @@ class RaySettings(Section):
     cpus: int = 0
 
     def checks(self) -> Checks:
-        """Cores are counted."""
+        """The number of cores is not negative."""
         yield self.cpus >= 0, "cpus", "a whole number, 0 (all) or more"
 
 
@@ -30,14 +30,17 @@ class RunSettings(Section):
     """Where and how a study runs.
 
     Attributes:
-        grid: What a study varies: setting -> list of values. Values with commas on the command line do the same.
-        select: Settings among those that vary which each fold's source hospitals choose, instead of being compared.
-        device: Where the sites compute: `auto`, `cpu` or `cuda`. A device that is not there is an error.
-        runtime: `ray` runs hospitals in parallel, `inprocess` cells in parallel; `auto` takes what suits the machine.
+        grid: What a study varies: setting -> list of values. Values with commas on the command line
+            do the same.
+        select: Settings of the grid that each fold's source hospitals choose, instead of comparing
+            them.
+        device: Where the sites compute: `auto`, `cpu` or `cuda`. An unavailable device is an error.
+        runtime: `ray` runs hospitals in parallel, `inprocess` cells in parallel; `auto` chooses
+            what suits the machine.
         output: Folder of the run; "" = `runs/<data>-<hash of the settings>`.
-        config_dir: Folder with own YAML files in `data/`, `experiment/`, `method/`, `network/` (or another group);
-            usually given as `--config-dir DIR`.
-        ray: How Ray is started.
+        config_dir: Folder with own YAML files in `data/`, `experiment/`, `method/`, `network/` (or
+            another group); usually given as `--config-dir DIR`.
+        ray: Settings of Ray.
     """
 
     grid: dict[str, list[Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Settings of the training: the network, the methods of a local round, and the prototypes they learn from."""
+"""Settings of the training: network, method of a local round, prototypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Final, Literal
 from common.settings.base import Checks, Section
 from common.settings.choices import is_import_path
 
-# The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, here because a plan is read without torch.
+# The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
+# is read without torch.
 NETWORK_NAMES = ("unet",)
 Options = dict[str, bool | int | float | str]
 TRAITS: Final[dict[str, frozenset[str]]] = {
@@ -17,7 +18,7 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "sgcg": frozenset({"contrasts"}),
     "ram_sgcg": frozenset({"contrasts", "mixes"}),
 }
-"""Method -> what it does: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes."""
+"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes."""
 
 METHOD_NAMES = tuple(TRAITS)
 ALL_TRAITS = ("contrasts", "mixes")
@@ -28,16 +29,19 @@ class NetworkSettings(Section):
     """The segmentation network.
 
     Attributes:
-        name: Key of `common.networks.NETWORKS`, or the import path of an own class, `package.module:Class`.
-        base_width: Channels of the first block (16 = RAM-DSIR); the penultimate map has twice as many.
+        name: Key of `common.networks.NETWORKS`, or the import path of an own class,
+            `package.module:Class`.
+        base_width: Channels of the first block (16 = RAM-DSIR); the penultimate map has twice as
+            many.
         norm: `batch`, `group` or `instance` normalisation.
-        features: Representation that class statistics and the contrastive loss describe (methods.md 1.4):
-            `penultimate` (full resolution, not negative), `projection` (a training-only head of two 1 x 1 convolutions
-            on it, no final ReLU) or `bottleneck` (1/16 of the resolution).
-        projection: A' of `features=projection`.
-        options: Named arguments of a network by import path, e.g. `{depth: 4}`; the settings above are the U-Net's.
-        feature_channels: Channels of the feature map of a network by import path; measured when the settings are
-            resolved, 0 for the U-Net, whose channels follow from its width.
+        features: Feature map of the class statistics and the contrastive loss: `penultimate` (full
+            resolution, not negative), `projection` (two 1 x 1 convolutions of it without a final
+            ReLU, only in training) or `bottleneck` (1/16 of the resolution).
+        projection: Number of channels of `features=projection`.
+        options: Keyword arguments of a network by import path, e.g. `{depth: 4}`. The settings
+            above are those of the U-Net.
+        feature_channels: Channels of the feature map of a network by import path, measured when
+            the settings are resolved; 0 for the U-Net, whose channels follow from its width.
     """
 
     name: str = "unet"
@@ -49,12 +53,16 @@ class NetworkSettings(Section):
     feature_channels: int = 0
 
     def checks(self) -> Checks:
-        """The network exists; the width is a positive multiple of four, so that groups divide it."""
+        """The network exists; the width is a positive multiple of four, for group normalisation."""
         known = self.name in NETWORK_NAMES or self.is_own
         yield known, "name", " | ".join((*NETWORK_NAMES, "package.module:Class"))
-        yield self.is_own or not self.options, "options", "nothing but for a network by import path"
+        yield (
+            self.is_own or not self.options,
+            "options",
+            "none, except for a network by import path",
+        )
         measured = self.feature_channels >= 1 if self.is_own else self.feature_channels == 0
-        yield measured, "feature_channels", "nothing: it is measured"
+        yield measured, "feature_channels", "no value: it is measured"
         yield (
             self.base_width >= 4 and self.base_width % 4 == 0,
             "base_width",
@@ -69,7 +77,7 @@ class NetworkSettings(Section):
 
     @property
     def num_features(self) -> int:
-        """A, channels of the feature map that the network returns beside the logits."""
+        """A, channels of the feature map that the network returns with the logits."""
         if self.is_own:
             return self.feature_channels
         widths = {"penultimate": 2 * self.base_width, "bottleneck": 16 * self.base_width}
@@ -78,24 +86,29 @@ class NetworkSettings(Section):
 
 @dataclass(frozen=True)
 class RamSettings(Section):
-    """RAM-DSIR: amplitude mixing, consistency of the two views and restoration (methods.md 2.5, 2.6, 2.8).
+    """RAM-DSIR: amplitude mixing, consistency of the two views, and restoration.
 
     Attributes:
-        sharing: Whose amplitudes an image is mixed with. The published method mixes across domains: `local` does so
-            only with `federation=pooled`, where the client owns all domains. With `federation=by_site` the three are
-            different methods, to be named and compared as such (`experiment=ram_sharing`):
-            `local`: other images of the same hospital, augmentation within its own domain; nothing more leaves a site.
-            `summary`: across hospitals, amplitudes drawn from a log-normal distribution with the mean and the
-            covariance of channels of the other sites' window amplitudes.
-            `bank`: across hospitals, amplitudes of single images of the other sites: nearest to the published method.
-            The last two need the consent of every training site's own file (`site.shares`; ROL-202 without).
-        window: Half window as a share of the shorter side. Pictures are mixed in [0, 255] and scaled afterwards,
-            volumes in [-1, 1], as published; the data decide.
+        sharing: Whose amplitudes an image is mixed with. The published method mixes across domains;
+            `local` does so only with `federation=pooled`, where the client owns all domains. With
+            `federation=by_site` the three values are different methods
+            (`experiment=ram_sharing`).
+            `local`: other images of the same hospital, i.e. augmentation within its domain; nothing
+            more leaves a site.
+            `summary`: amplitudes drawn from a log-normal distribution with the mean and channel
+            covariance of the other sites' window amplitudes.
+            `bank`: amplitudes of single images of the other sites, nearest to the published method.
+            The last two need consent in every training site's own file (`site.shares`; else
+            ROL-202).
+        window: Half window as a share of the shorter side. As published, pictures are mixed in
+            [0, 255] and then scaled, volumes are mixed in [-1, 1].
         consistency: Weight of the consistency of the two views' predictions.
-        divergence: `channels` as published; `symmetric_bernoulli` adds the complementary half, for sigmoid outputs.
-        restoration: Weight of the restoration loss; 0 leaves the restoration decoder out.
-        encoder_rate: Learning rate of the encoder as a share of the others', while the restoration decoder is on.
-        bank_size: Images a site gives to `sharing=bank`.
+        divergence: `channels` as published; `symmetric_bernoulli` adds the complementary half, for
+            sigmoid outputs.
+        restoration: Weight of the restoration loss; 0 = no restoration decoder.
+        encoder_rate: Learning rate of the encoder relative to the other parts, while there is a
+            restoration decoder.
+        bank_size: Number of images that a site contributes to `sharing=bank`.
     """
 
     sharing: Literal["local", "summary", "bank"] = "local"
@@ -107,7 +120,7 @@ class RamSettings(Section):
     bank_size: int = 32
 
     def checks(self) -> Checks:
-        """The window fits into the spectrum, weights are not negative."""
+        """The window fits into the spectrum; weights are not negative."""
         yield 0 < self.window <= 0.5, "window", "a share in (0, 0.5]"
         yield self.consistency >= 0, "consistency", "zero or more"
         yield self.restoration >= 0, "restoration", "zero or more"
@@ -120,22 +133,26 @@ class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or `ram_sgcg` (both);
-            or the import path of an own class, `package.module:Class`.
-        statistics: Whether a site computes and sends class statistics (the contrastive methods need them).
-        learning_rate: Adam's rate at the start; falls as (1 - progress) ** poly_power over all rounds.
-        poly_power: Exponent of that fall; 0 keeps the rate.
+        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or
+            `ram_sgcg` (both); or the import path of an own class, `package.module:Class`.
+        statistics: Whether a site computes and sends class statistics, which contrastive methods
+            need.
+        learning_rate: Adam's initial rate; it decays as (1 - progress) ** poly_power over all
+            rounds.
+        poly_power: Exponent of the decay; 0 keeps the rate constant.
         weight_decay: Adam's weight decay.
-        batch_size: Slices in a step.
-        batch_per_domain: Slices of each source domain in a step of a client that owns several (`federation=pooled`), in
-            the order of the hospitals' names; empty = `batch_size` shared out evenly.
-        local_epochs: Passes over a site's training slices in a round.
-        steps_per_round: Training steps in a round instead of whole epochs; 0 = use `local_epochs`.
-        precision: `auto` takes bf16 on hardware that has it and float32 elsewhere.
+        batch_size: Slices per step.
+        batch_per_domain: Slices of each source domain per step, in the order of the hospitals'
+            names, for a client with several domains (`federation=pooled`); empty = `batch_size`
+            divided evenly.
+        local_epochs: Passes over a site's training slices per round.
+        steps_per_round: Training steps per round, instead of epochs; 0 = use `local_epochs`.
+        precision: `auto` uses bf16 on hardware that supports it and float32 elsewhere.
         ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
-        options: What an own method reads from its settings, e.g. `{margin: 0.5}`.
-        traits: What an own method does: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes.
-            Taken from its class when the settings are resolved, and compared with it where it trains.
+        options: Options of an own method, e.g. `{margin: 0.5}`.
+        traits: Traits of an own method: `contrasts` = learns from the global prototypes, `mixes` =
+            mixes amplitudes. Taken from its class when the settings are resolved, and compared with
+            the class at the sites.
     """
 
     name: str
@@ -156,9 +173,9 @@ class MethodSettings(Section):
         """The method exists; rates and sizes are positive."""
         known = self.name in METHOD_NAMES or self.is_own
         yield known, "name", " | ".join((*METHOD_NAMES, "package.module:Class"))
-        yield self.is_own or not self.options, "options", "nothing but for a method by import path"
+        yield self.is_own or not self.options, "options", "none, except for a method by import path"
         yield set(self.traits) <= set(ALL_TRAITS), "traits", " | ".join(ALL_TRAITS)
-        yield self.is_own or not self.traits, "traits", "nothing but for a method by import path"
+        yield self.is_own or not self.traits, "traits", "none, except for a method by import path"
         yield self.learning_rate > 0, "learning_rate", "more than zero"
         yield self.poly_power >= 0, "poly_power", "zero or more"
         yield self.weight_decay >= 0, "weight_decay", "zero or more"
@@ -195,28 +212,32 @@ class MethodSettings(Section):
 
 @dataclass(frozen=True)
 class PrototypeSettings(Section):
-    """The global SgCG prototypes and the contrastive term (methods.md 1.3-1.8).
+    """The global SgCG prototypes and the contrastive term.
 
     Attributes:
-        temperature: tau of the logits; 0.5 = `effective`, 100 = the SePiCo lineage (methods.md 1.5).
+        temperature: tau of the logits; 100 in the code SgCG descends from
+            (`prototypes=paper_lineage`).
         weight: lambda of the contrastive term in the total loss.
         warmup_rounds: Rounds in which statistics are collected and the term is off.
-        normalize: Unit-length features in statistics and loss alike.
+        normalize: Scale features to unit length, in statistics and loss.
         covariance: `full`, `diagonal`, or `none` (prototype cross-entropy).
-        memory: What the server keeps between rounds, and how a site uses it (methods.md 1.8;
-            `server.aggregation.prototypes`). `restart` describes the model that the round starts from, in the exchange
-            that measures BatchNorm's moments; `online` is the paper's update with every training batch. No memory holds
-            the untrained network.
+        memory: What the server keeps between rounds, and how a site uses it
+            (`server.aggregation.prototypes`). `restart` describes the model with which the round
+            starts, in the exchange that measures BatchNorm's moments; `online` is the paper's
+            update with every training batch. The untrained network is never included.
         discount: gamma of `memory=discount`.
-        momentum: beta of `memory=momentum`, the share of the fresh statistics.
-        weighting: `pixels` = pooled over all pixels, `sites` = every site weighs the same in each class.
+        momentum: beta of `memory=momentum`, the weight of the new statistics.
+        weighting: `pixels` = pooled over all pixels, `sites` = all sites have the same weight in
+            each class.
         balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
-        norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in evaluation. With `batch`
-            every client is normalised by its own batches, and the traces of a round understate the shift between them;
-            those of the chosen model (`between_site_trace_evaluation`) are under one normalisation.
-        min_count: A class with fewer pixels over all sites takes no part in the loss.
-        views: Views of a batch whose pixels enter the contrastive term, each averaged over its own pixels and summed:
-            `source`, and `ram`, the amplitude-mixed copy (methods.md 1.6). Statistics come from the source view alone.
+        norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in
+            evaluation. With `batch` every client is normalised by its own batches, so that the
+            traces of a round understate the shift between sites; those of the chosen model
+            (`between_site_trace_evaluation`) use one normalisation for all.
+        min_count: A class with fewer pixels over all sites is left out of the loss.
+        views: Views of a batch whose pixels enter the contrastive term, each averaged over its own
+            pixels, then summed: `source`, and `ram`, the amplitude-mixed copy. Statistics use only
+            the source view.
     """
 
     temperature: float = 0.5
@@ -236,7 +257,7 @@ class PrototypeSettings(Section):
     views: tuple[str, ...] = ("source",)
 
     def checks(self) -> Checks:
-        """Temperature is positive, the discount is a proper fraction."""
+        """The temperature is positive; discount and momentum are fractions; views are known."""
         yield self.temperature > 0, "temperature", "more than zero"
         yield self.weight >= 0, "weight", "zero or more"
         yield self.warmup_rounds >= 0, "warmup_rounds", "zero or more"

@@ -1,4 +1,4 @@
-"""A YAML file of settings that a person fills in: read into a typed section, refused with everything that is wrong."""
+"""YAML files that a person fills in, read into a typed section with all problems in one error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class _Number:
-    """A number that remembers how it was written, so that a name such as `1.10` stays one."""
+    """A number that keeps its notation, so that it can become a name such as `1.10` again."""
 
     written: str
 
@@ -34,17 +34,17 @@ class _Decimal(_Number, float):
 
 
 class AsWritten(yaml.SafeLoader):
-    """YAML as people mean it: names stay as they are written, and a name given twice is refused.
+    """A YAML loader that keeps names verbatim and does not allow repeated names.
 
-    YAML 1.1 reads `NO` as false, `010` as 8, `12:30` as 750 and `2024-01-01` as a date, and of a repeated name it keeps
-    the last. Here only `true` and `false` are truth values, only decimal numbers without leading zeros are numbers, and
-    a number becomes text again, digit by digit, where text is wanted.
+    YAML 1.1 reads `NO` as false, `010` as 8, `12:30` as 750 and `2024-01-01` as a date, and keeps
+    the last of repeated names. Here only `true` and `false` are booleans, only decimal numbers
+    without leading zeros are numbers, and a number keeps its notation in case text is needed.
     """
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML keeps them in the class
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML uses a class attribute
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the names and values of a mapping; raises a YAMLError for a name that is there twice."""
+        """Return the names and values of a mapping; raises a YAMLError for a repeated name."""
         seen: dict[str, yaml.Node] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
@@ -52,7 +52,7 @@ class AsWritten(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"{key.value!r} is there twice, first in line {first}",
+                    f"{key.value!r} occurs twice, first in line {first}",
                     key.start_mark,
                 )
             seen[getattr(key, "value", "")] = key
@@ -98,11 +98,11 @@ def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
 
     Args:
         path: The file.
-        code: Error code of the kind of file.
-        action: What to do when there is no such file.
+        code: Error code of this type of file.
+        action: What to do if the file does not exist.
 
     Raises:
-        FedsgcgError: `code` for a file that is missing, unreadable or no settings.
+        FedsgcgError: `code` for a file that is missing, unreadable or without settings.
     """
     try:
         tree = AsWritten(path.read_text(encoding="utf-8")).get_single_data()
@@ -119,10 +119,10 @@ def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
 def build_from(
     cls: type[T], tree: Mapping[str, Any], path: Path, code: str, faults: tuple[Problem, ...] = ()
 ) -> T:
-    """Build a typed section from a file's tree; every problem, and those in `faults`, under the file's code and name.
+    """Build a typed section from the content of a file.
 
     Raises:
-        FedsgcgError: `code`.
+        FedsgcgError: `code`, with every problem of the file and those in `faults`.
     """
     problems = list(faults)
     try:
@@ -136,10 +136,10 @@ def build_from(
 
 
 def explained(section: Any, head: tuple[str, ...]) -> str:
-    """Return the text of a YAML file with the sentence of each field, from its class's docstring, above its value.
+    """Return the text of a YAML file, with the meaning of each field as a comment above it.
 
     Args:
-        section: A dataclass whose docstring has an `Attributes:` part.
+        section: A dataclass whose docstring has an `Attributes:` section.
         head: Lines of the file's first comment.
     """
     meaning = meanings(type(section))
@@ -156,14 +156,14 @@ def _of_file(problem: Problem, cls: type, path: Path, code: str) -> Problem:
 
 
 def _value(value: Any) -> str:
-    """One value as YAML on one line."""
+    """Return a value as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     text: str = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True)
     return text.strip().removesuffix("...").strip()
 
 
 def meanings(cls: type) -> dict[str, list[str]]:
-    """Field -> its lines in the class's docstring, so that file and code never say different things."""
+    """Return field -> its lines in the class's docstring."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():

@@ -1,1 +1,1 @@
-"""The SgCG loss in closed form and the class moments that it needs, on CPU and GPU."""
+"""The SgCG loss in closed form and the class moments it needs, on CPU and GPU."""

@@ -1,11 +1,12 @@
-"""Triton forms of the SgCG loss and the class moments for a GPU; the CPU forms are the law they are tested against.
+"""Triton kernels of the SgCG loss and the class moments for a GPU.
 
-A module of its own because Triton is optional: `common.sgcg.loss` and `common.sgcg.moments` import it for tensors on a
-GPU and only where Triton is installed. Nothing here makes the host wait for the device, and no sum depends on which
-program runs first. Tests run the same kernels on a CPU in Triton's interpreter.
+Triton is optional: `common.sgcg.loss` and `common.sgcg.moments` import this module only for tensors
+on a GPU and only if Triton is installed. Nothing here makes the host wait for the device, and no
+sum depends on the order in which programs run. Tests run the same kernels on a CPU in Triton's
+interpreter and compare them with the CPU implementation.
 
-Legend: K classes incl. background, A feature channels, N pixels, WIDTH = A padded to a power of two (a product of
-tiles needs 16), ROWS pixels of a tile.
+Legend: K classes incl. background, A feature channels, N pixels, WIDTH = A padded to a power of two
+(at least 16, as a product of tiles requires), ROWS pixels per tile.
 """
 
 # Triton reads annotations of kernels: no `from __future__ import annotations` here.
@@ -17,13 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 LOSS_ROWS: Final = {16: 128, 32: 128, 64: 64, 128: 64}
-"""Pixels of a tile by WIDTH."""
+"""Pixels per tile by WIDTH."""
 
-MOMENT_ROWS, MOMENT_COLUMNS, PART_ROWS = 64, 64, 4096
-"""Pixels and channels of a tile of moments; pixels that one program sums up."""
+MOMENT_ROWS: Final = 64
+"""Pixels per tile of moments."""
+
+MOMENT_COLUMNS: Final = 64
+"""Channels per tile of moments."""
+
+PART_ROWS: Final = 4096
+"""Pixels that one program sums up."""
 
 PART_ELEMENTS: Final = 1 << 21
-"""Most numbers of the partial scatters, in float64 (16 MiB)."""
+"""Largest number of elements of the partial scatters, in float64 (16 MiB)."""
 
 
 def pixel_losses(
@@ -38,35 +45,35 @@ def pixel_losses(
     unit_norm: bool,
     gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute loss and gradient of every pixel in one pass over the features (methods.md 1.3, 1.7).
+    """Compute loss and gradient of every pixel in one pass over the features (SgCG eq. 11).
 
-    The classes are visited one after the other with a running maximum, as in a streaming soft-max, so that neither
-    products nor logits of all classes are ever held.
+    The classes are visited one after the other with a running maximum, as in a streaming softmax,
+    so that the products and logits of all classes are never held at once.
 
     Args:
-        features: (N, A) float32, bfloat16 or float16, A at most 128; the channels of a pixel adjacent.
+        features: (N, A) float32, bfloat16 or float16, A at most 128; the channels of a pixel
+            adjacent.
         labels: (N,) integers in [0, K), or `ignore_index`.
         mean: (K, A) float32, contiguous.
         covariance: (K, A, A) float32, contiguous and symmetric.
         active: (K,) bool, or None = all.
         temperature: tau.
         ignore_index: Label of pixels to drop.
-        unit_norm: Whether each pixel's features are divided by their length first; the gradient is that of `features`.
-        gradient: (N, A) contiguous, receives dL_i / df_i of every pixel (zero where dropped), or None.
+        unit_norm: Whether each pixel's features are first divided by their length; the gradient is
+            with respect to `features`.
+        gradient: (N, A) contiguous, receives dL_i / df_i of every pixel (zero where dropped), or
+            None.
 
     Returns:
         Losses (N,) float32, zero where dropped, and the number of pixels kept, () int64.
     """
-    (N, A), K = features.shape, mean.shape[0]
+    N, A = features.shape
+    K = mean.shape[0]
     width = max(16, triton.next_power_of_2(A))
     programs = triton.cdiv(N, LOSS_ROWS[width])
     losses = features.new_empty(N, dtype=torch.float32)
     kept = torch.zeros(max(programs, 1), dtype=torch.int32, device=features.device)
-    on = (
-        torch.ones(K, dtype=torch.int8, device=features.device)
-        if active is None
-        else active.view(torch.int8)
-    )
+    on = features.new_ones(K, dtype=torch.int8) if active is None else active.view(torch.int8)
     if N:
         _loss_kernel[(programs,)](
             features,
@@ -96,13 +103,14 @@ def pixel_losses(
 def class_moments(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute count, mean and scatter of every class in two passes: means, then products about them (methods.md 1.9).
+    """Compute count, mean and scatter of every class in two passes: means, then centred products.
 
-    Tiles of MOMENT_ROWS pixels are summed and multiplied in float32 and added up in float64. In whatever order the
-    device adds within a tile, |error of scatter[a, b]| <= 1e-5 s_a s_b, s_a^2 = scatter[a, a], for a class with a mean
-    at most 1e4 deviations away from zero: 64 additions that tensor cores may cut off instead of round (64 * 2^-23),
-    products of three TF32 parts (3 * 2^-22), the difference from the shift (2 * 2^-24), and for a shift in float32 that
-    misses the mean by 0.04 s_a another 3e-7; together 8.9e-6.
+    Tiles of MOMENT_ROWS pixels are summed and multiplied in float32 and added up in float64.
+    Whatever the order of additions within a tile, |error of scatter[a, b]| <= 1e-5 s_a s_b with
+    s_a^2 = scatter[a, a], for a class whose mean is at most 1e4 standard deviations away from zero.
+    The parts of the bound: 64 additions that tensor cores may truncate instead of round (64 *
+    2^-23), products of three TF32 parts (3 * 2^-22), the subtraction of the shift (2 * 2^-24), and
+    another 3e-7 for a float32 shift that misses the mean by 0.04 s_a; together 8.9e-6.
 
     Args:
         features: (N, A) float32, bfloat16 or float16; the channels of a pixel adjacent.
@@ -113,7 +121,8 @@ def class_moments(
     Returns:
         count (K,) int64, mean (K, A) and scatter (K, A, A) float64; zero where absent.
     """
-    (N, A), K = features.shape, num_classes
+    N, A = features.shape
+    K = num_classes
     parts = max(1, min(triton.cdiv(N, PART_ROWS), PART_ELEMENTS // (K * A * A)))
     columns = triton.cdiv(A, MOMENT_COLUMNS)
     first = features.new_empty(parts, K, A, dtype=torch.float64)
@@ -145,12 +154,9 @@ def class_moments(
 
 
 def _product_precision(device: torch.device) -> str:
-    """Three TF32 products keep the digits of float32; a device without them multiplies as such."""
-    return (
-        "tf32x3"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        else "ieee"
-    )
+    """Return `tf32x3`, which keeps float32's precision on tensor cores, or `ieee` without them."""
+    tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return "tf32x3" if tensor_cores else "ieee"
 
 
 @triton.jit
@@ -217,7 +223,7 @@ def _loss_kernel(
                 goal = tl.where(mine[:, None], mu, goal)
 
     total = tl.where(total == 0.0, 1.0, total)  # no class is active
-    # Two terms that are both positive, and a weight that lets a NaN through: nothing cancels, nothing is hidden.
+    # A sum of two non-negative terms, so nothing cancels; multiplying by the weight keeps a NaN.
     tl.store(losses + row, (half_own + ((top - own) + tl.log(total))) * weight, mask=row < N)
     tl.store(kept + tl.program_id(0), tl.sum(weight, 0).to(tl.int32))
     if GRADIENT:

@@ -1,12 +1,15 @@
-"""The SgCG loss: every pixel feature against the Gaussians of all classes, in closed form (methods.md 1.3).
+"""The SgCG loss: every pixel feature against the Gaussians of all classes (SgCG eq. 11).
 
     z_k = q.mu_k / tau + q' Sigma_k q / (2 tau^2)            L = logsumexp_k z_k - q.mu_y / tau
     dL/dq = (sum_k p_k mu_k - mu_y) / tau + (sum_k p_k Sigma_k) q / tau^2,   p = softmax(z)
 
-The positive quadratic term cancels (methods.md 1.7), so that one product Sigma_k q serves loss and gradient alike. Both
-are made in the forward pass, chunk by chunk, and only the gradient (N, A) is kept: memory does not grow with K.
+The derivation is in docs/explanation/sgcg.md, "The closed form". The positive quadratic term
+cancels in the gradient, so one product Sigma_k q serves both loss and gradient. Both are computed
+in the forward pass, chunk by chunk, and only the gradient (N, A) is kept: memory does not grow with
+K.
 
-Legend: K classes incl. background, A feature channels, N pixels, n pixels of a chunk, q features, tau temperature.
+Legend: K classes incl. background, A feature channels, N pixels, n pixels of a chunk, q features,
+tau temperature.
 """
 
 from __future__ import annotations
@@ -35,13 +38,16 @@ CovarianceForm = Literal["full", "diagonal", "none"]
 Reduction = Literal["mean", "none"]
 
 CHUNK_ELEMENTS: Final = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Numbers of the products Sigma_k q held at a time: 4 MiB stays in a core's cache, 256 MiB fills a GPU."""
+"""Elements of the products Sigma_k q held at a time: 4 MiB fit a CPU cache, 256 MiB fill a GPU."""
 
 MAX_KERNEL_CHANNELS: Final = 128
-"""Widest features of the Triton kernel: wider tiles of Sigma_k leave no room, and there plain GEMMs are the limit."""
+"""Most channels of the Triton kernel: wider tiles of Sigma_k do not fit, and GEMMs are as fast."""
 
 CHUNK_PIXELS: Final = (256, 4096)
-"""Fewest and most pixels of a chunk on a CPU: with fewer the matrix product starves, with more the cache overflows."""
+"""Fewest and most pixels of a chunk on a CPU.
+
+With fewer the matrix product is inefficient, with more the chunk exceeds the cache.
+"""
 
 
 def sgcg_loss(
@@ -57,30 +63,33 @@ def sgcg_loss(
     covariance_form: CovarianceForm = "full",
     unit_norm: bool = False,
 ) -> Tensor:
-    """Compute the SgCG loss of labelled features against constant class Gaussians (methods.md 1.3, eqs. 4-11).
+    """Compute the SgCG loss of labelled features against constant class Gaussians (SgCG eq. 11).
 
-    Computes in float32 (float64 for float64 features) whatever autocast says. The prototypes carry no gradient, and the
-    gradient itself cannot be differentiated again. On a GPU with Triton one kernel makes loss and gradient
-    (`common.sgcg.kernels`), unless the features are float64 or wider than it holds, or the covariance is not `full`.
+    Computes in float32 (float64 for float64 features) regardless of autocast. The prototypes are
+    constants, and the gradient cannot be differentiated again. On a GPU with Triton one kernel
+    computes loss and gradient (`common.sgcg.kernels`), unless the features are float64 or have more
+    than MAX_KERNEL_CHANNELS channels, or the covariance is not `full`.
 
     Args:
         features: (N, A) floats.
         labels: (N,) integers in [0, K), or `ignore_index`.
         mean: (K, A) float32 or float64, on the device of the features.
-        covariance: (K, A, A) symmetric; unused by `none`, of which `diagonal` reads the diagonal.
+        covariance: (K, A, A) symmetric; `diagonal` reads only the diagonal, `none` nothing.
         temperature: tau, above zero.
-        active: (K,) bool, classes that take part; None = all. Pixels of other classes are dropped.
+        active: (K,) bool, the classes to compare with; None = all. Pixels of others are dropped.
         ignore_index: Label of pixels to drop.
         reduction: `mean` over the pixels that were not dropped, or `none`.
         covariance_form: `full`, `diagonal`, or `none` (prototype cross-entropy).
-        unit_norm: Divide the features of each pixel by their length first (methods.md 1.4).
+        unit_norm: First divide the features of each pixel by their length.
 
     Returns:
-        A scalar, or (N,) with zeros at dropped pixels for `none`. Without any pixel: 0, connected to the graph.
+        A scalar, or (N,) with zeros at dropped pixels for `none`. Without any pixel: 0, connected
+        to the graph.
 
     Raises:
-        ValueError: Shapes, types or settings that do not fit; on a CPU also labels out of range and values that are not
-            finite (a GPU is not made to wait for that: there they give a loss that is not finite, or an index error).
+        ValueError: Shapes, types or arguments that are not valid; on a CPU also labels out of range
+            and values that are not finite. On a GPU, where this check would have to wait for the
+            device, they give a loss that is not finite, or an index error.
     """
     _check_loss(features, labels, mean, covariance, temperature, active, reduction, covariance_form)
     check_labels(labels, mean.shape[0], ignore_index)
@@ -120,7 +129,7 @@ def sgcg_loss(
 
 
 class _PixelLoss(torch.autograd.Function):
-    """Weighted loss of every pixel, or their sum; the gradient is made on the way and waits for the backward pass."""
+    """Weighted loss of every pixel, or their sum; the forward pass also computes the gradient."""
 
     @staticmethod
     def forward(
@@ -158,7 +167,10 @@ class _PixelLoss(torch.autograd.Function):
 
 
 class _KernelLoss(torch.autograd.Function):
-    """The same by one Triton kernel; the number of pixels is known after it and divides in the backward pass."""
+    """As `_PixelLoss`, by one Triton kernel.
+
+    The number of pixels is known only after the kernel, so the backward pass divides by it.
+    """
 
     @staticmethod
     def forward(
@@ -201,11 +213,11 @@ class _KernelLoss(torch.autograd.Function):
 
 
 def _make_gradient(ctx: Any, features: Tensor) -> Tensor | None:
-    """Room for the gradient, kept for the backward pass; None where nobody will ask for it."""
+    """Allocate the gradient and save it for the backward pass; None if it is not needed."""
     ctx.dtype = features.dtype
     if not ctx.needs_input_grad[0]:
         return None
-    # float16 cannot hold 1 / N of a gradient before the loss scale has come in, nor a large one without it.
+    # In float16, 1 / N of a gradient underflows before the loss scale is applied.
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
     gradient = torch.empty(features.shape, dtype=dtype, device=features.device)
     ctx.save_for_backward(gradient)
@@ -213,10 +225,8 @@ def _make_gradient(ctx: Any, features: Tensor) -> Tensor | None:
 
 
 def _scaled(ctx: Any, scale: Tensor) -> Tensor:
-    """The kept gradient times the incoming one (() or (N,)), in place where nobody can come back for it."""
-    if (
-        torch.is_grad_enabled()
-    ):  # only with create_graph=True; a silent zero would be worse than a stop
+    """Multiply the saved gradient by the incoming one, () or (N,), in place unless kept."""
+    if torch.is_grad_enabled():  # only with create_graph=True, which would silently give zero
         raise RuntimeError(
             "the gradient of sgcg_loss cannot be differentiated again (create_graph=True)"
         )
@@ -230,7 +240,7 @@ def _scaled(ctx: Any, scale: Tensor) -> Tensor:
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward pass was asked to retain its graph; True where this torch cannot tell."""
+    """Whether the backward pass retains its graph; True if this torch cannot tell."""
     answer = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if answer is None else bool(answer())
 
@@ -247,9 +257,10 @@ def _fill(
     temperature: float,
     form: CovarianceForm,
 ) -> None:
-    """Write the loss of every pixel into `losses` (N,) and its gradient, where wanted, into `gradient` (N, A)."""
+    """Write the losses of all pixels to `losses` (N,) and their gradients to `gradient`."""
     n = _chunk_pixels(features.device.type, mean.shape)
-    near, far = mean / temperature, mean * temperature
+    near = mean / temperature
+    far = mean * temperature
     share = weight / temperature**2
     pull = share.neg()[None]
     hidden = None
@@ -258,12 +269,10 @@ def _fill(
             ~active, torch.finfo(mean.dtype).min / 2
         )[:, None]
     quadratic = QUADRATICS[form](covariance, temperature)
-    targets = (
-        [None] * max(1, -(-features.shape[0] // n))
-        if gradient is None
-        else torch.split(gradient, n)
-    )
-    # Views are made for all chunks at once: one by one they would cost as much as the arithmetic of a small chunk.
+    chunks = max(1, -(-features.shape[0] // n))
+    targets = [None] * chunks if gradient is None else torch.split(gradient, n)
+    # The views of all chunks are made at once: one by one they would cost as much as the arithmetic
+    # of a small chunk.
     rows = (torch.split(tensor, n) for tensor in (features, weight, share, losses))
     columns = (torch.split(tensor, n, 1) for tensor in (labels[None], pull))
     for pixels, kept, scale, loss, label, minus, target in zip(
@@ -273,11 +282,12 @@ def _fill(
         half = quadratic.evaluate(q)  # (K, n): q' Sigma_k q / (2 tau^2)
         logits = torch.addmm(half, near, q.T)
         log_p = (logits if hidden is None else logits.add_(hidden)).log_softmax(0)
-        # logsumexp z - q.mu_y / tau, written as two terms that are both positive: nothing cancels.
+        # logsumexp z - q.mu_y / tau as a sum of two non-negative terms, so that nothing cancels.
         torch.mul(half.sub_(log_p).gather(0, label)[0], kept, out=loss)
         if target is not None:
             p = log_p.exp_().mul_(scale)
-            g = quadratic.gradient(p, q, target if target.dtype == q.dtype else torch.empty_like(q))
+            out = target if target.dtype == q.dtype else torch.empty_like(q)
+            g = quadratic.gradient(p, q, out)
             g.addmm_(p.scatter_add_(0, label, minus).T, far)
             if g is not target:
                 target.copy_(g)
@@ -285,7 +295,10 @@ def _fill(
 
 def _chunk_pixels(device: str, shape: torch.Size) -> int:
     pixels = CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // math.prod(shape)
-    return min(max(pixels, CHUNK_PIXELS[0]), CHUNK_PIXELS[1]) if device == "cpu" else max(pixels, 1)
+    if device != "cpu":
+        return max(pixels, 1)
+    fewest, most = CHUNK_PIXELS
+    return min(max(pixels, fewest), most)
 
 
 def _check_loss(

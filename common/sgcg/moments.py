@@ -1,8 +1,8 @@
-"""Class moments of a batch on its own device, and label maps at the size of a feature map (methods.md 1.2, 1.4, 1.9).
+"""Class moments of a batch on its device, and label maps at the size of a feature map.
 
-`common.statistics` pools what is counted here, in NumPy; this module is the part that runs where the features are.
+`common.statistics` pools these moments, in NumPy.
 
-Legend: K classes incl. background, A feature channels, N pixels, B batch, H, W height and width, f reduction factor.
+Legend: K classes incl. background, A feature channels, N pixels, B batch, H, W height and width.
 """
 
 from __future__ import annotations
@@ -14,35 +14,36 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS: Final = 1 << 17
-"""Numbers of a block (1 MiB of float64) that is gathered, shifted and multiplied while it is in the cache."""
+"""Elements of a block (1 MiB of float64) that is gathered, shifted and multiplied in the cache."""
 
 BLOCK_ROWS: Final = 8192
 """Most rows of a block, whatever their width."""
 
 SHIFT_ROWS: Final = 256
-"""Rows of a class whose mean serves as the class's shift."""
+"""Number of a class's first rows whose mean is used as its shift."""
 
 _TRITON: Final = importlib.util.find_spec("triton") is not None
 
 MASK_ELEMENTS: Final = 1 << 23
-"""Numbers of a chunk of features held in float64 on a GPU (64 MiB)."""
+"""Elements of a chunk of features held in float64 on a GPU (64 MiB)."""
 
 
 def class_moments(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute count, mean and scatter of every class of a batch, without gradient (methods.md 1.2 and 1.9).
+    """Compute count, mean and scatter of every class of a batch (SgCG eqs. 1-3), without gradient.
 
-    On a CPU the rows are visited class by class in blocks, about a shift near the class's mean, in float64 throughout.
-    On a GPU, two passes without a host wait: Triton kernels (`common.sgcg.kernels`), or masked float64 products for
-    float64 features and where there is no Triton.
+    On a CPU the rows are visited class by class in blocks, in float64 and relative to a shift near
+    the class's mean. On a GPU there are two passes without a wait of the host: Triton kernels
+    (`common.sgcg.kernels`), or masked float64 products for float64 features or without Triton.
 
-    Promised in whatever order a library adds, with s_a^2 the class's scatter[a, a]:
+    Error bounds for any order of additions, with s_a^2 the class's scatter[a, a]:
 
-    - in float64 (CPU and masked form) |error of scatter[a, b]| <= 1e-8 s_a s_b for a class of up to a million pixels,
-      however far its mean is from zero. Sums of m terms err by at most m 2^-53 of the sum of absolute values; m is 8192
-      within a block plus 123 blocks. The absolute values sum to at most (1 + n / SHIFT_ROWS) s_a s_b about a shift
-      that is the mean of rows of the class. Together 8315 * 3907 * 2^-53 = 3.6e-9;
+    - in float64 (CPU and masked products) |error of scatter[a, b]| <= 1e-8 s_a s_b for a class of
+      up to a million pixels, however far its mean is from zero. The error of a sum of m terms is at
+      most m 2^-53 of the sum of absolute values; m is 8192 within a block plus 123 blocks. Relative
+      to a shift that is the mean of rows of the class, the absolute values sum to at most
+      (1 + n / SHIFT_ROWS) s_a s_b. Together 8315 * 3907 * 2^-53 = 3.6e-9;
     - in the Triton kernels <= 1e-5 s_a s_b, derived in `common.sgcg.kernels.class_moments`.
 
     Args:
@@ -52,10 +53,12 @@ def class_moments(
         ignore_index: Label of pixels to leave out.
 
     Returns:
-        count (K,) int64, mean (K, A) and scatter (K, A, A) float64, on the device of the features; zero where absent.
+        count (K,) int64, mean (K, A) and scatter (K, A, A) float64, on the device of the features;
+        zero where absent.
 
     Raises:
-        ValueError: Shapes or types that do not fit; on a CPU also labels out of range and features that are not finite.
+        ValueError: Shapes or types that are not valid; on a CPU also labels out of range and
+            features that are not finite.
     """
     check_pixels(features, labels)
     check_labels(labels, num_classes, ignore_index)
@@ -63,8 +66,10 @@ def class_moments(
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         if triton_kernels(rows):
             moments = _moments_by_kernel
+        elif rows.device.type == "cpu":
+            moments = _moments_by_class
         else:
-            moments = _moments_by_class if rows.device.type == "cpu" else _moments_by_mask
+            moments = _moments_by_mask
         count, mean, scatter = moments(rows, labels, num_classes, ignore_index)
         scatter = 0.5 * (scatter + scatter.mT)
     if rows.device.type == "cpu" and not bool(torch.isfinite(scatter).all()):
@@ -75,24 +80,29 @@ def class_moments(
 def reduce_labels(
     labels: Tensor, factor: int, num_classes: int, majority: float = 0.75, ignore_index: int = 255
 ) -> Tensor:
-    """Bring a label map to the size of a feature map that is `factor` times smaller (methods.md 1.4).
+    """Reduce a label map to the size of a feature map that is `factor` times smaller.
+
+    A square of pixels gets its most frequent label if that reaches the majority, as in the code of
+    SePiCo; else it is ignored.
 
     Args:
         labels: (B, H, W) integers in [0, K), or `ignore_index`; H and W multiples of `factor`.
         factor: Side of the square of pixels that becomes one.
         num_classes: K.
-        majority: Share that the most frequent label must reach; "ignore" counts as a label of its own.
+        majority: Share that the most frequent label must reach; "ignore" counts as a label.
         ignore_index: Label of pixels to ignore, and of squares without a majority.
 
     Returns:
         (B, H / factor, W / factor) of the same type.
 
     Raises:
-        ValueError: A map whose sides are not multiples of `factor`, a majority outside [0, 1], labels out of range.
+        ValueError: Sides that are not multiples of `factor`, a majority outside [0, 1], or labels
+            out of range.
     """
     if labels.ndim != 3 or factor < 1 or labels.shape[1] % factor or labels.shape[2] % factor:
         raise ValueError(
-            f"labels: found shape {tuple(labels.shape)}, expected (B, H, W), multiples of factor={factor}"
+            f"labels: found shape {tuple(labels.shape)}, "
+            f"expected (B, H, W) with H and W multiples of factor={factor}"
         )
     if not 0 <= majority <= 1:
         raise ValueError(f"majority: found {majority}, expected a share in [0, 1]")
@@ -102,7 +112,8 @@ def reduce_labels(
     ignored = squares == ignore_index
     most = ignored.sum((2, 4))
     winner = torch.full_like(most, ignore_index)
-    # One class at a time keeps the memory at one map; of equals the first class wins, as an arg-max over classes would.
+    # One class at a time needs the memory of one map. Of equal shares the first class wins, as in
+    # an arg-max over classes.
     for k in reversed(range(num_classes)):
         share = ((squares == k) & ~ignored).sum((2, 4))
         ahead = share >= most
@@ -114,10 +125,9 @@ def reduce_labels(
 def _moments_by_class(
     rows: Tensor, labels: Tensor, K: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = torch.where(labels == ignore_index, K, labels).to(
-        torch.uint8 if K < 256 else torch.int32
-    )
-    order = torch.argsort(keys, stable=True)  # 8-bit keys take torch's radix sort
+    dtype = torch.uint8 if K < 256 else torch.int32  # torch sorts 8-bit keys by radix
+    keys = torch.where(labels == ignore_index, K, labels).to(dtype)
+    order = torch.argsort(keys, stable=True)
     count = torch.bincount(keys, minlength=K + 1)[:K]
     mean, scatter = _zeros(rows, K)
     start = 0
@@ -129,25 +139,27 @@ def _moments_by_class(
 
 
 def _shifted_moments(rows: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (A,) and scatter (A, A) in float64 of the rows named by `members`, about the mean of the first of them."""
+    """Return mean (A,) and scatter (A, A) of the rows `members`, in float64.
+
+    Sums are taken relative to the mean of the first SHIFT_ROWS members.
+    """
     shift = rows[members[:SHIFT_ROWS]].double().mean(0)
     A = shift.shape[0]
-    first, second = shift.new_zeros(A), shift.new_zeros(A, A)
+    first = shift.new_zeros(A)
+    second = shift.new_zeros(A, A)
     size = min(len(members), max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(1, A))))
-    gathered, shifted = rows.new_empty(size, A), shift.new_empty(size, A)
+    gathered = rows.new_empty(size, A)
+    shifted = shift.new_empty(size, A)
     for part in torch.split(members, size):
-        block = (
-            shifted[: len(part)]
-            .copy_(torch.index_select(rows, 0, part, out=gathered[: len(part)]))
-            .sub_(shift)
-        )
+        selected = torch.index_select(rows, 0, part, out=gathered[: len(part)])
+        block = shifted[: len(part)].copy_(selected).sub_(shift)
         _add_products(first, second, block)
     offset = first / len(members)
     return shift + offset, second - len(members) * torch.outer(offset, offset)
 
 
 def _add_products(first: Tensor, second: Tensor, block: Tensor) -> None:
-    """Add the sums of a block (n, A) to `first` (A,) and those of its products to `second` (A, A), all float64."""
+    """Add the sums of a float64 block (n, A) to `first` (A,), those of its products to `second`."""
     first += block.sum(0)
     second.addmm_(block.T, block)
 
@@ -156,9 +168,8 @@ def _moments_by_mask(
     rows: Tensor, labels: Tensor, K: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = max(1, MASK_ELEMENTS // rows.shape[1])
-    members = (
-        (labels[:, None] == torch.arange(K, device=rows.device)) & (labels != ignore_index)[:, None]
-    ).double()
+    own = labels[:, None] == torch.arange(K, device=rows.device)
+    members = (own & (labels != ignore_index)[:, None]).double()
     mean, scatter = _zeros(rows, K)
     for part, member in zip(torch.split(rows, n), torch.split(members, n), strict=True):
         mean.addmm_(member.T, part.double())
@@ -186,13 +197,13 @@ def _zeros(rows: Tensor, K: int) -> tuple[Tensor, Tensor]:
 
 
 def triton_kernels(features: Tensor, widest: int | None = None) -> bool:
-    """Whether the Triton kernels compute these features: on a GPU, with Triton, not float64, at most `widest` wide."""
+    """Whether to use Triton: on a GPU, if installed, not for float64, at most `widest` channels."""
     fits = features.dtype != torch.float64 and (widest is None or features.shape[1] <= widest)
     return fits and features.device.type == "cuda" and _TRITON and features.shape[1] > 0
 
 
 def check_pixels(features: Tensor, labels: Tensor) -> None:
-    """Refuse features that are not (N, A) floats or labels that are not (N,) integers."""
+    """Raise a ValueError unless features are (N, A) floats and labels (N,) integers."""
     check_shape("features", features, (None, None))
     check_shape("labels", labels, (features.shape[0],))
     if not features.dtype.is_floating_point:
@@ -202,7 +213,10 @@ def check_pixels(features: Tensor, labels: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse labels outside [0, K) that are not `ignore_index`; on a CPU only, a GPU would have to wait."""
+    """Raise a ValueError for labels outside [0, K) that are not `ignore_index`.
+
+    Only on a CPU: on a GPU the host would have to wait for the device.
+    """
     if labels.device.type != "cpu" or not labels.numel():
         return
     low, high = labels.aminmax()
@@ -217,16 +231,17 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
 
 
 def check_finite(**tensors: Tensor) -> None:
-    """Refuse tensors that hold values that are not finite."""
+    """Raise a ValueError for a tensor with values that are not finite."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
-                f"{name}: found values that are not finite, shape {tuple(tensor.shape)}, expected finite numbers"
+                f"{name}: found values that are not finite in shape {tuple(tensor.shape)}, "
+                "expected finite numbers"
             )
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Refuse a tensor of another shape; None stands for any size."""
+    """Raise a ValueError for a tensor of another shape; None stands for any size."""
     shape = tuple(tensor.shape)
     if len(shape) != len(expected) or any(
         want not in (None, got) for want, got in zip(expected, shape, strict=True)

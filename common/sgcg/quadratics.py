@@ -1,4 +1,6 @@
-"""The quadratic term q' Sigma_k q / (2 tau^2) of the SgCG loss and its gradient, in three forms of the covariance.
+"""The quadratic term q' Sigma_k q / (2 tau^2) of the SgCG loss and its gradient.
+
+There are three forms of the covariance: full, diagonal, and none.
 
 Legend: K classes, A feature channels, n pixels of a chunk, q features, tau temperature.
 """
@@ -14,44 +16,42 @@ __all__ = ["QUADRATICS"]
 
 
 class Full:
-    """Sigma_k q for all k, kept between loss and gradient of a chunk."""
+    """The full covariance; the products Sigma_k q of a chunk are kept for its gradient."""
 
     def __init__(self, covariance: Tensor, temperature: float) -> None:
-        # K products into K contiguous results: one with [Sigma_1 | ... | Sigma_K] is the faster product, but the passes
-        # over its strided results cost more than that.
+        # K products with contiguous results: a single product with [Sigma_1 | ... | Sigma_K] is
+        # faster, but the passes over its strided result cost more than that saves.
         self.matrices = covariance.unbind(0)
         self.half = covariance.new_full(covariance.shape[1:2], 0.5 / temperature**2)
-        self._make_room(0)
+        self._allocate(0)
 
-    def _make_room(self, n: int) -> None:
+    def _allocate(self, n: int) -> None:
         K, A = len(self.matrices), len(self.half)
-        self.products, self.scratch = (
-            self.half.new_empty(K, n, A).unbind(0),
-            self.half.new_empty(n, A),
-        )
+        self.products = self.half.new_empty(K, n, A).unbind(0)
+        self.scratch = self.half.new_empty(n, A)
         self.terms = self.half.new_empty(K, n)
         self.rows = self.terms.unbind(0)
 
     def evaluate(self, q: Tensor) -> Tensor:
-        """Return (K, n) quadratic terms q' Sigma_k q / (2 tau^2) of q (n, A); valid until the next call."""
+        """Return (K, n) terms q' Sigma_k q / (2 tau^2) of q (n, A), valid until the next call."""
         if len(q) != len(self.scratch):
-            self._make_room(len(q))
+            self._allocate(len(q))
         for matrix, product, term in zip(self.matrices, self.products, self.rows, strict=True):
             torch.mm(q, matrix, out=product)
             torch.mv(torch.mul(product, q, out=self.scratch), self.half, out=term)
         return self.terms
 
     def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-        """Write sum_k p_k Sigma_k q into `out` (n, A) for the q of the last `evaluate`; p is (K, n)."""
-        (first, *others), (share, *shares) = self.products, p[:, :, None].unbind(0)
-        torch.mul(first, share, out=out)
-        for product, share in zip(others, shares, strict=True):
+        """Write sum_k p_k Sigma_k q to `out` (n, A), q of the last `evaluate`, p (K, n)."""
+        shares = p[:, :, None].unbind(0)
+        torch.mul(self.products[0], shares[0], out=out)
+        for product, share in zip(self.products[1:], shares[1:], strict=True):
             out.addcmul_(product, share)
         return out
 
 
 class Diagonal:
-    """The same with the covariance's diagonal alone, as SePiCo's code has it (methods.md 1.10)."""
+    """Only the diagonal of the covariance, as in SePiCo's code."""
 
     def __init__(self, covariance: Tensor, temperature: float) -> None:
         self.variances = covariance.diagonal(dim1=1, dim2=2)
@@ -62,7 +62,7 @@ class Diagonal:
         return self.half @ (q * q).T
 
     def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-        """Write sum_k p_k diag(Sigma_k) q into `out`."""
+        """Write sum_k p_k diag(Sigma_k) q to `out`."""
         return torch.mm(p.T, self.variances, out=out).mul_(q)
 
 
@@ -77,7 +77,7 @@ class Absent:
         return q.new_zeros(self.num_classes, q.shape[0])
 
     def gradient(self, p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-        """Write zeros into `out`."""
+        """Write zeros to `out`."""
         return out.zero_()
 
 

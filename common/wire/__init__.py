@@ -1,1 +1,1 @@
-"""The format of what travels between coordinator and hospitals."""
+"""The format of the messages between coordinator and hospitals."""

@@ -1,11 +1,13 @@
-"""What RAM may share of a site's images beside weights and class statistics, where the site agrees (methods.md 2.8).
+"""Amplitudes of images that sites may share for RAM across hospitals, with consent.
 
-`summary`: the number of images and, per frequency of the window, the sums of their log amplitudes and of the products
-of two channels' log amplitudes: additive over sites, without phase. `bank`: the window amplitudes of single images, a
-signal of single patients. Pure NumPy and PyArrow.
+`summary`: the number of images and, per frequency of the window, the sums of log amplitudes and of
+products of two channels' log amplitudes; additive over sites, without phase. `bank`: the window
+amplitudes of single images, which describe single patients. See docs/explanation/ram-dsir.md,
+"Federated". Pure NumPy and PyArrow.
 
-Legend: M images, C channels, P = C(C + 1)/2 pairs of channels, S side of an image, b half window; a window is
-(C, 2, b + 1, b + 1) as `clients.methods.amplitude` lays it out: rows of frequency 0 to b, then rows of 0 to -b.
+Legend: M images, C channels, P = C(C + 1)/2 pairs of channels, S side of an image, b half window; a
+window is (C, 2, b + 1, b + 1), with rows of frequency 0 to b, then rows of 0 to -b, as in
+`clients.methods.amplitude`.
 """
 
 from __future__ import annotations
@@ -24,40 +26,43 @@ from common.errors import fail
 
 KIND: Final = "fedsgcg.amplitudes"
 SCHEMA_VERSION: Final = "2"
-"""2: products of channels, the mixing space and the sites of a summary; without slices that show nothing."""
+"""2: products of channels, the mixing space and the sites of a summary; without empty slices."""
 GREY_LEVEL: Final = 2 / 255
 """One step of an 8-bit image on the scale [-1, 1]."""
-OFFSETS: Final = {"picture": 1.0, "volume": 0.0}
-"""What is added to an image in [-1, 1] before its amplitudes are taken (methods.md 2.5).
 
-RAM-DSIR mixes pictures in [0, 255] and scales them to [-1, 1] afterwards, volumes in [-1, 1]. A common factor does not
-change a mixture, so that [0, 2] gives what [0, 255] gives; an offset does: it moves the amplitude of frequency zero.
+OFFSETS: Final = {"picture": 1.0, "volume": 0.0}
+"""Offset that is added to an image in [-1, 1] before its amplitudes are computed.
+
+RAM-DSIR mixes pictures in [0, 255] and then scales them to [-1, 1], and mixes volumes in [-1, 1]. A
+common factor does not change a mixture, so [0, 2] is equivalent to [0, 255]. An offset does: it
+changes the amplitude of frequency zero.
 """
 MAX_WINDOWS: Final = 1 << 16
 MAX_VALUES: Final = 1 << 26
 MAX_CHANNELS: Final = 16
 MAX_IMAGES: Final = 1 << 40
 MAX_LOG: Final = 32.0
-"""Above the log amplitude of every image: a side of 2**15 reaches 22, the smallest floor is 1e-2."""
+"""Bound of log amplitudes: a side of 2**15 reaches 22, and the smallest floor is 1e-2."""
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 
 def amplitude_floor(side: int) -> float:
-    """Return the root mean square amplitude that rounding to 8 bits leaves at a frequency of an image of S x S.
+    """Return the root mean square amplitude of 8-bit rounding at a frequency of an S x S image.
 
-    The rounding error of a pixel has variance GREY_LEVEL^2 / 12, its DFT S^2 times that. What is smaller is no signal,
-    and its logarithm would count as a strong one.
+    The rounding error of a pixel has variance GREY_LEVEL^2 / 12, and its DFT S^2 times that. A
+    smaller amplitude is not signal, but its logarithm would be an outlier.
     """
     return side * GREY_LEVEL / math.sqrt(12)
 
 
 def shows_something(amplitudes: npt.NDArray[np.floating], side: int) -> npt.NDArray[np.bool_]:
-    """Return (M,) whether all channels of an image have more than rounding in the window beside frequency zero.
+    """Return (M,) whether all channels of an image have a signal in the window.
 
-    A constant slice, as at the end of a volume or outside the body, has no amplitude there that could be mixed; the
-    logarithm of its floor would be an outlier of several deviations.
+    Only frequencies other than zero count, and only amplitudes above those of rounding. A constant
+    slice, at the end of a volume or outside the body, has no amplitude to mix, and the logarithm of
+    its floor would be an outlier by several standard deviations.
 
     Args:
         amplitudes: (M, C, 2, b+1, b+1).
@@ -73,10 +78,10 @@ def shows_something(amplitudes: npt.NDArray[np.floating], side: int) -> npt.NDAr
 
 
 def same_amplitude(half: int, side: int) -> npt.NDArray[np.bool_]:
-    """Return (b+1, b+1) where the two halves of a window hold one amplitude twice.
+    """Return (b+1, b+1) whether the two halves of a window hold the same amplitude.
 
-    Row 0 is in both halves; rows k and -k of column 0 are conjugate. The same goes for the last row and column of an
-    even side when the window spans it: S/2 and -S/2 are one frequency.
+    Row 0 is in both halves; rows k and -k of column 0 are conjugate. If the window reaches S/2 of
+    an even side, the same holds for its last row and column: S/2 and -S/2 are one frequency.
     """
     own = (2 * np.arange(half + 1)) % side == 0
     return np.asarray(own[:, None] | own[None, :])
@@ -84,16 +89,16 @@ def same_amplitude(half: int, side: int) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True, eq=False)
 class AmplitudeSummary:
-    """Additive moments of the log amplitudes of M images that show something.
+    """Additive moments of the log amplitudes of M images with a signal (`shows_something`).
 
     Attributes:
         count: M.
         first: (C, 2, b+1, b+1) float64, sum of log amplitudes.
-        second: (P, 2, b+1, b+1), sum of the products of two channels' log amplitudes at one frequency, the pairs in the
-            order of `np.triu_indices(C)`.
+        second: (P, 2, b+1, b+1), sum of the products of two channels' log amplitudes at one
+            frequency, the pairs in the order of `np.triu_indices(C)`.
         side: S.
         space: Key of `OFFSETS`.
-        sites: Names of the sites in it, sorted; a site's own summary need not say.
+        sites: Names of the included sites, sorted; may be empty in a site's own summary.
     """
 
     count: float
@@ -107,7 +112,7 @@ class AmplitudeSummary:
     def from_amplitudes(
         cls, amplitudes: Floats, side: int, space: str = "volume", sites: tuple[str, ...] = ()
     ) -> AmplitudeSummary:
-        """Summarise (M, C, 2, b+1, b+1) window amplitudes of images of S x S; those that show nothing are left out."""
+        """Summarise (M, C, 2, b+1, b+1) amplitudes of S x S images, without those of no signal."""
         shown = amplitudes[shows_something(amplitudes, side)].astype(np.float64)
         logs = np.log(np.maximum(shown, amplitude_floor(side)))
         left, right = np.triu_indices(amplitudes.shape[1])
@@ -121,28 +126,34 @@ class AmplitudeSummary:
             ValueError: Windows, sides or spaces that differ.
         """
         self._check_like(other)
-        first, second = self.first + other.first, self.second + other.second
-        sites = tuple(sorted({*self.sites, *other.sites}))
         return AmplitudeSummary(
-            self.count + other.count, first, second, self.side, self.space, sites
+            count=self.count + other.count,
+            first=self.first + other.first,
+            second=self.second + other.second,
+            side=self.side,
+            space=self.space,
+            sites=tuple(sorted({*self.sites, *other.sites})),
         )
 
     def without(self, part: AmplitudeSummary) -> AmplitudeSummary:
-        """Take the images of one site out again.
+        """Remove the images of one site.
 
         Raises:
             ValueError: As `__add__`.
         """
         self._check_like(part)
-        first, second = self.first - part.first, self.second - part.second
-        sites = tuple(site for site in self.sites if site not in part.sites)
         return AmplitudeSummary(
-            self.count - part.count, first, second, self.side, self.space, sites
+            count=self.count - part.count,
+            first=self.first - part.first,
+            second=self.second - part.second,
+            side=self.side,
+            space=self.space,
+            sites=tuple(site for site in self.sites if site not in part.sites),
         )
 
     @property
     def layout(self) -> tuple[tuple[int, ...], int, str]:
-        """What two summaries must have in common to be added: shape of the window, side, space."""
+        """Shape of the window, side and space; they must be equal for summaries to be added."""
         return self.first.shape, self.side, self.space
 
     @property
@@ -158,39 +169,38 @@ class AmplitudeSummary:
 
     @property
     def deviation(self) -> Doubles:
-        """(C, 2, b+1, b+1) standard deviation of the log amplitudes; rounding below zero counts as zero."""
+        """(C, 2, b+1, b+1) standard deviation of the log amplitudes."""
         variance = np.diagonal(self.covariance, axis1=-2, axis2=-1)
         return np.asarray(np.sqrt(np.maximum(np.moveaxis(variance, -1, 0), 0.0)))
 
     def encode(self) -> bytes:
-        """Lay the summary out as an Arrow stream of one row: (C + P, 2, b+1, b+1)."""
+        """Write the summary as an Arrow stream with one row: (C + P, 2, b+1, b+1)."""
         facts = {
             "count": repr(self.count),
             "channels": str(len(self.first)),
             "sites": json.dumps(self.sites),
+            "side": str(self.side),
+            "space": self.space,
         }
-        facts |= {"side": str(self.side), "space": self.space}
         return _encode("summary", np.concatenate([self.first, self.second])[None], facts, [""])
 
     @classmethod
     def decode(cls, data: bytes) -> AmplitudeSummary:
-        """Read what `encode` wrote.
+        """Read a stream of `encode`.
 
         Raises:
-            FedsgcgError: PAY-106 or PAY-107 for anything else, STA-201 for moments that cannot be.
+            FedsgcgError: PAY-106 or PAY-107 for anything else, STA-201 for impossible moments.
         """
         windows, metadata, _ = _decode("summary", data, np.float64)
         try:
-            count, channels, side = (
-                float(metadata["count"]),
-                int(metadata["channels"]),
-                int(metadata["side"]),
-            )
+            count = float(metadata["count"])
+            channels = int(metadata["channels"])
+            side = int(metadata["side"])
             sites = tuple(str(site) for site in json.loads(metadata["sites"]))
         except (KeyError, ValueError, TypeError) as error:
             expected = "the number of images, channels and pixels of a side, and the sites"
             raise fail(
-                "PAY-106", found="a summary that does not say what it sums", expected=expected
+                "PAY-106", found="a summary without complete metadata", expected=expected
             ) from error
         rows = channels + channels * (channels + 1) // 2
         if not (0 < channels <= MAX_CHANNELS and windows.shape[:2] == (1, rows) and side > 0):
@@ -203,22 +213,24 @@ class AmplitudeSummary:
         first, second = np.split(windows[0].astype(np.float64, copy=False), [channels])
         summary = cls(count, first, second, side, _space(metadata), sites)
         if not summary._is_possible():
-            found = f"moments of {count!r} images that no set of images has"
             raise fail(
-                "STA-201", found=found, expected="finite sums of logarithms and of their products"
+                "STA-201",
+                found=f"moments that {count!r} images cannot have",
+                expected="finite sums of logarithms and of their products",
             )
         return summary
 
     def _is_possible(self) -> bool:
         if not (0 <= self.count <= MAX_IMAGES and self.count.is_integer()):
             return False
-        reach = MAX_LOG * self.count
-        if (
-            not (np.abs(self.first) <= reach).all()
-            or not (np.abs(self.second) <= MAX_LOG * reach).all()
-        ):
-            return False  # not finite either
-        first, squares = np.moveaxis(self.first, 0, -1), self.count * _square(self.second)
+        most = MAX_LOG * self.count
+        # These comparisons are also false for values that are not finite.
+        sums_fit = (np.abs(self.first) <= most).all()
+        products_fit = (np.abs(self.second) <= MAX_LOG * most).all()
+        if not (sums_fit and products_fit):
+            return False
+        first = np.moveaxis(self.first, 0, -1)
+        squares = self.count * _square(self.second)
         spread = np.linalg.eigvalsh(squares - first[..., :, None] * first[..., None, :])
         size = np.maximum(np.trace(squares, axis1=-2, axis2=-1), 1.0)
         return bool((spread >= -1e-9 * size[..., None]).all())
@@ -229,11 +241,12 @@ class AmplitudeSummary:
 
 
 class AmplitudeSampler:
-    """Draws log-normal window amplitudes with the mean and the covariance of channels of a summary (methods.md 2.8).
+    """Draws log-normal window amplitudes with the mean and channel covariance of a summary.
 
-    Frequencies are drawn independently, channels together: neighbouring slices of a stack are alike. A frequency that
-    the window holds twice, as itself or as its conjugate, is drawn once. What is beyond every image of the space, which
-    the long tail of frequency zero reaches, counts as the most that one can have: S^2 times the largest value.
+    Frequencies are drawn independently, channels jointly, as neighbouring slices of a stack are
+    alike. A frequency that the window holds twice, as itself or as its conjugate, is drawn once. An
+    amplitude above that of any possible image, as in the long tail of frequency zero, is limited to
+    S^2 times the largest value.
     """
 
     def __init__(self, summary: AmplitudeSummary) -> None:
@@ -267,35 +280,35 @@ class AmplitudeBank:
     space: str = "volume"
 
     def without(self, site: str) -> AmplitudeBank:
-        """Leave the images of one site out."""
+        """Return the bank without the images of one site."""
         kept = [owner != site for owner in self.owners]
-        return AmplitudeBank(
-            self.windows[kept], tuple(name for name in self.owners if name != site), self.space
-        )
+        owners = tuple(owner for owner in self.owners if owner != site)
+        return AmplitudeBank(self.windows[kept], owners, self.space)
 
     def encode(self) -> bytes:
-        """Lay the bank out as an Arrow stream of M rows."""
+        """Write the bank as an Arrow stream with M rows."""
         return _encode("bank", self.windows, {"space": self.space}, list(self.owners))
 
     @classmethod
     def decode(cls, data: bytes) -> AmplitudeBank:
-        """Read what `encode` wrote.
+        """Read a stream of `encode`.
 
         Raises:
-            FedsgcgError: PAY-106 or PAY-107 for anything else, STA-201 for amplitudes that are negative or not finite.
+            FedsgcgError: PAY-106 or PAY-107 for anything else, STA-201 for amplitudes that are
+                negative or not finite.
         """
         windows, metadata, owners = _decode("bank", data, np.float32)
         if not np.isfinite(windows).all() or (windows < 0).any():
             raise fail(
                 "STA-201",
-                found="negative amplitudes, or not finite",
+                found="amplitudes that are negative or not finite",
                 expected="finite numbers of zero or more",
             )
         return cls(windows.astype(np.float32, copy=False), tuple(owners), _space(metadata))
 
 
 def _square(pairs: Doubles) -> Doubles:
-    """(P, 2, b+1, b+1) to (2, b+1, b+1, C, C): both halves of the symmetric matrix of each frequency."""
+    """Unpack (P, 2, b+1, b+1) into symmetric matrices of each frequency, (2, b+1, b+1, C, C)."""
     channels = math.isqrt(2 * len(pairs))
     left, right = np.triu_indices(channels)
     square = np.empty((*pairs.shape[1:], channels, channels))
@@ -356,20 +369,9 @@ def _decode(
                     expected=SCHEMA_VERSION,
                 )
             table = reader.read_all()
-            table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+            table.validate(full=True)  # reading alone does not check offsets and lengths
         shape = tuple(int(size) for size in metadata["shape"].split(","))
-        wanted = (
-            len(shape) == 4
-            and shape[1] == 2
-            and min(shape) > 0
-            and table.num_rows * np.prod(shape) <= MAX_VALUES
-        )
-        wanted = wanted and shape[2] == shape[3]
-        if (
-            not wanted
-            or not 0 < table.num_rows <= MAX_WINDOWS
-            or any(part.null_count for part in table.columns)
-        ):
+        if not _holds_windows(table, shape):
             raise fail(
                 "PAY-106",
                 found=f"{table.num_rows} windows of shape {shape}",
@@ -387,6 +389,15 @@ def _decode(
         AttributeError,
     ) as error:
         raise fail(
-            "PAY-106", found=f"{len(data)} bytes that are no amplitudes", expected=f"a {level}"
+            "PAY-106", found=f"{len(data)} bytes that are not amplitudes", expected=f"a {level}"
         ) from error
     return windows, metadata, owners
+
+
+def _holds_windows(table: pa.Table, shape: tuple[int, ...]) -> bool:
+    """Whether a table holds complete windows of an allowed shape and number."""
+    if len(shape) != 4 or shape[1] != 2 or shape[2] != shape[3] or min(shape) <= 0:
+        return False
+    if not 0 < table.num_rows <= MAX_WINDOWS or table.num_rows * np.prod(shape) > MAX_VALUES:
+        return False
+    return not any(column.null_count for column in table.columns)

@@ -1,7 +1,8 @@
-"""Flower records <-> our requests and replies: the one place that knows how a message is laid out.
+"""Requests and replies, and their encoding as Flower records.
 
-A request or reply is a `RecordDict` with at most three records: `weights` (one flat float32 array: a message costs
-seconds per array, stack.md 3.3), `message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
+A request or reply is a `RecordDict` with at most three records: `weights` (one flat float32 array,
+because every array costs time; docs/explanation/flower.md, "Behaviour that shaped the code"),
+`message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ EVALUATE = "evaluate"
 
 @dataclass(frozen=True)
 class Request:
-    """What the coordinator sends.
+    """A message of the coordinator to a site.
 
     Attributes:
         identity: Run, fold, round and plan it belongs to.
         weights: The global model; absent in an enrolment.
         prototypes: Global class statistics; absent while none are known or the method needs none.
-        options: Plain settings of this one message, e.g. `{"split": "test"}`.
-        amplitudes: Arrow bytes of the amplitudes that the sites share (`common.wire.amplitudes`); empty where none do.
+        options: Plain settings of this message, e.g. `{"split": "test"}`.
+        amplitudes: Arrow bytes of the amplitudes that sites share (`common.wire.amplitudes`); empty
+            if none are shared.
     """
 
     identity: Identity
@@ -47,19 +49,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a site sends back.
+    """The answer of a site.
 
     Attributes:
         identity: Copied from the request.
         site: Name of the site.
         weights: The locally trained model.
         statistics: Class statistics of the site's pixels.
-        metrics: Figures of the round (losses, counts, seconds).
+        metrics: Metrics of the round (losses, counts, seconds).
         cases: Arrow bytes of per-case results (`common.wire.payload.encode_cases`).
-        details: Plain facts, e.g. of an enrolment.
-        error: Error code when the site failed; everything else is then absent.
-        amplitudes: Arrow bytes of the site's amplitudes (`common.wire.amplitudes`), where its own file allows that.
-        moments: Moments of the inputs of the model's BatchNorm layers, where they were asked for.
+        details: Plain values, e.g. of an enrolment.
+        error: Error code if the site failed; everything else is then absent.
+        amplitudes: Arrow bytes of the site's amplitudes (`common.wire.amplitudes`), if its own file
+            allows them.
+        moments: Moments of the inputs of the model's BatchNorm layers, if requested.
     """
 
     identity: Identity
@@ -75,7 +78,7 @@ class Reply:
 
 
 def encode_request(request: Request) -> RecordDict:
-    """Lay a request out as Flower records."""
+    """Encode a request as Flower records."""
     fields: dict[str, str | bytes] = {
         "options": json.dumps(request.options),
         "amplitudes": request.amplitudes,
@@ -84,7 +87,7 @@ def encode_request(request: Request) -> RecordDict:
 
 
 def decode_request(records: RecordDict) -> Request:
-    """Read a request; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
+    """Decode a request; raises PAY-103, PAY-106 or PAY-107 for anything else."""
     identity = Identity.decode(_text(records, "identity"))
     options = _facts(records, "options")
     amplitudes = _bytes(records, "amplitudes")
@@ -92,7 +95,7 @@ def decode_request(records: RecordDict) -> Request:
 
 
 def encode_reply(reply: Reply) -> RecordDict:
-    """Lay a reply out as Flower records."""
+    """Encode a reply as Flower records."""
     fields: dict[str, str | bytes] = {
         "site": reply.site,
         "error": reply.error,
@@ -111,7 +114,7 @@ def encode_reply(reply: Reply) -> RecordDict:
 
 
 def decode_reply(records: RecordDict) -> Reply:
-    """Read a reply; raises PAY-103, PAY-106 or PAY-107 for what is not one."""
+    """Decode a reply; raises PAY-103, PAY-106 or PAY-107 for anything else."""
     identity = Identity.decode(_text(records, "identity"))
     metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
     return Reply(
@@ -129,7 +132,7 @@ def decode_reply(records: RecordDict) -> Reply:
 
 
 def payload_bytes(records: RecordDict) -> dict[str, int]:
-    """Bytes of each part of a message, as the ledger and the README's table count them."""
+    """Return the bytes of each part of a message, as listed in the ledger."""
     message = _message(records)
     parts = {
         name: len(value) for name, value in message.items() if isinstance(value, bytes) and value

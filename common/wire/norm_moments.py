@@ -1,10 +1,11 @@
-"""Moments of the inputs of a network's BatchNorm layers: count, mean and scatter of each channel, pooled exactly.
+"""Moments of the inputs of a network's BatchNorm layers, pooled exactly.
 
-The running moments that FedAvg averages were measured under the sites' local weights. These are measured by every site
-under the merged weights and pooled as class statistics are, M_a + M_b + (n_a n_b / n) d^2 (methods.md 1.8), so that the
-merged model is evaluated with moments of its own. Pure NumPy in float64.
+The running moments that FedAvg averages belong to the sites' local weights. These moments are
+measured by every site under the merged weights and pooled like class statistics, with the scatter
+M_a + M_b + (n_a n_b / n) d^2, so that the merged model is evaluated with its own moments. Pure
+NumPy in float64.
 
-Legend: L BatchNorm layers, P channels of all of them one after the other.
+Legend: L BatchNorm layers, P channels of all layers, concatenated.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _SCHEMA = pa.schema(
 
 
 def norm_layers(weights: Weights) -> dict[str, int]:
-    """Return the BatchNorm layers of a model in the order of its entries, with their channels; {} where it has none."""
+    """Return the BatchNorm layers of a model with their channels, in the order of its entries."""
     return {
         name.removesuffix(MEAN): shape[0] for name, shape in weights.layout if name.endswith(MEAN)
     }
@@ -48,13 +49,13 @@ class NormMoments:
     """Count, mean and scatter of the input of every BatchNorm layer.
 
     Attributes:
-        layers: Name of each layer -> its channels, in the order of the arrays; together P.
-        count: (L,) values per channel that the moments describe (slices times height times width).
+        layers: Name of each layer -> its number of channels, in the order of the arrays.
+        count: (L,) values per channel (slices times height times width).
         mean: (P,) mean of each channel.
         scatter: (P,) sum of (x - mean)^2 of each channel.
 
     Raises:
-        ValueError: Arrays of other sizes than the layers say.
+        ValueError: Arrays whose sizes do not match the layers.
     """
 
     layers: Mapping[str, int]
@@ -65,22 +66,24 @@ class NormMoments:
     def __post_init__(self) -> None:
         for name in ("count", "mean", "scatter"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
-        wanted = (len(self.layers),), (sum(self.layers.values()),)
-        found = self.count.shape, self.mean.shape, self.scatter.shape
-        if found != (wanted[0], wanted[1], wanted[1]):
+        layers = (len(self.layers),)
+        channels = (sum(self.layers.values()),)
+        expected = (layers, channels, channels)
+        found = (self.count.shape, self.mean.shape, self.scatter.shape)
+        if found != expected:
             raise ValueError(
-                f"count, mean, scatter: found shapes {found}, expected {wanted[0]} and twice {wanted[1]}"
+                f"count, mean, scatter: found shapes {found}, expected shapes {expected}"
             )
 
     @classmethod
     def empty(cls, layers: Mapping[str, int]) -> NormMoments:
-        """Return the moments of no input at all, the identity of `+`."""
+        """Return the moments of no inputs, the identity of `+`."""
         channels = sum(layers.values())
         return cls(dict(layers), np.zeros(len(layers)), np.zeros(channels), np.zeros(channels))
 
     @property
     def variance(self) -> Array:
-        """(P,) unbiased variance, as BatchNorm keeps it; zero where fewer than two values were seen."""
+        """(P,) unbiased variance, as in BatchNorm; zero for fewer than two values."""
         degrees = np.maximum(self._by_channel(self.count) - 1.0, 1.0)
         return self.scatter / degrees
 
@@ -100,7 +103,7 @@ class NormMoments:
         )
 
     def weighted_equally(self, count: npt.ArrayLike) -> NormMoments:
-        """Return the same mean and variance about another number of values (L,)."""
+        """Return the same mean and variance with another count (L,)."""
         wanted = np.asarray(count, dtype=np.float64)
         ratio = np.divide(wanted, self.count, out=np.zeros_like(self.count), where=self.count > 0)
         return NormMoments(
@@ -111,10 +114,10 @@ class NormMoments:
         )
 
     def put_into(self, weights: Weights) -> Weights:
-        """Return a model with these running moments; a layer that no input was seen of keeps its own.
+        """Return the model with these running moments; a layer without inputs keeps its own.
 
         Raises:
-            ValueError: Layers that are not the model's.
+            ValueError: The layers are not those of the model.
         """
         if norm_layers(weights) != dict(self.layers):
             raise ValueError(f"layers: found {dict(self.layers)}, expected {norm_layers(weights)}")
@@ -145,10 +148,10 @@ class NormMoments:
 
     @classmethod
     def decode(cls, data: bytes) -> tuple[NormMoments, Identity]:
-        """Read what `encode` wrote.
+        """Read a stream of `encode`.
 
         Raises:
-            FedsgcgError: PAY-107 for another version, PAY-106 for anything that is not such a stream.
+            FedsgcgError: PAY-107 for another version, PAY-106 for any other data.
         """
         try:
             with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
@@ -158,7 +161,7 @@ class NormMoments:
                 }
                 _check_metadata(metadata, reader.schema)
                 table = reader.read_all()
-                table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+                table.validate(full=True)  # reading alone does not check offsets and lengths
                 stated = Identity.decode(metadata["identity"])
             if table.num_rows > MAX_LAYERS or any(column.null_count for column in table.columns):
                 raise fail(
@@ -181,7 +184,7 @@ class NormMoments:
             OSError,
             OverflowError,
         ) as error:
-            found = f"{len(data)} bytes that are no moments of BatchNorm layers"
+            found = f"{len(data)} bytes that are not moments of BatchNorm layers"
             raise fail("PAY-106", found=found, expected="layer, count, mean, scatter") from error
         return moments, stated
 
@@ -190,9 +193,11 @@ class NormMoments:
         return np.repeat(values, list(self.layers.values()))
 
     def _split(self, values: Array) -> dict[str, Array]:
-        """Cut an array (P,) into the channels of each layer."""
+        """Split an array (P,) into the channels of each layer."""
+        if not self.layers:
+            return {}
         cuts = np.cumsum(list(self.layers.values()))[:-1]
-        return dict(zip(self.layers, np.split(values, cuts), strict=True)) if self.layers else {}
+        return dict(zip(self.layers, np.split(values, cuts), strict=True))
 
 
 def _joined(rows: list[list[Any]]) -> Array:

@@ -1,9 +1,10 @@
-"""What travels: one flat array of weights with its layout, and class statistics as one Arrow record batch.
+"""Payloads: weights as a flat array with a layout; class statistics and per-case results as Arrow.
 
-No pickle, no class name, no object array ever crosses the wire. Every decoder checks version, sizes and identity
-before it believes a byte. Pure NumPy and PyArrow: neither torch nor Flower.
+They contain no pickles, class names or object arrays, and every decoder checks version, sizes and
+types. Pure NumPy and PyArrow: neither torch nor Flower.
 
-Legend: P floating-point weights, K classes, A feature channels, T = A(A+1)/2 entries of a packed symmetric matrix.
+Legend: P floating-point weights, K classes, A feature channels, T = A(A+1)/2 entries of a packed
+symmetric matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MAX_CLASSES = 256
 MAX_FEATURES = 4096
 
 DISTANCES = ("asd", "assd", "hd95", "hd95_max")
-"""Surface distances of a case: each a column in pixels, and in millimetres with `_mm` after its name."""
+"""Surface distances of a case; each has a column in pixels and one in millimetres (`_mm`)."""
 
 CASES_KIND = "fedsgcg.cases"
 CASES_VERSION = "2"
@@ -35,10 +36,11 @@ CASES_VERSION = "2"
 
 
 def _column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> pa.Field:
-    """A column with what it means and its unit, which a Parquet file keeps."""
-    return pa.field(
-        name, kind, metadata={"description": meaning} | ({"unit": unit} if unit else {})
-    )
+    """Return a column with its meaning and unit as metadata, which a Parquet file keeps."""
+    metadata = {"description": meaning}
+    if unit:
+        metadata["unit"] = unit
+    return pa.field(name, kind, metadata=metadata)
 
 
 _MEANINGS = {
@@ -93,11 +95,11 @@ CASES_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Identity:
-    """Which run, fold, round and plan a payload belongs to; both ends compare it before they use the rest.
+    """The run, fold, round and plan that a payload belongs to; both ends compare it first.
 
     Attributes:
         run: Identifier of the federation run.
-        heldout: Name of the fold's held-out site, "" when no site is held out.
+        heldout: Name of the fold's held-out site, "" if there is none.
         round: Round number, from 1; 0 before the first round.
         plan: Hash of the plan (`Plan.digest`).
     """
@@ -113,7 +115,7 @@ class Identity:
 
     @classmethod
     def decode(cls, text: str) -> Identity:
-        """Read what `encode` wrote; raises PAY-106 for anything else."""
+        """Read the JSON of `encode`; raises PAY-106 for anything else."""
         try:
             fields = json.loads(text)
             return cls(
@@ -132,10 +134,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Weights:
-    """The state of a network as one flat float32 array, with the integer counters and the layout beside it.
+    """The state of a network as one flat float32 array, with its layout and integer counters.
 
     Attributes:
-        layout: (name, shape) of every floating-point entry, in the order in which `values` holds them.
+        layout: (name, shape) of every floating-point entry, in the order of `values`.
         values: (P,) float32.
         counters: Integer entries by name (BatchNorm's `num_batches_tracked`).
     """
@@ -175,13 +177,13 @@ class Weights:
         return state
 
     def digest(self) -> str:
-        """SHA-256 over layout, values and counters: the model hash that reports and tests compare."""
+        """Return the model hash: the SHA-256 of layout, values and counters."""
         sha = hashlib.sha256(self.encode_layout().encode())
         sha.update(np.ascontiguousarray(self.values, dtype="<f4").tobytes())
         return sha.hexdigest()
 
     def encode_layout(self) -> str:
-        """Return layout and counters as JSON, to travel beside the flat array."""
+        """Return layout and counters as JSON, to be sent with the flat array."""
         return json.dumps(
             {
                 "layout": [[name, list(shape)] for name, shape in self.layout],
@@ -191,7 +193,11 @@ class Weights:
 
     @classmethod
     def decode(cls, layout_json: str, values: npt.NDArray[Any]) -> Weights:
-        """Join a layout and a flat array; raises PAY-103 where the sizes disagree and PAY-106 for unreadable text."""
+        """Join a layout and a flat array.
+
+        Raises:
+            FedsgcgError: PAY-103 if their sizes differ, PAY-106 for a layout that cannot be parsed.
+        """
         try:
             parsed = json.loads(layout_json)
             layout = tuple(
@@ -213,7 +219,7 @@ class Weights:
 
 
 def encode_statistics(statistics: ClassStatistics, identity: Identity) -> bytes:
-    """Write class statistics as one Arrow IPC stream: per class count, mean (A,) and packed upper scatter (T,)."""
+    """Write class statistics as an Arrow IPC stream: count, mean (A,), upper scatter (T,)."""
     num_classes, num_features = statistics.mean.shape
     rows, columns = np.triu_indices(num_features)
     packed = statistics.scatter[:, rows, columns]
@@ -234,10 +240,10 @@ def encode_statistics(statistics: ClassStatistics, identity: Identity) -> bytes:
 
 
 def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
-    """Read what `encode_statistics` wrote.
+    """Read a stream of `encode_statistics`.
 
     Raises:
-        FedsgcgError: PAY-107 for another version, PAY-106 for anything that is not such a stream.
+        FedsgcgError: PAY-107 for another version, PAY-106 for any other data.
     """
     try:
         with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
@@ -256,11 +262,10 @@ def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
                     expected="class, count, mean, scatter_upper",
                 )
             table = reader.read_all()
-            table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+            table.validate(full=True)  # reading alone does not check offsets and lengths
             stated = Identity.decode(metadata["identity"])
-        if not 0 < table.num_rows <= MAX_CLASSES or any(
-            column.null_count for column in table.columns
-        ):
+        incomplete = any(column.null_count for column in table.columns)
+        if incomplete or not 0 < table.num_rows <= MAX_CLASSES:
             raise fail(
                 "PAY-106",
                 found=f"{table.num_rows} rows",
@@ -283,7 +288,7 @@ def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
 
 
 def encode_cases(rows: list[dict[str, Any]]) -> bytes:
-    """Write per-case results (`CASES_SCHEMA`, one row a case and structure) as an Arrow IPC stream."""
+    """Write per-case results, a row per case and structure (`CASES_SCHEMA`), as an Arrow stream."""
     table = pa.Table.from_pylist(rows, schema=CASES_SCHEMA)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, CASES_SCHEMA) as writer:
@@ -292,7 +297,7 @@ def encode_cases(rows: list[dict[str, Any]]) -> bytes:
 
 
 def decode_cases(data: bytes) -> list[dict[str, Any]]:
-    """Read what `encode_cases` wrote; raises PAY-107 or PAY-106 like `decode_statistics`."""
+    """Read a stream of `encode_cases`; raises PAY-106 or PAY-107 as `decode_statistics`."""
     try:
         with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
             metadata = {
@@ -307,7 +312,7 @@ def decode_cases(data: bytes) -> list[dict[str, Any]]:
                     expected=f"columns {CASES_SCHEMA.names}",
                 )
             table = reader.read_all()
-            table.validate(full=True)  # Arrow does not look at offsets and lengths by itself
+            table.validate(full=True)  # reading alone does not check offsets and lengths
             rows: list[dict[str, Any]] = table.to_pylist()
             return rows
     except (pa.ArrowException, ValueError, OSError) as error:

@@ -195,7 +195,7 @@ def _name(tree: Mapping[str, Any], overrides: Sequence[str]) -> str:
         unquoted(text.partition("=")[2]) for text in overrides if text.startswith("experiment=")
     ]
     experiments = [Path(name).stem if is_file(name) else name for name in experiments]
-    return "-".join([str(tree["data"]["name"]), *(name for name in experiments if name != "none")])
+    return "-".join([str(tree["data"]["name"]), *experiments])
 
 
 def _traits(rest: Sequence[str], methods: Iterable[str]) -> dict[str, frozenset[str]]:

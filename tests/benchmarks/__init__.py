@@ -1,1 +1,1 @@
-"""Benchmarks of the numeric core, each part beside its published alternatives; `python -m tests.benchmarks`."""
+"""Benchmarks of the numeric core against published alternatives: `python -m tests.benchmarks`."""

@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks [PART…]`: every part beside its alternatives, as ratios in one run.
+"""`python -m tests.benchmarks [PART…]`: every part against its alternatives, as ratios in one run.
 
 Writes `runs/benchmarks/benchmarks.parquet` and `benchmarks.md`, with machine and date.
 """
@@ -32,12 +32,12 @@ FOLDER = Path("runs/benchmarks")
 
 
 def main() -> None:
-    """Run the parts that were asked for and write the tables."""
+    """Run the requested parts and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all but gpu"
     )
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the tables go")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the tables")
     options = parser.parse_args()
     parts = options.parts or [part for part in PARTS if part != "gpu"]
     if unknown := set(parts) - set(PARTS):
@@ -50,7 +50,7 @@ def main() -> None:
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    # A machine with a GPU need not have what the other parts compare with.
+    # Imported here, because a machine with a GPU may lack the alternatives of the other parts.
     modules = [importlib.import_module(f"tests.benchmarks.bench_{part}") for part in parts]
     rows = [line for module in modules for line in module.run()]
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
-    """The rows as a Markdown table under one line on machine and date."""
+    """Return the rows as a Markdown table below a line with machine and date."""
     lines = [
         ", ".join(facts.values()),
         "",
@@ -71,21 +71,9 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:
     for line in rows:
         spread = f"{line['low']:.3g}–{line['high']:.3g}" if line["low"] != line["high"] else ""
         value = f"{line['value']:.3g} {line['unit']}"
-        lines.append(
-            "| "
-            + " | ".join(
-                [
-                    line["part"],
-                    line["case"],
-                    line["measure"],
-                    value,
-                    spread,
-                    line["target"],
-                    line["met"],
-                ]
-            )
-            + " |"
-        )
+        cells = [line["part"], line["case"], line["measure"], value, spread]
+        cells += [line["target"], line["met"]]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""RAM's amplitude mixing beside RAM-DSIR's form in NumPy, image by image, and one whole FFT of the batch."""
+"""RAM's amplitude mixing against RAM-DSIR's in NumPy and against a full FFT of the batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def pictures(count: int, H: int, W: int, seed: int) -> Tensor:
-    """(count, 3, H, W) float32 in [-1, 1]: soft shapes under noise, dark on average as scans are."""
+    """Return (count, 3, H, W) float32 in [-1, 1]: smooth shapes with noise, dark on average."""
     generator = torch.Generator().manual_seed(seed)
     shapes = torch.nn.functional.interpolate(
         torch.randn(count, 3, 20, 20, generator=generator), size=(H, W), mode="bicubic"
@@ -35,7 +35,7 @@ def pictures(count: int, H: int, W: int, seed: int) -> Tensor:
 def numpy_mix(
     images: np.ndarray, partners: np.ndarray, shares: np.ndarray, window: float
 ) -> np.ndarray:
-    """The published form: for each image both spectra in complex128, split into amplitude and phase, and back."""
+    """Mix as published: complex128 spectra of each image, split into amplitude and phase."""
     H, W = images.shape[-2:]
     b = int(np.floor(min(H, W) * window))
     inside = np.s_[:, H // 2 - b : H // 2 + b + 1, W // 2 - b : W // 2 + b + 1]
@@ -52,7 +52,7 @@ def numpy_mix(
 
 
 def fft_mix(images: Tensor, partners: Tensor, shares: Tensor, window: float) -> Tensor:
-    """The batch at once by torch's real FFT in float32, the amplitude's gain on the window only."""
+    """Mix the whole batch by torch's real FFT in float32, with the gain applied in the window."""
     H, W = images.shape[-2:]
     b = int(np.floor(min(H, W) * window))
     own, other = torch.fft.rfft2(images), torch.fft.rfft2(partners)

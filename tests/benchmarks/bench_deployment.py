@@ -1,13 +1,15 @@
-"""Seconds per empty round of a real federation on loopback (TLS, node keys, 3 sites), beside plain Flower's.
+"""Seconds per empty round of a real federation on loopback, compared with plain Flower.
 
-Both move the same network (RAM-DSIR U-Net, 3.19 M parameters) over the same kind of SuperLink, one after the other, and
-nobody trains: a site loads what it received and sends it back.
+Both use TLS, node keys and three sites and move the same network (RAM-DSIR U-Net, 3.19 M
+parameters) over the same type of SuperLink, one after the other, without training: a site loads the
+weights that it receives and returns them.
 
-    plain   flower-supernode as it comes; FedAvg, one array a tensor; a process for every message
-    ours    fedsgcg-site join: the resident with a warm process; one flat array; our coordinator
+    plain   flower-supernode as it is; FedAvg, one array per tensor; a process for every message
+    ours    fedsgcg-site join: a resident warm process; one flat array; fedsgcg's coordinator
 
-A round is the time between the ends of two rounds. The second table shows what a message costs inside one site, without
-any transport: a warm process against a new one (start of Python, imports of Flower and torch).
+A round is the time between the ends of two rounds. The second table shows the cost of a message
+inside one site, without transport: a warm process against a new one (start of Python, imports of
+Flower and torch).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ROUNDS = 3
 SITES = ("A", "B", "C")
 MESSAGES = 3
 DATABASE = ":flwr-in-memory:"
-"""For both: with a file, Flower's SuperLink answered the plain app's many small objects with "database is locked"."""
+"""In memory for both: with a file, the plain app's many objects caused "database is locked"."""
 
 PLAIN_PROJECT = """\
 [project]
@@ -62,7 +64,8 @@ server = ServerApp()
 def train(message, context):
     network = UNet()
     network.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    content = RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": MetricRecord({"num-examples": 10})})
+    metrics = MetricRecord({"num-examples": 10})
+    content = RecordDict({"arrays": ArrayRecord(network.state_dict()), "metrics": metrics})
     return Message(content, reply_to=message)
 
 
@@ -83,7 +86,7 @@ def main(grid, context):
 
 
 def run() -> list[dict[str, Any]]:
-    """Time both federations, then a message inside a site; rows of `harness.row`."""
+    """Time both federations, then a message inside a site, and return the rows."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         seconds = {kind: _rounds(kind, Path(name) / kind) for kind in ("plain", "ours")}
         cold, warm = _messages(Path(name) / "messages")
@@ -110,7 +113,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _rounds(kind: str, folder: Path) -> list[float]:
-    """Seconds between the ends of the rounds of one federation."""
+    """Return the seconds between the ends of the rounds of one federation."""
     from tests.support.loopback import loopback
 
     folder.mkdir()
@@ -141,8 +144,8 @@ def _rounds(kind: str, folder: Path) -> list[float]:
             run_id = federation.submit(app, settings)
             status = federation.wait(run_id, 900)
             (events,) = (folder / "coordinator/runs" / run_id).rglob("events.jsonl")
-            told = [json.loads(line) for line in events.read_text().splitlines()]
-            ends = [float(event["time"]) for event in told if event["event"] == "round.done"]
+            found = [json.loads(line) for line in events.read_text().splitlines()]
+            ends = [float(event["time"]) for event in found if event["event"] == "round.done"]
         if status != "finished:completed" or len(ends) != ROUNDS:
             raise RuntimeError(
                 f"{kind}: {status} after {len(ends)} rounds\n{federation.said('superlink')[-3000:]}"
@@ -185,7 +188,7 @@ def _write_plain(app: Path) -> None:
 
 
 def _write_ours(app: Path) -> None:
-    """Our own bundle with a client app that does not train."""
+    """Write fedsgcg's bundle with a client app that does not train."""
     from tests.conftest import REPOSITORY
 
     app.mkdir(parents=True)
@@ -213,7 +216,7 @@ def _approve(app: Path, kit: Path) -> None:
 
 
 def _messages(folder: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Seconds of a message inside a site with a new process and with the warm one: median and quartiles."""
+    """Return the seconds of a message with a new and with a warm process: median and quartiles."""
     from flwr.app import Context, Message, Metadata, RecordDict
     from flwr.cli.build import build_fab_from_disk
 
@@ -248,7 +251,7 @@ def _messages(folder: Path) -> tuple[tuple[float, float, float], tuple[float, fl
             reply, _ = resident._answer(made(content, metadata=metadata), context, fab, 1)
             if "weights" not in reply.content:
                 raise RuntimeError("the echo app did not answer")
-            if number:  # the first fills the caches
+            if number:  # the first message fills the caches
                 taken[cold].append(time.perf_counter() - began)
         resident._end_worker()
     spreads = [statistics.quantiles(taken[cold], n=4, method="inclusive") for cold in (True, False)]

@@ -1,11 +1,12 @@
-"""A small study before and after: the published forms swapped in for ours, everything else the same.
+"""A small study with fedsgcg's implementations and with the published ones in their place.
 
-    published  einsum for the loss, one-hot moments as ISDA's, modules in NCHW order with 1 x 1 convolutions after the
-               upsampling, Adam without fusion, medpy for the distances
-    ours       the product
+    published  einsum for the loss, one-hot moments as in ISDA, modules in NCHW order with 1 x 1
+               convolutions after the upsampling, Adam without fusion, medpy for the distances
+    ours       fedsgcg
 
-Each run is a process of its own on one thread; the kinds alternate. What counts is one cell of the demonstration (three
-hospitals train three rounds, the fourth is evaluated) without imports, data and report, by the process's CPU clock.
+Each run is a separate process on one thread; the kinds alternate. Measured is one cell of the
+demonstration (three hospitals train three rounds, the fourth is evaluated) without imports, data
+and report, by the process's CPU clock.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PART = "study, end to end"
 
 
 def run() -> list[dict[str, Any]]:
-    """Run both kinds in turn and return the ratio, and how far the results lie apart."""
+    """Run both kinds in turn and return the ratio and the differences of the results."""
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +96,7 @@ def _child(kind: str, folder: Path, name: str) -> dict[str, float]:
 
 
 def _figures(folder: Path) -> dict[str, float]:
-    """Mean loss of the first round over the sites, and the mean Dice of the held-out hospital's cases at the end."""
+    """Return the mean loss of the first round, and the final mean Dice of the held-out hospital."""
     rounds = pq.read_table(folder / "rounds.parquet").to_pylist()
     losses = [line["value"] for line in rounds if line["round"] == 1 and line["metric"] == "loss"]
     cases = pq.read_table(folder / "results.parquet").to_pylist()
@@ -114,7 +115,7 @@ def _swap_in_the_published_forms() -> None:
     from tests.benchmarks.bench_step import PublishedBlock
 
     def metrics(prediction: Any, truth: Any, spacing: Any = None) -> Metrics:
-        if not (prediction.any() and truth.any()):  # where medpy raises
+        if not (prediction.any() and truth.any()):  # medpy would raise
             return segmentation_metrics(prediction, truth, spacing)
         return peers.medpy_metrics(prediction, truth, spacing)
 
@@ -142,7 +143,7 @@ def _einsum_loss(
     ignore_index: int,
     **options: Any,
 ) -> Tensor:
-    """The published form on the pixels that take part, with the classes that take part."""
+    """Compute the published form with the active pixels and classes."""
     number = torch.cumsum(active, 0) - 1
     kept = labels != ignore_index
     kept = kept & active[labels.where(kept, 0)]

@@ -1,14 +1,16 @@
-"""Fixed cost and seconds per empty round of a 4-hospital federation, beside plain Flower's quick-start app.
+"""Fixed cost and seconds per empty round of a 4-hospital federation, against plain Flower.
 
-Each run is a process of its own. All of them move the same network (RAM-DSIR U-Net, 3.19 M parameters), nobody trains:
-a site loads what it received and sends it back, so what is left is the framework.
+Each run is a separate process. All move the same network (RAM-DSIR U-Net, 3.19 M parameters)
+without training: a site loads the weights that it receives and returns them, so that only the
+framework is measured.
 
-    plain      Flower's FedAvg strategy on Ray, one array a tensor, as the quick-start example does it
-    ray        our coordinator and wire format on Ray (hospitals in parallel)
-    inprocess  our coordinator and wire format in one process (a cell of a study)
+    plain      Flower's FedAvg strategy on Ray, one array per tensor, as in the quick-start example
+    ray        fedsgcg's coordinator and wire format on Ray (hospitals in parallel)
+    inprocess  fedsgcg's coordinator and wire format in one process (a cell of a study)
 
-Fixed cost = seconds from the start of the process to the end of round 1; a round = mean of the rounds after it. CPU
-seconds are the process's own and those of the children it has waited for: Ray's actors are not among them.
+Fixed cost = seconds from the start of the process to the end of round 1; a round = mean of the
+later rounds. CPU seconds are those of the process and of the children it has waited for, without
+Ray's actors.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ REPEATS = 3
 
 
 def run() -> list[dict[str, Any]]:
-    """Time the kinds in turn, `REPEATS` times; rows of `harness.row` with ratios to plain Flower, pair by pair."""
+    """Time the kinds in turn, `REPEATS` times, and return rows with ratios to plain Flower."""
     times: dict[str, dict[str, list[float]]] = {
         name: {kind: [] for kind in KINDS} for name in ("fixed", "round", "cpu")
     }
@@ -43,18 +45,18 @@ def run() -> list[dict[str, Any]]:
                 times[name][kind].append(seconds)
     case = f"{len(SITES)} sites, 3.19 M parameters, nobody trains"
     rows = []
-    for name, words in (
+    for name, title in (
         ("fixed", "fixed cost"),
         ("round", "seconds a round"),
         ("cpu", "CPU seconds of the run"),
     ):
         for kind in KINDS:
             middle = statistics.median(times[name][kind])
-            rows.append(row("federation", case, f"{words}, {kind}", middle, "s"))
+            rows.append(row("federation", case, f"{title}, {kind}", middle, "s"))
         for kind in KINDS[1:]:
             gain = ratio(times[name], "plain", kind)
             rows.append(
-                row("federation", case, f"{words}, plain / {kind}", gain, "x", ">= 1", gain[0] >= 1)
+                row("federation", case, f"{title}, plain / {kind}", gain, "x", ">= 1", gain[0] >= 1)
             )
     return show(rows)
 
@@ -102,7 +104,9 @@ def _run_plain() -> list[float]:
 
     from common.networks import UNet
 
-    client, server, ends = ClientApp(), ServerApp(), []
+    client = ClientApp()
+    server = ServerApp()
+    ends = []
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
@@ -159,7 +163,7 @@ def _run_ours(kind: str, folder: Path) -> list[float]:
 
 
 def _echo_app() -> Any:
-    """A site that enrols, loads what it received and sends it back untrained."""
+    """Return a client app that enrols, loads the weights it receives and returns them untrained."""
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
@@ -195,9 +199,7 @@ def _echo_app() -> Any:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = decode_request(message.content)
-        network = build_network(
-            NetworkSettings(), 3, 2, generator_seed=None
-        )  # as clients.app makes it
+        network = build_network(NetworkSettings(), 3, 2, generator_seed=None)  # as in clients.app
         assert request.weights
         load_weights(network, request.weights)
         metrics = {

@@ -1,12 +1,12 @@
-"""What only a GPU can show: kernels beside their torch forms, the training step, the shares of loss and mixing in it.
+"""Kernels against their torch equivalents on a GPU, the training step, and the shares of its parts.
 
-    eager    float32 as an ordinary loop has it: NCHW, every kernel launched on its own, Adam without fusion, a plain
-             copy of each batch and the loss read after each step
-    ours     as the product computes: bf16 where the card has it, channels-last, captured steps, prefetched batches,
-             amplitudes mixed and slices augmented on the device
+    eager    an ordinary float32 loop: NCHW, separate kernel launches, Adam without fusion, a plain
+             copy of each batch, and the loss read after each step
+    ours     as in fedsgcg: bf16 if supported, channels-last, captured steps, prefetched batches,
+             mixing and augmentation on the device
 
-`python -m tests.benchmarks gpu` on a machine with a CUDA device, under eight minutes on one H100; without one it
-refuses. The sizes are parameters, so that a test can run all of it small on a CPU.
+`python -m tests.benchmarks gpu` needs a CUDA device and takes less than eight minutes on one H100.
+The sizes are parameters, so that a test can run it with small sizes on a CPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured: pixels of a kernel, slices and side of a batch, steps and repeats, volumes and slices."""
+    """Pixels of a kernel, slices and side of a batch, steps, repeats, volumes and their depth."""
 
     pixels: int = 1 << 19
     batch: int = 8
@@ -64,7 +64,7 @@ class Sizes:
 
 
 def run() -> list[dict[str, Any]]:
-    """Measure on the first CUDA device and return the rows; without one, stop and say what was found."""
+    """Measure on the first CUDA device and return the rows; exits without one."""
     if not torch.cuda.is_available():
         raise SystemExit(
             f"the gpu part needs a CUDA device that PyTorch can use; found {describe_hardware()}"
@@ -73,7 +73,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def measure(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    """All rows."""
+    """Return all rows."""
     rows = []
     for part in (_kernels, _mixing, _steps, _evaluation):
         print(f"{part.__name__.strip('_')} …", flush=True)
@@ -82,7 +82,7 @@ def measure(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def timed(variants: dict[str, Work], device: torch.device, repeats: int, inner: int = 10) -> Times:
-    """Milliseconds of a call, by events on the device where there are any; the variants alternate."""
+    """Return the milliseconds of a call with device synchronisation; the variants alternate."""
     times: Times = {name: [] for name in variants}
     for work in variants.values():
         for _ in range(5):
@@ -134,7 +134,8 @@ def _kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
                 lambda f=features, y=labels, K=K: class_moments(f, y, K)
             ),
         }
-        times, case = timed(variants, device, sizes.repeats), f"N={sizes.pixels} A={A} K={K}"
+        times = timed(variants, device, sizes.repeats)
+        case = f"N={sizes.pixels} A={A} K={K}"
         rows += [
             row("sgcg_loss, GPU", case, "einsum / ours", ratio(times, "einsum", "ours"), "x"),
             row("sgcg_loss, GPU", case, "torch form / ours", ratio(times, "torch", "ours"), "x"),
@@ -155,7 +156,7 @@ def _kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
 def _kernel_errors(
     leaf: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, case: str
 ) -> list[dict[str, Any]]:
-    """Relative errors against the same in float64, the law."""
+    """Return the relative errors against float64."""
     results = []
     for dtype in (leaf.dtype, torch.float64):
         here = leaf.detach().to(dtype).requires_grad_()
@@ -210,10 +211,8 @@ def _mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         "kept": lambda: mix_window_amplitudes(images, kept, share),
         "fft": lambda: fft_mix(images, partners, share, 0.1),
     }
-    times, case = (
-        timed(variants, device, sizes.repeats),
-        f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}",
-    )
+    times = timed(variants, device, sizes.repeats)
+    case = f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}"
     gap = float((variants["ours"]() - variants["fft"]()).abs().max())
     part = "mix_amplitude, GPU"
     return [
@@ -240,13 +239,11 @@ class _Loop:
         self, plan: Plan, device: torch.device, sizes: Sizes, slices: np.ndarray, *, eager: bool
     ) -> None:
         order = torch.contiguous_format if eager else torch.channels_last
-        self.device, self.sizes, self.plan, self.slices, self.order = (
-            device,
-            sizes,
-            plan,
-            slices,
-            order,
-        )
+        self.device = device
+        self.sizes = sizes
+        self.plan = plan
+        self.slices = slices
+        self.order = order
         network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(
             device, memory_format=order
         )
@@ -278,7 +275,7 @@ class _Loop:
         return loss.detach()
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Augment and mix a batch that lies on the device."""
+        """Augment and mix a batch on the device."""
         changed, moved = augment(images, labels, self.plan.data.augmentation, self.generator)
         mixed = mix_window_amplitudes(changed, self.partners, self.share).clamp(-1, 1)
         return changed.to(memory_format=self.order), moved, mixed.to(memory_format=self.order)
@@ -291,7 +288,7 @@ class _Loop:
             yield torch.from_numpy(self.slices[chosen]), self.labels
 
     def once(self) -> float:
-        """Train all steps; images a second."""
+        """Train all steps and return the images per second."""
         with _Clock(self.device) as clock:
             if self.eager:
                 for images, labels in self.batches():
@@ -346,10 +343,8 @@ def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[d
     )
     share = tuple(1 - 1 / value for value in ratio(parts, "step", "step without SgCG"))
     mixing = ratio(parts, "mixing", "step")
-    part, case = (
-        "training step, GPU",
-        f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}",
-    )
+    part = "training step, GPU"
+    case = f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}"
     speed, gain = _middle(rates, "ours"), ratio(rates, "ours", "eager")
     return [
         row(part, case, "ours, whole loop", speed, "images/s", "≥ 1500", at_least(speed, 1500)),
@@ -363,7 +358,7 @@ def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[d
 
 
 def _waits(loop: _Loop, device: torch.device) -> int:
-    """Whether a warm loop makes the host wait for the device: 1 when CUDA's debug mode stops it, 0 otherwise."""
+    """Return 1 if the host waits for the device in a warm loop (CUDA's sync debug mode), else 0."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize()
@@ -380,7 +375,7 @@ def _waits(loop: _Loop, device: torch.device) -> int:
 
 
 def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    """A test set of volumes beside one local epoch of a hospital with as many patients."""
+    """Compare the evaluation of volumes with one local epoch of as many patients."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shape = (sizes.depth, sizes.side, sizes.side)
@@ -413,10 +408,8 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
                 with _Clock(device) as clock:
                     call()
                 times[kind].append(clock.milliseconds / 1e3)
-    part, case = (
-        "evaluation, GPU",
-        f"{sizes.volumes} volumes of {sizes.depth} x {sizes.side} x {sizes.side}",
-    )
+    part = "evaluation, GPU"
+    case = f"{sizes.volumes} volumes of {sizes.depth} x {sizes.side} x {sizes.side}"
     gain = ratio(times, "epoch", "evaluation")
     return [
         row(part, case, "a local epoch / evaluation", gain, "x", "≥ 1x", at_least(gain, 1)),
@@ -426,5 +419,5 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def _middle(times: Times, name: str) -> tuple[float, float, float]:
-    """Median and quartiles of a variant."""
+    """Return median and quartiles of a variant."""
     return ratio({name: times[name], "1": [1.0] * len(times[name])}, name, "1")

@@ -1,10 +1,11 @@
-"""The SgCG loss, forward and backward, beside einsum, the gather of Sigma[y], SePiCo's diagonal and the bare GEMM.
+"""The SgCG loss, forward and backward, against einsum, ISDA, SePiCo and the bare GEMM.
 
-What was tried for the CPU form and lost in paired runs (AVX-512 core, one thread): one product with all covariances
-side by side (faster as a product, but the passes over its strided results cost 5 to 20 % of the whole), transposed
-layout, batched products, vecdot and batched row products for the quadratic terms, a batched product for the gradient,
-chunks that fit into 1 MiB (the cost of calling twenty operations outweighs the cache). What is left above the GEMM is
-four to five passes over the products, which only a fused kernel would save.
+Tried for the CPU implementation and slower in paired runs (AVX-512 core, one thread): one product
+with all covariances side by side (the product is faster, but the passes over its strided result
+cost 5 to 20 % of the total), a transposed layout, batched products, vecdot and batched row products
+for the quadratic terms, a batched product for the gradient, chunks of 1 MiB (the overhead of twenty
+operations outweighs the cache). The remaining cost above the GEMM is four to five passes over the
+products, which only a fused kernel would avoid.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PART = "sgcg_loss forward+backward"
 def inputs(
     N: int, A: int, K: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit-length post-ReLU features as the network makes them, and positive covariances."""
+    """Return unit-length post-ReLU features, as from the network, labels, means and covariances."""
     generator = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(
         torch.randn(N, A, generator=generator, dtype=dtype).relu()
@@ -82,7 +83,7 @@ def _rows(
     N, A, K = shape
     einsum, ceiling = ratio(times, "einsum", "ours"), ratio(times, "gemm", "ours")
     wanted = 4.0 if (N, A, K) == (65536, 32, 3) else None
-    share = 0.8 if A >= 256 else 0.5 if A == 64 else None
+    share = 0.8 if A >= 256 else {64: 0.5}.get(A)
     room = (1.5 * N * A * 4) / 2**20 + 4
     return [
         row(PART, case, "einsum / ours", einsum, "x", *_judged(einsum, wanted, "≥ 4x")),
@@ -104,7 +105,7 @@ def _rows(
 
 
 def _speed(milliseconds: list[float], operations: int) -> tuple[float, float, float]:
-    """Median and quartiles of the operations a second, in units of 1e9."""
+    """Return median and quartiles of 1e9 operations per second."""
     return ratio(
         {"work": [operations / 1e6] * len(milliseconds), "time": milliseconds}, "work", "time"
     )

@@ -1,4 +1,4 @@
-"""Dice and surface distances of two star-shaped masks beside medpy's."""
+"""Dice and surface distances of two star-shaped masks, against medpy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def star(side: int, seed: int) -> np.ndarray:
-    """A star-shaped mask of about 20 % of the side in radius."""
+    """Return a star-shaped mask with a radius of about 20 % of the side."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side] - side / 2 - rng.uniform(-0.01, 0.01) * side
     angle = np.arctan2(y, x)
@@ -34,7 +34,7 @@ def star(side: int, seed: int) -> np.ndarray:
 
 
 def volume(seed: int) -> np.ndarray:
-    """A star that shrinks towards the end slices."""
+    """Return a star that shrinks towards the end slices."""
     plane = star(128, seed)
     return np.stack(
         [

@@ -1,4 +1,4 @@
-"""Class moments of a batch beside ISDA's one-hot form and one bare float64 X'X; the accuracy of thousands of merges."""
+"""Class moments of a batch against ISDA's and a bare float64 X'X; accuracy of many merges."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tests.benchmarks import peers
 from tests.benchmarks.harness import at_least, extra_memory, one_thread, paired, ratio, row, show
 
 CASES = ((65536, 32, 3), (65536, 64, 3), (65536, 64, 19), (16384, 256, 3), (65536, 256, 3))
-MERGES, SITES, PIXELS, CHANNELS = 6000, 6, 256, 8
+MERGES = 6000
+SITES = 6
+PIXELS = 256
+CHANNELS = 8
 PART = "class_moments"
 
 
@@ -27,22 +30,19 @@ def run() -> list[dict[str, Any]]:
 
 def _case(N: int, A: int, K: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    features, labels = (
-        torch.randn(N, A, generator=generator),
-        torch.randint(0, K, (N,), generator=generator),
-    )
+    features = torch.randn(N, A, generator=generator)
+    labels = torch.randint(0, K, (N,), generator=generator)
     exact = features.double()
     variants = {
         "ours": lambda: class_moments(features, labels, K),
         "onehot": lambda: peers.onehot_moments(features, labels, K),
         "gram": lambda: exact.T @ exact,
     }
-    times, case = paired(variants), f"N={N} A={A} K={K}"
-    isda, share, memory = (
-        ratio(times, "onehot", "ours"),
-        ratio(times, "gram", "ours"),
-        extra_memory(variants["ours"]),
-    )
+    times = paired(variants)
+    case = f"N={N} A={A} K={K}"
+    isda = ratio(times, "onehot", "ours")
+    share = ratio(times, "gram", "ours")
+    memory = extra_memory(variants["ours"])
     wanted = {(64, 19): 25.0, (64, 3): 4.0}.get((A, K))
     return [
         row(PART, case, "ISDA's form / ours", isda, "x", *_judged(isda, wanted)),
@@ -63,7 +63,7 @@ def _judged(value: tuple[float, float, float], target: float | None) -> tuple[st
 
 
 def _batch_error() -> list[dict[str, Any]]:
-    """Relative Frobenius error of the covariance where the mean is 1e5 standard deviations away from the origin."""
+    """Return the relative Frobenius error for a mean 1e5 standard deviations from the origin."""
     rng = np.random.default_rng(0)
     features = (1e3 + 1e-2 * rng.standard_normal((65536, 32))).astype(np.float32)
     labels = rng.integers(0, 3, len(features))
@@ -74,7 +74,7 @@ def _batch_error() -> list[dict[str, Any]]:
 
 
 def _merge_error() -> list[dict[str, Any]]:
-    """Pool thousands of site-rounds one by one and compare with the pooled computation in extended precision."""
+    """Merge thousands of site-rounds one by one; compare with pooling in extended precision."""
     rng = np.random.default_rng(1)
     means = 1e3 + 1e-2 * rng.standard_normal((SITES, CHANNELS))
     state = ClassStatistics.empty(1, CHANNELS)
@@ -87,10 +87,8 @@ def _merge_error() -> list[dict[str, Any]]:
         outer += shifted.T @ shifted
     n = MERGES * PIXELS
     exact = (outer - np.multiply.outer(total, total) / n).astype(np.float64)
-    error, least = (
-        _relative(state.scatter[0], exact),
-        float(np.linalg.eigvalsh(state.scatter[0])[0]),
-    )
+    error = _relative(state.scatter[0], exact)
+    least = float(np.linalg.eigvalsh(state.scatter[0])[0])
     uneven = int((state.scatter != state.scatter.transpose(0, 2, 1)).sum())
     part, case = "merge", f"{MERGES} site-rounds, mean 1e3, std 1e-2"
     return [

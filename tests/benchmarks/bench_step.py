@@ -1,8 +1,8 @@
-"""One training step (forward, both losses, backward, Adam) in the product's memory order beside the contiguous one.
+"""One training step (forward, both losses, backward, Adam) in channels-last and in NCHW order.
 
-ours        as `clients.training` does it: modules and images in channels-last memory
-contiguous  the same modules and optimiser, everything in NCHW order
-published   as the paper's code has it: NCHW, 1 x 1 convolutions after the upsampling, Adam without fusion
+ours        as in `clients.training`: modules and images in channels-last memory contiguous  the
+same modules and optimiser, everything in NCHW order published   as in RAM-DSIR's code: NCHW, 1 x 1
+convolutions after the upsampling, Adam without fusion
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run() -> list[dict[str, Any]]:
         compose(["method=sgcg", f"data.image_size={SIDE}", f"method.batch_size={B}", "device=cpu"])
     )
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # as `clients.device.choose_device` has it on a CPU
+    torch.use_deterministic_algorithms(True)  # as set by `clients.device.choose_device` on a CPU
     try:
         with one_thread():
             return show(_rows(plan))
@@ -46,10 +46,8 @@ def run() -> list[dict[str, Any]]:
 
 def _rows(plan: Plan) -> list[dict[str, Any]]:
     name = f"U-Net {plan.network.base_width}, B={B}, {plan.method.name}"
-    times, case = (
-        paired({kind: make_step(plan, kind, SIDE) for kind in KINDS}, rounds=5),
-        f"{name}, {SIDE} x {SIDE}",
-    )
+    times = paired({kind: make_step(plan, kind, SIDE) for kind in KINDS}, rounds=5)
+    case = f"{name}, {SIDE} x {SIDE}"
     gains = {kind: ratio(times, kind, "ours") for kind in KINDS[1:]}
     rate = ratio({**times, "1": [1e3 * B] * len(times["ours"])}, "1", "ours")
     return [
@@ -85,7 +83,7 @@ def _differences(plan: Plan, case: str) -> list[dict[str, Any]]:
 def make_step(
     plan: Plan, kind: str, side: int, dtype: torch.dtype = torch.float32, nudge: float = 0.0
 ) -> Callable[[], float]:
-    """Return a step on a fresh network of the plan's seed; each call trains it once more and gives the loss."""
+    """Return a training step on a new network of the plan's seed; each call returns the loss."""
     order = torch.channels_last if kind == "ours" else torch.contiguous_format
     network = (
         build_network(plan.network, 3, plan.data.out_channels, plan.seed)
@@ -114,7 +112,7 @@ def make_step(
 
 
 class PublishedBlock(DecoderBlock):
-    """The decoder block with its 1 x 1 convolution after the upsampling."""
+    """A decoder block with its 1 x 1 convolution after the upsampling."""
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
         wide = functional.interpolate(
@@ -125,7 +123,7 @@ class PublishedBlock(DecoderBlock):
 
 
 def make_batch(plan: Plan, side: int, count: int = B) -> tuple[Tensor, Tensor, Guidance]:
-    """Images, labels that follow their brightness (a quarter is foreground), and prototypes of random unit features."""
+    """Return images, labels by brightness (a quarter is foreground), and random prototypes."""
     K, A = plan.data.num_classes, plan.network.num_features
     images = pictures(count, side, side, seed=1)
     smooth = functional.avg_pool2d(images.mean(1), 9, stride=1, padding=4)

@@ -1,11 +1,12 @@
-"""Paired timing: all variants alternate inside one process on one thread, each by the process's own CPU clock.
+"""Paired timing: all variants alternate in one process on one thread, by the process's CPU clock.
 
-Ratios are taken round by round and their median is reported with its quartiles, so that a busy machine disturbs both
-sides alike. Milliseconds are this core's and no more than an orientation.
+Ratios are computed per round, and their median is reported with its quartiles, so that other load
+on the machine affects both sides equally. Milliseconds are only a rough guide.
 
-Every variant runs twice in a row and the second run counts, so that it finds caches and allocator as it left them,
-which is how a training loop calls it. The allocator itself is left alone: a form that needs large temporary arrays pays
-for their page faults (0.1 to 0.7 ms/MiB) every time, because glibc hands blocks above 32 MiB back to the system.
+Every variant runs twice in a row and the second run counts: it finds caches and allocator in the
+state of a training loop. The allocator is not changed: a variant with large temporary arrays pays
+for their page faults (0.1 to 0.7 ms/MiB) every time, because glibc returns blocks above 32 MiB to
+the system.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Work = Callable[[], object]
 
 @contextmanager
 def one_thread():
-    """One thread for torch, as the process CPU clock and the ratios assume."""
+    """Use one thread of torch, as the ratios of CPU times assume."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -39,7 +40,7 @@ def one_thread():
 
 
 def paired(variants: Mapping[str, Work], rounds: int = 7) -> dict[str, list[float]]:
-    """Run every variant twice a round and time the second run; returns CPU milliseconds by variant."""
+    """Run every variant twice per round and return CPU milliseconds of the second run."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     gc.disable()
@@ -56,16 +57,17 @@ def paired(variants: Mapping[str, Work], rounds: int = 7) -> dict[str, list[floa
 
 
 def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
-    """Median, lower and upper quartile of the per-round ratio slow / fast."""
+    """Return median, lower and upper quartile of the ratio slow / fast per round."""
     ratios = sorted(a / max(b, 1e-6) for a, b in zip(times[slow], times[fast], strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return middle, low, high
 
 
 def extra_memory(work: Work) -> float:
-    """Peak resident memory in MiB above the start while `work` runs once, sampled from /proc; NaN where there is none.
+    """Return the increase of resident memory in MiB while `work` runs once; NaN without /proc.
 
-    Freed memory is given back first, because a page that is already resident would not be seen.
+    Freed memory is returned to the system first, because a page that is already resident would not
+    be counted.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -104,8 +106,9 @@ def row(
     target: str = "",
     met: bool | None = None,
 ) -> dict[str, Any]:
-    """One line of the table: what was measured on what, the median with quartiles, the target, whether it is met."""
+    """Return a row of the table: part, case, measure, median with quartiles, and target."""
     middle, low, high = value if isinstance(value, tuple) else (value, value, value)
+    verdict = "yes" if met else "no"
     return {
         "part": part,
         "case": case,
@@ -115,12 +118,12 @@ def row(
         "high": float(high),
         "unit": unit,
         "target": target,
-        "met": "" if met is None else ("yes" if met else "no"),
+        "met": "" if met is None else verdict,
     }
 
 
 def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Print the rows as a table and hand them on."""
+    """Print the rows as a table and return them."""
     table = Table("part", "case", "measure", "value", "quartiles", "target", "met")
     for line in rows:
         spread = f"{line['low']:.3g} to {line['high']:.3g}" if line["low"] != line["high"] else ""

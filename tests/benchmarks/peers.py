@@ -1,4 +1,4 @@
-"""The alternatives, written by us in the form in which they are published (performance.md 1a, 1b, 5).
+"""Published alternatives, reimplemented here for comparison.
 
 Legend: K classes, A feature channels, N pixels.
 """
@@ -15,7 +15,7 @@ from common.metrics import Metrics
 def einsum_loss(
     features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float
 ) -> Tensor:
-    """The formula as a reader would type it: einsum('na,kab,nb->nk'), autograd for the gradient."""
+    """Compute the formula literally: einsum('na,kab,nb->nk'), with autograd for the gradient."""
     quadratic = torch.einsum("na,kab,nb->nk", features, covariance, features) / (2 * temperature**2)
     linear = features @ mean.T / temperature
     positive = linear.gather(1, labels[:, None])[:, 0]
@@ -25,7 +25,7 @@ def einsum_loss(
 def gather_loss(
     features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float
 ) -> Tensor:
-    """The textbook form in ISDA's manner: Sigma[y] gathered for every pixel (N x A x A), and the term that cancels."""
+    """Gather Sigma[y] for every pixel (N x A x A) as ISDA does, and compute the cancelling term."""
     own = covariance[labels]
     positive = (features * mean[labels]).sum(1) / temperature
     own_quadratic = torch.bmm(features[:, None], torch.bmm(own, features[:, :, None]))[:, 0, 0] / (
@@ -42,7 +42,7 @@ def gather_loss(
 def diagonal_loss(
     features: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, temperature: float
 ) -> Tensor:
-    """SePiCo's form, which knows only the diagonal of the covariance: two N x A by A x K products."""
+    """Use only the diagonal of the covariance, as SePiCo does: two N x A by A x K products."""
     variances = covariance.diagonal(dim1=1, dim2=2)
     linear = features @ mean.T / temperature
     quadratic = features.pow(2).mm(variances.T) / (2 * temperature**2)
@@ -52,7 +52,7 @@ def diagonal_loss(
 def onehot_moments(
     features: Tensor, labels: Tensor, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ISDA's form: features and one-hot labels expanded to N x K x A, one batched product for the covariances."""
+    """Expand features and one-hot labels to N x K x A and use one batched product, as ISDA does."""
     N, A = features.shape
     onehot = torch.zeros(N, num_classes).scatter_(1, labels[:, None], 1)
     expanded = features[:, None].expand(N, num_classes, A)
@@ -68,14 +68,14 @@ def onehot_moments(
 
 
 def medpy_dice_and_asd(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """What RAM-DSIR calls: medpy's `dc` and its one-directional `asd`."""
+    """Return Dice and one-directional ASD by medpy, as RAM-DSIR does."""
     from medpy.metric import binary
 
     return binary.dc(prediction, truth), binary.asd(prediction, truth)
 
 
 def medpy_four(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float, float, float]:
-    """Dice, ASD both ways and ASSD with medpy."""
+    """Return Dice, ASD in both directions and ASSD by medpy."""
     from medpy.metric import binary
 
     back = binary.asd(truth, prediction)
@@ -85,7 +85,7 @@ def medpy_four(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float,
 def medpy_metrics(
     prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...] | None
 ) -> Metrics:
-    """All the product's figures, one call of medpy each; both masks hold something."""
+    """Return all metrics by medpy, one call each; neither mask may be empty."""
     from medpy.metric import binary
 
     pair = prediction, truth
@@ -95,7 +95,7 @@ def medpy_metrics(
         asd=binary.asd(*pair, spacing),
         assd=binary.assd(*pair, spacing),
         hd95=pooled,
-        hd95_max=pooled,  # medpy has no other; a benchmark looks at the time
+        hd95_max=pooled,  # medpy has no such metric; only the time matters here
         asd_reverse=binary.asd(truth, prediction, spacing),
         dice_smooth1=binary.dc(*pair),
     )

@@ -1,4 +1,4 @@
-"""Own settings files: a folder beside the shipped groups, and a YAML file as a choice."""
+"""Own settings files: a folder with the layout of `configs/`, and a YAML file as a choice."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,8 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         "data/cord.yaml": CORD,
         "method/slow.yaml": "defaults: [sgcg]\nlearning_rate: 1.0e-4\n",
         "experiment/mine.yaml": (
-            "defaults:\n  - override /data: cord\n  - override /method: slow\nfederation: {rounds: 2}\n"
+            "defaults:\n  - override /data: cord\n  - override /method: slow\n"
+            "federation: {rounds: 2}\n"
         ),
     }.items():
         path = root / name
@@ -121,7 +122,7 @@ def test_a_folder_that_holds_no_settings_is_refused(tmp_path: Path) -> None:
     assert "rename it to 'method'" in str(refused(f"config_dir={tmp_path}"))
     (tmp_path / "methods").rename(tmp_path / "method")
     (tmp_path / "method" / "ram.yaml").write_text("")
-    assert "a name that fedsgcg ships" in str(refused(f"config_dir={tmp_path}"))
+    assert "the name of a choice that fedsgcg provides" in str(refused(f"config_dir={tmp_path}"))
 
 
 def test_maps_on_the_command_line_replace() -> None:

@@ -1,4 +1,4 @@
-"""The console: data to the letter, nothing lost where it is narrow, closed or ASCII, and progress over many files."""
+"""The console: data verbatim, nothing lost if it is narrow, closed or ASCII, and progress."""
 
 import errno
 import io
@@ -133,7 +133,7 @@ def test_control_characters_do_not_reach_the_terminal():
 def test_work_goes_on_when_its_messages_cannot_be_written(number, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Gone(number))
     assert run_command(lambda console: console.print("lost") or 3) == 3
-    assert ("Messages are lost" in capsys.readouterr().err) == (number != errno.EPIPE)
+    assert ("Output is lost" in capsys.readouterr().err) == (number != errno.EPIPE)
 
 
 DRAW = (
@@ -163,7 +163,8 @@ def test_the_exit_code_is_that_of_the_work_whatever_becomes_of_its_messages(shel
 
 
 def test_a_file_that_is_opened_later_does_not_get_the_number_of_a_closed_stream(tmp_path):
-    work = f"open({str(tmp_path / 'kept')!r}, 'w').fileno() > 2 and __import__('os').system('echo stray') or 0"
+    kept = str(tmp_path / "kept")
+    work = f"open({kept!r}, 'w').fileno() > 2 and __import__('os').system('echo stray') or 0"
     code = f"import sys; from common.console import run_command as r; sys.exit(r(lambda c: {work}))"
     subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "$1" >&- 2>&- <&-', "-", code],

@@ -1,4 +1,4 @@
-"""Looking through folders of images: links, loops, other formats, hidden files, closed folders, odd names."""
+"""Folders of images: links, loops, other formats, hidden files, unreadable folders, odd names."""
 
 import os
 from pathlib import Path
@@ -72,10 +72,14 @@ def test_dicom_and_metaimage_name_their_tools():
 @pytest.mark.parametrize(
     ("name", "stem"),
     [
-        ("a_image.nii.gz", "a"), ("a.png", "a"), ("_image.nii.gz", "_image"), (".nii.gz", ".nii.gz"),
-        ("image.nii", "image"), ("a_image_image.nii", "a_image"),
+        ("a_image.nii.gz", "a"),
+        ("a.png", "a"),
+        ("_image.nii.gz", "_image"),
+        (".nii.gz", ".nii.gz"),
+        ("image.nii", "image"),
+        ("a_image_image.nii", "a_image"),
     ],
-)  # fmt: skip
+)
 def test_the_name_of_an_image_is_never_empty(name, stem):
     assert stem_of(Path("folder") / name) == stem
 
@@ -99,9 +103,9 @@ def test_names_that_look_the_same_are_found():
     ("number", "start"),
     [
         (36, "Shorten the name"),
-        (28, "Make room"),
-        (122, "Make room"),
-        (13, "Get the right"),
+        (28, "Free space"),
+        (122, "Free space"),
+        (13, "Get write permission"),
         (5, "Choose another"),
     ],
 )

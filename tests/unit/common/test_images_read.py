@@ -52,7 +52,7 @@ def code_of(path, **options):
 
 @pytest.mark.parametrize("codes", ALL_CODES, ids="".join)
 def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_path, codes):
-    """A marker is placed by its position in mm; the reader must find it by anatomy, whatever the file's axes."""
+    """A marker is placed by its position in mm and found by anatomy, whatever the file's axes."""
     array = np.zeros((4, 5, 6), np.int16)
     sizes = np.array([1.0, 2.0, 3.0])
     affine = np.eye(4)
@@ -151,9 +151,11 @@ def test_a_voxel_size_that_is_missing_gives_no_millimetres(tmp_path, missing, ki
 
 @settings(deadline=None)  # writing files on a busy machine takes what it takes
 @given(
-    codes=st.sampled_from(ALL_CODES), shape=st.tuples(*[st.integers(1, 5)] * 3), tilt=st.floats(-0.3, 0.3),
+    codes=st.sampled_from(ALL_CODES),
+    shape=st.tuples(*[st.integers(1, 5)] * 3),
+    tilt=st.floats(-0.3, 0.3),
     sizes=st.permutations((1.0, 2.0, 4.0)),
-)  # fmt: skip
+)
 def test_law_to_native_undoes_reading(tmp_path_factory, codes, shape, tilt, sizes):
     rng = np.random.default_rng(0)
     array = rng.integers(0, 100, shape).astype(np.int16)
@@ -264,7 +266,7 @@ def test_damaged_files_say_so(tmp_path):
 
 
 def test_a_bit_that_flipped_in_a_compressed_file_is_noticed(tmp_path):
-    """Stored (uncompressed) gzip blocks still decompress after a flip: only the checksum at the end tells."""
+    """Stored (uncompressed) gzip blocks decompress after a flip; only the checksum shows it."""
     plain = nib.Nifti1Image(np.ones((8, 8, 8), np.int16), np.diag([-1.0, -1, 1, 1])).to_bytes()
     content = bytearray(gzip.compress(plain, 0))
     content[600] ^= 1
@@ -523,9 +525,9 @@ def test_mask_pictures_give_label_values(tmp_path):
 def test_suffixes():
     from pathlib import Path
 
-    assert [suffix_of(Path(name)) for name in ("a.NII.GZ", "b.nii", "c.Jpeg", "d.gz", "e")] == [
-        ".nii.gz", ".nii", ".jpeg", "", "",
-    ]  # fmt: skip
+    names = ("a.NII.GZ", "b.nii", "c.Jpeg", "d.gz", "e")
+    suffixes = [suffix_of(Path(name)) for name in names]
+    assert suffixes == [".nii.gz", ".nii", ".jpeg", "", ""]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])

@@ -1,4 +1,4 @@
-"""The Triton kernels beside the CPU form in float64, the law; without a GPU they run in Triton's interpreter."""
+"""The Triton kernels against float64 on a CPU; without a GPU they run in Triton's interpreter."""
 
 import math
 import os
@@ -203,7 +203,7 @@ def test_moments_hold_their_bound_in_whatever_order_a_tile_is_summed(monkeypatch
     from triton.runtime import interpreter
 
     def dot(self, a, b, d, *options):
-        """The worst order: from the first row of the tile to the last, each sum rounded to float32."""
+        """Add in the worst order: from the first to the last row of the tile, in float32."""
         sums = np.cumsum(a.data[:, :, None] * b.data[None], axis=1, dtype=np.float32)[:, -1]
         return interpreter.TensorHandle(sums + d.data, d.dtype.scalar)
 
@@ -242,20 +242,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from common.sgcg import kernels
 
-TYPES = dict(features="*{0}", labels="*i64", mean="*fp32", covariance="*fp32", shift="*fp32", losses="*fp32",
-             kept="*i32", gradient="*{0}", active="*i8", inverse="fp32", counts="*i64", first="*fp64", second="*fp64")
+TYPES = dict(
+    features="*{0}", labels="*i64", mean="*fp32", covariance="*fp32", shift="*fp32",
+    losses="*fp32", kept="*i32", gradient="*{0}", active="*i8", inverse="fp32", counts="*i64",
+    first="*fp64", second="*fp64",
+)
 
 def build(kernel, dtype, warps, **fixed):
     kinds = {name: TYPES.get(name, "i32").format(dtype) for name in kernel.arg_names}
     signature = {name: "constexpr" if name in fixed else kind for name, kind in kinds.items()}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in fixed.items()})
+    constants = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(kernel, signature, constants)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     print(kernel.__name__, dtype, fixed, "shared bytes", built.metadata.shared)
     assert built.asm["cubin"] and built.metadata.shared <= 227 * 1024
 
 for dtype in ("fp32", "bf16"):
     for width, rows in kernels.LOSS_ROWS.items():
-        fixed = dict(A=width, WIDTH=width, ROWS=rows, UNIT_NORM=True, GRADIENT=True, PRECISION="tf32x3")
+        fixed = dict(A=width, WIDTH=width, ROWS=rows, PRECISION="tf32x3")
+        fixed |= dict(UNIT_NORM=True, GRADIENT=True)
         build(kernels._loss_kernel, dtype, 8 if width >= 64 else 4, **fixed)
     build(kernels._sums_kernel, dtype, 4, A=70, ROWS=64, COLUMNS=64)
     build(kernels._scatter_kernel, dtype, 4, A=70, ROWS=64, COLUMNS=64, PRECISION="tf32x3")

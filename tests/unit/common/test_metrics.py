@@ -45,7 +45,7 @@ def mask(shape, *points):
 
 
 def larger_directed_percentile(prediction, truth, spacing):
-    """Every surface element against every other, and the percentile by its definition: no tree, no library."""
+    """Compare all pairs of surface elements, without a tree or a library."""
     scale = np.ones(prediction.ndim) if spacing is None else np.array(spacing)
     first, second = (np.argwhere(surface(array)) * scale for array in (prediction, truth))
     distance = np.sqrt(((first[:, None] - second[None]) ** 2).sum(-1))
@@ -137,7 +137,8 @@ def test_touching_boxes():
     left, right = np.zeros((3, 6), bool), np.zeros((3, 6), bool)
     left[:, 0:2], right[:, 2:4] = True, True
     found = segmentation_metrics(left, right)
-    # No pixel of a 3 x 2 box is interior: columns 0 and 1 against columns 2 and 3, distances 2 and 1.
+    # No pixel of a 3 x 2 box is interior: columns 0 and 1 against columns 2 and 3, at distances 2,
+    # 1.
     assert found.dice == 0
     assert found.asd == found.assd == found.asd_reverse == 1.5
     assert found.hd95 == 2
@@ -155,10 +156,10 @@ def test_a_dot_inside_a_square_is_not_symmetric():
 
 
 def test_the_two_forms_of_hd95_by_hand():
-    """A row of 20 against its first 19: one pixel of 39 is a step away, one of the 20 predicted ones on its own side.
+    """A row of 20 pixels against its first 19: one of the 20 predicted pixels is at distance 1.
 
-    Pooled, place 0.95 * 38 = 36.1 of 39 sorted distances is 0. Directed, place 0.95 * 19 = 18.05 of 20 lies 0.05 of
-    the way from the 19th distance, 0, to the 20th, 1; the other direction is 0.
+    Pooled, place 0.95 * 38 = 36.1 of 39 sorted distances is 0. Directed, place 0.95 * 19 = 18.05 of
+    20 lies 0.05 of the way from the 19th distance, 0, to the 20th, 1; the other direction is 0.
     """
     prediction, truth = np.ones((1, 20), bool), np.ones((1, 20), bool)
     truth[0, 19] = False
@@ -184,7 +185,7 @@ def test_the_interior_is_no_surface_even_where_a_corner_is_missing():
 
 
 def test_what_published_code_counts_by_hand():
-    """P has 3 elements, T has 4, two are in both: (2 * 2 + 1) / (3 + 4 + 1); a Dice of 0 or 1 does not stay one."""
+    """P has 3 elements, T has 4, two are in both: (2 * 2 + 1) / (3 + 4 + 1)."""
     prediction, truth = (
         mask((2, 4), (0, 0), (0, 1), (0, 2)),
         mask((2, 4), (0, 1), (0, 2), (1, 1), (1, 2)),

@@ -157,7 +157,8 @@ from common.networks import build_network
 from common.settings.plan import NetworkSettings
 choose_device("cpu")
 with torch.inference_mode():
-    build_network(NetworkSettings(base_width=4), 3, 2, generator_seed=7).eval()(torch.zeros(1, 3, 32, 32))
+    network = build_network(NetworkSettings(base_width=4), 3, 2, generator_seed=7).eval()
+    network(torch.zeros(1, 3, 32, 32))
 print(torch.are_deterministic_algorithms_enabled(), "torch._dynamo" in sys.modules)
 """
 

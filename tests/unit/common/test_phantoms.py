@@ -75,7 +75,7 @@ def test_the_gland_is_one_piece_of_believable_size_that_differs_between_patients
 
 
 def look(image, mask):
-    """Describe a picture without its anatomy: noise in the air, gland against the rest, histogram, sharpness."""
+    """Describe an image without its anatomy: noise in air, gland contrast, histogram, sharpness."""
     image = image / np.percentile(image, 99)
     air = np.concatenate([image[:, :5, :5].ravel(), image[:, :5, -5:].ravel()])
     ring = ndimage.binary_dilation(mask, iterations=4) & ~ndimage.binary_dilation(
@@ -95,7 +95,7 @@ def look(image, mask):
 
 
 def test_a_patient_can_be_told_to_a_hospital_by_its_look():
-    """Each patient's nearest other patient by look comes from the same hospital: the domains are really apart."""
+    """The patient with the most similar look is from the same hospital: the domains differ."""
     looks, owners = [], []
     for position, scanner in enumerate(SCANNERS):
         for number in range(6):

@@ -198,7 +198,7 @@ def test_moments_carry_no_gradient_and_keep_digits_far_from_the_origin():
 
 
 def add_one_after_the_other(first, second, block):
-    """The worst that a library may do with a block: every sum from the first row to the last, in the block's type."""
+    """Add a block in the worst order: from the first to the last row, in the block's type."""
     rows = block.numpy()
     products = np.cumsum(rows[:, :, None] * rows[:, None, :], axis=0, dtype=rows.dtype)[-1]
     first += torch.from_numpy(np.cumsum(rows, axis=0, dtype=rows.dtype)[-1])

@@ -1,4 +1,4 @@
-"""What a machine may lack: file locks, a home directory, a name of the user, a short temporary folder."""
+"""Machines without file locks, home directory, user name or a short temporary folder."""
 
 import errno
 import fcntl
@@ -165,7 +165,8 @@ def test_ray_starts_with_a_long_temporary_folder(tmp_path):
     long = tmp_path / ("x" * 80)
     long.mkdir()
     code = (
-        "import ray; from deploy.study.runtimes import *; from deploy.study.preflight import Machine; "
+        "import ray; from deploy.study.runtimes import *; "
+        "from deploy.study.preflight import Machine; "
         "prepare_environment(); "
         "ray.init(**ray_arguments(Machine(1, 0), 'local')); ray.shutdown(); print('started')"
     )

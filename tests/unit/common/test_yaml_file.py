@@ -95,7 +95,7 @@ def test_what_is_no_number_or_switch_is_refused(line: str, tmp_path: Path) -> No
     "text", ["name: a\ncount: 1\nname: b\n", 'name: a\n"name": b\n', "names: [{a: 1, a: 2}]\n"]
 )
 def test_a_name_given_twice_is_refused_with_its_lines(text: str, tmp_path: Path) -> None:
-    with pytest.raises(FedsgcgError, match="is there twice, first in line 1"):
+    with pytest.raises(FedsgcgError, match="occurs twice, first in line 1"):
         read(tmp_path, text)
 
 
@@ -108,5 +108,5 @@ def test_hospitals_of_a_project_keep_their_names(tmp_path: Path) -> None:
     project = read_project(path)
     assert project.settings()["data"]["sites"] == ["010", "1.10", "NO"]
     path.write_text(head + "sites:\n  A: {}\n  A: {}\n")
-    with pytest.raises(FedsgcgError, match="is there twice"):
+    with pytest.raises(FedsgcgError, match="occurs twice"):
         read_project(path)

@@ -66,7 +66,7 @@ def test_the_ledger_is_readable_and_its_chain_verified(kit, capsys):
     assert site_cli.main(["ledger", str(kit)]) == 0
     said = capsys.readouterr().out
     assert "26 messages, 100,255 bytes; the chain of hashes is intact." in said
-    assert "SITE-503: The work took longer than the site's deadline and was ended." in said
+    assert "SITE-503: The work took longer than the site's deadline and was stopped." in said
     assert said.count("4,000") == 19
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0].replace(b"4000", b"4001"), *lines[1:]]))
