@@ -32,6 +32,9 @@ from common.errors import fail
 
 FOLDERS = ("clients", "common", "configs", "server")
 CODE = (".py", ".yaml")
+NOT_BUNDLED = ("clients/predict/", "server/report/")
+"""Folders that no app runs. A change of the report's style must not need a new approval by every hospital."""
+
 READABLE = ("README.md", "LICENSE", "pyproject.toml")
 CLIENT_APP = "clients.app:app"
 MOST_BYTES = 50 * 2**20
@@ -100,12 +103,20 @@ def read_bundle(content: bytes) -> Bundle:
         ) from error
 
 
-def bundle_of_folder(folder: Path) -> Bundle:
-    """Return the code of an installed app: what the bundle of this folder would hold."""
-    files = sorted(
+def code_of_folder(folder: Path) -> dict[str, bytes]:
+    """Return the files that an app bundle made of this folder holds: path inside the bundle -> content."""
+    paths = sorted(
         path for name in FOLDERS for path in (folder / name).rglob("*") if path.suffix in CODE
     )
-    return Bundle({path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
+    files = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    return {
+        name: path.read_bytes() for name, path in files.items() if not name.startswith(NOT_BUNDLED)
+    }
+
+
+def bundle_of_folder(folder: Path) -> Bundle:
+    """Return the code of an installed app: what the bundle of this folder would hold."""
+    return Bundle(code_of_folder(folder))
 
 
 def unpack(bundle: Bundle, folder: Path) -> Path:

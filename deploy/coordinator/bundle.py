@@ -1,6 +1,6 @@
 """The app bundle: the code that coordinator and hospitals run, as one file with one hash.
 
-It is made of the four packages of the app and nothing else of the machine, so that the same version gives the same
+It is made of the packages of the app and nothing else of the machine, so that the same version gives the same
 hash everywhere: that hash is what a hospital approves.
 """
 
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any, Final
 
 import tomli_w
 from flwr.cli.build import build_fab_from_files
 
-from clients.guard.approval import read_bundle
+from clients.guard.approval import FOLDERS, code_of_folder, read_bundle
 
-PACKAGES: Final = ("server", "clients", "common", "configs")
-SUFFIXES: Final = (".py", ".yaml")
+FLOWER: Final = ("flwr>=1.42,<1.43", "1.42.0")
+"""Flower's releases that run the app, and the one that it is tested with."""
+
 ROOT: Final = Path(__file__).resolve().parents[2]
 
 
@@ -37,31 +38,31 @@ class Bundle:
 
 def build_bundle(root: Path = ROOT) -> Bundle:
     """Build the bundle of the packages below a folder."""
-    files: dict[str, bytes | Path] = {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for package in PACKAGES
-        for path in sorted((root / package).rglob("*"))
-        if path.suffix in SUFFIXES and path.is_file()
-    }
+    files: dict[str, bytes | Path] = {**code_of_folder(root)}
+    files["LICENSE"] = (distribution("fedsgcg").read_text("licenses/LICENSE") or "").encode()
     files["pyproject.toml"] = tomli_w.dumps(app_description()).encode()
     data, _ = build_fab_from_files(files)
     return Bundle(data, read_bundle(data).digest)
 
 
 def app_description() -> dict[str, Any]:
-    """What Flower must know of the app; no dependencies, since a site installs its own environment."""
+    """What Flower must know of the app; of dependencies Flower alone, since a site installs its own environment."""
+    requirement, target = FLOWER
     return {
         "project": {
             "name": "fedsgcg",
             "version": version("fedsgcg"),
             "description": "Federated segmentation with semantic-guided contrastive generalisation",
-            "license": {"text": "Apache-2.0"},
+            "license": {"file": "LICENSE"},
+            "dependencies": [requirement],
         },
         "tool": {
             "flwr": {
                 "app": {
                     "publisher": "fedsgcg",
-                    "fab-include": [f"{package}/**/*{suffix}" for package, suffix in _patterns()],
+                    "fab-format-version": 1,
+                    "flwr-version-target": target,
+                    "fab-include": fab_include(),
                     "components": {"serverapp": "server.app:app", "clientapp": "clients.app:app"},
                     "config": {"config-json": "", "overrides": ""},
                 }
@@ -75,6 +76,7 @@ def run_config(tree: dict[str, Any]) -> dict[str, str]:
     return {"config-json": json.dumps(tree, sort_keys=True)}
 
 
-def _patterns() -> list[tuple[str, str]]:
-    """Package and suffix of everything in the bundle; Flower refuses a pattern that matches nothing."""
-    return [*((package, ".py") for package in PACKAGES), ("configs", ".yaml")]
+def fab_include() -> list[str]:
+    """Patterns of what an app bundle holds; Flower refuses a pattern that matches nothing."""
+    packages = [f"{package}/**/*.py" for package in FOLDERS]
+    return [*packages, "configs/**/*.yaml", "LICENSE"]

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from common.files.disk import Disk, refusals
 from server.report.differences import DICE_FLOOR, CaseValues, Difference
+from server.report.export import write_tables
 from server.report.figures.drawing import MARKERS, PALETTE
 from server.report.figures.overlays import Images
 from server.report.format import show
@@ -79,7 +80,7 @@ def no_progress(step: str) -> None:
 
 
 def make_report(study: Path, tell: Tell = no_progress) -> Path:
-    """Write `report.html` into a study folder from the files that are there, and its figures into `figures/`.
+    """Write `report.html` into a study folder, with `figures/` and `tables/`, from its files.
 
     Pictures of patients are drawn only from sites whose folder lies on this machine.
 
@@ -101,6 +102,7 @@ def make_report(study: Path, tell: Tell = no_progress) -> Path:
             disk.make_folder(study / "figures")
         tell("files of the figures")
         write_gallery(study / "figures", gallery(content), disk)
+        write_tables(study, files.results)
     disk.write(study / "report.html", render(content).encode())
     return study / "report.html"
 

@@ -34,7 +34,12 @@ UNMARKED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/results.md")
 """Pages whose blocks show how a result was made; their commands must parse all the same."""
 
 WALKS = {
-    "first study": ("getting-started/first-study.md", "how-to/read-a-run.md", "how-to/predict.md"),
+    "first study": (
+        "getting-started/first-study.md",
+        "how-to/read-a-run.md",
+        "reference/python.md",
+        "how-to/predict.md",
+    ),
     "own pictures": ("getting-started/own-pictures.md",),
     "own volumes": ("getting-started/own-volumes.md",),
     "recipes": ("how-to/published-data.md", "how-to/own-method.md", "how-to/try-a-federation.md"),

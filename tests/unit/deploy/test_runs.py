@@ -2,14 +2,20 @@
 
 import io
 import json
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from flwr.cli.build import build_fab_from_disk
+from packaging.requirements import Requirement
 from rich.console import Console
 
-from clients.guard.approval import bundle_of_folder
+from clients.guard.approval import FOLDERS, NOT_BUNDLED, bundle_of_folder, read_bundle
 from clients.guard.policy import refusals
 from clients.guard.site_file import read_site_file
 from common.errors import FedsgcgError
@@ -172,13 +178,40 @@ def test_the_bundle_is_the_code_that_is_installed_and_always_the_same() -> None:
 
 
 def test_the_bundle_describes_the_app_as_the_repository_does() -> None:
-    import tomllib
-
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())
     described = app_description()
-    for part in ("components", "config", "publisher"):
-        assert described["tool"]["flwr"]["app"][part] == repository["tool"]["flwr"]["app"][part]
-    assert described["project"]["name"] == repository["project"]["name"]
+    app, own = described["tool"]["flwr"]["app"], repository["tool"]["flwr"]["app"]
+    assert app == {key: value for key, value in own.items() if key != "fab-exclude"}
+    for part in ("name", "license"):
+        assert described["project"][part] == repository["project"][part]
+    (flower,) = described["project"]["dependencies"]
+    extra = Requirement(flower.replace("flwr", "flwr[simulation]"))
+    assert extra in map(Requirement, repository["project"]["dependencies"])
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"flwr=={app['flwr-version-target']}" in pinned
+
+
+def test_flower_builds_the_bundle_that_hospitals_approve_from_a_checkout(tmp_path: Path) -> None:
+    """`flwr build` and `flwr run .` read pyproject's patterns, `fedsgcg provision` the installed code."""
+    for name in (*FOLDERS, "pyproject.toml", "LICENSE"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copyfile
+        copy(source, tmp_path / name)
+    bundle = read_bundle(build_fab_from_disk(tmp_path))
+    assert bundle.digest == build_bundle().digest
+    assert {"server/app.py", "clients/app.py", "configs/run.yaml"} <= bundle.code.keys()
+    assert not [name for name in bundle.code if name.startswith(NOT_BUNDLED)]
+
+
+def test_the_app_runs_without_what_the_bundle_leaves_out() -> None:
+    code = f"""
+import sys
+import server.app, clients.app
+left_out = {NOT_BUNDLED!r}
+print([name for name in sys.modules if (name.replace(".", "/") + "/").startswith(left_out)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_hospital_as_shipped_refuses_nothing_of_what_a_study_sets(

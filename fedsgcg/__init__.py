@@ -1,0 +1,63 @@
+"""fedsgcg from Python: run studies, read their results, and use trained models.
+
+    import fedsgcg
+
+    outcome = fedsgcg.study(["experiment=demo", "method=source,sgcg", "heldout=all"])
+    table = fedsgcg.read_results(outcome.folder)
+    model = fedsgcg.load_model(outcome.folder / "sgcg" / "West" / "0")
+    prediction = model.predict("case.nii.gz")
+
+Names are loaded on first use, so that the import takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.errors import FedsgcgError
+    from common.sgcg.loss import sgcg_loss
+    from common.statistics import ClassStatistics
+    from fedsgcg.models import SegmentationModel, load_model
+    from fedsgcg.studies import Report, StudyOutcome, read_report, read_results, study
+
+__all__ = [
+    "ClassStatistics",
+    "FedsgcgError",
+    "Report",
+    "SegmentationModel",
+    "StudyOutcome",
+    "load_model",
+    "read_report",
+    "read_results",
+    "sgcg_loss",
+    "study",
+]
+
+_HOMES = {
+    "ClassStatistics": "common.statistics",
+    "FedsgcgError": "common.errors",
+    "sgcg_loss": "common.sgcg.loss",
+    "SegmentationModel": "fedsgcg.models",
+    "load_model": "fedsgcg.models",
+    "Report": "fedsgcg.studies",
+    "StudyOutcome": "fedsgcg.studies",
+    "read_report": "fedsgcg.studies",
+    "read_results": "fedsgcg.studies",
+    "study": "fedsgcg.studies",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fedsgcg")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

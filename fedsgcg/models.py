@@ -1,0 +1,123 @@
+"""Use a trained model from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from clients.device import choose_device
+from clients.evaluation import BATCH
+from clients.predict.confidence import Gaussians
+from clients.predict.model import load_model as read_model
+from clients.predict.predictor import Prediction, Predictor
+from common.errors import fail
+from common.images.read import PICTURE, PLANES, Volume, check_image
+
+
+@dataclass(frozen=True)
+class SegmentationModel:
+    """A trained model on a device.
+
+    Attributes:
+        card: Content of `model.json`: method, data, training hospitals, protocol.
+        structures: What it segments, in the order of the first axis of masks and probabilities.
+        kinds: The images it was trained on: `axial volume`, `coronal volume`, `sagittal volume` or `picture`.
+    """
+
+    card: dict[str, Any]
+    structures: tuple[str, ...]
+    kinds: tuple[str, ...]
+    _predictor: Predictor
+
+    def predict(self, image: str | Path | ArrayLike) -> Prediction:
+        """Segment one image, with the preprocessing and the decisions of evaluation.
+
+        Args:
+            image: A file (NIfTI, PNG, JPEG, TIFF, BMP), or an array: (Z, Y, X) of a volume, slices first and in the plane
+                that the model was trained on; (Y, X) or (Y, X, 3) of a picture. An integer picture of 8 bits has the
+                scale of its type.
+
+        Returns:
+            Masks (S, Z, Y, X), label values (Z, Y, X) and, where they were asked for, probabilities and confidence. The
+            geometry of an array is unknown: its spacing is 1.
+
+        Raises:
+            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be used, MOD-806 for one
+                of another kind than the training images.
+        """
+        if isinstance(image, str | Path):
+            return self._predictor.predict(Path(image))
+        volume = _volume_of(np.asarray(image), self.kinds)
+        check_image(volume, "array")
+        return self._predictor.apply(volume)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    threads: int = 1,
+    batch: int = BATCH,
+    probability: bool = False,
+    confidence: bool = False,
+    code: Sequence[str] = (),
+) -> SegmentationModel:
+    """Load the model of one cell of a study.
+
+    Args:
+        path: Folder with `model.json`, `model.safetensors` and, for `confidence`, `prototypes.arrow`.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        threads: CPU threads.
+        batch: Slices in a forward pass.
+        probability: Keep the probability of every structure.
+        confidence: Compute a confidence map from the distance to the global prototypes.
+        code: Import paths of own networks that may be imported.
+
+    Raises:
+        FedsgcgError: MOD-801 to MOD-805 and MOD-807 for files that are missing, damaged or contradict each other, POL-706
+            for an own network that `code` does not name, DEV-201 or DEV-202 for a device that cannot be used.
+    """
+    model = read_model(Path(path), code)
+    chosen = choose_device(device, threads)
+    gaussians = None
+    if confidence:
+        if model.prototypes is None:
+            action = "Leave out confidence, or train with method.statistics=true."
+            raise fail("MOD-807", where=str(path), expected="prototypes.arrow", action=action)
+        gaussians = Gaussians.of(model.prototypes, chosen)
+    predictor = Predictor(model, chosen, batch, probability, gaussians)
+    return SegmentationModel(dict(model.card), tuple(model.data.structures), model.kinds, predictor)
+
+
+def _volume_of(array: np.ndarray[Any, Any], kinds: Sequence[str]) -> Volume:
+    """Give an array the form of an image that was read from a file."""
+    plane = next((name for name in PLANES if f"{name} volume" in kinds), None)
+    if PICTURE in kinds and _is_picture(array, plane):
+        channels = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+        values = channels.astype(np.float32)
+        return Volume(values, np.eye(4), (1.0, 1.0, 1.0), True, array.dtype == np.uint8)
+    if array.ndim == 3 and plane is not None:
+        spacing = (1.0, 1.0, 1.0)
+        return Volume(
+            array.astype(np.float32), np.eye(4), spacing, False, plane=plane, has_size=False
+        )
+    raise fail(
+        "DAT-106",
+        where="array",
+        found=f"shape {array.shape}",
+        expected=" or ".join(_SHAPES[kind.split()[-1]] for kind in dict.fromkeys(kinds)),
+    )
+
+
+_SHAPES = {"volume": "(Z, Y, X) of a volume", PICTURE: "(Y, X) or (Y, X, 3) of a picture"}
+
+
+def _is_picture(array: np.ndarray[Any, Any], plane: str | None) -> bool:
+    """Whether an array is a picture; with models of both kinds, (Y, X, 3) integers of 8 bits are one."""
+    colour = array.ndim == 3 and array.shape[-1] == 3
+    return array.ndim == 2 or (colour and (plane is None or array.dtype == np.uint8))
