@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from clients.guard.site_file import NAME, NEVER_SET, split_address
-from common.errors import FedsgcgError, Problem
+from common.errors import FedsgcgError, Problem, fail
+from common.files.disk import Disk
 from common.settings.base import Checks, Section
 from common.settings.compose import join
 from common.settings.plan import Plan
@@ -137,6 +139,25 @@ class Project(Section):
 
 
 @dataclass(frozen=True)
+class SubmittedRun:
+    """A run that was submitted with a kit.
+
+    Attributes:
+        run_id: Flower's run id.
+        folder: The cell's run folder.
+        overrides: Settings of the command line.
+        bundle: Hash of the app bundle.
+        time: When it was submitted, in seconds since 1970.
+    """
+
+    run_id: int
+    folder: str
+    overrides: tuple[str, ...]
+    bundle: str
+    time: float
+
+
+@dataclass(frozen=True)
 class Kit:
     """The coordinator's kit, as made by `fedsgcg provision`.
 
@@ -184,9 +205,38 @@ class Kit:
         """Folder of the run folders."""
         return self.folder / "runs"
 
+    @property
+    def last_run_file(self) -> Path:
+        """File that records the run submitted last; missing before the first run."""
+        return self.state / "run.json"
+
     def project(self) -> Project:
         """Read the project of this kit."""
         return read_project(self.folder / "project.yaml")
+
+    def last_run(self) -> SubmittedRun:
+        """Read the run that was submitted last.
+
+        Raises:
+            FedsgcgError: DEP-613 when no run was submitted, SRV-402 when the file is damaged.
+        """
+        path = self.last_run_file
+        try:
+            found = json.loads(path.read_text())
+            return SubmittedRun(**{**found, "overrides": tuple(found["overrides"])})
+        except FileNotFoundError as error:
+            action = f"fedsgcg run {self.folder}"
+            raise fail(
+                "DEP-613", where=str(self.folder), found="no state/run.json", action=action
+            ) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise fail(
+                "SRV-402", where=str(path), found="a damaged record", action="remove it"
+            ) from error
+
+    def record_run(self, run: SubmittedRun) -> None:
+        """Record a run as the one submitted last."""
+        Disk().write(self.last_run_file, (json.dumps(asdict(run), indent=1) + "\n").encode())
 
 
 def read_project(path: Path) -> Project:

@@ -92,10 +92,10 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     )
     federation.processes.pop("serve").terminate()
     federation.wait(
-        lambda: "server ended" in federation.log("serve"), 60, "the server does not end"
+        lambda: "server stopped" in federation.log("serve"), 60, "the server does not end"
     )
     federation.serve()
-    assert "of ended runs cleared away" in federation.log("serve")
+    assert "of ended runs removed" in federation.log("serve")
     federation.wait(
         lambda: federation.online("East", "North"), 120, "the hospitals do not come back"
     )

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.cli.coordinator import main
-from deploy.prepare.fundus_names import PUBLISHED
+from deploy.prepare.fundus import PUBLISHED
 from tests.support import downloads
 
 pytestmark = pytest.mark.slow

@@ -72,7 +72,7 @@ def test_sigterm_ends_a_study_that_the_same_command_goes_on_with(
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, out + err
-    assert "goes on from the last done round" in err
+    assert "resumes after the last completed round" in err
     assert "Traceback" not in out + err
 
 

@@ -16,8 +16,7 @@ from clients.data.store import open_store
 from common.datasets import CATALOGUE, fetch_advice
 from common.errors import FedsgcgError
 from deploy.cli.coordinator import main
-from deploy.prepare.fundus import SIDE, cut, labels_of, window
-from deploy.prepare.fundus_names import PUBLISHED
+from deploy.prepare.fundus import PUBLISHED, SIDE, cut, labels_of, window
 from tests.support import downloads
 
 
@@ -116,7 +115,7 @@ def test_the_whole_release_becomes_four_hospitals_with_the_published_counts(tmp_
         for row in mine:
             if row["published_split"] == "train":
                 assert row["split"] == split_of(row["patient_id"], 0.2)
-    assert "nothing is wrong" in report(out)
+    assert "no problems" in report(out)
     assert "320/80" in capsys.readouterr().out
 
 
@@ -411,7 +410,7 @@ def test_a_mask_whose_header_lies_elsewhere_is_taken_voxel_for_voxel_and_noted(t
     np.testing.assert_array_equal(
         np.asarray(nib.load(out / "UCL/Case01_mask.nii.gz").dataobj), labels > 0
     )
-    assert "UCL Case01: the mask's header places it elsewhere" in report(out)
+    assert "UCL Case01: the headers of image and mask differ" in report(out)
     data = make_data("prostate", image_size=32)
     assert (
         open_store(open_site(out, "UCL", data), data, tmp_path / "cache", heldout=True).problems

@@ -127,7 +127,7 @@ def test_approve_offers_the_installed_code_first_and_needs_a_yes(kit, capsys):
     assert site_cli.main(["approve", str(kit), "--yes"]) == 0
     assert is_approved(bundle_of_folder(REPOSITORY), path)
     assert site_cli.main(["approve", str(kit)]) == 0
-    assert "Nothing waits for an approval" in capsys.readouterr().out
+    assert "Nothing is waiting for approval" in capsys.readouterr().out
 
 
 def test_approve_shows_what_a_refused_bundle_changes(kit, capsys):
@@ -268,9 +268,9 @@ def test_a_copied_kit_hears_that_another_node_uses_its_key(tmp_path):
     (text,) = said
     assert text.startswith("[SITE-509]")
     for words in (
-        "another node may use this key",
+        "another node may be using this key",
         "a copy of this kit",
-        "is registered, or revoked",
+        "is registered or revoked",
         "clocks",
     ):
         assert words in text
