@@ -14,7 +14,7 @@ from common.errors import FedsgcgError, Problem, fail
 from common.files.system import expand
 from deploy.cli.federation import add_commands
 from deploy.prepare import command as data
-from deploy.study.summary import STATUS, tell_end
+from deploy.study.summary import STATUS, print_summary
 
 HELP = """\
 Hospitals train one segmentation model together without sharing images,
@@ -214,7 +214,7 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
         return 0
     console.event("study.started", **facts)
     code = run_study(study, console)
-    tell_end(study.folder, study.cells, code, console)
+    print_summary(study.folder, study.cells, code, console)
     report = study.folder / "report.html"
     console.event(
         "study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report

@@ -22,11 +22,11 @@ from deploy.coordinator.control import Control, RunState, control_of
 from deploy.coordinator.project import Kit, SubmittedRun
 from deploy.study.cell import Cell
 from deploy.study.grid import Variant, folder_name, split_axes, split_select, variants, with_grid
-from deploy.study.preflight import check_plan, look_at_machine
+from deploy.study.preflight import check_plan, inspect_machine
 from deploy.study.progress import Progress
 from deploy.study.record import check_same_study, collect, write_record
 from deploy.study.study import Study, exit_code, identity
-from deploy.study.summary import tell_end
+from deploy.study.summary import print_summary
 from server.records.journal import lock_file
 from server.sites.departures import OPTION, check_departures, declare, departed
 
@@ -90,7 +90,7 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
         cells=cells,
         runtime="superlink",
         device="sites",
-        machine=look_at_machine(),
+        machine=inspect_machine(),
         ray_address="",
         overrides=tuple(overrides),
         command="run",
@@ -159,7 +159,7 @@ def run_kit(
             collect(study.folder)
             make_report(study.folder, step)
     code = exit_code(study.cells)
-    tell_end(study.folder, study.cells, code, console)
+    print_summary(study.folder, study.cells, code, console)
     return code
 
 

@@ -395,7 +395,9 @@ def test_other_ways_to_write_the_names(tmp_path, names, case, mask):
     ]
     text = report(tmp_path / "out")
     assert all(f"folder of {site}" in text for site in ("UCL", "BIDMC", "HK"))
-    assert text.count("which SAML's list of I2CVB has") == 18, "each of the other cases by its name"
+    assert text.count("which is in SAML's list of I2CVB") == 18, (
+        "each of the other cases by its name"
+    )
     assert "I2CVB/Case03.nii.gz" not in text
 
 
