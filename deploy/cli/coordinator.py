@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.console import Screen, Version, add_output_options, run_command, steps_of
 from common.errors import FedsgcgError, Problem, fail
+from common.exit_codes import exit_codes
 from common.files.system import expand
 from deploy.cli.federation import add_commands
 from deploy.prepare import command as data
@@ -68,10 +69,9 @@ HYDRA_FLAGS = {
 }
 """Options of Hydra's own command line -> what to use instead."""
 
-EXITS = """\
-exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site),
-130 interrupted, 143 ended by SIGTERM
-"""
+EXITS = exit_codes(
+    success="completed", failure="failed", partial="degraded (some round missed a site)"
+)
 
 
 def run() -> None:

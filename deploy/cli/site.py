@@ -22,6 +22,7 @@ from clients.guard.site_file import read_site_file
 from clients.predict.options import add_predict_parser
 from common.console import Screen, Version, print_error, run_command
 from common.errors import FedsgcgError, fail
+from common.exit_codes import exit_codes
 from common.files.system import user_name
 
 HELP = """\
@@ -37,10 +38,7 @@ site.yaml in it. Fill in site.yaml first: it takes precedence over the coordinat
   fedsgcg-site cache KIT      size of the slice cache; --prune removes old files
   fedsgcg-site request KIT    make this site's key here; the private key is never sent
 """
-EXITS = """\
-exit codes: 0 success, 1 failure, 2 bad settings or data, 3 warnings, 130 interrupted,
-143 ended by SIGTERM
-"""
+EXITS = exit_codes(partial="warnings")
 RECENT = 20
 
 
