@@ -201,7 +201,7 @@ def image_files(source: Path, found: Found) -> list[Path]:
     listing = look_through(source)
     if listing.foreign:
         names = counted_names(
-            listing.foreign, f"files of unsupported formats ({by_format(listing.foreign)})"
+            listing.foreign, f"files of formats that are not read ({by_format(listing.foreign)})"
         )
         advice = " ".join(listing.conversions())
         if found.published:

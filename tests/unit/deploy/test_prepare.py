@@ -675,6 +675,6 @@ def test_other_formats_and_hidden_files_are_told_once(tmp_path, capsys):
     ]
     assert "3 files of formats that are not read (.mha 2, .nrrd 1)" in report(out)
     assert "SimpleITK" in capsys.readouterr().out
-    assert "1 hidden files called like images are passed over: ._p1_image.nii.gz" in report(out)
+    assert "1 hidden files named like images, skipped: ._p1_image.nii.gz" in report(out)
     assert prepare("manifest", down / "South", "-o", tmp_path / "other") == 2
     assert "1 files of formats that are not read (.nrrd 1): x.nrrd" in capsys.readouterr().err
