@@ -1,4 +1,4 @@
-"""A worker of a study that is killed is resumed once from its last round, and reported in one sentence."""
+"""A cell whose worker is killed is resumed once from its last round, and reported in a sentence."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The papers' experiments, reduced, from files in the original layouts to the tables: prepare, study, report."""
+"""The papers' experiments at reduced size, from files in the original layouts to the report."""
 
 import json
 

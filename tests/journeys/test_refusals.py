@@ -1,4 +1,4 @@
-"""Who is refused, and in which words: strangers, other authorities, revoked hospitals, open servers, and more."""
+"""Refusals and their messages: unknown keys, other authorities, revoked sites, and more."""
 
 import shutil
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def federation(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def ask(federation: Federation, port: int, path: str, **headers: str) -> httpx.Response:
-    """A request by somebody who has the authority's certificate, as every hospital does, and nothing else."""
+    """Send a request with only the authority's certificate, which every hospital has."""
     verify = str(federation.site("East") / "ca.crt")
     kind = {"content-type": "application/protobuf", "accept": "application/protobuf"}
     address = f"https://127.0.0.1:{port}{path}"

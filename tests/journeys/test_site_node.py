@@ -1,4 +1,4 @@
-"""A hospital's node on loopback with TLS and keys: it joins, works warm, is refused what is wrong, and leaves."""
+"""A site's node on loopback with TLS and keys: it joins, works warm, reports errors, and leaves."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ SETTINGS = (*small.SMALL, "federation.join_deadline_s=60", "federation.round_dea
 
 
 def site_tool(federation: Loopback, *arguments: str) -> tuple[int, str]:
-    """Run `fedsgcg-site` to its end: in this process, but for `join`, which takes over the signals."""
+    """Run `fedsgcg-site` in this process, except `join`, which installs signal handlers."""
     if arguments[0] != "join":
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):

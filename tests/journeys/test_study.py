@@ -1,4 +1,4 @@
-"""A coordinator's day: a study to its end, cut off in the middle and called again, and the same hash everywhere."""
+"""A study run to its end, and one interrupted and called again: the same hash everywhere."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Small files in the layouts and with the names of the published data sets, as a test needs them."""
+"""Small files for tests, in the layouts and with the names of the published data sets."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The doctor names every planted fault of a hospital's files and folders, with its repair, and nothing that is fine."""
+"""`fedsgcg-site check` reports every planted fault with its fix, and nothing that is valid."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What a study varies: axes of the command line and of an experiment, and the variants they make."""
+"""The axes of a study, from the command line and an experiment, and the resulting variants."""
 
 import pytest
 

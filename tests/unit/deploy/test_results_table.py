@@ -1,4 +1,4 @@
-"""The results on the console: every number whole at any width, and a mean over fewer cases says so."""
+"""The results on the console: no number is cut at any width, and means show their case counts."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""The coordinator's commands as far as they need no server: where a run stands, which cells a project means."""
+"""The coordinator's commands without a server: progress of a run, cells of a project."""
 
 import io
 import json

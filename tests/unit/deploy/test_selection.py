@@ -1,4 +1,4 @@
-"""Nested selection: each fold's source hospitals choose its settings, and the held-out hospital never does."""
+"""Nested selection: each fold's source sites choose its settings, never the held-out site."""
 
 import json
 from pathlib import Path

@@ -261,7 +261,7 @@ def test_a_supernode_that_says_it_is_stuck_is_started_anew(kit, line, stuck):
 
 
 def test_a_copied_kit_hears_that_another_node_uses_its_key(tmp_path):
-    """Flower's server says the same of a key that is unknown, revoked or in use: the hospital hears of all three."""
+    """Flower's server has one error for an unknown, revoked or used key; the advice names all."""
     said = []
     join = Join(policy_for(tmp_path, tmp_path), tmp_path, said.append)
     join._notice("ERROR :     Failed to activate SuperNode.")

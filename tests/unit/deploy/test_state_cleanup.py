@@ -1,4 +1,4 @@
-"""What ended runs leave in the server's folder goes, and nothing that anybody still needs: in Flower's own database."""
+"""Data of ended runs are removed from Flower's real database, and everything else is kept."""
 
 import sqlite3
 from contextlib import closing
@@ -39,7 +39,7 @@ class Server:
         )
 
     def run(self, number: int, ending: str = SubStatus.COMPLETED) -> int:
-        """Submit one version of an app, have an array on its way, and end the run; "" leaves it running."""
+        """Submit an app with an array in transit and end the run; "" keeps it running."""
         content = bytes([number]) * 300_000
         digest = self.flower.store_fab(Fab("", content, {}))
         run = self.flower.create_run(
