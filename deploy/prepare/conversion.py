@@ -263,7 +263,7 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
                 "DAT-121", where=str(folder), found="another call is writing to it", action=action
             )
         if not (folder / RECORD).exists():
-            # Marks the folder as ours, so that a call that is interrupted can be repeated.
+            # Marks the folder as made by fedsgcg, so that an interrupted call can be repeated.
             _write(folder / RECORD, json.dumps(_record(name, source, {})).encode())
         yield before
 

@@ -4,7 +4,8 @@ For `select=prototypes.weight` the source sites of a fold are held out in turn (
 leave-one-site-out): for each value the other sources train, and the held-out source evaluates. The
 value with the highest Dice, averaged over cases and structures within a site and then over sites,
 trains the fold's own cell on all its sources. The fold's held-out site is not a member of any inner
-federation, so it cannot influence the choice (docs/explanation/protocol.md).
+federation, so it cannot influence the choice (docs/explanation/protocol.md, "Choosing the model and
+the settings").
 
     selection/<fold>/<label and value>/<inner fold>/<seed>    run folder of an inner cell
 """

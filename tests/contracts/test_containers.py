@@ -69,7 +69,7 @@ def commands(kits: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def programs_of(command: list[str]) -> Iterator[list[str]]:
-    """Commands of ours in a container's command, also inside a shell's."""
+    """Return the fedsgcg commands in a container's command, also inside a shell command."""
     if command[0] != "sh":
         yield command
         return

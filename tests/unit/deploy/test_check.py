@@ -57,7 +57,7 @@ def plan(root: Path, folder: Path) -> Plan:
 
 
 def findings(root: Path, folder: Path, *, heldout: bool = False) -> dict[str, Finding]:
-    """What the doctor says about North, by case; of two findings the worse."""
+    """Return the findings for North by case; of two findings the worse one."""
     found, _ = examine_files(
         policy_for(root, folder),
         plan(root, folder).data,
