@@ -1,4 +1,4 @@
-# A fresh machine needs Python 3.11 and make. `make demo` and `make test` set themselves up.
+# A new machine needs Python 3.11 and make. `make demo` and `make test` run `make setup` first.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
@@ -10,13 +10,14 @@ help:
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
 	@echo "make check   formatting, lint, types, import rules, documentation"
 	@echo "make docs    build the documentation site into site/index.html"
-	@echo "make bench   speed and memory beside the alternatives, as ratios in one run"
+	@echo "make bench   speed and memory compared with alternatives, as ratios within one run"
 	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
 	@echo "make setup   install into $(VENV) only"
 
 setup: $(STAMP)
 
-# torch goes first and exactly: a resolver that may choose takes gigabytes of another build.
+# torch is installed first, with its exact version: a free choice of version may download gigabytes
+# of another build.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -36,7 +37,7 @@ check: setup
 	$(RUN)/lint-imports
 	$(RUN)/zensical build --strict
 
-# Offline: nothing is fetched. The generated parts of docs/reference are written anew first.
+# Works offline. The generated parts of docs/reference are updated first.
 docs: setup
 	$(RUN)/python docs/generate.py
 	$(RUN)/zensical build --strict --clean

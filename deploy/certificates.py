@@ -1,8 +1,8 @@
-"""Keys and certificates of a federation: its own authority, the server's certificate, each hospital's key.
+"""Keys and certificates of a federation: authority, server certificate and site keys.
 
-TLS protects the way to the server and proves the server to the hospitals; a hospital proves itself by signing each
-request with its own elliptic-curve key. Flower's SuperNode reads such a key only in OpenSSH's format (stack.md 3.1).
-Private keys are written with mode 0600 from their first byte on, and are never printed.
+TLS encrypts the connection and authenticates the server to the sites. A site authenticates itself
+by signing each request with its own elliptic-curve key. Flower's SuperNode reads that key only in
+OpenSSH format. Private key files are created with mode 0600 and are never printed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from common.errors import fail
 AUTHORITY_DAYS: Final = 3650
 SERVER_DAYS: Final = 398
 RENEW_WITHIN_DAYS: Final = 30
-"""A certificate that ends within this time is worth a warning, and `--renew`."""
+"""A certificate that expires within this time causes a warning that suggests `--renew`."""
 
 BACKDATED: Final = timedelta(hours=1)
-"""Certificates begin a little in the past: a hospital's clock may be late."""
+"""Certificates are valid from a little in the past, because a site's clock may be slow."""
 
 LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class Authority:
-    """The federation's own certificate authority; its key stays with the coordinator."""
+    """The federation's own certificate authority; its key never leaves the coordinator."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
 
 
 def make_authority(project: str, days: int = AUTHORITY_DAYS) -> Authority:
-    """Make an authority that may sign servers and nothing below them."""
+    """Make an authority that may sign server certificates but no further authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{project[:50]} authority")])
     builder = _builder(name, name, key.public_key(), days)
@@ -62,10 +62,10 @@ def make_server_certificate(
     """Make a server's certificate and key.
 
     Args:
-        authority: Who signs.
-        names: Host names and IP addresses by which the server is reached; loopback is added, because the coordinator's
-            own processes use it.
-        days: Days until it ends.
+        authority: The authority that signs it.
+        names: Host names and IP addresses by which the server is reached; loopback is added,
+            because the coordinator's own processes use it.
+        days: Days of validity.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
@@ -88,17 +88,19 @@ def make_server_certificate(
 
 
 def make_site_key(folder: Path, site: str) -> str:
-    """Make a hospital's key pair: `site.key` (OpenSSH, mode 0600) and `site.pub`; an existing key is kept.
+    """Make a site's key pair: `site.key` (OpenSSH, mode 0600) and `site.pub`.
+
+    An existing key is kept.
 
     Args:
-        folder: Where both are written.
-        site: Name of the hospital, the public key's comment.
+        folder: Folder in which both files are written.
+        site: Name of the site, used as the public key's comment.
 
     Returns:
         The public key as one OpenSSH line.
 
     Raises:
-        FedsgcgError: DEP-603 when there is a `site.key` that is no such key.
+        FedsgcgError: DEP-603 when `site.key` exists but is not such a key.
     """
     path = folder / "site.key"
     if path.exists():
@@ -112,7 +114,7 @@ def make_site_key(folder: Path, site: str) -> str:
 
 
 def read_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a hospital's private key; raises DEP-603 for anything that a SuperNode would refuse."""
+    """Read a site's private key; raises DEP-603 for a key that a SuperNode would reject."""
     action = "make it with `fedsgcg-site request`, or `ssh-keygen -t ecdsa -b 384 -N ''`"
     expected = "an elliptic-curve private key (P-384) in OpenSSH format without a passphrase"
     try:
@@ -122,7 +124,7 @@ def read_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
             "DEP-603", where=str(path), found="no such file", expected=expected, action=action
         ) from error
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        found = "a file that is not such a key"
+        found = "a file that is not an OpenSSH private key without a passphrase"
         raise fail(
             "DEP-603", where=str(path), found=found, expected=expected, action=action
         ) from error
@@ -130,7 +132,7 @@ def read_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
         raise fail(
             "DEP-603",
             where=str(path),
-            found="a key of another kind",
+            found="a key of another type",
             expected=expected,
             action=action,
         )
@@ -138,31 +140,27 @@ def read_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def read_public_key(path: Path) -> str:
-    """Read a hospital's public key: its line without the comment.
+    """Read a site's public key: its line without the comment.
 
     Raises:
-        FedsgcgError: DEP-603 for a file that is no EC P-384 public key in OpenSSH format.
+        FedsgcgError: DEP-603 for a file that is not an EC P-384 public key in OpenSSH format.
     """
     expected = "one line 'ecdsa-sha2-nistp384 AAAA...', the site.pub of a hospital"
     try:
         text = path.read_text(encoding="utf-8")
         key = serialization.load_ssh_public_key(text.encode())
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        found = (
-            "no such file"
-            if isinstance(error, FileNotFoundError)
-            else "a file that is no public key"
-        )
+        found = _unreadable(error, "a public key")
         raise fail("DEP-603", where=str(path), found=found, expected=expected) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
         raise fail(
-            "DEP-603", where=str(path), found="a public key of another kind", expected=expected
+            "DEP-603", where=str(path), found="a public key of another type", expected=expected
         )
     return " ".join(text.split()[:2])
 
 
 def public_key_bytes(line: str) -> bytes:
-    """Return a public key as Flower registers it (PEM)."""
+    """Return a public key in the format in which Flower registers it (PEM)."""
     key = serialization.load_ssh_public_key(line.encode())
     return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -170,36 +168,33 @@ def public_key_bytes(line: str) -> bytes:
 
 
 def fingerprint(line: str) -> str:
-    """Short name of a public key, the same for the same key whatever its comment."""
+    """Return a short identifier of a public key that does not depend on its comment."""
     return sha256(line.split()[1].encode()).hexdigest()[:16]
 
 
 def certificate_fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate, in pairs, for two people to compare by telephone."""
+    """Return a certificate's SHA-256 in pairs of digits, to be compared over the phone."""
     digest = certificate.fingerprint(hashes.SHA256()).hex().upper()
     return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """Read a PEM certificate; raises DEP-603 when there is none."""
+    """Read a PEM certificate; raises DEP-603 when the file is missing or not a certificate."""
+    expected = "a PEM certificate"
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        found = (
-            "no such file"
-            if isinstance(error, FileNotFoundError)
-            else "a file that is no PEM certificate"
-        )
-        raise fail("DEP-603", where=str(path), found=found, expected="a PEM certificate") from error
+        found = _unreadable(error, expected)
+        raise fail("DEP-603", where=str(path), found=found, expected=expected) from error
 
 
 def days_left(certificate: x509.Certificate, now: datetime | None = None) -> float:
-    """Days until a certificate ends; negative after it."""
+    """Return the days until a certificate expires; negative when it has expired."""
     return (certificate.not_valid_after_utc - (now or datetime.now(UTC))) / timedelta(days=1)
 
 
 def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Whether an authority signed a certificate."""
+    """Return whether an authority signed a certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
@@ -208,7 +203,7 @@ def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def names_of(certificate: x509.Certificate) -> list[str]:
-    """Host names and addresses that a certificate is for."""
+    """Return the host names and addresses for which a certificate is valid."""
     try:
         found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -226,7 +221,7 @@ def write_authority(folder: Path, authority: Authority) -> None:
 
 
 def read_authority(folder: Path) -> Authority:
-    """Read `ca.crt` and `ca.key`; raises DEP-603 when they cannot be used."""
+    """Read `ca.crt` and `ca.key`; raises DEP-603 when either cannot be used."""
     key = _read_pem_key(folder / "ca.key")
     return Authority(read_certificate(folder / "ca.crt"), key)
 
@@ -240,7 +235,7 @@ def write_server(
 
 
 def write_secret(path: Path, data: bytes) -> None:
-    """Write a file that only its owner may read, replacing an older one as a whole."""
+    """Write a file that only its owner may read, replacing an older one atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.unlink(missing_ok=True)
@@ -254,11 +249,7 @@ def _read_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        found = (
-            "no such file"
-            if isinstance(error, FileNotFoundError)
-            else "a file that is no private key"
-        )
+        found = _unreadable(error, "a private key")
         raise fail(
             "DEP-603", where=str(path), found=found, expected="the authority's private key"
         ) from error
@@ -266,10 +257,17 @@ def _read_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
         raise fail(
             "DEP-603",
             where=str(path),
-            found="a key of another kind",
+            found="a key of another type",
             expected="an elliptic-curve key",
         )
     return key
+
+
+def _unreadable(error: Exception, expected: str) -> str:
+    """Return what was found where a key or certificate could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return f"a file that is not {expected}"
 
 
 def _private_bytes(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:

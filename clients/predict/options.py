@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.console import Screen
+from common.exit_codes import exit_codes
 
 PREDICT: Final = """\
 Predict masks with a trained model. MODEL is the folder that holds model.json (or a file in
@@ -16,7 +17,11 @@ geometry of their image and the label values of the training masks. With --data 
 of a prepared folder are predicted and scored. A file that cannot be used is listed at the
 end, and the rest goes on.
 """
-EXITS: Final = "exit codes: 0 all is well, 1 nothing could be predicted, 2 bad model or settings, 3 some files failed\n"
+EXITS: Final = exit_codes(
+    failure="nothing could be predicted",
+    invalid="bad model or settings",
+    partial="some files failed",
+)
 
 
 def add_predict_parser(commands: Any) -> None:

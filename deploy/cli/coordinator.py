@@ -11,76 +11,74 @@ from pathlib import Path
 
 from common.console import Screen, Version, add_output_options, run_command, steps_of
 from common.errors import FedsgcgError, Problem, fail
+from common.exit_codes import exit_codes
 from common.files.system import expand
 from deploy.cli.federation import add_commands
 from deploy.prepare import command as data
-from deploy.study.summary import STATUS, tell_end
+from deploy.study.summary import STATUS, print_summary
 
 HELP = """\
-Hospitals train one segmentation model together, without moving an image,
-and the model is judged at a hospital that took no part.
+Hospitals train one segmentation model together without sharing images,
+and the model is evaluated at a hospital that took no part in training.
 
   fedsgcg study experiment=demo method=source,sgcg heldout=all
-      The demonstration: four synthetic hospitals, each left out in turn.
+      The demonstration: four synthetic hospitals, each held out in turn.
 
   fedsgcg study data=promise12 data.root=DIR method=source,sgcg heldout=all seed=0,1,2
-      A leave-one-hospital-out study: hospitals left out x methods x seeds. The same
-      call again does only what is missing.
+      A leave-one-hospital-out study: held-out hospitals x methods x seeds. The same
+      command again runs only what is missing.
 
   fedsgcg study ... method=sgcg prototypes.weight=0.01,0.1,1 select=prototypes.weight
-      Each fold's source hospitals choose the value by leaving each other out in turn;
+      Each fold's source hospitals choose the value by holding each other out in turn;
       without select the values are compared. The held-out hospital never chooses.
 
   fedsgcg simulate data=promise12 data.root=DIR method=sgcg heldout=HK
       One federation.
 
-  fedsgcg report RUN       Make RUN/report.html again from the files of the run folder.
+  fedsgcg report RUN       Rebuild RUN/report.html from the files of the run folder.
   fedsgcg clean RUN        Remove checkpoints and pictures of its finished cells.
-  fedsgcg settings [...]   Show every setting, resolved, and the names each group offers;
-                           `settings rounds` explains one.
+  fedsgcg settings [...]   Show every resolved setting and the choices of each group;
+                           `settings rounds` explains one setting.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
-  fedsgcg data list        Data sets with settings; `data prepare NAME` says what to fetch.
+  fedsgcg data list        Data sets with settings; `data prepare NAME` says what to download.
 
 A real federation: fedsgcg provision project.yaml makes a kit for the coordinator and one
 for each hospital; then fedsgcg serve | run | status | stop | resume KIT.
 
 Settings are given as name=value: a group (data=promise12) or one value
-(federation.rounds=30). Own YAML files: --config-dir DIR, or data=PATH.yaml; own classes:
-method=package.module:Class, network=package.module:Class. Frequent settings:
+(federation.rounds=30). Your own YAML files: --config-dir DIR, or data=PATH.yaml; your own
+classes: method=package.module:Class, network=package.module:Class. Common settings:
 
-  data.root=DIR            folder with manifest.csv, or one folder a hospital
-  heldout=NAME|all         the hospital that takes no part
+  data.root=DIR            folder with manifest.csv, or with one folder per hospital
+  heldout=NAME|all         the hospital that takes no part in training
   federation.rounds=N      rounds
   network.base_width=N     channels of the first block (16 = RAM-DSIR)
   data.image_size=N        side of the training slices in pixels
   prototypes.memory=...    cumulative | discount | lagged | restart
   device=auto|cpu|cuda     runtime=auto|ray|inprocess    output=FOLDER
 """
-INTERRUPTED = "Interrupted. The same command goes on from the last done round."
+INTERRUPTED = "Interrupted. The same command resumes after the last completed round."
 
 HYDRA_FLAGS = {
-    (
-        "-m",
-        "--multirun",
-    ): "leave it out: `fedsgcg study` runs every combination of values with commas",
-    ("-c", "--cfg"): "`fedsgcg settings` shows every setting, resolved",
-    ("--resolve",): "`fedsgcg settings` shows every setting, resolved",
+    ("-m", "--multirun"): "leave it out: `fedsgcg study` runs every combination of "
+    "comma-separated values",
+    ("-c", "--cfg"): "`fedsgcg settings` shows every resolved setting",
+    ("--resolve",): "`fedsgcg settings` shows every resolved setting",
     ("--info",): "`fedsgcg settings NAME` explains a setting",
     ("--hydra-help",): "`fedsgcg --help` and `fedsgcg settings NAME`",
 }
 """Options of Hydra's own command line -> what to use instead."""
 
-EXITS = """\
-exit codes: 0 completed, 1 failed, 2 bad settings or data, 3 degraded (some round missed a site), 130 interrupted,
-143 ended by SIGTERM
-"""
+EXITS = exit_codes(
+    success="completed", failure="failed", partial="degraded (some round missed a site)"
+)
 
 
 def run() -> None:
-    """Run one command and leave, also past a hospital or a coordinator that is still at work in another thread.
+    """Run one command and exit, even if a site or coordinator thread is still running.
 
-    A thread inside torch brings the interpreter down when it shuts down around it, and Flower's coordinator thread
-    would keep an interrupted process until the round's deadline.
+    A thread inside torch crashes the interpreter when it shuts down, and Flower's coordinator
+    thread would keep an interrupted process alive until the round's deadline.
     """
     code = main()
     if any(thread.name == "hospitals" or not thread.daemon for thread in threading.enumerate()[1:]):
@@ -89,13 +87,13 @@ def run() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors of ours become text and exit code 2, never a traceback."""
+    """Run one command; `FedsgcgError` is printed without a traceback and gives exit code 2."""
     options = _parsed(arguments)
     return run_command(lambda console: int(options.run(options, console)), INTERRUPTED, options)
 
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; settings may stand before and after options."""
+    """Parse the command line; settings may come before and after options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
@@ -112,13 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, words in (
-        ("study", _study, "hospitals left out x methods x seeds, resumable"),
+    for name, run, summary in (
+        ("study", _study, "held-out hospitals x methods x seeds, resumable"),
         ("simulate", _simulate, "one federation on this machine"),
-        ("settings", _settings, "show every setting, resolved"),
+        ("settings", _settings, "show every resolved setting"),
     ):
         command = commands.add_parser(
-            name, help=words, description=words, epilog=EXITS, formatter_class=raw
+            name, help=summary, description=summary, epilog=EXITS, formatter_class=raw
         )
         metavar = "name=value" if name != "settings" else "name[=value]"
         command.add_argument(
@@ -128,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
             *("--config-dir", "-cd"),
             default="",
             metavar="DIR",
-            help="folder of your own data/, experiment/, method/, network/ YAML files",
+            help="folder with your own YAML files in data/, experiment/, method/ and network/",
         )
         for flags, instead in HYDRA_FLAGS.items():
             command.add_argument(
@@ -141,20 +139,20 @@ def _parser() -> argparse.ArgumentParser:
         add_output_options(command, events=True)
         if name != "settings":
             command.add_argument(
-                "--dry-run", action="store_true", help="say what would be run, and run nothing"
+                "--dry-run", action="store_true", help="print what would run, and run nothing"
             )
         command.set_defaults(run=run)
     report = commands.add_parser(
-        "report", help="make report.html again from the files of a run folder"
+        "report", help="rebuild report.html from the files of a run folder"
     )
     report.add_argument("folder", type=Path)
     add_output_options(report, events=True)
     report.set_defaults(run=_report)
     clean = commands.add_parser(
-        "clean", help="remove what the finished cells of a run folder do not need"
+        "clean", help="remove files that the finished cells of a run folder do not need"
     )
     clean.add_argument("folder", metavar="RUN", type=Path)
-    clean.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    clean.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     add_output_options(clean, events=True)
     clean.set_defaults(run=_clean)
     hospitals = commands.add_parser(
@@ -177,21 +175,19 @@ def _simulate(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
-    """Return the settings of a command line, with the folder of own files as one of them.
+    """Return the settings of a command line, `--config-dir` included.
 
     Raises:
-        FedsgcgError: CFG-001 with what to use instead of Hydra's own options.
+        FedsgcgError: CFG-001 for each of Hydra's own options, with what to use instead.
     """
     if options.hydra:
         raise FedsgcgError(
             *(Problem("CFG-001", where="command line", found=text) for text in options.hydra)
         )
-    own = (
-        [f"config_dir={expand(options.config_dir, '--config-dir').absolute()}"]
-        if options.config_dir
-        else []
-    )
-    return [*own, *options.overrides]
+    if not options.config_dir:
+        return list(options.overrides)
+    folder = expand(options.config_dir, "--config-dir").absolute()
+    return [f"config_dir={folder}", *options.overrides]
 
 
 def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
@@ -199,7 +195,7 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
     from deploy.study.run import run_study
 
     overrides = _overrides(options)
-    with console.status("looking at the hospitals and this machine"):
+    with console.status("checking the hospitals' data and this machine"):
         study = plan_study(overrides, single=single)
     names = [cell.name for cell in study.cells]
     done = [cell.name for cell in study.cells if cell.done]
@@ -218,7 +214,7 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
         return 0
     console.event("study.started", **facts)
     code = run_study(study, console)
-    tell_end(study.folder, study.cells, code, console)
+    print_summary(study.folder, study.cells, code, console)
     report = study.folder / "report.html"
     console.event(
         "study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report
@@ -232,10 +228,10 @@ def _report(options: argparse.Namespace, console: Screen) -> int:
 
     folder: Path = options.folder
     _check_run_folder(folder)
-    with steps_of(console, "making the report") as tell:
+    with steps_of(console, "making the report") as step:
         read_record(folder)
         collect(folder)
-        path = make_report(folder, tell)
+        path = make_report(folder, step)
     console.print(f"report: {path}")
     console.event("report.done", report=path)
     return 0
@@ -260,8 +256,10 @@ def _clean(options: argparse.Namespace, console: Screen) -> int:
                 "clean", what=name, files=freed.files, bytes=freed.size, removed=not options.dry_run
             )
             console.print(f"{name}: {freed}{' would be' if options.dry_run else ''} removed")
-    console.print(f"{len(cells)} finished cells keep their results, rounds, models and the report.")
-    console.print("A report that is made again has no overlays of them.")
+    console.print(
+        f"{len(cells)} finished cells keep their results, rounds and models, and the report stays."
+    )
+    console.print("If the report is rebuilt, it has no overlays of these cells.")
     return 0
 
 
@@ -270,7 +268,7 @@ def _check_run_folder(folder: Path) -> None:
         raise fail(
             "CFG-001",
             where=str(folder),
-            found="no study.yaml",
+            found="no study.yaml in this folder",
             expected="a run folder made by fedsgcg",
         )
 

@@ -17,68 +17,69 @@ Command = Callable[[argparse.Namespace, Screen], int]
 def add_commands(commands: Any) -> None:
     """Add the commands to `fedsgcg`'s parser."""
     _provision_command(commands)
-    serve = _command(
-        commands, "serve", "the coordinator's server: TLS, registered hospitals only", _serve
-    )
+    serve = _command(commands, "serve", "run the server: TLS, registered hospitals only", _serve)
     serve.add_argument(
         "--insecure", action="store_true", help="without TLS and keys; on loopback only"
     )
     serve.add_argument(
         "--listen", default="", metavar="ADDRESS", help="bind this address instead of the project's"
     )
-    run = _command(commands, "run", "start the study on the hospitals, or go on with it", _run)
+    run = _command(commands, "run", "start or resume the study on the hospitals", _run)
     run.add_argument(
-        "overrides", nargs="*", metavar="name=value", help="settings, over those of the project"
+        "overrides",
+        nargs="*",
+        metavar="name=value",
+        help="settings; they take precedence over the project's",
     )
-    resume = _command(commands, "resume", "go on with what was last started", _resume)
+    resume = _command(commands, "resume", "resume the run that was started last", _resume)
     for command in (run, resume):
         command.add_argument(
-            "--detach", action="store_true", help="return at once; the server carries on"
+            "--detach", action="store_true", help="return at once; the run continues on the server"
         )
         command.add_argument(
             OPTION,
             action="append",
             default=[],
             metavar="SITE",
-            help="it has left for good: take its statistics out",
+            help="this site has left for good: remove its statistics",
         )
-    _command(commands, "status", "who is there, which round, who is late", _status)
-    _command(commands, "stop", "stop the run; what is done stays", _stop)
+    _command(commands, "status", "hospitals online, current round, missing answers", _status)
+    _command(commands, "stop", "stop the run; completed rounds are kept", _stop)
 
 
-def _command(commands: Any, name: str, words: str, run: Command) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=words, description=words)
+def _command(commands: Any, name: str, summary: str, run: Command) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.add_argument("kit", type=Path, metavar="KIT", help="the coordinator's kit")
     command.set_defaults(run=run)
     return command
 
 
 def _provision_command(commands: Any) -> None:
-    words = "make the coordinator's kit and a start-up kit for each hospital"
-    command = commands.add_parser("provision", help=words, description=words)
+    summary = "make the coordinator's kit and a start-up kit for each hospital"
+    command = commands.add_parser("provision", help=summary, description=summary)
     command.add_argument(
         "project", type=Path, help="project file: name, server, sites, plan, quorum, deadlines"
     )
     command.add_argument(
-        "-o", "--output", type=Path, default=Path("kits"), help="folder of all kits (kits)"
+        "-o", "--output", type=Path, default=Path("kits"), help="folder of all kits (default: kits)"
     )
     command.add_argument("--renew", action="store_true", help="make a new server certificate now")
     command.add_argument(
-        "--revoke", action="append", default=[], metavar="SITE", help="never let its key in again"
+        "--revoke", action="append", default=[], metavar="SITE", help="reject its key from now on"
     )
     command.add_argument(
         "--reissue",
         action="append",
         default=[],
         metavar="SITE",
-        help="revoke its key, make another",
+        help="revoke its key and make a new one",
     )
     command.add_argument(
         "--register",
         action="append",
         default=[],
         metavar="SITE=FILE",
-        help="let in a key that the site made",
+        help="register a public key that the site made",
     )
     command.set_defaults(run=_provision)
 
@@ -95,21 +96,19 @@ def _provision(options: argparse.Namespace, console: Screen) -> int:
         reissue=options.reissue,
         register=registrations,
     )
-    for words in done.made or ["nothing to do: everything is there and good"]:
-        console.print(f"  {words}")
+    for line in done.made or ["nothing to do: everything exists and is valid"]:
+        console.print(f"  {line}")
     for site in done.waiting:
-        words = f"{site}: waiting for its site.pub (fedsgcg-site request), then --register {site}=site.pub"
-        console.print(f"  {words}", style="yellow")
+        line = f"{site}: waiting for its site.pub (the site runs fedsgcg-site request)"
+        console.print(f"  {line}; then use --register {site}=site.pub", style="yellow")
     for site in done.revoked:
-        words = f"{site}: not let in any more; --reissue {site} makes a new key"
-        console.print(f"  {words}", style="yellow")
-    for words in done.warnings:
-        console.print(f"  {words}", style="yellow")
+        line = f"{site}: its key is revoked; --reissue {site} makes a new one"
+        console.print(f"  {line}", style="yellow")
+    for line in done.warnings:
+        console.print(f"  {line}", style="yellow")
     console.print(f"coordinator: {done.kit.folder}")
     console.print(f"hospitals:   {done.sites}")
-    console.print(
-        "Fingerprint of the authority, for hospitals to compare with `fedsgcg-site check`:"
-    )
+    console.print("Fingerprint of the authority; hospitals compare it with `fedsgcg-site check`:")
     console.print(f"  {done.authority[:48]}\n  {done.authority[48:]}")
     return 0
 

@@ -1,4 +1,7 @@
-"""`fedsgcg-site`: the hospital's command line. Everything it does stays inside the hospital, but what `join` sends."""
+"""`fedsgcg-site`: the site's command line.
+
+Nothing leaves the site except through the messages that `join` sends.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +22,33 @@ from clients.guard.site_file import read_site_file
 from clients.predict.options import add_predict_parser
 from common.console import Screen, Version, print_error, run_command
 from common.errors import FedsgcgError, fail
+from common.exit_codes import exit_codes
 from common.files.system import user_name
 
 HELP = """\
-The hospital's half of a federation. KIT is the folder that the coordinator sent, or the
-site.yaml in it; fill in site.yaml first: it beats whatever the coordinator asks for.
+A hospital's side of a federation. KIT is the folder that the coordinator sent, or the
+site.yaml in it. Fill in site.yaml first: it takes precedence over the coordinator's settings.
 
-  fedsgcg-site check KIT      look at every file, the device, the disk and the link
+  fedsgcg-site check KIT      check every file, the device, the disk and the link
   fedsgcg-site approve KIT    show what an app bundle changes, and approve its code
-  fedsgcg-site join KIT       take part until told to stop (Ctrl-C, SIGTERM or leave)
-  fedsgcg-site status KIT     is it up, what did it do last
+  fedsgcg-site join KIT       take part until stopped (Ctrl-C, SIGTERM or leave)
+  fedsgcg-site status KIT     whether the site is running, and what it did last
   fedsgcg-site ledger KIT     what left this hospital; --dry-run: what would leave next
-  fedsgcg-site leave KIT      stop taking part; --for-good says what remains to be done
+  fedsgcg-site leave KIT      stop taking part; --for-good lists what remains to be done
   fedsgcg-site cache KIT      size of the slice cache; --prune removes old files
-  fedsgcg-site request KIT    make this site's key here; the private half never travels
+  fedsgcg-site request KIT    make this site's key here; the private key is never sent
 """
-EXITS = """\
-exit codes: 0 all is well, 1 it failed, 2 bad settings or data, 3 there are warnings, 130 interrupted,
-143 ended by SIGTERM
-"""
+EXITS = exit_codes(partial="warnings")
 RECENT = 20
 
 
 def run() -> None:
-    """Run one command and leave with its exit code."""
+    """Run one command and exit with its exit code."""
     sys.exit(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors of ours become text and exit code 2, never a traceback."""
+    """Run one command; `FedsgcgError` is printed without a traceback and gives exit code 2."""
     options = _parser().parse_args(arguments)
     return run_command(lambda console: int(options.run(options, console)))
 
@@ -60,14 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {}
-    for name, work, words in (
-        (
-            "check",
-            _check,
-            "look at files, device, disk and link, and say how to mend what is wrong",
-        ),
-        ("join", _join, "take part until told to stop"),
-        ("status", _status, "is it up, what did it do last"),
+    for name, work, summary in (
+        ("check", _check, "check files, device, disk and link; each problem comes with its fix"),
+        ("join", _join, "take part until stopped"),
+        ("status", _status, "whether the site is running, and what it did last"),
         ("leave", _leave, "stop taking part"),
         ("ledger", _ledger, "what left this hospital"),
         ("approve", _approve, "approve the code of an app bundle"),
@@ -75,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         ("request", _request, "make this site's key"),
     ):
         made[name] = commands.add_parser(
-            name, help=words, description=words, epilog=EXITS, formatter_class=raw
+            name, help=summary, description=summary, epilog=EXITS, formatter_class=raw
         )
         made[name].add_argument(
             "kit", type=Path, metavar="KIT", nargs="?", default=Path(), help="folder of site.yaml"
@@ -87,25 +84,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(made: dict[str, argparse.ArgumentParser]) -> None:
-    """Add what only some commands take."""
+    """Add the options that only some commands have."""
     check = made["check"]
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.add_argument(
         "--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation"
     )
     check.add_argument(
-        "--no-link", action="store_true", help="do not look at the link to the coordinator"
+        "--no-link", action="store_true", help="do not check the link to the coordinator"
     )
-    check.add_argument("--all", action="store_true", help="show the files without a problem too")
+    check.add_argument("--all", action="store_true", help="also show files without a problem")
     made["join"].add_argument(
-        "--cold", action="store_true", help="a new training process for every message"
+        "--cold", action="store_true", help="start a new training process for every message"
     )
     made["leave"].add_argument(
-        "--for-good", action="store_true", help="say what remains to be done"
+        "--for-good", action="store_true", help="list what remains to be done"
     )
     ledger = made["ledger"]
     ledger.add_argument(
-        "--all", action="store_true", help=f"every line, not only the last {RECENT}"
+        "--all", action="store_true", help=f"show every line, not only the last {RECENT}"
     )
     ledger.add_argument(
         "--dry-run", action="store_true", help="make the next round's reply here and show its bytes"
@@ -114,27 +111,29 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
         "--settings", nargs="*", default=[], metavar="name=value", help="settings of the federation"
     )
     ledger.add_argument(
-        "--model", type=Path, help="model.safetensors to describe and train; else fresh weights"
+        "--model",
+        type=Path,
+        help="model.safetensors to use; default: newly initialised weights",
     )
     approve = made["approve"]
     approve.add_argument(
-        "bundle", type=Path, nargs="?", help="a .fab file; else the bundle that was refused last"
+        "bundle", type=Path, nargs="?", help="a .fab file; default: the bundle refused last"
     )
     approve.add_argument(
-        "--hash", default="", help="approve the refused bundle whose digest begins so"
+        "--hash", default="", help="approve the refused bundle whose digest begins with this"
     )
     approve.add_argument(
         "--installed", action="store_true", help="approve exactly the code that is installed here"
     )
-    approve.add_argument("--yes", action="store_true", help="do not ask")
+    approve.add_argument("--yes", action="store_true", help="approve without asking")
     approve.add_argument(
-        "--diff", action="store_true", help="show every changed line, not only the files"
+        "--diff", action="store_true", help="show every changed line, not only the file names"
     )
     made["cache"].add_argument(
-        "--prune", action="store_true", help="remove files without recent use"
+        "--prune", action="store_true", help="remove files not used recently"
     )
     made["cache"].add_argument(
-        "--days", type=float, default=30.0, help="days without use; 0 removes all"
+        "--days", type=float, default=30.0, help="days without use; 0 removes all files"
     )
 
 
@@ -186,11 +185,9 @@ def _status(options: argparse.Namespace, console: Screen) -> int:
 
     policy = read_site_file(site_file_of(options.kit))
     home = Path(policy.home)
-    pid, facts, work = (
-        joined_pid(home),
-        read_facts(home / "join.json"),
-        read_facts(home / "resident.json"),
-    )
+    pid = joined_pid(home)
+    facts = read_facts(home / "join.json")
+    work = read_facts(home / "resident.json")
     state = str(facts.get("state", "unknown")) if pid else "not joined"
     rows = [
         ("site", f"{policy.site} of {policy.project}"),
@@ -198,29 +195,29 @@ def _status(options: argparse.Namespace, console: Screen) -> int:
         ("state", state),
     ]
     if pid:
+        supernode, resident = facts.get("supernode", 0), facts.get("resident", 0)
+        activity = " ".join(str(work.get(name, "")) for name in ("state", "message"))
         rows += [
-            (
-                "processes",
-                f"join {pid}, SuperNode {facts.get('supernode', 0)}, resident {facts.get('resident', 0)}",
-            ),
-            ("up since", _ago(facts.get("started"))),
+            ("processes", f"join {pid}, SuperNode {supernode}, resident {resident}"),
+            ("started", _ago(facts.get("started"))),
             ("restarts", str(facts.get("restarts", 0))),
             ("node", str(facts.get("node", "not connected yet"))),
-            ("work", " ".join(str(work.get(name, "")) for name in ("state", "message")) or "none"),
+            ("work", activity or "none"),
         ]
     if facts.get("last_message"):
-        rows.append(
-            ("last message", f"{facts['last_message']}, {_ago(facts.get('last_message_time'))}")
-        )
+        when = _ago(facts.get("last_message_time"))
+        rows.append(("last message", f"{facts['last_message']}, {when}"))
     if facts.get("last"):
-        rows.append(("last trouble", str(facts["last"])))
+        rows.append(("last problem", str(facts["last"])))
     lines = ledger.entries(home / LEDGER) if (home / LEDGER).exists() else []
-    rows.append(("ledger", f"{len(lines)} messages have left, chain intact"))
+    rows.append(("ledger", f"{len(lines)} messages sent, chain intact"))
     table = Table(show_header=False, title=None, box=None)
     for name, value in rows:
         table.add_row(Text(name, style="bold"), value)
     console.print(table)
-    return 1 if not pid else 3 if state != "joined" else 0
+    if not pid:
+        return 1
+    return 0 if state == "joined" else 3
 
 
 def _leave(options: argparse.Namespace, console: Screen) -> int:
@@ -236,13 +233,14 @@ def _leave(options: argparse.Namespace, console: Screen) -> int:
 
 FOR_GOOD = """
 To leave for good:
-  1. Tell the coordinator to revoke this site's key, so that nobody can join in its name, and to go on without it:
+  1. Ask the coordinator to revoke this site's key, so that no one can join in its name, and to
+     continue without it:
      fedsgcg provision project.yaml -o KITS --revoke {site}
      fedsgcg stop KIT; fedsgcg resume KIT --without {site}
-  2. From then on the prototypes hold no class statistics of {site}. Weights cannot be taken apart: only a new study
-     without {site} is free of what they learned here.
-  3. Keep {home} (ledger, aliases): it says what left this hospital.
-  4. The slice cache holds images and may be removed: rm -r {cache}"""
+  2. From then on the prototypes contain no class statistics of {site}. The weights keep what they
+     learned here: only a new study without {site} is free of it.
+  3. Keep {home} (ledger, aliases): it records what left this hospital.
+  4. The slice cache contains images and may be removed: rm -r {cache}"""
 
 
 def _ledger(options: argparse.Namespace, console: Screen) -> int:
@@ -265,23 +263,26 @@ def _approve(options: argparse.Namespace, console: Screen) -> int:
     bundle = choose_bundle(path, options.bundle, options.hash, installed_code=options.installed)
     if bundle is None:
         console.print(
-            f"Nothing waits for an approval; approved last: {approvals(path)[-1]['digest']}"
+            f"Nothing is waiting for approval; approved last: {approvals(path)[-1]['digest']}"
         )
         return 0
     if is_approved(bundle, path):
-        console.print(f"{bundle.digest} is approved already.")
+        console.print(f"{bundle.digest} is already approved.")
         return 0
     show_difference(bundle, path, console, lines=options.diff)
-    if not options.yes and (
-        not sys.stdin.isatty() or input("Approve this code to run here? [y/N] ").lower() != "y"
-    ):
+    if not options.yes and not _confirmed():
         console.print(
-            "Not approved: it does not run here. --yes approves without a question.", style="yellow"
+            "Not approved: this code will not run here. --yes approves without asking.",
+            style="yellow",
         )
         return 1
     approve(bundle, path, user_name())
     console.print(f"Approved: {bundle.digest}")
     return 0
+
+
+def _confirmed() -> bool:
+    return sys.stdin.isatty() and input("Approve this code to run here? [y/N] ").lower() == "y"
 
 
 def _cache(options: argparse.Namespace, console: Screen) -> int:
@@ -295,7 +296,8 @@ def _cache(options: argparse.Namespace, console: Screen) -> int:
         console.print(f"removed {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB")
     else:
         console.print(
-            f"Files without use for {UNUSED_DAYS:.0f} days go by themselves; --prune --days N removes more."
+            f"Files not used for {UNUSED_DAYS:.0f} days are removed automatically; "
+            "--prune --days N removes more."
         )
     return 0
 
@@ -310,19 +312,19 @@ def _request(options: argparse.Namespace, console: Screen) -> int:
         raise fail("DEP-601", where=str(path), found=f"key: {key.name}", expected="key: site.key")
     line = make_site_key(key.parent, policy.site)
     console.print(
-        f"Send this line to the coordinator ({key.parent / 'site.pub'}); {key} never leaves:"
+        f"Send this line ({key.parent / 'site.pub'}) to the coordinator; keep {key} secret:"
     )
     console.print(line)
     return 0
 
 
 def site_file_of(kit: Path) -> Path:
-    """Return the site.yaml of a kit: the file itself, or the one in the folder."""
+    """Return the path of a kit's site.yaml, given that file or its folder."""
     return kit / "site.yaml" if kit.is_dir() else kit
 
 
 def _ago(moment: Any) -> str:
-    """Say how long ago a time (seconds since 1970) was."""
+    """Describe how long ago a time (seconds since 1970) was."""
     if not isinstance(moment, (int, float)):
         return "unknown"
     seconds = max(0.0, time.time() - moment)

@@ -1,7 +1,7 @@
-"""The app bundle: the code that coordinator and hospitals run, as one file with one hash.
+"""The app bundle: the code that coordinator and sites run, as one file with one hash.
 
-It is made of the packages of the app and nothing else of the machine, so that the same version gives the same
-hash everywhere: that hash is what a hospital approves.
+It contains the packages that run and nothing that depends on the machine, so the same version
+has the same hash everywhere. That hash is what a site approves.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Bundle:
     """An app bundle.
 
     Attributes:
-        data: Its bytes, a Flower App Bundle.
-        digest: What a hospital approves: the hash of the code in it (`clients.guard.approval`).
+        data: The bytes of the Flower App Bundle.
+        digest: Hash of the code in it (`clients.guard.approval`), which a site approves.
     """
 
     data: bytes
@@ -37,7 +37,7 @@ class Bundle:
 
 
 def build_bundle(root: Path = ROOT) -> Bundle:
-    """Build the bundle of the packages below a folder."""
+    """Build the bundle from the packages in a folder."""
     files: dict[str, bytes | Path] = {**code_of_folder(root)}
     files["LICENSE"] = (distribution("fedsgcg").read_text("licenses/LICENSE") or "").encode()
     files["pyproject.toml"] = tomli_w.dumps(app_description()).encode()
@@ -46,7 +46,10 @@ def build_bundle(root: Path = ROOT) -> Bundle:
 
 
 def app_description() -> dict[str, Any]:
-    """What Flower must know of the app; of dependencies Flower alone, since a site installs its own environment."""
+    """Return the app's pyproject tree for Flower.
+
+    It has no dependency but Flower, because a site installs its own environment.
+    """
     requirement, target = FLOWER
     return {
         "project": {
@@ -72,11 +75,14 @@ def app_description() -> dict[str, Any]:
 
 
 def run_config(tree: dict[str, Any]) -> dict[str, str]:
-    """Flower's run config that carries resolved settings to both ends."""
+    """Return the Flower run config that carries the resolved settings to server and clients."""
     return {"config-json": json.dumps(tree, sort_keys=True)}
 
 
 def fab_include() -> list[str]:
-    """Patterns of what an app bundle holds; Flower refuses a pattern that matches nothing."""
+    """Return the patterns of all files in the bundle.
+
+    Flower rejects a pattern that matches no file, hence YAML only for `configs`.
+    """
     packages = [f"{package}/**/*.py" for package in FOLDERS]
     return [*packages, "configs/**/*.yaml", "LICENSE"]

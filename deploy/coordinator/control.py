@@ -1,6 +1,6 @@
-"""The coordinator's side of Flower's Control API, with the credential of the kit: who is there, start, stop.
+"""Client of Flower's Control API, authenticated with the kit's token: nodes, start, stop.
 
-`flwr run` cannot be used: it knows no credential but those of an identity provider.
+`flwr run` cannot be used: it supports only credentials of an identity provider.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Node:
-    """A hospital as the server knows it.
+    """A site's node as registered at the server.
 
     Attributes:
         site: Name under which its key was registered.
         node: Flower's node id.
-        status: `registered` (was never here), `online`, `offline` or `unregistered`.
+        status: `registered` (never connected), `online`, `offline` or `unregistered`.
         key: Its public key (PEM).
-        since: When it was last activated, ISO 8601, "" when never.
+        since: When it was last activated, ISO 8601; "" when never.
     """
 
     site: str
@@ -57,13 +57,13 @@ class Node:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run as the server knows it.
+    """State of a run at the server.
 
     Attributes:
-        run_id: Flower's number.
+        run_id: Flower's run id.
         status: `pending`, `starting`, `running` or `finished`.
         ending: `completed`, `failed` or `stopped` when it has finished.
-        details: Flower's words on it.
+        details: Flower's explanation.
     """
 
     run_id: int
@@ -73,32 +73,35 @@ class RunState:
 
     @property
     def over(self) -> bool:
-        """Whether it has finished."""
+        """Whether the run has finished."""
         return self.status == FINISHED
 
 
 class Bearer:
-    """Adds the coordinator's credential to each request.
+    """Adds the coordinator's token to each request.
 
     Args:
-        token: The credential.
+        token: The token.
     """
 
     def __init__(self, token: str) -> None:
         self._token = token
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
-        """Send the request with the credential."""
+        """Send the request with the token."""
         context.request.headers["Authorization"] = f"Bearer {self._token}"
         return call_next(context)
 
 
 class Control:
-    """The coordinator's commands to its server; every call raises DEP-610, DEP-611 or DEP-612 when it fails.
+    """The coordinator's commands to its server.
+
+    Every call raises DEP-610 when the server does not answer, DEP-611 when it rejects the token
+    and DEP-612 when it refuses the command.
 
     Args:
         address: `host:port` of the Control API.
-        token: The credential.
+        token: The token.
         ca: Certificate of the authority (PEM); None for a server without TLS.
     """
 
@@ -117,25 +120,31 @@ class Control:
         self._client.close()
 
     def nodes(self) -> list[Node]:
-        """Every node that was ever registered, by site and time."""
+        """Return every node that was ever registered, by site and time."""
         found = self._call(lambda: self._client.ListNodes(ListNodesRequest())).nodes_info
         order = sorted(found, key=lambda node: (node.name, node.registered_at))
         return [
-            Node(n.name, n.node_id, n.status, n.public_key, n.last_activated_at or "")
-            for n in order
+            Node(
+                site=node.name,
+                node=node.node_id,
+                status=node.status,
+                key=node.public_key,
+                since=node.last_activated_at or "",
+            )
+            for node in order
         ]
 
     def register(self, site: str, line: str) -> None:
-        """Let a site in with its public key (an OpenSSH line)."""
+        """Register a site with its public key (an OpenSSH line)."""
         request = RegisterNodeRequest(public_key=public_key_bytes(line), name=site)
         self._call(lambda: self._client.RegisterNode(request))
 
     def unregister(self, node: int) -> None:
-        """Let a node in no more."""
+        """Unregister a node: the server rejects it from now on."""
         self._call(lambda: self._client.UnregisterNode(UnregisterNodeRequest(node_id=node)))
 
     def start(self, bundle: bytes, run_config: Mapping[str, Any]) -> int:
-        """Submit the app with its run config; returns Flower's number of the run."""
+        """Submit the app with its run config and return Flower's run id."""
         fab = Fab(hashlib.sha256(bundle).hexdigest(), bundle, {})
         request = StartRunRequest(
             fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config))
@@ -145,8 +154,8 @@ class Control:
             raise fail(
                 "DEP-612",
                 where=self.address,
-                found="no run was started",
-                action="look into state/server.log",
+                found="the server started no run",
+                action="see state/server.log",
             )
         return int(reply.run_id)
 
@@ -155,7 +164,7 @@ class Control:
         self._call(lambda: self._client.StopRun(StopRunRequest(run_id=run_id)))
 
     def run(self, run_id: int) -> RunState | None:
-        """State of a run; None when the server does not know it."""
+        """Return the state of a run; None when the server has no such run."""
         found = self._call(lambda: self._client.ListRuns(ListRunsRequest(run_id=run_id))).run_dict
         if run_id not in found:
             return None
@@ -172,21 +181,21 @@ class Control:
             ) from error
         except httpx.HTTPStatusError as error:
             if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-                action = "use the kit that the server was started with"
+                action = "use the kit with which the server was started"
                 raise fail(
                     "DEP-611",
                     where=self.address,
-                    found="not this server's credential",
+                    found="a token of another kit",
                     action=action,
                 ) from error
-            told = FlowerError.from_json(error.response.text)
-            found = told.message if told else f"HTTP {error.response.status_code}"
+            reply = FlowerError.from_json(error.response.text)
+            found = reply.message if reply else f"HTTP {error.response.status_code}"
             raise fail("DEP-612", where=self.address, found=found) from error
 
 
 @contextmanager
 def control_of(kit: Kit) -> Iterator[Control]:
-    """Talk to the server of a kit, with or without TLS as it was started."""
+    """Connect to the server of a kit, with or without TLS depending on how it was started."""
     ca = None if (kit.state / "insecure").exists() else (kit.folder / "ca.crt").read_bytes()
     control = Control(kit.project().control_address, kit.token.read_text().strip(), ca)
     try:

@@ -1,6 +1,6 @@
-"""What a kit holds besides keys and settings: how to start it, for a shell, for systemd and for a container engine.
+"""The README, systemd unit and compose file of a kit.
 
-Every command in these texts is one that a test runs outside a container.
+Tests run every command of these texts outside a container.
 """
 
 from __future__ import annotations
@@ -18,43 +18,51 @@ SITE_UNIT: Final = "fedsgcg-site.service"
 COORDINATOR_README: Final = """\
 # {name}: the coordinator
 
-Hospitals reach this machine at `{server}`; that port must be open, no other. In this folder:
+Hospitals reach this machine at `{server}`. That port must be open, no other. In this folder:
 
 ```bash
-fedsgcg serve .      # the server: TLS, only registered hospitals; leave it running (systemd: {unit})
-fedsgcg run .        # start the study; the same command goes on where a run stopped
-fedsgcg status .     # who is there, which round, who is late
+fedsgcg serve .      # the server: TLS, registered hospitals only; keep it running
+fedsgcg run .        # start the study; the same command resumes a stopped run
+fedsgcg status .     # hospitals online, current round, missing answers
 ```
 
+To run the server under systemd use `{unit}`.
 Also: `fedsgcg stop .`, `fedsgcg resume .`. Results: `runs/`.
 
-`ca.key`, `server.key`, `token` and `executor.secret` are secrets: mode 0600, never to be sent. Back up this folder;
-`ca.key` may lie off-line except when certificates or kits are made. Hand each hospital its own folder of `sites/` by a
-safe way, tell it the authority's fingerprint by telephone, then delete your copy of its `site.key`.
+`ca.key`, `server.key`, `token` and `executor.secret` are secrets (mode 0600). Never send them.
+Back up this folder. `ca.key` is needed only to make certificates or kits and may be kept offline
+at other times. Give each hospital its own folder of `sites/` over a secure channel and the
+authority's fingerprint over the phone, then delete your copy of its `site.key`.
 """
 
 SITE_README: Final = """\
 # {site} in the federation {name}
 
-Nothing here opens a port: this machine calls `{server}`, outward only. Fill in `data_root` in `site.yaml` and read the
-rest of it: it says what may leave, and it beats what the coordinator asks for. Then, in this folder:
+This machine opens no port: it only makes outgoing connections to `{server}`. Fill in `data_root`
+in `site.yaml` and read the rest of that file: it says what may leave this hospital, and it takes
+precedence over the coordinator's settings. Then, in this folder:
 
 ```bash
-{first}fedsgcg-site check .      # data, GPU, disk, clock, link: each with its repair
-fedsgcg-site approve .    # look at the program that will run here, and allow it
-fedsgcg-site join .       # take part; leave it running (systemd: {unit})
+{first}fedsgcg-site check .      # data, GPU, disk, clock and link; each problem comes with its fix
+fedsgcg-site approve .    # review the code that will run here, and approve it
+fedsgcg-site join .       # take part; keep it running
 ```
 
-Also: `fedsgcg-site status .`, `fedsgcg-site ledger .` (what left this hospital), `fedsgcg-site leave .`.
-`site.key` is this hospital's identity: mode 0600, never to be sent. Tell the coordinator if it is lost.
+To run it under systemd use `{unit}`.
+Also: `fedsgcg-site status .`, `fedsgcg-site ledger .` (what left this hospital),
+`fedsgcg-site leave .`.
+
+`site.key` is this hospital's identity (mode 0600). Never send it. If it is lost, inform the
+coordinator.
 """
 
 REQUEST: Final = """\
-fedsgcg-site request .    # makes site.key here; send site.pub, which is no secret, to the coordinator
+fedsgcg-site request .    # makes site.key here; send site.pub (not secret) to the coordinator
 """
 
 COORDINATOR_COMPOSE: Final = """\
-# One container: the coordinator's server. `docker compose exec coordinator fedsgcg run /kit` starts the study.
+# One container: the coordinator's server. Start the study with
+# `docker compose exec coordinator fedsgcg run /kit`.
 services:
   coordinator:
     image: {image}
@@ -76,8 +84,9 @@ services:
 """
 
 SITE_COMPOSE: Final = """\
-# One container: this hospital. It opens no port. Set FEDSGCG_DATA to the folder of the images; it is mounted read-only,
-# and `data_root` in site.yaml is then /data. With a GPU: FEDSGCG_IMAGE=fedsgcg:cuda and `--profile gpu`.
+# One container: this hospital. It opens no port. Set FEDSGCG_DATA to the folder of the images; it
+# is mounted read-only, and `data_root` in site.yaml is then /data. With a GPU:
+# FEDSGCG_IMAGE=fedsgcg:cuda and `--profile gpu`.
 x-site: &site
   image: ${{FEDSGCG_IMAGE:-{image}}}
   command: ["fedsgcg-site", "join", "/kit"]
@@ -118,7 +127,7 @@ services:
 
 
 def coordinator_files(project: Project) -> dict[str, str]:
-    """File name -> text of the coordinator's kit."""
+    """Return file name -> text for the coordinator's kit."""
     return {
         "README.md": COORDINATOR_README.format(
             name=project.name, server=project.server, unit=COORDINATOR_UNIT
@@ -129,14 +138,15 @@ def coordinator_files(project: Project) -> dict[str, str]:
 
 
 def site_files(project: Project, site: str) -> dict[str, str]:
-    """File name -> text of a hospital's kit."""
+    """Return file name -> text for a site's kit.
+
+    `settings.txt` holds the project's plan: `fedsgcg-site check` measures with these settings.
+    """
     names = {"site": site, "name": project.name, "server": project.server, "unit": SITE_UNIT}
     first = REQUEST if project.keys == "requested" else ""
     return {
         "README.md": SITE_README.format(first=first, **names),
         "compose.yaml": SITE_COMPOSE.format(image=IMAGE),
-        "settings.txt": "".join(
-            f"{text}\n" for text in project.plan
-        ),  # `fedsgcg-site check` measures with these
+        "settings.txt": "".join(f"{text}\n" for text in project.plan),
         SITE_UNIT: (UNITS / SITE_UNIT).read_text(encoding="utf-8"),
     }

@@ -1,15 +1,17 @@
-"""The project file: what a coordinator writes to found a federation, and where the kits' files lie."""
+"""The project file, in which a coordinator describes a federation, and the coordinator's kit."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from clients.guard.site_file import NAME, NEVER_SET, split_address
-from common.errors import FedsgcgError, Problem
+from common.errors import FedsgcgError, Problem, fail
+from common.files.disk import Disk
 from common.settings.base import Checks, Section
 from common.settings.compose import join
 from common.settings.plan import Plan
@@ -24,20 +26,25 @@ class Project(Section):
 
     Attributes:
         name: Name of the federation.
-        server: Where hospitals reach the coordinator, as `host:port`; the only port that must be open.
-        sites: Names of the hospitals. A name added later gets its kit at the next `fedsgcg provision`.
-        plan: Settings of the study, as on the command line of `fedsgcg simulate`; `fedsgcg run` may change them.
+        server: Where hospitals reach the coordinator, as `host:port`; the only port that must be
+            open.
+        sites: Names of the hospitals. A name added later gets its kit at the next `fedsgcg
+            provision`.
+        plan: Settings of the study, as on the command line of `fedsgcg simulate`; `fedsgcg run` may
+            change them.
         quorum: Training sites that must join and answer each round; 0 = all of them.
         join_deadline_s: Seconds to wait for the sites at the start.
         round_deadline_s: Seconds that a round may take.
-        listen: Address that the server binds; "" = all interfaces, or loopback where `server` is loopback.
-        control_port: Port on 127.0.0.1 of the coordinator's own commands; 0 = the port after the public one.
+        listen: Address that the server binds; "" = all interfaces, or loopback if `server` is
+            loopback.
+        control_port: Port on 127.0.0.1 for the coordinator's own commands; 0 = the port after the
+            public one.
         names: Further host names and addresses by which hospitals may reach the server.
-        keys: `issued` = a hospital's key is made with its kit; `requested` = the hospital makes it (`fedsgcg-site
-            request`) and sends only the public half.
-        certificate_days: Days that the server's certificate is good for.
-        data_root: Folder of the images in new kits, e.g. `/data` where all hospitals use containers; "" leaves it to be
-            filled in.
+        keys: `issued` = a hospital's key is made with its kit; `requested` = the hospital makes it
+            (`fedsgcg-site request`) and sends only the public key.
+        certificate_days: Days for which the server's certificate is valid.
+        data_root: Folder of the images in new kits, e.g. `/data` if all hospitals use containers;
+            "" = each hospital fills it in.
     """
 
     name: str
@@ -55,11 +62,11 @@ class Project(Section):
     data_root: str = ""
 
     def checks(self) -> Checks:
-        """Names are plain and different, addresses have ports, numbers are positive."""
+        """Check that names are plain and distinct, addresses have ports, numbers are positive."""
         yield (
             bool(NAME.fullmatch(self.name)),
             "name",
-            "letters, digits, blanks and ._- (63 at most)",
+            "letters, digits, spaces and ._- (63 at most)",
         )
         yield (
             split_address(self.server) is not None,
@@ -71,7 +78,7 @@ class Project(Section):
         yield (
             plain and len(folded) == len(self.sites) >= 2,
             "sites",
-            "two or more different plain names",
+            "two or more distinct plain names",
         )
         yield 0 <= self.quorum <= len(self.sites), "quorum", "0 (all) to the number of sites"
         yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
@@ -79,7 +86,7 @@ class Project(Section):
         yield (
             0 <= self.control_port <= 65535,
             "control_port",
-            "a port, 0 for the one after the public one",
+            "a port, or 0 for the one after the public port",
         )
         yield 1 <= self.certificate_days <= 825, "certificate_days", "1 to 825 days"
 
@@ -88,7 +95,7 @@ class Project(Section):
         """Host and port of `server`."""
         found = split_address(self.server)
         if found is None:
-            raise AssertionError("checked when the project was made")
+            raise AssertionError("checks() rejects a server without a port")
         return found
 
     @property
@@ -98,19 +105,19 @@ class Project(Section):
 
     @property
     def control_address(self) -> str:
-        """Where the coordinator's own commands find the server."""
+        """Address of the server for the coordinator's own commands."""
         return f"127.0.0.1:{self.control_port or self.address[1] % 65535 + 1}"
 
     @property
     def certificate_names(self) -> list[str]:
-        """Names that the server's certificate is for."""
+        """Names for which the server's certificate is valid."""
         return list(dict.fromkeys([self.address[0], *self.names]))
 
     def settings(self, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Resolve the study's settings: the project's, then those of a command line, which win.
+        """Resolve the study's settings; those of a command line override the project's.
 
         Raises:
-            FedsgcgError: CFG-001 with every setting that cannot be used.
+            FedsgcgError: CFG-001 for every invalid setting.
         """
         own = (
             f"federation.quorum={self.quorum}",
@@ -121,7 +128,7 @@ class Project(Section):
             text for text in (*self.plan, *overrides) if _is_the_sites(text.partition("=")[0])
         ]
         if theirs:
-            action = "leave it out: each hospital says it in its own site.yaml"
+            action = "leave it out: each hospital sets it in its own site.yaml"
             raise FedsgcgError(
                 *(Problem("CFG-001", text, "a setting of the study", action) for text in theirs)
             )
@@ -132,21 +139,40 @@ class Project(Section):
 
 
 @dataclass(frozen=True)
-class Kit:
-    """The folders that `fedsgcg provision` makes.
+class SubmittedRun:
+    """A run that was submitted with a kit.
 
     Attributes:
-        folder: The coordinator's kit.
+        run_id: Flower's run id.
+        folder: The cell's run folder.
+        overrides: Settings of the command line.
+        bundle: Hash of the app bundle.
+        time: When it was submitted, in seconds since 1970.
+    """
+
+    run_id: int
+    folder: str
+    overrides: tuple[str, ...]
+    bundle: str
+    time: float
+
+
+@dataclass(frozen=True)
+class Kit:
+    """The coordinator's kit, as made by `fedsgcg provision`.
+
+    Attributes:
+        folder: Folder of the kit.
     """
 
     folder: Path
 
     @classmethod
     def at(cls, path: Path) -> Kit:
-        """Return the coordinator's kit of a folder, or of the folder that holds all kits.
+        """Return the coordinator's kit in a folder, or in the folder of all kits.
 
         Raises:
-            FedsgcgError: DEP-604 when there is no kit.
+            FedsgcgError: DEP-604 when neither contains a kit.
         """
         for folder in (path, path / "coordinator"):
             if (folder / "project.yaml").is_file() and (folder / "token").is_file():
@@ -156,17 +182,17 @@ class Kit:
 
     @property
     def keys(self) -> Path:
-        """Folder of the hospitals' public keys, one `NAME.pub` a site; what is not here is not let in."""
+        """Folder of the sites' public keys, `NAME.pub` each; only these keys are registered."""
         return self.folder / "keys"
 
     @property
     def revoked(self) -> Path:
-        """Folder of public keys that are never let in again."""
+        """Folder of revoked public keys, which are never registered again."""
         return self.folder / "revoked"
 
     @property
     def token(self) -> Path:
-        """File of the coordinator's credential."""
+        """File of the coordinator's token."""
         return self.folder / "token"
 
     @property
@@ -179,19 +205,50 @@ class Kit:
         """Folder of the run folders."""
         return self.folder / "runs"
 
+    @property
+    def last_run_file(self) -> Path:
+        """File that records the run submitted last; missing before the first run."""
+        return self.state / "run.json"
+
     def project(self) -> Project:
         """Read the project of this kit."""
         return read_project(self.folder / "project.yaml")
 
+    def last_run(self) -> SubmittedRun:
+        """Read the run that was submitted last.
+
+        Raises:
+            FedsgcgError: DEP-613 when no run was submitted, SRV-402 when the file is damaged.
+        """
+        path = self.last_run_file
+        try:
+            found = json.loads(path.read_text())
+            return SubmittedRun(**{**found, "overrides": tuple(found["overrides"])})
+        except FileNotFoundError as error:
+            action = f"fedsgcg run {self.folder}"
+            raise fail(
+                "DEP-613", where=str(self.folder), found="no state/run.json", action=action
+            ) from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise fail(
+                "SRV-402", where=str(path), found="a damaged record", action="remove it"
+            ) from error
+
+    def record_run(self, run: SubmittedRun) -> None:
+        """Record a run as the one submitted last."""
+        Disk().write(self.last_run_file, (json.dumps(asdict(run), indent=1) + "\n").encode())
+
 
 def read_project(path: Path) -> Project:
-    """Read and check a project file, its plan included.
+    """Read and check a project file, including its plan.
 
     Raises:
-        FedsgcgError: DEP-602 with every problem of the file.
+        FedsgcgError: DEP-602 for every problem in the file.
     """
     tree = read_tree(
-        path, "DEP-602", "write one: name, server, sites; see docs/how-to/found-a-federation.md"
+        path,
+        "DEP-602",
+        "write one with name, server and sites; see docs/how-to/found-a-federation.md",
     )
     if isinstance(sites := tree.get("sites"), Mapping):
         tree["sites"] = list(sites)
@@ -209,7 +266,7 @@ def read_project(path: Path) -> Project:
 
 
 def project_text(project: Project) -> str:
-    """Return the text of a project file, every setting explained."""
+    """Return the text of a project file, with every setting explained."""
     return explained(project, (f"The federation {project.name}, as its coordinator describes it.",))
 
 
@@ -218,7 +275,7 @@ def _is_the_sites(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name never leaves this machine."""
+    """Return whether an address or name is this machine's loopback."""
     if host == "localhost":
         return True
     try:

@@ -1,9 +1,11 @@
-"""`fedsgcg provision`: from a short project file to the coordinator's kit and one start-up kit a hospital.
+"""`fedsgcg provision`: make the coordinator's kit and one start-up kit per site.
 
-    KITS/coordinator/   project.yaml, ca.crt, ca.key, server.crt, server.key, token, keys/NAME.pub, revoked/, ...
-    KITS/sites/NAME/    site.yaml, ca.crt, site.key, site.pub, README.md, compose.yaml, fedsgcg-site.service
+    KITS/coordinator/   project.yaml, ca.crt, ca.key, server.crt, server.key, token,
+                        keys/NAME.pub, revoked/, ...
+    KITS/sites/NAME/    site.yaml, ca.crt, site.key, site.pub, README.md, compose.yaml,
+                        fedsgcg-site.service
 
-A second call changes nothing that is good: keys, certificates and a `site.yaml` that a hospital has filled in stay.
+A second call keeps valid keys and certificates, and every existing `site.yaml`.
 """
 
 from __future__ import annotations
@@ -43,16 +45,16 @@ TOKEN_BYTES: Final = 32
 
 @dataclass
 class Provisioned:
-    """What a call of `fedsgcg provision` did.
+    """Result of `fedsgcg provision`.
 
     Attributes:
         kit: The coordinator's kit.
-        sites: Folder of the hospitals' kits.
-        made: What is new, in words, without a secret.
-        waiting: Sites whose public key is not here yet.
-        revoked: Sites that are not let in any more.
-        warnings: What the coordinator should do something about.
-        authority: Fingerprint of the authority's certificate, for hospitals to compare.
+        sites: Folder of the sites' kits.
+        made: Descriptions of what was made; they contain no secret.
+        waiting: Sites whose public key is not registered yet.
+        revoked: Sites whose key is revoked and not replaced.
+        warnings: Conditions that need the coordinator's attention.
+        authority: Fingerprint of the authority's certificate, for sites to compare.
     """
 
     kit: Kit
@@ -77,15 +79,15 @@ def provision(
 
     Args:
         project_file: The project file.
-        output: Folder that holds all kits.
-        renew: Make a new server certificate even though the old one is still good.
-        revoke: Sites whose keys are never let in again.
+        output: Folder of all kits.
+        renew: Make a new server certificate although the old one is still valid.
+        revoke: Sites whose keys are revoked.
         reissue: Sites whose keys are revoked and replaced by new ones.
-        register: (site, file with its public key): the request flow.
+        register: (site, file with its public key), for keys made at the sites.
 
     Raises:
-        FedsgcgError: DEP-602 for the project file, DEP-603 for a key or certificate, DEP-605 when `output` belongs to
-            another project, DEP-606 for a site that the project does not have.
+        FedsgcgError: DEP-602 for the project file, DEP-603 for a key or certificate, DEP-605 when
+            `output` belongs to another project, DEP-606 for a site that the project does not have.
     """
     project = read_project(project_file)
     kit = Kit((output / "coordinator").resolve())
@@ -106,7 +108,7 @@ def provision(
     (kit.folder / "project.yaml").write_text(project_text(project), encoding="utf-8")
     for name, text in coordinator_files(project).items():
         (kit.folder / name).write_text(text, encoding="utf-8")
-    _warn_of_strangers(kit, project, done)
+    _warn_of_unlisted_keys(kit, project, done)
     return done
 
 
@@ -130,12 +132,12 @@ def _check_known(project: Project, sites: Sequence[str]) -> None:
 def _authority(kit: Kit, project: Project, done: Provisioned) -> None:
     if not (kit.folder / "ca.key").exists():
         write_authority(kit.folder, make_authority(project.name))
-        done.made.append("certificate authority (ca.crt; its key stays here)")
+        done.made.append("certificate authority (ca.crt; ca.key stays with the coordinator)")
     done.authority = certificate_fingerprint(read_certificate(kit.folder / "ca.crt"))
 
 
 def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> None:
-    """Make the server's certificate where there is none, where it is asked for, and where the old one does not fit."""
+    """Make the server's certificate if it is missing, no longer valid, or to be renewed."""
     path = kit.folder / "server.crt"
     authority = read_authority(kit.folder)
     if path.exists() and not renew:
@@ -146,7 +148,7 @@ def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> No
         if fits and (left := days_left(old)) > 0:
             if left < RENEW_WITHIN_DAYS:
                 done.warnings.append(
-                    f"the server's certificate ends in {left:.0f} days: --renew makes a new one"
+                    f"the server's certificate expires in {left:.0f} days: --renew makes a new one"
                 )
             return
     write_server(
@@ -154,7 +156,7 @@ def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> No
         *make_server_certificate(authority, project.certificate_names, project.certificate_days),
     )
     names = ", ".join(project.certificate_names)
-    done.made.append(f"server certificate for {names}, good for {project.certificate_days} days")
+    done.made.append(f"server certificate for {names}, valid for {project.certificate_days} days")
 
 
 def _credential(kit: Kit, done: Provisioned) -> None:
@@ -175,20 +177,20 @@ def _revoke(kit: Kit, site: str, done: Provisioned) -> None:
 
 
 def _register(kit: Kit, site: str, line: str, done: Provisioned) -> None:
-    """Let a site in with a public key; one that was revoked, or that another site has, is refused."""
+    """Register a site's public key; a revoked key or the key of another site is an error."""
     if _is_revoked(kit, line):
-        action = "the site makes a new key: remove its site.key, then fedsgcg-site request"
+        action = "the site removes its site.key and makes a new one with fedsgcg-site request"
         raise fail(
             "DEP-603",
             where=site,
-            found="a key that was revoked",
+            found="a revoked key",
             expected="a new key",
             action=action,
         )
     for path in sorted(kit.keys.glob("*.pub")):
         if path.stem != site and fingerprint(read_public_key(path)) == fingerprint(line):
             raise fail(
-                "DEP-603", where=site, found=f"the key of {path.stem}", expected="a key of its own"
+                "DEP-603", where=site, found=f"the key of {path.stem}", expected="its own key"
             )
     path = kit.keys / f"{site}.pub"
     if path.exists():
@@ -199,7 +201,7 @@ def _register(kit: Kit, site: str, line: str, done: Provisioned) -> None:
             "DEP-603",
             where=site,
             found="another key is registered",
-            expected="one key a site",
+            expected="one key per site",
             action=action,
         )
     path.write_text(f"{line} {site}\n", encoding="utf-8")
@@ -227,7 +229,7 @@ def _site_kit(kit: Kit, project: Project, site: str, done: Provisioned, *, reiss
 
 
 def _issue(kit: Kit, site: str, folder: Path, done: Provisioned) -> None:
-    """Make a site's key in its kit and register the public half; a key that was revoked makes way."""
+    """Make a site's key in its kit and register the public key; a revoked key is replaced."""
     public = folder / "site.pub"
     if public.exists() and _is_revoked(kit, read_public_key(public)):
         for name in ("site.key", "site.pub"):
@@ -261,8 +263,11 @@ def blank_site_file(project: Project, site: str) -> SiteFile:
     )
 
 
-def _warn_of_strangers(kit: Kit, project: Project, done: Provisioned) -> None:
+def _warn_of_unlisted_keys(kit: Kit, project: Project, done: Provisioned) -> None:
     for path in sorted(kit.keys.glob("*.pub")):
-        if path.stem not in project.sites:
-            words = f"{path.stem} still has a key but is not in the project: add it to sites and --revoke {path.stem}"
-            done.warnings.append(words)
+        site = path.stem
+        if site not in project.sites:
+            done.warnings.append(
+                f"{site} still has a registered key but is not in the project: "
+                f"add it to sites and --revoke {site}"
+            )

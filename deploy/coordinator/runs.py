@@ -1,7 +1,7 @@
-"""`fedsgcg run`, `resume`, `stop`: a study on real hospitals, cell after cell, through the coordinator's server.
+"""`fedsgcg run`, `resume`, `stop`: run a study on real hospitals, one cell after the other.
 
-The server keeps a run going whatever happens to this command; the run folder keeps what is done whatever happens to
-the server. So the same command, called again, goes on where things stopped.
+A run continues on the coordinator's server if this command ends, and completed rounds stay in the
+run folder if the server ends. The same command, called again, therefore resumes the study.
 """
 
 from __future__ import annotations
@@ -19,32 +19,31 @@ from common.files.disk import Disk
 from common.settings.plan import Plan
 from deploy.coordinator.bundle import Bundle, build_bundle, run_config
 from deploy.coordinator.control import Control, RunState, control_of
-from deploy.coordinator.last_run import Started, last_started, remember
-from deploy.coordinator.project import Kit
+from deploy.coordinator.project import Kit, SubmittedRun
 from deploy.study.cell import Cell
 from deploy.study.grid import Variant, folder_name, split_axes, split_select, variants, with_grid
-from deploy.study.preflight import check_plan, look_at_machine
+from deploy.study.preflight import check_plan, inspect_machine
 from deploy.study.progress import Progress
 from deploy.study.record import check_same_study, collect, write_record
 from deploy.study.study import Study, exit_code, identity
-from deploy.study.summary import tell_end
+from deploy.study.summary import print_summary
 from server.records.journal import lock_file
 from server.sites.departures import OPTION, check_departures, declare, departed
 
 POLL_S: Final = 1.0
 SERVER_AWAY_S: Final = 300.0
-"""How long a server may be away, e.g. restarting, before the command gives up on watching a run."""
+"""Seconds without an answer from the server, e.g. during a restart, until the command gives up."""
 
 STOPPING_S: Final = 60.0
 SITES_DECIDE: Final = ("CFG-004",)
-"""Problems that only a site can judge: its device is not the coordinator's."""
+"""Problems that depend on the site's device and are not checked at the coordinator."""
 
 
 def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     """Turn the project and a command line into a study on real hospitals.
 
     Raises:
-        FedsgcgError: CFG-001 to CFG-003 with everything that cannot be.
+        FedsgcgError: CFG-001 to CFG-003 for every invalid setting.
     """
     project = kit.project()
     merged = {text.partition("=")[0]: text for text in (*project.plan, *overrides)}
@@ -53,28 +52,29 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     first = [f"{name}={values[name][0]}" for name in ("method", "federation") if values.get(name)]
     base = project.settings((*rest, *first))
     if names or base["select"]:
-        action = "choose with fedsgcg study, then set the value"
+        action = "choose the value with fedsgcg study, then set it"
         raise fail(
             "CFG-001",
             where="select",
             found=str(names),
-            expected="nothing at real hospitals",
+            expected="no selection, which real hospitals do not support",
             action=action,
         )
     axes = with_grid(values, base["grid"], rest)
     sites: list[str] = base["data"]["sites"]
     heldouts = axes.get("heldout") or [str(base["heldout"])]
-    heldouts = sites if heldouts == ["all"] else heldouts
+    if heldouts == ["all"]:
+        heldouts = sites
     seeds = [int(text) for text in axes.get("seed") or [str(base["seed"])]]
     compared = variants(axes, str(base["method"]["name"]), str(base["federation"]["ownership"]))
     if alone := [variant.federation for variant in compared if variant.federation != "by_site"]:
-        expected = "by_site: at real hospitals each trains on its own images, with the others"
+        expected = "by_site: each real hospital trains on its own images within the federation"
         raise fail(
             "CFG-001",
             where="federation",
             found=alone[0],
             expected=expected,
-            action="use fedsgcg study for it",
+            action="use fedsgcg study for this comparison",
         )
     folder = kit.runs / f"{base['data']['name']}-{identity(base)[:8]}"
     trees = {variant.label: project.settings((*rest, *variant.overrides)) for variant in compared}
@@ -85,9 +85,16 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
         for variant in compared
     )
     _check(cells)
-    machine = look_at_machine()
     return Study(
-        folder, cells, "superlink", "sites", machine, "", tuple(overrides), "run", "at the sites"
+        folder=folder,
+        cells=cells,
+        runtime="superlink",
+        device="sites",
+        machine=inspect_machine(),
+        ray_address="",
+        overrides=tuple(overrides),
+        command="run",
+        data="at the sites",
     )
 
 
@@ -99,21 +106,21 @@ def run_kit(
     detach: bool = False,
     without: Sequence[str] = (),
 ) -> int:
-    """Submit the cells of a study that are missing, one after the other, and watch them.
+    """Submit the missing cells of a study, one after the other, and watch them.
 
     Args:
         path: The coordinator's kit.
-        overrides: Settings as `name=value`, over those of the project.
-        console: Where progress is told.
+        overrides: Settings as `name=value`; they override the project's.
+        console: Console for progress messages.
         detach: Submit the first missing cell and return.
-        without: Sites that have left for good; the run folders remember them.
+        without: Sites that have left for good; the run folders record them.
 
     Returns:
         The exit code: 0 completed, 1 failed, 3 degraded.
 
     Raises:
-        FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is under way, CFG-001 to CFG-003 and
-            CFG-005 for settings, CFG-001 for sites that cannot leave.
+        FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is in progress,
+            CFG-001 to CFG-003 and CFG-005 for settings, CFG-001 for sites that cannot leave.
     """
     from server.report.build import make_report
 
@@ -127,45 +134,48 @@ def run_kit(
         check_same_study(study)
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
-        for cell in missing if without else ():
-            declare(Plan.from_tree(cell.tree), without, Disk())
+        if without:
+            for cell in missing:
+                declare(Plan.from_tree(cell.tree), without, Disk())
         console.print(
             Text.assemble(
                 (f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}"
             )
         )
-        console.print(f"app bundle {bundle.digest[:16]}, which each hospital must have approved")
+        console.print(f"app bundle {bundle.digest[:16]}; each hospital must have approved it")
         for cell in missing:
-            started = submit(kit, control, cell, bundle, overrides)
+            submitted = submit(kit, control, cell, bundle, overrides)
             if detach:
-                console.print(f"run {started.run_id} started; fedsgcg status {kit.folder}")
+                console.print(f"run {submitted.run_id} started; fedsgcg status {kit.folder}")
                 return 0
             try:
-                watch(control, cell, started, console)
+                watch(control, cell, submitted, console)
             except FedsgcgError as error:
                 if error.code != "DEP-615":
                     raise
                 console.print(str(error), style="red")
                 return 1
-        with steps_of(console, "making the report") as tell:
+        with steps_of(console, "making the report") as step:
             collect(study.folder)
-            make_report(study.folder, tell)
+            make_report(study.folder, step)
     code = exit_code(study.cells)
-    tell_end(study.folder, study.cells, code, console)
+    print_summary(study.folder, study.cells, code, console)
     return code
 
 
 def check_leaving(study: Study, sites: Sequence[str]) -> None:
-    """Refuse a departure that cannot be, before anything is written: from a study that is done, or of no training site.
+    """Check, before anything is written, that sites can leave a study.
+
+    A site cannot leave a finished study, and only a training site can leave.
 
     Raises:
-        FedsgcgError: CFG-001 with everything that is wrong.
+        FedsgcgError: CFG-001 for every problem.
     """
     if not sites:
         return
     missing = [cell for cell in study.cells if not cell.done]
     if not missing:
-        found = "a study that is done: nothing can be taken out of a finished model"
+        found = "a finished study: nothing can be removed from a finished model"
         raise fail(
             "CFG-001", where=OPTION, found=found, action="train a new study without the site"
         )
@@ -181,46 +191,49 @@ def check_leaving(study: Study, sites: Sequence[str]) -> None:
 
 def submit(
     kit: Kit, control: Control, cell: Cell, bundle: Bundle, overrides: Sequence[str]
-) -> Started:
-    """Submit one cell and remember it."""
+) -> SubmittedRun:
+    """Submit one cell and record it in the kit."""
     run_id = control.start(bundle.data, run_config(cell.tree))
-    started = Started(run_id, str(cell.folder), tuple(overrides), bundle.digest, time.time())
-    remember(kit, started)
-    return started
+    run = SubmittedRun(run_id, str(cell.folder), tuple(overrides), bundle.digest, time.time())
+    kit.record_run(run)
+    return run
 
 
-def watch(control: Control, cell: Cell, started: Started, console: Screen) -> None:
-    """Show a run's progress until it has finished; a server that is away for a while is waited for.
+def watch(control: Control, cell: Cell, run: SubmittedRun, console: Screen) -> None:
+    """Show a run's progress until it has finished, waiting while the server does not answer.
 
     Raises:
-        FedsgcgError: DEP-615 when Flower says that the run is over and the app has not said how it ended; DEP-610 when
-            the server stays away.
+        FedsgcgError: DEP-615 when Flower reports the run as finished but the app wrote no outcome;
+            DEP-610 when the server does not answer for too long.
     """
     try:
         with Progress([cell], console):
-            state = wait_until_over(control, started.run_id, console)
+            state = wait_until_over(control, run.run_id, console)
     except KeyboardInterrupt:
         console.print(
-            "The run goes on at the server; fedsgcg status, or fedsgcg stop.", style="yellow"
+            "The run continues on the server; see fedsgcg status, or fedsgcg stop.", style="yellow"
         )
         raise
-    if _is_of_this_run(cell, started):
+    if _has_outcome_of(cell, run):
         outcome = cell.outcome()
-        for problem in outcome.get("problems", []) if outcome.get("status") == "failed" else []:
-            console.print(str(Problem(**problem)), style="red")
+        if outcome.get("status") == "failed":
+            for problem in outcome.get("problems", []):
+                console.print(str(Problem(**problem)), style="red")
         return
+    found = "no such run at the server"
+    if state:
+        found = " ".join(filter(None, (state.ending, state.details)))
     raise fail(
         "DEP-615",
-        where=f"run {started.run_id}",
-        found=" ".join(filter(None, (state.ending, state.details)))
-        if state
-        else "the server does not know the run",
-        action="look into state/runs.log of the kit; `fedsgcg resume KIT` goes on after the last done round",
+        where=f"run {run.run_id}",
+        found=found,
+        action="see state/runs.log of the kit; `fedsgcg resume KIT` resumes after the last "
+        "completed round",
     )
 
 
 def wait_until_over(control: Control, run_id: int, console: Screen) -> RunState | None:
-    """Wait until Flower says that a run is over; returns None for a run that the server does not know."""
+    """Wait until Flower reports a run as finished; returns None if the server has no such run."""
     away_since = 0.0
     while True:
         try:
@@ -242,47 +255,51 @@ def wait_until_over(control: Control, run_id: int, console: Screen) -> RunState 
 def resume_kit(
     path: Path, console: Screen, *, detach: bool = False, without: Sequence[str] = ()
 ) -> int:
-    """Go on with what was last submitted, without the sites that left for good; raises DEP-613 when nothing was."""
-    started = last_started(Kit.at(path))
-    return run_kit(path, started.overrides, console, detach=detach, without=without)
+    """Resume the run that was submitted last; raises DEP-613 when there is none.
+
+    Sites in `without` leave the run for good.
+    """
+    last = Kit.at(path).last_run()
+    return run_kit(path, last.overrides, console, detach=detach, without=without)
 
 
 def stop_kit(path: Path, console: Screen) -> int:
-    """Stop the run that is under way; what is done stays."""
+    """Stop the run that is in progress; completed rounds are kept."""
     kit = Kit.at(path)
-    started = last_started(kit)
+    run_id = kit.last_run().run_id
     with control_of(kit) as control:
-        state = control.run(started.run_id)
+        state = control.run(run_id)
         if state is None or state.over:
-            console.print("No run is under way.")
+            console.print("No run is in progress.")
             return 0
-        control.stop(started.run_id)
+        control.stop(run_id)
         end = time.monotonic() + STOPPING_S
-        while (
-            time.monotonic() < end
-            and (state := control.run(started.run_id)) is not None
-            and not state.over
-        ):
+        while time.monotonic() < end:
+            state = control.run(run_id)
+            if state is None or state.over:
+                break
             time.sleep(POLL_S)
-    console.print(f"run {started.run_id} stopped; fedsgcg resume {kit.folder} goes on")
+    console.print(f"run {run_id} stopped; resume it with fedsgcg resume {kit.folder}")
     return 0
 
 
 def refuse_second_run(kit: Kit, control: Control) -> None:
-    """Refuse a run while another one is under way (DEP-614): the hospitals answer one at a time."""
-    if not (kit.state / "run.json").exists():
+    """Raise DEP-614 while another run is in progress: a site works on one run at a time."""
+    if not kit.last_run_file.exists():
         return
-    started = last_started(kit)
-    state = control.run(started.run_id)
+    run_id = kit.last_run().run_id
+    state = control.run(run_id)
     if state is not None and not state.over:
-        action = f"wait, look (fedsgcg status {kit.folder}), or end it (fedsgcg stop {kit.folder})"
-        raise fail("DEP-614", where=f"run {started.run_id}", found=state.status, action=action)
+        action = (
+            f"wait, look at it (fedsgcg status {kit.folder}) or stop it (fedsgcg stop {kit.folder})"
+        )
+        raise fail("DEP-614", where=f"run {run_id}", found=state.status, action=action)
 
 
-def _is_of_this_run(cell: Cell, started: Started) -> bool:
-    """Whether the app wrote how this run ended; it removes an older `outcome.json` when it starts."""
+def _has_outcome_of(cell: Cell, run: SubmittedRun) -> bool:
+    """Return whether the app wrote this run's outcome; it removes an older one when it starts."""
     path = cell.folder / "outcome.json"
-    return path.exists() and path.stat().st_mtime >= started.time - 1.0
+    return path.exists() and path.stat().st_mtime >= run.time - 1.0
 
 
 def _cell(tree: dict[str, Any], folder: Path, variant: Variant, heldout: str, seed: int) -> Cell:
@@ -298,7 +315,7 @@ def _cell(tree: dict[str, Any], folder: Path, variant: Variant, heldout: str, se
 
 
 def _check(cells: Sequence[Cell]) -> None:
-    """Raise one error with everything that is impossible in any of the cells."""
+    """Raise one error with the problems of all cells."""
     problems: dict[Problem, None] = {}
     for cell in cells:
         try:

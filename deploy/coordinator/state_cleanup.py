@@ -1,13 +1,14 @@
-"""What Flower leaves in `state/` when runs have ended, cleared away before the server starts.
+"""Removes what ended runs have left in `state/`, before the server starts.
 
-Flower 1.41 never removes a run's row, log and context, nor any version of the app that was ever submitted (870 kB in
-its database, 1.2 MB unpacked below `flwr/apps`), removes a run's messages and arrays only on some of the ways in which
-a run ends, and never gives the room in its database back: the file keeps the size of its fullest moment. Nothing of
-that is needed again: a submission brings the app along, and a resume needs our run folder alone.
+Flower 1.41 never removes a run's row, log and context, nor any version of the app that was ever
+submitted (870 kB in its database, 1.2 MB unpacked in `flwr/apps`). It removes a run's messages and
+arrays only for some endings of a run, and never shrinks its database file. None of this is needed
+again: a submission contains the app, and a resume needs only the run folder.
 
-So, unless a run has not ended yet, everything goes but the hospitals' registrations, the nonces that keep their
-requests from being replayed, and the line of the last run, which `fedsgcg status` tells about. With
-`deploy.coordinator.superlink`, this module is the only one that knows Flower's server from inside.
+So, unless a run has not ended yet, everything is removed except the sites' registrations, the
+nonces that prevent replayed requests, and the row of the last run, which `fedsgcg status` shows.
+This module and `deploy.coordinator.superlink` are the only ones that depend on the internals of
+Flower's server.
 """
 
 from __future__ import annotations
@@ -19,54 +20,53 @@ from pathlib import Path
 from typing import Final
 
 from common.errors import FedsgcgError
-from deploy.coordinator.last_run import last_started
 from deploy.coordinator.project import Kit
 
 LOG_BYTES: Final = 10_000_000
-WORTH_TELLING_BYTES: Final = 100_000
+REPORTED_BYTES: Final = 100_000
+"""Less freed space than this is not reported."""
 
 UNFINISHED: Final = """
-    SELECT count(*) FROM run LEFT JOIN task ON task.task_id = run.primary_task_id WHERE task.finished_at IS NULL
+    SELECT count(*) FROM run LEFT JOIN task ON task.task_id = run.primary_task_id
+    WHERE task.finished_at IS NULL
 """
 
 EMPTIED: Final = (
-    *(
-        "message_res",
-        "message_ins",
-        "message",
-        "task_message",
-        "task_event",
-        "task_usage",
-        "task_logs",
-    ),
-    *("object_push_session_pending", "object_push_session_roots", "object_push_sessions"),
-    *(
-        "run_objects",
-        "object_children",
-        "objects",
-        "compacted_contexts",
-        "run_connector",
-        "federation_app",
-        "fab",
-    ),
+    "message_res",
+    "message_ins",
+    "message",
+    "task_message",
+    "task_event",
+    "task_usage",
+    "task_logs",
+    "object_push_session_pending",
+    "object_push_session_roots",
+    "object_push_sessions",
+    "run_objects",
+    "object_children",
+    "objects",
+    "compacted_contexts",
+    "run_connector",
+    "federation_app",
+    "fab",
 )
-"""Tables of what runs sent and were made of, those that refer to others first."""
+"""Tables of the runs' messages, arrays and apps; a table comes before those it refers to."""
 
 RUNS: Final = ("task", "series_runs", "run")
 """Tables of the runs themselves, by `run_id`."""
 
 SERIES: Final = ("series_context", "run_series")
-"""Tables of what goes with a run's series, by `series_id`."""
+"""Tables of the runs' series, by `series_id`."""
 
 
 def tidy(kit: Kit) -> str:
-    """Clear away what ended runs have left; nobody may be using `state/`.
+    """Remove what ended runs have left; no process may be using `state/`.
 
     Args:
         kit: The coordinator's kit, its server not running.
 
     Returns:
-        What was done, or why it was not, in words; "" when there was nothing worth telling.
+        A line for the user: what was done, or why it was not; "" when there is nothing to report.
     """
     before = size_of(kit.state)
     rotate(kit.state / "runs.log")
@@ -75,32 +75,31 @@ def tidy(kit: Kit) -> str:
         try:
             with closing(sqlite3.connect(database, isolation_level=None)) as connection:
                 if connection.execute(UNFINISHED).fetchone()[0]:
-                    return ""  # cut off when the server ended; it is stopped first, and cleared away at the next start
-                forget_runs(connection, _last_run(kit))
+                    # A run was interrupted when the server ended. This start stops it, and the
+                    # next start removes its data.
+                    return ""
+                delete_runs(connection, _last_run(kit))
         except sqlite3.Error as error:
-            return f"state/superlink.db was not tidied ({error}); it only grows"
+            return f"state/superlink.db could not be cleaned up ({error}); it keeps growing"
     shutil.rmtree(kit.state / "flwr" / "apps", ignore_errors=True)
     freed = before - size_of(kit.state)
-    return (
-        f"state/: {freed / 1e6:.1f} MB of ended runs cleared away"
-        if freed >= WORTH_TELLING_BYTES
-        else ""
-    )
+    if freed < REPORTED_BYTES:
+        return ""
+    return f"state/: {freed / 1e6:.1f} MB of ended runs removed"
 
 
-def forget_runs(connection: sqlite3.Connection, last: int) -> None:
-    """Empty Flower's database of runs, all or nothing, and give the room back.
+def delete_runs(connection: sqlite3.Connection, last: int) -> None:
+    """Delete the runs from Flower's database in one transaction and shrink its file.
 
     Args:
         connection: The database, in autocommit mode.
-        last: Flower's number of the run whose line stays, 0 for none.
+        last: Flower's id of the run whose row is kept, 0 for none.
     """
-    signed = (
-        last - 2**64 if last >= 2**63 else last
-    )  # Flower stores unsigned numbers in SQLite's signed integers
+    # Flower stores unsigned 64-bit ids in SQLite's signed integers.
+    signed = last - 2**64 if last >= 2**63 else last
     connection.execute("BEGIN IMMEDIATE")
     for table in EMPTIED:
-        connection.execute(f"DELETE FROM {table}")  # noqa: S608 (a name of the list above)
+        connection.execute(f"DELETE FROM {table}")  # noqa: S608 (a constant of this module)
     for table in RUNS:
         connection.execute(f"DELETE FROM {table} WHERE run_id != ?", (signed,))  # noqa: S608
     for table in SERIES:
@@ -112,20 +111,18 @@ def forget_runs(connection: sqlite3.Connection, last: int) -> None:
 
 
 def rotate(log: Path) -> None:
-    """Put a log that has grown large aside, over the one that was put aside before."""
+    """Rename a log that has grown large to `NAME.1`, replacing the previous one."""
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_name(f"{log.name}.1"))
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Return the size in bytes of all files in a folder and its subfolders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _last_run(kit: Kit) -> int:
     try:
-        return last_started(kit).run_id
+        return kit.last_run().run_id
     except FedsgcgError:
-        return (
-            0  # nothing was submitted with this kit, or its note is damaged; `status` will say so
-        )
+        return 0  # no run was submitted, or its record is damaged, which `status` reports

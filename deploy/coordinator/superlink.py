@@ -1,11 +1,13 @@
-"""Flower's SuperLink behind two doors: hospitals reach the Fleet API alone, the coordinator the rest from loopback.
+"""Flower's SuperLink on two ports: the Fleet API for sites, all others on loopback only.
 
-Flower 1.41 serves Fleet, Control and Runtime APIs on one port, and its only account check without an identity provider
-accepts everybody: whoever can reach the port can submit code to all hospitals (stack.md 3.2). So the same application
-is served twice in one process: on the public port through `FleetOnly`, which knows the Fleet API's paths and nothing
-else, and on 127.0.0.1 with all paths, where the Control API wants the coordinator's credential and the Runtime API the
-executor's. Only this module and `deploy.coordinator.state_cleanup` know Flower's server from inside; flwr is pinned to
-one minor version.
+Flower 1.41 serves the Fleet, Control and Runtime APIs on one port, and without an identity
+provider it accepts every account: whoever can reach the port can submit code to all sites. So the
+same application is served twice in one process. The public port serves only the paths of the Fleet
+API (`FleetOnly`). 127.0.0.1 serves all paths, where the Control API requires the coordinator's
+token and the Runtime API the executor's secret.
+
+This module and `deploy.coordinator.state_cleanup` are the only ones that depend on the internals
+of Flower's server; flwr is pinned to one minor version.
 """
 
 from __future__ import annotations
@@ -42,20 +44,21 @@ REFUSAL: Final = b"only registered hospitals are served here\n"
 
 
 @dataclass(frozen=True)
-class Doors:
-    """Where and with what the SuperLink is served.
+class ServerOptions:
+    """Addresses, certificates and files of the SuperLink.
 
     Attributes:
-        host: Address of the public door.
-        port: Its port.
+        host: Public address.
+        port: Public port.
         control_port: Port on 127.0.0.1 for the coordinator and its own processes.
-        ca: Certificate of the authority; None serves without TLS and without hospitals' keys (loopback only).
+        ca: Certificate of the authority; None serves without TLS and without site keys (loopback
+            only).
         certificate: The server's certificate.
-        key: Its key.
-        token: The coordinator's credential.
-        executor_secret: File of the secret that Flower's executor shows to the Runtime API.
+        key: Private key of the certificate.
+        token: The coordinator's token.
+        executor_secret: File with the secret of Flower's executor for the Runtime API.
         database: Flower's database.
-        log: Where the processes of runs write.
+        log: Log file of the run processes.
     """
 
     host: str
@@ -71,14 +74,14 @@ class Doors:
 
     @property
     def tls(self) -> dict[str, str]:
-        """Arguments of uvicorn for TLS, none without an authority."""
-        return (
-            {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)} if self.ca else {}
-        )
+        """Uvicorn's arguments for TLS; empty without an authority."""
+        if not self.ca:
+            return {}
+        return {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key)}
 
 
 class FleetOnly:
-    """Lets through the requests of hospitals: the Fleet API's own paths, literally, and the health of the server.
+    """Passes on only requests to the Fleet API's paths, matched exactly, and to `/health`.
 
     Args:
         app: The SuperLink's application.
@@ -109,10 +112,10 @@ class FleetOnly:
 
 
 class TokenPlugin(ControlAuthnPlugin):  # type: ignore[misc, unused-ignore]
-    """Lets the holder of the coordinator's credential use the Control API, and nobody else.
+    """Allows only requests with the coordinator's token to the Control API.
 
     Args:
-        token: The credential.
+        token: The token.
     """
 
     def __init__(self, token: str) -> None:
@@ -120,13 +123,13 @@ class TokenPlugin(ControlAuthnPlugin):  # type: ignore[misc, unused-ignore]
         self._account = NoOpControlAuthnPlugin()
 
     def get_login_details(self) -> AccountAuthLoginDetails | None:
-        """There is no login: the credential is a file of the coordinator's kit."""
+        """Return None: there is no login, because the token is a file of the kit."""
         return None
 
     def validate_tokens_in_metadata(
         self, metadata: Sequence[tuple[str, str | bytes]]
     ) -> tuple[bool, AccountInfo | None]:
-        """Compare the bearer token of a request, in a time that does not depend on it."""
+        """Compare the bearer token of a request in constant time."""
         for name, value in metadata:
             given = value.encode() if isinstance(value, str) else value
             if name == ACCESS_TOKEN_KEY and hmac.compare_digest(given, self._token):
@@ -135,87 +138,91 @@ class TokenPlugin(ControlAuthnPlugin):  # type: ignore[misc, unused-ignore]
         return False, None
 
     def get_auth_tokens(self, device_code: str) -> AccountAuthCredentials | None:
-        """Refuse: tokens are not handed out."""
-        raise FlowerError(ApiErrorCode.NO_ACCOUNT_AUTH, "Tokens are not handed out.")
+        """Raise an error: the server issues no tokens."""
+        raise FlowerError(ApiErrorCode.NO_ACCOUNT_AUTH, "This server issues no tokens.")
 
     def refresh_tokens(
         self, metadata: Sequence[tuple[str, str | bytes]]
     ) -> tuple[Sequence[tuple[str, str | bytes]] | None, AccountInfo | None]:
-        """Refuse: the credential does not change."""
+        """Return nothing: the token does not change."""
         return None, None
 
 
 class QuietServer(uvicorn.Server):
-    """A uvicorn server that leaves signals to the one who started both."""
+    """A uvicorn server that installs no signal handlers; `serve` handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Do nothing: two servers in one process would fight for the handlers."""
+        """Do nothing: two servers in one process would overwrite each other's handlers."""
         yield
 
 
-def superlink_app(doors: Doors) -> Any:
-    """Build the SuperLink's application with the coordinator's credential in front of its Control API."""
+def superlink_app(options: ServerOptions) -> Any:
+    """Build the SuperLink's application; its Control API requires the coordinator's token."""
     certificates = None
-    if doors.ca:
+    if options.ca:
         certificates = (
-            doors.ca.read_bytes(),
-            doors.certificate.read_bytes(),
-            doors.key.read_bytes(),
+            options.ca.read_bytes(),
+            options.certificate.read_bytes(),
+            options.key.read_bytes(),
         )
     config = SuperLinkLifespanConfig(
-        control_address=f"{LOOPBACK}:{doors.control_port}",
+        control_address=f"{LOOPBACK}:{options.control_port}",
         health_server_address=None,
         host=LOOPBACK,
-        port=doors.control_port,
-        insecure=doors.ca is None,
+        port=options.control_port,
+        insecure=options.ca is None,
         certificates=certificates,
-        superexec_auth_secret=doors.executor_secret.read_bytes(),
-        authn_plugin=TokenPlugin(doors.token),
+        superexec_auth_secret=options.executor_secret.read_bytes(),
+        authn_plugin=TokenPlugin(options.token),
         event_log_plugin=None,
         fleet_event_log_plugin=None,
         enable_event_log=False,
         artifact_provider=None,
-        enable_supernode_auth=doors.ca is not None,
+        enable_supernode_auth=options.ca is not None,
         fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
         fleet_api_address=None,
         simulation=False,
-        ssl_ca_certfile=str(doors.ca) if doors.ca else None,
-        ssl_certfile=str(doors.certificate) if doors.ca else None,
-        ssl_keyfile=str(doors.key) if doors.ca else None,
-        database=str(doors.database),
-        # In Flower's `subprocess` mode the executor, and with it everybody on this machine, may claim a run's token.
+        ssl_ca_certfile=str(options.ca) if options.ca else None,
+        ssl_certfile=str(options.certificate) if options.ca else None,
+        ssl_keyfile=str(options.key) if options.ca else None,
+        database=str(options.database),
+        # In Flower's `subprocess` mode every process on this machine could claim a run's token.
         isolation="process",
         runtime_dependency_install=False,
     )
     return create_app(config, SuperLinkLifespan)
 
 
-def executor_command(doors: Doors) -> list[str]:
-    """Command of Flower's executor, which starts the coordinator's app as a process for each run."""
-    trust = ["--root-certificates", str(doors.ca)] if doors.ca else ["--insecure"]
+def executor_command(options: ServerOptions) -> list[str]:
+    """Return the command of Flower's executor, which starts one app process for each run."""
+    trust = ["--root-certificates", str(options.ca)] if options.ca else ["--insecure"]
     return [
         "flower-superexec",
         *trust,
-        *("--runtime-api-address", f"{LOOPBACK}:{doors.control_port}"),
-        *("--superexec-auth-secret-file", str(doors.executor_secret)),
+        *("--runtime-api-address", f"{LOOPBACK}:{options.control_port}"),
+        *("--superexec-auth-secret-file", str(options.executor_secret)),
         *("--parent-pid", str(os.getpid())),
     ]
 
 
-async def serve(doors: Doors, on_ready: Callable[[], None], on_stop: Callable[[], None]) -> None:
-    """Serve both doors until SIGTERM or SIGINT; then end the executor and every run's process.
+async def serve(
+    options: ServerOptions, on_ready: Callable[[], None], on_stop: Callable[[], None]
+) -> None:
+    """Serve both ports until SIGTERM or SIGINT; then end the executor and all run processes.
 
     Args:
-        doors: Where.
-        on_ready: Called once both doors are open.
-        on_stop: Called when the end begins.
+        options: Addresses, certificates and files.
+        on_ready: Called once both ports accept connections.
+        on_stop: Called when shutdown begins.
     """
-    app = superlink_app(doors)
-    common: dict[str, Any] = {"log_config": None, "access_log": False, "workers": 1, **doors.tls}
-    inner = QuietServer(uvicorn.Config(app, host=LOOPBACK, port=doors.control_port, **common))
+    app = superlink_app(options)
+    common: dict[str, Any] = {"log_config": None, "access_log": False, "workers": 1, **options.tls}
+    inner = QuietServer(uvicorn.Config(app, host=LOOPBACK, port=options.control_port, **common))
     outer = QuietServer(
-        uvicorn.Config(FleetOnly(app), host=doors.host, port=doors.port, lifespan="off", **common)
+        uvicorn.Config(
+            FleetOnly(app), host=options.host, port=options.port, lifespan="off", **common
+        )
     )
     loop = asyncio.get_running_loop()
 
@@ -231,7 +238,7 @@ async def serve(doors: Doors, on_ready: Callable[[], None], on_stop: Callable[[]
         while not (inner.started and outer.started) and not any(task.done() for task in tasks):
             await asyncio.sleep(0.05)
         if inner.started and outer.started:
-            executor = start_executor(doors)
+            executor = start_executor(options)
             on_ready()
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -240,16 +247,16 @@ async def serve(doors: Doors, on_ready: Callable[[], None], on_stop: Callable[[]
         await asyncio.wait(tasks, timeout=GRACE_S)
 
 
-def start_executor(doors: Doors) -> subprocess.Popen[bytes]:
-    """Start Flower's executor in a session of its own, so that it can be ended with all that it starts."""
-    with doors.log.open("ab") as log:
+def start_executor(options: ServerOptions) -> subprocess.Popen[bytes]:
+    """Start Flower's executor in its own session, so that it can be ended with its children."""
+    with options.log.open("ab") as log:
         return subprocess.Popen(  # noqa: S603
-            executor_command(doors), stdout=log, stderr=log, start_new_session=True
+            executor_command(options), stdout=log, stderr=log, start_new_session=True
         )
 
 
 def end_group(process: subprocess.Popen[bytes] | None) -> None:
-    """End a process and all that it started in its own session, by its id."""
+    """End a process and everything it started in its session."""
     if process is None:
         return
     for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):

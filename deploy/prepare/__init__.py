@@ -1,1 +1,1 @@
-"""Downloaded or own images become the canonical folder that every other command reads."""
+"""Convert downloaded or own images into the canonical folder that every other command reads."""

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 NAMES: Final = (*CATALOGUE, "manifest")
 SHOWN: Final = 12
-"""Problems on the console; all of them stand in the folder's report."""
+"""Problems shown on the console; the folder's report lists all of them."""
 
 PREPARE = """\
 Convert a downloaded data set, or your own images, into the folder that data.root names.
-Nothing is downloaded; without SOURCE it says what to fetch from where. The same call again
-converts only what changed. Files that cannot be used are listed, and the rest goes on.
+Nothing is downloaded; without SOURCE the command says what to download and from where. The
+same command again converts only what changed. Files that cannot be used are listed and skipped.
 """
 
 
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
         metavar="SOURCE",
         type=Path,
         nargs="?",
-        help="downloaded folder, or a CSV of own data",
+        help="downloaded folder, or a CSV file of your own data",
     )
     prepare.add_argument(
         "-o", "--output", metavar="FOLDER", type=Path, help="new folder for the canonical form"
@@ -60,8 +60,13 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="link to files that need no change instead of copying them",
     )
-    words = "share of a published training part kept for source validation (default 0.2)"
-    prepare.add_argument("--validation", metavar="SHARE", type=float, default=0.2, help=words)
+    prepare.add_argument(
+        "--validation",
+        metavar="SHARE",
+        type=float,
+        default=0.2,
+        help="share of a published training part kept for source validation (default: 0.2)",
+    )
     prepare.set_defaults(run=run_prepare)
 
 
@@ -78,21 +83,27 @@ def run_list(options: argparse.Namespace, console: Screen) -> int:
         )
         table.add_row(data_set.name, data_set.title, hospitals, data_set.terms, end_section=True)
     console.print(table)
-    console.print("fedsgcg data prepare NAME      says what to fetch from where")
+    console.print("fedsgcg data prepare NAME      says what to download and from where")
     console.print(OWN_DATA, style="dim")
     return 0
 
 
 def run_prepare(options: argparse.Namespace, console: Screen) -> int:
-    """Convert one data set; 0 when all is as published, 3 when something is missing, extra or cannot be used."""
+    """Convert one data set.
+
+    Returns:
+        0 when the data set is complete, 3 when a file is missing, surplus or cannot be used.
+    """
     from deploy.prepare import fundus, own, prostate
     from deploy.prepare.conversion import absent, convert
 
-    name, source, folder = options.name, options.source, options.output
-    if source is None or not source.exists():
-        raise absent(
-            name, source, "no such folder" if source is not None else "no SOURCE was given"
-        )
+    name: str = options.name
+    source: Path | None = options.source
+    folder: Path | None = options.output
+    if source is None:
+        raise absent(name, source, "no SOURCE was given")
+    if not source.exists():
+        raise absent(name, source, "no such folder")
     if folder is None:
         raise fail(
             "DAT-121",
@@ -109,14 +120,15 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             expected="a fraction in [0, 1)",
         )
     labels = None
-    with console.status(f"looking through {source}"):
+    with console.status(f"searching {source}"):
         if name in ("fundus", "prostate"):
             finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
             found = finder(source, options.validation, link=options.link)
         else:
             found, labels = own.find(name, source, link=options.link)
     outcome = convert(name, source, folder, found, console)
-    _print(name, folder, outcome, labels.advice() if labels and name == "manifest" else "", console)
+    advice = labels.advice() if labels and name == "manifest" else ""
+    _print(name, folder, outcome, advice, console)
     return 3 if outcome.problems else 0
 
 
@@ -133,12 +145,13 @@ def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Scre
     data_set = CATALOGUE.get(name)
     if data_set:
         console.print(f"terms: {data_set.terms}")
-    done = f"{outcome.written} converted" + (
-        f", {outcome.kept} unchanged since the last call" if outcome.kept else ""
-    )
-    wrong = f"; {len(outcome.problems)} problems" if outcome.problems else ""
+    done = f"{outcome.written} converted"
+    if outcome.kept:
+        done += f", {outcome.kept} unchanged since the last call"
+    if outcome.problems:
+        done += f"; {len(outcome.problems)} problems"
     state = ("incomplete", "yellow") if outcome.problems else ("complete", "green")
-    console.print(Text.assemble(state, f": {done}{wrong}; report: {folder / REPORT}"))
+    console.print(Text.assemble(state, f": {done}; report: {folder / REPORT}"))
     choice = name if data_set else "NAME"
     console.print(f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...")
 
@@ -151,7 +164,7 @@ def _print_problems(problems: Sequence[Problem], console: Screen) -> None:
 
 
 def _counts(name: str, outcome: Outcome) -> Table:
-    """Converted cases of each hospital beside the published numbers."""
+    """Return a table of each hospital's converted cases and the published numbers."""
     data_set = CATALOGUE.get(name)
     published = {hospital.name: hospital for hospital in data_set.hospitals} if data_set else {}
     caption = f"published counts: {data_set.counted}" if data_set else None
@@ -169,7 +182,8 @@ def _counts(name: str, outcome: Outcome) -> Table:
         parts = ("train", "test") if hospital and hospital.test else ("",)
         got = "/".join(str(outcome.counts.get((site, part), 0)) for part in parts)
         if hospital is None:
-            table.add_row(site, *([""] if data_set else []), got, *(["none"] if data_set else []))
+            row = (site, "", got, "none") if data_set else (site, got)
+            table.add_row(*row)
             continue
         wanted = "/".join(str(count) for count in (hospital.train, hospital.test)[: len(parts)])
         table.add_row(site, hospital.source, got, wanted, style="" if got == wanted else "yellow")

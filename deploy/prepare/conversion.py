@@ -1,8 +1,8 @@
-"""One way for every data set: convert case by case into a canonical folder, tell everything that is wrong.
+"""Convert a data set case by case into a canonical folder, and report every problem.
 
-The folder holds `<site>/<case>_image.*` and `<site>/<case>_mask.*`, `manifest.csv`, `prepared.json` (what was made from
-what, so that a second call does only what changed) and `prepared.txt` (for people). Files appear whole or not at all,
-the manifest last.
+The folder contains `<site>/<case>_image.*` and `<site>/<case>_mask.*`, `manifest.csv`,
+`prepared.json` (the sources of each case, so that a second call converts only what changed) and
+`prepared.txt` (a report for people). Files are written atomically, the manifest after all images.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from common.images.folders import by_format, counted_names, look_through
 from common.names import printable
 
 FORMAT: Final = 2
-"""Raise it when a conversion changes, so that folders made before are made anew."""
+"""Raise it when a conversion changes, so that existing folders are converted again."""
 
 RECORD: Final = "prepared.json"
 REPORT: Final = "prepared.txt"
 COLUMNS: Final = ("site", "image", "mask", "patient_id", "split", "published_split", "original")
 
 Make = Callable[[Path, Path], str]
-"""Writes image and mask to two paths; returns a note for people, "" for none."""
+"""Writes image and mask to two paths; returns a note for the user, "" for none."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Work:
     """One case to convert.
 
     Attributes:
-        site: Name of the hospital in the canonical form.
-        case: Name of the case, unique within the hospital.
-        sources: The files it is made of.
-        suffixes: Suffix of the image and of the mask that `make` writes; the mask's is "" when there is none.
+        site: Name of the site in the canonical form.
+        case: Name of the case, unique within the site.
+        sources: The files from which it is made.
+        suffixes: Suffixes of the image and the mask that `make` writes; "" for no mask.
         make: The conversion.
         patient: The patient's id.
-        split: `train`, `validation`, `test`, or "" for the hash of the patient.
+        split: `train`, `validation`, `test`, or "" to split by the hash of the patient.
         published: Part of the published split, "" when there is none.
     """
 
@@ -75,14 +75,14 @@ class Work:
 
 @dataclass
 class Found:
-    """What a downloaded folder holds.
+    """Contents of a source folder.
 
     Attributes:
-        layout: The layout that was recognised, in words.
+        layout: Description of the recognised layout.
         work: Cases to convert.
-        problems: Missing and extra files.
-        notes: What a reader should know.
-        torn: Files of a case that lacks another one: neither used nor surplus.
+        problems: Missing and surplus files.
+        notes: Notes for the user.
+        torn: Files of incomplete cases: neither used nor surplus.
         published: Whether it is a published data set, whose files are known.
     """
 
@@ -94,15 +94,15 @@ class Found:
     published: bool = True
 
     def missing(self, path: Path, why: str) -> None:
-        """Note a file that should be there."""
-        action = "Get the file again, or go on without the case."
+        """Record a missing file."""
+        action = "Get the file again, or continue without the case."
         self.problems.append(
             Problem("DAT-122", f"no {why}", "the published file", action, str(path))
         )
 
     def surplus(self, path: Path, why: str) -> None:
-        """Note a file that has no place in the data set."""
-        action = "It is left out; take it away if it came there by mistake."
+        """Record a file that does not belong to the data set."""
+        action = "The file is not used; remove it if it is there by mistake."
         self.problems.append(
             Problem("DAT-123", why, "only files of the data set", action, str(path))
         )
@@ -110,24 +110,24 @@ class Found:
     def extras(
         self, files: Sequence[Path], known: Callable[[Path], bool] = lambda path: False
     ) -> None:
-        """Note every image file that no case uses and that is not `known` to have a purpose of its own."""
+        """Record every image file that no case uses, except `known` files of another purpose."""
         used = {path for work in self.work for path in work.sources} | self.torn
-        told = {problem.where for problem in self.problems}
+        reported = {problem.where for problem in self.problems}
         for path in files:
-            if path not in used and str(path) not in told and not known(path):
+            if path not in used and str(path) not in reported and not known(path):
                 self.surplus(path, "an image file that belongs to no case")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done.
+    """Result of a conversion.
 
     Attributes:
         written: Cases converted in this call.
         kept: Cases that an earlier call had converted from the same files.
         counts: (site, published part) -> cases.
-        problems: Everything that is wrong, files that could not be converted included.
-        notes: What a reader should know.
+        problems: All problems, including files that could not be converted.
+        notes: Notes for the user.
     """
 
     written: int
@@ -143,16 +143,17 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
     Args:
         name: Name of the data set.
         source: The downloaded folder.
-        folder: Where the canonical form goes; empty, new, or made by an earlier call for the same data set.
-        found: What the source holds.
-        console: Where progress is shown.
+        folder: Output folder: new, empty, or made by an earlier call for the same data set.
+        found: Contents of the source.
+        console: Console for progress messages.
 
     Raises:
-        FedsgcgError: DAT-121 for a folder that holds something else or is in use, DAT-125 when no case could be
-            converted, DAT-126 when the disk refuses.
+        FedsgcgError: DAT-121 for an output folder with other contents or in use, DAT-125 when no
+            case could be converted, DAT-126 when the output cannot be written.
     """
     with claimed(folder, name, source) as before:
-        problems, notes = list(found.problems), list(found.notes)
+        problems = list(found.problems)
+        notes = list(found.notes)
         done: dict[str, dict[str, str]] = {}
         rows: list[Work] = []
         kept = 0
@@ -161,7 +162,8 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
                 stamp = _stamp(work)
                 earlier = before.get(work.image, {})
                 if _is_done(folder, work, earlier, stamp):
-                    done[work.image], kept = earlier, kept + 1
+                    done[work.image] = earlier
+                    kept += 1
                 else:
                     try:
                         note = _made(folder, work)
@@ -170,21 +172,20 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
                         continue
                     done[work.image] = {"stamp": stamp, "mask": work.mask, "note": note}
                 rows.append(work)
-        finally:  # also an interrupted call leaves a record of what it made
-            _write(
-                folder / RECORD,
-                json.dumps(_record(name, source, {**before, **done}), indent=1).encode(),
-            )
+        finally:  # an interrupted call also records what it has made
+            record = _record(name, source, {**before, **done})
+            _write(folder / RECORD, json.dumps(record, indent=1).encode())
         if not rows:
             raise FedsgcgError(
                 Problem("DAT-125", "no usable case", "at least one", where=str(source)), *problems
             )
-        _forget(folder, before, done)
+        _remove_stale(folder, before, done)
         _write(folder / "manifest.csv", _manifest(rows, source))
         counts = Counter((work.site, work.published) for work in rows)
         problems += _miscounts(name, counts)
-        told = ((work, done[work.image].get("note", "")) for work in rows)
-        notes += [f"{work.site} {work.case}: {note}" for work, note in told if note]
+        for work in rows:
+            if note := done[work.image].get("note", ""):
+                notes.append(f"{work.site} {work.case}: {note}")
         outcome = Outcome(len(rows) - kept, kept, counts, tuple(problems), tuple(notes))
         _write(folder / REPORT, _report(name, source, found, outcome).encode())
         _write(folder / RECORD, json.dumps(_record(name, source, done), indent=1).encode())
@@ -192,31 +193,29 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
 
 
 def image_files(source: Path, found: Found) -> list[Path]:
-    """Return all image files below a folder, sorted, and note in `found` what else looks like an image there.
+    """Return all image files in a folder, sorted, and record in `found` what else looks like one.
 
-    Another format may be all that a hospital of own data has, so it is a problem there; beside a published data set,
-    whose files are known, it is worth a note.
+    Files of an unsupported format are a problem for own data, where a hospital may have no others.
+    For a published data set, whose files are known, they are only a note.
     """
     listing = look_through(source)
     if listing.foreign:
-        said = counted_names(
+        names = counted_names(
             listing.foreign, f"files of formats that are not read ({by_format(listing.foreign)})"
         )
         advice = " ".join(listing.conversions())
         if found.published:
-            found.notes.append(f"{said}. {advice}")
+            found.notes.append(f"{names}. {advice}")
         else:
             found.problems.append(
-                Problem("DAT-119", said, "NIfTI or 2-D pictures", advice, str(source))
+                Problem("DAT-119", names, "NIfTI or 2-D pictures", advice, str(source))
             )
     if listing.ghosts:
-        found.notes.append(
-            counted_names(listing.ghosts, "hidden files called like images are passed over")
-        )
+        found.notes.append(counted_names(listing.ghosts, "hidden files named like images, skipped"))
     for folder, why in listing.closed:
-        action = "Give this user the right to read it, then call again."
+        action = "Give this user permission to read it, then call again."
         found.problems.append(
-            Problem("DAT-122", f"no way into the folder: {why}", "", action, str(folder))
+            Problem("DAT-122", f"a folder that cannot be read: {why}", "", action, str(folder))
         )
     for folder in listing.loops:
         found.problems.append(
@@ -226,12 +225,10 @@ def image_files(source: Path, found: Found) -> list[Path]:
 
 
 def absent(name: str, source: Path | None, found: str) -> FedsgcgError:
-    """Return the error for a data set that is not where it was looked for; it says what to fetch."""
-    expected = (
-        "\n    ".join(CATALOGUE[name].layouts)
-        if name in CATALOGUE
-        else "a CSV file or one folder a hospital"
-    )
+    """Return the error for a data set that was not found; it says what to download."""
+    expected = "a CSV file or one folder per hospital"
+    if name in CATALOGUE:
+        expected = "\n    ".join(CATALOGUE[name].layouts)
     return fail(
         "DAT-120",
         where=str(source or name),
@@ -243,11 +240,11 @@ def absent(name: str, source: Path | None, found: str) -> FedsgcgError:
 
 @contextmanager
 def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[str, str]]]:
-    """Hold an output folder for one call and yield what an earlier call had made there.
+    """Lock an output folder and yield what an earlier call made there.
 
     Raises:
-        FedsgcgError: DAT-121 when the folder holds something else, overlaps the source or is in use; DAT-126 when it
-            cannot be made; CFG-008 where its file system offers no locks.
+        FedsgcgError: DAT-121 when the folder has other contents, overlaps the source or is in use;
+            DAT-126 when it cannot be made; CFG-008 when its file system offers no locks.
     """
     before = _earlier(folder, name, source)
     try:
@@ -265,13 +262,14 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
             raise fail(
                 "DAT-121", where=str(folder), found="another call is writing to it", action=action
             )
-        if not (folder / RECORD).exists():  # from now on an interrupted call is known to be ours
+        if not (folder / RECORD).exists():
+            # Marks the folder as made by fedsgcg, so that an interrupted call can be repeated.
             _write(folder / RECORD, json.dumps(_record(name, source, {})).encode())
         yield before
 
 
 def _earlier(folder: Path, name: str, source: Path) -> dict[str, dict[str, str]]:
-    """Return what an earlier call recorded; refuse a folder that is not ours to write to."""
+    """Return what an earlier call recorded; a folder with other contents is an error (DAT-121)."""
     here, there = folder.resolve(), source.resolve()
     action = "Choose another folder with -o."
     if here == there or there in here.parents or here in there.parents:
@@ -318,13 +316,13 @@ def _record(name: str, source: Path, files: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _stamp(work: Work) -> str:
-    """What the converted case depends on: place, size and time of change of its files."""
+    """Return what a converted case depends on: path, size and modification time of its files."""
     facts = []
     for path in work.sources:
         try:
             status = path.stat()
             facts.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-        except OSError:  # it is told when the file is read
+        except OSError:  # reported when the file is read
             facts.append([str(path), 0, 0])
     return json.dumps(facts)
 
@@ -335,27 +333,28 @@ def _is_done(folder: Path, work: Work, before: Mapping[str, str], stamp: str) ->
 
 
 def _made(folder: Path, work: Work) -> str:
-    """Convert one case; its two files get their names when both are complete."""
-    image, mask = folder / work.image, folder / (work.mask or f"{work.image}.none")
-    halves = [path.with_name(f".{os.getpid()}.{path.name}") for path in (image, mask)]
+    """Convert one case; its two files get their final names when both are complete."""
+    image = folder / work.image
+    mask = folder / (work.mask or f"{work.image}.none")
+    partial_files = [path.with_name(f".{os.getpid()}.{path.name}") for path in (image, mask)]
     try:
         image.parent.mkdir(exist_ok=True)
-        note = work.make(*halves)
-        for half, path in zip(halves, (image, mask), strict=True):
-            if half.exists():
-                half.replace(path)
+        note = work.make(*partial_files)
+        for partial_file, path in zip(partial_files, (image, mask), strict=True):
+            if partial_file.exists():
+                partial_file.replace(path)
         return note
     except OSError as error:
         raise _refused(image, error) from error
     finally:
-        for half in halves:
-            half.unlink(missing_ok=True)
+        for partial_file in partial_files:
+            partial_file.unlink(missing_ok=True)
 
 
-def _forget(
+def _remove_stale(
     folder: Path, before: Mapping[str, Mapping[str, str]], done: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Remove what an earlier call made and this one no longer lists."""
+    """Remove files that an earlier call made and this one does not list."""
     wanted = {name for image, facts in done.items() for name in (image, facts["mask"])}
     for image, facts in before.items():
         for name in (image, facts.get("mask", "")):
@@ -390,16 +389,19 @@ def _miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Pro
     if data_set is None:
         return
     for hospital in data_set.hospitals:
-        parts = (
-            {"train": hospital.train, "test": hospital.test}
-            if hospital.test
-            else {"": hospital.train}
-        )
+        parts = {"": hospital.train}
+        if hospital.test:
+            parts = {"train": hospital.train, "test": hospital.test}
         for part, wanted in parts.items():
             if (got := counts.get((hospital.name, part), 0)) != wanted:
-                where = f"{hospital.name} ({hospital.source})" + (f", {part}" if part else "")
+                where = f"{hospital.name} ({hospital.source})"
+                if part:
+                    where += f", {part}"
                 expected = f"{wanted} cases ({data_set.counted})"
-                action = "See the missing, extra and unusable files. Results are not comparable with published ones."
+                action = (
+                    "See the missing, surplus and unusable files. "
+                    "Results are not comparable with published ones."
+                )
                 yield Problem("DAT-124", f"{got} cases", expected, action, where)
 
 
@@ -410,18 +412,16 @@ def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:
         f"source: {printable(str(source))}",
         f"layout: {printable(found.layout)}",
     ]
-    lines += [f"terms: {data_set.terms}", f"cite: {data_set.cite}"] if data_set else []
+    if data_set:
+        lines += [f"terms: {data_set.terms}", f"cite: {data_set.cite}"]
     lines += ["", "cases:"]
-    lines += [
-        f"  {site} {part}".rstrip() + f": {count}"
-        for (site, part), count in sorted(outcome.counts.items())
-    ]
-    lines += ["", *(f"note: {note}" for note in outcome.notes)] if outcome.notes else []
-    lines += (
-        ["", *(str(problem) for problem in outcome.problems)]
-        if outcome.problems
-        else ["", "nothing is wrong"]
-    )
+    for (site, part), count in sorted(outcome.counts.items()):
+        lines.append(f"  {site} {part}".rstrip() + f": {count}")
+    if outcome.notes:
+        lines += ["", *(f"note: {note}" for note in outcome.notes)]
+    lines += ["", *(str(problem) for problem in outcome.problems)]
+    if not outcome.problems:
+        lines.append("no problems")
     return "\n".join(lines) + "\n"
 
 
@@ -450,6 +450,6 @@ def _refused(path: Path, error: OSError) -> FedsgcgError:
         "DAT-126",
         where=str(path),
         found=found,
-        expected="a folder that can be written",
+        expected="a writable folder",
         action=action,
     )

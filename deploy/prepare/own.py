@@ -1,6 +1,7 @@
-"""Data that are nearly canonical already: own images by a CSV or one folder a hospital, and the two shared copies.
+"""Data that are nearly canonical: own images, and the shared copies of PROMISE12 and SpineGM.
 
-Every pair is read and checked (readable, finite, mask on its image, whole label values); good ones are copied.
+Own images are listed in a CSV file or have one folder per site. Every pair is read and checked
+(readable, finite, mask aligned with its image, integer label values); valid pairs are copied.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from common.names import printable
 from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 MAX_LABELS: Final = 64
-"""More different values than this in a mask: it is no label map."""
+"""A mask with more distinct values than this is not a label map."""
 
-
-PIECES: Final = "; where every structure is in one piece, add largest_component: true (a second part is lost with it)"
-"""What to say of post-processing, which is off unless the data settings ask for it."""
+PIECES: Final = (
+    "; if every structure is in one piece, add largest_component: true "
+    "(it removes all other pieces)"
+)
+"""Advice on post-processing, which is off by default."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One case of a CSV or of a folder."""
+    """One case of a CSV file or a folder."""
 
     site: str
     image: Path
@@ -46,11 +49,11 @@ class Line:
 
 
 class Labels:
-    """Label values seen in the masks of a data set, and those that are allowed (None = all whole numbers).
+    """Label values in the masks of a data set.
 
     Attributes:
-        seen: Value -> number of masks that hold it.
-        allowed: Values that a mask may hold.
+        seen: Value -> number of masks that contain it.
+        allowed: Values that a mask may contain; None = 0 to 255.
     """
 
     def __init__(self, allowed: frozenset[int] | None) -> None:
@@ -58,13 +61,13 @@ class Labels:
         self.allowed = allowed
 
     def check(self, values: Sequence[float], where: str) -> None:
-        """Take in the values of one mask; raises DAT-109 for values that are not allowed or no labels."""
+        """Record the values of one mask; raises DAT-109 for a value that is not allowed."""
         labels = {value: whole_label(value) for value in values}
         allowed = range(256) if self.allowed is None else self.allowed
         odd = [value for value, label in labels.items() if label not in allowed]
         if odd or len(values) > MAX_LABELS:
             found = "values " + ", ".join(f"{value:.9g}" for value in (odd or values)[:8])
-            expected = "whole numbers from 0 to 255, one a class"
+            expected = "integers from 0 to 255, one per class"
             if self.allowed is not None:
                 expected = "values " + ", ".join(map(str, sorted(self.allowed)))
             raise fail(
@@ -73,21 +76,18 @@ class Labels:
         self.seen.update({label for label in labels.values() if label is not None})
 
     def advice(self) -> str:
-        """Say how to declare the values in the data settings."""
+        """Return how to declare the values in the data settings."""
         if not self.seen:
             return ""
         values = sorted(self.seen)
-        groups = [
-            f"{'background' if not value else f'class_{value}'}: [{value}]" for value in values
-        ]
-        return (
-            f"label values {', '.join(map(str, values))}; declare them: classes: {{{', '.join(groups)}}}"
-            + PIECES
-        )
+        names = ["background" if value == 0 else f"class_{value}" for value in values]
+        classes = ", ".join(f"{name}: [{value}]" for name, value in zip(names, values, strict=True))
+        listed = ", ".join(map(str, values))
+        return f"label values {listed}; declare them: classes: {{{classes}}}{PIECES}"
 
 
 def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
-    """List the cases of a CSV, of a folder with `manifest.csv`, or of one folder a hospital.
+    """List the cases of a CSV file, of a folder with `manifest.csv`, or of one folder per site.
 
     Args:
         name: `promise12`, `spinegm`, or `manifest` for own data.
@@ -95,21 +95,22 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
         link: Link to the files instead of copying them.
 
     Returns:
-        The cases, and the label values that the conversion will have seen.
+        The cases, and the label values, which the conversion fills in.
 
     Raises:
-        FedsgcgError: DAT-120 when there is neither, saying what is needed.
+        FedsgcgError: DAT-120 when there is no case; the error says what is needed.
     """
     table = source if source.is_file() else source / "manifest.csv"
     labels = Labels({"promise12": frozenset({0, 1}), "spinegm": frozenset({0, 1, 2})}.get(name))
     listed = table.is_file()
-    layout = f"table {table}" if listed else f"one folder a hospital below {source}"
+    layout = f"table {table}" if listed else f"one folder per hospital in {source}"
     found = Found(layout, published=listed or name in CATALOGUE)
     files = [] if source.is_file() else image_files(source, found)
     lines = _from_table(name, table, found) if listed else _from_folders(files, source, found)
     if not lines:
-        said = "; ".join(problem.found for problem in found.problems if problem.code == "DAT-119")
-        raise absent(name, source, "; ".join(filter(None, [_nothing(len(files), listed), said])))
+        reasons = [_nothing(len(files), listed)]
+        reasons += [problem.found for problem in found.problems if problem.code == "DAT-119"]
+        raise absent(name, source, "; ".join(reasons))
     found.notes += [
         f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))
     ]
@@ -127,11 +128,9 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
 
 
 def _nothing(files: int, listed: bool) -> str:
-    return (
-        "a table without a usable line"
-        if listed
-        else f"{files} image files, no table and no <site>/<case>_image.*"
-    )
+    if listed:
+        return "a table without a usable line"
+    return f"{files} image files, no table and no <site>/<case>_image.*"
 
 
 def _sites(lines: Sequence[Line]) -> list[str]:
@@ -150,20 +149,21 @@ def _from_table(name: str, table: Path, found: Found) -> list[Line]:
     seen: set[tuple[str, Path]] = set()
     for row in rows:
         where = f"{table}, line {row.line}"
-        image, mask = table.parent / row.image, table.parent / row.mask if row.mask else None
-        place = Path(os.path.normpath(image))
+        image = table.parent / row.image
+        mask = table.parent / row.mask if row.mask else None
+        path = Path(os.path.normpath(image))
         if wrong := next(row.mistakes(), None):
             found.problems.append(Problem("DAT-125", *wrong, "Correct the line.", where))
-        elif (row.site, place) in seen:
-            found.surplus(Path(where), "an image that an earlier line has")
+        elif (row.site, path) in seen:
+            found.surplus(Path(where), "an image that an earlier line already lists")
         else:
-            seen.add((row.site, place))
+            seen.add((row.site, path))
             lines.append(Line(row.site, image, mask, row.patient, row.split))
     return lines
 
 
 def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Line]:
-    """List `<site>/<case>_image.*` with the `<case>_mask.*` beside it."""
+    """List `<site>/<case>_image.*` with the `<case>_mask.*` in the same folder."""
     stems = {
         path.parent / without_suffix(path.name): path
         for path in files
@@ -175,7 +175,7 @@ def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Lin
             mask = stems.get(stem.with_name(stem.name.removesuffix("_image") + "_mask"))
             masks.add(mask)
             if mask is None:
-                found.missing(path, "mask beside the image")
+                found.missing(path, "mask next to the image")
             lines.append(Line(printable(path.parent.name), path, mask))
     if lines:
         for path in files:
@@ -185,26 +185,25 @@ def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Lin
 
 
 def _named(lines: Sequence[Line]) -> list[Line]:
-    """Give every case of a hospital a name of its own: its file's, with its folders' where several share one."""
-    plain = [replace(line, name=printable(stem_of(line.image))) for line in lines]
+    """Give every case of a site a unique name.
+
+    The name is the file's. Cases that share it also get the names of up to two parent folders, and
+    finally a number.
+    """
+    named = [replace(line, name=printable(stem_of(line.image))) for line in lines]
     for depth in (1, 2):
-        counts = Counter((line.site, line.name.lower()) for line in plain)
-        plain = [
-            replace(
-                line,
-                name=printable("_".join([*line.image.parts[-1 - depth : -1], stem_of(line.image)])),
-            )
-            if counts[line.site, line.name.lower()] > 1
-            else line
-            for line in plain
-        ]
+        counts = Counter((line.site, line.name.lower()) for line in named)
+        for index, line in enumerate(named):
+            if counts[line.site, line.name.lower()] > 1:
+                parts = [*line.image.parts[-1 - depth : -1], stem_of(line.image)]
+                named[index] = replace(line, name=printable("_".join(parts)))
     counts = Counter()
-    numbered = []
-    for line in plain:
+    for index, line in enumerate(named):
         counts[line.site, line.name.lower()] += 1
         number = counts[line.site, line.name.lower()]
-        numbered.append(replace(line, name=f"{line.name}_{number}") if number > 1 else line)
-    return numbered
+        if number > 1:
+            named[index] = replace(line, name=f"{line.name}_{number}")
+    return named
 
 
 def _work(line: Line, labels: Labels, *, link: bool) -> Work:
@@ -216,7 +215,7 @@ def _work(line: Line, labels: Labels, *, link: bool) -> Work:
 
 
 def _make(line: Line, labels: Labels, link: bool, to_image: Path, to_mask: Path) -> str:
-    """Read and check the pair, then take both files as they are."""
+    """Read and check the pair, then copy or link both files unchanged."""
     image = read_volume(line.image)
     check_image(image, str(line.image))
     if line.mask is not None:
@@ -225,4 +224,4 @@ def _make(line: Line, labels: Labels, link: bool, to_image: Path, to_mask: Path)
         labels.check(np.unique(mask.array).tolist(), str(line.mask))
         copy_or_link(line.mask, to_mask, link=link)
     copy_or_link(line.image, to_image, link=link)
-    return "" if line.mask is not None else "no mask: not usable for training or evaluation"
+    return "" if line.mask is not None else "no mask: cannot be used for training or evaluation"

@@ -1,8 +1,12 @@
-"""Prostate MRI of six sites in the layout of SAML: whole volumes, labels 1 and 2 merged (methods.md 2.3)."""
+"""Prostate MRI of six sites in the layout of SAML: full volumes, labels 1 and 2 merged.
+
+See docs/explanation/ram-dsir.md, "Batches and data".
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -16,23 +20,27 @@ from common.images.write import write_native
 from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 FOLDERS: Final = {
-    **{
-        "isbi": "RUNMC",
-        "runmc": "RUNMC",
-        "isbi15": "BMC",
-        "bmc": "BMC",
-        "i2cvb": "I2CVB",
-        "hcrudb": "I2CVB",
-    },
-    **{"ucl": "UCL", "bidmc": "BIDMC", "hk": "HK"},
+    "isbi": "RUNMC",
+    "runmc": "RUNMC",
+    "isbi15": "BMC",
+    "bmc": "BMC",
+    "i2cvb": "I2CVB",
+    "hcrudb": "I2CVB",
+    "ucl": "UCL",
+    "bidmc": "BIDMC",
+    "hk": "HK",
 }
-"""Folder name in small letters and digits -> hospital; both naming habits of the release."""
+"""Folder name in lower-case letters and digits -> site; the release has both spellings."""
 
-LISTED: Final = {
-    **{"RUNMC": range(30), "BMC": range(30), "I2CVB": range(19), "HK": range(38, 50)},
-    **{"UCL": (1, *range(26, 38)), "BIDMC": (0, 1, *range(3, 13))},
+LISTED: Final[dict[str, Sequence[int]]] = {
+    "RUNMC": range(30),
+    "BMC": range(30),
+    "I2CVB": range(19),
+    "HK": range(38, 50),
+    "UCL": (1, *range(26, 38)),
+    "BIDMC": (0, 1, *range(3, 13)),
 }
-"""Numbers of the cases in the training lists of SAML (commit 3842011): what a site with too few cases lacks."""
+"""Case numbers in the training lists of SAML (commit 3842011), to name the missing cases."""
 
 FILE: Final = re.compile(
     r"(?P<case>case[ _-]?\d+)(?P<mask>[ _-]segmentation)?\.nii(\.gz)?", re.IGNORECASE
@@ -44,16 +52,17 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
 
     Args:
         source: The folder that was downloaded and unpacked.
-        validation_fraction: Not needed: without a published split the patients are divided when a study starts.
+        validation_fraction: Unused: there is no published split, so patients are split when a
+            study starts.
         link: Link to images instead of copying them.
 
     Raises:
-        FedsgcgError: DAT-120 when no site's folder is there, saying what to fetch.
+        FedsgcgError: DAT-120 when no site's folder exists; the error says what to download.
     """
     del validation_fraction
     images: dict[tuple[str, str], Path] = {}
     masks: dict[tuple[str, str], Path] = {}
-    found = Found(f"SAML, one folder a site below {source}")
+    found = Found(f"SAML, one folder per site in {source}")
     files = image_files(source, found)
     for path in files:
         site, match = _site_of(path, source), FILE.fullmatch(path.name)
@@ -65,14 +74,14 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
         raise absent(
             "prostate",
             source,
-            f"{len(files)} image files, none called CaseNN in a folder of a known site",
+            f"{len(files)} image files, none named CaseNN in a folder of a known site",
         )
     for key in sorted(images.keys() | masks.keys()):
         site, case = key
         if key not in images:
-            found.missing(masks[key], f"image beside the mask of {site} {case}")
+            found.missing(masks[key], f"image for the mask of {site} {case}")
         elif key not in masks:
-            found.missing(images[key], f"mask beside the image of {site} {case}")
+            found.missing(images[key], f"mask for the image of {site} {case}")
         else:
             found.work.append(_work(site, case, images[key], masks[key], link=link))
     _name_missing(source, set(images), found)
@@ -81,21 +90,23 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
 
 
 def _name_missing(source: Path, images: set[tuple[str, str]], found: Found) -> None:
-    """Note every site that is not there, and every listed case of a site with fewer cases than published."""
+    """Record every missing site, and the missing cases of sites with fewer than published."""
     for hospital in PROSTATE.hospitals:
-        name, present = hospital.name, {case for site, case in images if site == hospital.name}
+        name = hospital.name
+        present = {case for site, case in images if site == name}
         if not present:
             found.missing(source / name, f"folder of {name}, in the release {hospital.source}")
         elif len(present) < hospital.train:
             for number in LISTED[name]:
                 if (case := f"Case{number:02d}") not in present:
                     found.missing(
-                        source / name / f"{case}.nii.gz", f"{case}, which SAML's list of {name} has"
+                        source / name / f"{case}.nii.gz",
+                        f"{case}, which is in SAML's list of {name}",
                     )
 
 
 def _site_of(path: Path, source: Path) -> str:
-    """Return the hospital of a file, from the nearest folder with a known name; "" for none."""
+    """Return the site of a file, from the nearest parent folder with a known name; "" for none."""
     names = (
         "".join(filter(str.isalnum, part.lower()))
         for part in reversed(path.relative_to(source).parts[:-1])
@@ -106,12 +117,12 @@ def _site_of(path: Path, source: Path) -> str:
 def _work(site: str, case: str, image: Path, mask: Path, *, link: bool) -> Work:
     suffixes = (suffix_of(image), ".nii.gz")
     make = partial(_make, image, mask, link)
-    # Every site counts its cases from 00: the hospital's name keeps the patients, and so the splits, apart.
+    # Every site numbers its cases from 00; the site's name makes patient ids and splits unique.
     return Work(site, case, (image, mask), suffixes, make, patient=f"{site}-{case}")
 
 
 def _make(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) -> str:
-    """Check the pair, take the image as it is, merge the labels on the image's own grid."""
+    """Check the pair, copy the image unchanged, and merge the labels on the image's grid."""
     scan, drawn = read_volume(image), read_volume(mask, mask=True)
     check_image(scan, str(image))
     values = np.unique(drawn.array)
@@ -129,7 +140,7 @@ def _make(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) ->
             "DAT-125",
             found="an empty mask",
             expected="a prostate",
-            action="Check it.",
+            action="Check the mask.",
             where=str(mask),
         )
     voxels, grid = to_native(drawn.array, drawn), to_native(scan.array, scan)
@@ -143,10 +154,11 @@ def _make(image: Path, mask: Path, link: bool, to_image: Path, to_mask: Path) ->
             where=str(mask),
         )
     copy_or_link(image, to_image, link=link)
-    # Upstream reads voxels and no header: voxel (i, j, k) of the mask belongs to voxel (i, j, k) of the image.
+    # SAML's code ignores headers: voxel (i, j, k) of the mask belongs to voxel (i, j, k) of the
+    # image.
     write_native(to_mask, (voxels > 0).astype(np.uint8), image)
     if np.allclose(drawn.affine, scan.affine, atol=1e-3):
         return ""
     return (
-        "the mask's header places it elsewhere; its voxels were taken one for one, as upstream does"
+        "the headers of image and mask differ; voxels were matched by index, as in the code of SAML"
     )

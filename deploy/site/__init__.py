@@ -1,1 +1,1 @@
-"""One hospital of a real federation: its node, its checks, what it approves and what left it."""
+"""A site of a real federation: its node, its checks, code approval and the ledger view."""

@@ -1,4 +1,4 @@
-"""What a person looks at before code may run at a hospital: which bundle, and what it changes."""
+"""Choose the app bundle to approve at a site, and show what it changes."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ MOST_LINES = 400
 
 
 def installed() -> Bundle:
-    """The code that is installed at this site."""
+    """Return the code that is installed at this site."""
     return bundle_of_folder(Path(__file__).resolve().parents[2])
 
 
 def choose_bundle(
     approved: Path, file: Path | None, digest: str, *, installed_code: bool
 ) -> Bundle | None:
-    """Return the bundle that is to be approved, None when nothing waits for an approval.
+    """Return the bundle to approve, None when no bundle is waiting for approval.
 
     Args:
-        approved: The approvals file; refused bundles are kept beside it.
+        approved: The approvals file; refused bundles are kept in the same folder.
         file: A bundle file (.fab), or None.
         digest: Beginning of a refused bundle's digest, or "".
-        installed_code: Take the code that is installed here.
+        installed_code: Choose the code that is installed here.
 
     Raises:
-        FedsgcgError: POL-705 when there is nothing to approve, or the digest fits none or several.
+        FedsgcgError: POL-705 when there is nothing to approve, or the digest matches no bundle or
+            several.
     """
     if installed_code:
         return installed()
@@ -60,29 +61,27 @@ def choose_bundle(
     waiting = [folder for folder in refused(approved) if folder.name.startswith(digest)]
     if digest and installed().digest.startswith(digest):
         return installed()
-    if not waiting and not digest:  # the first approval is of what this site has installed itself
+    if not waiting and not digest:  # the first approval is for the code installed at this site
         return None if approvals(approved) else installed()
     if len(waiting) != 1 and digest:
         known = ", ".join(folder.name[:16] for folder in refused(approved)) or "none"
-        found = f"{len(waiting)} refused bundles that begin so (refused: {known})"
-        action = (
-            "give a .fab file, a longer --hash, or --installed for the code that is installed here"
-        )
+        found = f"{len(waiting)} refused bundles that begin with {digest} (refused: {known})"
+        action = "give a .fab file, a longer --hash, or --installed for the code installed here"
         raise fail("POL-705", found=found, expected="one bundle", action=action)
     return code_below(waiting[0])
 
 
 def show_difference(bundle: Bundle, approved: Path, console: Screen, *, lines: bool) -> None:
-    """Show what a bundle changes since the last approval, or against the installed code before the first."""
+    """Show what a bundle changes since the last approval; before the first, the installed code."""
     last = last_approved(approved)
-    against = "the last approval" if last else "the code installed here (nothing was approved yet)"
+    reference = "the last approval" if last else "the code installed here (nothing approved yet)"
     base = last or installed()
     changes = list(difference(base, bundle))
     console.print(f"Code {bundle.digest}")
-    console.print(f"{len(bundle.code)} files; against {against}:")
+    console.print(f"{len(bundle.code)} files; compared with {reference}:")
     if bundle.client_app != base.client_app:
         console.print(
-            f"changed  what is started: {base.client_app} -> {bundle.client_app}", style="yellow"
+            f"changed  entry point: {base.client_app} -> {bundle.client_app}", style="yellow"
         )
     for headline, _ in changes:
         console.print(f"  {headline}")
@@ -90,10 +89,10 @@ def show_difference(bundle: Bundle, approved: Path, console: Screen, *, lines: b
         console.print("  no file differs")
     if lines:
         text = "".join(part for _, part in changes).splitlines()
+        styles = {"+": "green", "-": "red"}
         for line in text[:MOST_LINES]:
-            style = "green" if line.startswith("+") else "red" if line.startswith("-") else None
-            console.print(line, style=style)
+            console.print(line, style=styles.get(line[:1]))
         if len(text) > MOST_LINES:
             console.print(f"… {len(text) - MOST_LINES} more lines", style="yellow")
     elif changes:
-        console.print("--diff shows the lines.", style="yellow")
+        console.print("--diff shows the changed lines.", style="yellow")

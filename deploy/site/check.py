@@ -1,4 +1,4 @@
-"""`fedsgcg-site check`: everything that can stand in the way of a federation, looked at before it starts."""
+"""`fedsgcg-site check`: check files, folders, device, disk, clock and link before a federation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from deploy.site.check_link import examine_link
 
 SETTINGS = "settings.txt"
 SPARE_BYTES = 2**30
-"""Free space beyond the slice cache that a site should have: ledger, logs, bundles, models."""
+"""Free space needed in addition to the slice cache, for ledger, logs, bundles and models."""
 
 PIXEL_BYTES = 6
-"""Bytes of the slice cache for a voxel: its slice as int16, truth, display, and the resized copy."""
+"""Bytes of the slice cache per voxel: slice as int16, ground truth, display and resized copy."""
 
 COLOUR: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
 ORDER = ("files", "site", "device", "disk", "clock", "link")
@@ -38,17 +38,21 @@ ORDER = ("files", "site", "device", "disk", "clock", "link")
 def examine(
     policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Screen
 ) -> list[Finding]:
-    """Look at files, folders, device, disk, clock and link; one finding a thing, in the order of `ORDER`.
+    """Check files, folders, device, disk, clock and link.
 
     Args:
         policy: The site's settings.
-        kit: Folder of the kit: its `settings.txt` holds the federation's settings, one `name=value` a line.
-        overrides: More of them, which win.
-        link: Whether to look at the link too.
-        console: Where progress is shown.
+        kit: Folder of the kit: its `settings.txt` contains the federation's settings, one
+            `name=value` per line.
+        overrides: Further settings, which take precedence.
+        link: Whether to check the link.
+        console: Console for progress messages.
+
+    Returns:
+        One finding for each thing checked, in the order of `ORDER`.
 
     Raises:
-        FedsgcgError: CFG-001 for settings that cannot be used.
+        FedsgcgError: CFG-001 for invalid settings.
     """
     plan = plan_of_kit(kit, overrides)
     heldout = plan.role(policy.site) != "train" or "train" not in policy.roles
@@ -74,7 +78,10 @@ def examine(
 
 
 def plan_of_kit(kit: Path, overrides: Sequence[str]) -> Plan:
-    """Return the federation's plan as far as a site knows it: the kit's settings, then the command line's."""
+    """Return the federation's plan as known at a site.
+
+    Settings of the command line override those of the kit.
+    """
     path = kit / SETTINGS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     written = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -84,7 +91,7 @@ def plan_of_kit(kit: Path, overrides: Sequence[str]) -> Plan:
 
 
 def examine_folders(policy: SiteFile) -> list[Finding]:
-    """Look at who may read and write what."""
+    """Check the permissions of key, data and working folders."""
     findings = []
     key = Path(policy.key)
     if not key.is_file():
@@ -94,18 +101,18 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
         found = f"{key} can be read by others"
         findings.append(Finding("site", "key", "fail", found, f"chmod 600 {key}", "SITE-518"))
     else:
-        findings.append(Finding("site", "key", "ok", f"{key.name}, for its owner only"))
+        findings.append(Finding("site", "key", "ok", f"{key.name}, readable by its owner only"))
     findings.append(_authority(Path(policy.ca)))
     if not approvals(Path(policy.approved)):
-        action = "fedsgcg-site approve KIT shows the code and asks; without it nothing of the federation runs here"
+        action = (
+            "fedsgcg-site approve KIT shows the code and asks for approval; until then no code "
+            "of the federation runs here"
+        )
         findings.append(Finding("site", "approved code", "warn", "none yet", action, "POL-705"))
     if os.access(policy.data_root, os.W_OK) and os.geteuid() != 0:
-        action = "Mount it read-only, or run the site as a user who may only read it."
-        findings.append(
-            Finding(
-                "site", "data folder", "warn", "this user may write into it", action, "SITE-518"
-            )
-        )
+        found = "this user has write permission"
+        action = "Mount it read-only, or run the site as a user with read permission only."
+        findings.append(Finding("site", "data folder", "warn", found, action, "SITE-518"))
     for name in ("home", "cache"):
         folder = Path(getattr(policy, name))
         try:
@@ -122,7 +129,7 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
 
 
 def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
-    """Make one training step at the plan's size and measure it."""
+    """Run and measure one training step of the plan's size."""
     from clients.device import choose_device, describe_hardware
     from deploy.site.check_step import measure_step
 
@@ -134,23 +141,27 @@ def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
         step = measure_step(plan, chosen)
     except FedsgcgError as error:
         return [Finding.of("device", problem) for problem in error.problems]
-    found = [Finding("device", "hardware", "ok", describe_hardware())]
-    memory = f"{step.bytes / 2**20:.0f} MiB" + (
-        f" of {step.available / 2**20:.0f}" if step.available else ""
-    )
-    words = f"{step.seconds:.2f} s and {memory} for {plan.method.batch_size} slices of {plan.data.image_size} pixels"
+    findings = [Finding("device", "hardware", "ok", describe_hardware())]
+    memory = f"{step.bytes / 2**20:.0f} MiB"
+    if step.available:
+        memory += f" of {step.available / 2**20:.0f}"
+    batch, side = plan.method.batch_size, plan.data.image_size
+    found = f"{step.seconds:.2f} s and {memory} for {batch} slices of {side} pixels"
     if step.parts > plan.site.micro_batches:
-        words = f"the memory does not hold it whole; in {step.parts} parts: {words}"
-        action = "Nothing: training cuts its steps likewise. A larger card, or a smaller data.image_size, avoids it."
-        found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
+        found = f"the batch does not fit into memory at once; in {step.parts} parts: {found}"
+        action = (
+            "None needed: training splits its batches in the same way. "
+            "A larger GPU or a smaller data.image_size avoids it."
+        )
+        findings.append(Finding("device", "one step", "warn", found, action, "SITE-502"))
     elif step.available and step.bytes > 0.9 * step.available:
         action = (
-            "Lower method.batch_size, network.base_width or data.image_size, or use a larger card."
+            "Lower method.batch_size, network.base_width or data.image_size, or use a larger GPU."
         )
-        found.append(Finding("device", "one step", "warn", words, action, "SITE-502"))
+        findings.append(Finding("device", "one step", "warn", found, action, "SITE-502"))
     else:
-        found.append(Finding("device", "one step", "ok", f"{words} on {chosen.type}"))
-    return found
+        findings.append(Finding("device", "one step", "ok", f"{found} on {chosen.type}"))
+    return findings
 
 
 def examine_disk(policy: SiteFile, seen: Sequence[Seen]) -> list[Finding]:
@@ -162,18 +173,21 @@ def examine_disk(policy: SiteFile, seen: Sequence[Seen]) -> list[Finding]:
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        words = f"{free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed"
+        found = f"{free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB needed"
         if free < needed:
-            action = "Make room, or set cache and home to a larger disk; fedsgcg-site cache --prune removes old slices."
+            action = (
+                "Free disk space, or set cache and home to folders on a larger disk; "
+                "fedsgcg-site cache --prune removes old slices."
+            )
             verdict: Verdict = "fail" if free < needed - SPARE_BYTES else "warn"
-            findings.append(Finding("disk", name, verdict, words, action, "SITE-514"))
+            findings.append(Finding("disk", name, verdict, found, action, "SITE-514"))
         else:
-            findings.append(Finding("disk", name, "ok", words))
+            findings.append(Finding("disk", name, "ok", found))
     return findings
 
 
 def _authority(path: Path) -> Finding:
-    """Show the authority's fingerprint, which the hospital compares with the coordinator's by telephone."""
+    """Show the authority's fingerprint, to be compared with the coordinator's over the phone."""
     try:
         found = certificate_fingerprint(read_certificate(path))
     except FedsgcgError as error:
@@ -182,12 +196,12 @@ def _authority(path: Path) -> Finding:
             "site", "authority", "fail", f"{path}: {error.problems[0].found}", action, error.code
         )
     return Finding(
-        "site", "authority", "ok", found, "Compare it with the coordinator's by telephone."
+        "site", "authority", "ok", found, "Compare it with the coordinator's over the phone."
     )
 
 
 def payload_bytes(plan: Plan) -> int:
-    """Bytes of one direction of a round: weights and, with SgCG, class statistics."""
+    """Return the bytes of a round in one direction: weights and, with SgCG, class statistics."""
     from common.networks import build_network
 
     network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
@@ -198,13 +212,15 @@ def payload_bytes(plan: Plan) -> int:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """0 when all is well, 1 when something fails, 3 when there are warnings."""
+    """Return 1 when a check fails, 3 when there are warnings, else 0."""
     verdicts = {finding.verdict for finding in findings}
-    return 1 if "fail" in verdicts else 3 if "warn" in verdicts else 0
+    if "fail" in verdicts:
+        return 1
+    return 3 if "warn" in verdicts else 0
 
 
 def show(findings: Sequence[Finding], console: Screen, *, everything: bool) -> None:
-    """Show the findings as a table; files without a problem only in number, unless `everything`."""
+    """Show the findings as a table; files without a problem only if `everything` is set."""
     quiet = [finding for finding in findings if finding.area == "files" and finding.verdict == "ok"]
     table = Table(title=f"fedsgcg-site check, {time.strftime('%Y-%m-%d %H:%M')}", show_lines=False)
     for name in ("", "what", "", "found", "what to do"):
@@ -222,14 +238,11 @@ def show(findings: Sequence[Finding], console: Screen, *, everything: bool) -> N
         last = finding.area
     console.print(table)
     counts = Counter(finding.verdict for finding in findings)
-    hidden = (
-        f" ({len(quiet)} files without a problem; --all lists them)"
-        if quiet and not everything
-        else ""
-    )
-    said = [
+    summary = Text(", ").join(
         Text(f"{counts[verdict]} {verdict}", style=COLOUR[verdict])
         for verdict in COLOUR
         if counts[verdict]
-    ]
-    console.print(Text(", ").join(said) + Text(hidden))
+    )
+    if quiet and not everything:
+        summary += Text(f" ({len(quiet)} files without a problem; --all lists them)")
+    console.print(summary)

@@ -1,4 +1,4 @@
-"""Does a training step fit this device? Measured by doing one, at the size that the federation plans."""
+"""Measures whether a training step of the federation's size fits this device, by running one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ WARM_STEPS = 1
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step cost.
+    """Cost of one training step.
 
     Attributes:
-        seconds: Of the step after the first, which warms up.
-        bytes: Largest memory of the device that was in use (GPU), or by how much the process grew (CPU).
-        available: Memory of the device; 0 where it is not known (CPU).
-        parts: Parts into which it was cut (`site.micro_batches`); more than planned where the memory asked for it.
+        seconds: Duration of the step after the warm-up step.
+        bytes: Peak memory use of the device (GPU), or growth of the process (CPU).
+        available: Memory of the device; 0 when unknown (CPU).
+        parts: Micro-batches of the step; more than `site.micro_batches` if the batch did not fit
+            into memory.
     """
 
     seconds: float
@@ -37,26 +38,27 @@ class Step:
 
 
 def measure_step(plan: Plan, device: torch.device) -> Step:
-    """Do two steps with random slices of the plan's batch, size and network, and measure the second.
+    """Run two steps with empty slices of the plan's batch size, image size and network.
 
-    A step that the memory does not hold is cut into parts, as training does. The supervised loss stands for all
-    methods; the contrastive term adds a few per cent on top.
+    The second step is measured. A batch that does not fit into memory is split, as in training. The
+    supervised loss represents all methods; the contrastive term adds a few per cent.
 
     Raises:
-        FedsgcgError: SITE-502 when the device's memory does not hold a step in its smallest parts.
+        FedsgcgError: SITE-502 when even the smallest micro-batch does not fit into memory.
     """
-    before, batch = _grown(), plan.method.batch_size
+    before = _peak_size()
+    batch = plan.method.batch_size
     most = max_micro_batches([batch])
     parts = min(plan.site.micro_batches, most)
     while (seconds := unless_out_of_memory(partial(_step_seconds, plan, device, parts))) is None:
         if parts == most:
-            action = "lower network.base_width or data.image_size, or use a larger card"
+            action = "lower network.base_width or data.image_size, or use a larger GPU"
             found = f"a step of {batch} slices of {plan.data.image_size} pixels in {parts} parts"
             raise fail(
                 "SITE-502",
                 where=str(device),
                 found=found,
-                expected="memory that holds it",
+                expected="enough memory for it",
                 action=action,
             )
         parts = min(2 * parts, most)
@@ -64,36 +66,33 @@ def measure_step(plan: Plan, device: torch.device) -> Step:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return Step(seconds, torch.cuda.max_memory_allocated(device), int(total), parts)
-    return Step(seconds, max(0, _grown() - before), 0, parts)
+    return Step(seconds, max(0, _peak_size() - before), 0, parts)
 
 
 def _step_seconds(plan: Plan, device: torch.device, parts: int) -> float:
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(
-            device
-        )  # a step that did not fit says nothing about this one
-    network = (
-        build_network(plan.network, 3, plan.data.out_channels, generator_seed=0).to(device).train()
-    )
+        # The peak of an earlier step that did not fit must not count.
+        torch.cuda.reset_peak_memory_stats(device)
+    network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
+    network = network.to(device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    side, batch, seconds = plan.data.image_size, plan.method.batch_size, 0.0
-    images, labels = (
-        torch.zeros(batch, 3, side, side),
-        torch.zeros(batch, side, side, dtype=torch.long),
-    )
-    images, labels = images.to(device), labels.to(device)
+    side = plan.data.image_size
+    batch = plan.method.batch_size
+    images = torch.zeros(batch, 3, side, side).to(device)
+    labels = torch.zeros(batch, side, side, dtype=torch.long).to(device)
+    seconds = 0.0
     for _ in range(WARM_STEPS + 1):
-        began = time.perf_counter()
+        start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         for some, truth in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
             loss = functional.cross_entropy(network(some)[0].float(), truth)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss.item()  # waits for the device
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     return seconds
 
 
-def _grown() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def _peak_size() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -27,15 +27,18 @@ PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
 
 
 def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
-    """Show what left, the newest line last; returns 0, or 1 when nothing has left yet.
+    """Show what left the site, the newest line last.
 
     Args:
         policy: The site's settings.
-        console: Where to show it.
-        last: How many lines; 0 = all.
+        console: Console for the output.
+        last: Number of lines; 0 = all.
+
+    Returns:
+        The exit code: 0, or 1 when nothing has left yet.
 
     Raises:
-        FedsgcgError: SITE-501 when the chain is broken, with the first line that does not fit.
+        FedsgcgError: SITE-501 when the chain of hashes is broken, with the first invalid line.
     """
     path = Path(policy.home) / LEDGER
     lines = ledger.entries(path) if path.exists() else []
@@ -45,13 +48,11 @@ def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
     shown = lines[-last:] if last else lines
     console.print(f"What left {policy.site}: {path}")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    used = [
-        name for name in PARTS if any(line["parts"].get(name) for line in shown)
-    ]  # a terminal may have 80 columns
+    # A terminal may have only 80 columns: unused parts are left out, and the time may wrap after
+    # the date.
+    used = [name for name in PARTS if any(line["parts"].get(name) for line in shown)]
     table.add_column("#", justify="right", no_wrap=True)
-    table.add_column(
-        "time (UTC)", min_width=10
-    )  # the day above the hour where there is little room
+    table.add_column("time (UTC)", min_width=10)
     table.add_column("round", justify="right", no_wrap=True)
     table.add_column("answer to", no_wrap=True)
     for name in used:
@@ -69,31 +70,34 @@ def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
 
 
 def reason(line: Mapping[str, Any]) -> str:
-    """Return the first words of a line's note: the code and its sentence."""
+    """Return the code of a line's note and its meaning, or the note's first line."""
     note = str(line.get("note", ""))
     code = note[1:].partition("]")[0] if note.startswith("[") else note
-    return f"{code}: {CODES[code]}" if code in CODES else note.partition("\n")[0]
+    if code in CODES:
+        return f"{code}: {CODES[code]}"
+    return note.partition("\n")[0]
 
 
 def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -> int:
-    """Make the next round's reply for real, on this site's data, and show its bytes; nothing is sent.
+    """Train one round on this site's data and show the bytes of its reply; nothing is sent.
 
-    The reply passes the same door with the same floors; only the ledger line goes to a folder that is thrown away.
+    The reply passes the same egress with the same privacy floors as a real one; only its ledger
+    line goes to a temporary folder.
 
     Args:
         policy: The site's settings.
-        plan: The federation, as far as the site knows it.
-        model: `model.safetensors` to describe and train, or None for fresh weights.
-        console: Where to show it.
+        plan: The federation's plan as known at the site.
+        model: `model.safetensors` to start from, or None for newly initialised weights.
+        console: Console for the output.
     """
     with tempfile.TemporaryDirectory(prefix="fedsgcg-dry-run-") as folder:
         plan = replace(plan, output=folder)
-        elsewhere = replace(policy, home=str(Path(folder) / "home"))
-        write_site_file(Path(folder) / "site.yaml", elsewhere)
+        temporary = replace(policy, home=str(Path(folder) / "home"))
+        write_site_file(Path(folder) / "site.yaml", temporary)
         with console.status("training one round that is not sent"):
-            began = time.perf_counter()
+            start = time.perf_counter()
             content = _reply(plan, policy, Path(folder), _weights(plan, model))
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
         reply = wire.decode_reply(content)
         if reply.error:
             log = Path(folder) / "home" / "errors.log"
@@ -117,8 +121,8 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
 CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
-    "amplitudes": "sums of log amplitudes, or spectra of single images, as the site's own file allows",
-    "content_hashes": "salted hashes of the images, which the site's own file shares",
+    "amplitudes": "sums of log amplitudes, or spectra of single images, as site.yaml allows",
+    "content_hashes": "salted hashes of the images, as site.yaml allows",
     "cases": "results of each case under its alias",
     "metrics": "losses, counts, seconds, validation Dice",
     "text": "names and shapes of the weights, identity, codes",
@@ -126,20 +130,20 @@ CONTENT = {
 
 
 def _reply(plan: Plan, policy: SiteFile, folder: Path, weights: Weights) -> RecordDict:
-    """Ask the app as the coordinator would, with the site's own policy in force."""
+    """Send the app a request as the coordinator would, under the site's own policy."""
     from clients.app import build_client_app
 
     identity = Identity(plan.run, plan.heldout, 1, plan.digest())
     request = wire.encode_request(wire.Request(identity, weights))
     metadata = Metadata(1, "dry-run", 0, 1, "", "", time.time(), 86400.0, wire.TRAIN)
-    made: Any = Message  # the form that Flower itself uses for a message that has come; it has no type of its own
+    make: Any = Message  # Flower's internal constructor of a received message is untyped
     node: Any = {"site": policy.site, NODE_KEY: str(folder / "site.yaml")}
     context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
-    return build_client_app(plan.to_tree())(made(request, metadata=metadata), context).content
+    return build_client_app(plan.to_tree())(make(request, metadata=metadata), context).content
 
 
 def _weights(plan: Plan, model: Path | None) -> Weights:
-    """The weights of a model file, or fresh ones of the plan's network."""
+    """Return the weights of a model file, or newly initialised ones of the plan's network."""
     if model is not None:
         from safetensors.numpy import load_file
 
@@ -147,7 +151,6 @@ def _weights(plan: Plan, model: Path | None) -> Weights:
     from clients.app import CHANNELS
     from common.networks import build_network
 
-    state = build_network(
-        plan.network, CHANNELS, plan.data.out_channels, generator_seed=0
-    ).state_dict()
-    return Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})
+    network = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=0)
+    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+    return Weights.from_state(state)

@@ -1,11 +1,13 @@
-"""The resident: takes the SuperNode's tasks, checks the bundle's approval, and has a warm worker do the work.
+"""The resident: takes the SuperNode's tasks and passes approved ones to a warm worker.
 
-It stands in for Flower's SuperExec (`flower-supernode --isolation process`): it acquires a task, pulls its message,
-hands it to `deploy.site.worker` and pushes the reply. Whatever happens to the worker, the SuperNode gets a reply: a
-code for a bundle that is not approved, a deadline that has passed or a process that died. So a training that is killed
-never leaves the SuperNode waiting, and the coordinator learns within a second instead of Flower's minute.
+It replaces Flower's SuperExec (`flower-supernode --isolation process`): it acquires a task, pulls
+its message, passes it to `deploy.site.worker` and pushes the reply. The SuperNode always gets a
+reply: an error code if the bundle is not approved, the deadline has passed or the worker died. A
+killed training therefore never leaves the SuperNode waiting, and the coordinator knows within a
+second instead of Flower's minute.
 
-The functions of Flower that are used here are private to it; `tests/contracts/test_resident_contract.py` holds them.
+The Flower functions used here are private; `tests/contracts/test_resident_contract.py` checks that
+they exist.
 """
 
 from __future__ import annotations
@@ -68,27 +70,27 @@ WORKER = Path(__file__).with_name("worker.py")
 POLL_S = 0.1
 HEARTBEAT_S = 10.0
 STARTED_S = 120.0
-"""Seconds that a new worker may need to import its libraries."""
+"""Longest time in which a new worker must have imported its libraries."""
 
 UNREACHABLE_S = 30.0
-"""Seconds without the SuperNode's runtime API after which the resident gives up, so that `join` starts both anew."""
+"""Time without the SuperNode's runtime API until the resident ends; `join` then restarts both."""
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
 class StoppedError(Exception):
-    """The resident was told to stop while a worker was at work."""
+    """The resident was stopped while a worker was working."""
 
 
 @dataclass
 class Worker:
-    """One worker process and the socket to it.
+    """A worker process and the socket to it.
 
     Attributes:
-        process: The process; leader of its own group.
-        link: This end of the socket.
-        digest: Digest of the bundle it has loaded, "" before.
-        messages: How many messages it has answered.
+        process: The process, leader of its own process group.
+        link: The resident's end of the socket.
+        digest: Digest of the loaded bundle, "" before one is loaded.
+        messages: Number of messages answered.
     """
 
     process: subprocess.Popen[bytes]
@@ -98,19 +100,22 @@ class Worker:
 
     @classmethod
     def start(cls) -> Worker:
-        """Start a worker, which goes on to import its libraries by itself."""
-        mine, its = socket.socketpair()
-        with its:
-            # -P: the script's own folder holds modules that are called like Python's.
-            command = [sys.executable, "-P", str(WORKER), str(its.fileno()), str(os.getpid())]
-            process = subprocess.Popen(command, pass_fds=[its.fileno()], start_new_session=True)  # noqa: S603 - own files
-        return cls(process, mine)
+        """Start a worker; it imports its libraries in the background."""
+        own_end, worker_end = socket.socketpair()
+        with worker_end:
+            # -P: the script's own folder contains modules with names of the standard library.
+            descriptor = worker_end.fileno()
+            command = [sys.executable, "-P", str(WORKER), str(descriptor), str(os.getpid())]
+            process = subprocess.Popen(  # noqa: S603 - own files
+                command, pass_fds=[descriptor], start_new_session=True
+            )
+        return cls(process, own_end)
 
     def load(self, bundle: Bundle, folder: Path) -> None:
-        """Have it load an approved bundle.
+        """Load an approved bundle in the worker.
 
         Raises:
-            EOFError, TimeoutError: When it died or hangs.
+            EOFError, TimeoutError: The worker died or hangs.
         """
         self.link.settimeout(STARTED_S)
         receive_frame(self.link)
@@ -127,10 +132,12 @@ class Worker:
         deadline_s: float,
         stop: Callable[[], bool],
     ) -> tuple[Message, Context]:
-        """Have it answer one message.
+        """Send one message to the worker and return its reply and context.
 
         Raises:
-            TimeoutError: Past the deadline. EOFError, OSError: The process died. StoppedError: `stop` came true.
+            TimeoutError: The deadline has passed.
+            EOFError, OSError: The process died.
+            StoppedError: `stop` returned true.
         """
         self.link.settimeout(max(deadline_s, 1.0))
         send_frame(self.link, json.dumps([task, context.run_id, context.node_id]).encode())
@@ -149,7 +156,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is there."""
+        """Whether the process is running."""
         return self.process.poll() is None
 
     def end(self) -> None:
@@ -162,14 +169,14 @@ class Worker:
 
 @dataclass
 class Resident:
-    """The loop over tasks of one site.
+    """The loop over the tasks of one site.
 
     Args:
         policy: The site's own settings.
         address: host:port of the SuperNode's runtime API.
-        secret: The secret that this site's SuperNode asks of whoever acquires a task.
+        secret: Secret required by the SuperNode to acquire a task.
         cold: Start a new worker for each message instead of keeping one warm.
-        certificates: PEM of the runtime API's authority; None on plain loopback.
+        certificates: PEM of the runtime API's authority; None for loopback without TLS.
     """
 
     policy: SiteFile
@@ -181,7 +188,7 @@ class Resident:
     worker: Worker | None = None
 
     def run(self) -> int:
-        """Take tasks until told to stop (0) or until the SuperNode's runtime API is gone (1)."""
+        """Take tasks until stopped (returns 0) or until the runtime API does not answer (1)."""
         acquiring = self._client(
             SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods=[ACQUIRE])
         )
@@ -189,7 +196,7 @@ class Resident:
         last_seen = time.monotonic()
         if not self.cold:
             self.worker = Worker.start()
-        self._tell(state="waiting")
+        self._write_state(state="waiting")
         try:
             while not self.stopping.is_set():
                 try:
@@ -198,7 +205,9 @@ class Resident:
                 except httpx.HTTPError as error:
                     if time.monotonic() - last_seen > UNREACHABLE_S:
                         LOG.error(
-                            "the SuperNode's runtime API at %s is gone: %s", self.address, error
+                            "the SuperNode's runtime API at %s does not answer: %s",
+                            self.address,
+                            error,
                         )
                         return 1
                     task = None
@@ -209,11 +218,11 @@ class Resident:
             return 0
         finally:
             self._end_worker()
-            self._tell(state="ended")
+            self._write_state(state="ended")
             acquiring.close()
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
-        """Take no further task; a training in hand is ended and answered with SITE-505."""
+        """Take no further task; a running training is ended and answered with SITE-505."""
         self.stopping.set()
 
     def _do(self, token: str) -> None:
@@ -225,36 +234,34 @@ class Resident:
         try:
             message, context, run, fab = pull_task_input(client)
             threading.Thread(target=_beat, args=(client, beating), daemon=True).start()
-            self._tell(
+            self._write_state(
                 state="at work", message=str(message.metadata.message_type), run=str(run.run_id)
             )
             reply, context = self._answer(message, context, fab.content, TaskIdentity.task_id)
             push_message(client, reply, context)
             done, details = SubStatus.COMPLETED, ""
-        except (
-            Exception
-        ):  # the SuperNode reports a task without output by itself; the site's log says why
+        # The SuperNode reports a task without output on its own; the site's log has the cause.
+        except Exception:
             LOG.exception("a task could not be answered")
         finally:
             beating.set()
             with suppress(httpx.HTTPError):
                 push_task_output(client, context, done, details)
             client.close()
-            self._tell(state="waiting")
+            self._write_state(state="waiting")
 
     def _answer(
         self, message: Message, context: Context, fab: bytes, task: int
     ) -> tuple[Message, Context]:
-        """Return the worker's reply, or one that holds a code."""
+        """Return the worker's reply, or a reply with an error code."""
         try:
             bundle = read_bundle(fab)
             approved = Path(self.policy.approved)
-            place = unpack(
-                bundle, bundle_store(approved)
-            )  # refused code is kept too: people compare it
+            # Refused code is kept too, so that it can be compared before approval.
+            folder = unpack(bundle, bundle_store(approved))
             forget_old(approved)
             require_approved(bundle, approved)
-            worker = self._ready(bundle, place)
+            worker = self._ready(bundle, folder)
             reply, after = worker.answer(
                 message, context, task, self.deadline_s(message), self.stopping.is_set
             )
@@ -265,43 +272,40 @@ class Resident:
             note = f"ended after {self.deadline_s(message):.0f} s"
             return self._refusal(message, "SITE-503", note), context
         except StoppedError:
-            return self._refusal(
-                message, "SITE-505", "ended because the site was told to stop"
-            ), context
+            return self._refusal(message, "SITE-505", "ended because the site was stopped"), context
         except (EOFError, OSError):
             code = self.worker.process.wait() if self.worker else 0
-            return self._refusal(
-                message, "SITE-504", f"the worker ended with {code} (-9: killed, e.g. memory)"
-            ), context
+            note = f"the worker ended with {code} (-9: killed, e.g. out of memory)"
+            return self._refusal(message, "SITE-504", note), context
         finally:
             if self.cold or self.worker is None or not self.worker.alive:
                 self._end_worker()
 
-    def _ready(self, bundle: Bundle, place: Path) -> Worker:
-        """Return a worker that has loaded this bundle: the one at hand, or a new one."""
+    def _ready(self, bundle: Bundle, folder: Path) -> Worker:
+        """Return a worker that has loaded this bundle: the current one, or a new one."""
         worker = self.worker
         if worker is None or not worker.alive or worker.digest not in ("", bundle.digest):
             self._end_worker()
             worker = self.worker = Worker.start()
         if not worker.digest:
-            worker.load(bundle, place)
+            worker.load(bundle, folder)
         return worker
 
     def _refusal(self, message: Message, code: str, note: str) -> Message:
-        """Return the reply that holds a code; its words stay in the site's ledger and error log. Ends the worker."""
+        """End the worker and return a reply with an error code.
+
+        The note stays in the site's ledger and error log.
+        """
         self._end_worker()
-        kind, identity, home = (
-            str(message.metadata.message_type),
-            identity_of(message.content),
-            Path(self.policy.home),
-        )
+        kind = str(message.metadata.message_type)
+        identity = identity_of(message.content)
+        home = Path(self.policy.home)
         keep_trace(home, kind, identity)
-        return Message(
-            release_error(code, identity, self.policy.site, home, kind, note), reply_to=message
-        )
+        content = release_error(code, identity, self.policy.site, home, kind, note)
+        return Message(content, reply_to=message)
 
     def deadline_s(self, message: Message) -> float:
-        """Seconds that the work on a message may take: the site's own, or the life of the message."""
+        """Return the site's deadline for a message in seconds, else the message's lifetime."""
         return self.policy.deadline_s or float(message.metadata.ttl)
 
     def _end_worker(self) -> None:
@@ -317,11 +321,11 @@ class Resident:
             interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec"), interceptor],
         )
 
-    def _tell(self, **facts: str) -> None:
-        """Say in the site's folder what is going on, for `fedsgcg-site status`."""
+    def _write_state(self, **facts: str) -> None:
+        """Write the current state to the site's folder, for `fedsgcg-site status`."""
         path = Path(self.policy.home) / "resident.json"
         partial = path.with_name("resident.json.partial")
-        with suppress(OSError):  # a full disk must not stop an answer; the ledger refuses by itself
+        with suppress(OSError):  # a full disk stops an answer at the ledger, not here
             partial.write_text(
                 json.dumps({"pid": os.getpid(), "time": time.time(), **facts}), encoding="utf-8"
             )
@@ -329,21 +333,24 @@ class Resident:
 
 
 def _reply_to(message: Message, reply: Message) -> Message:
-    """Give the worker's content a reply of this process; an error that Flower itself made says only that it failed."""
+    """Return the worker's content as a reply to `message`; raises SITE-500 for a Flower error."""
     if reply.has_error():
-        raise fail("SITE-500", found="the app returned an error of Flower")
+        raise fail("SITE-500", found="the app returned a Flower error")
     return Message(reply.content, reply_to=message)
 
 
 def _beat(client: RuntimeHttpClient, done: threading.Event) -> None:
-    """Tell the SuperNode that the task is alive, until `done`."""
+    """Send heartbeats of a task to the SuperNode until `done` is set."""
     while not done.wait(HEARTBEAT_S):
         with suppress(httpx.HTTPError):
             client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
 
 
 def main() -> int:
-    """Run the resident of a site: `python -m deploy.site.resident SITE_FILE ADDRESS SECRET_FILE [cold]`."""
+    """Run the resident of a site.
+
+    Usage: `python -m deploy.site.resident SITE_FILE ADDRESS SECRET_FILE [cold]`.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     policy = read_site_file(Path(sys.argv[1]))
     resident = Resident(

@@ -1,7 +1,8 @@
-"""`fedsgcg-site join`: the hospital's node, kept alive: Flower's SuperNode and our resident, started and watched.
+"""`fedsgcg-site join`: start Flower's SuperNode and the resident, and restart them when they end.
 
-A SuperNode whose app died at a bad moment may wait for ever and still look online (stack.md 3.4), so the two belong
-together: when either ends, both are started anew, with a pause that grows. A stop ends both, by their process ids.
+A SuperNode whose app died before its first log line may wait forever and still look online
+(docs/explanation/flower.md, "Behaviour that shaped the code"). When either process ends, both are
+therefore restarted, with increasing pauses. Stopping ends both.
 """
 
 from __future__ import annotations
@@ -37,40 +38,41 @@ from deploy.site.commands import (
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 20.0
 MOST_FAILURES = 20
-"""Restarts in a row, none of them healthy for `HEALTHY_S`, after which the site gives up and says so."""
+"""Consecutive restarts, each within `HEALTHY_S`, after which the site stops with an error."""
 
 HEALTHY_S = 300.0
 LINK_GIVEN_UP = "the SuperNode gave up the link"
 STUCK = {
-    # It lost its link within a TLS handshake: its process stays, does nothing, and looks alive. A cut link does that,
-    # and a proxy or load balancer that still accepts connections while the server behind it is away.
+    # The link was lost during a TLS handshake: the process stays and does nothing, but looks alive.
+    # Causes are an interrupted link, or a proxy or load balancer that still accepts connections
+    # while the server behind it is down.
     "Giving up reconnection": LINK_GIVEN_UP,
     "SSL/TLS handshake error detected": LINK_GIVEN_UP,
-    # It keeps half of the message; the error reply to that, minutes later, goes out in the place of the next run's
-    # reply, which then waits for yet another message.
-    "Ignoring message": "the run was stopped while its message came in",
+    # The SuperNode keeps half of the message. Minutes later it sends the error reply to it in place
+    # of the next run's reply, which then waits for another message.
+    "Ignoring message": "the run was stopped while its message was being received",
 }
-"""What a SuperNode says that has to be started anew -> why."""
+"""Log text of a SuperNode that must be restarted -> reason."""
 
 START_S = 60.0
 STOP_S = 10.0
 LAST_REPLY_S = 3.0
-"""Time that the SuperNode gets to send the reply of a training that was ended."""
+"""Time for the SuperNode to send the reply of a training that was ended."""
 
-ELSEWHERE = "Set home in site.yaml to a folder on a local disk."
+LOCAL_DISK = "Set home in site.yaml to a folder on a local disk."
 MOST_LOG_BYTES = 10 * 2**20
 LIBC = ctypes.CDLL(None)
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-TROUBLE = {"Failed to activate SuperNode": "SITE-509"}
-"""What Flower says -> our code."""
+KNOWN_ERRORS = {"Failed to activate SuperNode": "SITE-509"}
+"""Log text of Flower -> error code."""
 
 ADVICE = {
-    "SITE-509": "another node may use this key now: a copy of this kit that has joined elsewhere (end it there: "
-    "fedsgcg-site leave KIT; one kit is for one machine), or this node before a crash, which the coordinator notices "
-    "within a minute; else ask it whether this site's key (site.pub) is registered, or revoked, and compare the "
-    "clocks: fedsgcg-site check KIT"
+    "SITE-509": "another node may be using this key: a copy of this kit on another machine (run "
+    "fedsgcg-site leave KIT there; a kit is for one machine), or this node before a crash, which "
+    "the coordinator notices within a minute. Otherwise ask the coordinator whether this site's "
+    "key (site.pub) is registered or revoked, and compare the clocks: fedsgcg-site check KIT"
 }
 
 Say = Callable[[str], None]
@@ -78,12 +80,12 @@ Say = Callable[[str], None]
 
 @dataclass
 class Join:
-    """A hospital's node from start to stop.
+    """A site's node from start to stop.
 
     Args:
-        policy: The hospital's own settings.
-        site_file: Where they are written.
-        say: Shows one line to the person who started this.
+        policy: The site's own settings.
+        site_file: The file of these settings.
+        say: Shows one line to the user.
         cold: Start a training process for every message instead of keeping one warm.
     """
 
@@ -96,11 +98,12 @@ class Join:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> int:
-        """Keep the node alive until told to stop (0), or until it does not stay alive (SITE-507).
+        """Keep the node alive until stopped; returns 0.
 
         Raises:
-            FedsgcgError: DEP-603 without a usable key; SITE-506 for a server whose certificate does not hold; SITE-508
-                when another process has joined already; SITE-507; SITE-501 for an unusable folder.
+            FedsgcgError: DEP-603 without a usable key; SITE-506 for a server certificate that
+                cannot be verified; SITE-508 when another process has already joined; SITE-507 when
+                the node does not stay alive; SITE-501 for an unusable folder.
         """
         home = prepare_home(self.policy)
         read_site_key(Path(self.policy.key))
@@ -115,7 +118,7 @@ class Join:
             try:
                 return self._keep_alive(home)
             finally:
-                self._tell(state="left", supernode=0, resident=0)
+                self._write_state(state="left", supernode=0, resident=0)
 
     def stop(self, _signal: int = 0, _frame: FrameType | None = None) -> None:
         """End both processes and return from `run`."""
@@ -124,17 +127,16 @@ class Join:
     def _keep_alive(self, home: Path) -> int:
         failures, pause = 0, SHORTEST_PAUSE_S
         while not self.stopping.is_set():
-            began = time.monotonic()
+            start = time.monotonic()
             why = self._live(home)
             if self.stopping.is_set():
                 break
-            if time.monotonic() - began > HEALTHY_S:
+            if time.monotonic() - start > HEALTHY_S:
                 failures, pause = 0, SHORTEST_PAUSE_S
-            failures += (
-                not self.stuck
-            )  # the link may be away for days; that is no fault of this node
+            if not self.stuck:  # a link that is down for days is not a failure of this node
+                failures += 1
             if failures >= MOST_FAILURES:
-                action = f"read {home / 'logs' / 'supernode.log'}, then fedsgcg-site check"
+                action = f"read {home / 'logs' / 'supernode.log'}, then run fedsgcg-site check"
                 raise fail(
                     "SITE-507",
                     where=self.policy.site,
@@ -142,14 +144,14 @@ class Join:
                     action=action,
                 )
             self.facts["restarts"] += 1
-            self._tell(state="restarting", last=why)
-            self.say(f"{why}; starting again in {pause:.0f} s")
+            self._write_state(state="restarting", last=why)
+            self.say(f"{why}; restarting in {pause:.0f} s")
             self.stopping.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         return 0
 
     def _live(self, home: Path) -> str:
-        """Run SuperNode and resident until one of them ends or the site is told to stop; return why it ended."""
+        """Run SuperNode and resident until one ends or the site is stopped; return the reason."""
         port = self.policy.runtime_port or free_port()
         secret = new_secret(home / "runtime.secret")
         children: list[subprocess.Popen[bytes]] = []
@@ -159,16 +161,17 @@ class Join:
                 supernode_command(self.policy, self.site_file, port, secret), home, "supernode"
             )
             children.append(node)
-            self._tell(state="starting", supernode=node.pid, port=port)
+            self._write_state(state="starting", supernode=node.pid, port=port)
             if not self._listens(node, port):
                 return f"the SuperNode did not start (exit code {node.poll()})"
             resident = self._start(
                 resident_command(self.site_file, port, secret, self.cold), home, "resident"
             )
             children.append(resident)
-            self._tell(state="joined", resident=resident.pid)
+            self._write_state(state="joined", resident=resident.pid)
             self.say(
-                f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, {home / 'logs'}"
+                f"{self.policy.site} has started: SuperNode {node.pid}, resident {resident.pid}, "
+                f"logs in {home / 'logs'}"
             )
             while not self.stopping.wait(0.5):
                 if self.stuck:
@@ -177,12 +180,12 @@ class Join:
                     return f"the SuperNode ended with {node.returncode}"
                 if resident.poll() is not None:
                     return f"the resident ended with {resident.returncode}"
-            return "told to stop"
+            return "stopped"
         finally:
             self._end(children)
 
     def _start(self, command: list[str], home: Path, name: str) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(  # noqa: S603 - the two commands below
+        child = subprocess.Popen(  # noqa: S603 - one of the two commands of deploy.site.commands
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -198,9 +201,9 @@ class Join:
         return child
 
     def _follow(self, child: subprocess.Popen[bytes], log: Path) -> None:
-        """Copy a child's lines into its log and show the few that a person wants."""
+        """Copy a child's output into its log and show the important lines."""
         if child.stdout is None:
-            raise AssertionError("children are started with a pipe")
+            raise AssertionError("_start opens a pipe")
         with bounded_log(log) as file:
             for line in child.stdout:
                 file.write(line)
@@ -208,33 +211,28 @@ class Join:
                 self._notice(line.decode(errors="replace").strip())
 
     def _notice(self, line: str) -> None:
-        """Show and remember connection, messages and failures."""
+        """Show and record connection, messages and failures."""
         text = COLOURS.sub("", line)
-        text = (
-            text.partition(":")[2].strip()
-            if text.startswith(("INFO", "WARNING", "ERROR"))
-            else text
-        )
-        # Two threads come here, one a child: only what was found is written, or one would undo the other's finding.
-        if why := next((why for words, why in STUCK.items() if words in text), ""):
+        if text.startswith(("INFO", "WARNING", "ERROR")):
+            text = text.partition(":")[2].strip()
+        # Called from two threads, one per child: `stuck` is only set, never cleared, here.
+        if why := next((why for pattern, why in STUCK.items() if pattern in text), ""):
             self.stuck = why
         if "SuperNode ID" in text:
-            self._tell(node=text.rpartition(" ")[2], last="")
-            self.say(f"connected to {self.policy.server}, node {text.rpartition(' ')[2]}")
+            node = text.rpartition(" ")[2]
+            self._write_state(node=node, last="")
+            self.say(f"connected to {self.policy.server}, node {node}")
         elif text.startswith(("Receiving:", "Sending:")):
-            words = (
-                text.partition(" (ID")[0]
-                .replace("Receiving:", "received")
-                .replace("Sending:", "sent")
-            )
-            self._tell(last_message=words, last_message_time=time.time())
-            self.say(words)
-        elif known := next((code for words, code in TROUBLE.items() if words in text), ""):
+            event = text.partition(" (ID")[0]
+            event = event.replace("Receiving:", "received").replace("Sending:", "sent")
+            self._write_state(last_message=event, last_message_time=time.time())
+            self.say(event)
+        elif known := next((code for pattern, code in KNOWN_ERRORS.items() if pattern in text), ""):
             problem = fail(known, where=self.policy.server, found=text, action=ADVICE[known])
-            self._tell(last=str(problem).replace("\n  ", "; "))
+            self._write_state(last=str(problem).replace("\n  ", "; "))
             self.say(str(problem))
         elif "retrying in" in text:
-            self._tell(last=text)
+            self._write_state(last=text)
             self.say(text)
 
     def _listens(self, node: subprocess.Popen[bytes], port: int) -> bool:
@@ -246,15 +244,15 @@ class Join:
         return False
 
     def _end(self, children: list[subprocess.Popen[bytes]]) -> None:
-        """End the resident first, so that the SuperNode can still send what it replied."""
+        """End the resident first, so that the SuperNode can still send its last reply."""
         for child in reversed(children):
             busy = child.poll() is None
             end_process(child, STOP_S)
             if busy and child is not children[0]:
                 time.sleep(LAST_REPLY_S)
 
-    def _tell(self, **facts: Any) -> None:
-        """Write what `status` shows."""
+    def _write_state(self, **facts: Any) -> None:
+        """Write the facts that `fedsgcg-site status` shows."""
         self.facts |= facts
         path = Path(self.policy.home) / "join.json"
         partial = path.with_name(f"join.json.{threading.get_ident()}.partial")
@@ -264,10 +262,13 @@ class Join:
 
 
 def check_certificate(policy: SiteFile) -> None:
-    """Refuse a server that is not the one of the kit; one that does not answer yet is waited for by the SuperNode.
+    """Check that the server is the one of the kit.
+
+    A server that does not answer is no error, because the SuperNode waits for it.
 
     Raises:
-        FedsgcgError: SITE-506 for another authority, an expired certificate, a name that it is not for.
+        FedsgcgError: SITE-506 for another authority, an expired certificate, or a name that is not
+            in the certificate.
     """
     for finding in examine_link(policy, 0):
         if finding.verdict == "fail" and finding.name in ("certificate", "authority"):
@@ -275,7 +276,7 @@ def check_certificate(policy: SiteFile) -> None:
 
 
 def prepare_home(policy: SiteFile) -> Path:
-    """Make the site's own folder, readable by its owner only.
+    """Make the site's home folder, readable by its owner only.
 
     Raises:
         FedsgcgError: SITE-501 when it cannot be written.
@@ -286,24 +287,31 @@ def prepare_home(policy: SiteFile) -> Path:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise fail(
-            "SITE-501", where=str(home), found=str(error), expected="a folder that can be written"
+            "SITE-501", where=str(home), found=str(error), expected="a writable folder"
         ) from error
     return home
 
 
 @contextmanager
 def only_one(home: Path) -> Iterator[None]:
-    """Hold the site's lock; a second `join` of the same site gets SITE-508, a file system without locks CFG-008."""
+    """Hold the site's lock.
+
+    Raises:
+        FedsgcgError: SITE-508 when another `join` of the same site is running, CFG-008 for a file
+            system without locks.
+    """
     with (home / "join.lock").open("a") as file:
-        if not lock(file, action=ELSEWHERE):
+        if not lock(file, action=LOCAL_DISK):
             action = "fedsgcg-site status KIT shows it, fedsgcg-site leave KIT ends it"
-            raise fail("SITE-508", where=str(home), found="it has joined already", action=action)
+            raise fail(
+                "SITE-508", where=str(home), found="this site has already joined", action=action
+            )
         yield
 
 
 @contextmanager
 def bounded_log(path: Path) -> Iterator[Any]:
-    """Open a log for appending; one that has grown large becomes `<name>.old` first."""
+    """Open a log for appending; a large log is renamed to `<name>.old` first."""
     if path.exists() and path.stat().st_size > MOST_LOG_BYTES:
         path.replace(path.with_name(path.name + ".old"))
     with path.open("ab") as file:
@@ -311,7 +319,7 @@ def bounded_log(path: Path) -> Iterator[Any]:
 
 
 def end_process(child: subprocess.Popen[bytes], patience_s: float) -> None:
-    """Ask a child to end, then end its whole group."""
+    """Send a child SIGTERM, then kill its process group."""
     if child.poll() is None:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -322,7 +330,7 @@ def end_process(child: subprocess.Popen[bytes], patience_s: float) -> None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Return a small JSON file of the site's folder, {} when there is none that can be read."""
+    """Return the content of a JSON file in the site's folder, {} when it cannot be read."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -334,7 +342,7 @@ def joined_pid(home: Path) -> int:
     """Return the process id of the `join` that holds this site's lock, 0 when none does."""
     try:
         with (home / "join.lock").open("r+") as file:
-            free = lock(file, action=ELSEWHERE)
+            free = lock(file, action=LOCAL_DISK)
     except FileNotFoundError:
         return 0
     return 0 if free else int(read_facts(home / "join.json").get("pid", 0))
@@ -356,7 +364,7 @@ def leave(policy: SiteFile, patience_s: float = 60.0) -> bool:
         if time.monotonic() > end:
             raise fail(
                 "SITE-508",
-                found=f"process {pid} is still there after {patience_s:.0f} s",
+                found=f"process {pid} is still running after {patience_s:.0f} s",
                 action=f"kill {pid}",
             )
         time.sleep(0.2)
@@ -364,5 +372,5 @@ def leave(policy: SiteFile, patience_s: float = 60.0) -> bool:
 
 
 def _end_with_parent() -> None:
-    """In the child: ask the kernel for SIGTERM when the parent dies, so that nothing is left behind."""
+    """In the child: request SIGTERM from the kernel when the parent dies."""
     LIBC.prctl(DEATH_SIGNAL, signal.SIGTERM)

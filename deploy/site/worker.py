@@ -1,10 +1,12 @@
-"""The process that does a site's work: it loads one app bundle and answers messages until its socket closes.
+"""The worker process of a site: loads one app bundle and answers messages until its socket closes.
 
-`deploy.site.resident` starts this file as a script, so that nothing of the site's installed package is imported before
-the bundle's own code, and so that the time for Python, Flower and torch is paid once instead of for every message (a
-plain SuperNode starts a process for each). The socket is inherited from the resident; no other process can reach it.
+`deploy.site.resident` starts this file as a script, so that no module of the site's installed
+package is imported before the bundle's own code. Python, Flower and torch are loaded once instead
+of for every message (a plain SuperNode starts a process per message). The socket is inherited from
+the resident; no other process can reach it.
 
-A frame is eight bytes of length (big endian) and as many bytes; a message is Flower's own protobuf, never a pickle.
+A frame is its length in eight bytes (big endian), followed by that many bytes. Messages are
+Flower's protobuf, never pickles.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ PRELOADED = (
     "flwr.clientapp",
     "flwr.common.serde",
 )
-"""Libraries that every bundle needs; loaded while nobody waits."""
+"""Libraries that every bundle needs, loaded before the first message arrives."""
 
 PARENT_POLL_S = 1.0
 
@@ -41,7 +43,7 @@ def send_frame(link: socket.socket, content: bytes) -> None:
 
 
 def receive_frame(link: socket.socket) -> bytes:
-    """Receive one frame; EOFError when the other end has closed or died."""
+    """Receive one frame; raises EOFError when the other end has closed or died."""
     (length,) = LENGTH.unpack(_exactly(link, LENGTH.size))
     return bytes(_exactly(link, length))
 
@@ -58,7 +60,10 @@ def _exactly(link: socket.socket, length: int) -> bytearray:
 
 
 def serve(link: socket.socket) -> None:
-    """Load the bundle that the first frame names, then answer (identity, message, context) with (message, context)."""
+    """Load the bundle named by the first frame, then answer messages.
+
+    A request is (identity, message, context), the answer (message, context); one frame for each.
+    """
     for name in PRELOADED:
         importlib.import_module(name)
     from flwr.common.serde import (
@@ -86,7 +91,7 @@ def serve(link: socket.socket) -> None:
 
 
 def _load(folder: str, reference: str) -> Any:
-    """Import the bundle's client app from its own folder, before anything of that name elsewhere."""
+    """Import the bundle's client app, giving the bundle's folder precedence over other packages."""
     sys.path.insert(0, folder)
     module, _, attribute = reference.partition(":")
     app: Any = importlib.import_module(module)
@@ -96,14 +101,14 @@ def _load(folder: str, reference: str) -> Any:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent is gone, also in the middle of a training."""
+    """End this process when its parent has ended, even during training."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     os._exit(1)
 
 
 def main() -> None:
-    """Serve on the inherited socket whose number is the first argument; end with the resident, the second."""
+    """Serve on the inherited socket (first argument) until the resident (second argument) ends."""
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     with socket.socket(fileno=int(sys.argv[1])) as link:
         try:
@@ -111,7 +116,8 @@ def main() -> None:
         except EOFError:
             return
         except Exception:
-            # The trace may name a patient: it goes to the site's own log, and the resident sends a code.
+            # The trace may name a patient: it stays in the site's log, and the resident sends a
+            # code.
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)

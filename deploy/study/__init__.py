@@ -1,1 +1,1 @@
-"""Studies on one machine or cluster: which cells, how they run, what is recorded."""
+"""Studies on one machine or cluster: planning, execution and record of their cells."""

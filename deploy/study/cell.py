@@ -15,11 +15,12 @@ class Cell:
     """One federation of a study.
 
     Attributes:
-        method: Label of what is compared: the method, and what the study varies of it.
-        heldout: Name of the held-out hospital, "" for none.
+        method: Label of the variant: the method and its varied settings.
+        heldout: Name of the held-out site, "" for none.
         seed: The seed.
-        tree: The resolved settings (`common.settings.plan.Plan.from_tree`), with the cell's own `output`.
-        trained_on: The one hospital that trains with `federation=local`.
+        tree: The resolved settings (`common.settings.plan.Plan.from_tree`), with the cell's own
+            `output`.
+        trained_on: The single training site with `federation=local`, else "".
     """
 
     method: str
@@ -35,12 +36,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What the console calls it."""
+        """Name of the cell on the console."""
         alone = f" · {self.trained_on} alone" if self.trained_on else ""
         return f"{self.method} · {self.heldout or 'all sites'} · seed {self.seed}{alone}"
 
     def outcome(self) -> dict[str, Any]:
-        """What `server.app` wrote at the end of the run; empty when the cell has not ended yet."""
+        """Return what `server.app` wrote at the end of the run; empty before the cell has ended."""
         path = self.folder / "outcome.json"
         try:
             found: dict[str, Any] = json.loads(path.read_text())
@@ -55,8 +56,6 @@ class Cell:
 
     @property
     def done(self) -> bool:
-        """Whether the federation ran to its end and its results are there."""
-        return (
-            self.outcome().get("status") in ("completed", "degraded")
-            and (self.folder / "results.parquet").exists()
-        )
+        """Whether the federation has finished and its results exist."""
+        finished = self.outcome().get("status") in ("completed", "degraded")
+        return finished and (self.folder / "results.parquet").exists()

@@ -1,4 +1,4 @@
-"""What a finished cell does not need any more: what it would go on from, and the pictures behind the report."""
+"""Removes files that a finished cell does not need: resume state, and pictures for the report."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Final
 
 RESUME: Final = ("journal/checkpoint-*.safetensors", "journal/rounds/*.arrow", "sites/*/state/*")
-"""Files of a cell that only an unfinished one goes on from; `rounds.parquet` holds the figures of its rounds."""
+"""Files needed only to resume an unfinished cell; `rounds.parquet` keeps the rounds' metrics."""
 
 PICTURES: Final = ("sites/*/pictures.arrow", "sites/*/features.arrow")
-"""Files of a cell from which the report draws; without them a report that is made again has no overlays."""
+"""Files from which the report draws; without them a rebuilt report has no overlays."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Freed:
 
     Attributes:
         files: Number of files.
-        size: Their bytes.
+        size: Their size in bytes.
     """
 
     files: int = 0
@@ -34,7 +34,7 @@ class Freed:
 
 
 def is_finished(cell: Path) -> bool:
-    """Whether a cell's federation ran to its end and its results are there."""
+    """Return whether a cell's federation has finished and its results exist."""
     try:
         status = json.loads((cell / "outcome.json").read_bytes()).get("status")
     except (OSError, ValueError, AttributeError):
@@ -43,7 +43,7 @@ def is_finished(cell: Path) -> bool:
 
 
 def finished_cells(run: Path) -> list[Path]:
-    """Folders of the finished cells below a run folder, also of those that chose a setting."""
+    """Return the folders of all finished cells in a run folder, inner cells included."""
     return sorted(path.parent for path in run.rglob("outcome.json") if is_finished(path.parent))
 
 
@@ -56,9 +56,8 @@ def remove(cell: Path, patterns: tuple[str, ...], *, dry_run: bool = False) -> F
         dry_run: Only count them.
     """
     freed = Freed()
-    for path in sorted(
-        path for pattern in patterns for path in cell.glob(pattern) if path.is_file()
-    ):
+    found = [path for pattern in patterns for path in cell.glob(pattern) if path.is_file()]
+    for path in sorted(found):
         freed += Freed(1, path.stat().st_size)
         if not dry_run:
             path.unlink()

@@ -1,7 +1,8 @@
-"""What a study varies: methods, who owns the data, any setting; each combination is a variant with a label of its own.
+"""The axes of a study: methods, ownership of the data, any setting; each combination is a variant.
 
-A value with commas is an axis: `method=source,sgcg`, `federation=pooled,by_site`, `prototypes.weight=0.01,0.1`; so are
-Hydra's `choice(...)` and `range(...)`. An experiment names its axes under `grid`; the command line beats it.
+A value with commas is an axis: `method=source,sgcg`, `federation=pooled,by_site`,
+`prototypes.weight=0.01,0.1`; so are Hydra's `choice(...)` and `range(...)`. An experiment lists its
+axes under `grid`; the command line takes precedence.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ PLACES = (
     "observers",
     "experiment",
 )
-"""Settings that do not make another result, or another hospital: nothing to compare."""
+"""Settings that cannot be an axis: they do not change the result, or they change the data."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that a study compares.
+    """One combination of the axes of a study.
 
     Attributes:
-        label: What tables call it.
+        label: Name in tables.
         method: Choice of the group `method`.
         federation: Choice of the group `federation`.
         settings: Swept settings as `name=value`.
-        traits: What the method does, which says what settings it reads.
+        traits: Traits of the method, which determine the settings that it reads.
     """
 
     label: str
@@ -66,12 +67,14 @@ class Variant:
 
 
 def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Take the axes off a command line: (values by axis, the rest).
+    """Separate the axes of a command line from its other settings: (values by axis, the rest).
 
-    A sweep is written as in Hydra: `1,2`, `choice(1,2)`, `range(1,3)`; of methods and federations also `glob(ram*)`.
+    A sweep is written as in Hydra: `1,2`, `choice(1,2)`, `range(1,3)`; for methods and federations
+    also `glob(ram*)`.
 
     Raises:
-        FedsgcgError: CFG-001 with every setting given twice, every unknown choice, and every setting that cannot vary.
+        FedsgcgError: CFG-001 for every setting given twice, every unknown choice, and every setting
+            that cannot vary.
     """
     values: dict[str, list[str]] = {}
     rest: list[str] = []
@@ -89,13 +92,13 @@ def split_axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str
             continue
         if key in values:
             found = f"{key}={','.join(values[key])} and {text}"
-            action = f"put the values in one: {key}=A,B"
+            action = f"give all values at once: {key}=A,B"
             problems.append(
                 Problem("CFG-001", where=key, found=found, expected="one value", action=action)
             )
         if key.startswith(PLACES):
-            expected = "a setting that decides the outcome"
-            action = f"a list goes in brackets: {key}=[{value}]"
+            expected = "one value: this setting does not decide the outcome"
+            action = f"write a list in brackets: {key}=[{value}]"
             problems.append(
                 Problem(
                     "CFG-001",
@@ -122,7 +125,7 @@ def with_grid(
     Args:
         values: Axes of the command line.
         grid: `grid` of the experiment: setting -> values.
-        given: Settings that the command line fixes; they are no axis any more.
+        given: Settings that the command line fixes; they replace axes of the experiment.
     """
     fixed = {text.partition("=")[0] for text in given}
     axes = {
@@ -144,14 +147,15 @@ def variants(
 ) -> list[Variant]:
     """Return every combination of methods, federations and swept settings.
 
-    A setting that a method does not read makes no variants of it: the supervised baseline stands once in a sweep over
-    the prototypes, and a pooled run, which has all domains, once in one over what hospitals share of their amplitudes.
+    A setting that a method does not read gives no variants of that method: a sweep over the
+    prototypes contains the supervised baseline once, and a sweep over amplitude sharing contains a
+    pooled run, which has all domains, once.
 
     Args:
         axes: Values by axis.
-        method: The method where `method` is no axis.
-        federation: Likewise.
-        traits: Choice of the group `method` -> what it does (`common.settings.training.TRAITS`).
+        method: The method if `method` is not an axis.
+        federation: The federation if `federation` is not an axis.
+        traits: Choice of the group `method` -> its traits (`common.settings.training.TRAITS`).
     """
     swept = {name: values for name, values in axes.items() if name not in AXES}
     federations = list(axes.get("federation") or [federation])
@@ -160,18 +164,21 @@ def variants(
     labels = _choice_labels(methods) | _choice_labels(federations)
     found: dict[Variant, None] = {}
     for name, owner in itertools.product(methods, federations):
-        does = frozenset(traits.get(name, ()))
-        read = [key for key in swept if _reads(does, owner, key)]
+        own_traits = frozenset(traits.get(name, ()))
+        read = [key for key in swept if _reads(own_traits, owner, key)]
         for combination in itertools.product(*(swept[key] for key in read)):
-            settings = tuple(f"{key}={value}" for key, value in zip(read, combination, strict=True))
-            words = [labels[name], *([labels[owner]] if len(federations) > 1 else [])]
-            words += [f"{short[key]}={value}" for key, value in zip(read, combination, strict=True)]
-            found[Variant(" ".join(words), name, owner, settings, does)] = None
+            pairs = list(zip(read, combination, strict=True))
+            parts = [labels[name]]
+            if len(federations) > 1:
+                parts.append(labels[owner])
+            parts += [f"{short[key]}={value}" for key, value in pairs]
+            settings = tuple(f"{key}={value}" for key, value in pairs)
+            found[Variant(" ".join(parts), name, owner, settings, own_traits)] = None
     return list(found)
 
 
 def split_select(overrides: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Take `select=NAME,NAME` off a command line: (the rest, the names); None where it is not given."""
+    """Separate `select=NAME,NAME` from a command line: (the rest, the names or None)."""
     given = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "select"]
     rest = [text for text in overrides if text.partition("=")[0] != "select"]
     if not given:
@@ -182,10 +189,10 @@ def split_select(overrides: Sequence[str]) -> tuple[list[str], list[str] | None]
 def split_selected(
     axes: Mapping[str, list[str]], names: Sequence[str]
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Split the axes of a study: (those that are compared, those that are chosen inside each fold).
+    """Split the axes of a study into those that are compared and those chosen in each fold.
 
     Raises:
-        FedsgcgError: CFG-001 with every name of `select` that is no swept setting.
+        FedsgcgError: CFG-001 for every name in `select` that is not a swept setting.
     """
     known = [name for name in axes if name not in AXES]
     problems = [
@@ -193,7 +200,8 @@ def split_selected(
             "CFG-001",
             where="select",
             found=name,
-            expected="a setting with several values, e.g. prototypes.weight=0.01,0.1 select=prototypes.weight",
+            expected="a setting with several values, e.g. prototypes.weight=0.01,0.1 "
+            "select=prototypes.weight",
             action=nearest(name, known),
         )
         for name in names
@@ -206,7 +214,7 @@ def split_selected(
 
 
 def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-    """Return every combination of selected settings that a variant's method reads; none where it reads none."""
+    """Return every combination of the selected settings that a variant's method reads."""
     read = [name for name in selected if _reads(variant.traits, variant.federation, name)]
     if not read:
         return []
@@ -218,7 +226,7 @@ def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> li
 
 
 def folder_name(label: str) -> str:
-    """Return the folder of a label: commas for blanks, nothing that a path cannot hold."""
+    """Return the folder name of a label: commas for spaces, hyphens for slashes."""
     return label.replace(" ", ",").replace("/", "-")
 
 
@@ -227,11 +235,11 @@ def _reads(traits: Collection[str], federation: str, key: str) -> bool:
         return "contrasts" in traits
     if key == "method.ram.sharing" and federation != "by_site":
         return False  # there are no other sites to share with
-    return "mixes" in traits if key.startswith("method.ram.") else True
+    return "mixes" in traits or not key.startswith("method.ram.")
 
 
 def _choice_labels(choices: Sequence[str]) -> dict[str, str]:
-    """What tables call choices: a file by its stem, a class by its name, the whole where two would be called alike."""
+    """Return a label for each choice: a file's stem, a class's name, or all of it if ambiguous."""
     short = {choice: _choice_label(choice) for choice in choices}
     ends = Counter(short.values())
     return {choice: label if ends[label] == 1 else choice for choice, label in short.items()}
@@ -244,9 +252,10 @@ def _choice_label(choice: str) -> str:
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Last part of each name, the whole where two end alike."""
-    ends = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
+    """Return the last part of each name, or the full name if two names have the same last part."""
+    ends = {key: key.rpartition(".")[2] for key in keys}
+    counts = Counter(ends.values())
+    return {key: end if counts[end] == 1 else key for key, end in ends.items()}
 
 
 def _unknown_choices(
@@ -255,7 +264,8 @@ def _unknown_choices(
     for group in ("method", "federation"):
         known = choices_of(group, own)
         for name in values.get(group, []):
-            if not (name in known or is_file(name) or (group == "method" and is_import_path(name))):
+            own_class = group == "method" and is_import_path(name)
+            if not (name in known or is_file(name) or own_class):
                 yield Problem(
                     "CFG-001",
                     where=group,
@@ -266,21 +276,22 @@ def _unknown_choices(
 
 
 def _values_of(text: str, own: Sequence[OwnFile]) -> list[str] | None:
-    """Return the values of an override that may be an axis, as a command line spells them; None for anything else.
+    """Return the values of an override that may be an axis, in command-line syntax, else None.
 
     Raises:
-        FedsgcgError: CFG-001 for a sweep that has no list of values.
+        FedsgcgError: CFG-001 for a sweep without a finite list of values.
     """
     key, separator, value = text.partition("=")
-    if key == "heldout":  # names of hospitals are meant to the letter
-        inside = re.fullmatch(r"choice\((.*)\)", value)
-        return _split_names((inside[1] if inside else value).strip("[]"))
+    if key == "heldout":  # names of sites are taken literally
+        if choice := re.fullmatch(r"choice\((.*)\)", value):
+            value = choice[1]
+        return _split_names(value.strip("[]"))
     if not separator or key in LITERAL or text.startswith(("+", "~")):
         return None
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException:
-        return None  # what cannot be read is named when the settings are composed
+        return None  # composing the settings reports the error
     found: Any = override.value()
     if not override.is_sweep_override():
         if key not in AXES:
@@ -289,28 +300,30 @@ def _values_of(text: str, own: Sequence[OwnFile]) -> list[str] | None:
     if isinstance(found, Glob) and key in GROUPS:
         return found.filter(choices_of(key, own))
     if not override.is_discrete_sweep() or isinstance(found, Glob):
-        expected, action = (
-            "values that can be listed",
-            f"{key}=A,B or choice(A,B) or range(START,STOP,STEP)",
-        )
+        expected = "a list of values"
+        action = f"write {key}=A,B or choice(A,B) or range(START,STOP,STEP)"
         raise fail("CFG-001", where=key, found=text, expected=expected, action=action)
     items: list[Any] = list(override.sweep_iterator())
     if isinstance(found, RangeSweep):
-        items = [_tidy(item) for item in items]
+        items = [_rounded(item) for item in items]
     return [str(item) if key in AXES else _spelled(item) for item in items]
 
 
-def _tidy(number: float) -> float:
-    """Take the rounding error off a number of a range: `0.1 + 2 * 0.1` is 0.30000000000000004."""
+def _rounded(number: float) -> float:
+    """Remove the rounding error of a number of a range: `0.1 + 2 * 0.1` is 0.30000000000000004."""
     return float(f"{number:.12g}") if isinstance(number, float) else number
 
 
 def _split_names(value: str) -> list[str]:
     """Split at commas outside of brackets, braces and quotes."""
-    depth, quote, start, items = 0, "", 0, []
+    items = []
+    depth = 0
+    quote = ""
+    start = 0
     for position, letter in enumerate(value):
         if quote:
-            quote = "" if letter == quote else quote
+            if letter == quote:
+                quote = ""
         elif letter in "'\"":
             quote = letter
         elif letter in "[{(":
@@ -324,25 +337,24 @@ def _split_names(value: str) -> list[str]:
 
 
 def _spelled(value: Any) -> str:
-    """A value as the command line spells it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
+    """Return a value in command-line syntax."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
         return value if _reads_as_itself(value) else f'"{quoted}"'
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(_spelled(item) for item in value) + "]"
     if isinstance(value, dict):
-        return (
-            "{"
-            + ",".join(f"{_spelled(name)}:{_spelled(item)}" for name, item in value.items())
-            + "}"
-        )
+        items = [f"{_spelled(name)}:{_spelled(item)}" for name, item in value.items()]
+        return "{" + ",".join(items) + "}"
     return str(value)
 
 
 def _reads_as_itself(text: str) -> bool:
-    """Whether Hydra reads a text without quotes as this text: not `true`, `1` or `a,b`."""
+    """Return whether Hydra parses an unquoted text as the same text; not for `true`, `1`, `a,b`."""
     try:
         return bool(OverridesParser.create().parse_override(f"x={text}").value() == text)
     except HydraException:

@@ -1,8 +1,9 @@
-"""A federation inside one process: the same ServerApp and ClientApp functions, with no transport to pay.
+"""A federation inside one process: the same ServerApp and ClientApp, without a transport.
 
-Flower's only simulation backend is Ray, whose fixed cost is many seconds a run (performance.md 2). A study runs dozens
-of small federations, so each of its cells drives the apps through this `Grid` instead. Messages are handed over as they
-are, encoded and decoded by `common.wire.messages` exactly as on a real link; only Flower's own transport is left out.
+Flower's only simulation backend is Ray, whose fixed cost is many seconds per run. A study runs
+dozens of small federations, so its cells use this `Grid` instead (docs/explanation/flower.md,
+"Simulation without Ray"). Messages are encoded and decoded by `common.wire.messages` as on a real
+link; only Flower's own transport is left out.
 """
 
 from __future__ import annotations
@@ -29,21 +30,22 @@ CLOSING_S = 2.0
 
 
 class InProcessGrid(Grid):
-    """Hands messages to one ClientApp, one node after the other, on a thread of its own.
+    """Passes messages to one ClientApp, one node after the other, in a separate thread.
 
-    The thread keeps the coordinator's deadlines true: a site that hangs stops the hospitals queued behind it, but never
-    the round loop, which gives up at its deadline.
+    Because of the thread the coordinator's deadlines hold: a site that hangs blocks the sites
+    queued behind it, but not the round loop, which gives up at its deadline.
 
     Args:
         client_app: The app that every node runs.
-        sites: Names of the hospitals; node k belongs to the k-th.
-        run_id: Number of the run, for the contexts.
+        sites: Names of the sites, one node each.
+        run_id: Run id for the contexts.
     """
 
     def __init__(self, client_app: ClientApp, sites: Sequence[str], run_id: int) -> None:
         self._run = Run.create_empty(run_id)
         self._client_app = client_app
-        # Node ids of a real federation are random: derive them from the name, so that nothing can lean on their order.
+        # Node ids of a real federation are random. Deriving them from the name gives an order that
+        # no code can rely on.
         self._contexts = {
             stream_seed(run_id, "node", site): _context(run_id, site) for site in sites
         }
@@ -70,15 +72,15 @@ class InProcessGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Create a message (Flower's deprecated spelling of the `Message` constructor)."""
+        """Create a message (Flower's deprecated alternative to the `Message` constructor)."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids of all hospitals."""
+        """Return the node ids of all sites."""
         return list(self._contexts)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Nodes of all hospitals."""
+        """Return the nodes of all sites."""
         return [NodeInfo(node_id=node_id) for node_id in self._contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -93,7 +95,7 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that have come, each once."""
+        """Return the replies that have arrived, each only once."""
         with self._lock:
             return [
                 self._replies.pop(identifier)
@@ -116,7 +118,7 @@ class InProcessGrid(Grid):
         return replies
 
     def close(self) -> None:
-        """Drop what is queued and let the hospitals' thread end; a hospital that is at work gets a moment to finish."""
+        """Discard queued messages and end the thread; a running site gets a moment to finish."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._waiting.get_nowait()
@@ -132,9 +134,8 @@ class InProcessGrid(Grid):
     def _serve(self, message: Message) -> Message:
         try:
             return self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        except (
-            Exception
-        ):  # whatever a site's code raises must come back as an error reply, as on a real node
+        # Any exception of a site's code becomes an error reply, as on a real node.
+        except Exception:
             traceback.print_exc()
             error = Error(
                 ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the ClientApp raised an exception"
@@ -145,7 +146,7 @@ class InProcessGrid(Grid):
 def run_in_process(
     server_app: ServerApp, client_app: ClientApp, sites: Sequence[str], run_id: int = 1
 ) -> None:
-    """Run one federation to its end in this process; what the ServerApp raises comes out here."""
+    """Run one federation in this process until it ends; raises what the ServerApp raises."""
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = SUPERLINK_NODE_ID

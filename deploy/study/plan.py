@@ -1,4 +1,4 @@
-"""From settings to the cells of a study, with everything that is wrong before anything starts."""
+"""Turn settings into the cells of a study, and report every problem before anything starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deploy.study.grid import (
     variants,
     with_grid,
 )
-from deploy.study.preflight import check_device, check_plan, locate_hospitals, look_at_machine
+from deploy.study.preflight import check_device, check_plan, inspect_machine, locate_hospitals
 from deploy.study.runtimes import choose_runtime
 from deploy.study.selection import Candidate, describe_selection, inner_cells
 from deploy.study.study import Study, identity, shared_settings
@@ -37,32 +37,33 @@ RAY_ANSWERS_WITHIN_S = 5.0
 
 
 def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
-    """Turn a command line into a study, checking everything that can be checked before the start.
+    """Turn a command line into a study, with all checks that are possible before the start.
 
     Args:
-        overrides: Settings as `name=value`; one with commas varies (`deploy.study.grid`), and `heldout=all` leaves out
-            every hospital in turn.
-        single: Refuse more than one cell (`fedsgcg simulate`).
+        overrides: Settings as `name=value`; one with commas varies (`deploy.study.grid`), and
+            `heldout=all` holds out every site in turn.
+        single: More than one cell is an error (`fedsgcg simulate`).
     """
     given, names = split_select(overrides)
     values, rest = split_axes(given)
-    experiment = join(_alone(rest, values))
+    experiment = join(_without_axes(rest, values))
     axes = with_grid(values, experiment["grid"], rest)
     axes, selected = split_selected(axes, experiment["select"] if names is None else names)
-    base = join(_alone(rest, axes))
+    base = join(_without_axes(rest, axes))
     located = locate_hospitals(base)
     sites: list[str] = located["data"]["sites"]
     heldouts = [item.strip("'\"") for item in axes.get("heldout", [])] or [str(base["heldout"])]
-    heldouts = sites if heldouts == ["all"] else heldouts
+    if heldouts == ["all"]:
+        heldouts = sites
     seeds = [_seed(text) for text in axes.get("seed") or [str(base["seed"])]]
-    made_of = chosen(_alone(rest, axes))
-    traits = _traits(rest, axes.get("method") or [made_of["method"]])
-    compared = variants(axes, made_of["method"], made_of["federation"], traits)
-    machine = look_at_machine(int(base["ray"]["cpus"]))
+    choices = chosen(_without_axes(rest, axes))
+    traits = _traits(rest, axes.get("method") or [choices["method"]])
+    compared = variants(axes, choices["method"], choices["federation"], traits)
+    machine = inspect_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
-    whole = located | ({"selected": selected} if selected else {})
-    mark = identity(whole)[:8]
-    folder = Path(str(base["output"]) or f"runs/{_name(base, overrides)}-{mark}").resolve()
+    complete = located | ({"selected": selected} if selected else {})
+    default = f"runs/{_name(base, overrides)}-{identity(complete)[:8]}"
+    folder = Path(str(base["output"]) or default).resolve()
     cells: list[Cell] = []
     candidates: dict[str, tuple[Candidate, ...]] = {}
     trees = {
@@ -77,48 +78,44 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         first = combinations[0] if combinations else ()
         made = list(_cells(trees[variant.label, first], folder, variant, heldout, seed, device))
         cells += made
-        for cell in made if combinations else ():
+        if combinations:
             own = {settings: trees[variant.label, settings] for settings in combinations}
-            candidates[cell.name] = tuple(_candidates(cell, own, folder))
+            for cell in made:
+                candidates[cell.name] = tuple(_candidates(cell, own, folder))
     inner = [
         cell for found in candidates.values() for candidate in found for cell in candidate.inner
     ]
-    if single and len(cells) + len(inner) > 1:
-        found, action = (
-            f"{len(cells) + len(inner)} cells: several methods, hospitals, seeds or settings",
-            "use `fedsgcg study`",
-        )
-        raise fail("CFG-001", found=found, expected="one of each", action=action)
+    count = len(cells) + len(inner)
+    if single and count > 1:
+        found = f"{count} cells: several methods, hospitals, seeds or settings"
+        raise fail("CFG-001", found=found, expected="one of each", action="use `fedsgcg study`")
     _check_cells([*cells, *inner], device)
-    runtime = choose_runtime(_runtime(str(base["runtime"])), len(cells) + len(inner), machine)
-    command = "simulate" if single else "study"
-    address = _ray_address(str(base["ray"]["address"]))
-    data = _fingerprint(
-        Plan.from_tree({**cells[0].tree, "data": located["data"]})
-    )  # a cell may hold few hospitals
     swept = [name for name in axes if name not in AXES]
     contrasts = any("contrasts" in variant.traits for variant in compared)
-    words = describe_selection(list(selected), swept, contrasts=contrasts)
     return Study(
-        folder,
-        tuple(cells),
-        runtime,
-        device,
-        machine,
-        address,
-        tuple(overrides),
-        command,
-        data,
-        candidates,
-        words,
-        shared_settings(whole),
+        folder=folder,
+        cells=tuple(cells),
+        runtime=choose_runtime(_runtime(str(base["runtime"])), count, machine),
+        device=device,
+        machine=machine,
+        ray_address=_ray_address(str(base["ray"]["address"])),
+        overrides=tuple(overrides),
+        command="simulate" if single else "study",
+        # The data of all sites: a single cell may contain only some of them.
+        data=_fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]})),
+        candidates=candidates,
+        selection=describe_selection(list(selected), swept, contrasts=contrasts),
+        shared=shared_settings(complete),
     )
 
 
 def _cells(
     tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int, device: str
 ) -> Iterator[Cell]:
-    """Yield the cells of a variant at one fold and seed: one, or with `federation=local` one a training hospital."""
+    """Yield the cells of a variant for one fold and seed.
+
+    There is one cell, or with `federation=local` one for each training site.
+    """
     if variant.federation != "local":
         yield _cell(tree, folder, variant, heldout, seed, device, "")
         return
@@ -127,9 +124,8 @@ def _cells(
     ]
     for site in training:
         data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        yield _cell(
-            {**tree, "data": data, "observers": []}, folder, variant, heldout, seed, device, site
-        )
+        own = {**tree, "data": data, "observers": []}
+        yield _cell(own, folder, variant, heldout, seed, device, site)
 
 
 def _cell(
@@ -157,40 +153,37 @@ def _cell(
 def _candidates(
     cell: Cell, trees: Mapping[tuple[str, ...], Mapping[str, Any]], folder: Path
 ) -> Iterator[Candidate]:
-    """Yield what a cell's fold chooses between; `trees` are the variant's settings by candidate."""
+    """Yield the candidates of a cell's fold; `trees` are the variant's settings by candidate."""
     own = {
         name: cell.tree[name]
         for name in ("heldout", "seed", "output", "run", "label", "setting", "site")
     }
     for settings, tree in trees.items():
-        whole = {**tree, **own, "data": {**tree["data"], "sites": cell.tree["data"]["sites"]}}
-        whole["observers"] = cell.tree["observers"]
+        data = {**tree["data"], "sites": cell.tree["data"]["sites"]}
+        merged = {**tree, **own, "data": data, "observers": cell.tree["observers"]}
         text = " ".join(settings)
-        yield Candidate(text, whole, inner_cells(whole, folder, cell.method, cell.heldout, text))
+        yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 
 
 def _tree_of(variant: Variant, rest: Sequence[str], located: Mapping[str, Any]) -> dict[str, Any]:
-    tree = join(
-        [*(text for text in rest if text.partition("=")[0] not in AXES), *variant.overrides]
-    )
-    return {
-        **tree,
-        "data": {
-            **tree["data"],
-            "root": located["data"]["root"],
-            "sites": located["data"]["sites"],
-        },
-    } | {"site": located["site"]}
+    fixed = [text for text in rest if text.partition("=")[0] not in AXES]
+    tree = join([*fixed, *variant.overrides])
+    data = {
+        **tree["data"],
+        "root": located["data"]["root"],
+        "sites": located["data"]["sites"],
+    }
+    return {**tree, "data": data, "site": located["site"]}
 
 
-def _alone(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
-    """The settings that do not vary, with the first method and federation, which others are built on."""
+def _without_axes(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the settings that do not vary, with the first method and federation of the axes."""
     groups = [f"{name}={axes[name][0]}" for name in ("method", "federation") if axes.get(name)]
     return [*rest, *groups]
 
 
 def _name(tree: Mapping[str, Any], overrides: Sequence[str]) -> str:
-    """Data and experiment: two experiments on the same data are two folders, whatever cells they share."""
+    """Return the names of data and experiment; experiments on the same data have own folders."""
     experiments = [
         unquoted(text.partition("=")[2]) for text in overrides if text.startswith("experiment=")
     ]
@@ -199,7 +192,7 @@ def _name(tree: Mapping[str, Any], overrides: Sequence[str]) -> str:
 
 
 def _traits(rest: Sequence[str], methods: Iterable[str]) -> dict[str, frozenset[str]]:
-    """Return what each choice of a method does, also of an own file or class."""
+    """Return the traits of each method, including a user's own files and classes."""
     found = {}
     for choice in methods:
         method = join([*rest, f"method={choice}"])["method"]
@@ -208,7 +201,7 @@ def _traits(rest: Sequence[str], methods: Iterable[str]) -> dict[str, frozenset[
 
 
 def _check_cells(cells: Sequence[Cell], device: str) -> None:
-    """Raise one error with everything that is impossible in any of the cells."""
+    """Raise one error with the problems of all cells."""
     problems: dict[Problem, None] = {}
     for cell in cells:
         try:
@@ -220,7 +213,7 @@ def _check_cells(cells: Sequence[Cell], device: str) -> None:
 
 
 def _ray_address(address: str) -> str:
-    """Return `local`, `auto` or a `host:port` that answers: Ray itself would try for minutes."""
+    """Return `local`, `auto` or a `host:port` that answers; Ray itself would try for minutes."""
     if address in ("local", "auto"):
         return address
     host, _, port = address.rpartition(":")
@@ -235,10 +228,9 @@ def _ray_address(address: str) -> str:
 
 
 def _fingerprint(plan: Plan) -> str:
-    """Fingerprint of the hospitals' files, so that a run folder is never taken for a study of other images."""
-    return data_fingerprint(
-        Path(plan.data.root), plan.data.sites, plan.data, resolve_cache(plan.site)
-    )
+    """Return the fingerprint of the sites' files, which detects a run folder of other images."""
+    root = Path(plan.data.root)
+    return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site))
 
 
 def _runtime(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Checks before anything starts: does the data exist, is the held-out hospital there, is the device there.
+"""Checks before a simulation starts: data, held-out site, device.
 
-All of it happens on the coordinator's machine in a simulation, where it may look at the hospitals' folders; in a real
-federation each site answers these questions itself when it enrols.
+They run on the coordinator's machine, which may read the sites' folders in a simulation. In a real
+federation each site makes these checks itself when it enrols.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
+from clients.data.case_files import CaseFile, discover_sites, ensure_data, open_site, resolve_cache
 from common.errors import FedsgcgError, Problem, fail
 from common.files.errors import disk_advice
 from common.settings.compose import nearest
@@ -21,19 +21,19 @@ from common.settings.plan import Plan
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine offers to a simulation.
+    """Resources of this machine for a simulation.
 
     Attributes:
         cpus: Usable CPU cores.
-        gpus: CUDA devices that torch sees.
+        gpus: CUDA devices visible to torch.
     """
 
     cpus: int
     gpus: int
 
 
-def look_at_machine(cpus: int = 0) -> Machine:
-    """Count cores (or take `cpus` when it is not 0) and CUDA devices.
+def inspect_machine(cpus: int = 0) -> Machine:
+    """Count the CPU cores (or use `cpus` when it is not 0) and the CUDA devices.
 
     Raises:
         FedsgcgError: CFG-001 for a negative number of cores.
@@ -44,15 +44,12 @@ def look_at_machine(cpus: int = 0) -> Machine:
         raise fail(
             "CFG-001", where="ray.cpus", found=str(cpus), expected="a whole number, 0 (all) or more"
         )
-
-    return Machine(
-        cpus or len(os.sched_getaffinity(0)),
-        torch.cuda.device_count() if torch.cuda.is_available() else 0,
-    )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Machine(cpus or len(os.sched_getaffinity(0)), gpus)
 
 
 def check_device(device: str, machine: Machine) -> str:
-    """Return `cpu` or `cuda` for `auto | cpu | cuda`; CUDA that is asked for and absent is refused with CFG-004."""
+    """Return `cpu` or `cuda` for `auto | cpu | cuda`; an unavailable CUDA device is CFG-004."""
     import torch
 
     if device != "cuda":
@@ -64,41 +61,43 @@ def check_device(device: str, machine: Machine) -> str:
     raise FedsgcgError(
         Problem(
             "CFG-004",
-            found=f"no CUDA device (torch {torch.__version__}, its CUDA: {built}, CUDA_VISIBLE_DEVICES {visible})",
+            found=f"no CUDA device (torch {torch.__version__}, its CUDA: {built}, "
+            f"CUDA_VISIBLE_DEVICES: {visible})",
             expected="a CUDA device for device=cuda",
-            action="use device=auto or device=cpu, or install a CUDA build of torch and check nvidia-smi",
+            action="use device=auto or device=cpu, or install a CUDA build of torch and check "
+            "nvidia-smi",
         )
     )
 
 
 def locate_hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the data folder made absolute and the hospitals' names filled in.
+    """Return the settings with an absolute data folder and the names of all sites.
 
     Raises:
-        FedsgcgError: CFG-001 for invalid settings, DAT-101 for an unusable folder, CFG-003 for fewer than two hospitals
-            and CFG-001 with the nearest name for a hospital that does not exist.
+        FedsgcgError: CFG-001 for invalid settings, DAT-101 for an unusable folder, CFG-003 for
+            fewer than two sites, and CFG-001 with the nearest name for a site that does not exist.
     """
     located: dict[str, Any] = {**tree, "output": str(tree.get("output") or ".")}
     plan = Plan.from_tree(located)
     root = ensure_data(plan.data, str(resolve_cache(plan.site))).resolve()
-    there = discover_sites(root, plan.data.sites)
+    known = discover_sites(root, plan.data.sites)
     problems = [
         Problem(
             "CFG-001",
             where="data.sites",
             found=repr(name),
             expected="a hospital of the data",
-            action=nearest(name, there),
+            action=nearest(name, known),
         )
         for name in plan.data.sites
-        if name not in there
+        if name not in known
     ]
-    sites = sorted(plan.data.sites or there)
+    sites = sorted(plan.data.sites or known)
     if len(sites) < 2:
         problems.append(
             Problem(
                 "CFG-003",
-                found=f"{len(sites)} under {root}",
+                found=f"{len(sites)} in {root}",
                 expected="two or more",
                 action="check data.root and data.sites",
             )
@@ -111,7 +110,7 @@ def locate_hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_folder(folder: Path) -> None:
-    """Make the run folder, or say why it cannot be written (SRV-401)."""
+    """Make the run folder; raises SRV-401 when it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
@@ -129,16 +128,16 @@ def check_folder(folder: Path) -> None:
 
 
 def check_plan(plan: Plan, device: str) -> None:
-    """Refuse a fold that could only fail after its start.
+    """Check a fold for problems that would otherwise appear only after its start.
 
     Args:
         plan: The fold, with `data.sites` filled in.
-        device: `cpu` or `cuda`, where the sites compute.
+        device: Device of the sites, `cpu` or `cuda`.
 
     Raises:
-        FedsgcgError: CFG-011 for a method by import path that cannot be used; else all problems at once: CFG-001 for
-            settings that do not go together, CFG-002 for an unknown held-out hospital, CFG-003 when no site is left to
-            train, CFG-004 for what the device does not have.
+        FedsgcgError: CFG-011 for a method by import path that cannot be used; else all problems at
+            once: CFG-001 for incompatible settings, CFG-002 for an unknown held-out site, CFG-003
+            when no site is left to train, CFG-004 for a missing device or feature.
     """
     if plan.method.is_own:
         from clients.methods import method_class
@@ -156,7 +155,7 @@ def check_plan(plan: Plan, device: str) -> None:
 
 
 def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
-    """Yield what is wrong with who is held out, who only observes, and who is left to train."""
+    """Yield the problems of held-out site, observers, training sites and quorum."""
     sites = plan.data.sites
     if plan.heldout and plan.heldout not in sites:
         yield Problem(
@@ -172,14 +171,13 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
                 "CFG-001", repr(name), "a hospital of the data", nearest(name, sites), "observers"
             )
         elif name == plan.heldout:
-            expected, action = (
-                "a hospital that is not held out",
-                "take it out of observers: it is evaluated anyway",
-            )
+            expected = "a hospital that is not held out"
+            action = "remove it from observers: it is evaluated anyway"
             yield Problem("CFG-001", repr(name), expected, action, "observers")
     quorum = plan.federation.quorum
     if not training:
-        found, action = f"none of {len(sites)} hospitals", "take a name out of heldout or observers"
+        found = f"none of {len(sites)} hospitals"
+        action = "remove a name from heldout or observers"
         yield Problem("CFG-003", found, "at least one training hospital", action, "observers")
     elif quorum > len(training):
         expected = (
@@ -189,22 +187,20 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
             "CFG-001",
             str(quorum),
             expected,
-            "lower it, or set 0 for all of them",
+            "lower it, or set 0 for all training hospitals",
             "federation.quorum",
         )
 
 
 def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
-    """Yield the problem of a model to be chosen on validation cases that no training site has."""
+    """Yield a problem if the model is selected on validation cases but no training site has any."""
     if plan.federation.selection != "source_validation" or plan.data.validation_fraction > 0:
         return
-    root = Path(plan.data.root)
+    cases: list[CaseFile] = []
     try:
-        cases = (
-            [case for site in training for case in open_site(root, site, plan.data).cases]
-            if plan.data.root
-            else []
-        )
+        if plan.data.root:
+            for site in training:
+                cases += open_site(Path(plan.data.root), site, plan.data).cases
     except FedsgcgError as error:
         yield from error.problems
         return
@@ -217,22 +213,22 @@ def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem
 
 
 def _place_problems(plan: Plan) -> Iterator[Problem]:
-    """Yield the problem of several sites that would write into one folder."""
+    """Yield a problem if several sites would write to the same folder."""
     home = plan.site.home
     if home and "{site}" not in home and len(plan.data.sites) > 1:
-        expected = "a folder of its own for each hospital: {site} stands for the hospital's name"
+        expected = "a separate folder for each hospital: {site} is replaced by the hospital's name"
         action = f"site.home={home.rstrip('/')}/{{site}}"
         yield Problem("CFG-001", repr(home), expected, action, "site.home")
 
 
 def _device_problems(plan: Plan, device: str) -> Iterator[Problem]:
-    """Yield what the plan asks of the device and the device does not have."""
+    """Yield the requirements of the plan that the device does not meet."""
     import torch
 
     from clients.device import precision
 
     if plan.site.device == "cuda" and device != "cuda":
-        action = "set site.device=auto or cpu, or device=cuda on a machine that has it"
+        action = "set site.device=auto or cpu, or device=cuda on a machine with a CUDA device"
         yield Problem("CFG-004", f"device {device}", "a CUDA device", action, "site.device")
     try:
         precision(plan.method, torch.device(device))

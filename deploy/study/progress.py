@@ -1,7 +1,7 @@
 """Live progress of a study on the console, read from the cells' `events.jsonl`.
 
-Reading files keeps it the same for every runtime: the cells may run here, in Ray workers, or on a cluster that shares
-the run folder.
+Because it reads files, it works the same for every runtime: cells may run in this process, in Ray
+workers, or on a cluster that shares the run folder.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from common.console import Screen, least_width
 from deploy.study.cell import Cell
 
 POLL_S = 0.3
+MOST_CELLS = 16
+"""Cells in the progress table."""
+
 STYLES = {"running": "cyan", "completed": "green", "waiting": "dim"}
 LEFT_ALIGNED = ("method", "held out", "last site", "")
 COLUMNS: Mapping[str, Callable[[CellState], RenderableType]] = {
@@ -45,33 +48,49 @@ COLUMNS_WHERE_NARROW = {
 
 @dataclass
 class CellState:
-    """What the console knows of one cell."""
+    """Displayed state of one cell.
+
+    Attributes:
+        cell: The cell.
+        position: Number of bytes of events.jsonl already read.
+        status: `waiting`, `running` or the run's final status.
+        round: Current round, or the last one.
+        done: Number of completed rounds.
+        rounds: Rounds of the plan.
+        site: Site of the last event.
+        loss: Mean training loss of the last round.
+        dice: Dice on the source sites' validation cases.
+        dice_round: Round of the model of `dice`: sites evaluate the model that they receive.
+        heldout_dice: Dice at the held-out site.
+        observer_dice: Dice at the last observer.
+        done_before: Rounds completed by an earlier call, which do not count for this call's speed.
+        lines: Lines not printed yet.
+        events: Events not passed on yet.
+    """
 
     cell: Cell
-    position: int = 0  # bytes of events.jsonl that were read
+    position: int = 0
     status: str = "waiting"
-    round: int = 0  # the one under way, or the last
-    done: int = 0  # rounds that count
+    round: int = 0
+    done: int = 0
     rounds: int = 0
     site: str = ""
     loss: float = float("nan")
     dice: float = float("nan")
-    dice_round: int = 0  # round of the model that `dice` belongs to: sites judge what they receive
+    dice_round: int = 0
     heldout_dice: float = float("nan")
     observer_dice: float = float("nan")
-    done_before: int = (
-        0  # rounds an earlier call had done: they say nothing about this call's speed
-    )
+    done_before: int = 0
     lines: list[str] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)  # read and not shown yet
+    events: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
-        """Whether the cell's run is over, however it ended."""
+        """Whether the cell's run has ended, successfully or not."""
         return self.status not in ("waiting", "running")
 
     def read_events(self) -> None:
-        """Take in what was appended since the last call."""
+        """Read the events appended since the last call."""
         try:
             with (self.cell.folder / "events.jsonl").open("rb") as file:
                 file.seek(self.position)
@@ -109,14 +128,16 @@ class CellState:
             "observer.done",
             "run.finished",
         ):
-            self.lines.append(self.describe(name))
+            self.lines.append(self.line(name))
 
-    def describe(self, event: str) -> str:
-        """One line for consoles that cannot redraw."""
+    def line(self, event: str) -> str:
+        """Return the line of an event for consoles that cannot redraw."""
         head = f"{self.cell.name}  round {self.round}/{self.rounds}"
         if event == "round.done":
-            before = f"source-validation Dice of round {self.dice_round} {_show(self.dice)}"
-            return f"{head}  loss {_show(self.loss)}" + (f"  {before}" if self.dice_round else "")
+            head += f"  loss {_show(self.loss)}"
+            if not self.dice_round:
+                return head
+            return f"{head}  source-validation Dice of round {self.dice_round} {_show(self.dice)}"
         if event == "validation.done":
             return f"{head}  source-validation Dice {_show(self.dice)}"
         if event == "observer.done":
@@ -127,7 +148,7 @@ class CellState:
 
 
 class Progress:
-    """Context manager that shows the cells' progress until it is left."""
+    """Context manager that shows the cells' progress until it exits."""
 
     def __init__(self, cells: Sequence[Cell], console: Screen) -> None:
         self.console = console
@@ -137,14 +158,13 @@ class Progress:
         self.started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
-        self._live = (
-            Live(console=console, auto_refresh=False, transient=True)
-            if self._redraws(console)
-            else None
-        )
-        for state in self.states:  # what an earlier call did is known, not news
+        self._live: Live | None = None
+        if self._redraws(console):
+            self._live = Live(console=console, auto_refresh=False, transient=True)
+        for state in self.states:  # events of an earlier call are not shown again
             state.read_events()
-            state.done_before, state.status = state.done, "waiting"
+            state.done_before = state.done
+            state.status = "waiting"
             state.lines.clear()
             state.events.clear()
 
@@ -171,15 +191,15 @@ class Progress:
         return console.is_terminal and not console.only_problems
 
     def time_left(self) -> str:
-        """Estimate from the rounds done in this call, over all cells."""
+        """Return an estimate of the time left, from the rounds of all cells in this call."""
         done = sum(state.done - state.done_before for state in self.states)
         left = sum(max(0, state.rounds - state.done) for state in self.states if not state.ended)
         if not done:
             return "estimating the time left"
         seconds = (time.monotonic() - self.started) / done * left
-        return (
-            f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
-        )
+        if seconds >= 90:
+            return f"about {seconds / 60:.0f} min left"
+        return f"about {seconds:.0f} s left"
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
@@ -208,15 +228,15 @@ class Progress:
         finished = sum(state.ended for state in self.states)
         minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         head = Text(
-            f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · {self.time_left()}"
+            f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · "
+            f"{self.time_left()}"
         )
-        # A running cell is worth a line; of the others a few are enough, for a study may have hundreds.
-        order = sorted(
-            self.states, key=lambda state: {"running": 0, "waiting": 2}.get(state.status, 1)
-        )[:16]
-        table = _table(order, COLUMNS)
+        # Running cells come first; a study may have hundreds of cells, so the list is limited.
+        order = {"running": 0, "waiting": 2}
+        states = sorted(self.states, key=lambda state: order.get(state.status, 1))[:MOST_CELLS]
+        table = _table(states, COLUMNS)
         if least_width(self.console, table) > self.console.width:
-            table = _table(order, COLUMNS_WHERE_NARROW)
+            table = _table(states, COLUMNS_WHERE_NARROW)
         bar = Table.grid()
         bar.add_row(ProgressBar(total=rounds, completed=done, width=60))
         return Group(head, bar, table)
@@ -225,7 +245,7 @@ class Progress:
 def _table(
     states: Sequence[CellState], columns: Mapping[str, Callable[[CellState], RenderableType]]
 ) -> Table:
-    """Return a line a cell; a redrawn table cannot run over the console's edge, so it gets the columns that fit."""
+    """Return a table with one line per cell."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in columns:
         table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right")

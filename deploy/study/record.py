@@ -1,4 +1,4 @@
-"""The study's record, `study.yaml`: what was asked, on which data, with which versions; and the joined tables."""
+"""The study's record `study.yaml` (command, data, settings, versions), and the joined tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read `study.yaml`; empty when there is none yet.
+    """Read `study.yaml`; empty when it does not exist yet.
 
     Raises:
         FedsgcgError: SRV-402 when it is damaged.
@@ -42,25 +42,27 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise damaged(path, "text that is not YAML") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise damaged(path, "no settings in it")
+        raise damaged(path, "no settings")
     return record
 
 
 def check_same_study(study: Study) -> None:
-    """Refuse a folder that holds a study with other settings or of other data, naming what differs (CFG-005)."""
+    """Raise CFG-005 if the folder belongs to a study with other settings or data.
+
+    The error lists the differences.
+    """
     before = read_record(study.folder)
     if not before:
         return
     path = study.folder / "study.yaml"
-    # A method that was not there before has nothing to be compared with but what all cells share.
-    problems = (
-        differences(before["shared"], dict(study.shared), str(path)) if "shared" in before else []
-    )
-    problems = problems or [
-        problem
-        for method, tree in settings_by_method(study).items()
-        for problem in differences(before["settings"].get(method, tree), tree, f"{path}, {method}")
-    ]
+    # A method that is new in this study can only be compared by the settings that all cells share.
+    problems: list[Problem] = []
+    if "shared" in before:
+        problems += differences(before["shared"], dict(study.shared), str(path))
+    if not problems:
+        for method, tree in settings_by_method(study).items():
+            earlier = before["settings"].get(method, tree)
+            problems += differences(earlier, tree, f"{path}, {method}")
     if not problems and before.get("data", study.data) != study.data:
         problems.append(
             Problem(
@@ -68,7 +70,7 @@ def check_same_study(study: Study) -> None:
                 where=str(path),
                 found=f"other images, masks or patients (data {study.data})",
                 expected=f"the data of the first call (data {before['data']})",
-                action="give the old data.root, or another output=FOLDER",
+                action="use the data.root of the first call, or another output=FOLDER",
             )
         )
     if problems:
@@ -76,7 +78,7 @@ def check_same_study(study: Study) -> None:
 
 
 def write_record(study: Study) -> None:
-    """Write `study.yaml`, keeping what earlier calls with more methods, hospitals or seeds had asked for."""
+    """Write `study.yaml`, keeping the methods, sites and seeds of earlier calls."""
     before = read_record(study.folder)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     first = study.cells[0].tree
@@ -105,7 +107,10 @@ def write_record(study: Study) -> None:
 
 
 def settings_by_method(study: Study) -> dict[str, Any]:
-    """Settings of each method as `study.yaml` keeps them: what decides the outcome, less what differs between cells."""
+    """Return the settings of each method for `study.yaml`.
+
+    These are the settings that decide the outcome, without those that differ between cells.
+    """
     return {
         cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ()))
         for cell in study.cells
@@ -113,7 +118,7 @@ def settings_by_method(study: Study) -> dict[str, Any]:
 
 
 def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Put all values of a setting in the place of one where each fold chooses its own."""
+    """Replace each setting that the folds choose by a text with all its values."""
     values: dict[str, list[str]] = {}
     for candidate in candidates:
         for name, _, value in (text.partition("=") for text in candidate.settings.split()):
@@ -128,7 +133,7 @@ def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict
 
 
 def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
-    """Add to `study.yaml` what folds have chosen, by label, held-out hospital and seed."""
+    """Add the folds' choices to `study.yaml`, by label, held-out site and seed."""
     record = read_record(folder)
     kept = [
         entry
@@ -164,10 +169,10 @@ def _chosen(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def collect(folder: Path) -> None:
     """Join the cells' `results.parquet` and `rounds.parquet` into the study's own.
 
-    A cell of an older version may have fewer columns: it has no value there.
+    A cell of an older version may have fewer columns; its missing values are null.
 
     Raises:
-        FedsgcgError: SRV-402 naming a table that is damaged, SRV-401 when the disk refuses.
+        FedsgcgError: SRV-402 for a damaged table, SRV-401 when the folder cannot be written.
     """
     for name in ("results.parquet", "rounds.parquet"):
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
@@ -180,7 +185,7 @@ def collect(folder: Path) -> None:
 
 
 def damaged(path: Path, found: str) -> FedsgcgError:
-    """The error for a file of a run folder that cannot be read."""
+    """Return the error for a file of a run folder that cannot be read."""
     action = "remove the cell's folder (or the study's) and call again"
     return fail(
         "SRV-402", where=str(path), found=found, expected="a file that fedsgcg wrote", action=action
@@ -196,12 +201,12 @@ def _table(path: Path) -> pa.Table:
 
 def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = decisive_settings(Plan.from_tree(tree))
-    if kept["federation"]["ownership"] == "local":  # another hospital in every cell
+    if kept["federation"]["ownership"] == "local":  # every cell has another site
         kept["data"] = {**kept["data"], "sites": []}
     return {name: value for name, value in kept.items() if name not in ("heldout", "seed")}
 
 
 def describe_machine(machine: Machine) -> str:
-    """One line on the machine: processor, cores, GPUs, Python."""
+    """Return one line about the machine: processor, cores, GPUs, Python."""
     rest = f"{machine.gpus} GPUs, Python {platform.python_version()}, {platform.system()}"
     return f"{processor()}, {machine.cpus} cores, {rest}"

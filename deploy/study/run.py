@@ -1,7 +1,8 @@
-"""A study: hospitals left out x variants x seeds, each cell one federation, as many at once as the machine allows.
+"""Run a study: held-out sites x variants x seeds, each cell one federation.
 
-A study's folder is its state. A second call with the same settings finds the same folder and runs only the cells that
-are missing; a cell that was cut off goes on from its last done round.
+As many cells run at once as the machine allows. A study's folder is its state: a second call with
+the same settings uses the same folder and runs only the missing cells; an interrupted cell resumes
+after its last completed round.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from server.records.journal import lock_file
 
 
 def run_study(study: Study, console: Screen) -> int:
-    """Run what is missing, then write the tables and the report; returns the exit code (0, 1 failed, 3 degraded)."""
+    """Run the missing cells, then write the tables and the report.
+
+    Returns:
+        The exit code: 0 completed, 1 failed, 3 degraded.
+    """
     from server.report.build import make_report
 
     check_folder(study.folder)
@@ -44,22 +49,23 @@ def run_study(study: Study, console: Screen) -> int:
             )
         )
         console.print(_explain_runtime(study, len(missing)))
-        _tell_survey(study, console)
-        _tell_nobody_held_out(study, console)
+        _print_survey(study, console)
+        _warn_without_heldout(study, console)
         ended = Ended()
         if missing:
             missing, ended = _select(study, missing, console)
             with Progress(study.cells, console):
-                ended = ended.and_then(_run_cells(study, missing)) if missing else ended
+                if missing:
+                    ended = ended.and_then(_run_cells(study, missing))
         for folder in finished_cells(study.folder):
             remove(folder, RESUME)
-        with steps_of(console, "making the report") as tell:
+        with steps_of(console, "making the report") as step:
             collect(study.folder)
-            make_report(study.folder, tell)
-    _tell_cut_steps(missing, console)
+            make_report(study.folder, step)
+    _print_split_batches(missing, console)
     for name, text in ended.retried.items():
         console.print(
-            f"{name} lost its worker ({text}) and was run again from its last done round.",
+            f"{name} lost its worker ({text}) and was resumed after its last completed round.",
             style="yellow",
         )
     for name, text in ended.errors.items():
@@ -69,9 +75,13 @@ def run_study(study: Study, console: Screen) -> int:
 
 
 def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[list[Cell], Ended]:
-    """Let each fold's source hospitals choose its settings; returns the cells that can run now, with what they chose.
+    """Let each fold's source sites choose its settings.
 
-    Inner cells are resumed like any other; where one failed, its fold's own cell waits for the next call.
+    Inner cells are resumed like any other. If one failed, its fold's own cell waits for the next
+    call.
+
+    Returns:
+        The cells that can run now, with the chosen settings, and how the inner cells ended.
     """
     waiting = {
         cell.name: study.candidates[cell.name] for cell in missing if cell.name in study.candidates
@@ -92,84 +102,95 @@ def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[lis
     for cell in missing:
         found = waiting.get(cell.name, ())
         if not all(part.done for candidate in found for part in candidate.inner):
-            ended.errors[cell.name] = "Not run: an inner cell that chooses its setting has failed."
+            ended.errors[cell.name] = (
+                "Not run, because an inner cell that chooses its setting failed."
+            )
             continue
         try:
             choice = choose(found) if found else None
         except FedsgcgError as error:
-            ended.errors[cell.name] = describe(error)
+            ended.errors[cell.name] = error_text(error)
             continue
-        if choice is not None:
-            choices[cell.method, cell.heldout, cell.seed] = choice
-            told = ", ".join(f"{name}: {score:.3f}" for name, score in choice.scores.items())
-            console.print(
-                f"{cell.name}: {choice.settings} is chosen (mean Dice at the sources left out: {told})"
-            )
-        ready.append(cell if choice is None else chosen_cell(cell, found, choice))
+        if choice is None:
+            ready.append(cell)
+            continue
+        choices[cell.method, cell.heldout, cell.seed] = choice
+        scores = ", ".join(f"{name}: {score:.3f}" for name, score in choice.scores.items())
+        console.print(
+            f"{cell.name}: {choice.settings} is chosen "
+            f"(mean Dice at the held-out source hospitals: {scores})"
+        )
+        ready.append(chosen_cell(cell, found, choice))
     add_choices(study.folder, choices)
     return ready, ended
 
 
-def _tell_survey(study: Study, console: Screen) -> None:
-    """Say which files of the data folder are not used, and which hospitals look like one."""
+def _print_survey(study: Study, console: Screen) -> None:
+    """Print which files of the data folder are not used, and sites whose names are nearly equal."""
     data = study.cells[0].tree["data"]
     sites = sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]})
     for problem in survey(Path(data["root"]), sites):
         console.print(str(problem), style="yellow")
 
 
-def _tell_nobody_held_out(study: Study, console: Screen) -> None:
-    """Say before the start that a study judges its models at hospitals that trained them."""
+def _warn_without_heldout(study: Study, console: Screen) -> None:
+    """Warn before the start that models are evaluated at the sites that trained them."""
     if any(not cell.heldout for cell in study.cells):
-        text = "No hospital is held out: models are judged on validation cases of the hospitals that trained them."
-        console.print(f"{text} heldout=all leaves out every hospital in turn.", style="yellow")
+        console.print(
+            "No hospital is held out: models are evaluated on validation cases of the hospitals "
+            "that trained them. heldout=all holds out every hospital in turn.",
+            style="yellow",
+        )
 
 
-def _tell_cut_steps(cells: Iterable[Cell], console: Screen) -> None:
-    """Name the cells in which a hospital ran out of memory and went on with smaller parts of its steps."""
+def _print_split_batches(cells: Iterable[Cell], console: Screen) -> None:
+    """Print the cells in which a site ran out of memory and continued with split batches."""
     from server.report.reader import Reader
     from server.report.rounds import cut_steps
 
     for cell in cells:
-        if text := cut_steps(
-            Reader(cell.folder).rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))
-        ):
+        reader = Reader(cell.folder)
+        rows = reader.rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))
+        if text := cut_steps(rows):
             console.print(f"{cell.name}: {text}.", style="yellow")
 
 
 @dataclass
 class Ended:
-    """How cells ended that did not simply complete.
+    """Failures and retries of cells.
 
     Attributes:
-        errors: Name of a failed cell -> what to say about it.
-        retried: Name of a cell that lost its worker the first time -> how.
+        errors: Name of a failed cell -> error text.
+        retried: Name of a cell that lost its worker once -> reason.
     """
 
     errors: dict[str, str] = field(default_factory=dict)
     retried: dict[str, str] = field(default_factory=dict)
 
     def and_then(self, later: Ended) -> Ended:
-        """Return how these cells and later ones ended."""
+        """Return the failures and retries of these cells and of later ones."""
         return Ended(self.errors | later.errors, self.retried | later.retried)
 
 
 def _run_cells(study: Study, cells: Sequence[Cell]) -> Ended:
-    """Run cells; one that lost its worker (RND-410) is resumed once, after the others and in a new Ray."""
-    apart = study.runtime == "inprocess" and (len(cells) > 1 or study.ray_address != "local")
-    failures = _run_once(study, cells, apart=apart)
+    """Run cells; one that lost its worker (RND-410) is resumed once, after all others.
+
+    The retry uses a new Ray instance.
+    """
+    parallel = study.runtime == "inprocess" and (len(cells) > 1 or study.ray_address != "local")
+    failures = _run_once(study, cells, parallel=parallel)
     found = {cell.name: as_lost(failures[cell.name]) for cell in cells if cell.name in failures}
     lost = {name: error.problems[0].found for name, error in found.items() if error is not None}
     if lost:
-        again = _run_once(study, [cell for cell in cells if cell.name in lost], apart=apart)
+        again = _run_once(study, [cell for cell in cells if cell.name in lost], parallel=parallel)
         failures = {name: error for name, error in failures.items() if name not in lost} | again
-    return Ended({name: describe(error) for name, error in failures.items()}, lost)
+    return Ended({name: error_text(error) for name, error in failures.items()}, lost)
 
 
-def _run_once(study: Study, cells: Sequence[Cell], *, apart: bool) -> dict[str, BaseException]:
-    """Run cells, in processes of Ray or (not `apart`) one after the other; one's failure never stops the others."""
+def _run_once(study: Study, cells: Sequence[Cell], *, parallel: bool) -> dict[str, BaseException]:
+    """Run cells in parallel Ray tasks or one after the other; a failure never stops other cells."""
     prepare_environment()
-    if apart:
+    if parallel:
         return _run_in_parallel(study, cells)
     errors: dict[str, BaseException] = {}
     for cell in cells:
@@ -189,11 +210,12 @@ def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, BaseExcep
 
     quiet_flower()
     ray.init(**ray_arguments(study.machine, study.ray_address))
-    catch_signals()  # Ray has put a handler of SIGTERM in the place of ours
+    catch_signals()  # Ray has replaced the handler of SIGTERM
     try:
         threads = int(cells[0].tree["site"]["threads"])
-        whole = ray.cluster_resources()  # type: ignore[no-untyped-call]  # of this machine, or of all machines of a cluster
-        machine = Machine(int(whole.get("CPU", 1)), int(whole.get("GPU", 0)))
+        # Of this machine, or of all machines of a cluster.
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        machine = Machine(int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
         at_once = min(len(cells), max(1, machine.cpus // threads))
         task = ray.remote(run_cell_in_process).options(
             num_cpus=threads, num_gpus=gpu_share(at_once, machine), max_retries=0
@@ -212,8 +234,8 @@ def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, BaseExcep
         ray.shutdown()
 
 
-def describe(error: BaseException) -> str:
-    """What a user needs of an error: the problems of ours, the trace of any other but of a lost worker."""
+def error_text(error: BaseException) -> str:
+    """Return the problems of a `FedsgcgError`, RND-410 for a lost worker, else the traceback."""
     lost = as_lost(error)
     if lost is not None:
         return str(lost)
@@ -225,14 +247,13 @@ def describe(error: BaseException) -> str:
 
 def _explain_runtime(study: Study, missing: int) -> str:
     threads = int(study.cells[0].tree["site"]["threads"])
-    place = f"{study.machine.cpus} CPU cores" + (
-        f", {study.machine.gpus} GPUs" if study.machine.gpus else ", no GPU"
-    )
+    gpus = f"{study.machine.gpus} GPUs" if study.machine.gpus else "no GPU"
     if study.runtime == "ray":
         how = "hospitals in parallel: Flower's simulation engine on Ray, one cell after the other"
     else:
         at_once = max(1, min(missing, study.machine.cpus // threads))
-        how = f"cells in parallel: {at_once} at once, each a federation in one process" + (
-            " (Ray tasks)" if missing > 1 else ""
-        )
-    return f"runtime={study.runtime} ({how}), device={study.device}, {place}"
+        how = f"cells in parallel: {at_once} at once, each a federation in one process"
+        if missing > 1:
+            how += " (Ray tasks)"
+    resources = f"{study.machine.cpus} CPU cores, {gpus}"
+    return f"runtime={study.runtime} ({how}), device={study.device}, {resources}"

@@ -1,8 +1,8 @@
-"""One federation on one machine or cluster, in either of two ways that give the same model hash.
+"""Two ways to run a federation on one machine or cluster; both give the same model hash.
 
-*Hospitals in parallel* (`ray`): Flower's simulation engine, every hospital a Ray actor with its own GPU when there are
-enough and a share otherwise. *Cells in parallel* (`inprocess`): the federation runs inside one process, and a study
-runs many such processes at once (`deploy.study.run`).
+*Sites in parallel* (`ray`): Flower's simulation engine, every site a Ray actor with its own GPU, or
+with a share of one if there are too few. *Cells in parallel* (`inprocess`): the federation runs
+inside one process, and a study runs many such processes at once (`deploy.study.run`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from deploy.environment import OWN_FOLDER, own_folder, prepare_environment, quie
 from deploy.study.preflight import Machine
 
 SOCKET_PATH = 107
-"""Bytes that the path of a Unix socket may have."""
+"""Longest path of a Unix socket in bytes."""
 
 LONGEST_TEMPORARY = SOCKET_PATH - len(
     "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 )
-"""Bytes of a temporary folder in which Ray's longest socket still has a path that the kernel takes."""
+"""Longest path in bytes of a temporary folder in which all of Ray's socket paths are valid."""
 
 
 def choose_runtime(asked: str, cells: int, machine: Machine) -> str:
     """Return `ray` or `inprocess` for `auto`.
 
-    Hospitals run in parallel only where one cell alone would leave most of the machine idle: a single cell and several
-    GPUs. Everywhere else cells in parallel use the machine without paying for a transport.
+    Sites run in parallel only if one cell in one process would leave most of the machine idle: a
+    single cell and several GPUs. Otherwise parallel cells use the machine without the cost of a
+    transport.
     """
     if asked != "auto":
         return asked
@@ -41,14 +42,16 @@ def choose_runtime(asked: str, cells: int, machine: Machine) -> str:
 
 
 def gpu_share(wanting: int, machine: Machine) -> float:
-    """GPU share of one of `wanting` parallel tasks: a whole GPU when there are enough, an equal share otherwise."""
+    """Return the GPU share of one of `wanting` parallel tasks: 1, or less if there are too few."""
     if not machine.gpus:
         return 0.0
-    return 1.0 if machine.gpus >= wanting else max(0.05, int(100 * machine.gpus / wanting) / 100)
+    if machine.gpus >= wanting:
+        return 1.0
+    return max(0.05, int(100 * machine.gpus / wanting) / 100)
 
 
 def run_cell_in_process(tree: Mapping[str, Any]) -> None:
-    """Run one cell in this process; whatever stops the coordinator is raised."""
+    """Run one cell in this process; raises what stopped the coordinator."""
     from clients.app import build_client_app
     from deploy.study.inprocess import run_in_process
     from server.app import build_server_app
@@ -60,30 +63,29 @@ def run_cell_in_process(tree: Mapping[str, Any]) -> None:
 
 
 def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "local") -> None:
-    """Run one cell with Flower's simulation engine, one actor a hospital as far as the machine allows.
+    """Run one cell with Flower's simulation engine, one actor per site if the machine allows.
 
-    `run_simulation` is deprecated in favour of `flwr run`, which cannot hand over an exception or a callback; this
-    function is the one place to change when it goes.
+    `run_simulation` is deprecated in favour of `flwr run`, which cannot pass on an exception. This
+    function is the only one to change when `run_simulation` is removed.
 
     Raises:
-        FedsgcgError: What stopped the coordinator; RND-410 where it was the loss of a hospital's actor.
+        FedsgcgError: What stopped the coordinator; RND-410 for the loss of a site's actor.
     """
     import ray
     from flwr.simulation import run_simulation
 
     from clients.app import build_client_app
-    from deploy.study.lost_workers import told_of_lost_workers
+    from deploy.study.lost_workers import raise_lost_workers
     from server.app import build_server_app
 
     prepare_environment()
     quiet_flower()
     plan = Plan.from_tree(tree)
     training = sum(plan.role(site) == "train" for site in plan.members())
-    with warnings.catch_warnings(), told_of_lost_workers():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # Ray's note on visible devices, once a process
-        # As Flower would start it; here, because Ray puts a handler of SIGTERM in the place of ours.
+    with warnings.catch_warnings(), raise_lost_workers():
+        warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices
+        # Ray is started as Flower would start it, but before `catch_signals`, because Ray replaces
+        # the handler of SIGTERM.
         ray.init(
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
             **ray_arguments(machine, address),
@@ -103,36 +105,40 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
 
 
 def ray_arguments(machine: Machine, address: str) -> dict[str, Any]:
-    """Arguments of `ray.init`: a Ray of our own, or a running cluster at `auto` or `host:port`."""
+    """Return arguments of `ray.init` for a local Ray, or for a cluster at `auto` or `host:port`."""
     if address != "local":
         return {"address": address, "log_to_driver": False}
-    folder = short_folder(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
-    return {
+    arguments: dict[str, Any] = {
         "num_cpus": machine.cpus,
         "include_dashboard": False,
         "log_to_driver": False,
         "logging_level": logging.WARNING,
-    } | ({"_temp_dir": folder} if folder else {})
+    }
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    if folder := short_folder(temporary):
+        arguments["_temp_dir"] = folder
+    return arguments
 
 
 def short_folder(temporary: str, others: Sequence[str] = ("/tmp", "/var/tmp", "/dev/shm")) -> str:  # noqa: S108
-    """Return a temporary folder for Ray's sockets where the usual one is too long for them, else "".
+    """Return a folder for Ray's sockets if the path of the usual one is too long, else "".
 
     Args:
-        temporary: Where Ray would put its folder: `RAY_TMPDIR`, `TMPDIR` or `/tmp`.
-        others: Where else it may be.
+        temporary: Ray's usual temporary folder: `RAY_TMPDIR`, `TMPDIR` or `/tmp`.
+        others: Alternatives.
 
     Raises:
-        FedsgcgError: CFG-010 when there is no shorter one.
+        FedsgcgError: CFG-010 when no alternative is short enough and writable.
     """
     if len(os.fsencode(temporary)) <= LONGEST_TEMPORARY:
         return ""
     for folder in others:
-        if len(os.fsencode(folder)) + OWN_FOLDER <= LONGEST_TEMPORARY and os.access(
-            folder, os.W_OK | os.X_OK
-        ):
+        short = len(os.fsencode(folder)) + OWN_FOLDER <= LONGEST_TEMPORARY
+        if short and os.access(folder, os.W_OK | os.X_OK):
             return str(own_folder("ray-", folder))
     found = f"{temporary} ({len(os.fsencode(temporary))} bytes)"
-    expected = f"at most {LONGEST_TEMPORARY} bytes, for a socket's path may have {SOCKET_PATH}"
-    action = "Set RAY_TMPDIR to a short folder that can be written, e.g. /tmp."
+    expected = (
+        f"at most {LONGEST_TEMPORARY} bytes, because the path of a socket has at most {SOCKET_PATH}"
+    )
+    action = "Set RAY_TMPDIR to a writable folder with a short path, e.g. /tmp."
     raise fail("CFG-010", where="TMPDIR", found=found, expected=expected, action=action)

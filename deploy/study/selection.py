@@ -1,9 +1,11 @@
-"""Nested selection: a setting is chosen anew for every held-out hospital, by hospitals that are sources there.
+"""Nested selection: in every fold, the source sites choose the value of a setting.
 
-For `select=prototypes.weight` the source hospitals of a fold are left out in turn (an inner leave-one-hospital-out):
-for each value the others train, and the one left out judges. The value with the highest Dice, averaged over cases and
-structures within a hospital and then over hospitals, trains the fold's own cell on all its sources. The fold's held-out
-hospital is no member of an inner federation at all, so it can choose nothing (methods.md 2.7).
+For `select=prototypes.weight` the source sites of a fold are held out in turn (an inner
+leave-one-site-out): for each value the other sources train, and the held-out source evaluates. The
+value with the highest Dice, averaged over cases and structures within a site and then over sites,
+trains the fold's own cell on all its sources. The fold's held-out site is not a member of any inner
+federation, so it cannot influence the choice (docs/explanation/protocol.md, "Choosing the model and
+the settings").
 
     selection/<fold>/<label and value>/<inner fold>/<seed>    run folder of an inner cell
 """
@@ -29,24 +31,29 @@ FEWEST_SOURCES = 2
 
 TUNED = ("prototypes.weight", "prototypes.temperature")
 NESTED = (
-    "{names} {were} chosen inside every fold: each source hospital was left out in turn, and the value with the "
-    "highest mean Dice at the hospitals left out was taken. The fold's held-out hospital chose no setting."
+    "{names} {were} chosen inside every fold: each source hospital was held out in turn, and the "
+    "value with the highest mean Dice at these hospitals was taken. The fold's own held-out "
+    "hospital had no influence on the choice."
 )
 NOT_NESTED = (
-    "The defaults of {names} were once chosen with validation patients of hospitals that a fold may hold out, not "
-    "inside the folds, so the figures of contrastive methods may be optimistic; select={select} chooses in each fold."
+    "The defaults of {names} were chosen with validation patients of hospitals that a fold may "
+    "hold out, not inside the folds, so the results of contrastive methods may be optimistic; "
+    "select={select} chooses them in each fold."
 )
-COMPARED = "{names} {were} compared, not chosen: the best of several values at the held-out hospitals is optimistic."
+COMPARED = (
+    "{names} {were} compared, not chosen: the best of several values at the held-out hospitals is "
+    "an optimistic result."
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One value, or combination of values, that a fold may choose.
+    """A value, or combination of values, that a fold may choose.
 
     Attributes:
-        settings: As `name=value`, blanks between.
-        tree: The fold's own cell with these settings.
-        inner: The federations that judge it, one a source hospital.
+        settings: `name=value`, separated by spaces.
+        tree: Settings of the fold's own cell with these values.
+        inner: The inner federations that evaluate it, one per source site.
     """
 
     settings: str
@@ -56,7 +63,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a fold chose.
+    """The choice of a fold.
 
     Attributes:
         settings: The chosen settings, as `name=value`.
@@ -70,25 +77,25 @@ class Choice:
 def inner_cells(
     tree: Mapping[str, Any], study: Path, label: str, heldout: str, settings: str
 ) -> tuple[Cell, ...]:
-    """Return the federations that judge one candidate of one fold.
+    """Return the inner federations that evaluate one candidate of one fold.
 
     Args:
         tree: Settings of the fold's own cell with the candidate's values.
         study: Folder of the study.
-        label: What tables call the fold's cell.
-        heldout: The fold's held-out hospital, "" for none.
+        label: Label of the fold's cell in tables.
+        heldout: The fold's held-out site, "" for none.
         settings: The candidate, as `name=value`.
 
     Raises:
-        FedsgcgError: CFG-003 when fewer than two hospitals are sources.
+        FedsgcgError: CFG-003 when the fold has fewer than two source sites.
     """
     sources = [
         site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
     ]
     if len(sources) < FEWEST_SOURCES:
-        found = f"{len(sources)} source hospitals with {heldout or 'nobody'} held out"
+        found = f"{len(sources)} source hospitals with {heldout or 'none'} held out"
         action = (
-            "take hospitals out of observers, use federation=by_site or pooled, or leave select out"
+            "remove hospitals from observers, use federation=by_site or pooled, or leave out select"
         )
         raise fail(
             "CFG-003",
@@ -99,8 +106,9 @@ def inner_cells(
         )
     seed = int(tree["seed"])
     values = (text.partition("=") for text in settings.split())
-    words = " ".join([label, *(f"{name.rpartition('.')[2]}={value}" for name, _, value in values)])
-    folder = study / FOLDER / (heldout or "all-sites") / folder_name(words)
+    parts = [label, *(f"{name.rpartition('.')[2]}={value}" for name, _, value in values)]
+    inner_label = " ".join(parts)
+    folder = study / FOLDER / (heldout or "all-sites") / folder_name(inner_label)
     cells = []
     for site in sources:
         data = {**tree["data"], "sites": sources}
@@ -111,29 +119,31 @@ def inner_cells(
             "observers": [],
             "output": str(folder / site / str(seed)),
         }
-        own |= {"run": f"{tree['run']}/{FOLDER}/{folder.name}/{site}", "label": words, "chosen": ""}
+        own |= {
+            "run": f"{tree['run']}/{FOLDER}/{folder.name}/{site}",
+            "label": inner_label,
+            "chosen": "",
+        }
         own["site"] = {**tree["site"], "feature_samples": 0}
         plan = Plan.from_tree(own)
         if heldout in plan.data.sites or heldout in plan.members():
-            raise AssertionError(
-                "a held-out hospital must not be asked for anything that chooses a setting"
-            )
-        name = f"{words} · {heldout or 'nobody'} held out, inner"
+            raise AssertionError("a held-out site must not take part in choosing a setting")
+        name = f"{inner_label} · {heldout or 'none'} held out, inner"
         cells.append(Cell(name, site, seed, own))
     return tuple(cells)
 
 
 def choose(candidates: Sequence[Candidate]) -> Choice:
-    """Return the candidate with the highest score; of equal ones the first that was named.
+    """Return the candidate with the highest score, the first one in case of a tie.
 
     Raises:
-        FedsgcgError: RND-403 when no source hospital had a case to judge by.
+        FedsgcgError: RND-403 when no source site has a case for the evaluation.
     """
     tables = [{cell.heldout: _dice(cell) for cell in candidate.inner} for candidate in candidates]
     judged = [site for site in tables[0] if not any(math.isnan(table[site]) for table in tables)]
     if not judged:
         folders = candidates[0].inner[0].folder.parents[1]
-        found = "no source hospital has a case to choose a setting by"
+        found = "no source hospital has a case on which to choose a setting"
         raise fail(
             "RND-403", where=str(folders), found=found, expected="test cases at a source hospital"
         )
@@ -144,36 +154,38 @@ def choose(candidates: Sequence[Candidate]) -> Choice:
 
 
 def _dice(cell: Cell) -> float:
-    """Mean Dice of an inner cell at the hospital it left out, over cases and structures; NaN without a case."""
+    """Return the mean Dice of an inner cell at its held-out site; NaN without a case.
+
+    The mean is over cases and structures.
+    """
     rows = pq.read_table(cell.folder / "results.parquet", columns=["site", "dice"]).to_pylist()
     values = [row["dice"] for row in rows if row["site"] == cell.heldout]
     return float(np.mean(values)) if values else math.nan
 
 
 def chosen_cell(cell: Cell, candidates: Sequence[Candidate], choice: Choice) -> Cell:
-    """Return a fold's own cell with the settings that it chose."""
+    """Return a fold's own cell with the chosen settings."""
     tree = next(candidate.tree for candidate in candidates if candidate.settings == choice.settings)
     return replace(cell, tree={**tree, "chosen": choice.settings})
 
 
 def describe_selection(names: Sequence[str], swept: Sequence[str], *, contrasts: bool) -> str:
-    """Return how settings were chosen, for the study's record and beside its figures; "" where nothing was.
+    """Return how settings were chosen, for the study's record and report; "" if none were.
 
     Args:
         names: Settings that are chosen inside the folds.
         swept: Settings whose values are compared.
-        contrasts: Whether a method of the study learns from the prototypes.
+        contrasts: Whether a method of the study has a contrastive loss.
     """
-    tuned = [name for name in TUNED if name not in names] if contrasts else []
-    open_ones = [name for name in tuned if name not in swept]
-    parts = (
-        NESTED.format(names=" and ".join(names), were=_were(names)) if names else "",
-        COMPARED.format(names=" and ".join(swept), were=_were(swept)) if swept else "",
-        NOT_NESTED.format(names=" and ".join(open_ones), select=",".join(open_ones))
-        if open_ones
-        else "",
-    )
-    return " ".join(filter(None, parts))
+    parts = []
+    if names:
+        parts.append(NESTED.format(names=" and ".join(names), were=_were(names)))
+    if swept:
+        parts.append(COMPARED.format(names=" and ".join(swept), were=_were(swept)))
+    defaults = [name for name in TUNED if name not in names and name not in swept]
+    if contrasts and defaults:
+        parts.append(NOT_NESTED.format(names=" and ".join(defaults), select=",".join(defaults)))
+    return " ".join(parts)
 
 
 def _were(names: Sequence[str]) -> str:

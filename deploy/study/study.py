@@ -13,42 +13,42 @@ from deploy.study.cell import Cell
 from deploy.study.preflight import Machine
 from deploy.study.selection import Candidate
 
-# Places and machines: changing them does not make another study.
 NOT_IDENTITY = (
-    *(
-        "method",
-        "heldout",
-        "seed",
-        "run",
-        "output",
-        "device",
-        "runtime",
-        "ray",
-        "site",
-        "grid",
-        "select",
-    ),
+    "method",
+    "heldout",
+    "seed",
+    "run",
+    "output",
+    "device",
+    "runtime",
+    "ray",
+    "site",
+    "grid",
+    "select",
     "config_dir",
 )
+"""Settings that do not make another study: axes, places and machines."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was asked, resolved.
+    """A resolved study.
 
     Attributes:
         folder: The study's folder.
         cells: Its federations, in the order in which they are started.
         runtime: `ray` or `inprocess`.
         device: `cpu` or `cuda`.
-        machine: What this machine offers.
+        machine: Resources of this machine.
         ray_address: `local`, `auto` or `host:port`.
         overrides: The command line, for the record.
         command: `study` or `simulate`, for the record.
-        data: Fingerprint of the hospitals' files (`clients.data.store.data_fingerprint`).
-        candidates: Name of a cell -> what its fold chooses between, with the federations that judge it.
-        selection: How settings were chosen, in words.
-        shared: Settings that all its cells have in common, whatever else is added to it (`shared_settings`).
+        data: Fingerprint of the sites' files (`clients.data.store.data_fingerprint`).
+        candidates: Name of a cell -> candidates of its fold, with the inner federations that
+            evaluate them.
+        selection: A sentence on how settings were chosen.
+        shared: Settings that all cells have in common, including cells added later
+            (`shared_settings`).
     """
 
     folder: Path
@@ -66,18 +66,20 @@ class Study:
 
 
 def exit_code(cells: Iterable[Cell]) -> int:
-    """0 when every cell completed, 3 when one is degraded, 1 when one failed or never ended."""
+    """Return 1 when a cell failed or has not ended, 3 when one is degraded, else 0."""
     states = {cell.outcome().get("status", "failed") for cell in cells}
-    return 1 if states - {"completed", "degraded"} else 3 if "degraded" in states else 0
+    if states - {"completed", "degraded"}:
+        return 1
+    return 3 if "degraded" in states else 0
 
 
 def identity(tree: Mapping[str, Any]) -> str:
-    """Hash of the settings that make two calls the same study: everything but the axes, places and machines."""
+    """Return the hash of the settings that make two calls the same study."""
     return hashlib.sha256(json.dumps(_identifying(tree), sort_keys=True).encode()).hexdigest()
 
 
 def shared_settings(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that make two calls the same study, wherever its data are."""
+    """Return the settings that make two calls the same study, without the data folder."""
     kept = _identifying(tree)
     data = {name: value for name, value in kept["data"].items() if name != "root"}
     found: dict[str, Any] = json.loads(json.dumps(kept | {"data": data}))

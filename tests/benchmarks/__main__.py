@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from deploy.study.preflight import look_at_machine
+from deploy.study.preflight import inspect_machine
 from deploy.study.record import describe_machine
 
 PARTS = (
@@ -43,7 +43,7 @@ def main() -> None:
     if unknown := set(parts) - set(PARTS):
         parser.error(f"unknown parts {sorted(unknown)}, known: {', '.join(PARTS)}")
     facts = {
-        "machine": describe_machine(look_at_machine()),
+        "machine": describe_machine(inspect_machine()),
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "system": platform.platform(terse=True),

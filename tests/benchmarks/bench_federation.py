@@ -140,7 +140,7 @@ def _run_plain() -> list[float]:
 def _run_ours(kind: str, folder: Path) -> list[float]:
     from common.settings.compose import join
     from deploy.study.inprocess import run_in_process
-    from deploy.study.preflight import look_at_machine
+    from deploy.study.preflight import inspect_machine
     from deploy.study.runtimes import ray_arguments
     from server.app import build_server_app
 
@@ -155,7 +155,7 @@ def _run_ours(kind: str, folder: Path) -> list[float]:
 
         backend = {
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-            "init_args": ray_arguments(look_at_machine(), "local"),
+            "init_args": ray_arguments(inspect_machine(), "local"),
         }
         run_simulation(server, client, len(SITES), backend_config=backend)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

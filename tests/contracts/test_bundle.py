@@ -1,4 +1,4 @@
-"""What the Flower app bundle holds: every module and every YAML file, nothing else, under Flower's limit."""
+"""The app bundle contains every module and YAML file, nothing else, within Flower's limit."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Container files: linted, locked down, and every command in them is one that this version of the program has."""
+"""Container files are linted and locked down, and all their commands exist in this version."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def composes(kits: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def commands(kits: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every command of every container file, service unit, chart and README, with the file it stands in."""
+    """Return (file, command) for all commands of container files, units, charts and READMEs."""
     for path, tree in composes(kits).items():
         for service in tree["services"].values():
             yield from ((path, words) for words in programs_of(service["command"]))
@@ -69,7 +69,7 @@ def commands(kits: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def programs_of(command: list[str]) -> Iterator[list[str]]:
-    """Commands of ours in a container's command, also inside a shell's."""
+    """Return the fedsgcg commands in a container's command, also inside a shell command."""
     if command[0] != "sh":
         yield command
         return
@@ -185,7 +185,10 @@ def test_images_have_no_root_and_no_secret(path: Path) -> None:
 
 
 def test_yaml_files_are_clean(kits: Path) -> None:
-    rules = "{extends: default, rules: {line-length: {max: 140}, document-start: disable, braces: {max-spaces-inside: 1}}}"
+    rules = (
+        "{extends: default, rules: {line-length: {max: 100}, document-start: disable, "
+        "braces: {max-spaces-inside: 1}}}"
+    )
     files = [DEPLOY / "compose.yaml", DEPLOY / "chart/values.yaml", DEPLOY / "chart/Chart.yaml"]
     files += [kits / "coordinator/compose.yaml", kits / "sites/North/compose.yaml"]
     found = subprocess.run(

@@ -1,8 +1,8 @@
-"""The documentation holds: generated parts are what the code says now, and every command in it is one that works.
+"""Generated parts of the documentation are up to date, and every command in it works.
 
-A fenced block of commands carries a mark, `<!-- run -->` or `<!-- needs: THING -->`. Blocks to run are executed page by
-page, in the order of `WALKS`, in an empty folder. Whatever they need, every command of the programs must parse with
-the real parser and its settings must make a valid plan; so must those of the README.
+A fenced block of commands is marked `<!-- run -->` or `<!-- needs: THING -->`. Blocks to run are
+executed page by page, in the order of `WALKS`, in an empty folder. All commands, including those of
+the README, must parse with the real parser, and their settings must make a valid plan.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def environment(folder: Path) -> dict[str, str]:
     programs.mkdir()
     for name, target in PROGRAMS.items():
         module, _, function = target.partition(":")
-        script = f'#!/bin/sh\nexec "{sys.executable}" -c "from {module} import {function}; {function}()" "$@"\n'
+        code = f"from {module} import {function}; {function}()"
+        script = f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$@"\n'
         (programs / name).write_text(script)
         (programs / name).chmod(0o755)
     (programs / "python").symlink_to(sys.executable)

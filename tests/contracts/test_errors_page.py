@@ -1,4 +1,4 @@
-"""Every error code has a section in docs/reference/errors.md that says what it means and what to do."""
+"""Every error code has a section in docs/reference/errors.md with its meaning and what to do."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the supervisor listens for in a SuperNode's log is what Flower says when the node has to be started anew."""
+"""The log texts on which the supervisor restarts a SuperNode are those that Flower writes."""
 
 import logging
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def test_a_server_that_ends_a_handshake_makes_flower_give_up_with_the_words_that
     assert reasons(said.text) == {LINK_GIVEN_UP}
 
 
-def test_a_run_that_is_stopped_while_its_message_comes_in_is_told_with_the_words_that_the_site_waits_for(
+def test_flower_logs_the_expected_text_when_a_run_is_stopped_while_its_message_arrives(
     said: pytest.LogCaptureFixture,
 ) -> None:
     metadata = SimpleNamespace(run_id=7, group_id="", message_id="ab12", message_type="train")

@@ -1,4 +1,4 @@
-"""What the resident uses of Flower is private to it: names and forms must be there in the pinned version."""
+"""The private Flower functions that the resident uses exist in the pinned version."""
 
 import inspect
 

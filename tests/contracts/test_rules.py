@@ -1,4 +1,4 @@
-"""Rules of the code that a reader may rely on: who imports whom, and what never stands in product code."""
+"""Rules of the code base: allowed imports, and what product code must not contain."""
 
 import re
 import subprocess

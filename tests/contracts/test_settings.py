@@ -1,4 +1,4 @@
-"""The settings: every group composes, every mistake is named at once, and the public option list is frozen."""
+"""Settings: every group composes, mistakes are reported at once, public options are fixed."""
 
 import dataclasses
 import json
@@ -253,7 +253,10 @@ def test_the_names_that_a_plan_accepts_are_those_that_exist() -> None:
 
 @pytest.mark.parametrize("key", ["data.sites", "observers"])
 def test_names_of_hospitals_stay_as_they_are_written(key: str) -> None:
-    text = '[010, NO,12:30,1_000,1e3,1.10,yes,2021-01-01,null,true,St. Mary,"A, B",\'it"s\',"say \\"hi\\"",K\u00f6ln]'
+    text = (
+        "[010, NO,12:30,1_000,1e3,1.10,yes,2021-01-01,null,true,St. Mary,"
+        '"A, B",\'it"s\',"say \\"hi\\"",K\u00f6ln]'
+    )
     tree: Any = join([f"{key}={text}"])
     for part in key.split("."):
         tree = tree[part]

@@ -1,4 +1,4 @@
-"""A hospital whose files are full of a patient's name: nothing that the coordinator keeps or shows repeats it."""
+"""A patient's name in a hospital's files appears nowhere at the coordinator."""
 
 import csv
 import shutil
@@ -16,7 +16,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def canary(hospitals: Path, tmp_path: Path) -> Path:
-    """The hospitals with the name in North's file names, patient ids and NIfTI headers, and one broken file there."""
+    """The hospitals, with the name in North's file names, patient ids and NIfTI headers.
+
+    North also has one broken file.
+    """
     root = tmp_path / "data"
     shutil.copytree(hospitals, root)
     with (root / "manifest.csv").open() as file:
@@ -104,7 +107,7 @@ def test_features_of_a_single_patient_are_withheld_by_the_floor(
 
 
 def test_a_real_deployment_keeps_names_at_the_hospital(canary: Path, tmp_path: Path) -> None:
-    """Byte search over all that the coordinator has: database, logs, Flower's folders, run folder."""
+    """Search the bytes of all the coordinator's files: database, logs, Flower's and run folders."""
     from tests.conftest import REPOSITORY
     from tests.support.loopback import loopback
 

@@ -1,4 +1,7 @@
-"""A hospital leaves for good between two rounds of a real federation in one process: real images, training, journal."""
+"""A hospital leaves for good between two rounds of a real federation in one process.
+
+Images, training and journal are real.
+"""
 
 import json
 from pathlib import Path
@@ -93,7 +96,7 @@ def test_the_study_goes_on_without_the_hospital_and_remembers_no_pixel_of_it(
 def test_a_federation_that_never_knew_the_hospital_ends_with_the_same_prototypes(
     hospitals: Path, tmp_path: Path
 ) -> None:
-    """Before the first round nothing was learned, so weights and prototypes are those of a study without the site."""
+    """A departure before the first round gives the model of a study without the site."""
     settings = (
         "method=sgcg",
         "heldout=South",

@@ -1,4 +1,4 @@
-"""Real processes on loopback: TLS, node keys, separate homes; the model is the simulation's to the last bit."""
+"""Real processes on loopback with TLS and node keys: the model is bit-identical to a simulation."""
 
 import io
 import os
@@ -43,7 +43,8 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
     federation.join("East", "North")
     federation.run()
     federation.wait(lambda: federation.seen("round.started", round=1), 150, "no round has started")
-    # In this process, as the stop below: the start of a command takes longer than some of these rounds.
+    # In this process, like the stop below: starting a command takes longer than some of these
+    # rounds.
     with pytest.raises(FedsgcgError, match="DEP-614"):
         run_kit(federation.kit.folder, ["federation.rounds=2"], Screen(io.StringIO()))
     federation.wait(lambda: federation.seen("round.done", round=1), 240, "round 1 was not finished")
@@ -65,7 +66,10 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
 
 
 def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federation) -> None:
-    """The runbook word by word: leave, revoke, resume without; the server is restarted and clears its folder."""
+    """The commands of the how-to page: leave, revoke, resume without; then restart the server.
+
+    The server removes the data of ended runs when it starts.
+    """
     federation.provision(
         ["East", "North", "South"],
         "method=sgcg",
@@ -92,10 +96,10 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     )
     federation.processes.pop("serve").terminate()
     federation.wait(
-        lambda: "server ended" in federation.log("serve"), 60, "the server does not end"
+        lambda: "server stopped" in federation.log("serve"), 60, "the server does not end"
     )
     federation.serve()
-    assert "of ended runs cleared away" in federation.log("serve")
+    assert "of ended runs removed" in federation.log("serve")
     federation.wait(
         lambda: federation.online("East", "North"), 120, "the hospitals do not come back"
     )
@@ -119,7 +123,7 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
 def test_faults_change_nothing_of_the_model(
     federation: Federation, hospitals: Path, tmp_path: Path
 ) -> None:
-    """Kill -9 a hospital, pause another, cut a link, kill the coordinator's server; then resume: the same model."""
+    """After kill -9, a pause, a broken link and a killed server, resuming gives the same model."""
     settings = ("method=sgcg", "heldout=West", "federation.rounds=3")
     sites = ("East", "North", "South", "West")
     federation.provision(sites, *settings)
@@ -162,7 +166,7 @@ def test_faults_change_nothing_of_the_model(
 
 
 def leaked(federation: Federation, hospitals: Path) -> list[str]:
-    """Everything that the coordinator has and that only hospitals may know: file names, cases, folders."""
+    """Search the coordinator's files for hospitals' private data: file names, cases, folders."""
     secrets = {path.name.partition("_")[0].encode() for path in hospitals.glob("*/*.nii.gz")}
     secrets |= {
         str(hospitals).encode(),

@@ -20,7 +20,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Environment of an offline Flower with a home and ports of its own; its SuperLink is ended by pid afterwards."""
+    """Environment of an offline Flower with its own home and ports.
+
+    Its SuperLink is ended by process id afterwards.
+    """
     environment = {
         **os.environ,
         "FLWR_HOME": str(tmp_path / "flwr"),
@@ -42,7 +45,10 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def test_flwr_run_trains_and_writes_results(flower: dict[str, str], tmp_path: Path) -> None:
-    settings = "heldout=West federation.rounds=1 method.steps_per_round=1 network.base_width=4 data.image_size=32"
+    settings = (
+        "heldout=West federation.rounds=1 method.steps_per_round=1 "
+        "network.base_width=4 data.image_size=32"
+    )
     started = flwr(
         flower,
         "run",

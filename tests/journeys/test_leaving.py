@@ -1,4 +1,4 @@
-"""However a run is left, the process ends soon, says so with its exit code, and the folder can be used again."""
+"""A run that is interrupted in any way ends soon, with its exit code and a reusable run folder."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SOON_S = 60
 
 @pytest.fixture
 def _interruptible() -> Iterator[None]:
-    """Undo what a shell does to a job in the background: it ignores the interrupt, and so would every child."""
+    """Restore the default handler: a shell's background job, and its children, ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""A worker of a study that is killed is resumed once from its last round, and reported in one sentence."""
+"""A cell whose worker is killed is resumed once from its last round, and reported in a sentence."""
 
 import contextlib
 import json
@@ -13,8 +13,8 @@ import pytest
 from ray import exceptions as ray
 
 from common.errors import FedsgcgError, fail
-from deploy.study.lost_workers import as_lost, lost_worker, reasons, told_of_lost_workers
-from deploy.study.run import describe
+from deploy.study.lost_workers import as_lost, lost_worker, raise_lost_workers, reasons
+from deploy.study.run import error_text
 from tests.support import small
 
 
@@ -89,8 +89,8 @@ def test_every_kind_of_lost_worker_is_a_sentence_and_not_a_trace(error: Exceptio
     found = as_lost(error)
     assert found is not None
     assert found.code == "RND-410"
-    assert describe(error) == str(found)
-    assert "Traceback" not in describe(error)
+    assert error_text(error) == str(found)
+    assert "Traceback" not in error_text(error)
     wrapped = RuntimeError("Simulation Runtime crashed.")
     wrapped.__cause__ = error
     assert lost_worker(wrapped) == lost_worker(error)
@@ -121,7 +121,7 @@ def test_the_reasons_cover_what_this_ray_has() -> None:
 
 def test_a_loss_that_flower_only_logs_takes_the_place_of_the_missing_answer() -> None:
     def lose(*errors: Exception) -> None:
-        with told_of_lost_workers():
+        with raise_lost_workers():
             for error in errors:
                 logging.getLogger("flwr").error(error)
             raise fail("RND-402")

@@ -1,4 +1,4 @@
-"""A method and a network by import path: the example of the documentation, run as a study and refused at a hospital."""
+"""A method and a network by import path: the documentation's example in a study and at a site."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The papers' experiments, reduced, from files in the original layouts to the tables: prepare, study, report."""
+"""The papers' experiments at reduced size, from files in the original layouts to the report."""
 
 import json
 
@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.cli.coordinator import main
-from deploy.prepare.fundus_names import PUBLISHED
+from deploy.prepare.fundus import PUBLISHED
 from tests.support import downloads
 
 pytestmark = pytest.mark.slow

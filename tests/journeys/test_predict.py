@@ -1,4 +1,4 @@
-"""Images in their original layout are prepared, a small federation trains on them, its model is used on new files."""
+"""Prepare images in their original layout, train a small federation, use its model on new files."""
 
 import csv
 import json
@@ -97,7 +97,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def evaluated(cell: Path, root: Path, site: str, cache: Path) -> dict[str, np.ndarray]:
-    """What evaluation at a held-out hospital predicts: case -> (S, Z, Y, X), through cache file and store."""
+    """Return case -> prediction (S, Z, Y, X) of the evaluation at a held-out hospital."""
     model = load_model(cell)
     store = open_store(open_site(root, site, model.data), model.data, cache, heldout=True)
     found = predict_cases(model.network, store, model.data, "test", torch.device("cpu"))
@@ -208,7 +208,7 @@ def test_the_same_call_writes_the_same_bytes(cell: Path, hospitals: Path, tmp_pa
 
 
 def test_the_six_prostate_sites_are_prepared_trained_on_and_predicted(tmp_path: Path) -> None:
-    """Original layout -> prepare -> leave-one-out federation -> predict -> scores, at reduced size."""
+    """Prepare, leave-one-out federation, predict and scores from the original layout, reduced."""
     names = {
         "ISBI": "RUNMC",
         "ISBI_1.5": "BMC",

@@ -1,4 +1,4 @@
-"""The held-out hospital takes no part: proved from the messages that were sent and from its own ledger."""
+"""The held-out hospital takes no part, as the sent messages and its own ledger show."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""A hospital's node on loopback with TLS and keys: it joins, works warm, is refused what is wrong, and leaves."""
+"""A site's node on loopback with TLS and keys: it joins, works warm, reports errors, and leaves."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ SETTINGS = (*small.SMALL, "federation.join_deadline_s=60", "federation.round_dea
 
 
 def site_tool(federation: Loopback, *arguments: str) -> tuple[int, str]:
-    """Run `fedsgcg-site` to its end: in this process, but for `join`, which takes over the signals."""
+    """Run `fedsgcg-site` in this process, except `join`, which installs signal handlers."""
     if arguments[0] != "join":
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -131,7 +131,7 @@ def test_what_is_wrong_is_refused_in_clear_words(hospitals: Path, tmp_path: Path
         stranger = federation.kit("North", hospitals)
         federation.join(stranger)
         federation.await_line("North", "[SITE-509]")
-        federation.await_line("North", "registered, or revoked")
+        federation.await_line("North", "registered or revoked")
 
         other = tmp_path / "other"
         other.mkdir()
@@ -141,7 +141,7 @@ def test_what_is_wrong_is_refused_in_clear_words(hospitals: Path, tmp_path: Path
         code, said = site_tool(federation, "join", str(wrong))
         assert code == 2
         assert "SITE-506" in said
-        assert "not the coordinator that the kit came from" in said
+        assert "does not belong to the kit's coordinator" in said
         code, said = site_tool(federation, "check", str(wrong), "--settings", "data.image_size=32")
         assert code == 1
         assert "SITE-506" in said

@@ -1,4 +1,4 @@
-"""A coordinator's day: a study to its end, cut off in the middle and called again, and the same hash everywhere."""
+"""A study run to its end, and one interrupted and called again: the same hash everywhere."""
 
 import contextlib
 import io
@@ -79,7 +79,7 @@ def test_killed_study_called_again_ends_with_the_same_table(
         for path in cut.glob("*/*/*/journal")
         if not (path.parent / "results.parquet").exists()
     ]
-    assert left, "the study ended before it could be cut off"
+    assert left, "the study ended before it could be interrupted"
     again = small.run("study", *arguments)
     assert again.returncode == 0, again.stdout + again.stderr
     assert small.table(cut / "results.parquet") == small.table(

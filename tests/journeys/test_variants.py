@@ -1,4 +1,4 @@
-"""Pooled, local and swept studies, amplitude sharing and resuming, through the real federation in one process."""
+"""Pooled, local and swept studies, amplitude sharing and resuming, in a real federation."""
 
 import io
 import json

@@ -1,8 +1,9 @@
-"""A network of its own for one hospital (Linux namespaces): nothing leads out but a relay to the server's one port.
+"""A separate network for one hospital (Linux namespaces), with a relay to the server's port only.
 
-`python -m tests.support.apart SOCKET PORT MODULE [ARGUMENT…]` leaves the machine's network, listens on 127.0.0.1:PORT
-of the new one, passes every connection on to the Unix socket SOCKET (a file, which namespaces share; a `Proxy` listens
-there), and becomes `python -m MODULE`. As root or, where the kernel allows it, as anybody.
+`python -m tests.support.apart SOCKET PORT MODULE [ARGUMENT…]` leaves the machine's network, listens
+on 127.0.0.1:PORT of the new one, passes every connection on to the Unix socket SOCKET (a file,
+which namespaces share; a `Proxy` listens there), and becomes `python -m MODULE`. It works as root,
+or as any user if the kernel allows it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def leave_network() -> None:
 
 
 def start_relay(port: int, target: Path) -> None:
-    """Pass connections to 127.0.0.1:`port` on to a Unix socket, in a child that ends with this process."""
+    """Pass connections to 127.0.0.1:`port` on to a Unix socket, in a child of this process."""
     ready, told = os.pipe()
     if os.fork():
         os.close(told)

@@ -1,4 +1,4 @@
-"""Small files in the layouts and with the names of the published data sets, as a test needs them."""
+"""Small files for tests, in the layouts and with the names of the published data sets."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from deploy.prepare.fundus_names import PUBLISHED
+from deploy.prepare.fundus import PUBLISHED
 
 
 def picture(path: Path, pixels: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A whole federation on loopback with the commands of the README: provision, serve, join, run; ended by process id."""
+"""A complete federation on loopback with the documented commands: provision, serve, join, run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Federation:
         return Kit.at(self.folder / "kits")
 
     def provision(self, sites: Sequence[str], *plan: str, **changes: Any) -> None:
-        """Write the project and make all kits, each hospital's data folder filled in and its code approved."""
+        """Write the project and make all kits, with data folders filled in and code approved."""
         self.port = self.port or free_ports(2)
         tree = {
             "name": "loopback",
@@ -77,7 +77,7 @@ class Federation:
             self.fill_in(site)
 
     def fill_in(self, site: str, **changes: Any) -> None:
-        """Fill in a hospital's `site.yaml` as its people would, and approve the code that is installed."""
+        """Fill in a hospital's `site.yaml` and approve the code that is installed."""
         path = self.site(site) / "site.yaml"
         own = {
             "data_root": str(self.hospitals),
@@ -91,9 +91,9 @@ class Federation:
 
     @contextlib.contextmanager
     def separate_networks(self, *sites: str) -> Iterator[dict[str, Proxy]]:
-        """Give each hospital a network of its own, with one link to the server, where the machine allows that.
+        """Give each hospital its own network with one link to the server, if the machine allows it.
 
-        Elsewhere the links are there all the same, and lead through the machine's loopback.
+        Otherwise the links lead through the machine's loopback.
         """
         alone = apart.possible()
         # A Unix socket's path has room for a hundred characters: no folder of a test's.

@@ -1,4 +1,4 @@
-"""A TCP proxy between a hospital and the server: a link that a test can cut and mend."""
+"""A TCP proxy between a hospital and the server: a link that a test can break and restore."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from types import TracebackType
 
 
 class Proxy:
-    """Passes bytes on to the server while the link is whole.
+    """Passes bytes on to the server while the link is intact.
 
-    A cut link drops every connection, and new ones hang until it is mended, as behind a firewall that swallows packets.
+    A broken link drops every connection. New ones hang until it is restored, as behind a firewall
+    that drops packets.
 
     Args:
         target: Port of 127.0.0.1, or a Unix socket.

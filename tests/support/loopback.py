@@ -1,4 +1,4 @@
-"""A whole federation on loopback: SuperLink with TLS and node keys, hospitals that join with our tools, runs."""
+"""A federation on loopback: SuperLink with TLS and node keys, hospitals with our tools, runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def certificate(
     issuer: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None,
     days: float = 9,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Write `<name>.crt` and `<name>.key`: an authority without an issuer, else a server's for loopback."""
+    """Write `<name>.crt` and `<name>.key`: an authority without issuer, else a loopback server."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -129,7 +129,10 @@ class Loopback:
         home = self.folder / "coordinator"
         home.mkdir(exist_ok=True)
         config = {"default": "link"}
-        text = f'[superlink]\ndefault = "{config["default"]}"\n[superlink.link]\naddress = "127.0.0.1:{self.port}"\n'
+        text = (
+            f'[superlink]\ndefault = "{config["default"]}"\n'
+            f'[superlink.link]\naddress = "127.0.0.1:{self.port}"\n'
+        )
         (home / "config.toml").write_text(
             text + f'root-certificates = "{self.folder}/authority.crt"\n'
         )
@@ -170,7 +173,10 @@ class Loopback:
         )
 
     def start(self, name: str, program: str, *arguments: str, **variables: str) -> None:
-        """Start a program in the background, its output in `<name>.log`; `variables` are added to its environment."""
+        """Start a program in the background, with its output in `<name>.log`.
+
+        `variables` are added to its environment.
+        """
         path = program if program.startswith("/") else str(BIN / program)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.children[name] = subprocess.Popen(
@@ -207,7 +213,7 @@ class Loopback:
         return text
 
     def submit(self, app: Path, overrides: Sequence[str] = ()) -> str:
-        """Submit a run of our app with some settings, the later of two counting, and return its id."""
+        """Submit a run of our app with some settings (the last value counts) and return its id."""
         once = {text.partition("=")[0]: text for text in overrides}
         return self.submit_config(app, f"overrides='{' '.join(once.values())}'")
 
@@ -225,7 +231,7 @@ class Loopback:
         return str(next(entry["status"] for entry in runs if str(entry["run-id"]) == run))
 
     def wait(self, run: str, patience_s: float = 400) -> str:
-        """Wait for the end of a run's ServerApp, which the SuperLink logs, and return the run's status."""
+        """Wait until the SuperLink logs the end of a run's ServerApp; return the run's status."""
         end = time.monotonic() + patience_s
         while (
             not re.search(rf"Finished task \d+ of run {run}", self.said("superlink"))

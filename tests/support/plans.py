@@ -11,7 +11,10 @@ SITES = ["A", "B", "C", "D"]
 
 
 def small_plan(output: Path, **changes: Any) -> Plan:
-    """Four hospitals, D held out, two classes, a tiny network; `federation__rounds=2` changes a nested setting."""
+    """Return a plan of four hospitals, D held out, with two classes and a tiny network.
+
+    `federation__rounds=2` changes a nested setting.
+    """
     tree: dict[str, Any] = {
         "data": {
             "name": "test",

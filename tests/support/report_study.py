@@ -1,4 +1,4 @@
-"""A made-up study folder for tests of the report: every file a real study has, fixed random numbers, drawn discs."""
+"""An artificial study folder for tests of the report: all files, fixed random numbers, discs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_study(
     pictures=True,
     skip=(),
 ) -> Path:
-    """Write a study in which every cell that is not in `skip` completed; `skip` holds (method, heldout, seed)."""
+    """Write a study in which all cells completed but those in `skip`: (method, heldout, seed)."""
     settings = {method: _settings(method, sites, structures) for method in methods}
     record = {
         "created": "2026-01-05T09:00:00+00:00",
@@ -76,7 +76,7 @@ def collect(folder: Path) -> None:
 
 
 def label_of(trains, federation="by_site", setting=""):
-    """A label as a study writes it: the short name of each swept setting, the federation unless it is by_site."""
+    """Return a label: the short name of each swept setting, and the federation unless by_site."""
     parts = [part.partition("=") for part in setting.split()]
     short = [f"{name.rpartition('.')[2]}={value}" for name, _, value in parts]
     return " ".join([trains, *([] if federation == "by_site" else [federation]), *short])
@@ -99,9 +99,10 @@ def write_large_study(
     features=True,
     skip=(),
 ) -> Path:
-    """Write a study of everything: four arms, three federations, seeds, two numeric sweeps and one of words.
+    """Write a study with four arms, three federations, seeds, two numeric sweeps and one of names.
 
-    `skip` holds labels whose cells are absent; without `columns` the tables are as an older version wrote them.
+    `skip` holds labels whose cells are absent; without `columns` the tables are as an older version
+    wrote them.
     """
     asked = [(trains, federation, "") for federation in federations for trains in arms]
     settings = [f"prototypes.weight={value}" for value in weights]
@@ -134,9 +135,15 @@ def write_large_study(
                     )
                     plain = not setting and seed == seeds[0]
                     write_cell(
-                        folder, (label, heldout, seed), sites, structures, cases, pictures=plain,
-                        facts=facts if columns else {"trained_on": trained_on}, features=features and plain,
-                    )  # fmt: skip
+                        folder,
+                        (label, heldout, seed),
+                        sites,
+                        structures,
+                        cases,
+                        pictures=plain,
+                        facts=facts if columns else {"trained_on": trained_on},
+                        features=features and plain,
+                    )
     collect(folder)
     return folder
 
@@ -204,7 +211,7 @@ def _with_labels(schema, added):
 
 
 def write_features(cell, trains, training, heldout, classes, channels=8, pixels=120):
-    """Feature samples of every site, and prototypes where there are any: SgCG's classes lie further apart."""
+    """Feature samples of every site, and prototypes if any; SgCG's classes are further apart."""
     apart, shift = (3.0, 0.3) if "sgcg" in trains else (1.4, 1.0)
     labels = np.repeat(np.arange(classes), pixels)
     parts = []
@@ -380,7 +387,7 @@ def write_ledgers(cell, method, training, heldout):
 
 
 def write_discs(path, key, structures, cases, facts=None, size=128):
-    """A grey slice with a bright disc a case; the prediction is the disc moved and shrunk a little."""
+    """A grey slice with a bright disc per case; the prediction is a shifted, smaller disc."""
     method, heldout, seed = key
     rows, columns = np.mgrid[:size, :size]
     found = []
@@ -457,13 +464,15 @@ def _protocol(heldout, training):
         "trained": training,
         "heldout": heldout,
         "observers": [],
-        "splits": "by patient; 20% of a training site's patients are source validation; every case of the held-out "
-        "site is its test set unless the manifest says otherwise",
+        "splits": "by patient; 20% of a training site's patients are source validation; every case "
+        "of the held-out site is its test set unless the manifest says otherwise",
         "selection": "the model of the last round",
         "selected_round": ROUNDS,
         "rounds": ROUNDS,
-        "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
-        "decision": "probabilities at training size, bilinear to the images' own size, then the likeliest class",
+        "evaluated": "every slice of every test case, normalisation in evaluation mode, "
+        "at the images' own size",
+        "decision": "probabilities at training size, bilinear to the images' own size, "
+        "then the likeliest class",
         "post_processing": dict.fromkeys(STRUCTURES, "largest connected component; holes filled"),
         "metrics": {
             "dice": "2 |P∩T| / (|P| + |T|); 1 when both are empty",
@@ -471,7 +480,8 @@ def _protocol(heldout, training):
             "assd": "mean distance over the pooled surface points of both",
             "hd95": "95th percentile of the pooled distances of both surfaces (as medpy)",
             "hd95_max": "larger of the two directed 95th percentiles (as MONAI)",
-            "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
+            "empty": "with one of the two masks empty the distances are undefined, "
+            "left out of means and counted",
         },
         "distance_unit": "pixel",
     }

@@ -1,8 +1,9 @@
-"""A Flower Grid whose hospitals follow a script: they speak the real wire format and misbehave when told to.
+"""A Flower Grid with scripted hospitals: they use the real wire format and misbehave on demand.
 
-Only the hospitals are scripted. Messages are Flower's, encoded and decoded by `common.wire.messages`; the coordinator
-under test is the shipped one. What a well-behaved hospital sends is a pure function of its name and of the request, so
-that two runs with the same history give the same bytes.
+Only the hospitals are scripted. Messages are Flower's, encoded and decoded by
+`common.wire.messages`, and the coordinator is the real one. The answer of a well-behaved hospital
+is a pure function of its name and the request, so two runs with the same history give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Sent:
 
 @dataclass
 class ScriptedGrid(Grid):
-    """Hospitals by name; `script` may replace a reply by another, by SILENCE, by FLOWER_ERROR or by raw records."""
+    """Hospitals by name; `script` may replace a reply, also by SILENCE, FLOWER_ERROR or records."""
 
     plan: Plan
     sites: tuple[str, ...]
@@ -135,7 +136,7 @@ class ScriptedGrid(Grid):
 
 
 def honest_reply(plan: Plan, site: str, kind: str, request: Request) -> Reply:
-    """What a well-behaved hospital sends: numbers that depend on its name and on what it received."""
+    """Return a well-behaved hospital's answer: numbers that depend on its name and the request."""
     identity = request.identity
     rng = stream(plan.seed, identity.round, site, kind)
     reply = Reply(identity, site)

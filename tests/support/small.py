@@ -22,7 +22,7 @@ SMALL = (
 
 
 def overrides(hospitals: Path, output: Path, *more: str) -> list[str]:
-    """Command line of a small study on the hospitals of a folder; of a setting given twice, the later counts."""
+    """Return the command line of a small study on a folder's hospitals; the last value counts."""
     texts = (f"data.root={hospitals}", f"output={output}", *SMALL, *more)
     return list({text.partition("=")[0]: text for text in texts}.values())
 

@@ -52,7 +52,7 @@ def test_the_command_explains_names_and_shows_all_without(
 
 @pytest.mark.parametrize(
     ("flag", "instead"),
-    [("-m", "with commas"), ("--multirun", "with commas"), ("--cfg", "settings")],
+    [("-m", "comma-separated"), ("--multirun", "comma-separated"), ("--cfg", "settings")],
 )
 def test_options_of_hydra_say_what_to_use_instead(
     flag: str, instead: str, capsys: pytest.CaptureFixture[str]

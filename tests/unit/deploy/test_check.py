@@ -1,4 +1,4 @@
-"""The doctor names every planted fault of a hospital's files and folders, with its repair, and nothing that is fine."""
+"""`fedsgcg-site check` reports every planted fault with its fix, and nothing that is valid."""
 
 import csv
 import io
@@ -57,7 +57,7 @@ def plan(root: Path, folder: Path) -> Plan:
 
 
 def findings(root: Path, folder: Path, *, heldout: bool = False) -> dict[str, Finding]:
-    """What the doctor says about North, by case; of two findings the worse."""
+    """Return the findings for North by case; of two findings the worse one."""
     found, _ = examine_files(
         policy_for(root, folder),
         plan(root, folder).data,

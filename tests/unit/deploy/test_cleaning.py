@@ -1,4 +1,4 @@
-"""Run folders: what a finished cell does not need goes, its results never; and no study enters another's folder."""
+"""Run folders: cleaning keeps the results of finished cells; no study uses another's folder."""
 
 import io
 import json

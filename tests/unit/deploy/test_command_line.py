@@ -1,4 +1,4 @@
-"""What every command promises: it starts fast, says its version, and ends cleanly when it is asked to."""
+"""Every command starts fast, prints its version, and ends cleanly when it is stopped."""
 
 import json
 import os
@@ -19,7 +19,8 @@ HEAVY = ("torch", "flwr", "ray", "nibabel", "hydra", "scipy", "sklearn", "matplo
 
 @pytest.mark.parametrize("module", ["deploy.cli.coordinator", "deploy.cli.site"])
 def test_help_loads_nothing_heavy(module: str) -> None:
-    code = f"import sys; sys.argv = ['x', '--help']; import {module}\ntry: {module}.main()\nexcept SystemExit: pass\n"
+    code = f"import sys; sys.argv = ['x', '--help']; import {module}\n"
+    code += f"try: {module}.main()\nexcept SystemExit: pass\n"
     code += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
@@ -72,7 +73,7 @@ def test_sigterm_ends_a_study_that_the_same_command_goes_on_with(
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, out + err
-    assert "goes on from the last done round" in err
+    assert "resumes after the last completed round" in err
     assert "Traceback" not in out + err
 
 

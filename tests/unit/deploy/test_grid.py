@@ -1,4 +1,4 @@
-"""What a study varies: axes of the command line and of an experiment, and the variants they make."""
+"""The axes of a study, from the command line and an experiment, and the resulting variants."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_a_sweep_is_written_as_in_hydra(text, values):
 
 
 def test_a_sweep_without_values_is_refused():
-    with pytest.raises(FedsgcgError, match="values that can be listed"):
+    with pytest.raises(FedsgcgError, match="a list of values"):
         split_axes(["prototypes.weight=interval(0,1)"])
     assert split_axes(["prototypes.weight=choice(0.5)"]) == ({}, ["prototypes.weight=0.5"])
 

@@ -8,7 +8,7 @@ import torch
 from common.errors import FedsgcgError
 from common.settings.compose import compose
 from common.settings.plan import Plan
-from deploy.study.preflight import check_plan, look_at_machine
+from deploy.study.preflight import check_plan, inspect_machine
 
 SITES = "data.sites=[North,South,West]"
 
@@ -110,6 +110,6 @@ def test_all_problems_are_listed_at_once() -> None:
 
 def test_a_negative_number_of_cores_is_refused() -> None:
     with pytest.raises(FedsgcgError, match="ray.cpus"):
-        look_at_machine(-1)
-    assert look_at_machine(3).cpus == 3
-    assert look_at_machine().cpus >= 1
+        inspect_machine(-1)
+    assert inspect_machine(3).cpus == 3
+    assert inspect_machine().cpus >= 1

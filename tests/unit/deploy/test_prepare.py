@@ -1,4 +1,4 @@
-"""Preparing published data sets: files in the original layouts and names become canonical folders, told in full."""
+"""Preparing data sets: original layouts and names become canonical folders, with full reports."""
 
 import csv
 import json
@@ -16,8 +16,7 @@ from clients.data.store import open_store
 from common.datasets import CATALOGUE, fetch_advice
 from common.errors import FedsgcgError
 from deploy.cli.coordinator import main
-from deploy.prepare.fundus import SIDE, cut, labels_of, window
-from deploy.prepare.fundus_names import PUBLISHED
+from deploy.prepare.fundus import PUBLISHED, SIDE, cut, labels_of, window
 from tests.support import downloads
 
 
@@ -116,7 +115,7 @@ def test_the_whole_release_becomes_four_hospitals_with_the_published_counts(tmp_
         for row in mine:
             if row["published_split"] == "train":
                 assert row["split"] == split_of(row["patient_id"], 0.2)
-    assert "nothing is wrong" in report(out)
+    assert "no problems" in report(out)
     assert "320/80" in capsys.readouterr().out
 
 
@@ -160,8 +159,10 @@ def test_lists_beside_the_domains_and_lists_within_them_mean_the_same(tmp_path):
         assert prepare("fundus", tmp_path / name, "-o", tmp_path / f"{name}-out") == 3
     rows = manifest(tmp_path / "one-out")
     assert [(row["image"], row["published_split"]) for row in rows] == [
-        ("Domain1/a1_image.png", "train"), ("Domain1/a2_image.png", "train"), ("Domain1/b1_image.png", "test"),
-    ]  # fmt: skip
+        ("Domain1/a1_image.png", "train"),
+        ("Domain1/a2_image.png", "train"),
+        ("Domain1/b1_image.png", "test"),
+    ]
     assert rows == manifest(tmp_path / "two-out")
 
 
@@ -305,7 +306,8 @@ def test_original_releases_are_cropped_about_the_disc(tmp_path, make_data):
     text = report(out)
     assert "[DAT-123]" not in text
     assert text.count("[DAT-122]") == 3 * 100 + 3 * 158 + 2 * 399 + 2 * 399
-    # Drishti: rows 330..499, columns 400..599 are the disc; the square begins at 415 - 400 and 500 - 400
+    # Drishti: rows 330..499, columns 400..599 are the disc; the square starts at 415 - 400 and
+    # 500 - 400
     np.testing.assert_array_equal(
         pixels(out / "Domain1/gdrishtiGS_002_image.png"), image[15:815, 100:900]
     )
@@ -348,9 +350,13 @@ def saml(root, sites, *, case="Case{:02d}", mask="_segmentation"):
 
 
 WHOLE = {
-    "ISBI": range(30), "ISBI_1.5": range(30), "I2CVB": range(19), "UCL": [1, *range(26, 38)],
-    "BIDMC": [0, 1, *range(3, 13)], "HK": range(38, 50),
-}  # fmt: skip
+    "ISBI": range(30),
+    "ISBI_1.5": range(30),
+    "I2CVB": range(19),
+    "UCL": [1, *range(26, 38)],
+    "BIDMC": [0, 1, *range(3, 13)],
+    "HK": range(38, 50),
+}
 
 
 def test_the_six_sites_become_canonical_with_the_published_counts(tmp_path, make_data, capsys):
@@ -396,7 +402,9 @@ def test_other_ways_to_write_the_names(tmp_path, names, case, mask):
     ]
     text = report(tmp_path / "out")
     assert all(f"folder of {site}" in text for site in ("UCL", "BIDMC", "HK"))
-    assert text.count("which SAML's list of I2CVB has") == 18, "each of the other cases by its name"
+    assert text.count("which is in SAML's list of I2CVB") == 18, (
+        "each of the other cases by its name"
+    )
     assert "I2CVB/Case03.nii.gz" not in text
 
 
@@ -411,7 +419,7 @@ def test_a_mask_whose_header_lies_elsewhere_is_taken_voxel_for_voxel_and_noted(t
     np.testing.assert_array_equal(
         np.asarray(nib.load(out / "UCL/Case01_mask.nii.gz").dataobj), labels > 0
     )
-    assert "UCL Case01: the mask's header places it elsewhere" in report(out)
+    assert "UCL Case01: the headers of image and mask differ" in report(out)
     data = make_data("prostate", image_size=32)
     assert (
         open_store(open_site(out, "UCL", data), data, tmp_path / "cache", heldout=True).problems
@@ -434,9 +442,15 @@ def test_volumes_that_cannot_be_used_are_told_one_by_one(tmp_path):
     assert [row["image"] for row in manifest(out)] == ["HK/Case44_image.nii.gz"]
     heads = [line for line in report(out).splitlines() if line.startswith("[")]
     for code, name in (
-        ("DAT-103", "Case38.nii.gz"), ("DAT-104", "Case39_seg"), ("DAT-109", "Case40_seg"), ("DAT-125", "Case41_seg"),
-        ("DAT-122", "Case42.nii.gz"), ("DAT-122", "Case43_seg"), ("DAT-123", "localizer"), ("DAT-124", "HK"),
-    ):  # fmt: skip
+        ("DAT-103", "Case38.nii.gz"),
+        ("DAT-104", "Case39_seg"),
+        ("DAT-109", "Case40_seg"),
+        ("DAT-125", "Case41_seg"),
+        ("DAT-122", "Case42.nii.gz"),
+        ("DAT-122", "Case43_seg"),
+        ("DAT-123", "localizer"),
+        ("DAT-124", "HK"),
+    ):
         assert any(head.startswith(f"[{code}]") and name in head for head in heads), (code, name)
 
 
@@ -488,9 +502,14 @@ def test_a_table_with_bad_lines_and_files_says_each(tmp_path):
     assert [row["site"] for row in manifest(out)] == ["A", "E"]
     heads = [line for line in report(out).splitlines() if line.startswith("[")]
     for code, place in (
-        ("DAT-123", "line 3"), ("DAT-125", "line 4"), ("DAT-125", "line 5"), ("DAT-122", "gone"),
-        ("DAT-109", "odd"), ("DAT-105", "i.nii.gz"), ("DAT-125", "line 9"),
-    ):  # fmt: skip
+        ("DAT-123", "line 3"),
+        ("DAT-125", "line 4"),
+        ("DAT-125", "line 5"),
+        ("DAT-122", "gone"),
+        ("DAT-109", "odd"),
+        ("DAT-105", "i.nii.gz"),
+        ("DAT-125", "line 9"),
+    ):
         assert any(head.startswith(f"[{code}]") and place in head for head in heads), (
             code,
             place,
@@ -558,9 +577,13 @@ def test_a_folder_with_something_else_is_never_written_to(tmp_path, capsys):
     assert prepare("fundus", tmp_path / "eyes", "-o", tmp_path / "other") == 3
     before = content(tmp_path)
     for folder, words in (
-        ("letters", "did not prepare"), ("file", "a file"), ("other", "data set fundus"), ("down", "overlaps"),
-        ("down/new", "overlaps"), (".", "overlaps"),
-    ):  # fmt: skip
+        ("letters", "did not prepare"),
+        ("file", "a file"),
+        ("other", "data set fundus"),
+        ("down", "overlaps"),
+        ("down/new", "overlaps"),
+        (".", "overlaps"),
+    ):
         assert prepare("prostate", down, "-o", tmp_path / folder) == 2
         told = capsys.readouterr().err
         assert "[DAT-121]" in told
@@ -674,6 +697,6 @@ def test_other_formats_and_hidden_files_are_told_once(tmp_path, capsys):
     ]
     assert "3 files of formats that are not read (.mha 2, .nrrd 1)" in report(out)
     assert "SimpleITK" in capsys.readouterr().out
-    assert "1 hidden files called like images are passed over: ._p1_image.nii.gz" in report(out)
+    assert "1 hidden files named like images, skipped: ._p1_image.nii.gz" in report(out)
     assert prepare("manifest", down / "South", "-o", tmp_path / "other") == 2
     assert "1 files of formats that are not read (.nrrd 1): x.nrrd" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def progress(*cells: Cell) -> Progress:
 def test_a_resumed_cell_counts_the_rounds_of_this_call_alone(cell: Cell) -> None:
     tell(cell, "run.started", 0)
     tell(cell, "round.done", 1, loss=1.0)
-    tell(cell, "round.started", 2)  # and there the first call was cut off
+    tell(cell, "round.started", 2)  # the first call is interrupted here
     shown = progress(cell)
     (state,) = shown.states
     assert (state.done_before, state.status, shown.time_left()) == (

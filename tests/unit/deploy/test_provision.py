@@ -1,4 +1,4 @@
-"""Kits: what is in them, that a second call changes nothing, renewal, revocation, the request flow, and secrets."""
+"""Kits: contents, repeated calls, renewal, revocation, keys made at the sites, and secrets."""
 
 import ipaddress
 import shutil

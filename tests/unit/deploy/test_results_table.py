@@ -1,4 +1,4 @@
-"""The results on the console: every number whole at any width, and a mean over fewer cases says so."""
+"""The results on the console: no number is cut at any width, and means show their case counts."""
 
 import io
 import math
@@ -49,4 +49,4 @@ def test_all_numbers_are_there_at_any_width_and_say_over_how_many_cases_they_are
     distances = ["1.50", "2.50", "3.25"] if known else ["–"]
     assert {dice, *distances, "ASD", "ASSD", "HD95", "North", "[old]", "source"} <= set(words)
     assert words.count("of") - 2 * shown.count("(n of N)") == (3 if mark else 0)
-    assert ("undefined where one mask is empty" in shown) == bool(mark)
+    assert ("undefined if one mask is empty" in shown) == bool(mark)

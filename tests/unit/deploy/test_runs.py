@@ -1,4 +1,4 @@
-"""The coordinator's commands as far as they need no server: where a run stands, which cells a project means."""
+"""The coordinator's commands without a server: progress of a run, cells of a project."""
 
 import io
 import json
@@ -24,16 +24,16 @@ from common.settings.plan import Plan
 from deploy.cli import coordinator as cli
 from deploy.coordinator.bundle import ROOT, app_description, build_bundle
 from deploy.coordinator.control import Node
-from deploy.coordinator.last_run import Started, last_started, remember
+from deploy.coordinator.project import SubmittedRun
 from deploy.coordinator.provision import provision
 from deploy.coordinator.runs import plan_deployment
 from deploy.coordinator.serve import presence
-from deploy.coordinator.status import Standing, standing, status_kit
+from deploy.coordinator.status import RunProgress, read_progress, status_kit
 from server.sites.departures import declare
 
 
-def events(*steps: tuple[float, str, dict[str, Any]]) -> Standing:
-    found = Standing()
+def events(*steps: tuple[float, str, dict[str, Any]]) -> RunProgress:
+    found = RunProgress()
     for when, name, facts in steps:
         found.take({"time": when, "event": name, "rounds": 4, "round": 0, **facts})
     return found
@@ -92,8 +92,8 @@ def test_a_resumed_run_counts_the_rounds_that_were_done_before() -> None:
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path: Path) -> None:
     line = json.dumps({"time": 1.0, "event": "round.started", "round": 3, "rounds": 9})
     (tmp_path / "events.jsonl").write_text(line + "\n" + line[:20])
-    assert standing(tmp_path).round == 3
-    assert standing(tmp_path / "nowhere").round == 0
+    assert read_progress(tmp_path).round == 3
+    assert read_progress(tmp_path / "nowhere").round == 0
 
 
 def test_presence_says_who_was_never_there() -> None:
@@ -104,7 +104,7 @@ def test_presence_says_who_was_never_there() -> None:
     ]
     assert presence(nodes, ("A", "B", "C", "D")) == {
         "A": "online",
-        "B": "never came",
+        "B": "never connected",
         "C": "not registered",
         "D": "not registered",
     }
@@ -161,14 +161,14 @@ def test_a_study_that_cannot_be_is_refused_before_any_hospital_is_asked(
 def test_what_was_started_is_remembered(tmp_path: Path, project: dict[str, Any]) -> None:
     kit = kit_of(tmp_path, project)
     with pytest.raises(FedsgcgError, match="DEP-613"):
-        last_started(kit)
+        kit.last_run()
     kit.state.mkdir()
-    started = Started(7, "runs/x", ("method=sgcg",), "ab12", 1.5)
-    remember(kit, started)
-    assert last_started(kit) == started
+    started = SubmittedRun(7, "runs/x", ("method=sgcg",), "ab12", 1.5)
+    kit.record_run(started)
+    assert kit.last_run() == started
     (kit.state / "run.json").write_text("{}")
     with pytest.raises(FedsgcgError, match="SRV-402"):
-        last_started(kit)
+        kit.last_run()
 
 
 def test_the_bundle_is_the_code_that_is_installed_and_always_the_same() -> None:
@@ -266,9 +266,9 @@ def test_nobody_leaves_a_study_that_is_done(
     (cell.folder / "outcome.json").write_text('{"status": "completed"}')
     (cell.folder / "results.parquet").touch()
     kit.state.mkdir()
-    remember(kit, Started(7, str(cell.folder), (), "ab12", 1.5))
+    kit.record_run(SubmittedRun(7, str(cell.folder), (), "ab12", 1.5))
     assert cli.main(["resume", str(kit.folder), "--without", "North"]) == 2
-    assert "nothing can be taken out of a finished model" in " ".join(
+    assert "nothing can be removed from a finished model" in " ".join(
         capsys.readouterr().err.split()
     )
     assert not (cell.folder / "departed.json").exists()
@@ -279,7 +279,7 @@ def test_status_says_that_a_site_has_left(tmp_path: Path, project: dict[str, Any
     (cell,) = plan_deployment(kit, ()).cells
     declare(Plan.from_tree(cell.tree), ["North"], Disk())
     kit.state.mkdir()
-    remember(kit, Started(7, str(cell.folder), (), "ab12", 1.5))
+    kit.record_run(SubmittedRun(7, str(cell.folder), (), "ab12", 1.5))
     console = Console(record=True, width=120, file=io.StringIO())
     status_kit(kit.folder, console)
     lines = {line.split()[0]: line for line in console.export_text().splitlines() if line.strip()}

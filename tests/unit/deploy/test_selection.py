@@ -1,4 +1,4 @@
-"""Nested selection: each fold's source hospitals choose its settings, and the held-out hospital never does."""
+"""Nested selection: each fold's source sites choose its settings, never the held-out site."""
 
 import json
 from pathlib import Path
@@ -193,7 +193,7 @@ def test_figures_whose_settings_were_not_chosen_in_the_folds_say_so():
         in describe_selection([], [], contrasts=True)
     )
     both = describe_selection([weight, temperature], [], contrasts=True)
-    assert "held-out hospital chose no setting" in both
+    assert "hospital had no influence on the choice" in both
     assert "optimistic" not in both
     assert describe_selection([], [weight], contrasts=True).startswith(
         f"{weight} was compared, not chosen"

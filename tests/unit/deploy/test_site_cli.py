@@ -127,7 +127,7 @@ def test_approve_offers_the_installed_code_first_and_needs_a_yes(kit, capsys):
     assert site_cli.main(["approve", str(kit), "--yes"]) == 0
     assert is_approved(bundle_of_folder(REPOSITORY), path)
     assert site_cli.main(["approve", str(kit)]) == 0
-    assert "Nothing waits for an approval" in capsys.readouterr().out
+    assert "Nothing is waiting for approval" in capsys.readouterr().out
 
 
 def test_approve_shows_what_a_refused_bundle_changes(kit, capsys):
@@ -261,16 +261,16 @@ def test_a_supernode_that_says_it_is_stuck_is_started_anew(kit, line, stuck):
 
 
 def test_a_copied_kit_hears_that_another_node_uses_its_key(tmp_path):
-    """Flower's server says the same of a key that is unknown, revoked or in use: the hospital hears of all three."""
+    """Flower's server has one error for an unknown, revoked or used key; the advice names all."""
     said = []
     join = Join(policy_for(tmp_path, tmp_path), tmp_path, said.append)
     join._notice("ERROR :     Failed to activate SuperNode.")
     (text,) = said
     assert text.startswith("[SITE-509]")
     for words in (
-        "another node may use this key",
+        "another node may be using this key",
         "a copy of this kit",
-        "is registered, or revoked",
+        "is registered or revoked",
         "clocks",
     ):
         assert words in text

@@ -1,4 +1,4 @@
-"""What ended runs leave in the server's folder goes, and nothing that anybody still needs: in Flower's own database."""
+"""Data of ended runs are removed from Flower's real database, and everything else is kept."""
 
 import sqlite3
 from contextlib import closing
@@ -15,8 +15,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
-from deploy.coordinator.last_run import Started, remember
-from deploy.coordinator.project import Kit
+from deploy.coordinator.project import Kit, SubmittedRun
 from deploy.coordinator.state_cleanup import LOG_BYTES, size_of, tidy
 
 NUMBERS = 60_000
@@ -40,7 +39,7 @@ class Server:
         )
 
     def run(self, number: int, ending: str = SubStatus.COMPLETED) -> int:
-        """Submit one version of an app, have an array on its way, and end the run; "" leaves it running."""
+        """Submit an app with an array in transit and end the run; "" keeps it running."""
         content = bytes([number]) * 300_000
         digest = self.flower.store_fab(Fab("", content, {}))
         run = self.flower.create_run(
@@ -58,7 +57,7 @@ class Server:
         unpacked = self.kit.state / "flwr" / "apps" / f"fedsgcg.{number}"
         unpacked.mkdir(parents=True)
         (unpacked / "app.py").write_bytes(content)
-        remember(self.kit, Started(run, "runs/x", (), digest, 1.5))
+        self.kit.record_run(SubmittedRun(run, "runs/x", (), digest, 1.5))
         return run
 
     def rows(self) -> dict[str, int]:
@@ -96,7 +95,7 @@ def test_ended_runs_go_and_the_hospitals_and_the_last_runs_line_stay(server: Ser
     assert before["fab"] == before["run"] == 3
     assert before["objects"] >= 3, "Flower keeps what ended runs had on their way"
     size = size_of(server.kit.state)
-    assert "MB of ended runs cleared away" in tidy(server.kit)
+    assert "MB of ended runs removed" in tidy(server.kit)
     left = dict.fromkeys(
         ("run", "task", "series_runs", "run_series", "series_context", "objectstore_locks"), 1
     )
@@ -142,7 +141,7 @@ def test_a_database_that_cannot_be_tidied_is_told_of_and_left_as_it_was(server: 
     with closing(sqlite3.connect(server.kit.state / "superlink.db")) as database:
         database.execute("ALTER TABLE run_series RENAME TO renamed")
     before = server.rows()
-    assert "was not tidied" in tidy(server.kit)
+    assert "could not be cleaned up" in tidy(server.kit)
     assert server.rows() == before
 
 
