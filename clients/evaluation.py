@@ -1,8 +1,10 @@
 """How good a model is at this hospital: every slice predicted, nothing learned from the labels (methods.md 2.7).
 
-Evaluation uses BatchNorm's running moments, so a prediction does not depend on the slices beside it. Metrics are taken
-at the native size of the image: in three dimensions for a volume, in two for a picture.
-Legend: C output channels, S structures, Z, Y, X native slices, rows, columns; B batch, H, W training size.
+Evaluation uses BatchNorm's running moments, so a prediction does not depend on the slices beside
+it. Metrics are taken at the native size of the image: in three dimensions for a volume, in two for
+a picture.
+Legend: C output channels, S structures, Z, Y, X native slices, rows, columns; B batch, H, W
+training size.
 """
 
 from __future__ import annotations
@@ -111,8 +113,8 @@ def validation_dice(
     """Dice on the validation slices at training size: quick, without distances, for curves and model choice.
 
     Returns:
-        Mean over the validation cases of all hospitals of the mean over structures of a case's Dice, and the number of
-        cases. NaN and 0 without a validation case.
+        Mean over the validation cases of all hospitals of the mean over structures of a case's
+        Dice, and the number of cases. NaN and 0 without a validation case.
     """
     tables = [table for store in stores if len(table := store.slices("validation"))]
     found = [_validation_dice(network, table, plan, device) for table in tables]
@@ -158,8 +160,8 @@ def activated(logits: Tensor, data: DataSettings) -> Tensor:
 def decide(probabilities: Tensor, data: DataSettings) -> Tensor:
     """Structures (B, S, H, W) bool from probabilities (B, C, H, W).
 
-    Softmax: a pixel belongs to a structure when its most likely class is one of the structure's classes. Sigmoid: when
-    its probability exceeds the threshold.
+    Softmax: a pixel belongs to a structure when its most likely class is one of the structure's
+    classes. Sigmoid: when its probability exceeds the threshold.
     """
     if data.activation == "sigmoid":
         return probabilities > data.threshold
@@ -171,9 +173,10 @@ def native_probabilities(
 ) -> Iterator[Tensor]:
     """Yield the probabilities (C, Y, X) of each slice of logits (Z, C, h, w) at its native size (Y, X).
 
-    The one rule of evaluation and of `predict`, the published one (methods.md 2.7): activation at training size, then
-    bilinear to the native size; what is decided, is decided there. Interpolated logits would move the edge, because
-    the two are not proportional. Slice by slice, because a whole volume at native size may not fit.
+    The one rule of evaluation and of `predict`, the published one (methods.md 2.7): activation at
+    training size, then bilinear to the native size; what is decided, is decided there. Interpolated
+    logits would move the edge, because the two are not proportional. Slice by slice, because a
+    whole volume at native size may not fit.
     """
     for part in torch.unbind(logits):
         probabilities = activated(part[None], data)
@@ -192,13 +195,15 @@ def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSett
 def post_process(masks: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
     """Keep the largest component and fill holes of each structure; an empty mask stays empty.
 
-    A structure whose classes are among those of another lies inside it: the outer one is processed first and the inner
-    one is cut to it, so that nested structures do not come apart. With both steps off the masks stay as they are.
+    A structure whose classes are among those of another lies inside it: the outer one is processed
+    first and the inner one is cut to it, so that nested structures do not come apart. With both
+    steps off the masks stay as they are.
 
     Args:
         masks: (S, Z, Y, X).
         data: Which of the two steps are on.
-        is_picture: Components touch by edges or corners (8-connected) in a picture, by faces in a volume.
+        is_picture: Components touch by edges or corners (8-connected) in a picture, by faces in a
+            volume.
     """
     out = masks.copy()
     if not (data.largest_component or data.fill_holes):
@@ -239,7 +244,8 @@ def structure_masks(classes: npt.NDArray[np.uint8], data: DataSettings) -> Mask:
 def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
     """Score one case: a row of `payload.CASES_SCHEMA` for every structure.
 
-    Distances are in native pixels or voxels; in millimetres too where the data say that their spacing is real.
+    Distances are in native pixels or voxels; in millimetres too where the data say that their
+    spacing is real.
     """
     rows = []
     spacing = result.case.spacing if data.spacing_unit == "mm" else None

@@ -54,27 +54,30 @@ def train_round(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
 
-    A step that the memory does not hold is cut into parts whose gradients are accumulated, and the round starts over:
-    from the received weights, state and guide, with the same random streams. The site's log and the figure
-    `micro_batches` say so, and the state makes the site's next round begin with that number of parts.
+    A step that the memory does not hold is cut into parts whose gradients are accumulated, and the
+    round starts over: from the received weights, state and guide, with the same random streams. The
+    site's log and the figure `micro_batches` say so, and the state makes the site's next round
+    begin with that number of parts.
 
     Args:
         network: Holds the received weights; afterwards the locally trained ones.
         stores: The cases of each hospital whose data the site owns; their training slices are used.
         plan: Method, schedule and augmentation.
-        round_number: From 1; places the round in the learning-rate schedule and names the random streams.
+        round_number: From 1; places the round in the learning-rate schedule and names the random
+            streams.
         guide: Gives the global prototypes, or None.
         device: Where to compute.
         amplitudes: Amplitudes of other sites, for `method.ram.sharing=summary` and `bank`.
         state: What `train_round` returned in the site's last round; None starts fresh.
 
     Returns:
-        Figures of the round: examples (training slices), steps, seconds, learning_rate (of the first step),
-        micro_batches, and the mean over the steps of the loss and of its parts. And the state that stays at the site.
+        Figures of the round: examples (training slices), steps, seconds, learning_rate (of the
+        first step), micro_batches, and the mean over the steps of the loss and of its parts. And
+        the state that stays at the site.
 
     Raises:
-        FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is not finite,
-            SITE-502 when the memory does not hold a step in the smallest parts.
+        FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is
+            not finite, SITE-502 when the memory does not hold a step in the smallest parts.
     """
     began = time.perf_counter()
     tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
@@ -91,7 +94,8 @@ def train_round(
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer)
         session = Session(network, plan, len(stores), device, state)
-        # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
+        # A guide may follow the batches: one that has seen those of an abandoned round is no longer
+        # the round's.
         own_guide = copy.copy(guide)
         figures = session.train(
             batches, steps_of(tables, plan.method), own_guide, round_number, parts
@@ -255,8 +259,9 @@ class Session:
             if name.startswith(MOMENTS):
                 index, _, kind = name.removeprefix(MOMENTS).partition(".")
                 like = trained[int(index)]
-                # The fused kernel walks through memory: moments must lie as their parameter does, channels last. And
-                # it counts its steps in place: what was given stays as it was, for a round that starts over.
+                # The fused kernel walks through memory: moments must lie as their parameter does,
+                # channels last. And it counts its steps in place: what was given stays as it was,
+                # for a round that starts over.
                 moment = (
                     torch.empty_like(like).copy_(tensor)
                     if tensor.shape == like.shape

@@ -49,7 +49,6 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from clients.boundary import identity_of, keep_trace
 from clients.guard.approval import (
     Bundle,
     bundle_store,
@@ -58,7 +57,7 @@ from clients.guard.approval import (
     require_approved,
     unpack,
 )
-from clients.guard.egress import release_error
+from clients.guard.egress import identity_of, log_exception, release_error
 from clients.guard.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, fail
 from deploy.site.worker import receive_frame, send_frame
@@ -295,7 +294,7 @@ class Resident:
             identity_of(message.content),
             Path(self.policy.home),
         )
-        keep_trace(home, kind, identity)
+        log_exception(home, kind, identity)
         return Message(
             release_error(code, identity, self.policy.site, home, kind, note), reply_to=message
         )

@@ -391,7 +391,7 @@ def test_a_pooled_run_sends_the_sum_of_its_training_batches(root, tmp_path):
     assert second.metrics["loss_contrast"] > 0
 
 
-def test_the_floor_of_online_compares_different_pixels(root, tmp_path):
+def test_the_floor_of_online_compares_distinct_pixels(root, tmp_path):
     floors = ("privacy.min_pixels=100000", "method.local_epochs=30", "method.batch_size=16")
     plan = pooled(root, tmp_path, "prototypes.memory=online", "method=sgcg", *floors)
     reply = sites.answer(
