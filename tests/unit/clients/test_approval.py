@@ -86,7 +86,7 @@ def test_a_damaged_approvals_file_approves_nothing(tmp_path):
     path = tmp_path / "approved.json"
     approve(Bundle({"a.py": b"1"}), path, "anna")
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(FedsgcgError, match="mend or remove"):
+    with pytest.raises(FedsgcgError, match="repair or remove"):
         require_approved(Bundle({"a.py": b"1"}), path)
 
 
