@@ -67,7 +67,7 @@ def test_equals_the_whole_spectrum_mixed_in_float64(problem):
 def test_rows_by_fft_and_by_products_mean_the_same(problem, by_fft):
     images, _, _, window = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amplitude, "_takes_fft", lambda images, half, way: by_fft)
+        patch.setattr(amplitude, "_uses_fft", lambda images, half, way: by_fft)
         close(mix_amplitude(*problem), brute_force(*problem))
         close(window_amplitudes(images, window), window_of_spectrum(images, window))
 

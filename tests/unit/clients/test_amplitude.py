@@ -85,7 +85,7 @@ def test_an_empty_slice_has_phase_zero_not_the_phase_of_its_rounding(value, dtyp
 @pytest.mark.parametrize("by_fft", [False, True])
 @pytest.mark.parametrize(("H", "W"), [(256, 256), (255, 255), (256, 192), (97, 130)])
 def test_within_two_millionths_of_float64_at_the_products_sizes(H, W, by_fft, monkeypatch):
-    monkeypatch.setattr(amplitude, "_takes_fft", lambda images, half, way: by_fft)
+    monkeypatch.setattr(amplitude, "_uses_fft", lambda images, half, way: by_fft)
     images, partners = pictures(2, H, W, seed=1), pictures(2, H, W, seed=2)
     ratio = torch.tensor([0.1, 0.6])
     wanted = numpy_mix(images.numpy(), partners.numpy(), ratio.numpy(), 0.1)

@@ -119,7 +119,7 @@ def test_a_replay_takes_every_step_once_with_the_batch_that_was_given(monkeypatc
         captures.append(work)
         return work
 
-    monkeypatch.setattr(Replay, "_beside", lambda self, work: work())
+    monkeypatch.setattr(Replay, "_on_side_stream", lambda self, work: work())
     monkeypatch.setattr(Replay, "_capture", capture)
     plain = run(CPU, lambda step, clear: step)
     replayed = run(CPU, lambda step, clear: Replay(step, clear, CUDA))
@@ -132,7 +132,7 @@ def test_a_replay_takes_every_step_once_with_the_batch_that_was_given(monkeypatc
 
 def test_what_is_no_tensor_has_graphs_of_its_own(monkeypatch):
     captures = []
-    monkeypatch.setattr(Replay, "_beside", lambda self, work: work())
+    monkeypatch.setattr(Replay, "_on_side_stream", lambda self, work: work())
     monkeypatch.setattr(Replay, "_capture", lambda self, work: captures.append(work) or work)
     replay = Replay(lambda tensor: tensor + 1, lambda: None, CUDA)
     for _ in range(WARM_STEPS + 1):
