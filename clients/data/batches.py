@@ -128,7 +128,7 @@ def domain_sizes(settings: MethodSettings, domains: int) -> tuple[int, ...]:
 
 
 def gather(tables: Sequence[SliceTable], chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """Read slices: images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) int64, on the CPU."""
+    """Read slices: images (B, C, S, S) float32 in [-1, 1], labels (B, S, S) int64, on the CPU."""
     read = [table.stack(numbers) for table, numbers in zip(tables, chosen, strict=True)]
     if len(read) == 1:
         images, labels = read[0]

@@ -331,10 +331,10 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     (note,) = site.notes
     assert note.code == "DAT-119"
     assert note.found.split("; ") == [
-        "3 files of formats that are not read (.mha 2, .nrrd 1): d_image.mha, d_mask.mha, e.nrrd",
+        "3 files in unsupported formats (.mha 2, .nrrd 1): d_image.mha, d_mask.mha, e.nrrd",
         "1 masks without an image: f_mask.png",
-        "2 images that are not called <site>/<case>_image: h_image.png, g.png",
-        "1 hidden files called like images: ._c_image.png",
+        "2 images that are not named <site>/<case>_image: h_image.png, g.png",
+        "1 hidden files named like images: ._c_image.png",
     ]
     assert "SimpleITK" in note.action
     assert open_site(root, "B", make_data()).notes == ()
@@ -343,7 +343,7 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     assert [Path(problem.where).name for problem in survey(root, ["B"])] == ["previews", root.name]
     folder_root(tmp_path / "only", "A/x.dcm")
     (problem,) = problems_of(discover_sites, tmp_path / "only")
-    assert "1 files of formats that are not read (.dcm 1): x.dcm" in problem.found
+    assert "1 files in unsupported formats (.dcm 1): x.dcm" in problem.found
     assert "dcm2niix" in problem.action
 
 

@@ -254,15 +254,16 @@ def test_a_folder_gives_its_images_and_passes_over_masks_and_results(tmp_path):
         "a_image.nii.gz", "a_mask.nii.gz", "b.png", "sub/c.nii", "sub/c_Segmentation.nii", "b_overlay.png",
         "b_probability_cup.png", "a_confidence.nii.gz", ".hidden.png", "note.txt",
     )))  # fmt: skip
-    jobs, passed = jobs_of_images([tmp_path])
+    jobs, skipped = jobs_of_images([tmp_path])
     assert [(job.name, job.suffix) for job in jobs] == [
         ("a", ".nii.gz"),
         ("b", ".png"),
         ("sub/c", ".nii"),
     ]
-    assert passed.words() == [
-        "5 files that are masks or results by their names: a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
-        "1 hidden files called like images: .hidden.png",
+    assert skipped.texts() == [
+        "5 files named like masks or results: "
+        "a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
+        "1 hidden files named like images: .hidden.png",
     ]
 
 
@@ -651,13 +652,13 @@ def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
         tmp_path / "elsewhere/P2/c.nii",
     )
     (tmp_path / "data/P2").symlink_to(tmp_path / "elsewhere/P2")
-    jobs, passed = jobs_of_images([tmp_path / "data"])
+    jobs, skipped = jobs_of_images([tmp_path / "data"])
     assert [job.name for job in jobs] == ["P2/c", "a"]
-    first, second = passed.words()
+    first, second = skipped.texts()
     assert first.startswith(
-        "1 files of formats that are not read (.mha 1): b.mha. Convert it with SimpleITK"
+        "1 files in unsupported formats (.mha 1): b.mha. Convert it with SimpleITK"
     )
-    assert second == "1 hidden files called like images: ._a.nii"
+    assert second == "1 hidden files named like images: ._a.nii"
     (tmp_path / "only").mkdir()
     touch(tmp_path / "only/x.dcm")
     with pytest.raises(FedsgcgError, match="dcm2niix"):

@@ -281,7 +281,7 @@ def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data)
     image = store.slices("test").stack([0])[0][0, 0]
     np.testing.assert_allclose(image[:, [0, -1]], [[-0.498, 0.506]] * 32, atol=5e-4)
     assert [(problem.code, problem.where, problem.found) for problem in store.problems] == [
-        ("DAT-115", "sixteen", "a picture of other than 8 bits")
+        ("DAT-115", "sixteen", "a picture that does not have 8 bits")
     ]
     np.testing.assert_allclose(scale_intensity(np.array([0, 255], np.float32), "fixed"), [-1, 1])
     write_case(tmp_path / "V", "a", *ramp())
