@@ -22,7 +22,7 @@ Step = Callable[..., Tensor]
 def adam(
     groups: Sequence[dict[str, Any]], rate: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Adam:
-    """Build a fused Adam whose step can be captured: on a GPU, rate and step counter are tensors there.
+    """Build a fused Adam whose step can be captured, with rate and step counter on the GPU.
 
     Args:
         groups: Parameter groups; an optional `factor` scales a group's rate.
@@ -106,7 +106,7 @@ class Replay:
         return figures
 
     def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Record the launches of `work` without running them; return a function that replays them."""
+        """Record the launches of `work` without running them; return their replay."""
         graph = torch.cuda.CUDAGraph()
         # Thread-local, because another thread may be sending batches to the device.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -72,7 +72,7 @@ class SiteRequest:
 
     @cached_property
     def stores(self) -> tuple[CaseStore, ...]:
-        """The cases of every hospital that the site owns: one, or all source domains of a pooled run.
+        """The cases of the site's hospitals: one, or all source domains of a pooled run.
 
         Builds the slice cache where it is missing, and writes `aliases.csv` and `problems.txt` to
         the site's folder.

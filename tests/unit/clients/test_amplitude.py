@@ -1,4 +1,4 @@
-"""Amplitude mixing on values that can be worked out by hand, at the product's sizes, and on bad input."""
+"""Amplitude mixing on values computed by hand, at production sizes, and on bad input."""
 
 import math
 
@@ -21,7 +21,8 @@ def wave(amplitude, offset, phase, side=8):
 
 def test_a_wave_takes_its_partners_height_and_keeps_its_place():
     own, other = wave(2, offset=1, phase=0.3), wave(6, offset=-3, phase=2)
-    # r = 0.25: height 0.25 * 2 + 0.75 * 6 = 5; constant 0.25 * 1 + 0.75 * 3 = 2.5, of which an amplitude has no sign.
+    # r = 0.25: height 0.25 * 2 + 0.75 * 6 = 5; constant 0.25 * 1 + 0.75 * 3 = 2.5, without a sign,
+    # because it is an amplitude.
     found = mix_amplitude(own, other, torch.tensor([0.25]), window=0.125)
     torch.testing.assert_close(found, wave(5, offset=2.5, phase=0.3), rtol=0, atol=1e-12)
 

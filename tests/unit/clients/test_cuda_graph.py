@@ -1,4 +1,4 @@
-"""Prefetched batches and replayed steps are the plain ones: same batches, same order, same steps."""
+"""Prefetched batches and replayed steps equal plain ones, in the same order."""
 
 import threading
 
@@ -112,7 +112,7 @@ def test_on_a_cpu_a_step_is_called_as_it_is():
 
 
 def test_a_replay_takes_every_step_once_with_the_batch_that_was_given(monkeypatch):
-    """The order of calls, copies and captures without a GPU; a capture stands for itself by running later."""
+    """The order of calls, copies and captures without a GPU; a capture just runs later."""
     captures = []
 
     def capture(self, work):

@@ -1,4 +1,4 @@
-"""A site's own amplitudes: what they sum up, and that a round does not compute again what another has computed."""
+"""A site's own amplitudes: their summary, and its reuse between rounds."""
 
 from dataclasses import replace
 
@@ -118,7 +118,7 @@ def test_the_oldest_summaries_make_room(stores, monkeypatch):
 
 
 def test_channels_of_drawn_amplitudes_are_as_alike_as_those_of_real_partners(stores):
-    """Mean correlation of neighbouring slices' log amplitudes: 0.20 when each channel was drawn for itself."""
+    """Mean correlation of adjacent slices' log amplitudes; 0.20 for separately drawn channels."""
     tables = [store.slices("train") for store in stores]
     images = torch.from_numpy(
         np.concatenate([table.stack(range(len(table)))[0] for table in tables])
