@@ -342,7 +342,7 @@ def test_label_maps_that_were_rescaled_on_saving_are_read(tmp_path, kind, labels
     assert (raw != np.rint(raw)).any()
     classes = {str(value): [value] for value in range(labels)}
     if kind == np.uint8:  # 255 steps for the values 0 to 2: 1 became 0.996, too far for the default
-        with pytest.raises(FedsgcgError, match=r"0\.996078491(.|\n)*raise data\.label_tolerance"):
+        with pytest.raises(FedsgcgError, match=r"0\.996078491(.|\n)*data\.label_tolerance"):
             class_indices(raw, classes, "case")
     found = class_indices(raw, classes, "case", 0.01 if kind == np.uint8 else 1e-3)
     np.testing.assert_array_equal(found, np.rint(raw))
