@@ -162,9 +162,9 @@ def send_amplitudes(task: SiteRequest) -> RecordDict:
     """
     require_role(task, "train")
     ram = task.plan.method.ram
-    wanted = SHARES.get(ram.sharing, "")
-    if wanted not in task.plan.site.shares:
-        raise fail("ROL-202", found=f"site.shares={list(task.plan.site.shares)}", expected=wanted)
+    required = SHARES.get(ram.sharing, "")
+    if required not in task.plan.site.shares:
+        raise fail("ROL-202", found=f"site.shares={list(task.plan.site.shares)}", expected=required)
     amplitudes = site_amplitudes(task.stores, ram, task.site, task.plan.seed, task.device)
     return send(task, Reply(task.identity, task.site, amplitudes=amplitudes))
 
@@ -256,14 +256,15 @@ def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> Cla
 
 def send(task: SiteRequest, reply: Reply) -> RecordDict:
     """Release a reply through `clients.guard.egress`."""
+    has_statistics = reply.statistics is not None
     return release(
         reply,
         task.home,
         kind=task.kind,
         privacy=task.plan.privacy,
         classes=list(task.plan.data.classes),
-        patients=task.patients if reply.statistics is not None else None,
-        pixels=task.distinct_pixels if reply.statistics is not None else None,
+        patients=task.patients if has_statistics else None,
+        pixels=task.distinct_pixels if has_statistics else None,
         sharing=task.policy.sharing if task.policy else None,
     )
 

@@ -65,7 +65,9 @@ class Replay:
     """
 
     def __init__(self, step: Step, clear: Callable[[], None], device: torch.device) -> None:
-        self._step, self._clear, self._device = step, clear, device
+        self._step = step
+        self._clear = clear
+        self._device = device
         self._seen: dict[Hashable, int] = {}
         self._captured: dict[Hashable, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 

@@ -66,9 +66,9 @@ def precision(settings: MethodSettings, device: torch.device) -> torch.dtype:
 
 def autocast_for(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return the network's autocast context, disabled for float32."""
-    return torch.autocast(
-        device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
-    )
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def describe_hardware() -> str:

@@ -140,20 +140,21 @@ def handle(
         context: Flower's context: node config and run config.
         tree: Resolved settings; if None, they are read from the run config.
     """
-    identity, site, home = UNKNOWN_IDENTITY, "", None
+    identity = UNKNOWN_IDENTITY
+    site, home = "", None
     kind = str(message.metadata.message_type)
     try:
         identity = identity_of(message.content)
         if policy := policy_of(context.node_config):
             site, home = policy.site, Path(policy.home)
             check_approved(policy)
-        asked = plan_of_run(tree, dict(context.run_config), context.run_id)
-        plan = apply_policy(asked, policy)
+        requested = plan_of_run(tree, dict(context.run_config), context.run_id)
+        plan = apply_policy(requested, policy)
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
         request = decode_request(message.content)
-        check_identity(request.identity, asked)
+        check_identity(request.identity, requested)
         return work(SiteRequest(request, plan, site, root, home, kind, policy))
     except Exception as error:
         log_exception(home, kind, identity)

@@ -45,7 +45,9 @@ class _Draw:
     """Draws one random number per slice."""
 
     def __init__(self, count: int, device: torch.device, generator: torch.Generator) -> None:
-        self.count, self.device, self.generator = count, device, generator
+        self.count = count
+        self.device = device
+        self.generator = generator
 
     def uniform(self, low: float, high: float) -> Tensor:
         """Return (B,) numbers in [low, high)."""

@@ -189,8 +189,8 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
         names = sorted({case.site for case in _listed(Path(root)).cases})
         expected = f"one of: {', '.join(names) or '(no site has a case)'}"
         action = f"Check the site column or folder names for data set {data.name!r}."
-        nothing = Problem("DAT-102", "no case is listed", expected, action, where=name)
-        raise FedsgcgError(nothing, *notes)
+        problem = Problem("DAT-102", "no case is listed", expected, action, where=name)
+        raise FedsgcgError(problem, *notes)
     kept, missing = _existing(_named(mine))
     kept, mixed = _one_split_each(kept)
     left_out = [problem for site, problem in listed.problems if site == name]

@@ -111,12 +111,12 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
 
 
-def stricter(asked: PrivacySettings, policy: SiteFile) -> PrivacySettings:
+def stricter(requested: PrivacySettings, policy: SiteFile) -> PrivacySettings:
     """Return the effective floors: the larger of the coordinator's and the site's for each."""
     return replace(
-        asked,
-        min_patients=max(asked.min_patients, policy.patient_floor),
-        min_pixels=max(asked.min_pixels, policy.min_pixels),
+        requested,
+        min_patients=max(requested.min_patients, policy.patient_floor),
+        min_pixels=max(requested.min_pixels, policy.min_pixels),
     )
 
 
@@ -155,9 +155,7 @@ def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
     for case in site.cases:
         files = [path for path in (case.image, case.mask) if path is not None]
         if outside := [path for path in files if not inside(path, root)]:
-            action = (
-                "copy the file into the data folder, or set data_root to the folder that holds it"
-            )
+            action = "copy the file into the data folder, or set data_root to its folder"
             found = f"{outside[0]} points to {outside[0].resolve()}"
             problems.append(
                 Problem("POL-702", found, f"a file below {root}", action, where=case.name)

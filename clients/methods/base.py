@@ -71,7 +71,9 @@ class Source:
     parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
 
     def __init__(self, network: nn.Module, plan: Plan, domains: int, device: torch.device) -> None:
-        self.network, self.plan, self.device = network, plan, device
+        self.network = network
+        self.plan = plan
+        self.device = device
         self.local = nn.ModuleDict()
         self._dtype = precision(plan.method, device)
 

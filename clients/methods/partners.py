@@ -67,7 +67,9 @@ class LocalMixer:
     def __init__(
         self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator
     ) -> None:
-        self._tables, self._settings, self._rng = tables, settings, rng
+        self._tables = tables
+        self._settings = settings
+        self._rng = rng
         self._offset = OFFSETS[mixing_space(tables)]
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,9 @@ class _SharedMixer(ABC):
     """Partners are amplitudes of other sites."""
 
     def __init__(self, settings: RamSettings, space: str, rng: np.random.Generator) -> None:
-        self._settings, self._offset, self._rng = settings, OFFSETS[space], rng
+        self._settings = settings
+        self._offset = OFFSETS[space]
+        self._rng = rng
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw amplitudes (C, 2, b + 1, b + 1) of other sites for each slice of a batch."""

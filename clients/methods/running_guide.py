@@ -45,7 +45,10 @@ class Overlay:
     def __init__(
         self, others: ClassStatistics, own: ClassStatistics, plan: Plan, device: torch.device
     ) -> None:
-        self._others, self._own, self._plan, self._device = others, own, plan, device
+        self._others = others
+        self._own = own
+        self._plan = plan
+        self._device = device
         self._weight = own.count
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
@@ -81,7 +84,10 @@ class Online:
         round_number: int,
         device: torch.device,
     ) -> None:
-        self._others, self._own, self._plan, self._device = others, own, plan, device
+        self._others = others
+        self._own = own
+        self._plan = plan
+        self._device = device
         self._compares = round_number > plan.prototypes.warmup_rounds
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
@@ -157,10 +163,10 @@ def build_guide(
     if not plan.method.contrasts:
         return None
     memory = plan.prototypes.memory
-    nothing = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
-    others = other_sites(prototypes or nothing, kept_statistics(state), held)
+    empty = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
+    others = other_sites(prototypes or empty, kept_statistics(state), held)
     if memory == "online":
-        return Online(others, kept_statistics(state, ONLINE) or nothing, plan, round_number, device)
+        return Online(others, kept_statistics(state, ONLINE) or empty, plan, round_number, device)
     frozen = Guidance.from_prototypes(prototypes, plan.prototypes, round_number, device)
     if memory != "overlay" or own is None or frozen is None:
         return frozen

@@ -55,7 +55,9 @@ class Job:
     @property
     def shown(self) -> str:
         """Name of the image on the console."""
-        return printable(f"{self.site} {self.case}" if self.site else self.image.name)
+        if self.site:
+            return printable(f"{self.site} {self.case}")
+        return printable(self.image.name)
 
     def result(self, folder: Path, ending: str) -> Path:
         """Return the path of one result; `ending` is `_mask`, `_overlay` and so on."""
@@ -259,7 +261,8 @@ def _distinct(jobs: Sequence[Job]) -> list[Job]:
     for job in jobs:
         seen[job.name.lower()] += 1
         number = seen[job.name.lower()]
-        numbered.append(replace(job, name=f"{job.name}_{number}") if number > 1 else job)
+        unique = replace(job, name=f"{job.name}_{number}") if number > 1 else job
+        numbered.append(unique)
     return numbered
 
 

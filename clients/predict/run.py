@@ -54,8 +54,8 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     check_output(options.output, found, _endings(options), overwrite=options.overwrite)
     _print_start(options, model, len(found), skipped, console)
     device = choose_device(options.device, options.threads)
-    wanted = gaussians(device) if gaussians else None
-    predictor = Predictor(model, device, options.batch, options.probability, wanted)
+    on_device = gaussians(device) if gaussians else None
+    predictor = Predictor(model, device, options.batch, options.probability, on_device)
     scores = Scores(model.data)
     known = _trained_on(options, console)
     failed: list[tuple[Job, Problem]] = []
@@ -121,12 +121,12 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
 
 
 def _endings(options: argparse.Namespace) -> tuple[str, ...]:
-    wanted = (
+    requested = (
         ("_probability", options.probability),
         ("_confidence", options.confidence),
         ("_overlay", options.overlay),
     )
-    return ("_mask", *(ending for ending, on in wanted if on))
+    return ("_mask", *(ending for ending, on in requested if on))
 
 
 def _print_start(

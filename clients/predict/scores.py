@@ -89,9 +89,8 @@ class Scores:
         unit, ending = ("mm", "_mm") if real else ("pixel", "")
         table = Table(title=f"Scores: mean over cases (distances in {unit})")
         for title in ("hospital", "structure", "cases", "Dice ± sd", "ASD", "ASSD", "HD95"):
-            table.add_column(
-                title, justify="left" if title in ("hospital", "structure") else "right"
-            )
+            is_text = title in ("hospital", "structure")
+            table.add_column(title, justify="left" if is_text else "right")
         for site in sorted({row["site"] for row in self.rows}):
             for structure in self.data.structures:
                 mine = [
