@@ -28,7 +28,12 @@ from clients.methods.class_statistics import (
     site_statistics,
 )
 from clients.methods.partners import site_amplitudes
-from clients.methods.running_guide import ONLINE, build_guide, keep_statistics, kept_statistics
+from clients.methods.running_guide import (
+    ONLINE,
+    build_guide,
+    statistics_from_state,
+    statistics_to_state,
+)
 from clients.request import SiteRequest, handle, require_role
 from clients.training import client_name, load_weights, train_round, weights_of
 from common.errors import fail
@@ -140,10 +145,10 @@ def train(task: SiteRequest) -> RecordDict:
         state=state,
     )
     if plan.prototypes.memory == "online":
-        described = kept_statistics(state, ONLINE)
+        described = statistics_from_state(state, ONLINE)
         own = apply_floors_to(task, described)
     if state or own is not None:
-        task.state.store(number, state | keep_statistics(own))
+        task.state.store(number, state | statistics_to_state(own))
     return send(
         task, Reply(task.identity, task.site, weights_of(network), described, before | figures)
     )
@@ -181,7 +186,7 @@ def evaluate(task: SiteRequest) -> RecordDict:
         require_role(task, "heldout", "observer")
     pictures = task.home / "pictures.arrow" if split == "test" else None
     network = load_global_model(task)
-    keep_features(task, network, split)
+    save_features(task, network, split)
     rows = evaluate_cases(network, task.stores, task.plan, split, task.device, pictures=pictures)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
     if split == "validation":
@@ -190,7 +195,7 @@ def evaluate(task: SiteRequest) -> RecordDict:
     return send(task, Reply(task.identity, task.site, metrics=metrics, cases=encode_cases(rows)))
 
 
-def keep_features(task: SiteRequest, network: nn.Module, split: str) -> None:
+def save_features(task: SiteRequest, network: nn.Module, split: str) -> None:
     """Save features of some pixels in the site's folder if `site.feature_samples` is set.
 
     They are never sent.

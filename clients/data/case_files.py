@@ -43,13 +43,13 @@ __all__ = [
     "SPLITS",
     "CaseFile",
     "Site",
+    "data_warnings",
     "discover_sites",
     "ensure_data",
     "open_site",
     "resolve_cache",
     "split_of",
     "splits",
-    "survey",
 ]
 
 
@@ -159,7 +159,7 @@ def discover_sites(root: Path, wanted: Collection[str] = ()) -> tuple[str, ...]:
     Raises:
         FedsgcgError: DAT-101 when the root, its manifest or a hospital's folder cannot be used.
     """
-    listed = _listed(Path(root))
+    listed = _list_root(Path(root))
     closed = [
         problem for name, problem in sorted(listed.closed.items()) if not wanted or name in wanted
     ]
@@ -180,31 +180,31 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
         FedsgcgError: DAT-101 when the manifest or the hospital's folder cannot be used; DAT-102
             when the hospital has no case.
     """
-    listed = _listed(Path(root), only=name)
+    listed = _list_root(Path(root), only=name)
     if name in listed.closed:
         raise FedsgcgError(listed.closed[name])
     mine = [case for case in listed.cases if case.site == name]
     notes = tuple(problem for folder, problem in listed.notes if folder == name)
     if not mine:
-        names = sorted({case.site for case in _listed(Path(root)).cases})
+        names = sorted({case.site for case in _list_root(Path(root)).cases})
         expected = f"one of: {', '.join(names) or '(no site has a case)'}"
         action = f"Check the site column or folder names for data set {data.name!r}."
         problem = Problem("DAT-102", "no case is listed", expected, action, where=name)
         raise FedsgcgError(problem, *notes)
-    kept, missing = _existing(_named(mine))
-    kept, mixed = _one_split_each(kept)
+    kept, missing = _without_missing_files(_with_unique_names(mine))
+    kept, mixed = _one_split_per_patient(kept)
     left_out = [problem for site, problem in listed.problems if site == name]
     cases = tuple(sorted(kept, key=lambda case: case.name))
     return Site(name, cases, (*left_out, *missing, *mixed), notes)
 
 
-def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
+def data_warnings(root: Path, sites: Sequence[str]) -> list[Problem]:
     """Return warnings about the data of some hospitals, to be shown before a study starts.
 
     These are DAT-119 for unused files, in a hospital's folder or in one that belongs to no
     hospital, and DAT-118 for names that look alike.
     """
-    listed = _listed(Path(root))
+    listed = _list_root(Path(root))
     hospitals = {case.site for case in listed.cases}
     notes = [
         problem for folder, problem in listed.notes if folder in sites or folder not in hospitals
@@ -284,7 +284,7 @@ def _uniform(patient: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _listed(root: Path, only: str = "") -> _Listed:
+def _list_root(root: Path, only: str = "") -> _Listed:
     """List a data root; with folders per site, only the hospital `only` if it is given."""
     if not _is_folder(root):
         raise fail(
@@ -298,17 +298,17 @@ def _listed(root: Path, only: str = "") -> _Listed:
     try:
         return _from_manifest(root, manifest) if manifest.is_file() else _from_folders(root, only)
     except OSError as error:
-        raise _closed(root, error.strerror or type(error).__name__) from error
+        raise _unreadable(root, error.strerror or type(error).__name__) from error
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise _closed(path, error.strerror or type(error).__name__) from error
+        raise _unreadable(path, error.strerror or type(error).__name__) from error
 
 
-def _closed(folder: Path, why: str) -> FedsgcgError:
+def _unreadable(folder: Path, why: str) -> FedsgcgError:
     """Return the error for an unreadable folder."""
     expected = "a folder that this user can read"
     action = (
@@ -371,7 +371,7 @@ def _from_folders(root: Path, only: str) -> _Listed:
     for folder in subfolders(root):
         name = printable(folder.name)
         if is_folder_name(name) and (not only or name == only):
-            _take_folder(name, folder, listed)
+            _list_folder(name, folder, listed)
     if only:
         return listed
     loose = look_through(root, deep=False)
@@ -391,11 +391,11 @@ def _from_folders(root: Path, only: str) -> _Listed:
     return listed
 
 
-def _take_folder(name: str, folder: Path, listed: _Listed) -> None:
+def _list_folder(name: str, folder: Path, listed: _Listed) -> None:
     """List the cases and the unused files of one hospital's folder."""
     found = look_through(folder)
     if found.closed and found.closed[0][0] == folder:
-        (listed.closed[name],) = _closed(*found.closed[0]).problems
+        (listed.closed[name],) = _unreadable(*found.closed[0]).problems
         return
     files = [path for path in found.images if path.parent == folder]
     masks = {without_suffix(path.name): path for path in files}
@@ -436,7 +436,7 @@ def _note(folder: Path, unused: Sequence[str], found: Listing) -> Problem:
     return Problem("DAT-119", "; ".join(unused), expected, action, str(folder))
 
 
-def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
+def _with_unique_names(cases: Sequence[CaseFile]) -> list[CaseFile]:
     """Give every case a unique name and a patient; add folder names to repeated file names."""
     common = Counter(case.name for case in cases)
     named = []
@@ -452,7 +452,7 @@ def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
     ]
 
 
-def _existing(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
+def _without_missing_files(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
     """Leave out cases whose image or mask file does not exist."""
     kept, problems = [], []
     for case in cases:
@@ -465,12 +465,14 @@ def _existing(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]
         else:
             action = "Restore the file or remove the case from the manifest."
             problems.append(
-                Problem("DAT-103", f"{_why_gone(gone)}: {gone}", "a file", action, where=case.name)
+                Problem(
+                    "DAT-103", f"{_file_problem(gone)}: {gone}", "a file", action, where=case.name
+                )
             )
     return kept, problems
 
 
-def _why_gone(path: Path) -> str:
+def _file_problem(path: Path) -> str:
     """Return why a file cannot be used: missing, inaccessible folder, name too long."""
     try:
         path.stat()
@@ -481,7 +483,7 @@ def _why_gone(path: Path) -> str:
     return "not a file"
 
 
-def _one_split_each(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
+def _one_split_per_patient(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
     """Leave out patients that the manifest assigns to two splits; complete the others' splits."""
     named: dict[str, set[str]] = defaultdict(set)
     for case in cases:

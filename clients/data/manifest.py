@@ -19,7 +19,7 @@ from common.errors import fail
 from common.images.folders import is_file
 
 SPLITS: Final = ("train", "validation", "test")
-NEEDED: Final = ("site", "image", "mask")
+REQUIRED: Final = ("site", "image", "mask")
 COLUMNS: Final = {
     "site": ("site", "hospital", "centre", "center", "institution"),
     "image": ("image", "img", "scan", "image_path"),
@@ -149,10 +149,10 @@ def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
         column: next((names.index(name) for name in known if name in names), -1)
         for column, known in COLUMNS.items()
     }
-    if missing := [column for column in NEEDED if places[column] < 0]:
+    if missing := [column for column in REQUIRED if places[column] < 0]:
         shown = ", ".join(title for title in titles if title) or "none"
         found = f"columns {shown}: none for {', '.join(missing)}"
-        expected = "columns " + ", ".join(NEEDED)
+        expected = "columns " + ", ".join(REQUIRED)
         action = f"Add {', '.join(missing)}."
         raise fail("DAT-101", found=found, expected=expected, action=action, where=str(table))
     used = [place for place in places.values() if place >= 0]

@@ -131,7 +131,7 @@ class SliceTable:
         )
 
     def _channels(self, image: NDArray[np.int16], z: int) -> NDArray[np.int16]:
-        """Return the (C, S, S) channels of slice z: colours, or the stack about it."""
+        """Return the (C, S, S) channels of slice z: colours, or the stack around it."""
         if image.shape[1] == IN_CHANNELS:
             return np.asarray(image[z])
         reach = 1 if self.stack_size == 3 else 0
@@ -171,7 +171,7 @@ class CaseStore:
         numbers = np.array([case.index for case in chosen], dtype=np.int64)
         counts = np.array([case.num_slices for case in chosen], dtype=np.int64)
         z_of = np.concatenate([np.zeros(0, np.int64), *(np.arange(count) for count in counts)])
-        shown = [_shown(self.stored[case.index], self.data) for case in chosen]
+        shown = [_has_structure(self.stored[case.index], self.data) for case in chosen]
         foreground = np.concatenate([np.zeros(0, np.bool_), *shown])
         table = SliceTable(
             np.repeat(numbers, counts), z_of, foreground, self.data.stack, self.stored
@@ -210,8 +210,8 @@ def open_store(
     key, rows = _cached(site, data, cache)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
-    kind, good, others = _one_kind(good)
-    empty = {facts["name"] for facts, slices in good if not _shown(slices, data).any()}
+    kind, good, others = _keep_main_kind(good)
+    empty = {facts["name"] for facts, slices in good if not _has_structure(slices, data).any()}
     good, copies = _without_duplicates(good, empty)
     flagged = (_empty_mask(facts["name"]) for facts, _ in good if facts["name"] in empty)
     problems = (*site.quarantined, *broken, *others, *flagged, *copies)
@@ -223,7 +223,7 @@ def open_store(
     cases = tuple(
         _case(
             index,
-            facts | {"alias": salted(facts["alias"], salt)},
+            facts | {"alias": salted_alias(facts["alias"], salt)},
             slices,
             files[facts["name"]],
             split,
@@ -242,7 +242,7 @@ def main_kind(kinds: Sequence[str]) -> str:
     return max(KINDS, key=lambda one: (counts[one], -KINDS.index(one)))
 
 
-def other_kind(case: str, kind: str, wanted: str) -> Problem:
+def other_kind_problem(case: str, kind: str, wanted: str) -> Problem:
     """Return the problem of a case that is left out because most cases have another kind."""
     action = "Move it to another data set, or resample the volume to slices of that plane."
     return Problem(
@@ -266,17 +266,15 @@ def _without_duplicates(
         if name == facts["name"]:
             kept.append((facts, slices))
         else:
-            found, action = (
-                f"the same image as {name}",
-                "The case is left out; remove one of the two.",
-            )
+            found = f"the same image as {name}"
+            action = "The case is left out; remove one of the two."
             problems.append(
                 Problem("SITE-511", found, "each image once", action, where=facts["name"])
             )
     return kept, problems
 
 
-def salted(alias: str, salt: bytes) -> str:
+def salted_alias(alias: str, salt: bytes) -> str:
     """Return an alias that cannot be computed without the site's salt.
 
     With an empty salt the alias is returned unchanged.
@@ -321,7 +319,7 @@ def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache
     return digest(json.dumps(listed).encode(), 16)
 
 
-def _shown(slices: Slices, data: DataSettings) -> NDArray[np.bool_]:
+def _has_structure(slices: Slices, data: DataSettings) -> NDArray[np.bool_]:
     """Return for each slice (Z,) whether it contains a declared structure."""
     classes = sorted({index for group in data.structure_classes().values() for index in group})
     return np.asarray(slices.present[:, classes].any(axis=1))
@@ -347,7 +345,7 @@ def _case(
         native_shape=(z, y, x),
         spacing=slices.spacing,
         is_picture=slices.kind == PICTURE,
-        has_foreground=bool(_shown(slices, data).any()),
+        has_foreground=bool(_has_structure(slices, data).any()),
         content=slices.content,
     )
 
@@ -377,7 +375,7 @@ Usable = tuple[dict[str, Any], Slices]
 Row = tuple[dict[str, Any], Slices | None]
 
 
-def _one_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]:
+def _keep_main_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]:
     """Return the most frequent kind, its cases, and a problem for each other case.
 
     Slices of different planes, or pictures and volumes, look too different for a network to learn
@@ -385,7 +383,7 @@ def _one_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]
     """
     kind = main_kind([slices.kind for _, slices in good])
     others = [
-        other_kind(facts["name"], slices.kind, kind)
+        other_kind_problem(facts["name"], slices.kind, kind)
         for facts, slices in good
         if slices.kind != kind
     ]

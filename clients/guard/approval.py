@@ -115,7 +115,7 @@ def unpack(bundle: Bundle, folder: Path) -> Path:
     """
     place = folder / bundle.digest
     if place.is_dir():
-        if code_below(place).code == bundle.code:
+        if read_unpacked(place).code == bundle.code:
             return place
         shutil.rmtree(place)
     partial = folder / f"{bundle.digest}.{os.getpid()}.partial"
@@ -200,10 +200,10 @@ def last_approved(path: Path) -> Bundle | None:
     """Return the code that was approved last, or None."""
     known = approvals(path)
     folder = bundle_store(path) / known[-1]["digest"] if known else None
-    return code_below(folder) if folder is not None and folder.is_dir() else None
+    return read_unpacked(folder) if folder is not None and folder.is_dir() else None
 
 
-def code_below(folder: Path) -> Bundle:
+def read_unpacked(folder: Path) -> Bundle:
     """Return what `unpack` wrote into a folder."""
     app = folder.with_name(folder.name + ".app")
     client_app = app.read_text(encoding="utf-8") if app.is_file() else CLIENT_APP
@@ -217,7 +217,7 @@ def code_below(folder: Path) -> Bundle:
     )
 
 
-def refused(path: Path) -> list[Path]:
+def refused_bundles(path: Path) -> list[Path]:
     """Return the folders of kept code that was not approved, newest first."""
     known = {entry["digest"] for entry in approvals(path)}
     folders = [
@@ -230,9 +230,9 @@ def refused(path: Path) -> list[Path]:
     )
 
 
-def forget_old(path: Path) -> None:
+def remove_old_refused(path: Path) -> None:
     """Keep only the newest refused bundles, so that many submissions cannot fill the disk."""
-    for folder in refused(path)[MOST_REFUSED:]:
+    for folder in refused_bundles(path)[MOST_REFUSED:]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(folder.name + ".app").unlink(missing_ok=True)
 

@@ -80,7 +80,7 @@ class TrainedOn:
                 "MOD-801",
                 where=str(file),
                 found=found,
-                expected="a file that fedsgcg wrote",
+                expected="a file written by fedsgcg",
                 action=action,
             ) from error
 

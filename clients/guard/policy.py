@@ -68,7 +68,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
     return replace(
         plan,
         data=replace(plan.data, root=policy.data_root),
-        privacy=stricter(plan.privacy, policy),
+        privacy=effective_floors(plan.privacy, policy),
         site=replace(
             plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}
         ),
@@ -77,7 +77,9 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
 
 def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     """Yield a problem for everything in the plan that the site does not allow."""
-    if plan.data.root and not inside(expand(plan.data.root, "data.root"), Path(policy.data_root)):
+    if plan.data.root and not is_inside(
+        expand(plan.data.root, "data.root"), Path(policy.data_root)
+    ):
         action = "leave data.root empty; the site sets its own data folder"
         yield Problem(
             "POL-702",
@@ -111,7 +113,7 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
 
 
-def stricter(requested: PrivacySettings, policy: SiteFile) -> PrivacySettings:
+def effective_floors(requested: PrivacySettings, policy: SiteFile) -> PrivacySettings:
     """Return the effective floors: the larger of the coordinator's and the site's for each."""
     return replace(
         requested,
@@ -154,7 +156,7 @@ def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
     kept, problems = [], list(site.quarantined)
     for case in site.cases:
         files = [path for path in (case.image, case.mask) if path is not None]
-        if outside := [path for path in files if not inside(path, root)]:
+        if outside := [path for path in files if not is_inside(path, root)]:
             action = "copy the file into the data folder, or set data_root to its folder"
             found = f"{outside[0]} points to {outside[0].resolve()}"
             problems.append(
@@ -193,7 +195,7 @@ def alias_salt(policy: SiteFile | None) -> bytes:
     return hashlib.blake2b(policy.project.encode(), digest_size=32, key=secret).digest()
 
 
-def inside(path: Path, root: Path) -> bool:
+def is_inside(path: Path, root: Path) -> bool:
     """Return whether a path is inside a folder, with all links resolved."""
     return path.resolve().is_relative_to(root.resolve())
 
@@ -205,15 +207,15 @@ def _not_allowed(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     the site's value. Folders of the plan have no effect at a site and are skipped; `data.root` is
     checked in `refusals`.
     """
-    own = {f"site.{name}": value for name, value in leaves(_own(policy))}
+    own = {f"site.{name}": value for name, value in flat_settings(_own(policy))}
     requested = [
         (name, value)
-        for name, value in leaves(plan.to_tree())
+        for name, value in flat_settings(plan.to_tree())
         if not policy.may_set(name) and name not in FOLDERS and value != own.get(name)
     ]
     if not requested:
         return
-    defaults = dict(leaves(Plan.from_tree({**compose([]), "output": ""}).to_tree()))
+    defaults = dict(flat_settings(Plan.from_tree({**compose([]), "output": ""}).to_tree()))
     for name, value in requested:
         default = defaults.get(name)
         if value != default:
@@ -240,10 +242,10 @@ def _shares(policy: SiteFile) -> tuple[str, ...]:
     return tuple(name for name in policy.sharing if name in SHARES.values())
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of every setting; a map such as `classes` is one value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and name not in ("classes", "structures", "options"):
-            yield from leaves(value, f"{prefix}{name}.")
+            yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -36,10 +36,10 @@ from common.wire.amplitudes import OFFSETS, AmplitudeBank, AmplitudeSampler, Amp
 RATIOS: Final = 10
 """A slice's own share of the amplitude is uniform over 0.1, 0.2, ..., 1.0, as in RAM-DSIR."""
 BLOCK: Final = 32
-KNOWN_SUMMARIES: Final = 64
+MAX_CACHED_SUMMARIES: Final = 64
 """Number of summaries that a process caches; a study runs several hospitals per process."""
 
-_KNOWN: dict[tuple[object, ...], AmplitudeSummary] = {}
+_CACHE: dict[tuple[object, ...], AmplitudeSummary] = {}
 
 
 class Mixer(Protocol):
@@ -266,20 +266,20 @@ def own_summary(
 
     It depends only on the slices and the window, and is needed in every round.
     """
-    first, *others = [_known_summary(store, settings, device) for store in stores]
+    first, *others = [_cached_summary(store, settings, device) for store in stores]
     return reduce(add, others, first)
 
 
-def _known_summary(
+def _cached_summary(
     store: CaseStore, settings: RamSettings, device: torch.device
 ) -> AmplitudeSummary:
     data = store.data
     key = fingerprint(store), data.stack, data.train_slices, settings.window, str(device)
-    if key not in _KNOWN:
-        if len(_KNOWN) >= KNOWN_SUMMARIES:
-            _KNOWN.pop(next(iter(_KNOWN)))  # the oldest
-        _KNOWN[key] = _summary(store.slices("train"), settings, device)
-    return _KNOWN[key]
+    if key not in _CACHE:
+        if len(_CACHE) >= MAX_CACHED_SUMMARIES:
+            _CACHE.pop(next(iter(_CACHE)))  # the oldest
+        _CACHE[key] = _summary(store.slices("train"), settings, device)
+    return _CACHE[key]
 
 
 def _summary(table: SliceTable, settings: RamSettings, device: torch.device) -> AmplitudeSummary:

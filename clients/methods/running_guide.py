@@ -99,10 +99,12 @@ class Online:
 
     def state(self) -> dict[str, Tensor]:
         """Return the statistics of all batches, from which the next round continues."""
-        return keep_statistics(self._own, ONLINE)
+        return statistics_to_state(self._own, ONLINE)
 
 
-def keep_statistics(statistics: ClassStatistics | None, prefix: str = SENT) -> dict[str, Tensor]:
+def statistics_to_state(
+    statistics: ClassStatistics | None, prefix: str = SENT
+) -> dict[str, Tensor]:
     """Return statistics as tensors for the site's state."""
     if statistics is None:
         return {}
@@ -110,8 +112,10 @@ def keep_statistics(statistics: ClassStatistics | None, prefix: str = SENT) -> d
     return {f"{prefix}{name}": torch.from_numpy(array) for name, array in parts.items()}
 
 
-def kept_statistics(state: Mapping[str, Tensor], prefix: str = SENT) -> ClassStatistics | None:
-    """Read the result of `keep_statistics` from a state; None if there is none."""
+def statistics_from_state(
+    state: Mapping[str, Tensor], prefix: str = SENT
+) -> ClassStatistics | None:
+    """Read the result of `statistics_to_state` from a state; None if there is none."""
     if f"{prefix}count" not in state:
         return None
     return ClassStatistics(
@@ -164,9 +168,11 @@ def build_guide(
         return None
     memory = plan.prototypes.memory
     empty = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
-    others = other_sites(prototypes or empty, kept_statistics(state), held)
+    others = other_sites(prototypes or empty, statistics_from_state(state), held)
     if memory == "online":
-        return Online(others, kept_statistics(state, ONLINE) or empty, plan, round_number, device)
+        return Online(
+            others, statistics_from_state(state, ONLINE) or empty, plan, round_number, device
+        )
     frozen = Guidance.from_prototypes(prototypes, plan.prototypes, round_number, device)
     if memory != "overlay" or own is None or frozen is None:
         return frozen

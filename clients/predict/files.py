@@ -25,7 +25,7 @@ RESULT: Final = re.compile(
 )
 """Names of masks and results, which are skipped in a folder of images."""
 
-SHOWN: Final = 5
+MAX_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def check_output(
             "Choose another DIR.",
             str(path),
         )
-        for path in own[:SHOWN]
+        for path in own[:MAX_SHOWN]
     ]
     if existing and not own:
         found = f"{len(existing)} results exist already"

@@ -25,7 +25,7 @@ VERSION: Final = "1"
 """Supported schema of `model.json` (`common.run_folder.SCHEMA_VERSION`)."""
 
 CHANNEL_KEYS: Final = ("in_channels", "out_channels")
-NEEDED: Final = (
+REQUIRED: Final = (
     "weights",
     "digest",
     "network",
@@ -113,7 +113,7 @@ def read_card(folder: Path) -> dict[str, Any]:
             expected=f"schema {VERSION}",
             action=action,
         )
-    if missing := [name for name in NEEDED if not card.get(name)]:
+    if missing := [name for name in REQUIRED if not card.get(name)]:
         raise _damaged(path, f"no value for {', '.join(missing)}")
     return dict(card)
 

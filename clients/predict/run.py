@@ -44,7 +44,7 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     """Predict every image; return an exit code of `clients.predict.options.EXITS`."""
     if options.batch is None:
         options.batch = BATCH
-    _check(options)
+    _check_options(options)
     model = load_model(options.model, options.code)
     gaussians = _gaussians(options, model)
     jobs = []
@@ -63,7 +63,7 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     for number, job in enumerate(items, 1):
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
-            line = _one(predictor, job, options, scores, known)
+            line = _predict_one(predictor, job, options, scores, known)
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
             line = f"[{error.code}] not predicted"
@@ -77,7 +77,7 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     return _finish(options, scores, failed, len(found), console)
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     for name in ("batch", "threads"):
         if getattr(options, name) < 1:
             raise fail(
@@ -149,7 +149,7 @@ def _trained_on(options: argparse.Namespace, console: Screen) -> TrainedOn | Non
     return known
 
 
-def _one(
+def _predict_one(
     predictor: Predictor,
     job: Job,
     options: argparse.Namespace,

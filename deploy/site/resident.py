@@ -52,8 +52,8 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from clients.guard.approval import (
     Bundle,
     bundle_store,
-    forget_old,
     read_bundle,
+    remove_old_refused,
     require_approved,
     unpack,
 )
@@ -251,7 +251,7 @@ class Resident:
             place = unpack(
                 bundle, bundle_store(approved)
             )  # refused code is kept too: people compare it
-            forget_old(approved)
+            remove_old_refused(approved)
             require_approved(bundle, approved)
             worker = self._ready(bundle, place)
             reply, after = worker.answer(

@@ -18,7 +18,7 @@ from clients.device import choose_device
 from clients.methods import METHODS
 from clients.methods.class_statistics import batch_statistics, site_statistics, statistics_batches
 from clients.methods.guidance import Guidance, pixel_features
-from clients.methods.running_guide import Online, Overlay, build_guide, keep_statistics
+from clients.methods.running_guide import Online, Overlay, build_guide, statistics_to_state
 from clients.methods.sgcg import labels_at
 from clients.training import learning_rate, round_batches, weights_of
 from common.networks import build_network
@@ -319,7 +319,7 @@ def test_an_overlay_replaces_the_own_part_and_keeps_the_others_and_the_weight(ro
     sent, others = statistics(0, 60, 8), statistics(1, 90, 8)
     own = statistics(2, 60, 8)
     guide = build_guide(
-        others + sent, keep_statistics(sent), own, plan, 2, CPU, held=[sent.digest()]
+        others + sent, statistics_to_state(sent), own, plan, 2, CPU, held=[sent.digest()]
     )
     assert isinstance(guide, Overlay)
     maps, labels = torch.randn(1, 8, 4, 4), torch.full((1, 4, 4), 255)
@@ -344,7 +344,7 @@ def test_what_the_coordinator_does_not_hold_is_not_taken_out(root, tmp_path, mem
     """
     plan = followed(root, tmp_path, memory)
     others, sent, own = statistics(0, 450, 8), statistics(1, 100, 8), statistics(2, 100, 8)
-    state = keep_statistics(sent)
+    state = statistics_to_state(sent)
     maps, labels = torch.randn(1, 8, 4, 4), torch.full((1, 4, 4), 255)
     refused = build_guide(others, state, own, plan, 2, CPU, held=[others.digest()]).after(
         maps, labels

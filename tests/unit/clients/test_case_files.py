@@ -10,13 +10,13 @@ import pytest
 
 from clients.data.case_files import (
     CaseFile,
+    data_warnings,
     discover_sites,
     ensure_data,
     open_site,
     resolve_cache,
     split_of,
     splits,
-    survey,
 )
 from clients.data.store import data_fingerprint
 from clients.predict.files import jobs_of_images
@@ -379,9 +379,12 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     ]
     assert "SimpleITK" in note.action
     assert open_site(root, "B", make_data()).notes == ()
-    said = survey(root, ["A", "B"])
+    said = data_warnings(root, ["A", "B"])
     assert [Path(problem.where).name for problem in said] == ["A", "previews", root.name]
-    assert [Path(problem.where).name for problem in survey(root, ["B"])] == ["previews", root.name]
+    assert [Path(problem.where).name for problem in data_warnings(root, ["B"])] == [
+        "previews",
+        root.name,
+    ]
     folder_root(tmp_path / "only", "A/x.dcm")
     (problem,) = problems_of(discover_sites, tmp_path / "only")
     assert "1 files in unsupported formats (.dcm 1): x.dcm" in problem.found
@@ -433,7 +436,7 @@ def test_hospitals_that_look_the_same_are_a_warning_that_shows_the_difference(tm
         "b/a_image.png",
     )
     assert len(discover_sites(root)) == 4
-    said = survey(root, discover_sites(root))
+    said = data_warnings(root, discover_sites(root))
     assert [(problem.code, problem.found) for problem in said] == [
         ("DAT-118", "B and b"),
         ("DAT-118", "Zu\\u0308rich and Z\\u00fcrich"),

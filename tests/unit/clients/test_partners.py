@@ -89,7 +89,7 @@ def test_what_a_site_shares_of_pictures_is_taken_in_grey_levels_and_of_volumes_a
 
 
 def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stores, monkeypatch):
-    monkeypatch.setattr(partners, "_KNOWN", {})
+    monkeypatch.setattr(partners, "_CACHE", {})
     store = stores[0]
     known = own_summary([store], SUMMARY, CPU)
     assert (
@@ -108,8 +108,8 @@ def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stor
 
 
 def test_the_oldest_summaries_make_room(stores, monkeypatch):
-    monkeypatch.setattr(partners, "_KNOWN", {})
-    monkeypatch.setattr(partners, "KNOWN_SUMMARIES", 1)
+    monkeypatch.setattr(partners, "_CACHE", {})
+    monkeypatch.setattr(partners, "MAX_CACHED_SUMMARIES", 1)
     first = own_summary(stores[:1], SUMMARY, CPU)
     own_summary(stores[1:], SUMMARY, CPU)
     again = own_summary(stores[:1], SUMMARY, CPU)
