@@ -47,7 +47,6 @@ class LocalState:
         Returns:
             The state's round and its tensors by name; (0, {}) if there is none.
 
-
         Raises:
             FedsgcgError: SITE-501 when the file cannot be read.
         """

@@ -206,7 +206,6 @@ def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
     It is `site` of the node config or, in a simulation, the k-th of the sorted names for partition
     k.
 
-
     Raises:
         FedsgcgError: DAT-101 when the node config names no site.
     """

@@ -293,7 +293,6 @@ def learning_rate(plan: Plan, round_number: int, share: float) -> float:
 
     Progress counts over all rounds. See "Loss" in docs/explanation/ram-dsir.md.
 
-
     Args:
         plan: Provides lr0, the power and the number of rounds.
         round_number: From 1.

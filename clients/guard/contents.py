@@ -28,7 +28,6 @@ def shared_contents(
 
     None if the site's own file does not allow it.
 
-
     Args:
         stores: The hospitals' cases.
         identity: Run, plan and fold, from which the salt is derived.

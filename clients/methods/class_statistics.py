@@ -51,7 +51,6 @@ def site_statistics(
 
     The slices are not augmented.
 
-
     Args:
         network: Holds the received global weights; neither its weights nor its running moments
             change.

@@ -57,7 +57,6 @@ class LocalMixer:
 
     They come from another domain if the client has several.
 
-
     Args:
         tables: The slices of each source domain.
         settings: Provides the window.

@@ -154,7 +154,6 @@ def build_guide(
 
     Also None in the warm-up, except with `prototypes.memory=online`.
 
-
     Args:
         prototypes: Global prototypes from the coordinator.
         state: The site's state after its last round.

@@ -88,7 +88,6 @@ def class_balanced_mean(values: Tensor, labels: Tensor, active: Tensor) -> Tenso
 
     Only active classes that occur count; without any the result is 0.
 
-
     Sums are float64, because `index_add` adds sequentially: float32 loses 0.4 % of a sum of a
     million pixels.
     """

@@ -76,7 +76,6 @@ def chosen_slice(masks: Mask, truth: Mask | None) -> tuple[int, str]:
     It is the slice with the most wrong pixels or, without errors or a truth, the middle slice that
     contains a structure.
 
-
     Args:
         masks: (S, Z, Y, X).
         truth: (S, Z, Y, X), None if it is not known.

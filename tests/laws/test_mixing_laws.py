@@ -267,7 +267,6 @@ def test_drawn_amplitudes_deviate_and_go_together_as_the_summary_says():
     The standard error of a deviation is sigma / sqrt(2 n), of a covariance sigma_c sigma_d sqrt((1
     + rho^2) / n), of a mean sigma / sqrt(n). Six of them are allowed for the worst of 9 x 72
     numbers, for any seed.
-
     """
     rng, draws = np.random.default_rng(0), 4000
     base = textures(rng, 62)
