@@ -364,7 +364,8 @@ def _no_case(site: Site, usable: int) -> Problem:
 def _empty_mask(name: str) -> Problem:
     """Return the note about a mask without a structure, which may be right or not drawn."""
     action = (
-        "The case is used as one without the structure; if its mask was never drawn, leave it out."
+        "The case is trained on and evaluated without the structure; if its mask was never drawn, "
+        "leave the case out."
     )
     return Problem(
         "DAT-110", "no declared structure", "at least one in most cases", action, where=name
