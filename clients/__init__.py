@@ -1,1 +1,1 @@
-"""Hospital side: reads cases, trains and evaluates; nothing leaves except through `clients.guard.egress`."""
+"""The hospital's side: reads cases, trains, evaluates. Replies leave through `guard.egress`."""

@@ -1,7 +1,8 @@
-"""A training step as one CUDA graph: a small U-Net is bound by launching its kernels, not by running them.
+"""Replays a training step as one CUDA graph.
 
-An eager step of this network is 1 500 to 2 000 launches (performance.md 4). Captured once for each shape of a batch,
-it is one. On a CPU a step is simply called.
+For a small U-Net, launching kernels takes longer than running them: an eager step has 1 500 to 2
+000 launches, a captured one has a single launch. A step is captured once for each batch shape. On a
+CPU it is called directly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 WARM_STEPS: Final = 3
-"""Steps of a shape that run eagerly first: they choose algorithms and make the optimiser's moments."""
+"""Eager steps before a capture; they select algorithms and allocate optimiser state."""
 
 Step = Callable[..., Tensor]
 
@@ -21,25 +22,25 @@ Step = Callable[..., Tensor]
 def adam(
     groups: Sequence[dict[str, Any]], rate: float, weight_decay: float, device: torch.device
 ) -> torch.optim.Adam:
-    """Make the fused Adam; on a GPU rate and step counter lie there, so that a step can be captured.
+    """Build a fused Adam whose step can be captured, with rate and step counter on the GPU.
 
     Args:
-        groups: Parameter groups; each may have a `factor` that scales its rate.
-        rate: Learning rate to begin with.
+        groups: Parameter groups; an optional `factor` scales a group's rate.
+        rate: Initial learning rate.
         weight_decay: L2 penalty.
-        device: Where the parameters lie.
+        device: Device of the parameters.
     """
     on_gpu = device.type == "cuda"
     own = [dict(group) for group in groups]
-    for group in own:  # a tensor of its own for each: the default would be shared
-        group["lr"] = (
-            torch.tensor(rate * group.get("factor", 1.0), device=device) if on_gpu else rate
-        )
+    for group in own:
+        # Each group needs its own tensor; the default rate would be shared.
+        scaled = rate * group.get("factor", 1.0)
+        group["lr"] = torch.tensor(scaled, device=device) if on_gpu else rate
     return torch.optim.Adam(own, lr=rate, weight_decay=weight_decay, fused=True, capturable=on_gpu)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of the rate, without a wait where the rate is a tensor on a device."""
+    """Set every group's learning rate without synchronising with the device."""
     for group in optimizer.param_groups:
         value = rate * group.get("factor", 1.0)
         if isinstance(group["lr"], Tensor):
@@ -49,20 +50,24 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 class Replay:
-    """Calls a step, on a GPU as a captured graph from the fourth call of a shape on.
+    """Calls a step; on a GPU, from the fourth call with a shape on, as a captured graph.
 
-    The first calls are real steps too, so a run takes the same steps on the same batches with and without a graph.
+    The first calls are real steps, so a run takes the same steps on the same batches with and
+    without a graph.
 
     Args:
-        step: Takes tensors, trains, returns a tensor of figures. It reads no value back to the host, draws no random
-            numbers, and sets the gradients to None first. What else it uses (weights, prototypes, the optimiser's
-            state) must stay at its place in memory and may be overwritten in place.
-        clear: Sets the gradients to None; a graph needs gradients of its own.
-        device: Where it computes.
+        step: Takes tensors, trains, returns a tensor of metrics. It must not read values back to
+            the host nor draw random numbers, and must set the gradients to None first. Whatever
+            else it uses (weights, prototypes, optimiser state) must keep its address in memory and
+            may be overwritten in place.
+        clear: Sets the gradients to None, because a graph allocates its own.
+        device: Device of the step.
     """
 
     def __init__(self, step: Step, clear: Callable[[], None], device: torch.device) -> None:
-        self._step, self._clear, self._device = step, clear, device
+        self._step = step
+        self._clear = clear
+        self._device = device
         self._seen: dict[Hashable, int] = {}
         self._captured: dict[Hashable, tuple[list[Tensor], Callable[[], Tensor]]] = {}
 
@@ -70,11 +75,11 @@ class Replay:
         """Take one step.
 
         Args:
-            tensors: What the step takes, on the device.
-            key: Whatever else the step depends on that is not a tensor (sizes of the domains, parts of a batch).
+            tensors: The step's arguments, on the device.
+            key: Other inputs that determine the step (sizes of the domains, parts of a batch).
 
         Returns:
-            The step's figures; they stay valid.
+            The step's metrics, copied out of the graph's memory.
         """
         if self._device.type == "cpu":
             return self._step(*tensors)
@@ -82,7 +87,7 @@ class Replay:
         if shape not in self._captured:
             self._seen[shape] = self._seen.get(shape, 0) + 1
             if self._seen[shape] <= WARM_STEPS:
-                return self._beside(lambda: self._step(*tensors))
+                return self._on_side_stream(lambda: self._step(*tensors))
             inputs = [tensor.clone() for tensor in tensors]
             self._clear()
             self._captured[shape] = inputs, self._capture(lambda: self._step(*inputs))
@@ -91,8 +96,8 @@ class Replay:
             own.copy_(given)
         return replay().clone()
 
-    def _beside(self, work: Callable[[], Tensor]) -> Tensor:
-        """Run on a side stream, where a capture looks for what was allocated before it."""
+    def _on_side_stream(self, work: Callable[[], Tensor]) -> Tensor:
+        """Run on a side stream, as CUDA graphs require of the steps before a capture."""
         main = torch.cuda.current_stream(self._device)
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(main)
@@ -103,11 +108,10 @@ class Replay:
         return figures
 
     def _capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Record the launches of `work`, which does not run yet; the result runs them all at once."""
+        """Record the launches of `work` without running them; return their replay."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, capture_error_mode="thread_local"
-        ):  # another thread may be sending batches
+        # Thread-local, because another thread may be sending batches to the device.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             figures = work()
 
         def replay() -> Tensor:

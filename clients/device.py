@@ -1,4 +1,4 @@
-"""Where a site computes and in which precision: what is asked for and absent is refused, never replaced in silence."""
+"""Device and precision of a site; an unavailable device is an error, never silently replaced."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def choose_device(device: str, threads: int = 1) -> torch.device:
-    """Choose the device and fix what the order of sums depends on: thread count and deterministic algorithms.
+    """Choose the device; set the thread count and deterministic algorithms, which fix rounding.
 
     Args:
-        device: `auto` (a GPU where one is visible), `cpu` or `cuda`.
+        device: `auto` (a GPU if one is available), `cpu` or `cuda`.
         threads: CPU threads of this process.
 
     Raises:
-        FedsgcgError: CFG-004 when `cuda` is asked for and absent, with what was found.
+        FedsgcgError: CFG-004 when `cuda` is requested and unavailable.
     """
     torch.set_num_threads(threads)
     usable = device != "cpu" and torch.cuda.is_available()
@@ -33,24 +33,24 @@ def choose_device(device: str, threads: int = 1) -> torch.device:
             action="install the driver and a CUDA build of torch, or set device=cpu or device=auto",
         )
     chosen = torch.device("cuda" if usable else "cpu")
-    # On a CPU the same seed must give the same hash; on a GPU the deterministic kernels of bilinear upsampling cost
-    # too much, and reproducibility has a stated tolerance there (reliability.md I7).
-    # `torch.use_deterministic_algorithms` says the same, but imports torch's compiler: three seconds of a process that
-    # does not train.
+    # On a CPU the same seed must give the same hash; on a GPU the deterministic kernels of bilinear
+    # upsampling cost too much, and reproducibility is stated only up to a tolerance ("Reproducible"
+    # in docs/explanation/protocol.md). `torch.use_deterministic_algorithms` does the same but
+    # imports torch's compiler, which takes three seconds.
     torch.set_deterministic_debug_mode("error" if chosen.type == "cpu" else "default")
-    # Batches of one shape come thousands of times: the first may try which convolution is fastest.
+    # Batch shapes repeat thousands of times, so searching for the fastest convolution pays off.
     torch.backends.cudnn.benchmark = chosen.type == "cuda"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return chosen
 
 
 def precision(settings: MethodSettings, device: torch.device) -> torch.dtype:
-    """Return the type of the network's arithmetic: bf16 on a GPU whose hardware has it, float32 elsewhere.
+    """Return the network's compute type: bf16 on a GPU with bf16 hardware, float32 elsewhere.
 
-    A CPU never gets bf16: without special instructions it is a hundred times slower there (performance.md 6).
+    A CPU never uses bf16: without special instructions it is about a hundred times slower there.
 
     Raises:
-        FedsgcgError: CFG-004 when `bf16` is asked for and the device does not have it.
+        FedsgcgError: CFG-004 when `bf16` is requested and the device does not support it.
     """
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if settings.precision == "bf16" and not has_bf16:
@@ -65,15 +65,16 @@ def precision(settings: MethodSettings, device: torch.device) -> torch.dtype:
 
 
 def autocast_for(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Return the context in which the network runs: autocast to `dtype`, or nothing for float32."""
-    return torch.autocast(
-        device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
-    )
+    """Return the network's autocast context, disabled for float32."""
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
 
 
 def describe_hardware() -> str:
-    """Say in one line what there is: torch's build, the driver, and what the environment shows of the GPUs."""
+    """Describe torch's build, the NVIDIA driver and the visible GPUs in one line."""
     driver = _DRIVER.read_text().splitlines()[0].strip() if _DRIVER.exists() else "no NVIDIA driver"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
     build = f"torch {torch.__version__} built for CUDA {torch.version.cuda or 'none'}"
-    return f"{build}; {driver}; {torch.cuda.device_count()} device(s); CUDA_VISIBLE_DEVICES {visible!r}"
+    devices = f"{torch.cuda.device_count()} device(s)"
+    return f"{build}; {driver}; {devices}; CUDA_VISIBLE_DEVICES {visible!r}"

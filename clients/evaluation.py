@@ -1,8 +1,11 @@
-"""How good a model is at this hospital: every slice predicted, nothing learned from the labels (methods.md 2.7).
+"""Evaluates a model on a hospital's cases: every slice is predicted; labels only score.
 
-Evaluation uses BatchNorm's running moments, so a prediction does not depend on the slices beside it. Metrics are taken
-at the native size of the image: in three dimensions for a volume, in two for a picture.
-Legend: C output channels, S structures, Z, Y, X native slices, rows, columns; B batch, H, W training size.
+Evaluation uses BatchNorm's running moments, so a prediction does not depend on the other slices of
+its batch. Metrics are computed at the native size of the image, in three dimensions for a volume
+and in two for a picture. See "Scoring" in docs/explanation/protocol.md.
+
+Legend: C output channels, S structures, Z, Y, X native slices, rows, columns; B batch, H, W
+training size.
 """
 
 from __future__ import annotations
@@ -32,15 +35,15 @@ if TYPE_CHECKING:
     from clients.data.store import Case, CaseStore, SliceTable
 
 Mask = npt.NDArray[np.bool_]
-BATCH = 16  # slices in a forward pass; eval-mode BatchNorm makes the result independent of it
+BATCH = 16  # slices per forward pass; the result does not depend on it
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Masks of one case at native size.
+    """Predicted and true masks of one case at native size.
 
     Attributes:
-        case: Whose.
+        case: The case.
         prediction: (S, Z, Y, X) after post-processing.
         truth: (S, Z, Y, X).
         classes: (Z, Y, X) uint8 true class indices.
@@ -64,15 +67,16 @@ def evaluate_cases(
     """Predict and score every case of a split.
 
     Args:
-        network: The model to judge.
+        network: The model to evaluate.
         stores: The cases of each hospital that the site owns.
-        plan: Structures, decision rule, post-processing, unit of distances.
+        plan: Structures, decision rule, post-processing and unit of distances.
         split: `test` or `validation`.
         device: Where the network runs.
-        pictures: File for one slice a case, to look at; it stays at the site. None writes none.
+        pictures: File for one slice of each case, for people to look at; it stays at the site. None
+            writes none.
 
     Returns:
-        Rows of `payload.CASES_SCHEMA`, one a case and structure, cases under their aliases.
+        Rows of `payload.CASES_SCHEMA`, one per case and structure, with cases under their aliases.
     """
     rows: list[dict[str, Any]] = []
     kept: list[Picture] = []
@@ -90,7 +94,7 @@ def evaluate_cases(
 def predict_cases(
     network: nn.Module, store: CaseStore, data: DataSettings, split: str, device: torch.device
 ) -> Iterator[CaseResult]:
-    """Yield the masks of one case after the other; each slice of the cache is read once."""
+    """Yield the masks of each case; every slice of the cache is read once."""
     table = store.slices(split)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     with evaluation_mode(network):
@@ -108,11 +112,11 @@ def predict_cases(
 def validation_dice(
     network: nn.Module, stores: Sequence[CaseStore], plan: Plan, device: torch.device
 ) -> tuple[float, int]:
-    """Dice on the validation slices at training size: quick, without distances, for curves and model choice.
+    """Compute the Dice of the validation cases at training size, for curves and model selection.
 
     Returns:
-        Mean over the validation cases of all hospitals of the mean over structures of a case's Dice, and the number of
-        cases. NaN and 0 without a validation case.
+        The Dice averaged over structures, then over the validation cases of all hospitals, and the
+        number of cases; NaN and 0 without a validation case.
     """
     tables = [table for store in stores if len(table := store.slices("validation"))]
     found = [_validation_dice(network, table, plan, device) for table in tables]
@@ -123,7 +127,7 @@ def validation_dice(
 def _validation_dice(
     network: nn.Module, table: SliceTable, plan: Plan, device: torch.device
 ) -> tuple[float, int]:
-    """Mean Dice over the cases of one table, and their number."""
+    """Return the mean Dice over the cases of one table and their number."""
     cases, position = np.unique(np.asarray(table.case_of), return_inverse=True)
     structures = plan.data.structure_classes()
     sums = torch.zeros(3, len(cases), len(structures), dtype=torch.float64, device=device)
@@ -132,9 +136,8 @@ def _validation_dice(
         for indices in _parts(np.arange(len(table)), BATCH):
             images, labels = (torch.from_numpy(array).to(device) for array in table.stack(indices))
             logits, _ = network(images.to(memory_format=torch.channels_last))
-            counts = overlap_counts(
-                decide(activated(logits, plan.data), plan.data), labels, structures
-            ).double()
+            decided = decide(activated(logits, plan.data), plan.data)
+            counts = overlap_counts(decided, labels, structures).double()
             sums.index_add_(1, torch.from_numpy(position[indices]).to(device), counts)
     return float(dice_from_counts(sums).mean().item()), len(cases)
 
@@ -142,7 +145,7 @@ def _validation_dice(
 def logits_of(
     network: nn.Module, table: SliceTable, indices: npt.NDArray[np.int64], device: torch.device
 ) -> Tensor:
-    """Logits (B, C, H, W) of some slices at training size."""
+    """Return the logits (B, C, H, W) of some slices at training size."""
     images, _ = table.stack(indices)
     logits: Tensor = network(
         torch.from_numpy(images).to(device, memory_format=torch.channels_last)
@@ -151,15 +154,15 @@ def logits_of(
 
 
 def activated(logits: Tensor, data: DataSettings) -> Tensor:
-    """Probabilities (B, C, H, W) of logits: of the K classes with softmax, of the S structures with sigmoid."""
+    """Return probabilities (B, C, H, W): of classes with softmax, of structures with sigmoid."""
     return logits.sigmoid() if data.activation == "sigmoid" else logits.softmax(1)
 
 
 def decide(probabilities: Tensor, data: DataSettings) -> Tensor:
-    """Structures (B, S, H, W) bool from probabilities (B, C, H, W).
+    """Return structures (B, S, H, W) bool from probabilities (B, C, H, W).
 
-    Softmax: a pixel belongs to a structure when its most likely class is one of the structure's classes. Sigmoid: when
-    its probability exceeds the threshold.
+    Softmax: a pixel belongs to a structure when its most likely class is one of the structure's
+    classes. Sigmoid: when its probability exceeds the threshold.
     """
     if data.activation == "sigmoid":
         return probabilities > data.threshold
@@ -169,11 +172,12 @@ def decide(probabilities: Tensor, data: DataSettings) -> Tensor:
 def native_probabilities(
     logits: Tensor, native: Sequence[int], data: DataSettings
 ) -> Iterator[Tensor]:
-    """Yield the probabilities (C, Y, X) of each slice of logits (Z, C, h, w) at its native size (Y, X).
+    """Yield the probabilities (C, Y, X) of each slice of logits (Z, C, h, w) at native size (Y, X).
 
-    The one rule of evaluation and of `predict`, the published one (methods.md 2.7): activation at training size, then
-    bilinear to the native size; what is decided, is decided there. Interpolated logits would move the edge, because
-    the two are not proportional. Slice by slice, because a whole volume at native size may not fit.
+    Used by evaluation and by `predict`, as in the published code of RAM-DSIR: the activation is
+    applied at training size, the probabilities are interpolated bilinearly to the native size, and
+    the decision is made there. Interpolating logits would move the edges. The function yields
+    single slices because a volume at native size may not fit in memory.
     """
     for part in torch.unbind(logits):
         probabilities = activated(part[None], data)
@@ -183,7 +187,7 @@ def native_probabilities(
 
 
 def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSettings) -> Mask:
-    """Decide logits (Z, C, h, w) at the native size (Y, X), before post-processing: (S, Z, Y, X)."""
+    """Return the structures (S, Z, Y, X) of logits (Z, C, h, w) before post-processing."""
     decided = [decide(maps[None], data)[0] for maps in native_probabilities(logits, native, data)]
     masks: Mask = torch.stack(decided, dim=1).cpu().numpy()
     return masks
@@ -192,13 +196,15 @@ def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSett
 def post_process(masks: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
     """Keep the largest component and fill holes of each structure; an empty mask stays empty.
 
-    A structure whose classes are among those of another lies inside it: the outer one is processed first and the inner
-    one is cut to it, so that nested structures do not come apart. With both steps off the masks stay as they are.
+    A structure whose classes are a subset of another's is nested in it. The outer one is processed
+    first and the inner one is clipped to it, so that nested structures stay nested. With both steps
+    off the masks are returned unchanged.
 
     Args:
         masks: (S, Z, Y, X).
-        data: Which of the two steps are on.
-        is_picture: Components touch by edges or corners (8-connected) in a picture, by faces in a volume.
+        data: Which of the two steps are enabled.
+        is_picture: A picture's components are connected by edges or corners (8-connectivity), a
+            volume's by faces.
     """
     out = masks.copy()
     if not (data.largest_component or data.fill_holes):
@@ -206,13 +212,13 @@ def post_process(masks: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
     parts = [set(classes) for classes in data.structure_classes().values()]
     for inner in sorted(range(len(out)), key=lambda index: -len(parts[index])):
         outer = [out[index] for index, classes in enumerate(parts) if classes > parts[inner]]
-        room = np.logical_and.reduce([np.ones_like(out[inner]), *outer])
-        out[inner] = _tidied(out[inner] & room, data, is_picture=is_picture) & room
+        allowed = np.logical_and.reduce([np.ones_like(out[inner]), *outer])
+        out[inner] = _clean(out[inner] & allowed, data, is_picture=is_picture) & allowed
     return out
 
 
-def _tidied(mask: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
-    """One structure (Z, Y, X) after the steps that are on."""
+def _clean(mask: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
+    """Apply the enabled steps to one structure (Z, Y, X)."""
     if data.largest_component:
         mask = largest_component(mask, 3 if is_picture else 1)
     if data.fill_holes:
@@ -221,7 +227,10 @@ def _tidied(mask: Mask, data: DataSettings, *, is_picture: bool) -> Mask:
 
 
 def largest_component(mask: Mask, connectivity: int) -> Mask:
-    """The connected component with the most pixels; the first in scan order among equals; empty stays empty."""
+    """Return the component with the most pixels, the first in scan order among equals.
+
+    An empty mask stays empty.
+    """
     structure = ndimage.generate_binary_structure(mask.ndim, connectivity)
     labels, number = ndimage.label(mask, structure)
     if number < 2:
@@ -232,14 +241,15 @@ def largest_component(mask: Mask, connectivity: int) -> Mask:
 
 
 def structure_masks(classes: npt.NDArray[np.uint8], data: DataSettings) -> Mask:
-    """Structures (S, Z, Y, X) of a class map (Z, Y, X)."""
+    """Return the structures (S, Z, Y, X) of a class map (Z, Y, X)."""
     return np.stack([np.isin(classes, indices) for indices in data.structure_classes().values()])
 
 
 def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
-    """Score one case: a row of `payload.CASES_SCHEMA` for every structure.
+    """Score one case; return a row of `payload.CASES_SCHEMA` for every structure.
 
-    Distances are in native pixels or voxels; in millimetres too where the data say that their spacing is real.
+    Distances are in native pixels or voxels, and also in millimetres if `data.spacing_unit` is
+    `mm`.
     """
     rows = []
     spacing = result.case.spacing if data.spacing_unit == "mm" else None
@@ -270,21 +280,24 @@ def case_rows(result: CaseResult, data: DataSettings) -> list[dict[str, Any]]:
 def overlap_counts(
     decided: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]
 ) -> Tensor:
-    """Pixels in both, in the prediction and in the truth, (3, B, S); ignored pixels count nowhere."""
+    """Count pixels in the intersection, the prediction and the truth, (3, B, S).
+
+    Ignored pixels are not counted.
+    """
     valid = (labels != IGNORE).unsqueeze(1)
     truth, decided = structure_targets(labels, structures) & valid, decided & valid
     return torch.stack([(truth & decided).sum((2, 3)), decided.sum((2, 3)), truth.sum((2, 3))])
 
 
 def dice_from_counts(counts: Tensor) -> Tensor:
-    """Dice from (3, ...) counts of both, prediction and truth; 1 where both masks are empty."""
+    """Return the Dice of the (3, ...) counts of `overlap_counts`; 1 where both masks are empty."""
     both, predicted, true = counts
     total = predicted + true
     return torch.where(total > 0, 2 * both / total.clamp(min=1), torch.ones_like(total))
 
 
 def slices_by_case(table: SliceTable) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """Yield (case index, indices of its slices from bottom to top)."""
+    """Yield (case index, indices of its slices in order of z)."""
     owners = np.asarray(table.case_of)
     order = np.argsort(owners, kind="stable")
     edges = [0, *(np.flatnonzero(np.diff(owners[order])) + 1).tolist(), len(order)]
@@ -295,7 +308,7 @@ def slices_by_case(table: SliceTable) -> Iterator[tuple[int, npt.NDArray[np.int6
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients and with running moments; afterwards the network is in the mode it had."""
+    """Evaluate without gradients and with running moments; restore the mode afterwards."""
     was_training = network.training
     network.eval()
     try:
@@ -323,7 +336,7 @@ def _picture(result: CaseResult, rows: list[dict[str, Any]], store: CaseStore) -
 def _flat(
     prediction: Mask, truth: Mask, spacing: tuple[float, ...] | None
 ) -> tuple[Mask, Mask, tuple[float, ...] | None]:
-    """Take a single slice as the plane it is: a third axis of length one would make every pixel a surface pixel."""
+    """Drop the third axis of a single slice, which would make every pixel a surface pixel."""
     if prediction.shape[0] > 1:
         return prediction, truth, spacing
     return prediction[0], truth[0], spacing[1:] if spacing is not None else None

@@ -1,7 +1,8 @@
-"""What a site keeps of its own training between rounds and never sends: restoration decoder, Adam's moments, sums.
+"""Training state that a site keeps between rounds and never sends.
 
-One safetensors file a round in the site's folder, named after the run and its plan. Training of round r starts from the
-state of an earlier round alone, so a coordinator that repeats a round after a restart gets the same answer.
+It holds the restoration decoder, Adam's moments and sums of class statistics, in one safetensors
+file per round, named after the run and its plan. Round r starts from the state of an earlier round,
+so a coordinator that repeats a round after a restart gets the same answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common.errors import fail
 from common.wire.payload import Identity
 
 KEPT_ROUNDS: Final = 3
-"""Files that stay: the round that may be repeated, the one before it, and one more for a damaged journal."""
+"""Number of files kept: the round that may be repeated, its predecessor and one spare."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LocalState:
     """The state files of one run at one site.
 
     Attributes:
-        folder: Where they lie.
+        folder: Folder of the files.
         key: Digest of run and plan.
     """
 
@@ -36,12 +37,15 @@ class LocalState:
 
     @classmethod
     def of(cls, home: Path, identity: Identity) -> LocalState:
-        """Return the state of a run."""
+        """Return the state files of a run."""
         text = f"{identity.run}\x1f{identity.heldout}\x1f{identity.plan}"
         return cls(home / "state", hashlib.sha256(text.encode()).hexdigest()[:16])
 
     def load(self, round_number: int) -> tuple[int, dict[str, Tensor]]:
-        """Read the newest state older than a round: (its round, tensors by name); (0, {}) when there is none.
+        """Read the newest state before a round.
+
+        Returns:
+            The state's round and its tensors by name; (0, {}) if there is none.
 
         Raises:
             FedsgcgError: SITE-501 when the file cannot be read.
@@ -53,11 +57,11 @@ class LocalState:
         try:
             return numbers[-1], load_file(path)
         except (OSError, SafetensorError) as error:
-            action = "remove the file: the site goes on with a fresh state"
+            action = "remove the file; the site then continues with a fresh state"
             raise fail("SITE-501", where=str(path), found=str(error), action=action) from error
 
     def store(self, round_number: int, tensors: dict[str, Tensor]) -> None:
-        """Write the state after a round, whole or not at all, and remove files that no round can need.
+        """Write the state after a round atomically and remove files that are no longer needed.
 
         Raises:
             FedsgcgError: SITE-501 when the folder cannot be written.
@@ -71,11 +75,11 @@ class LocalState:
             )
             partial.replace(path)
             for number in self._rounds():
-                # A later round than this one belongs to a past that is being repeated.
+                # Later rounds are left over from before the coordinator repeated this one.
                 if number <= round_number - KEPT_ROUNDS or number > round_number:
                     self._path(number).unlink(missing_ok=True)
         except OSError as error:
-            expected = "a site folder that can be written"
+            expected = "a writable site folder"
             raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error
 
     def _path(self, number: int) -> Path:

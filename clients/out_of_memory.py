@@ -1,4 +1,4 @@
-"""When the memory does not hold a training step: how that is noticed, and what is let go before the next try."""
+"""Detects out-of-memory errors and frees memory for a retry."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 T = TypeVar("T")
 
 SIGNS: Final = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
-"""Words of the RuntimeErrors that torch's CPU allocator, the CUDA driver, cuBLAS and cuDNN raise for want of memory."""
+"""Out-of-memory messages of torch's CPU allocator, the CUDA driver, cuBLAS and cuDNN."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on a GPU or on the host.
+    """Return whether an error means that memory ran out, on a GPU or on the host.
 
-    Torch has a class of its own for CUDA's allocator only. An error that another one followed, as when the capture of a
-    graph is cut off, counts too.
+    Torch has a dedicated class for CUDA's allocator only. An out-of-memory error that caused
+    another error counts as well, as when it interrupts the capture of a graph.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -31,9 +31,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def unless_out_of_memory(work: Callable[[], T]) -> T | None:
-    """Return what the work returns, None when the memory does not hold it; every other error goes on its way.
+    """Return the result of `work`, or None if memory runs out; other errors propagate.
 
-    The error ends here because it keeps the frames of the work, and they their tensors.
+    The error is not passed on, because its frames would keep their tensors alive.
     """
     try:
         return work()
@@ -44,7 +44,7 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what an abandoned step still holds; to be called after its error is gone."""
+    """Free what an abandoned step still holds; call it after the error has been discarded."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

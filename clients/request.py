@@ -1,4 +1,4 @@
-"""One message at a site: who is asked, by which plan, in which role; and the boundary that no error text crosses."""
+"""Handling one message at a site: its settings, its role and the conversion of errors to codes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from clients.boundary import NOBODY, identity_of, keep_trace
 from clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
 from clients.data.store import CaseStore, open_store
 from clients.device import choose_device
 from clients.guard.approval import check_approved
-from clients.guard.egress import release_error
+from clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
 from clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
 from clients.guard.site_file import SiteFile
 from clients.local_state import LocalState
@@ -33,12 +32,10 @@ from common.settings.plan import Plan
 from common.wire.messages import Request, decode_request
 from common.wire.payload import Identity
 
-SPLITS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class SiteRequest:
-    """Everything that answering one message needs.
+    """What a handler needs to answer one message.
 
     Attributes:
         request: What the coordinator sent.
@@ -47,7 +44,7 @@ class SiteRequest:
         root: Folder of the data set.
         home: The site's own folder: ledger, error log, aliases, pictures.
         kind: Type of the message.
-        policy: The site's own settings, already put into `plan`; None in a simulation.
+        policy: The site's own settings, already applied to `plan`; None in a simulation.
     """
 
     request: Request
@@ -70,14 +67,15 @@ class SiteRequest:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where this site computes; raises CFG-004 when what is asked for is absent."""
+        """Device of this site; raises CFG-004 when the requested device is unavailable."""
         return choose_device(self.plan.site.device, self.plan.site.threads)
 
     @cached_property
     def stores(self) -> tuple[CaseStore, ...]:
-        """The cases of every hospital that the site owns: one, or all source domains of a pooled run.
+        """The cases of the site's hospitals: one, or all source domains of a pooled run.
 
-        The slice cache is made where it is missing, and who is behind each alias is written down at the site.
+        Builds the slice cache where it is missing, and writes `aliases.csv` and `problems.txt` to
+        the site's folder.
         """
         data, cache = self.plan.data, resolve_cache(self.plan.site)
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
@@ -94,25 +92,29 @@ class SiteRequest:
 
     @cached_property
     def patients(self) -> NDArray[np.int64]:
-        """Training patients of each class (K,), which the patient floor compares."""
+        """Number of training patients of each class (K,), for the patient floor."""
         return patients_per_class(self.stores, self.plan.data.num_classes)
 
     @cached_property
-    def different_pixels(self) -> NDArray[np.int64] | None:
-        """Training pixels of each class (K,) where the statistics count a pixel more than once, else None."""
+    def distinct_pixels(self) -> NDArray[np.int64] | None:
+        """Number of distinct training pixels of each class (K,), for the pixel floor.
+
+        None unless the statistics count a pixel more than once (`prototypes.memory=online`).
+        """
         if self.plan.prototypes.memory != "online":
             return None
         return pixels_per_class(self.stores, self.plan.data.num_classes)
 
     @property
     def state(self) -> LocalState:
-        """What the site keeps of its own training in this run."""
+        """The site's own training state in this run."""
         return LocalState.of(self.home, self.identity)
 
     def public_problems(self) -> list[dict[str, str]]:
-        """What is wrong with the site's cases, as it may leave: codes, and aliases of the cases that have one.
+        """Return the problems of the site's cases as codes and aliases, which may leave the site.
 
-        A case that could not be read has no alias, since an alias needs the image (`clients.data.store`).
+        A case that could not be read has no alias, since an alias needs the image
+        (`clients.data.store`).
         """
         found = []
         for store in self.stores:
@@ -130,56 +132,60 @@ def handle(
     context: Context,
     tree: Mapping[str, Any] | None,
 ) -> RecordDict:
-    """Do the work of one message; whatever goes wrong becomes a reply that holds a code and nothing else.
+    """Handle one message; any exception becomes a reply that holds only an error code.
 
     Args:
         work: The handler.
-        message: What came.
-        context: Names this node and carries Flower's run config.
-        tree: Resolved settings; None reads the run config.
+        message: The received message.
+        context: Flower's context: node config and run config.
+        tree: Resolved settings; if None, they are read from the run config.
     """
-    identity, site, home = NOBODY, "", None
+    identity = UNKNOWN_IDENTITY
+    site, home = "", None
     kind = str(message.metadata.message_type)
     try:
         identity = identity_of(message.content)
         if policy := policy_of(context.node_config):
             site, home = policy.site, Path(policy.home)
             check_approved(policy)
-        asked = plan_of_run(tree, dict(context.run_config), context.run_id)
-        plan = apply_policy(asked, policy)
+        requested = plan_of_run(tree, dict(context.run_config), context.run_id)
+        plan = apply_policy(requested, policy)
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
         request = decode_request(message.content)
-        check_identity(request.identity, asked)
+        check_identity(request.identity, requested)
         return work(SiteRequest(request, plan, site, root, home, kind, policy))
     except Exception as error:
-        keep_trace(home, kind, identity)
-        unforeseen = "SITE-502" if out_of_memory(error) else "SITE-500"
-        code = error.public() if isinstance(error, FedsgcgError) else unforeseen
-        return release_error(
-            code, identity, site, home, kind, note=str(error) if code.startswith("POL") else ""
-        )
+        log_exception(home, kind, identity)
+        if isinstance(error, FedsgcgError):
+            code = error.public()
+        elif out_of_memory(error):
+            code = "SITE-502"
+        else:
+            code = "SITE-500"
+        note = str(error) if code.startswith("POL") else ""
+        return release_error(code, identity, site, home, kind, note=note)
 
 
-def require_role(visit: SiteRequest, *allowed: str) -> None:
-    """Refuse what the site's role in this fold, or the site's own settings, forbid.
+def require_role(task: SiteRequest, *allowed: str) -> None:
+    """Refuse a request that the site's role in this fold or the site's own settings forbid.
 
     Raises:
         FedsgcgError: ROL-201.
     """
-    accepted = visit.plan.site.roles
-    if visit.role not in allowed or visit.role not in accepted:
+    accepted = task.plan.site.roles
+    if task.role not in allowed or task.role not in accepted:
         raise fail(
             "ROL-201",
-            where=visit.site,
-            found=f"{visit.kind} asked of a site whose role is {visit.role}",
+            where=task.site,
+            found=f"{task.kind} request to a site whose role is {task.role}",
             expected=f"a role among {list(allowed)} that the site accepts ({list(accepted)})",
         )
 
 
 def check_identity(identity: Identity, plan: Plan) -> None:
-    """Compare the request with the plan this site knows.
+    """Check that the request belongs to this site's plan and fold.
 
     Raises:
         FedsgcgError: PAY-120 when the request belongs to another plan or fold.
@@ -195,7 +201,10 @@ def check_identity(identity: Identity, plan: Plan) -> None:
 
 
 def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
-    """Name of this node's site: `site` of its node config, or the k-th of the sorted names for partition k.
+    """Return the name of this node's site.
+
+    It is `site` of the node config or, in a simulation, the k-th of the sorted names for partition
+    k.
 
     Raises:
         FedsgcgError: DAT-101 when the node config names no site.
@@ -215,20 +224,24 @@ def site_of(plan: Plan, root: Path, node_config: Mapping[str, Any]) -> str:
         raise fail(
             "DAT-101",
             found=f"partition {number} of {len(names)} sites",
-            expected="site='name' or a partition-id that has a site in the node config",
+            expected="site='name' or the partition-id of a site in the node config",
         )
     return names[number]
 
 
 def site_home(plan: Plan, site: str) -> Path:
-    """Return the site's own folder: its setting with {site} replaced, or a folder inside the run's output."""
+    """Return the site's own folder.
+
+    It is `site.home` with {site} replaced or, without that setting, a folder inside the run's
+    output.
+    """
     if plan.site.home:
         return expand(plan.site.home.replace("{site}", site), "site.home")
     return Path(plan.output) / "sites" / site
 
 
 def aliases_table(stores: Sequence[CaseStore]) -> str:
-    """Who is behind each alias, as CSV (alias, case)."""
+    """Return the case behind each alias as CSV (alias, case)."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["alias", "case"])
@@ -237,7 +250,7 @@ def aliases_table(stores: Sequence[CaseStore]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of the site's folder, whole or not at all; unchanged content is left alone.
+    """Write a file of the site's folder atomically; a file with the same content is left untouched.
 
     Raises:
         FedsgcgError: SITE-501 when the site's folder cannot be written.
@@ -250,5 +263,5 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        expected = "a site folder that can be written"
+        expected = "a writable site folder"
         raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error

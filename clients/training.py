@@ -1,4 +1,4 @@
-"""One local round: Adam over the site's slices from the received weights, reproducible from seed, round and site."""
+"""Trains the received model for one local round, reproducibly from seed, round and site."""
 
 from __future__ import annotations
 
@@ -54,30 +54,33 @@ def train_round(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
 
-    A step that the memory does not hold is cut into parts whose gradients are accumulated, and the round starts over:
-    from the received weights, state and guide, with the same random streams. The site's log and the figure
-    `micro_batches` say so, and the state makes the site's next round begin with that number of parts.
+    If a step runs out of memory, each step is split into more parts whose gradients are
+    accumulated, and the round is restarted from the received weights, state and guide with the same
+    random streams. This is logged and reported as the metric `micro_batches`. The state makes the
+    site's next round start with that number of parts.
 
     Args:
-        network: Holds the received weights; afterwards the locally trained ones.
-        stores: The cases of each hospital whose data the site owns; their training slices are used.
+        network: Holds the received weights and, afterwards, the locally trained ones.
+        stores: The cases of each of the site's hospitals; their training slices are used.
         plan: Method, schedule and augmentation.
-        round_number: From 1; places the round in the learning-rate schedule and names the random streams.
-        guide: Gives the global prototypes, or None.
-        device: Where to compute.
+        round_number: From 1; determines the learning rate and names the random streams.
+        guide: Provides the global prototypes, or None.
+        device: Device of the training.
         amplitudes: Amplitudes of other sites, for `method.ram.sharing=summary` and `bank`.
         state: What `train_round` returned in the site's last round; None starts fresh.
 
     Returns:
-        Figures of the round: examples (training slices), steps, seconds, learning_rate (of the first step),
-        micro_batches, and the mean over the steps of the loss and of its parts. And the state that stays at the site.
+        Metrics of the round: examples (training slices), steps, seconds, learning_rate (of the
+        first step), micro_batches, and the means over the steps of the loss and its parts. Second,
+        the state that stays at the site.
 
     Raises:
-        FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is not finite,
-            SITE-502 when the memory does not hold a step in the smallest parts.
+        FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is
+            not finite, SITE-502 when a step in its smallest parts runs out of memory.
     """
-    began = time.perf_counter()
-    tables, names = [store.slices("train") for store in stores], [store.site for store in stores]
+    start = time.perf_counter()
+    tables = [store.slices("train") for store in stores]
+    names = [store.site for store in stores]
     state = state or {}
     received = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     sizes = [
@@ -91,7 +94,7 @@ def train_round(
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer)
         session = Session(network, plan, len(stores), device, state)
-        # A guide may follow the batches: one that has seen those of an abandoned round is no longer the round's.
+        # A guide may change with the batches, so each attempt needs its own copy.
         own_guide = copy.copy(guide)
         figures = session.train(
             batches, steps_of(tables, plan.method), own_guide, round_number, parts
@@ -110,29 +113,31 @@ def train_round(
         "examples": float(sum(len(table) for table in tables)),
         "learning_rate": learning_rate(plan, round_number, 0.0),
         "micro_batches": float(parts),
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start,
     }, kept
 
 
 def _more_parts(parts: int, most: int, plan: Plan, round_number: int, device: torch.device) -> int:
-    """Twice as many parts of a step, as far as that goes, told to the site's log.
+    """Return twice the number of parts, at most `most`, and log the retry.
 
     Raises:
-        FedsgcgError: SITE-502 when the step was in its smallest parts already.
+        FedsgcgError: SITE-502 when the step already was in its smallest parts.
     """
     size, side = plan.method.batch_size, plan.data.image_size
     if parts >= most:
         raise fail(
             "SITE-502",
-            found=f"a step of {size} slices of {side} pixels in {parts} parts that {device.type} memory does not hold",
-            expected="a step that fits in the smallest parts: two slices, and one of each source domain",
-            action="lower data.image_size or network.base_width, let fewer runs share the device, or take one with "
-            "more memory",
+            found=f"a step of {size} slices of {side} pixels in {parts} parts does not fit into "
+            f"{device.type} memory",
+            expected="memory for the smallest part: two slices, and one of each source domain",
+            action="lower data.image_size or network.base_width, let fewer runs share the device, "
+            "or use a device with more memory",
         )
     parts = min(2 * parts, most)
     LOG.warning(
-        "round %d: a step of %d slices does not fit into the memory (%s); the round starts over with each step in %d "
-        "parts, the same effective batch (BatchNorm and Dice see the parts)",
+        "round %d: a step of %d slices does not fit into the memory (%s); the round is restarted "
+        "with each step split into %d parts, with the same effective batch "
+        "(BatchNorm and Dice are computed per part)",
         *(round_number, size, device.type, parts),
     )
     return parts
@@ -144,9 +149,9 @@ class Session:
     Args:
         network: Trained in place.
         plan: Method and schedule.
-        domains: D, hospitals whose data the client owns.
-        device: Where to compute.
-        state: As `state()` returned it after the client's last round; missing parts start fresh.
+        domains: D, number of the client's source domains.
+        device: Device of the training.
+        state: What `state()` returned after the client's last round; missing entries start fresh.
     """
 
     def __init__(
@@ -176,10 +181,10 @@ class Session:
         round_number: int,
         micro_batches: int,
     ) -> dict[str, float]:
-        """Take one step a batch.
+        """Take one step per batch.
 
         Returns:
-            Number of steps, and the mean over them of the loss and of its parts.
+            The number of steps, and the means over them of the loss and its parts.
 
         Raises:
             FedsgcgError: TRN-301 when the loss or a trained weight is not finite.
@@ -196,18 +201,17 @@ class Session:
         return self._figures(names, sums, steps, round_number)
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
-        """Take one step; returns the loss and its parts, detached, in the order of `method.parts`."""
-        if (
-            guide is not self._guide
-        ):  # a captured step holds the prototypes that it was captured with
-            self._guide, self._replay = guide, Replay(self._work, self._clear, self._device)
+        """Take one step; return the detached loss and its parts in the order of `method.parts`."""
+        if guide is not self._guide:
+            # A captured step keeps using the prototypes it was captured with.
+            self._guide = guide
+            self._replay = Replay(self._work, self._clear, self._device)
         if isinstance(guide, Guidance | None):
             self._cut = batch.sizes, micro_batches
             tensors = [batch.images, batch.labels, *([] if batch.mixed is None else [batch.mixed])]
             return self._replay(*tensors, key=self._cut)
-        return self._train(
-            batch, micro_batches
-        )  # a guide that changes within the round cannot be captured
+        # A guide that changes during the round cannot be captured.
+        return self._train(batch, micro_batches)
 
     def _work(self, images: Tensor, labels: Tensor, mixed: Tensor | None = None) -> Tensor:
         sizes, micro_batches = self._cut
@@ -231,7 +235,7 @@ class Session:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """What stays at the site: local networks always, Adam's moments with `federation.moments=keep`."""
+        """Return what stays at the site: local networks and, if kept, Adam's moments."""
         tensors = {
             f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()
         }
@@ -241,11 +245,12 @@ class Session:
         return tensors
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
-        if local := {
+        local = {
             name.removeprefix(LOCAL): tensor
             for name, tensor in state.items()
             if name.startswith(LOCAL)
-        }:
+        }
+        if local:
             self.method.local.load_state_dict(local)
         trained = [
             parameter for group in self._optimizer.param_groups for parameter in group["params"]
@@ -255,8 +260,9 @@ class Session:
             if name.startswith(MOMENTS):
                 index, _, kind = name.removeprefix(MOMENTS).partition(".")
                 like = trained[int(index)]
-                # The fused kernel walks through memory: moments must lie as their parameter does, channels last. And
-                # it counts its steps in place: what was given stays as it was, for a round that starts over.
+                # The fused kernel needs moments in their parameter's memory format, channels last.
+                # It also counts steps in place, so the tensors are copied to keep `state` intact
+                # for a restart.
                 moment = (
                     torch.empty_like(like).copy_(tensor)
                     if tensor.shape == like.shape
@@ -269,7 +275,11 @@ class Session:
     def _figures(
         self, names: Sequence[str], sums: Tensor, steps: int, round_number: int
     ) -> dict[str, float]:
-        """Read the sums once at the end: on a GPU this is the only wait of the round; NaN and Inf survive any sum."""
+        """Return the mean losses and the number of steps; check that all values are finite.
+
+        Reading the sums once at the end is the only synchronisation of the round on a GPU. A NaN or
+        Inf of any step is still visible in the sums.
+        """
         weights = self.method.network.state_dict().values()
         finite = torch.stack([torch.isfinite(tensor).all() for tensor in weights]).all()
         values = (sums / steps).tolist()
@@ -279,19 +289,24 @@ class Session:
 
 
 def learning_rate(plan: Plan, round_number: int, share: float) -> float:
-    """Adam's rate at a point of the run: lr0 * (1 - progress) ** power, progress over all rounds (methods.md 2.6).
+    """Return the learning rate lr0 * (1 - progress) ** power at a point of the run.
+
+    Progress counts over all rounds. See "Loss" in docs/explanation/ram-dsir.md.
 
     Args:
-        plan: Gives lr0, the power and the number of rounds.
+        plan: Provides lr0, the power and the number of rounds.
         round_number: From 1.
-        share: Share of the round that is done, in [0, 1].
+        share: Completed share of the round, in [0, 1].
     """
     progress = (round_number - 1 + share) / plan.federation.rounds
     return float(plan.method.learning_rate * max(0.0, 1.0 - progress) ** plan.method.poly_power)
 
 
 def client_name(hospitals: Sequence[str]) -> str:
-    """Name of a client's random streams: that of its hospitals, so that one domain is the same pooled or by site."""
+    """Return the name of a client's random streams, made of its hospitals' names.
+
+    A single domain thus has the same streams with pooled data and by site.
+    """
     return "+".join(hospitals)
 
 
@@ -309,9 +324,9 @@ def round_batches(
         tables: The slices of each source domain.
         plan: Batch sizes, augmentation, seed.
         round_number: Names the random streams.
-        names: The hospital of each table, which names the random streams.
-        device: Where the batches go.
-        mixer: Makes the amplitude-mixed copies; None for methods without.
+        names: The hospital of each table; names the random streams.
+        device: Device of the batches.
+        mixer: Makes the amplitude-mixed copies; None for methods that use none.
     """
     generator = torch.Generator(device).manual_seed(
         stream_seed(plan.seed, round_number, client_name(names), "augment")
@@ -327,17 +342,17 @@ def round_batches(
 def _read(
     tables: Sequence[SliceTable], batches: Iterable[Chosen], mixer: Mixer | None
 ) -> Iterator[tuple[Tensor | tuple[int, ...], ...]]:
-    """Read the slices of each batch, and what the mixer draws for it, on the CPU."""
+    """Read the slices of each batch on the CPU, and draw its partners for mixing."""
     for chosen in batches:
         sizes = tuple(len(numbers) for numbers in chosen)
         yield *gather(tables, chosen), sizes, *(mixer.draw(sizes) if mixer else ())
 
 
 def load_weights(network: nn.Module, weights: Weights) -> None:
-    """Put received weights into the network.
+    """Load received weights into the network.
 
     Raises:
-        FedsgcgError: PAY-103 when names or shapes are not the network's own.
+        FedsgcgError: PAY-103 when names or shapes differ from the network's.
     """
     own, given = network.state_dict(), weights.to_state()
     found = {name: tuple(array.shape) for name, array in given.items()}
@@ -355,7 +370,7 @@ def load_weights(network: nn.Module, weights: Weights) -> None:
 
 
 def weights_of(network: nn.Module) -> Weights:
-    """Return the network's state as it travels."""
+    """Return the network's state in wire format."""
     return Weights.from_state(
         {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
     )
@@ -364,7 +379,7 @@ def weights_of(network: nn.Module) -> Weights:
 def _diverged(round_number: int, step: int) -> Exception:
     return fail(
         "TRN-301",
-        found=f"a loss or weight that is not finite in round {round_number}, step {step}",
+        found=f"a non-finite loss or weight in round {round_number}, step {step}",
         expected="finite numbers",
         action="lower method.learning_rate; nothing of this round leaves the site",
     )

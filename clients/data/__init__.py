@@ -1,1 +1,1 @@
-"""A hospital's cases: found in its files, read once into the slice cache, and served as batches."""
+"""A hospital's cases: files, the slice cache and batches."""

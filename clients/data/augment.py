@@ -1,4 +1,4 @@
-"""Random changes of a batch on its device: image and label map move together.
+"""Random augmentation of a batch on its device; images and labels are moved together.
 
 Legend: B slices of a batch, C channels, H = W = S rows and columns.
 """
@@ -17,19 +17,19 @@ from common.settings.plan import AugmentationSettings
 def augment(
     images: Tensor, labels: Tensor, settings: AugmentationSettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Change each slice at random: flip, rotation, size, shift, then contrast, brightness and noise.
+    """Augment each slice: flip, rotation, scale, shift, then contrast, brightness and noise.
 
-    Runs on the device of the tensors without waiting for it. What comes into view from outside the image repeats the
-    image's border, in images and labels alike, so that no artificial edge is learned.
+    Runs on the tensors' device without synchronising. Areas from outside the image repeat its
+    border, in images and labels, so that no artificial edge is learned.
 
     Args:
         images: (B, C, H, W) float in [-1, 1].
         labels: (B, H, W) class indices of any integer type.
-        settings: How much of each; zero switches one off.
+        settings: Strength of each change; zero disables it.
         generator: Random generator on the tensors' device.
 
     Returns:
-        New images, again in [-1, 1], and new labels of the same type.
+        New images in [-1, 1] and new labels of the same type.
     """
     draw = _Draw(images.shape[0], images.device, generator)
     if settings.flip:
@@ -42,34 +42,33 @@ def augment(
 
 
 class _Draw:
-    """Draws one number a slice from a generator."""
+    """Draws one random number per slice."""
 
     def __init__(self, count: int, device: torch.device, generator: torch.Generator) -> None:
-        self.count, self.device, self.generator = count, device, generator
+        self.count = count
+        self.device = device
+        self.generator = generator
 
     def uniform(self, low: float, high: float) -> Tensor:
         """Return (B,) numbers in [low, high)."""
-        return (
-            torch.rand(self.count, device=self.device, generator=self.generator) * (high - low)
-            + low
-        )
+        numbers = torch.rand(self.count, device=self.device, generator=self.generator)
+        return numbers * (high - low) + low
 
 
 def _move(
     images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: _Draw
 ) -> tuple[Tensor, Tensor]:
-    """Rotate, resize and shift; images bilinear, labels nearest."""
+    """Rotate, scale and shift; images bilinear, labels nearest."""
     angle = draw.uniform(-1, 1) * math.radians(settings.rotate_degrees)
     size = 1 + draw.uniform(-1, 1) * settings.scale
-    # affine_grid counts half sides: a shift of one whole side is 2.
+    # affine_grid measures in half sides: a shift by a full side is 2.
     shift_x, shift_y = (draw.uniform(-2, 2) * settings.shift for _ in range(2))
     cosine, sine = torch.cos(angle) / size, torch.sin(angle) / size
     rows = [torch.stack([cosine, -sine, shift_x], 1), torch.stack([sine, cosine, shift_y], 1)]
     if settings.zoom:
         rows = _zoomed(rows, settings.zoom, draw)
-    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False).to(
-        images.dtype
-    )
+    grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    grid = grid.to(images.dtype)
     moved = functional.grid_sample(
         images, grid, mode="bilinear", padding_mode="border", align_corners=False
     )
@@ -81,7 +80,10 @@ def _move(
 
 
 def _zoomed(rows: list[Tensor], zoom: float, draw: _Draw) -> list[Tensor]:
-    """Let the map (rows of x and y, (B, 3) each) look at a random window of the slice, 1 / factor of a side wide."""
+    """Zoom into a random window of the slice, 1 / factor of a side wide.
+
+    `rows` are the x and y rows of the affine map, (B, 3) each.
+    """
     enlarged = draw.uniform(0, 1) < 0.5
     for axis, row in enumerate(rows):
         factor = torch.where(enlarged, 1 + draw.uniform(0, 1) * zoom, 1.0)

@@ -1,4 +1,4 @@
-"""Batches of training slices, and random changes of them on the device.
+"""Batches of training slices.
 
 Legend: B slices of a batch, C channels, H = W = S rows and columns, D source domains of the client.
 """
@@ -18,18 +18,18 @@ from common.errors import fail
 from common.settings.plan import MethodSettings
 
 Chosen = tuple[NDArray[np.int64], ...]
-"""Numbers of the slices of a batch, one array for each source domain."""
+"""Indices of a batch's slices, one array for each source domain."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's slices, those of a source domain beside each other.
+    """The slices of one step, grouped by source domain.
 
     Attributes:
         images: (B, C, S, S) float32 in [-1, 1], augmented.
         labels: (B, S, S) int64 class indices, 255 = ignore.
-        sizes: Slices of each domain, D numbers with sum B.
-        mixed: (B, C, S, S) the amplitude-mixed copies; None where the method mixes none.
+        sizes: Number of slices of each domain, D numbers with sum B.
+        mixed: (B, C, S, S) amplitude-mixed copies; None for methods without mixing.
     """
 
     images: Tensor
@@ -38,17 +38,18 @@ class Batch:
     mixed: Tensor | None = None
 
     def parts(self, count: int) -> list[tuple[float, Batch]]:
-        """Cut into at most `count` parts that hold every domain (`max_micro_batches`), each with its share of the slices.
+        """Split into at most `count` parts, each with its share of the slices.
 
-        The mean of the parts weighted by their shares is the mean over the slices: gradients of a loss that is a mean
-        over slices add up to those of the whole batch. BatchNorm and the Dice term look at a whole batch and see the
-        parts instead.
+        Every part contains every domain (`max_micro_batches`). The mean over the parts, weighted by
+        their shares, is the mean over the slices, so the gradients of a loss that is a mean over
+        slices add up to those of the full batch. BatchNorm and the Dice term, which depend on the
+        full batch, are computed per part.
         """
         count = min(count, max_micro_batches(self.sizes))
         if count == 1:
             return [(1.0, self)]
         starts = np.cumsum([0, *self.sizes])
-        cut = []
+        parts = []
         for part in range(count):
             kept = [
                 np.arange(start + part, start + size, count)
@@ -57,19 +58,16 @@ class Batch:
             index = torch.from_numpy(np.concatenate(kept)).to(self.images.device)
             mixed = self.mixed[index] if self.mixed is not None else None
             sizes = tuple(len(one) for one in kept)
-            cut.append(
-                (
-                    len(index) / len(self.images),
-                    Batch(self.images[index], self.labels[index], sizes, mixed),
-                )
-            )
-        return cut
+            batch = Batch(self.images[index], self.labels[index], sizes, mixed)
+            parts.append((len(index) / len(self.images), batch))
+        return parts
 
 
 def max_micro_batches(sizes: Sequence[int]) -> int:
-    """Return into how many parts a step can be cut, given its slices of each domain.
+    """Return the number of parts into which a step can be split, given its slices per domain.
 
-    Every part holds every domain, and at least two slices, because BatchNorm at the coarsest level needs more than one.
+    Every part contains every domain and at least two slices, because BatchNorm at the coarsest
+    level needs more than one.
     """
     return max(1, min(sum(sizes) // 2, *sizes))
 
@@ -77,18 +75,20 @@ def max_micro_batches(sizes: Sequence[int]) -> int:
 def index_batches(
     tables: Sequence[SliceTable], settings: MethodSettings, rngs: Sequence[np.random.Generator]
 ) -> Iterator[Chosen]:
-    """Yield the slices of each step of a round.
+    """Yield the slice indices of each step of a round.
 
-    An epoch is the pass over the domain that needs most steps; the others start over, newly shuffled (RAM-DSIR's loop
-    replays their first pass instead, methods.md 2.4). With one domain every slice comes exactly once an epoch.
+    An epoch is a pass over the domain that needs most steps; the others start over, newly shuffled
+    (RAM-DSIR's code replays their first pass instead, see "What differs from the published code" in
+    docs/explanation/ram-dsir.md). With one domain every slice occurs exactly once per epoch.
 
     Args:
         tables: The slices of each of the client's source domains.
         settings: Batch sizes, and `steps_per_round` or `local_epochs`.
-        rngs: Source of the shuffles of each domain; equal generators give equal batches.
+        rngs: Generators of the shuffles of each domain; equal generators give equal batches.
 
     Raises:
-        FedsgcgError: TRN-302 when a table is empty, CFG-001 when `batch_per_domain` does not fit the domains.
+        FedsgcgError: TRN-302 when a table is empty, CFG-001 when `batch_per_domain` does not fit
+            the domains.
     """
     sizes = domain_sizes(settings, len(tables))
     for table in tables:
@@ -97,7 +97,7 @@ def index_batches(
                 "TRN-302",
                 found="no slice",
                 expected="at least one training slice",
-                action="See the site's problems.",
+                action="See problems.txt in the site's folder.",
             )
     endless = [
         _endless(len(table), size, rng)
@@ -108,7 +108,10 @@ def index_batches(
 
 
 def domain_sizes(settings: MethodSettings, domains: int) -> tuple[int, ...]:
-    """Slices of each domain in a step: `batch_size` for one, `batch_per_domain` or even shares for several."""
+    """Return the number of slices of each domain in a step.
+
+    It is `batch_size` for one domain, and `batch_per_domain` or even shares for several.
+    """
     if domains == 1:
         return (settings.batch_size,)
     if settings.batch_per_domain:
@@ -117,7 +120,7 @@ def domain_sizes(settings: MethodSettings, domains: int) -> tuple[int, ...]:
                 "CFG-001",
                 where="method.batch_per_domain",
                 found=f"{len(settings.batch_per_domain)} numbers",
-                expected=f"{domains}, one for each source domain in the order of the names",
+                expected=f"{domains} numbers, one per source domain in the order of the names",
             )
         return settings.batch_per_domain
     share, rest = divmod(max(settings.batch_size, domains), domains)
@@ -125,18 +128,21 @@ def domain_sizes(settings: MethodSettings, domains: int) -> tuple[int, ...]:
 
 
 def gather(tables: Sequence[SliceTable], chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """Read slices: images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) int64, on the CPU."""
+    """Read slices: images (B, C, S, S) float32 in [-1, 1], labels (B, S, S) int64, on the CPU."""
     read = [table.stack(numbers) for table, numbers in zip(tables, chosen, strict=True)]
-    images = np.concatenate([images for images, _ in read]) if len(read) > 1 else read[0][0]
-    labels = np.concatenate([labels for _, labels in read]) if len(read) > 1 else read[0][1]
+    if len(read) == 1:
+        images, labels = read[0]
+    else:
+        images = np.concatenate([images for images, _ in read])
+        labels = np.concatenate([labels for _, labels in read])
     return torch.from_numpy(images), torch.from_numpy(labels).long()
 
 
 def batch_indices(size: int, batch_size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """Return one epoch: a shuffle of `size` slices cut into batches.
+    """Return one epoch: `size` shuffled slices split into batches.
 
-    A single slice that would be left over joins the batch before it, because BatchNorm at the coarsest level needs
-    more than one slice; a table smaller than a batch is used whole.
+    A single remaining slice joins the batch before it, because BatchNorm at the coarsest level
+    needs more than one slice. A table smaller than a batch becomes one batch.
     """
     order = rng.permutation(size)
     cuts = list(range(batch_size, size, batch_size))
@@ -146,7 +152,7 @@ def batch_indices(size: int, batch_size: int, rng: np.random.Generator) -> list[
 
 
 def steps_of(tables: Sequence[SliceTable], settings: MethodSettings) -> int:
-    """Return how many batches a round has."""
+    """Return the number of batches of a round."""
     if settings.steps_per_round:
         return settings.steps_per_round
     sizes = domain_sizes(settings, len(tables))
@@ -156,7 +162,7 @@ def steps_of(tables: Sequence[SliceTable], settings: MethodSettings) -> int:
 
 
 def _steps(slices: int, size: int) -> int:
-    """Batches that `batch_indices` cuts."""
+    """Return the number of batches that `batch_indices` returns."""
     full, rest = divmod(slices, size)
     return max(full + (rest > 1), 1)
 

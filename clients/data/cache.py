@@ -1,4 +1,4 @@
-"""The cache folder of a site: where it is, how processes share it, and the hashes that name what it holds."""
+"""The cache folder of a site: its location, locking between processes, and content hashes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from common.files.errors import disk_advice
 from common.files.system import expand, lock
 
 UNUSED_DAYS = 30.0
-"""Days without use after which a slice file is removed: content-named files pile up as data and settings change."""
+"""Days without use after which a slice file is removed.
+
+Files are named after their content, so they accumulate as data and settings change.
+"""
 
 
 def cache_folder(setting: str) -> Path:
-    """Return the cache folder: the setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg; CFG-009 without a home."""
+    """Return the cache folder: the setting, $FEDSGCG_CACHE or ~/.cache/fedsgcg.
+
+    Raises:
+        FedsgcgError: CFG-009 without a home directory.
+    """
     return expand(
         setting or os.environ.get("FEDSGCG_CACHE", "") or "~/.cache/fedsgcg",
         "site.cache or FEDSGCG_CACHE",
@@ -29,20 +36,25 @@ def cache_folder(setting: str) -> Path:
 
 
 def cache_error(error: OSError, path: Path) -> FedsgcgError:
-    """Return DAT-113 for an error of the file system."""
+    """Return DAT-113 for a file system error."""
     found = f"{type(error).__name__}: {error.strerror or error}"
-    action = disk_advice(error, "set site.cache to a folder that can be written.")
+    action = disk_advice(error, "set site.cache to a writable folder.")
     return fail(
-        "DAT-113", found=found, expected="a folder with free space", action=action, where=str(path)
+        "DAT-113",
+        found=found,
+        expected="a writable folder with free space",
+        action=action,
+        where=str(path),
     )
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; other processes of the machine that want it wait.
+    """Hold an exclusive lock on a file; other processes of the machine wait for it.
 
     Raises:
-        FedsgcgError: DAT-113 when the lock file cannot be made or locked, CFG-008 where there are no locks.
+        FedsgcgError: DAT-113 when the lock file cannot be created or locked, CFG-008 when the file
+            system does not support locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +74,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that others see whole or not at all.
+    """Write a file atomically.
 
     Raises:
         FedsgcgError: DAT-113 when it cannot be written.
@@ -80,20 +92,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def digest(content: bytes, size: int) -> str:
-    """Return a BLAKE2b digest of `size` bytes in hex."""
+    """Return a BLAKE2b digest of `size` bytes as hex."""
     return hashlib.blake2b(content, digest_size=size).hexdigest()
 
 
 def hash_memo(cache: Path, site: str) -> Path:
-    """Return the file that remembers the content hashes of a site's files."""
+    """Return the file that stores the content hashes of a site's files."""
     return cache / "hashes" / f"{digest(site.encode(), 8)}.json"
 
 
 def file_hashes(paths: Sequence[Path], memo: Path) -> dict[Path, str]:
     """Return the content hash of every file.
 
-    A file whose size and time of change are those of the memo is not read again. A file that cannot be read gets the
-    hash "unreadable", so that whoever opens it later can say why, and a repaired file counts as changed.
+    A file whose size and modification time match the memo is not read again. A file that cannot be
+    read gets the hash "unreadable"; the error is reported when the case is read, and a repaired
+    file counts as changed.
     """
     known = _read_memo(memo)
     fresh = {str(path.absolute()): _entry(path, known.get(str(path.absolute()))) for path in paths}
@@ -103,25 +116,22 @@ def file_hashes(paths: Sequence[Path], memo: Path) -> dict[Path, str]:
 
 
 def _entry(path: Path, known: list[Any] | None) -> list[Any]:
-    """Return [size, time of change in ns, hash] of a file."""
+    """Return [size, modification time in ns, hash] of a file."""
     try:
         status = path.stat()
         stamp = [status.st_size, status.st_mtime_ns]
         if known and known[:2] == stamp and known[2] != "unreadable":
             return known
         with path.open("rb") as file:
-            return [
-                *stamp,
-                hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest(),
-            ]
-    except (
-        OSError
-    ):  # the case is told as unusable when it is read; here it only must not look unchanged
+            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return [*stamp, content.hexdigest()]
+    except OSError:
+        # The error is reported when the case is read; here the file must not look unchanged.
         return [0, 0, "unreadable"]
 
 
 def _read_memo(path: Path) -> dict[str, list[Any]]:
-    """Return the remembered entries; a missing or damaged memo only costs reading the files again."""
+    """Return the stored entries; a missing or damaged memo only means that files are read again."""
     try:
         memo = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -131,12 +141,15 @@ def _read_memo(path: Path) -> dict[str, list[Any]]:
 
 
 def cache_files(cache: Path) -> dict[Path, int]:
-    """Return every slice file below a cache folder with its size in bytes."""
+    """Return every slice file of a cache folder with its size in bytes."""
     return {path: path.stat().st_size for path in sorted((cache / "slices").glob("*.arrow"))}
 
 
 def touch_used(path: Path) -> None:
-    """Note once a day that a slice file is in use, so that `prune` keeps it; one that cannot be touched looks older."""
+    """Update a slice file's time at most once a day, so that `prune` keeps it.
+
+    Errors are ignored; the file then looks unused for longer.
+    """
     with suppress(OSError):
         if time.time() - path.stat().st_mtime > 86400:
             os.utime(path)
@@ -145,9 +158,10 @@ def touch_used(path: Path) -> None:
 def prune(
     cache: Path, unused_days: float = UNUSED_DAYS, now: float | None = None
 ) -> dict[Path, int]:
-    """Remove the slice files that no run has opened for some days; returns what is gone, with the sizes.
+    """Remove slice files that were not used for some days; return them with their sizes.
 
-    A process that still reads a removed file keeps it: its memory map holds the content until it ends.
+    A process that is still reading a removed file is not affected, because its memory map keeps the
+    content.
 
     Raises:
         FedsgcgError: DAT-113 when a file cannot be removed.

@@ -1,11 +1,12 @@
-"""The files of one hospital: which cases there are, whose they are, and in which split. No pixel is read here.
+"""The files of one hospital: its cases, their patients and their splits; reads no pixels.
 
-A data root holds either `manifest.csv` (`clients.data.manifest`: `site,image,mask[,patient_id,split]`, other columns
-ignored, paths relative to the root) or one folder a site with `<case>_image.<suffix>` and `<case>_mask.<suffix>` inside
-(`common.images.folders`: links are followed; what is not used is counted in `Site.notes`).
+A data root contains either `manifest.csv` (`clients.data.manifest`:
+`site,image,mask[,patient_id,split]`, other columns ignored, paths relative to the root) or one
+folder per site with `<case>_image.<suffix>` and `<case>_mask.<suffix>` (`common.images.folders`:
+links are followed; unused files are reported in `Site.notes`).
 
-Splits go by patient. Where the manifest names none, a patient's split follows from a hash of the patient's id alone, so
-that adding or removing cases never moves another patient.
+Splits are by patient. If the manifest does not state one, a patient's split follows from a hash of
+the patient's id only, so that adding or removing cases never moves another patient.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ __all__ = [
     "SPLITS",
     "CaseFile",
     "Site",
+    "data_warnings",
     "discover_sites",
     "ensure_data",
     "open_site",
     "resolve_cache",
     "split_of",
     "splits",
-    "survey",
 ]
 
 
@@ -61,8 +62,8 @@ class CaseFile:
         name: Name of the case, unique within the hospital.
         image: Image file.
         mask: Mask file, None when the case has none.
-        patient: The patient's id; the case name where the manifest has none.
-        split: `train`, `validation` or `test` when the manifest says so, else None.
+        patient: The patient's id; the case name if the manifest has none.
+        split: `train`, `validation` or `test` if the manifest states it, else None.
     """
 
     site: str
@@ -75,13 +76,14 @@ class CaseFile:
 
 @dataclass(frozen=True)
 class Site:
-    """One hospital: its cases sorted by name, and what had to be left out.
+    """One hospital: its cases sorted by name, and the problems of cases that were left out.
 
     Attributes:
         name: Name of the hospital.
         cases: Cases whose files exist.
         quarantined: One problem for each case that was left out.
-        notes: Files of its folder that are no case of any kind: other formats, masks without an image, hidden files.
+        notes: Problems of unused files in its folder: other formats, masks without an image, hidden
+            files.
     """
 
     name: str
@@ -92,13 +94,13 @@ class Site:
 
 @dataclass
 class _Listed:
-    """What a data root lists.
+    """The content of a data root.
 
     Attributes:
-        cases: All cases of the hospitals that were asked for.
-        problems: (hospital, problem) of lines that were left out.
-        notes: (folder, problem) of files that are not used.
-        closed: Hospital -> why its folder cannot be listed.
+        cases: All cases of the requested hospitals.
+        problems: (hospital, problem) of manifest lines that were left out.
+        notes: (folder, problem) of unused files.
+        closed: Hospital -> problem, if its folder cannot be listed.
     """
 
     cases: list[CaseFile] = field(default_factory=list)
@@ -108,19 +110,20 @@ class _Listed:
 
 
 def resolve_cache(site: SiteSettings) -> Path:
-    """Return the cache folder of a site: its setting, or $FEDSGCG_CACHE, or ~/.cache/fedsgcg."""
+    """Return the cache folder of a site: its setting, $FEDSGCG_CACHE or ~/.cache/fedsgcg."""
     return cache_folder(site.cache)
 
 
 def ensure_data(data: DataSettings, cache: str) -> Path:
-    """Return the data root; makes the synthetic hospitals below the cache folder on first use.
+    """Return the data root; on first use, create the synthetic hospitals in the cache folder.
 
     Args:
-        data: `root` names the folder; "" with `name=synthetic` asks for the synthetic hospitals.
+        data: `root` names the folder; "" with `name=synthetic` selects the synthetic hospitals.
         cache: Cache folder, "" for the default.
 
     Raises:
-        FedsgcgError: DAT-101 when the folder does not exist or none is named; DAT-113 when it cannot be made.
+        FedsgcgError: DAT-101 when the folder does not exist or is not set; DAT-113 when it cannot
+            be created.
     """
     if data.root:
         root = expand(data.root, "data.root")
@@ -135,28 +138,32 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
             )
         return root
     if data.name != "synthetic":
-        found, action = (
-            "data.root is empty",
-            f"Set data.root=<prepared folder>. {fetch_advice(data.name)}",
+        raise fail(
+            "DAT-101",
+            found="data.root is empty",
+            expected="a folder",
+            action=f"Set data.root=<prepared folder>. {fetch_advice(data.name)}",
+            where=data.name,
         )
-        raise fail("DAT-101", found=found, expected="a folder", action=action, where=data.name)
     return _synthetic(cache_folder(cache))
 
 
 def discover_sites(root: Path, wanted: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the names of the hospitals below a data root, sorted.
+    """Return the sorted names of the hospitals in a data root.
 
     Args:
         root: Data root.
-        wanted: The hospitals that are needed, none for all: a folder that cannot be read stops only who needs it.
+        wanted: The hospitals that are needed, empty for all. An unreadable folder of another
+            hospital is ignored.
 
     Raises:
         FedsgcgError: DAT-101 when the root, its manifest or a hospital's folder cannot be used.
     """
-    listed = _listed(Path(root))
-    if closed := [
+    listed = _list_root(Path(root))
+    closed = [
         problem for name, problem in sorted(listed.closed.items()) if not wanted or name in wanted
-    ]:
+    ]
+    if closed:
         raise FedsgcgError(*closed)
     return tuple(sorted({case.site for case in listed.cases}))
 
@@ -167,38 +174,37 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
     Args:
         root: Data root.
         name: The hospital.
-        data: Not needed to list files; part of the signature so that a site is always opened for given settings.
+        data: Settings of the data set; its name is part of an error.
 
     Raises:
-        FedsgcgError: DAT-101 when the manifest or the hospital's folder cannot be used; DAT-102 when the hospital has
-            no case at all.
+        FedsgcgError: DAT-101 when the manifest or the hospital's folder cannot be used; DAT-102
+            when the hospital has no case.
     """
-    listed = _listed(Path(root), only=name)
+    listed = _list_root(Path(root), only=name)
     if name in listed.closed:
         raise FedsgcgError(listed.closed[name])
     mine = [case for case in listed.cases if case.site == name]
     notes = tuple(problem for folder, problem in listed.notes if folder == name)
     if not mine:
-        known = (
-            ", ".join(sorted({case.site for case in _listed(Path(root)).cases})) or "no site at all"
-        )
+        names = sorted({case.site for case in _list_root(Path(root)).cases})
+        expected = f"one of: {', '.join(names) or '(no site has a case)'}"
         action = f"Check the site column or folder names for data set {data.name!r}."
-        nothing = Problem("DAT-102", "no case is listed", f"one of: {known}", action, where=name)
-        raise FedsgcgError(nothing, *notes)
-    kept, missing = _existing(_named(mine))
-    kept, mixed = _one_split_each(kept)
+        problem = Problem("DAT-102", "no case is listed", expected, action, where=name)
+        raise FedsgcgError(problem, *notes)
+    kept, missing = _without_missing_files(_with_unique_names(mine))
+    kept, mixed = _one_split_per_patient(kept)
     left_out = [problem for site, problem in listed.problems if site == name]
     cases = tuple(sorted(kept, key=lambda case: case.name))
     return Site(name, cases, (*left_out, *missing, *mixed), notes)
 
 
-def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
-    """Return what a study of some hospitals should say about its folder before it starts; nothing of it stops it.
+def data_warnings(root: Path, sites: Sequence[str]) -> list[Problem]:
+    """Return warnings about the data of some hospitals, to be shown before a study starts.
 
-    That is DAT-119 for files that are not used, in a hospital's folder or in one that is no hospital, and DAT-118 for
-    names that look like one.
+    These are DAT-119 for unused files, in a hospital's folder or in one that belongs to no
+    hospital, and DAT-118 for names that look alike.
     """
-    listed = _listed(Path(root))
+    listed = _list_root(Path(root))
     hospitals = {case.site for case in listed.cases}
     notes = [
         problem for folder, problem in listed.notes if folder in sites or folder not in hospitals
@@ -208,12 +214,12 @@ def survey(root: Path, sites: Sequence[str]) -> list[Problem]:
 
 def alike_hospitals(names: Sequence[str]) -> list[Problem]:
     """Return DAT-118 for hospitals whose names differ only in Unicode form or case."""
-    action = "Give them clearly different names, or put their cases under one name if they are one hospital."
+    action = "Rename one of them, or put their cases under one name if they are one hospital."
     return [
         Problem(
             "DAT-118",
             " and ".join(map(spelled, group)),
-            "names that people can tell apart",
+            "clearly different names",
             action,
             group[0],
         )
@@ -222,7 +228,7 @@ def alike_hospitals(names: Sequence[str]) -> list[Problem]:
 
 
 def split_of(patient: str, validation_fraction: float) -> str:
-    """Return `train` or `validation` for a patient, from the hash of its id alone."""
+    """Return `train` or `validation` for a patient, based only on the hash of its id."""
     return "validation" if _uniform(patient) < validation_fraction else "train"
 
 
@@ -231,9 +237,10 @@ def splits(
 ) -> tuple[str, ...]:
     """Return the split of every case of one hospital.
 
-    A manifest's split always counts. Otherwise a held-out or observing hospital's cases are all `test`; a training
-    hospital's go to `train` or `validation` by the hash of the patient. Should the hash leave a hospital without any
-    training patient (likely with one or two patients), the patient with the largest hash trains.
+    A split in the manifest takes precedence. Otherwise all cases of a held-out or observing
+    hospital are `test`, and those of a training hospital are `train` or `validation` by the hash of
+    the patient. If no patient would be in `train` (likely with one or two patients), the patient
+    with the largest hash is.
     """
     if heldout:
         return tuple(case.split or "test" for case in cases)
@@ -249,7 +256,7 @@ def splits(
 
 
 def _synthetic(cache: Path) -> Path:
-    """Write the synthetic hospitals once; a half-written folder is never seen under the final name."""
+    """Create the synthetic hospitals once, atomically."""
     from common.images.phantoms import VERSION, write_hospitals
 
     root = cache / f"synthetic-{VERSION}"
@@ -267,17 +274,18 @@ def _synthetic(cache: Path) -> Path:
 
 
 def _uniform(patient: str) -> float:
-    """Return a number in [0, 1) that depends on the patient's id alone.
+    """Return a number in [0, 1) that depends only on the patient's id.
 
-    `person` names this use of the hash. Of a few names, this one gives the hospitals of PROMISE12 and of the demo
-    shares near the wanted 20 %; for a dozen patients a hash may well give none or half.
+    `person` separates this use of the hash from others. Its value was chosen among a few so that
+    the hospitals of PROMISE12 and of the demo get close to 20 % validation patients; with a dozen
+    patients a hash can easily select none or half.
     """
     digest = hashlib.blake2b(patient.encode(), digest_size=8, person=b"patient").digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _listed(root: Path, only: str = "") -> _Listed:
-    """List a data root, of the folder layout only one hospital when it is named."""
+def _list_root(root: Path, only: str = "") -> _Listed:
+    """List a data root; with folders per site, only the hospital `only` if it is given."""
     if not _is_folder(root):
         raise fail(
             "DAT-101",
@@ -290,25 +298,28 @@ def _listed(root: Path, only: str = "") -> _Listed:
     try:
         return _from_manifest(root, manifest) if manifest.is_file() else _from_folders(root, only)
     except OSError as error:
-        raise _closed(root, error.strerror or type(error).__name__) from error
+        raise _unreadable(root, error.strerror or type(error).__name__) from error
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise _closed(path, error.strerror or type(error).__name__) from error
+        raise _unreadable(path, error.strerror or type(error).__name__) from error
 
 
-def _closed(folder: Path, why: str) -> FedsgcgError:
-    """Return the error for a folder that cannot be read."""
-    expected = "a folder that this user may read"
-    action = "Give this user the right to read it (and to enter every folder above it), or take it out of the data."
+def _unreadable(folder: Path, why: str) -> FedsgcgError:
+    """Return the error for an unreadable folder."""
+    expected = "a folder that this user can read"
+    action = (
+        "Give this user read permission for it (and search permission for every folder above it), "
+        "or remove it from the data."
+    )
     return fail("DAT-101", found=why, expected=expected, action=action, where=str(folder))
 
 
 def _from_manifest(root: Path, manifest: Path) -> _Listed:
-    """Read `manifest.csv`; all unusable lines are reported in one error, a repeated image is left out."""
+    """Read `manifest.csv`; report all unusable lines in one error and leave out repeated images."""
     rows = read_manifest(manifest)
     wrong = [
         Problem("DAT-101", found, expected, where=f"{manifest}, line {row.line}")
@@ -322,7 +333,7 @@ def _from_manifest(root: Path, manifest: Path) -> _Listed:
     for row in rows:
         first = seen.setdefault((row.site, os.path.normpath(row.image)), row.line)
         if first != row.line:
-            found, action = f"the image of line {first} again", "Take the line out."
+            found, action = f"the image of line {first} again", "Remove the line."
             problem = Problem(
                 "SITE-511", found, "each image once", action, f"{manifest}, line {row.line}"
             )
@@ -337,7 +348,7 @@ def _from_manifest(root: Path, manifest: Path) -> _Listed:
 
 
 def _mistakes(row: Row) -> Iterator[tuple[str, str]]:
-    """Yield (found, expected) of what makes one line of the manifest unusable."""
+    """Yield (found, expected) for everything that makes a line of the manifest unusable."""
     yield from row.mistakes()
     for column, path in (("image", row.image), ("mask", row.mask)):
         if _escapes(path):
@@ -345,7 +356,7 @@ def _mistakes(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def _escapes(path: str) -> bool:
-    """Whether a path of the manifest leads out of the root; links that the hospital placed inside are followed."""
+    """Return whether a manifest path leaves the data root; links inside the root are allowed."""
     normal = os.path.normpath(path.replace("\\", "/"))
     return bool(path) and (
         "\0" in path
@@ -355,33 +366,36 @@ def _escapes(path: str) -> bool:
 
 
 def _from_folders(root: Path, only: str) -> _Listed:
-    """List `<site>/<case>_image.*` with the `<case>_mask.*` beside it."""
+    """List `<site>/<case>_image.*` with `<case>_mask.*` in the same folder."""
     listed = _Listed()
     for folder in subfolders(root):
         name = printable(folder.name)
         if is_folder_name(name) and (not only or name == only):
-            _take_folder(name, folder, listed)
+            _list_folder(name, folder, listed)
     if only:
         return listed
     loose = look_through(root, deep=False)
-    if words := _unused([], loose.images, loose):
-        listed.notes.append(("", _note(root, words, loose)))
+    if unused := _unused([], loose.images, loose):
+        listed.notes.append(("", _note(root, unused, loose)))
     if not listed.cases and not listed.closed:
         found = "; ".join(
             ["neither manifest nor images", *(problem.found for _, problem in listed.notes)]
         )
         expected = "manifest.csv, or <site>/<case>_image.nii.gz with <case>_mask.nii.gz"
-        action = "Convert a downloaded data set or your own images: fedsgcg data prepare NAME SOURCE -o FOLDER."
+        action = (
+            "Convert a downloaded data set or your own images with "
+            "`fedsgcg data prepare NAME SOURCE -o FOLDER`."
+        )
         action = " ".join([action, *dict.fromkeys(problem.action for _, problem in listed.notes)])
         raise fail("DAT-101", found=found, expected=expected, action=action, where=str(root))
     return listed
 
 
-def _take_folder(name: str, folder: Path, listed: _Listed) -> None:
-    """List the cases of one hospital's folder, and what of it is not used."""
+def _list_folder(name: str, folder: Path, listed: _Listed) -> None:
+    """List the cases and the unused files of one hospital's folder."""
     found = look_through(folder)
     if found.closed and found.closed[0][0] == folder:
-        (listed.closed[name],) = _closed(*found.closed[0]).problems
+        (listed.closed[name],) = _unreadable(*found.closed[0]).problems
         return
     files = [path for path in found.images if path.parent == folder]
     masks = {without_suffix(path.name): path for path in files}
@@ -392,42 +406,38 @@ def _take_folder(name: str, folder: Path, listed: _Listed) -> None:
             mask = masks.get(f"{case.removesuffix('_image')}_mask")
             used |= {image} if mask is None else {image, mask}
             listed.cases.append(CaseFile(name, printable(case), image, mask, "", None))
-    if words := _unused(sorted(used), found.images, found):
-        listed.notes.append((name, _note(folder, words, found)))
+    if unused := _unused(sorted(used), found.images, found):
+        listed.notes.append((name, _note(folder, unused, found)))
 
 
 def _unused(used: Sequence[Path], images: Sequence[Path], found: Listing) -> list[str]:
-    """Say kind by kind which files that look like images are not used."""
+    """Describe the unused files that look like images, one text for each reason."""
     left = [path for path in images if path not in set(used)]
     masks = [path for path in left if without_suffix(path.name).endswith("_mask")]
     others = [path for path in left if path not in set(masks)]
-    words = []
+    texts = []
     if found.foreign:
-        words.append(
-            counted_names(
-                found.foreign, f"files of formats that are not read ({by_format(found.foreign)})"
-            )
-        )
+        formats = f"files in unsupported formats ({by_format(found.foreign)})"
+        texts.append(counted_names(found.foreign, formats))
     if masks:
-        words.append(counted_names(masks, "masks without an image"))
+        texts.append(counted_names(masks, "masks without an image"))
     if others:
-        words.append(counted_names(others, "images that are not called <site>/<case>_image"))
+        texts.append(counted_names(others, "images that are not named <site>/<case>_image"))
     if found.ghosts:
-        words.append(counted_names(found.ghosts, "hidden files called like images"))
-    words += [f"{printable(path.name)} cannot be read ({why})" for path, why in found.closed]
-    words += [f"{printable(path.name)} leads back into itself" for path in found.loops]
-    return words
+        texts.append(counted_names(found.ghosts, "hidden files named like images"))
+    texts += [f"{printable(path.name)} cannot be read ({why})" for path, why in found.closed]
+    texts += [f"{printable(path.name)} links back to a parent folder" for path in found.loops]
+    return texts
 
 
-def _note(folder: Path, words: Sequence[str], found: Listing) -> Problem:
-    action = " ".join([*found.conversions(), "What is no image of the study may stay."])
-    return Problem(
-        "DAT-119", "; ".join(words), "<site>/<case>_image.* with <case>_mask.*", action, str(folder)
-    )
+def _note(folder: Path, unused: Sequence[str], found: Listing) -> Problem:
+    expected = "<site>/<case>_image.* with <case>_mask.*"
+    action = " ".join([*found.conversions(), "Files that are not images of the study can stay."])
+    return Problem("DAT-119", "; ".join(unused), expected, action, str(folder))
 
 
-def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
-    """Give every case a name of its own and a patient; cases that share a file name take their folders' names too."""
+def _with_unique_names(cases: Sequence[CaseFile]) -> list[CaseFile]:
+    """Give every case a unique name and a patient; add folder names to repeated file names."""
     common = Counter(case.name for case in cases)
     named = []
     for case in cases:
@@ -442,8 +452,8 @@ def _named(cases: Sequence[CaseFile]) -> list[CaseFile]:
     ]
 
 
-def _existing(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
-    """Leave out cases whose image or mask file is not there."""
+def _without_missing_files(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
+    """Leave out cases whose image or mask file does not exist."""
     kept, problems = [], []
     for case in cases:
         gone = next(
@@ -453,15 +463,17 @@ def _existing(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]
         if gone is None:
             kept.append(case)
         else:
-            action = "Restore the file or take the case out of the manifest."
+            action = "Restore the file or remove the case from the manifest."
             problems.append(
-                Problem("DAT-103", f"{_why_gone(gone)}: {gone}", "a file", action, where=case.name)
+                Problem(
+                    "DAT-103", f"{_file_problem(gone)}: {gone}", "a file", action, where=case.name
+                )
             )
     return kept, problems
 
 
-def _why_gone(path: Path) -> str:
-    """Say why a file cannot be used: there is none, its folder may not be entered, its name is too long."""
+def _file_problem(path: Path) -> str:
+    """Return why a file cannot be used: missing, inaccessible folder, name too long."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -471,8 +483,8 @@ def _why_gone(path: Path) -> str:
     return "not a file"
 
 
-def _one_split_each(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
-    """Leave out every case of a patient whom the manifest puts in two splits; fill in a patient's other cases."""
+def _one_split_per_patient(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Problem]]:
+    """Leave out patients that the manifest assigns to two splits; complete the others' splits."""
     named: dict[str, set[str]] = defaultdict(set)
     for case in cases:
         if case.split:
@@ -482,9 +494,9 @@ def _one_split_each(cases: Sequence[CaseFile]) -> tuple[list[CaseFile], list[Pro
         known = named[case.patient]
         if len(known) > 1:
             found = f"patient {case.patient} in {' and '.join(sorted(known))}"
-            action = "Give all cases of the patient one split in the manifest."
+            action = "Give all cases of the patient the same split in the manifest."
             problems.append(
-                Problem("DAT-111", found, "one split a patient", action, where=case.name)
+                Problem("DAT-111", found, "one split per patient", action, where=case.name)
             )
         else:
             kept.append(replace(case, split=next(iter(known), None)))

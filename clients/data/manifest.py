@@ -1,7 +1,8 @@
-"""The table of cases that hospitals write: one reader for `data.root/manifest.csv` and for `fedsgcg data prepare`.
+"""Reads the table of cases, for `data.root/manifest.csv` and for `fedsgcg data prepare`.
 
-Spreadsheets write it in many ways: commas, semicolons or tabs (also with a first line `sep=;`), UTF-8 with or without a
-byte order mark or UTF-16, titles in any case and order, empty rows at the end, backslashes in paths. All are read.
+Spreadsheet programs write CSV in many ways, all of which are read: commas, semicolons or tabs (also
+with a first line `sep=;`), UTF-8 with or without a byte order mark or UTF-16, titles in any case
+and order, empty rows at the end, backslashes in paths.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from common.errors import fail
 from common.images.folders import is_file
 
 SPLITS: Final = ("train", "validation", "test")
-NEEDED: Final = ("site", "image", "mask")
+REQUIRED: Final = ("site", "image", "mask")
 COLUMNS: Final = {
     "site": ("site", "hospital", "centre", "center", "institution"),
     "image": ("image", "img", "scan", "image_path"),
@@ -26,21 +27,21 @@ COLUMNS: Final = {
     "patient_id": ("patient_id", "patient", "subject", "subject_id"),
     "split": ("split", "set", "part"),
 }
-"""What a column means -> titles it may have, in any case and order; other columns are passed over."""
+"""Column -> accepted titles, in any case and order; other columns are ignored."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table, blanks around its cells removed.
+    """One line of the table, with whitespace around cells removed.
 
     Attributes:
-        line: Its number in the file, the title line being 1.
+        line: Line number in the file; the title line is 1.
         site: Name of the hospital.
         image: Path of the image, with slashes.
         mask: Path of the mask, "" for none.
-        patient: The patient's id, "" where there is none.
+        patient: The patient's id, "" if there is none.
         split: `train`, `validation`, `test`, or "".
-        surplus: Cells beyond the last title; a comma within a cell without quotes makes them.
+        surplus: Cells beyond the last title, as caused by an unquoted comma.
     """
 
     line: int
@@ -52,14 +53,14 @@ class Row:
     surplus: tuple[str, ...] = ()
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
-        """Yield (found, expected) for everything that makes the line unusable, wherever its files are."""
+        """Yield (found, expected) for every mistake in the line; files are not checked."""
         if self.surplus:
             yield (
                 f"more cells than titles: {', '.join(map(repr, self.surplus))}",
                 "quotes around a cell with commas",
             )
         if not is_folder_name(self.site):
-            yield f"site {self.site!r}", "a name without slashes that does not begin with a dot"
+            yield f"site {self.site!r}", "a name without slashes that does not start with a dot"
         if not self.image:
             yield "no image", "a path relative to the data folder"
         if self.split not in ("", *SPLITS):
@@ -67,10 +68,10 @@ class Row:
 
 
 def read_manifest(table: Path) -> list[Row]:
-    """Read the rows of a table; empty ones are passed over.
+    """Read the rows of a table; empty rows are skipped.
 
     Raises:
-        FedsgcgError: DAT-101 for a table that cannot be read or lacks a column.
+        FedsgcgError: DAT-101 for an unreadable table or a missing column.
     """
     lines = _cells(_text(table), table)
     titles = next((cells for _, cells in lines if any(cells)), [])
@@ -83,7 +84,7 @@ def read_manifest(table: Path) -> list[Row]:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a hospital's name can be the name of a folder."""
+    """Return whether a hospital's name can be the name of a folder."""
     return (
         bool(name)
         and not name.startswith(".")
@@ -98,7 +99,8 @@ def _text(table: Path) -> str:
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        found = f"byte 0x{content[error.start]:02X} in line {content.count(10, 0, error.start) + 1} is not UTF-8"
+        line = content.count(10, 0, error.start) + 1
+        found = f"byte 0x{content[error.start]:02X} in line {line} is not UTF-8"
         action = "Save it again as 'CSV UTF-8'."
         raise fail(
             "DAT-101", found=found, expected="a CSV file in UTF-8", action=action, where=str(table)
@@ -111,12 +113,11 @@ def _text(table: Path) -> str:
 
 
 def _cells(text: str, table: Path) -> list[tuple[int, list[str]]]:
-    """Return (line number, cells) of every line, with the separator that the title line has most of."""
+    """Return (line number, cells) of every line; the title line shows the separator."""
     first, _, rest = text.partition("\n")
     skipped = 0
-    if (
-        first.strip().strip('"').lower().startswith("sep=")
-    ):  # Excel's own hint; the titles say it as well
+    if first.strip().strip('"').lower().startswith("sep="):
+        # Excel's separator hint is skipped; the title line shows the separator as well.
         text, skipped = rest, 1
     head = next((line for line in text.splitlines() if line.strip(",;\t \r")), "")
     reader = csv.reader(
@@ -127,36 +128,36 @@ def _cells(text: str, table: Path) -> list[tuple[int, list[str]]]:
         for cells in reader:
             lines.append((reader.line_num + skipped, [cell.strip() for cell in cells]))
     except csv.Error as error:
-        found, action = (
-            f"{error}, line {reader.line_num + skipped}",
-            "Close every quote, or save the table again.",
-        )
         raise fail(
-            "DAT-101", found=found, expected="a CSV file", action=action, where=str(table)
+            "DAT-101",
+            found=f"{error}, line {reader.line_num + skipped}",
+            expected="a CSV file",
+            action="Close every quote, or save the table again.",
+            where=str(table),
         ) from error
     return lines
 
 
 def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
-    """Return meaning -> position of the column.
+    """Return the position of each column of `COLUMNS`, -1 if it is missing.
 
     Raises:
         FedsgcgError: DAT-101 when a column is missing, or two have the same title.
     """
-    words = [title.lower().replace(" ", "_") for title in titles]
+    names = [title.lower().replace(" ", "_") for title in titles]
     places = {
-        meaning: next((words.index(word) for word in known if word in words), -1)
-        for meaning, known in COLUMNS.items()
+        column: next((names.index(name) for name in known if name in names), -1)
+        for column, known in COLUMNS.items()
     }
-    shown = "columns " + (", ".join(title for title in titles if title) or "none")
-    if missing := [meaning for meaning in NEEDED if places[meaning] < 0]:
-        found, expected = f"{shown}: none for {', '.join(missing)}", "columns " + ", ".join(NEEDED)
+    if missing := [column for column in REQUIRED if places[column] < 0]:
+        shown = ", ".join(title for title in titles if title) or "none"
+        found = f"columns {shown}: none for {', '.join(missing)}"
+        expected = "columns " + ", ".join(REQUIRED)
         action = f"Add {', '.join(missing)}."
         raise fail("DAT-101", found=found, expected=expected, action=action, where=str(table))
-    if twice := [
-        titles[place] for place in places.values() if place >= 0 and words.count(words[place]) > 1
-    ]:
-        found, action = f"two columns called {', '.join(twice)}", "Take one of them out."
+    used = [place for place in places.values() if place >= 0]
+    if twice := [titles[place] for place in used if names.count(names[place]) > 1]:
+        found, action = f"two columns called {', '.join(twice)}", "Remove one of them."
         raise fail(
             "DAT-101", found=found, expected="every title once", action=action, where=str(table)
         )
@@ -164,7 +165,7 @@ def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
 
 
 def _row(number: int, cells: Sequence[str], place: dict[str, int], width: int, folder: Path) -> Row:
-    text = {meaning: cells[at] if 0 <= at < len(cells) else "" for meaning, at in place.items()}
+    text = {column: cells[at] if 0 <= at < len(cells) else "" for column, at in place.items()}
     return Row(
         number,
         text["site"],
@@ -177,5 +178,5 @@ def _row(number: int, cells: Sequence[str], place: dict[str, int], width: int, f
 
 
 def _with_slashes(path: str, folder: Path) -> str:
-    """Return a path as Windows writes it with slashes, unless there is a file that really has a backslash."""
+    """Replace the backslashes of a Windows path, unless a file of that exact name exists."""
     return path if "\\" not in path or is_file(folder / path) else path.replace("\\", "/")

@@ -1,7 +1,7 @@
-"""Batches on their way to a GPU: read ahead in a thread, through pinned memory, copied beside the computation.
+"""Reads batches ahead in a thread and copies them to a GPU during the computation.
 
-The cache of slices is memory-mapped: reading it is a page fault or a copy, which the training loop need not wait for.
-On a CPU nothing is gained and nothing is done.
+The slice cache is memory-mapped, so reading it means page faults and copies, for which the training
+loop need not wait. On a CPU batches are passed through unchanged.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 AHEAD: Final = 3
-"""Batches that are read before they are asked for."""
+"""Number of batches that are read ahead."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 def prefetch(batches: Iterable[tuple[Any, ...]], device: torch.device) -> Iterator[tuple[Any, ...]]:
-    """Yield the same batches in the same order with their tensors on the device.
+    """Yield the batches in order with their tensors on the device.
 
-    On a GPU the batches are made and sent by a thread of their own, so nothing else may draw from what they draw from.
-    An error while a batch is made comes up where that batch would have come. Abandoning the iterator ends the thread
-    once the batches it has begun are done.
+    On a GPU the batches are produced and copied in a separate thread, so nothing else may use the
+    random generators they use. An error in the production of a batch is raised when that batch is
+    requested. Abandoning the iterator ends the thread after the batches in progress.
 
     Args:
-        batches: Tuples of CPU tensors; what is no tensor is handed on as it is.
-        device: Where to put them.
+        batches: Tuples of CPU tensors; other items are passed through.
+        device: Target device.
 
     Yields:
-        The tuples; on a GPU ready for the stream that is current at that moment, without a wait of the host.
+        The tuples, on a GPU ready for the current stream without synchronising the host.
     """
     if device.type != "cuda":
         yield from batches
@@ -57,25 +57,23 @@ def prefetch(batches: Iterable[tuple[Any, ...]], device: torch.device) -> Iterat
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Send a CPU tensor to the device without making the host wait for what the device still has to do.
+    """Copy a CPU tensor to the device without waiting for work queued there.
 
-    A plain `.to(device)` waits for everything that was queued before it. The pinned copy is kept by torch's allocator
-    until the device has read it, and its memory is used again afterwards.
+    A plain `.to(device)` waits for everything queued before it. Torch's allocator keeps the pinned
+    copy until the device has read it, and then reuses its memory.
     """
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def read_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: int) -> Iterator[Made]:
-    """Yield `make(item)` in order; one thread takes the items, up to `ahead` of them before they are asked for.
+    """Yield `make(item)` in order, computed up to `ahead` items ahead in one thread.
 
     Args:
-        items: Taken by the thread alone.
+        items: Consumed only by the thread.
         make: Called in the thread.
-        ahead: Items in work or waiting, at least one.
+        ahead: Number of items in progress or waiting, at least one.
     """
     source = iter(items)
 

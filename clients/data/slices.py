@@ -1,11 +1,11 @@
-"""One case's files become canonical slices: read, checked, labelled, scaled and resized.
+"""Converts one case's files to canonical slices: read, checked, labelled, scaled and resized.
 
-A slice is resized as a whole to `image_size` squared, bilinear with antialiasing, pixel centres aligned: images as they
-are, labels as the share of each class, of which the largest wins. A slice that is not square changes its aspect;
-`Slices.truth` keeps the native grid for the metrics.
+A slice is resized to `image_size` squared, bilinear with antialiasing and aligned pixel centres. Of
+a label map, the share of each class is resized and the largest share wins. A slice that is not
+square changes its aspect ratio; `Slices.truth` keeps the native grid for the metrics.
 
-Legend: Z, Y, X = native slices, rows, columns; C = stored channels (3 for a colour picture, else 1); S = image_size;
-K classes.
+Legend: Z, Y, X = native slices, rows, columns; C = stored channels (3 for a colour picture, else
+1); S = image_size; K classes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from common.images.read import KINDS, Volume, check_geometry, check_image, read_
 from common.settings.data import LABEL_TOLERANCE
 from common.settings.plan import DataSettings
 
-# int16 steps in one unit of intensity; the rounding error, 1.5e-5, is far below an image's noise.
+# int16 steps per unit of intensity; the rounding error of 1.5e-5 is far below an image's noise.
 STEPS = 32767.0
-# Shares of a pixel that differ by less are equal: far above the rounding of float64, so that every machine agrees.
+# Shares of a pixel that differ by less count as equal. This is far above the rounding error of
+# float64, so that all machines agree.
 TIE = 1e-9
 
 
@@ -39,11 +40,11 @@ class Slices:
         image: (Z, C, S, S) int16, intensity in [-1, 1] times `STEPS`.
         label: (Z, S, S) uint8 class indices.
         truth: (Z, Y, X) uint8 class indices on the native grid.
-        display: (Z, Y, X) uint8 native image for people, colours turned grey.
-        present: (Z, K) whether a class occurs in the native slice.
-        spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
-        kind: What the case is, one of `common.images.read.KINDS`.
-        content: Hash of the image's voxels (`common.images.contents`), "" when it was not asked for.
+        display: (Z, Y, X) uint8 native image for display, colours converted to grey.
+        present: (Z, K) bool, whether a class occurs in the native slice.
+        spacing: (sz, sy, sx) in mm; None for a picture or if the header has no voxel size.
+        kind: Kind of the image, one of `common.images.read.KINDS`.
+        content: Hash of the image's voxels (`common.images.contents`), "" if it was not computed.
     """
 
     image: NDArray[np.int16]
@@ -57,10 +58,10 @@ class Slices:
 
 
 def prepare(case: CaseFile, data: DataSettings) -> Slices:
-    """Read one case and bring it into the form of a training slice.
+    """Read one case and convert it to canonical slices.
 
     Raises:
-        FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115, naming what is wrong with the case.
+        FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
     """
     image, mask = _read(case)
     slices = to_slices(
@@ -70,20 +71,20 @@ def prepare(case: CaseFile, data: DataSettings) -> Slices:
 
 
 def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:
-    """Bring an image and its class indices (Z, Y, X) into the form of a training slice.
+    """Convert an image and its class indices (Z, Y, X) to canonical slices.
 
     Raises:
-        FedsgcgError: DAT-115 when the image has no fixed scale and `data.intensity` asks for one.
+        FedsgcgError: DAT-115 when `data.intensity=fixed` and the image has no fixed scale.
     """
     if data.intensity == "fixed" and not image.is_eight_bit:
-        found = "a picture of other than 8 bits" if image.is_picture else "a volume"
+        found = "a picture that does not have 8 bits" if image.is_picture else "a volume"
         action = (
-            "Set data.intensity=percentile or minmax, or save the picture with 8 bits a channel."
+            "Set data.intensity=percentile or minmax, or save the picture with 8 bits per channel."
         )
         raise fail(
             "DAT-115",
             found=found,
-            expected="a picture of 8 bits a channel (intensity fixed)",
+            expected="a picture with 8 bits per channel (data.intensity=fixed)",
             action=action,
         )
     pixels = image.array[None] if image.is_picture else image.array[:, None]
@@ -113,13 +114,14 @@ def class_indices(
     """Map raw label values to class indices, in the order in which the classes are declared.
 
     Args:
-        raw: Label values, any shape; within `tolerance` of a whole number they are that number.
+        raw: Label values of any shape; a value within `tolerance` of an integer counts as that
+            integer.
         classes: Class name -> label values.
-        where: What an error names.
-        tolerance: Below a half (`data.label_tolerance`).
+        where: Name of the case in an error.
+        tolerance: Below 0.5 (`data.label_tolerance`).
 
     Raises:
-        FedsgcgError: DAT-109 when a value is in no class.
+        FedsgcgError: DAT-109 when a value belongs to no class.
     """
     values, positions = np.unique(raw, return_inverse=True)
     index = {value: number for number, group in enumerate(classes.values()) for value in group}
@@ -133,32 +135,37 @@ def class_indices(
         action = "Correct the mask, or declare the value in data.classes."
         if any(label is None for label in labels):
             expected += f", each within {tolerance:g}"
-            action = "Save the mask as whole numbers; of one that was rescaled on saving, raise data.label_tolerance."
+            action = (
+                "Save the mask with integer values; if it was rescaled on saving, increase "
+                "data.label_tolerance."
+            )
         raise fail("DAT-109", found=found, expected=expected, action=action, where=where)
     table = np.array([index[label] for label in labels if label is not None], dtype=np.uint8)
     return np.asarray(table[positions].reshape(raw.shape))
 
 
 def whole_label(value: float, tolerance: float = LABEL_TOLERANCE) -> int | None:
-    """Return the whole number that a mask's value stands for, None when none is within the tolerance."""
+    """Return the integer within the tolerance of a mask's value, None if there is none."""
     near = round(value) if np.isfinite(value) else 0
     return near if abs(value - near) <= tolerance else None
 
 
 def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
-    """Scale all values of a volume or picture to [-1, 1] and clip (methods.md 2.3).
+    """Scale all values of a volume or picture to [-1, 1] and clip.
 
     Args:
-        array: Any shape; finite and, but for `fixed`, not constant.
-        mode: `percentile` maps the 1st and 99th percentile to -1 and 1, `minmax` the extremes, `zscore` the mean
-            minus and plus three standard deviations, `fixed` 0 and 255, whatever the image holds. With nearly constant
-            images, whose percentiles are equal, `percentile` falls back to the extremes.
+        array: Any shape; finite and, except for `fixed`, not constant.
+        mode: The values that map to -1 and 1. `percentile`: the 1st and 99th percentile; `minmax`:
+            the extremes; `zscore`: the mean minus and plus three standard deviations; `fixed`: 0
+            and 255. For nearly constant images, whose percentiles are equal, `percentile` falls
+            back to the extremes.
     """
     values = array.astype(np.float64)
     low, high = (0.0, 255.0) if mode == "fixed" else (float(values.min()), float(values.max()))
     if mode == "percentile":
         inner_low, inner_high = (float(value) for value in np.percentile(values, (1, 99)))
-        low, high = (inner_low, inner_high) if inner_high > inner_low else (low, high)
+        if inner_high > inner_low:
+            low, high = inner_low, inner_high
     elif mode == "zscore":
         centre, reach = float(values.mean()), 3 * float(values.std())
         low, high = centre - reach, centre + reach
@@ -166,24 +173,24 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
 
 
 def resize(slices: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    """Resize images (Z, C, Y, X) to (Z, C, side, side), bilinear with antialiasing, pixel centres aligned."""
-    return np.asarray(
-        _antialiased(torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32)), side).numpy()
-    )
+    """Resize images (Z, C, Y, X) to (Z, C, side, side), bilinear with antialiasing."""
+    images = torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32))
+    return np.asarray(_antialiased(images, side).numpy())
 
 
 def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resize label maps (Z, Y, X) to (Z, side, side): the class with the largest share of a new pixel wins.
+    """Resize label maps (Z, Y, X) to (Z, side, side); the largest share of a pixel wins.
 
-    A share is what `resize` makes of a class's indicator (0 or 1), so labels lie exactly where their image lies: at an
-    even factor the nearest pixel would be half a native pixel off. Equal shares, which even factors make often, go to
-    the class that is declared later, so that background never takes a tie. Shares count as equal within `TIE`.
-    Mirrored labels give mirrored results.
+    A share is the resized indicator (0 or 1) of a class, so labels stay aligned with their image;
+    with an even factor, nearest-neighbour resizing would shift them by half a native pixel. Equal
+    shares, which are frequent with even factors, go to the class that is declared later, so that
+    background never wins a tie. Shares count as equal within `TIE`. Mirrored labels give mirrored
+    results.
     """
     if labels.shape[1:] == (side, side):
         return labels
     found = np.empty((len(labels), side, side), np.uint8)
-    # One slice and one class at a time: the memory stays that of a few slices, however many classes there are.
+    # One slice and class at a time, so that memory use does not grow with the number of classes.
     for layer, resized in zip(labels, found, strict=True):
         classes = np.unique(layer)
         resized[:] = classes[0]
@@ -197,10 +204,9 @@ def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _share(mask: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
-    """Return the share (side, side) that a mask (Y, X) has of each pixel of the resized slice."""
-    return np.asarray(
-        _antialiased(torch.from_numpy(mask.astype(np.float64))[None, None], side)[0, 0].numpy()
-    )
+    """Return a mask's (Y, X) share of each pixel of the resized slice (side, side)."""
+    indicator = torch.from_numpy(mask.astype(np.float64))[None, None]
+    return np.asarray(_antialiased(indicator, side)[0, 0].numpy())
 
 
 def _antialiased(maps: Tensor, side: int) -> Tensor:
@@ -213,12 +219,12 @@ def _antialiased(maps: Tensor, side: int) -> Tensor:
 
 
 def _read(case: CaseFile) -> tuple[Volume, Volume]:
-    """Read image and mask of a case and check that they belong together."""
+    """Read image and mask of a case and check that their geometry matches."""
     if case.mask is None:
-        action = "Draw a mask, or take the case out of the manifest."
+        action = "Draw a mask, or remove the case from the manifest."
         raise fail(
             "DAT-112",
-            found="an image alone",
+            found="an image without a mask",
             expected="an image and its mask",
             action=action,
             where=case.name,

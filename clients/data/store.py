@@ -1,12 +1,14 @@
-"""The cases of one hospital, read once from its image files and then only from a memory-mapped Arrow file.
+"""The cases of one hospital, read once from image files and then from a memory-mapped cache.
 
-One Arrow IPC file a site, uncompressed, one record batch a case (usable or not), so that opening it reads no pixel and
-a training step copies just the slices it needs. The file's name is a BLAKE2b key over the bytes of all image and mask
-files and the settings that shape a slice: a changed file or setting makes a new cache file, roles and splits do not.
-A volume's slices are stored once; three-slice stacks (z-1, z, z+1, the outermost slice repeated) are put together in
-a batch.
+The cache is an uncompressed Arrow IPC file per site with one record batch per case (usable or not).
+Opening it reads no pixels, and a training step copies only the slices it needs. The file is named
+after a BLAKE2b key over the bytes of all image and mask files and the settings that affect slices,
+so a changed file or setting creates a new cache file; roles and splits do not affect it. A volume's
+slices are stored once; stacks of three slices (z-1, z, z+1, with the outermost slice repeated) are
+composed when a batch is read.
 
-Legend: B slices of a batch, N of a table, C = 3 channels, S = image_size; Z, Y, X = native slices, rows, columns.
+Legend: B slices of a batch, N of a table, C = 3 channels, S = image_size; Z, Y, X = native slices,
+rows, columns.
 """
 
 from __future__ import annotations
@@ -37,15 +39,16 @@ from clients.data.case_files import CaseFile, Site, open_site, splits
 from clients.data.slices import STEPS, Slices, prepare
 from common.errors import FedsgcgError, Problem, fail
 from common.images.read import KINDS, PICTURE
+from common.networks import IN_CHANNELS
 from common.settings.plan import DataSettings
 
-CHANNELS = 3
-# Part of the key: raise it when the meaning of a stored slice changes.
+# Part of the key: increase it when the meaning of a stored slice changes.
 FORMAT = 4
 ARRAYS = tuple(
     field.name for field in fields(Slices) if field.name not in ("spacing", "kind", "content")
 )
-# `case`: JSON with the case's facts or its problem; then the arrays of `Slices`, as bytes.
+# `case`: JSON with the case's facts or its problem. The other columns: the arrays of `Slices` as
+# bytes.
 SCHEMA = pa.schema([("case", pa.string()), *((name, pa.large_binary()) for name in ARRAYS)])
 
 
@@ -55,18 +58,18 @@ class Case:
 
     Attributes:
         index: Position in `CaseStore.cases`.
-        name: The site's own name of the case; never leaves the site.
-        alias: Name under which its results may leave; cannot be computed without the image file, nor, at a site with
-            a policy, without the site's secret salt.
+        name: The site's own name for the case; never leaves the site.
+        alias: Name under which its results may leave the site. It cannot be computed without the
+            image file or, at a site with a policy, without the site's secret salt.
         patient: The patient's id; never leaves the site.
         split: `train`, `validation` or `test`.
         num_slices: Z; 1 for a picture.
         native_shape: (Z, Y, X) of the file in canonical orientation.
-        spacing: (sz, sy, sx) in mm; None for a picture and where the header gives no size.
+        spacing: (sz, sy, sx) in mm; None for a picture or if the header has no voxel size.
         is_picture: Whether the case is a 2-D picture.
-        has_foreground: Whether the mask holds a declared structure.
-        content: Hash of the image's voxels (`common.images.contents`); leaves only salted, and only where the site
-            allows it.
+        has_foreground: Whether the mask contains a declared structure.
+        content: Hash of the image's voxels (`common.images.contents`); it leaves the site only
+            salted, and only if the site allows it.
     """
 
     index: int
@@ -87,10 +90,10 @@ class SliceTable:
     """Some slices of a store, as training and evaluation see them.
 
     Attributes:
-        case_of: (N,) index of the case of each slice.
+        case_of: (N,) case index of each slice.
         z_of: (N,) position of each slice in its case.
-        has_foreground: (N,) whether the slice holds a declared structure.
-        stack_size: 3 = neighbours as channels, 1 = the slice repeated.
+        has_foreground: (N,) whether a slice contains a declared structure.
+        stack_size: 3 = adjacent slices as channels, 1 = the slice repeated.
         stored: The arrays of every case of the store, by case index.
     """
 
@@ -106,10 +109,10 @@ class SliceTable:
     def stack(
         self, indices: Sequence[int] | NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Return images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) uint8 class indices of some slices."""
+        """Return images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) uint8."""
         chosen = np.asarray(indices, dtype=np.int64)
         side = self.stored[0].label.shape[-1]
-        images = np.empty((len(chosen), CHANNELS, side, side), np.float32)
+        images = np.empty((len(chosen), IN_CHANNELS, side, side), np.float32)
         labels = np.empty((len(chosen), side, side), np.uint8)
         for row, index in enumerate(chosen):
             case, z = self.stored[self.case_of[index]], int(self.z_of[index])
@@ -128,8 +131,8 @@ class SliceTable:
         )
 
     def _channels(self, image: NDArray[np.int16], z: int) -> NDArray[np.int16]:
-        """Return the (C, S, S) channels of slice z: colours, or the stack about it."""
-        if image.shape[1] == CHANNELS:
+        """Return the (C, S, S) channels of slice z: colours, or the stack around it."""
+        if image.shape[1] == IN_CHANNELS:
             return np.asarray(image[z])
         reach = 1 if self.stack_size == 3 else 0
         return np.asarray(image[np.clip([z - reach, z, z + reach], 0, len(image) - 1), 0])
@@ -142,11 +145,13 @@ class CaseStore:
     Attributes:
         site: Name of the hospital.
         cases: Usable cases, sorted by name.
-        problems: What was left out, and empty masks, which are kept. `where` is a case name: stays here.
-        data: The settings the slices were made with.
+        problems: Problems of cases that were left out, and of empty masks, which are kept. `where`
+            is a case name and never leaves the site.
+        data: The settings of the slices.
         stored: The arrays of each case.
-        kind: What all its cases are, one of `common.images.read.KINDS`.
-        key: Content key of the site's files and of the settings that shape a slice; names the cache file.
+        kind: Kind of all its cases, one of `common.images.read.KINDS`.
+        key: Content key of the site's files and of the settings that affect slices; names the cache
+            file.
     """
 
     site: str
@@ -158,65 +163,67 @@ class CaseStore:
     kind: str = KINDS[0]
 
     def slices(self, split: str) -> SliceTable:
-        """Return the slices of a split; of `train` only those with a structure when `data.train_slices` says so."""
+        """Return the slices of a split.
+
+        With `data.train_slices=foreground`, `train` has only slices with a structure.
+        """
         chosen = [case for case in self.cases if case.split == split]
         numbers = np.array([case.index for case in chosen], dtype=np.int64)
         counts = np.array([case.num_slices for case in chosen], dtype=np.int64)
         z_of = np.concatenate([np.zeros(0, np.int64), *(np.arange(count) for count in counts)])
-        shown = [_shown(self.stored[case.index], self.data) for case in chosen]
+        shown = [_has_structure(self.stored[case.index], self.data) for case in chosen]
         foreground = np.concatenate([np.zeros(0, np.bool_), *shown])
         table = SliceTable(
             np.repeat(numbers, counts), z_of, foreground, self.data.stack, self.stored
         )
-        return (
-            table.only(foreground)
-            if split == "train" and self.data.train_slices == "foreground"
-            else table
-        )
+        if split == "train" and self.data.train_slices == "foreground":
+            return table.only(foreground)
+        return table
 
     def truth(self, case: Case) -> NDArray[np.uint8]:
         """Return the (Z, Y, X) class indices of a case on its native grid."""
         return self.stored[case.index].truth
 
     def image(self, case: Case) -> NDArray[np.float32]:
-        """Return the (Z, Y, X) native image of a case in [0, 1] for display; colours become grey."""
+        """Return the (Z, Y, X) native image of a case in [0, 1] for display, in grey."""
         return np.asarray(self.stored[case.index].display, dtype=np.float32) / np.float32(255)
 
 
 def open_store(
     site: Site, data: DataSettings, cache: Path, *, heldout: bool, salt: bytes = b""
 ) -> CaseStore:
-    """Open the slices of a site; reads the image files only when they or the settings have changed.
+    """Open the slices of a site; image files are read only if they or the settings have changed.
 
     Args:
         site: The hospital's files.
-        data: Settings that shape a slice.
+        data: Settings that affect slices.
         cache: Cache folder of the site.
-        heldout: Whether the site is only evaluated: its cases are `test` cases.
-        salt: The site's secret for aliases (32 bytes); without one an alias follows from the image file.
+        heldout: Whether the site is only evaluated, so that its cases are `test` cases.
+        salt: The site's secret for aliases (32 bytes); without it an alias is a digest of the image
+            file.
 
     Raises:
-        FedsgcgError: DAT-102 when no case is usable, followed by the problem of every case; DAT-113 when the cache
-            cannot be written or read.
+        FedsgcgError: DAT-102 when no case is usable, followed by the problems of the cases; DAT-113
+            when the cache cannot be written or read.
     """
     files = {file.name: file for file in site.cases}
     key, rows = _cached(site, data, cache)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
-    kind, good, others = _one_kind(good)
-    empty = {facts["name"] for facts, slices in good if not _shown(slices, data).any()}
-    good, copies = _once(good, empty)
+    kind, good, others = _keep_main_kind(good)
+    empty = {facts["name"] for facts, slices in good if not _has_structure(slices, data).any()}
+    good, copies = _without_duplicates(good, empty)
     flagged = (_empty_mask(facts["name"]) for facts, _ in good if facts["name"] in empty)
     problems = (*site.quarantined, *broken, *others, *flagged, *copies)
     chosen = splits(
         [files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout
     )
     if not good or (heldout and "test" not in chosen):
-        raise FedsgcgError(_nothing(site, len(good)), *problems)
+        raise FedsgcgError(_no_case(site, len(good)), *problems)
     cases = tuple(
         _case(
             index,
-            facts | {"alias": salted(facts["alias"], salt)},
+            facts | {"alias": salted_alias(facts["alias"], salt)},
             slices,
             files[facts["name"]],
             split,
@@ -230,23 +237,25 @@ def open_store(
 
 
 def main_kind(kinds: Sequence[str]) -> str:
-    """Return what most cases are; of equally many the first of `common.images.read.KINDS`."""
+    """Return the most frequent kind; in a tie, the first of `common.images.read.KINDS`."""
     counts = Counter(kinds)
     return max(KINDS, key=lambda one: (counts[one], -KINDS.index(one)))
 
 
-def other_kind(case: str, kind: str, wanted: str) -> Problem:
-    """Return the problem of a case that is left out because most cases are of another kind."""
-    action = "Put it into a data set of its own, or resample the volume to slices of that plane."
+def other_kind_problem(case: str, kind: str, wanted: str) -> Problem:
+    """Return the problem of a case that is left out because most cases have another kind."""
+    action = "Move it to another data set, or resample the volume to slices of that plane."
     return Problem(
-        "DAT-117", f"a case of kind {kind}", f"{wanted}, as most cases are", action, where=case
+        "DAT-117", f"a case of kind {kind}", f"{wanted}, like most cases", action, where=case
     )
 
 
-def _once(rows: Sequence[Usable], empty: Collection[str]) -> tuple[list[Usable], list[Problem]]:
-    """Keep one case of every image; a copy would count twice, and might test what the other one trained.
+def _without_duplicates(
+    rows: Sequence[Usable], empty: Collection[str]
+) -> tuple[list[Usable], list[Problem]]:
+    """Keep one case per image, because a copy might be in another split.
 
-    A case with a structure is kept before one whose mask is `empty`.
+    A case with a structure is preferred to one whose mask is `empty`.
     """
     first: dict[str, str] = {}
     for facts, slices in sorted(rows, key=lambda row: row[0]["name"] in empty):
@@ -257,38 +266,44 @@ def _once(rows: Sequence[Usable], empty: Collection[str]) -> tuple[list[Usable],
         if name == facts["name"]:
             kept.append((facts, slices))
         else:
-            found, action = f"the same image as {name}", "It is left out; remove one of the two."
+            found = f"the same image as {name}"
+            action = "The case is left out; remove one of the two."
             problems.append(
                 Problem("SITE-511", found, "each image once", action, where=facts["name"])
             )
     return kept, problems
 
 
-def salted(alias: str, salt: bytes) -> str:
-    """Return an alias that nobody can compute without the site's salt; with an empty salt it stays as it is."""
+def salted_alias(alias: str, salt: bytes) -> str:
+    """Return an alias that cannot be computed without the site's salt.
+
+    With an empty salt the alias is returned unchanged.
+    """
     return hashlib.blake2b(alias.encode(), digest_size=5, key=salt).hexdigest() if salt else alias
 
 
 def fingerprint(store: CaseStore) -> str:
-    """Return a short hex digest of what a site trains and is judged on: its files' content and its splits.
+    """Return a short hex digest of a site's data: the content of its files and its splits.
 
-    It depends on no path and no machine, so that the coordinator can notice that a site's data changed within a run.
+    It is independent of paths and machines, so that the coordinator can detect that a site's data
+    changed during a run.
     """
     assigned = [[case.name, case.patient, case.split] for case in store.cases]
     return digest(json.dumps([store.key, assigned]).encode(), 8)
 
 
 def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache: Path) -> str:
-    """Return a hex digest of the content and the listing of some sites' files, without building their cache.
+    """Return a hex digest of some sites' files and their listing, without building a cache.
 
     Args:
         root: Data root.
         sites: Names of the hospitals; their order does not matter.
         data: Settings with which the sites are opened.
-        cache: Cache folder, which remembers the hashes of files that did not change.
+        cache: Cache folder, which stores the hashes of unchanged files.
 
     Raises:
-        FedsgcgError: DAT-101 or DAT-102 when a site cannot be listed, DAT-113 when the cache cannot be written.
+        FedsgcgError: DAT-101 or DAT-102 when a site cannot be listed, DAT-113 when the cache cannot
+            be written.
     """
     listed: list[object] = []
     for name in sorted(sites):
@@ -304,8 +319,8 @@ def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache
     return digest(json.dumps(listed).encode(), 16)
 
 
-def _shown(slices: Slices, data: DataSettings) -> NDArray[np.bool_]:
-    """Return for each slice (Z,) whether it holds a class of a declared structure."""
+def _has_structure(slices: Slices, data: DataSettings) -> NDArray[np.bool_]:
+    """Return for each slice (Z,) whether it contains a declared structure."""
     classes = sorted({index for group in data.structure_classes().values() for index in group})
     return np.asarray(slices.present[:, classes].any(axis=1))
 
@@ -318,7 +333,7 @@ def _case(
     split: str,
     data: DataSettings,
 ) -> Case:
-    """Return what is known of a case without its pixels."""
+    """Return the description of a case."""
     z, y, x = slices.truth.shape
     return Case(
         index=index,
@@ -330,29 +345,28 @@ def _case(
         native_shape=(z, y, x),
         spacing=slices.spacing,
         is_picture=slices.kind == PICTURE,
-        has_foreground=bool(_shown(slices, data).any()),
+        has_foreground=bool(_has_structure(slices, data).any()),
         content=slices.content,
     )
 
 
-def _nothing(site: Site, usable: int) -> Problem:
+def _no_case(site: Site, usable: int) -> Problem:
     """Return the problem of a site that has no case for its role."""
     if usable:
-        found, action = (
-            f"{usable} cases, none in the test split",
-            "Give the manifest's split column test cases.",
-        )
+        found = f"{usable} cases, none in the test split"
+        action = "Assign cases to the test split in the manifest."
     else:
-        found, action = (
-            "every case is left out",
-            "The problems of the cases follow; mend at least one.",
-        )
+        found = "every case is left out"
+        action = "The problems of the cases follow; fix at least one."
     return Problem("DAT-102", found, "at least one usable case", action, where=site.name)
 
 
 def _empty_mask(name: str) -> Problem:
-    """Return the remark on a mask without a structure: a healthy patient, a true negative, or a mask never drawn."""
-    action = "Trained on and evaluated as a case without the structure; if the mask was never drawn, leave the case out."
+    """Return the note about a mask without a structure, which may be right or not drawn."""
+    action = (
+        "The case is trained on and evaluated without the structure; if its mask was never drawn, "
+        "leave the case out."
+    )
     return Problem(
         "DAT-110", "no declared structure", "at least one in most cases", action, where=name
     )
@@ -362,14 +376,15 @@ Usable = tuple[dict[str, Any], Slices]
 Row = tuple[dict[str, Any], Slices | None]
 
 
-def _one_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]:
-    """Return the kind that most cases are, the cases of it, and a problem for each other one.
+def _keep_main_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Problem]]:
+    """Return the most frequent kind, its cases, and a problem for each other case.
 
-    Slices of different planes, and pictures among volumes, look different: one network does not learn both from a few.
+    Slices of different planes, or pictures and volumes, look too different for a network to learn
+    from few cases.
     """
     kind = main_kind([slices.kind for _, slices in good])
     others = [
-        other_kind(facts["name"], slices.kind, kind)
+        other_kind_problem(facts["name"], slices.kind, kind)
         for facts, slices in good
         if slices.kind != kind
     ]
@@ -382,7 +397,7 @@ def _files(site: Site) -> list[Path]:
 
 
 def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]]:
-    """Return the key and the rows of the site's cache file, which is built first when it is missing or damaged."""
+    """Return key and rows of the site's cache file; build it if it is missing or damaged."""
     hashes = file_hashes(_files(site), hash_memo(cache, site.name))
     key = _key(site, data, hashes)
     path = cache / "slices" / f"{key}.arrow"
@@ -390,7 +405,7 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]
     for _ in range(2):
         if damage or not path.is_file():
             with locked(path.with_suffix(".lock")):
-                # Another process may have built it while this one waited.
+                # Another process may have built the file while this one waited.
                 if damage or not path.is_file():
                     _build(site, data, hashes, path)
                     prune(cache)
@@ -410,7 +425,7 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]
 
 
 def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
-    """Return the name of the cache file: the files' content and every setting that shapes a slice."""
+    """Return the key of the cache file: a digest of the files' content and of the settings."""
     settings = [
         FORMAT,
         data.image_size,
@@ -426,7 +441,7 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
 
 
 def _build(site: Site, data: DataSettings, hashes: dict[Path, str], path: Path) -> None:
-    """Read every case once and write the cache file; a case that cannot be used is written as its problem."""
+    """Read every case and write the cache file; an unusable case is stored as its problem."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
@@ -446,11 +461,9 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         slices = prepare(case, data)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
         facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
-        facts["spacing"], facts["kind"], facts["content"] = (
-            slices.spacing,
-            slices.kind,
-            slices.content,
-        )
+        facts["spacing"] = slices.spacing
+        facts["kind"] = slices.kind
+        facts["content"] = slices.content
         facts["shapes"] = [array.shape for array in arrays]
         facts["types"] = [array.dtype.str for array in arrays]
     except FedsgcgError as error:
@@ -464,13 +477,13 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
 
 
 def _open(path: Path) -> list[Row]:
-    """Map a cache file and return its rows, without reading a pixel."""
+    """Memory-map a cache file and return its rows without reading pixels."""
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     return [_row(reader.get_batch(number)) for number in range(reader.num_record_batches)]
 
 
 def _row(batch: pa.RecordBatch) -> Row:
-    """Return the facts of one record batch and, of a usable case, views of its arrays."""
+    """Return the facts of one record batch and, for a usable case, views of its arrays."""
     facts = json.loads(batch.column(0)[0].as_py())
     if "problem" in facts:
         return facts, None
@@ -480,7 +493,7 @@ def _row(batch: pa.RecordBatch) -> Row:
             batch.column(number + 1)[0].as_buffer(), np.dtype(facts["types"][number])
         )
         arrays[name] = flat.reshape(facts["shapes"][number])
-        # The file is mapped for reading; writing to it would kill the process.
+        # The mapping is read-only; writing to it would kill the process.
         arrays[name].flags.writeable = False
     spacing = tuple(facts["spacing"]) if facts["spacing"] else None
     return facts, Slices(**arrays, spacing=spacing, kind=facts["kind"], content=facts["content"])

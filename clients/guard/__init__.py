@@ -1,1 +1,1 @@
-"""What protects a hospital: its own policy, approved code, and the one door with its ledger."""
+"""What protects a hospital: its own policy, approved code, and egress with a ledger."""

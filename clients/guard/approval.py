@@ -1,13 +1,14 @@
-"""Which code may run at this hospital: the hash of every app bundle that its people have approved.
+"""Approval of code at this hospital: the hashes of the app bundles that its staff approved.
 
-A bundle (Flower's FAB, a zip file) is judged by its code: all files but the readable ones, and the name of the client
-app that Flower loads. The resident (`deploy.site.resident`) judges a bundle before anything of it is unpacked or
-imported; the app judges the folder it runs from once more (`check_approved`), for sites that run Flower's own
-processes.
+The hash of a bundle (Flower's FAB, a zip file) covers its code: all files except documentation and
+packaging (`READABLE`), and the name of the client app that Flower loads. The resident
+(`deploy.site.resident`) checks a bundle before unpacking or importing it. For sites that run
+Flower's own processes, the app also checks the folder it runs from (`check_approved`).
 
-Flower 1.41's signed bundles (`--trusted-entities`) do not fit: a SuperNode accepts only signatures that its SuperLink
-fetched from Flower's hub together with the bundle (`fab.verifications`), so that a bundle submitted by `flwr run` from
-a coordinator's own machine can never be verified; and a signature says who wrote the code, not what has changed.
+Flower 1.41's signed bundles (`--trusted-entities`) are not used. A SuperNode accepts only
+signatures that its SuperLink fetched from Flower's hub together with the bundle
+(`fab.verifications`), so a bundle submitted by `flwr run` from a coordinator's machine cannot be
+verified. Also, a signature shows who wrote the code, not what has changed.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ NOT_BUNDLED = ("clients/predict/", "server/report/")
 READABLE = ("README.md", "LICENSE", "pyproject.toml")
 CLIENT_APP = "clients.app:app"
 MOST_BYTES = 50 * 2**20
-"""Unpacked size that a bundle may have; Flower refuses more than 10 MiB packed."""
+"""Maximum unpacked size of a bundle; Flower refuses more than 10 MiB packed."""
 
 MOST_REFUSED = 5
-"""Refused bundles that are kept for comparison."""
+"""Number of refused bundles kept for comparison."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over every path and content and the name of the client app."""
+        """SHA-256 over all paths, contents and the name of the client app."""
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.code.items()}
         return hashlib.sha256(
             json.dumps([self.client_app, files], sort_keys=True).encode()
@@ -66,24 +67,23 @@ class Bundle:
 
 
 def read_bundle(content: bytes) -> Bundle:
-    """Read a Flower app bundle without writing or running anything of it.
+    """Read a Flower app bundle without unpacking or running it.
 
     Raises:
-        FedsgcgError: POL-705 when it is no bundle, too large, or holds a path that leads out of its folder.
+        FedsgcgError: POL-705 when the content is not a bundle, is too large, or has a path that
+            leaves its folder.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             if sum(entry.file_size for entry in entries) > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes unpacked")
-            if wrong := next(
-                (entry.filename for entry in entries if _leads_out(entry.filename)), ""
-            ):
-                raise ValueError(f"a path that leads out: {wrong!r}")
+            for entry in entries:
+                if _leaves_folder(entry.filename):
+                    raise ValueError(f"a path that leaves the bundle's folder: {entry.filename!r}")
             files = {entry.filename: archive.read(entry) for entry in entries}
-        components = tomllib.loads(files["pyproject.toml"].decode())["tool"]["flwr"]["app"][
-            "components"
-        ]
+        project = tomllib.loads(files["pyproject.toml"].decode())
+        components = project["tool"]["flwr"]["app"]["components"]
         code = {
             name: text
             for name, text in files.items()
@@ -99,12 +99,12 @@ def read_bundle(content: bytes) -> Bundle:
         NotImplementedError,
     ) as error:
         raise fail(
-            "POL-705", found=f"no bundle that can be read: {error}", expected="a Flower app bundle"
+            "POL-705", found=f"an unreadable bundle: {error}", expected="a Flower app bundle"
         ) from error
 
 
 def code_of_folder(folder: Path) -> dict[str, bytes]:
-    """Return the files that an app bundle made of this folder holds: path inside the bundle -> content."""
+    """Return the files of an app bundle made from this folder: path in the bundle -> content."""
     paths = sorted(
         path for name in FOLDERS for path in (folder / name).rglob("*") if path.suffix in CODE
     )
@@ -115,18 +115,18 @@ def code_of_folder(folder: Path) -> dict[str, bytes]:
 
 
 def bundle_of_folder(folder: Path) -> Bundle:
-    """Return the code of an installed app: what the bundle of this folder would hold."""
+    """Return the code of an installed app, as the bundle of this folder would contain it."""
     return Bundle(code_of_folder(folder))
 
 
 def unpack(bundle: Bundle, folder: Path) -> Path:
-    """Write the code of a bundle below a folder, under its digest, and return that place; whole or not at all.
+    """Write a bundle's code atomically into a subfolder named after its digest; return it.
 
-    What lies there already is compared byte by byte, and replaced when it is not the code of the bundle.
+    An existing subfolder is compared byte by byte, and replaced if it differs.
     """
     place = folder / bundle.digest
     if place.is_dir():
-        if code_below(place).code == bundle.code:
+        if read_unpacked(place).code == bundle.code:
             return place
         shutil.rmtree(place)
     partial = folder / f"{bundle.digest}.{os.getpid()}.partial"
@@ -138,16 +138,16 @@ def unpack(bundle: Bundle, folder: Path) -> Path:
     try:
         partial.rename(place)
     except OSError:
-        if not place.is_dir():  # another process may have been faster with the same content
+        if not place.is_dir():  # another process may have written the same content first
             raise
     return place
 
 
 def approvals(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of the approvals file, oldest first; none when there is no file.
+    """Return the entries of the approvals file, oldest first; empty if there is no file.
 
     Raises:
-        FedsgcgError: POL-705 when the file cannot be read: then nothing is approved.
+        FedsgcgError: POL-705 when the file cannot be read; nothing is approved then.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["approved"]
@@ -155,18 +155,18 @@ def approvals(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        action = "mend or remove the file, then approve again"
+        action = "repair or remove the file, then approve again"
         raise fail(
             "POL-705",
             where=str(path),
             found=f"{error}",
-            expected="the approvals file",
+            expected="a readable approvals file",
             action=action,
         ) from error
 
 
 def is_approved(bundle: Bundle, path: Path) -> bool:
-    """Whether the site has approved exactly this code."""
+    """Return whether the site has approved exactly this code."""
     return any(entry["digest"] == bundle.digest for entry in approvals(path))
 
 
@@ -187,7 +187,7 @@ def require_approved(bundle: Bundle, path: Path) -> None:
 
 
 def approve(bundle: Bundle, path: Path, by: str) -> None:
-    """Add an approval, and keep the code beside the file so that the next difference can be shown."""
+    """Add an approval and keep the code, so that a later bundle can be compared with it."""
     entry = {
         "digest": bundle.digest,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -203,21 +203,21 @@ def approve(bundle: Bundle, path: Path, by: str) -> None:
 
 
 def bundle_store(path: Path) -> Path:
-    """Folder in which the code of approved and of refused bundles is kept, one folder a digest."""
+    """Return the folder with the code of approved and refused bundles, one subfolder per digest."""
     return path.parent / "bundles"
 
 
 def last_approved(path: Path) -> Bundle | None:
-    """Return the code of the newest approval, or None."""
+    """Return the code that was approved last, or None."""
     known = approvals(path)
     folder = bundle_store(path) / known[-1]["digest"] if known else None
-    return code_below(folder) if folder is not None and folder.is_dir() else None
+    return read_unpacked(folder) if folder is not None and folder.is_dir() else None
 
 
-def code_below(folder: Path) -> Bundle:
+def read_unpacked(folder: Path) -> Bundle:
     """Return what `unpack` wrote into a folder."""
-    said = folder.with_name(folder.name + ".app")
-    client_app = said.read_text(encoding="utf-8") if said.is_file() else CLIENT_APP
+    app = folder.with_name(folder.name + ".app")
+    client_app = app.read_text(encoding="utf-8") if app.is_file() else CLIENT_APP
     files = [
         file
         for file in sorted(folder.rglob("*"))
@@ -228,8 +228,8 @@ def code_below(folder: Path) -> Bundle:
     )
 
 
-def refused(path: Path) -> list[Path]:
-    """Return the folders of kept code that is not approved, newest first."""
+def refused_bundles(path: Path) -> list[Path]:
+    """Return the folders of kept code that was not approved, newest first."""
     known = {entry["digest"] for entry in approvals(path)}
     folders = [
         folder
@@ -241,39 +241,44 @@ def refused(path: Path) -> list[Path]:
     )
 
 
-def forget_old(path: Path) -> None:
-    """Keep only the newest refused bundles, so that whoever submits many cannot fill the disk."""
-    for folder in refused(path)[MOST_REFUSED:]:
+def remove_old_refused(path: Path) -> None:
+    """Keep only the newest refused bundles, so that many submissions cannot fill the disk."""
+    for folder in refused_bundles(path)[MOST_REFUSED:]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(folder.name + ".app").unlink(missing_ok=True)
 
 
 def difference(old: Bundle | None, new: Bundle) -> Iterator[tuple[str, str]]:
-    """Yield (one line that names a changed file, unified diff) for what a bundle changes against another."""
+    """Yield (summary line, unified diff) for every file in which two bundles differ."""
     before: Mapping[str, bytes] = old.code if old else {}
     for name in sorted({*before, *new.code}):
         first, second = before.get(name), new.code.get(name)
         if first == second:
             continue
-        word = "new" if first is None else "removed" if second is None else "changed"
         lines = list(
             difflib.unified_diff(
                 _lines(first), _lines(second), f"approved/{name}", f"bundle/{name}"
             )
         )
-        more = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
-        less = sum(line.startswith("-") and not line.startswith("---") for line in lines)
-        yield f"{word:8} {name}  (+{more} -{less} lines)", "".join(lines)
+        added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
+        removed = sum(line.startswith("-") and not line.startswith("---") for line in lines)
+        yield f"{_status(first, second):8} {name}  (+{added} -{removed} lines)", "".join(lines)
+
+
+def _status(old: bytes | None, new: bytes | None) -> str:
+    if old is None:
+        return "new"
+    return "removed" if new is None else "changed"
 
 
 def check_approved(policy: SiteFile) -> None:
-    """Refuse to work from a folder whose code this site has not approved (POL-705)."""
+    """Refuse to run from a folder whose code this site has not approved (POL-705)."""
     require_approved(_running(), Path(policy.approved))
 
 
 @cache
 def _running() -> Bundle:
-    """The code this process runs from; a process's code does not change under it."""
+    """Return the code this process runs from; cached, because loaded code does not change."""
     return bundle_of_folder(Path(__file__).resolve().parents[2])
 
 
@@ -281,6 +286,6 @@ def _lines(content: bytes | None) -> Sequence[str]:
     return [] if content is None else content.decode(errors="replace").splitlines(keepends=True)
 
 
-def _leads_out(name: str) -> bool:
+def _leaves_folder(name: str) -> bool:
     path = PurePosixPath(name)
     return path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name

@@ -1,4 +1,4 @@
-"""What a hospital tells of its images' content, and which images a model has learned from."""
+"""Salted hashes of a hospital's images, and the images that a model was trained on."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ from common.wire.payload import Identity
 def shared_contents(
     stores: Sequence[CaseStore], identity: Identity, policy: SiteFile | None
 ) -> dict[str, dict[str, list[str]]] | None:
-    """Return hospital -> alias -> [salted content hash, split], or None where the site's own file does not allow it.
+    """Return hospital -> alias -> [salted content hash, split].
+
+    None if the site's own file does not allow it.
 
     Args:
         stores: The hospitals' cases.
-        identity: Run, plan and fold, which give the salt.
-        policy: The site's own settings; None in a simulation, which always compares.
+        identity: Run, plan and fold, from which the salt is derived.
+        policy: The site's own settings; None in a simulation, which always shares the hashes.
     """
     if policy is not None and CONTENT_HASHES not in policy.sharing:
         return None
@@ -44,11 +46,11 @@ def shared_contents(
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The images that a model has learned from, as the run folder knows them.
+    """The images that a model was trained on or selected by, as recorded in the run folder.
 
     Attributes:
         salt: Salt of the hashes.
-        hospitals: Salted hash -> hospital where the image trained or chose the model.
+        hospitals: Salted hash -> hospital of the image.
     """
 
     salt: str
@@ -56,7 +58,7 @@ class TrainedOn:
 
     @classmethod
     def of_model(cls, path: Path) -> TrainedOn | None:
-        """Read the file in the model's folder; None where there is none, as with a model that was handed on.
+        """Read the file in the model's folder; None if there is none, as for a copied model.
 
         Raises:
             FedsgcgError: MOD-801 for a damaged file.
@@ -77,10 +79,10 @@ class TrainedOn:
                 "MOD-801",
                 where=str(file),
                 found=found,
-                expected="a file that fedsgcg wrote",
+                expected="a file written by fedsgcg",
                 action=action,
             ) from error
 
     def hospital_of(self, image: Volume) -> str:
-        """Return the hospital at which an image trained or chose the model, "" for an image that is new to it."""
+        """Return the hospital at which the model used an image, "" if it did not."""
         return self.hospitals.get(salted_content(content_hash(image), self.salt), "")

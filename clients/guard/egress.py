@@ -1,4 +1,7 @@
-"""The only door: every reply of a site passes here, is thinned by the floors and entered in the ledger, then leaves.
+"""The only way out: every reply passes the privacy floors and is logged before it leaves.
+
+A failed site sends an error code. The text of the error, which may name a patient, stays at the
+site in `errors.log`.
 
 Legend: K classes.
 """
@@ -7,8 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +32,9 @@ from common.wire.messages import Reply, encode_reply, payload_bytes
 from common.wire.payload import Identity
 
 LEDGER = "ledger.jsonl"
+LOG = logging.getLogger("fedsgcg.site")
+UNKNOWN_IDENTITY = Identity(run="", heldout="", round=0, plan="")
+"""Identity in the reply to a message whose own identity is missing or unreadable."""
 
 
 def release(
@@ -43,31 +53,31 @@ def release(
 
     Args:
         reply: What the site wants to send.
-        home: The site's folder, with its ledger.
+        home: The site's folder, which holds its ledger.
         kind: Type of the message that is answered.
         privacy: The floors.
         classes: Class names in the order of the statistics; needed when the reply has statistics.
         patients: (K,) patients per class at this site; needed when the reply has statistics.
-        pixels: (K,) different pixels per class at this site, where the statistics count a pixel more than once.
-        sharing: Parts that the site's policy lets out; None where no policy is set.
-        note: What the site's own book shall say about this reply; never leaves.
+        pixels: (K,) distinct pixels per class at this site, needed where the statistics count a
+            pixel more than once.
+        sharing: Parts that the site's policy allows to leave; None where no policy is set.
+        note: Remark for the site's own ledger; never leaves the site.
 
     Raises:
-        FedsgcgError: POL-704 for a part that the site does not share, SITE-501 when the ledger cannot be written: then
-            nothing leaves.
+        FedsgcgError: POL-704 for a part that the site does not share, SITE-501 when the ledger
+            cannot be written. Nothing leaves in either case.
     """
     withheld: list[str] = []
     if reply.statistics is not None:
         if patients is None:
-            raise ValueError("statistics leave only with the number of patients per class")
+            raise ValueError("patients: found None, expected (K,) counts for the statistics")
         kept, hidden = apply_floors(reply.statistics, patients, privacy, pixels)
         withheld = [classes[index] for index in hidden]
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
     records = encode_reply(reply)
     parts = payload_bytes(records)
-    if (
-        CONTENT_HASHES in reply.details
-    ):  # they travel with the text, and are a part of their own all the same
+    if CONTENT_HASHES in reply.details:
+        # The hashes travel inside the text part, but the policy treats them as a part of their own.
         parts = parts | {CONTENT_HASHES: len(json.dumps(reply.details[CONTENT_HASHES]))}
     check_sharing(parts, sharing)
     ledger.append(
@@ -85,11 +95,10 @@ def release(
 def release_error(
     code: str, identity: Identity, site: str, home: Path | None, kind: str, note: str = ""
 ) -> RecordDict:
-    """Return the reply of a site that failed: a code of the catalogue, never a text.
+    """Return the reply of a failed site: an error code without any text.
 
-    It is entered in the ledger where there is one that can be written; a ledger that cannot be written is one of the
-    failures that this reply reports, so it leaves all the same. `note` stays in the
-    ledger.
+    The reply is logged in the ledger, and `note` stays there. It is sent even if the ledger cannot
+    be written, because that is one of the failures it reports.
     """
     reply = Reply(identity=identity, site=site, error=code)
     if home is None:
@@ -100,23 +109,47 @@ def release_error(
         return encode_reply(reply)
 
 
+def identity_of(content: RecordDict) -> Identity:
+    """Return the identity that a message states, or `UNKNOWN_IDENTITY` if it cannot be read."""
+    try:
+        return Identity.decode(str(content["message"]["identity"]))
+    except (FedsgcgError, KeyError, TypeError):
+        return UNKNOWN_IDENTITY
+
+
+def log_exception(home: Path | None, kind: str, identity: Identity) -> None:
+    """Append the current exception's traceback to the site's `errors.log`, else to the logger."""
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    text = f"{when} {kind} round {identity.round}\n{traceback.format_exc()}\n"
+    if home is not None:
+        with suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            with (home / "errors.log").open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+    LOG.error(text)
+
+
 def apply_floors(
     statistics: ClassStatistics,
     patients: npt.NDArray[np.int64],
     privacy: PrivacySettings,
     pixels: npt.NDArray[np.int64] | None = None,
 ) -> tuple[ClassStatistics, list[int]]:
-    """Withhold every class with too few pixels or patients (methods.md 1.12).
+    """Withhold every class with too few pixels or patients.
 
-    A withheld class leaves as an unseen one: count 0, mean 0, scatter 0, so that nothing of it can be read. Statistics
-    that count a pixel in every epoch (`prototypes.memory=online`) would pass any floor in time: for those the floor
-    compares the number of different pixels.
+    See "What leaves a hospital" in docs/explanation/privacy.md.
+
+    A withheld class is sent like an unseen one, with zero count, mean and scatter. Statistics that
+    count a pixel in every epoch (`prototypes.memory=online`) would pass any floor eventually, so
+    for them the floor applies to the number of distinct pixels.
 
     Returns:
-        The statistics that may leave, and the indices of the withheld classes (unseen ones are not withheld).
+        The statistics that may leave, and the indices of the withheld classes (unseen ones are not
+        withheld).
     """
-    different = statistics.count if pixels is None else np.minimum(statistics.count, pixels)
-    low = (different < privacy.min_pixels) | (patients < privacy.min_patients)
+    distinct = statistics.count if pixels is None else np.minimum(statistics.count, pixels)
+    low = (distinct < privacy.min_pixels) | (patients < privacy.min_patients)
     kept = ClassStatistics(
         count=np.where(low, 0.0, statistics.count),
         mean=np.where(low[:, None], 0.0, statistics.mean),
@@ -126,13 +159,13 @@ def apply_floors(
 
 
 def payload_digest(records: RecordDict) -> str:
-    """SHA-256 over every record of a reply, in the order of the names."""
+    """Return the SHA-256 over every record of a reply, in the order of their names."""
     sha = hashlib.sha256()
     for name in sorted(records):
         record = records[name]
         for key in sorted(record):
             value = record[key]
-            data = getattr(value, "data", None)  # an array carries its bytes
+            data = getattr(value, "data", None)  # the bytes of an array
             if data is None:
                 data = value if isinstance(value, bytes) else json.dumps(value).encode()
             sha.update(f"{name}/{key}/{len(data)}\n".encode())

@@ -1,7 +1,8 @@
-"""The ledger: what left this hospital, one JSON line a message, each line sealed with the hash of the one before.
+"""The ledger of what left this hospital: one JSON line per message, in a hash chain.
 
-A line is on the disk before its message leaves. Whoever changes, removes or swaps a line breaks the chain, and `verify`
-says where. A last line without its end of line was cut off by a crash: its message never left, so it is dropped.
+Each line contains the hash of the line before it, and is on the disk before its message leaves.
+Changing, removing or swapping a line breaks the chain, and `verify` reports where. An incomplete
+last line is the result of a crash; its message never left, so it is dropped.
 """
 
 from __future__ import annotations
@@ -32,26 +33,25 @@ def append(
     sha256: str,
     note: str = "",
 ) -> None:
-    """Add one line and wait until it is on the disk.
+    """Append one line and wait until it is on the disk.
 
     Args:
-        path: The ledger; made with its folder when absent.
+        path: The ledger; created with its folder if missing.
         round_number: Round of the message.
         kind: Type of the message that is answered, e.g. `train`.
         parts: Bytes of each part of the reply.
-        withheld: Names of the classes that the floors kept back.
+        withheld: Names of the classes that the privacy floors withheld.
         sha256: Digest of the reply.
-        note: Words for the site's own people, e.g. why a request was refused.
+        note: Remark for the site's staff, e.g. why a request was refused.
 
     Raises:
-        FedsgcgError: SITE-501 when the line cannot be written (disk full, no permission) or the chain is broken;
-            CFG-008 where the file system offers no locks.
+        FedsgcgError: SITE-501 when the line cannot be written (disk full, no permission) or the
+            chain is broken; CFG-008 when the file system does not support locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(
-            "a+b", buffering=0
-        ) as file:  # unbuffered: closing must not write what a full disk refused
+        # Unbuffered, so that closing the file does not retry a write that a full disk refused.
+        with path.open("a+b", buffering=0) as file:
             lock(file, wait=True, action="Set home in site.yaml to a folder on a local disk.")
             seq, previous = _tail(file)
             entry = {
@@ -70,13 +70,14 @@ def append(
             "SITE-501",
             where=str(path),
             found=str(error),
-            expected="a ledger that can be written",
-            action="make room on the disk or mend the permissions; the site answers again as soon as it can write",
+            expected="a writable ledger",
+            action="free disk space or correct the permissions; the site answers again as soon as "
+            "it can write",
         ) from error
 
 
 def verify(path: Path) -> int:
-    """Check the whole chain and return the number of lines.
+    """Verify the chain and return the number of lines.
 
     Raises:
         FedsgcgError: SITE-501 with the first line that does not fit.
@@ -85,7 +86,7 @@ def verify(path: Path) -> int:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Return every line, after checking the whole chain.
+    """Return every line, after verifying the chain.
 
     Raises:
         FedsgcgError: SITE-501 with the first line that does not fit.
@@ -101,19 +102,19 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 
 def seal(entry: Mapping[str, Any]) -> str:
-    """SHA-256 of a line's content, the hash of the previous line included."""
+    """Return the SHA-256 of a line's content, which includes the previous line's hash."""
     content = {name: value for name, value in entry.items() if name != "hash"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tail(file: FileIO) -> tuple[int, str]:
-    """Return (number of the next line, hash of the last one), dropping a last line that a crash cut off."""
+    """Return (number of the next line, hash of the last one); drop an incomplete last line."""
     file.seek(0)
     content = file.read()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        file.truncate(whole)
-    lines = content[:whole].splitlines()
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        file.truncate(complete)
+    lines = content[:complete].splitlines()
     if not lines:
         return 0, START
     entry = _read(lines[-1], len(lines) - 1)
@@ -127,12 +128,12 @@ def _write(file: FileIO, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
     except OSError:
-        file.truncate(end)  # half a line must not stand in the way of the next one
+        file.truncate(end)  # remove a partial line, so that the next one can be appended
         raise
 
 
 def _read(line: bytes, seq: int) -> dict[str, Any]:
-    """Read one line whose own seal must hold."""
+    """Parse one line and verify its hash."""
     try:
         entry = json.loads(line)
         intact = bool(line) and entry["hash"] == seal(entry) and {"seq", "previous"} <= set(entry)
@@ -146,6 +147,6 @@ def _read(line: bytes, seq: int) -> dict[str, Any]:
 def _broken(seq: int) -> Exception:
     return fail(
         "SITE-501",
-        found=f"line {seq} does not fit the chain",
-        expected="the lines as they were written",
+        found=f"line {seq} does not match the hash chain",
+        expected="unchanged lines",
     )

@@ -1,8 +1,9 @@
-"""The site's own policy: what the coordinator wishes is carried out only as far as `site.yaml` lets it.
+"""The site's own policy: `site.yaml` limits what the coordinator can request.
 
-A SuperNode of a real federation names the file in its node config (`site-file`). Then its folders, device, roles and
-sharing are the site's, the floors are the stricter of both, and every other setting that the coordinator changed must
-be on the site's list. A simulation has no such file: there everything stays as the plan says.
+A SuperNode of a real federation names the file in its node config (`site-file`). Folders, device,
+roles and sharing then come from the site's file, each privacy floor is the stricter of the two, and
+every other setting that the coordinator changed must be in the site's `coordinator_may_set`. A
+simulation has no such file and uses the plan unchanged.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from common.settings.plan import Plan
 
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
-"""Parts of a reply that need no consent: identity and codes, figures of the round, results under aliases."""
+"""Parts of a reply that need no consent: identity and codes, metrics, results under aliases."""
 
 
 def policy_of(node_config: Mapping[str, Any]) -> SiteFile | None:
-    """Return the site's own settings, or None for a node that has none (a simulation).
+    """Return the site's own settings, or None for a node without a site file (a simulation).
 
     Raises:
-        FedsgcgError: DEP-601 when the file cannot be used; POL-701 when it is another site's than the node config says.
+        FedsgcgError: DEP-601 when the file cannot be used; POL-701 when it belongs to another site
+            than the node config names.
     """
     path = str(node_config.get(NODE_KEY, ""))
     if not path:
@@ -52,12 +54,12 @@ def policy_of(node_config: Mapping[str, Any]) -> SiteFile | None:
 
 
 def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
-    """Return the plan as this site carries it out; its digest is no longer the federation's.
+    """Return the plan with the site's own settings; its digest differs from the federation's.
 
     Raises:
-        FedsgcgError: All refusals at once: POL-702 for a data folder outside the site's own, POL-703 for settings that
-            the coordinator may not set, POL-704 when the method needs a part that may not leave, POL-706 for a class
-            from outside the approved code.
+        FedsgcgError: All refusals at once. POL-702 for a data folder outside the site's own,
+            POL-703 for settings that the coordinator may not set, POL-704 when the method needs a
+            part that may not leave, POL-706 for a class from outside the approved code.
     """
     if policy is None:
         return plan
@@ -66,7 +68,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
     return replace(
         plan,
         data=replace(plan.data, root=policy.data_root),
-        privacy=stricter(plan.privacy, policy),
+        privacy=effective_floors(plan.privacy, policy),
         site=replace(
             plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}
         ),
@@ -74,13 +76,15 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
 
 
 def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
-    """Yield one problem for everything that the plan asks and the site does not grant."""
-    if plan.data.root and not inside(expand(plan.data.root, "data.root"), Path(policy.data_root)):
-        action = "leave data.root empty: the site decides where its data lie"
+    """Yield a problem for everything in the plan that the site does not allow."""
+    if plan.data.root and not is_inside(
+        expand(plan.data.root, "data.root"), Path(policy.data_root)
+    ):
+        action = "leave data.root empty; the site sets its own data folder"
         yield Problem(
             "POL-702",
             plan.data.root,
-            f"nothing, or a folder in {policy.data_root}",
+            f"empty, or a folder in {policy.data_root}",
             action,
             "data.root",
         )
@@ -88,71 +92,73 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     for where, section in (("method", plan.method), ("network", plan.network)):
         package = section.name.partition(":")[0].partition(".")[0]
         if section.is_own and package not in FOLDERS_OF_CODE and section.name not in policy.code:
-            expected = f"code of the approved app bundle, or what the site allows: {', '.join(policy.code) or 'nothing'}"
-            action = f"the site installs the package, reads it, and adds {section.name} to code in its site.yaml"
+            allowed = ", ".join(policy.code) or "nothing"
+            expected = f"code of the approved app bundle, or code that the site allows: {allowed}"
+            action = (
+                f"the site installs the package, reviews it, and adds {section.name} to code in "
+                "its site.yaml"
+            )
             yield Problem("POL-706", section.name, expected, action, f"{where}.name")
     if (
         plan.method.statistics
         and plan.role(policy.site) == "train"
         and "statistics" not in policy.sharing
     ):
-        expected = f"what the site shares: {', '.join(policy.sharing) or 'nothing'}"
-        action = "method=source method.statistics=false, or the site adds statistics to sharing"
+        expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
+        action = (
+            "set method=source method.statistics=false, or have the site add statistics to sharing"
+        )
         yield Problem(
             "POL-704", "a method that needs class statistics", expected, action, "sharing"
         )
 
 
-def stricter(asked: PrivacySettings, policy: SiteFile) -> PrivacySettings:
-    """Return the floors that hold: of each the larger of the coordinator's and the site's."""
+def effective_floors(requested: PrivacySettings, policy: SiteFile) -> PrivacySettings:
+    """Return the effective floors: the larger of the coordinator's and the site's for each."""
     return replace(
-        asked,
-        min_patients=max(asked.min_patients, policy.patient_floor),
-        min_pixels=max(asked.min_pixels, policy.min_pixels),
+        requested,
+        min_patients=max(requested.min_patients, policy.patient_floor),
+        min_pixels=max(requested.min_pixels, policy.min_pixels),
     )
 
 
 def check_sharing(parts: Mapping[str, int], sharing: tuple[str, ...] | None) -> None:
-    """Refuse a reply with a part that the site does not share.
+    """Raise if a reply has a part that the site does not share.
 
     Args:
         parts: Bytes of each part of the reply.
-        sharing: What may leave; None where no policy is set.
+        sharing: Parts that may leave; None where no policy is set.
 
     Raises:
         FedsgcgError: POL-704.
     """
     if sharing is None:
         return
-    mixing = (
-        ("amplitudes",) if set(sharing) & set(SHARES.values()) else ()
-    )  # which of them, the request itself checks
-    norms = (
-        ("moments",) if "weights" in sharing else ()
-    )  # running moments are entries of the weights
-    if held := [name for name in parts if name not in (*ALWAYS_LEAVES, *mixing, *norms, *sharing)]:
-        action = "ask for less, or have the site add it to sharing in its site.yaml"
+    allowed = {*ALWAYS_LEAVES, *sharing}
+    if set(sharing) & set(SHARES.values()):
+        allowed.add("amplitudes")  # the handler checks which kind of amplitudes is shared
+    if "weights" in sharing:
+        allowed.add("moments")  # running moments are entries of the weights
+    if held := [name for name in parts if name not in allowed]:
         raise fail(
             "POL-704",
             found=", ".join(held),
             expected=", ".join(sharing) or "nothing",
-            action=action,
+            action="request less, or have the site add it to sharing in its site.yaml",
         )
 
 
 def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
-    """Leave out every case whose files really lie outside the data folder, whatever links lead to them (POL-702)."""
+    """Leave out cases whose files, with links resolved, are outside the data folder (POL-702)."""
     if policy is None:
         return site
     root = Path(policy.data_root)
     kept, problems = [], list(site.quarantined)
     for case in site.cases:
         files = [path for path in (case.image, case.mask) if path is not None]
-        if outside := [path for path in files if not inside(path, root)]:
-            action = (
-                "copy the file into the data folder, or set data_root to the folder that holds it"
-            )
-            found = f"{outside[0]} leads to {outside[0].resolve()}"
+        if outside := [path for path in files if not is_inside(path, root)]:
+            action = "copy the file into the data folder, or set data_root to its folder"
+            found = f"{outside[0]} points to {outside[0].resolve()}"
             problems.append(
                 Problem("POL-702", found, f"a file below {root}", action, where=case.name)
             )
@@ -162,13 +168,14 @@ def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
 
 
 def alias_salt(policy: SiteFile | None) -> bytes:
-    """Return the secret that salts this site's case aliases, one for each federation; b"" in a simulation.
+    """Return the secret salt of this site's case aliases, one per federation; b"" in a simulation.
 
-    It is drawn once and never leaves: a coordinator that knows case names, and even the images, cannot find a case by
-    its alias. Within a federation a case keeps its alias, so that methods and seeds can be compared case by case.
+    The secret is drawn once and never leaves the site, so a coordinator that knows the case names,
+    or even the images, cannot identify a case by its alias. Within a federation a case keeps its
+    alias, so that methods and seeds can be compared case by case.
 
     Raises:
-        FedsgcgError: SITE-501 when it cannot be kept.
+        FedsgcgError: SITE-501 when the secret cannot be stored.
     """
     if policy is None:
         return b""
@@ -183,40 +190,42 @@ def alias_salt(policy: SiteFile | None) -> bytes:
         secret = path.read_bytes()
     except OSError as error:
         raise fail(
-            "SITE-501", where=str(path), found=str(error), expected="a folder that can be written"
+            "SITE-501", where=str(path), found=str(error), expected="a writable folder"
         ) from error
     return hashlib.blake2b(policy.project.encode(), digest_size=32, key=secret).digest()
 
 
-def inside(path: Path, root: Path) -> bool:
-    """Whether a path lies in a folder once every link of both is followed."""
+def is_inside(path: Path, root: Path) -> bool:
+    """Return whether a path is inside a folder, with all links resolved."""
     return path.resolve().is_relative_to(root.resolve())
 
 
 def _not_allowed(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
-    """Yield a problem for every setting that the coordinator may not set and that is not as it was shipped.
+    """Yield a problem for every setting that the coordinator changed but may not set.
 
-    Of the site's own settings the site's values are fine too. Folders of the plan have no effect here (`data.root` is
-    looked at by itself).
+    A setting counts as changed if it differs from its default and, in the site's own section, from
+    the site's value. Folders of the plan have no effect at a site and are skipped; `data.root` is
+    checked in `refusals`.
     """
-    fine = {f"site.{name}": value for name, value in leaves(_own(policy))}
-    asked = [(name, value) for name, value in leaves(plan.to_tree()) if not policy.may_set(name)]
-    asked = [
-        (name, value) for name, value in asked if name not in FOLDERS and value != fine.get(name)
+    own = {f"site.{name}": value for name, value in flat_settings(_own(policy))}
+    requested = [
+        (name, value)
+        for name, value in flat_settings(plan.to_tree())
+        if not policy.may_set(name) and name not in FOLDERS and value != own.get(name)
     ]
-    shipped = dict(leaves(Plan.from_tree({**compose([]), "output": ""}).to_tree())) if asked else {}
-    for name, value in asked:
-        if value != shipped.get(name):
-            expected = (
-                f"{shipped.get(name)!r}, or {name} in coordinator_may_set of the site's own file"
-            )
-            yield Problem(
-                "POL-703", repr(value), expected, "take the setting back, or ask the site", name
-            )
+    if not requested:
+        return
+    defaults = dict(flat_settings(Plan.from_tree({**compose([]), "output": ""}).to_tree()))
+    for name, value in requested:
+        default = defaults.get(name)
+        if value != default:
+            expected = f"{default!r}, or {name} in coordinator_may_set of the site's own file"
+            action = "reset the setting, or ask the site to allow it"
+            yield Problem("POL-703", repr(value), expected, action, name)
 
 
 def _own(policy: SiteFile) -> dict[str, Any]:
-    """The site's own section of a plan, as plain values."""
+    """Return the site's own section of a plan as plain values."""
     return {
         "home": policy.home,
         "cache": policy.cache,
@@ -229,14 +238,14 @@ def _own(policy: SiteFile) -> dict[str, Any]:
 
 
 def _shares(policy: SiteFile) -> tuple[str, ...]:
-    """What the site agrees to send besides weights and class statistics."""
+    """Return what the site agrees to send besides weights and class statistics."""
     return tuple(name for name in policy.sharing if name in SHARES.values())
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every setting; the entries of a map such as `classes` are one value."""
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every setting; a map such as `classes` is one value."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and name not in ("classes", "structures", "options"):
-            yield from leaves(value, f"{prefix}{name}.")
+            yield from flat_settings(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -1,7 +1,8 @@
-"""`site.yaml`: what a hospital allows, and where its things are; the contract between start-up kit and site tools.
+"""`site.yaml`: a hospital's folders and what it allows.
 
-The coordinator's kit fills in the names, the hospital fills in the folders and decides the rest. Nothing in this file
-travels. Relative paths are meant from the folder that holds the file, so that a kit can be moved as a whole.
+The coordinator's kit fills in the names; the hospital fills in the folders and decides the rest.
+The file is never sent. Relative paths are resolved against the folder of the file, so that a kit
+can be moved.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAY_SET: Final = (
     *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
 )
-"""Settings of a plan that do not touch what is the site's: `data.root` and `site.*` are never the coordinator's."""
+"""Settings that the coordinator may set by default; never `data.root` and `site.*`."""
 
 NEVER_SET: Final = (
     "data.root",
@@ -39,40 +40,48 @@ NEVER_SET: Final = (
 )
 PATHS: Final = ("ca", "key", "data_root", "home", "cache", "approved")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
-"""What a site or a project may be called: the name becomes a folder, a node setting and a certificate's subject."""
+"""Allowed names of sites and projects: they become folders, settings and certificate subjects."""
 
 
 @dataclass(frozen=True)
 class SiteFile(Section):
-    """A hospital's own settings, paths absolute.
+    """A hospital's own settings, with absolute paths.
 
     Attributes:
         site: Name of this hospital in the federation.
         project: Name of the federation.
         server: The coordinator, as `host:port`.
-        ca: Certificate of the coordinator's own authority (PEM); the only one that is trusted.
+        ca: Certificate of the coordinator's own certificate authority (PEM), the only one that is
+            trusted.
         key: This hospital's private key (EC P-384, OpenSSH format, mode 0600).
-        data_root: Folder of the hospital's images: `manifest.csv`, or a folder named like the site. Only read.
-        home: Folder of the ledger, the error log, the aliases and the state of this site; written.
-        cache: Folder of the slice cache; written.
+        data_root: Folder of the hospital's images, with `manifest.csv` or a folder named like the
+            site. It is only read.
+        home: Folder for the ledger, the error log, the aliases and the state of this site.
+        cache: Folder for the slice cache.
         approved: File with the hashes of the app bundles that this hospital has approved.
-        code: Import paths (`package.module:Class`) of methods and networks from outside the approved bundle that may
-            run here. The hospital installs the package itself; what it installed is not looked at again.
+        code: Import paths (`package.module:Class`) of methods and networks from outside the
+            approved bundle that may run here. The hospital installs the package itself; the
+            installed code is not checked again.
         roles: Roles this hospital accepts.
-        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank` and `content_hashes`
-            only when the hospital writes them here itself. `content_hashes` are salted hashes of the images: with them
-            the coordinator finds images that two hospitals have, and can tell whether an image that it holds itself is
-            here; nothing of an image can be computed back.
-        patient_floor: A class seen in fewer patients is withheld; the larger of this and the plan's floor counts.
-        min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor counts.
-        device: Where the site computes: `auto`, `cpu`, `cuda` (all), or one card as `cuda:0`.
+        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`
+            and `content_hashes` only if the hospital adds them here. `content_hashes` are salted
+            hashes of the images. With them the coordinator finds images that two hospitals share,
+            and can check whether this hospital has an image that the coordinator itself has; no
+            image can be reconstructed from them.
+        patient_floor: A class that occurs in fewer patients is withheld; the larger of this and the
+            plan's floor applies.
+        min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor
+            applies.
+        device: Device of the site: `auto`, `cpu`, `cuda` (all GPUs), or one GPU such as `cuda:0`.
         threads: CPU threads of a training process.
-        coordinator_may_set: Names of the plan's settings that the coordinator decides, `*` at the end for a group.
-        deadline_s: Seconds after which the watchdog ends a message that is still at work; 0 = the plan's
-            round deadline.
-        runtime_port: Port on 127.0.0.1 by which the site's own processes talk to each other; 0 = any free one.
-        max_retries: Attempts to reach the coordinator before the site gives up; 0 = it never gives up.
-        version: Version of this file's form.
+        coordinator_may_set: Names of the plan's settings that the coordinator may set; a trailing
+            `*` selects a group.
+        deadline_s: Seconds after which the watchdog ends the processing of a message; 0 = the
+            plan's round deadline.
+        runtime_port: Port on 127.0.0.1 through which the site's own processes communicate; 0 = any
+            free port.
+        max_retries: Attempts to reach the coordinator before the site gives up; 0 = unlimited.
+        version: Version of this file format.
     """
 
     site: str
@@ -98,16 +107,16 @@ class SiteFile(Section):
     version: Literal[1] = 1
 
     def checks(self) -> Checks:
-        """Names are plain, the address has a port, floors are positive, lists hold only what is known."""
+        """Check names, address, floors, ports and the entries of lists."""
         yield (
             bool(NAME.fullmatch(self.site)),
             "site",
-            "letters, digits, blanks and ._- (63 at most)",
+            "letters, digits, spaces and ._- (at most 63)",
         )
         yield (
             bool(NAME.fullmatch(self.project)),
             "project",
-            "letters, digits, blanks and ._- (63 at most)",
+            "letters, digits, spaces and ._- (at most 63)",
         )
         yield (
             split_address(self.server) is not None,
@@ -131,13 +140,13 @@ class SiteFile(Section):
             for name in self.coordinator_may_set
             if name in NEVER_SET or name.startswith("site.")
         ]
-        yield not outside, "coordinator_may_set", "no setting that is the site's own"
+        yield not outside, "coordinator_may_set", "no setting of the site itself"
         yield self.deadline_s >= 0, "deadline_s", "seconds, 0 or more"
-        yield 0 <= self.runtime_port <= 65535, "runtime_port", "a port, 0 for any free one"
-        yield self.max_retries >= 0, "max_retries", "0 (never gives up) or more"
+        yield 0 <= self.runtime_port <= 65535, "runtime_port", "a port, or 0 for any free port"
+        yield self.max_retries >= 0, "max_retries", "0 (unlimited) or more"
 
     def may_set(self, name: str) -> bool:
-        """Whether the coordinator decides a setting of the plan, e.g. `method.learning_rate`."""
+        """Return whether the coordinator may set a plan setting such as `data.classes`."""
         if name in NEVER_SET or name.startswith("site."):
             return False
         rules = self.coordinator_may_set
@@ -147,16 +156,16 @@ class SiteFile(Section):
 
 
 def read_site_file(path: Path) -> SiteFile:
-    """Read a `site.yaml`, its relative paths made absolute.
+    """Read a `site.yaml` and make its relative paths absolute.
 
     Args:
-        path: The file, or the kit's folder that holds `site.yaml`.
+        path: The file, or the kit's folder with `site.yaml`.
 
     Raises:
-        FedsgcgError: DEP-601 with every problem of the file; a path that is still empty is one.
+        FedsgcgError: DEP-601 with every problem of the file, including paths that are still empty.
     """
     path = path / "site.yaml" if path.is_dir() else path
-    tree = read_tree(path, "DEP-601", "give the kit's folder, or its site.yaml")
+    tree = read_tree(path, "DEP-601", "name the kit's folder, or its site.yaml")
     folder = path.resolve().parent
     absolute = {
         name: str(folder / expand(str(tree[name]), name)) for name in PATHS if tree.get(name)
@@ -164,7 +173,7 @@ def read_site_file(path: Path) -> SiteFile:
     empty = tuple(
         Problem(
             "DEP-601",
-            found="nothing",
+            found="an empty value",
             expected="a path",
             action="fill it in",
             where=f"{path}, {name}",
@@ -176,21 +185,22 @@ def read_site_file(path: Path) -> SiteFile:
 
 
 def write_site_file(path: Path, site: SiteFile) -> None:
-    """Write a `site.yaml` with the meaning of each setting beside it; paths are written as they are given."""
+    """Write a `site.yaml` with an explanation of each setting; paths are written unchanged."""
     path.write_text(site_file_text(site), encoding="utf-8")
 
 
 def site_file_text(site: SiteFile) -> str:
-    """Return the text of a `site.yaml`: every setting with the sentence that explains it."""
+    """Return the text of a `site.yaml`: every setting with its explanation."""
     head = (
-        f"{site.site} in the federation {site.project}. This file is the hospital's own and never travels.",
-        "It beats whatever the coordinator asks for. Relative paths are meant from this folder.",
+        f"{site.site} in the federation {site.project}. "
+        "This file belongs to the hospital and is never sent.",
+        "It overrides what the coordinator requests. Relative paths start at this folder.",
     )
     return explained(site, head)
 
 
 def split_address(address: str) -> tuple[str, int] | None:
-    """Return host and port of `host:port` or `[v6]:port`; None when it is neither."""
+    """Return host and port of `host:port` or `[v6]:port`; None for anything else."""
     host, _, port = address.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not host or not port.isdigit() or not 0 < int(port) < 65536 or "/" in host or " " in host:

@@ -1,8 +1,9 @@
-"""The training methods: what each makes of a batch, which networks it needs beside the U-Net, and its loss.
+"""The training methods: a method's views of a batch, its additional networks and its loss.
 
-A method runs the network on a batch and returns the loss in float32 outside autocast (methods.md 1.7). To add one,
-write a file here, name it in `METHODS` and in `common.settings.training.TRAITS`, and give it a file in
-`configs/method`; or leave the class where it is and give its import path, `method=package.module:Class`.
+A method runs the network on a batch and computes the loss in float32 outside autocast, because
+logits in bf16 would lose the quadratic term. To add a method, write a module here, register it in
+`METHODS` and in `common.settings.training.TRAITS`, and add a file to `configs/method`. A class
+elsewhere can be used by its import path, `method=package.module:Class`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ METHODS: dict[str, type[Source]] = {"source": Source, "ram": Ram, "sgcg": SgCG, 
 
 
 def method_class(settings: MethodSettings) -> type[Source]:
-    """Return the class of a method, shipped or by import path.
+    """Return the class of a built-in method or of an import path.
 
     Raises:
-        FedsgcgError: CFG-011 for a class that is no method, or does other things than the plan says.
+        FedsgcgError: CFG-011 for a class that is not a method, or whose traits differ from the
+            plan's.
     """
     if not settings.is_own:
         return METHODS[settings.name]
@@ -35,7 +37,7 @@ def method_class(settings: MethodSettings) -> type[Source]:
             ", ".join(traits) or "nothing" for traits in (traits_of(cls), settings.traits)
         )
         raise unusable(
-            settings.name, f"a class that says: {found}", "method", f"as in the plan: {expected}"
+            settings.name, f"a class with: {found}", "method", f"those of the plan: {expected}"
         )
     return cls
 

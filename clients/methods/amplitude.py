@@ -1,20 +1,21 @@
-"""RAM: the low-frequency amplitude of an image is mixed with that of a partner, its phase stays (methods.md 2.5).
+"""RAM: mixes the low-frequency amplitude of an image with a partner's and keeps its phase.
 
-    A' = r * A + (1 - r) * A_partner   inside the window of frequencies up to b rows and b columns from zero,
+    A' = r * A + (1 - r) * A_partner   inside the window of frequencies up to b rows and columns,
     out = x + Re IDFT_window[(A' - A) * phase]
 
-Only the window is ever computed, so that the rest of the spectrum never leaves the image (performance.md 1c). The image
-is real and the window symmetric: columns 0 to b suffice, and products of cosines and sines give the rows k and -k
-together, without complex arithmetic. Along the rows of an image (its width) the window's frequencies come from matrix
-products with their part of the DFT matrix, or from a real FFT of which columns 0 to b are kept; along the height, where
-only those columns are left, always from products.
+See "Amplitude mixing" in docs/explanation/ram-dsir.md. Only the window is computed; all other
+frequencies of the image stay exactly as they are. The image is real and the window symmetric, so
+columns 0 to b suffice, and products of cosines and sines give rows k and -k together without
+complex arithmetic. Along the rows of an image (its width) the window's frequencies are computed by
+matrix products with a part of the DFT matrix, or by a real FFT of which columns 0 to b are kept.
+Along the height, where only those columns are left, matrix products are always used.
 
-`_takes_fft` chooses by device, width and window alone. The choice is neither measured nor read off the processor,
-because two processes that chose differently would differ in last bits and so in the model's hash. Nor need it be:
-products cost a pixel 2 (b + 1) terms, an FFT about log2 W of them, and the FFT of the rows alone is about half of the
-whole 2-D FFT on any machine, so that wide windows should take no longer than the whole FFT anywhere. (Products alone
-took 1.05 and 1.33 times the whole FFT at 256 and 384 pixels on an AMD EPYC and 0.8 times on an Intel Xeon, where this
-choice takes 0.72 and 0.75 times; it was not measured on AMD.)
+`_uses_fft` chooses by device, width and window only, not by a measurement or the processor:
+processes that chose differently would differ in the last bits and thus in the model's hash. The
+rule follows from the cost per pixel, 2 (b + 1) terms for products and about log2 W for an FFT. The
+FFT of the rows takes about half the time of a full 2-D FFT. (At 256 and 384 pixels, products alone
+took 1.05 and 1.33 times as long as the full FFT on an AMD EPYC. On an Intel Xeon they took 0.8
+times as long, and this choice 0.72 and 0.75 times; it was not measured on AMD.)
 
 Legend: B batch, C channels, H, W height and width, b half window.
 """
@@ -33,35 +34,39 @@ from torch import Tensor
 from common.sgcg.moments import check_finite, check_shape
 
 WINDOW: Final = 0.1
-"""Half window as a share of the shorter side, as RAM-DSIR has it."""
+"""Half window as a share of the shorter side, as in RAM-DSIR."""
 
 FFT_HALF: Final = {"forward": 25, "back": 38}
-"""Smallest half window b whose rows are transformed by FFT, of 256 and 384 pixels with the published window of 0.1.
+"""Smallest half window b whose rows are transformed by FFT.
 
-The way back gains later because its FFT writes and reads the whole half spectrum, most of it zeros.
+The values are b at 256 and 384 pixels with the published window of 0.1. The inverse needs a wider
+window to gain, because its FFT handles the complete half spectrum, which is mostly zeros.
 """
 
 
 def mix_amplitude(
     images: Tensor, partners: Tensor, ratio: Tensor, window: float = WINDOW
 ) -> Tensor:
-    """Give every image a mixture of its own low-frequency amplitudes and its partner's (methods.md 2.5).
+    """Mix every image's low-frequency amplitudes with its partner's.
 
-    Runs on the device of the images without waiting for it, without gradient, in float32 (float64 for float64 images)
-    whatever autocast and TF32 say. The caller clips the result to the range of its images.
+    Runs on the images' device without synchronising, without gradient, in float32 (float64 for
+    float64 images) regardless of autocast and TF32. The caller clips the result to the images'
+    range.
 
     Args:
-        images: (B, C, H, W) floats; the phase and all frequencies outside the window remain theirs.
+        images: (B, C, H, W) floats; their phase and all frequencies outside the window are kept.
         partners: (B, C, H, W) floats on the same device.
-        ratio: (B,) floats in [0, 1], the share of an image's own amplitude; 1 leaves the image as it is.
+        ratio: (B,) floats in [0, 1], the share of an image's own amplitude; 1 leaves the image
+            unchanged.
         window: Half window b = floor(min(H, W) * window); above 0, at most 0.5 (all frequencies).
 
     Returns:
         (B, C, H, W), not clipped.
 
     Raises:
-        ValueError: Shapes, types, devices or a window that do not fit; on a CPU also a ratio outside [0, 1] and values
-            that are not finite (a GPU is not made to wait for that: there they give a result that is not finite).
+        ValueError: Wrong shapes, types, devices or window. On a CPU also a ratio outside [0, 1] or
+            non-finite values; on a GPU, where the check would synchronise, these give a wrong or
+            non-finite result.
     """
     _check_images("images", images)
     _check_partner("partners", partners, tuple(images.shape), images.device)
@@ -70,15 +75,15 @@ def mix_amplitude(
 
 
 def window_amplitudes(images: Tensor, window: float = WINDOW) -> Tensor:
-    """Compute the amplitudes that a partner gives to a mixture, to be kept for `mix_window_amplitudes`.
+    """Compute a partner's amplitudes for `mix_window_amplitudes`.
 
     Args:
         images: (B, C, H, W) floats.
         window: As in `mix_amplitude`.
 
     Returns:
-        (B, C, 2, b + 1, b + 1): first the rows of frequency 0 to b, then those of 0 to -b; columns 0 to b. Those of
-        columns -1 to -b are the same, mirrored.
+        (B, C, 2, b + 1, b + 1): first rows 0 to b, then rows 0 to -b; columns 0 to b. Columns -1 to
+        -b follow by symmetry.
 
     Raises:
         ValueError: As `mix_amplitude`.
@@ -90,11 +95,12 @@ def window_amplitudes(images: Tensor, window: float = WINDOW) -> Tensor:
 def mix_window_amplitudes(
     images: Tensor, amplitudes: Tensor, ratio: Tensor, window: float = WINDOW
 ) -> Tensor:
-    """Mix as `mix_amplitude` does, with partners whose window amplitudes were computed before.
+    """Mix like `mix_amplitude`, with precomputed amplitudes of the partners.
 
     Args:
         images: (B, C, H, W) floats.
-        amplitudes: (B, C, 2, b + 1, b + 1) from `window_amplitudes` of images of the same size with the same window.
+        amplitudes: (B, C, 2, b + 1, b + 1) from `window_amplitudes` of images of the same size with
+            the same window.
         ratio: (B,) floats in [0, 1], the share of an image's own amplitude.
         window: As in `mix_amplitude`.
 
@@ -133,10 +139,11 @@ def _mix(images: Tensor, amplitudes: Tensor, ratio: Tensor, half: int) -> Tensor
 
 
 class _Transform(NamedTuple):
-    """Waves of the window and their way back, transposed and weighted.
+    """Matrices of the window's DFT and of its weighted inverse.
 
-    Rows (2(b + 1), H) have the cosines of all frequencies before the sines; columns (W, 2(b + 1)) have the cosine and
-    the negative sine of each frequency next to each other, as a complex number has its parts.
+    `rows` (2(b + 1), H) has the cosines of all frequencies, then the sines. `columns` (W, 2(b + 1))
+    has the cosine and the negative sine of each frequency next to each other, like the parts of a
+    complex number.
     """
 
     rows: Tensor
@@ -149,11 +156,11 @@ class _Transform(NamedTuple):
 def _transform(
     height: int, width: int, half: int, dtype: torch.dtype, device: torch.device
 ) -> _Transform:
-    """Made on the CPU in float64 once a size and kept on the device.
+    """Build the matrices in float64 on the CPU, once per size, and keep them on the device.
 
-    On the way back a column counts twice, for itself and for the conjugate column that is not computed. Column 0 has
-    none, nor has the last column of an even width that the window spans: it is its own. Likewise a row and its negative
-    are the same one at 0 and at half an even height, and count half each.
+    In the inverse a column counts twice, for itself and for its conjugate, which is not computed.
+    The columns at 0 and at half an even width are their own conjugates and count once. Likewise
+    rows k and -k coincide at 0 and at half an even height, and count half each.
     """
     down = torch.cat(_waves(half, height))
     cosines, sines = _waves(half, width)
@@ -166,22 +173,25 @@ def _transform(
 
 
 def _waves(half: int, length: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of 2 pi f t / length for f = 0 to b, each (b + 1, length) float64, whole turns taken off."""
-    turns = (torch.arange(half + 1)[:, None] * torch.arange(length)).remainder(
-        length
-    ).double() / length
+    """Return cos and sin of 2 pi f t / length for f = 0 to b, each (b + 1, length) float64.
+
+    The angles are reduced to one turn for accuracy.
+    """
+    steps = torch.arange(half + 1)[:, None] * torch.arange(length)
+    turns = steps.remainder(length).double() / length
     return torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
 
 
 def _spectrum(images: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of the window of the 2-D DFT, each (B, C, 2, b + 1, b + 1).
+    """Return real and imaginary part of the window of the 2-D DFT, each (B, C, 2, b + 1, b + 1).
 
-    With cc the sum of x cos(row) cos(column), cs that of -x cos(row) sin(column) and so on, the frequency of row k is
-    (cc + ss) + i (cs - sc), that of row -k is (cc - ss) + i (cs + sc).
+    With cc the sum of x cos(row) cos(column), cs that of -x cos(row) sin(column) and so on, the
+    coefficient of row k is (cc + ss) + i (cs - sc), that of row -k is (cc - ss) + i (cs + sc).
     """
     B, C, H, W = images.shape
-    transform, size = _transform(H, W, half, images.dtype, images.device), half + 1
-    if _takes_fft(images, half, "forward"):
+    transform = _transform(H, W, half, images.dtype, images.device)
+    size = half + 1
+    if _uses_fft(images, half, "forward"):
         lines = torch.view_as_real(torch.fft.rfft(images)[..., :size]).reshape(B * C, H, 2 * size)
     else:
         lines = (images.reshape(-1, W) @ transform.columns).view(B * C, H, 2 * size)
@@ -193,10 +203,10 @@ def _spectrum(images: Tensor, half: int) -> tuple[Tensor, Tensor]:
 def _change(
     spectrum: tuple[Tensor, Tensor], amplitudes: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What mixing adds to the spectrum: (1 - r) (A_partner - A) along the own phase.
+    """Return what mixing adds to the spectrum: (1 - r) (A_partner - A) along the image's phase.
 
-    An amplitude below the rounding of the image's largest (an empty slice) has no phase; it counts as zero, whose phase
-    is 0 in RAM-DSIR too, instead of whatever rounding left.
+    An amplitude below the rounding error of the image's largest one (an empty slice) has no
+    meaningful phase. It is treated as zero, whose phase is 0, as in RAM-DSIR.
     """
     real, imaginary = spectrum
     own = torch.hypot(real, imaginary)
@@ -207,27 +217,31 @@ def _change(
 
 
 def _add_inverse(images: Tensor, change: tuple[Tensor, Tensor], half: int) -> Tensor:
-    """Images plus the real part of the inverse DFT of a change of the window, by the sums of `_spectrum` backwards."""
+    """Return the images plus the real part of the inverse DFT of a change of the window."""
     B, C, H, W = images.shape
-    transform, size = _transform(H, W, half, images.dtype, images.device), half + 1
+    transform = _transform(H, W, half, images.dtype, images.device)
+    size = half + 1
+    # The sums of `_spectrum`, inverted.
     (a, b), (u, v) = (part.unbind(2) for part in change)
     waves = images.new_empty(B, C, 2, size, size, 2)
-    waves[:, :, 0, ..., 0], waves[:, :, 0, ..., 1] = a + b, u + v
-    waves[:, :, 1, ..., 0], waves[:, :, 1, ..., 1] = v - u, a - b
+    waves[:, :, 0, ..., 0] = a + b
+    waves[:, :, 0, ..., 1] = u + v
+    waves[:, :, 1, ..., 0] = v - u
+    waves[:, :, 1, ..., 1] = a - b
     lines = torch.bmm(
         transform.rows_back.expand(B * C, -1, -1), waves.view(B * C, 2 * size, 2 * size)
     )
-    if _takes_fft(images, half, "back"):
+    if _uses_fft(images, half, "back"):
         added: Tensor = torch.fft.irfft(torch.view_as_complex(lines.view(B, C, H, size, 2)), n=W)
     else:
         added = torch.mm(lines.view(-1, 2 * size), transform.columns_back).view(B, C, H, W)
     return added.add_(images)
 
 
-def _takes_fft(images: Tensor, half: int, way: Literal["forward", "back"]) -> bool:
-    """Whether rows are transformed by FFT: on a CPU, for wide windows and widths that an FFT is quick at.
+def _uses_fft(images: Tensor, half: int, way: Literal["forward", "back"]) -> bool:
+    """Return whether rows are transformed by FFT: on a CPU, for wide windows and smooth widths.
 
-    A prime factor above 7 costs an FFT a general transform of that length; a GPU is quicker with products.
+    A width with a prime factor above 7 makes an FFT slow. A GPU is faster with products.
     """
     return images.device.type == "cpu" and half >= FFT_HALF[way] and _is_smooth(images.shape[-1])
 
@@ -241,8 +255,10 @@ def _is_smooth(number: int) -> bool:
 
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
-    """Products of float32 as such: neither autocast nor the caller's choice of TF32 or bf16 products counts in here."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    """Compute matrix products in full float32, regardless of autocast, TF32 and bf16 settings."""
+    on_gpu = device.type == "cuda"
+    backends = torch.backends
+    backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     backend.fp32_precision = "ieee"
     try:
@@ -268,7 +284,7 @@ def _check_images(name: str, images: Tensor) -> None:
         raise ValueError(f"{name}: found {images.dtype}, expected floats")
     if 0 in images.shape:
         raise ValueError(
-            f"{name}: found shape {tuple(images.shape)}, expected (B, C, H, W) with none of them 0"
+            f"{name}: found shape {tuple(images.shape)}, expected (B, C, H, W), all positive"
         )
 
 

@@ -1,12 +1,15 @@
-"""The supervised baseline: cross-entropy plus Dice, as RAM-DSIR trains its segmentation branch (methods.md 2.6).
+"""The supervised baseline: cross-entropy plus Dice, the segmentation loss of RAM-DSIR.
 
-`Source` is also what every other method builds on: it owns the network's forward passes and the optimiser's groups.
+See "Loss" in docs/explanation/ram-dsir.md. `Source` is also the base class of all other methods: it
+runs the network and defines the optimiser's parameter groups.
 
-Sums over the pixels of a batch are float32, as torch has them: it adds in cascades on a CPU and in trees on a GPU, so
-that each of 16 million terms passes through about a hundred additions and a sum of positive terms errs by less than
-1e-5. Tests hold that for the whole losses with equal terms, where a running sum of float32 errs by percents. Float64
-would need a copy of every map.
-Legend: B batch, C output channels, S structures, H, W height and width, D source domains of the client.
+Sums over the pixels of a batch use torch's float32 sums, which are cascaded on a CPU and trees on a
+GPU. Each of 16 million terms takes part in about a hundred additions, so the relative error of a
+sum of positive terms is below 1e-5; tests check this for the losses, where a running float32 sum is
+wrong by percents. Float64 would need a copy of every map.
+
+Legend: B batch, C output channels, S structures, H, W height and width, D source domains of the
+client.
 """
 
 from __future__ import annotations
@@ -24,16 +27,16 @@ from clients.device import autocast_for, precision
 from clients.methods.guidance import IGNORE, Guide
 from common.settings.plan import DataSettings, Plan
 
-SMOOTH = 1e-5  # of numerator and denominator, as in the published code
+SMOOTH = 1e-5  # added to numerator and denominator, as in the published code
 Loss = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class View:
-    """What the network gave for one view of a batch.
+    """The network's output for one view of a batch.
 
     Attributes:
-        name: `source` or `ram`, as `prototypes.views` calls it.
+        name: `source` or `ram`, as in `prototypes.views`.
         logits: (B, C, H, W) float32.
         features: (B, A, h, w) feature map.
     """
@@ -44,22 +47,22 @@ class View:
 
 
 class Source:
-    """Supervised training on a client's own slices.
+    """Supervised training on the client's own slices.
 
     Args:
         network: Holds the received weights; trained in place.
         plan: Method, activation, structures.
         domains: D.
-        device: Where to compute.
+        device: Device of the network.
 
     Attributes:
-        network: As given.
-        plan: As given.
-        local: Networks that exist in training alone and stay at the site; empty here.
-        parts: Names of the loss's parts, in the order of the report. `loss_supervised` is the mean over the views, so
-            that methods of one view and of two compare.
-        contrasts: Whether the method learns from the global prototypes.
-        mixes: Whether it wants amplitude-mixed copies of the slices (`Batch.mixed`).
+        network: The network.
+        plan: The plan.
+        local: Networks that are used only in training and stay at the site; empty here.
+        parts: Names of the loss's parts, in the order of the report. `loss_supervised` is the mean
+            over the views, so that methods with one and two views are comparable.
+        contrasts: Whether the method uses the global prototypes.
+        mixes: Whether the method uses amplitude-mixed copies of the slices (`Batch.mixed`).
     """
 
     contrasts: bool = False
@@ -68,16 +71,18 @@ class Source:
     parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
 
     def __init__(self, network: nn.Module, plan: Plan, domains: int, device: torch.device) -> None:
-        self.network, self.plan, self.device = network, plan, device
+        self.network = network
+        self.plan = plan
+        self.device = device
         self.local = nn.ModuleDict()
         self._dtype = precision(plan.method, device)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser; `factor` is a group's share of the learning rate."""
+        """Return the optimiser's parameter groups; `factor` scales a group's learning rate."""
         return [{"params": list(self.network.parameters()), "factor": 1.0}]
 
     def loss(self, batch: Batch, guide: Guide | None) -> Loss:
-        """Loss of one batch and its parts by name (before they are weighted), in float32 outside autocast.
+        """Return the loss of one batch and its unweighted parts by name, in float32.
 
         Args:
             batch: Slices on the device.
@@ -96,20 +101,20 @@ class Source:
         return View(name, logits.float(), features)
 
     def supervised(self, batch: Batch, views: Sequence[View]) -> Loss:
-        """Segmentation loss of the source view."""
+        """Return the segmentation loss of the source view."""
         value = segmentation_loss(views[0].logits, batch.labels, self.plan.data)
         return value, {"loss_supervised": value.detach()}
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, data: DataSettings) -> Tensor:
-    """Entropy plus Dice of logits (B, C, H, W) against labels (B, H, W), by the data's activation."""
+    """Return cross-entropy plus Dice of logits (B, C, H, W) against labels (B, H, W)."""
     if data.activation == "softmax":
         return softmax_loss(logits, labels)
     return sigmoid_loss(logits, labels, data.structure_classes())
 
 
 def softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over the K exclusive classes plus Dice over the foreground classes.
+    """Return cross-entropy over K exclusive classes plus Dice over the foreground classes.
 
     Args:
         logits: (B, K, H, W).
@@ -117,22 +122,21 @@ def softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     labels = labels.long()
     valid = labels != IGNORE
-    # The sum over valid pixels divided by their number: the library's own mean is 0/0 when every pixel is ignored.
-    entropy = F.cross_entropy(
-        logits, labels, ignore_index=IGNORE, reduction="sum"
-    ) / valid.sum().clamp(min=1)
+    # Torch's own mean would be 0/0 when every pixel is ignored.
+    entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    entropy = entropy / valid.sum().clamp(min=1)
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     truth = (labels.unsqueeze(1) == classes).to(logits.dtype)
     return entropy + dice_loss(logits.softmax(1)[:, 1:], truth, valid.unsqueeze(1))
 
 
 def sigmoid_loss(logits: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
-    """Binary cross-entropy plus Dice, one channel a structure; structures may overlap.
+    """Return binary cross-entropy plus Dice, one channel per structure; structures may overlap.
 
     Args:
         logits: (B, S, H, W).
         labels: (B, H, W) class indices, 255 = ignore.
-        structures: The classes that make up each structure, in the order of the channels.
+        structures: The classes of each structure, in the order of the channels.
     """
     valid = (labels != IGNORE).unsqueeze(1)
     truth = structure_targets(labels, structures).to(logits.dtype)
@@ -144,7 +148,7 @@ def sigmoid_loss(logits: Tensor, labels: Tensor, structures: Mapping[str, Sequen
 
 
 def structure_targets(labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
-    """Return (B, S, H, W) bool: whether a pixel's class is one of the structure's classes."""
+    """Return (B, S, H, W) bool: whether a pixel's class belongs to the structure."""
     channels = [
         torch.stack([labels == index for index in classes]).any(0)
         for classes in structures.values()
@@ -153,7 +157,10 @@ def structure_targets(labels: Tensor, structures: Mapping[str, Sequence[int]]) -
 
 
 def dice_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """1 - (2 sum(p t) + e) / (sum p^2 + sum t^2 + e), one sum over batch, channels and valid pixels."""
+    """Return 1 - (2 sum(p t) + e) / (sum p^2 + sum t^2 + e).
+
+    The sums run over the batch, the channels and the valid pixels.
+    """
     probability, truth = probability * valid, truth * valid
     overlap = 2 * (probability * truth).sum() + SMOOTH
     return 1 - overlap / (probability.square().sum() + truth.square().sum() + SMOOTH)

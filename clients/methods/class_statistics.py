@@ -1,7 +1,9 @@
-"""What a site measures of a received model on its training slices: class statistics and BatchNorm's moments.
+"""Measures a model on a site's training slices: class statistics and BatchNorm moments.
 
-Every site describes the same model, the one it received, so the merged prototypes are those of the pooled pixels
-(methods.md 1.2, 1.8), and the merged moments those of the pooled inputs of every BatchNorm layer.
+Every site measures the same model, the one it received. The merged prototypes therefore equal those
+of the pooled pixels (SgCG eqs. 1-3, "Statistics" in docs/explanation/sgcg.md), and the merged
+moments equal those of the pooled inputs of every BatchNorm layer.
+
 Legend: K classes, A feature channels, B batch, N pixels, D source domains of the client.
 """
 
@@ -32,7 +34,7 @@ from common.wire.norm_moments import NormMoments
 if TYPE_CHECKING:
     from clients.data.store import CaseStore, SliceTable
 
-SAMPLED_BATCHES, SAMPLED_SLICES = 4, 8  # slices from which the pixels of a t-SNE are drawn
+SAMPLED_BATCHES, SAMPLED_SLICES = 4, 8  # batches, and slices per batch, sampled for a t-SNE
 
 NormMode = Literal["batch", "running"]
 
@@ -45,15 +47,19 @@ def site_statistics(
     rngs: Sequence[np.random.Generator],
     norm_mode: NormMode | None = None,
 ) -> ClassStatistics:
-    """Count, mean and scatter of every class over all pixels of the training slices, without augmentation.
+    """Return count, mean and scatter of every class over all pixels of the training slices.
+
+    The slices are not augmented.
 
     Args:
-        network: Holds the received global weights; neither its weights nor its running moments change.
+        network: Holds the received global weights; neither its weights nor its running moments
+            change.
         tables: The training slices of each source domain.
-        plan: `prototypes.normalize` decides the representation.
-        device: Where the network is.
-        rngs: Order of the slices of each domain, which matters with `norm_mode=batch` alone.
-        norm_mode: `batch` or `running`; None takes `prototypes.norm_mode`.
+        plan: `prototypes.normalize` determines the representation.
+        device: Device of the network.
+        rngs: Generators of the slice order of each domain, which matters only with
+            `norm_mode=batch`.
+        norm_mode: `batch` or `running`; None selects `prototypes.norm_mode`.
 
     Returns:
         Statistics in float64, (K,), (K, A) and (K, A, A).
@@ -75,18 +81,19 @@ def site_moments(
     rngs: Sequence[np.random.Generator],
     generator: torch.Generator,
 ) -> NormMoments:
-    """Moments of the inputs of every BatchNorm layer over the training slices, each batch normalised by its own.
+    """Return the moments of the inputs of every BatchNorm layer over the training slices.
 
-    The batches are those of a training step: augmented, since moments of plain slices are narrower than those that the
-    weights were trained under, and with several domains mixed, so that a small domain weighs here what it weighs there.
+    Each batch is normalised by its own moments. Batches are composed as in training: augmented,
+    because plain slices have narrower moments than those the weights were trained with, and mixed
+    from all domains, so that a small domain has the same weight as in training.
 
     Args:
         network: Holds the merged weights; neither its weights nor its running moments change.
         tables: The training slices of each source domain.
         plan: Batch sizes and augmentation.
-        device: Where the network is.
-        rngs: Order of the slices of each domain.
-        generator: Draws the augmentation, on the device.
+        device: Device of the network.
+        rngs: Generators of the slice order of each domain.
+        generator: Generator of the augmentation, on the device.
     """
     with torch.no_grad(), _measured_moments(network) as measured:
         for images, labels in statistics_batches(tables, plan.method, rngs):
@@ -101,7 +108,7 @@ def site_moments(
 def _features(
     network: nn.Module, images: torch.Tensor, plan: Plan, device: torch.device
 ) -> torch.Tensor:
-    """Run the network on a batch (B, C, S, S); returns its feature map (B, A, h, w)."""
+    """Run the network on a batch (B, C, S, S); return its feature map (B, A, h, w)."""
     with autocast_for(precision(plan.method, device), device):
         features: torch.Tensor = network(images.to(device, memory_format=torch.channels_last))[1]
     return features
@@ -110,11 +117,12 @@ def _features(
 def statistics_batches(
     tables: Sequence[SliceTable], settings: MethodSettings, rngs: Sequence[np.random.Generator]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield batches as a training step sees them, over one epoch of the largest domain.
+    """Yield batches composed as in training, over one epoch of the largest domain.
 
-    A client that owns several domains trains on batches that mix them, and its BatchNorm sees the mixture; a pass that
-    normalised each domain by itself would describe other features than the loss sees. A slice of a smaller domain that
-    comes again is there for the mixture alone: its labels are `IGNORE`, so that every pixel is counted once.
+    A client with several domains trains on batches that mix them, and its BatchNorm normalises the
+    mixture. Normalising each domain separately would give other features than those in the loss.
+    Repeated slices of a smaller domain only complete the mixture: their labels are `IGNORE`, so
+    that every pixel is counted once.
 
     Yields:
         Images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) int64, on the CPU.
@@ -139,18 +147,16 @@ def sample_features(
     device: torch.device,
     rng: np.random.Generator,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Draw features of single pixels of some slices, for the t-SNE of a simulation's report; they stay at the site.
+    """Draw features of single pixels for the t-SNE of a report; they stay at the site.
 
     Returns:
-        Features (P, A), in the representation that the loss compares, and true classes (P,), at most
+        Features (P, A) in the representation of the loss, and true classes (P,); at most
         `site.feature_samples` pixels of each class.
     """
     slices = rng.permutation(len(table))[: SAMPLED_BATCHES * SAMPLED_SLICES]
     most = -(-plan.site.feature_samples // SAMPLED_BATCHES)
-    features, classes = (
-        [np.zeros((0, plan.network.num_features), np.float32)],
-        [np.zeros(0, np.int64)],
-    )
+    features = [np.zeros((0, plan.network.num_features), np.float32)]
+    classes = [np.zeros(0, np.int64)]
     dtype = precision(plan.method, device)
     with torch.no_grad(), statistics_mode(network, "running"):
         for start in range(0, len(slices), SAMPLED_SLICES):
@@ -159,24 +165,20 @@ def sample_features(
                 _, maps = network(
                     torch.from_numpy(images).to(device, memory_format=torch.channels_last)
                 )
-            small = (
-                labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes)
-                .reshape(-1)
-                .numpy()
-            )
-            chosen = sample_pixels(small, rng, most)
-            pixels = pixel_features(maps, plan.prototypes.normalize)[
-                torch.from_numpy(chosen).to(device)
-            ]
+            reduced = labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes)
+            flat = reduced.reshape(-1).numpy()
+            chosen = sample_pixels(flat, rng, most)
+            pixels = pixel_features(maps, plan.prototypes.normalize)
+            pixels = pixels[torch.from_numpy(chosen).to(device)]
             features.append(pixels.cpu().numpy())
-            classes.append(small[chosen])
+            classes.append(flat[chosen])
     return np.concatenate(features), np.concatenate(classes)
 
 
 def batch_statistics(
     penultimate: torch.Tensor, labels: torch.Tensor, plan: Plan
 ) -> ClassStatistics:
-    """Statistics of one batch: moments on the device of the features, carried on in float64.
+    """Return the statistics of one batch, computed on the features' device.
 
     Args:
         penultimate: (B, A, H, W) feature map.
@@ -192,10 +194,10 @@ def batch_statistics(
 
 
 class _Measured:
-    """Adds up the moments that each BatchNorm layer measures of its batch.
+    """Accumulates the moments that each BatchNorm layer computes for its batch.
 
-    With momentum 1 a layer's running moments are those of its last batch, measured by the kernel that normalises: no
-    second pass over the feature maps. Batches are pooled in float64.
+    With momentum 1 a layer's running moments are those of its last batch, computed by the
+    normalising kernel without another pass over the feature maps. Batches are pooled in float64.
     """
 
     def __init__(self, layers: dict[str, _BatchNorm]) -> None:
@@ -215,7 +217,7 @@ class _Measured:
         return count
 
     def take(self) -> None:
-        """Add the batch that has just gone through the network."""
+        """Add the moments of the network's last batch."""
         sizes = np.array(list(self._sizes.values()), dtype=np.float64)
         mean, variance = (
             torch.cat([getattr(layer, name) for layer in self._layers.values()])
@@ -239,7 +241,7 @@ class _Measured:
 
 @contextmanager
 def _measured_moments(network: nn.Module) -> Iterator[_Measured]:
-    """Normalise each batch by its own moments and record them; afterwards mode and buffers are what they were."""
+    """Normalise each batch by its own moments and record these; restore the state afterwards."""
     layers = {
         name: module
         for name, module in network.named_modules()
@@ -269,10 +271,10 @@ def _measured_moments(network: nn.Module) -> Iterator[_Measured]:
 
 @contextmanager
 def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
-    """Evaluate with BatchNorm as in training (`batch`) or as in evaluation (`running`), changing no buffer.
+    """Use BatchNorm as in training (`batch`) or evaluation (`running`), without changing buffers.
 
-    A BatchNorm that does not track uses the moments of its batch and leaves running mean, variance and step counter
-    alone, so nothing has to be copied and put back.
+    With `track_running_stats` off, BatchNorm uses the moments of its batch and leaves running mean,
+    variance and step counter unchanged, so no buffer has to be restored.
     """
     was_training = network.training
     layers = [
@@ -294,13 +296,13 @@ def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
 
 
 def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
-    """Number of different training patients in whose slices a class occurs, (K,): what the patient floor compares."""
+    """Return the number of training patients (K,) in whose slices a class occurs."""
     seen: list[set[tuple[str, str]]] = [set() for _ in range(num_classes)]
     for store in stores:
         table = store.slices("train")
         for index in np.unique(table.case_of):
             stored, chosen = store.stored[index], table.z_of[table.case_of == index]
-            # A small structure may vanish when a slice is resized: the slice must hold the class at training size too.
+            # Resizing may remove a small structure, so the class must also occur at training size.
             for value in np.flatnonzero(stored.present[chosen].any(axis=0))[:num_classes]:
                 if (stored.label[chosen[stored.present[chosen, value]]] == value).any():
                     seen[value].add((store.site, store.cases[int(index)].patient))
@@ -308,7 +310,7 @@ def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDA
 
 
 def pixels_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
-    """Number of pixels of each class in the training slices at training size, (K,), each slice counted once."""
+    """Return the number of pixels (K,) of each class in the training slices at training size."""
     total = np.zeros(num_classes, np.int64)
     for store in stores:
         table = store.slices("train")

@@ -1,6 +1,8 @@
-"""What the coordinator's prototypes become at a site: constants on the device, and the features they are compared with.
+"""The coordinator's prototypes as constants on a site's device, and the pixel features.
 
-Statistics and loss must see the same representation (methods.md 1.4), so both take their pixels from `pixel_features`.
+Statistics and loss must use the same representation, so both get their pixels from `pixel_features`
+("What the paper leaves open" in docs/explanation/sgcg.md).
+
 Legend: K classes, A feature channels, B batch, H, W height and width, N = B*H*W pixels.
 """
 
@@ -16,30 +18,30 @@ from torch import Tensor
 from common.settings.plan import PrototypeSettings
 from common.statistics import ClassStatistics
 
-IGNORE = 255  # label of pixels that take no part
+IGNORE = 255  # label of ignored pixels
 
 
 class Guide(Protocol):
-    """Gives the prototypes that a batch is compared with."""
+    """Provides the prototypes for the contrastive loss of a batch."""
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
-        """Return the prototypes once a batch's features (B, A, h, w) and labels (B, H, W) are known.
+        """Return the prototypes, given a batch's features (B, A, h, w) and labels (B, H, W).
 
-        None where there is nothing to compare with: in the warm-up, or with fewer than two classes.
+        None in the warm-up, or with fewer than two classes.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the site keeps of this guide for its next round."""
+        """Return what the site keeps for its next round."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """The global prototypes on a site's device; constants, no gradient flows into them (methods.md 1.2 point 5).
+    """The global prototypes on a site's device; they are constants without gradient.
 
     Attributes:
         mean: (K, A) float32.
         covariance: (K, A, A) float32, population covariance.
-        active: (K,) bool, classes with enough pixels over all sites to take part.
+        active: (K,) bool, classes with at least `prototypes.min_count` pixels over all sites.
     """
 
     mean: Tensor
@@ -54,7 +56,7 @@ class Guidance:
         round_number: int,
         device: torch.device,
     ) -> Guidance | None:
-        """Put the prototypes on the device; None while there are none or the warm-up lasts (methods.md 1.5)."""
+        """Put the prototypes on the device; None if there are none and during the warm-up."""
         if prototypes is None or round_number <= settings.warmup_rounds:
             return None
         return cls.of(prototypes, settings, device)
@@ -65,8 +67,8 @@ class Guidance:
     ) -> Guidance | None:
         """Put the prototypes on the device; None with fewer than two active classes.
 
-        With one class there is nothing to be told apart from: the closed form is q' Sigma q / (2 tau^2), which only
-        shrinks the features.
+        With one class the closed form reduces to q' Sigma q / (2 tau^2), which only shrinks the
+        features.
         """
         active = prototypes.count >= settings.min_count
         if active.sum() < 2:
@@ -78,23 +80,23 @@ class Guidance:
         )
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance:
-        """Return these prototypes: they stay as they are within a round."""
+        """Return these prototypes, which are constant during a round."""
         return self
 
     def state(self) -> dict[str, Tensor]:
-        """Return nothing: the coordinator sends the prototypes anew in every round."""
+        """Return nothing, because the coordinator sends the prototypes in every round."""
         return {}
 
 
 def pixel_features(penultimate: Tensor, normalize: bool) -> Tensor:
-    """Flatten a penultimate map (B, A, H, W) to float32 pixels (N, A), of unit length if `normalize`.
+    """Flatten a feature map (B, A, H, W) to float32 pixels (N, A), of unit length if `normalize`.
 
-    A map in channels-last memory is not copied before the normalisation.
+    A channels-last map is not copied before the normalisation.
     """
     pixels = flat_pixels(penultimate).float()
     return F.normalize(pixels, dim=1, eps=1e-12) if normalize else pixels
 
 
 def flat_pixels(penultimate: Tensor) -> Tensor:
-    """Flatten a feature map (B, A, H, W) to pixels (N, A) of its own type."""
+    """Flatten a feature map (B, A, H, W) to pixels (N, A) of the same type."""
     return penultimate.permute(0, 2, 3, 1).reshape(-1, penultimate.shape[1])

@@ -1,11 +1,12 @@
-"""RAM's partners: with whose low-frequency amplitudes a training slice is mixed (methods.md 2.5, 2.8).
+"""RAM's partners: the low-frequency amplitudes that a training slice is mixed with.
 
-`local` takes other images of the same client: of another source domain where it owns several, as the papers do, and of
-its own where it is one hospital. `summary` and `bank` take what the other sites agreed to share.
+See "Amplitude mixing" and "Federated" in docs/explanation/ram-dsir.md. `local` uses other images of
+the same client: from another source domain if it has several, as in the papers, else from its own.
+`summary` and `bank` use what the other sites agreed to share.
 
-Pictures are mixed in [0, 255] and scaled to [-1, 1] afterwards, volumes in [-1, 1], as published: the offset decides
-what the amplitude of frequency zero is (`common.wire.amplitudes.OFFSETS`). Shared amplitudes are taken in the same
-space.
+As published, pictures are mixed in [0, 255] and then scaled to [-1, 1], and volumes are mixed in
+[-1, 1]. The offset determines the amplitude of frequency zero (`common.wire.amplitudes.OFFSETS`).
+Shared amplitudes are computed in the same space.
 
 Legend: B slices of a batch, C channels, S side, b half window.
 """
@@ -33,41 +34,45 @@ from common.settings.plan import Plan, RamSettings
 from common.wire.amplitudes import OFFSETS, AmplitudeBank, AmplitudeSampler, AmplitudeSummary
 
 RATIOS: Final = 10
-"""A slice's own share of the amplitude is uniform over 0.1, 0.2, ..., 1.0 (methods.md 2.5)."""
+"""A slice's own share of the amplitude is uniform over 0.1, 0.2, ..., 1.0, as in RAM-DSIR."""
 BLOCK: Final = 32
-KNOWN_SUMMARIES: Final = 64
-"""Hospitals whose summary a process keeps: a study has several in one process."""
+MAX_CACHED_SUMMARIES: Final = 64
+"""Number of summaries that a process caches; a study runs several hospitals per process."""
 
-_KNOWN: dict[tuple[object, ...], AmplitudeSummary] = {}
+_CACHE: dict[tuple[object, ...], AmplitudeSummary] = {}
 
 
 class Mixer(Protocol):
-    """Makes the amplitude-mixed copy of a batch: what it needs is drawn on the CPU, ahead, and mixed on the device."""
+    """Makes amplitude-mixed copies of a batch; draws on the CPU, mixes on the device."""
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Draw partners and ratios (B,) of a batch whose first `sizes[0]` slices are of the first domain, ..."""
+        """Draw partners and ratios (B,) for a batch with `sizes[d]` slices of domain d."""
 
     def mix(self, images: Tensor, partners: Tensor, ratio: Tensor) -> Tensor:
-        """Return the copies (B, C, S, S) in [-1, 1] of images with what `draw` gave."""
+        """Return the copies (B, C, S, S) in [-1, 1], given the result of `draw`."""
 
 
 class LocalMixer:
-    """Partners are unaugmented training slices of the client, of another domain where it owns several.
+    """Partners are unaugmented training slices of the client.
+
+    They come from another domain if the client has several.
 
     Args:
         tables: The slices of each source domain.
-        settings: Window.
+        settings: Provides the window.
         rng: Draws partners and ratios.
     """
 
     def __init__(
         self, tables: Sequence[SliceTable], settings: RamSettings, rng: np.random.Generator
     ) -> None:
-        self._tables, self._settings, self._rng = tables, settings, rng
+        self._tables = tables
+        self._settings = settings
+        self._rng = rng
         self._offset = OFFSETS[mixing_space(tables)]
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Draw a slice (C, S, S) of a domain other than its own for each slice of a batch."""
+        """Draw a partner (C, S, S) for each slice of a batch."""
         partners = np.concatenate(
             [self._partners(domain, size) for domain, size in enumerate(sizes)]
         )
@@ -93,7 +98,9 @@ class _SharedMixer(ABC):
     """Partners are amplitudes of other sites."""
 
     def __init__(self, settings: RamSettings, space: str, rng: np.random.Generator) -> None:
-        self._settings, self._offset, self._rng = settings, OFFSETS[space], rng
+        self._settings = settings
+        self._offset = OFFSETS[space]
+        self._rng = rng
 
     def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Draw amplitudes (C, 2, b + 1, b + 1) of other sites for each slice of a batch."""
@@ -115,14 +122,15 @@ class SummaryMixer(_SharedMixer):
     """Partners are drawn from the summary of the other sites' amplitudes.
 
     Args:
-        data: What the coordinator handed down.
-        own: The summary of this client, taken out of it where it is in it.
+        data: The summary of all sites, as sent by the coordinator.
+        own: The summary of this client, subtracted if it is included.
         site: Name of this client.
-        settings: Window.
+        settings: Provides the window.
         rng: Draws amplitudes and ratios.
 
     Raises:
-        FedsgcgError: PAY-106, PAY-107 or STA-201 for a summary that cannot be used, PAY-106 when no other site shares.
+        FedsgcgError: PAY-106, PAY-107 or STA-201 for an unusable summary, PAY-106 when no other
+            site shares amplitudes.
     """
 
     def __init__(
@@ -153,10 +161,10 @@ class BankMixer(_SharedMixer):
     """Partners are amplitudes of single images of other sites.
 
     Args:
-        data: What the coordinator handed down.
+        data: The bank of all sites, as sent by the coordinator.
         site: Name of this client, whose own entries are left out.
         space: Mixing space of this client (`mixing_space`).
-        settings: Window.
+        settings: Provides the window.
         rng: Draws entries and ratios.
 
     Raises:
@@ -185,7 +193,10 @@ def _check_others(number: int) -> None:
 
 
 def mixing_space(tables: Sequence[SliceTable]) -> str:
-    """Return the key of `OFFSETS` for a client's slices: `picture` where all cases are 2-D pictures, else `volume`."""
+    """Return the key of `OFFSETS` for a client's slices.
+
+    It is `picture` if all cases are 2-D pictures, else `volume`.
+    """
     pictures = all(slices.kind == PICTURE for table in tables for slices in table.stored)
     return "picture" if pictures else "volume"
 
@@ -198,15 +209,16 @@ def build_mixer(
     amplitudes: bytes,
     device: torch.device,
 ) -> Mixer | None:
-    """Return the mixer of a round, None for a method that mixes nothing.
+    """Return the mixer of a round, None for a method without mixing.
 
     Args:
         stores: The cases of each source domain.
         plan: Method, sharing level, seed.
         site: Name of the site.
         round_number: Names the random stream.
-        amplitudes: What the coordinator handed down, for `sharing=summary` and `bank`.
-        device: Where to transform.
+        amplitudes: Other sites' amplitudes, as sent by the coordinator, for `sharing=summary` and
+            `bank`.
+        device: Device of the transforms.
     """
     if not plan.method.mixes:
         return None
@@ -227,14 +239,14 @@ def draw_ratio(rng: np.random.Generator, count: int) -> Tensor:
 def site_amplitudes(
     stores: Sequence[CaseStore], settings: RamSettings, site: str, seed: int, device: torch.device
 ) -> bytes:
-    """What a site shares of its training slices, encoded: the summary of all of them, or the bank of a few.
+    """Return the amplitudes that a site shares, encoded: a summary of all slices or a bank of some.
 
     Args:
         stores: The cases of each source domain.
-        settings: Level, window and size of the bank.
+        settings: Sharing level, window and size of the bank.
         site: Name of the site, the owner of the bank's entries.
         seed: The study's seed, from which the bank's slices are drawn.
-        device: Where to transform.
+        device: Device of the transforms.
     """
     if settings.sharing == "summary":
         return own_summary(stores, settings, device).encode()
@@ -249,24 +261,24 @@ def site_amplitudes(
 def own_summary(
     stores: Sequence[CaseStore], settings: RamSettings, device: torch.device
 ) -> AmplitudeSummary:
-    """Summary of a client's training slices; what was computed once is kept while the process lives.
+    """Return the summary of a client's training slices, cached for the life of the process.
 
-    It depends on the slices and the window alone, and is wanted in every round.
+    It depends only on the slices and the window, and is needed in every round.
     """
-    first, *others = [_known_summary(store, settings, device) for store in stores]
+    first, *others = [_cached_summary(store, settings, device) for store in stores]
     return reduce(add, others, first)
 
 
-def _known_summary(
+def _cached_summary(
     store: CaseStore, settings: RamSettings, device: torch.device
 ) -> AmplitudeSummary:
     data = store.data
     key = fingerprint(store), data.stack, data.train_slices, settings.window, str(device)
-    if key not in _KNOWN:
-        if len(_KNOWN) >= KNOWN_SUMMARIES:
-            _KNOWN.pop(next(iter(_KNOWN)))  # the oldest
-        _KNOWN[key] = _summary(store.slices("train"), settings, device)
-    return _KNOWN[key]
+    if key not in _CACHE:
+        if len(_CACHE) >= MAX_CACHED_SUMMARIES:
+            _CACHE.pop(next(iter(_CACHE)))  # the oldest
+        _CACHE[key] = _summary(store.slices("train"), settings, device)
+    return _CACHE[key]
 
 
 def _summary(table: SliceTable, settings: RamSettings, device: torch.device) -> AmplitudeSummary:

@@ -1,6 +1,10 @@
-"""RAM-DSIR: both views segmented, kept consistent, and the image restored from its mixed copy (methods.md 2.1-2.6).
+"""RAM-DSIR: segments both views, keeps them consistent and restores the image from its copy.
 
-L_ram = seg(x) + seg(x_f) + 0.5 * KD(p_f, p) + 0.1 * sum over domains of MSE(rec_d(x5(x_f)), x).
+L_ram = seg(x) + seg(x_f) + 0.5 * KD(p_f, p) + 0.1 * sum over domains of MSE(rec_d(x5(x_f)), x)
+
+See "Loss" and "Network" in docs/explanation/ram-dsir.md; x_f is the mixed copy and x5 the deepest
+map.
+
 Legend: B batch, C output channels, H, W height and width, D source domains of the client.
 """
 
@@ -23,11 +27,11 @@ from common.seeding import stream_seed
 from common.settings.plan import Plan
 
 CLAMP: Final = 1e-7
-"""Probabilities stay this far from 0 and 1: the published form gives infinity when one saturates."""
+"""Distance of probabilities from 0 and 1; the published loss is infinite when one saturates."""
 
 
 class Ram(Source):
-    """RAM-DSIR; its restoration decoder is the site's own and never leaves."""
+    """RAM-DSIR; its restoration decoder never leaves the site."""
 
     mixes = True
     parts = (*Source.parts, "loss_consistency", "loss_restoration")
@@ -36,11 +40,11 @@ class Ram(Source):
         super().__init__(network, plan, domains, device)
         if plan.method.ram.restoration > 0:
             seed = stream_seed(plan.seed, "restoration")
-            decoder = build_restoration(plan.network.base_width, domains, seed)
-            self.local["restoration"] = decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            decoder = build_restoration(plan.network.base_width, domains, seed).to(device)
+            self.local["restoration"] = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def groups(self) -> list[dict[str, Any]]:
-        """The encoder learns slower while the restoration decoder is on (methods.md 2.6)."""
+        """Return the parameter groups; the encoder learns more slowly with the decoder on."""
         if not self.local:
             return super().groups()
         encoder = list(self._unet().encoder.parameters())
@@ -52,18 +56,19 @@ class Ram(Source):
         ]
 
     def forward(self, batch: Batch) -> list[View]:
-        """Run the network on the slices and on their mixed copies, each with the BatchNorm moments of its own."""
+        """Run the network on the slices and on their mixed copies, in separate passes."""
         self._deepest: Tensor | None = None
         return [self.view("source", batch.images), self._mixed_view(batch)]
 
     def supervised(self, batch: Batch, views: Sequence[View]) -> Loss:
-        """Segmentation of both views, their consistency, and restoration."""
+        """Return the loss of both segmentations, their consistency and the restoration."""
         settings, data = self.plan.method.ram, self.plan.data
         plain, mixed = views
         both = segmentation_loss(plain.logits, batch.labels, data) + segmentation_loss(
             mixed.logits, batch.labels, data
         )
-        # Told as the mean of the views, so that it compares with a method of one view; the total holds their sum.
+        # Reported as the mean of the views, for comparison with methods of one view; `total` has
+        # the sum.
         valid = (batch.labels != IGNORE).unsqueeze(1)
         bernoulli = settings.divergence == "symmetric_bernoulli"
         probabilities = [probability(view.logits, data.activation) for view in views]
@@ -92,22 +97,23 @@ class Ram(Source):
         return View("ram", logits.float(), features)
 
     def _unet(self) -> UNet:
-        """Return the network, whose deepest map the restoration decoder starts from."""
+        """Return the network as a U-Net, whose deepest map is the restoration decoder's input."""
         if not isinstance(self.network, UNet):
             raise TypeError(
-                f"the restoration decoder belongs to the U-Net, found {type(self.network).__name__}"
+                f"network: found {type(self.network).__name__}, expected UNet for restoration"
             )
         return self.network
 
     def _restoration(self, batch: Batch) -> Tensor:
-        """Sum over the domains of the mean squared error of the restored slices."""
+        """Return the sum over the domains of the mean squared error of the restored slices."""
         decoder = self.local["restoration"] if self.local else None
         if not isinstance(decoder, RestorationDecoder) or self._deepest is None:
             return batch.images.new_zeros(())
         sizes, errors = list(batch.sizes), []
-        for domain, (deepest, images) in enumerate(
-            zip(torch.split(self._deepest, sizes), torch.split(batch.images, sizes), strict=True)
-        ):
+        pairs = zip(
+            torch.split(self._deepest, sizes), torch.split(batch.images, sizes), strict=True
+        )
+        for domain, (deepest, images) in enumerate(pairs):
             with autocast_for(self._dtype, self.device):
                 restored = decoder(deepest, domain)
             errors.append(F.mse_loss(restored.float(), images))
@@ -115,11 +121,11 @@ class Ram(Source):
 
 
 class RamSgCG(Ram, SgCG):
-    """RAM-DSIR plus the contrastive term, the papers' method: SgCG's total over RAM-DSIR's views and loss."""
+    """The papers' method: RAM-DSIR's views and loss plus SgCG's contrastive term."""
 
 
 def probability(logits: Tensor, activation: str) -> Tensor:
-    """Probabilities (B, C, H, W), clamped to [1e-7, 1 - 1e-7]."""
+    """Return probabilities (B, C, H, W), clamped to [1e-7, 1 - 1e-7]."""
     value = logits.softmax(1) if activation == "softmax" else logits.sigmoid()
     return value.clamp(CLAMP, 1 - CLAMP)
 
@@ -127,15 +133,17 @@ def probability(logits: Tensor, activation: str) -> Tensor:
 def consistency_loss(
     first: Tensor, second: Tensor, valid: Tensor, *, symmetric: bool = False
 ) -> Tensor:
-    """Symmetric Kullback-Leibler divergence of two predictions, mean over all elements; gradient into both.
+    """Return the symmetric Kullback-Leibler divergence of two predictions, averaged over elements.
 
-    mean(b (log b - log a)) + mean(a (log a - log b)) = mean((a - b)(log a - log b)) (methods.md 2.6).
+    mean(b (log b - log a)) + mean(a (log a - log b)) = mean((a - b)(log a - log b)). Both
+    predictions receive gradient. See "Loss" in docs/explanation/ram-dsir.md.
 
     Args:
         first: (B, C, H, W) probabilities in (0, 1).
-        second: The same of the other view.
-        valid: (B, 1, H, W) bool, pixels that count.
-        symmetric: Add the complementary half (1 - p): the divergence of two Bernoulli variables.
+        second: Probabilities of the other view.
+        valid: (B, 1, H, W) bool, pixels that are not ignored.
+        symmetric: Add the complementary half (1 - p), which gives the divergence of Bernoulli
+            variables.
     """
     difference = first - second
     value = difference * (first.log() - second.log())

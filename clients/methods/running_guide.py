@@ -1,14 +1,17 @@
-"""Prototypes that follow the batches of a round: what a site compares its pixels with while it trains.
+"""Prototypes that are updated with every batch of a round.
 
-`prototypes.memory=overlay`: the global prototypes with the site's own part kept fresh, T_global - T_own(last sent) +
-T_own(running): the other sites as the coordinator knows them, and itself as it is now (methods.md 1.8). The running
-part starts from the statistics under the received weights; each batch replaces the share of it that its pixels are of
-the site's, so that the site keeps its weight.
+`prototypes.memory=overlay` uses the global prototypes with an up-to-date own part, T_global -
+T_own(last sent) + T_own(running). The other sites' part is the one that the coordinator sent. The
+running part starts from the statistics under the received weights. A batch replaces a share of it
+equal to the batch's share of the site's pixels, so that the site keeps its weight.
 
-`prototypes.memory=online`: the paper's update (eqs. 2-3). Every batch is added to the statistics before its loss is
-taken, from the first step on, with count, mean and covariance of all earlier batches kept. Where one client owns all
-domains this is the paper's algorithm; a site of a federation does it with its own part, about the others' as the
-coordinator knows them.
+`prototypes.memory=online` is the paper's update (SgCG eqs. 2-3). Every batch is merged into the
+statistics of all earlier batches before its loss is computed, from the first step on. If one client
+has all domains this is the paper's algorithm. A site of a federation updates its own part and uses
+the other sites' part from the coordinator.
+
+Both update before the loss, as in the algorithm of the SgCG paper. See "Statistics" in
+docs/explanation/sgcg.md.
 """
 
 from __future__ import annotations
@@ -30,23 +33,26 @@ ONLINE: Final = "online."
 
 
 class Overlay:
-    """Guide whose own part is replaced batch by batch.
+    """Guide whose own part is gradually replaced, batch by batch.
 
     Args:
         others: Statistics of all other sites.
         own: Statistics of this site under the received weights.
         plan: Representation and prototype settings.
-        device: Where the loss is computed.
+        device: Device of the loss.
     """
 
     def __init__(
         self, others: ClassStatistics, own: ClassStatistics, plan: Plan, device: torch.device
     ) -> None:
-        self._others, self._own, self._plan, self._device = others, own, plan, device
+        self._others = others
+        self._own = own
+        self._plan = plan
+        self._device = device
         self._weight = own.count
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
-        """Take a batch into the own part, then return the prototypes (update before loss, methods.md 1.2 point 7)."""
+        """Update the own part with a batch, then return the prototypes."""
         batch = batch_statistics(features.detach(), labels, self._plan)
         fraction = np.divide(
             batch.count, self._weight, out=np.ones_like(batch.count), where=self._weight > 0
@@ -55,19 +61,19 @@ class Overlay:
         return Guidance.of(self._others + self._own, self._plan.prototypes, self._device)
 
     def state(self) -> dict[str, Tensor]:
-        """Return nothing: the own part starts anew from the received weights."""
+        """Return nothing; each round starts from the statistics under the received weights."""
         return {}
 
 
 class Online:
-    """Guide to which every batch is added (eqs. 2-3).
+    """Guide to which every batch is added (SgCG eqs. 2-3).
 
     Args:
         others: Statistics of all other sites.
-        own: Sum of this site's batches so far, over all rounds.
+        own: Statistics of this site's batches so far, over all rounds.
         plan: Representation and prototype settings.
-        round_number: In the warm-up the batches are added and nothing is compared.
-        device: Where the loss is computed.
+        round_number: From 1; in the warm-up, batches are added but no prototypes are returned.
+        device: Device of the loss.
     """
 
     def __init__(
@@ -78,31 +84,38 @@ class Online:
         round_number: int,
         device: torch.device,
     ) -> None:
-        self._others, self._own, self._plan, self._device = others, own, plan, device
+        self._others = others
+        self._own = own
+        self._plan = plan
+        self._device = device
         self._compares = round_number > plan.prototypes.warmup_rounds
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance | None:
-        """Add a batch, then return the prototypes (update before loss, methods.md 1.2 point 7)."""
+        """Add a batch, then return the prototypes; None in the warm-up."""
         self._own = self._own + batch_statistics(features.detach(), labels, self._plan)
         if not self._compares:
             return None
         return Guidance.of(self._others + self._own, self._plan.prototypes, self._device)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the sum of all batches, from which the next round goes on."""
-        return keep_statistics(self._own, ONLINE)
+        """Return the statistics of all batches, from which the next round continues."""
+        return statistics_to_state(self._own, ONLINE)
 
 
-def keep_statistics(statistics: ClassStatistics | None, prefix: str = SENT) -> dict[str, Tensor]:
-    """Return statistics as tensors, to be kept with the site's state."""
+def statistics_to_state(
+    statistics: ClassStatistics | None, prefix: str = SENT
+) -> dict[str, Tensor]:
+    """Return statistics as tensors for the site's state."""
     if statistics is None:
         return {}
     parts = {"count": statistics.count, "mean": statistics.mean, "scatter": statistics.scatter}
     return {f"{prefix}{name}": torch.from_numpy(array) for name, array in parts.items()}
 
 
-def kept_statistics(state: Mapping[str, Tensor], prefix: str = SENT) -> ClassStatistics | None:
-    """Read what `keep_statistics` returned; None when the state has none."""
+def statistics_from_state(
+    state: Mapping[str, Tensor], prefix: str = SENT
+) -> ClassStatistics | None:
+    """Read the result of `statistics_to_state` from a state; None if there is none."""
     if f"{prefix}count" not in state:
         return None
     return ClassStatistics(
@@ -115,13 +128,13 @@ def other_sites(
 ) -> ClassStatistics:
     """Return the prototypes without this site's own part.
 
-    Only the coordinator knows whether it holds what the site last sent: a contribution may have come late or have been
-    refused, and then there is nothing to take out.
+    Only the coordinator knows whether the prototypes include what the site last sent: a reply may
+    have been late or refused, and then there is nothing to subtract.
 
     Args:
         prototypes: Global prototypes.
-        sent: What this site last sent.
-        held: Digests of the parts that the prototypes are made of.
+        sent: Statistics that this site last sent.
+        held: Digests of the site statistics that the prototypes include.
     """
     if sent is None or sent.digest() not in held:
         return prototypes
@@ -137,24 +150,28 @@ def build_guide(
     device: torch.device,
     held: Collection[str] = (),
 ) -> Guide | None:
-    """Return what guides a round's contrastive term; None in the warm-up and for methods without one.
+    """Return the guide of a round; None for methods without a contrastive term.
+
+    Also None in the warm-up, except with `prototypes.memory=online`.
 
     Args:
         prototypes: Global prototypes from the coordinator.
-        state: What the site keeps since its last round.
-        own: This site's statistics under the received weights, as they may leave.
+        state: The site's state after its last round.
+        own: This site's statistics under the received weights, after the privacy floors.
         plan: Method and prototype settings.
         round_number: From 1.
-        device: Where the loss is computed.
-        held: Digests of the sites' parts that the prototypes are made of.
+        device: Device of the loss.
+        held: Digests of the site statistics that the prototypes include.
     """
     if not plan.method.contrasts:
         return None
     memory = plan.prototypes.memory
-    nothing = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
-    others = other_sites(prototypes or nothing, kept_statistics(state), held)
+    empty = ClassStatistics.empty(plan.data.num_classes, plan.network.num_features)
+    others = other_sites(prototypes or empty, statistics_from_state(state), held)
     if memory == "online":
-        return Online(others, kept_statistics(state, ONLINE) or nothing, plan, round_number, device)
+        return Online(
+            others, statistics_from_state(state, ONLINE) or empty, plan, round_number, device
+        )
     frozen = Guidance.from_prototypes(prototypes, plan.prototypes, round_number, device)
     if memory != "overlay" or own is None or frozen is None:
         return frozen

@@ -1,7 +1,9 @@
-"""SgCG: a method's loss plus lambda times the contrastive loss against the global prototypes (methods.md 1.3-1.7).
+"""SgCG: adds the weighted contrastive loss against the global prototypes to a method's loss.
 
-Total loss = L_method + lambda * sum over views of mean_i L_i, L_i in closed form, over all pixels of the batch (paper
-eq. 11-13; methods.md 1.6 on the views).
+total = L_method + lambda * sum over views of mean_i L_i, with the closed form L_i of SgCG eq. 11,
+averaged over the pixels i of a view (eqs. 12-13). See "The closed form" in
+docs/explanation/sgcg.md.
+
 Legend: K classes, A feature channels, N pixels.
 """
 
@@ -25,10 +27,13 @@ class SgCG(Source):
     contrasts = True
 
     def loss(self, batch: Batch, guide: Guide | None) -> Loss:
-        """Supervised loss plus `prototypes.weight` times the contrastive loss; without prototypes the first alone."""
+        """Return the supervised loss plus `prototypes.weight` times the contrastive loss.
+
+        Without prototypes it is the supervised loss alone.
+        """
         views = self.forward(batch)
         total, parts = self.supervised(batch, views)
-        # Asked even where nothing is compared: a guide may follow the batches from the first one on.
+        # Called even if the term is off, because a guide may be updated with every batch.
         guidance = guide.after(views[0].features, batch.labels) if guide is not None else None
         if guidance is None or self.plan.prototypes.weight == 0:
             return total, parts
@@ -41,7 +46,10 @@ class SgCG(Source):
 def contrast_of_views(
     views: Sequence[View], labels: Tensor, guidance: Guidance, plan: Plan
 ) -> Tensor:
-    """Sum over the plan's views of the contrastive loss; statistics follow the source view alone (methods.md 1.6)."""
+    """Return the sum of the contrastive loss over the views of `prototypes.views`.
+
+    Statistics are always those of the source view.
+    """
     chosen = [view for view in views if view.name in plan.prototypes.views]
     losses = [
         contrast_loss(view.features, labels, guidance, plan.prototypes, plan.data.num_classes)
@@ -57,11 +65,11 @@ def contrast_loss(
     settings: PrototypeSettings,
     num_classes: int,
 ) -> Tensor:
-    """Contrastive loss of a batch: the mean over its pixels, or the mean of its per-class means (methods.md 1.4)."""
+    """Return the contrastive loss: the mean over pixels, or the mean of per-class means."""
     labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
     balanced = settings.balance == "class"
     value = sgcg_loss(
-        flat_pixels(penultimate),  # normalised inside: on a GPU the kernel does it on the way
+        flat_pixels(penultimate),  # not normalised here; the GPU kernel does it on the fly
         labels,
         guidance.mean,
         guidance.covariance,
@@ -76,9 +84,12 @@ def contrast_loss(
 
 
 def class_balanced_mean(values: Tensor, labels: Tensor, active: Tensor) -> Tensor:
-    """Mean over the active classes present of the mean of `values` (N,) over their pixels; 0 when none is present.
+    """Return the mean over classes of the per-class means of `values` (N,).
 
-    Sums in float64: `index_add` adds one pixel after the other, and float32 loses 0.4 % of a sum of a million that way.
+    Only active classes that occur count; without any the result is 0.
+
+    Sums are float64, because `index_add` adds sequentially: float32 loses 0.4 % of a sum of a
+    million pixels.
     """
     num_classes = active.shape[0]
     labels = labels.long()

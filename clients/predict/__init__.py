@@ -1,1 +1,1 @@
-"""Using a trained model on images of this hospital; nothing leaves it."""
+"""Prediction with a trained model on a hospital's own images; nothing is sent."""

@@ -1,16 +1,19 @@
-"""How near a pixel's feature lies to the prototype of the class that the mask gives it: a map to read a mask with.
+"""Confidence map: how close a pixel's feature is to the prototype of its predicted class.
 
 For class k with mean mu_k and covariance Sigma_k over all training pixels of all hospitals,
 
-    d_k^2 = (q - mu_k)^T S_k^-1 (q - mu_k),    S_k = (1 - a) Sigma_k + a (tr Sigma_k / A) I,    a = 0.1
+    d_k^2 = (q - mu_k)^T S_k^-1 (q - mu_k),    S_k = (1 - a) Sigma_k + a (tr Sigma_k / A) I,    a =
+    0.1
 
-is the squared Mahalanobis distance of a feature q; the shrinkage a keeps S_k invertible where features are constant or
-depend on each other. Over the class's own pixels d^2 is about A on average, so the map shows
+is the squared Mahalanobis distance of a feature q. The shrinkage a keeps S_k invertible if features
+are constant or linearly dependent. Over the class's own pixels d^2 is about A on average, so the
+map shows
 
     confidence = 1 / (1 + d^2 / A)
 
-which is 1 at the prototype, about 0.5 for an ordinary training pixel and falls towards 0 for features that no hospital
-had in this class. It is no probability, and not calibrated: it tells where the network sees something new.
+which is 1 at the prototype, about 0.5 for a typical training pixel, and close to 0 for features
+that no hospital had in this class. It is not a probability and not calibrated; it shows where the
+network sees something new.
 
 Legend: K classes, A feature channels, B batch, h, w size of the feature map.
 """
@@ -29,12 +32,12 @@ from common.statistics import ClassStatistics
 
 SHRINKAGE: Final = 0.1
 SMALLEST: Final = 1e-8
-"""Variance given to a class whose pixels are all equal, so that its distance stays finite."""
+"""Minimum variance of a class, so that distances stay finite if all its pixels are equal."""
 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """The class Gaussians, ready for distances.
+    """The class Gaussians, prepared for distances.
 
     Attributes:
         mean: (K, A) float32.
@@ -53,7 +56,7 @@ class Gaussians:
         variance = np.trace(prototypes.covariance, axis1=1, axis2=2) / size
         level = np.maximum(variance, SMALLEST)[:, None, None] * np.eye(size)
         shrunk = (1 - SHRINKAGE) * prototypes.covariance + SHRINKAGE * level
-        # A covariance that was summed up may have eigenvalues a rounding error below zero.
+        # A summed covariance may have eigenvalues slightly below zero due to rounding.
         values, vectors = np.linalg.eigh(shrunk)
         floor = SHRINKAGE * np.maximum(variance, SMALLEST)[:, None]
         whiten = vectors.transpose(0, 2, 1) / np.sqrt(np.maximum(values, floor))[:, :, None]
@@ -64,7 +67,10 @@ class Gaussians:
         )
 
     def squared_distance(self, features: Tensor, *, normalize: bool) -> Tensor:
-        """Return d_k^2 (B, K, h, w) of a feature map (B, A, h, w); infinite for a class that nobody has seen."""
+        """Return d_k^2 (B, K, h, w) of a feature map (B, A, h, w).
+
+        It is infinite for a class without training pixels.
+        """
         batch, _, height, width = features.shape
         pixels = pixel_features(features, normalize)
         squares = [

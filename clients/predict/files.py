@@ -1,4 +1,4 @@
-"""Which images to predict, what their results are called, and writing these whole or not at all."""
+"""The images to predict, the names of their results, and writing results atomically."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from common.settings.plan import DataSettings
 RESULT: Final = re.compile(
     r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE
 )
-"""Names of masks and of results: in a folder of images they are no images."""
+"""Names of masks and results, which are skipped in a folder of images."""
 
-SHOWN: Final = 5
+MAX_SHOWN: Final = 5
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Job:
 
     Attributes:
         image: The file.
-        name: Path of its results below the output folder, without ending.
-        mask: Its true mask, None when it is not scored.
-        site: Name of its hospital, "" for an image that was named on the command line.
+        name: Path of its results relative to the output folder, without suffix.
+        mask: Its true mask, None if it is not scored.
+        site: Name of its hospital, "" for an image from the command line.
         case: Name of the case.
     """
 
@@ -48,75 +48,77 @@ class Job:
 
     @property
     def suffix(self) -> str:
-        """Suffix of the results: that of a volume, else PNG."""
+        """Suffix of the results: the volume's own suffix, or PNG."""
         suffix = suffix_of(self.image)
         return suffix if suffix in VOLUME_SUFFIXES else ".png"
 
     @property
     def shown(self) -> str:
-        """What a line on the console calls it."""
-        return printable(f"{self.site} {self.case}" if self.site else self.image.name)
+        """Name of the image on the console."""
+        if self.site:
+            return printable(f"{self.site} {self.case}")
+        return printable(self.image.name)
 
     def result(self, folder: Path, ending: str) -> Path:
-        """Path of one kind of result: `_mask`, `_overlay`, and so on."""
-        return folder / f"{self.name}{ending}{'.png' if ending == '_overlay' else self.suffix}"
+        """Return the path of one result; `ending` is `_mask`, `_overlay` and so on."""
+        suffix = ".png" if ending == "_overlay" else self.suffix
+        return folder / f"{self.name}{ending}{suffix}"
 
 
 @dataclass
-class Passed:
-    """What lies in the folders that were named and is not predicted.
+class Skipped:
+    """Files of the given folders that are not predicted.
 
     Attributes:
         results: Files that are masks or results by their names.
-        folders: What else each folder holds.
+        folders: The listing of each folder.
     """
 
     results: list[Path] = field(default_factory=list)
     folders: list[Listing] = field(default_factory=list)
 
-    def words(self) -> list[str]:
-        """One sentence for each kind of file that is there, with how to convert other formats."""
-        said = []
+    def texts(self) -> list[str]:
+        """Return one text for each reason, with advice on converting other formats."""
+        texts = []
         if self.results:
-            said.append(
-                counted_names(self.results, "files that are masks or results by their names")
-            )
+            texts.append(counted_names(self.results, "files named like masks or results"))
         if foreign := [path for found in self.folders for path in found.foreign]:
             advice = " ".join(
                 dict.fromkeys(text for found in self.folders for text in found.conversions())
             )
-            what = f"files of formats that are not read ({by_format(foreign)})"
-            said.append(f"{counted_names(foreign, what)}. {advice}")
+            formats = f"files in unsupported formats ({by_format(foreign)})"
+            texts.append(f"{counted_names(foreign, formats)}. {advice}")
         if ghosts := [path for found in self.folders for path in found.ghosts]:
-            said.append(counted_names(ghosts, "hidden files called like images"))
-        said += [
+            texts.append(counted_names(ghosts, "hidden files named like images"))
+        texts += [
             f"{printable(str(path))} cannot be read ({why})"
             for found in self.folders
             for path, why in found.closed
         ]
-        return said + [
-            f"{printable(str(path))} leads back into itself"
+        texts += [
+            f"{printable(str(path))} links back to a parent folder"
             for found in self.folders
             for path in found.loops
         ]
+        return texts
 
 
-def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[list[Job], Passed]:
-    """Add the images that were named to some jobs; folders are looked through (`common.images.folders`).
+def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[list[Job], Skipped]:
+    """Add jobs for the given images; folders are searched (`common.images.folders`).
 
     Returns:
-        All jobs, each with a name of its own, and what was passed over.
+        All jobs, with unique names, and the skipped files.
 
     Raises:
-        FedsgcgError: MOD-809 for a path that is not there, or when there is no image at all.
+        FedsgcgError: MOD-809 for a path that does not exist, or when there is no image.
     """
-    found, passed = list(jobs), Passed()
+    found, skipped = list(jobs), Skipped()
     for path in images:
         if _kind(path) == "folder":
             inside = look_through(path)
-            passed.folders.append(inside)
+            skipped.folders.append(inside)
             kept = [file for file in inside.images if not RESULT.fullmatch(stem_of(file))]
-            passed.results += [file for file in inside.images if file not in set(kept)]
+            skipped.results += [file for file in inside.images if file not in set(kept)]
             found += [
                 Job(file, (file.parent.relative_to(path) / stem_of(file)).as_posix())
                 for file in kept
@@ -125,13 +127,13 @@ def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[li
             found.append(Job(path, stem_of(path)))
     if not found:
         where = ", ".join(map(str, images))
-        said = "; ".join(["no image file", *passed.words()])
-        raise fail("MOD-809", where=where, found=said, expected="NIfTI volumes or pictures")
-    return _distinct(found), passed
+        nothing = "; ".join(["no image file", *skipped.texts()])
+        raise fail("MOD-809", where=where, found=nothing, expected="NIfTI volumes or pictures")
+    return _distinct(found), skipped
 
 
 def _kind(path: Path) -> str:
-    """Return `folder` or `file`; raises MOD-809 for what is neither, or cannot be looked at."""
+    """Return `folder` or `file`; raises MOD-809 for a missing or inaccessible path."""
     expected = "an image or a folder of images"
     try:
         return "folder" if stat.S_ISDIR(path.stat().st_mode) else "file"
@@ -148,27 +150,21 @@ def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | 
     """List the cases of a prepared folder with their masks.
 
     Args:
-        root: Folder with `manifest.csv` or one folder a hospital.
+        root: Folder with `manifest.csv` or one folder per hospital.
         data: The model's data settings.
-        site: The one hospital wanted, None for all.
-        split: Only cases that the manifest puts there, None for all.
+        site: Name of the hospital, None for all.
+        split: Only cases of this split in the manifest, None for all.
 
     Raises:
-        FedsgcgError: DAT-101 or DAT-102 when the folder or the hospital cannot be used, MOD-809 without a case.
+        FedsgcgError: DAT-101 or DAT-102 when the folder or the hospital cannot be used, MOD-809
+            without a case.
     """
     jobs = []
     for name in [site] if site else discover_sites(root):
         for case in open_site(root, name, data).cases:
             if split is None or case.split == split:
-                jobs.append(
-                    Job(
-                        case.image,
-                        f"{name}/{Path(case.name).name or 'case'}",
-                        case.mask,
-                        name,
-                        case.name,
-                    )
-                )
+                result = f"{name}/{Path(case.name).name or 'case'}"
+                jobs.append(Job(case.image, result, case.mask, name, case.name))
     if not jobs:
         found = f"no case of split {split}" if split else "no case"
         raise fail("MOD-809", where=str(root), found=found, expected="cases to predict")
@@ -178,51 +174,49 @@ def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | 
 def check_output(
     folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, overwrite: bool
 ) -> None:
-    """Refuse before any work what could not be written, or would be written over.
+    """Check before any work that all results can be written without overwriting files.
 
     Raises:
-        FedsgcgError: MOD-808 for results that are there already, that would lie outside the folder, or that are the
-            images or masks themselves.
+        FedsgcgError: MOD-808 for results that already exist, that would be outside the folder, or
+            that would replace the images or masks.
     """
-    if outside := [
-        job for job in jobs if ".." in Path(job.name).parts or Path(job.name).is_absolute()
-    ]:
-        found, expected = f"results called {outside[0].name!r}", "a name inside the folder"
-        raise fail(
-            "MOD-808",
-            where=str(outside[0].image),
-            found=found,
-            expected=expected,
-            action="Rename the image.",
-        )
+    for job in jobs:
+        if ".." in Path(job.name).parts or Path(job.name).is_absolute():
+            raise fail(
+                "MOD-808",
+                where=str(job.image),
+                found=f"results called {job.name!r}",
+                expected="a name inside the folder",
+                action="Rename the image.",
+            )
     inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
     targets = [path for job in jobs for ending in endings for path in _targets(folder, job, ending)]
     own = [path for path in targets if path.resolve() in inputs]
-    there = [] if overwrite else [path for path in targets if os.path.lexists(path)]
+    existing = [] if overwrite else [path for path in targets if os.path.lexists(path)]
     problems = [
         Problem(
             "MOD-808",
-            "it is one of the images or masks",
-            "another folder",
+            "one of the images or masks",
+            "another folder for the results",
             "Choose another DIR.",
             str(path),
         )
-        for path in own[:SHOWN]
+        for path in own[:MAX_SHOWN]
     ]
-    if there and not own:
-        found = f"{len(there)} results are there already"
-        action = "Choose another DIR, or write over them with --overwrite."
-        problems += [Problem("MOD-808", found, "a folder without them", action, str(there[0]))]
+    if existing and not own:
+        found = f"{len(existing)} results exist already"
+        action = "Choose another DIR, or replace them with --overwrite."
+        problems += [Problem("MOD-808", found, "a folder without them", action, str(existing[0]))]
     if problems:
         raise FedsgcgError(*problems)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise refused(folder, error) from error
+        raise write_error(folder, error) from error
 
 
 def _targets(folder: Path, job: Job, ending: str) -> list[Path]:
-    """Return what one kind of result is called; of a picture's probabilities those that are there."""
+    """Return the paths of one kind of result; for a picture's probabilities those that exist."""
     if ending == "_probability" and job.suffix == ".png":
         place = folder / job.name
         return sorted(place.parent.glob(f"{glob.escape(place.name)}{ending}_*.png"))
@@ -230,52 +224,49 @@ def _targets(folder: Path, job: Job, ending: str) -> list[Path]:
 
 
 def save(path: Path, into: Callable[[Path], object]) -> None:
-    """Write a file that others see whole or not at all; raises MOD-808 when the disk refuses."""
+    """Write a file atomically; raises MOD-808 when it cannot be written."""
     suffix = suffix_of(path)
-    half = path.with_name(f".{os.getpid()}.part{suffix}")
+    partial = path.with_name(f".{os.getpid()}.part{suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            into(half)
-            half.replace(path)
+            into(partial)
+            partial.replace(path)
         finally:
-            half.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     except OSError as error:
-        raise refused(path, error) from error
+        raise write_error(path, error) from error
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write bytes as `save` does."""
-    save(path, lambda half: half.write_bytes(content))
+    """Write bytes like `save`."""
+    save(path, lambda partial: partial.write_bytes(content))
 
 
-def refused(path: Path, error: OSError) -> FedsgcgError:
-    """The error for a disk that refuses."""
-    found, expected = (
-        f"{type(error).__name__}: {error.strerror or error}",
-        "a folder with room that can be written",
-    )
+def write_error(path: Path, error: OSError) -> FedsgcgError:
+    """Return MOD-808 for a file system error."""
+    found = f"{type(error).__name__}: {error.strerror or error}"
+    expected = "a writable folder with free space"
     action = disk_advice(error, "choose another DIR.")
     return fail("MOD-808", where=str(path), found=found, expected=expected, action=action)
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:
-    """Give every job a name of its own: its folders' names come before one that several share, and then a number."""
+    """Make names unique: prefix repeated names with folder names, then append numbers."""
     for depth in (1, 2):
         common = Counter(job.name.lower() for job in jobs)
-        jobs = [
-            replace(
-                job,
-                name="_".join([*job.image.absolute().parts[-1 - depth : -1], stem_of(job.image)]),
-            )
-            if common[job.name.lower()] > 1
-            else job
-            for job in jobs
-        ]
+        jobs = [_with_folders(job, depth) if common[job.name.lower()] > 1 else job for job in jobs]
     seen: Counter[str] = Counter()
     numbered = []
     for job in jobs:
         seen[job.name.lower()] += 1
         number = seen[job.name.lower()]
-        numbered.append(replace(job, name=f"{job.name}_{number}") if number > 1 else job)
+        unique = replace(job, name=f"{job.name}_{number}") if number > 1 else job
+        numbered.append(unique)
     return numbered
+
+
+def _with_folders(job: Job, depth: int) -> Job:
+    """Prefix a job's name with the last `depth` folders of its image."""
+    folders = job.image.absolute().parts[-1 - depth : -1]
+    return replace(job, name="_".join([*folders, stem_of(job.image)]))

@@ -1,4 +1,4 @@
-"""A model on disk, checked before it is used: `model.json`, `model.safetensors` and `prototypes.arrow` of one cell."""
+"""Loads and checks a model: `model.json`, `model.safetensors` and `prototypes.arrow`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import nn
 
 from common.errors import FedsgcgError, fail
 from common.images.read import KINDS, PICTURE
-from common.networks import build_network
+from common.networks import IN_CHANNELS, build_network
 from common.settings.compose import build
 from common.settings.plan import DataSettings, NetworkSettings
 from common.statistics import ClassStatistics
 from common.wire.payload import Weights, decode_statistics
 
 VERSION: Final = "1"
-"""Schema of `model.json` that this program reads (`common.run_folder.SCHEMA_VERSION`)."""
+"""Supported schema of `model.json` (`common.run_folder.SCHEMA_VERSION`)."""
 
-CHANNELS: Final = ("in_channels", "out_channels")
-NEEDED: Final = (
+CHANNEL_KEYS: Final = ("in_channels", "out_channels")
+REQUIRED: Final = (
     "weights",
     "digest",
     "network",
@@ -39,15 +39,15 @@ NEEDED: Final = (
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is ready to predict.
+    """A model that is ready for prediction.
 
     Attributes:
         card: Content of `model.json`.
-        data: Classes, structures and preprocessing it was trained with; no data root.
+        data: Classes, structures and preprocessing of its training; without a data root.
         network: The network with its weights.
-        prototypes: Global class statistics, None when the model came without.
-        normalize: Whether these describe features of unit length.
-        kinds: What its training images were (`common.images.read.KINDS`).
+        prototypes: Global class statistics, None if the model has none.
+        normalize: Whether the prototypes describe features of unit length.
+        kinds: Kinds of its training images (`common.images.read.KINDS`).
     """
 
     card: Mapping[str, Any]
@@ -62,21 +62,22 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
     """Read a model and check that its parts belong together.
 
     Args:
-        path: Folder of the model, or one of its files.
-        code: Import paths of own networks that may be imported: a model's file must not choose the code that runs.
+        path: The model's folder, or one of its files.
+        code: Import paths of user-defined networks that may be imported; a model's file alone must
+            not decide which code runs.
 
     Raises:
-        FedsgcgError: POL-706 for a network by import path that is not in `code`, CFG-011 for one that cannot be used,
-            MOD-801 for files that are missing or damaged, MOD-802 for another schema version, MOD-803 for
-            weights with another digest, MOD-804 for weights of another network, MOD-805 for labels and structures that
-            contradict each other, MOD-807 for prototypes of another model.
+        FedsgcgError: POL-706 for an import path that is not in `code`, CFG-011 for an unusable
+            network class, MOD-801 for missing or damaged files, MOD-802 for another schema version,
+            MOD-803 for weights with another digest, MOD-804 for weights of another network, MOD-805
+            for contradictory labels and structures, MOD-807 for prototypes of another model.
     """
     folder = path if path.is_dir() else path.parent
     card = read_card(folder)
     data = _data(card, folder)
     settings, channels = _network(card, data, folder)
     if settings.is_own and settings.name not in code:
-        action = f"install and read the package, then add --code {settings.name}"
+        action = f"install and review the package, then add --code {settings.name}"
         raise fail("POL-706", where=str(folder / "model.json"), found=settings.name, action=action)
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
@@ -96,7 +97,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        action = "Name the folder that holds model.json and model.safetensors."
+        action = "Name the folder that contains model.json and model.safetensors."
         raise fail("MOD-801", where=str(path), found="no such file", action=action) from error
     except (OSError, ValueError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
@@ -104,7 +105,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     if version is None:
         raise _damaged(path, "no schema_version")
     if version != VERSION:
-        action = "Use the fedsgcg release that wrote it, or train again."
+        action = "Use the fedsgcg release that wrote the model, or train again."
         raise fail(
             "MOD-802",
             where=str(path),
@@ -112,25 +113,25 @@ def read_card(folder: Path) -> dict[str, Any]:
             expected=f"schema {VERSION}",
             action=action,
         )
-    if missing := [name for name in NEEDED if not card.get(name)]:
-        raise _damaged(path, f"nothing for {', '.join(missing)}")
+    if missing := [name for name in REQUIRED if not card.get(name)]:
+        raise _damaged(path, f"no value for {', '.join(missing)}")
     return dict(card)
 
 
 def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
-    """Return the model's data settings; unknown or contradictory labels, structures and preprocessing are refused."""
+    """Return the model's data settings; contradictory labels or preprocessing are an error."""
     where = str(folder / "model.json")
     if not isinstance(card["preprocessing"], dict) or not isinstance(card["labels"], dict):
         raise _damaged(
-            folder / "model.json", "labels or preprocessing that are no names and values"
+            folder / "model.json", "labels or preprocessing that are not maps of names to values"
         )
     if list(card["labels"]) != card["classes"]:
-        found, expected = (
-            f"labels for {', '.join(card['labels'])}",
-            f"labels for {', '.join(card['classes'])}",
-        )
         raise fail(
-            "MOD-805", where=where, found=found, expected=expected, action="Get the model again."
+            "MOD-805",
+            where=where,
+            found=f"labels for {', '.join(card['labels'])}",
+            expected=f"labels for {', '.join(card['classes'])}",
+            action="Get the model again.",
         )
     tree = {"name": str(card["data"]), "root": "", "sites": [], "classes": card["labels"]}
     try:
@@ -141,14 +142,17 @@ def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
         found = "; ".join(
             f"{problem.where}: {problem.found or problem.expected}" for problem in error.problems
         )
-        expected = "classes, structures and preprocessing that fit each other"
+        expected = "consistent classes, structures and preprocessing"
         raise fail(
             "MOD-805", where=where, found=found, expected=expected, action="Get the model again."
         ) from error
 
 
 def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
-    """What the model was trained on; a card from before that was written says it by its stack of slices alone."""
+    """Return the kinds of the training images.
+
+    Older model cards do not state them; for those the kinds follow from the stack of slices.
+    """
     stated = card.get("kinds")
     known = tuple(kind for kind in KINDS if isinstance(stated, list) and kind in stated)
     return known or tuple(kind for kind in KINDS if data.stack == 1 or kind != PICTURE)
@@ -157,9 +161,9 @@ def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
 def _network(
     card: Mapping[str, Any], data: DataSettings, folder: Path
 ) -> tuple[NetworkSettings, dict[str, int]]:
-    """Return the network's settings and its channels, which must be those of the labels."""
+    """Return the network's settings and channels, which must match the labels."""
     where, tree = str(folder / "model.json"), dict(card["network"])
-    channels = {name: tree.pop(name, None) for name in CHANNELS}
+    channels = {name: tree.pop(name, None) for name in CHANNEL_KEYS}
     if unknown := set(tree) - {field.name for field in fields(NetworkSettings)}:
         found = f"network settings {', '.join(sorted(unknown))}"
         raise fail(
@@ -168,13 +172,11 @@ def _network(
             found=found,
             action="Use the fedsgcg release that wrote the model.",
         )
-    wanted = {"in_channels": 3, "out_channels": data.out_channels}
+    wanted = {"in_channels": IN_CHANNELS, "out_channels": data.out_channels}
     if channels != wanted:
-        found, expected = (
-            ", ".join(f"{name} {number}" for name, number in both.items())
-            for both in (channels, wanted)
-        )
-        action = "The labels and structures are not those the model was trained with: get model.json again."
+        found = ", ".join(f"{name} {number}" for name, number in channels.items())
+        expected = ", ".join(f"{name} {number}" for name, number in wanted.items())
+        action = "The labels or structures differ from those of the training: get model.json again."
         raise fail("MOD-804", where=where, found=found, expected=expected, action=action)
     try:
         return build(NetworkSettings, tree), wanted
@@ -183,12 +185,12 @@ def _network(
 
 
 def _load_weights(network: nn.Module, card: Mapping[str, Any], folder: Path) -> None:
-    """Put the weights into the network after comparing names, shapes and digest."""
+    """Load the weights after checking names, shapes and digest."""
     path = folder / Path(str(card["weights"])).name
     try:
         state = load(path.read_bytes())
     except FileNotFoundError as error:
-        action = "Copy model.safetensors beside model.json."
+        action = "Copy model.safetensors into the folder of model.json."
         raise fail("MOD-801", where=str(path), found="no such file", action=action) from error
     except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
@@ -198,7 +200,7 @@ def _load_weights(network: nn.Module, card: Mapping[str, Any], folder: Path) -> 
     ]
     wrong += [name for name in state if name not in own]
     if wrong:
-        found = f"{len(wrong)} entries that differ, the first {wrong[0]}"
+        found = f"{len(wrong)} entries that differ, first {wrong[0]}"
         expected = f"the names and shapes of {card['network']}"
         raise fail(
             "MOD-804",
@@ -218,12 +220,12 @@ def _load_weights(network: nn.Module, card: Mapping[str, Any], folder: Path) -> 
 def _prototypes(
     card: Mapping[str, Any], data: DataSettings, settings: NetworkSettings, folder: Path
 ) -> ClassStatistics | None:
-    """Read the prototypes when the model has any; they must describe this network's features and classes."""
+    """Read the prototypes, if any; they must match the network's features and classes."""
     if not card.get("prototypes"):
         return None
     path = folder / Path(str(card["prototypes"])).name
     if not path.is_file():
-        return None  # told when they are needed: masks do not need them
+        return None  # an error only for a confidence map; masks need no prototypes
     try:
         statistics, identity = decode_statistics(path.read_bytes())
     except FedsgcgError as error:
@@ -246,5 +248,5 @@ def _prototypes(
 
 
 def _damaged(path: Path, found: str) -> FedsgcgError:
-    expected, action = "a file that fedsgcg wrote", "Get the model again."
+    expected, action = "a file written by fedsgcg", "Get the model again."
     return fail("MOD-801", where=str(path), found=found, expected=expected, action=action)

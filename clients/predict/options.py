@@ -1,4 +1,4 @@
-"""The command line of `fedsgcg-site predict`; torch is loaded only when it runs."""
+"""The command line of `fedsgcg-site predict`; torch is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
+from clients.data.manifest import SPLITS
 from common.console import Screen
 from common.exit_codes import exit_codes
 
 PREDICT: Final = """\
-Predict masks with a trained model. MODEL is the folder that holds model.json (or a file in
-it); IMAGE is a NIfTI volume, a picture, or a folder of them. Masks are written with the
+Predict masks with a trained model. MODEL is the folder that contains model.json (or a file
+in it); IMAGE is a NIfTI volume, a picture, or a folder of them. Masks are written with the
 geometry of their image and the label values of the training masks. With --data the cases
-of a prepared folder are predicted and scored. A file that cannot be used is listed at the
-end, and the rest goes on.
+of a prepared folder are predicted and scored. Files that cannot be used are skipped and
+listed at the end.
 """
 EXITS: Final = exit_codes(
     failure="nothing could be predicted",
@@ -27,9 +28,12 @@ EXITS: Final = exit_codes(
 def add_predict_parser(commands: Any) -> None:
     """Add `predict` to the subparsers of `fedsgcg-site`."""
     raw = argparse.RawDescriptionHelpFormatter
-    words = "use a model on images of this hospital"
     parser = commands.add_parser(
-        "predict", help=words, description=PREDICT, epilog=EXITS, formatter_class=raw
+        "predict",
+        help="use a model on images of this hospital",
+        description=PREDICT,
+        epilog=EXITS,
+        formatter_class=raw,
     )
     parser.add_argument(
         "model",
@@ -41,35 +45,32 @@ def add_predict_parser(commands: Any) -> None:
         "images", metavar="IMAGE", type=Path, nargs="*", help="images, or folders of images"
     )
     parser.add_argument(
-        "-o", "--output", metavar="DIR", type=Path, required=True, help="folder for what is written"
+        "-o", "--output", metavar="DIR", type=Path, required=True, help="folder for the results"
     )
     parser.add_argument(
         "--data", metavar="FOLDER", type=Path, help="prepared folder: predict and score its cases"
     )
     parser.add_argument("--site", metavar="NAME", help="with --data: this hospital only")
-    splits = ("train", "validation", "test")
     parser.add_argument(
-        "--split", choices=splits, help="with --data: cases that the manifest puts there only"
+        "--split", choices=SPLITS, help="with --data: only cases of this split in the manifest"
     )
     parser.add_argument(
-        "--probability", action="store_true", help="write each structure's probability too"
+        "--probability", action="store_true", help="also write each structure's probability"
     )
     parser.add_argument(
         "--confidence",
         action="store_true",
-        help="write the distance to the prototypes as a map in [0, 1]",
+        help="write the closeness to the prototypes as a map in [0, 1]",
     )
     parser.add_argument(
-        "--overlay", action="store_true", help="write a PNG with the outlines, one slice a case"
+        "--overlay", action="store_true", help="write a PNG with outlines of one slice per case"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="write over results that are there already"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto"
     )
     parser.add_argument(
-        "--batch", metavar="N", type=int, help="slices at once (default: as in evaluation)"
+        "--batch", metavar="N", type=int, help="slices per batch (default: as in evaluation)"
     )
     parser.add_argument(
         "--threads", metavar="N", type=int, default=os.cpu_count() or 1, help="CPU threads"
@@ -79,7 +80,7 @@ def add_predict_parser(commands: Any) -> None:
         metavar="PATH",
         action="append",
         default=[],
-        help="package.module:Class of an own network that the model may use",
+        help="package.module:Class of a user-defined network that the model may use",
     )
     parser.set_defaults(run=_run)
 

@@ -1,4 +1,4 @@
-"""One slice of a prediction to look at, as PNG: the image in grey with the outlines of the structures."""
+"""Draws one slice of a prediction as PNG: the grey image with outlines of the structures."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Mask = NDArray[np.bool_]
 
 TRUTH: Final = "#D55E00"
 COLOURS: Final = ("#56B4E9", "#F0E442", "#009E73", "#CC79A7", "#E69F00", "#0072B2")
-"""Okabe and Ito: told apart with any colour vision; a truth is dashed as well."""
+"""Palette of Okabe and Ito, distinguishable with any colour vision; the truth is also dashed."""
 
-SMALLEST: Final = 64  # pixels of the smallest side that is shown
+SMALLEST: Final = 64  # smallest side of the shown region in pixels
 
 
 def overlay(
     prediction: Prediction, structures: Sequence[str], title: str, truth: Mask | None = None
 ) -> bytes:
-    """Draw one slice with the outlines of every structure, and of the truth where it is known.
+    """Draw one slice with the outlines of every structure, and of the truth if it is known.
 
     Args:
         prediction: The prediction.
         structures: Names of the S structures.
-        title: What stands above it.
-        truth: (S, Z, Y, X).
+        title: Title of the figure.
+        truth: (S, Z, Y, X), None if it is not known.
 
     Returns:
-        A PNG.
+        The PNG's content.
     """
     z, why = chosen_slice(prediction.masks, truth)
     outlines = _outlines(prediction.masks[:, z], structures)
@@ -51,17 +51,14 @@ def overlay(
     _panel(
         figure.add_subplot(1, maps, 1), prediction.display[z] / 255, "gray", outlines, prediction
     )
-    if prediction.confidence is not None:  # shows where the features are far from the prototypes
+    if prediction.confidence is not None:
         axes = figure.add_subplot(1, maps, maps)
         shown = _panel(axes, prediction.confidence[z], "cividis", outlines, prediction)
-        axes.set_title("confidence: nearness to the prototype", fontsize=10)
+        axes.set_title("confidence: closeness to the prototype", fontsize=10)
         figure.colorbar(shown, ax=axes, shrink=0.6)
-    number = (
-        ""
-        if len(prediction.display) == 1
-        else f"\nslice {z + 1} of {len(prediction.display)}, {why}"
-    )
-    figure.suptitle(title + number, fontsize=10)
+    if len(prediction.display) > 1:
+        title = f"{title}\nslice {z + 1} of {len(prediction.display)}, {why}"
+    figure.suptitle(title, fontsize=10)
     lines = [
         Line2D([], [], color=one.colour, linestyle=one.style, label=one.name)
         for one in outlines
@@ -74,11 +71,14 @@ def overlay(
 
 
 def chosen_slice(masks: Mask, truth: Mask | None) -> tuple[int, str]:
-    """Return the slice with the most wrong pixels, or without a truth the middle one that holds a structure, and why.
+    """Return the slice to draw, and why.
+
+    It is the slice with the most wrong pixels or, without errors or a truth, the middle slice that
+    contains a structure.
 
     Args:
         masks: (S, Z, Y, X).
-        truth: (S, Z, Y, X), None where it is not known.
+        truth: (S, Z, Y, X), None if it is not known.
     """
     if truth is not None and (wrong := (masks != truth).sum((0, 2, 3))).any():
         return int(np.argmax(wrong)), "the one with the most wrong pixels"
@@ -90,7 +90,7 @@ def chosen_slice(masks: Mask, truth: Mask | None) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class _Outline:
-    """One mask (Y, X) and how its edge is drawn; `name` is "" for one that the legend passes over."""
+    """One mask (Y, X) and the style of its outline; `name` is "" to omit it from the legend."""
 
     mask: Mask
     colour: str
@@ -99,7 +99,7 @@ class _Outline:
 
 
 def _outlines(masks: Mask, structures: Sequence[str]) -> list[_Outline]:
-    """Return how the predicted structures are drawn."""
+    """Return the outlines of the predicted structures."""
     pairs = enumerate(zip(masks, structures, strict=True))
     return [
         _Outline(mask, COLOURS[i % len(COLOURS)], "solid", f"{name} (predicted)")
@@ -114,7 +114,7 @@ def _panel(
     outlines: Sequence[_Outline],
     prediction: Prediction,
 ) -> Any:
-    """Draw a slice with values in [0, 1] and the outlines along the edges of their pixels."""
+    """Draw a slice with values in [0, 1] and outlines along pixel edges."""
     spacing = prediction.volume.spacing
     drawn = axes.imshow(
         values,
@@ -145,7 +145,10 @@ def _panel(
 
 
 def _frame(marked: Mask) -> tuple[int, int, int, int]:
-    """Return (top, bottom, left, right) of a square twice as wide as what is marked; all of a slice without marks."""
+    """Return (top, bottom, left, right) of a square twice as wide as the marked region.
+
+    Without marks it is the full slice.
+    """
     height, width = marked.shape
     if not marked.any():
         return 0, height, 0, width

@@ -1,6 +1,7 @@
-"""One image, one prediction: the preprocessing of training and the decisions of evaluation, on an image without a mask.
+"""Predicts one image with the preprocessing of training and the decisions of evaluation.
 
-Legend: S structures, K classes, C output channels; Z, Y, X native slices, rows, columns; h, w training size.
+Legend: S structures, K classes, C output channels; Z, Y, X native slices, rows, columns; h, w
+training size.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one image, in canonical orientation (`common.images.read`).
+    """A model's prediction for one image, in canonical orientation (`common.images.read`).
 
     Attributes:
-        volume: The image as it was read.
-        display: (Z, Y, X) uint8, for people.
-        masks: (S, Z, Y, X) structures after post-processing, the ones that evaluation scores.
+        volume: The image.
+        display: (Z, Y, X) uint8, for display.
+        masks: (S, Z, Y, X) structures after post-processing, as scored in evaluation.
         classes: (Z, Y, X) uint8 class indices.
-        labels: (Z, Y, X) label values as the training masks had them; of a class with several values the first.
-        probability: (S, Z, Y, X) float32 before threshold and post-processing; None when it was not asked for.
-        confidence: (Z, Y, X) float32 (`clients.predict.confidence`); None when it was not asked for.
+        labels: (Z, Y, X) label values of the training masks; the first one for a class with
+            several.
+        probability: (S, Z, Y, X) float32 before threshold and post-processing; None if not
+            requested.
+        confidence: (Z, Y, X) float32 (`clients.predict.confidence`); None if not requested.
     """
 
     volume: Volume
@@ -57,14 +60,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model on a device, and what is wanted of it.
+    """A model on a device, and which maps it returns.
 
     Attributes:
         model: The model.
-        device: Where it runs.
-        batch: Slices in a forward pass.
-        probability: Whether probabilities are kept.
-        gaussians: The prototypes for a confidence map, None for no map.
+        device: Device of the model.
+        batch: Slices per forward pass.
+        probability: Whether to return probabilities.
+        gaussians: The prototypes for a confidence map; None for no map.
     """
 
     model: Model
@@ -77,13 +80,16 @@ class Predictor:
         """Read and predict one image file.
 
         Raises:
-            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be used, MOD-806 for
-                one of another kind than those the model was trained on.
+            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an unusable image,
+                MOD-806 for a kind of image that the model was not trained on.
         """
         volume = read_volume(path)
         if volume.kind not in self.model.kinds:
             expected = " or ".join(self.model.kinds)
-            action = "Use a model of such images; a volume can also be resampled to slices of the model's plane."
+            action = (
+                "Use a model for such images; a volume can also be resampled to slices of the "
+                "model's plane."
+            )
             raise fail(
                 "MOD-806", where=str(path), found=volume.kind, expected=expected, action=action
             )
@@ -91,7 +97,7 @@ class Predictor:
         return self.apply(volume)
 
     def apply(self, volume: Volume) -> Prediction:
-        """Predict an image that was read and checked."""
+        """Predict an image that has been read and checked."""
         data = self.model.data
         native = volume.array.shape[-2:]
         depth = 1 if volume.is_picture else volume.array.shape[0]
@@ -114,7 +120,7 @@ class Predictor:
         )
 
     def _maps(self, table: SliceTable) -> tuple[Tensor, list[Tensor]]:
-        """Return logits (Z, C, h, w) and, for a confidence map, squared distances (K, h, w) of each slice."""
+        """Return logits (Z, C, h, w) and, for confidence, each slice's distances (K, h, w)."""
         network = self.model.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         logits, squares = [], []
         with evaluation_mode(network):
@@ -133,7 +139,7 @@ class Predictor:
     def _confidence(
         self, squares: list[Tensor], classes: NDArray[np.uint8]
     ) -> NDArray[np.float32] | None:
-        """Bring the distances to the native size and keep that to the class of the mask."""
+        """Resize the distances to native size and return the confidence in the predicted class."""
         if self.gaussians is None:
             return None
         layers = []
@@ -147,7 +153,7 @@ class Predictor:
 
 
 def label_values(data: DataSettings) -> NDArray[Any]:
-    """Return the label value of each class (K,), the first that its training masks had."""
+    """Return the label value (K,) of each class; the first one for a class with several."""
     values = [group[0] for group in data.classes.values()]
     kinds = (kind for kind in (np.uint8, np.int16, np.int32) if _fits(values, kind))
     return np.array(values, next(kinds, np.int64))
@@ -160,15 +166,16 @@ def _fits(values: list[int], kind: type[np.integer[Any]]) -> bool:
 def class_map(
     masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSettings
 ) -> NDArray[np.uint8]:
-    """Return class indices (Z, Y, X) of structures (S, Z, Y, X), which may lie within each other.
+    """Return class indices (Z, Y, X) of structures (S, Z, Y, X), which may be nested.
 
-    Outer structures are drawn first, then those within them. A structure stands for the class that none of its inner
-    structures has; should that leave several, the likeliest of them (softmax) or the first (sigmoid).
-    Where structures overlap that are not nested, the smaller one is drawn over the larger one.
+    Outer structures are drawn first, then their inner ones. A structure is drawn as the class that
+    none of its inner structures has; if several remain, as the most likely one (softmax) or the
+    first (sigmoid). If structures overlap without being nested, the smaller one is drawn over the
+    larger one.
 
     Args:
         masks: Structures after post-processing.
-        logits: (Z, C, h, w), for structures that stand for several classes.
+        logits: (Z, C, h, w), needed for structures of several classes.
         native: (Y, X).
         data: Classes and structures.
     """
@@ -181,7 +188,7 @@ def class_map(
         own = sorted(parts[index] - inner or parts[index])
         drawn: NDArray[np.uint8] = np.full(1, own[0], np.uint8)
         if len(own) > 1 and data.activation == "softmax":
-            drawn = _likeliest(logits, native, own, data)[masks[index]]
+            drawn = _most_likely(logits, native, own, data)[masks[index]]
         classes[masks[index]] = drawn
     return classes
 
@@ -189,24 +196,22 @@ def class_map(
 def probabilities(
     logits: Tensor, native: tuple[int, ...], data: DataSettings
 ) -> NDArray[np.float32]:
-    """Return the probability of each structure (S, Z, Y, X) of logits (Z, C, h, w) at the native size (Y, X)."""
+    """Return structure probabilities (S, Z, Y, X) of logits (Z, C, h, w) at native size (Y, X)."""
     groups = list(data.structure_classes().values())
     layers = []
     for maps in native_probabilities(logits, native, data):
-        united = (
-            maps
-            if data.activation == "sigmoid"
-            else torch.stack([maps[group].sum(0) for group in groups])
-        )
-        layers.append(united)
+        if data.activation == "softmax":
+            layers.append(torch.stack([maps[group].sum(0) for group in groups]))
+        else:
+            layers.append(maps)
     found: NDArray[np.float32] = torch.stack(layers, 1).clamp(0, 1).cpu().numpy()
     return found
 
 
-def _likeliest(
+def _most_likely(
     logits: Tensor, native: tuple[int, ...], own: list[int], data: DataSettings
 ) -> NDArray[np.uint8]:
-    """Return the likeliest of some classes (Z, Y, X)."""
+    """Return the most likely of some classes (Z, Y, X)."""
     chosen = [maps[own].argmax(0) for maps in native_probabilities(logits, native, data)]
     found: NDArray[np.uint8] = np.array(own, np.uint8)[torch.stack(chosen).cpu().numpy()]
     return found

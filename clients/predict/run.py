@@ -1,7 +1,7 @@
-"""`fedsgcg-site predict MODEL IMAGE... -o DIR`: use a model on images of this hospital. Nothing leaves it.
+"""`fedsgcg-site predict MODEL IMAGE... -o DIR`: predicts images of this hospital; nothing is sent.
 
-Masks get the geometry of their image and the label values of the training masks. The preprocessing, the decisions and
-the post-processing are those of evaluation, function by function, so that a score told here is the score told there.
+Masks get the geometry of their image and the label values of the training masks. Preprocessing,
+decisions and post-processing use the functions of evaluation, so that scores are the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from clients.guard.contents import TrainedOn
 from clients.predict.confidence import Gaussians
 from clients.predict.files import (
     Job,
-    Passed,
+    Skipped,
     check_output,
     jobs_of_data,
     jobs_of_images,
@@ -41,44 +41,43 @@ from common.names import printable
 
 
 def run_predict(options: argparse.Namespace, console: Screen) -> int:
-    """Predict every image; see `clients.predict.options.EXITS` for what is returned."""
+    """Predict every image; return an exit code of `clients.predict.options.EXITS`."""
     if options.batch is None:
         options.batch = BATCH
-    _check(options)
+    _check_options(options)
     model = load_model(options.model, options.code)
     gaussians = _gaussians(options, model)
-    jobs = (
-        jobs_of_data(options.data, model.data, options.site, options.split) if options.data else []
-    )
-    found, passed = jobs_of_images(options.images, jobs)
+    jobs = []
+    if options.data:
+        jobs = jobs_of_data(options.data, model.data, options.site, options.split)
+    found, skipped = jobs_of_images(options.images, jobs)
     check_output(options.output, found, _endings(options), overwrite=options.overwrite)
-    _introduce(options, model, len(found), passed, console)
+    _print_start(options, model, len(found), skipped, console)
     device = choose_device(options.device, options.threads)
-    wanted = gaussians(device) if gaussians else None
-    predictor = Predictor(model, device, options.batch, options.probability, wanted)
-    scores, known = Scores(model.data), _trained_on(options, console)
+    on_device = gaussians(device) if gaussians else None
+    predictor = Predictor(model, device, options.batch, options.probability, on_device)
+    scores = Scores(model.data)
+    known = _trained_on(options, console)
     failed: list[tuple[Job, Problem]] = []
     items = counted(found, console, "predicting") if console.is_terminal else iter(found)
     for number, job in enumerate(items, 1):
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
-            line = _one(predictor, job, options, scores, known)
+            line = _predict_one(predictor, job, options, scores, known)
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
             line = f"[{error.code}] not predicted"
-        except Exception as error:  # whatever one image does to a library, the others are predicted
-            seen, action = (
-                f"{type(error).__name__}: {error}",
-                "Look at the file; the other images are predicted.",
-            )
-            failed.append((job, Problem("MOD-810", seen, action=action, where=str(job.image))))
+        except Exception as error:  # a bad image must not stop the others
+            text = f"{type(error).__name__}: {error}"
+            action = "Check the file; the other images are predicted."
+            failed.append((job, Problem("MOD-810", text, action=action, where=str(job.image))))
             line = "[MOD-810] not predicted"
         style = "yellow" if failed and failed[-1][0] is job else None
         console.print(f"{place}  {line}", style=style)
     return _finish(options, scores, failed, len(found), console)
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check_options(options: argparse.Namespace) -> None:
     for name in ("batch", "threads"):
         if getattr(options, name) < 1:
             raise fail(
@@ -98,17 +97,19 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gaussians] | None:
-    """Return how to put the prototypes on a device; raises MOD-807 when they are wanted and absent."""
+    """Return a function that puts the prototypes on a device; None if not requested.
+
+    Raises:
+        FedsgcgError: MOD-807 when they are requested and missing.
+    """
     if not options.confidence:
         return None
     prototypes = model.prototypes
     if prototypes is None:
-        found = (
-            "prototypes.arrow is not there"
-            if model.card.get("prototypes")
-            else "a method without statistics"
-        )
-        action = "Leave --confidence out, or train with method.statistics=true."
+        found = "a method without statistics"
+        if model.card.get("prototypes"):
+            found = "no prototypes.arrow"
+        action = "Omit --confidence, or train with method.statistics=true."
         raise fail(
             "MOD-807",
             where=str(options.model),
@@ -120,78 +121,71 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
 
 
 def _endings(options: argparse.Namespace) -> tuple[str, ...]:
-    wanted = (
+    requested = (
         ("_probability", options.probability),
         ("_confidence", options.confidence),
         ("_overlay", options.overlay),
     )
-    return ("_mask", *(ending for ending, on in wanted if on))
+    return ("_mask", *(ending for ending, on in requested if on))
 
 
-def _introduce(
-    options: argparse.Namespace, model: Model, images: int, passed: Passed, console: Screen
+def _print_start(
+    options: argparse.Namespace, model: Model, images: int, skipped: Skipped, console: Screen
 ) -> None:
     card = model.card
     trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
-    words = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}, trained at {trained}"
-    console.print(f"{words}; {images} images to {options.output}")
-    for text in passed.words():
-        console.print(f"passed over: {text}", style="dim")
+    name = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}"
+    console.print(f"{name}, trained at {trained}; {images} images to {options.output}")
+    for text in skipped.texts():
+        console.print(f"skipped: {text}", style="dim")
 
 
 def _trained_on(options: argparse.Namespace, console: Screen) -> TrainedOn | None:
-    """Return the images that the model has learned from; where nothing beside it says which, say that of scores."""
+    """Return the images that the model was trained on; print a note if they are not known."""
     known = TrainedOn.of_model(options.model)
     if known is None and options.data:
-        words = (
-            f"no {TRAINING_IMAGES} beside the model: cases that it was trained on are not marked"
-        )
-        console.print(words, style="dim")
+        note = f"no {TRAINING_IMAGES} in the model's folder: its training cases are not marked"
+        console.print(note, style="dim")
     return known
 
 
-def _one(
+def _predict_one(
     predictor: Predictor,
     job: Job,
     options: argparse.Namespace,
     scores: Scores,
     known: TrainedOn | None,
 ) -> str:
-    """Predict one image, write what is wanted of it, and return a line about it."""
+    """Predict one image, write the requested files, and return a line for the console."""
     started = time.monotonic()
     data = predictor.model.data
     try:
         prediction = predictor.predict(job.image)
-    except (
-        RuntimeError,
-        MemoryError,
-        ValueError,
-    ) as error:  # out of memory, or a size that the network cannot take
+    except (RuntimeError, MemoryError, ValueError) as error:
+        # Out of memory, or an image size that the network does not support.
         action = "Try a smaller --batch, or --device cpu."
         raise fail(
             "MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action
         ) from error
     truth = _truth(job, prediction, predictor.model)
     _write_maps(options.output, job, prediction, list(data.structures))
-    words = [_sizes(prediction, predictor.model)]
+    hospital = known.hospital_of(prediction.volume) if known else ""
+    parts = [_sizes(prediction, predictor.model)]
+    dice = ""
     if truth is not None:
-        words.append(
-            scores.add(
-                job, prediction, truth, known.hospital_of(prediction.volume) if known else ""
-            )
-        )
+        dice = scores.add(job, prediction, truth, hospital)
+        parts.append(dice)
     if prediction.confidence is not None and prediction.masks.any():
-        words.append(
-            f"confidence {float(prediction.confidence[prediction.masks.any(0)].mean()):.2f}"
-        )
+        inside = prediction.confidence[prediction.masks.any(0)]
+        parts.append(f"confidence {float(inside.mean()):.2f}")
     if options.overlay:
-        drawn = None if truth is None else structure_masks(truth, data)
-        title = f"{job.site} {printable(Path(job.name).name)}  {words[1] if drawn is not None else ''}".strip()
-        picture = overlay(prediction, list(data.structures), title, drawn)
+        true_masks = None if truth is None else structure_masks(truth, data)
+        title = f"{job.site} {printable(Path(job.name).name)}  {dice}".strip()
+        picture = overlay(prediction, list(data.structures), title, true_masks)
         write(job.result(options.output, "_overlay"), picture)
-    if known and (hospital := known.hospital_of(prediction.volume)):
-        words.append(f"TRAINED ON (at {hospital})")
-    return "  ".join([*words, f"{time.monotonic() - started:.1f} s"])
+    if hospital:
+        parts.append(f"TRAINED ON (at {hospital})")
+    return "  ".join([*parts, f"{time.monotonic() - started:.1f} s"])
 
 
 def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
@@ -204,7 +198,7 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
         return class_indices(mask.array, model.data.classes, str(job.mask))
     except FedsgcgError as error:
         (problem,) = error.problems
-        action = "Score it with a model of these labels, or leave --data out."
+        action = "Score it with a model for these labels, or omit --data."
         where = str(job.mask)
         raise fail(
             "MOD-805", where=where, found=problem.found, expected=problem.expected, action=action
@@ -212,7 +206,7 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
 
 
 def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
-    """Write the mask and the maps that are there, in the geometry of the image."""
+    """Write the mask and the requested maps in the geometry of the image."""
     if not prediction.volume.is_picture:
         for ending, array in (
             ("_mask", prediction.labels),
@@ -237,7 +231,7 @@ def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequ
 
 
 def _single(maps: Any) -> Any:
-    """One structure needs no fourth axis."""
+    """Drop the axis of a single structure."""
     return maps[0] if maps is not None and len(maps) == 1 else maps
 
 
@@ -246,18 +240,20 @@ def _grey(values: Any) -> Any:
 
 
 def _sizes(prediction: Prediction, model: Model) -> str:
-    """Say how large each structure is."""
-    voxel = float(np.prod(prediction.volume.spacing)) / 1000
+    """Describe the size of each structure."""
+    volume = prediction.volume
+    voxel = float(np.prod(volume.spacing)) / 1000
+    in_millimetres = model.data.spacing_unit == "mm" and volume.millimetres is not None
+    unit = "pixels" if volume.is_picture else "voxels"
     parts = []
     for name, mask in zip(model.data.structures, prediction.masks, strict=True):
         pixels = int(mask.sum())
-        real = model.data.spacing_unit == "mm" and prediction.volume.millimetres is not None
-        size = (
-            f"{pixels * voxel:.1f} ml"
-            if real
-            else f"{pixels} {'pixels' if prediction.volume.is_picture else 'voxels'}"
-        )
-        parts.append(f"{name} {size}" if pixels else f"{name} not found")
+        if not pixels:
+            parts.append(f"{name} not found")
+        elif in_millimetres:
+            parts.append(f"{name} {pixels * voxel:.1f} ml")
+        else:
+            parts.append(f"{name} {pixels} {unit}")
     return ", ".join(parts)
 
 
@@ -268,23 +264,26 @@ def _finish(
     images: int,
     console: Screen,
 ) -> int:
-    """Show the scores and what failed."""
+    """Print the scores and the failures; return the exit code."""
     if scores.rows:
         scores.write(options.output / "scores.csv")
         console.print(scores.table())
         if trained := scores.trained_on():
-            words = f"{len(trained)} of {scores.cases()} scored cases are images that the model was trained on or chosen by"
-            words += f" ({', '.join(trained[:5])}{', ...' if len(trained) > 5 else ''}): their scores do not count"
-            words += " for new patients (column trained_on)"
-            console.print(words, style="yellow")
+            names = ", ".join([*trained[:5], *(["..."] if len(trained) > 5 else [])])
+            warning = (
+                f"{len(trained)} of {scores.cases()} scored cases are images that the model was "
+                f"trained on or selected by ({names}): their scores say nothing about new patients "
+                "(column trained_on)"
+            )
+            console.print(warning, style="yellow")
         console.print(f"scores: {options.output / 'scores.csv'}")
     for _, problem in failed:
         console.print(str(problem), style="yellow")
     lost = len({job.name for job, _ in failed})
-    words = f"{images - lost} of {images} images predicted" + (
-        f", {lost} failed (above)" if lost else ""
-    )
-    console.print(words, style="yellow" if lost else "green")
+    summary = f"{images - lost} of {images} images predicted"
+    if lost:
+        summary += f", {lost} failed (above)"
+    console.print(summary, style="yellow" if lost else "green")
     if lost == images:
         return 1
     return 3 if lost else 0

@@ -1,4 +1,4 @@
-"""Scores of predictions whose truth is known: the same figures as evaluation, as CSV and as a table."""
+"""Scores of predictions with a known truth: the metrics of evaluation, as CSV and as a table."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ COLUMNS = ("site", *CASES_SCHEMA.names, "trained_on")
 
 
 class Scores:
-    """Collects a row for every case and structure.
+    """Collects one row per case and structure.
 
     Attributes:
         data: Structures and unit of distances.
-        rows: `COLUMNS` -> value; `case` is the case's own name, for the table stays at the hospital; `trained_on` is
-            the hospital at which the model learned from this image, "" for a new one.
+        rows: `COLUMNS` -> value. `case` is the case's own name, because the table stays at the
+            hospital; `trained_on` is the hospital at which the model was trained on this image, ""
+            for a new one.
     """
 
     def __init__(self, data: DataSettings) -> None:
@@ -37,19 +38,19 @@ class Scores:
         self.rows: list[dict[str, Any]] = []
 
     def trained_on(self) -> list[str]:
-        """Names of the scored cases that the model has learned from."""
+        """Return the names of the scored cases that the model was trained on."""
         return list(
             dict.fromkeys(f"{row['site']} {row['case']}" for row in self.rows if row["trained_on"])
         )
 
     def cases(self) -> int:
-        """Number of scored cases."""
+        """Return the number of scored cases."""
         return len({(row["site"], row["case"]) for row in self.rows})
 
     def add(
         self, job: Job, prediction: Prediction, truth: NDArray[np.uint8], trained_on: str = ""
     ) -> str:
-        """Score one case against its true class indices (Z, Y, X); return its Dice in words."""
+        """Score one case against its true class indices (Z, Y, X); return its Dice as text."""
         volume = prediction.volume
         case = Case(
             index=0,
@@ -72,7 +73,7 @@ class Scores:
         return "Dice " + ", ".join(f"{row['structure']} {row['dice']:.3f}" for row in found)
 
     def write(self, path: Path) -> None:
-        """Write all rows as CSV; a figure that is not defined is empty. Raises MOD-808."""
+        """Write all rows as CSV; undefined metrics are empty. Raises MOD-808."""
         sink = io.StringIO()
         writer = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -88,9 +89,8 @@ class Scores:
         unit, ending = ("mm", "_mm") if real else ("pixel", "")
         table = Table(title=f"Scores: mean over cases (distances in {unit})")
         for title in ("hospital", "structure", "cases", "Dice ± sd", "ASD", "ASSD", "HD95"):
-            table.add_column(
-                title, justify="left" if title in ("hospital", "structure") else "right"
-            )
+            is_text = title in ("hospital", "structure")
+            table.add_column(title, justify="left" if is_text else "right")
         for site in sorted({row["site"] for row in self.rows}):
             for structure in self.data.structures:
                 mine = [
@@ -101,19 +101,21 @@ class Scores:
                     _mean([row[f"{name}{ending}"] for row in mine])
                     for name in ("asd", "assd", "hd95")
                 ]
-                spread = f"{np.mean(dice):.3f}" + (
-                    f" ± {np.std(dice, ddof=1):.3f}" if len(dice) > 1 else ""
-                )
-                table.add_row(site, structure, str(len(mine)), spread, *distances)
+                mean = f"{np.mean(dice):.3f}"
+                if len(dice) > 1:
+                    mean += f" ± {np.std(dice, ddof=1):.3f}"
+                table.add_row(site, structure, str(len(mine)), mean, *distances)
         return table
 
 
 def _mean(values: Sequence[float | None]) -> str:
-    """Mean of the figures that are defined, and of how many it is where some are not."""
+    """Return the mean of the defined values, with their number if some are undefined."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     mean = f"{np.mean(known):.2f}" if known else "–"
     return mean if len(known) == len(values) else f"{mean} ({len(known)} of {len(values)})"
 
 
 def _text(value: Any) -> Any:
-    return "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return value

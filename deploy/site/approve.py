@@ -8,11 +8,11 @@ from clients.guard.approval import (
     Bundle,
     approvals,
     bundle_of_folder,
-    code_below,
     difference,
     last_approved,
     read_bundle,
-    refused,
+    read_unpacked,
+    refused_bundles,
 )
 from common.console import Screen
 from common.errors import fail
@@ -58,17 +58,17 @@ def choose_bundle(
                 expected=f"a digest that begins with {digest}",
             )
         return bundle
-    waiting = [folder for folder in refused(approved) if folder.name.startswith(digest)]
+    waiting = [folder for folder in refused_bundles(approved) if folder.name.startswith(digest)]
     if digest and installed().digest.startswith(digest):
         return installed()
     if not waiting and not digest:  # the first approval is for the code installed at this site
         return None if approvals(approved) else installed()
     if len(waiting) != 1 and digest:
-        known = ", ".join(folder.name[:16] for folder in refused(approved)) or "none"
+        known = ", ".join(folder.name[:16] for folder in refused_bundles(approved)) or "none"
         found = f"{len(waiting)} refused bundles that begin with {digest} (refused: {known})"
         action = "give a .fab file, a longer --hash, or --installed for the code installed here"
         raise fail("POL-705", found=found, expected="one bundle", action=action)
-    return code_below(waiting[0])
+    return read_unpacked(waiting[0])
 
 
 def show_difference(bundle: Bundle, approved: Path, console: Screen, *, lines: bool) -> None:

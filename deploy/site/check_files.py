@@ -19,7 +19,7 @@ import numpy as np
 
 from clients.data.case_files import CaseFile, Site, open_site, splits
 from clients.data.slices import class_indices
-from clients.data.store import main_kind, other_kind
+from clients.data.store import main_kind, other_kind_problem
 from clients.guard.policy import only_inside_data_root
 from clients.guard.site_file import SiteFile
 from common.errors import CODES, FedsgcgError, Problem
@@ -186,7 +186,7 @@ def _other_kind(seen: Sequence[Seen]) -> Iterator[Finding]:
     kind = main_kind([one.kind for one in seen])
     for one in seen:
         if one.kind != kind:
-            yield Finding.of("files", other_kind(one.case.name, one.kind, kind))
+            yield Finding.of("files", other_kind_problem(one.case.name, one.kind, kind))
 
 
 def _empty(seen: Sequence[Seen]) -> Iterator[Finding]:

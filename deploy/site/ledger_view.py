@@ -148,9 +148,8 @@ def _weights(plan: Plan, model: Path | None) -> Weights:
         from safetensors.numpy import load_file
 
         return Weights.from_state(load_file(model))
-    from clients.app import CHANNELS
-    from common.networks import build_network
+    from common.networks import IN_CHANNELS, build_network
 
-    network = build_network(plan.network, CHANNELS, plan.data.out_channels, generator_seed=0)
+    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=0)
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
     return Weights.from_state(state)

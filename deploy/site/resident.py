@@ -51,16 +51,15 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from clients.boundary import identity_of, keep_trace
 from clients.guard.approval import (
     Bundle,
     bundle_store,
-    forget_old,
     read_bundle,
+    remove_old_refused,
     require_approved,
     unpack,
 )
-from clients.guard.egress import release_error
+from clients.guard.egress import identity_of, log_exception, release_error
 from clients.guard.site_file import SiteFile, read_site_file
 from common.errors import FedsgcgError, fail
 from deploy.site.worker import receive_frame, send_frame
@@ -259,7 +258,7 @@ class Resident:
             approved = Path(self.policy.approved)
             # Refused code is kept too, so that it can be compared before approval.
             folder = unpack(bundle, bundle_store(approved))
-            forget_old(approved)
+            remove_old_refused(approved)
             require_approved(bundle, approved)
             worker = self._ready(bundle, folder)
             reply, after = worker.answer(
@@ -300,7 +299,7 @@ class Resident:
         kind = str(message.metadata.message_type)
         identity = identity_of(message.content)
         home = Path(self.policy.home)
-        keep_trace(home, kind, identity)
+        log_exception(home, kind, identity)
         content = release_error(code, identity, self.policy.site, home, kind, note)
         return Message(content, reply_to=message)
 

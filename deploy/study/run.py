@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from clients.data.case_files import survey
+from clients.data.case_files import data_warnings
 from common.console import Screen, catch_signals, steps_of
 from common.errors import FedsgcgError
 from deploy.environment import prepare_environment, quiet_flower
@@ -129,7 +129,7 @@ def _print_survey(study: Study, console: Screen) -> None:
     """Print which files of the data folder are not used, and sites whose names are nearly equal."""
     data = study.cells[0].tree["data"]
     sites = sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]})
-    for problem in survey(Path(data["root"]), sites):
+    for problem in data_warnings(Path(data["root"]), sites):
         console.print(str(problem), style="yellow")
 
 

@@ -12,8 +12,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
-from clients.boundary import NOBODY
 from clients.guard import ledger
+from clients.guard.egress import UNKNOWN_IDENTITY
 from clients.request import SiteRequest, handle
 from common.settings.plan import Plan
 from common.wire import messages as wire
@@ -92,7 +92,7 @@ def test_no_name_leaves_when_all_is_well(root, tmp_path):
 def test_an_unforeseen_error_becomes_a_code_and_its_trace_stays(root, tmp_path, error):
     plan = sites.plan_of(root, tmp_path)
 
-    def broken(visit: SiteRequest) -> RecordDict:
+    def broken(task: SiteRequest) -> RecordDict:
         raise error(f"cannot read {CANARY}")
 
     records = visited(broken, plan)
@@ -106,7 +106,7 @@ def test_an_unforeseen_error_becomes_a_code_and_its_trace_stays(root, tmp_path, 
 def test_traces_are_appended(root, tmp_path):
     plan = sites.plan_of(root, tmp_path)
 
-    def broken(visit: SiteRequest) -> RecordDict:
+    def broken(task: SiteRequest) -> RecordDict:
         raise RuntimeError("once more")
 
     visited(broken, plan)
@@ -183,7 +183,9 @@ def test_a_changed_ledger_stops_what_would_leave(root, tmp_path):
 
 @pytest.mark.parametrize("tree", [{}, {"data": {}}, {"data": 3, "site": CANARY}])
 def test_settings_that_make_no_plan_are_a_code_too(tree):
-    records = sites.ask(tree, wire.TRAIN, encode_request(Request(NOBODY)), {"site": "North"})
+    records = sites.ask(
+        tree, wire.TRAIN, encode_request(Request(UNKNOWN_IDENTITY)), {"site": "North"}
+    )
     assert decode_reply(records).error == "CFG-001"
     assert decode_reply(records).site == ""
     assert CANARY.encode() not in recorddict_to_proto(records).SerializeToString()
@@ -192,9 +194,9 @@ def test_settings_that_make_no_plan_are_a_code_too(tree):
 def test_a_run_config_that_is_no_json_is_a_code_too():
     run_config = {"config-json": "{" + CANARY}
     records = sites.ask(
-        None, wire.TRAIN, encode_request(Request(NOBODY)), {"site": "North"}, run_config
+        None, wire.TRAIN, encode_request(Request(UNKNOWN_IDENTITY)), {"site": "North"}, run_config
     )
-    assert decode_reply(records) == Reply(NOBODY, "", error="SITE-500")
+    assert decode_reply(records) == Reply(UNKNOWN_IDENTITY, "", error="SITE-500")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_a_run_config_that_is_no_json_is_a_code_too():
 def test_a_message_that_is_no_request_is_a_code_too(root, tmp_path, content):
     plan = sites.plan_of(root, tmp_path)
     reply = decode_reply(sites.ask(plan.to_tree(), wire.TRAIN, content, {"site": "North"}))
-    assert reply == Reply(NOBODY, "North", error="PAY-106")
+    assert reply == Reply(UNKNOWN_IDENTITY, "North", error="PAY-106")
 
 
 def test_the_heldout_site_gives_nothing_away_when_it_is_asked_by_mistake(root, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
 from clients.guard import ledger
-from clients.guard.approval import approve, read_bundle, refused
+from clients.guard.approval import approve, read_bundle, refused_bundles
 from clients.guard.site_file import SiteFile
 from common.wire.messages import decode_reply
 from common.wire.payload import Identity
@@ -115,7 +115,7 @@ def test_code_that_is_not_approved_is_not_even_imported(resident, policy, tmp_pa
     assert error_of(asked(resident, "go", evil)) == "POL-705"
     assert not proof.exists()
     assert [
-        (folder / "clients/app.py").read_text() for folder in refused(Path(policy.approved))
+        (folder / "clients/app.py").read_text() for folder in refused_bundles(Path(policy.approved))
     ] == [evil]
     (line,) = ledger.entries(Path(policy.home) / "ledger.jsonl")
     assert "POL-705" in line["note"]

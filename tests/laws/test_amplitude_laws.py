@@ -1,4 +1,4 @@
-"""Laws of RAM's amplitude mixing (methods.md 2.5); the judge is the whole spectrum in NumPy's float64."""
+"""Properties of RAM's amplitude mixing, checked against the full spectrum in float64 NumPy."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ laws = settings(deadline=None, max_examples=60)
 
 @st.composite
 def problems(draw, most=13):
-    """Images, partners, ratio and window: sides even and odd, square and not, windows from one frequency to all."""
+    """Images, partners, ratio and window; even and odd sides, square or not, any window."""
     B, C, H, W = (draw(st.integers(1, top)) for top in (3, 2, most, most))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     images, partners = torch.randn(2, B, C, H, W, generator=generator, dtype=torch.float64)
@@ -30,7 +30,7 @@ def centred(images):
 
 
 def in_window(H, W, window):
-    """(H, W) bool on the centred spectrum: RAM-DSIR's rows [H//2 - b, H//2 + b] and columns likewise."""
+    """(H, W) bool on the centred spectrum: RAM-DSIR's rows [H//2 - b, H//2 + b] and columns."""
     b = int(np.floor(min(H, W) * window))
     return (abs(np.arange(H) - H // 2) <= b)[:, None] & (abs(np.arange(W) - W // 2) <= b)
 
@@ -67,7 +67,7 @@ def test_equals_the_whole_spectrum_mixed_in_float64(problem):
 def test_rows_by_fft_and_by_products_mean_the_same(problem, by_fft):
     images, _, _, window = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amplitude, "_takes_fft", lambda images, half, way: by_fft)
+        patch.setattr(amplitude, "_uses_fft", lambda images, half, way: by_fft)
         close(mix_amplitude(*problem), brute_force(*problem))
         close(window_amplitudes(images, window), window_of_spectrum(images, window))
 
@@ -80,7 +80,7 @@ def test_float32_stays_within_its_rounding(problem, scale):
     found = mix_amplitude(images.float(), partners.float(), ratio.float(), window)
     assert found.dtype == torch.float32
     spectrum = abs(centred(images))
-    # The phase of a frequency is known to eps * |x| / |F|; what a partner puts there carries this error.
+    # The phase of a frequency is accurate to eps * |x| / |F|, which limits the mixed amplitude.
     worst = (abs(centred(partners)) / spectrum).max() * np.sqrt(images[0, 0].numel())
     close(found.double(), brute_force(images, partners, ratio, window), error=1e-6 * (2 + worst))
 

@@ -1,7 +1,8 @@
-"""Laws of the federated loss: with frozen weights, each site's loss against the pooled prototypes is the pooled loss.
+"""With frozen weights, each site's loss against the pooled prototypes equals the pooled loss.
 
-This is what makes the federated contrastive term exact (methods.md 1.12): hospitals never see each other's pixels, and
-yet each of their pixels has the loss it would have if all images lay in one place.
+This makes the federated contrastive term exact ("Federated" in docs/explanation/sgcg.md): hospitals
+never see each other's pixels, and yet each of their pixels has the loss it would have if all images
+lay in one place.
 """
 
 from functools import reduce

@@ -1,4 +1,4 @@
-"""Laws of what is remembered of the class statistics: who leaves was never there, and all others stay."""
+"""Properties of statistics kept over rounds: a site that leaves is removed without a trace."""
 
 import numpy as np
 import pytest
@@ -19,11 +19,11 @@ ROUNDS = st.lists(
     min_size=1,
     max_size=7,
 )
-"""For each round: who sent statistics, and the seed of what was sent; a round may go by without anybody."""
+"""For each round: the sites that sent statistics (possibly none) and the seed of the statistics."""
 
 
 def sent(site: str, seed: int) -> ClassStatistics:
-    """Statistics of up to 40 pixels in often absent classes, far from the origin as features may lie."""
+    """Statistics of up to 40 pixels, with often absent classes and means far from the origin."""
     rng = np.random.default_rng([ord(site), seed])
     pixels = int(rng.integers(1, 40))
     labels = rng.integers(0, rng.integers(1, CLASSES + 1), pixels)

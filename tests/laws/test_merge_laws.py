@@ -1,4 +1,4 @@
-"""Laws of the merge: order is nothing, equals stay equal, means stay between, and parts pool to the whole."""
+"""Properties of merging: independent of order, idempotent, bounded and equal to pooling."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""What RAM's partners promise: the space of the mixture, and what is drawn from a summary (methods.md 2.5, 2.8)."""
+"""Properties of RAM's partners: the mixing space, and samples drawn from a summary."""
 
 import math
 from dataclasses import replace
@@ -75,7 +75,7 @@ def mixer_of(sharing, space, images, rng):
 @pytest.mark.parametrize("sharing", ["local", "bank"])
 @pytest.mark.parametrize(("space", "wanted"), [("picture", -0.2935), ("volume", 0.5495)])
 def test_a_constant_picture_is_mixed_in_grey_levels(sharing, space, wanted):
-    """Grey 160.14 and 20.02 at r = 0.5 are 90.08, which is -0.2935; |0.256| and |-0.843| would be 0.5495."""
+    """Grey 160.14 and 20.02 at r = 0.5 give 90.08 (-0.2935); |0.256| and |-0.843| give 0.5495."""
     own, partner = torch.full((1, 3, SIDE, SIDE), 0.256), np.full((1, SIDE, SIDE), -0.843)
     mixer = mixer_of(sharing, space, partner, np.random.default_rng(0))
     partners, _ = mixer.draw((1,))
@@ -140,7 +140,8 @@ def test_an_image_mixed_with_itself_stays_as_it_is(seed, space, share):
         mixer = mixer_of(sharing, space, images, rng)
         itself = torch.from_numpy(images).float().expand(1, 3, -1, -1)
         mixed = mixer.mix(itself, mixer.draw((1,))[0], ratio)
-        # A summary does not hold amplitudes below its floor; those of an image of 8 bits or more change nothing seen.
+        # A summary omits amplitudes below its floor, which are invisible in images of 8 bits or
+        # more.
         torch.testing.assert_close(
             mixed, itself, rtol=0, atol=GREY_LEVEL if sharing == "summary" else 1e-4
         )
@@ -175,7 +176,8 @@ def test_one_constant_slice_of_forty_leaves_the_deviation_and_the_mixtures_as_th
         found = summary_of(spoilt)
         assert found.count == 39
         np.testing.assert_allclose(found.deviation, rest.deviation, atol=1e-6)
-    # The logarithm of a Rayleigh amplitude deviates by pi / sqrt(24) = 0.641: what noise has without any floor.
+    # The logarithm of a Rayleigh amplitude has deviation pi / sqrt(24) = 0.641, as has noise
+    # without a floor.
     assert rest.deviation[:, :, 1:, 1:].mean() == pytest.approx(math.pi / math.sqrt(24), abs=0.03)
     own = torch.from_numpy(images).float()
     mixer = SummaryMixer(
@@ -190,7 +192,7 @@ def test_the_floor_is_what_rounding_to_eight_bits_leaves():
     smooth = rng.uniform(-1, 1, (200, 1, SIDE, SIDE))
     rounded = np.rint((smooth + 1) * 127.5) / 127.5 - 1
     errors = window_amplitudes(torch.from_numpy(rounded - smooth), 0.5).numpy()
-    # 200 images x 17 x 17 x 2 frequencies, most of them independent: the mean square is known to 1 %.
+    # 200 images x 17 x 17 x 2 mostly independent frequencies: the mean square is accurate to 1 %.
     assert np.sqrt(np.square(errors).mean()) == pytest.approx(amplitude_floor(SIDE), rel=0.01)
 
 
@@ -260,9 +262,11 @@ def test_the_two_halves_hold_an_amplitude_twice_exactly_where_they_are_said_to(p
 
 
 def test_drawn_amplitudes_deviate_and_go_together_as_the_summary_says():
-    """4,000 draws: a deviation is known to sigma / sqrt(2 n), a covariance to sigma_c sigma_d sqrt((1 + rho^2) / n).
+    """Compare the moments of n = 4,000 draws with the summary.
 
-    Six of those for the worst of 9 x 72 numbers; the mean to sigma / sqrt(n). Nothing about the seed is special.
+    The standard error of a deviation is sigma / sqrt(2 n), of a covariance sigma_c sigma_d sqrt((1
+    + rho^2) / n), of a mean sigma / sqrt(n). Six of them are allowed for the worst of 9 x 72
+    numbers, for any seed.
     """
     rng, draws = np.random.default_rng(0), 4000
     base = textures(rng, 62)
@@ -292,7 +296,7 @@ def test_drawn_amplitudes_deviate_and_go_together_as_the_summary_says():
 @given(st.sampled_from([(32, 0.1), (32, 0.5), (16, 0.5)]), seeds)
 @laws
 def test_a_drawn_window_is_that_of_a_real_image(problem, seed):
-    """A frequency and its conjugate have one amplitude: taken over entirely, it comes back from the mixed image."""
+    """A frequency and its conjugate share one amplitude, which the mixed image must have."""
     side, window = problem
     rng = np.random.default_rng(seed)
     images = rng.uniform(-1, 1, (6, 3, side, side))

@@ -1,4 +1,4 @@
-"""Moments of BatchNorm's inputs: pooling equals computing at once, and the merged model normalises by its own."""
+"""Moments of BatchNorm's inputs: pooling equals computing at once."""
 
 from dataclasses import replace
 from functools import reduce
@@ -146,7 +146,7 @@ def test_the_merged_model_has_the_moments_of_all_sites_inputs(opened):
     assert list(apart[0]) == list(norm_layers(before))
     for layer in apart[0]:
         rows = np.concatenate([part[layer] for part in apart])
-        # In units of the deviation: the network itself runs in float32, in another order of the slices.
+        # In units of the deviation; the network runs in float32 and in another order of the slices.
         off = (state[f"{layer}.running_mean"] - rows.mean(0)) / rows.std(0)
         assert np.abs(off).max() < 1e-4, layer
         np.testing.assert_allclose(

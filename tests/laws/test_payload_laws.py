@@ -1,4 +1,4 @@
-"""Laws of the wire: what is written comes back bit for bit, and no byte string whatever does more than raise a code."""
+"""Properties of the wire format: exact round trips, and error codes for any invalid bytes."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Pooled and federated are two settings of one program (architecture.md section 5)."""
+"""Pooled and federated training are two settings of one program."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ from clients.device import choose_device
 from clients.methods import METHODS
 from clients.methods.class_statistics import batch_statistics, site_statistics, statistics_batches
 from clients.methods.guidance import Guidance, pixel_features
-from clients.methods.running_guide import Online, Overlay, build_guide, keep_statistics
+from clients.methods.running_guide import Online, Overlay, build_guide, statistics_to_state
 from clients.methods.sgcg import labels_at
 from clients.training import learning_rate, round_batches, weights_of
 from common.networks import build_network
@@ -73,7 +73,7 @@ def test_pooled_statistics_are_the_merged_ones_under_one_normalisation(root, tmp
 
 
 def test_the_pass_of_a_pooled_client_sees_the_mixed_batches_of_a_step(root, tmp_path):
-    """One batch of both hospitals: BatchNorm normalises the mixture, and the shift between them stays visible."""
+    """In a batch of both hospitals BatchNorm normalises the mixture; their shift stays visible."""
     plan = pooled(root, tmp_path, "method.batch_size=64")
     stores = [
         open_store(open_site(root, name, plan.data), plan.data, tmp_path / "c", heldout=False)
@@ -165,9 +165,15 @@ def test_with_frozen_weights_every_pixel_costs_the_same_at_its_hospital_and_pool
             _, maps = network(torch.from_numpy(images))
         small = labels_at(torch.from_numpy(labels), maps.shape[-1], 2).reshape(-1)
         return sgcg_loss(
-            pixel_features(maps, True), small, guidance.mean, guidance.covariance,
-            temperature=0.5, active=guidance.active, reduction="none", covariance_form=form,
-        )  # fmt: skip
+            pixel_features(maps, True),
+            small,
+            guidance.mean,
+            guidance.covariance,
+            temperature=0.5,
+            active=guidance.active,
+            reduction="none",
+            covariance_form=form,
+        )
 
     slices = [store.slices("train").stack(range(len(store.slices("train")))) for store in stores]
     apart = torch.cat([pixel_losses(*part) for part in slices])
@@ -181,9 +187,14 @@ def test_one_hospital_is_the_same_model_pooled_or_by_site(root, tmp_path, method
     digests = []
     for name, options in (("pooled", ["federation=pooled"]), ("site", ["federation.moments=keep"])):
         tree = sites.tree_of(
-            root, tmp_path / name, *options, "data.sites=[North,South]", "heldout=South", f"method={method}",
+            root,
+            tmp_path / name,
+            *options,
+            "data.sites=[North,South]",
+            "heldout=South",
+            f"method={method}",
             "federation.rounds=2",
-        )  # fmt: skip
+        )
 
         run_in_process(
             build_server_app(tree), build_client_app(tree), Plan.from_tree(tree).members()
@@ -195,11 +206,17 @@ def test_one_hospital_is_the_same_model_pooled_or_by_site(root, tmp_path, method
 
 
 def test_one_site_and_one_local_step_a_round_is_the_centralised_step(root, tmp_path):
-    """Five rounds of one step against five steps of Adam in a plain loop, on the same batches and rates."""
+    """Compare five rounds of one step with five steps of a plain loop, on the same batches."""
     plan = sites.plan_of(
-        root, tmp_path, "method=source", "data.sites=[North,South]", "heldout=South", "federation.rounds=5",
-        "method.steps_per_round=1", "federation.moments=keep",
-    )  # fmt: skip
+        root,
+        tmp_path,
+        "method=source",
+        "data.sites=[North,South]",
+        "heldout=South",
+        "federation.rounds=5",
+        "method.steps_per_round=1",
+        "federation.moments=keep",
+    )
     tree = plan.to_tree()
 
     run_in_process(build_server_app(tree), build_client_app(tree), plan.members())
@@ -222,9 +239,10 @@ def test_one_site_and_one_local_step_a_round_is_the_centralised_step(root, tmp_p
         method.loss(batch, None)[0].backward()
         optimizer.step()
     for name, array in weights_of(network).to_state().items():
-        # The bias before a BatchNorm has no gradient but rounding, which Adam blows up; its running mean takes it out.
-        # Single weights of small gradients are blown up too, so that a tensor's whole way is compared: a step more or
-        # less, or another rate, changes it by a fifth.
+        # The bias before a BatchNorm has a gradient of rounding errors only, which Adam amplifies;
+        # the running mean compensates it. Single weights with small gradients are amplified too, so
+        # the total change of a tensor is compared: a step more or less, or another rate, changes it
+        # by a fifth.
         if name.endswith("weight"):
             assert np.linalg.norm(found[name] - array) <= 0.02 * np.linalg.norm(
                 array - start[name]
@@ -301,7 +319,7 @@ def test_an_overlay_replaces_the_own_part_and_keeps_the_others_and_the_weight(ro
     sent, others = statistics(0, 60, 8), statistics(1, 90, 8)
     own = statistics(2, 60, 8)
     guide = build_guide(
-        others + sent, keep_statistics(sent), own, plan, 2, CPU, held=[sent.digest()]
+        others + sent, statistics_to_state(sent), own, plan, 2, CPU, held=[sent.digest()]
     )
     assert isinstance(guide, Overlay)
     maps, labels = torch.randn(1, 8, 4, 4), torch.full((1, 4, 4), 255)
@@ -320,10 +338,13 @@ def test_an_overlay_replaces_the_own_part_and_keeps_the_others_and_the_weight(ro
 
 @pytest.mark.parametrize("memory", ["overlay", "online"])
 def test_what_the_coordinator_does_not_hold_is_not_taken_out(root, tmp_path, memory):
-    """A contribution that came late or was refused: 34.9k pixels for 45.0k and a negative eigenvalue otherwise."""
+    """A late or refused contribution must not be subtracted.
+
+    Otherwise there would be 34.9k pixels instead of 45.0k, and a negative eigenvalue.
+    """
     plan = followed(root, tmp_path, memory)
     others, sent, own = statistics(0, 450, 8), statistics(1, 100, 8), statistics(2, 100, 8)
-    state = keep_statistics(sent)
+    state = statistics_to_state(sent)
     maps, labels = torch.randn(1, 8, 4, 4), torch.full((1, 4, 4), 255)
     refused = build_guide(others, state, own, plan, 2, CPU, held=[others.digest()]).after(
         maps, labels
@@ -391,7 +412,7 @@ def test_a_pooled_run_sends_the_sum_of_its_training_batches(root, tmp_path):
     assert second.metrics["loss_contrast"] > 0
 
 
-def test_the_floor_of_online_compares_different_pixels(root, tmp_path):
+def test_the_floor_of_online_compares_distinct_pixels(root, tmp_path):
     floors = ("privacy.min_pixels=100000", "method.local_epochs=30", "method.batch_size=16")
     plan = pooled(root, tmp_path, "prototypes.memory=online", "method=sgcg", *floors)
     reply = sites.answer(

@@ -1,4 +1,4 @@
-"""RAM-DSIR: what the mixture, the losses, the schedule of rates and the restoration decoder promise (methods.md 2)."""
+"""Properties of RAM-DSIR: mixture, losses, learning-rate schedule and restoration decoder."""
 
 import math
 from dataclasses import replace
@@ -135,7 +135,8 @@ def test_a_bank_leaves_out_its_own_entries():
 
 
 def test_consistency_by_hand():
-    # p = (3/4, 1/4), q = (1/2, 1/2): sum (p - q)(log p - log q) = (1/4)(log 3/2) + (-1/4)(log 1/2), over two elements.
+    # p = (3/4, 1/4), q = (1/2, 1/2): the sum of (p - q)(log p - log q) over two elements is
+    # (1/4)(log 3/2) + (-1/4)(log 1/2).
     first, second = (
         torch.tensor([0.75, 0.25]).view(1, 2, 1, 1),
         torch.tensor([0.5, 0.5]).view(1, 2, 1, 1),

@@ -1,4 +1,4 @@
-"""Laws of the SgCG loss, the class moments and the label reduction (methods.md 1.3-1.7); the judge is brute force."""
+"""Properties of the SgCG loss, the class moments and the label reduction; against brute force."""
 
 import math
 
@@ -19,7 +19,7 @@ FORMS = ("full", "diagonal", "none")
 
 @st.composite
 def problems(draw, dtype=torch.float64, min_pixels=1):
-    """Features, labels with ignored pixels, mean, positive covariance, temperature and active classes (or None)."""
+    """Features, labels with ignored pixels, mean, covariance, temperature, active classes."""
     N, A, K = draw(st.integers(min_pixels, 30)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     labels = torch.randint(0, K, (N,), generator=generator)
@@ -41,7 +41,7 @@ def problems(draw, dtype=torch.float64, min_pixels=1):
 
 
 def brute_force(features, labels, mean, covariance, temperature, active=None, form="full"):
-    """Loss (N,) and gradient (N, A) pixel by pixel, class by class, from the formulas; zeros where dropped."""
+    """Loss (N,) and gradient (N, A) by the formulas, pixel by pixel; zero for dropped pixels."""
     K, losses, gradients = len(mean), [], []
     on = [k for k in range(K) if active is None or bool(active[k])]
     for q, y in zip(features.double(), labels.tolist(), strict=True):

@@ -30,7 +30,7 @@ def test_all_cases_of_a_patient_share_a_split(names, fraction):
 
 @given(patients, patients, fractions)
 def test_new_cases_move_no_patient(names, more, fraction):
-    """Beyond the one exception of `splits`: a hospital that would have no training patient at all."""
+    """Except for the special case of `splits`: a hospital without any training patient."""
     before, after = (
         splits(cases_of(names), fraction, heldout=False),
         splits(cases_of([*names, *more]), fraction, heldout=False),

@@ -1,4 +1,4 @@
-"""Laws of class statistics: adding equals pooling, whatever the partition, order or offset; brute force judges."""
+"""Properties of class statistics: adding equals pooling for any partition, order or offset."""
 
 from functools import reduce
 
@@ -14,7 +14,7 @@ IGNORE = 255
 
 @st.composite
 def labelled(draw, min_pixels=0, max_pixels=60):
-    """Features (N, A) with a draw of offset and scale, labels with ignored pixels and often absent classes, and K."""
+    """Features (N, A) with random offset and scale, labels with ignored pixels, and K."""
     N, A, K = (
         draw(st.integers(min_pixels, max_pixels)),
         draw(st.integers(1, 5)),

@@ -1,4 +1,4 @@
-"""Amplitude mixing on values that can be worked out by hand, at the product's sizes, and on bad input."""
+"""Amplitude mixing on values computed by hand, at production sizes, and on bad input."""
 
 import math
 
@@ -21,7 +21,8 @@ def wave(amplitude, offset, phase, side=8):
 
 def test_a_wave_takes_its_partners_height_and_keeps_its_place():
     own, other = wave(2, offset=1, phase=0.3), wave(6, offset=-3, phase=2)
-    # r = 0.25: height 0.25 * 2 + 0.75 * 6 = 5; constant 0.25 * 1 + 0.75 * 3 = 2.5, of which an amplitude has no sign.
+    # r = 0.25: height 0.25 * 2 + 0.75 * 6 = 5; constant 0.25 * 1 + 0.75 * 3 = 2.5, without a sign,
+    # because it is an amplitude.
     found = mix_amplitude(own, other, torch.tensor([0.25]), window=0.125)
     torch.testing.assert_close(found, wave(5, offset=2.5, phase=0.3), rtol=0, atol=1e-12)
 
@@ -85,7 +86,7 @@ def test_an_empty_slice_has_phase_zero_not_the_phase_of_its_rounding(value, dtyp
 @pytest.mark.parametrize("by_fft", [False, True])
 @pytest.mark.parametrize(("H", "W"), [(256, 256), (255, 255), (256, 192), (97, 130)])
 def test_within_two_millionths_of_float64_at_the_products_sizes(H, W, by_fft, monkeypatch):
-    monkeypatch.setattr(amplitude, "_takes_fft", lambda images, half, way: by_fft)
+    monkeypatch.setattr(amplitude, "_uses_fft", lambda images, half, way: by_fft)
     images, partners = pictures(2, H, W, seed=1), pictures(2, H, W, seed=2)
     ratio = torch.tensor([0.1, 0.6])
     wanted = numpy_mix(images.numpy(), partners.numpy(), ratio.numpy(), 0.1)

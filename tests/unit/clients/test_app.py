@@ -1,4 +1,4 @@
-"""The hospital's app, asked as Flower asks it: who it is, what it may be asked, and what it answers."""
+"""The hospital's app, called as by Flower: enrolment, allowed requests and replies."""
 
 import csv
 import json
@@ -127,7 +127,7 @@ def test_statistics_describe_the_received_model_not_the_trained_one(root, tmp_pa
     "memory", ["lagged", "restart", "cumulative", "discount", "momentum", "overlay"]
 )
 def test_the_untrained_model_of_round_1_is_not_described(root, tmp_path, memory):
-    """Prototypes of an untrained network would be what round 2 pulls towards, and `cumulative` would keep them."""
+    """Round 2 would use prototypes of an untrained network, and `cumulative` would keep them."""
     plan = federation(root, tmp_path, f"prototypes.memory={memory}")
     assert asked(plan, wire.TRAIN, "North", 1).statistics is None
 

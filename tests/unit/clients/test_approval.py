@@ -12,13 +12,13 @@ from clients.guard.approval import (
     approve,
     bundle_of_folder,
     bundle_store,
-    code_below,
     difference,
-    forget_old,
     is_approved,
     last_approved,
     read_bundle,
-    refused,
+    read_unpacked,
+    refused_bundles,
+    remove_old_refused,
     require_approved,
     unpack,
 )
@@ -86,7 +86,7 @@ def test_a_damaged_approvals_file_approves_nothing(tmp_path):
     path = tmp_path / "approved.json"
     approve(Bundle({"a.py": b"1"}), path, "anna")
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(FedsgcgError, match="mend or remove"):
+    with pytest.raises(FedsgcgError, match="repair or remove"):
         require_approved(Bundle({"a.py": b"1"}), path)
 
 
@@ -110,11 +110,11 @@ def test_the_difference_names_files_and_lines(tmp_path):
 def test_unpacked_code_that_was_changed_on_disk_is_written_again(tmp_path):
     bundle = Bundle({"clients/app.py": b"one", "clients/__init__.py": b""}, "clients.other:app")
     place = unpack(bundle, tmp_path)
-    assert code_below(place) == bundle
-    assert code_below(place).digest == place.name
+    assert read_unpacked(place) == bundle
+    assert read_unpacked(place).digest == place.name
     (place / "clients/app.py").write_bytes(b"changed")
     (place / "clients/extra.py").write_bytes(b"")
-    assert code_below(unpack(bundle, tmp_path)) == bundle
+    assert read_unpacked(unpack(bundle, tmp_path)) == bundle
 
 
 def test_refused_bundles_do_not_pile_up(tmp_path):
@@ -122,8 +122,8 @@ def test_refused_bundles_do_not_pile_up(tmp_path):
     approve(Bundle({"a.py": b"good"}), path, "anna")
     for number in range(MOST_REFUSED + 3):
         unpack(Bundle({"a.py": str(number).encode()}), bundle_store(path))
-    forget_old(path)
-    assert len(refused(path)) == MOST_REFUSED
+    remove_old_refused(path)
+    assert len(refused_bundles(path)) == MOST_REFUSED
     assert last_approved(path) == Bundle({"a.py": b"good"})
 
 

@@ -234,7 +234,7 @@ def test_half_of_many_slices_are_flipped():
 
 
 def test_labels_move_with_their_image_and_keep_their_values():
-    """Images that are themselves label maps must still be so after rotation, scaling, shift and flip."""
+    """Images that equal their label maps must still do so after all movements."""
     spots = (
         ndimage.gaussian_filter(
             np.random.default_rng(1).standard_normal((8, SIDE, SIDE)), (0, 3, 3)
@@ -252,7 +252,7 @@ def test_labels_move_with_their_image_and_keep_their_values():
 
 
 def test_moved_labels_stay_centred_on_their_moved_image():
-    """Labels take the nearest pixel of the same map: over many slices their centroid is that of the image."""
+    """Labels use the nearest pixel: over many slices their centroid equals that of the image."""
     rows = torch.arange(64) - 31.2
     disc = (torch.hypot(rows[:, None], rows[None]) < 14).long().expand(400, -1, -1)
     images = disc[:, None].float() * 2 - 1
@@ -266,7 +266,7 @@ def test_moved_labels_stay_centred_on_their_moved_image():
 
 
 def test_geometry_stays_within_its_limits_by_tracking_a_spot():
-    """The spot's distance from the centre changes by at most the scale, its place by at most the shift."""
+    """The spot's distance from the centre changes at most by the scale, its place by the shift."""
     side = 65
     y, x = np.indices((side, side)) - side // 2
     spot = torch.from_numpy(np.exp(-((y + 16) ** 2 + x**2) / 18)).float() * 2 - 1

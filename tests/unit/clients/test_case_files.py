@@ -10,13 +10,13 @@ import pytest
 
 from clients.data.case_files import (
     CaseFile,
+    data_warnings,
     discover_sites,
     ensure_data,
     open_site,
     resolve_cache,
     split_of,
     splits,
-    survey,
 )
 from clients.data.store import data_fingerprint
 from clients.predict.files import jobs_of_images
@@ -49,10 +49,19 @@ def case(patient, split=None, name=None):
 
 def test_manifest_with_extra_columns_blank_patient_and_missing_mask(tmp_path, make_data):
     root = root_with(
-        tmp_path / "d", "site,field,image,mask,patient_id", "B,3T,B/two_image.nii.gz,,P2",
-        "B,3T,B/one_image.nii.gz , B/one_mask.nii.gz,", "A,1T,A/x.png,A/y.png,P9",
-        files=("B/two_image.nii.gz", "B/one_image.nii.gz", "B/one_mask.nii.gz", "A/x.png", "A/y.png"),
-    )  # fmt: skip
+        tmp_path / "d",
+        "site,field,image,mask,patient_id",
+        "B,3T,B/two_image.nii.gz,,P2",
+        "B,3T,B/one_image.nii.gz , B/one_mask.nii.gz,",
+        "A,1T,A/x.png,A/y.png,P9",
+        files=(
+            "B/two_image.nii.gz",
+            "B/one_image.nii.gz",
+            "B/one_mask.nii.gz",
+            "A/x.png",
+            "A/y.png",
+        ),
+    )
     assert discover_sites(root) == ("A", "B")
     site = open_site(root, "B", make_data())
     assert site.quarantined == ()
@@ -127,9 +136,13 @@ def test_an_image_listed_twice_counts_once(tmp_path, make_data):
 
 def test_missing_files_are_left_out_and_the_rest_goes_on(tmp_path, make_data):
     root = root_with(
-        tmp_path / "d", "site,image,mask", "A,a.png,m.png", "A,gone.png,m.png", "A,b.png,gone_mask.png",
+        tmp_path / "d",
+        "site,image,mask",
+        "A,a.png,m.png",
+        "A,gone.png,m.png",
+        "A,b.png,gone_mask.png",
         files=("a.png", "b.png", "m.png"),
-    )  # fmt: skip
+    )
     site = open_site(root, "A", make_data())
     assert [c.name for c in site.cases] == ["a"]
     assert [(p.code, p.where) for p in site.quarantined] == [("DAT-103", "gone"), ("DAT-103", "b")]
@@ -162,9 +175,17 @@ def test_a_site_without_cases_names_those_that_exist(tmp_path, make_data):
 
 def test_folders_without_a_manifest(tmp_path, make_data):
     names = (
-        "North/p1_image.nii.gz", "North/p1_mask.nii.gz", "North/p2_image.nii", "North/p2_mask.nii.gz", "North/note.txt",
-        "South/f_image.jpg", "South/f_mask.png", "South/g_image.png", ".hidden/h_image.png", "empty/readme.md",
-    )  # fmt: skip
+        "North/p1_image.nii.gz",
+        "North/p1_mask.nii.gz",
+        "North/p2_image.nii",
+        "North/p2_mask.nii.gz",
+        "North/note.txt",
+        "South/f_image.jpg",
+        "South/f_mask.png",
+        "South/g_image.png",
+        ".hidden/h_image.png",
+        "empty/readme.md",
+    )
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -184,7 +205,7 @@ def test_folders_without_a_manifest(tmp_path, make_data):
 
 
 def test_the_split_of_a_patient_never_changes_between_versions():
-    """Frozen values: a change would move patients between training and validation of running studies."""
+    """Frozen values: a change would move patients between the splits of running studies."""
     assert [split_of(f"East-{number:03d}", 0.2) for number in range(1, 9)].count("validation") == 1
     assert [n for n in range(40) if split_of(f"p{n}", 0.2) == "validation"] == [
         3,
@@ -220,10 +241,15 @@ def test_a_site_whose_patients_all_fall_into_validation_still_trains():
 
 def test_a_patient_in_two_splits_is_left_out_whole(tmp_path, make_data):
     root = root_with(
-        tmp_path / "d", "site,image,mask,patient_id,split", "A,a.png,m.png,P1,train", "A,b.png,m.png,P1,test",
-        "A,c.png,m.png,P1,", "A,d.png,m.png,P2,validation", "A,e.png,m.png,P2,",
+        tmp_path / "d",
+        "site,image,mask,patient_id,split",
+        "A,a.png,m.png,P1,train",
+        "A,b.png,m.png,P1,test",
+        "A,c.png,m.png,P1,",
+        "A,d.png,m.png,P2,validation",
+        "A,e.png,m.png,P2,",
         files=("a.png", "b.png", "c.png", "d.png", "e.png", "m.png"),
-    )  # fmt: skip
+    )
     site = open_site(root, "A", make_data())
     assert [(p.code, p.where) for p in site.quarantined] == [("DAT-111", name) for name in "abc"]
     assert [(c.name, c.split) for c in site.cases] == [("d", "validation"), ("e", "validation")]
@@ -320,39 +346,61 @@ def test_a_linked_hospital_is_one_for_everybody(tmp_path, make_data):
 
 def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     root = folder_root(
-        tmp_path, *(f"A/{name}" for name in (
-            "c_image.png", "c_mask.png", "d_image.mha", "d_mask.mha", "e.nrrd", "f_mask.png", "g.png",
-            "deep/h_image.png", "._c_image.png", "note.txt",
-        )), "B/i_image.png", "previews/A1.png", "loose_image.png",
-    )  # fmt: skip
+        tmp_path,
+        *(
+            f"A/{name}"
+            for name in (
+                "c_image.png",
+                "c_mask.png",
+                "d_image.mha",
+                "d_mask.mha",
+                "e.nrrd",
+                "f_mask.png",
+                "g.png",
+                "deep/h_image.png",
+                "._c_image.png",
+                "note.txt",
+            )
+        ),
+        "B/i_image.png",
+        "previews/A1.png",
+        "loose_image.png",
+    )
     site = open_site(root, "A", make_data())
     assert [case.name for case in site.cases] == ["c"]
     assert site.quarantined == ()
     (note,) = site.notes
     assert note.code == "DAT-119"
     assert note.found.split("; ") == [
-        "3 files of formats that are not read (.mha 2, .nrrd 1): d_image.mha, d_mask.mha, e.nrrd",
+        "3 files in unsupported formats (.mha 2, .nrrd 1): d_image.mha, d_mask.mha, e.nrrd",
         "1 masks without an image: f_mask.png",
-        "2 images that are not called <site>/<case>_image: h_image.png, g.png",
-        "1 hidden files called like images: ._c_image.png",
+        "2 images that are not named <site>/<case>_image: h_image.png, g.png",
+        "1 hidden files named like images: ._c_image.png",
     ]
     assert "SimpleITK" in note.action
     assert open_site(root, "B", make_data()).notes == ()
-    said = survey(root, ["A", "B"])
+    said = data_warnings(root, ["A", "B"])
     assert [Path(problem.where).name for problem in said] == ["A", "previews", root.name]
-    assert [Path(problem.where).name for problem in survey(root, ["B"])] == ["previews", root.name]
+    assert [Path(problem.where).name for problem in data_warnings(root, ["B"])] == [
+        "previews",
+        root.name,
+    ]
     folder_root(tmp_path / "only", "A/x.dcm")
     (problem,) = problems_of(discover_sites, tmp_path / "only")
-    assert "1 files of formats that are not read (.dcm 1): x.dcm" in problem.found
+    assert "1 files in unsupported formats (.dcm 1): x.dcm" in problem.found
     assert "dcm2niix" in problem.action
 
 
 def test_one_path_in_two_spellings_is_one_case(tmp_path, make_data):
     root = root_with(
-        tmp_path / "d", "site,image,mask", "A,A/a.png,m.png", "A,./A/a.png,m.png", "A,B/../A/a.png,m.png",
+        tmp_path / "d",
+        "site,image,mask",
+        "A,A/a.png,m.png",
+        "A,./A/a.png,m.png",
+        "A,B/../A/a.png,m.png",
         "A,b.png,m.png",
         files=("A/a.png", "B/x.png", "b.png", "m.png"),
-    )  # fmt: skip
+    )
     site = open_site(root, "A", make_data())
     assert [case.name for case in site.cases] == ["a", "b"]
     assert [(p.code, p.found) for p in site.quarantined] == [
@@ -388,7 +436,7 @@ def test_hospitals_that_look_the_same_are_a_warning_that_shows_the_difference(tm
         "b/a_image.png",
     )
     assert len(discover_sites(root)) == 4
-    said = survey(root, discover_sites(root))
+    said = data_warnings(root, discover_sites(root))
     assert [(problem.code, problem.found) for problem in said] == [
         ("DAT-118", "B and b"),
         ("DAT-118", "Zu\\u0308rich and Z\\u00fcrich"),
@@ -408,7 +456,7 @@ def test_a_name_that_no_file_can_have_leaves_its_case_out(tmp_path, make_data):
 
 @contextmanager
 def as_nobody():
-    """Be a user without rights for a while; root, as whom tests run in containers, may read everything."""
+    """Drop root's rights for a while; in containers tests run as root, which can read all."""
     if os.geteuid() != 0:
         yield
         return

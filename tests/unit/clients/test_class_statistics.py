@@ -1,4 +1,4 @@
-"""Class statistics of a site: of the received model, of every training pixel, and without touching the model."""
+"""Class statistics of a site: over every training pixel, without changing the model."""
 
 import csv
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Prefetched batches and replayed steps are the plain ones: same batches, same order, same steps."""
+"""Prefetched batches and replayed steps equal plain ones, in the same order."""
 
 import threading
 
@@ -112,14 +112,14 @@ def test_on_a_cpu_a_step_is_called_as_it_is():
 
 
 def test_a_replay_takes_every_step_once_with_the_batch_that_was_given(monkeypatch):
-    """The order of calls, copies and captures without a GPU; a capture stands for itself by running later."""
+    """The order of calls, copies and captures without a GPU; a capture just runs later."""
     captures = []
 
     def capture(self, work):
         captures.append(work)
         return work
 
-    monkeypatch.setattr(Replay, "_beside", lambda self, work: work())
+    monkeypatch.setattr(Replay, "_on_side_stream", lambda self, work: work())
     monkeypatch.setattr(Replay, "_capture", capture)
     plain = run(CPU, lambda step, clear: step)
     replayed = run(CPU, lambda step, clear: Replay(step, clear, CUDA))
@@ -132,7 +132,7 @@ def test_a_replay_takes_every_step_once_with_the_batch_that_was_given(monkeypatc
 
 def test_what_is_no_tensor_has_graphs_of_its_own(monkeypatch):
     captures = []
-    monkeypatch.setattr(Replay, "_beside", lambda self, work: work())
+    monkeypatch.setattr(Replay, "_on_side_stream", lambda self, work: work())
     monkeypatch.setattr(Replay, "_capture", lambda self, work: captures.append(work) or work)
     replay = Replay(lambda tensor: tensor + 1, lambda: None, CUDA)
     for _ in range(WARM_STEPS + 1):

@@ -1,4 +1,4 @@
-"""Evaluation: decisions, post-processing and scores by hand, and the whole path on a small hospital."""
+"""Evaluation: decisions, post-processing and scores by hand, and a small hospital end to end."""
 
 import json
 import math
@@ -75,14 +75,15 @@ def test_sigmoid_decides_each_structure_above_its_threshold():
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 def test_probabilities_are_brought_to_the_native_size_before_the_decision(activation):
-    """Foreground has 0.9 in the left of two pixels and 0.2 in the right one; four times as wide natively."""
+    """Foreground is 0.9 in the left of two pixels, 0.2 in the right; natively 4 times as wide."""
     logits = torch.zeros(1, 2 if activation == "softmax" else 1, 1, 2)
     logits[0, -1, 0] = torch.logit(torch.tensor([0.9, 0.2]))
     data = nested(
         classes={"background": [0], "a": [1]}, structures={"a": ["a"]}, activation=activation
     )
     masks = structures_from_logits(logits, (1, 8), data)
-    # Sample j of 8 lies at x = (j + 0.5) / 4 - 0.5, clipped to [0, 1]; 0.9 - 0.7 x is above 0.5 up to x = 0.571.
+    # Sample j of 8 is at x = (j + 0.5) / 4 - 0.5, clipped to [0, 1]; 0.9 - 0.7 x > 0.5 for x <
+    # 0.571.
     expected = [0.9 - 0.7 * min(max((j + 0.5) / 4 - 0.5, 0), 1) > 0.5 for j in range(8)]
     assert masks[0, 0, 0].tolist() == expected
     assert (
@@ -93,10 +94,11 @@ def test_probabilities_are_brought_to_the_native_size_before_the_decision(activa
 
 
 def test_a_disc_that_the_network_is_sure_of_has_its_area_at_native_size():
-    """Logits of +-20 at 256 pixels, sigmoid above 0.75, 800 pixels wide: the published rule, cut short by hand.
+    """The published rule on logits of +-20 at 256 pixels, 800 natively, with threshold 0.75.
 
-    Of a straight edge between sure pixels the probability falls from 1 to 0 within a pixel, so that 0.75 lies a
-    quarter of a pixel inside the edge. As logits the same edge would cross log 3 = 1.1 at 0.47 of a pixel.
+    At a straight edge between certain pixels the probability falls from 1 to 0 within a pixel, so
+    0.75 is a quarter of a pixel inside the edge. Interpolated logits would cross log 3 = 1.1 at
+    0.47 of a pixel.
     """
     data = nested(activation="sigmoid", threshold=0.75)
     radius, side, native = 60.0, 256, 800
@@ -177,7 +179,7 @@ def test_separate_structures_are_processed_apart_and_the_input_is_left_alone():
 
 @pytest.mark.parametrize("outer_first", [True, False])
 def test_a_nested_structure_stays_inside_the_one_around_it(outer_first):
-    # The cord has two parts, three and two pixels wide; most of the grey matter lies in the part that is dropped.
+    # The cord has two parts, three and two pixels wide; most grey matter is in the dropped part.
     cord, grey = [1, 1, 1, 0, 0, 1, 1], [1, 0, 0, 0, 0, 1, 1]
     kept_cord, kept_grey = [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]
     structures = {"cord": ["white", "grey"], "grey": ["grey"]}
@@ -241,8 +243,8 @@ def test_a_single_slice_is_scored_as_a_plane():
     prediction = np.zeros((1, 7, 7), bool)
     prediction[0, 2:5, 2:5] = True
     row = scored(prediction, truth, a_case((1, 7, 7), (9.0, 2.0, 2.0)))
-    # The eight pixels of the inner ring lie one pixel from the outer ring. In three dimensions the inner pixels would
-    # count as surface too and the distance would be zero.
+    # The eight pixels of the inner ring are one pixel from the outer ring. In three dimensions the
+    # inner pixels would count as surface too and the distance would be zero.
     assert row["asd"] == pytest.approx(1.0)
     assert row["asd_mm"] == pytest.approx(2.0)
 
@@ -260,7 +262,8 @@ def test_empty_masks_are_flagged_and_defined():
     assert (one["dice"], one["empty_prediction"], one["empty_truth"]) == (0.0, True, False)
     assert math.isnan(one["asd"])
     assert math.isnan(one["hd95"])
-    # What printed tables count stands beside: (0 + 1) / (0 + 18 + 1), and 100 pixels also where millimetres are known.
+    # The columns of printed tables: (0 + 1) / (0 + 18 + 1), and 100 pixels even if millimetres are
+    # known.
     assert (one["dice_smooth1"], one["asd_compat"]) == (1 / 19, 100.0)
     assert (both["dice_smooth1"], both["asd_compat"]) == (1.0, 0.0)
 

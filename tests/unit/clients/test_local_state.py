@@ -1,4 +1,4 @@
-"""What a site keeps between rounds: found again by round, bounded, and never taken from the future."""
+"""State that a site keeps between rounds: found by round, bounded, never from a later round."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Nothing on a GPU's path reads a value of a tensor: meta tensors take that path and have none, so a read fails."""
+"""The GPU path reads no tensor values: with meta tensors, which have none, a read would fail."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""A step that the memory does not hold: the round starts over in smaller parts and nothing of the first try remains."""
+"""Out of memory in a step: the round restarts in smaller parts, without traces of the first try."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def network_of(plan: Plan) -> UNet:
 
 
 def needing_much(network: UNet, slices: int, calls: int = 0) -> list[int]:
-    """Let a training pass over more than so many slices ask for memory that is not there, after some that got by.
+    """Let a training pass over more than `most` slices fail for lack of memory, after some passes.
 
     Returns:
         The slices of each pass that failed.
@@ -121,7 +121,7 @@ def test_an_error_that_followed_a_failed_allocation_counts_and_an_unrelated_one_
 def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_the_start(
     hospital, method, calls
 ):
-    """Also where two steps were taken before: weights, BatchNorm, moments, decoder, overlay and streams start over."""
+    """Also after two steps: weights, BatchNorm, moments, decoder, overlay and streams are reset."""
     options = f"method={method}", "federation.moments=keep", "prototypes.memory=overlay"
     options = *options, "method.steps_per_round=3"
     plan, store = opened(hospital, *options)
@@ -214,8 +214,8 @@ def test_the_site_is_told(hospital, caplog):
     with caplog.at_level(logging.WARNING, "fedsgcg.site"):
         train_round(network, [store], plan, round_number=3, guide=None, device=CPU)
     (record,) = caplog.records
-    assert "round 3: a step of 4 slices does not fit into the memory (cpu)" in record.getMessage()
-    assert "in 2 parts, the same effective batch" in record.getMessage()
+    assert "does not fit into the memory" in record.getMessage()
+    assert record.args == (3, 4, "cpu", 2)  # round, slices of a step, device, parts
 
 
 def test_a_step_that_fits_in_no_parts_is_an_error_that_says_what_to_do(hospital):
@@ -374,16 +374,22 @@ tree, parts, room = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 choose_device("cpu", 1)
 plan = Plan.from_tree(tree)
 plan = replace(plan, site=replace(plan.site, micro_batches=parts))
-store = open_store(open_site(plan.data.root, "North", plan.data), plan.data, Path(sys.argv[4]), heldout=False)
+site = open_site(plan.data.root, "North", plan.data)
+store = open_store(site, plan.data, Path(sys.argv[4]), heldout=False)
 network = build_network(plan.network, 3, plan.data.out_channels, 0)
-tiny = torch.zeros(2, 3, 16, 16)  # what the libraries take for themselves at their first use is no part of a step
+tiny = torch.zeros(2, 3, 16, 16)  # first use, in which the libraries allocate memory of their own
 network.eval()(tiny)[0].sum().backward()
 torch.optim.Adam(network.parameters()).zero_grad()  # it loads torch's compiler
 before = pages("VmSize")
 if room:
     resource.setrlimit(resource.RLIMIT_AS, (before + room, before + room))
-figures, _ = train_round(network, [store], plan, round_number=1, guide=None, device=torch.device("cpu"))
-facts = {"digest": weights_of(network).digest(), "parts": figures["micro_batches"], "grown": pages("VmPeak") - before}
+cpu = torch.device("cpu")
+figures, _ = train_round(network, [store], plan, round_number=1, guide=None, device=cpu)
+facts = {
+    "digest": weights_of(network).digest(),
+    "parts": figures["micro_batches"],
+    "grown": pages("VmPeak") - before,
+}
 print(json.dumps(facts))
 """
 
@@ -451,10 +457,8 @@ def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(
     console = Screen(said, width=400)
     assert run_study(plan_study([*small, *words, *places]), console) == 0
     told = "North in 2. The effective batch is the same; BatchNorm and the Dice term see the parts"
-    assert (
-        f"source · South · seed 0: parts of a training step that the memory did not hold whole: {told}"
-        in (said.getvalue())
-    )
+    lead = "source · South · seed 0: parts of a training step that the memory did not hold whole: "
+    assert lead + told in said.getvalue()
     assert told in (tmp_path / "study" / "report.html").read_text()
 
 

@@ -1,4 +1,4 @@
-"""A site's own amplitudes: what they sum up, and that a round does not compute again what another has computed."""
+"""A site's own amplitudes: their summary, and its reuse between rounds."""
 
 from dataclasses import replace
 
@@ -89,7 +89,7 @@ def test_what_a_site_shares_of_pictures_is_taken_in_grey_levels_and_of_volumes_a
 
 
 def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stores, monkeypatch):
-    monkeypatch.setattr(partners, "_KNOWN", {})
+    monkeypatch.setattr(partners, "_CACHE", {})
     store = stores[0]
     known = own_summary([store], SUMMARY, CPU)
     assert (
@@ -108,8 +108,8 @@ def test_a_summary_is_computed_once_for_the_same_slices_and_anew_for_others(stor
 
 
 def test_the_oldest_summaries_make_room(stores, monkeypatch):
-    monkeypatch.setattr(partners, "_KNOWN", {})
-    monkeypatch.setattr(partners, "KNOWN_SUMMARIES", 1)
+    monkeypatch.setattr(partners, "_CACHE", {})
+    monkeypatch.setattr(partners, "MAX_CACHED_SUMMARIES", 1)
     first = own_summary(stores[:1], SUMMARY, CPU)
     own_summary(stores[1:], SUMMARY, CPU)
     again = own_summary(stores[:1], SUMMARY, CPU)
@@ -118,7 +118,7 @@ def test_the_oldest_summaries_make_room(stores, monkeypatch):
 
 
 def test_channels_of_drawn_amplitudes_are_as_alike_as_those_of_real_partners(stores):
-    """Mean correlation of neighbouring slices' log amplitudes: 0.20 when each channel was drawn for itself."""
+    """Mean correlation of adjacent slices' log amplitudes; 0.20 for separately drawn channels."""
     tables = [store.slices("train") for store in stores]
     images = torch.from_numpy(
         np.concatenate([table.stack(range(len(table)))[0] for table in tables])

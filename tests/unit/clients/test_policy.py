@@ -12,7 +12,7 @@ from clients.guard.policy import (
     NODE_KEY,
     apply_policy,
     check_sharing,
-    inside,
+    is_inside,
     only_inside_data_root,
     policy_of,
 )
@@ -115,7 +115,7 @@ def test_a_data_folder_outside_the_sites_own_is_refused(root, tmp_path):
         ]
     link = tmp_path / "link"
     link.symlink_to("/etc")
-    assert not inside(link, tmp_path)
+    assert not is_inside(link, tmp_path)
     within = replace(plan, data=replace(plan.data, root=str(root / "North")))
     assert apply_policy(within, policy).data.root == str(root)
 

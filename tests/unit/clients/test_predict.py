@@ -1,4 +1,4 @@
-"""The parts of predicting: labels of nested structures, confidence, geometry of what is written, files and models."""
+"""Prediction: labels of nested structures, confidence, geometry of results, files and models."""
 
 import gzip
 import json
@@ -70,7 +70,7 @@ def test_nested_structures_become_the_label_of_the_innermost_one(make_data):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_give_back_exactly_the_structures_that_are_scored(seed, make_data):
-    """Three nested structures and one beside them: the label map loses nothing of the post-processed masks."""
+    """With three nested structures and a separate one, the label map keeps all masks."""
     data = make_data(
         "synthetic",
         classes={"background": [0], "a": [1], "b": [2], "c": [3], "d": [4]},
@@ -250,19 +250,33 @@ def touch(*paths):
 
 
 def test_a_folder_gives_its_images_and_passes_over_masks_and_results(tmp_path):
-    touch(*(tmp_path / name for name in (
-        "a_image.nii.gz", "a_mask.nii.gz", "b.png", "sub/c.nii", "sub/c_Segmentation.nii", "b_overlay.png",
-        "b_probability_cup.png", "a_confidence.nii.gz", ".hidden.png", "note.txt",
-    )))  # fmt: skip
-    jobs, passed = jobs_of_images([tmp_path])
+    touch(
+        *(
+            tmp_path / name
+            for name in (
+                "a_image.nii.gz",
+                "a_mask.nii.gz",
+                "b.png",
+                "sub/c.nii",
+                "sub/c_Segmentation.nii",
+                "b_overlay.png",
+                "b_probability_cup.png",
+                "a_confidence.nii.gz",
+                ".hidden.png",
+                "note.txt",
+            )
+        )
+    )
+    jobs, skipped = jobs_of_images([tmp_path])
     assert [(job.name, job.suffix) for job in jobs] == [
         ("a", ".nii.gz"),
         ("b", ".png"),
         ("sub/c", ".nii"),
     ]
-    assert passed.words() == [
-        "5 files that are masks or results by their names: a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
-        "1 hidden files called like images: .hidden.png",
+    assert skipped.texts() == [
+        "5 files named like masks or results: "
+        "a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
+        "1 hidden files named like images: .hidden.png",
     ]
 
 
@@ -403,14 +417,20 @@ def test_a_model_is_read_from_its_folder_or_any_of_its_files(stored):
         ("MOD-805", {"preprocessing__image_size": "large"}),
         ("MOD-804", {"network__out_channels": 3}),
         ("MOD-804", {"network__in_channels": 1}),
-        ("MOD-804", {"labels": {"background": [0], "gland": [1], "x": [2]}, "classes": ["background", "gland", "x"]}),
+        (
+            "MOD-804",
+            {
+                "labels": {"background": [0], "gland": [1], "x": [2]},
+                "classes": ["background", "gland", "x"],
+            },
+        ),
         ("MOD-804", {"network__base_width": 8}),
         ("MOD-802", {"network__depth": 8}),
         ("MOD-803", {"digest": "0" * 64}),
         ("MOD-801", {"weights": "gone.safetensors"}),
         ("MOD-807", {"plan": "0" * 64}),
     ],
-)  # fmt: skip
+)
 def test_a_model_whose_parts_do_not_belong_together_is_refused(code, fields, stored):
     change(stored, **fields)
     assert code_of(load_model, stored) == code
@@ -651,13 +671,13 @@ def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
         tmp_path / "elsewhere/P2/c.nii",
     )
     (tmp_path / "data/P2").symlink_to(tmp_path / "elsewhere/P2")
-    jobs, passed = jobs_of_images([tmp_path / "data"])
+    jobs, skipped = jobs_of_images([tmp_path / "data"])
     assert [job.name for job in jobs] == ["P2/c", "a"]
-    first, second = passed.words()
+    first, second = skipped.texts()
     assert first.startswith(
-        "1 files of formats that are not read (.mha 1): b.mha. Convert it with SimpleITK"
+        "1 files in unsupported formats (.mha 1): b.mha. Convert it with SimpleITK"
     )
-    assert second == "1 hidden files called like images: ._a.nii"
+    assert second == "1 hidden files named like images: ._a.nii"
     (tmp_path / "only").mkdir()
     touch(tmp_path / "only/x.dcm")
     with pytest.raises(FedsgcgError, match="dcm2niix"):

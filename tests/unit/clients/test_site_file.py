@@ -1,4 +1,4 @@
-"""`site.yaml`: written with every setting explained, read back the same, refused with everything that is wrong."""
+"""`site.yaml`: written with explanations, read back unchanged, refused with all mistakes."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -45,7 +45,8 @@ def test_every_setting_is_explained_in_the_file(tmp_path: Path) -> None:
 
 
 def test_all_faults_are_told_at_once_and_an_unfilled_folder_is_one(tmp_path: Path) -> None:
-    text = "site: North\nproject: p\nserver: nowhere\nca: ca.crt\nkey: k\ndata_root: ''\nhome: h\ncache: c\napproved: a\n"
+    text = "site: North\nproject: p\nserver: nowhere\nca: ca.crt\nkey: k\n"
+    text += "data_root: ''\nhome: h\ncache: c\napproved: a\n"
     (tmp_path / "site.yaml").write_text(text + "patient_floor: 0\nroles: [boss]\ndevise: cpu\n")
     with pytest.raises(FedsgcgError) as caught:
         read_site_file(tmp_path)

@@ -24,9 +24,10 @@ from tests.support import sites
 
 
 def write_case(folder, name, image, mask, codes=("L", "P", "S")):
-    """Write one canonical (Z, Y, X) case with spacing (3, 2, 1) mm, its values raised by a constant of its name.
+    """Write one canonical (Z, Y, X) case with spacing (3, 2, 1) mm, offset by a hash of its name.
 
-    Without that two cases would be one image twice, of which the second is left out; scaled they are equal still.
+    Without the offset two cases would be the same image, of which the second is left out. After
+    scaling they are still equal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     image = image + np.array(sum(name.encode()), image.dtype)
@@ -36,7 +37,7 @@ def write_case(folder, name, image, mask, codes=("L", "P", "S")):
 
 
 def ramp(z=4, side=32):
-    """Return an image (Z, side, side) whose slice z lies between z and z + 1, and a mask in slices 1 and 2."""
+    """Return an image (Z, side, side) with values z to z + 1 in slice z; a mask in slices 1, 2."""
     image = (
         np.arange(z)[:, None, None] * 100
         + np.linspace(0, 99, side)[None, None, :]
@@ -184,9 +185,11 @@ def test_pictures_in_grey_and_colour(tmp_path, make_data):
         Image.fromarray(pixels).save(tmp_path / "S" / f"{name}_image.png")
         Image.fromarray(labels).save(tmp_path / "S" / f"{name}_mask.png")
     data = make_data(
-        image_size=32, intensity="minmax", classes={"background": [0], "rim": [128], "cup": [30]},
+        image_size=32,
+        intensity="minmax",
+        classes={"background": [0], "rim": [128], "cup": [30]},
         structures={"disc": ["rim", "cup"], "cup": ["cup"]},
-    )  # fmt: skip
+    )
     store = store_of(tmp_path, data, tmp_path / "cache", heldout=True)
     assert [(c.is_picture, c.spacing, c.num_slices, c.native_shape) for c in store.cases] == [
         (True, None, 1, (1, 40, 48))
@@ -222,7 +225,7 @@ def test_a_hospital_uses_the_kind_that_most_of_its_cases_are(tmp_path, make_data
 
 
 def test_sagittal_acquisitions_are_sliced_as_they_were_acquired(tmp_path, make_data):
-    """Right to left 4 slices of 32 x 32; across them a slice would be 4 x 32 stretched to a square."""
+    """There are 4 slices of 32 x 32 from right to left; other planes would have 4 x 32 pixels."""
     image, mask = ramp()
     (tmp_path / "S").mkdir()
     for kind, array in (
@@ -242,7 +245,7 @@ def test_sagittal_acquisitions_are_sliced_as_they_were_acquired(tmp_path, make_d
         (4, 32, 32),
         (3.0, 1.0, 1.0),
     )
-    # Slices run towards the left, rows towards the feet, columns towards the back; the file runs the other way.
+    # Slices go to the left, rows to the feet, columns to the back; the file has the reverse order.
     np.testing.assert_array_equal(store.truth(case), mask[::-1].transpose(0, 2, 1)[:, ::-1, ::-1])
 
 
@@ -263,7 +266,7 @@ def test_intensity_by_hand(mode):
 
 
 def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data):
-    """Grey 64 to 192 becomes -0.498 to 0.506 whatever the picture holds; volumes and 16 bits have no such scale."""
+    """Grey 64 to 192 becomes -0.498 to 0.506 in any picture; volumes and 16 bits have no scale."""
     (tmp_path / "S").mkdir()
     grey = np.repeat(np.array([[64, 192]], np.uint8), 16, axis=1).repeat(32, axis=0)
     mask = (grey > 100).astype(np.uint8)
@@ -281,7 +284,7 @@ def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data)
     image = store.slices("test").stack([0])[0][0, 0]
     np.testing.assert_allclose(image[:, [0, -1]], [[-0.498, 0.506]] * 32, atol=5e-4)
     assert [(problem.code, problem.where, problem.found) for problem in store.problems] == [
-        ("DAT-115", "sixteen", "a picture of other than 8 bits")
+        ("DAT-115", "sixteen", "a picture that does not have 8 bits")
     ]
     np.testing.assert_allclose(scale_intensity(np.array([0, 255], np.float32), "fixed"), [-1, 1])
     write_case(tmp_path / "V", "a", *ramp())
@@ -314,7 +317,7 @@ def test_labels_map_to_class_indices_in_order_of_declaration():
 
 
 def test_nearly_whole_labels_are_whole_and_errors_print_their_digits():
-    """A float array under an integer header is rescaled on saving: label 1 comes back as 0.99999994."""
+    """A float array with an integer header is rescaled on saving: label 1 becomes 0.99999994."""
     classes = {"background": [0], "a": [1], "b": [200]}
     raw = np.array([1e-7, 0.99999994, 200.0009, 199.9991], np.float32)
     assert class_indices(raw, classes, "case").tolist() == [0, 1, 2, 2]
@@ -339,7 +342,7 @@ def test_label_maps_that_were_rescaled_on_saving_are_read(tmp_path, kind, labels
     assert (raw != np.rint(raw)).any()
     classes = {str(value): [value] for value in range(labels)}
     if kind == np.uint8:  # 255 steps for the values 0 to 2: 1 became 0.996, too far for the default
-        with pytest.raises(FedsgcgError, match=r"0\.996078491(.|\n)*raise data\.label_tolerance"):
+        with pytest.raises(FedsgcgError, match=r"0\.996078491(.|\n)*data\.label_tolerance"):
             class_indices(raw, classes, "case")
     found = class_indices(raw, classes, "case", 0.01 if kind == np.uint8 else 1e-3)
     np.testing.assert_array_equal(found, np.rint(raw))
@@ -375,7 +378,7 @@ def test_a_label_of_a_quarter_of_the_pixels_does_not_become_all_of_them():
 
 
 def test_equal_shares_go_to_the_class_declared_later():
-    """At half the size an inner pixel is 1/8, 3/8, 3/8, 1/8 of four rows: an edge through its middle is a tie."""
+    """At half size a pixel is 1/8, 3/8, 3/8, 1/8 of four rows: an edge in its middle is a tie."""
     rows = np.array(
         [0, 0, 0, 2, 2, 2, 1, 1], np.uint8
     )  # the edges lie in the middle of the new rows 1 and 3
@@ -403,11 +406,13 @@ def test_labels_at_half_the_size_are_the_largest_of_shares_by_hand():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    rows=st.integers(24, 200), columns=st.integers(24, 200), side=st.sampled_from([32, 48, 64, 96]),
+    rows=st.integers(24, 200),
+    columns=st.integers(24, 200),
+    side=st.sampled_from([32, 48, 64, 96]),
     seed=st.integers(0, 2**32 - 1),
-)  # fmt: skip
+)
 def test_labels_are_centred_on_their_image_at_every_factor(rows, columns, side, seed):
-    """The rounding of one blob's edge has no direction: with its mirror images its centroid stays where it is."""
+    """Rounding at a blob's edge has no direction: over its mirror images the centroid is kept."""
     blob = _blob(rows, columns, np.random.default_rng(seed))
     moved = []
     for axes in ((), (1,), (2,), (1, 2)):
@@ -441,7 +446,7 @@ def _centroid(labels, rows, columns):
 
 
 def test_half_size_labels_of_real_prostates_come_back_as_well_as_they_can(real_data):
-    """A perfect model at 64 of 128 pixels reaches this; with the nearest pixel 0.962 and 0.298 pixels."""
+    """A perfect model at 64 of 128 pixels gets this score; nearest gives 0.962 and 0.298 pixels."""
     scores = []
     for path in sorted(real_data("promise12").glob("*/*_mask.nii.gz")):
         truth = read_volume(path, mask=True).array > 0
@@ -536,7 +541,7 @@ def test_an_alias_follows_the_case_and_not_its_company(one, make_data):
 
 
 def test_an_alias_cannot_be_guessed_from_the_name(one):
-    """Other pixels under the same name give another alias, so a list of names does not reveal who is who."""
+    """Other pixels under the same name give another alias, so that names do not reveal aliases."""
     root, data, cache = one
     before = store_of(root, data, cache).cases[0].alias
     image, mask = ramp()
@@ -600,7 +605,8 @@ def test_spinal_cords_are_nested_and_upright(real_data, make_data, tmp_path):
             truth = store.truth(case)
             assert int((truth > 0).sum()) == int(row["cord_voxels"])
             assert int((truth == 2).sum()) == int(row["gm_voxels"])
-            # A landmark: the ventral horns are stout, the dorsal horns slim, so more grey matter lies in front.
+            # A landmark: ventral horns are thicker than dorsal horns, so more grey matter is in
+            # front.
             in_front = behind = 0
             for slice_truth in truth:
                 rows_of_grey = np.nonzero(slice_truth == 2)[0]
@@ -629,14 +635,16 @@ def test_synthetic_hospitals_open_at_every_site(hospitals, make_data, tmp_path):
 
 
 def test_a_store_of_the_written_hospitals_does_not_depend_on_the_folder(make_data, tmp_path):
-    """Aliases and pixels follow content alone, so that two sites of one study on two machines agree."""
+    """Aliases and pixels depend only on content, so that two machines agree."""
     stores = [
         store_of(
             write_hospitals(tmp_path / name, sites=["A"], cases_per_site=2, shape=(4, 32, 32)),
-            make_data(image_size=32), tmp_path / f"cache-{name}", heldout=True,
+            make_data(image_size=32),
+            tmp_path / f"cache-{name}",
+            heldout=True,
         )
         for name in ("x", "y")
-    ]  # fmt: skip
+    ]
     assert [c.alias for c in stores[0].cases] == [c.alias for c in stores[1].cases]
     for left, right in zip(
         *(store.slices("test").stack(range(8)) for store in stores), strict=True

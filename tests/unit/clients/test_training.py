@@ -218,7 +218,7 @@ def test_class_balance_is_the_mean_of_class_means():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_losses_of_millions_of_equal_pixels_keep_five_digits(memory_format):
-    """Equal terms are the worst for a running sum: its rounding goes one way, and float32 loses percents."""
+    """Equal terms are the worst case of a running sum: float32 rounding accumulates to percents."""
     logits = torch.full((16, 3, 256, 256), 0.1)
     logits[:, 1] += 0.37
     logits, labels = (
