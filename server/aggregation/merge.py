@@ -1,17 +1,20 @@
-"""The merge: one global model and one set of class statistics from what the sites sent.
+"""Merging the sites' weights, class statistics and BatchNorm moments.
 
-Sums are taken in float64 and in the order of the sites' names, so that the result is the same to the last bit whatever
-the order of arrival. Memory: one float64 array beside the parts.
+Sums are computed in float64 and in the order of the sites' names, so that the result does not
+depend on the order of arrival, not even in the last bit. Memory: one float64 array besides the
+inputs.
 
-What happens to each entry of a network's state:
+Each entry of a network's state is merged as follows:
 
 | entry | merge |
 | --- | --- |
 | convolution weights and biases | weighted mean |
 | normalisation `weight` and `bias` (scale and offset) | weighted mean |
-| BatchNorm `running_mean`, `running_var`, `norm_policy=average` | weighted mean, no variance between sites (FedAvg) |
-| the same, `norm_policy=recalibrate` | measured by every site under the merged weights, pooled (`merge_moments`) |
+| BatchNorm running moments, `norm_policy=average` | weighted mean (no between-site variance) |
+| BatchNorm running moments, `norm_policy=recalibrate` | pooled by `merge_moments` |
 | BatchNorm `num_batches_tracked` (a counter) | largest of the sites |
+
+With `recalibrate` every site measures the moments under the merged weights.
 
 Legend: P floating-point weights, S sites, K classes, A feature channels.
 """
@@ -36,13 +39,16 @@ def merge_weights(parts: Sequence[tuple[str, Weights, float]]) -> Weights:
     """Return the weighted mean of the sites' models (FedAvg).
 
     Args:
-        parts: (site, weights, FedAvg weight) of each admitted payload; the weights are positive, the layouts equal.
+        parts: (site, weights, FedAvg weight) of each admitted payload, with positive weights and
+            equal layouts.
 
     Returns:
-        Weights with values (P,) float32; each value lies between the smallest and the largest of the sites.
+        Weights with values (P,) float32; each value is between the smallest and the largest of the
+        sites.
 
     Raises:
-        ValueError: No part, a site twice, layouts that differ, or a FedAvg weight that is not positive.
+        ValueError: No part, a duplicate site, different layouts, or a FedAvg weight that is not
+            positive.
     """
     ordered = _by_site(parts)
     _, first, _ = ordered[0]
@@ -63,15 +69,15 @@ def merge_weights(parts: Sequence[tuple[str, Weights, float]]) -> Weights:
 def merge_statistics(
     parts: Sequence[tuple[str, ClassStatistics]], weighting: str = "pixels"
 ) -> ClassStatistics:
-    """Pool the sites' class statistics (methods.md 1.8, all sites at once).
+    """Pool the sites' class statistics (docs/explanation/sgcg.md, "Statistics").
 
     Args:
         parts: (site, statistics) of each admitted payload.
-        weighting: `pixels` = pooled over all pixels; `sites` = every site that has seen a class weighs the same in it,
-            the counts staying those of all pixels together (methods.md 1.12).
+        weighting: `pixels` pools over all pixels; `sites` gives every site that has seen a class
+            the same weight in it, while the counts remain those of all pixels.
 
     Raises:
-        ValueError: No part, a site twice, statistics of different shapes, or an unknown weighting.
+        ValueError: No part, a duplicate site, different shapes, or an unknown weighting.
     """
     statistics = [part for _, part in _by_site(parts)]
     pooled = reduce(add, statistics)
@@ -89,14 +95,14 @@ def merge_statistics(
 def merge_moments(
     parts: Sequence[tuple[str, NormMoments]], weighting: str = "samples"
 ) -> NormMoments:
-    """Pool the moments that the sites measured of the inputs of the merged model's BatchNorm layers.
+    """Pool the sites' moments of the inputs of the merged model's BatchNorm layers.
 
     Args:
         parts: (site, moments) of each admitted payload.
-        weighting: `samples` = pooled over all values; `sites` = every site weighs the same, as in `merge_weights`.
+        weighting: `samples` pools over all values; `sites` gives every site the same weight.
 
     Raises:
-        ValueError: No part, a site twice, moments of different layers, or an unknown weighting.
+        ValueError: No part, a duplicate site, different layers, or an unknown weighting.
     """
     moments = [part for _, part in _by_site(parts)]
     if weighting == "sites":
@@ -111,7 +117,7 @@ def _by_site(parts: Sequence[Part]) -> list[Part]:
     ordered = sorted(parts, key=lambda part: str(part[0]))
     sites = [part[0] for part in ordered]
     if not sites:
-        raise ValueError("found no part to merge, expected at least one site")
+        raise ValueError("found nothing to merge, expected at least one site")
     if len(set(sites)) != len(sites):
         raise ValueError(f"found a site twice in {sites}, expected each once")
     return ordered

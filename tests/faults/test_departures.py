@@ -157,7 +157,7 @@ def test_a_site_that_leaves_before_the_first_round_gave_nothing(tmp_path: Path) 
     leaves(plan, "C")
     outcome, _ = run(plan, ("A", "B", "D"))
     assert notes(outcome) == [("RND-407", "C")]
-    assert "no round was done with it" in outcome.problems[0].found
+    assert "it took part in no round" in outcome.problems[0].found
     assert json.loads((tmp_path / "model.json").read_text())["protocol"]["trained"] == ["A", "B"]
 
 

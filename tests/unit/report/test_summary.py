@@ -17,7 +17,7 @@ from server.report.sections.results import result_tables
 from server.report.study_files import StudyFiles, read_study
 from server.report.summary import headline
 from server.report.tables import summary_rows
-from server.sites.replies import Judged, judged_rows
+from server.sites.replies import SiteEvaluation, evaluation_rows
 from tests.support.report_study import write_study
 from tests.unit.report.test_tables import row
 
@@ -152,10 +152,10 @@ class Plan:
 
 def test_a_round_s_mean_distance_counts_what_it_leaves_out():
     cases = [row(asd=math.nan, dice=0.0), row(case="b", asd=1.0), row(case="c", asd=3.0)]
-    rows = judged_rows(Plan(), 4, [Judged("HK", None, cases)])
+    rows = evaluation_rows(Plan(), 4, [SiteEvaluation("HK", None, cases)])
     found = {entry["metric"]: entry["value"] for entry in rows}
     assert (found["heldout_asd"], found["heldout_asd_left_out"]) == (2.0, 1.0)
-    rows = judged_rows(Plan(), 4, [Judged("HK", None, cases[1:])])
+    rows = evaluation_rows(Plan(), 4, [SiteEvaluation("HK", None, cases[1:])])
     assert "heldout_asd_left_out" not in {entry["metric"] for entry in rows}
 
 

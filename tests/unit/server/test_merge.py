@@ -45,7 +45,7 @@ def test_largest_finite_weights_do_not_overflow() -> None:
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ([], "no part"),
+        ([], "nothing to merge"),
         ([("A", weights(1, 2, 3), 1.0), ("A", weights(1, 2, 3), 1.0)], "twice"),
         (
             [
