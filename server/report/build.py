@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from common.files.disk import Disk, refusals
@@ -66,7 +66,6 @@ from server.report.summary import (
     troubled,
 )
 from server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
-from server.report.templates.page import PAGE
 
 CASE_ROWS = 3000  # of the table of all cases; more would make the page heavy, and results.parquet has them all
 
@@ -120,10 +119,14 @@ def gc_disabled() -> Iterator[None]:
 def render(content: Mapping[str, Any]) -> str:
     """Return the page; the same files give the same bytes."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("server.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["show"] = show
-    return environment.from_string(PAGE).render(**content)
+    return environment.get_template("page.html.j2").render(**content)
 
 
 def contents(study: StudyFiles, reader: Reader, tell: Tell = no_progress) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def test_a_site_that_cannot_take_part_is_refused_with_its_reason(
         return change(reply) if (site, kind) == ("B", ENROL) else reply
 
     outcome, _ = run(small_plan(tmp_path / "all"), script=script)
-    if code in UNUSABLE:  # a site without a case is not waited for; see test_rounds_words
+    if code in UNUSABLE:  # a site without a case is not waited for; see test_rounds_messages
         assert outcome.status == "degraded"
         assert [problem.code for problem in outcome.problems] == [code]
     else:
