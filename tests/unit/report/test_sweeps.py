@@ -29,7 +29,7 @@ from server.report.labels import (
 )
 from server.report.sections.claims import claim_sentence, federation_pairs, main_claims
 from server.report.sections.papers import ablation_tables, layouts_of, paper_notes, paper_tables
-from server.report.sections.published import PUBLISHED, published_for
+from server.report.sections.published import published_for, published_tables
 from server.report.sections.sweeps import sweep_sections, sweeps_of
 from server.report.tables import heldout_rows, merge_models, methods_of, summary_rows
 from tests.support.report_study import (
@@ -45,6 +45,7 @@ from tests.unit.report.test_build import Page
 from tests.unit.report.test_tables import row
 
 NAN = float("nan")
+PUBLISHED = published_tables()
 LABELS = labels_of(
     {
         "method": label_of(trains, federation),
