@@ -6,8 +6,9 @@
 4. The sites enrol (`server.sites.enrolment`).
 5. In every round (`server.federation`), the training sites receive the global model and prototypes
    (`server.sites.requests`, `server.sites.exchange`), their replies are admitted or rejected
-   (`server.admission`), weights and class statistics are merged (`server.aggregation.merge`), the
-   prototypes are updated (`server.aggregation.prototypes`), and the round is committed.
+   (`server.admission`), weights and class statistics are merged (`server.aggregation.fedavg`,
+   `server.aggregation.class_statistics`), the prototypes are updated
+   (`server.aggregation.prototypes`), and the round is committed.
 6. A model is selected without looking at the held-out site (`server.selection`), evaluated there,
    and the results are written (`server.records.results`).
 """

@@ -26,7 +26,8 @@ from common.statistics import ClassStatistics
 from common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
 from common.wire.payload import Identity, Weights
 from server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
-from server.aggregation.merge import merge_moments, merge_statistics, merge_weights
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_moments, merge_weights
 from server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from server.records import results
 from server.records.checkpoint import Best, RoundRecord

@@ -33,7 +33,7 @@ import numpy as np
 
 from common.settings.plan import PrototypeSettings
 from common.statistics import ClassStatistics, between_site_trace, within_site_trace
-from server.aggregation.merge import merge_statistics
+from server.aggregation.class_statistics import merge_statistics
 
 Fresh = Sequence[tuple[str, ClassStatistics]]
 """(site, statistics) of a round's admitted payloads."""

@@ -14,7 +14,7 @@ from common.settings.plan import Plan
 from common.statistics import ClassStatistics
 from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
 from common.wire.payload import decode_statistics
-from server.aggregation.merge import merge_statistics
+from server.aggregation.class_statistics import merge_statistics
 from server.aggregation.prototypes import PrototypeMemory
 from server.federation import Outcome, run_federation
 from server.records.checkpoint import RoundRecord

@@ -12,7 +12,8 @@ from common.errors import CODES
 from common.statistics import ClassStatistics
 from common.wire.messages import STATISTICS, TRAIN, Reply, Request, encode_reply
 from common.wire.payload import Weights, decode_statistics
-from server.aggregation.merge import merge_moments, merge_statistics, merge_weights
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_moments, merge_weights
 from server.federation import initial_weights, run_federation
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import FLOWER_ERROR, PATIENT, SILENCE, ScriptedGrid, honest_reply

@@ -25,7 +25,7 @@ from common.wire.messages import Reply
 from common.wire.norm_moments import NormMoments, norm_layers
 from common.wire.payload import Identity
 from server.admission import Expectation, admit
-from server.aggregation.merge import merge_moments
+from server.aggregation.fedavg import merge_moments
 from tests.support import sites
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ from common.networks import build_network
 from common.settings.plan import NetworkSettings
 from common.statistics import ClassStatistics
 from common.wire.payload import Weights
-from server.aggregation.merge import merge_statistics, merge_weights
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_weights
 
 LAYOUT = (("w", (2,)), ("b", ()))
 
@@ -71,7 +72,7 @@ def test_parts_that_cannot_be_merged_are_refused(
 
 
 def rule_of(name: str) -> str:
-    """What the documentation of `server.aggregation.merge` says about an entry of the U-Net."""
+    """What the documentation of `server.aggregation.fedavg` says about an entry of the U-Net."""
     leaf = name.rpartition(".")[2]
     if leaf in ("weight", "bias", "running_mean", "running_var"):
         return "mean"
