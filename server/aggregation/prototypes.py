@@ -10,7 +10,7 @@ never sent statistics.
 | `discount` | gamma · previous + fresh, in every round | an exponentially weighted stream |
 | `lagged` | the fresh one, of the *received* model | the model of the previous round |
 | `restart` | the same, exchanged before the round's training | the model of this round |
-| `overlay` | as `lagged`; the site updates its own part in training | as `lagged`, own part current |
+| `overlay` | as `lagged`; the site updates it in training | as `lagged`, own part current |
 | `online` | the sum of the site's training batches so far | the stream (as in the paper) |
 | `momentum` | none: merged mean and covariance move by beta | a stream, regardless of counts |
 

@@ -75,7 +75,7 @@ ABLATION = {"RAM": "ram", "SgCG": "ram_sgcg"}
 
 
 def published_for(data: str, structures: Sequence[str]) -> Published | None:
-    """Return the printed tables for a data set, None if there are none for its name and structures."""
+    """Return the printed tables for a data set's name and structures, None without any."""
     for name, table in published_tables().items():
         if data == name or data.startswith(f"{name}_"):
             return table if sorted(table.structures) == sorted(structures) else None

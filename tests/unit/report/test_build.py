@@ -169,7 +169,7 @@ class TestWholeStudy:
         assert re.search(
             r"sgcg against source, Dice: \+0\.0\d\d \(95 % interval −0\.0\d\d to \+0\.\d\d\d; 48 cases; 3 seeds; "
             r"corrected p <\s0\.001; higher at 4 of 4 hospitals: HK \+0\.09\d, .*\); no difference shown, because the "
-            r"interval over 4 hospitals includes zero, although the test alone would say so\.",
+            r"interval over 4 hospitals includes zero, although the test alone is significant\.",
             page.text,
         )
         assert "Sgcg is better: the difference holds lower at 4 of 4 hospitals" in page.text
@@ -222,7 +222,7 @@ class TestUnfinishedStudies:
         )
         (cell / "journal").mkdir()
         page = page_of(tmp_path)
-        assert "Failed. 0 of 4 runs ended. There is no result to rely on." in page.text
+        assert "Failed. 0 of 4 runs ended. There is no reliable result." in page.text
         assert f"join: RND-401 {CODES['RND-401']}" in page.text
         assert "No held-out hospital has been evaluated yet." in page.text
 
@@ -252,11 +252,11 @@ class TestUnfinishedStudies:
             (("2.13.0+cpu", "2.13.0+cpu"), "here EPYC, AVX2, torch 2.13.0+cpu, 1 thread."),
             (
                 ("2.13.0+cpu", "2.14.0+cpu"),
-                "These runs ended on different ones, so that their hashes cannot be compared: "
+                "These runs ended on different ones, so their hashes cannot be compared: "
                 "EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3); EPYC, AVX2, torch 2.14.0+cpu, 1 thread (1).",
             ),
             (("2.13.0+cpu", None), "not recorded (1); EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3)."),
-            ((None, None), "these runs do not say theirs."),
+            ((None, None), "these runs do not record theirs."),
         ],
     )
     def test_hashes_of_different_machines_are_not_to_be_compared(self, tmp_path, torches, sentence):

@@ -420,9 +420,10 @@ class TestWords:
             "dice_high": 0.75,
         }
         assert headline([row, better], [], "gland") == (
-            "No hospital was held out. On the hospitals' own validation cases, sgcg weight=1 has the highest mean Dice "
-            "of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for gland; next is sgcg with 0.500. A "
-            "setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
+            "No hospital was held out. On the hospitals' own validation cases, sgcg weight=1 has the "
+            "highest mean Dice of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for gland; next "
+            "is sgcg with 0.500. A setting chosen by this result is chosen with patients of all these "
+            "hospitals, including any that is held out later."
         )
         average = row | {"heldout": "average", "site": "average", "hospitals": 3}
         assert "over 3 of 4 hospitals" in headline(

@@ -66,7 +66,9 @@ def test_mixing_within_a_hospital_is_said_not_to_be_the_published_method(
     tmp_path, sharing, ownership, said
 ):
     words = lines(study_of(tmp_path, mixing(sharing, ownership)), "Training")
-    sentence = "ram: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the published method"
+    sentence = (
+        "ram: an image is mixed only with images of the same hospital (method.ram.sharing=local)"
+    )
     assert (sentence in words) == said
     assert "source: an image" not in words
 
@@ -86,8 +88,8 @@ def test_a_protocol_says_whose_patients_chose_the_settings(tmp_path):
     words = lines(nested, "Choice of settings")
     assert words.startswith("chosen by the sources of each fold")
     assert (
-        "sgcg, HK held out, seed 0: weight=1 (mean Dice at the sources left out: weight=1 0.500)"
-        in words
+        "sgcg, HK held out, seed 0: weight=1 (mean Dice at the left-out source hospitals: "
+        "weight=1 0.500)" in words
     )
     assert "patients of hospitals that are held out here" not in words
 
@@ -102,7 +104,8 @@ def test_a_best_value_says_whose_patients_chose_it():
     text = headline(summary_rows(rows), [], "gland")
     assert "sgcg weight=2 has the highest mean Dice of the 2 compared" in text
     assert text.endswith(
-        "A setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
+        "A setting chosen by this result is chosen with patients of all these hospitals, including "
+        "any that is held out later."
     )
 
 

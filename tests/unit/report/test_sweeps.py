@@ -339,7 +339,8 @@ class TestDifferences:
         assert found.p < 0.05
         assert not found.holds
         assert found.sentence == (
-            "no difference shown: the interval over 4 hospitals includes zero, although the test alone would say so"
+            "no difference shown: the interval over 4 hospitals includes zero, although the "
+            "test alone is significant"
         )
 
     def test_correction_counts_every_comparison_of_the_table(self):
@@ -373,7 +374,7 @@ class TestPublished:
                 assert {len(domain) for domain in entry.values} == {len(table.structures)}
 
     def test_averages_that_do_not_follow_from_their_row_are_told(self):
-        # methods.md 1.11: recomputed by hand.
+        # Recomputed by hand from the printed rows.
         prostate = {entry.method: entry for entry in PUBLISHED["prostate"].rows["dice"]}
         assert prostate["SgCG"].recomputed == pytest.approx(88.31333, abs=1e-4)
         assert prostate["Source"].recomputed == pytest.approx(84.07, abs=0.01)
@@ -529,9 +530,10 @@ class TestPaperTables:
         assert counted["asd"] == [
             ("sgcg", [["55.00", "10.00"], ["10.00", "10.00"], ["32.50", "10.00"]])
         ]
-        assert [note for note in notes if "as the papers count" in note] == [
-            "A row “as the papers count” has Dice (2 I + 1) / (P + G + 1) of I pixels in both, P predicted and G true; "
-            "a distance of 100 pixels where one mask is empty; it stands where that changes a number."
+        assert [note for note in notes if "computed as in the papers" in note] == [
+            "A row “computed as in the papers” uses Dice (2 I + 1) / (P + G + 1) with I pixels in both, P "
+            "predicted and G true; a distance of 100 pixels where one mask is empty; it is shown if that "
+            "changes a number."
         ]
 
     def test_no_row_as_the_papers_count_without_a_difference_or_without_the_columns(self):
@@ -548,7 +550,7 @@ class TestPaperTables:
         for rows in (self.fundus_rows(empties=0), self.fundus_rows(compatible=False), some_without):
             counted, notes = self.printed(rows)
             assert counted == {"dice": [], "asd": []}
-            assert not any("as the papers count" in note for note in notes)
+            assert not any("computed as in the papers" in note for note in notes)
 
     def test_printed_prostate_dice_is_plain_and_gets_no_such_row(self):
         rows = [
@@ -667,15 +669,15 @@ class TestSweeps:
         labels, values = labels_of(rows), CaseValues(rows)
         (section,) = sweep_sections(sweeps_of(labels, {}), labels, values, ["gland"], {})
         assert section["note"] == (
-            "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations "
-            "(sgcg weight=1: mean over 1 of 4)."
+            "If one mask is empty there is no distance; the ASD is then the mean over the other "
+            "evaluations (sgcg weight=1: mean over 1 of 4)."
         )
         assert [[cell["note"] for cell in line["cells"]] for line in section["rows"]] == [
             ["", "mean over 1 of 4"],
             ["", ""],
         ]
         (claim,) = compare_on_average(values, [("sgcg weight=1", "source")], ["gland"], ["asd"])
-        assert (claim.cases, claim.judged) == (1, 4)
+        assert (claim.cases, claim.scored) == (1, 4)
         assert "1 of 4 cases" in claim_sentence(claim, several=False)
         (table,) = [
             t
@@ -740,7 +742,7 @@ class TestWholePage:
             "overlays",
         }
         assert "Swept setting: prototypes.memory" in page.text
-        assert "a ring marks the value of the runs that did not sweep it" in page.text
+        assert "a ring marks the value of the runs without the sweep" in page.text
         assert "Of the 10 nearest neighbours of a pixel" in page.text
 
     def test_numbers_of_the_local_models_are_those_of_all_of_them(self, large, page):
@@ -760,14 +762,14 @@ class TestWholePage:
 
     def test_finds_the_gain_and_the_cost_that_were_made_up(self, page):
         assert "✓" in page.text
-        claims = page.text[page.text.index("What federation costs") :]
+        claims = page.text[page.text.index("Cost of federation") :]
         assert "ram_sgcg against ram_sgcg local, Dice: +0.0" in claims
         assert "trainings are too few for a test among" in claims  # two hospitals and two seeds
 
     def test_says_that_the_federations_did_not_take_the_same_number_of_steps(self, page):
-        claims = page.text[page.text.index("What federation costs") :]
+        claims = page.text[page.text.index("Cost of federation") :]
         assert "The same training three ways" in claims
-        assert "in a round: by_site 28, pooled 84, local 28." in claims
+        assert "steps per round: by_site 28, pooled 84, local 28." in claims
 
     def test_every_claim_that_is_made_is_in_the_tables_family(self, large):
         rows = pq.read_table(large / "results.parquet").to_pylist()
@@ -851,7 +853,7 @@ class TestWholePage:
         (study / "study.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
         text = Page(make_report(study).read_text()).text
         assert f"{ROUNDS} or 24 rounds, hospitals weighted by samples" in text
-        assert "1 local epoch or 7 steps a round, batch 8" in text
+        assert "1 local epoch or 7 steps per round, batch size 8" in text
 
     def test_a_cell_of_a_hospital_that_trained_alone_is_named(self, tmp_path):
         study = write_large_study(tmp_path, **(PLAIN | {"federations": ("local",)}), features=False)
@@ -884,9 +886,9 @@ def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_
             path.unlink()
         words[name] = Page(make_report(folder).read_text()).text
     assert (
-        words["new"].count("as the papers count") == 3
+        words["new"].count("computed as in the papers") == 3
     )  # one row each of Dice and ASD, and the note
-    assert "as the papers count" not in words["old"]
+    assert "computed as in the papers" not in words["old"]
 
 
 def test_cells_of_an_older_version_join_those_of_this_one(tmp_path):
