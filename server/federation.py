@@ -248,11 +248,8 @@ class Federation:
         trained = self._requests.collect(TRAIN, request)
         self._note_classes(number, prototypes, before or trained)
         merged, after = self._recalibrated(identity, admitted(trained))
-        fresh = (
-            statistics_of(after)
-            if self._plan.described_after_merge
-            else statistics_of(before or trained)
-        )
+        described = after if self._plan.described_after_merge else before or trained
+        fresh = statistics_of(described)
         if not before:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)

@@ -218,6 +218,14 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     place = HELD_OUT if has_heldout else VALIDATION
     sweeps = sweeps_of(labels, study.settings)
     papers = paper_tables(layouts, labels, colours)
+    hospitals: list[Section] = []
+    if len(values.places) > 1:
+        hospitals = hospital_tables(values, main_pairs(labels), structures)
+    sweep_parts: list[Section] = []
+    federation: Section | None = None
+    if rows:
+        sweep_parts = sweep_sections(sweeps, labels, values, structures, colours, place)
+        federation = federation_section(values, labels, structures, colours, study.rounds, place)
     return {
         "has_heldout": has_heldout,
         "place": place,
@@ -231,15 +239,9 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
         "paper_seeds": seeds_note(values, main_labels(labels)),
         "ablation": ablation_tables(layouts, labels, colours),
         "differences": claims_section(claims, structures) if claims else None,
-        "hospital_tables": hospital_tables(values, main_pairs(labels), structures)
-        if len(values.places) > 1
-        else [],
-        "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place)
-        if rows
-        else [],
-        "federation": federation_section(values, labels, structures, colours, study.rounds, place)
-        if rows
-        else None,
+        "hospital_tables": hospitals,
+        "sweeps": sweep_parts,
+        "federation": federation,
     }
 
 

@@ -72,11 +72,8 @@ def not_enough_enrolled(
         for name, problem in sorted(refusals.items())
         if name != heldout
     }
-    found += (
-        [f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}"]
-        if refused
-        else []
-    )
+    if refused:
+        found.append(f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}")
     known = [name for name in sorted(refusals) if name in {heldout, *plan.members()}]
     actions = [f"fix the problems listed in {error_logs(plan, known)}"] if known else []
     actions += [f"start {', '.join(missing)}"] if missing else []

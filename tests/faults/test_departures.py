@@ -1,4 +1,4 @@
-"""A site leaves for good in the middle of a run: it is not missed, not let in, and nothing of it is remembered."""
+"""A site leaves a run permanently: it is not expected, cannot enrol, and is not remembered."""
 
 import json
 from collections import Counter
@@ -85,7 +85,10 @@ def test_the_run_goes_on_without_the_site_and_says_so(memory: str, tmp_path: Pat
 
 
 def means_without(plan: Plan, site: str, last: int) -> np.ndarray:
-    """Means of the prototypes after some rounds had a site sent no statistics, from what scripted hospitals send."""
+    """Means of the prototypes after some rounds, as if a site had sent no statistics.
+
+    They are computed from what scripted sites send.
+    """
     memory, record = PrototypeMemory(plan.prototypes), last_record(plan)
     parts: dict[str, ClassStatistics] = {}
     for number in range(1, last + 1):

@@ -1,4 +1,7 @@
-"""Bad payloads in a running federation: the site is listed, the others make the model, and no site text gets out."""
+"""Bad payloads in a running federation: the site is listed, and the other sites make the model.
+
+No text from a site gets out.
+"""
 
 import json
 from dataclasses import replace
@@ -203,9 +206,11 @@ def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(
 
 def test_a_site_whose_training_did_not_count_is_not_asked_for_moments(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=2)
-    grid = ScriptedGrid(plan, ALL, lambda grid, site, kind, request, reply: (
-        SILENCE if (site, kind) == ("B", TRAIN) else reply
-    ))  # fmt: skip
+    grid = ScriptedGrid(
+        plan,
+        ALL,
+        lambda grid, site, kind, request, reply: SILENCE if (site, kind) == ("B", TRAIN) else reply,
+    )
     run_federation(grid, plan)
     asked = [
         sent.site

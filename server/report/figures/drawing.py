@@ -28,7 +28,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from server.report.rounds import Curve
 
-INK, MUTED, RULE = "#1c2126", "#59636e", "#d3d9df"
+INK = "#1c2126"
+MUTED = "#59636e"
+RULE = "#d3d9df"
 # Based on the colours of Okabe and Ito, which remain distinguishable with common forms of colour
 # blindness. The second of each pair is for a dark ground.
 PALETTE = (
@@ -204,7 +206,9 @@ def curve_panel(
         spans: Ends of the value axes.
         alt: Alternative text.
     """
-    one, gap, foot = 146 if len(parts) < 3 else 122, 12, 44
+    one = 146 if len(parts) < 3 else 122
+    gap = 12
+    foot = 44
     height = foot + len(parts) * (one + gap)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     shared: Axes | None = None

@@ -154,7 +154,9 @@ def overlay_sheet(rows: Sequence[Row], methods: Sequence[str], alt: str) -> Draw
         methods: Name of each column.
         alt: Alternative text.
     """
-    side, left, top = 150, 64, 26
+    side = 150
+    left = 64
+    top = 26
     width, height = left + side * len(methods), top + side * len(rows)
     figure = Figure(figsize=(width / 72, height / 72))
     for row, (rank, pictures) in enumerate(rows):

@@ -108,7 +108,9 @@ def sweep_panel(
         levels: Intervals of each metric of the baselines, which do not have the setting; each is a
             grey horizontal line, dashed as in `LEVEL_DASHES`.
     """
-    one, gap, foot = 150, 14, 48
+    one = 150
+    gap = 14
+    foot = 48
     height = foot + len(labels) * (one + gap)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     numbers = sorted({point.number for line in series for point in line.points})
@@ -206,9 +208,10 @@ def dot_panel(dots: Sequence[Dot], label: str, alt: str) -> Drawing:
         label: Name of the value axis.
         alt: Alternative text.
     """
-    places, place = [], 0.0
-    for number, dot in enumerate(dots):
-        place -= (1.6 if dot.gap else 1.0) if number else 0.0
+    place = 0.0
+    places = [place]
+    for dot in dots[1:]:
+        place -= 1.6 if dot.gap else 1.0
         places.append(place)
     height = round(58 + 30 * (1 - place))
     left = min(0.55 * WIDTH, 24 + 7.4 * max(len(dot.title) for dot in dots))
@@ -298,7 +301,9 @@ def matrix_panel(values: npt.NDArray[np.float64], names: Sequence[str], alt: str
         alt: Alternative text.
     """
     longest = max(len(_short(name, 14)) for name in names)
-    size, wide, left = 46, max(52, 10 + 7.6 * longest), 24 + 7.4 * longest
+    size = 46
+    wide = max(52, 10 + 7.6 * longest)
+    left = 24 + 7.4 * longest
     width = round(left + wide * len(names) + 12)
     height = round(34 + size * len(names) + 6)
     figure, axes = canvas_of(height, left=left, right=12, top=34, bottom=6, width=width)

@@ -130,7 +130,10 @@ class Layout:
         )
 
     def _cell(self, name: str, metric: str, place: Place | None, best: Sequence[str]) -> Section:
-        parts, spreads, ends, notes = [], [], [], []
+        parts: list[Section] = []
+        spreads: list[str] = []
+        ends: list[str] = []
+        notes: list[str] = []
         for structure, winner in zip(self.structures, best, strict=True):
             cases = self.values.cases(name, structure, metric)
             interval = self.values.interval(name, structure, metric, place)
@@ -260,11 +263,10 @@ def paper_tables(
                 for name in sorted(set(federations), key=lambda name: _place(FEDERATIONS, name))
             ]
             printed = layout.published_rows(metric)
-            groups += (
-                [{"title": "printed by others, under another protocol", "rows": printed}]
-                if printed
-                else []
-            )
+            if printed:
+                groups.append(
+                    {"title": "printed by others, under another protocol", "rows": printed}
+                )
             tables.append(_table(layout, metric, groups))
     return tables
 

@@ -1,4 +1,4 @@
-"""Pixel features on the page: likeness of classes and neighbours, against values worked out by hand."""
+"""Pixel features on the page: class similarity and neighbours, against hand-computed values."""
 
 from __future__ import annotations
 

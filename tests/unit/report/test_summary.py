@@ -1,4 +1,4 @@
-"""Sentences of the report on the choice of settings and on mixing, and what its files say of their columns."""
+"""Text of the report on the choice of settings and on mixing, and the metadata of its files."""
 
 from __future__ import annotations
 
@@ -163,15 +163,15 @@ def test_a_round_s_mean_distance_counts_what_it_leaves_out():
 
 
 def test_the_headline_names_the_direction_at_every_hospital_and_gives_no_verdict_with_one_seed():
-    """The case that once read "the difference holds": one seed, four hospitals, one of which makes the difference."""
+    """One seed and four hospitals, one of which makes the difference: no claim."""
     gain = {"BIDMC": 0.297, "HK": -0.006, "RUNMC": -0.036, "UCL": -0.012}
     rows = [row("source", site, case=c, dice=0.5) for site in gain for c in "abcde"]
     rows += [row("sgcg", site, case=c, dice=0.5 + gain[site]) for site in gain for c in "abcde"]
     claims = compare_on_average(CaseValues(rows), [("sgcg", "source")], ["gland"], ["dice"])
     text = headline(summary_rows(rows), claims, "gland", 4)
     assert (
-        "That is +0.061 against source on the same cases (95 % interval −0.191 to +0.312; corrected p\u00a01.00; "
-        in text
+        "That is +0.061 against source on the same cases (95 % interval −0.191 to +0.312; "
+        "corrected p\u00a01.00; " in text
     )
     assert "higher at 1 of 4 hospitals: BIDMC +0.297, HK −0.006, UCL −0.012, RUNMC −0.036)" in text
     assert text.endswith("no verdict: with one seed a difference may be chance of training.")

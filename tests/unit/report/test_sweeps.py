@@ -1,4 +1,4 @@
-"""Labels, papers' tables, claims, sweeps and federation: against values worked out by hand, then on a whole page."""
+"""Labels, papers' tables, claims, sweeps and federation, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -253,13 +253,13 @@ class TestDifferences:
         )
         assert claim_sentence(found, several=False) == (
             "sgcg against source, Dice: +0.020 (95 % interval +0.017 to +0.023; 48 cases; 3 seeds; "
-            "corrected p\u00a0<\u00a00.001; higher at 4 of 4 hospitals: RUNMC +0.022, HK +0.020, UCL +0.020, "
-            "BIDMC +0.018); the difference holds."
+            "corrected p\u00a0<\u00a00.001; higher at 4 of 4 hospitals: RUNMC +0.022, HK +0.020, "
+            "UCL +0.020, BIDMC +0.018); the difference holds."
         )
 
     @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2), tuple(range(9))])
     def test_one_hospital_that_makes_the_difference_is_no_difference(self, seeds):
-        """What one seed and four hospitals once called a difference that holds, whatever the number of seeds."""
+        """One seed and four hospitals are no claim, whatever the number of seeds."""
         gain = {"BIDMC": 0.297, "HK": -0.006, "RUNMC": -0.036, "UCL": -0.012}
         found = self.compare(
             self.two(lambda site, seed, i: gain[site] + 0.001 * ((seed + i) % 3 - 1), seeds=seeds)
@@ -297,7 +297,10 @@ class TestDifferences:
         )
 
     def test_at_one_hospital_the_units_are_its_seeds_and_cases(self):
-        """Seeds 0.09, 0.1, 0.11 and cases twice as far: variances 0.0001 / 3 and 0.0004 / 3, 2 degrees each."""
+        """Seeds 0.09, 0.1, 0.11 and cases twice as far apart, with 2 degrees of freedom each.
+
+        Variances 0.0001 / 3 and 0.0004 / 3.
+        """
         found = self.compare(
             self.two(
                 lambda _, seed, i: 0.1 + 0.01 * (seed - 1) + 0.02 * (i - 1), sites=("HK",), n=3
@@ -310,7 +313,7 @@ class TestDifferences:
         assert (found.test.units, found.test.p) == (3, 0.25)
 
     def test_hospitals_that_were_judged_by_the_same_models_share_their_seeds(self):
-        """No hospital held out: one training a seed, so three seeds are three units, and their spread counts."""
+        """No hospital held out: one training per seed, so three seeds are three units."""
         rows = self.two(
             lambda site, seed, _: 0.1 + 0.01 * (seed - 1) + 0.02 * (site == "HK"),
             sites=("HK", "UCL"),
@@ -324,7 +327,7 @@ class TestDifferences:
         assert (found.interval.mean, found.interval.high) == pytest.approx((0.11, 0.11 + half))
 
     def test_false_verdicts_are_rare_where_cases_share_a_model(self):
-        """No method is better, but each training shifts all its cases: a test of cases would see differences."""
+        """No method is better, but each training shifts all its cases."""
         rng = np.random.default_rng(2)
         holds = 0
         for _ in range(60):
@@ -334,7 +337,8 @@ class TestDifferences:
         assert holds <= 8  # of 60 at 5 %: more than 8 has a chance below 0.5 %
 
     def test_a_test_alone_is_no_claim(self):
-        # Every training gains, but one hospital far more than the others: nothing can be said about another hospital.
+        # Every training gains, but one hospital far more than the others: nothing can be said about
+        # another hospital.
         found = self.compare(self.two(lambda site, *_: 0.4 if site == "HK" else 0.02))
         assert found.p < 0.05
         assert not found.holds
@@ -502,7 +506,7 @@ class TestPaperTables:
 
     @staticmethod
     def fundus_rows(compatible=True, empties=1):
-        """Two cases at each of two hospitals; the prediction of one cup is empty in the label `sgcg`."""
+        """Two cases at two hospitals; the prediction of one cup is empty in the label `sgcg`."""
         found = []
         for method in ("source", "sgcg"):
             for site in ("drishti", "refuge_val"):
@@ -523,7 +527,8 @@ class TestPaperTables:
 
     def test_a_row_as_the_papers_count_stands_where_it_changes_a_number(self):
         counted, notes = self.printed(self.fundus_rows())
-        # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same both ways: no row.
+        # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same
+        # both ways: no row.
         assert counted["dice"] == [
             ("sgcg", [["40.50", "80.00"], ["80.00", "80.00"], ["60.25", "80.00"]])
         ]
@@ -531,9 +536,9 @@ class TestPaperTables:
             ("sgcg", [["55.00", "10.00"], ["10.00", "10.00"], ["32.50", "10.00"]])
         ]
         assert [note for note in notes if "computed as in the papers" in note] == [
-            "A row “computed as in the papers” uses Dice (2 I + 1) / (P + G + 1) with I pixels in both, P "
-            "predicted and G true; a distance of 100 pixels where one mask is empty; it is shown if that "
-            "changes a number."
+            "A row “computed as in the papers” uses Dice (2 I + 1) / (P + G + 1) with I pixels in "
+            "both, P predicted and G true; a distance of 100 pixels where one mask is empty; it is "
+            "shown if that changes a number."
         ]
 
     def test_no_row_as_the_papers_count_without_a_difference_or_without_the_columns(self):
@@ -827,8 +832,8 @@ class TestWholePage:
             in page.text
         )
         assert (
-            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 the row gives 11.33"
-            in page.text
+            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 "
+            "the row gives 11.33" in page.text
         )
         assert "must not be compared digit by digit" in page.text
         assert "withdrawn" in page.text
@@ -871,9 +876,19 @@ def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_
     words = {}
     for name in ("new", "old"):
         folder = write_large_study(
-            tmp_path / name, sites=FUNDUS_SITES, structures=FUNDUS, name="fundus", seeds=(0,), cases=3,
-            federations=("by_site",), arms=("source", "sgcg"), weights=(), temperatures=(), memories=(), features=False,
-        )  # fmt: skip
+            tmp_path / name,
+            sites=FUNDUS_SITES,
+            structures=FUNDUS,
+            name="fundus",
+            seeds=(0,),
+            cases=3,
+            federations=("by_site",),
+            arms=("source", "sgcg"),
+            weights=(),
+            temperatures=(),
+            memories=(),
+            features=False,
+        )
         table = pq.read_table(folder / "results.parquet")
         table = table.drop_columns(["dice_smooth1", "asd_compat"])
         if name == "new":

@@ -1,4 +1,4 @@
-"""The journal: what is written comes back, what is damaged is named, and a folder belongs to one run of one plan."""
+"""The journal: records are restored, damage is named, and a folder belongs to one plan."""
 
 import json
 import subprocess

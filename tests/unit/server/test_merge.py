@@ -1,4 +1,4 @@
-"""The merge against numbers worked out by hand, and every state key of the network against the documented rule."""
+"""The merge against hand-computed numbers, and every state key against the documented rule."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Images that are there twice: within a hospital, at two hospitals of a run, and among those a model learned from."""
+"""Images shared within a hospital, between hospitals, and with the training images of a model."""
 
 import gzip
 import json
@@ -95,13 +95,21 @@ def test_hashes_of_two_runs_cannot_be_compared():
 
 
 def told(plan):
-    """A trains on 1 and 2 and keeps 9 for its own test; B trains on 2, is chosen by 3; C is judged on 1, 3, 4 and 9."""
+    """A trains on 1 and 2, tests on 9; B trains on 2, validates on 3; C tests on 1, 3, 4, 9."""
     return {
         "A": {"A": {"a1": ["1", "train"], "a2": ["2", "train"], "a9": ["9", "test"]}},
         "B": {"B": {"b2": ["2", "train"], "b3": ["3", "validation"], "b5": ["5", "train"]}},
-        "C": {"C": {"c1": ["1", "test"], "c3": ["3", "test"], "c4": ["4", "test"], "c9": ["9", "test"]}},
-        "D": "no mapping", "E": {"E": {"e1": "1", "e2": ["1"], "e3": [1, "train"]}},
-    }  # fmt: skip
+        "C": {
+            "C": {
+                "c1": ["1", "test"],
+                "c3": ["3", "test"],
+                "c4": ["4", "test"],
+                "c9": ["9", "test"],
+            }
+        },
+        "D": "no mapping",
+        "E": {"E": {"e1": "1", "e2": ["1"], "e3": [1, "train"]}},
+    }
 
 
 def plan_of(*more):
