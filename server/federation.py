@@ -54,7 +54,7 @@ from server.sites.replies import (
 from server.sites.requests import SiteRequests, identity_of
 
 Status = Literal["completed", "degraded", "failed"]
-NO_VALIDATION: Final = "raise data.validation_fraction, or take federation.selection=last"
+NO_VALIDATION: Final = "raise data.validation_fraction, or set federation.selection=last"
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,7 @@ class Federation:
         prototypes = self._memory.prototypes(parts)
         options: dict[str, list[str]] = {}
         if prototypes is not None:
-            # A site that subtracts its own part from the prototypes must know whether they contain
-            # it.
+            # A site that subtracts its own part must know whether the prototypes contain it.
             options = {"held": sorted(part.digest() for part in parts.values())}
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
         trained = self._requests.collect(TRAIN, request)

@@ -118,8 +118,7 @@ def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
         "rounds": list(hashes),
     }
     facts["sha256"] = _checkpoint_sha(tensors, facts)
-    # One key only: safetensors does not fix the order of keys, and equal records must give equal
-    # bytes.
+    # One key only: equal records must give equal bytes, and safetensors does not order keys.
     return bytes(save(tensors, metadata={"fedsgcg": json.dumps(facts, sort_keys=True)}))
 
 

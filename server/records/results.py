@@ -40,8 +40,7 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
     try:
         rows = decode_cases(data)
     except Exception as error:
-        # Hostile bytes may raise any exception. Its text may quote the site, so only a code is
-        # kept.
+        # Hostile bytes may raise any exception, whose text may quote the site: only a code is kept.
         code = error.code if isinstance(error, FedsgcgError) else "PAY-106"
         raise fail(code, where=site) from error
     for row in rows:

@@ -147,7 +147,9 @@ def contents(
     cases = case_means(rows)
     labels = study.labels
     tables = _tables(study, rows, cases, reader)
-    figures = _questions(study, rows, labels) | _figures(study, cases, reader, labels, on_progress)
+    figures = _comparisons(study, rows, labels) | _figures(
+        study, cases, reader, labels, on_progress
+    )
     # Collected last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
     return {**_overview(study), **tables, **figures, "problems": problems}
@@ -202,7 +204,7 @@ def _tables(
     }
 
 
-def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) -> dict[str, Any]:
+def _comparisons(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) -> dict[str, Any]:
     """The papers' tables, ablation, claims, sweeps and the cost of federation."""
     structures = _structures(study)
     colours = label_colours(labels)

@@ -168,7 +168,8 @@ class TestWholeStudy:
         # One failed case of the reference makes half of the gain, at one hospital.
         assert re.search(
             r"sgcg against source, Dice: \+0\.0\d\d \(95 % interval −0\.0\d\d to \+0\.\d\d\d; "
-            r"48 cases; 3 seeds; corrected p <\s0\.001; higher at 4 of 4 hospitals: HK \+0\.09\d, .*\); "
+            r"48 cases; 3 seeds; corrected p <\s0\.001; "
+            r"higher at 4 of 4 hospitals: HK \+0\.09\d, .*\); "
             r"no difference shown, because the "
             r"interval over 4 hospitals includes zero, although the test alone is significant\.",
             page.text,
