@@ -252,8 +252,9 @@ def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
             site, problem=Problem("PAY-106", where=site, found=found), bytes_down=bytes_down
         )
     if reply.error:
-        problem = Problem(reply.error, where=site)
-        if reply.error not in CODES:
+        if reply.error in CODES:
+            problem = Problem(reply.error, where=site)
+        else:
             problem = Problem("SITE-500", where=site, found="an unknown error code")
         return Answer(
             site, problem=problem, bytes_down=bytes_down, bytes_up=size, stated=reply.site

@@ -661,7 +661,7 @@ class TestSweeps:
         assert (
             f"{first}: 0.625, {second}: 0.750; source 0.500." in alt
         )  # another federation is no baseline
-        assert [line["title"] for line in section["beside"]] == (
+        assert [line["title"] for line in section["baselines"]] == (
             ["source"] if section["numbers"] else []
         )
 
