@@ -1,1 +1,1 @@
-"""Coordinator side: asks the sites, admits and merges what they send, keeps the journal, writes the report."""
+"""The coordinator: requests, admission, aggregation, the journal and the report."""

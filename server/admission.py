@@ -1,7 +1,7 @@
-"""Admission: a verdict on every payload before anything of it touches the global model.
+"""Admission: every payload is checked before any of it reaches the global model.
 
-A rejected payload is listed with its code; the round goes on with the others while the quorum holds. Pure NumPy.
-Legend: K classes incl. background, A feature channels.
+A rejected payload is recorded with its code, and the round continues with the others as long as the
+quorum holds. Pure NumPy. Legend: K classes incl. background, A feature channels.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ from common.wire.norm_moments import NormMoments, norm_layers
 from common.wire.payload import Identity, Weights
 
 SYMMETRY: Final = 1e-9
-"""Largest |M_ij - M_ji| relative to the largest entry: float64 round-off of a sum over millions of pixels."""
+"""Largest |M_ij - M_ji| relative to the largest entry.
+
+Allows for float64 round-off of a sum over millions of pixels.
+"""
 
 NEGATIVE_EIGENVALUE: Final = 1e-5
-"""Most negative eigenvalue relative to the trace: a site may sum in float32 on its device."""
+"""Most negative eigenvalue relative to the trace; a site may sum in float32 on its device."""
 
 UNIT_NORM: Final = 1e-3
-"""How far the mean squared length of unit-length features may lie above one (features in bf16 keep three digits)."""
+"""Tolerance above one of the mean squared length of unit-length features.
+
+Features in bfloat16 have about three significant digits.
+"""
 
 
 class Payload(Protocol):
-    """What a site sent, as far as admission looks at it (`common.wire.messages.Reply` is one)."""
+    """The part of a site's reply that admission reads (`common.wire.messages.Reply` is one)."""
 
     @property
     def identity(self) -> Identity:
-        """Run, fold, round and plan that the payload states."""
+        """Run, fold, round and plan stated by the payload."""
 
     @property
     def site(self) -> str:
-        """Site that the payload states."""
+        """Site stated by the payload."""
 
     @property
     def weights(self) -> Weights | None:
@@ -47,25 +53,27 @@ class Payload(Protocol):
 
     @property
     def moments(self) -> NormMoments | None:
-        """Moments of the inputs of the BatchNorm layers."""
+        """Moments of the BatchNorm layers' inputs."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Figures; `examples` is the number of training slices."""
+        """Metrics; `examples` is the number of training slices."""
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a payload must be to be admitted.
+    """What a payload must match to be admitted.
 
     Attributes:
         identity: Identity of the request that it answers.
-        site: Site that enrolled at the node which answered.
-        reference: Global model whose names and shapes the weights must have; None when no weights are due.
-        statistics_shape: (K, A) of the statistics; None when none are due.
+        site: Site that enrolled from the node that answered.
+        reference: Global model whose names and shapes the weights must have; None when no weights
+            are expected.
+        statistics_shape: (K, A) of the statistics; None when none are expected.
         unit_norm: Whether the statistics describe unit-length features.
-        max_examples: Training slices that the site declared when it enrolled; 0 = unknown.
-        measured: Model whose BatchNorm layers the moments must describe; None when no moments are due.
+        max_examples: Training slices that the site declared at enrolment; 0 = unknown.
+        measured: Model whose BatchNorm layers the moments must describe; None when no moments are
+            expected.
     """
 
     identity: Identity
@@ -83,9 +91,9 @@ class Verdict:
 
     Attributes:
         site: The site.
-        accepted: Admitted or rejected.
+        accepted: True if admitted, False if rejected.
         code: Error code of a rejection, "" otherwise.
-        detail: What was found, for the coordinator's log; never text that a site sent.
+        detail: What was found, for the coordinator's log; never text sent by a site.
     """
 
     site: str
@@ -95,11 +103,17 @@ class Verdict:
 
 
 def admit(payload: Payload, expectation: Expectation) -> Verdict:
-    """Judge a payload; the first rule that it breaks gives the verdict.
+    """Check a payload; the first rule that it breaks gives the verdict.
 
-    Codes: PAY-120 another identity or site, PAY-103 names or shapes of the weights, PAY-101 weights that are not
-    finite, PAY-110 a number of examples that is no positive whole number, PAY-111 more examples than the site has,
-    STA-201 class statistics that are missing or impossible, STA-202 moments of BatchNorm layers that are.
+    | code | reason |
+    | --- | --- |
+    | PAY-120 | another identity or site |
+    | PAY-103 | wrong names or shapes of the weights |
+    | PAY-101 | weights that are not finite |
+    | PAY-110 | a number of examples that is not a positive integer |
+    | PAY-111 | more examples than the site has |
+    | STA-201 | class statistics that are missing or impossible |
+    | STA-202 | moments of the BatchNorm layers that are missing or impossible |
     """
     for code, find in RULES.items():
         if detail := find(payload, expectation):
@@ -130,14 +144,15 @@ def _misshapen(payload: Payload, expectation: Expectation) -> str:
             return f"{name!r}: shape {found.get(name, 'absent')} instead of {wanted[name]}"
     if unknown := set(found) - set(wanted):
         return f"{len(unknown)} entries that the network does not have"
-    # Equal dictionaries leave room for another order or a name twice, and the flat array would be read wrongly.
+    # Equal dictionaries may still hide another order or a duplicate name, and either would make the
+    # flat array be read wrongly.
     if payload.weights.layout != expectation.reference.layout:
-        return "the entries in another order, or one twice"
+        return "the entries in another order, or a duplicate entry"
     if [name for name, _ in payload.weights.counters] != [
         name for name, _ in expectation.reference.counters
     ]:
         return "other counters"
-    return "a counter below zero" if any(value < 0 for _, value in payload.weights.counters) else ""
+    return "a negative counter" if any(value < 0 for _, value in payload.weights.counters) else ""
 
 
 def _not_finite(payload: Payload, expectation: Expectation) -> str:
@@ -163,12 +178,9 @@ def _overcounted(payload: Payload, expectation: Expectation) -> str:
     if expectation.reference is None or not expectation.max_examples:
         return ""
     examples = payload.metrics["examples"]
-    too_many = examples > expectation.max_examples
-    return (
-        f"{examples:.0f} examples, the site enrolled with {expectation.max_examples}"
-        if too_many
-        else ""
-    )
+    if examples <= expectation.max_examples:
+        return ""
+    return f"{examples:.0f} examples, but the site enrolled with {expectation.max_examples}"
 
 
 def _impossible(payload: Payload, expectation: Expectation) -> str:
@@ -187,7 +199,7 @@ def _impossible(payload: Payload, expectation: Expectation) -> str:
     ):
         return "statistics that are not finite"
     if (statistics.count < 0).any() or (statistics.count % 1 != 0).any():
-        return "a pixel count that is negative or no whole number"
+        return "a pixel count that is negative or not an integer"
     return _impossible_scatter(statistics, expectation.unit_norm)
 
 
@@ -199,13 +211,12 @@ def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
     ).any():
         return "a scatter matrix that is not symmetric"
     trace = np.trace(scatter, axis1=1, axis2=2)
-    scale = np.maximum(
-        size, np.finfo(np.float64).tiny
-    )  # eigenvalues of scaled matrices: no overflow, no underflow
+    # The matrices are scaled so that their eigenvalues neither overflow nor underflow.
+    scale = np.maximum(size, np.finfo(np.float64).tiny)
     lowest = np.linalg.eigvalsh(scatter / scale[:, None, None]).min(axis=1, initial=0.0)
     if (lowest < -NEGATIVE_EIGENVALUE * np.maximum(trace / scale, 0.0)).any():
         return "a scatter matrix with a negative eigenvalue"
-    # E|x|^2 = |mean|^2 + tr(covariance), and it is at most one for unit-length features.
+    # E|x|^2 = |mean|^2 + tr(covariance), which is at most one for unit-length features.
     with np.errstate(over="ignore"):
         square = np.einsum("ka,ka->k", statistics.mean, statistics.mean) + trace / np.maximum(
             statistics.count, 1.0
@@ -214,9 +225,7 @@ def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
         return "features too large to be pooled"
     seen = statistics.count > 0
     if unit_norm and (square[seen] > 1.0 + UNIT_NORM).any():
-        return (
-            f"features of mean squared length {square[seen].max():.3g} where unit length is agreed"
-        )
+        return f"features of mean squared length {square[seen].max():.3g}, expected unit length"
     return ""
 
 
@@ -235,12 +244,12 @@ def _impossible_moments(payload: Payload, expectation: Expectation) -> str:
     ):
         return "moments that are not finite"
     if (moments.count < 2).any() or (moments.count % 1 != 0).any():
-        return "a number of values that is below two or no whole number"
+        return "a number of values that is below two or not an integer"
     if (moments.scatter < 0).any():
-        return "a variance below zero"
+        return "a negative variance"
     largest = np.finfo(np.float32).max
     if max(np.abs(moments.mean).max(initial=0.0), moments.variance.max(initial=0.0)) > largest:
-        return "moments that float32 cannot hold"
+        return "moments that exceed the range of float32"
     return ""
 
 

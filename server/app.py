@@ -1,12 +1,16 @@
-"""The coordinator's Flower app, as a table of contents.
+"""The coordinator's Flower app, and an overview of a run.
 
-A run joins its settings into a plan (`common.settings.compose`), opens its journal and goes on after the last done
-round (`server.records.journal`), leaves out who has left for good (`server.sites.departures`), waits for the hospitals
-(`server.sites.enrolment`), and then, round by round (`server.federation`): sends the global model and the global
-prototypes to the training sites (`server.sites.requests`, `server.sites.exchange`), admits or rejects what they send
-(`server.admission`), merges weights and class statistics (`server.aggregation.merge`), remembers prototypes
-(`server.aggregation.prototypes`), and commits. At the end it chooses a model without looking at the held-out hospital
-(`server.selection`), has it judged there, and writes the results (`server.records.results`).
+1. The settings become a plan (`common.settings.compose`).
+2. The journal is opened; a run resumes after its last committed round (`server.records.journal`).
+3. Departed sites are left out (`server.sites.departures`).
+4. The sites enrol (`server.sites.enrolment`).
+5. In every round (`server.federation`), the training sites receive the global model and prototypes
+   (`server.sites.requests`, `server.sites.exchange`), their replies are admitted or rejected
+   (`server.admission`), weights and class statistics are merged (`server.aggregation.fedavg`,
+   `server.aggregation.class_statistics`), the prototypes are updated
+   (`server.aggregation.prototypes`), and the round is committed.
+6. A model is selected without looking at the held-out site (`server.selection`), evaluated there,
+   and the results are written (`server.records.results`).
 """
 
 from __future__ import annotations
@@ -37,21 +41,22 @@ def build_server_app(
         on_event: Called with every event of the run.
 
     Returns:
-        The app. Its main raises FedsgcgError when the run fails, so that Flower reports the failure too.
+        The app. Its main function raises FedsgcgError when the run fails, so that Flower reports
+        the failure too.
     """
     app = ServerApp()
 
     @app.main()  # type: ignore[untyped-decorator, unused-ignore]
     def main(grid: Grid, context: Context) -> None:
         plan = plan_of_run(tree, dict(context.run_config), context.run_id)
-        # A failure is raised and not logged as well: Flower prints what an app raises.
+        # A failure is raised but not logged: Flower prints what an app raises.
         report_outcome(run_federation(grid, plan, on_event), plan)
 
     return app
 
 
 def report_outcome(outcome: Outcome, plan: Plan) -> None:
-    """Say where the results are; raises FedsgcgError for a run that failed."""
+    """Log where the results are; raises FedsgcgError for a run that failed."""
     if outcome.failure:
         raise FedsgcgError(*outcome.failure)
     for problem in outcome.problems:

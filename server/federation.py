@@ -1,8 +1,9 @@
-"""The round loop: whom to ask, what a round is, when it counts, and a truthful end.
+"""The round loop of a federation.
 
-Own loop on Flower's `push_messages` and `pull_messages`: `Strategy.start` knows neither quorum, deadline nor resume
-(stack.md 1.3 and 3.5). A round counts when its checkpoint is on the disk; `completed` means that every planned round
-met its quorum and nothing went less than well.
+The loop uses Flower's `push_messages` and `pull_messages` directly, because `Strategy.start` has no
+quorum, deadline or resume (docs/explanation/flower.md, "Behaviour that shaped the code"). A round
+is complete when its checkpoint is on disk. The status `completed` means that every planned round
+met its quorum without any problem.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from common.statistics import ClassStatistics
 from common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
 from common.wire.payload import Identity, Weights
 from server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
-from server.aggregation.merge import merge_moments, merge_statistics, merge_weights
-from server.aggregation.prototypes import PrototypeMemory, evaluation_rows, prototype_rows
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_moments, merge_weights
+from server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from server.records import results
 from server.records.checkpoint import Best, RoundRecord
 from server.records.events import EventLog, OnEvent, ignore_event
@@ -38,10 +40,10 @@ from server.sites.enrolment import Cohort
 from server.sites.problems import heldout_unanswered, too_few_classes
 from server.sites.replies import (
     Collected,
-    Judged,
     Row,
+    SiteEvaluation,
     admitted,
-    judged_rows,
+    evaluation_rows,
     mean_loss,
     moments_of,
     site_rows,
@@ -52,7 +54,7 @@ from server.sites.replies import (
 from server.sites.requests import SiteRequests, identity_of
 
 Status = Literal["completed", "degraded", "failed"]
-NO_VALIDATION: Final = "raise data.validation_fraction, or take federation.selection=last"
+NO_VALIDATION: Final = "raise data.validation_fraction, or set federation.selection=last"
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        status: `completed`; `degraded` when a site was missed or rejected on the way; `failed` when the run stopped.
-        rounds_done: Rounds that count.
+        status: `completed`; `degraded` when a reply was missing or rejected; `failed` when the run
+            stopped.
+        rounds_done: Number of completed rounds.
         digest: Hash of the selected model, "" when the run failed.
-        problems: Everything that went less than well, in order.
-        failure: What stopped the run; empty unless it failed.
+        problems: All problems of the run, in order.
+        failure: The problems that stopped the run; empty unless it failed.
     """
 
     status: Status
@@ -77,59 +80,61 @@ class Outcome:
 def run_federation(
     grid: Grid, plan: Plan, on_event: OnEvent = ignore_event, disk: Disk | None = None
 ) -> Outcome:
-    """Run one federation to its end, going on from the last done round of the plan's output folder.
+    """Run one federation, resuming after the last completed round in the plan's output folder.
 
     Args:
         grid: Flower's grid.
         plan: The plan; `plan.output` is the run folder.
         on_event: Called with every event.
-        disk: The way to the disk.
+        disk: Disk access; tests pass one that fails.
 
     Returns:
-        The outcome. A run that stopped is `failed` and says why; the same call goes on where it stopped.
+        The outcome. A run that stopped is `failed` with the reason; the same call resumes it.
 
     Raises:
-        FedsgcgError: CFG-005 or CFG-006 when the run folder is not this run's to use, SRV-401 or SRV-402 when its
-            journal cannot be opened.
+        FedsgcgError: CFG-005 or CFG-006 when the run folder belongs to another plan or process,
+            SRV-401 or SRV-402 when its journal cannot be opened.
     """
-    began = time.monotonic()
+    start = time.monotonic()
     disk = disk or Disk()
     with Journal.of_plan(plan, disk) as journal:
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:
-            return federation.run(began)
+            return federation.run(start)
         except FedsgcgError as error:
             problems = (*federation.notes, *error.problems)
             outcome = Outcome("failed", journal.done, "", problems, error.problems)
-            with suppress(
-                FedsgcgError
-            ):  # a full disk may refuse this too; the caller gets the outcome anyway
-                federation.conclude(outcome, began)
+            # A full disk may refuse this write too; the caller gets the outcome in any case.
+            with suppress(FedsgcgError):
+                federation.conclude(outcome, start)
             return outcome
 
 
 class Federation:
-    """One federation: its cohort, its journal, and what went less than well so far (`notes`).
+    """One federation: its cohort, its journal and its problems so far (`notes`).
 
     Args:
         grid: Flower's grid.
         plan: The plan.
         journal: Journal of the run folder.
-        log: Where events go.
-        disk: The way to the disk.
+        log: Event log.
+        disk: Disk access.
     """
 
     def __init__(self, grid: Grid, plan: Plan, journal: Journal, log: EventLog, disk: Disk) -> None:
         self.notes: list[Problem] = []
-        self._plan, self._journal, self._log, self._disk = plan, journal, log, disk
+        self._plan = plan
+        self._journal = journal
+        self._log = log
+        self._disk = disk
         self._cohort = Cohort(grid, plan, disk)
-        self._asking = SiteRequests(grid, plan, self._cohort, log, self._note)
+        self._requests = SiteRequests(grid, plan, self._cohort, log, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
         self._amplitudes = b""
-        self._described: list[Collected] = []  # answers to the last pass after a merge
+        self._after_merge: list[Collected] = []  # answers to the last pass after a merge
 
-    def run(self, began: float) -> Outcome:
-        """Enrol the sites, do the rounds that are not done yet, choose the model and have it judged."""
+    def run(self, start: float) -> Outcome:
+        """Enrol the sites, run the remaining rounds, select a model and have it evaluated."""
         self._disk.discard(Path(self._plan.output) / "outcome.json")
         state = self._start()
         self._amplitudes = self._shared_amplitudes()
@@ -139,11 +144,16 @@ class Federation:
         outcome = Outcome(
             "degraded" if self.notes else "completed", state.round, digest, tuple(self.notes)
         )
-        self.conclude(outcome, began)
+        self.conclude(outcome, start)
         return outcome
 
-    def conclude(self, outcome: Outcome, began: float) -> None:
-        """Write how the run ended, as the last event and the last file."""
+    def conclude(self, outcome: Outcome, start: float) -> None:
+        """Record the outcome as the last event and the last file.
+
+        Args:
+            outcome: The outcome.
+            start: `time.monotonic()` at the start of the run.
+        """
         code = outcome.failure[0].code if outcome.failure else ""
         self._log.emit("run.finished", status=outcome.status, code=code)
         facts = {
@@ -152,8 +162,8 @@ class Federation:
             "rounds_done": outcome.rounds_done,
             "digest": outcome.digest,
             "machine": arithmetic_of(self._plan.site.threads),
-            "seconds": round(time.monotonic() - began, 3),
-            "problems": [results.public(problem) for problem in outcome.problems],
+            "seconds": round(time.monotonic() - start, 3),
+            "problems": [results.problem_fields(problem) for problem in outcome.problems],
             "sites": self._cohort.census(),
         }
         results.write_outcome(self._disk, self._plan, facts)
@@ -171,17 +181,19 @@ class Federation:
         )
         self._cohort.wait()
         self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
-        for problem in (*self._cohort.absent(), *self._cohort.unlike(), *self._cohort.changes):
+        for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
         return state
 
     def _drop_departed(self, state: RoundRecord) -> RoundRecord:
-        """Go on without the sites that have left for good, their statistics taken out of what is remembered.
+        """Remove the statistics of departed sites from the memory.
 
-        The choice by source validation starts anew with them gone: earlier scores counted their validation cases.
+        Selection by source validation starts afresh, because earlier scores include the validation
+        cases of these sites.
 
         Raises:
-            FedsgcgError: CFG-001 when the run cannot be without them, SRV-402 when `departed.json` is damaged.
+            FedsgcgError: CFG-001 when the run cannot continue without them, SRV-402 when
+                `departed.json` is damaged.
         """
         gone = departed(Path(self._plan.output))
         check_departures(self._plan, gone)
@@ -195,51 +207,48 @@ class Federation:
         return replace(state, parts=self._memory.without(state.parts, fresh), best=best)
 
     def _shared_amplitudes(self) -> bytes:
-        """Collect what the sites share of their amplitudes; nothing with `method.ram.sharing=local`.
+        """Collect the amplitudes that the sites share; empty with `method.ram.sharing=local`.
 
         Raises:
-            FedsgcgError: ROL-202 for every site whose own file does not allow it, RND-402 without the quorum.
+            FedsgcgError: ROL-202 for every site whose `site.yaml` does not allow it, RND-402
+                without the quorum.
         """
         level = sharing_level(self._plan)
         if not level:
             return b""
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
-        collected = self._asking.collect(AMPLITUDES, Request(identity))
+        collected = self._requests.collect(AMPLITUDES, Request(identity))
         return merge_amplitudes(
             self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)]
         )
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
-        """Do one round from the state after the round before, and make it durable."""
+        """Run one round from the state after the previous one, and commit it."""
         self._log.round = number
         self._log.emit("round.started")
         self._cohort.poll()
         for change in self._cohort.changes:
             self._note(change)
-        identity, parts = identity_of(self._plan, number), state.parts
+        identity = identity_of(self._plan, number)
+        parts = state.parts
         before: list[Collected] = []
         if self._plan.described_before(number):
-            before = self._asking.collect(
+            before = self._requests.collect(
                 STATISTICS, Request(identity, state.weights, options={"classes": True})
             )
             parts = self._memory.update(parts, statistics_of(before))
         prototypes = self._memory.prototypes(parts)
-        # A site that takes its own part out of the prototypes must know whether they hold it: only we do.
-        options = (
-            {"held": sorted(part.digest() for part in parts.values())}
-            if prototypes is not None
-            else {}
-        )
+        options: dict[str, list[str]] = {}
+        if prototypes is not None:
+            # A site that subtracts its own part must know whether the prototypes contain it.
+            options = {"held": sorted(part.digest() for part in parts.values())}
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
-        trained = self._asking.collect(TRAIN, request)
+        trained = self._requests.collect(TRAIN, request)
         self._note_classes(number, prototypes, before or trained)
         merged, after = self._recalibrated(identity, admitted(trained))
-        fresh = (
-            statistics_of(after)
-            if self._plan.described_after_merge
-            else statistics_of(before or trained)
-        )
+        described = after if self._plan.described_after_merge else before or trained
+        fresh = statistics_of(described)
         if not before:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
@@ -253,7 +262,7 @@ class Federation:
             identity=identity,
             weights=merged,
             parts=parts,
-            # What the sites measured this round is the model they received: that of the round before.
+            # The sites validated the model that they received: that of the previous round.
             best=best_so_far(state.best, number - 1, score, state.weights),
         )
         rows += self._heldout_curve(record)
@@ -270,38 +279,44 @@ class Federation:
     def _recalibrated(
         self, identity: Identity, trained: list[Collected]
     ) -> tuple[Weights, list[Collected]]:
-        """Merge the weights, have the same sites measure BatchNorm's moments under them, and put the pooled ones in.
+        """Merge the weights and replace the BatchNorm moments by pooled ones.
+
+        The sites whose weights were merged measure the moments under the merged weights. Nothing is
+        measured with `federation.norm_policy=average` or for a network without BatchNorm.
 
         Returns:
-            The model, and the answers, which hold the class statistics of `memory=restart` too; nothing is asked with
-            `federation.norm_policy=average` or for a network without BatchNorm.
+            The model, and the answers, which also hold the class statistics of `memory=restart`.
         """
         merged = merge_weights([self._weighted(part) for part in trained])
         if not self._plan.recalibrates:
             return merged, []
         options = {"moments": True, "classes": self._plan.described_after_merge}
         request = Request(identity, merged, options=options)
-        # A site that was late or refused is not asked: its deadline has passed once already.
-        collected = self._asking.collect(
+        # A site that missed the deadline or was rejected is not asked again in this round.
+        collected = self._requests.collect(
             STATISTICS, request, {part.answer.site for part in trained}
         )
         moments = merge_moments(moments_of(collected), self._plan.federation.weighting)
-        self._described = collected
+        self._after_merge = collected
         return moments.put_into(merged), collected
 
     def _note_classes(
         self, number: int, prototypes: ClassStatistics | None, described: list[Collected]
     ) -> None:
-        """Note too few classes for the contrastive loss, once and not in every round."""
-        described = described if statistics_of(described) else self._described
+        """Note too few classes for the contrastive loss, once per run."""
+        described = described if statistics_of(described) else self._after_merge
         problem = too_few_classes(self._plan, number, prototypes, described)
         if problem and problem.code not in {note.code for note in self.notes}:
             self._note(problem)
 
     def _finish(self, state: RoundRecord) -> str:
-        """Score the last model, choose one, have it judged at the held-out site, and write it all; returns its hash."""
+        """Select a model, have it evaluated at the held-out site, and write all results.
+
+        Returns:
+            Hash of the selected model.
+        """
         plan, last = self._plan, self._plan.federation.rounds
-        validation = self._asking.evaluate("validation", self._cohort.asked, state.weights, last)
+        validation = self._requests.evaluate("validation", self._cohort.asked, state.weights, last)
         score = source_score([part.validation for part in validation])
         self._log.emit("validation.done", round=last, validation_dice=score)
         best = best_so_far(state.best, last, score, state.weights)
@@ -320,80 +335,85 @@ class Federation:
             plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds
         )
         results.write_model(self._disk, plan, chosen.weights, card)
-        judged = self._judge(chosen)
-        results.write_rounds(self._disk, plan, rows + judged_rows(plan, chosen.round, judged, rows))
+        tested = self._test(chosen)
+        rows = rows + evaluation_rows(plan, chosen.round, tested, rows)
+        results.write_rounds(self._disk, plan, rows)
         if not plan.heldout:
             if chosen.round != last:
-                validation = self._asking.evaluate(
+                validation = self._requests.evaluate(
                     "validation", self._cohort.asked, chosen.weights, chosen.round
                 )
-            judged = [*validation, *judged]
-        results.write_results(self._disk, plan, [row for part in judged for row in part.cases])
+            tested = [*validation, *tested]
+        results.write_results(self._disk, plan, [row for part in tested for row in part.cases])
         return chosen.weights.digest()
 
     def _prototypes_of(self, chosen: Best) -> tuple[ClassStatistics | None, list[Row]]:
-        """Have the sites describe the chosen model under the normalisation of evaluation.
+        """Collect class statistics of the selected model with BatchNorm in evaluation mode.
 
-        The prototypes that training used are of an earlier model or of BatchNorm's training mode; who uses the model
-        needs those of its predictions. With all sites under one normalisation, the between-site trace is the domain
-        shift that the model has left: with batch moments each site would be normalised by its own.
+        The prototypes used in training belong to an earlier model or to BatchNorm's training mode;
+        users of the model need those that match its predictions. With the same normalisation at all
+        sites, the between-site trace measures the remaining domain shift of the model. Batch
+        moments would normalise every site by its own data.
 
         Returns:
-            The prototypes, and the rows of their shift; None and no row for a method without statistics.
+            The prototypes and the rows of their domain shift; None and no row for a method without
+            class statistics.
         """
         if not self._plan.method.statistics:
             return None, []
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
         fresh = statistics_of(
-            self._asking.collect(STATISTICS, Request(identity, chosen.weights, options=options))
+            self._requests.collect(STATISTICS, Request(identity, chosen.weights, options=options))
         )
         prototypes = merge_statistics(fresh, self._plan.prototypes.weighting)
-        return prototypes, evaluation_rows(
-            self._memory, fresh, list(self._plan.data.classes), chosen.round
-        )
+        rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
+        return prototypes, rows
 
     def _trained(self, rows: list[Row]) -> list[str]:
-        """Sites that the model learned from: those that train now, and those that did before they left for good."""
-        gave = {
+        """Sites that the model learned from, including those that trained before they left."""
+        contributors = {
             row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"
         }
-        return sorted({*self._cohort.training, *(self._cohort.departed & gave)})
+        return sorted({*self._cohort.training, *(self._cohort.departed & contributors)})
 
-    def _judge(self, chosen: Best) -> list[Judged]:
-        """Have a model evaluated at the held-out site and the observers; raises RND-403 without the former's answer."""
+    def _test(self, chosen: Best) -> list[SiteEvaluation]:
+        """Have a model evaluated at the held-out site and the observers.
+
+        Raises:
+            FedsgcgError: RND-403 without an answer from the held-out site.
+        """
         heldout = self._plan.heldout
         nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
-        judged = self._asking.evaluate("test", nodes, chosen.weights, chosen.round)
-        if heldout and heldout not in {part.site for part in judged}:
+        tested = self._requests.evaluate("test", nodes, chosen.weights, chosen.round)
+        if heldout and heldout not in {part.site for part in tested}:
             reason = next(
                 (note for note in reversed(self.notes) if note.where.endswith(heldout)), None
             )
             raise heldout_unanswered(self._plan, reason)
-        for part in judged:
+        for part in tested:
             event = "heldout.done" if part.site == heldout else "observer.done"
             self._log.emit(event, site=part.site, dice=part.dice)
-        return judged
+        return tested
 
     def _heldout_curve(self, record: RoundRecord) -> list[Row]:
-        """Evaluate at the held-out site for the curve alone; the value is recorded and chooses nothing."""
+        """Evaluate at the held-out site for the learning curve only, never for selection."""
         federation = self._plan.federation
-        ends_here = (
-            record.round == federation.rounds and federation.selection == "last"
-        )  # judged in a moment anyway
-        if not federation.heldout_every or record.round % federation.heldout_every or ends_here:
+        # The last model is evaluated after the last round in any case.
+        tested_later = record.round == federation.rounds and federation.selection == "last"
+        if not federation.heldout_every or record.round % federation.heldout_every or tested_later:
             return []
-        judged = self._asking.evaluate(
+        tested = self._requests.evaluate(
             "test", self._cohort.of_role("heldout"), record.weights, record.round
         )
-        for part in judged:
+        for part in tested:
             self._log.emit("heldout.done", site=part.site, dice=part.dice)
-        return judged_rows(self._plan, record.round, judged)
+        return evaluation_rows(self._plan, record.round, tested)
 
     def _weighted(self, part: Collected) -> tuple[str, Weights, float]:
         reply = part.reply
         if reply.weights is None:
-            raise AssertionError("an admitted payload of a training round has weights")
+            raise AssertionError("an admitted reply of a training round has weights")
         equal = self._plan.federation.weighting == "sites"
         return reply.site, reply.weights, 1.0 if equal else reply.metrics["examples"]
 

@@ -1,7 +1,8 @@
-"""The held-out protocol: who may be asked to train, which model is chosen, and the words that the report prints.
+"""The held-out protocol: which sites may contribute, and which model is selected.
 
-The held-out hospital receives weights and returns metrics. It never receives a training or statistics message, so it
-cannot contribute weights, statistics or normalisation; and its score never chooses a model.
+The held-out site receives weights and returns metrics. It never receives a training or statistics
+message, so it cannot contribute weights, statistics or normalisation, and its score never affects
+model selection.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from common.wire.payload import Weights
 from server.records.checkpoint import Best
 
 CONTRIBUTING = (TRAIN, STATISTICS, AMPLITUDES)
-"""Message types whose replies flow into the global model."""
+"""Message types whose replies contribute to the global model."""
 
 
 def guard_recipients(plan: Plan, message_type: str, sites: Iterable[str]) -> None:
-    """Refuse to send a contributing message to a site whose role is not `train`; the last check before every push.
+    """Refuse to send a contributing message to a site whose role is not `train`.
+
+    This is the last check before every request is sent.
 
     Raises:
         FedsgcgError: ROL-201 naming the first such site.
@@ -37,13 +40,14 @@ def guard_recipients(plan: Plan, message_type: str, sites: Iterable[str]) -> Non
 
 
 def source_score(parts: Sequence[tuple[float, float]]) -> float | None:
-    """Return the source-validation Dice of a model over the training sites, each weighted by its validation cases.
+    """Return the mean source-validation Dice, each site weighted by its validation cases.
 
     Args:
         parts: (Dice, number of validation cases) of each site that has any.
 
     Returns:
-        The score, None when no site could tell. Values that are no Dice or no count are left out.
+        The score, None when no site has a valid one. A Dice outside [0, 1] or an invalid number of
+        cases is ignored.
     """
     valid = [
         (dice, cases) for dice, cases in parts if 0.0 <= dice <= 1.0 and 0.0 < cases < float("inf")
@@ -55,7 +59,7 @@ def source_score(parts: Sequence[tuple[float, float]]) -> float | None:
 def best_so_far(
     best: Best | None, number: int, score: float | None, weights: Weights
 ) -> Best | None:
-    """Return the best model so far; an equal score keeps the earlier one, and round 0 (untrained) never counts."""
+    """Return the best model so far; a tie keeps the earlier one, untrained round 0 is ignored."""
     if score is None or number < 1 or (best is not None and score <= best.score):
         return best
     return Best(number, score, weights)

@@ -1,1 +1,1 @@
-"""What the coordinator merges: weights, class statistics, amplitudes."""
+"""Aggregation at the coordinator: weights, class statistics, prototypes and amplitudes."""

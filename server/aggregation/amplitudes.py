@@ -1,6 +1,7 @@
-"""What sites share of their images' amplitudes with `method.ram.sharing=summary | bank`: consent, check and merge.
+"""Amplitudes that sites share with `method.ram.sharing=summary | bank`: consent, checks, merge.
 
-It goes beyond weights and class statistics, so every training site's own file must allow it (methods.md 2.8).
+They reveal more than weights and class statistics, so every training site must allow the sharing in
+its own `site.yaml` (docs/explanation/ram-dsir.md, "Federated").
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Amplitudes = TypeVar("Amplitudes", AmplitudeSummary, AmplitudeBank)
 
 
 def sharing_level(plan: Plan) -> str:
-    """Return what `site.shares` must hold for this plan, "" when nothing is shared."""
+    """Return the entry that `site.shares` needs for this plan, "" if nothing is shared."""
     return SHARES.get(plan.method.ram.sharing, "") if plan.method.mixes else ""
 
 
@@ -35,13 +36,16 @@ def check_consent(level: str, members: Mapping[str, Member], training: Iterable[
     """Refuse a plan that asks for more than a training site allows.
 
     Raises:
-        FedsgcgError: ROL-202, one problem a site.
+        FedsgcgError: ROL-202, one problem per site.
     """
     problems = []
     for site in training:
         allowed = members[site].details.get("shares")
         if level not in (allowed if isinstance(allowed, list) else []):
-            action = f"set method.ram.sharing=local, or have the site add {level} to `shares` in its own file"
+            action = (
+                "set method.ram.sharing=local, or ask the site to add "
+                f"{level} to `shares` in its own file"
+            )
             problems.append(
                 Problem("ROL-202", f"the site does not share its {level}", level, action, site)
             )
@@ -50,10 +54,10 @@ def check_consent(level: str, members: Mapping[str, Member], training: Iterable[
 
 
 def merge_amplitudes(plan: Plan, parts: Sequence[tuple[str, bytes]]) -> bytes:
-    """Merge what the sites sent: the sum of their summaries, or their banks one after another, in the order of names.
+    """Sum the sites' summaries, or concatenate their banks in the order of the sites' names.
 
-    The result says whose images are in it, by the coordinator's own knowledge of who answered: a site whose answer did
-    not count must not take its images out of a sum that does not hold them.
+    The result names the sites whose images it contains, as the coordinator knows them: a site whose
+    answer was rejected must not subtract its images from a sum that does not contain them.
 
     Raises:
         FedsgcgError: PAY-106, PAY-107 or STA-201 naming the site for a payload that cannot be used.
@@ -110,7 +114,10 @@ def _check_size(plan: Plan, site: str, shape: tuple[int, ...]) -> None:
 def _check_one_space(spaces: Sequence[tuple[str, str]]) -> None:
     if len({space for _, space in spaces}) > 1:
         found = ", ".join(f"{space}s at {site}" for site, space in spaces)
-        action = "let hospitals with pictures and hospitals with volumes train apart, or set method.ram.sharing=local"
+        action = (
+            "train hospitals with pictures and hospitals with volumes separately, or set "
+            "method.ram.sharing=local"
+        )
         raise fail(
             "PAY-106",
             found=f"amplitudes of {found}",

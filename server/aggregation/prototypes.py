@@ -1,22 +1,26 @@
-"""Global prototypes: what the coordinator remembers of each site's class statistics between rounds.
+"""Global prototypes: each site's class statistics, remembered between rounds and merged.
 
-The memory is kept site by site, and the prototypes of a round are the merge of these parts. So a site that leaves for
-good is taken out exactly, by leaving its part out: what remains is what would be there had it never sent statistics.
+The memory has one part per site, and the prototypes of a round are the merge of these parts. A site
+that leaves is therefore removed exactly: the remaining parts are what they would be had the site
+never sent statistics.
 
 | memory | a site's new part | the prototypes describe |
 | --- | --- | --- |
-| `cumulative` | previous + fresh, one pass a round | every round alike |
+| `cumulative` | previous + fresh, one pass per round | every round equally |
 | `discount` | gamma · previous + fresh, in every round | an exponentially weighted stream |
-| `lagged` | the fresh one, of the *received* global model | one model: that of the round before |
-| `restart` | the same, exchanged before the round's training | one model: that of this round |
-| `overlay` | as `lagged`; a site keeps its own part fresh in training (`running_guide`) | one model, own part now |
-| `online` | the sum of the site's training batches so far (`clients.methods.running_guide`) | the stream (the paper) |
-| `momentum` | none: mean and covariance of all move a step of beta to the fresh ones | a stream, whatever the counts |
+| `lagged` | the fresh one, of the *received* model | the model of the previous round |
+| `restart` | the same, exchanged before the round's training | the model of this round |
+| `overlay` | as `lagged`; the site updates it in training | as `lagged`, own part current |
+| `online` | the sum of the site's training batches so far | the stream (as in the paper) |
+| `momentum` | none: merged mean and covariance move by beta | a stream, regardless of counts |
 
-`momentum` is no sum, so nobody can be taken out of it: after a departure it starts anew from the next round's answers.
-With `weighting=sites` the sites weigh the same in what is remembered, whatever number of rounds each took part in.
+The site's side of `overlay` and `online` is `clients.methods.running_guide`. `momentum` is not a
+sum, so no site can be removed from it: after a departure it restarts from the next round's answers.
+With `weighting=sites` all sites have the same weight, regardless of how many rounds each took part
+in.
 
-Source: methods.md 1.8 and 1.12. Legend: K classes incl. background, A feature channels, S sites.
+Source: docs/explanation/sgcg.md, "Statistics" and "Federated". Legend: K classes incl. background,
+A feature channels, S sites.
 """
 
 from __future__ import annotations
@@ -29,17 +33,17 @@ import numpy as np
 
 from common.settings.plan import PrototypeSettings
 from common.statistics import ClassStatistics, between_site_trace, within_site_trace
-from server.aggregation.merge import merge_statistics
+from server.aggregation.class_statistics import merge_statistics
 
 Fresh = Sequence[tuple[str, ClassStatistics]]
 """(site, statistics) of a round's admitted payloads."""
 
 Parts = Mapping[str, ClassStatistics]
-"""Memory by site; with `momentum` one entry, `EVERYBODY`."""
+"""Memory by site; with `momentum` one entry, `ALL_SITES`."""
 
-EVERYBODY: Final = ""
+ALL_SITES: Final = ""
 LAST_ROUND: Final = ("lagged", "restart", "overlay", "online")
-"""Policies that remember the last statistics of each site only."""
+"""Policies that remember only the last statistics of each site."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,11 @@ class PrototypeMemory:
 
         Args:
             previous: Memory before the round, empty at the start.
-            fresh: (site, statistics) of the round's admitted payloads; none keeps means and covariances.
+            fresh: (site, statistics) of the round's admitted payloads; without any, means and
+                covariances are kept.
 
         Raises:
-            ValueError: A site twice, or statistics of different shapes.
+            ValueError: A duplicate site, or statistics of different shapes.
         """
         policy, new = self.settings.memory, dict(fresh)
         if len(new) != len(fresh):
@@ -73,19 +78,22 @@ class PrototypeMemory:
             return new or dict(previous)
         gamma = self.settings.discount if policy == "discount" else 1.0
         kept = {site: part.discounted(gamma) for site, part in previous.items()}
-        return kept | {
-            site: kept[site] + part if site in kept else part for site, part in new.items()
-        }
+        for site, part in new.items():
+            kept[site] = kept[site] + part if site in kept else part
+        return kept
 
     def prototypes(self, parts: Parts) -> ClassStatistics | None:
-        """Return the global prototypes of a memory, None while it is empty; the same bits in whatever order it came."""
-        if EVERYBODY in parts:
-            return parts[EVERYBODY]
+        """Return the global prototypes of a memory, None if it is empty.
+
+        The result does not depend on the order of the parts.
+        """
+        if ALL_SITES in parts:
+            return parts[ALL_SITES]
         return merge_statistics(list(parts.items()), self.settings.weighting) if parts else None
 
     def without(self, parts: Parts, gone: Collection[str]) -> dict[str, ClassStatistics]:
-        """Take sites that have left for good out of a memory; `momentum`, which is no sum, is forgotten whole."""
-        if gone and EVERYBODY in parts:
+        """Remove departed sites from a memory; with `momentum` the memory is emptied."""
+        if gone and ALL_SITES in parts:
             return {}
         return {site: part for site, part in parts.items() if site not in gone}
 
@@ -93,17 +101,16 @@ class PrototypeMemory:
         if not fresh:
             return dict(previous)
         merged = merge_statistics(fresh, self.settings.weighting)
-        return {
-            EVERYBODY: momentum_update(previous[EVERYBODY], merged, self.settings.momentum)
-            if previous
-            else merged
-        }
+        if previous:
+            merged = momentum_update(previous[ALL_SITES], merged, self.settings.momentum)
+        return {ALL_SITES: merged}
 
     def shift(self, fresh: Fresh) -> dict[str, list[float]]:
-        """Return the domain shift of a round's statistics, one value a class (NaN where no site has seen it).
+        """Return the domain shift of a round's statistics, by class (NaN if no site has seen it).
 
         Returns:
-            `between_site_trace` and `within_site_trace`, (K,) each: the two parts of the pooled covariance's trace.
+            `between_site_trace` and `within_site_trace`, (K,) each: the two parts of the trace of
+            the pooled covariance.
         """
         parts = [part for _, part in sorted(fresh, key=lambda part: part[0])]
         if self.settings.weighting == "sites":
@@ -117,13 +124,13 @@ class PrototypeMemory:
 def momentum_update(
     previous: ClassStatistics, fresh: ClassStatistics, beta: float
 ) -> ClassStatistics:
-    """Move mean and covariance a share of the way to the fresh ones, whatever the counts (methods.md 1.8).
+    """Mix previous and fresh statistics with the weights 1 - beta and beta, regardless of counts.
 
-    mean += beta d, covariance = (1-beta) S + beta S' + beta (1-beta) d d^T with d = fresh mean - mean: the mixture of
-    both at the weights 1-beta and beta. A class absent on one side is taken from the other.
+    mean += beta d and covariance = (1-beta) S + beta S' + beta (1-beta) d d^T with d = fresh mean -
+    mean. A class absent on one side is taken from the other.
 
     Returns:
-        The mixture, counted as the fresh pixels, or the previous ones where there are none.
+        The mixture, with the fresh counts, or the previous ones where the fresh ones are zero.
     """
     keep = previous.weighted_equally().scaled(np.where(fresh.count > 0, 1.0 - beta, 1.0))
     take = fresh.weighted_equally().scaled(np.where(previous.count > 0, beta, 1.0))
@@ -139,7 +146,7 @@ def prototype_rows(
     classes: Sequence[str],
     number: int,
 ) -> list[dict[str, Any]]:
-    """Return the round's rows on prototypes: shift and count of every class (phase `merge`, all sites).
+    """Return the round's rows on prototypes: domain shift and count of every class (phase `merge`).
 
     Args:
         memory: The policy.
@@ -154,10 +161,10 @@ def prototype_rows(
     return _class_rows(figures, classes, number)
 
 
-def evaluation_rows(
+def shift_rows(
     memory: PrototypeMemory, fresh: Fresh, classes: Sequence[str], number: int
 ) -> list[dict[str, Any]]:
-    """Return the rows on the shift of the chosen model, every site under the normalisation of evaluation."""
+    """Return the rows on the domain shift of the selected model in evaluation mode."""
     figures = {f"{metric}_evaluation": values for metric, values in memory.shift(fresh).items()}
     return _class_rows(figures, classes, number)
 

@@ -1,1 +1,1 @@
-"""What a run writes down: journal, checkpoints, results."""
+"""The files of a run: journal, checkpoints, events, results and model card."""

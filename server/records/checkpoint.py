@@ -1,6 +1,6 @@
-"""A checkpoint: all that the coordinator needs to go on after a round, as one file that knows its own hash.
+"""A checkpoint: the coordinator's state after a round, as one file that contains its own hash.
 
-Pure: PyArrow, safetensors and the standard library. Legend: P floating-point weights.
+Uses only PyArrow, safetensors and the standard library. Legend: P floating-point weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from common.wire.payload import Identity, Weights, decode_statistics, encode_sta
 KIND: Final = "fedsgcg.checkpoint"
 SCHEMA_VERSION: Final = "2"
 PART: Final = "part/"
-"""Begins the name of the tensor that holds what is remembered of one site."""
+"""Prefix of the tensors that hold the class statistics remembered for one site."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,16 @@ class Best:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """All that is kept of the federation after one round.
+    """The state of the federation after one round.
 
     Attributes:
         identity: Run, fold, round and plan.
         weights: Global model after the round.
-        parts: Class statistics that are remembered after the round, by site (`server.aggregation.prototypes`).
+        parts: Class statistics remembered after the round, by site
+            (`server.aggregation.prototypes`).
         best: Best model so far by source validation, None without a score.
-        notes: Everything that went less than well up to this round; it decides between `completed` and `degraded`.
-        rows: Figures of this round (`ROWS_SCHEMA`); empty in a record that was read back.
+        notes: All problems up to this round; any makes the run `degraded` instead of `completed`.
+        rows: Metrics of this round (`ROWS_SCHEMA`); empty in a record read from a checkpoint.
     """
 
     identity: Identity
@@ -71,7 +72,7 @@ class RoundRecord:
 
 
 def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Write rows (`ROWS_SCHEMA`) as an Arrow IPC file."""
+    """Encode rows (`ROWS_SCHEMA`) as an Arrow IPC file."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, ROWS_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=ROWS_SCHEMA))
@@ -79,14 +80,17 @@ def encode_rows(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def decode_rows(data: bytes) -> list[dict[str, Any]]:
-    """Read what `encode_rows` wrote."""
+    """Decode the bytes of `encode_rows`."""
     with pa.ipc.open_file(pa.BufferReader(data)) as reader:
         rows: list[dict[str, Any]] = reader.read_all().to_pylist()
     return rows
 
 
 def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
-    """Write a record as one safetensors file: flat weights, Arrow bytes a site, one JSON text with the rest and a hash.
+    """Encode a record as one safetensors file.
+
+    The file contains the flat weights, the class statistics of every site as Arrow bytes, and one
+    JSON text with everything else and the hash.
 
     Args:
         record: The record; its rows are not part of the checkpoint.
@@ -97,32 +101,34 @@ def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
         tensors[PART + site] = np.frombuffer(encode_statistics(part, record.identity), np.uint8)
     if record.best is not None:
         tensors["best"] = np.ascontiguousarray(record.best.weights.values)
+    best = None
+    if record.best is not None:
+        best = {
+            "round": record.best.round,
+            "score": record.best.score,
+            "layout": record.best.weights.encode_layout(),
+        }
     facts: dict[str, Any] = {
         "kind": KIND,
         "schema_version": SCHEMA_VERSION,
         "identity": record.identity.encode(),
         "layout": record.weights.encode_layout(),
-        "best": None
-        if record.best is None
-        else {
-            "round": record.best.round,
-            "score": record.best.score,
-            "layout": record.best.weights.encode_layout(),
-        },
+        "best": best,
         "notes": [asdict(note) for note in record.notes],
         "rounds": list(hashes),
     }
     facts["sha256"] = _checkpoint_sha(tensors, facts)
-    # One key only: safetensors writes several in no fixed order, and equal records must give equal bytes.
+    # One key only: equal records must give equal bytes, and safetensors does not order keys.
     return bytes(save(tensors, metadata={"fedsgcg": json.dumps(facts, sort_keys=True)}))
 
 
 def decode_checkpoint(path: Path) -> tuple[RoundRecord, list[str]]:
-    """Read what `encode_checkpoint` wrote; raises SRV-402 for a file that is not exactly that."""
+    """Read a file written by `encode_checkpoint`; raises SRV-402 for any other or damaged file."""
     try:
         with safe_open(path, framework="np") as file:
             facts = json.loads((file.metadata() or {})["fedsgcg"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
         stated = facts.pop("sha256")
         if stated != _checkpoint_sha(tensors, facts):
             raise FedsgcgError(damage(path, "content that does not match its own hash"))
@@ -162,8 +168,8 @@ def _checkpoint_sha(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str,
 
 
 def damage(path: Path, found: str) -> Problem:
-    """The problem of a file that is not as it was written."""
-    action = "restore the file from a backup, or start anew in another output=FOLDER"
+    """Return SRV-402 for a file whose content has changed since it was written."""
+    action = "restore the file from a backup, or start again in another output=FOLDER"
     return Problem(
         "SRV-402",
         where=str(path),

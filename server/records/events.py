@@ -1,4 +1,4 @@
-"""Events of a run as they happen: one JSON line each."""
+"""The events of a run, one JSON line each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 
 def ignore_event(event: dict[str, Any]) -> None:
-    """Do nothing with an event."""
+    """Ignore an event; the default listener."""
 
 
 class EventLog:
-    """Appends events to `events.jsonl`, each line flushed, and hands them to a listener.
+    """Appends events to `events.jsonl`, flushing every line, and passes them to a listener.
 
     Args:
-        plan: The plan; its method, held-out site, seed and number of rounds are in every event.
+        plan: The plan; every event contains its method, held-out site, seed and number of rounds.
         on_event: The listener.
     """
 
@@ -35,7 +35,7 @@ class EventLog:
         self._on_event = on_event
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Record one event of the current `round`; numbers that are not finite become null. Raises SRV-401."""
+        """Record an event of the current `round`; NaN and infinity become null. Raises SRV-401."""
         found = {
             "time": round(time.time(), 3),
             "event": event,

@@ -1,15 +1,16 @@
-"""The journal: what the coordinator did, round by round, durable and resumable.
+"""The journal: a durable record of the completed rounds, from which a run resumes.
 
-A round is done when its checkpoint is there. The order is: rows of the round, then the checkpoint that names the hash
-of every rows file up to it. A cut between the two leaves rows that nobody counts; they are dropped on resume. The last
-two checkpoints are kept, so that a damaged newest one costs one round and not the run.
+A round is complete when its checkpoint exists. The rows of the round are written first, then the
+checkpoint, which contains the hash of every rows file so far. After an interruption between the
+two, the rows without a checkpoint are deleted on resume. The last two checkpoints are kept, so that
+a damaged newest one costs one round and not the run.
 
     journal/plan.json                       decisive settings and their digest
     journal/lock                            process that is using the folder
     journal/rounds/00001.arrow              rows of round 1
     journal/checkpoint-00001.safetensors    weights, prototypes and best model after round 1
 
-Pure: PyArrow, safetensors and the standard library. Legend: P floating-point weights.
+Uses only PyArrow, safetensors and the standard library. Legend: P floating-point weights.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class Journal:
     Args:
         folder: Run folder of the cell.
         plan_digest: Digest of the plan; a folder that belongs to another plan is refused.
-        settings_tree: The decisive settings (`decisive_settings`), kept so that a refusal can name what differs.
-        disk: The way to the disk; a test passes one that fails.
+        settings_tree: The decisive settings (`decisive_settings`), stored so that an error can list
+            the differences.
+        disk: Disk access; tests pass one that fails.
 
     Raises:
-        FedsgcgError: CFG-006 when another process holds the folder, CFG-005 for another plan, SRV-401 and SRV-402.
+        FedsgcgError: CFG-006 when another process uses the folder, CFG-005 for another plan,
+            SRV-401 when a file cannot be written, SRV-402 when one is damaged.
     """
 
     def __init__(
@@ -93,10 +96,12 @@ class Journal:
         self._lock.close()
 
     def commit_round(self, record: RoundRecord) -> None:
-        """Make a round durable: its rows, then the checkpoint; after this call it survives a power cut.
+        """Write a round durably: first its rows, then the checkpoint.
+
+        After this call the round survives a power failure.
 
         Raises:
-            FedsgcgError: SRV-401; the last checkpoint is then untouched.
+            FedsgcgError: SRV-401 when a file cannot be written; the last checkpoint is unchanged.
         """
         if record.round != len(self._hashes) + 1:
             raise ValueError(f"round {record.round} cannot follow round {len(self._hashes)}")
@@ -109,14 +114,16 @@ class Journal:
             self._disk.discard(path)
 
     def resume(self) -> RoundRecord | None:
-        """Return the newest intact checkpoint, None when no round was done yet.
+        """Return the newest intact checkpoint, None if no round is complete.
 
-        Damaged newer ones are named in `damaged`; rows of rounds that do not count are removed.
+        Newer damaged checkpoints are listed in `damaged`; rows without a checkpoint are deleted.
 
         Raises:
-            FedsgcgError: SRV-402 when files are there but no checkpoint is intact.
+            FedsgcgError: SRV-402 when there are files but no intact checkpoint.
         """
-        record, hashes, problems = None, list[str](), list[Problem]()
+        record: RoundRecord | None = None
+        hashes: list[str] = []
+        problems: list[Problem] = []
         for path in self._checkpoints():
             try:
                 record, hashes = self._read_checkpoint(path)
@@ -128,17 +135,18 @@ class Journal:
             raise FedsgcgError(
                 *(problems or [damage(self.folder, "rows of rounds without any checkpoint")])
             )
-        self.damaged, self._hashes = tuple(problems), hashes
+        self.damaged = tuple(problems)
+        self._hashes = hashes
         self._tidy(len(hashes))
         return record
 
     @property
     def done(self) -> int:
-        """Number of rounds that count."""
+        """Number of completed rounds."""
         return len(self._hashes)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the rows of all done rounds, oldest first; raises SRV-402 for a damaged file."""
+        """Return the rows of all completed rounds in order; raises SRV-402 for a damaged file."""
         found: list[dict[str, Any]] = []
         for number, wanted in enumerate(self._hashes, start=1):
             found.extend(decode_rows(self._checked_rows(number, wanted)))
@@ -195,7 +203,7 @@ class Journal:
         data = _read(path)
         if _sha(data) != wanted:
             raise FedsgcgError(
-                damage(path, f"SHA-256 {_sha(data)[:12]}…, written was {wanted[:12]}…")
+                damage(path, f"SHA-256 {_sha(data)[:12]}… instead of {wanted[:12]}…")
             )
         return data
 
@@ -209,7 +217,7 @@ class Journal:
 
 
 def decisive_settings(plan: Plan) -> dict[str, Any]:
-    """The settings that the plan's digest covers: all but places, devices and the run's name."""
+    """Return the settings covered by the plan's digest: all but paths, devices and run name."""
     tree = plan.to_tree()
     for name in NOT_DECISIVE:
         tree.pop(name)
@@ -218,11 +226,11 @@ def decisive_settings(plan: Plan) -> dict[str, Any]:
 
 
 def lock_file(path: Path) -> TextIO:
-    """Take a file's lock for this process, until the returned file is closed.
+    """Lock a file for this process until the returned file is closed.
 
     Raises:
-        FedsgcgError: CFG-006 with the process that holds it, CFG-008 where the file system offers no locks, SRV-401
-            when the file cannot be written.
+        FedsgcgError: CFG-006 with the process that holds the lock, CFG-008 when the file system has
+            no locks, SRV-401 when the file cannot be written.
     """
     with refusals(path):
         file = path.open("a+")
@@ -246,16 +254,14 @@ def lock_file(path: Path) -> TextIO:
 
 
 def differences(before: Any, now: Any, where: str, path: str = "") -> list[Problem]:
-    """List the settings in which two trees differ, leaf by leaf, as CFG-005 problems."""
+    """List the leaves in which two settings trees differ, as CFG-005 problems."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         names = sorted({*before, *now})
-        return [
-            p
-            for name in names
-            for p in differences(
-                before.get(name), now.get(name), where, f"{path}.{name}".lstrip(".")
-            )
-        ]
+        problems: list[Problem] = []
+        for name in names:
+            inner = f"{path}.{name}".lstrip(".")
+            problems += differences(before.get(name), now.get(name), where, inner)
+        return problems
     if before == now:
         return []
     action = "use the first run's settings, or choose another output=FOLDER"

@@ -1,4 +1,4 @@
-"""The card of a model: how it was trained, chosen and judged, and what its input must be."""
+"""The model card: how a model was trained, selected and evaluated, and its expected input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from server.records.checkpoint import Best
 
 SELECTIONS = {
     "last": "the model of the last round",
-    "source_validation": "the model with the highest Dice on the training sites' own validation cases",
+    "source_validation": (
+        "the model with the highest Dice on the training sites' own validation cases"
+    ),
 }
 
 METRICS = {
@@ -22,11 +24,13 @@ METRICS = {
     "assd": "mean distance over the pooled surface points of both",
     "hd95": "95th percentile of the pooled distances of both surfaces (as medpy)",
     "hd95_max": "larger of the two directed 95th percentiles (as MONAI)",
-    "empty": "with one of the two masks empty the distances are undefined, left out of means and counted",
+    "empty": (
+        "with one of the two masks empty the distances are undefined, left out of means and counted"
+    ),
 }
 
 IN_CHANNELS: Final = 3
-"""Channels of a training slice: a slice with its neighbours, a colour picture, or one slice three times."""
+"""Channels of a training slice: a slice and its neighbours, colours, or one slice repeated."""
 
 PREPROCESSING: Final = (
     *("image_size", "stack", "intensity", "activation", "threshold"),
@@ -37,35 +41,43 @@ PREPROCESSING: Final = (
 def protocol(
     plan: Plan, training: Sequence[str], selected_round: int, *, validated: bool = True
 ) -> dict[str, Any]:
-    """Return the protocol in words, for `model.json` and the report's protocol box.
+    """Describe the protocol as text, for `model.json` and the report.
 
     Args:
         plan: The plan of the federation.
         training: Names of the sites that trained.
         selected_round: Round whose model was evaluated.
-        validated: Whether that model has a source-validation score; without one nothing could be chosen by it.
+        validated: Whether that model has a source-validation score, without which none can be
+            selected by it.
     """
     data, federation = plan.data, plan.federation
+    selection = SELECTIONS[federation.selection]
+    if not validated:
+        selection = SELECTIONS["last"] + _unvalidated(plan)
+    unit = "pixel" if data.spacing_unit == "pixel" else "pixel, and mm where the spacing is real"
     return {
         "trained": sorted(training),
         "heldout": plan.heldout,
         "observers": sorted(plan.observers),
         "splits": (
-            f"by patient; {data.validation_fraction:.0%} of a training site's patients are source validation; every "
-            "case of the held-out site is its test set unless the manifest says otherwise"
+            f"by patient; {data.validation_fraction:.0%} of a training site's patients are source "
+            "validation; every case of the held-out site is its test set unless the manifest says "
+            "otherwise"
         ),
-        "selection": SELECTIONS[federation.selection]
-        if validated
-        else SELECTIONS["last"] + _unvalidated(plan),
+        "selection": selection,
         "selected_round": selected_round,
         "rounds": federation.rounds,
-        "evaluated": "every slice of every test case, normalisation in evaluation mode, at the images' own size",
-        "decision": f"probabilities at training size, bilinear to the images' own size, then {_decision(plan)}",
+        "evaluated": (
+            "every slice of every test case, normalisation in evaluation mode, at the images' own "
+            "size"
+        ),
+        "decision": (
+            "probabilities at training size, bilinear to the images' own size, then "
+            f"{_decision(plan)}"
+        ),
         "post_processing": _post_processing(plan),
         "metrics": METRICS,
-        "distance_unit": "pixel"
-        if data.spacing_unit == "pixel"
-        else "pixel, and mm where the spacing is real",
+        "distance_unit": unit,
         "structures": {name: list(parts) for name, parts in data.structures.items()},
     }
 
@@ -77,13 +89,13 @@ def _decision(plan: Plan) -> str:
 
 
 def _unvalidated(plan: Plan) -> str:
-    """What to add where no site had a validation case; nothing where none was needed."""
+    """Why selection by source validation was impossible; "" if it was not requested."""
     wanted = plan.federation.selection == "source_validation"
     return ", because no site has a validation case to choose by" if wanted else ""
 
 
 def _post_processing(plan: Plan) -> dict[str, str]:
-    """Say for each structure what is done to its mask, and what becomes of one that is empty."""
+    """Describe the post-processing of each structure's mask, including an empty one."""
     parts = {name: set(classes) for name, classes in plan.data.structures.items()}
     return {name: "; ".join(_steps(plan.data, name, parts)) for name in parts}
 
@@ -105,14 +117,14 @@ def model_card(
     prototypes: bool,
     kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return what `model.json` says: how to use the model, and how it came about.
+    """Return the content of `model.json`: how to use the model, and how it was trained.
 
     Args:
         plan: The plan.
         chosen: The selected model, its round and its source-validation Dice (NaN if unknown).
         training: Sites that trained.
-        prototypes: Whether `prototypes.arrow` lies beside it.
-        kinds: What the training images were (`common.images.read.KINDS`); empty where the sites did not say.
+        prototypes: Whether the run folder contains `prototypes.arrow`.
+        kinds: Kinds of the training images (`common.images.read.KINDS`); empty if not reported.
     """
     data = asdict(plan.data)
     network = asdict(plan.network) | {

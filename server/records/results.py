@@ -1,12 +1,13 @@
-"""What a run leaves behind: results, curves, the selected model with its card, and the events as they happened.
+"""The result files of a run.
 
-results.parquet     one row a case and structure
-rounds.parquet      figures of every round, long format
-model.safetensors   the selected model;  model.json: how to use it and how it came about
-prototypes.arrow    global class statistics after the last round
-outcome.json        how the run ended; written last. `machine` is where it ended: in a simulation the machine that
-                    trained, in a deployment the coordinator, which trains nothing
-events.jsonl        one JSON object a line, as it happens
+results.parquet     one row per case and structure
+rounds.parquet      metrics of every round, long format
+model.safetensors   the selected model
+model.json          how to use the model, and how it was trained
+prototypes.arrow    global class statistics under the selected model
+outcome.json        how the run ended; written last. `machine` is the coordinator's machine, which
+                    in a simulation is also the one that trained
+events.jsonl        events, one JSON object per line (`server.records.events`)
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
     """Decode a site's per-case results, each row with the site's name added.
 
     Raises:
-        FedsgcgError: PAY-106 or PAY-107 for bytes, structures or Dice values that cannot be.
+        FedsgcgError: PAY-106 or PAY-107 for unreadable bytes, unknown structures or invalid Dice.
     """
     try:
         rows = decode_cases(data)
-    except Exception as error:  # as in `sites.exchange`: hostile bytes; and what was found may quote the site's text
-        raise fail(
-            error.code if isinstance(error, FedsgcgError) else "PAY-106", where=site
-        ) from error
+    except Exception as error:
+        # Hostile bytes may raise any exception, whose text may quote the site: only a code is kept.
+        code = error.code if isinstance(error, FedsgcgError) else "PAY-106"
+        raise fail(code, where=site) from error
     for row in rows:
         if row["structure"] not in plan.data.structures or not row["case"]:
             expected = f"an alias and one of {', '.join(plan.data.structures)}"
@@ -68,7 +69,7 @@ def mean_dice(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def write_results(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `results.parquet`, cases in the order of site, case and structure. Raises SRV-401."""
+    """Write `results.parquet`, sorted by site, case and structure. Raises SRV-401."""
     order = sorted(rows, key=lambda row: (row["site"], row["case"], row["structure"]))
     disk.write(Path(plan.output) / "results.parquet", _parquet(order, RESULTS_SCHEMA, plan))
 
@@ -93,7 +94,7 @@ def write_model(disk: Disk, plan: Plan, weights: Weights, card: Mapping[str, Any
 def write_prototypes(
     disk: Disk, plan: Plan, prototypes: ClassStatistics | None, identity: Identity
 ) -> None:
-    """Write `prototypes.arrow`, or remove it where there are none any more. Raises SRV-401."""
+    """Write `prototypes.arrow`, or remove it if there are no prototypes. Raises SRV-401."""
     path = Path(plan.output) / "prototypes.arrow"
     if prototypes is None:
         disk.discard(path)
@@ -106,8 +107,8 @@ def write_outcome(disk: Disk, plan: Plan, outcome: Mapping[str, Any]) -> None:
     disk.write(Path(plan.output) / "outcome.json", _json(cell_of(plan) | dict(outcome)))
 
 
-def public(problem: Problem) -> dict[str, str]:
-    """Return a problem as plain text fields, without those that are empty."""
+def problem_fields(problem: Problem) -> dict[str, str]:
+    """Return the fields of a problem that are not empty."""
     return {name: text for name, text in asdict(problem).items() if text}
 
 

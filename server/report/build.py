@@ -1,4 +1,4 @@
-"""The report: one self-contained page from the files of a study, whatever state the study is in."""
+"""Builds the report: one self-contained page from the files of a study in any state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from common.files.disk import Disk, refusals
@@ -20,7 +20,7 @@ from server.report.figures.overlays import Images
 from server.report.format import show
 from server.report.gallery import gallery, write_gallery
 from server.report.labels import (
-    FEDERATION_WORDS,
+    FEDERATION_TITLES,
     Group,
     Label,
     figure_groups,
@@ -59,7 +59,7 @@ from server.report.sections.results import (
 from server.report.sections.sweeps import HELD_OUT, VALIDATION, sweep_sections, sweeps_of
 from server.report.study_files import StudyFiles, read_study
 from server.report.summary import (
-    STATUS_WORDS,
+    STATUS_TITLES,
     headline,
     result_notes,
     settings_text,
@@ -67,40 +67,40 @@ from server.report.summary import (
     troubled,
 )
 from server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
-from server.report.templates.page import PAGE
 
-CASE_ROWS = 3000  # of the table of all cases; more would make the page heavy, and results.parquet has them all
+CASE_ROWS = 3000
+"""Most rows in the table of all cases, to limit the page size; results.parquet has all of them."""
 
-
-Tell = Callable[[str], None]
-
-
-def no_progress(step: str) -> None:
-    """Tell nobody of a step."""
+OnProgress = Callable[[str], None]
 
 
-def make_report(study: Path, tell: Tell = no_progress) -> Path:
-    """Write `report.html` into a study folder, with `figures/` and `tables/`, from its files.
+def ignore_progress(step: str) -> None:
+    """Ignore progress; the default listener."""
 
-    Pictures of patients are drawn only from sites whose folder lies on this machine.
+
+def make_report(study: Path, on_progress: OnProgress = ignore_progress) -> Path:
+    """Write `report.html`, `figures/` and `tables/` into a study folder from the files present.
+
+    Images of patients are drawn only from sites whose folder is on this machine.
 
     Args:
         study: Study folder, or the folder of a single run.
-        tell: Called with the name of each step that takes a while.
+        on_progress: Called with the name of each slow step.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        FedsgcgError: SRV-402 when the folder holds neither a study nor a run, SRV-401 when it cannot be written.
+        FedsgcgError: SRV-402 when the folder contains neither a study nor a run, SRV-401 when the
+            report cannot be written.
     """
     files, reader = read_study(study)
     with gc_disabled():
-        content = contents(files, reader, tell)
+        content = contents(files, reader, on_progress)
         disk = Disk()
         with refusals(study / "figures"):
             disk.make_folder(study / "figures")
-        tell("files of the figures")
+        on_progress("files of the figures")
         write_gallery(study / "figures", gallery(content), disk)
         write_tables(study, files.results)
     disk.write(study / "report.html", render(content).encode())
@@ -109,7 +109,11 @@ def make_report(study: Path, tell: Tell = no_progress) -> Path:
 
 @contextmanager
 def gc_disabled() -> Iterator[None]:
-    """Let Python's cycle collector rest: figures are made of cycles that live until the end, and it walks them all."""
+    """Disable Python's cycle collector.
+
+    Figures consist of reference cycles that live until the end, and every collection visits them
+    all.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -120,33 +124,47 @@ def gc_disabled() -> Iterator[None]:
 
 
 def render(content: Mapping[str, Any]) -> str:
-    """Return the page; the same files give the same bytes."""
+    """Return the page; the same files give the same bytes.
+
+    The environment escapes every value. The page contains no script, font or external address, and
+    its content security policy forbids them.
+    """
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("server.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["show"] = show
-    return environment.from_string(PAGE).render(**content)
+    return environment.get_template("page.html.j2").render(**content)
 
 
-def contents(study: StudyFiles, reader: Reader, tell: Tell = no_progress) -> dict[str, Any]:
-    """Return everything that the page shows, by the name that its template uses."""
-    tell("tables and claims")
+def contents(
+    study: StudyFiles, reader: Reader, on_progress: OnProgress = ignore_progress
+) -> dict[str, Any]:
+    """Return everything that the page shows, by its name in the template."""
+    on_progress("tables and claims")
     rows = heldout_rows(study.results)
-    cases, labels = case_means(rows), study.labels
+    cases = case_means(rows)
+    labels = study.labels
     tables = _tables(study, rows, cases, reader)
-    figures = _questions(study, rows, labels) | _figures(study, cases, reader, labels, tell)
-    # Last, because reading the sites' files may have found damaged ones.
+    figures = _comparisons(study, rows, labels) | _figures(
+        study, cases, reader, labels, on_progress
+    )
+    # Collected last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
-    return {**_words(study), **tables, **figures, "problems": problems}
+    return {**_overview(study), **tables, **figures, "problems": problems}
 
 
-def _words(study: StudyFiles) -> dict[str, Any]:
-    """Title, status, protocol, settings: all that is not a result."""
+def _overview(study: StudyFiles) -> dict[str, Any]:
+    """Title, status, protocol and settings: everything that is not a result."""
     shared, differing = settings_text(study.settings)
+    versions = study.tree.get("versions")
     return {
         "title": _data(study).get("name") or study.folder.resolve().name,
         "status": study.status,
-        "status_word": STATUS_WORDS[study.status],
+        "status_title": STATUS_TITLES[study.status],
         "status_sentence": status_sentence(study),
         "troubled": troubled(study.cells),
         "protocol": protocol_box(study),
@@ -157,23 +175,21 @@ def _words(study: StudyFiles) -> dict[str, Any]:
         "dates": [
             (name, study.tree[name]) for name in ("created", "updated") if study.tree.get(name)
         ],
-        "versions": study.tree.get("versions")
-        if isinstance(study.tree.get("versions"), dict)
-        else {},
+        "versions": versions if isinstance(versions, dict) else {},
         "folder": study.folder.resolve().name,
         "cells": cell_rows(study),
         "hash_note": hash_note(study),
         "alone": any(cell.trained_on for cell in study.cells),
         "palette": PALETTE,
         "markers": MARKERS,
-        "federation_words": FEDERATION_WORDS,
+        "federation_titles": FEDERATION_TITLES,
     }
 
 
 def _tables(
     study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader
 ) -> dict[str, Any]:
-    """Results in all metrics, cases, what left each hospital."""
+    """Results in all metrics, cases, and the data sent by each hospital."""
     summary = summary_rows(rows)
     structures = _structures(study)
     left, parts = departure_rows(study, reader)
@@ -190,9 +206,10 @@ def _tables(
     }
 
 
-def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) -> dict[str, Any]:
-    """The study's questions and their answers: papers' tables, ablation, claims, sweeps, federation."""
-    structures, colours = _structures(study), label_colours(labels)
+def _comparisons(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) -> dict[str, Any]:
+    """The papers' tables, ablation, claims, sweeps and the cost of federation."""
+    structures = _structures(study)
+    colours = label_colours(labels)
     values = CaseValues(rows)
     claims: list[Difference] = main_claims(values, labels, structures) if rows else []
     sites = sorted(
@@ -201,12 +218,20 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
     published = published_for(str(_data(study).get("name", "")), structures)
     printed = CaseValues(rows, "pixel") if published else values
     layouts = layouts_of(printed, structures, sites, published) if rows else []
-    judged = any(cell.heldout for cell in study.cells)
-    place = HELD_OUT if judged else VALIDATION
+    has_heldout = any(cell.heldout for cell in study.cells)
+    place = HELD_OUT if has_heldout else VALIDATION
     sweeps = sweeps_of(labels, study.settings)
     papers = paper_tables(layouts, labels, colours)
+    hospitals: list[Section] = []
+    if len(values.places) > 1:
+        hospitals = hospital_tables(values, main_pairs(labels), structures)
+    sweep_parts: list[Section] = []
+    federation: Section | None = None
+    if rows:
+        sweep_parts = sweep_sections(sweeps, labels, values, structures, colours, place)
+        federation = federation_section(values, labels, structures, colours, study.rounds, place)
     return {
-        "judged": judged,
+        "has_heldout": has_heldout,
         "place": place,
         "nested": chosen_within_folds(study),
         "dice_floor": f"{DICE_FLOOR:g}",
@@ -218,23 +243,23 @@ def _questions(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]) 
         "paper_seeds": seeds_note(values, main_labels(labels)),
         "ablation": ablation_tables(layouts, labels, colours),
         "differences": claims_section(claims, structures) if claims else None,
-        "hospital_tables": hospital_tables(values, main_pairs(labels), structures)
-        if len(values.places) > 1
-        else [],
-        "sweeps": sweep_sections(sweeps, labels, values, structures, colours, place)
-        if rows
-        else [],
-        "federation": federation_section(values, labels, structures, colours, study.rounds, place)
-        if rows
-        else None,
+        "hospital_tables": hospitals,
+        "sweeps": sweep_parts,
+        "federation": federation,
     }
 
 
 def _figures(
-    study: StudyFiles, cases: list[Section], reader: Reader, labels: Mapping[str, Label], tell: Tell
+    study: StudyFiles,
+    cases: list[Section],
+    reader: Reader,
+    labels: Mapping[str, Label],
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
-    groups, colours, images = figure_groups(labels), label_colours(labels), Images()
+    groups = figure_groups(labels)
+    colours = label_colours(labels)
     structures = _structures(study)
+    images = Images()
 
     def case_parts(group: Group) -> list[Section]:
         found = [(name, case_figures(cases, name, group.labels, colours)) for name in structures]
@@ -250,7 +275,7 @@ def _figures(
     def shift_parts(group: Group) -> list[Section]:
         return _part(shift_figures(own_rounds(group), group.labels))
 
-    tell("curves")
+    on_progress("curves")
     training = _blocks(
         groups, lambda group: _part(training_figures(own_rounds(group), group.labels, colours))
     )
@@ -259,9 +284,10 @@ def _figures(
     ]
     shift = (block for group in groups for block in _blocks([group], shift_parts))
     case_panels = _blocks(groups, case_parts) if cases else []
-    tell("features of single pixels")
-    tsne, likeness = tsne_section(study, reader), similarity_section(study, reader)
-    tell("overlays")
+    on_progress("features of single pixels")
+    tsne = tsne_section(study, reader)
+    similarity = similarity_section(study, reader)
+    on_progress("overlays")
     return {
         "methods": list(labels),
         "colours": colours,
@@ -272,14 +298,14 @@ def _figures(
         "shift": list(islice(shift, 1)),
         "shift_classes": shift_classes(study.rounds),
         "tsne": tsne,
-        "likeness": likeness,
+        "similarity": similarity,
         "overlays": overlay_blocks(study, reader, groups, images),
         "slices": images.markup,
     }
 
 
 def _blocks(groups: Sequence[Group], draw: Callable[[Group], list[Section]]) -> list[Section]:
-    """One block of panels a group of labels, without groups that have nothing to draw."""
+    """One block of panels per group of labels, without groups that have nothing to draw."""
     blocks = []
     for group in groups:
         parts = draw(group)
@@ -303,7 +329,7 @@ def _hospitals(study: StudyFiles) -> int:
 
 
 def _structures(study: StudyFiles) -> list[str]:
-    """Structures with results, in the order of the settings."""
+    """Structures that have results, in the order of the settings."""
     declared = _data(study).get("structures", {})
     found = sorted({str(row["structure"]) for row in study.results})
     return [
@@ -313,6 +339,6 @@ def _structures(study: StudyFiles) -> list[str]:
 
 
 def _data(study: StudyFiles) -> dict[str, Any]:
-    """Settings of the data, the same for every method."""
+    """The data settings, which are the same for every method."""
     data = next((tree.get("data") for tree in study.settings.values()), None)
     return data if isinstance(data, dict) else {}

@@ -1,15 +1,17 @@
-"""Paired differences between labels: how large, how sure, and in words whether they hold.
+"""Paired differences between labels: size, uncertainty and verdict.
 
-Two labels judged the same cases with the same seeds. The cases that one pair of trained models judged share these
-models, so cases alone cannot show that one method is better than another. What can vary is taken as the unit:
+Two labels are compared on the same cases with the same seeds. The cases evaluated with one pair of
+trained models share these models, so cases alone cannot show that one method is better than
+another. The units that can vary are:
 
-    over several hospitals   the mean difference of each hospital; with several seeds too where all hospitals were
-                             judged by the same models (no hospital was held out)
-    at one hospital          the mean difference of each seed and of each case; of each case alone with one seed
+    over several hospitals   the mean difference of each hospital, and of each seed if the same
+                             models were evaluated at all hospitals (no hospital was held out)
+    at one hospital          the mean difference of each case, and of each seed if there are several
 
-The interval is Student's over these units. The test flips the signs of whole trainings (held-out hospital and seed). A
-difference holds when there is more than one seed, the interval excludes zero, and the test, corrected for the number of
-comparisons in its table, agrees. Nothing is said about two models that both miss the structure.
+The interval is Student's over these units. The test flips the signs of whole trainings (held-out
+hospital and seed). A difference holds if there is more than one seed, the interval excludes zero,
+and the test, corrected for the number of comparisons in its table, is significant. There is no
+verdict if both models miss the structure.
 """
 
 from __future__ import annotations
@@ -51,12 +53,11 @@ Place = tuple[str, str]  # (heldout, site)
 Seeds = dict[int, float]
 Floats = npt.NDArray[np.float64]
 Values = dict[Place, dict[str, Seeds]]  # place -> case -> seed -> value
-Parts = dict[
-    Place, dict[str, Seeds]
-]  # the same of differences: only places, cases and seeds that both have
+Parts = dict[Place, dict[str, Seeds]]
+"""Differences by place, case and seed; only those that both labels have."""
 
 DICE_FLOOR = 0.2
-"""Mean Dice below which a model misses the structure; a difference between two such models means nothing."""
+"""Mean Dice below which a model misses the structure; two such models are not compared."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,23 @@ class Difference:
 
     Attributes:
         method: The label.
-        reference: What is subtracted.
+        reference: The label that is subtracted.
         site: Hospital, or `AVERAGE`.
         structure: Structure.
         metric: One of `COMPARED`.
         unit: "" for Dice, else pixel or mm.
         interval: Mean difference with its interval over hospitals, seeds or cases (see above).
-        cases: Cases that both have a value for.
-        judged: Cases that both have a Dice for: a distance is undefined in the others.
-        seeds: Mean difference of each seed, by seed.
-        groups: Hospitals in it.
+        cases: Number of cases for which both labels have a value.
+        seeds: Mean difference by seed.
+        groups: Number of hospitals with a pair.
         test: Sign-flip test over the trainings.
-        corrected: Its p value corrected for the comparisons of the table; NaN before `corrected_for_number`.
-        family: Comparisons in that table.
-        hospitals: Hospitals that were looked at; `groups` of them have a pair.
-        by_hospital: Mean difference of each hospital with a pair.
-        levels: Mean Dice of label and reference where both have a value, NaN if unknown.
+        corrected: Its p value corrected for the comparisons of the table; NaN before
+            `corrected_for_number`.
+        family: Number of comparisons in the table.
+        hospitals: Number of hospitals; `groups` of them have a pair.
+        by_hospital: Mean difference by hospital.
+        levels: Mean Dice of label and reference, NaN if unknown.
+        scored: Number of cases for which both labels have a Dice; a distance may be undefined.
     """
 
     method: str
@@ -99,36 +101,37 @@ class Difference:
     hospitals: int = 1
     by_hospital: Mapping[str, float] = field(default_factory=dict)
     levels: tuple[float, float] = (NAN, NAN)
-    judged: int = 0
+    scored: int = 0
 
     @property
     def p(self) -> float:
-        """The corrected p value, or the plain one before correction."""
+        """The corrected p value, or the uncorrected one before `corrected_for_number`."""
         return self.test.p if math.isnan(self.corrected) else self.corrected
 
     @property
     def holds(self) -> bool:
-        """Whether interval and corrected test both say that there is a difference, and a verdict is possible."""
+        """Whether interval and corrected test both show a difference, and a verdict is possible."""
         return not self._no_verdict() and self.interval.excludes_zero and self.p <= ALPHA
 
     @property
     def better(self) -> bool:
-        """Whether the label is on the good side of the reference."""
+        """Whether the label is better than the reference."""
         return (self.interval.mean > 0) == (self.metric == "dice")
 
     @property
     def sentence(self) -> str:
-        """What interval and test allow to say, in plain words."""
+        """The verdict as text."""
         if not self.cases:
             return "no case in common"
         if reason := self._no_verdict():
             return f"no verdict: {reason}"
         if self.holds:
-            return f"{self.method} is {'better' if self.better else 'worse'}: the difference holds"
+            rank = "better" if self.better else "worse"
+            return f"{self.method} is {rank}: the difference holds"
         return f"no difference shown: {self._doubt()}"
 
     def _no_verdict(self) -> str:
-        """Why nothing can be said, "" where something can."""
+        """Why there is no verdict, "" if there is one."""
         if max(self.levels) < DICE_FLOOR:
             return f"both mean Dice are below {DICE_FLOOR:g}, so neither model finds the structure"
         if len(self.seeds) < 2:
@@ -138,12 +141,13 @@ class Difference:
     def _doubt(self) -> str:
         over = f"over {self.groups} hospitals " if self.groups > 1 else ""
         if not self.interval.excludes_zero:
-            test = "" if self.p > ALPHA else ", although the test alone would say so"
+            test = "" if self.p > ALPHA else ", although the test alone is significant"
             return f"the interval {over}includes zero{test}"
         if self.test.smallest_p * self.family > ALPHA:
             least = min(1.0, self.test.smallest_p * self.family)
             among = f" among {self.family} comparisons" if self.family > 1 else ""
-            return f"{self.test.units} trainings are too few for a test{among} (p cannot be below {least:.2g})"
+            few = f"{self.test.units} trainings are too few for a test{among}"
+            return f"{few} (p cannot be below {least:.2g})"
         return f"the interval {over}excludes zero, but the corrected test does not confirm it"
 
 
@@ -158,11 +162,11 @@ def corrected_for_number(differences: Sequence[Difference]) -> list[Difference]:
 
 
 class CaseValues:
-    """Every case's values by label and structure, so that many pairs of labels can be compared.
+    """The values of every case by label and structure, for comparing many pairs of labels.
 
     Args:
         results: Rows of `results.parquet`.
-        unit: Unit of distances; the results' own choice if not given.
+        unit: Unit of distances; by default that of the results.
     """
 
     def __init__(self, results: pa.Table | Iterable[Row], unit: str = "") -> None:
@@ -194,7 +198,7 @@ class CaseValues:
     def left_out(
         self, method: str, structure: str, metric: str, place: Place | None = None
     ) -> tuple[int, int]:
-        """Evaluations without a value and evaluations in all, at one place or over all places."""
+        """Number of evaluations without a value and of all evaluations, at one or all places."""
         found = self._left_out.get((method, structure, metric), {})
         counts = [found.get(place, [0, 0])] if place else list(found.values())
         return sum(part[0] for part in counts), sum(part[1] for part in counts)
@@ -221,9 +225,10 @@ class CaseValues:
     def by_seed(
         self, method: str, structure: str, metric: str, place: Place | None = None
     ) -> dict[int, float]:
-        """Mean of every seed at one place, or over all places that the label has (seeds without one of them left out).
+        """Mean of every seed at one place, or over all places of the label.
 
-        Cases count the same within a place, places count the same.
+        Cases have the same weight within a place, and places have the same weight. Seeds without a
+        value at one of the places are left out.
         """
         values = self.of(method, structure, metric)
         places = [place] if place else list(values)
@@ -246,8 +251,8 @@ class CaseValues:
     ) -> Difference:
         """Compare a pair (label, reference) at one place, or over all places."""
         places = [place] if place else self.places
-        ours, theirs = (self.of(name, structure, metric) for name in pair)
-        parts = _paired_places(ours, theirs, places)
+        first, second = (self.of(name, structure, metric) for name in pair)
+        parts = _paired_places(first, second, places)
         means = [
             np.array([np.mean(list(seeds.values())) for seeds in part.values()])
             for part in parts.values()
@@ -268,18 +273,18 @@ class CaseValues:
                 site: float(part.mean()) for (_, site), part in zip(parts, means, strict=True)
             },
             levels=self._levels(pair, structure, places),
-            judged=self._judged(pair, structure, places),
+            scored=self._scored(pair, structure, places),
         )
 
-    def _judged(self, pair: tuple[str, str], structure: str, places: Sequence[Place]) -> int:
-        """Cases of which both have a Dice."""
-        ours, theirs = (self.of(name, structure, "dice") for name in pair)
-        return sum(len(part) for part in _paired_places(ours, theirs, places).values())
+    def _scored(self, pair: tuple[str, str], structure: str, places: Sequence[Place]) -> int:
+        """Number of cases for which both labels have a Dice."""
+        first, second = (self.of(name, structure, "dice") for name in pair)
+        return sum(len(part) for part in _paired_places(first, second, places).values())
 
     def _levels(
         self, pair: tuple[str, str], structure: str, places: Sequence[Place]
     ) -> tuple[float, float]:
-        """Mean Dice of both labels over the places; NaN for one without a value."""
+        """Mean Dice of both labels over the places; NaN without a value."""
         found = [self.cases(name, structure, "dice") for name in pair]
         means = [[float(np.mean(part[key])) for key in places if part.get(key)] for part in found]
         first, second = (float(np.mean(part)) if part else NAN for part in means)
@@ -289,16 +294,16 @@ class CaseValues:
 def paired_differences(
     results: pa.Table | Iterable[Row], method: str, reference: str
 ) -> list[Difference]:
-    """Compare two labels on the same cases and seeds, per structure, metric and hospital, and on average.
+    """Compare two labels by structure, metric and hospital, and on average.
 
-    A pair is (hospital, case, seed) with a defined value for both; pairs are averaged over seeds, then cases. The p
-    values are corrected for the number of comparisons returned.
+    A pair is a (hospital, case, seed) with a value for both labels; pairs are averaged over seeds,
+    then over cases. The p values are corrected for the number of comparisons returned.
     """
     return compare_everywhere(CaseValues(results), (method, reference))
 
 
 def compare_everywhere(values: CaseValues, pair: tuple[str, str]) -> list[Difference]:
-    """Compare a pair at every place and on average, in every structure and metric, as one family."""
+    """Compare a pair by structure, metric and place, and on average, as one family."""
     places: list[Place | None] = [*values.places, *([None] if len(values.places) > 1 else [])]
     return corrected_for_number(
         [
@@ -316,7 +321,7 @@ def compare_on_average(
     structures: Sequence[str],
     metrics: Sequence[str] = ("dice", "asd"),
 ) -> list[Difference]:
-    """Compare pairs over all hospitals, as one family: what the tables of claims show."""
+    """Compare pairs over all hospitals, as one family, for the tables of claims."""
     place = values.places[0] if len(values.places) == 1 else None
     found = [
         values.difference(pair, structure, metric, place)
@@ -328,12 +333,12 @@ def compare_on_average(
 
 
 def _interval(parts: Parts, means: Sequence[Floats]) -> Interval:
-    """Interval of the mean difference over the units that can vary (see the head of this module)."""
+    """Interval of the mean difference over the units that can vary (see the module docstring)."""
     if not parts:
         return Interval(NAN, NAN, NAN)
     mean = float(np.mean([part.mean() for part in means]))
     seeds = list(_by_seed(parts.values()).values())
-    shared = len({heldout for heldout, _ in parts}) == 1  # all judged by the same models
+    shared = len({heldout for heldout, _ in parts}) == 1  # the same models at all hospitals
     units = [part.mean() for part in means] if len(parts) > 1 else means[0]
     if len(units) < 2:
         return Interval(mean, NAN, NAN)
@@ -343,7 +348,7 @@ def _interval(parts: Parts, means: Sequence[Floats]) -> Interval:
 
 
 def _trainings(parts: Parts) -> list[float]:
-    """What each training (held-out hospital, seed) adds to the mean difference."""
+    """Contribution of each training (held-out hospital, seed) to the mean difference."""
     folds: dict[str, list[dict[int, float]]] = defaultdict(list)
     for (heldout, _), part in parts.items():
         folds[heldout].append(_by_seed([part]))
@@ -355,24 +360,24 @@ def _trainings(parts: Parts) -> list[float]:
     return found
 
 
-def _paired_places(ours: Values, theirs: Values, places: Iterable[Place]) -> Parts:
-    """Differences at the places where both have a case."""
-    pairs = {place: _paired(ours.get(place, {}), theirs.get(place, {})) for place in places}
+def _paired_places(first: Values, second: Values, places: Iterable[Place]) -> Parts:
+    """Differences at the places where both labels have a case."""
+    pairs = {place: _paired(first.get(place, {}), second.get(place, {})) for place in places}
     return {place: part for place, part in pairs.items() if part}
 
 
-def _paired(ours: Mapping[str, Seeds], theirs: Mapping[str, Seeds]) -> dict[str, Seeds]:
-    """Differences of the cases and seeds that both have, cases in order."""
+def _paired(first: Mapping[str, Seeds], second: Mapping[str, Seeds]) -> dict[str, Seeds]:
+    """Differences of the cases and seeds that both labels have, in the order of the cases."""
     pairs: dict[str, Seeds] = {}
-    for case in sorted(ours.keys() & theirs.keys()):
-        shared = sorted(ours[case].keys() & theirs[case].keys())
+    for case in sorted(first.keys() & second.keys()):
+        shared = sorted(first[case].keys() & second[case].keys())
         if shared:
-            pairs[case] = {seed: ours[case][seed] - theirs[case][seed] for seed in shared}
+            pairs[case] = {seed: first[case][seed] - second[case][seed] for seed in shared}
     return pairs
 
 
 def _by_seed(parts: Iterable[Mapping[str, Seeds]]) -> dict[int, float]:
-    """Mean difference of each seed: over cases within a hospital, then over hospitals."""
+    """Mean difference by seed: over the cases of a hospital, then over hospitals."""
     means: dict[int, list[float]] = defaultdict(list)
     for part in parts:
         seeds: dict[int, list[Any]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""How the report writes numbers, intervals, sizes and times."""
+"""Formats numbers, intervals, sizes and durations."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ TITLES = {
 
 
 def show(value: float, decimals: int, *, sign: bool = False) -> str:
-    """Write a number with a real minus sign; a dash for one that is not known."""
+    """Format a number with a typographic minus sign; unknown numbers become a dash."""
     if not math.isfinite(value):
         return DASH
-    rounded = round(value, decimals) + 0.0  # no minus before a zero
+    rounded = round(value, decimals) + 0.0  # turns -0.0 into 0.0
     return f"{rounded:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
 
 
 def show_interval(interval: Interval, decimals: int, *, sign: bool = False) -> str:
-    """Write "low to high", or a dash when it is not known."""
+    """Format an interval as "low to high", or a dash if it is unknown."""
     if not math.isfinite(interval.low):
         return DASH
     return (
@@ -38,21 +38,23 @@ def show_interval(interval: Interval, decimals: int, *, sign: bool = False) -> s
 
 
 def show_p(p: float) -> str:
-    """Write a p value: two digits, "under 0.001" for the smallest, a dash for one that is not known."""
+    """Format a p value with two digits, "< 0.001" for smaller ones, or a dash if it is unknown."""
     if not math.isfinite(p):
         return DASH
-    return "<\u00a00.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+    if p < 0.001:
+        return "<\u00a00.001"
+    return f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
 
 
 def show_ends(interval: Interval, decimals: int) -> str:
-    """Write "low to high" with signs, and with more digits where an end would look like zero and is not."""
+    """Format an interval with signs, and one more digit if a nonzero end would look like zero."""
     ends = [interval.low, interval.high]
     hidden = [end for end in ends if end != 0 and abs(end) < 0.5 * 10**-decimals]
     return show_interval(interval, decimals + 1 if hidden else decimals, sign=True)
 
 
 def show_bytes(size: float) -> str:
-    """Write a number of bytes in the unit that suits it (1 kB = 1000 B)."""
+    """Format a number of bytes in a suitable unit (1 kB = 1000 B)."""
     if not math.isfinite(size):
         return DASH
     for unit in ("B", "kB", "MB"):
@@ -63,7 +65,7 @@ def show_bytes(size: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """Write a duration as a person would say it."""
+    """Format a duration in seconds, minutes or hours."""
     if not math.isfinite(seconds):
         return DASH
     if seconds < 60:

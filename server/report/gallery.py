@@ -1,6 +1,7 @@
-"""Figures of the page as files: one SVG and one PNG each, under names that say what they show.
+"""Writes the figures of the page as files: one SVG and one PNG each, with descriptive names.
 
-Those that begin with `overlays` show the hospitals' own images, as the page does; all others hold numbers only.
+Files whose name starts with `overlays` show the hospitals' own images; all others show only
+numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SECTIONS = {
     "training": "convergence",
     "shift": "shift",
     "tsne": "tsne",
-    "likeness": "likeness",
+    "similarity": "likeness",
     "sweeps": "sweep",
     "overlays": "overlays",
     "federation": "federation",
@@ -27,10 +28,10 @@ LONGEST = 80
 
 
 def gallery(content: Mapping[str, Any]) -> dict[str, Drawing]:
-    """Return every figure of the page by the name of its files, without their endings.
+    """Return every figure of the page by the name of its files, without the extension.
 
     Args:
-        content: What the page shows (`server.report.build.contents`).
+        content: Content of the page (`server.report.build.contents`).
     """
     files: dict[str, Drawing] = {}
     for section, name in SECTIONS.items():
@@ -40,32 +41,30 @@ def gallery(content: Mapping[str, Any]) -> dict[str, Drawing]:
 
 
 def write_gallery(folder: Path, figures: Mapping[str, Drawing], disk: Disk) -> None:
-    """Write each figure as SVG and PNG; one whose SVG is there to the letter has not changed and is left alone.
+    """Write each figure as SVG and PNG; a figure whose SVG is unchanged is skipped.
 
     Raises:
-        FedsgcgError: SRV-401 when the disk refuses.
+        FedsgcgError: SRV-401 when a file cannot be written.
     """
     for stem, drawing in figures.items():
         svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
         if png.is_file() and svg.is_file() and svg.read_bytes() == drawing.svg:
             continue
         disk.write(png, drawing.png())
-        disk.write(svg, drawing.svg)  # last: what is there to the letter has its PNG beside it
+        disk.write(svg, drawing.svg)  # written last: an unchanged SVG implies a complete pair
 
 
 def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]]:
-    """Every drawing below a part of the page, with the titles on the way to it."""
+    """Every drawing below a part of the page, with the titles that lead to it."""
     if isinstance(part, Mapping):
         own = [
             str(part[key])
             for key in ("kind", "name", "title")
             if isinstance(part.get(key), str) and part[key]
         ]
-        found = (
-            [part["detail"]]
-            if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str)
-            else []
-        )
+        found = []
+        if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str):
+            found = [part["detail"]]
         if isinstance(part.get("drawing"), Drawing):
             yield [*words, *own, *found], part["drawing"]
         for value in part.values():

@@ -1,7 +1,7 @@
-"""What is compared: labels such as "sgcg", "sgcg pooled" or "ram_sgcg weight=0.5", taken apart and put in order.
+"""Labels of what a study compares, such as "sgcg", "sgcg pooled" or "ram_sgcg weight=0.5".
 
-A study compares labels. Each is a training method in a federation, with swept settings where there are any. The files
-of a study say so in columns; older files have the label only, which is then read word by word.
+A label is a training method in a federation, possibly with swept settings. The files of a study
+have columns for these parts; older files have only the label, which is then parsed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Row = Mapping[str, Any]
 Swept = tuple[tuple[str, str], ...]  # swept settings as (name, value)
 
 TRAINS = ("source", "ram", "sgcg", "ram_sgcg")
-"""Training methods in the order of the ablation: nothing, one part, the other, both."""
+"""Training methods in the order of the ablation: neither part, one, the other, both."""
 FEDERATIONS = ("by_site", "pooled", "local")
-FEDERATION_WORDS = {
+FEDERATION_TITLES = {
     "by_site": "federated: every hospital trains on its own images",
-    "pooled": "pooled: one place has the images of all training hospitals",
+    "pooled": "pooled: the images of all training hospitals are in one place",
     "local": "local: one hospital trains alone (mean over the hospitals)",
 }
-MOST_COLOURS = 6  # labels that one figure can tell apart
+MOST_COLOURS = 6  # labels that can be distinguished in one figure
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ class Label:
 
 
 def read_label(row: Row) -> Label:
-    """Take a label apart by the columns of its row, or by its own words where a column is absent.
+    """Parse a label from the columns of its row, or from its name if a column is absent.
 
     Args:
         row: Has `method`; may have `trains`, `federation` and `setting`.
     """
     name = str(row["method"])
     words = name.split()
-    spoken = [word for word in words if word in FEDERATIONS]
-    federation = str(row.get("federation") or (spoken[0] if spoken else "by_site"))
+    federations = [word for word in words if word in FEDERATIONS] or ["by_site"]
+    federation = str(row.get("federation") or federations[0])
     stated = row.get("setting")
     parts = str(stated).split() if stated is not None else words
     setting = tuple(
@@ -69,7 +69,10 @@ def read_label(row: Row) -> Label:
 
 
 def labels_of(rows: Iterable[Row]) -> dict[str, Label]:
-    """Return every label of the rows by its name, in the order of the report; the first row of a label tells it."""
+    """Return the labels of the rows by name, in the order of the report.
+
+    A label is parsed from its first row.
+    """
     found: dict[str, Label] = {}
     for row in rows:
         if str(row["method"]) not in found:
@@ -78,12 +81,12 @@ def labels_of(rows: Iterable[Row]) -> dict[str, Label]:
 
 
 def folder_of(label: str) -> str:
-    """Return the name of a label's folder in a study: commas for blanks, nothing that a path cannot hold."""
+    """Return the name of a label's folder in a study: commas for spaces, hyphens for slashes."""
     return label.replace(" ", ",").replace("/", "-")
 
 
 def label_order(name: str) -> tuple[Any, ...]:
-    """Sort key of a label: method (as in the ablation), federation, then settings, numbers by size."""
+    """Sort key of a label: method (in the order of the ablation), federation, settings."""
     label = read_label({"method": name})
     method = TRAINS.index(label.trains) if label.trains in TRAINS else len(TRAINS)
     place = (
@@ -93,13 +96,13 @@ def label_order(name: str) -> tuple[Any, ...]:
 
 
 def value_order(text: str) -> tuple[float, str]:
-    """Sort key of a setting's value: numbers by size, then words."""
+    """Sort key of a setting's value: numbers in ascending order, then text."""
     number = numeric(text)
     return (math.inf, text) if math.isnan(number) else (number, "")
 
 
 def numeric(text: str) -> float:
-    """Return a setting's value as a number; NaN for a word."""
+    """Return a setting's value as a number; NaN for text."""
     try:
         number = float(text)
     except ValueError:
@@ -116,9 +119,9 @@ class Group:
     """Labels that one figure shows together.
 
     Attributes:
-        title: What they share, "" when there is only one group.
-        labels: The labels, in order, at most as many as there are colours.
-        left_out: Labels of the group that no figure shows.
+        title: What they have in common, "" if there is only one group.
+        labels: The labels, in order, at most `MOST_COLOURS`.
+        left_out: Number of labels of the group that no figure shows.
     """
 
     title: str
@@ -127,12 +130,12 @@ class Group:
 
 
 def main_labels(labels: Mapping[str, Label]) -> list[Label]:
-    """Labels without a swept setting; all of them where every label has one."""
+    """Labels without a swept setting, or all labels if every one has one."""
     return [label for label in labels.values() if label.plain] or list(labels.values())
 
 
 def figure_groups(labels: Mapping[str, Label]) -> list[Group]:
-    """Put the main labels into groups that share a figure, one a federation."""
+    """Group the main labels by federation; a group shares a figure."""
     by_federation: dict[str, list[str]] = {}
     for label in main_labels(labels):
         by_federation.setdefault(label.federation, []).append(label.name)
@@ -141,7 +144,7 @@ def figure_groups(labels: Mapping[str, Label]) -> list[Group]:
     )
     return [
         Group(
-            FEDERATION_WORDS.get(name, name) if len(order) > 1 else "",
+            FEDERATION_TITLES.get(name, name) if len(order) > 1 else "",
             tuple(by_federation[name][:MOST_COLOURS]),
             max(0, len(by_federation[name]) - MOST_COLOURS),
         )
@@ -150,7 +153,11 @@ def figure_groups(labels: Mapping[str, Label]) -> list[Group]:
 
 
 def label_colours(labels: Mapping[str, Label]) -> dict[str, int]:
-    """Colour of every label: its training method's, or its own where labels of a method share a figure."""
+    """Colour index of every label.
+
+    Labels have the colour of their training method, or their own if labels of one method share a
+    figure.
+    """
     methods = list(dict.fromkeys(label.trains for label in labels.values()))
     colours = {name: methods.index(label.trains) for name, label in labels.items()}
     for group in figure_groups(labels):
@@ -160,10 +167,11 @@ def label_colours(labels: Mapping[str, Label]) -> dict[str, int]:
 
 
 def main_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
-    """Return (label, reference) of the comparisons that the study is about, within one federation.
+    """Return (label, reference) of the study's main comparisons, within one federation.
 
-    Each part is compared with the same training without it: RAM with source, SgCG with source, both with each one and
-    with source. Another method is compared with source, or with the first label where there is no source.
+    Each part is compared with the same training without it: RAM with source, SgCG with source, both
+    together with each one and with source. Other methods are compared with source, or with the
+    first label if there is no source.
     """
     pairs: list[tuple[str, str]] = []
     for group in figure_groups(labels):

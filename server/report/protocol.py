@@ -1,4 +1,4 @@
-"""The report's box on the protocol, as plain text; the page escapes it."""
+"""The report's protocol box, as plain text; the page escapes it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from server.report.tables import methods_of
 
 
 def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
-    """Return the protocol as (topic, lines): who trained, who judged, by which rules, on what machine."""
-    words = _protocols(study)
+    """Return the protocol as (topic, lines)."""
+    protocols = _protocols(study)
     tree = next(iter(study.settings.values()), {})
+    split_batches = cut_steps(study.rounds)
     topics = [
         ("Who was held out", _folds(study)),
         ("Cases", case_lines([cell.outcome for cell in study.cells])),
-        ("Images", _all_of(words, "images")),
-        ("Splits", _all_of(words, "splits")),
-        ("Choice of the model", _selection(words)),
+        ("Images", _all_of(protocols, "images")),
+        ("Splits", _all_of(protocols, "splits")),
+        ("Choice of the model", _selection(protocols)),
         ("Choice of settings", _settings_choice(study)),
         ("Training", _training(study)),
-        ("Memory", [text] if (text := cut_steps(study.rounds)) else []),
-        ("Evaluation", _all_of(words, "evaluated")),
-        ("Decision", _all_of(words, "decision")),
-        ("Post-processing", _post_processing(words)),
+        ("Memory", [split_batches] if split_batches else []),
+        ("Evaluation", _all_of(protocols, "evaluated")),
+        ("Decision", _all_of(protocols, "decision")),
+        ("Post-processing", _post_processing(protocols)),
         ("Structures", _structures(tree)),
-        ("Metrics", _metrics(words)),
-        ("Unit of distance", _all_of(words, "distance_unit")),
+        ("Metrics", _metrics(protocols)),
+        ("Unit of distance", _all_of(protocols, "distance_unit")),
         ("Machine", _machine(study)),
     ]
     return [(topic, lines) for topic, lines in topics if lines]
@@ -43,14 +44,14 @@ def _protocols(study: StudyFiles) -> list[Mapping[str, Any]]:
 
 
 def _all_of(protocols: Iterable[Mapping[str, Any]], name: str) -> list[str]:
-    """Every different statement of the cells about `name`, in order."""
+    """The distinct values of `name` over the cells, in order."""
     return list(
         dict.fromkeys(str(entry[name]) for entry in protocols if entry.get(name) not in (None, ""))
     )
 
 
 def _post_processing(protocols: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What is done to the mask of each structure; structures that are treated alike share a line."""
+    """Post-processing of each structure's mask; structures with the same steps share a line."""
     steps: dict[str, dict[str, None]] = {}
     for entry in protocols:
         stated = entry.get("post_processing")
@@ -62,11 +63,10 @@ def _post_processing(protocols: Iterable[Mapping[str, Any]]) -> list[str]:
 def _folds(study: StudyFiles) -> list[str]:
     together = [cell.model.get("protocol") for cell in study.cells if not cell.trained_on]
     entries = [entry for entry in together if isinstance(entry, dict)]
-    entries.sort(
-        key=lambda entry: len(entry.get("trained", []))
-    )  # who shared a place stands there as one
+    # A pooled run lists one trained site, so entries with more sites come last and take precedence.
+    entries.sort(key=lambda entry: len(entry.get("trained", [])))
     trained = {
-        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "nobody"
+        str(entry.get("heldout", "")): join_words(entry.get("trained", [])) or "no hospital"
         for entry in entries
     }
     alone: dict[str, set[str]] = {}
@@ -74,23 +74,19 @@ def _folds(study: StudyFiles) -> list[str]:
         if cell.trained_on and cell.model:
             alone.setdefault(cell.heldout, set()).add(cell.trained_on)
     for heldout, names in alone.items():
-        trained.setdefault(
-            heldout, f"{join_words(sorted(names))}{', each' if len(names) > 1 else ''} alone"
-        )
+        each = ", each alone" if len(names) > 1 else " alone"
+        trained.setdefault(heldout, join_words(sorted(names)) + each)
     lines = []
     for heldout in sorted({cell.heldout for cell in study.cells}):
         who = f"{heldout} held out" if heldout else "no hospital held out"
-        lines.append(
-            f"{who}: {trained[heldout]} trained"
-            if heldout in trained
-            else f"{who}: not run to its end"
-        )
+        outcome = f"{trained[heldout]} trained" if heldout in trained else "not completed"
+        lines.append(f"{who}: {outcome}")
     observers = sorted(
         {str(name) for entry in _protocols(study) for name in entry.get("observers", [])}
     )
-    return lines + (
-        [f"only evaluated, never trained: {join_words(observers)}"] if observers else []
-    )
+    if observers:
+        lines.append(f"only evaluated, never trained: {join_words(observers)}")
+    return lines
 
 
 def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,28 +97,29 @@ def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:
             if isinstance(entry.get("selected_round"), int)
         }
     )
-    words = [
-        f"{text}; the held-out hospital never chooses a model"
+    lines = [
+        f"{text}; the held-out hospital is never used to choose a model"
         for text in _all_of(protocols, "selection")
     ]
-    few = f"round{'' if len(rounds) == 1 else 's'} {join_words(rounds)}"
-    span = few if len(rounds) <= 3 else f"rounds {rounds[0]} to {rounds[-1]}"
-    return words + ([f"evaluated: the model of {span}"] if rounds and words else [])
+    span = f"round{'' if len(rounds) == 1 else 's'} {join_words(rounds)}"
+    if len(rounds) > 3:
+        span = f"rounds {rounds[0]} to {rounds[-1]}"
+    return [*lines, f"evaluated: the model of {span}"] if rounds and lines else lines
 
 
 def _selection_of(study: StudyFiles) -> Mapping[str, Any]:
-    """What `study.yaml` records of how settings were chosen: `words`, and what each fold chose (`chosen`)."""
+    """How settings were chosen, from `study.yaml`: a text (`words`) and each fold's choice."""
     found = study.tree.get("selection")
     return found if isinstance(found, Mapping) else {}
 
 
 def chosen_within_folds(study: StudyFiles) -> bool:
-    """Whether each fold chose its settings by its own source hospitals (nested selection, `select` of a study)."""
+    """Whether each fold chose its settings by its own source hospitals (`select` of a study)."""
     return bool(_selection_of(study).get("chosen"))
 
 
 def _settings_choice(study: StudyFiles) -> list[str]:
-    """Whose patients had a say in the settings of runs that hold a hospital out, and what each fold chose."""
+    """Whose patients influenced the settings of runs with a held-out hospital, and each choice."""
     if not any(cell.heldout for cell in study.cells):
         return []
     selection = _selection_of(study)
@@ -131,20 +128,22 @@ def _settings_choice(study: StudyFiles) -> list[str]:
         scores = ", ".join(
             f"{name} {show(float(score), 3)}" for name, score in entry["scores"].items()
         )
-        fold = f"{entry['heldout'] or 'nobody'} held out, seed {entry['seed']}"
+        fold = f"{entry['heldout'] or 'no hospital'} held out, seed {entry['seed']}"
         lines.append(
-            f"{entry['method']}, {fold}: {entry['settings']} (mean Dice at the sources left out: {scores})"
+            f"{entry['method']}, {fold}: {entry['settings']} (mean Dice at the left-out source "
+            f"hospitals: {scores})"
         )
-    if not selection:  # a study from before this was recorded
+    if not selection:  # an older study, which does not record the selection
         lines.append(
-            "the same in every fold; a setting that was chosen with validation cases of these hospitals (as the "
-            "shipped weight and temperature of SgCG were) was chosen with patients of hospitals that are held out here"
+            "the same in every fold; a setting chosen with validation cases of these hospitals "
+            "(such as the default weight and temperature of SgCG) was chosen with patients of "
+            "hospitals that are held out here"
         )
     return lines
 
 
 def _mixing(study: StudyFiles) -> list[str]:
-    """How amplitude mixing differs from the published method, where hospitals keep their images to themselves."""
+    """How amplitude mixing without shared amplitudes differs from the published method."""
     alone = [
         label
         for label, tree in study.settings.items()
@@ -155,25 +154,23 @@ def _mixing(study: StudyFiles) -> list[str]:
     if not alone:
         return []
     return [
-        f"{join_words(alone)}: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the "
-        "published method mixes across domains"
+        f"{join_words(alone)}: an image is mixed only with images of the same hospital "
+        "(method.ram.sharing=local); the published method mixes across domains"
     ]
 
 
 def _training(study: StudyFiles) -> list[str]:
-    def either(section: str, *names: str, say: Callable[..., str] = str) -> str:
-        """What the methods' settings say, each different word once: "6 or 24"."""
+    def either(section: str, *names: str, text_of: Callable[..., str] = str) -> str:
+        """The distinct values of settings over the methods, e.g. "6 or 24"."""
         parts = [_part(tree, section) for tree in study.settings.values()]
         return " or ".join(
-            dict.fromkeys(say(*(part.get(name) for name in names)) for part in parts if part)
+            dict.fromkeys(text_of(*(part.get(name) for name in names)) for part in parts if part)
         )
 
     def amount(steps: int | None, epochs: int | None) -> str:
-        return (
-            count_of(steps, "step")
-            if steps
-            else count_of(1 if epochs is None else epochs, "local epoch")
-        )
+        if steps:
+            return count_of(steps, "step")
+        return count_of(1 if epochs is None else epochs, "local epoch")
 
     seeds = sorted({cell.seed for cell in study.cells})
     lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
@@ -183,9 +180,9 @@ def _training(study: StudyFiles) -> list[str]:
     if name := either("network", "name"):
         width, norm = either("network", "base_width"), either("network", "norm")
         lines.append(f"{name}, base width {width}, {norm} normalisation")
-    if length := either("method", "steps_per_round", "local_epochs", say=amount):
+    if length := either("method", "steps_per_round", "local_epochs", text_of=amount):
         batch, rate = either("method", "batch_size"), either("method", "learning_rate")
-        lines.append(f"{length} a round, batch {batch}, learning rate {rate}")
+        lines.append(f"{length} per round, batch size {batch}, learning rate {rate}")
     return lines + _mixing(study)
 
 

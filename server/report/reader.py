@@ -1,6 +1,7 @@
-"""Reads the files of a study folder with suspicion, and collects what could not be read.
+"""Reads the files of a study folder and collects those that are damaged.
 
-Pictures, sampled features and ledgers lie at the sites; they are read only where the site's folder is on this machine.
+Pictures, sampled features and ledgers are stored at the sites; they are read only if the site's
+folder is on this machine.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Picture:
 
 
 class Reader:
-    """Reads files and collects what could not be read."""
+    """Reads files and collects the problems of damaged ones (`problems`)."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -90,7 +91,7 @@ class Reader:
         return list(table.to_pylist())
 
     def lines(self, path: Path) -> list[Tree]:
-        """Return the JSON objects of a file with one a line; a torn line (killed writer) is skipped."""
+        """Return the JSON objects of a file, one per line; incomplete lines are skipped."""
         try:
             text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         except OSError:
@@ -99,7 +100,7 @@ class Reader:
         return list(_objects(text))
 
     def pictures(self, path: Path) -> list[Picture]:
-        """Return the pictures that a site kept, [] if they are not on this machine."""
+        """Return the pictures stored by a site, [] if they are not on this machine."""
         if not path.is_file():
             return []
         try:
@@ -112,7 +113,7 @@ class Reader:
             return []
 
     def features(self, path: Path) -> FeatureSamples | None:
-        """Return the pixel features that a site kept, None if they are not on this machine."""
+        """Return the pixel features stored by a site, None if they are not on this machine."""
         if not path.is_file():
             return None
         try:
@@ -138,7 +139,7 @@ class Reader:
         problem = Problem(
             "SRV-402",
             found=found,
-            action="run the study again: it makes what is missing",
+            action="run the study again: it recreates what is missing",
             where=where,
         )
         if problem not in self.problems:

@@ -1,4 +1,4 @@
-"""What happened round by round: curves from `rounds.parquet`, and what left each hospital from the sites' ledgers."""
+"""Curves by round from `rounds.parquet`, and the data sent by each site from its ledger."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from server.report.study_files import Cell
 from server.report.tables import Row
 
 Floats = npt.NDArray[np.float64]
-RECEIVED = (
-    "validation_dice",
-)  # measured on the model a site received, which is the outcome of the round before
+RECEIVED = ("validation_dice",)
+"""Metrics measured on the model that a site received, which is the result of the previous round."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure of every round: mean over seeds, and the lowest and highest seed.
+    """A metric by round: mean over seeds, and the lowest and highest seed.
 
     Attributes:
         rounds: (T,) round numbers.
@@ -41,9 +40,10 @@ class Curve:
 
 
 def curves(rows: Iterable[Row], metric: str) -> dict[tuple[str, str, str], Curve]:
-    """Return (heldout, method, class) -> curve of a metric; class is "" for figures that have none.
+    """Return (heldout, method, class) -> curve of a metric; class is "" for metrics without one.
 
-    Sites count the same within a round and seed; a row for all sites (`site` empty) is used where no site has one.
+    Sites have the same weight within a round and seed; a row for all sites (`site` empty) is used
+    where no site has a row.
     """
     found: dict[tuple[str, str, str], dict[int, dict[int, dict[bool, list[float]]]]] = {}
     shift = 1 if metric in RECEIVED else 0
@@ -78,10 +78,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def cut_steps(rows: Iterable[Row]) -> str:
-    """Say which hospitals took their training steps in parts because the memory did not hold them whole; "" for none.
+    """Describe the hospitals that split their batches because of memory; "" if none did.
 
     Args:
-        rows: Rows of `rounds.parquet`; `micro_batches` is the number of parts of a step.
+        rows: Rows of `rounds.parquet`; `micro_batches` is the number of parts of a batch.
     """
     parts: dict[str, set[int]] = defaultdict(set)
     for row in rows:
@@ -89,25 +89,25 @@ def cut_steps(rows: Iterable[Row]) -> str:
             parts[str(row["site"])].add(int(row["value"]))
     if not parts:
         return ""
-    told = [
-        f"{site} in {' or '.join(map(str, sorted(numbers)))}"
+    found = [
+        f"{site} into {' or '.join(map(str, sorted(numbers)))} parts"
         for site, numbers in sorted(parts.items())
     ]
     return (
-        f"parts of a training step that the memory did not hold whole: {', '.join(told)}. The effective batch is the "
-        "same; BatchNorm and the Dice term see the parts"
+        f"batches that did not fit into memory were split: {', '.join(found)}. The effective batch "
+        "size is the same; BatchNorm and the Dice term are computed on the parts"
     )
 
 
 def steps_by_federation(rows: Iterable[Row], federations: Mapping[str, str]) -> dict[str, str]:
-    """Return how many training steps a hospital, or the pooled place, took one after the other in a round.
+    """Return how many consecutive training steps a hospital, or the pooled data, took per round.
 
     Args:
         rows: Rows of `rounds.parquet`.
         federations: Federation of each label to count.
 
     Returns:
-        "21 to 36" by federation, the fewest and the most; nothing where every federation took the same.
+        "21 to 36" by federation, the fewest and the most; {} if all federations took the same.
     """
     taken: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -117,24 +117,24 @@ def steps_by_federation(rows: Iterable[Row], federations: Mapping[str, str]) -> 
     if len(set(ends.values())) < 2:
         return {}
     return {
-        name: f"{low:.0f}" + (f" to {high:.0f}" if high > low else "")
+        name: f"{low:.0f} to {high:.0f}" if high > low else f"{low:.0f}"
         for name, (low, high) in ends.items()
     }
 
 
 @dataclass
 class Departures:
-    """What left one hospital with one method, over all cells in which it took part.
+    """The data sent by one hospital with one method, over all its cells.
 
     Attributes:
         method: Method.
         site: Hospital.
         messages: Number of messages.
-        rounds: Rounds of training it answered, over all cells.
+        rounds: Training rounds that it answered, over all cells.
         parts: Bytes by part of the message, over all messages.
         total: Bytes of all messages.
-        withheld: Classes that the floors kept back at least once.
-        source: `ledger` (the hospital's own book) or `coordinator` (what arrived).
+        withheld: Classes withheld by the privacy floors at least once.
+        source: `ledger` (the hospital's own record) or `coordinator` (the bytes received).
     """
 
     method: str
@@ -147,12 +147,16 @@ class Departures:
     source: str = "ledger"
 
     def per_round(self, part: str) -> float:
-        """Bytes of a part in a round of training; NaN when the hospital trained in none."""
+        """Bytes of a part per training round; NaN if the hospital trained in none."""
         return self.parts.get(part, 0) / self.rounds if self.rounds else float("nan")
 
 
 def departures(cells: Sequence[Cell], rounds: Iterable[Row], reader: Reader) -> list[Departures]:
-    """Sum up what left each hospital: from its ledger where that is on this machine, else from what arrived."""
+    """Sum the data sent by each hospital.
+
+    The numbers come from the hospitals' ledgers if these are on this machine, else from the bytes
+    that the coordinator received.
+    """
     found: dict[tuple[str, str], Departures] = {}
     for cell in cells:
         for path in sorted(cell.folder.glob("sites/*/ledger.jsonl")):

@@ -1,10 +1,11 @@
-"""Tests of paired differences: exact sign flips of whole trainings, and Holm's correction for many tests.
+"""Tests of paired differences: exact sign flips over trainings, with Holm's correction.
 
-All cases that one pair of trained models judged share these models, so they are no independent evidence on the methods:
-whichever model came out better by chance is better at most of them. The unit is therefore the training (one held-out
-hospital and seed). Were the two methods alike, their names could be exchanged at any training: its difference would
-change its sign and be as likely. The p value is the share of all choices of signs with a sum at least as far from zero
-(Fisher 1935). No normal values are assumed. With n units it cannot fall below 2^(1-n): 0.125 for four.
+All cases evaluated with one pair of trained models share these models, so they are not independent
+evidence on the methods: the model that is better by chance is better on most of them. The unit is
+therefore the training (one held-out hospital and seed). If the two methods were equal, their names
+could be exchanged in any training, and a difference with the opposite sign would be equally likely.
+The p value is the share of all sign assignments whose sum is at least as far from zero (Fisher
+1935). No normal distribution is assumed. With n units p cannot be below 2^(1-n): 0.125 for four.
 
 Legend: n units, m tests of one family.
 """
@@ -20,10 +21,12 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-EXACT_UP_TO = 16  # units, 65,536 choices of signs; above, as many are drawn
+EXACT_UP_TO = 16
+"""Most units for the exact test with all 65,536 sign assignments; above, as many are drawn."""
 ALPHA = 0.05
-_DECIMALS = 12  # 0.3 - 0.2 and 0.2 - 0.1 are the same difference; rounding of binary fractions must not break the tie
-_DRAWS = 2**EXACT_UP_TO
+_DECIMALS = 12
+"""Values are rounded so that equal differences such as 0.3 - 0.2 and 0.2 - 0.1 stay tied."""
+_DRAWS: int = 2**EXACT_UP_TO
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class SignFlips:
 
     Attributes:
         statistic: Sum of the units' values.
-        p: Two-sided p value; NaN without a unit, 1 when every value is zero.
-        units: Units n, zeros included.
+        p: Two-sided p value; NaN without a unit, 1 if every value is zero.
+        units: Number of units n, including zeros.
         zeros: Units without a difference.
     """
 
@@ -44,25 +47,23 @@ class SignFlips:
 
     @property
     def exact(self) -> bool:
-        """Whether all choices of signs were looked at."""
+        """Whether all sign assignments were enumerated."""
         return self.units - self.zeros <= EXACT_UP_TO
 
     @property
     def smallest_p(self) -> float:
-        """Smallest p that so many units could give at all: every sign the same (4 units cannot go below 0.125)."""
-        return (
-            min(1.0, max(2.0 ** (1 - (self.units - self.zeros)), 1 / _DRAWS))
-            if self.units
-            else math.nan
-        )
+        """Smallest p possible with this number of units, e.g. 0.125 with four."""
+        if not self.units:
+            return math.nan
+        return min(1.0, max(2.0 ** (1 - (self.units - self.zeros)), 1 / _DRAWS))
 
 
 def sign_flips(values: npt.ArrayLike) -> SignFlips:
-    """Test whether values are as likely with the other sign, two-sided.
+    """Test whether values are equally likely with the opposite sign, two-sided.
 
     Args:
-        values: (n,) what each unit adds to the statistic: a training's difference times its weight in the mean. Values
-            that are not finite are left out.
+        values: (n,) contribution of each unit to the statistic: a training's difference times its
+            weight in the mean. Values that are not finite are ignored.
     """
     found = np.asarray(values, dtype=np.float64).reshape(-1)
     found = np.round(found[np.isfinite(found)], _DECIMALS)
@@ -76,7 +77,7 @@ def sign_flips(values: npt.ArrayLike) -> SignFlips:
 
 
 def _all_sums(values: Floats) -> Floats:
-    """Sums (2^n,) over all choices of signs."""
+    """Sums (2^n,) over all sign assignments."""
     sums = np.zeros(1)
     for value in values:
         sums = np.concatenate([sums + value, sums - value])
@@ -84,8 +85,9 @@ def _all_sums(values: Floats) -> Floats:
 
 
 def _drawn_sums(values: Floats) -> Floats:
-    """Sums over signs drawn at random, the observed choice among them, which keeps the test valid."""
-    rng, sums = np.random.default_rng(0), np.zeros(_DRAWS)
+    """Sums over random signs; including the observed assignment keeps the test valid."""
+    rng = np.random.default_rng(0)
+    sums = np.zeros(_DRAWS)
     for value in values:
         signs = rng.integers(0, 2, _DRAWS, dtype=np.int8)
         signs[0] = 1
@@ -96,10 +98,11 @@ def _drawn_sums(values: Floats) -> Floats:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p values corrected for their number (Holm 1979), in the given order.
 
-    The chance of one or more false claims in the family stays below the level, whatever the dependence between tests.
+    The probability of one or more false claims in the family stays below the level for any
+    dependence between the tests.
 
     Args:
-        p_values: One a test; NaN (no test possible) stays NaN and does not count.
+        p_values: One per test; NaN (no test possible) stays NaN and does not count.
     """
     corrected = [math.nan] * len(p_values)
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))

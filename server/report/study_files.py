@@ -1,7 +1,8 @@
-"""What a study folder holds, read with suspicion: a report must come out of a partial, degraded or failed study too.
+"""Reads a study folder: a partial, degraded or failed study gives a report too.
 
-A file that is absent leaves a gap that the page names; a file that cannot be read becomes a problem in the banner.
-Pictures and ledgers lie at the sites; they are read only where the site's folder is on this machine.
+A missing file leaves a marked gap in the page; an unreadable file becomes a problem in the banner.
+Pictures and ledgers are stored at the sites; they are read only if the site's folder is on this
+machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from server.report.tables import Row, methods_of
 Key = tuple[str, str, int, str]  # label, held-out hospital, seed, the one hospital that trained
 ALL_SITES = "all-sites"
 DONE = ("completed", "degraded")
-REASONS = 3  # problems of a run that the banner spells out
+REASONS = 3  # most problems of a run that the banner lists
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,16 @@ class Cell:
     """One federation of the study.
 
     Attributes:
-        method: Label of what is compared.
+        method: Its label.
         heldout: Held-out hospital, "" for none.
         seed: Seed.
-        folder: Where it lies, or would lie.
+        folder: Its folder, which need not exist.
         status: completed, degraded, failed, interrupted (started, never ended) or missing.
-        reason: Why it is not completed, in words; "" if unknown.
-        model: What `model.json` says, {} if absent.
-        outcome: What `outcome.json` says, {} if absent.
+        reason: Why it is not completed, as text; "" if unknown.
+        model: Content of `model.json`, {} if absent.
+        outcome: Content of `outcome.json`, {} if absent.
         seconds: Wall-clock time, NaN if unknown.
-        trained_on: The one hospital that trained, "" when all did.
+        trained_on: The only hospital that trained, "" if all did.
     """
 
     method: str
@@ -54,12 +55,12 @@ class Cell:
 
     @property
     def key(self) -> Key:
-        """Label, held-out hospital, seed, the one hospital that trained."""
+        """Label, held-out hospital, seed, and the only hospital that trained."""
         return self.method, self.heldout, self.seed, self.trained_on
 
     @property
     def label(self) -> str:
-        """Label, held-out hospital and seed for a reader."""
+        """Label, held-out hospital and seed as text."""
         alone = f" · {self.trained_on} alone" if self.trained_on else ""
         return f"{self.method} · {self.heldout or 'no hospital'} held out · seed {self.seed}{alone}"
 
@@ -70,11 +71,11 @@ class StudyFiles:
 
     Attributes:
         folder: The study folder, or the folder of a single run.
-        tree: What `study.yaml` says, {} if absent.
-        cells: Every cell that was asked for or found, in order.
+        tree: Content of `study.yaml`, {} if absent.
+        cells: Every cell that was planned or found, in order.
         results: Rows of `results.parquet`.
         rounds: Rows of `rounds.parquet`.
-        problems: Files that could not be read.
+        problems: Problems of unreadable files.
     """
 
     folder: Path
@@ -88,22 +89,20 @@ class StudyFiles:
     def settings(self) -> dict[str, Tree]:
         """Resolved settings by label."""
         found = self.tree.get("settings", {})
-        return (
-            {str(name): tree for name, tree in found.items() if isinstance(tree, dict)}
-            if isinstance(found, dict)
-            else {}
-        )
+        if not isinstance(found, dict):
+            return {}
+        return {str(name): tree for name, tree in found.items() if isinstance(tree, dict)}
 
     @property
     def labels(self) -> dict[str, Label]:
-        """What is compared, by label, in order; told by the tables where they have the columns."""
-        told = {str(row["method"]): row for rows in (self.rounds, self.results) for row in rows}
+        """Parsed labels by name, in order, from the columns of the tables if they have them."""
+        rows = {str(row["method"]): row for table in (self.rounds, self.results) for row in table}
         return labels_of(
-            told.get(cell.method) or self._settings_row(cell.method) for cell in self.cells
+            rows.get(cell.method) or self._settings_row(cell.method) for cell in self.cells
         )
 
     def _settings_row(self, label: str) -> Row:
-        """What the settings say about a label without any row."""
+        """Columns of a label without any row, from its settings."""
         tree = self.settings.get(label, {})
         parts = {name: tree.get(name) for name in ("method", "federation")}
         trains, federation = (part if isinstance(part, dict) else {} for part in parts.values())
@@ -116,7 +115,7 @@ class StudyFiles:
 
     @property
     def status(self) -> str:
-        """One word for all cells: completed, degraded, incomplete or failed."""
+        """Status of the study: completed, degraded, incomplete or failed."""
         states = {cell.status for cell in self.cells}
         if not states or states.isdisjoint(DONE):
             return "failed" if "failed" in states else "incomplete"
@@ -145,10 +144,10 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
     """Read a study folder or the folder of a single run.
 
     Returns:
-        The study, and the reader for what lies at the sites.
+        The study, and the reader for the files of the sites.
 
     Raises:
-        FedsgcgError: SRV-402 when the folder holds neither a study nor a run.
+        FedsgcgError: SRV-402 when the folder contains neither a study nor a run.
     """
     reader = Reader(folder)
     tree = reader.tree(folder / "study.yaml")
@@ -164,7 +163,7 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
             "SRV-402",
             found="no study.yaml and no run",
             expected="the folder of a study or of a run",
-            action="give the folder that `fedsgcg study` or `fedsgcg simulate` printed",
+            action="pass the folder printed by `fedsgcg study` or `fedsgcg simulate`",
             where=str(folder),
         )
     keyed = dict.fromkeys(wanted, None) | found
@@ -192,14 +191,10 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
 
 
 def cell_folder(study: Path, key: Key) -> Path:
-    """Return where a cell of a study lies."""
+    """Return the folder of a cell of a study."""
     method, heldout, seed, trained_on = key
-    return (
-        study
-        / folder_of(method)
-        / (heldout or ALL_SITES)
-        / (f"{seed}-{trained_on}" if trained_on else str(seed))
-    )
+    name = f"{seed}-{trained_on}" if trained_on else str(seed)
+    return study / folder_of(method) / (heldout or ALL_SITES) / name
 
 
 def reason_of(code: str) -> str:
@@ -208,7 +203,7 @@ def reason_of(code: str) -> str:
 
 
 def _cell_folders(folder: Path) -> Iterator[Path]:
-    """Folders that hold a cell: the folder itself for a single run, else <method>/<fold>/<seed>."""
+    """Folders of cells: the folder itself for a single run, else <method>/<fold>/<seed>."""
     marks = ("model.json", "events.jsonl", "results.parquet", "journal")
     if not (folder / "study.yaml").is_file() and any(
         (folder / mark).exists() for mark in ("model.json", "journal")
@@ -221,10 +216,17 @@ def _cell_folders(folder: Path) -> Iterator[Path]:
 
 
 def _key_of(path: Path, folder: Path, names: Mapping[str, str]) -> Key:
-    """What a cell's folder says that it is; `names` are the labels of the study by the name of their folder."""
+    """Return the key of the cell in a folder.
+
+    Args:
+        path: Folder of the cell.
+        folder: Folder of the study; the same for a single run.
+        names: Labels of the study by the name of their folder.
+    """
     if path == folder:
         reader = Reader(folder)
-        model, events = reader.tree(path / "model.json"), reader.lines(path / "events.jsonl")
+        model = reader.tree(path / "model.json")
+        events = reader.lines(path / "events.jsonl")
         rows = reader.rows(path / "results.parquet", RESULT_COLUMNS)
         for entry in (*rows[:1], *events[:1], model):
             if {"method", "heldout", "seed"} <= set(entry) and isinstance(entry["method"], str):
@@ -251,34 +253,31 @@ def _key(entry: Mapping[str, Any]) -> Key:
 
 
 def _wanted(tree: Tree) -> list[Key]:
-    """Cells that were asked for: every label with every fold and seed, and every training hospital where one trains."""
+    """Planned cells: every label with every fold and seed.
+
+    A label whose hospitals train alone has one cell per training hospital.
+    """
     axes = [tree.get(name, []) for name in ("methods", "heldout", "seeds")]
     if not all(isinstance(axis, list) for axis in axes):
         return []
     sites = _training_sites(tree)
-    return [
-        (str(method), str(heldout), int(seed), trained)
-        for method, heldout, seed in product(*axes)
-        for trained in (
-            _alone(sites, str(heldout))
-            if read_label({"method": method}).federation == "local"
-            else [""]
-        )
-    ]
-
-
-def _alone(sites: Sequence[str], heldout: str) -> list[str]:
-    return [site for site in sites if site != heldout]
+    keys: list[Key] = []
+    for method, heldout, seed in product(*axes):
+        trained_on = [""]
+        if read_label({"method": method}).federation == "local":
+            trained_on = [site for site in sites if site != str(heldout)]
+        keys += [(str(method), str(heldout), int(seed), site) for site in trained_on]
+    return keys
 
 
 def _training_sites(tree: Tree) -> list[str]:
-    """Every site that any label's settings name, less observers: a label of hospitals that train alone names few."""
+    """Sites in the settings of any label, without observers.
+
+    The settings of a label whose hospitals train alone do not list all sites.
+    """
     settings = tree.get("settings")
-    trees = (
-        [entry for entry in settings.values() if isinstance(entry, dict)]
-        if isinstance(settings, dict)
-        else []
-    )
+    entries = settings.values() if isinstance(settings, dict) else []
+    trees = [entry for entry in entries if isinstance(entry, dict)]
     named = [
         tree.get("sites"),
         *(part.get("sites") for part in (t.get("data") for t in trees) if isinstance(part, dict)),
@@ -292,7 +291,7 @@ def _training_sites(tree: Tree) -> list[str]:
 def _all_rows(
     reader: Reader, folder: Path, found: Mapping[Key, Path], name: str, columns: Sequence[str]
 ) -> list[Row]:
-    """Rows of the study's file, and of the cells that it does not hold yet (a study that was stopped)."""
+    """Rows of the study's file and of cells missing from it (an interrupted study)."""
     rows = reader.rows(folder / name, columns)
     held = {_key(row) for row in rows}
     for key, path in found.items():
@@ -302,7 +301,8 @@ def _all_rows(
 
 
 def _cell(reader: Reader, key: Key, where: Path, *, found: bool, has_results: bool) -> Cell:
-    model, outcome = reader.tree(where / "model.json"), reader.tree(where / "outcome.json")
+    model = reader.tree(where / "model.json")
+    outcome = reader.tree(where / "outcome.json")
     events = reader.lines(where / "events.jsonl")
     ends = (
         event for event in reversed(events) if event.get("event") in {"run.started", "run.finished"}
@@ -315,12 +315,22 @@ def _cell(reader: Reader, key: Key, where: Path, *, found: bool, has_results: bo
     if status not in {*DONE, "failed"}:
         status = "interrupted" if found else "missing"
     method, heldout, seed, trained_on = key
-    reason, seconds = _reason(outcome), _seconds(outcome, events)
-    return Cell(method, heldout, seed, where, status, reason, model, outcome, seconds, trained_on)
+    return Cell(
+        method,
+        heldout,
+        seed,
+        where,
+        status,
+        _reason(outcome),
+        model,
+        outcome,
+        _seconds(outcome, events),
+        trained_on,
+    )
 
 
 def _reason(outcome: Tree) -> str:
-    """What a cell's outcome says went wrong: the first few problems, each with its sentence."""
+    """The first few problems of a cell's outcome, each with its sentence."""
     found = outcome.get("problems")
     problems = (
         [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
@@ -334,7 +344,7 @@ def _reason(outcome: Tree) -> str:
 
 
 def _seconds(outcome: Tree, events: Sequence[Tree]) -> float:
-    """Wall-clock time of a cell: as its outcome states, else from its first to its last event."""
+    """Wall-clock time of a cell: from its outcome, else between its first and last event."""
     if isinstance(outcome.get("seconds"), (int, float)):
         return float(outcome["seconds"])
     times = [

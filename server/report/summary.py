@@ -1,4 +1,4 @@
-"""Words and numbers of the report: one-sentence result, status, protocol, notes. Plain text; the page escapes it."""
+"""Headline, status, notes and settings of the report, as plain text; the page escapes it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from server.report.sections.claims import directions
 from server.report.study_files import DONE, Cell, StudyFiles
 from server.report.tables import AVERAGE, Row, methods_of
 
-FEW_CASES = 8  # below, an interval of skewed values is somewhat too narrow
-STATUS_WORDS = {
+FEW_CASES = 8  # with fewer cases, an interval of skewed values is somewhat too narrow
+STATUS_TITLES = {
     "completed": "Complete",
     "degraded": "Complete, with degraded runs",
     "incomplete": "Not complete",
@@ -25,7 +25,7 @@ STATUS_WORDS = {
 
 
 def focus_method(methods: Sequence[str]) -> str:
-    """The label that the study is about: RAM with SgCG, or SgCG, where they take part, else the last one."""
+    """The label that the study is about: RAM with SgCG if present, else SgCG, else the last one."""
     for trains in ("ram_sgcg", "sgcg"):
         if found := [name for name in methods if name.split()[0] == trains]:
             return found[0]
@@ -38,33 +38,31 @@ def headline(
     structure: str,
     hospitals: int = 0,
 ) -> str:
-    """Say the main result in one or two sentences: Dice of the main structure at hospitals that took no part.
+    """State the main result in one or two sentences: Dice of the main structure when held out.
 
     Args:
         summary: Rows of `summary_rows`.
-        differences: The study's main comparisons, most telling first.
+        differences: The study's main comparisons, most important first.
         structure: The main structure.
-        hospitals: Held-out hospitals that the study asked for; an average over fewer says so.
+        hospitals: Number of planned held-out hospitals; an average over fewer is marked.
     """
     rows = [row for row in summary if row["structure"] == structure]
     methods = methods_of(rows)
     if not rows:
         return "No held-out hospital has been evaluated yet."
     focus = focus_method(methods)
-    site = (
-        AVERAGE
-        if any(row["site"] == AVERAGE and row["method"] == focus for row in rows)
-        else rows[0]["site"]
-    )
+    site = rows[0]["site"]
+    if any(row["site"] == AVERAGE and row["method"] == focus for row in rows):
+        site = AVERAGE
     chosen = {row["method"]: row for row in rows if row["site"] == site}
     if focus not in chosen:
         focus = next(iter(chosen))
     if len(chosen) > 1 and not any(entry["heldout"] not in ("", AVERAGE) for entry in rows):
         return _best_of(list(chosen.values()), structure)
     row = chosen[focus]
-    among = (
-        f"{row['hospitals']} of {hospitals}" if row["hospitals"] < hospitals else row["hospitals"]
-    )
+    among = row["hospitals"]
+    if among < hospitals:
+        among = f"{among} of {hospitals}"
     place = f"On average over {among} hospitals" if site == AVERAGE else f"At {site}, a hospital"
     place += " that took no part in training"
     if not any(row["heldout"] not in ("", AVERAGE) for row in rows):
@@ -83,18 +81,23 @@ def headline(
 
 
 def _best_of(rows: Sequence[Summary], structure: str) -> str:
-    """Where nobody was held out a setting may be chosen: the two highest of all that are compared."""
+    """State the two best labels of a study without held-out hospital."""
     first, second, *_ = sorted(rows, key=lambda row: -float(row["dice_mean"]))
     text = "No hospital was held out. On the hospitals' own validation cases, "
-    text += f"{first['method']} has the highest mean Dice of the {len(rows)} compared: {show(first['dice_mean'], 3)}"
+    text += f"{first['method']} has the highest mean Dice of the {len(rows)} compared: "
+    text += show(first["dice_mean"], 3)
     interval = show_interval(Interval(first["dice_mean"], first["dice_low"], first["dice_high"]), 3)
     text += f" (95 % interval {interval})" if interval != DASH else ""
     text += f" for {structure}; next is {second['method']} with {show(second['dice_mean'], 3)}."
-    return f"{text} A setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
+    return (
+        f"{text} A setting chosen by this result is chosen with patients of all these hospitals, "
+        "including any that is held out later."
+    )
 
 
 def _compared(pair: Difference) -> str:
-    start = f"That is {show(pair.interval.mean, 3, sign=True)} against {pair.reference} on the same cases"
+    size = show(pair.interval.mean, 3, sign=True)
+    start = f"That is {size} against {pair.reference} on the same cases"
     interval = show_ends(pair.interval, 3)
     if interval == DASH:
         return f"{start}; one case allows no interval."
@@ -107,7 +110,7 @@ def _compared(pair: Difference) -> str:
 
 
 def status_sentence(study: StudyFiles) -> str:
-    """Say how many of the runs ended, and how, and whether hospitals left cases out."""
+    """State how many runs ended, how they ended, and whether cases were left out."""
     left_out = left_out_sentence([cell.outcome for cell in study.cells])
     return " ".join(filter(None, (_how_runs_ended(study), left_out)))
 
@@ -116,20 +119,24 @@ def _how_runs_ended(study: StudyFiles) -> str:
     done = sum(cell.status in DONE for cell in study.cells)
     text = f"{done} of {count_of(len(study.cells), 'run')} ended"
     if study.status == "completed":
-        return (
-            f"All {len(study.cells)} runs ended as planned."
-            if done > 1
-            else "The run ended as planned."
-        )
+        if done == 1:
+            return "The run ended as planned."
+        return f"All {len(study.cells)} runs ended as planned."
     if study.status == "degraded":
-        return f"{text}, but some of them without every hospital in every round. Their results are shown and marked."
+        return (
+            f"{text}, but some of them without every hospital in every round. Their results are "
+            "shown and marked."
+        )
     if study.status == "failed":
-        return f"{text}. There is no result to rely on."
-    return f"{text}. Tables and figures show what is there; gaps are marked. The same command runs only what is missing."
+        return f"{text}. There is no reliable result."
+    return (
+        f"{text}. Tables and figures show the results so far; gaps are marked. The same command "
+        "runs only what is missing."
+    )
 
 
 def troubled(cells: Iterable[Cell]) -> list[dict[str, str]]:
-    """Cells that did not complete, for the banner: what, status, reason."""
+    """Label, status and reason of the cells that did not complete, for the banner."""
     return [
         {"label": cell.label, "status": cell.status, "reason": cell.reason}
         for cell in cells
@@ -138,39 +145,40 @@ def troubled(cells: Iterable[Cell]) -> list[dict[str, str]]:
 
 
 def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int) -> list[str]:
-    """Cautions that a reader of the result table must have, only those that apply."""
+    """Notes on the result table, only those that apply."""
     single = [row for row in summary if row["site"] != AVERAGE]
     notes = []
     few = sorted({row["site"] for row in single if row["cases"] < FEW_CASES})
     if few:
         notes.append(
-            f"Few cases at {join_words(few)} (under {FEW_CASES}): where some cases fail and others do not, such an "
-            "interval is somewhat too narrow."
+            f"Few cases at {join_words(few)} (under {FEW_CASES}): if some of them fail and others "
+            "do not, the interval is somewhat too narrow."
         )
     seeds = {seed for row in single for seed in row["seeds"]}
     if len(seeds) == 1:
-        notes.append(
-            "One seed: nothing here tells how much the result changes when training is repeated."
-        )
+        notes.append("One seed: the variation between repeated trainings is unknown.")
     short = sorted({row["site"] for row in single if len(row["seeds"]) < len(seeds)})
     if short:
         notes.append(
-            f"Some seeds are missing at {join_words(short)}; the table says how many each number has."
+            f"Some seeds are missing at {join_words(short)}; the table gives the number of seeds "
+            "of each result."
         )
     if any(row["site"] == AVERAGE and row["hospitals"] < hospitals for row in summary):
         notes.append(
-            f"An average over fewer than {hospitals} hospitals is marked, and no average is called best."
+            f"An average over fewer than {hospitals} hospitals is marked, and no average is marked "
+            "as best."
         )
     undefined = sum(int(row["asd_excluded"]) for row in single)
     if undefined:
         notes.append(
-            f"In {count_of(undefined, 'evaluation')} one mask is empty: no surface distance, left out of its mean. The "
-            "tables say where: “mean over 3 of 4”."
+            f"In {count_of(undefined, 'evaluation')} one mask is empty. The surface distance is "
+            "then undefined and left out of its mean; the tables mark this as “mean over 3 of 4”."
         )
     both = sum(bool(row.get("empty_prediction") and row.get("empty_truth")) for row in rows)
     if both:
         notes.append(
-            f"In {count_of(both, 'evaluation')} truth and prediction are both empty: counted as Dice 1, distance 0."
+            f"In {count_of(both, 'evaluation')} truth and prediction are both empty: counted as "
+            "Dice 1, distance 0."
         )
     return notes
 
@@ -178,7 +186,7 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
 def settings_text(
     settings: Mapping[str, Mapping[str, Any]],
 ) -> tuple[str, list[tuple[str, list[str]]]]:
-    """Return (YAML of what all methods share, [(setting, value of each method)] of what differs)."""
+    """Return the shared settings as YAML, and (setting, value of each method) of the others."""
     flat = {method: dict(_flatten(tree)) for method, tree in settings.items()}
     names = list(dict.fromkeys(name for tree in flat.values() for name in tree))
     shared: dict[str, Any] = {}

@@ -1,8 +1,9 @@
-"""Numbers of the report: means with their intervals, from rows of `results.parquet`.
+"""Means with their intervals from rows of `results.parquet`.
 
-Protocol (methods.md 2.7): a case's value is first averaged over seeds, then cases are averaged within a hospital, then
-hospitals count the same in the average. A surface distance is undefined when one mask is empty; such a prediction is
-left out of the mean and counted. Where hospitals trained alone, the models that they made are averaged per case first.
+A case's value is averaged over seeds, then cases are averaged within a hospital, and hospitals have
+the same weight in the average. A surface distance is undefined if one mask is empty; it is then
+left out of the mean and counted. If hospitals trained alone, their models are averaged per case
+first (docs/explanation/protocol.md, "Scoring").
 
 Legend: M metrics, n cases of one hospital.
 """
@@ -27,10 +28,13 @@ Floats = npt.NDArray[np.float64]
 
 METRICS = ("dice", *DISTANCES)
 COMPARED = ("dice", "asd", "assd", "hd95")
-"""Metrics whose differences are tested; `hd95_max` would be a second test of the same question."""
+"""Metrics whose differences are tested; `hd95_max` would test the same question as `hd95` again."""
 AVERAGE = "average"
 COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
-"""Columns that count a metric as published code does, for printed tables alone; absent in files of older versions."""
+"""Columns with a metric as published code computes it, for the papers' tables only.
+
+Files of older versions do not have them.
+"""
 MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
 
 
@@ -45,20 +49,24 @@ def as_rows(results: pa.Table | Iterable[Row]) -> list[Row]:
 
 
 def methods_of(rows: Iterable[Row]) -> list[str]:
-    """Labels in a fixed order: `source` (the baseline) first (`label_order`)."""
+    """Labels in a fixed order, the baseline `source` first (`label_order`)."""
     return sorted({str(row["method"]) for row in rows}, key=label_order)
 
 
 def heldout_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows of held-out hospitals, one a label, seed, case and structure; all rows where no run held a hospital out."""
+    """Rows of held-out hospitals, or all rows if no run held a hospital out.
+
+    There is one row per label, seed, case and structure.
+    """
     rows = list(rows)
-    return merge_models([row for row in rows if _judges(row)] or rows)
+    return merge_models([row for row in rows if _is_heldout(row)] or rows)
 
 
 def merge_models(rows: list[Row]) -> list[Row]:
-    """Average the models that hospitals trained alone (`trained_on`) per case: one row for each label and seed.
+    """Average the models of hospitals that trained alone (`trained_on`) per case.
 
-    The merged row tells how many evaluations it stands for and in how many of them each metric is undefined.
+    A merged row, one per label and seed, contains the number of evaluations and how many of them
+    are undefined for each metric.
     """
     if not any(row.get("trained_on") for row in rows):
         return rows
@@ -90,17 +98,19 @@ def _merged(rows: Sequence[Row]) -> Row:
 
 
 def other_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows beside those of `heldout_rows`: observers, and the validation cases of runs that held nobody out."""
+    """Rows that are not in `heldout_rows`: observers, and validation cases of runs without fold."""
     rows = list(rows)
-    return [row for row in rows if not _judges(row)] if any(map(_judges, rows)) else []
+    if not any(map(_is_heldout, rows)):
+        return []
+    return [row for row in rows if not _is_heldout(row)]
 
 
-def _judges(row: Row) -> bool:
+def _is_heldout(row: Row) -> bool:
     return bool(row["heldout"]) and row["site"] == row["heldout"]
 
 
 def distance_unit(rows: Iterable[Row]) -> str:
-    """Return `mm` when every measured distance is also known in mm, else the unit of the rows (one unit a study)."""
+    """Return `mm` if every measured distance is known in mm, else the unit of the rows."""
     rows = list(rows)
     measured = [
         row for row in rows if any(math.isfinite(number(row, name)) for name in METRICS[1:])
@@ -108,11 +118,13 @@ def distance_unit(rows: Iterable[Row]) -> str:
     in_mm = measured and all(
         any(math.isfinite(number(row, f"{name}_mm")) for name in METRICS[1:]) for row in measured
     )
-    return "mm" if in_mm else str(rows[0].get("unit") or "pixel") if rows else "pixel"
+    if in_mm:
+        return "mm"
+    return str(rows[0].get("unit") or "pixel") if rows else "pixel"
 
 
 def counted(left_out: int, evaluations: int) -> str:
-    """Say over how many a mean is: "mean over 3 of 4"; "" where nothing was left out."""
+    """Return "mean over 3 of 4", or "" if nothing was left out."""
     return f"mean over {evaluations - left_out} of {evaluations}" if left_out else ""
 
 
@@ -128,12 +140,15 @@ def value_of(row: Row, metric: str, unit: str) -> float:
 
 
 def summary_rows(results: pa.Table | Iterable[Row]) -> list[dict[str, Any]]:
-    """Summarise held-out results: one dictionary a method, hospital and structure, and one for the average hospital.
+    """Summarise held-out results by method, structure and hospital, and over all hospitals.
 
-    Keys: method, heldout, site (both `AVERAGE` in the average row), structure, unit (of the distances), cases, seeds
-    (sorted list), hospitals (in the row), evaluations (cases times seeds), both_empty (evaluations); and for each m of
-    `METRICS`: m_mean, m_sd, m_low, m_high (95 % interval), m_excluded (evaluations without a value).
-    The sd is over cases in a hospital's row and over hospitals in the average row; NaN for a single one.
+    Returns:
+        One dictionary per method, hospital and structure, and one for the average, with the keys
+        method, heldout, site (both `AVERAGE` in the average), structure, unit (of the distances),
+        cases, seeds (sorted list), hospitals, evaluations (cases times seeds) and both_empty
+        (evaluations). For each m of `METRICS`: m_mean, m_sd, m_low and m_high (95 % interval) and
+        m_excluded (evaluations without a value). The sd is over cases in a hospital's row and over
+        hospitals in the average; NaN for a single one.
     """
     rows = heldout_rows(as_rows(results))
     unit = distance_unit(rows)
@@ -191,15 +206,13 @@ def _facts(rows: Sequence[Row]) -> dict[str, Any]:
 def undefined(row: Row, metric: str) -> int:
     """Evaluations of a row in which a metric has no value."""
     merged = row.get("undefined")
-    return (
-        int(merged[metric])
-        if merged and metric in merged
-        else int(not math.isfinite(number(row, metric)))
-    )
+    if merged and metric in merged:
+        return int(merged[metric])
+    return int(not math.isfinite(number(row, metric)))
 
 
 def _case_values(rows: Sequence[Row], unit: str) -> Floats:
-    """Return (n, M): every case's metrics, averaged over the seeds in which they are defined."""
+    """Return (n, M): every case's metrics, averaged over the seeds with a value."""
     cases: dict[str, list[list[float]]] = defaultdict(list)
     for row in rows:
         cases[row["case"]].append([value_of(row, metric, unit) for metric in METRICS])
@@ -207,7 +220,7 @@ def _case_values(rows: Sequence[Row], unit: str) -> Floats:
 
 
 def _nanmean(values: Floats) -> Floats:
-    """Mean over the first axis of the finite values; NaN where there is none."""
+    """Mean of the finite values over the first axis; NaN without any."""
     known = np.isfinite(values)
     count = known.sum(axis=0)
     return np.asarray(
@@ -216,16 +229,14 @@ def _nanmean(values: Floats) -> Floats:
 
 
 def _spread(groups: Sequence[Floats]) -> dict[str, float]:
-    """Mean, sd and interval of each metric, for one hospital (sd over cases) or several (sd over hospitals)."""
+    """Mean, sd and interval of each metric; the sd is over cases, or over several hospitals."""
     spread: dict[str, float] = {}
     for column, metric in enumerate(METRICS):
         values = [group[:, column][np.isfinite(group[:, column])] for group in groups]
         interval = mean_interval(values, bounds=bounds_of(metric))
-        single = (
-            values[0]
-            if len(values) == 1
-            else np.array([group.mean() for group in values if group.size])
-        )
+        single = values[0]
+        if len(values) > 1:
+            single = np.array([group.mean() for group in values if group.size])
         spread |= {
             f"{metric}_mean": interval.mean,
             f"{metric}_sd": float(np.std(single, ddof=1)) if single.size > 1 else NAN,
@@ -236,7 +247,7 @@ def _spread(groups: Sequence[Floats]) -> dict[str, float]:
 
 
 def best_methods(rows: Sequence[Mapping[str, Any]], metric: str) -> set[str]:
-    """Methods with the best mean among the summary rows of one column; none where all are the same."""
+    """Methods with the best mean in the summary rows of one column; none if all are equal."""
     means = {row["method"]: float(row[f"{metric}_mean"]) for row in rows}
     known = {name: value for name, value in means.items() if math.isfinite(value)}
     if len(set(known.values())) < 2:

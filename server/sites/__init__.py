@@ -1,1 +1,1 @@
-"""The hospitals as the coordinator meets them: enrolment, requests, replies, departures."""
+"""The coordinator's view of the sites: enrolment, requests, replies and departures."""

@@ -1,10 +1,12 @@
-"""Sites that leave a run for good: said once by the coordinator, remembered in the run folder, true ever after.
+"""Sites that leave a run permanently.
 
-    departed.json   site -> when the coordinator said so (UTC)
+The coordinator declares a departure once; it is recorded in the run folder and cannot be undone.
 
-What is said takes effect at the run's next start (`server.federation`): the site is neither expected, asked nor let in,
-and its part is left out of what is remembered of the class statistics. The checkpoints carry since which round, as a
-note.
+    departed.json   site -> time of the declaration (UTC)
+
+A departure takes effect at the run's next start (`server.federation`): the site is neither expected
+nor asked, it cannot enrol, and its part of the class statistics is dropped. The checkpoints record,
+as a note, after which round the site left.
 """
 
 from __future__ import annotations
@@ -25,24 +27,25 @@ OPTION: Final = "--without"
 
 
 def departed(folder: Path) -> dict[str, str]:
-    """Return site -> when it was said to have left for good; raises SRV-402 for a damaged file."""
+    """Return site -> time its departure was declared; raises SRV-402 for a damaged file."""
     path = folder / FILE
     try:
         return {str(site): str(time) for site, time in json.loads(path.read_text()).items()}
     except FileNotFoundError:
         return {}
     except (ValueError, AttributeError) as error:
-        action = f"remove it and say who has left again: fedsgcg resume KIT {OPTION} SITE"
+        action = f"remove it and declare the departures again: fedsgcg resume KIT {OPTION} SITE"
         raise fail(
             "SRV-402", where=str(path), found="not the JSON that was written", action=action
         ) from error
 
 
 def declare(plan: Plan, sites: Collection[str], disk: Disk) -> None:
-    """Write durably into the run folder that sites have left for good; those that left before stay.
+    """Record durably in the run folder that sites have left; earlier departures are kept.
 
     Raises:
-        FedsgcgError: CFG-001 for sites that cannot leave (`check_departures`), SRV-401 and SRV-402 for the file.
+        FedsgcgError: CFG-001 for sites that cannot leave (`check_departures`), SRV-401 and SRV-402
+            for the file.
     """
     folder = Path(plan.output)
     before = departed(folder)
@@ -57,19 +60,23 @@ def declare(plan: Plan, sites: Collection[str], disk: Disk) -> None:
 
 
 def check_departures(plan: Plan, gone: Collection[str]) -> None:
-    """Refuse what cannot be, all of it together: only training sites leave, and the run must be able to go on.
+    """Check that only training sites leave and that the run can continue without them.
 
     Raises:
-        FedsgcgError: CFG-001 for an unknown name (with the nearest one), the held-out site, an observer, a run in which
-            nobody is left to train, and a quorum that those who are left cannot meet.
+        FedsgcgError: One CFG-001 for each problem: an unknown name (with the nearest known one),
+            the held-out site, an observer, no training site left, or a quorum that the remaining
+            sites cannot meet.
     """
     if problems := [*_impossible(plan, gone)]:
         raise FedsgcgError(*problems)
 
 
 def departure_note(site: str, done: int) -> Problem:
-    """Return RND-407: what became of a site's contribution when it left after `done` rounds."""
-    rounds = {0: "no round was done with it", 1: "the weights keep what they learned in round 1"}
+    """Return RND-407: what remains of the contribution of a site that left after `done` rounds."""
+    rounds = {
+        0: "it took part in no round",
+        1: "the weights keep what they learned in round 1",
+    }
     kept = rounds.get(done, f"the weights keep what they learned in rounds 1 to {done}")
     action = "for a model that never saw the site, train a new study without it"
     return Problem(
@@ -82,7 +89,8 @@ def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
     for site in sorted(gone):
         role = plan.role(site)
         if role != "train":
-            found = f"{site}, which is {'held out' if role == 'heldout' else 'an observer'}: it gave nothing to take out"
+            kind = "held out" if role == "heldout" else "an observer"
+            found = f"{site}, which is {kind}: it has contributed nothing that could be removed"
             expected = f"a training site: {', '.join(training)}"
             action = "leave the site out of the study's heldout= and observers="
             yield Problem("CFG-001", where=OPTION, found=found, expected=expected, action=action)
@@ -97,13 +105,12 @@ def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
     left = [site for site in training if site not in gone]
     quorum = plan.federation.quorum
     if training and len(left) < max(1, quorum):
-        from server.sites.problems import (
-            training_sites,  # here, as it brings Flower, which the command line does without
-        )
+        # Imported here because it imports Flower, which the command line does not need.
+        from server.sites.problems import training_sites
 
         found = f"{', '.join(left) or 'no training site'} left"
         expected = (
             f"the quorum of {training_sites(quorum)}" if quorum else "one training site or more"
         )
-        action = "found a new study with those who stay"
+        action = "create a new study with the remaining sites"
         yield Problem("CFG-001", where=OPTION, found=found, expected=expected, action=action)

@@ -1,7 +1,7 @@
-"""Enrolment: which hospital sits behind which node, and whether enough of them came.
+"""Enrolment: which site runs on which node, and whether enough sites have joined.
 
-Node ids are random; a hospital's name comes from its own answer, and must be the one for which its key was registered
-where the coordinator's server knows one. A site that comes late joins in the round after.
+Node ids are random. A site states its own name, which must match the name registered for its key if
+the coordinator's SuperLink has one. A site that enrols late joins in the next round.
 """
 
 from __future__ import annotations
@@ -40,23 +40,26 @@ from server.sites.problems import not_enough_enrolled
 from server.sites.shared_images import learned_from, shared_images
 
 UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
-"""Codes with which a hospital says that it has no usable case."""
+"""Codes with which a site reports that it has no usable case."""
 
 KEPT: Final = ("DAT-110",)
-"""Codes of cases that are used all the same: a mask without a structure is a true negative."""
+"""Codes of cases that are flagged but used: a mask without a structure is a true negative."""
 
 SETTLE_S = 0.5
-"""Quiet time after which nobody else is expected, where neither the sites' names nor a quorum are given."""
+"""Seconds without a new node after which enrolment ends.
+
+Applies only if neither the sites' names nor a quorum are set.
+"""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One enrolled hospital.
+    """One enrolled site.
 
     Attributes:
         site: Its name.
         node: Flower's node id.
-        details: What it told about itself: cases, patients and slices of each split, problems.
+        details: What the site reported: cases, patients and slices of each split, problems.
     """
 
     site: str
@@ -64,22 +67,22 @@ class Member:
     details: Mapping[str, Any]
 
     def slices(self, split: str) -> int:
-        """Slices of a split, 0 when the site did not say."""
+        """Slices of a split, 0 if not reported."""
         return self.count("slices", split)
 
     def count(self, kind: str, split: str) -> int:
-        """`cases`, `patients` or `slices` of a split, 0 when the site did not say."""
+        """`cases`, `patients` or `slices` of a split, 0 if not reported."""
         counts = self.details.get(kind)
         value = counts.get(split, 0) if isinstance(counts, Mapping) else 0
         return value if isinstance(value, int) and value > 0 else 0
 
     def kinds(self) -> list[str]:
-        """What the site's images are (`common.images.read.KINDS`); anything else is dropped."""
+        """Kinds of the site's images (`common.images.read.KINDS`); other values are dropped."""
         stated = self.details.get("kinds")
         return [kind for kind in KINDS if isinstance(stated, list) and kind in stated]
 
     def problem_codes(self) -> list[str]:
-        """Codes of the site's problems with its cases; anything that is no code of ours is dropped."""
+        """Codes of the problems with the site's cases; unknown codes are dropped."""
         problems = self.details.get("problems")
         entries = problems if isinstance(problems, list) else []
         codes = [entry.get("code") for entry in entries if isinstance(entry, Mapping)]
@@ -88,20 +91,20 @@ class Member:
 
 @dataclass
 class Cohort:
-    """The hospitals of one federation, as far as they have enrolled.
+    """The enrolled sites of one federation.
 
     Args:
         grid: Flower's grid.
         plan: The plan.
-        disk: The way to the disk.
+        disk: Disk access.
 
     Attributes:
-        members: Enrolled hospitals by name.
-        refusals: Why a hospital or a node could not enrol, by its name or `node <id>`.
-        dropped: Sites that missed a deadline and are asked no more, with `federation.late=drop`.
-        changes: One problem for every site whose data changed since it first enrolled, also in an earlier call, and one
-            for every two hospitals that have the same images.
-        departed: Sites that have left the run for good (`server.sites.departures`): neither expected nor let in.
+        members: Enrolled sites by name.
+        refusals: Why a site or a node could not enrol, by its name or `node <id>`.
+        dropped: Sites that missed a deadline and are not asked again, with `federation.late=drop`.
+        changes: One problem for every site whose data changed since it first enrolled, including in
+            an earlier call, and one for every pair of hospitals with the same images.
+        departed: Sites that have left the run (`server.sites.departures`); they cannot enrol.
     """
 
     grid: Grid
@@ -112,17 +115,18 @@ class Cohort:
     dropped: set[str] = field(default_factory=set)
     changes: list[Problem] = field(default_factory=list)
     departed: frozenset[str] = frozenset()
-    _compared: bool = False  # the sites that were there at the start have been compared
-    _asked: dict[str, int] = field(default_factory=dict)
-    _known: dict[int, str] = field(
-        default_factory=dict
-    )  # node -> when it was last activated before it was asked
-    _tries: Counter[int] = field(default_factory=Counter)
+    _compared: bool = False  # whether the sites that enrolled at the start have been compared
+    _asked: dict[str, int] = field(default_factory=dict)  # message id -> node
+    _known: dict[int, str] = field(default_factory=dict)  # node -> its last activation when asked
+    _tries: Counter[int] = field(default_factory=Counter)  # requests by node
 
     def poll(self) -> bool:
-        """Ask new nodes for their names and take in the answers that have come; returns whether anything was new.
+        """Ask new nodes for their names and process the answers received.
 
-        A node that lost the request, because it went away or was started again, is new once more when it is there.
+        A node that lost the request, because it disconnected or restarted, counts as new again.
+
+        Returns:
+            Whether there was a new node or answer.
         """
         request = Request(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
         present = presence(self.grid)
@@ -150,7 +154,7 @@ class Cohort:
         return bool(new or replies)
 
     def _forget_restarted(self, present: Mapping[int, str]) -> None:
-        """Take nodes that were started again since they were asked, and have not answered, for new ones."""
+        """Treat nodes that restarted before they answered as new."""
         for node in set(self._asked.values()):
             if (
                 was_restarted(node, self._known.get(node, ""), present)
@@ -162,12 +166,13 @@ class Cohort:
                 del self._known[node]
 
     def wait(self) -> None:
-        """Wait until all that are expected have enrolled, or the join deadline.
+        """Wait until all expected sites have enrolled, or until the join deadline.
 
         Raises:
-            FedsgcgError: CFG-002 for a held-out site that is not among the plan's sites; RND-401 when the quorum or the
-                held-out site is missing at the deadline, naming who is missing, who came and who was refused; RND-408
-                when a hospital that is judged has training images of another, unless the plan only flags that.
+            FedsgcgError: CFG-002 for a held-out site that is not among the plan's sites; RND-401
+                when the quorum or the held-out site is missing at the deadline, with the missing,
+                enrolled and refused sites; RND-408 when a held-out site or an observer has training
+                images of another site, unless the plan only flags that.
         """
         sites = self.plan.data.sites
         if sites and self.plan.heldout and self.plan.heldout not in sites:
@@ -180,7 +185,7 @@ class Cohort:
             news = self.poll()
             now = time.monotonic()
             quiet_since = now if news else quiet_since
-            if now >= end or self._nobody_else_expected(now - quiet_since):
+            if now >= end or self._complete(now - quiet_since):
                 break
             pause = FIRST_PAUSE_S if news else min(1.5 * pause, LONGEST_PAUSE_S)
             time.sleep(min(pause, max(0.0, end - now)))
@@ -194,12 +199,12 @@ class Cohort:
         return self.of_role("train")
 
     def kinds(self, role: str = "train") -> list[str]:
-        """What the images of the enrolled sites of a role are, in the order of `common.images.read.KINDS`."""
+        """Kinds of the images at the enrolled sites of a role, ordered as `images.read.KINDS`."""
         stated = {kind for site in self.of_role(role) for kind in self.members[site].kinds()}
         return [kind for kind in KINDS if kind in stated]
 
-    def unlike(self) -> list[Problem]:
-        """One problem where hospitals have images of different kinds: one network would be trained on all of them."""
+    def mixed_kinds(self) -> list[Problem]:
+        """One problem if the sites, which train one network, have images of different kinds."""
         stated = {
             site: ", ".join(member.kinds())
             for site, member in sorted(self.members.items())
@@ -208,7 +213,7 @@ class Cohort:
         if len(set(stated.values())) < 2:
             return []
         found = "; ".join(f"{kind} at {site}" for site, kind in stated.items())
-        action = "take the hospitals of one kind (data.sites), or resample the volumes to one plane"
+        action = "use hospitals of one kind (data.sites), or resample the volumes to one plane"
         return [
             Problem(
                 "DAT-117",
@@ -225,7 +230,7 @@ class Cohort:
         return {site: node for site, node in self.training.items() if site not in self.dropped}
 
     def leave_out_late(self, sites: Iterable[str]) -> None:
-        """Ask sites that missed a deadline no more, if the plan says so; else the next round asks them again."""
+        """Stop asking sites that missed a deadline, with `federation.late=drop`."""
         if self.plan.federation.late == "drop":
             self.dropped.update(sites)
 
@@ -239,16 +244,20 @@ class Cohort:
 
     @property
     def quorum(self) -> int:
-        """Training sites that a round needs: the plan's number, or all that are expected and have a usable case."""
+        """Training sites that a round needs.
+
+        This is the plan's number, or else the number of expected sites that have a usable case.
+        """
         expected = [site for site in self._expected("train") if not self._unusable(site)]
         return self.plan.federation.quorum or max(1, len(expected or self.training))
 
     def census(self) -> dict[str, dict[str, Any]]:
-        """What each enrolled site has.
+        """The cases of each enrolled site.
 
         Returns:
-            By site: `role`; `cases` by split; `left_out`, unusable cases counted by error code; and `flagged`, cases
-            that are used all the same, likewise counted.
+            By site: `role`; `cases` by split; `left_out`, the number of unusable cases by error
+            code; and `flagged`, the number of cases that are used in spite of a problem, by error
+            code.
         """
         return {
             site: {
@@ -265,25 +274,23 @@ class Cohort:
         }
 
     def absent(self) -> list[Problem]:
-        """One problem for every site that has not enrolled though it was expected, or came without a usable case."""
+        """One problem for every expected site that has not enrolled or has no usable case."""
         expected = [
             site for role in ("train", "heldout", "observer") for site in self._expected(role)
         ]
-        came = (
-            []
-            if self.plan.members()
-            else [site for site in sorted(self.refusals) if self._unusable(site)]
-        )
+        unusable: list[str] = []
+        if not self.plan.members():
+            unusable = [site for site in sorted(self.refusals) if self._unusable(site)]
         return [
             self.refusals.get(
                 site, Problem("RND-404", where=site, found="the site has not enrolled")
             )
-            for site in dict.fromkeys([*expected, *came])
+            for site in dict.fromkeys([*expected, *unusable])
             if site not in self.members
         ]
 
     def _unusable(self, site: str) -> bool:
-        """Whether a site answered that it has nothing to train on; it is not missing, and waiting would not help."""
+        """Whether a site reported that it has no usable case; such a site is not missing."""
         return (
             site not in self.members
             and site in self.refusals
@@ -296,7 +303,7 @@ class Cohort:
             named |= {self.plan.heldout, *self.plan.observers} - {""}
         return sorted(site for site in named - self.departed if self.plan.role(site) == role)
 
-    def _nobody_else_expected(self, quiet_s: float) -> bool:
+    def _complete(self, quiet_s: float) -> bool:
         expected = {
             *self._expected("train"),
             *self._expected("heldout"),
@@ -330,7 +337,7 @@ class Cohort:
             self._admit(node, answer.reply, identity)
         except FedsgcgError as error:
             first = error.problems[0]
-            # A stranger must not talk its way into the place of a hospital that has already enrolled.
+            # An unknown node must not take the place of a site that has already enrolled.
             name = first.where if first.where not in self.members else f"node {node}"
             self.refusals[name] = first
 
@@ -356,15 +363,15 @@ class Cohort:
                 found=f"node {node} asks to enrol",
                 action="end its SuperNode",
             )
-        there = {info.node_id: info.name for info in self.grid.get_nodes()}
-        if there.get(node) and there[node] != site:
+        registered = {info.node_id: info.name for info in self.grid.get_nodes()}
+        if registered.get(node) and registered[node] != site:
             raise fail(
                 "ROL-201",
-                where=there[node],
+                where=registered[node],
                 found=f"it calls itself {site[:60]!r}",
-                expected="its own name",
+                expected="the name registered for its key",
             )
-        if site in self.members and self.members[site].node in there:
+        if site in self.members and self.members[site].node in registered:
             raise fail(
                 "ROL-201",
                 where=site,
@@ -382,7 +389,7 @@ class Cohort:
         if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
-        if self._compared:  # a site that comes late is refused by itself, and stops nobody else
+        if self._compared:  # a site that enrols late is refused alone and stops no other
             self._compare_images(
                 {name: one.details for name, one in self.members.items()} | {site: reply.details}
             )
@@ -391,35 +398,40 @@ class Cohort:
         self.refusals.pop(site, None)
 
     def _compare_images(self, details: Mapping[str, Mapping[str, Any]]) -> None:
-        """Look for images that two hospitals have, and keep the hashes of those that the model learns from.
+        """Find images shared by two hospitals, and store the hashes of the training images.
 
         Raises:
             FedsgcgError: RND-408 with `federation.shared_images=refuse`.
         """
-        told = {
+        contents = {
             site: found[CONTENT_HASHES]
             for site, found in details.items()
             if CONTENT_HASHES in found
         }
-        if not told:
+        if not contents:
             return
-        leaks, twice = shared_images(self.plan, told)
+        leaks, duplicates = shared_images(self.plan, contents)
         if leaks and self.plan.federation.shared_images == "refuse":
             raise FedsgcgError(*leaks)
-        self.changes += [problem for problem in (*leaks, *twice) if problem not in self.changes]
+        self.changes += [
+            problem for problem in (*leaks, *duplicates) if problem not in self.changes
+        ]
         path = Path(self.plan.output) / TRAINING_IMAGES
         salt = salt_of(Identity(self.plan.run, self.plan.heldout, 0, self.plan.digest()))
-        images = _known_images(path, salt) | learned_from(self.plan, told)
+        images = _known_images(path, salt) | learned_from(self.plan, contents)
         self.disk.write(
             path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode()
         )
 
     def _compare_data(self, site: str, data: str) -> None:
-        """Note a site whose data are no longer those with which it first took part in this run folder."""
+        """Note a site whose data changed since it first took part in this run folder."""
         path = Path(self.plan.output) / "data.json"
         known = _read_hashes(path)
         if known.get(site, data) != data:
-            action = "ask the site what changed; for a study on the new data, choose another output=FOLDER"
+            action = (
+                "ask the site what changed; for a study on the new data, choose another "
+                "output=FOLDER"
+            )
             found = f"data {data[:12]}, before {known[site][:12]}"
             self.changes.append(Problem("RND-406", where=site, found=found, action=action))
         if data and known.get(site) != data:
@@ -429,7 +441,7 @@ class Cohort:
 
 
 def _known_images(path: Path, salt: str) -> dict[str, list[str]]:
-    """Hospital -> hashes that an earlier call of the same run wrote; a file that is not one is written anew."""
+    """Hospital -> hashes written by an earlier call of the run; a damaged file is replaced."""
     try:
         tree = json.loads(path.read_text())
         return dict(tree["images"]) if tree["salt"] == salt else {}

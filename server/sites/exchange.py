@@ -1,13 +1,15 @@
 """One exchange: a request to some sites, and their answers until a deadline.
 
-Flower's `send_and_receive` sleeps three seconds between looks and returns nothing until all is there; this one hands
-over each answer when it comes and never waits longer than the deadline. An error that Flower itself reports may carry
-the SuperLink's node id and free text of a site (stack.md 3.4): the site is told by the id of the request, and the text
-is dropped.
+Flower's `send_and_receive` polls every three seconds and returns only when all answers have
+arrived. `exchange` passes on each answer as it arrives and never waits longer than the deadline. An
+error that Flower itself reports may carry the SuperLink's node id and free text from a site
+(docs/explanation/flower.md, "Behaviour that shaped the code"). The site is therefore identified by
+the id of the request, and the text is dropped.
 
-Flower does not deliver a message again that died with its node. A site that was lost with a request on its hands is
-therefore asked again as soon as it is back, as long as the round needs it: the request says everything that its answer
-depends on, so a second answer is the first one's copy, and only one is taken.
+Flower does not redeliver a message that was lost with its node. A site that disconnected while a
+request was pending is therefore asked again when it reconnects, as long as the round needs it. The
+answer depends on nothing but the request, so a second answer equals the first, and only one is
+used.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.1
 TTL_MARGIN_S = 60.0
 LOOK_S: Final = 2.0
-"""Time between two looks at who is there, which cost a request of their own."""
+"""Seconds between two checks for connected nodes; each check is a request to the SuperLink."""
 
 MOST_TRIES: Final = 4
-"""Requests to one site in one exchange: one that dies of every request must not be asked for ever."""
+"""Most requests to one site in one exchange: a site that keeps crashing is not asked forever."""
 
 LOST: Final = frozenset(
     {
@@ -39,12 +41,12 @@ LOST: Final = frozenset(
         *(ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE),
     }
 )
-"""Flower's errors that say that a request or its answer was lost, not that the site refused it."""
+"""Flower's errors for a request or an answer that was lost, as opposed to refused by the site."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request to one site: a reply, or a problem.
+    """The result of a request to one site: a reply or a problem.
 
     Attributes:
         site: The site that was asked.
@@ -52,7 +54,7 @@ class Answer:
         problem: Why there is no reply.
         bytes_down: Bytes of the request.
         bytes_up: Bytes of the reply.
-        stated: Name that a site which failed gave itself.
+        stated: Name stated by a site that replied with an error.
     """
 
     site: str
@@ -67,7 +69,7 @@ OnAnswer = Callable[[Answer], None]
 
 
 def ignore_answer(answer: Answer) -> None:
-    """Do nothing with an answer before all are there."""
+    """Ignore an answer; the default of `exchange`."""
 
 
 def exchange(
@@ -88,12 +90,12 @@ def exchange(
         message_type: Flower's message type, e.g. `common.wire.messages.TRAIN`.
         request: The request; encoded once for all.
         deadline_s: Seconds after which a missing answer becomes RND-404.
-        enough: Replies with which the exchange ends although sites were lost on the way; None waits until the deadline
-            for a lost site to come back. Sites that are there are waited for in any case.
-        on_answer: Called with each answer when it comes.
+        enough: Number of replies after which lost sites are no longer waited for; None waits for
+            them until the deadline. Connected sites are always waited for.
+        on_answer: Called with each answer as it arrives.
 
     Returns:
-        One answer a site, in the order of the sites' names.
+        One answer per site, in the order of the sites' names.
     """
     content = encode_request(request)
     exchanging = _Exchange(grid, nodes, message_type, content, deadline_s, on_answer)
@@ -106,10 +108,10 @@ class _Asked:
 
     Attributes:
         node: Its node id.
-        request: Id of the latest request, "" while it is lost.
-        since: When the node was last activated before that request, "" where the grid does not say.
-        tries: Requests so far.
-        problem: What was lost, while it is lost.
+        request: Id of the latest request, "" after it was lost.
+        since: Last activation of the node before that request, "" if the grid does not report it.
+        tries: Number of requests so far.
+        problem: The problem of a lost request.
     """
 
     node: int
@@ -135,7 +137,7 @@ class _Exchange:
     size: int = 0
 
     def run(self, enough: int) -> list[Answer]:
-        """Ask, collect, ask again; see `exchange`."""
+        """Ask the sites, collect answers and ask lost sites again; see `exchange`."""
         self.end = time.monotonic() + self.deadline_s
         self.size = sum(payload_bytes(self.content).values())
         present = presence(self.grid)
@@ -159,7 +161,7 @@ class _Exchange:
         return [self.answers[site] for site in sorted(self.answers)]
 
     def _push(self, site: str, present: Mapping[int, str]) -> None:
-        """Send the request to a site; a grid that does not take it makes the site a lost one."""
+        """Send the request to a site; if the grid refuses it, the site counts as lost."""
         asked = self.asked[site]
         left_s = max(1.0, self.end - time.monotonic())
         asked.request = push(self.grid, self.content, self.message_type, asked.node, left_s)
@@ -168,7 +170,7 @@ class _Exchange:
         asked.problem = None if asked.request else missing(site, self.message_type, self.deadline_s)
 
     def _pull(self) -> bool:
-        """Take in what has come; returns whether anything had."""
+        """Process the messages received; returns whether there were any."""
         waiting = {asked.request: site for site, asked in self.asked.items() if asked.request}
         messages = list(self.grid.pull_messages(sorted(waiting))) if waiting else []
         for message in messages:
@@ -191,12 +193,12 @@ class _Exchange:
         self.on_answer(answer)
 
     def _only_lost_sites_left(self, enough: int) -> bool:
-        """Whether nobody is at work any more and the round can do without those who were lost."""
+        """Whether only lost sites have not answered, and the round can do without them."""
         replies = sum(answer.reply is not None for answer in self.answers.values())
         return not any(asked.request for asked in self.asked.values()) and replies >= enough
 
     def _ask_again(self) -> None:
-        """Ask lost sites that are back, and sites that have been restarted since they were asked."""
+        """Ask lost sites that have reconnected, and sites that restarted since they were asked."""
         present = presence(self.grid)
         for site, asked in self.asked.items():
             again = not asked.request or was_restarted(asked.node, asked.since, present)
@@ -205,36 +207,34 @@ class _Exchange:
 
 
 def presence(grid: Grid) -> dict[int, str]:
-    """Node id -> when it was last activated, for every node that is there; "" where the grid does not say."""
+    """Node id -> last activation of every connected node; "" if the grid does not report it."""
     return {node.node_id: node.last_activated_at for node in grid.get_nodes()}
 
 
 def was_restarted(node: int, since: str, present: Mapping[int, str]) -> bool:
-    """Whether a node that is there was activated again since; never where the grid does not say when."""
+    """Whether a connected node was activated again; False if the grid does not report it."""
     return bool(since) and present.get(node, since) != since
 
 
 def push(grid: Grid, content: RecordDict, message_type: str, node: int, deadline_s: float) -> str:
-    """Send one message; returns its id, or "" when the grid would not take it (a node that has left)."""
+    """Send one message; returns its id, or "" if the grid refuses it (a node that has left)."""
     message = Message(content, node, message_type, ttl=deadline_s + TTL_MARGIN_S)
-    identifiers = list(
-        grid.push_messages([message])
-    )  # one by one: a grid may leave refused ones out of the list
+    # Messages are sent one by one because a grid may omit refused ones from the list it returns.
+    identifiers = list(grid.push_messages([message]))
     return (identifiers[0] or "") if identifiers else ""
 
 
 def was_lost(message: Message) -> bool:
-    """Whether Flower says that a request or its answer was lost on the way."""
+    """Whether Flower reports that a request or its answer was lost."""
     return bool(message.has_error() and message.error.code in LOST)
 
 
 def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
-    """Decode a reply; whatever is wrong with it becomes the answer's problem and goes no further."""
+    """Decode a reply; any error becomes the answer's problem and is not raised."""
     if message.has_error():
         lost = was_lost(message)
-        found = (
-            f"{'it was lost' if lost else 'its app failed'} (Flower's error {message.error.code})"
-        )
+        event = "it was lost" if lost else "its app failed"
+        found = f"{event} (Flower's error {message.error.code})"
         problem = Problem("RND-404" if lost else "SITE-500", where=site, found=found)
         return Answer(site, problem=problem, bytes_down=bytes_down)
     try:
@@ -243,22 +243,19 @@ def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
         if not isinstance(reply.details, dict):
             raise TypeError("details that are no dictionary")
     except FedsgcgError as error:
-        # What was found may quote the site's text; the code says what was wrong.
+        # The error's `found` may quote text from the site, so only the code is kept.
         return Answer(site, problem=Problem(error.code, where=site), bytes_down=bytes_down)
-    except (
-        Exception
-    ) as error:  # what a decoder raises for hostile bytes is an open list; none may stop the others
+    except Exception as error:
+        # A decoder may raise any exception for hostile bytes, and none may stop the exchange.
         found = f"a reply that cannot be read ({type(error).__name__})"
         return Answer(
             site, problem=Problem("PAY-106", where=site, found=found), bytes_down=bytes_down
         )
     if reply.error:
-        known = reply.error in CODES
-        problem = Problem(
-            reply.error if known else "SITE-500",
-            where=site,
-            found="" if known else "an unknown error code",
-        )
+        if reply.error in CODES:
+            problem = Problem(reply.error, where=site)
+        else:
+            problem = Problem("SITE-500", where=site, found="an unknown error code")
         return Answer(
             site, problem=problem, bytes_down=bytes_down, bytes_up=size, stated=reply.site
         )
@@ -272,5 +269,5 @@ def missing(site: str, message_type: str, deadline_s: float) -> Problem:
         "RND-404",
         where=site,
         found=found,
-        action="look at the site's own log; it is asked again next round",
+        action="see the site's own log; the site is asked again in the next round",
     )

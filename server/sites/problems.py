@@ -1,7 +1,7 @@
-"""What went less than well, in words: every code with its sentence, and where the hospital's own log lies.
+"""Builds the user-facing problem for each code.
 
-The coordinator never has a site's text; it has codes, names of the plan and numbers, and these sentences are made of
-nothing else.
+The coordinator never receives text from a site. Messages contain only codes, names from the plan
+and numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from server.sites.replies import Collected, admitted
 
 
 def sentence(code: str) -> str:
-    """Return a code with its sentence of the catalogue."""
+    """Return a code with its sentence from the catalogue."""
     return f"{code} {CODES[code]}" if code in CODES else code
 
 
 def error_logs(plan: Plan, sites: Sequence[str]) -> str:
-    """Say where sites keep their own error logs, "" for no site; a real hospital's folders are not known here."""
+    """Return where sites keep their own error logs, "" for no site.
+
+    In a deployment the coordinator knows only the path inside a site's kit.
+    """
     if sites and not plan.data.root and not plan.site.home:
         return f"home/logs and home/errors.log of the kit at {' and '.join(sites)}"
     homes = {
@@ -32,7 +35,7 @@ def error_logs(plan: Plan, sites: Sequence[str]) -> str:
 
 
 def training_sites(number: int) -> str:
-    """Write a number of training sites."""
+    """Return a number of training sites as text."""
     return f"{number} training site{'' if number == 1 else 's'}"
 
 
@@ -48,11 +51,12 @@ def not_enough_enrolled(
     Args:
         plan: The plan.
         training: Training sites that enrolled.
-        quorum: Training sites that are needed.
+        quorum: Number of training sites needed.
         refusals: Why sites or nodes could not enrol, by name.
-        missing: Expected sites that have not answered, the held-out site among them.
+        missing: Expected sites that have not answered, including the held-out site.
     """
-    found, heldout = [], plan.heldout
+    heldout = plan.heldout
+    found = []
     if heldout in refusals:
         found.append(
             f"the held-out site {heldout} cannot be used: {sentence(refusals[heldout].code)}"
@@ -60,62 +64,60 @@ def not_enough_enrolled(
     elif heldout and heldout in missing:
         found.append(f"the held-out site {heldout} has not enrolled")
     met = "the quorum is met" if len(training) >= quorum else f"the quorum of {quorum} is not met"
-    found.append(
-        f"{training_sites(len(training))} ({', '.join(sorted(training)) or 'nobody'}), {met}"
-    )
+    names = ", ".join(sorted(training)) or "none"
+    found.append(f"{training_sites(len(training))} ({names}), {met}")
     found += [f"missing: {', '.join(missing)}"] if missing else []
     refused = {
         name: sentence(problem.code)
         for name, problem in sorted(refusals.items())
         if name != heldout
     }
-    found += (
-        [f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}"]
-        if refused
-        else []
-    )
+    if refused:
+        found.append(f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}")
     known = [name for name in sorted(refusals) if name in {heldout, *plan.members()}]
-    actions = [f"mend what stands in {error_logs(plan, known)}"] if known else []
+    actions = [f"fix the problems listed in {error_logs(plan, known)}"] if known else []
     actions += [f"start {', '.join(missing)}"] if missing else []
     actions += ["lower federation.quorum"] if 0 < len(training) < quorum else []
     return fail(
         "RND-401",
         found="; ".join(found),
         expected=training_sites(quorum) + (f" and the held-out site {heldout}" if heldout else ""),
-        action=", or ".join(actions or ["start the sites"]) + "; the same command goes on",
+        action=", or ".join(actions or ["start the sites"]) + "; the same command resumes the run",
     )
 
 
 def quorum_missed(
     plan: Plan, collected: Sequence[Collected], quorum: int, number: int
 ) -> FedsgcgError:
-    """Return RND-402: which sites a round lost and why."""
+    """Return RND-402: which sites are missing from a round and why."""
     lost = {
         part.answer.site: sentence(part.verdict.code)
         for part in collected
         if not part.verdict.accepted
     }
     reasons = "; ".join(f"{site}: {text}" for site, text in lost.items())
-    look = f"look into {error_logs(plan, list(lost))}; " if lost else ""
+    look = f"see {error_logs(plan, list(lost))}; " if lost else ""
     return fail(
         "RND-402",
         where=f"round {number}",
         found=f"{len(admitted(collected))} admitted" + (f"; {reasons}" if reasons else ""),
         expected=training_sites(quorum),
-        action=f"{look}mend those sites or lower federation.quorum, then start again: done rounds are kept",
+        action=f"{look}fix these sites or lower federation.quorum, then start the same command "
+        "again: completed rounds are kept",
     )
 
 
 def heldout_unanswered(plan: Plan, reason: Problem | None) -> FedsgcgError:
     """Return RND-403: why the held-out site's evaluation is missing."""
+    found = "no answer"
+    if reason:
+        found = " ".join(filter(None, (sentence(reason.code), reason.found)))
     return fail(
         "RND-403",
         where=plan.heldout,
-        found=" ".join(filter(None, (sentence(reason.code), reason.found)))
-        if reason
-        else "no answer",
+        found=found,
         expected="per-case results of its test cases",
-        action=f"look into {error_logs(plan, [plan.heldout])}, then start the same command again: "
+        action=f"see {error_logs(plan, [plan.heldout])}, then start the same command again: "
         "only the evaluation is left",
     )
 
@@ -123,16 +125,19 @@ def heldout_unanswered(plan: Plan, reason: Problem | None) -> FedsgcgError:
 def too_few_classes(
     plan: Plan, number: int, prototypes: ClassStatistics | None, collected: Sequence[Collected]
 ) -> Problem | None:
-    """Return STA-203 where a round of a contrastive method has prototypes of fewer than two classes, else None.
+    """Return STA-203 if a round of a contrastive method has fewer than two active classes.
 
-    There is then nothing to tell a class apart from: the sites leave the contrastive term out, and the round is one of
-    the method without it.
+    The contrastive term needs at least two classes. Without them the sites leave it out, and the
+    round trains with the method's other losses.
 
     Args:
         plan: The plan.
         number: Number of the round.
-        prototypes: What the training sites received in it; None where there are none yet.
-        collected: Answers with the class statistics; none after a restart, when they came before it.
+        prototypes: The prototypes sent to the training sites; None if there are none yet.
+        collected: Answers with class statistics; empty if the coordinator restarted after them.
+
+    Returns:
+        The problem, or None.
     """
     settings = plan.prototypes
     guided = plan.method.contrasts and plan.method.statistics and settings.weight > 0
@@ -142,21 +147,22 @@ def too_few_classes(
     if active >= 2:
         return None
     withheld = {part.answer.site: _withheld(plan, part) for part in admitted(collected)}
-    told = [f"{site} withholds {', '.join(names)}" for site, names in withheld.items() if names]
-    classes = (
-        f"{active} of {plan.data.num_classes} classes {'has' if active == 1 else 'have'} prototypes"
-    )
+    reasons = [f"{site} withholds {', '.join(names)}" for site, names in withheld.items() if names]
+    if withheld and not reasons:
+        reasons = ["no site withholds a class"]
+    have = "has" if active == 1 else "have"
+    classes = f"{active} of {plan.data.num_classes} classes {have} prototypes"
     return Problem(
         "STA-203",
         where=f"round {number}",
-        found="; ".join([classes, *(told or ["no site withholds a class"] * bool(withheld))]),
+        found="; ".join([classes, *reasons]),
         expected=f"two classes of {settings.min_count} pixels or more over all sites",
         action="lower privacy.min_patients / privacy.min_pixels if the hospitals agree",
     )
 
 
 def _withheld(plan: Plan, part: Collected) -> list[str]:
-    """Classes that a site says it kept back; anything that is no class of the plan is dropped."""
+    """Classes that a site reports as withheld; names that are not in the plan are dropped."""
     stated = part.reply.details.get("withheld")
     entries = stated if isinstance(stated, list) else []
     return [name for name in plan.data.classes if name in entries]

@@ -1,4 +1,4 @@
-"""What came back in a round: admitted payloads and judgements, and the rows and scores that follow from them."""
+"""The replies of a round, and the rows and scores computed from them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
     *("examples", "steps", "seconds", "learning_rate"),
 )
-"""Figures of a site that are kept, beside the parts of its loss; anything else that a site sends is dropped."""
+"""Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
 
 LOSS_PART: Final = re.compile(r"loss_[a-z0-9_]{1,40}")
 MOST_PARTS: Final = 16
-"""Parts of a loss that are kept of one site, whatever it sends."""
+"""Most parts of a loss that are kept per site."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class Collected:
     def reply(self) -> Reply:
         """The decoded reply of an admitted payload."""
         if self.answer.reply is None:
-            raise ValueError(f"{self.answer.site} sent no reply that could be read")
+            raise ValueError(f"{self.answer.site}: no readable reply")
         return self.answer.reply
 
     def problem(self, number: int) -> Problem:
-        """The problem of a rejected or missing payload of a round."""
+        """The problem of a rejected or missing reply of a round."""
         where = f"round {number}, {self.answer.site}"
         return Problem(self.verdict.code, where=where, found=self.verdict.detail)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One site's judgement of a model.
+class SiteEvaluation:
+    """One site's evaluation of a model.
 
     Attributes:
         site: The site.
@@ -84,36 +84,36 @@ class Judged:
 
     @property
     def without_distance(self) -> int:
-        """Evaluations without an ASD because one mask is empty: `asd` is a mean over the others."""
+        """Rows without an ASD because one mask is empty; `asd` is the mean over the others."""
         return sum(row["asd"] is None or not math.isfinite(row["asd"]) for row in self.cases)
 
     @property
     def validation(self) -> tuple[float, float]:
         """Source-validation Dice and number of cases.
 
-        The figure that a site also sends in training is preferred, so that all rounds are compared by one measure.
+        The value that a site also sends in training is preferred, so that all rounds are compared
+        by the same metric.
         """
         stated = validation_of(self.reply)
-        return (
-            stated
-            if stated[1] > 0
-            else (self.dice, float(len({row["case"] for row in self.cases})))
-        )
+        if stated[1] > 0:
+            return stated
+        return self.dice, float(len({row["case"] for row in self.cases}))
 
 
 def expectation_for(
     plan: Plan, message_type: str, site: str, request: Request, slices: int
 ) -> Expectation:
-    """Return what the answer to a contributing message must be.
+    """Return what the answer to a contributing message must match.
 
     Args:
-        plan: Says when class statistics come with the training, and of which shape.
+        plan: The plan; decides whether class statistics are part of training, and their shape.
         message_type: Type of the request.
-        site: Whom it was sent to.
-        request: The request: its identity, the model that was sent, and what is asked about it.
-        slices: Training slices that the site enrolled with.
+        site: Site that was asked.
+        request: The request: its identity, the model that was sent, and the options.
+        slices: Training slices that the site declared at enrolment.
     """
-    training, number = message_type == TRAIN, request.identity.round
+    training = message_type == TRAIN
+    number = request.identity.round
     with_training = plan.described_in_training(number) or plan.prototypes.memory == "online"
     described = with_training if training else bool(request.options.get("classes"))
     shape = (plan.data.num_classes, plan.network.num_features)
@@ -129,44 +129,45 @@ def expectation_for(
 
 
 def admitted(parts: Sequence[Collected]) -> list[Collected]:
-    """Return the admitted ones."""
+    """Return the admitted answers."""
     return [part for part in parts if part.verdict.accepted]
 
 
 def statistics_of(parts: Sequence[Collected]) -> list[tuple[str, ClassStatistics]]:
-    """Return (site, class statistics) of the admitted payloads that have any."""
+    """Return (site, class statistics) of the admitted answers that contain them."""
     replies = [part.reply for part in admitted(parts)]
     return [(reply.site, reply.statistics) for reply in replies if reply.statistics is not None]
 
 
 def moments_of(parts: Sequence[Collected]) -> list[tuple[str, NormMoments]]:
-    """Return (site, moments of the BatchNorm layers) of the admitted payloads that have any."""
+    """Return (site, moments of the BatchNorm layers) of the admitted answers that contain them."""
     replies = [part.reply for part in admitted(parts)]
     return [(reply.site, reply.moments) for reply in replies if reply.moments is not None]
 
 
 def validation_of(reply: Reply) -> tuple[float, float]:
-    """Return source-validation Dice and number of cases as the site states them; (NaN, 0) without."""
+    """Return source-validation Dice and number of cases stated by a site; (NaN, 0) if absent."""
     dice = reply.metrics.get("validation_dice", math.nan)
     return dice, 0.0 if math.isnan(dice) else reply.metrics.get("validation_cases", 1.0)
 
 
 def mean_loss(parts: Sequence[Collected]) -> float:
-    """Return the training loss over the admitted sites, weighted by their examples; NaN when one did not tell."""
+    """Return the mean training loss of the admitted sites, weighted by their examples.
+
+    The result is NaN if a site reports no loss.
+    """
     replies = [part.reply for part in admitted(parts)]
     total = math.fsum(reply.metrics["examples"] for reply in replies)
-    return (
-        math.fsum(
-            reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies
-        )
-        / total
+    weighted = math.fsum(
+        reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies
     )
+    return weighted / total
 
 
 def site_rows(
     number: int, trained: Sequence[Collected], *described: Sequence[Collected]
 ) -> list[Row]:
-    """Return the sites' rows of a round: figures of the admitted, bytes of all.
+    """Return the sites' rows of a round: metrics of the admitted sites, bytes of all sites.
 
     Args:
         number: Number of the round.
@@ -198,11 +199,11 @@ def site_rows(
     return rows
 
 
-def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
-    """Return the rows of a source validation after training: the model is that of the round before `number`."""
+def validation_rows(number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:
+    """Return the rows of a source validation; the model is that of the round before `number`."""
     return [
         row(number, "train", part.site, name, value)
-        for part in judged
+        for part in evaluations
         for name, value in zip(
             ("validation_dice", "validation_cases"), part.validation, strict=True
         )
@@ -210,24 +211,24 @@ def validation_rows(number: int, judged: Sequence[Judged]) -> list[Row]:
     ]
 
 
-def judged_rows(
-    plan: Plan, number: int, judged: Sequence[Judged], known: Sequence[Row] = ()
+def evaluation_rows(
+    plan: Plan, number: int, evaluations: Sequence[SiteEvaluation], known: Sequence[Row] = ()
 ) -> list[Row]:
-    """Return the rows of an evaluation of round `number`'s model, without those that are `known` already.
+    """Return the rows of an evaluation of round `number`'s model, without those already in `known`.
 
-    The held-out site's are of phase `heldout` and metrics `heldout_dice` and `heldout_asd`, an observer's of phase
-    `observer`, with `observer_dice` and `observer_asd`; `…_asd_left_out` counts the evaluations without a distance,
-    where there are any.
+    The held-out site has phase `heldout` and the metrics `heldout_dice` and `heldout_asd`; an
+    observer has phase `observer`, with `observer_dice` and `observer_asd`. `…_asd_left_out` counts
+    the evaluations without a distance, if there are any.
     """
-    there = {(entry["round"], entry["site"], entry["metric"]) for entry in known}
+    present = {(entry["round"], entry["site"], entry["metric"]) for entry in known}
     rows = []
-    for part in judged:
+    for part in evaluations:
         phase = "heldout" if part.site == plan.heldout else "observer"
         figures = {f"{phase}_dice": part.dice, f"{phase}_asd": part.asd}
         if part.without_distance:
             figures[f"{phase}_asd_left_out"] = float(part.without_distance)
         for metric, value in figures.items():
-            if math.isfinite(value) and (number, part.site, metric) not in there:
+            if math.isfinite(value) and (number, part.site, metric) not in present:
                 rows.append(row(number, phase, part.site, metric, value))
     return rows
 

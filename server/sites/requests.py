@@ -1,4 +1,4 @@
-"""Asking the sites: a request goes out, every answer gets a verdict, and what is missing or rejected becomes a note."""
+"""Requests to the sites: every answer is admitted or rejected, and problems become notes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from server.selection import guard_recipients
 from server.sites.enrolment import Cohort
 from server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
 from server.sites.problems import quorum_missed
-from server.sites.replies import Collected, Judged, admitted, expectation_for
+from server.sites.replies import Collected, SiteEvaluation, admitted, expectation_for
 
 EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 
 
 @dataclass(frozen=True)
 class SiteRequests:
-    """What a federation asks of its cohort.
+    """Sends the requests of one federation to its cohort.
 
     Attributes:
         grid: Flower's grid.
         plan: The plan.
         cohort: The enrolled sites.
-        log: Where events go.
-        note: Takes in what went less than well.
+        log: Event log.
+        note: Called with every problem.
     """
 
     grid: Grid
@@ -45,12 +45,12 @@ class SiteRequests:
     def collect(
         self, message_type: str, request: Request, sites: Collection[str] | None = None
     ) -> list[Collected]:
-        """Ask the training sites, admit what they send, and insist on the quorum.
+        """Ask the training sites, admit or reject their answers, and require the quorum.
 
         Args:
-            message_type: A contributing message.
-            request: What is asked.
-            sites: Only these of the training sites; None asks all.
+            message_type: A contributing message type.
+            request: The request.
+            sites: The training sites to ask; None asks all.
 
         Returns:
             One entry for every site that was asked, admitted or not, in the order of the names.
@@ -78,23 +78,21 @@ class SiteRequests:
 
     def evaluate(
         self, split: str, nodes: Mapping[str, int], weights: Weights, number: int
-    ) -> list[Judged]:
-        """Have a model evaluated case by case; a site without a usable answer becomes a note.
+    ) -> list[SiteEvaluation]:
+        """Have a model evaluated case by case; a missing or unusable answer becomes a note.
 
         Args:
             split: `validation` or `test`.
-            nodes: Site -> node id of everyone to ask.
+            nodes: Site -> node id of the sites to ask.
             weights: The model.
             number: Round that produced it.
         """
         identity = identity_of(self.plan, number)
-        judged = []
-        # A held-out site that was lost is waited for, an observer is not.
-        enough = (
-            self.cohort.quorum
-            if split == "validation"
-            else len(set(nodes) - {*self.plan.observers})
-        )
+        evaluations = []
+        # A lost held-out site is waited for; a lost observer is not.
+        enough = len(set(nodes) - {*self.plan.observers})
+        if split == "validation":
+            enough = self.cohort.quorum
         for answer in self._ask(
             EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough
         ):
@@ -106,11 +104,11 @@ class SiteRequests:
                 if problem is not None or answer.reply is None:
                     raise FedsgcgError(problem or Problem("PAY-106"))
                 cases = results.read_cases(answer.reply.cases, answer.site, self.plan)
-                judged.append(Judged(answer.site, answer.reply, cases))
+                evaluations.append(SiteEvaluation(answer.site, answer.reply, cases))
             except FedsgcgError as error:
                 where = f"{split} evaluation of round {number}, {answer.site}"
                 self.note(replace(error.problems[0], where=where))
-        return judged
+        return evaluations
 
     def _ask(
         self,
@@ -133,7 +131,7 @@ class SiteRequests:
         )
 
     def _verdict(self, answer: Answer, message_type: str, request: Request) -> Collected:
-        """Judge one answer; a rejection or a missing answer becomes a note."""
+        """Check one answer; a rejected or missing answer becomes a note."""
         if answer.reply is None:
             problem = answer.problem or Problem("PAY-106")
             verdict = Verdict(answer.site, False, problem.code, problem.found)
@@ -161,5 +159,5 @@ class SiteRequests:
 
 
 def identity_of(plan: Plan, number: int) -> Identity:
-    """Return what every message of a round carries; round 0 is before the first."""
+    """Return the identity that every message of a round carries; round 0 precedes the first."""
     return Identity(plan.run, plan.heldout, number, plan.digest())

@@ -1,4 +1,4 @@
-"""Images that more than one hospital of a run has, found by their salted content hashes (`common.images.contents`)."""
+"""Images that two hospitals of a run share, found by salted hashes (`common.images.contents`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from common.settings.plan import Plan
 
 SHOWN: Final = 5
 LEARNS: Final = ("train", "validation")
-"""Splits of a training site by which a model is made: it learns from one and is chosen by the other."""
+"""Splits of a training site that determine the model: one trains it, the other selects it."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Image:
     """One image of an enrolled site, as the coordinator knows it.
 
     Attributes:
-        site: The site that answered; of a pooled run the one that owns all source domains.
-        hospital: The hospital whose image it is.
-        alias: Its name outside the hospital.
+        site: The site that answered; in a pooled run, the one that holds all source domains.
+        hospital: The hospital that the image comes from.
+        alias: Pseudonym of the case outside the hospital.
         split: `train`, `validation` or `test`.
     """
 
@@ -33,7 +33,7 @@ class Image:
 
 
 def images_of(site: str, contents: Any) -> Iterator[tuple[str, Image]]:
-    """Yield (salted hash, image) of what a site told at its enrolment; whatever has another form is passed over."""
+    """Yield (salted hash, image) from a site's enrolment; malformed entries are skipped."""
     for hospital, images in contents.items() if isinstance(contents, Mapping) else ():
         for alias, entry in images.items() if isinstance(images, Mapping) else ():
             if (
@@ -44,72 +44,77 @@ def images_of(site: str, contents: Any) -> Iterator[tuple[str, Image]]:
                 yield entry[0], Image(site, str(hospital), str(alias), entry[1])
 
 
-def learned_from(plan: Plan, told: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return hospital -> salted hashes of the images that make the model, sorted.
+def learned_from(plan: Plan, contents: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return hospital -> sorted salted hashes of the images that train or select the model.
 
     Args:
         plan: The plan.
-        told: Site -> `contents` of its enrolment.
+        contents: Site -> `contents` of its enrolment.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    for mark, image in _all(told):
+    for mark, image in _all(contents):
         if plan.role(image.site) == "train" and image.split in LEARNS:
             found[image.hospital].append(mark)
     return {hospital: sorted(marks) for hospital, marks in sorted(found.items())}
 
 
-def shared_images(plan: Plan, told: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
-    """Compare the images of all sites that told their hashes.
+def shared_images(plan: Plan, contents: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
+    """Compare the images of all sites that sent hashes.
 
     Args:
         plan: The plan.
-        told: Site -> `contents` of its enrolment.
+        contents: Site -> `contents` of its enrolment.
 
     Returns:
-        RND-408 for every hospital that is judged on images of a training hospital; and for every two training hospitals
-        with the same images.
+        RND-408 for every hospital that is tested on images of a training hospital, and for every
+        pair of training hospitals with the same images.
     """
     training: dict[str, list[Image]] = defaultdict(list)
-    judged: dict[str, list[Image]] = defaultdict(list)
-    for mark, image in _all(told):
+    tested: dict[str, list[Image]] = defaultdict(list)
+    for mark, image in _all(contents):
         trains = plan.role(image.site) == "train"
         if trains and image.split in LEARNS:
             training[mark].append(image)
         elif not trains and image.split == "test":
-            judged[mark].append(image)
+            tested[mark].append(image)
     leaks = _pairs(
         (one, other)
         for mark in training
         for one in training[mark]
-        for other in judged.get(mark, [])
+        for other in tested.get(mark, [])
     )
-    twice = _pairs(
+    duplicates = _pairs(
         (one, other)
         for images in training.values()
         for number, one in enumerate(images)
         for other in images[number + 1 :]
         if one.hospital != other.hospital
     )
-    refused = "or go on with federation.shared_images=flag, which ends as degraded"
-    counts = "for they count twice, and may be training at one and validation at the other"
+    expected = "no training image at a hospital whose images test the model"
+    refused = "or continue with federation.shared_images=flag, which ends as degraded"
+    counts = "because they count twice, and may be training at one and validation at the other"
     return (
+        [_problem(pair, images, expected, refused) for pair, images in leaks],
         [
-            _problem(pair, images, "no training image at a hospital that is judged", refused)
-            for pair, images in leaks
+            _problem(pair, images, "every image at one hospital", counts)
+            for pair, images in duplicates
         ],
-        [_problem(pair, images, "every image at one hospital", counts) for pair, images in twice],
     )
 
 
-def _all(told: Mapping[str, Any]) -> Iterator[tuple[str, Image]]:
-    for site in sorted(told):
-        yield from images_of(site, told[site])
+def _all(contents: Mapping[str, Any]) -> Iterator[tuple[str, Image]]:
+    for site in sorted(contents):
+        yield from images_of(site, contents[site])
 
 
 def _pairs(
     images: Iterable[tuple[Image, Image]],
 ) -> list[tuple[tuple[str, str], list[tuple[str, str]]]]:
-    """Group pairs of equal images by their hospitals: ((hospital, hospital), [(alias, alias)]), sorted."""
+    """Group pairs of equal images by their hospitals.
+
+    Returns:
+        ((hospital, hospital), [(alias, alias)]) of each pair of hospitals, sorted.
+    """
     found: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
     for one, other in images:
         found[one.hospital, other.hospital].add((one.alias, other.alias))
@@ -122,9 +127,9 @@ def _problem(
     one, other = pair
     named = ", ".join(f"{first} = {second}" for first, second in images[:SHOWN])
     more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
-    number = f"{len(images)} image{' is' if len(images) == 1 else 's are'}"
-    found = f"{number} at {one} and at {other}, by alias: {named}{more}"
+    number = "1 image is" if len(images) == 1 else f"{len(images)} images are"
+    found = f"{number} at both {one} and {other}, by alias: {named}{more}"
     action = (
-        f"Take them out at one of the two (aliases.csv of each site names the cases), {otherwise}."
+        f"Remove them at one of the two (aliases.csv of each site lists the cases), {otherwise}."
     )
     return Problem("RND-408", found, expected, action, other)

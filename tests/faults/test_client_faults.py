@@ -1,4 +1,4 @@
-"""Faults inside a hospital (reliability.md rows 27-34, 59, 61, 72): a code leaves, the text stays."""
+"""Faults inside a site: an error code leaves the site, the text stays there."""
 
 import csv
 import json

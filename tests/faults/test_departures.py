@@ -1,4 +1,4 @@
-"""A site leaves for good in the middle of a run: it is not missed, not let in, and nothing of it is remembered."""
+"""A site leaves a run permanently: it is not expected, cannot enrol, and is not remembered."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from common.settings.plan import Plan
 from common.statistics import ClassStatistics
 from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
 from common.wire.payload import decode_statistics
-from server.aggregation.merge import merge_statistics
+from server.aggregation.class_statistics import merge_statistics
 from server.aggregation.prototypes import PrototypeMemory
 from server.federation import Outcome, run_federation
 from server.records.checkpoint import RoundRecord
@@ -85,7 +85,10 @@ def test_the_run_goes_on_without_the_site_and_says_so(memory: str, tmp_path: Pat
 
 
 def means_without(plan: Plan, site: str, last: int) -> np.ndarray:
-    """Means of the prototypes after some rounds had a site sent no statistics, from what scripted hospitals send."""
+    """Means of the prototypes after some rounds, as if a site had sent no statistics.
+
+    They are computed from what scripted sites send.
+    """
     memory, record = PrototypeMemory(plan.prototypes), last_record(plan)
     parts: dict[str, ClassStatistics] = {}
     for number in range(1, last + 1):
@@ -157,7 +160,7 @@ def test_a_site_that_leaves_before_the_first_round_gave_nothing(tmp_path: Path) 
     leaves(plan, "C")
     outcome, _ = run(plan, ("A", "B", "D"))
     assert notes(outcome) == [("RND-407", "C")]
-    assert "no round was done with it" in outcome.problems[0].found
+    assert "it took part in no round" in outcome.problems[0].found
     assert json.loads((tmp_path / "model.json").read_text())["protocol"]["trained"] == ["A", "B"]
 
 

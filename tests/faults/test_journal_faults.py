@@ -1,4 +1,7 @@
-"""The disk fails at every operation in turn: no done round is lost, and the resumed run ends with the same bytes."""
+"""The disk fails at every operation in turn: no completed round is lost.
+
+The resumed run ends with the same bytes.
+"""
 
 import errno
 import subprocess
@@ -28,8 +31,9 @@ class PowerCut(BaseException):
 class FaultyDisk(Disk):
     """A real disk whose n-th operation, and every later one, does not happen.
 
-    Modes: `refuse` = the operating system says there is no space; `before` and `after` = the power is cut before or
-    after the operation; `torn` = it is cut when half of the bytes of a file are written.
+    Modes: `refuse` = the operating system says there is no space; `before` and `after` = the power
+    is cut before or after the operation; `torn` = it is cut when half of the bytes of a file are
+    written.
     """
 
     def __init__(self, nth: int, mode: str) -> None:
@@ -135,7 +139,8 @@ def test_whatever_operation_fails_the_run_ends_the_same(
     assert whole.status == "completed"
     wanted = content(tmp_path / "whole", "lock", "events.jsonl", "outcome.json")
     assert "results.parquet" in wanted
-    # A refusal leaves the process in charge of its own end, a torn write does not: the latter is tried everywhere.
+    # A refusal leaves the process in charge of its own end, a torn write does not: the latter is
+    # tried everywhere.
     nth, step, ends = 0, {"torn": 1, "refuse": 4}[mode], set[str]()
     while True:
         nth += step
@@ -164,7 +169,8 @@ def test_a_real_file_size_limit_stops_the_run_and_keeps_the_last_checkpoint(tmp_
         "from tests.unit.server.test_journal import SETTINGS, record\n"
         "journal = Journal(Path(sys.argv[1]), 'plan', SETTINGS); journal.resume()\n"
         "journal.commit_round(record(1))\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"  # less than a checkpoint with prototypes
+        # Less than a checkpoint with prototypes.
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
         "try: journal.commit_round(record(2))\n"
         "except FedsgcgError as error: print(error)"
     )

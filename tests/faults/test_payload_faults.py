@@ -1,4 +1,7 @@
-"""Bad payloads in a running federation: the site is listed, the others make the model, and no site text gets out."""
+"""Bad payloads in a running federation: the site is listed, and the other sites make the model.
+
+No text from a site gets out.
+"""
 
 import json
 from dataclasses import replace
@@ -12,7 +15,8 @@ from common.errors import CODES
 from common.statistics import ClassStatistics
 from common.wire.messages import STATISTICS, TRAIN, Reply, Request, encode_reply
 from common.wire.payload import Weights, decode_statistics
-from server.aggregation.merge import merge_moments, merge_statistics, merge_weights
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_moments, merge_weights
 from server.federation import initial_weights, run_federation
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import FLOWER_ERROR, PATIENT, SILENCE, ScriptedGrid, honest_reply
@@ -202,9 +206,11 @@ def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(
 
 def test_a_site_whose_training_did_not_count_is_not_asked_for_moments(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__rounds=1, federation__quorum=2)
-    grid = ScriptedGrid(plan, ALL, lambda grid, site, kind, request, reply: (
-        SILENCE if (site, kind) == ("B", TRAIN) else reply
-    ))  # fmt: skip
+    grid = ScriptedGrid(
+        plan,
+        ALL,
+        lambda grid, site, kind, request, reply: SILENCE if (site, kind) == ("B", TRAIN) else reply,
+    )
     run_federation(grid, plan)
     asked = [
         sent.site

@@ -1,4 +1,4 @@
-"""The resident and its worker: whatever a training does, the coordinator gets an answer, and a code only."""
+"""The resident and its worker: whatever a training does, the coordinator gets an answer."""
 
 import os
 import signal

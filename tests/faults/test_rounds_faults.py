@@ -1,4 +1,4 @@
-"""Sites that are missing, late, twice there or in the wrong role; and runs that stop, go on, and end truthfully."""
+"""Sites that are missing, late, duplicated or in the wrong role, and runs that stop and resume."""
 
 import json
 from collections import Counter
@@ -216,7 +216,8 @@ def test_the_name_of_a_site_is_taken_once(tmp_path: Path) -> None:
 
     outcome, grid = run(small_plan(tmp_path), (*ALL, "E"), script=impostor)
     assert outcome.status == "completed"
-    # One of the two that call themselves A was taken, whoever came first; the other was never asked again.
+    # One of the two that call themselves A was taken, whoever came first; the other was never asked
+    # again.
     asked = Counter(sent.site for sent in grid.sent if sent.kind == TRAIN)
     assert asked["A"] + asked["E"] == 3
     assert 0 in (asked["A"], asked["E"])
@@ -246,7 +247,7 @@ def test_a_site_that_cannot_take_part_is_refused_with_its_reason(
         return change(reply) if (site, kind) == ("B", ENROL) else reply
 
     outcome, _ = run(small_plan(tmp_path / "all"), script=script)
-    if code in UNUSABLE:  # a site without a case is not waited for; see test_rounds_words
+    if code in UNUSABLE:  # a site without a case is not waited for; see test_rounds_messages
         assert outcome.status == "degraded"
         assert [problem.code for problem in outcome.problems] == [code]
     else:

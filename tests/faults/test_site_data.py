@@ -1,4 +1,4 @@
-"""What goes wrong with a hospital's files: each case is left out for its reason, the others go on."""
+"""Damaged files of a site: each case is left out with its reason, and the others are used."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ def write(folder, name, pixels=None, labels=None, affine=AFFINE, mask_affine=Non
 
 
 def spoil(root):
-    """Write two good cases and one of each kind of trouble; return the code that each case must get."""
+    """Write two good cases and one per kind of damage; return the expected code of each case."""
     site = root / "S"
     write(site, "good1")
     write(site, "good2")
@@ -71,10 +71,19 @@ def spoil(root):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(site / "picture_image.png")
     (site / "picture_mask.png").write_bytes((site / "picture_image.png").read_bytes()[:40])
     return {
-        "shape": "DAT-104", "affine": "DAT-105", "nan": "DAT-107", "constant": "DAT-108", "label": "DAT-109",
-        "empty": "DAT-110", "nomask": "DAT-112", "cut": "DAT-103", "zero": "DAT-103", "text": "DAT-103",
-        "time": "DAT-106", "picture": "DAT-103",
-    }  # fmt: skip
+        "shape": "DAT-104",
+        "affine": "DAT-105",
+        "nan": "DAT-107",
+        "constant": "DAT-108",
+        "label": "DAT-109",
+        "empty": "DAT-110",
+        "nomask": "DAT-112",
+        "cut": "DAT-103",
+        "zero": "DAT-103",
+        "text": "DAT-103",
+        "time": "DAT-106",
+        "picture": "DAT-103",
+    }
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""Numbers of a small federation, so that a change of the numerics never goes unnoticed on any processor.
+"""Reference results of a small federation, to detect changes of the numerics on any processor.
 
-Training amplifies rounding: Adam's first steps take the sign of gradients near zero, so that one bit in an activation
-moves some weights by the whole learning rate. How far that carries each figure is measured: the same training with the
-last bit of the weights, of the images and of every layer's output flipped at every second to fifth place, on one and on
-two threads. `SAFETY` times the largest deviation is the figure's tolerance. The figures of the first round, before a
-step was taken, and the losses stay tight; a figure that is loose here (`between_site_trace`) is exact in
+Training amplifies rounding: Adam's first steps take the sign of gradients near zero, so that one
+bit in an activation moves some weights by the whole learning rate. How far that carries each figure
+is measured: the same training with the last bit of the weights, of the images and of every layer's
+output flipped at every second to fifth place, on one and on two threads. `SAFETY` times the largest
+deviation is the figure's tolerance. The figures of the first round, before a step was taken, and
+the losses stay tight; a figure that is loose here (`between_site_trace`) is exact in
 `tests/laws/test_statistics_laws.py`, which needs no training.
 
 A change that means to alter the figures writes values and tolerances anew, in three minutes:
@@ -60,7 +61,7 @@ def figures(hospitals: Path, output: Path) -> Figures:
 
 @contextmanager
 def last_bits_flipped(every: int, threads: int) -> Iterator[None]:
-    """Flip the last bit of every n-th number that goes into or comes out of a layer: what another processor may do."""
+    """Flip the last bit of every n-th input and output of a layer, as another processor may do."""
 
     def nudged(value: Tensor) -> Tensor:
         bits = value.detach().clone(memory_format=torch.contiguous_format).view(torch.int32)

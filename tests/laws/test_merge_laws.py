@@ -8,7 +8,8 @@ from hypothesis.extra import numpy as hnp
 
 from common.statistics import ClassStatistics
 from common.wire.payload import Weights
-from server.aggregation.merge import merge_statistics, merge_weights
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_weights
 
 FEW = settings(max_examples=60, deadline=None)
 SIZE = 5

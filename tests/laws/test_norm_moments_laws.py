@@ -25,7 +25,7 @@ from common.wire.messages import Reply
 from common.wire.norm_moments import NormMoments, norm_layers
 from common.wire.payload import Identity
 from server.admission import Expectation, admit
-from server.aggregation.merge import merge_moments
+from server.aggregation.fedavg import merge_moments
 from tests.support import sites
 
 CPU = torch.device("cpu")
@@ -199,9 +199,9 @@ def reply(moments: NormMoments | None) -> Reply:
         (lambda m: None, "no moments"),
         (lambda m: NormMoments({"a": 1}, [9.0], [0.0], [1.0]), "not the"),
         (lambda m: NormMoments(m.layers, m.count, m.mean * np.nan, m.scatter), "not finite"),
-        (lambda m: NormMoments(m.layers, m.count, m.mean, -m.scatter), "below zero"),
+        (lambda m: NormMoments(m.layers, m.count, m.mean, -m.scatter), "negative"),
         (lambda m: NormMoments(m.layers, m.count * 0, m.mean, m.scatter), "below two"),
-        (lambda m: NormMoments(m.layers, m.count + 0.5, m.mean, m.scatter), "no whole number"),
+        (lambda m: NormMoments(m.layers, m.count + 0.5, m.mean, m.scatter), "not an integer"),
         (lambda m: NormMoments(m.layers, m.count, m.mean + 1e39, m.scatter), "float32"),
     ],
 )

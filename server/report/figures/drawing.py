@@ -1,7 +1,8 @@
 """Figures of the report as SVG, each in a light and a dark version.
 
-A figure is drawn once with the light palette on a transparent ground; the dark version is the same drawing with every
-colour exchanged for its partner. Text is drawn as paths, so that a page needs no font. Units are CSS pixels.
+A figure is drawn once with the light palette on a transparent ground. The dark version is the same
+drawing with every colour replaced by its counterpart. Text is drawn as paths, so the page needs no
+font. Units are CSS pixels.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from server.report.rounds import Curve
 
-INK, MUTED, RULE = "#1c2126", "#59636e", "#d3d9df"
-# Okabe and Ito's colours, told apart with any common colour blindness; second of a pair: on dark ground.
+INK = "#1c2126"
+MUTED = "#59636e"
+RULE = "#d3d9df"
+# Based on the colours of Okabe and Ito, which remain distinguishable with common forms of colour
+# blindness. The second of each pair is for a dark ground.
 PALETTE = (
     ("#d55e00", "#e69f00"),
     ("#0072b2", "#56b4e9"),
@@ -47,10 +51,10 @@ STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "fedsgcg",  # the same data gives the same bytes
     "axes.linewidth": 0.8,
-    "text.parse_math": False,  # names come from hospitals
+    "text.parse_math": False,  # names come from hospitals and may contain "$"
 }
 PNG_DPI = 160
-RASTER_ABOVE = 2000  # points of one strip; more are drawn as pixels, or the page grows without end
+RASTER_ABOVE = 2000  # points of one strip above which they are rasterised, to limit the page size
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ class Drawing:
     Attributes:
         light: SVG as a data URI, for a light page.
         dark: The same for a dark page.
-        alt: What it shows, in words.
-        width: In CSS pixels.
-        height: In CSS pixels.
+        alt: Alternative text.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels.
         svg: The light version, for a file.
-        png: Makes the light version on white, in more pixels, for a file: drawn once more, so only where it is wanted.
+        png: Renders the light version on white at a higher resolution, for a file.
     """
 
     light: str
@@ -106,14 +110,16 @@ def case_panel(
     label: str,
     colours: Mapping[str, int] | None = None,
 ) -> Drawing:
-    """Draw one horizontal strip a method: every case a point, quartile box, median; cases joined across methods.
+    """Draw one horizontal strip per method: a point per case, quartile box and median.
+
+    Lines join the same case across methods.
 
     Args:
         strips: Method -> case -> value, in the order of the methods' colours.
         span: Ends of the value axis, the same for all hospitals.
-        alt: What it shows, in words.
+        alt: Alternative text.
         label: Name of the value axis.
-        colours: Colour of each method; its place where not given.
+        colours: Colour index of each method; by default its position.
     """
     height = 56 + 44 * len(strips)
     left = 22 + 7.4 * max(map(len, strips))
@@ -151,9 +157,8 @@ def _strip(axes: Axes, values: np.ndarray[Any, Any], place: float, index: int) -
     values = values[np.isfinite(values)]
     if not values.size:
         return
-    jitter = 0.13 * np.sin(
-        np.arange(values.size) * 2.399963
-    )  # golden angle: spread out, the same every time
+    # The golden angle gives an even and reproducible spread.
+    jitter = 0.13 * np.sin(np.arange(values.size) * 2.399963)
     axes.scatter(
         values,
         place + (jitter if values.size > 1 else 0),
@@ -199,9 +204,11 @@ def curve_panel(
         parts: Lines of each axes, from the top.
         labels: Names of the value axes.
         spans: Ends of the value axes.
-        alt: What it shows, in words.
+        alt: Alternative text.
     """
-    one, gap, foot = 146 if len(parts) < 3 else 122, 12, 44
+    one = 146 if len(parts) < 3 else 122
+    gap = 12
+    foot = 44
     height = foot + len(parts) * (one + gap)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     shared: Axes | None = None
@@ -223,7 +230,7 @@ def curve_panel(
 
 @mpl.rc_context(STYLE)
 def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> Drawing:
-    """Draw the trace of the scatter between and within hospitals by round, on a logarithmic axis."""
+    """Draw the trace of the scatter between and within hospitals by round, with a log axis."""
     height = 250
     figure, axes = canvas_of(height, left=62, right=14, top=10, bottom=44)
     _draw_lines(axes, lines)
@@ -241,7 +248,7 @@ def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> D
 def span_of(
     lines: Sequence[Line], *, floor: float | None = None, ceiling: float | None = None
 ) -> tuple[float, float]:
-    """Ends of an axis that holds every line, with a margin, cut at `floor` and `ceiling`."""
+    """Ends of an axis that contains every line, with a margin, limited to `floor` and `ceiling`."""
     values = [
         part[np.isfinite(part)] for line in lines for part in (line.curve.low, line.curve.high)
     ]
@@ -256,10 +263,12 @@ def span_of(
 
 
 def log_span_of(lines: Sequence[Line]) -> tuple[float, float]:
-    """Ends of a logarithmic axis that holds every positive value of the lines."""
+    """Ends of a logarithmic axis that contains every positive value of the lines."""
     values = [part[part > 0] for line in lines for part in (line.curve.low, line.curve.high)]
     joined = np.concatenate(values) if values else np.zeros(0)
-    return (float(joined.min()) / 1.6, float(joined.max()) * 1.6) if joined.size else (0.1, 1.0)
+    if not joined.size:
+        return 0.1, 1.0
+    return float(joined.min()) / 1.6, float(joined.max()) * 1.6
 
 
 def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
@@ -267,15 +276,14 @@ def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
         ink, data = colour(line.colour), line.curve
         if line.strong and data.seeds > 1:
             axes.fill_between(data.rounds, data.low, data.high, color=ink, alpha=0.18, linewidth=0)
+        has_marker = line.strong or data.rounds.size == 1
         axes.plot(
             data.rounds,
             data.mean,
             line.dash,
             color=ink,
             linewidth=1.9 if line.strong else 1.2,
-            marker=MARKERS[line.colour % len(MARKERS)]
-            if line.strong or data.rounds.size == 1
-            else None,
+            marker=MARKERS[line.colour % len(MARKERS)] if has_marker else None,
             markevery=max(1, data.rounds.size // 6),
             markersize=4.5,
             markeredgewidth=0,
@@ -290,7 +298,7 @@ def _round_axis(axes: Axes) -> None:
 def canvas_of(
     height: float, *, left: float, right: float, top: float, bottom: float, width: float = WIDTH
 ) -> tuple[Figure, Axes]:
-    """Return a figure with one axes at fixed margins (CSS pixels), so that panels side by side line up."""
+    """Return a figure with one axes at fixed margins (CSS pixels), so that panels align."""
     figure = Figure(figsize=(width / 72, height / 72))
     box = (
         left / width,
@@ -304,7 +312,7 @@ def canvas_of(
 
 
 def plain_axes(axes: Axes) -> None:
-    """Give axes the report's look: two thin spines, light grid lines across, muted labels."""
+    """Apply the report's style to axes: two thin spines, light horizontal grid, muted labels."""
     axes.patch.set_alpha(0)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
@@ -315,7 +323,7 @@ def plain_axes(axes: Axes) -> None:
 
 
 def finish(figure: Figure, height: int, alt: str, width: int = WIDTH) -> Drawing:
-    """Turn a drawn figure into its light and dark version and its files."""
+    """Return the drawing of a finished figure."""
     figure.patch.set_alpha(0)
     stream = io.StringIO()
     canvas: Any = FigureCanvasSVG(figure)
@@ -339,7 +347,10 @@ def _png(figure: Figure) -> bytes:
 
 
 def _lean(svg: str) -> str:
-    """Drop what a browser does not need: prologue, metadata, comments, blank space, digits below 1/100 pixel."""
+    """Remove what a browser does not need, and digits below 1/100 pixel.
+
+    Removed are the prologue, metadata, comments and white space between tags.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' d="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match.group()), svg)

@@ -1,8 +1,9 @@
-"""Overlays: one slice of a case with the contours of truth (solid) and prediction (dashed), as inline SVG.
+"""Overlays: one slice of a case with the contours of truth (solid) and prediction (dashed).
 
-They show patients, so they are drawn only from pictures that already lie on this machine. The slice is a small JPEG
-that stands in the page once, the contours are vectors. Truth is red and predictions green and blue, as in the papers;
-the lines differ in dash too, so that they can be told apart without colour.
+They show patients, so they are drawn only from pictures that are already on this machine. The slice
+is a small JPEG that the page contains once; the contours are inline SVG. Truth is red and
+predictions are green and blue, as in the papers; the lines also differ in dash, so that they can be
+distinguished without colour.
 """
 
 from __future__ import annotations
@@ -25,38 +26,39 @@ from server.report.intervals import Interval
 from server.report.reader import Picture
 
 Box = tuple[int, int, int, int]
-TRUTH, INKS = (
-    "#ff5a47",
-    ("#2ee6a8", "#6cc7ff", "#f0e442", "#e79ac6"),
-)  # as in the page's style sheet
-PREDICTIONS = len(INKS)  # colours of structures
-SIDE = 320  # pixels of the drawn picture: enough for the widest place on the page
+TRUTH = "#ff5a47"  # colours as in templates/style.css
+INKS = ("#2ee6a8", "#6cc7ff", "#f0e442", "#e79ac6")
+PREDICTIONS = len(INKS)  # number of structure colours
+SIDE = 320  # side of the drawn picture in pixels, enough for the widest place on the page
 
 
 class Images:
-    """Slices that overlays refer to: every method draws its contours on the same picture."""
+    """Slices that overlays refer to; all methods draw their contours on the same picture."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[str, str]] = {}
 
     def add(self, uri: str, width: str, height: str) -> str:
-        """Keep a picture and return its name on the page."""
-        markup = f'<image id="{{}}" href="{uri}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        """Store a picture and return its name on the page."""
+        size = f'width="{width}" height="{height}"'
+        markup = f'<image id="{{}}" href="{uri}" {size} preserveAspectRatio="none"/>'
         name = f"slice-{len(self._found)}"
         return self._found.setdefault(markup, (name, markup.format(name)))[0]
 
     @property
     def markup(self) -> Markup:
-        """All pictures, to stand once in the page."""
-        return Markup("".join(text for _, text in self._found.values()))  # noqa: S704 - made here, base64
+        """All pictures, for one place in the page."""
+        text = "".join(text for _, text in self._found.values())
+        return Markup(text)  # noqa: S704 - built above from base64 data
 
 
 def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, str]]:
-    """Return (rank, case) of the worst, the median and the best case; fewer where there are fewer cases.
+    """Return (rank, case) of the worst, the median and the best case, or of fewer cases.
 
     Args:
-        pictures: Pictures of each method. Cases are ranked by the mean of their Dice over the methods that have all of
-            it; a case that some method lacks is taken only where no case is complete.
+        pictures: Pictures of each method. Cases are ranked by their mean Dice over the methods. A
+            case without a picture of some method is used only if no case has pictures of all
+            methods.
     """
     dice: dict[str, dict[str, float]] = {}
     for name, found in pictures.items():
@@ -68,9 +70,9 @@ def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, s
         case: sum(values.values()) / most for case, values in dice.items() if len(values) == most
     }
     ordered = sorted(mean, key=lambda case: (mean[case], case))
-    places = (
-        {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1} if ordered else {}
-    )
+    places: dict[str, int] = {}
+    if ordered:
+        places = {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1}
     chosen: dict[str, str] = {}
     for rank in ("worst", "best", "median"):
         if rank in places:
@@ -80,9 +82,10 @@ def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, s
 
 
 def crop_box(pictures: Sequence[Picture]) -> Box:
-    """Return (top, bottom, left, right) of a square around every mask of the pictures, with a margin of half its side.
+    """Return (top, bottom, left, right) of a square around all masks, with a margin.
 
-    Pictures are of one slice in several versions. The whole slice is kept when nothing was marked.
+    The pictures show one slice with several predictions. The full slice is returned if all masks
+    are empty.
     """
     height, width = pictures[0].image.shape
     marked = np.zeros((height, width), dtype=bool)
@@ -110,8 +113,8 @@ def overlay(picture: Picture, box: Box, label: str, images: Images) -> Markup:
     Args:
         picture: Slice, truth and prediction.
         box: Part of the slice to show (`crop_box`).
-        label: What a reader who cannot see it is told; plain text, escaped here.
-        images: Where the slice itself is kept.
+        label: Text for screen readers; plain text, escaped here.
+        images: Store of the slices.
     """
     top, bottom, left, right = box
     height, width = bottom - top, right - left
@@ -134,7 +137,7 @@ def overlay(picture: Picture, box: Box, label: str, images: Images) -> Markup:
         width=size[0],
         height=size[1],
         image=images.add(_jpeg(picture.image[top:bottom, left:right], scale), *size),
-        lines=Markup("".join(lines)),  # noqa: S704 - made here, numbers only
+        lines=Markup("".join(lines)),  # noqa: S704 - built above from numbers
     )
 
 
@@ -143,14 +146,17 @@ Row = tuple[str, Sequence[Picture | None]]  # rank, the case's picture with each
 
 @mpl.rc_context(STYLE)
 def overlay_sheet(rows: Sequence[Row], methods: Sequence[str], alt: str) -> Drawing:
-    """Draw cases below each other and methods side by side, as one figure for a file.
+    """Draw cases in rows and methods in columns, as one figure for a file.
 
     Args:
-        rows: Rank and pictures of each case, in the order of the methods; each row has at least one picture.
+        rows: Rank and pictures of each case, in the order of the methods; each row has at least one
+            picture.
         methods: Name of each column.
-        alt: What it shows, in words.
+        alt: Alternative text.
     """
-    side, left, top = 150, 64, 26
+    side = 150
+    left = 64
+    top = 26
     width, height = left + side * len(methods), top + side * len(rows)
     figure = Figure(figsize=(width / 72, height / 72))
     for row, (rank, pictures) in enumerate(rows):
@@ -190,13 +196,15 @@ def _draw_slice(axes: Axes, picture: Picture, box: Box) -> None:
 
 
 def contour_path(mask: npt.NDArray[np.bool_], scale: float) -> str:
-    """Return the outline of a mask (H, W) as SVG path data; pixel (y, x) is the square from (x, y) to (x+1, y+1)."""
+    """Return the outline of a mask (H, W) as SVG path data.
+
+    Pixel (y, x) is the square from (x, y) to (x + 1, y + 1).
+    """
     padded = np.pad(mask, 1).astype(np.float64)
     parts = []
     for line in contour_generator(z=padded).lines(0.5):
-        points = (
-            np.asarray(line) - 0.5
-        ) * scale  # the pad shifts by one pixel, a pixel's centre by half of one
+        # Padding shifts by one pixel, the centre of a pixel by half a pixel.
+        points = (np.asarray(line) - 0.5) * scale
         text = "L".join(f"{x:.1f} {y:.1f}" for x, y in points[:-1])
         parts.append(f"M{text}Z")
     return "".join(parts)
@@ -211,7 +219,7 @@ def _jpeg(image: npt.NDArray[np.uint8], scale: float) -> str:
 
 
 def interval_bar(interval: Interval, span: float) -> Markup:
-    """Draw an interval as a bar with its mean, on an axis from -span to +span with a line at zero."""
+    """Draw an interval as a bar with its mean, on an axis from -span to +span."""
     if not np.isfinite(interval.low) or span <= 0:
         return Markup("")
     low, mean, high = (
@@ -221,5 +229,6 @@ def interval_bar(interval: Interval, span: float) -> Markup:
     return Markup(
         '<svg class="interval" aria-hidden="true" viewBox="0 0 120 16" width="120" height="16">'
         '<line class="zero" x1="60" y1="0" x2="60" y2="16"/>'
-        '<line class="bar" x1="{low}" y1="8" x2="{high}" y2="8"/><circle cx="{mean}" cy="8" r="3.6"/></svg>'
+        '<line class="bar" x1="{low}" y1="8" x2="{high}" y2="8"/>'
+        '<circle cx="{mean}" cy="8" r="3.6"/></svg>'
     ).format(low=f"{low:.1f}", mean=f"{mean:.1f}", high=f"{high:.1f}")

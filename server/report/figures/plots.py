@@ -1,4 +1,4 @@
-"""Figures of a study's questions: swept settings, federations side by side, pixel features, likeness of classes."""
+"""Figures of sweeps, federations, pixel features and class similarity."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from server.report.figures.drawing import (
 from server.report.intervals import Interval
 
 DASHES = ("-", "--", "-.", ":")
-WIDE = 20.0  # largest over smallest value, from which an axis is logarithmic
-GREY = -1  # colour of what is no line of its own
+WIDE = 20.0  # ratio of largest to smallest value from which an axis is logarithmic
+GREY = -1  # colour index of a baseline
 LEVEL_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (1.5, 3))
-MOST_POINTS = 1500  # of one scatter
-STRONGEST = 0.55  # of a matrix cell, so that its number can be read on it
+MOST_POINTS = 1500  # most points of one scatter plot
+STRONGEST = 0.55  # highest opacity of a matrix cell, so that its number stays readable
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Point:
 
     Attributes:
         value: The value as text.
-        number: The value as a number; NaN for a word.
+        number: The value as a number; NaN for text.
         intervals: Interval of each metric that is drawn.
         usual: Whether this is the setting of the runs that did not sweep it.
     """
@@ -59,7 +59,7 @@ class Series:
     """One line of a sweep, or the rows of one label group.
 
     Attributes:
-        title: What it is.
+        title: Its name.
         colour: Index into the palette.
         points: Its points, in order.
     """
@@ -77,7 +77,7 @@ class Dot:
         title: Name at the left.
         interval: Mean and interval.
         colour: Index into the palette, or `GREY`.
-        gap: Whether a gap stands above it.
+        gap: Whether there is a gap above it.
         usual: Whether this is the setting of the runs that did not sweep it.
     """
 
@@ -96,16 +96,21 @@ def sweep_panel(
     alt: str,
     levels: Sequence[Sequence[Interval]] = (),
 ) -> Drawing:
-    """Draw metrics over a numeric setting: means joined by lines, intervals as bars; a ring marks the usual value.
+    """Draw metrics over a numeric setting: means joined by lines, intervals as bars.
+
+    A ring marks the usual value.
 
     Args:
         series: Lines, every point with a number.
         name: Name of the setting.
         labels: Name of each metric, from the top.
-        alt: What it shows, in words.
-        levels: Interval of each metric of what does not have the setting: a grey line across, `LEVEL_DASHES` in turn.
+        alt: Alternative text.
+        levels: Intervals of each metric of the baselines, which do not have the setting; each is a
+            grey horizontal line, dashed as in `LEVEL_DASHES`.
     """
-    one, gap, foot = 150, 14, 48
+    one = 150
+    gap = 14
+    foot = 48
     height = foot + len(labels) * (one + gap)
     figure = Figure(figsize=(WIDTH / 72, height / 72))
     numbers = sorted({point.number for line in series for point in line.points})
@@ -133,12 +138,12 @@ def sweep_panel(
 
 
 def is_logarithmic(numbers: Sequence[float]) -> bool:
-    """Whether values of a setting spread so far that their axis is logarithmic."""
+    """Whether the values of a setting cover a range so wide that their axis is logarithmic."""
     return len(numbers) > 1 and min(numbers) > 0 and max(numbers) / min(numbers) >= WIDE
 
 
 def _nudge(numbers: Sequence[float], order: int, lines: int) -> tuple[float, float]:
-    """How to set lines apart on the value axis, as (factor, offset)."""
+    """Return (factor, offset) that separates lines on the value axis."""
     step = 0.012 * (order - (lines - 1) / 2)
     if is_logarithmic(numbers):
         return (max(numbers) / min(numbers)) ** step, 0.0
@@ -182,7 +187,7 @@ def _value_axis(axes: Axes, numbers: Sequence[float]) -> None:
 
 
 def _apart(numbers: Sequence[float]) -> list[float]:
-    """Values whose ticks do not run into each other; the first and the last among them."""
+    """Values whose tick labels do not overlap, including the first and the last."""
     scale = np.log(numbers) if is_logarithmic(numbers) else np.array(numbers)
     span = float(scale[-1] - scale[0]) or 1.0
     kept = [0]
@@ -196,26 +201,25 @@ def _apart(numbers: Sequence[float]) -> list[float]:
 
 @mpl.rc_context(STYLE)
 def dot_panel(dots: Sequence[Dot], label: str, alt: str) -> Drawing:
-    """Draw one row a label: mean as a mark, interval as a bar; a ring marks the usual setting.
+    """Draw one row per label: mean as a mark, interval as a bar; a ring marks the usual setting.
 
     Args:
         dots: Rows, from the top.
         label: Name of the value axis.
-        alt: What it shows, in words.
+        alt: Alternative text.
     """
-    places, place = [], 0.0
-    for number, dot in enumerate(dots):
-        place -= (1.6 if dot.gap else 1.0) if number else 0.0
+    place = 0.0
+    places = [place]
+    for dot in dots[1:]:
+        place -= 1.6 if dot.gap else 1.0
         places.append(place)
     height = round(58 + 30 * (1 - place))
     left = min(0.55 * WIDTH, 24 + 7.4 * max(len(dot.title) for dot in dots))
     figure, axes = canvas_of(height, left=left, right=16, top=6, bottom=46)
     for dot, row in zip(dots, places, strict=True):
-        ink, marker = (
-            (MUTED, "o")
-            if dot.colour == GREY
-            else (colour(dot.colour), MARKERS[dot.colour % len(MARKERS)])
-        )
+        ink, marker = MUTED, "o"
+        if dot.colour != GREY:
+            ink, marker = colour(dot.colour), MARKERS[dot.colour % len(MARKERS)]
         if math.isfinite(dot.interval.low):
             axes.plot(
                 [dot.interval.low, dot.interval.high],
@@ -253,17 +257,18 @@ def _short(text: str, most: int = 26) -> str:
 def scatter_panel(
     points: npt.NDArray[np.float64], kinds: npt.NDArray[np.int64], alt: str, names: Sequence[str]
 ) -> Drawing:
-    """Draw points of a plane, one colour and mark a kind.
+    """Draw points of a plane, one colour and marker per kind.
 
     Args:
         points: (N, 2).
         kinds: (N,) index of each point's kind.
-        alt: What it shows, in words.
+        alt: Alternative text.
         names: Name of each kind.
     """
     side = 330
     figure, axes = canvas_of(side, left=6, right=6, top=6, bottom=6, width=side)
-    order = np.random.default_rng(0).permutation(len(points))  # no kind lies on top of the others
+    # Drawn in random order, so that no kind covers the others.
+    order = np.random.default_rng(0).permutation(len(points))
     for part in np.array_split(order, max(1, min(40, len(points)))):
         for kind in np.unique(kinds[part]):
             chosen = part[kinds[part] == kind]
@@ -288,15 +293,17 @@ def scatter_panel(
 
 @mpl.rc_context(STYLE)
 def matrix_panel(values: npt.NDArray[np.float64], names: Sequence[str], alt: str) -> Drawing:
-    """Draw a matrix of numbers in [0, 1] with the numbers in it; the stronger the ground the larger the number.
+    """Draw a matrix of numbers in [0, 1], with the numbers; larger numbers have a darker ground.
 
     Args:
-        values: (K, K); NaN for a class that has no pixel.
+        values: (K, K); NaN for a class without a pixel.
         names: Name of each class.
-        alt: What it shows, in words.
+        alt: Alternative text.
     """
     longest = max(len(_short(name, 14)) for name in names)
-    size, wide, left = 46, max(52, 10 + 7.6 * longest), 24 + 7.4 * longest
+    size = 46
+    wide = max(52, 10 + 7.6 * longest)
+    left = 24 + 7.4 * longest
     width = round(left + wide * len(names) + 12)
     height = round(34 + size * len(names) + 6)
     figure, axes = canvas_of(height, left=left, right=12, top=34, bottom=6, width=width)

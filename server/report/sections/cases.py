@@ -1,4 +1,4 @@
-"""The report's words on cases: what each hospital has, what it left out, and why. Plain text; the page escapes it."""
+"""The report's text on cases: usable, left out and flagged ones, as plain text."""
 
 from __future__ import annotations
 
@@ -11,35 +11,34 @@ ROLES = {"train": "training", "heldout": "held out", "observer": "observer"}
 
 
 def join_words(words: Iterable[Any]) -> str:
-    """Write "a, b and c"."""
+    """Return "a, b and c"."""
     parts = [str(word) for word in words]
     return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)
 
 
 def count_of(number: int, noun: str) -> str:
-    """Write a number with its noun, e.g. "1 case", "2 cases"."""
+    """Return a number with its noun, e.g. "1 case", "2 cases"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What cases each hospital has, and those it left out with the sentence of their code.
+    """Describe the cases of each hospital, with the reasons for those that were left out.
 
     Args:
-        outcomes: What the cells' `outcome.json` say.
+        outcomes: Contents of the cells' `outcome.json`.
 
     Returns:
-        One line a hospital; one for each of its roles where they differ between folds.
+        One line per hospital, or one for each of its roles if they differ between folds.
     """
-    found: dict[
-        str, dict[tuple[str, str], None]
-    ] = {}  # site -> (role, words), in order and each once
+    # site -> ordered set of (role, text)
+    found: dict[str, dict[tuple[str, str], None]] = {}
     for site, facts in _censuses(outcomes):
-        found.setdefault(site, {})[str(facts.get("role", "")), _case_words(facts)] = None
+        found.setdefault(site, {})[str(facts.get("role", "")), _case_text(facts)] = None
     lines = []
     for site, entries in sorted(found.items()):
-        words = list(dict.fromkeys(text for _, text in entries))
-        if len(words) == 1:
-            lines.append(f"{site}: {words[0]}")
+        texts = list(dict.fromkeys(text for _, text in entries))
+        if len(texts) == 1:
+            lines.append(f"{site}: {texts[0]}")
             continue
         ordered = sorted(
             entries,
@@ -50,26 +49,28 @@ def case_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def left_out_sentence(outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """Say how many cases were left out and where, "" when none was; a case counts once, however many runs tell it."""
+    """State how many cases were left out and where, "" if none was.
+
+    A case counts once, even if several runs report it.
+    """
     found: dict[str, int] = {}
     for site, facts in _censuses(outcomes):
         found[site] = max(found.get(site, 0), sum(_counts(facts, "left_out").values()))
     sites = [site for site, number in sorted(found.items()) if number]
     number = sum(found.values())
-    return (
-        f"{count_of(number, 'case')} {'was' if number == 1 else 'were'} left out at {join_words(sites)}."
-        if sites
-        else ""
-    )
+    if not sites:
+        return ""
+    verb = "was" if number == 1 else "were"
+    return f"{count_of(number, 'case')} {verb} left out at {join_words(sites)}."
 
 
 def _censuses(outcomes: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Every (site, what it has) of every run."""
+    """Every (site, census) of every run."""
     for outcome in outcomes:
         yield from _mapping(outcome, "sites").items()
 
 
-def _case_words(facts: Mapping[str, Any]) -> str:
+def _case_text(facts: Mapping[str, Any]) -> str:
     left_out, flagged = _counts(facts, "left_out"), _counts(facts, "flagged")
     text = count_of(sum(_counts(facts, "cases").values()), "usable case")
     if left_out:

@@ -1,4 +1,4 @@
-"""Claims of the report: paired differences as table rows and as one sentence each, in plain words."""
+"""Claims of the report: paired differences as table rows and as one sentence each."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from server.report.tables import AVERAGE
 
 Section = dict[str, Any]
 CLAIMED = ("dice", "asd")
-MOST_PAIRS = 30  # of the folded tables hospital by hospital; all of them are in results.parquet
-NAMED_HOSPITALS = 8  # of a sentence; with more it says how many
+MOST_PAIRS = 30  # most folded tables by hospital; all pairs are in results.parquet
+NAMED_HOSPITALS = 8  # most hospitals that a sentence lists by name
 
 
 def main_claims(
     values: CaseValues, labels: Mapping[str, Label], structures: Sequence[str]
 ) -> list[Difference]:
-    """The comparisons that the study is about, over all hospitals, as one family."""
+    """The study's main comparisons, over all hospitals, as one family."""
     return compare_on_average(values, main_pairs(labels), structures, CLAIMED)
 
 
 def federation_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
-    """Return (label, reference) pairs of the same training in two federations: by_site first, then pooled."""
+    """Return (label, reference) pairs of the same training in two federations.
+
+    The pairs are in the order of `FEDERATIONS`.
+    """
     alike: dict[tuple[str, Swept], dict[str, str]] = {}
     for label in main_labels(labels):
         alike.setdefault((label.trains, label.setting), {})[label.federation] = label.name
@@ -48,8 +51,8 @@ def claim_groups(
 
     Args:
         differences: Corrected differences, as one family.
-        several: Whether there is more than one structure to name.
-        title: Name of a row; "label − reference" if not given.
+        several: Whether there is more than one structure.
+        title: Name of a row; by default "label − reference".
     """
     spans: dict[tuple[str, str], float] = defaultdict(float)
     for entry in differences:
@@ -65,19 +68,20 @@ def claim_groups(
 
 
 def claim_row(entry: Difference, span: float) -> Section:
-    """One row of a table of claims; `span` is the reach of the bar around zero."""
+    """One row of a table of claims; the interval bar extends from -span to +span."""
     places = DECIMALS[entry.metric]
+    sentence = entry.sentence
+    if entry.method:
+        sentence = sentence[:1].upper() + sentence[1:]
     return {
         "mean": show(entry.interval.mean, places, sign=True),
         "interval": show_ends(entry.interval, places),
         "bar": interval_bar(entry.interval, span),
-        "cases": f"{entry.cases} of {entry.judged}" if entry.cases < entry.judged else entry.cases,
+        "cases": f"{entry.cases} of {entry.scored}" if entry.cases < entry.scored else entry.cases,
         "p": show_p(entry.p),
         "directions": "; ".join(directions(entry)),
         "seeds": ", ".join(show(value, places, sign=True) for value in entry.seeds.values()) or "–",
-        "sentence": entry.sentence[:1].upper() + entry.sentence[1:]
-        if entry.method
-        else entry.sentence,
+        "sentence": sentence,
         "holds": entry.holds,
     }
 
@@ -88,52 +92,47 @@ def metric_name(entry: Difference) -> str:
 
 
 def claim_sentence(entry: Difference, several: bool) -> str:
-    """One sentence: what is compared, by how much, how sure, and whether it holds.
+    """One sentence: the comparison, its size, its uncertainty, and whether it holds.
 
     Args:
         entry: A corrected difference.
-        several: Whether the structure must be named.
+        several: Whether there is more than one structure.
     """
     places = DECIMALS[entry.metric]
-    where = (f" of {entry.structure}" if several else "") + (
-        f" at {entry.site}" if entry.site != AVERAGE else ""
-    )
+    where = f" of {entry.structure}" if several else ""
+    where += f" at {entry.site}" if entry.site != AVERAGE else ""
     start = f"{entry.method} against {entry.reference}, {TITLES[entry.metric]}{where}"
     if not entry.cases:
         return f"{start}: no case in common."
     unit = f" {entry.unit}" if entry.unit else ""
     size = f"{show(entry.interval.mean, places, sign=True)}{unit}"
     facts = [f"95 % interval {show_ends(entry.interval, places)}"]
-    some = (
-        f" at {entry.groups} of {entry.hospitals} hospitals"
-        if entry.groups < entry.hospitals
-        else ""
-    )
-    facts += [cases_of(entry) + some, count_of(len(entry.seeds), "seed")]
+    cases = cases_of(entry)
+    if entry.groups < entry.hospitals:
+        cases += f" at {entry.groups} of {entry.hospitals} hospitals"
+    facts += [cases, count_of(len(entry.seeds), "seed")]
     facts += [f"corrected p\u00a0{show_p(entry.p)}"]
-    verdict = entry.sentence.partition(": ")
-    words = (
-        "the difference holds"
-        if entry.holds
-        else verdict[0] + (f", because {verdict[2]}" if verdict[2] else "")
-    )
-    return f"{start}: {size} ({'; '.join([*facts, *directions(entry)])}); {words}."
+    verdict, _, reason = entry.sentence.partition(": ")
+    if entry.holds:
+        verdict = "the difference holds"
+    elif reason:
+        verdict += f", because {reason}"
+    return f"{start}: {size} ({'; '.join([*facts, *directions(entry)])}); {verdict}."
 
 
 def cases_of(entry: Difference) -> str:
-    """Say how many cases are compared: "47 of 48 cases" where some have no distance."""
-    return (
-        f"{entry.cases} of {count_of(entry.judged, 'case')}"
-        if entry.cases < entry.judged
-        else count_of(entry.cases, "case")
-    )
+    """Return the number of compared cases, "47 of 48 cases" if some have no distance."""
+    if entry.cases < entry.scored:
+        return f"{entry.cases} of {count_of(entry.scored, 'case')}"
+    return count_of(entry.cases, "case")
 
 
 def hospital_tables(
     values: CaseValues, pairs: Sequence[tuple[str, str]], structures: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """One table a pair: every hospital, structure and metric, corrected as one family."""
-    several, tables = len(structures) > 1, []
+    """One table per pair: every hospital, structure and metric, corrected as one family."""
+    several = len(structures) > 1
+    tables = []
     for pair in pairs[:MOST_PAIRS]:
         found = compare_everywhere(values, pair)
         found.sort(
@@ -155,7 +154,7 @@ def _family(differences: Sequence[Difference]) -> int:
 
 
 def claims_section(differences: Sequence[Difference], structures: Sequence[str]) -> Section:
-    """What the page needs to show a family of claims: sentences on Dice, and the table of all."""
+    """Data of the page for a family of claims: sentences on Dice, and the table of all claims."""
     several = len(structures) > 1
     return {
         "sentences": [
@@ -169,12 +168,17 @@ def claims_section(differences: Sequence[Difference], structures: Sequence[str])
 
 
 def directions(entry: Difference) -> list[str]:
-    """Where an average points: "higher at 1 of 4 hospitals: A +0.297, B −0.006"; nothing at a single hospital."""
+    """How an average varies: "higher at 1 of 4 hospitals: A +0.297, B −0.006".
+
+    Empty for a single hospital.
+    """
     sign, word = (1, "higher") if entry.metric == "dice" else (-1, "lower")
     found = sorted(entry.by_hospital.items(), key=lambda item: -sign * item[1])
     if entry.site != AVERAGE or len(found) < 2:
         return []
     text = f"{word} at {sum(sign * value > 0 for _, value in found)} of {len(found)} hospitals"
     if len(found) <= NAMED_HOSPITALS:
-        text += f": {', '.join(f'{site} {show(value, DECIMALS[entry.metric], sign=True)}' for site, value in found)}"
+        places = DECIMALS[entry.metric]
+        sizes = [f"{site} {show(value, places, sign=True)}" for site, value in found]
+        text += f": {', '.join(sizes)}"
     return [text]

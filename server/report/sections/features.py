@@ -1,6 +1,7 @@
-"""What the features look like: t-SNE of sampled pixels before and after SgCG, and how alike the classes are.
+"""Features: t-SNE of sampled pixels before and after SgCG, and the similarity of the classes.
 
-Sampled pixels lie in a site's own folder and only if it was asked to keep them; class prototypes are the coordinator's.
+Sampled pixels are stored in a site's own folder, and only on request; class prototypes are stored
+by the coordinator.
 
 Legend: N pixels, A feature channels, K classes, tau temperature.
 """
@@ -28,17 +29,17 @@ from server.report.study_files import DONE, Cell, StudyFiles
 Floats = npt.NDArray[np.float64]
 Section = dict[str, Any]
 
-SHOWN_PIXELS = 500  # of one t-SNE: two of them take a few seconds
+SHOWN_PIXELS = 500  # pixels of one t-SNE; two of them take a few seconds
 NEIGHBOURS = 10
-FEWEST = 12  # pixels below which a t-SNE says nothing
-MOST_CELLS = 24  # whose prototypes are averaged for one label
+FEWEST = 12  # fewest pixels for a meaningful t-SNE
+MOST_CELLS = 24  # most cells whose prototypes are averaged for one label
 MOST_MATRICES = 6
 PAIRS = (("ram", "ram_sgcg"), ("source", "sgcg"), ("source", "ram_sgcg"))
-"""Training without and with SgCG, most telling first."""
+"""Training without and with SgCG, most informative first."""
 USUAL_TEMPERATURE = 0.5
 ABSENT = (
-    "No t-SNE: pixel features stay at their hospital and are kept only on request, and no hospital's folder with "
-    "sampled features lies on the machine that made this page."
+    "No t-SNE: pixel features stay at their hospital and are stored only on request, and no "
+    "hospital's folder with sampled features is on the machine that made this page."
 )
 
 
@@ -60,7 +61,10 @@ class Pixels:
 
 
 def tsne_section(study: StudyFiles, reader: Reader) -> Section:
-    """Two rows of panels (before, after) by class and by hospital; {"absent": why} where nothing is there."""
+    """Two rows of panels (before, after) by class and by hospital.
+
+    Returns {"absent": reason} without data.
+    """
     chosen = _choose_cells(study)
     found = [(cell, pixels) for cell in chosen if (pixels := read_pixels(cell, reader)) is not None]
     if not found:
@@ -79,7 +83,10 @@ def tsne_section(study: StudyFiles, reader: Reader) -> Section:
 
 
 def _choose_cells(study: StudyFiles) -> list[Cell]:
-    """Cells of one fold and seed with features: one without and one with SgCG where both are there, else the first."""
+    """Cells of one fold and seed with features.
+
+    One without and one with SgCG if both exist, else the first.
+    """
     with_file = [cell for cell in study.cells if cell.status in DONE and _files(cell)]
     labels = study.labels
     for before, after in PAIRS:
@@ -102,7 +109,10 @@ def _files(cell: Cell) -> list[Path]:
 
 
 def read_pixels(cell: Cell, reader: Reader) -> Pixels | None:
-    """Join the samples of a cell's sites; None without a pixel. Sites with another number of channels are left out."""
+    """Join the samples of a cell's sites; None without a pixel.
+
+    Sites with a different number of channels are ignored.
+    """
     found: dict[str, FeatureSamples] = {}
     for path in _files(cell):
         samples = reader.features(path)
@@ -125,7 +135,7 @@ def read_pixels(cell: Cell, reader: Reader) -> Pixels | None:
 
 
 def thinned(pixels: Pixels, most: int = SHOWN_PIXELS) -> Pixels:
-    """Keep about `most` pixels, every pair of site and class in equal number as far as it has them."""
+    """Keep about `most` pixels, equally many per pair of site and class if available."""
     groups = [
         np.flatnonzero((pixels.sites == site) & (pixels.classes == label))
         for site in np.unique(pixels.sites)
@@ -144,8 +154,9 @@ def thinned(pixels: Pixels, most: int = SHOWN_PIXELS) -> Pixels:
 def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> Section:
     same_class, same_site, chance = neighbour_shares(pixels)
     text = (
-        f"Of the {NEIGHBOURS} nearest neighbours of a pixel, {_percent(same_class)} are of its class, and "
-        f"{_percent(same_site)} of those are of its hospital ({_percent(chance)} if hospitals were mixed evenly)."
+        f"Of the {NEIGHBOURS} nearest neighbours of a pixel, {_percent(same_class)} are of its "
+        f"class, and {_percent(same_site)} of those are of its hospital ({_percent(chance)} if "
+        "hospitals were mixed evenly)."
     )
     if len(pixels.features) < FEWEST:
         return {"method": cell.method, "panels": [], "text": "Too few pixels to draw."}
@@ -165,8 +176,11 @@ def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> Section:
 
 
 def tsne(features: Floats) -> Floats:
-    """Lay (N, A) features into a plane (N, 2) by t-SNE (van der Maaten and Hinton 2008); the same every time."""
-    from sklearn.manifold import TSNE  # costs a second: only where there is something to draw
+    """Embed (N, A) features in a plane (N, 2) by t-SNE (van der Maaten and Hinton 2008).
+
+    The result is reproducible.
+    """
+    from sklearn.manifold import TSNE  # imported here because the import takes a second
 
     perplexity = min(30.0, (len(features) - 1) / 4)
     model = TSNE(perplexity=perplexity, init="pca", random_state=0, max_iter=400, n_jobs=1)
@@ -174,11 +188,11 @@ def tsne(features: Floats) -> Floats:
 
 
 def neighbour_shares(pixels: Pixels, neighbours: int = NEIGHBOURS) -> tuple[float, float, float]:
-    """How features group, measured in the features themselves, not in the picture.
+    """How features cluster, measured in feature space and not in the plane.
 
     Returns:
-        Share of a pixel's nearest neighbours that have its class; share of those that come from its own hospital; and
-        what the latter would be if the pixels of a class lay without regard to hospital.
+        Share of a pixel's nearest neighbours of the same class; share of these from the same
+        hospital; and the expected value of the latter if a class did not depend on the hospital.
     """
     count = len(pixels.features)
     near = min(neighbours, count - 1)
@@ -205,7 +219,7 @@ def _percent(share: float) -> str:
 
 
 def similarity_section(study: StudyFiles, reader: Reader) -> Section:
-    """Matrices of how alike the classes are for every main label: cosine of means, and SgCG's own likeness."""
+    """Class similarity for every main label: cosine of means, and SgCG's probabilities."""
     names = class_names(study)
     panels = []
     labels = [name for group in figure_groups(study.labels) for name in group.labels]
@@ -220,19 +234,17 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
             continue
         tau = temperature(study.settings.get(label, {}))
         titles = [names.get(place, f"class {place}") for place in range(widest)]
-        detail = f"mean of {len(parts)} run{'s' if len(parts) > 1 else ''}" + (
-            ", from sampled pixels" if any(sampled for sampled, _ in parts) else ""
-        )
+        detail = f"mean of {len(parts)} run{'s' if len(parts) > 1 else ''}"
+        if any(sampled for sampled, _ in parts):
+            detail += ", from sampled pixels"
         for kind, matrix in (
             ("cosine", mean_of([cosines(p) for _, p in parts])),
             ("share", mean_of([logit_shares(p, tau) for _, p in parts])),
         ):
-            words = (
-                "Cosine between class means"
-                if kind == "cosine"
-                else "SgCG's likeness of class means to classes"
-            )
-            alt = f"{words}, {label}, {detail}. {_said(matrix, titles)}"
+            caption = "Cosine between class means"
+            if kind == "share":
+                caption = "SgCG's class probabilities of the class means"
+            alt = f"{caption}, {label}, {detail}. {_pairs_text(matrix, titles)}"
             drawing = matrix_panel(matrix, titles, alt)
             panels.append(
                 {
@@ -264,7 +276,7 @@ def _statistics(cells: Sequence[Cell], reader: Reader) -> Iterator[tuple[bool, C
 
 
 def cosines(statistics: ClassStatistics) -> Floats:
-    """(K, K) cosine between class means; NaN for a class without a pixel or with a mean of zero."""
+    """(K, K) cosine between class means; NaN for a class without pixels or with a zero mean."""
     norm = np.linalg.norm(statistics.mean, axis=1)
     known = (statistics.count > 0) & (norm > 0)
     unit = np.divide(
@@ -277,9 +289,11 @@ def cosines(statistics: ClassStatistics) -> Floats:
 
 
 def logit_shares(statistics: ClassStatistics, tau: float) -> Floats:
-    """(K, K) softmax over j of SgCG's logit z_j = q.mu_j / tau + q.Sigma_j q / (2 tau^2) at q = mu_k (methods.md 1.3).
+    """Return (K, K): SgCG's class probabilities of the class means.
 
-    Row k says which classes the contrastive loss takes the mean pixel of class k for; NaN for an absent class.
+    Row k is the softmax over j of the logit z_j = q.mu_j / tau + q.Sigma_j q / (2 tau^2) at q =
+    mu_k (docs/explanation/sgcg.md, "The closed form"): the probability that the contrastive loss
+    assigns the mean pixel of class k to class j. NaN for an absent class.
     """
     known = statistics.count > 0
     mean = statistics.mean
@@ -294,7 +308,7 @@ def logit_shares(statistics: ClassStatistics, tau: float) -> Floats:
 
 
 def mean_of(matrices: Sequence[Floats]) -> Floats:
-    """Mean of the values that are known, entry by entry."""
+    """Element-wise mean of the finite values."""
     stack = np.stack(matrices)
     known = np.isfinite(stack)
     total = np.where(known, stack, 0.0).sum(axis=0)
@@ -303,7 +317,7 @@ def mean_of(matrices: Sequence[Floats]) -> Floats:
 
 
 def temperature(tree: Mapping[str, Any]) -> float:
-    """Temperature of a label's settings; the usual one where they do not say."""
+    """Temperature from a label's settings, or the usual one if they do not contain it."""
     part = tree.get("prototypes")
     found = part.get("temperature") if isinstance(part, Mapping) else None
     return float(found) if isinstance(found, (int, float)) and found > 0 else USUAL_TEMPERATURE
@@ -313,14 +327,12 @@ def class_names(study: StudyFiles) -> dict[int, str]:
     """Name of every class index, in the order of the settings."""
     data = next((tree.get("data") for tree in study.settings.values()), None)
     classes = data.get("classes") if isinstance(data, Mapping) else None
-    return (
-        {place: str(name) for place, name in enumerate(classes)}
-        if isinstance(classes, Mapping)
-        else {}
-    )
+    if not isinstance(classes, Mapping):
+        return {}
+    return {place: str(name) for place, name in enumerate(classes)}
 
 
-def _said(matrix: Floats, names: Sequence[str]) -> str:
+def _pairs_text(matrix: Floats, names: Sequence[str]) -> str:
     pairs: dict[str, float] = defaultdict(float)
     for row, column in combinations(range(len(names)), 2):
         pairs[f"{names[row]} and {names[column]}"] = float(matrix[row, column])

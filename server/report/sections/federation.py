@@ -1,4 +1,4 @@
-"""Section of the report on what federation costs."""
+"""Section of the report on the cost of federation."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def federation_section(
     rounds: Sequence[Row] = (),
     place: str = HELD_OUT,
 ) -> Section | None:
-    """What federation costs: every training local, pooled and by site; None without two federations.
+    """Compare every training local, pooled and by site; None with fewer than two federations.
 
     Args:
         values: Values of the cases.
         labels: Labels of the study.
         structures: Structures in order.
         colours: Index of the palette by label.
-        rounds: Rows of `rounds.parquet`, for the steps that each federation took.
-        place: Who was judged, in words.
+        rounds: Rows of `rounds.parquet`, for the number of steps of each federation.
+        place: Name of the evaluated cases.
     """
     pairs = federation_pairs(labels)
     if not pairs:
@@ -42,10 +42,10 @@ def federation_section(
         for metric in METRICS:
             title = TITLES[metric] if metric == "dice" else f"{TITLES[metric]}, {values.unit}"
             dots = _federation_dots(rows, values, structure, metric, colours)
-            said = "; ".join(
+            means = "; ".join(
                 f"{dot.title} {show(dot.interval.mean, DECIMALS[metric])}" for dot in dots
             )
-            alt = f"Mean {title} of {structure} over {place}: {said}."
+            alt = f"Mean {title} of {structure} over {place}: {means}."
             head = f"{structure}, {title}" if len(structures) > 1 else title
             if dots:
                 panels.append({"title": head, "drawing": dot_panel(dots, title, alt)})

@@ -1,4 +1,4 @@
-"""Figures of the report, one panel a hospital or fold, each with the words that describe it."""
+"""Figures of the report, one panel per hospital or fold, each with its description."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def case_figures(
     methods: Sequence[str],
     colours: Mapping[str, int] | None = None,
 ) -> list[Section]:
-    """One strip plot a hospital: Dice of every case with every method."""
+    """One strip plot per hospital: Dice of every case with every method."""
     chosen = [
         case for case in cases if case["structure"] == structure and case["method"] in methods
     ]
@@ -71,15 +71,19 @@ def _median(strip: Mapping[str, float]) -> float:
 def training_figures(
     rows: Sequence[Row], methods: Sequence[str], colours: Mapping[str, int] | None = None
 ) -> list[Section]:
-    """One panel a fold: supervised loss above source-validation Dice, above held-out ASD where it was followed."""
-    painted = dict(colours or {name: place for place, name in enumerate(methods)})
+    """One panel per fold: supervised loss, source-validation Dice, and held-out ASD by round.
+
+    The ASD is shown only if the held-out hospital was evaluated during training.
+    """
+    all_colours = dict(colours or {name: place for place, name in enumerate(methods)})
     found = {name: curves(rows, name) for name in ("loss_supervised", "loss", "validation_dice")}
-    judged = [row for row in rows if row["site"] == row["heldout"]]
+    heldout_only = [row for row in rows if row["site"] == row["heldout"]]
     heldout, distance = (
-        _followed(curves(judged, name)) for name in ("heldout_dice", "heldout_asd")
+        _followed(curves(heldout_only, name)) for name in ("heldout_dice", "heldout_asd")
     )
-    supervised, validation = found["loss_supervised"] or found["loss"], found["validation_dice"]
-    chosen = {name: painted[name] for name in methods}
+    supervised = found["loss_supervised"] or found["loss"]
+    validation = found["validation_dice"]
+    chosen = {name: all_colours[name] for name in methods}
     folds = sorted(
         {key[0] for part in (supervised, validation) for key in part if key[1] in chosen}
     )
@@ -108,7 +112,8 @@ def training_figures(
     for fold in folds:
         title = f"{fold} held out" if fold else "no hospital held out"
         ends = [
-            f"{method} ends at loss {_end(supervised, fold, method)}, validation Dice {_end(validation, fold, method)}"
+            f"{method} ends at loss {_end(supervised, fold, method)}, "
+            f"validation Dice {_end(validation, fold, method)}"
             for method in methods
             if (fold, method, "") in supervised
         ]
@@ -118,13 +123,13 @@ def training_figures(
             "whole": any(line.dash == "--" for line in upper[fold]),
             "heldout": any(line.dash == ":" for line in (*lower[fold], *third[fold])),
         }
-        detail = _left_out_words(judged, fold, methods) if any(third.values()) else ""
+        detail = _left_out_note(heldout_only, fold, methods) if any(third.values()) else ""
         panels.append({"title": title, "detail": detail, "drawing": drawing, "marks": marks})
     return panels
 
 
-def _left_out_words(rows: Sequence[Row], fold: str, methods: Sequence[str]) -> str:
-    """Say of how many evaluations the curve of a distance is no mean, "" where it is one of all."""
+def _left_out_note(rows: Sequence[Row], fold: str, methods: Sequence[str]) -> str:
+    """State how many evaluations the curve of a distance leaves out, "" if none."""
     counts = [
         int(row["value"])
         for row in rows
@@ -132,15 +137,13 @@ def _left_out_words(rows: Sequence[Row], fold: str, methods: Sequence[str]) -> s
         and row["heldout"] == fold
         and row["method"] in methods
     ]
-    return (
-        f"ASD without up to {count_of(max(counts), 'evaluation')} with an empty mask"
-        if counts
-        else ""
-    )
+    if not counts:
+        return ""
+    return f"ASD without up to {count_of(max(counts), 'evaluation')} with an empty mask"
 
 
 def _followed(found: Curves) -> Curves:
-    """Curves that are more than the point at the end, which the tables hold."""
+    """Curves with more than the final point, which is in the tables."""
     return {key: curve for key, curve in found.items() if len(curve.rounds) > 1}
 
 
@@ -162,24 +165,23 @@ def _lines(
 def _companions(
     total: Curves, supervised: Curves, fold: str, colours: Mapping[str, int]
 ) -> list[Line]:
-    """The whole loss, where it holds more than the supervised part."""
-    kept = []
+    """Curves of the total loss that differ from the supervised loss."""
+    kept: list[Line] = []
     for method, index in colours.items():
         for line in _lines(total, fold, {method: index}, dash="--", strong=False):
             part = supervised.get((fold, method, ""))
-            alike = part is not None and part.mean.shape == line.curve.mean.shape
-            kept += (
-                []
-                if alike and part is not None and np.allclose(part.mean, line.curve.mean)
-                else [line]
-            )
+            comparable = part is not None and part.mean.shape == line.curve.mean.shape
+            if part is None or not comparable or not np.allclose(part.mean, line.curve.mean):
+                kept.append(line)
     return kept
 
 
 def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
-    """One panel a fold and method with statistics: trace of the scatter between and within hospitals, per class."""
-    between, within = curves(rows, "between_site_trace"), curves(rows, "within_site_trace")
-    # Of the chosen model, every hospital under one normalisation; studies of before have those of the last round alone.
+    """One panel per fold and method: scatter between and within hospitals, by class."""
+    between = curves(rows, "between_site_trace")
+    within = curves(rows, "within_site_trace")
+    # The selected model with one normalisation for all hospitals. Older studies do not record it;
+    # for them the last round is used.
     end = (
         between | curves(rows, "between_site_trace_evaluation"),
         within | curves(rows, "within_site_trace_evaluation"),
@@ -212,7 +214,7 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
 
 
 def _share(between: Curve, within: Curve) -> str:
-    """Share of the scatter that is between hospitals, at the end of two curves."""
+    """Share of the scatter between hospitals at the end of two curves."""
     parts = float(between.mean[-1]), float(within.mean[-1])
     return f"{100 * parts[0] / sum(parts):.1f} %" if sum(parts) > 0 else "–"
 
@@ -226,13 +228,13 @@ def shift_classes(rows: Sequence[Row]) -> list[str]:
     )
 
 
-MOST_OVERLAYS = 12  # labels of one case
+MOST_OVERLAYS = 12  # most labels of one case
 
 
 def overlay_blocks(
     study: StudyFiles, reader: Reader, groups: Sequence[Group], images: Images
 ) -> list[Section]:
-    """One block a hospital: worst, median and best case by the mean over labels, the same slice with every label."""
+    """One block per hospital: worst, median and best case, the same slice with every label."""
     wanted = [name for group in groups for name in group.labels][:MOST_OVERLAYS]
     blocks = []
     for fold in sorted({cell.heldout for cell in study.cells}):
@@ -269,7 +271,10 @@ def overlay_blocks(
 def _sheet(
     pictures: Mapping[str, Sequence[Picture]], methods: Sequence[str], site: str
 ) -> Drawing | None:
-    """The same cases as one figure for a file, with the methods of the first group; None where it has no picture."""
+    """The same cases as one figure for a file, with the methods of the first group.
+
+    None without a picture of these methods.
+    """
     rows = []
     for rank, case in choose_cases(pictures):
         found = [
@@ -281,7 +286,10 @@ def _sheet(
 
 
 def _one_seed(cells: Sequence[Cell]) -> list[Cell]:
-    """One cell a label, all of the seed that most labels have; of hospitals that trained alone, the first."""
+    """One cell per label, with the seed that most labels have.
+
+    Of hospitals that trained alone, the first is used.
+    """
     by_seed: dict[int, dict[str, Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.key):
         by_seed.setdefault(cell.seed, {}).setdefault(cell.method, cell)

@@ -1,8 +1,10 @@
-"""Tables in the layout of the papers' Tables 1 to 6: methods in rows, held-out hospitals and their average in columns.
+"""Tables in the layout of the papers' Tables 1 to 6.
 
-Dice in per cent, distances beside it, structures joined by a slash. Several seeds stand as mean ± standard deviation
-over the seeds. A number is bold only where it is the best of its column and every paired difference to the other rows
-of the table holds (`server.report.differences`). Rows that others printed stand beside ours in grey.
+Methods are in rows, held-out hospitals and their average in columns. Dice is in per cent, and
+structures are joined by a slash. Several seeds are shown as mean ± standard deviation over the
+seeds. A number is bold only if it is the best of its column and every paired difference to the
+other rows of the table holds (`server.report.differences`). Rows printed by others are shown in
+grey.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ import numpy as np
 from server.report.differences import CaseValues, Place, Values, corrected_for_number
 from server.report.format import DASH, TITLES, show
 from server.report.intervals import Interval
-from server.report.labels import FEDERATION_WORDS, FEDERATIONS, TRAINS, Label, main_labels
+from server.report.labels import FEDERATION_TITLES, FEDERATIONS, TRAINS, Label, main_labels
 from server.report.sections.cases import count_of
 from server.report.sections.published import ABLATION, Published, PublishedRow
 from server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
 
 Section = dict[str, Any]
 PAPER_METRICS = ("dice", "asd")
-JOINED_AT_MOST = 3  # structures in one entry
+JOINED_AT_MOST = 3  # most structures in one entry
 ARMS = {
     "source": (False, False),
     "ram": (True, False),
@@ -34,13 +36,13 @@ ARMS = {
 
 
 class Layout:
-    """What all entries of the papers' tables share.
+    """Columns and entries of the papers' tables.
 
     Args:
-        values: Every case's values.
+        values: Values of every case.
         structures: Structures of one entry, in order.
         sites: Held-out hospitals, in the order of the columns.
-        published: What others printed for the same data, if anything.
+        published: Tables printed by others for the same data, if any.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Layout:
         sites: Sequence[str],
         published: Published | None,
     ) -> None:
-        self.values, self.structures, self.published = values, list(structures), published
-        self.judged = any(heldout for heldout, _ in values.places)
+        self.values = values
+        self.structures = list(structures)
+        self.published = published
+        self.has_heldout = any(heldout for heldout, _ in values.places)
         if published:
             domains = {site: published.domain_of(site) for site in sites}
             sites = sorted(
@@ -66,24 +70,21 @@ class Layout:
             self.columns.append((AVERAGE, None))
 
     def heads(self) -> list[Section]:
-        """Titles of the columns, with the papers' domain where it is known."""
+        """Titles of the columns, with the papers' domain if it is known."""
         heads = []
         for site, place in self.columns:
-            domain = self.published.domain_of(site) if self.published and place else None
-            detail = (
-                "hospitals count the same"
-                if place is None
-                else f"domain {domain + 1}"
-                if domain is not None
-                else ""
-            )
-            heads.append({"title": "Average" if place is None else site, "detail": detail})
+            if place is None:
+                heads.append({"title": "Average", "detail": "hospitals have equal weight"})
+                continue
+            domain = self.published.domain_of(site) if self.published else None
+            detail = "" if domain is None else f"domain {domain + 1}"
+            heads.append({"title": site, "detail": detail})
         return heads
 
     def rows(
         self, labels: Sequence[Label], metric: str, colours: Mapping[str, int]
     ) -> list[Section]:
-        """One row a label; best entries of a column are marked where every difference holds."""
+        """One row per label; the best entry of a column is marked if all its differences hold."""
         best = {site: self._winners(labels, metric, place) for site, place in self.columns}
         return [
             {
@@ -101,11 +102,13 @@ class Layout:
         ]
 
     def counted_row(self, row: Section, metric: str) -> list[Section]:
-        """The row of a label once more, as the printed code counts, where that changes a number that is shown.
+        """The row of a label with the metric as the published code computes it.
 
-        Nothing where the printed code counts as we do, and where the results do not hold the column for every case.
+        Empty if this changes no shown number, if the published code computes the metric in the same
+        way, or if the results do not have the column for every case.
         """
-        column, name = COMPATIBLE.get(metric, ""), str(row["label"])
+        column = COMPATIBLE.get(metric, "")
+        name = str(row["label"])
         if (
             self.published is None
             or metric not in self.published.counted
@@ -127,7 +130,10 @@ class Layout:
         )
 
     def _cell(self, name: str, metric: str, place: Place | None, best: Sequence[str]) -> Section:
-        parts, spreads, ends, notes = [], [], [], []
+        parts: list[Section] = []
+        spreads: list[str] = []
+        ends: list[str] = []
+        notes: list[str] = []
         for structure, winner in zip(self.structures, best, strict=True):
             cases = self.values.cases(name, structure, metric)
             interval = self.values.interval(name, structure, metric, place)
@@ -135,11 +141,9 @@ class Layout:
             parts.append({"text": _shown(interval.mean, metric), "bold": winner == name})
             spreads.append(_shown(float(np.std(seeds, ddof=1)), metric) if len(seeds) > 1 else "")
             ends.append(_ends(interval, metric))
-            mark = (
-                counted(*self.values.left_out(name, structure, metric, place))
-                if metric in METRICS
-                else ""
-            )
+            mark = ""
+            if metric in METRICS:
+                mark = counted(*self.values.left_out(name, structure, metric, place))
             if mark:
                 notes.append(f"{structure}: {mark}" if len(self.structures) > 1 else mark)
             if place is None and 0 < len(cases) < self.hospitals:
@@ -156,14 +160,14 @@ class Layout:
         }
 
     def _together(self, name: str, metric: str) -> float:
-        """Average over hospitals and structures, as it is printed."""
+        """Average over hospitals and structures, as printed in the papers."""
         means = [
             self.values.interval(name, structure, metric).mean for structure in self.structures
         ]
         return float(np.mean(means))
 
     def _winners(self, labels: Sequence[Label], metric: str, place: Place | None) -> list[str]:
-        """Best label of a column for each structure, "" where the lead over some other label does not hold."""
+        """Best label of a column for each structure, "" if one of its differences does not hold."""
         return [
             self._winner([label.name for label in labels], structure, metric, place)
             for structure in self.structures
@@ -198,7 +202,12 @@ class Layout:
         return first if all(lead.holds and lead.better for lead in leads) else ""
 
     def published_rows(self, metric: str, only: Mapping[str, str] | None = None) -> list[Section]:
-        """Rows that others printed, for the hospitals of the columns; `only` chooses by name for the ablation."""
+        """Rows printed by others for the hospitals of the columns.
+
+        Args:
+            metric: Metric of the rows.
+            only: Printed name -> training method of the rows to keep; None keeps all.
+        """
         rows = self.published.rows[metric] if self.published else ()
         return [
             {
@@ -215,9 +224,9 @@ class Layout:
     def _published_cell(self, row: PublishedRow, site: str, place: Place | None) -> Section:
         assert self.published is not None
         if place is None:
-            whole = self.hospitals == len(self.published.domains)
+            domains = len(self.published.domains)
             notes = [f"the row gives {show(row.recomputed, 2)}"] if row.printed_otherwise else []
-            notes += [] if whole else [f"over {len(self.published.domains)} domains"]
+            notes += [f"over {domains} domains"] if self.hospitals != domains else []
             return {
                 "parts": [{"text": show(row.average, 2), "bold": False}],
                 "sd": "",
@@ -235,7 +244,7 @@ class Layout:
 def paper_tables(
     layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]
 ) -> list[Section]:
-    """Tables 1 to 4: one a metric and layout, labels in groups by federation, printed rows last."""
+    """Tables 1 to 4: one per metric and layout, labels grouped by federation, printed rows last."""
     tables = []
     for layout in layouts:
         for metric in PAPER_METRICS:
@@ -243,7 +252,7 @@ def paper_tables(
             federations = [label.federation for label in main_labels(labels)]
             groups = [
                 {
-                    "title": FEDERATION_WORDS.get(name, name) if len(set(federations)) > 1 else "",
+                    "title": FEDERATION_TITLES.get(name, name) if len(set(federations)) > 1 else "",
                     "rows": [
                         line
                         for row, own in zip(rows, federations, strict=True)
@@ -254,11 +263,10 @@ def paper_tables(
                 for name in sorted(set(federations), key=lambda name: _place(FEDERATIONS, name))
             ]
             printed = layout.published_rows(metric)
-            groups += (
-                [{"title": "printed by others, under another protocol", "rows": printed}]
-                if printed
-                else []
-            )
+            if printed:
+                groups.append(
+                    {"title": "printed by others, under another protocol", "rows": printed}
+                )
             tables.append(_table(layout, metric, groups))
     return tables
 
@@ -266,7 +274,10 @@ def paper_tables(
 def ablation_tables(
     layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]
 ) -> list[Section]:
-    """Tables 5 and 6: what RAM and SgCG add, for each federation that has at least three of the four arms."""
+    """Tables 5 and 6: the effect of RAM and SgCG.
+
+    There is one table per layout and federation with at least three of the four arms.
+    """
     plain = [label for label in labels.values() if label.plain and label.trains in ARMS]
     tables = []
     for layout in layouts:
@@ -283,19 +294,15 @@ def ablation_tables(
                 rows = layout.rows(arms, metric, colours)
                 rows += layout.published_rows(metric, ABLATION) if printed else []
                 groups.append({"title": metric_title(metric, layout.values.unit), "rows": rows})
-            words = (
-                FEDERATION_WORDS[federation]
-                if len({label.federation for label in plain}) > 1
-                else ""
-            )
-            tables.append(
-                _table(layout, "", groups) | {"title": words or " / ".join(layout.structures)}
-            )
+            title = " / ".join(layout.structures)
+            if len({label.federation for label in plain}) > 1:
+                title = FEDERATION_TITLES[federation]
+            tables.append(_table(layout, "", groups) | {"title": title})
     return tables
 
 
 def metric_title(metric: str, unit: str) -> str:
-    """Name of a metric with its unit as the papers' tables have it."""
+    """Name of a metric with its unit as in the papers' tables."""
     return "Dice, %" if metric == "dice" else f"{TITLES[metric]}, {unit}"
 
 
@@ -305,7 +312,7 @@ def _table(layout: Layout, metric: str, groups: Sequence[Section]) -> Section:
         "title": title,
         "metric": metric,
         "structures": " / ".join(layout.structures),
-        "judged": layout.judged,
+        "has_heldout": layout.has_heldout,
         "columns": layout.heads(),
         "groups": list(groups),
         "printed": any(row["published"] for group in groups for row in group["rows"]),
@@ -316,49 +323,52 @@ def _table(layout: Layout, metric: str, groups: Sequence[Section]) -> Section:
 def layouts_of(
     values: CaseValues, structures: Sequence[str], sites: Sequence[str], published: Published | None
 ) -> list[Layout]:
-    """One layout for all structures, in the printed order where there is one; one each where they are many."""
+    """One layout for all structures, in the printed order if there is one; one each if many."""
     ordered = list(published.structures) if published else list(structures)
     joined = [ordered] if len(ordered) <= JOINED_AT_MOST else [[name] for name in ordered]
     return [Layout(values, part, sites, published) for part in joined if part]
 
 
 def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> list[str]:
-    """How the printed protocol differs, in words; nothing without printed rows.
+    """How the printed protocol differs, one sentence each; empty without printed rows.
 
     Args:
-        published: What others printed.
-        tables: The papers' tables; rows of them that count as the papers do are explained.
+        published: Tables printed by others.
+        tables: The papers' tables; rows computed as in the papers are explained.
     """
     if published is None:
         return []
-    rows = (row for table in tables for group in table["groups"] for row in group["rows"])
-    counted = ["; ".join(published.counted.values())] if any(row["counted"] for row in rows) else []
-    return [
-        "The grey rows are copied from the SgCG paper (withdrawn from ICLR 2025) as printed. They were not reproduced "
-        "here and must not be compared digit by digit:",
+    notes = [
+        "The grey rows are copied from the SgCG paper (withdrawn from ICLR 2025) as printed. They "
+        "were not reproduced here and must not be compared digit by digit:",
         *published.protocol,
-        *(
-            f"A row “as the papers count” has {words}; it stands where that changes a number."
-            for words in counted
-        ),
-        f"Distances in this table are in {published.unit}s, as printed, also where millimetres are known.",
-        "An average that does not follow from its own row says what the row gives.",
+    ]
+    rows = (row for table in tables for group in table["groups"] for row in group["rows"])
+    if any(row["counted"] for row in rows):
+        notes.append(
+            f"A row “computed as in the papers” uses {'; '.join(published.counted.values())}; it "
+            "is shown if that changes a number."
+        )
+    return [
+        *notes,
+        f"Distances in this table are in {published.unit}s, as printed, even if millimetres are "
+        "known.",
+        "If a printed average does not follow from its row, the average of the row is given as "
+        "well.",
     ]
 
 
 def seeds_note(values: CaseValues, labels: Iterable[Label]) -> str:
-    """Say over how many seeds the spread is."""
+    """Describe the entries of the papers' tables: mean and spread over seeds."""
     numbers = {
         len(values.by_seed(label.name, structure, "dice"))
         for label in labels
         for structure in values.structures
     }
     seeds = max(numbers, default=0)
-    return (
-        f"mean ± standard deviation over {count_of(seeds, 'seed')}"
-        if seeds > 1
-        else "mean of one seed"
-    )
+    if seeds > 1:
+        return f"mean ± standard deviation over {count_of(seeds, 'seed')}"
+    return "mean of one seed"
 
 
 def _keys(values: Values) -> set[tuple[Place, str, int]]:
@@ -371,7 +381,7 @@ def _keys(values: Values) -> set[tuple[Place, str, int]]:
 
 
 def _plain(cell: Section) -> list[Section] | None:
-    """The numbers of an entry without their marks."""
+    """The numbers of an entry, none of them bold."""
     parts: list[Section] | None = cell.get("parts")
     return None if parts is None else [part | {"bold": False} for part in parts]
 

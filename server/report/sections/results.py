@@ -1,4 +1,4 @@
-"""Tables of the report as plain data for the page."""
+"""The report's tables as plain data for the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from server.report.tables import (
 )
 
 Section = dict[str, Any]
-DENSE_ABOVE = 5  # columns; then mean and standard deviation stand on two lines
+DENSE_ABOVE = 5  # columns above which mean and standard deviation are on two lines
 MEANING = {
     "dice": "overlap, higher is better",
     "asd": "mean distance, prediction to truth, lower is better",
@@ -47,7 +47,7 @@ MEANING = {
 def result_tables(
     summary: Sequence[Summary], study: StudyFiles, structures: Sequence[str]
 ) -> list[Section]:
-    """One table a structure: metric x method in rows, held-out hospitals and their average in columns."""
+    """One table per structure: metric x method in rows, held-out hospitals in columns."""
     methods = list(dict.fromkeys(cell.method for cell in study.cells))
     sites = sorted(
         {cell.heldout for cell in study.cells if cell.heldout}
@@ -86,7 +86,7 @@ def result_tables(
 
 def _column(site: str, rows: Sequence[Summary]) -> Section:
     if site == AVERAGE:
-        return {"title": "Average", "detail": "hospitals count the same"}
+        return {"title": "Average", "detail": "hospitals have equal weight"}
     cases = sorted({row["cases"] for row in rows})
     return {"title": site, "detail": count_of(cases[-1], "case") if cases else "no result"}
 
@@ -137,7 +137,7 @@ def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int
 
 
 def case_means(rows: Sequence[Row]) -> list[Section]:
-    """Every case with each method, averaged over the seeds in which a value is defined, worst Dice first."""
+    """Every case with each method, averaged over the seeds with a value, lowest Dice first."""
     unit = distance_unit(rows)
     grouped: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -177,7 +177,7 @@ def _remark(rows: Sequence[Row]) -> str:
 
 
 def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], list[str]]:
-    """Return the rows of "what left each hospital" and the names of the parts, in the order of their size."""
+    """Return the rows on the data sent by each hospital, and the names of the parts by size."""
     found = departures(study.cells, study.rounds, reader)
     totals: dict[str, int] = defaultdict(int)
     for entry in found:
@@ -204,19 +204,24 @@ def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], li
 
 
 def hash_note(study: StudyFiles) -> str:
-    """A sentence on which model hashes may be compared: those of one processor, build of torch and thread count."""
+    """State which model hashes can be compared: those of one machine type."""
     machines = Counter(
         _machine_of(cell.outcome) for cell in study.cells if cell.outcome.get("digest")
     )
-    rule = "Equal settings and seeds give equal hashes on one type of processor, build of torch and number of threads"
+    rule = (
+        "Equal settings and seeds give equal hashes on one type of processor, build of torch and "
+        "number of threads"
+    )
     if not machines or set(machines) == {""}:
-        return f"{rule}; these runs do not say theirs."
+        return f"{rule}; these runs do not record theirs."
     if len(machines) == 1:
         return f"{rule}, here {next(iter(machines))}."
     found = "; ".join(
         f"{name or 'not recorded'} ({number})" for name, number in sorted(machines.items())
     )
-    return f"{rule}. These runs ended on different ones, so that their hashes cannot be compared: {found}."
+    return (
+        f"{rule}. These runs ended on different ones, so their hashes cannot be compared: {found}."
+    )
 
 
 def _machine_of(outcome: Mapping[str, Any]) -> str:
@@ -235,7 +240,7 @@ def _machine_of(outcome: Mapping[str, Any]) -> str:
 
 
 def cell_rows(study: StudyFiles) -> list[Section]:
-    """One line a run for the appendix: status, time, chosen round, hash of the model."""
+    """One row per run for the appendix: status, time, selected round, hash of the model."""
     rows = []
     for cell in study.cells:
         protocol = cell.model.get("protocol")

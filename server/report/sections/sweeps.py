@@ -1,4 +1,4 @@
-"""Sections of a study's questions: swept settings, and what federation costs."""
+"""Sections of the report on swept settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from server.report.tables import counted
 
 Section = dict[str, Any]
 METRICS = ("dice", "asd")
-HELD_OUT, VALIDATION = "held-out hospitals", "the hospitals’ own validation cases"
+HELD_OUT = "held-out hospitals"
+VALIDATION = "the hospitals’ own validation cases"
 Family = tuple[str, str, Swept]  # training method, federation, the other swept settings
 
 
@@ -35,8 +36,9 @@ class Sweep:
 
     Attributes:
         name: Name of the setting.
-        lines: Labels by value in order, for every family that differs in nothing but this setting.
-        usual: Label that did not sweep it and its value, by family, where the settings tell it.
+        lines: Labels by value in order, for every family of labels that differ only in this
+            setting.
+        usual: Label without the sweep and its value, by family, if the settings contain it.
     """
 
     name: str
@@ -49,29 +51,29 @@ class Sweep:
         return not any(math.isnan(numeric(value)) for line in self.all_lines() for value in line)
 
     def all_lines(self) -> list[dict[str, str]]:
-        """Labels by value, the usual one in its place."""
+        """Labels by value of every family, including the usual one."""
         return [self.line(family) for family in self.lines]
 
     def line(self, family: Family) -> dict[str, str]:
-        """Labels of a family by value, the usual one in its place, in the order of the values."""
+        """Labels of a family by value, including the usual one, in the order of the values."""
         found = dict(self.lines[family])
         if family in self.usual:
             found.setdefault(self.usual[family][1], self.usual[family][0])
         return {value: found[value] for value in sorted(found, key=value_order)}
 
     def is_usual(self, family: Family, value: str) -> bool:
-        """Whether a value is the one of the runs that did not sweep the setting."""
+        """Whether a value is that of the runs without the sweep."""
         return family in self.usual and self.usual[family][1] == value
 
 
 def sweeps_of(
     labels: Mapping[str, Label], settings: Mapping[str, Mapping[str, Any]]
 ) -> list[Sweep]:
-    """Find the swept settings: names that take two values or more while all else is the same.
+    """Find the swept settings: those with two or more values while all else is equal.
 
     Args:
-        labels: What is compared.
-        settings: Resolved settings by label, to place the label without the sweep.
+        labels: Labels of the study.
+        settings: Resolved settings by label, for the value of the label without the sweep.
     """
     names = dict.fromkeys(name for label in labels.values() for name, _ in label.setting)
     sweeps = []
@@ -100,7 +102,7 @@ def _family(label: Label, name: str) -> Family:
 
 
 def _looked_up(tree: Mapping[str, Any], name: str) -> str:
-    """Value of a setting by its dotted name, or by its last word where only one group has it; "" if unknown."""
+    """Value of a setting by its dotted name, or its last part if unique; "" if unknown."""
     parts = name.split(".")
     found: Any = tree
     for part in parts:
@@ -123,24 +125,24 @@ def sweep_sections(
     colours: Mapping[str, int],
     place: str = HELD_OUT,
 ) -> list[Section]:
-    """One section a swept setting: a figure a structure, a table, and differences to the usual (or first) value.
+    """One section per swept setting: figures, values, and differences to the usual or first value.
 
     Args:
         sweeps: The swept settings.
-        labels: What is compared.
+        labels: Labels of the study.
         values: Values of every case.
-        structures: Names.
+        structures: Names of the structures.
         colours: Index of the palette by label.
-        place: Who was judged, in words.
+        place: Name of the evaluated cases.
     """
     return [
-        _sweep_section(sweep, _beside(sweep, labels), values, structures, colours, place)
+        _sweep_section(sweep, _baselines(sweep, labels), values, structures, colours, place)
         for sweep in sweeps
     ]
 
 
-def _beside(sweep: Sweep, labels: Mapping[str, Label]) -> list[str]:
-    """Labels that do not have the setting at all, the baselines: of the federations that are swept."""
+def _baselines(sweep: Sweep, labels: Mapping[str, Label]) -> list[str]:
+    """Labels without the setting, from the federations of the sweep."""
     federations = {federation for _, federation, _ in sweep.lines}
     usual = {label for label, _ in sweep.usual.values()}
     plain = [label for label in labels.values() if label.plain and label.federation in federations]
@@ -149,7 +151,7 @@ def _beside(sweep: Sweep, labels: Mapping[str, Label]) -> list[str]:
 
 def _sweep_section(
     sweep: Sweep,
-    beside: Sequence[str],
+    baselines: Sequence[str],
     values: CaseValues,
     structures: Sequence[str],
     colours: Mapping[str, int],
@@ -163,28 +165,29 @@ def _sweep_section(
         pairs += [(label, reference) for label in line.values() if label != reference]
     claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
     drawn = {family: place for place, family in enumerate(families[:MOST_COLOURS])}
-    if len({family[0] for family in drawn}) == len(
-        drawn
-    ):  # a line a method: the method's own colour
+    if len({family[0] for family in drawn}) == len(drawn):
+        # With one line per method, every line has the colour of its method.
         drawn = {
             family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn
         }
     panels = [
         panel
         for name in structures
-        for panel in _sweep_panels(sweep, drawn, beside, values, name, place)
+        for panel in _sweep_panels(sweep, drawn, baselines, values, name, place)
     ]
     shown = list(
-        dict.fromkeys([*(label for line in sweep.all_lines() for label in line.values()), *beside])
+        dict.fromkeys(
+            [*(label for line in sweep.all_lines() for label in line.values()), *baselines]
+        )
     )
     return {
         "name": sweep.name,
         "numbers": sweep.numbers,
         "logarithmic": sweep.numbers and is_logarithmic(_numbers(sweep)),
         "usual": bool(sweep.usual),
-        "beside": [
+        "baselines": [
             {"title": label, "dash": " ".join(f"{part:g}" for part in dash)}
-            for label, dash in zip(beside, LEVEL_DASHES, strict=False)
+            for label, dash in zip(baselines, LEVEL_DASHES, strict=False)
             if sweep.numbers
         ],
         "key": [
@@ -209,7 +212,7 @@ def _numbers(sweep: Sweep) -> list[float]:
 def _sweep_panels(
     sweep: Sweep,
     drawn: Mapping[Family, int],
-    beside: Sequence[str],
+    baselines: Sequence[str],
     values: CaseValues,
     structure: str,
     place: str,
@@ -219,13 +222,10 @@ def _sweep_panels(
         Series(_family_title(family), index, tuple(_points(sweep, family, values, structure)))
         for family, index in drawn.items()
     ]
-    ends = "; ".join(
-        f"{line.title} {', '.join(f'{p.value}: {show(p.intervals[0].mean, 3)}' for p in line.points)}"
-        for line in series
-    )
+    ends = "; ".join(f"{line.title} {_means_text(line)}" for line in series)
     levels = {
         label: tuple(values.interval(label, structure, metric) for metric in METRICS)
-        for label in beside
+        for label in baselines
     }
     ends += "".join(f"; {label} {show(level[0].mean, 3)}" for label, level in levels.items())
     alt = f"{structure}: mean Dice over {place} by {sweep.name}. {ends}."
@@ -260,6 +260,10 @@ def _sweep_panels(
                 {"title": f"{structure}, {title}", "drawing": dot_panel(dots, title, alt)}
             )
     return panels
+
+
+def _means_text(line: Series) -> str:
+    return ", ".join(f"{point.value}: {show(point.intervals[0].mean, 3)}" for point in line.points)
 
 
 def _dot_title(line: Series, point: Point, series: Sequence[Series]) -> str:
@@ -308,13 +312,14 @@ def _sweep_rows(
 
 
 def distance_note(values: CaseValues, labels: Sequence[str], structures: Sequence[str]) -> str:
-    """Say which means of a figure's distances are over fewer evaluations, "" where none is."""
+    """State which mean distances of a figure leave out evaluations, "" if none does."""
     parts = []
     for label in labels:
         for structure in structures:
             if mark := counted(*values.left_out(label, structure, "asd")):
                 parts.append(f"{label}{f', {structure}' if len(structures) > 1 else ''}: {mark}")
     text = (
-        "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations"
+        "If one mask is empty there is no distance; the ASD is then the mean over the other "
+        "evaluations"
     )
     return f"{text} ({'; '.join(parts)})." if parts else ""

@@ -456,9 +456,10 @@ def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(
     said = io.StringIO()
     console = Screen(said, width=400)
     assert run_study(plan_study([*small, *words, *places]), console) == 0
-    told = "North in 2. The effective batch is the same; BatchNorm and the Dice term see the parts"
-    lead = "source · South · seed 0: parts of a training step that the memory did not hold whole: "
-    assert lead + told in said.getvalue()
+    told = "North into 2 parts. The effective batch size is the same"
+    assert f"source · South · seed 0: batches that did not fit into memory were split: {told}" in (
+        said.getvalue()
+    )
     assert told in (tmp_path / "study" / "report.html").read_text()
 
 

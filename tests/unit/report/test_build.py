@@ -1,4 +1,4 @@
-"""The page itself: self-contained, escaped, accessible, and made from whatever a study has left behind."""
+"""The page: self-contained, escaped, accessible, and made from any state of a study."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ class TestWholeStudy:
             assert f"{row['dice_mean']:.3f} ± {row['dice_sd']:.3f}" in page.text
             assert f"{row['dice_low']:.3f} to {row['dice_high']:.3f}" in page.text
             assert f"{row['hd95_mean']:.2f} ± {row['hd95_sd']:.2f}" in page.text
-        # HK's empty prediction with source, three seeds: four distances in the table of all metrics, and the ASD in the
-        # papers' table, at HK and on average.
+        # HK's empty prediction with source, three seeds: four distances in the table of all
+        # metrics, and the ASD in the papers' table, at HK and on average.
         assert (
             page.text.count("mean over 33 of 36")
             == page.text.count("mean over 141 of 144")
@@ -167,9 +167,11 @@ class TestWholeStudy:
     def test_claims_say_how_large_how_sure_and_whether_they_hold(self, page):
         # One failed case of the reference makes half of the gain, at one hospital.
         assert re.search(
-            r"sgcg against source, Dice: \+0\.0\d\d \(95 % interval −0\.0\d\d to \+0\.\d\d\d; 48 cases; 3 seeds; "
-            r"corrected p <\s0\.001; higher at 4 of 4 hospitals: HK \+0\.09\d, .*\); no difference shown, because the "
-            r"interval over 4 hospitals includes zero, although the test alone would say so\.",
+            r"sgcg against source, Dice: \+0\.0\d\d \(95 % interval −0\.0\d\d to \+0\.\d\d\d; "
+            r"48 cases; 3 seeds; corrected p <\s0\.001; "
+            r"higher at 4 of 4 hospitals: HK \+0\.09\d, .*\); "
+            r"no difference shown, because the "
+            r"interval over 4 hospitals includes zero, although the test alone is significant\.",
             page.text,
         )
         assert "Sgcg is better: the difference holds lower at 4 of 4 hospitals" in page.text
@@ -195,8 +197,8 @@ class TestUnfinishedStudies:
         assert "source · HK held out · seed 0: missing" in page.text
         assert "no result" in page.text
         missing = [cell["data-label"] for cell in page.all("td") if cell.get("class") == "missing"]
-        # In five metrics and again in the two of the papers' tables, sgcg has neither fold, and source lacks HK. The
-        # papers' tables give the average over what is there, and say so.
+        # In five metrics and again in the two of the papers' tables, sgcg has neither fold, and
+        # source lacks HK. The papers' tables give the average over what is there, and say so.
         assert missing.count("HK") == 2 * (5 + 2)
         assert missing.count("UCL") == 5 + 2
         assert "1 of 2 hospitals" in page.text
@@ -222,7 +224,7 @@ class TestUnfinishedStudies:
         )
         (cell / "journal").mkdir()
         page = page_of(tmp_path)
-        assert "Failed. 0 of 4 runs ended. There is no result to rely on." in page.text
+        assert "Failed. 0 of 4 runs ended. There is no reliable result." in page.text
         assert f"join: RND-401 {CODES['RND-401']}" in page.text
         assert "No held-out hospital has been evaluated yet." in page.text
 
@@ -252,11 +254,12 @@ class TestUnfinishedStudies:
             (("2.13.0+cpu", "2.13.0+cpu"), "here EPYC, AVX2, torch 2.13.0+cpu, 1 thread."),
             (
                 ("2.13.0+cpu", "2.14.0+cpu"),
-                "These runs ended on different ones, so that their hashes cannot be compared: "
-                "EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3); EPYC, AVX2, torch 2.14.0+cpu, 1 thread (1).",
+                "These runs ended on different ones, so their hashes cannot be compared: "
+                "EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3); "
+                "EPYC, AVX2, torch 2.14.0+cpu, 1 thread (1).",
             ),
             (("2.13.0+cpu", None), "not recorded (1); EPYC, AVX2, torch 2.13.0+cpu, 1 thread (3)."),
-            ((None, None), "these runs do not say theirs."),
+            ((None, None), "these runs do not record theirs."),
         ],
     )
     def test_hashes_of_different_machines_are_not_to_be_compared(self, tmp_path, torches, sentence):

@@ -1,4 +1,4 @@
-"""Pixel features on the page: likeness of classes and neighbours, against values worked out by hand."""
+"""Pixel features on the page: class similarity and neighbours, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_names_of_figures_are_free_of_what_a_file_system_minds(tmp_path):
         panel | {"title": title}
         for panel, title in zip(panels, ("a/b", "A b", "..", "<x>"), strict=False)
     ]
-    names = list(gallery({"likeness": {"panels": same}}))
+    names = list(gallery({"similarity": {"panels": same}}))
     assert len(names) == len(same)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") for name in names)
     assert not any(name.startswith((".", "-")) for name in names)
@@ -196,7 +196,7 @@ def test_names_of_figures_are_free_of_what_a_file_system_minds(tmp_path):
 
 def test_a_figure_that_has_not_changed_is_not_drawn_as_pixels_again(tmp_path):
     study, reader = read_study(write_large_study(tmp_path / "study", **SMALL))
-    content = {"likeness": similarity_section(study, reader)}
+    content = {"similarity": similarity_section(study, reader)}
     folder = tmp_path / "figures"
     folder.mkdir()
     write_gallery(folder, gallery(content), Disk())

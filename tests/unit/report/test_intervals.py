@@ -1,4 +1,4 @@
-"""Intervals of a mean: hand-computed ends, laws, and the share of simulated samples whose interval holds the mean."""
+"""Intervals of a mean: hand-computed ends, laws, and coverage in simulations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from server.report.intervals import Component, combined_interval, component_of, 
 
 NAN = float("nan")
 VALUES = st.lists(st.integers(-800, 800).map(lambda n: n / 8), min_size=2, max_size=12)
-TRIALS = 3000  # a simulated coverage of 0.945 has a standard error of 0.004: the promise lies three of them below
+# A simulated coverage of 0.945 has a standard error of 0.004; the bounds allow three of them.
+TRIALS = 3000
 PROMISED = 0.93
 SAMPLES = {
     "normal": (lambda rng, n: rng.normal(0.8, 0.05, n), 0.8),
@@ -50,7 +51,7 @@ class TestCoverage:
         assert 0.93 <= coverage(*SAMPLES["one minus beta, skewness -1.4"], sizes) <= 0.98
 
     def test_a_percentile_bootstrap_would_fail(self):
-        """The test can tell: what stood here before covers 84 % of the means of five normal cases."""
+        """The test has power: a percentile bootstrap covers 84 % of means of five normal cases."""
         rng = np.random.default_rng(0)
         counts, hits = rng.multinomial(5, [0.2] * 5, 1000) / 5, 0
         for _ in range(1000):
@@ -67,7 +68,10 @@ class TestMean:
         assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3 - half, 3 + half))
 
     def test_skewed_values_by_hand(self):
-        """0, 0, 0, 4: mean 1, s^2 = 4, se = 1, third central moment 6, A = 6 / 16; t with 3 degrees is 3.1824463."""
+        """0, 0, 0, 4: mean 1, s^2 = 4, se = 1, third central moment 6, A = 6 / 16.
+
+        The quantile of t with 3 degrees of freedom is 3.1824463.
+        """
         found = mean_interval([[0.0, 0.0, 0.0, 4.0]])
         skewness, quantile = 0.375, 3.1824463
         upper = -3 / skewness * (np.cbrt(1 + skewness * (-quantile - skewness / 6)) - 1)

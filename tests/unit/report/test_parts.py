@@ -1,4 +1,4 @@
-"""Curves, ledgers, overlays, figures and words of the report, each against values worked out by hand."""
+"""Curves, ledgers, overlays, figures and text of the report, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -411,7 +411,8 @@ class TestWords:
         assert "took no part" not in headline([row], [], "gland")
         assert (
             headline([row | {"heldout": "HK"}], [], "gland")
-            == "At HK, a hospital that took no part in training, sgcg reaches a mean Dice of 0.500 for gland."
+            == "At HK, a hospital that took no part in training, sgcg reaches a mean Dice of 0.500 "
+            "for gland."
         )
         better = row | {
             "method": "sgcg weight=1",
@@ -420,9 +421,10 @@ class TestWords:
             "dice_high": 0.75,
         }
         assert headline([row, better], [], "gland") == (
-            "No hospital was held out. On the hospitals' own validation cases, sgcg weight=1 has the highest mean Dice "
-            "of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for gland; next is sgcg with 0.500. A "
-            "setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
+            "No hospital was held out. On the hospitals' own validation cases, sgcg weight=1 has "
+            "the highest mean Dice of the 2 compared: 0.625 (95 % interval 0.500 to 0.750) for "
+            "gland; next is sgcg with 0.500. A setting chosen by this result is chosen with "
+            "patients of all these hospitals, including any that is held out later."
         )
         average = row | {"heldout": "average", "site": "average", "hospitals": 3}
         assert "over 3 of 4 hospitals" in headline(

@@ -1,4 +1,4 @@
-"""Sign-flip test and Holm's correction, against values worked out by hand and brute force over all signs."""
+"""Sign-flip test and Holm's correction, against hand-computed values and brute force."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ class TestSignFlips:
         assert found.smallest_p == found.p
 
     def test_worked_by_hand_with_one_loss(self):
-        # 1 - 2 + 4 + 8 = 11. Sums of 1, 2, 4, 8 with signs are all odd numbers to 15: |sum| >= 11 are 11, 13, 15 twice.
+        # 1 - 2 + 4 + 8 = 11. Sums of 1, 2, 4, 8 with signs are all odd numbers to 15: |sum| >= 11
+        # are 11, 13, 15 twice.
         assert sign_flips([1.0, -2.0, 4.0, 8.0]).p == 6 / 16
 
     def test_one_hospital_that_makes_the_difference_shows_nothing(self):
-        # The first outweighs all others together, and they are against it: no choice of signs is nearer to zero.
+        # The first outweighs all others together, and they are against it: no choice of signs is
+        # nearer to zero.
         assert sign_flips([0.297, -0.006, -0.036, -0.012]).p == 1.0
         thrice = [
             0.297,
@@ -105,7 +107,7 @@ class TestSignFlips:
         assert found.smallest_p == 2.0**-16 <= found.p < 1e-4
 
     def test_false_alarms_are_as_rare_as_promised(self):
-        """Skewed units, too, as long as their signs are exchangeable: 5 % of 600 plus three standard errors."""
+        """Skewed units with exchangeable signs: 5 % of 600 plus three standard errors."""
         rng = np.random.default_rng(5)
         found = [
             sign_flips(rng.choice([-1, 1], 8) * rng.exponential(1, 8)).p <= 0.05 for _ in range(600)
@@ -115,7 +117,8 @@ class TestSignFlips:
 
 class TestHolm:
     def test_worked_by_hand(self):
-        # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.04; never falling: 0.06 at the end.
+        # Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1 = 0.04, 0.06, 0.06, 0.04; never falling:
+        # 0.06 at the end.
         assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
         assert holm([]) == []
         assert holm([0.5]) == [0.5]

@@ -1,4 +1,4 @@
-"""Sentences of the report on the choice of settings and on mixing, and what its files say of their columns."""
+"""Text of the report on the choice of settings and on mixing, and the metadata of its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from server.report.sections.results import result_tables
 from server.report.study_files import StudyFiles, read_study
 from server.report.summary import headline
 from server.report.tables import summary_rows
-from server.sites.replies import Judged, judged_rows
+from server.sites.replies import SiteEvaluation, evaluation_rows
 from tests.support.report_study import write_study
 from tests.unit.report.test_tables import row
 
@@ -66,7 +66,9 @@ def test_mixing_within_a_hospital_is_said_not_to_be_the_published_method(
     tmp_path, sharing, ownership, said
 ):
     words = lines(study_of(tmp_path, mixing(sharing, ownership)), "Training")
-    sentence = "ram: an image is mixed with the hospital’s own images only (method.ram.sharing=local); the published method"
+    sentence = (
+        "ram: an image is mixed only with images of the same hospital (method.ram.sharing=local)"
+    )
     assert (sentence in words) == said
     assert "source: an image" not in words
 
@@ -86,8 +88,8 @@ def test_a_protocol_says_whose_patients_chose_the_settings(tmp_path):
     words = lines(nested, "Choice of settings")
     assert words.startswith("chosen by the sources of each fold")
     assert (
-        "sgcg, HK held out, seed 0: weight=1 (mean Dice at the sources left out: weight=1 0.500)"
-        in words
+        "sgcg, HK held out, seed 0: weight=1 (mean Dice at the left-out source hospitals: "
+        "weight=1 0.500)" in words
     )
     assert "patients of hospitals that are held out here" not in words
 
@@ -102,7 +104,8 @@ def test_a_best_value_says_whose_patients_chose_it():
     text = headline(summary_rows(rows), [], "gland")
     assert "sgcg weight=2 has the highest mean Dice of the 2 compared" in text
     assert text.endswith(
-        "A setting chosen by this was chosen with patients of all these hospitals, also of one held out later."
+        "A setting chosen by this result is chosen with patients of all these hospitals, including "
+        "any that is held out later."
     )
 
 
@@ -152,23 +155,23 @@ class Plan:
 
 def test_a_round_s_mean_distance_counts_what_it_leaves_out():
     cases = [row(asd=math.nan, dice=0.0), row(case="b", asd=1.0), row(case="c", asd=3.0)]
-    rows = judged_rows(Plan(), 4, [Judged("HK", None, cases)])
+    rows = evaluation_rows(Plan(), 4, [SiteEvaluation("HK", None, cases)])
     found = {entry["metric"]: entry["value"] for entry in rows}
     assert (found["heldout_asd"], found["heldout_asd_left_out"]) == (2.0, 1.0)
-    rows = judged_rows(Plan(), 4, [Judged("HK", None, cases[1:])])
+    rows = evaluation_rows(Plan(), 4, [SiteEvaluation("HK", None, cases[1:])])
     assert "heldout_asd_left_out" not in {entry["metric"] for entry in rows}
 
 
 def test_the_headline_names_the_direction_at_every_hospital_and_gives_no_verdict_with_one_seed():
-    """The case that once read "the difference holds": one seed, four hospitals, one of which makes the difference."""
+    """One seed and four hospitals, one of which makes the difference: no claim."""
     gain = {"BIDMC": 0.297, "HK": -0.006, "RUNMC": -0.036, "UCL": -0.012}
     rows = [row("source", site, case=c, dice=0.5) for site in gain for c in "abcde"]
     rows += [row("sgcg", site, case=c, dice=0.5 + gain[site]) for site in gain for c in "abcde"]
     claims = compare_on_average(CaseValues(rows), [("sgcg", "source")], ["gland"], ["dice"])
     text = headline(summary_rows(rows), claims, "gland", 4)
     assert (
-        "That is +0.061 against source on the same cases (95 % interval −0.191 to +0.312; corrected p\u00a01.00; "
-        in text
+        "That is +0.061 against source on the same cases (95 % interval −0.191 to +0.312; "
+        "corrected p\u00a01.00; " in text
     )
     assert "higher at 1 of 4 hospitals: BIDMC +0.297, HK −0.006, UCL −0.012, RUNMC −0.036)" in text
     assert text.endswith("no verdict: with one seed a difference may be chance of training.")

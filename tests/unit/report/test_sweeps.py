@@ -1,4 +1,4 @@
-"""Labels, papers' tables, claims, sweeps and federation: against values worked out by hand, then on a whole page."""
+"""Labels, papers' tables, claims, sweeps and federation, against hand-computed values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from server.report.labels import (
 )
 from server.report.sections.claims import claim_sentence, federation_pairs, main_claims
 from server.report.sections.papers import ablation_tables, layouts_of, paper_notes, paper_tables
-from server.report.sections.published import PUBLISHED, published_for
+from server.report.sections.published import published_for, published_tables
 from server.report.sections.sweeps import sweep_sections, sweeps_of
 from server.report.tables import heldout_rows, merge_models, methods_of, summary_rows
 from tests.support.report_study import (
@@ -45,6 +45,7 @@ from tests.unit.report.test_build import Page
 from tests.unit.report.test_tables import row
 
 NAN = float("nan")
+PUBLISHED = published_tables()
 LABELS = labels_of(
     {
         "method": label_of(trains, federation),
@@ -252,13 +253,13 @@ class TestDifferences:
         )
         assert claim_sentence(found, several=False) == (
             "sgcg against source, Dice: +0.020 (95 % interval +0.017 to +0.023; 48 cases; 3 seeds; "
-            "corrected p\u00a0<\u00a00.001; higher at 4 of 4 hospitals: RUNMC +0.022, HK +0.020, UCL +0.020, "
-            "BIDMC +0.018); the difference holds."
+            "corrected p\u00a0<\u00a00.001; higher at 4 of 4 hospitals: RUNMC +0.022, HK +0.020, "
+            "UCL +0.020, BIDMC +0.018); the difference holds."
         )
 
     @pytest.mark.parametrize("seeds", [(0,), (0, 1, 2), tuple(range(9))])
     def test_one_hospital_that_makes_the_difference_is_no_difference(self, seeds):
-        """What one seed and four hospitals once called a difference that holds, whatever the number of seeds."""
+        """One seed and four hospitals are no claim, whatever the number of seeds."""
         gain = {"BIDMC": 0.297, "HK": -0.006, "RUNMC": -0.036, "UCL": -0.012}
         found = self.compare(
             self.two(lambda site, seed, i: gain[site] + 0.001 * ((seed + i) % 3 - 1), seeds=seeds)
@@ -296,7 +297,10 @@ class TestDifferences:
         )
 
     def test_at_one_hospital_the_units_are_its_seeds_and_cases(self):
-        """Seeds 0.09, 0.1, 0.11 and cases twice as far: variances 0.0001 / 3 and 0.0004 / 3, 2 degrees each."""
+        """Seeds 0.09, 0.1, 0.11 and cases twice as far apart, with 2 degrees of freedom each.
+
+        Variances 0.0001 / 3 and 0.0004 / 3.
+        """
         found = self.compare(
             self.two(
                 lambda _, seed, i: 0.1 + 0.01 * (seed - 1) + 0.02 * (i - 1), sites=("HK",), n=3
@@ -309,7 +313,7 @@ class TestDifferences:
         assert (found.test.units, found.test.p) == (3, 0.25)
 
     def test_hospitals_that_were_judged_by_the_same_models_share_their_seeds(self):
-        """No hospital held out: one training a seed, so three seeds are three units, and their spread counts."""
+        """No hospital held out: one training per seed, so three seeds are three units."""
         rows = self.two(
             lambda site, seed, _: 0.1 + 0.01 * (seed - 1) + 0.02 * (site == "HK"),
             sites=("HK", "UCL"),
@@ -323,7 +327,7 @@ class TestDifferences:
         assert (found.interval.mean, found.interval.high) == pytest.approx((0.11, 0.11 + half))
 
     def test_false_verdicts_are_rare_where_cases_share_a_model(self):
-        """No method is better, but each training shifts all its cases: a test of cases would see differences."""
+        """No method is better, but each training shifts all its cases."""
         rng = np.random.default_rng(2)
         holds = 0
         for _ in range(60):
@@ -333,12 +337,14 @@ class TestDifferences:
         assert holds <= 8  # of 60 at 5 %: more than 8 has a chance below 0.5 %
 
     def test_a_test_alone_is_no_claim(self):
-        # Every training gains, but one hospital far more than the others: nothing can be said about another hospital.
+        # Every training gains, but one hospital far more than the others: nothing can be said about
+        # another hospital.
         found = self.compare(self.two(lambda site, *_: 0.4 if site == "HK" else 0.02))
         assert found.p < 0.05
         assert not found.holds
         assert found.sentence == (
-            "no difference shown: the interval over 4 hospitals includes zero, although the test alone would say so"
+            "no difference shown: the interval over 4 hospitals includes zero, although the "
+            "test alone is significant"
         )
 
     def test_correction_counts_every_comparison_of_the_table(self):
@@ -372,7 +378,7 @@ class TestPublished:
                 assert {len(domain) for domain in entry.values} == {len(table.structures)}
 
     def test_averages_that_do_not_follow_from_their_row_are_told(self):
-        # methods.md 1.11: recomputed by hand.
+        # Recomputed by hand from the printed rows.
         prostate = {entry.method: entry for entry in PUBLISHED["prostate"].rows["dice"]}
         assert prostate["SgCG"].recomputed == pytest.approx(88.31333, abs=1e-4)
         assert prostate["Source"].recomputed == pytest.approx(84.07, abs=0.01)
@@ -500,7 +506,7 @@ class TestPaperTables:
 
     @staticmethod
     def fundus_rows(compatible=True, empties=1):
-        """Two cases at each of two hospitals; the prediction of one cup is empty in the label `sgcg`."""
+        """Two cases at two hospitals; the prediction of one cup is empty in the label `sgcg`."""
         found = []
         for method in ("source", "sgcg"):
             for site in ("drishti", "refuge_val"):
@@ -521,16 +527,18 @@ class TestPaperTables:
 
     def test_a_row_as_the_papers_count_stands_where_it_changes_a_number(self):
         counted, notes = self.printed(self.fundus_rows())
-        # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same both ways: no row.
+        # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same
+        # both ways: no row.
         assert counted["dice"] == [
             ("sgcg", [["40.50", "80.00"], ["80.00", "80.00"], ["60.25", "80.00"]])
         ]
         assert counted["asd"] == [
             ("sgcg", [["55.00", "10.00"], ["10.00", "10.00"], ["32.50", "10.00"]])
         ]
-        assert [note for note in notes if "as the papers count" in note] == [
-            "A row “as the papers count” has Dice (2 I + 1) / (P + G + 1) of I pixels in both, P predicted and G true; "
-            "a distance of 100 pixels where one mask is empty; it stands where that changes a number."
+        assert [note for note in notes if "computed as in the papers" in note] == [
+            "A row “computed as in the papers” uses Dice (2 I + 1) / (P + G + 1) with I pixels in "
+            "both, P predicted and G true; a distance of 100 pixels where one mask is empty; it is "
+            "shown if that changes a number."
         ]
 
     def test_no_row_as_the_papers_count_without_a_difference_or_without_the_columns(self):
@@ -547,7 +555,7 @@ class TestPaperTables:
         for rows in (self.fundus_rows(empties=0), self.fundus_rows(compatible=False), some_without):
             counted, notes = self.printed(rows)
             assert counted == {"dice": [], "asd": []}
-            assert not any("as the papers count" in note for note in notes)
+            assert not any("computed as in the papers" in note for note in notes)
 
     def test_printed_prostate_dice_is_plain_and_gets_no_such_row(self):
         rows = [
@@ -653,7 +661,7 @@ class TestSweeps:
         assert (
             f"{first}: 0.625, {second}: 0.750; source 0.500." in alt
         )  # another federation is no baseline
-        assert [line["title"] for line in section["beside"]] == (
+        assert [line["title"] for line in section["baselines"]] == (
             ["source"] if section["numbers"] else []
         )
 
@@ -666,15 +674,15 @@ class TestSweeps:
         labels, values = labels_of(rows), CaseValues(rows)
         (section,) = sweep_sections(sweeps_of(labels, {}), labels, values, ["gland"], {})
         assert section["note"] == (
-            "Where one mask is empty there is no distance: the ASD is a mean over the other evaluations "
-            "(sgcg weight=1: mean over 1 of 4)."
+            "If one mask is empty there is no distance; the ASD is then the mean over the other "
+            "evaluations (sgcg weight=1: mean over 1 of 4)."
         )
         assert [[cell["note"] for cell in line["cells"]] for line in section["rows"]] == [
             ["", "mean over 1 of 4"],
             ["", ""],
         ]
         (claim,) = compare_on_average(values, [("sgcg weight=1", "source")], ["gland"], ["asd"])
-        assert (claim.cases, claim.judged) == (1, 4)
+        assert (claim.cases, claim.scored) == (1, 4)
         assert "1 of 4 cases" in claim_sentence(claim, several=False)
         (table,) = [
             t
@@ -739,7 +747,7 @@ class TestWholePage:
             "overlays",
         }
         assert "Swept setting: prototypes.memory" in page.text
-        assert "a ring marks the value of the runs that did not sweep it" in page.text
+        assert "a ring marks the value of the runs without the sweep" in page.text
         assert "Of the 10 nearest neighbours of a pixel" in page.text
 
     def test_numbers_of_the_local_models_are_those_of_all_of_them(self, large, page):
@@ -759,14 +767,14 @@ class TestWholePage:
 
     def test_finds_the_gain_and_the_cost_that_were_made_up(self, page):
         assert "✓" in page.text
-        claims = page.text[page.text.index("What federation costs") :]
+        claims = page.text[page.text.index("Cost of federation") :]
         assert "ram_sgcg against ram_sgcg local, Dice: +0.0" in claims
         assert "trainings are too few for a test among" in claims  # two hospitals and two seeds
 
     def test_says_that_the_federations_did_not_take_the_same_number_of_steps(self, page):
-        claims = page.text[page.text.index("What federation costs") :]
+        claims = page.text[page.text.index("Cost of federation") :]
         assert "The same training three ways" in claims
-        assert "in a round: by_site 28, pooled 84, local 28." in claims
+        assert "steps per round: by_site 28, pooled 84, local 28." in claims
 
     def test_every_claim_that_is_made_is_in_the_tables_family(self, large):
         rows = pq.read_table(large / "results.parquet").to_pylist()
@@ -824,8 +832,8 @@ class TestWholePage:
             in page.text
         )
         assert (
-            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 the row gives 11.33"
-            in page.text
+            "DoFE printed 16.07 / 7.78 13.44 / 17.06 10.12 / 10.75 8.14 / 7.29 11.26 "
+            "the row gives 11.33" in page.text
         )
         assert "must not be compared digit by digit" in page.text
         assert "withdrawn" in page.text
@@ -850,7 +858,7 @@ class TestWholePage:
         (study / "study.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
         text = Page(make_report(study).read_text()).text
         assert f"{ROUNDS} or 24 rounds, hospitals weighted by samples" in text
-        assert "1 local epoch or 7 steps a round, batch 8" in text
+        assert "1 local epoch or 7 steps per round, batch size 8" in text
 
     def test_a_cell_of_a_hospital_that_trained_alone_is_named(self, tmp_path):
         study = write_large_study(tmp_path, **(PLAIN | {"federations": ("local",)}), features=False)
@@ -868,9 +876,19 @@ def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_
     words = {}
     for name in ("new", "old"):
         folder = write_large_study(
-            tmp_path / name, sites=FUNDUS_SITES, structures=FUNDUS, name="fundus", seeds=(0,), cases=3,
-            federations=("by_site",), arms=("source", "sgcg"), weights=(), temperatures=(), memories=(), features=False,
-        )  # fmt: skip
+            tmp_path / name,
+            sites=FUNDUS_SITES,
+            structures=FUNDUS,
+            name="fundus",
+            seeds=(0,),
+            cases=3,
+            federations=("by_site",),
+            arms=("source", "sgcg"),
+            weights=(),
+            temperatures=(),
+            memories=(),
+            features=False,
+        )
         table = pq.read_table(folder / "results.parquet")
         table = table.drop_columns(["dice_smooth1", "asd_compat"])
         if name == "new":
@@ -883,9 +901,9 @@ def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_
             path.unlink()
         words[name] = Page(make_report(folder).read_text()).text
     assert (
-        words["new"].count("as the papers count") == 3
+        words["new"].count("computed as in the papers") == 3
     )  # one row each of Dice and ASD, and the note
-    assert "as the papers count" not in words["old"]
+    assert "computed as in the papers" not in words["old"]
 
 
 def test_cells_of_an_older_version_join_those_of_this_one(tmp_path):

@@ -106,7 +106,7 @@ def test_an_honest_payload_is_admitted() -> None:
             Sent(
                 weights=Weights(LAYOUT, np.zeros(6, np.float32), (("bn.num_batches_tracked", -1),))
             ),
-            "below",
+            "negative counter",
         ),
         ("PAY-101", Sent(weights=values(0, 0, 0, 0, 0, np.nan)), "'bn.running_var'"),
         ("PAY-101", Sent(weights=values(np.inf, 0, 0, 0, 0, 0)), "'conv.weight'"),
@@ -121,7 +121,7 @@ def test_an_honest_payload_is_admitted() -> None:
         ("STA-201", Sent(statistics=ClassStatistics.empty(2, 4)), "(2, 4) instead of (3, 4)"),
         ("STA-201", Sent(statistics=ClassStatistics.empty(3, 5)), "(3, 5)"),
         ("STA-201", Sent(statistics=count_with(-1)), "negative"),
-        ("STA-201", Sent(statistics=count_with(19.5)), "whole"),
+        ("STA-201", Sent(statistics=count_with(19.5)), "integer"),
         ("STA-201", Sent(statistics=count_with(np.nan)), "not finite"),
         ("STA-201", Sent(statistics=bent(mean=np.full((3, 4), np.inf))), "not finite"),
         ("STA-201", Sent(statistics=scatter_with((0, 0, 0), np.nan)), "not finite"),

@@ -1,4 +1,4 @@
-"""What the coordinator makes of the amplitudes that sites send: merged, and refused with the site's name."""
+"""Shared amplitudes at the coordinator: merged, or refused with the site's name."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The journal: what is written comes back, what is damaged is named, and a folder belongs to one run of one plan."""
+"""The journal: records are restored, damage is named, and a folder belongs to one plan."""
 
 import json
 import subprocess
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_and_says_what_to_do(
         found.resume()
     (problem,) = caught.value.problems
     assert (problem.code, problem.found) == ("SRV-402", "fedsgcg.checkpoint version 1")
-    assert "start anew in another output=FOLDER" in problem.action
+    assert "start again in another output=FOLDER" in problem.action
 
 
 def test_the_order_in_which_sites_were_remembered_changes_no_byte(tmp_path: Path) -> None:

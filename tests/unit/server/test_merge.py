@@ -1,4 +1,4 @@
-"""The merge against numbers worked out by hand, and every state key of the network against the documented rule."""
+"""The merge against hand-computed numbers, and every state key against the documented rule."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from common.networks import build_network
 from common.settings.plan import NetworkSettings
 from common.statistics import ClassStatistics
 from common.wire.payload import Weights
-from server.aggregation.merge import merge_statistics, merge_weights
+from server.aggregation.class_statistics import merge_statistics
+from server.aggregation.fedavg import merge_weights
 
 LAYOUT = (("w", (2,)), ("b", ()))
 
@@ -45,7 +46,7 @@ def test_largest_finite_weights_do_not_overflow() -> None:
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ([], "no part"),
+        ([], "nothing to merge"),
         ([("A", weights(1, 2, 3), 1.0), ("A", weights(1, 2, 3), 1.0)], "twice"),
         (
             [
@@ -71,7 +72,7 @@ def test_parts_that_cannot_be_merged_are_refused(
 
 
 def rule_of(name: str) -> str:
-    """What the documentation of `server.aggregation.merge` says about an entry of the U-Net."""
+    """What the documentation of `server.aggregation.fedavg` says about an entry of the U-Net."""
     leaf = name.rpartition(".")[2]
     if leaf in ("weight", "bias", "running_mean", "running_var"):
         return "mean"

@@ -1,4 +1,4 @@
-"""What the coordinator remembers between rounds, policy by policy, against numbers worked out by hand."""
+"""The prototype memory, policy by policy, against hand-computed numbers."""
 
 import numpy as np
 import pytest

@@ -103,10 +103,13 @@ def test_protocol_says_for_each_structure_what_is_done_to_its_mask(
 @pytest.mark.parametrize(
     ("name", "largest", "holes"),
     [
-        ("prostate", True, False), ("promise12", True, False), ("fundus", True, True),
-        ("spinegm", False, False), ("synthetic", True, True),
+        ("prostate", True, False),
+        ("promise12", True, False),
+        ("fundus", True, True),
+        ("spinegm", False, False),
+        ("synthetic", True, True),
     ],
-)  # fmt: skip
+)
 def test_post_processing_is_the_data_sets_own_rule(
     name: str, largest: bool, holes: bool, make_data: Callable[..., Any]
 ) -> None:

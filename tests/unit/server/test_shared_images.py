@@ -1,4 +1,4 @@
-"""Images that are there twice: within a hospital, at two hospitals of a run, and among those a model learned from."""
+"""Images shared within a hospital, between hospitals, and with the training images of a model."""
 
 import gzip
 import json
@@ -95,13 +95,21 @@ def test_hashes_of_two_runs_cannot_be_compared():
 
 
 def told(plan):
-    """A trains on 1 and 2 and keeps 9 for its own test; B trains on 2, is chosen by 3; C is judged on 1, 3, 4 and 9."""
+    """A trains on 1 and 2, tests on 9; B trains on 2, validates on 3; C tests on 1, 3, 4, 9."""
     return {
         "A": {"A": {"a1": ["1", "train"], "a2": ["2", "train"], "a9": ["9", "test"]}},
         "B": {"B": {"b2": ["2", "train"], "b3": ["3", "validation"], "b5": ["5", "train"]}},
-        "C": {"C": {"c1": ["1", "test"], "c3": ["3", "test"], "c4": ["4", "test"], "c9": ["9", "test"]}},
-        "D": "no mapping", "E": {"E": {"e1": "1", "e2": ["1"], "e3": [1, "train"]}},
-    }  # fmt: skip
+        "C": {
+            "C": {
+                "c1": ["1", "test"],
+                "c3": ["3", "test"],
+                "c4": ["4", "test"],
+                "c9": ["9", "test"],
+            }
+        },
+        "D": "no mapping",
+        "E": {"E": {"e1": "1", "e2": ["1"], "e3": [1, "train"]}},
+    }
 
 
 def plan_of(*more):
@@ -112,10 +120,10 @@ def test_copies_are_named_by_hospital_and_alias():
     plan = plan_of()
     leaks, twice = shared_images(plan, told(plan))
     assert [(problem.code, problem.where, problem.found) for problem in leaks] == [
-        ("RND-408", "C", "1 image is at A and at C, by alias: a1 = c1"),
-        ("RND-408", "C", "1 image is at B and at C, by alias: b3 = c3"),
+        ("RND-408", "C", "1 image is at both A and C, by alias: a1 = c1"),
+        ("RND-408", "C", "1 image is at both B and C, by alias: b3 = c3"),
     ]
-    assert [problem.found for problem in twice] == ["1 image is at A and at B, by alias: a2 = b2"]
+    assert [problem.found for problem in twice] == ["1 image is at both A and B, by alias: a2 = b2"]
     assert learned_from(plan, told(plan)) == {"A": ["1", "2"], "B": ["2", "3", "5"]}
     nobody, _ = shared_images(replace(plan, heldout=""), told(plan))
     assert nobody == []
@@ -129,8 +137,8 @@ def test_a_pooled_run_is_compared_by_hospital():
     pooled = {"pooled": given["A"] | given["B"], "C": given["C"]}
     leaks, twice = shared_images(plan, pooled)
     assert [problem.found.partition(",")[0] for problem in leaks] == [
-        "1 image is at A and at C",
-        "1 image is at B and at C",
+        "1 image is at both A and C",
+        "1 image is at both B and C",
     ]
     assert len(twice) == 1
 
@@ -139,7 +147,7 @@ def test_many_copies_are_counted_and_the_first_named():
     many = {f"a{k}": [str(k), "train"] for k in range(7)}
     same = {f"c{k}": [str(k), "test"] for k in range(7)}
     (problem,), _ = shared_images(plan_of(), {"A": {"A": many}, "C": {"C": same}})
-    assert problem.found.startswith("7 images are at A and at C, by alias: a0 = c0, ")
+    assert problem.found.startswith("7 images are at both A and C, by alias: a0 = c0, ")
     assert problem.found.endswith("a4 = c4 and 2 more")
 
 
@@ -199,7 +207,7 @@ def test_a_run_whose_held_out_hospital_has_training_images_is_refused_or_degrade
     told = outcome.failure if way == "refuse" else outcome.problems
     assert outcome.status == {"refuse": "failed", "flag": "degraded"}[way]
     assert [(problem.code, problem.where) for problem in told] == [("RND-408", "D")]
-    assert told[0].found == "1 image is at A and at D, by alias: alias-A = alias-D"
+    assert told[0].found == "1 image is at both A and D, by alias: alias-A = alias-D"
     assert outcome.rounds_done == (way == "flag")
     if way == "flag":
         kept = json.loads((tmp_path / TRAINING_IMAGES).read_text())
@@ -212,7 +220,7 @@ def test_copies_at_two_training_hospitals_degrade_and_silence_of_all_says_nothin
     script = with_hashes(A="x", B="x", D="z")
     outcome = run_federation(ScriptedGrid(plan, ("A", "B", "C", "D"), script=script), plan)
     assert [problem.found for problem in outcome.problems] == [
-        "1 image is at A and at B, by alias: alias-A = alias-B"
+        "1 image is at both A and B, by alias: alias-A = alias-B"
     ]
     plan = small_plan(tmp_path / "silent", federation__rounds=1)
     assert run_federation(ScriptedGrid(plan, ("A", "B", "C", "D")), plan).status == "completed"

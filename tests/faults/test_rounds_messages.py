@@ -1,4 +1,4 @@
-"""What a run says when it goes less than well: codes with their sentences, and no claim that is not so."""
+"""Messages of degraded and failed runs: codes with their sentences, and no false claim."""
 
 import json
 import logging

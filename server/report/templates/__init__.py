@@ -1,1 +1,0 @@
-"""The page of the report: Jinja templates and their style."""
