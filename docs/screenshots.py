@@ -1,7 +1,7 @@
-"""Take the pictures of this documentation from a run of the demonstration: `python docs/screenshots.py RUN`.
+"""Take the pictures of this documentation from a demonstration run: `python docs/screenshots.py RUN`.
 
-Needs Chromium on the path, or its name in CHROMIUM. Writes `report.jpg`, the top of the report, and `overlays.jpg`, the
-cases of the hardest hospital. Look at both before you commit them.
+Needs Chromium on the path, or its name in CHROMIUM. Writes `report.jpg`, the top of the report, and
+`overlays.jpg`, the cases of the hardest hospital. Look at both before you commit them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class SegmentationModel:
     Attributes:
         card: Content of `model.json`: method, data, training hospitals, protocol.
         structures: What it segments, in the order of the first axis of masks and probabilities.
-        kinds: The images it was trained on: `axial volume`, `coronal volume`, `sagittal volume` or `picture`.
+        kinds: The images it was trained on: `axial volume`, `coronal volume`,
+            `sagittal volume` or `picture`.
     """
 
     card: dict[str, Any]
@@ -38,17 +39,17 @@ class SegmentationModel:
         """Segment one image, with the preprocessing and the decisions of evaluation.
 
         Args:
-            image: A file (NIfTI, PNG, JPEG, TIFF, BMP), or an array: (Z, Y, X) of a volume, slices first and in the plane
-                that the model was trained on; (Y, X) or (Y, X, 3) of a picture. An integer picture of 8 bits has the
-                scale of its type.
+            image: A file (NIfTI, PNG, JPEG, TIFF, BMP), or an array: (Z, Y, X) of a volume, slices
+                first and in the plane that the model was trained on; (Y, X) or (Y, X, 3) of a
+                picture. A uint8 picture has the scale 0 to 255.
 
         Returns:
-            Masks (S, Z, Y, X), label values (Z, Y, X) and, where they were asked for, probabilities and confidence. The
-            geometry of an array is unknown: its spacing is 1.
+            Masks (S, Z, Y, X), label values (Z, Y, X) and, if requested, probabilities and
+            confidence. The geometry of an array is unknown: its spacing is 1.
 
         Raises:
-            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be used, MOD-806 for one
-                of another kind than the training images.
+            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be
+                used, MOD-806 for one of another kind than the training images.
         """
         if isinstance(image, str | Path):
             return self._predictor.predict(Path(image))
@@ -70,7 +71,8 @@ def load_model(
     """Load the model of one cell of a study.
 
     Args:
-        path: Folder with `model.json`, `model.safetensors` and, for `confidence`, `prototypes.arrow`.
+        path: Folder with `model.json`, `model.safetensors` and, for `confidence`,
+            `prototypes.arrow`.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         threads: CPU threads.
         batch: Slices in a forward pass.
@@ -79,8 +81,9 @@ def load_model(
         code: Import paths of own networks that may be imported.
 
     Raises:
-        FedsgcgError: MOD-801 to MOD-805 and MOD-807 for files that are missing, damaged or contradict each other, POL-706
-            for an own network that `code` does not name, DEV-201 or DEV-202 for a device that cannot be used.
+        FedsgcgError: MOD-801 to MOD-805 and MOD-807 for files that are missing, damaged or
+            contradict each other, POL-706 for an own network that `code` does not name, CFG-004
+            for a device that is not available.
     """
     model = read_model(Path(path), code)
     chosen = choose_device(device, threads)
@@ -118,6 +121,6 @@ _SHAPES = {"volume": "(Z, Y, X) of a volume", PICTURE: "(Y, X) or (Y, X, 3) of a
 
 
 def _is_picture(array: np.ndarray[Any, Any], plane: str | None) -> bool:
-    """Whether an array is a picture; with models of both kinds, (Y, X, 3) integers of 8 bits are one."""
+    """Whether an array is a picture; for a model of both kinds, (Y, X, 3) uint8 is one."""
     colour = array.ndim == 3 and array.shape[-1] == 3
     return array.ndim == 2 or (colour and (plane is None or array.dtype == np.uint8))

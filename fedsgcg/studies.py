@@ -40,8 +40,9 @@ class Report:
     Attributes:
         folder: Run folder.
         status: `completed`, `degraded`, `incomplete` or `failed`.
-        summary: One row per method, hospital and structure, and one for the average hospital: mean, standard deviation,
-            95 % interval and number of cases left out for each metric. The columns state their unit.
+        summary: One row per method, hospital and structure, and one for the average hospital: mean,
+            standard deviation, 95 % interval and number of cases left out for each metric. The
+            columns state their unit.
         protocol: Who trained, who judged, by which rules, on what machine: topic -> lines.
         problems: Files that could not be read.
     """
@@ -57,7 +58,8 @@ def study(settings: Sequence[str], *, quiet: bool = False) -> StudyOutcome:
     """Run a study, or resume one: the same settings continue in the same folder.
 
     Args:
-        settings: As on the command line of `fedsgcg study`, e.g. `["experiment=demo", "heldout=all"]`.
+        settings: As on the command line of `fedsgcg study`, for example
+            `["experiment=demo", "heldout=all"]`.
         quiet: Print warnings and errors only.
 
     Raises:
@@ -72,7 +74,7 @@ def study(settings: Sequence[str], *, quiet: bool = False) -> StudyOutcome:
 def read_results(folder: str | Path) -> pa.Table:
     """Read `results.parquet` of a study or of one cell: one row per case and structure.
 
-    The schema's metadata gives the meaning and the unit of each column; `.to_pandas()` needs pandas.
+    The schema's metadata gives meaning and unit of each column; `.to_pandas()` needs pandas.
 
     Raises:
         FedsgcgError: SRV-402 when the folder has no results.

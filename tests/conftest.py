@@ -11,7 +11,7 @@ import yaml
 from common.images.phantoms import write_hospitals
 from common.settings.plan import AugmentationSettings, DataSettings
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which it decides when it is first imported.
+# Without a GPU the Triton kernels run in Triton's interpreter, chosen when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 
 def real_root(name: str) -> Path:
-    """Return the folder of a real data set; skip without it, or fail where real data is required."""
+    """Return the folder of a real data set; skip without it, or fail where it is required."""
     base = os.environ.get("FEDSGCG_REAL_DATA", "") or str(REPOSITORY.parent / "shared" / "data")
     root = Path(base) / name
     if not (root / "manifest.csv").is_file():
@@ -35,7 +35,7 @@ def real_root(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
-    """`real_data("promise12")` is the folder of the real images; skips, or fails where they are required."""
+    """`real_data("promise12")` is the folder of the images; skips, or fails if required."""
     return real_root
 
 
@@ -57,7 +57,8 @@ def make_data() -> Callable[..., DataSettings]:
         for file in ("_base.yaml", f"{name}.yaml"):
             tree.update(yaml.safe_load((folder / file).read_text()))
         tree.pop("defaults")
-        tree["augmentation"] = AugmentationSettings(**tree["augmentation"])  # type: ignore[arg-type]
+        augmentation = tree["augmentation"]
+        tree["augmentation"] = AugmentationSettings(**augmentation)  # type: ignore[arg-type]
         return DataSettings(**{**tree, **changes})  # type: ignore[arg-type]
 
     return make

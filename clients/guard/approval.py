@@ -34,7 +34,7 @@ from common.errors import fail
 FOLDERS = ("clients", "common", "configs", "server")
 CODE = (".py", ".yaml")
 NOT_BUNDLED = ("clients/predict/", "server/report/")
-"""Folders that no app runs. A change of the report's style must not need a new approval by every hospital."""
+"""Folders that no app runs, so that a new style of the report needs no new approval."""
 
 READABLE = ("README.md", "LICENSE", "pyproject.toml")
 CLIENT_APP = "clients.app:app"

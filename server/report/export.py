@@ -1,4 +1,4 @@
-"""The report's main table as files that other programs read: `tables/summary.csv` and `tables/summary.tex`."""
+"""The report's main table for other programs: `tables/summary.csv` and `tables/summary.tex`."""
 
 from __future__ import annotations
 
@@ -46,14 +46,17 @@ _LATEX: Final = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def summary_table(results: pa.Table | Iterable[Row]) -> pa.Table:
-    """Return the main table: one row per method, hospital and structure, and one for the average hospital.
+    """Return the main table of the report.
+
+    It has one row per method, hospital and structure, and one for the average hospital.
 
     Args:
         results: Rows of `results.parquet`.
 
     Returns:
-        For each metric m of `dice`, `asd`, `assd`, `hd95`, `hd95_max`: m_mean, m_sd, m_low, m_high, and m_excluded,
-        the evaluations without a value. Missing values are null. Field metadata gives `meaning` and `unit`.
+        For each metric m of `dice`, `asd`, `assd`, `hd95`, `hd95_max`: m_mean, m_sd, m_low, m_high,
+        and m_excluded, the evaluations without a value. Missing values are null. Field metadata
+        gives `meaning` and `unit`.
     """
     rows = summary_rows(results)
     unit = next((str(row["unit"]) for row in rows), "pixel")
@@ -71,7 +74,7 @@ def summary_table(results: pa.Table | Iterable[Row]) -> pa.Table:
 
 
 def latex_table(rows: Sequence[Summary]) -> str:
-    """Return a LaTeX table (package `booktabs`) of mean and standard deviation per structure, metric and method."""
+    """Return a LaTeX table (package `booktabs`) of means and standard deviations."""
     return "\n".join(
         line
         for structure in dict.fromkeys(str(row["structure"]) for row in rows)

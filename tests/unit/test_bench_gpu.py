@@ -1,4 +1,4 @@
-"""The benchmark of the GPU runs whole, small and on a CPU, so that it does not first fail where a GPU is paid for."""
+"""The GPU benchmark runs completely, small and on a CPU, before anyone pays for a GPU."""
 
 import pytest
 import torch

@@ -192,7 +192,7 @@ def test_the_bundle_describes_the_app_as_the_repository_does() -> None:
 
 
 def test_flower_builds_the_bundle_that_hospitals_approve_from_a_checkout(tmp_path: Path) -> None:
-    """`flwr build` and `flwr run .` read pyproject's patterns, `fedsgcg provision` the installed code."""
+    """`flwr build` reads pyproject's patterns, `fedsgcg provision` the installed code."""
     for name in (*FOLDERS, "pyproject.toml", "LICENSE"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copyfile
