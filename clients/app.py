@@ -16,36 +16,36 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from clients.data.manifest import SPLITS
-from clients.data.store import SliceTable, fingerprint
-from clients.evaluation import evaluate_cases, validation_dice
-from clients.guard.contents import shared_contents
-from clients.guard.egress import apply_floors, release
-from clients.methods.class_statistics import (
+from fedsgcg.clients.data.manifest import SPLITS
+from fedsgcg.clients.data.store import SliceTable, fingerprint
+from fedsgcg.clients.evaluation import evaluate_cases, validation_dice
+from fedsgcg.clients.guard.contents import shared_contents
+from fedsgcg.clients.guard.egress import apply_floors, release
+from fedsgcg.clients.methods.class_statistics import (
     NormMode,
     sample_features,
     site_moments,
     site_statistics,
 )
-from clients.methods.partners import site_amplitudes
-from clients.methods.running_guide import (
+from fedsgcg.clients.methods.partners import site_amplitudes
+from fedsgcg.clients.methods.running_guide import (
     ONLINE,
     build_guide,
     statistics_from_state,
     statistics_to_state,
 )
-from clients.request import SiteRequest, handle, require_role
-from clients.training import client_name, load_weights, train_round, weights_of
-from common.errors import fail
-from common.feature_samples import FILE, write_feature_samples
-from common.images.contents import CONTENT_HASHES
-from common.networks import IN_CHANNELS, build_network
-from common.seeding import stream, stream_seed
-from common.settings.federation import SHARES
-from common.statistics import ClassStatistics
-from common.wire.messages import Reply
-from common.wire.norm_moments import NormMoments
-from common.wire.payload import encode_cases
+from fedsgcg.clients.request import SiteRequest, handle, require_role
+from fedsgcg.clients.training import client_name, load_weights, train_round, weights_of
+from fedsgcg.common.errors import fail
+from fedsgcg.common.feature_samples import FILE, write_feature_samples
+from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.seeding import stream, stream_seed
+from fedsgcg.common.settings.federation import SHARES
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import Reply
+from fedsgcg.common.wire.norm_moments import NormMoments
+from fedsgcg.common.wire.payload import encode_cases
 
 
 def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:

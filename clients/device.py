@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from common.errors import fail
-from common.settings.plan import MethodSettings
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.plan import MethodSettings
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -24,15 +24,15 @@ import torch.nn.functional as F  # noqa: N812
 from scipy import ndimage
 from torch import Tensor, nn
 
-from clients.methods.base import structure_targets
-from clients.methods.guidance import IGNORE
-from common.metrics import segmentation_metrics
-from common.pictures import Picture, choose_picture, write_pictures
-from common.settings.plan import DataSettings, Plan
-from common.wire.payload import DISTANCES
+from fedsgcg.clients.methods.base import structure_targets
+from fedsgcg.clients.methods.guidance import IGNORE
+from fedsgcg.common.metrics import segmentation_metrics
+from fedsgcg.common.pictures import Picture, choose_picture, write_pictures
+from fedsgcg.common.settings.plan import DataSettings, Plan
+from fedsgcg.common.wire.payload import DISTANCES
 
 if TYPE_CHECKING:
-    from clients.data.store import Case, CaseStore, SliceTable
+    from fedsgcg.clients.data.store import Case, CaseStore, SliceTable
 
 Mask = npt.NDArray[np.bool_]
 BATCH = 16  # slices per forward pass; the result does not depend on it

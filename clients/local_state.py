@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common.errors import fail
-from common.wire.payload import Identity
+from fedsgcg.common.errors import fail
+from fedsgcg.common.wire.payload import Identity
 
 KEPT_ROUNDS: Final = 3
 """Number of files kept: the round that may be repeated, its predecessor and one spare."""

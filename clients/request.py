@@ -15,22 +15,22 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
-from clients.data.store import CaseStore, open_store
-from clients.device import choose_device
-from clients.guard.approval import check_approved
-from clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
-from clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
-from clients.guard.site_file import SiteFile
-from clients.local_state import LocalState
-from clients.methods.class_statistics import patients_per_class, pixels_per_class
-from clients.out_of_memory import out_of_memory
-from common.errors import FedsgcgError, fail
-from common.files.system import expand
-from common.settings.flower_run import plan_of_run
-from common.settings.plan import Plan
-from common.wire.messages import Request, decode_request
-from common.wire.payload import Identity
+from fedsgcg.clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
+from fedsgcg.clients.data.store import CaseStore, open_store
+from fedsgcg.clients.device import choose_device
+from fedsgcg.clients.guard.approval import check_approved
+from fedsgcg.clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
+from fedsgcg.clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.clients.local_state import LocalState
+from fedsgcg.clients.methods.class_statistics import patients_per_class, pixels_per_class
+from fedsgcg.clients.out_of_memory import out_of_memory
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.system import expand
+from fedsgcg.common.settings.flower_run import plan_of_run
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import Request, decode_request
+from fedsgcg.common.wire.payload import Identity
 
 
 @dataclass(frozen=True)

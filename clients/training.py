@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from clients.cuda_graph import Replay, adam, set_rate
-from clients.data.augment import augment
-from clients.data.batches import (
+from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
+from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.batches import (
     Batch,
     Chosen,
     domain_sizes,
@@ -23,17 +23,17 @@ from clients.data.batches import (
     max_micro_batches,
     steps_of,
 )
-from clients.data.prefetch import prefetch
-from clients.methods import Guidance, Guide, Source, method_class
-from clients.methods.partners import Mixer, build_mixer
-from clients.out_of_memory import free_memory, unless_out_of_memory
-from common.errors import fail
-from common.seeding import stream, stream_seed
-from common.settings.plan import Plan
-from common.wire.payload import Weights
+from fedsgcg.clients.data.prefetch import prefetch
+from fedsgcg.clients.methods import Guidance, Guide, Source, method_class
+from fedsgcg.clients.methods.partners import Mixer, build_mixer
+from fedsgcg.clients.out_of_memory import free_memory, unless_out_of_memory
+from fedsgcg.common.errors import fail
+from fedsgcg.common.seeding import stream, stream_seed
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.payload import Weights
 
 if TYPE_CHECKING:
-    from clients.data.store import CaseStore, SliceTable
+    from fedsgcg.clients.data.store import CaseStore, SliceTable
 
 LOG = logging.getLogger("fedsgcg.site")
 MOMENTS: Final = "adam."

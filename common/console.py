@@ -38,8 +38,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from common.errors import FedsgcgError
-from common.streams import Outlet, flush_streams, open_streams
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.streams import Outlet, flush_streams, open_streams
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Final
 
-from common.names import printable
+from fedsgcg.common.names import printable
 
 CODES: Final[dict[str, str]] = {
     # CFG: settings, before anything starts

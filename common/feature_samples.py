@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 FILE: Final = "features.arrow"
 KIND: Final = "fedsgcg.feature_samples"

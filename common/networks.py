@@ -22,8 +22,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from common.settings.own_code import load_class, unusable
-from common.settings.plan import NetworkSettings
+from fedsgcg.common.settings.own_code import load_class, unusable
+from fedsgcg.common.settings.plan import NetworkSettings
 
 DOWNSAMPLING: Final = 16
 """Height and width must be multiples of this: four poolings by two."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 MAX_STRUCTURES = 8  # one bit each in a byte; further structures are not drawn
 

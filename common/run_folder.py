@@ -6,8 +6,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from common.settings.plan import Plan
-from common.wire.payload import CASES_SCHEMA
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.payload import CASES_SCHEMA
 
 ROWS_VERSION: Final = "1"
 

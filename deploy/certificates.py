@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 AUTHORITY_DAYS: Final = 3650
 SERVER_DAYS: Final = 398

@@ -11,7 +11,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from common.files.system import has_home
+from fedsgcg.common.files.system import has_home
 
 # Ray starts its workers at nice 15, which starves a simulation on a machine that does anything
 # else. A SIGTERM is an orderly end, so Ray's failure handler must not print a C++ stack trace.

@@ -23,14 +23,14 @@ from typing import Any, Final, Literal
 
 import pyarrow as pa
 
-from clients.guard.site_file import SiteFile
-from common.run_folder import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
-from common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
-from common.settings.plan import Plan
-from common.settings.run import RunSettings
-from common.wire import messages as wire
-from common.wire.payload import CASES_SCHEMA
-from deploy.coordinator.project import Project
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.run_folder import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
+from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.run import RunSettings
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.payload import CASES_SCHEMA
+from fedsgcg.deploy.coordinator.project import Project
 
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""Take the pictures of this documentation from a demonstration run: `python docs/screenshots.py RUN`.
+"""Take the documentation's pictures from a demonstration run: `python docs/screenshots.py RUN`.
 
 Needs Chromium on the path, or its name in CHROMIUM. Writes `report.jpg`, the top of the report, and
 `overlays.jpg`, the cases of the hardest hospital. Look at both before you commit them.

@@ -13,14 +13,19 @@ Names are loaded on first use, so that the import takes no time.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from common.errors import FedsgcgError
-    from common.sgcg.loss import sgcg_loss
-    from common.statistics import ClassStatistics
+    from fedsgcg.common.errors import FedsgcgError
+    from fedsgcg.common.sgcg.loss import sgcg_loss
+    from fedsgcg.common.statistics import ClassStatistics
     from fedsgcg.models import SegmentationModel, load_model
     from fedsgcg.studies import Report, StudyOutcome, read_report, read_results, study
+
+if not (Path(__file__).parent / "common").is_dir():
+    # An app bundle has no links: there the packages are next to this folder.
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "ClassStatistics",
@@ -36,9 +41,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ClassStatistics": "common.statistics",
-    "FedsgcgError": "common.errors",
-    "sgcg_loss": "common.sgcg.loss",
+    "ClassStatistics": "fedsgcg.common.statistics",
+    "FedsgcgError": "fedsgcg.common.errors",
+    "sgcg_loss": "fedsgcg.common.sgcg.loss",
     "SegmentationModel": "fedsgcg.models",
     "load_model": "fedsgcg.models",
     "Report": "fedsgcg.studies",

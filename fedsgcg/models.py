@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from clients.device import choose_device
-from clients.evaluation import BATCH
-from clients.predict.confidence import Gaussians
-from clients.predict.model import load_model as read_model
-from clients.predict.predictor import Prediction, Predictor
-from common.errors import fail
-from common.images.read import PICTURE, PLANES, Volume, check_image
+from fedsgcg.clients.device import choose_device
+from fedsgcg.clients.evaluation import BATCH
+from fedsgcg.clients.predict.confidence import Gaussians
+from fedsgcg.clients.predict.model import load_model as read_model
+from fedsgcg.clients.predict.predictor import Prediction, Predictor
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.read import PICTURE, PLANES, Volume, check_image
 
 
 @dataclass(frozen=True)

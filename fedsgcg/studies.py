@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.console import Screen
-from common.errors import fail
-from deploy.study.plan import plan_study
-from deploy.study.run import run_study
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import fail
+from fedsgcg.deploy.study.plan import plan_study
+from fedsgcg.deploy.study.run import run_study
 
 STATUS = {0: "completed", 1: "failed", 3: "degraded"}
 
@@ -95,9 +95,9 @@ def read_report(folder: str | Path) -> Report:
     Raises:
         FedsgcgError: SRV-402 when the folder holds neither a study nor a run.
     """
-    from server.report.export import summary_table
-    from server.report.protocol import protocol_box
-    from server.report.study_files import read_study
+    from fedsgcg.server.report.export import summary_table
+    from fedsgcg.server.report.protocol import protocol_box
+    from fedsgcg.server.report.study_files import read_study
 
     files, _ = read_study(Path(folder))
     problems = tuple(str(problem) for problem in files.problems)

@@ -12,9 +12,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from common.statistics import ClassStatistics
-from common.wire.norm_moments import NormMoments, norm_layers
-from common.wire.payload import Identity, Weights
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.norm_moments import NormMoments, norm_layers
+from fedsgcg.common.wire.payload import Identity, Weights
 
 SYMMETRY: Final = 1e-9
 """Largest |M_ij - M_ji| relative to the largest entry.

@@ -22,11 +22,11 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from common.errors import FedsgcgError
-from common.settings.flower_run import plan_of_run
-from common.settings.plan import Plan
-from server.federation import Outcome, run_federation
-from server.records.events import OnEvent, ignore_event
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.flower_run import plan_of_run
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.server.federation import Outcome, run_federation
+from fedsgcg.server.records.events import OnEvent, ignore_event
 
 LOG = logging.getLogger("flwr")  # Flower's own logger: `flwr run --stream` shows it
 

@@ -16,29 +16,29 @@ from typing import Final, Literal
 
 from flwr.serverapp import Grid
 
-from common.errors import FedsgcgError, Problem
-from common.files.disk import Disk
-from common.machine import arithmetic_of
-from common.networks import build_network
-from common.seeding import stream_seed
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
-from common.wire.payload import Identity, Weights
-from server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
-from server.aggregation.class_statistics import merge_statistics
-from server.aggregation.fedavg import merge_moments, merge_weights
-from server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
-from server.records import results
-from server.records.checkpoint import Best, RoundRecord
-from server.records.events import EventLog, OnEvent, ignore_event
-from server.records.journal import Journal
-from server.records.model_card import IN_CHANNELS, model_card
-from server.selection import best_so_far, source_score
-from server.sites.departures import check_departures, departed, departure_note
-from server.sites.enrolment import Cohort
-from server.sites.problems import heldout_unanswered, too_few_classes
-from server.sites.replies import (
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.machine import arithmetic_of
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.seeding import stream_seed
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
+from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
+from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.fedavg import merge_moments, merge_weights
+from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
+from fedsgcg.server.records import results
+from fedsgcg.server.records.checkpoint import Best, RoundRecord
+from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
+from fedsgcg.server.records.journal import Journal
+from fedsgcg.server.records.model_card import IN_CHANNELS, model_card
+from fedsgcg.server.selection import best_so_far, source_score
+from fedsgcg.server.sites.departures import check_departures, departed, departure_note
+from fedsgcg.server.sites.enrolment import Cohort
+from fedsgcg.server.sites.problems import heldout_unanswered, too_few_classes
+from fedsgcg.server.sites.replies import (
     Collected,
     Row,
     SiteEvaluation,
@@ -51,7 +51,7 @@ from server.sites.replies import (
     validation_of,
     validation_rows,
 )
-from server.sites.requests import SiteRequests, identity_of
+from fedsgcg.server.sites.requests import SiteRequests, identity_of
 
 Status = Literal["completed", "degraded", "failed"]
 NO_VALIDATION: Final = "raise data.validation_fraction, or set federation.selection=last"

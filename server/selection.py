@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from common.errors import fail
-from common.settings.plan import Plan
-from common.wire.messages import AMPLITUDES, STATISTICS, TRAIN
-from common.wire.payload import Weights
-from server.records.checkpoint import Best
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN
+from fedsgcg.common.wire.payload import Weights
+from fedsgcg.server.records.checkpoint import Best
 
 CONTRIBUTING = (TRAIN, STATISTICS, AMPLITUDES)
 """Message types whose replies contribute to the global model."""

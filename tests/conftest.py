@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from common.images.phantoms import write_hospitals
-from common.settings.plan import AugmentationSettings, DataSettings
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.settings.plan import AugmentationSettings, DataSettings
 
 # Without a GPU the Triton kernels run in Triton's interpreter, chosen when it is first imported.
 if not torch.cuda.is_available():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.settings.plan import AugmentationSettings
+from fedsgcg.common.settings.plan import AugmentationSettings
 
 
 def augment(

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.data.store import SliceTable
-from common.errors import fail
-from common.settings.plan import MethodSettings
+from fedsgcg.clients.data.store import SliceTable
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.plan import MethodSettings
 
 Chosen = tuple[NDArray[np.int64], ...]
 """Indices of a batch's slices, one array for each source domain."""

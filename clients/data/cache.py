@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import FedsgcgError, fail
-from common.files.errors import disk_advice
-from common.files.system import expand, lock
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.files.system import expand, lock
 
 UNUSED_DAYS = 30.0
 """Days without use after which a slice file is removed.

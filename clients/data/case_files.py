@@ -20,12 +20,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from clients.data.cache import cache_error, cache_folder, locked
-from clients.data.manifest import SPLITS, Row, is_folder_name, read_manifest
-from common.datasets import fetch_advice
-from common.errors import FedsgcgError, Problem, fail
-from common.files.system import expand
-from common.images.folders import (
+from fedsgcg.clients.data.cache import cache_error, cache_folder, locked
+from fedsgcg.clients.data.manifest import SPLITS, Row, is_folder_name, read_manifest
+from fedsgcg.common.datasets import fetch_advice
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.system import expand
+from fedsgcg.common.images.folders import (
     Listing,
     by_format,
     counted_names,
@@ -35,9 +35,9 @@ from common.images.folders import (
     subfolders,
     without_suffix,
 )
-from common.names import alike, printable, spelled
-from common.settings.federation import SiteSettings
-from common.settings.plan import DataSettings
+from fedsgcg.common.names import alike, printable, spelled
+from fedsgcg.common.settings.federation import SiteSettings
+from fedsgcg.common.settings.plan import DataSettings
 
 __all__ = [
     "SPLITS",
@@ -257,7 +257,7 @@ def splits(
 
 def _synthetic(cache: Path) -> Path:
     """Create the synthetic hospitals once, atomically."""
-    from common.images.phantoms import VERSION, write_hospitals
+    from fedsgcg.common.images.phantoms import VERSION, write_hospitals
 
     root = cache / f"synthetic-{VERSION}"
     if (root / "manifest.csv").is_file():

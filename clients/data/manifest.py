@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from common.errors import fail
-from common.images.folders import is_file
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.folders import is_file
 
 SPLITS: Final = ("train", "validation", "test")
 REQUIRED: Final = ("site", "image", "mask")

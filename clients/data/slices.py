@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from clients.data.case_files import CaseFile
-from common.errors import fail
-from common.images.contents import content_hash
-from common.images.read import KINDS, Volume, check_geometry, check_image, read_volume
-from common.settings.data import LABEL_TOLERANCE
-from common.settings.plan import DataSettings
+from fedsgcg.clients.data.case_files import CaseFile
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.contents import content_hash
+from fedsgcg.common.images.read import KINDS, Volume, check_geometry, check_image, read_volume
+from fedsgcg.common.settings.data import LABEL_TOLERANCE
+from fedsgcg.common.settings.plan import DataSettings
 
 # int16 steps per unit of intensity; the rounding error of 1.5e-5 is far below an image's noise.
 STEPS = 32767.0

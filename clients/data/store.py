@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from clients.data.cache import (
+from fedsgcg.clients.data.cache import (
     cache_error,
     digest,
     file_hashes,
@@ -35,12 +35,12 @@ from clients.data.cache import (
     prune,
     touch_used,
 )
-from clients.data.case_files import CaseFile, Site, open_site, splits
-from clients.data.slices import STEPS, Slices, prepare
-from common.errors import FedsgcgError, Problem, fail
-from common.images.read import KINDS, PICTURE
-from common.networks import IN_CHANNELS
-from common.settings.plan import DataSettings
+from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
+from fedsgcg.clients.data.slices import STEPS, Slices, prepare
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.images.read import KINDS, PICTURE
+from fedsgcg.common.networks import IN_CHANNELS
+from fedsgcg.common.settings.plan import DataSettings
 
 # Part of the key: increase it when the meaning of a stored slice changes.
 FORMAT = 4

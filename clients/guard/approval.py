@@ -28,16 +28,17 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clients.guard.site_file import SiteFile
-from common.errors import fail
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.errors import fail
 
 FOLDERS = ("clients", "common", "configs", "server")
 CODE = (".py", ".yaml")
+FEDSGCG = "fedsgcg/__init__.py"
 NOT_BUNDLED = ("clients/predict/", "server/report/")
 """Folders that no app runs, so that a new style of the report needs no new approval."""
 
 READABLE = ("README.md", "LICENSE", "pyproject.toml")
-CLIENT_APP = "clients.app:app"
+CLIENT_APP = "fedsgcg.clients.app:app"
 MOST_BYTES = 50 * 2**20
 """Maximum unpacked size of a bundle; Flower refuses more than 10 MiB packed."""
 
@@ -109,9 +110,18 @@ def code_of_folder(folder: Path) -> dict[str, bytes]:
         path for name in FOLDERS for path in (folder / name).rglob("*") if path.suffix in CODE
     )
     files = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
+    # An install has the packages inside of fedsgcg, a checkout and a bundle next to it.
+    inside = (folder / FEDSGCG).is_file()
+    files[FEDSGCG] = folder / FEDSGCG if inside else folder / Path(FEDSGCG).name
     return {
         name: path.read_bytes() for name, path in files.items() if not name.startswith(NOT_BUNDLED)
     }
+
+
+def is_bundled(import_path: str) -> bool:
+    """Whether `package.module:Class` names code of the app bundle, which was approved with it."""
+    package, _, rest = import_path.partition(":")[0].partition(".")
+    return package == "fedsgcg" and rest.partition(".")[0] in FOLDERS
 
 
 def bundle_of_folder(folder: Path) -> Bundle:

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.data.store import CaseStore
-from clients.guard.site_file import SiteFile
-from common.errors import fail
-from common.images.contents import (
+from fedsgcg.clients.data.store import CaseStore
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.contents import (
     CONTENT_HASHES,
     TRAINING_IMAGES,
     content_hash,
     salt_of,
     salted_content,
 )
-from common.images.read import Volume
-from common.wire.payload import Identity
+from fedsgcg.common.images.read import Volume
+from fedsgcg.common.wire.payload import Identity
 
 
 def shared_contents(

@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import RecordDict
 
-from clients.guard import ledger
-from clients.guard.policy import check_sharing
-from common.errors import FedsgcgError
-from common.images.contents import CONTENT_HASHES
-from common.settings.federation import PrivacySettings
-from common.statistics import ClassStatistics
-from common.wire.messages import Reply, encode_reply, payload_bytes
-from common.wire.payload import Identity
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.policy import check_sharing
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.settings.federation import PrivacySettings
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import Reply, encode_reply, payload_bytes
+from fedsgcg.common.wire.payload import Identity
 
 LEDGER = "ledger.jsonl"
 LOG = logging.getLogger("fedsgcg.site")

@@ -17,8 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from common.errors import fail
-from common.files.system import lock
+from fedsgcg.common.errors import fail
+from fedsgcg.common.files.system import lock
 
 START = "0" * 64  # `previous` of the first line
 

@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clients.data.case_files import Site
-from clients.guard.approval import FOLDERS as FOLDERS_OF_CODE
-from clients.guard.site_file import SiteFile, read_site_file
-from common.errors import FedsgcgError, Problem, fail
-from common.files.system import expand
-from common.settings.compose import FOLDERS, compose
-from common.settings.federation import SHARES, PrivacySettings
-from common.settings.plan import Plan
+from fedsgcg.clients.data.case_files import Site
+from fedsgcg.clients.guard.approval import is_bundled
+from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.system import expand
+from fedsgcg.common.settings.compose import FOLDERS, compose
+from fedsgcg.common.settings.federation import SHARES, PrivacySettings
+from fedsgcg.common.settings.plan import Plan
 
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
@@ -90,8 +90,7 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
     yield from _not_allowed(plan, policy)
     for where, section in (("method", plan.method), ("network", plan.network)):
-        package = section.name.partition(":")[0].partition(".")[0]
-        if section.is_own and package not in FOLDERS_OF_CODE and section.name not in policy.code:
+        if section.is_own and not is_bundled(section.name) and section.name not in policy.code:
             allowed = ", ".join(policy.code) or "nothing"
             expected = f"code of the approved app bundle, or code that the site allows: {allowed}"
             action = (

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from common.errors import Problem
-from common.files.system import expand
-from common.images.contents import CONTENT_HASHES
-from common.settings.base import Checks, Section
-from common.settings.choices import is_import_path
-from common.settings.yaml_file import build_from, explained, read_tree
+from fedsgcg.common.errors import Problem
+from fedsgcg.common.files.system import expand
+from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.choices import is_import_path
+from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
 ROLES: Final = ("train", "heldout", "observer")

@@ -8,12 +8,12 @@ elsewhere can be used by its import path, `method=package.module:Class`.
 
 from __future__ import annotations
 
-from clients.methods.base import Loss, Source, View
-from clients.methods.guidance import Guidance, Guide
-from clients.methods.ram import Ram, RamSgCG
-from clients.methods.sgcg import SgCG
-from common.settings.own_code import load_class, traits_of, unusable
-from common.settings.plan import MethodSettings
+from fedsgcg.clients.methods.base import Loss, Source, View
+from fedsgcg.clients.methods.guidance import Guidance, Guide
+from fedsgcg.clients.methods.ram import Ram, RamSgCG
+from fedsgcg.clients.methods.sgcg import SgCG
+from fedsgcg.common.settings.own_code import load_class, traits_of, unusable
+from fedsgcg.common.settings.plan import MethodSettings
 
 METHODS: dict[str, type[Source]] = {"source": Source, "ram": Ram, "sgcg": SgCG, "ram_sgcg": RamSgCG}
 

@@ -31,7 +31,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.sgcg.moments import check_finite, check_shape
+from fedsgcg.common.sgcg.moments import check_finite, check_shape
 
 WINDOW: Final = 0.1
 """Half window as a share of the shorter side, as in RAM-DSIR."""

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from clients.data.batches import Batch
-from clients.device import autocast_for, precision
-from clients.methods.guidance import IGNORE, Guide
-from common.settings.plan import DataSettings, Plan
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.device import autocast_for, precision
+from fedsgcg.clients.methods.guidance import IGNORE, Guide
+from fedsgcg.common.settings.plan import DataSettings, Plan
 
 SMOOTH = 1e-5  # added to numerator and denominator, as in the published code
 Loss = tuple[Tensor, dict[str, Tensor]]

@@ -20,19 +20,19 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clients.data.augment import augment
-from clients.data.batches import gather, index_batches
-from clients.device import autocast_for, precision
-from clients.methods.guidance import IGNORE, pixel_features
-from clients.methods.sgcg import labels_at
-from common.feature_samples import sample_pixels
-from common.settings.plan import MethodSettings, Plan
-from common.sgcg.loss import class_moments
-from common.statistics import ClassStatistics
-from common.wire.norm_moments import NormMoments
+from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.batches import gather, index_batches
+from fedsgcg.clients.device import autocast_for, precision
+from fedsgcg.clients.methods.guidance import IGNORE, pixel_features
+from fedsgcg.clients.methods.sgcg import labels_at
+from fedsgcg.common.feature_samples import sample_pixels
+from fedsgcg.common.settings.plan import MethodSettings, Plan
+from fedsgcg.common.sgcg.loss import class_moments
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.norm_moments import NormMoments
 
 if TYPE_CHECKING:
-    from clients.data.store import CaseStore, SliceTable
+    from fedsgcg.clients.data.store import CaseStore, SliceTable
 
 SAMPLED_BATCHES, SAMPLED_SLICES = 4, 8  # batches, and slices per batch, sampled for a t-SNE
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from common.settings.plan import PrototypeSettings
-from common.statistics import ClassStatistics
+from fedsgcg.common.settings.plan import PrototypeSettings
+from fedsgcg.common.statistics import ClassStatistics
 
 IGNORE = 255  # label of ignored pixels
 

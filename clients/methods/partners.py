@@ -25,13 +25,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clients.data.store import CaseStore, SliceTable, fingerprint
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
-from common.errors import fail
-from common.images.read import PICTURE
-from common.seeding import stream
-from common.settings.plan import Plan, RamSettings
-from common.wire.amplitudes import OFFSETS, AmplitudeBank, AmplitudeSampler, AmplitudeSummary
+from fedsgcg.clients.data.store import CaseStore, SliceTable, fingerprint
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.read import PICTURE
+from fedsgcg.common.seeding import stream
+from fedsgcg.common.settings.plan import Plan, RamSettings
+from fedsgcg.common.wire.amplitudes import (
+    OFFSETS,
+    AmplitudeBank,
+    AmplitudeSampler,
+    AmplitudeSummary,
+)
 
 RATIOS: Final = 10
 """A slice's own share of the amplitude is uniform over 0.1, 0.2, ..., 1.0, as in RAM-DSIR."""

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from clients.data.batches import Batch
-from clients.device import autocast_for
-from clients.methods.base import Loss, Source, View, segmentation_loss
-from clients.methods.guidance import IGNORE
-from clients.methods.sgcg import SgCG
-from common.networks import RestorationDecoder, UNet, build_restoration
-from common.seeding import stream_seed
-from common.settings.plan import Plan
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.device import autocast_for
+from fedsgcg.clients.methods.base import Loss, Source, View, segmentation_loss
+from fedsgcg.clients.methods.guidance import IGNORE
+from fedsgcg.clients.methods.sgcg import SgCG
+from fedsgcg.common.networks import RestorationDecoder, UNet, build_restoration
+from fedsgcg.common.seeding import stream_seed
+from fedsgcg.common.settings.plan import Plan
 
 CLAMP: Final = 1e-7
 """Distance of probabilities from 0 and 1; the published loss is infinite when one saturates."""

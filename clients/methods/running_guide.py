@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.methods.class_statistics import batch_statistics
-from clients.methods.guidance import Guidance, Guide
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
+from fedsgcg.clients.methods.class_statistics import batch_statistics
+from fedsgcg.clients.methods.guidance import Guidance, Guide
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
 
 SENT: Final = "sent."
 ONLINE: Final = "online."

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clients.data.batches import Batch
-from clients.methods.base import Loss, Source, View
-from clients.methods.guidance import IGNORE, Guidance, Guide, flat_pixels
-from common.settings.plan import Plan, PrototypeSettings
-from common.sgcg.loss import reduce_labels, sgcg_loss
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.methods.base import Loss, Source, View
+from fedsgcg.clients.methods.guidance import IGNORE, Guidance, Guide, flat_pixels
+from fedsgcg.common.settings.plan import Plan, PrototypeSettings
+from fedsgcg.common.sgcg.loss import reduce_labels, sgcg_loss
 
 
 class SgCG(Source):

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.methods.guidance import pixel_features
-from common.statistics import ClassStatistics
+from fedsgcg.clients.methods.guidance import pixel_features
+from fedsgcg.common.statistics import ClassStatistics
 
 SHRINKAGE: Final = 0.1
 SMALLEST: Final = 1e-8

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from clients.data.case_files import discover_sites, open_site
-from common.errors import FedsgcgError, Problem, fail
-from common.files.errors import disk_advice
-from common.images.folders import Listing, by_format, counted_names, look_through, stem_of
-from common.images.read import VOLUME_SUFFIXES, suffix_of
-from common.names import printable
-from common.settings.plan import DataSettings
+from fedsgcg.clients.data.case_files import discover_sites, open_site
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through, stem_of
+from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.names import printable
+from fedsgcg.common.settings.plan import DataSettings
 
 RESULT: Final = re.compile(
     r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 from torch import nn
 
-from common.errors import FedsgcgError, fail
-from common.images.read import KINDS, PICTURE
-from common.networks import IN_CHANNELS, build_network
-from common.settings.compose import build
-from common.settings.plan import DataSettings, NetworkSettings
-from common.statistics import ClassStatistics
-from common.wire.payload import Weights, decode_statistics
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.images.read import KINDS, PICTURE
+from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.settings.compose import build
+from fedsgcg.common.settings.plan import DataSettings, NetworkSettings
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Weights, decode_statistics
 
 VERSION: Final = "1"
 """Supported schema of `model.json` (`common.run_folder.SCHEMA_VERSION`)."""

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from clients.data.manifest import SPLITS
-from common.console import Screen
-from common.exit_codes import exit_codes
+from fedsgcg.clients.data.manifest import SPLITS
+from fedsgcg.common.console import Screen
+from fedsgcg.common.exit_codes import exit_codes
 
 PREDICT: Final = """\
 Predict masks with a trained model. MODEL is the folder that contains model.json (or a file
@@ -86,6 +86,6 @@ def add_predict_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, console: Screen) -> int:
-    from clients.predict.run import run_predict
+    from fedsgcg.clients.predict.run import run_predict
 
     return run_predict(options, console)

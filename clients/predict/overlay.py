@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from clients.predict.predictor import Prediction
+from fedsgcg.clients.predict.predictor import Prediction
 
 Mask = NDArray[np.bool_]
 

@@ -16,19 +16,19 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients.data.slices import to_slices
-from clients.data.store import SliceTable
-from clients.evaluation import (
+from fedsgcg.clients.data.slices import to_slices
+from fedsgcg.clients.data.store import SliceTable
+from fedsgcg.clients.evaluation import (
     evaluation_mode,
     native_probabilities,
     post_process,
     structures_from_logits,
 )
-from clients.predict.confidence import Gaussians
-from clients.predict.model import Model
-from common.errors import fail
-from common.images.read import Volume, check_image, read_volume
-from common.settings.plan import DataSettings
+from fedsgcg.clients.predict.confidence import Gaussians
+from fedsgcg.clients.predict.model import Model
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.read import Volume, check_image, read_volume
+from fedsgcg.common.settings.plan import DataSettings
 
 Mask = NDArray[np.bool_]
 

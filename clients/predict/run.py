@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from clients.data.slices import class_indices
-from clients.device import choose_device
-from clients.evaluation import BATCH, structure_masks
-from clients.guard.contents import TrainedOn
-from clients.predict.confidence import Gaussians
-from clients.predict.files import (
+from fedsgcg.clients.data.slices import class_indices
+from fedsgcg.clients.device import choose_device
+from fedsgcg.clients.evaluation import BATCH, structure_masks
+from fedsgcg.clients.guard.contents import TrainedOn
+from fedsgcg.clients.predict.confidence import Gaussians
+from fedsgcg.clients.predict.files import (
     Job,
     Skipped,
     check_output,
@@ -28,16 +28,16 @@ from clients.predict.files import (
     save,
     write,
 )
-from clients.predict.model import Model, load_model
-from clients.predict.overlay import overlay
-from clients.predict.predictor import Prediction, Predictor
-from clients.predict.scores import Scores
-from common.console import Screen, counted
-from common.errors import FedsgcgError, Problem, fail
-from common.images.contents import TRAINING_IMAGES
-from common.images.read import check_geometry, read_volume
-from common.images.write import mask_bytes, picture_bytes, wide_bytes, write_like
-from common.names import printable
+from fedsgcg.clients.predict.model import Model, load_model
+from fedsgcg.clients.predict.overlay import overlay
+from fedsgcg.clients.predict.predictor import Prediction, Predictor
+from fedsgcg.clients.predict.scores import Scores
+from fedsgcg.common.console import Screen, counted
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.images.contents import TRAINING_IMAGES
+from fedsgcg.common.images.read import check_geometry, read_volume
+from fedsgcg.common.images.write import mask_bytes, picture_bytes, wide_bytes, write_like
+from fedsgcg.common.names import printable
 
 
 def run_predict(options: argparse.Namespace, console: Screen) -> int:

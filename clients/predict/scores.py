@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from clients.data.store import Case
-from clients.evaluation import CaseResult, case_rows, structure_masks
-from clients.predict.files import Job, write
-from clients.predict.predictor import Prediction
-from common.settings.plan import DataSettings
-from common.wire.payload import CASES_SCHEMA
+from fedsgcg.clients.data.store import Case
+from fedsgcg.clients.evaluation import CaseResult, case_rows, structure_masks
+from fedsgcg.clients.predict.files import Job, write
+from fedsgcg.clients.predict.predictor import Prediction
+from fedsgcg.common.settings.plan import DataSettings
+from fedsgcg.common.wire.payload import CASES_SCHEMA
 
 COLUMNS = ("site", *CASES_SCHEMA.names, "trained_on")
 

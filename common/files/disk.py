@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 
 class Disk:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import IO, Any, Final
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 """Errors of a file system without `flock`: Lustre without `-o flock`, NFS without a lock daemon."""

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from common.wire.payload import Identity
+from fedsgcg.common.wire.payload import Identity
 
 if TYPE_CHECKING:  # the coordinator does not need the reading of images
-    from common.images.read import Volume
+    from fedsgcg.common.images.read import Volume
 
 CONTENT_HASHES: Final = "content_hashes"
 """Name of the consent, and of the part of an enrolment that carries the hashes."""

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.images.formats import FOREIGN, foreign_suffix
-from common.images.read import suffix_of
-from common.names import printable
+from fedsgcg.common.images.formats import FOREIGN, foreign_suffix
+from fedsgcg.common.images.read import suffix_of
+from fedsgcg.common.names import printable
 
 NAMED = 3
 """Number of file names that a message gives before it only counts."""

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from common.images.read import affine_as, write_volume
-from common.seeding import stream
+from fedsgcg.common.images.read import affine_as, write_volume
+from fedsgcg.common.seeding import stream
 
 Image = NDArray[np.float32]
 Point = tuple[float, float, float]

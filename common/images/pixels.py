@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 Array = NDArray[Any]
 

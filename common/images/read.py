@@ -25,9 +25,9 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import FedsgcgError, fail
-from common.images.formats import conversion_advice
-from common.images.pixels import picture_pixels
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.images.formats import conversion_advice
+from fedsgcg.common.images.pixels import picture_pixels
 
 Array = NDArray[Any]
 nib: Any = nibabel  # untyped

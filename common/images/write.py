@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.images.read import Volume, open_nifti, suffix_of, to_native
+from fedsgcg.common.images.read import Volume, open_nifti, suffix_of, to_native
 
 Array = NDArray[Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import attrgetter
 
-from common.errors import FedsgcgError, Problem
+from fedsgcg.common.errors import FedsgcgError, Problem
 
 Checks = Iterator[tuple[bool, str, str]]
 

@@ -8,8 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast
 
-from common.errors import FedsgcgError, Problem
-from common.settings.hints import nearest
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.settings.hints import nearest
 
 T = TypeVar("T")
 

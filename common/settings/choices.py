@@ -17,8 +17,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from common.errors import FedsgcgError, Problem, fail
-from common.files.system import expand
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.system import expand
 
 CONFIGS: Final = Path(__file__).resolve().parents[2] / "configs"
 

@@ -14,11 +14,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from common.errors import FedsgcgError, Problem, fail
-from common.files.system import expand
-from common.names import printable
-from common.settings.build import build
-from common.settings.choices import (
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.system import expand
+from fedsgcg.common.names import printable
+from fedsgcg.common.settings.build import build
+from fedsgcg.common.settings.choices import (
     BASES,
     CLASSES,
     CONFIGS,
@@ -32,9 +32,9 @@ from common.settings.choices import (
     own_files,
     unquoted,
 )
-from common.settings.defaults import typed_defaults
-from common.settings.hints import meant, nearest
-from common.settings.resolve import resolve_own_code
+from fedsgcg.common.settings.defaults import typed_defaults
+from fedsgcg.common.settings.hints import meant, nearest
+from fedsgcg.common.settings.resolve import resolve_own_code
 
 __all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section
 
 LABEL_TOLERANCE: Final = 1e-3
 """Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""

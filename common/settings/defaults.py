@@ -9,8 +9,8 @@ import dataclasses
 import typing
 from typing import Any, Final
 
-from common.settings.plan import Plan
-from common.settings.run import RunSettings
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.run import RunSettings
 
 NOT_SETTINGS: Final = ("label", "setting", "chosen")
 """Fields of a plan that a study fills in; a user cannot set them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
 POOLED = "pooled"  # the site that owns all source domains with `federation=pooled`

@@ -7,9 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from common.files.system import expand
-from common.settings.compose import join
-from common.settings.plan import Plan
+from fedsgcg.common.files.system import expand
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
 
 
 def plan_of_run(tree: Mapping[str, Any] | None, run_config: Mapping[str, Any], run_id: int) -> Plan:

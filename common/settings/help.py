@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.errors import fail
-from common.settings.choices import CLASSES, GROUPS, choices_of
-from common.settings.compose import known_settings, own_choices
-from common.settings.hints import meant
-from common.settings.plan import Plan
-from common.settings.run import RunSettings
-from common.settings.yaml_file import meanings
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.choices import CLASSES, GROUPS, choices_of
+from fedsgcg.common.settings.compose import known_settings, own_choices
+from fedsgcg.common.settings.hints import meant
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.run import RunSettings
+from fedsgcg.common.settings.yaml_file import meanings
 
 UNITS = {"_s": "seconds", "_degrees": "degrees", "_mm": "millimetres"}
 UNIT_OF = {

@@ -6,8 +6,8 @@ import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from common.names import spelled
-from common.settings.choices import GROUPS
+from fedsgcg.common.names import spelled
+from fedsgcg.common.settings.choices import GROUPS
 
 
 def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:

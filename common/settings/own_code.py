@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 
-from common.errors import FedsgcgError, fail
-from common.settings.training import ALL_TRAITS
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.settings.training import ALL_TRAITS
 
 
 def load_class(path: str, where: str) -> type:

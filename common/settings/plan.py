@@ -12,17 +12,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
-from common.settings.base import Checks, Section
-from common.settings.build import build
-from common.settings.data import AugmentationSettings, DataSettings
-from common.settings.federation import (
+from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.build import build
+from fedsgcg.common.settings.data import AugmentationSettings, DataSettings
+from fedsgcg.common.settings.federation import (
     POOLED,
     SHARES,
     FederationSettings,
     PrivacySettings,
     SiteSettings,
 )
-from common.settings.training import (
+from fedsgcg.common.settings.training import (
     METHOD_NAMES,
     NETWORK_NAMES,
     MethodSettings,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.settings.choices import is_import_path
-from common.settings.own_code import load_class, traits_of
+from fedsgcg.common.settings.choices import is_import_path
+from fedsgcg.common.settings.own_code import load_class, traits_of
 
 
 def resolve_own_code(tree: dict[str, Any]) -> None:
@@ -20,7 +20,7 @@ def resolve_own_code(tree: dict[str, Any]) -> None:
         method["traits"] = list(traits)
         method["statistics"] = method["statistics"] or "contrasts" in traits
     if is_import_path(str(network["name"])):
-        from common.networks import measure
+        from fedsgcg.common.networks import measure
 
         channels, norm = measure(network, tree["data"])
         network["feature_channels"], network["norm"] = channels, norm

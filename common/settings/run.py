@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section
 
 
 @dataclass(frozen=True)

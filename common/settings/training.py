@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from common.settings.base import Checks, Section
-from common.settings.choices import is_import_path
+from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.choices import is_import_path
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
 # is read without torch.

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from common.errors import FedsgcgError, Problem, fail
-from common.settings.compose import build
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.settings.compose import build
 
 T = TypeVar("T")
 

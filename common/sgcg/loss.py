@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.sgcg.moments import (
+from fedsgcg.common.sgcg.moments import (
     check_finite,
     check_labels,
     check_pixels,
@@ -30,7 +30,7 @@ from common.sgcg.moments import (
     reduce_labels,
     triton_kernels,
 )
-from common.sgcg.quadratics import QUADRATICS
+from fedsgcg.common.sgcg.quadratics import QUADRATICS
 
 __all__ = ["class_moments", "reduce_labels", "sgcg_loss"]
 
@@ -185,7 +185,7 @@ class _KernelLoss(torch.autograd.Function):
         unit_norm: bool,
         reduction: Reduction,
     ) -> Tensor:
-        from common.sgcg import kernels
+        from fedsgcg.common.sgcg import kernels
 
         gradient = _make_gradient(ctx, features)
         losses, number = kernels.pixel_losses(

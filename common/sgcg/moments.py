@@ -185,7 +185,7 @@ def _moments_by_mask(
 def _moments_by_kernel(
     rows: Tensor, labels: Tensor, K: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from common.sgcg import kernels
+    from fedsgcg.common.sgcg import kernels
 
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     return kernels.class_moments(rows, labels.contiguous(), K, ignore_index)

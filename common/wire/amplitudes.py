@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 KIND: Final = "fedsgcg.amplitudes"
 SCHEMA_VERSION: Final = "2"

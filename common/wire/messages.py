@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from common.errors import fail
-from common.statistics import ClassStatistics
-from common.wire.norm_moments import NormMoments
-from common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
+from fedsgcg.common.errors import fail
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.norm_moments import NormMoments
+from fedsgcg.common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
 
 ENROL = "query.enrol"
 STATISTICS = "query.statistics"

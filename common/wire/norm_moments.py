@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.errors import fail
-from common.wire.payload import SCHEMA_VERSION, Identity, Weights
+from fedsgcg.common.errors import fail
+from fedsgcg.common.wire.payload import SCHEMA_VERSION, Identity, Weights
 
 KIND: Final = "fedsgcg.norm_moments"
 MEAN, VARIANCE = ".running_mean", ".running_var"

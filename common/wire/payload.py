@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.errors import fail
-from common.statistics import ClassStatistics
+from fedsgcg.common.errors import fail
+from fedsgcg.common.statistics import ClassStatistics
 
 SCHEMA_VERSION = "1"
 STATISTICS_KIND = "fedsgcg.class_statistics"

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.console import Screen, Version, add_output_options, run_command, steps_of
-from common.errors import FedsgcgError, Problem, fail
-from common.exit_codes import exit_codes
-from common.files.system import expand
-from deploy.cli.federation import add_commands
-from deploy.prepare import command as data
-from deploy.study.summary import STATUS, print_summary
+from fedsgcg.common.console import Screen, Version, add_output_options, run_command, steps_of
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.exit_codes import exit_codes
+from fedsgcg.common.files.system import expand
+from fedsgcg.deploy.cli.federation import add_commands
+from fedsgcg.deploy.prepare import command as data
+from fedsgcg.deploy.study.summary import STATUS, print_summary
 
 HELP = """\
 Hospitals train one segmentation model together without sharing images,
@@ -191,8 +191,8 @@ def _overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
-    from deploy.study.plan import plan_study
-    from deploy.study.run import run_study
+    from fedsgcg.deploy.study.plan import plan_study
+    from fedsgcg.deploy.study.run import run_study
 
     overrides = _overrides(options)
     with console.status("checking the hospitals' data and this machine"):
@@ -207,7 +207,7 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
         "device": study.device,
     }
     if options.dry_run:
-        from deploy.study.dry_run import show_plan
+        from fedsgcg.deploy.study.dry_run import show_plan
 
         show_plan(study, console)
         console.event("study.planned", **facts)
@@ -223,8 +223,8 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
 
 
 def _report(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.study.record import collect, read_record
-    from server.report.build import make_report
+    from fedsgcg.deploy.study.record import collect, read_record
+    from fedsgcg.server.report.build import make_report
 
     folder: Path = options.folder
     _check_run_folder(folder)
@@ -238,8 +238,8 @@ def _report(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _clean(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.study.cleaning import PICTURES, RESUME, Freed, finished_cells, remove
-    from server.records.journal import lock_file
+    from fedsgcg.deploy.study.cleaning import PICTURES, RESUME, Freed, finished_cells, remove
+    from fedsgcg.server.records.journal import lock_file
 
     folder: Path = options.folder
     _check_run_folder(folder)
@@ -276,8 +276,8 @@ def _check_run_folder(folder: Path) -> None:
 def _settings(options: argparse.Namespace, console: Screen) -> int:
     import yaml
 
-    from common.settings.compose import GROUPS, choices_of, join, own_choices
-    from common.settings.help import explain
+    from fedsgcg.common.settings.compose import GROUPS, choices_of, join, own_choices
+    from fedsgcg.common.settings.help import explain
 
     given = _overrides(options)
     overrides = [text for text in given if "=" in text]
@@ -293,7 +293,7 @@ def _settings(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _hospitals(options: argparse.Namespace, console: Screen) -> int:
-    from common.images.phantoms import write_hospitals
+    from fedsgcg.common.images.phantoms import write_hospitals
 
     with console.status("writing the synthetic hospitals"):
         path = write_hospitals(options.folder, seed=options.seed)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.console import Screen
-from common.errors import fail
-from server.sites.departures import OPTION
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import fail
+from fedsgcg.server.sites.departures import OPTION
 
 Command = Callable[[argparse.Namespace, Screen], int]
 
@@ -85,7 +85,7 @@ def _provision_command(commands: Any) -> None:
 
 
 def _provision(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.coordinator.provision import provision
+    from fedsgcg.deploy.coordinator.provision import provision
 
     registrations = [_registration(text) for text in options.register]
     done = provision(
@@ -121,13 +121,13 @@ def _registration(text: str) -> tuple[str, Path]:
 
 
 def _serve(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.coordinator.serve import serve_kit
+    from fedsgcg.deploy.coordinator.serve import serve_kit
 
     return serve_kit(options.kit, console, insecure=options.insecure, listen=options.listen)
 
 
 def _run(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.coordinator.runs import run_kit
+    from fedsgcg.deploy.coordinator.runs import run_kit
 
     return run_kit(
         options.kit, options.overrides, console, detach=options.detach, without=options.without
@@ -135,18 +135,18 @@ def _run(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _resume(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.coordinator.runs import resume_kit
+    from fedsgcg.deploy.coordinator.runs import resume_kit
 
     return resume_kit(options.kit, console, detach=options.detach, without=options.without)
 
 
 def _status(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.coordinator.status import status_kit
+    from fedsgcg.deploy.coordinator.status import status_kit
 
     return status_kit(options.kit, console)
 
 
 def _stop(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.coordinator.runs import stop_kit
+    from fedsgcg.deploy.coordinator.runs import stop_kit
 
     return stop_kit(options.kit, console)

@@ -18,12 +18,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from clients.guard.site_file import read_site_file
-from clients.predict.options import add_predict_parser
-from common.console import Screen, Version, print_error, run_command
-from common.errors import FedsgcgError, fail
-from common.exit_codes import exit_codes
-from common.files.system import user_name
+from fedsgcg.clients.guard.site_file import read_site_file
+from fedsgcg.clients.predict.options import add_predict_parser
+from fedsgcg.common.console import Screen, Version, print_error, run_command
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.exit_codes import exit_codes
+from fedsgcg.common.files.system import user_name
 
 HELP = """\
 A hospital's side of a federation. KIT is the folder that the coordinator sent, or the
@@ -138,7 +138,7 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
 
 
 def _check(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.site.check import examine, exit_code, show
+    from fedsgcg.deploy.site.check import examine, exit_code, show
 
     path = site_file_of(options.kit)
     findings = examine(
@@ -156,7 +156,7 @@ def _check(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _join(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.site.supervisor import Join
+    from fedsgcg.deploy.site.supervisor import Join
 
     path = site_file_of(options.kit)
     policy = read_site_file(path)
@@ -179,9 +179,9 @@ def _join(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _status(options: argparse.Namespace, console: Screen) -> int:
-    from clients.guard import ledger
-    from clients.guard.egress import LEDGER
-    from deploy.site.supervisor import joined_pid, read_facts
+    from fedsgcg.clients.guard import ledger
+    from fedsgcg.clients.guard.egress import LEDGER
+    from fedsgcg.deploy.site.supervisor import joined_pid, read_facts
 
     policy = read_site_file(site_file_of(options.kit))
     home = Path(policy.home)
@@ -221,7 +221,7 @@ def _status(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _leave(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.site.supervisor import leave
+    from fedsgcg.deploy.site.supervisor import leave
 
     policy = read_site_file(site_file_of(options.kit))
     ended = leave(policy)
@@ -244,8 +244,8 @@ To leave for good:
 
 
 def _ledger(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.site.check import plan_of_kit
-    from deploy.site.ledger_view import dry_run, show_ledger
+    from fedsgcg.deploy.site.check import plan_of_kit
+    from fedsgcg.deploy.site.ledger_view import dry_run, show_ledger
 
     path = site_file_of(options.kit)
     policy = read_site_file(path)
@@ -255,8 +255,8 @@ def _ledger(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _approve(options: argparse.Namespace, console: Screen) -> int:
-    from clients.guard.approval import approvals, approve, is_approved
-    from deploy.site.approve import choose_bundle, show_difference
+    from fedsgcg.clients.guard.approval import approvals, approve, is_approved
+    from fedsgcg.deploy.site.approve import choose_bundle, show_difference
 
     policy = read_site_file(site_file_of(options.kit))
     path = Path(policy.approved)
@@ -286,7 +286,7 @@ def _confirmed() -> bool:
 
 
 def _cache(options: argparse.Namespace, console: Screen) -> int:
-    from clients.data.cache import UNUSED_DAYS, cache_files, prune
+    from fedsgcg.clients.data.cache import UNUSED_DAYS, cache_files, prune
 
     policy = read_site_file(site_file_of(options.kit))
     files = cache_files(Path(policy.cache))
@@ -303,7 +303,7 @@ def _cache(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _request(options: argparse.Namespace, console: Screen) -> int:
-    from deploy.certificates import make_site_key
+    from fedsgcg.deploy.certificates import make_site_key
 
     path = site_file_of(options.kit)
     policy = read_site_file(path)

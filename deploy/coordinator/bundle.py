@@ -15,7 +15,7 @@ from typing import Any, Final
 import tomli_w
 from flwr.cli.build import build_fab_from_files
 
-from clients.guard.approval import FOLDERS, code_of_folder, read_bundle
+from fedsgcg.clients.guard.approval import FEDSGCG, FOLDERS, code_of_folder, read_bundle
 
 FLOWER: Final = ("flwr>=1.42,<1.43", "1.42.0")
 """Flower's releases that run the app, and the one that it is tested with."""
@@ -66,7 +66,10 @@ def app_description() -> dict[str, Any]:
                     "fab-format-version": 1,
                     "flwr-version-target": target,
                     "fab-include": fab_include(),
-                    "components": {"serverapp": "server.app:app", "clientapp": "clients.app:app"},
+                    "components": {
+                        "serverapp": "fedsgcg.server.app:app",
+                        "clientapp": "fedsgcg.clients.app:app",
+                    },
                     "config": {"config-json": "", "overrides": ""},
                 }
             }
@@ -85,4 +88,4 @@ def fab_include() -> list[str]:
     Flower rejects a pattern that matches no file, hence YAML only for `configs`.
     """
     packages = [f"{package}/**/*.py" for package in FOLDERS]
-    return [*packages, "configs/**/*.yaml", "LICENSE"]
+    return [FEDSGCG, *packages, "configs/**/*.yaml", "LICENSE"]

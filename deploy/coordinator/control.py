@@ -27,9 +27,9 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 
-from common.errors import fail
-from deploy.certificates import public_key_bytes
-from deploy.coordinator.project import Kit
+from fedsgcg.common.errors import fail
+from fedsgcg.deploy.certificates import public_key_bytes
+from fedsgcg.deploy.coordinator.project import Kit
 
 GONE: Final = "unregistered"
 FINISHED: Final = "finished"

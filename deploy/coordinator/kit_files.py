@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from deploy.coordinator.project import Project
+from fedsgcg.deploy.coordinator.project import Project
 
 UNITS: Final = Path(__file__).parents[1] / "systemd"
 IMAGE: Final = "fedsgcg:cpu"

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from clients.guard.site_file import NAME, NEVER_SET, split_address
-from common.errors import FedsgcgError, Problem, fail
-from common.files.disk import Disk
-from common.settings.base import Checks, Section
-from common.settings.compose import join
-from common.settings.plan import Plan
-from common.settings.yaml_file import build_from, explained, read_tree
+from fedsgcg.clients.guard.site_file import NAME, NEVER_SET, split_address
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 KEYS: Final = ("issued", "requested")
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from clients.guard.site_file import SiteFile, write_site_file
-from common.errors import fail
-from common.settings.compose import nearest
-from deploy.certificates import (
+from fedsgcg.clients.guard.site_file import SiteFile, write_site_file
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.compose import nearest
+from fedsgcg.deploy.certificates import (
     RENEW_WITHIN_DAYS,
     certificate_fingerprint,
     days_left,
@@ -37,8 +37,8 @@ from deploy.certificates import (
     write_secret,
     write_server,
 )
-from deploy.coordinator.kit_files import coordinator_files, site_files
-from deploy.coordinator.project import Kit, Project, project_text, read_project
+from fedsgcg.deploy.coordinator.kit_files import coordinator_files, site_files
+from fedsgcg.deploy.coordinator.project import Kit, Project, project_text, read_project
 
 TOKEN_BYTES: Final = 32
 

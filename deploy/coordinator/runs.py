@@ -13,22 +13,29 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from common.console import Screen, steps_of
-from common.errors import FedsgcgError, Problem, fail
-from common.files.disk import Disk
-from common.settings.plan import Plan
-from deploy.coordinator.bundle import Bundle, build_bundle, run_config
-from deploy.coordinator.control import Control, RunState, control_of
-from deploy.coordinator.project import Kit, SubmittedRun
-from deploy.study.cell import Cell
-from deploy.study.grid import Variant, folder_name, split_axes, split_select, variants, with_grid
-from deploy.study.preflight import check_plan, inspect_machine
-from deploy.study.progress import Progress
-from deploy.study.record import check_same_study, collect, write_record
-from deploy.study.study import Study, exit_code, identity
-from deploy.study.summary import print_summary
-from server.records.journal import lock_file
-from server.sites.departures import OPTION, check_departures, declare, departed
+from fedsgcg.common.console import Screen, steps_of
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.coordinator.bundle import Bundle, build_bundle, run_config
+from fedsgcg.deploy.coordinator.control import Control, RunState, control_of
+from fedsgcg.deploy.coordinator.project import Kit, SubmittedRun
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.grid import (
+    Variant,
+    folder_name,
+    split_axes,
+    split_select,
+    variants,
+    with_grid,
+)
+from fedsgcg.deploy.study.preflight import check_plan, inspect_machine
+from fedsgcg.deploy.study.progress import Progress
+from fedsgcg.deploy.study.record import check_same_study, collect, write_record
+from fedsgcg.deploy.study.study import Study, exit_code, identity
+from fedsgcg.deploy.study.summary import print_summary
+from fedsgcg.server.records.journal import lock_file
+from fedsgcg.server.sites.departures import OPTION, check_departures, declare, departed
 
 POLL_S: Final = 1.0
 SERVER_AWAY_S: Final = 300.0
@@ -122,7 +129,7 @@ def run_kit(
         FedsgcgError: DEP-610 to DEP-612 for the server, DEP-614 while another run is in progress,
             CFG-001 to CFG-003 and CFG-005 for settings, CFG-001 for sites that cannot leave.
     """
-    from server.report.build import make_report
+    from fedsgcg.server.report.build import make_report
 
     kit = Kit.at(path)
     study = plan_deployment(kit, overrides)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from common.console import Screen
-from common.errors import FedsgcgError, fail
-from deploy.certificates import (
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.deploy.certificates import (
     RENEW_WITHIN_DAYS,
     days_left,
     is_signed_by,
@@ -25,10 +25,10 @@ from deploy.certificates import (
     read_certificate,
     read_public_key,
 )
-from deploy.coordinator.control import GONE, Control, Node, control_of
-from deploy.coordinator.project import Kit, Project, is_loopback
-from deploy.coordinator.state_cleanup import LOG_BYTES, tidy
-from deploy.environment import prepare_environment
+from fedsgcg.deploy.coordinator.control import GONE, Control, Node, control_of
+from fedsgcg.deploy.coordinator.project import Kit, Project, is_loopback
+from fedsgcg.deploy.coordinator.state_cleanup import LOG_BYTES, tidy
+from fedsgcg.deploy.environment import prepare_environment
 
 POLL_S: Final = 2.0
 ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
@@ -54,7 +54,7 @@ def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: st
             DEP-608 for `insecure` outside loopback, DEP-609 for a port that is in use.
     """
     # Importing Flower's server takes a second.
-    from deploy.coordinator.superlink import ServerOptions, serve
+    from fedsgcg.deploy.coordinator.superlink import ServerOptions, serve
 
     kit = Kit.at(path)
     project = kit.project()

@@ -19,8 +19,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from common.errors import FedsgcgError
-from deploy.coordinator.project import Kit
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.coordinator.project import Kit
 
 LOG_BYTES: Final = 10_000_000
 REPORTED_BYTES: Final = 100_000

@@ -13,12 +13,12 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from common.console import Screen
-from common.errors import FedsgcgError
-from deploy.coordinator.control import RunState, control_of
-from deploy.coordinator.project import Kit
-from deploy.coordinator.serve import presence
-from server.sites.departures import departed
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.coordinator.control import RunState, control_of
+from fedsgcg.deploy.coordinator.project import Kit
+from fedsgcg.deploy.coordinator.serve import presence
+from fedsgcg.server.sites.departures import departed
 
 LATE_FACTOR: Final = 2.0
 """A site is late after twice its median time, or twice that of all sites in its first round."""

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from common.console import Screen
-from common.datasets import CATALOGUE, OWN_DATA
-from common.errors import Problem, fail
+from fedsgcg.common.console import Screen
+from fedsgcg.common.datasets import CATALOGUE, OWN_DATA
+from fedsgcg.common.errors import Problem, fail
 
 if TYPE_CHECKING:
-    from deploy.prepare.conversion import Outcome
+    from fedsgcg.deploy.prepare.conversion import Outcome
 
 NAMES: Final = (*CATALOGUE, "manifest")
 SHOWN: Final = 12
@@ -94,8 +94,8 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
     Returns:
         0 when the data set is complete, 3 when a file is missing, surplus or cannot be used.
     """
-    from deploy.prepare import fundus, own, prostate
-    from deploy.prepare.conversion import absent, convert
+    from fedsgcg.deploy.prepare import fundus, own, prostate
+    from fedsgcg.deploy.prepare.conversion import absent, convert
 
     name: str = options.name
     source: Path | None = options.source
@@ -133,7 +133,7 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Screen) -> None:
-    from deploy.prepare.conversion import REPORT
+    from fedsgcg.deploy.prepare.conversion import REPORT
 
     console.print(_counts(name, outcome))
     for note in [*outcome.notes[:SHOWN], advice]:

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from common.console import Screen, counted
-from common.datasets import CATALOGUE, fetch_advice
-from common.errors import FedsgcgError, Problem, fail
-from common.files.errors import disk_advice
-from common.files.system import lock
-from common.images.folders import by_format, counted_names, look_through
-from common.names import printable
+from fedsgcg.common.console import Screen, counted
+from fedsgcg.common.datasets import CATALOGUE, fetch_advice
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.files.system import lock
+from fedsgcg.common.images.folders import by_format, counted_names, look_through
+from fedsgcg.common.names import printable
 
 FORMAT: Final = 2
 """Raise it when a conversion changes, so that existing folders are converted again."""

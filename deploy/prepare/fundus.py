@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from clients.data.case_files import split_of
-from common.datasets import FUNDUS
-from common.errors import fail
-from common.images.read import read_volume
-from common.images.write import mask_bytes, picture_bytes
-from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
+from fedsgcg.clients.data.case_files import split_of
+from fedsgcg.common.datasets import FUNDUS
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.read import read_volume
+from fedsgcg.common.images.write import mask_bytes, picture_bytes
+from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 SIDE: Final = 800
 """Side in pixels of a crop around the disc."""

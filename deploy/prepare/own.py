@@ -16,15 +16,15 @@ from typing import Final
 
 import numpy as np
 
-from clients.data.case_files import alike_hospitals
-from clients.data.manifest import read_manifest
-from clients.data.slices import whole_label
-from common.datasets import CATALOGUE
-from common.errors import CODES, FedsgcgError, Problem, fail
-from common.images.folders import is_file, stem_of, without_suffix
-from common.images.read import check_geometry, check_image, read_volume, suffix_of
-from common.names import printable
-from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
+from fedsgcg.clients.data.case_files import alike_hospitals
+from fedsgcg.clients.data.manifest import read_manifest
+from fedsgcg.clients.data.slices import whole_label
+from fedsgcg.common.datasets import CATALOGUE
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
+from fedsgcg.common.images.folders import is_file, stem_of, without_suffix
+from fedsgcg.common.images.read import check_geometry, check_image, read_volume, suffix_of
+from fedsgcg.common.names import printable
+from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 MAX_LABELS: Final = 64
 """A mask with more distinct values than this is not a label map."""

@@ -13,11 +13,11 @@ from typing import Final
 
 import numpy as np
 
-from common.datasets import PROSTATE
-from common.errors import fail
-from common.images.read import check_image, read_volume, suffix_of, to_native
-from common.images.write import write_native
-from deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
+from fedsgcg.common.datasets import PROSTATE
+from fedsgcg.common.errors import fail
+from fedsgcg.common.images.read import check_image, read_volume, suffix_of, to_native
+from fedsgcg.common.images.write import write_native
+from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 FOLDERS: Final = {
     "isbi": "RUNMC",

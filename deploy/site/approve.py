@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clients.guard.approval import (
+from fedsgcg.clients.guard.approval import (
     Bundle,
     approvals,
     bundle_of_folder,
@@ -14,8 +14,8 @@ from clients.guard.approval import (
     read_unpacked,
     refused_bundles,
 )
-from common.console import Screen
-from common.errors import fail
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import fail
 
 MOST_LINES = 400
 

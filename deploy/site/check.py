@@ -13,16 +13,16 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from clients.guard.approval import approvals
-from clients.guard.site_file import SiteFile
-from common.console import Screen, progress_bar
-from common.errors import FedsgcgError
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from common.wire.payload import Weights
-from deploy.certificates import certificate_fingerprint, read_certificate
-from deploy.site.check_files import Finding, Seen, Verdict, examine_files
-from deploy.site.check_link import examine_link
+from fedsgcg.clients.guard.approval import approvals
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.console import Screen, progress_bar
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.payload import Weights
+from fedsgcg.deploy.certificates import certificate_fingerprint, read_certificate
+from fedsgcg.deploy.site.check_files import Finding, Seen, Verdict, examine_files
+from fedsgcg.deploy.site.check_link import examine_link
 
 SETTINGS = "settings.txt"
 SPARE_BYTES = 2**30
@@ -130,8 +130,8 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
 
 def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
     """Run and measure one training step of the plan's size."""
-    from clients.device import choose_device, describe_hardware
-    from deploy.site.check_step import measure_step
+    from fedsgcg.clients.device import choose_device, describe_hardware
+    from fedsgcg.deploy.site.check_step import measure_step
 
     device = policy.device.partition(":")
     if device[2]:
@@ -202,7 +202,7 @@ def _authority(path: Path) -> Finding:
 
 def payload_bytes(plan: Plan) -> int:
     """Return the bytes of a round in one direction: weights and, with SgCG, class statistics."""
-    from common.networks import build_network
+    from fedsgcg.common.networks import build_network
 
     network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}

@@ -17,15 +17,15 @@ from typing import Any, Literal
 import nibabel
 import numpy as np
 
-from clients.data.case_files import CaseFile, Site, open_site, splits
-from clients.data.slices import class_indices
-from clients.data.store import main_kind, other_kind_problem
-from clients.guard.policy import only_inside_data_root
-from clients.guard.site_file import SiteFile
-from common.errors import CODES, FedsgcgError, Problem
-from common.images.contents import content_hash
-from common.images.read import PICTURE, Volume, check_geometry, check_image, read_volume
-from common.settings.plan import DataSettings
+from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
+from fedsgcg.clients.data.slices import class_indices
+from fedsgcg.clients.data.store import main_kind, other_kind_problem
+from fedsgcg.clients.guard.policy import only_inside_data_root
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem
+from fedsgcg.common.images.contents import content_hash
+from fedsgcg.common.images.read import PICTURE, Volume, check_geometry, check_image, read_volume
+from fedsgcg.common.settings.plan import DataSettings
 
 Verdict = Literal["ok", "warn", "fail"]
 SPACING_RATIO = 2.0

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from clients.guard.site_file import SiteFile, split_address
-from deploy.site.check_files import Finding, Verdict
+from fedsgcg.clients.guard.site_file import SiteFile, split_address
+from fedsgcg.deploy.site.check_files import Finding, Verdict
 
 TIMEOUT_S = 10.0
 PROBES = 5

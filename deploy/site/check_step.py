@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from clients.data.batches import max_micro_batches
-from clients.out_of_memory import free_memory, unless_out_of_memory
-from common.errors import fail
-from common.networks import build_network
-from common.settings.plan import Plan
+from fedsgcg.clients.data.batches import max_micro_batches
+from fedsgcg.clients.out_of_memory import free_memory, unless_out_of_memory
+from fedsgcg.common.errors import fail
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import Plan
 
 WARM_STEPS = 1
 

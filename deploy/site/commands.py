@@ -8,9 +8,9 @@ import socket
 import sys
 from pathlib import Path
 
-from clients.guard.site_file import SiteFile
-from common.errors import fail
-from deploy.environment import programs_first
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.errors import fail
+from fedsgcg.deploy.environment import programs_first
 
 
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
@@ -40,7 +40,7 @@ def resident_command(site_file: Path, port: int, secret: Path, cold: bool) -> li
         sys.executable,
         "-P",
         "-m",
-        "deploy.site.resident",
+        "fedsgcg.deploy.site.resident",
         str(site_file.resolve()),
         f"127.0.0.1:{port}",
         str(secret),

@@ -13,15 +13,15 @@ from flwr.app import Context, Message, Metadata, RecordDict
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from clients.guard import ledger
-from clients.guard.egress import LEDGER
-from clients.guard.policy import NODE_KEY
-from clients.guard.site_file import SiteFile, write_site_file
-from common.console import Screen
-from common.errors import CODES, FedsgcgError, Problem
-from common.settings.plan import Plan
-from common.wire import messages as wire
-from common.wire.payload import Identity, Weights
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.egress import LEDGER
+from fedsgcg.clients.guard.policy import NODE_KEY
+from fedsgcg.clients.guard.site_file import SiteFile, write_site_file
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.payload import Identity, Weights
 
 PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
 
@@ -131,7 +131,7 @@ CONTENT = {
 
 def _reply(plan: Plan, policy: SiteFile, folder: Path, weights: Weights) -> RecordDict:
     """Send the app a request as the coordinator would, under the site's own policy."""
-    from clients.app import build_client_app
+    from fedsgcg.clients.app import build_client_app
 
     identity = Identity(plan.run, plan.heldout, 1, plan.digest())
     request = wire.encode_request(wire.Request(identity, weights))
@@ -148,7 +148,7 @@ def _weights(plan: Plan, model: Path | None) -> Weights:
         from safetensors.numpy import load_file
 
         return Weights.from_state(load_file(model))
-    from common.networks import IN_CHANNELS, build_network
+    from fedsgcg.common.networks import IN_CHANNELS, build_network
 
     network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=0)
     state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}

@@ -51,7 +51,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from clients.guard.approval import (
+from fedsgcg.clients.guard.approval import (
     Bundle,
     bundle_store,
     read_bundle,
@@ -59,10 +59,10 @@ from clients.guard.approval import (
     require_approved,
     unpack,
 )
-from clients.guard.egress import identity_of, log_exception, release_error
-from clients.guard.site_file import SiteFile, read_site_file
-from common.errors import FedsgcgError, fail
-from deploy.site.worker import receive_frame, send_frame
+from fedsgcg.clients.guard.egress import identity_of, log_exception, release_error
+from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.deploy.site.worker import receive_frame, send_frame
 
 LOG = logging.getLogger("fedsgcg.site")
 WORKER = Path(__file__).with_name("worker.py")

@@ -23,12 +23,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from clients.guard.site_file import SiteFile
-from common.errors import fail
-from common.files.system import lock
-from deploy.certificates import read_site_key
-from deploy.site.check_link import examine_link
-from deploy.site.commands import (
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.errors import fail
+from fedsgcg.common.files.system import lock
+from fedsgcg.deploy.certificates import read_site_key
+from fedsgcg.deploy.site.check_link import examine_link
+from fedsgcg.deploy.site.commands import (
     environment,
     free_port,
     new_secret,

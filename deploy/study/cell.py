@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import fail
+from fedsgcg.common.errors import fail
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from common.console import Screen
-from common.networks import IN_CHANNELS, build_network
-from common.settings.plan import Plan
-from deploy.study.cell import Cell
-from deploy.study.study import Study
+from fedsgcg.common.console import Screen
+from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.study import Study
 
 CHECKPOINTS: Final = 3
 """Checkpoints of a running cell on the disk: two are kept while the next is written."""

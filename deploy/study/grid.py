@@ -19,11 +19,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, RangeSweep
 from hydra.errors import HydraException
 
-from common.errors import FedsgcgError, Problem, fail
-from common.settings.choices import GROUPS, OwnFile, choices_of, is_file, is_import_path
-from common.settings.compose import LITERAL, own_choices
-from common.settings.hints import nearest
-from common.settings.training import TRAITS
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.settings.choices import GROUPS, OwnFile, choices_of, is_file, is_import_path
+from fedsgcg.common.settings.compose import LITERAL, own_choices
+from fedsgcg.common.settings.hints import nearest
+from fedsgcg.common.settings.training import TRAITS
 
 AXES = ("method", "federation", "heldout", "seed")
 PLACES = (

@@ -24,7 +24,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from common.seeding import stream_seed
+from fedsgcg.common.seeding import stream_seed
 
 CLOSING_S = 2.0
 

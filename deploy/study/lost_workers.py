@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from common.errors import FedsgcgError, fail
+from fedsgcg.common.errors import FedsgcgError, fail
 
 LOST = "RND-410"
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clients.data.case_files import resolve_cache
-from clients.data.store import data_fingerprint
-from common.errors import FedsgcgError, Problem, fail
-from common.settings.choices import is_file, unquoted
-from common.settings.compose import chosen, join
-from common.settings.plan import Plan
-from common.settings.training import TRAITS
-from deploy.study.cell import Cell
-from deploy.study.grid import (
+from fedsgcg.clients.data.case_files import resolve_cache
+from fedsgcg.clients.data.store import data_fingerprint
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.settings.choices import is_file, unquoted
+from fedsgcg.common.settings.compose import chosen, join
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.training import TRAITS
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.grid import (
     AXES,
     Variant,
     candidates_of,
@@ -28,10 +28,15 @@ from deploy.study.grid import (
     variants,
     with_grid,
 )
-from deploy.study.preflight import check_device, check_plan, inspect_machine, locate_hospitals
-from deploy.study.runtimes import choose_runtime
-from deploy.study.selection import Candidate, describe_selection, inner_cells
-from deploy.study.study import Study, identity, shared_settings
+from fedsgcg.deploy.study.preflight import (
+    check_device,
+    check_plan,
+    inspect_machine,
+    locate_hospitals,
+)
+from fedsgcg.deploy.study.runtimes import choose_runtime
+from fedsgcg.deploy.study.selection import Candidate, describe_selection, inner_cells
+from fedsgcg.deploy.study.study import Study, identity, shared_settings
 
 RAY_ANSWERS_WITHIN_S = 5.0
 

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clients.data.case_files import CaseFile, discover_sites, ensure_data, open_site, resolve_cache
-from common.errors import FedsgcgError, Problem, fail
-from common.files.errors import disk_advice
-from common.settings.compose import nearest
-from common.settings.plan import Plan
+from fedsgcg.clients.data.case_files import (
+    CaseFile,
+    discover_sites,
+    ensure_data,
+    open_site,
+    resolve_cache,
+)
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.settings.compose import nearest
+from fedsgcg.common.settings.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def check_plan(plan: Plan, device: str) -> None:
             when no site is left to train, CFG-004 for a missing device or feature.
     """
     if plan.method.is_own:
-        from clients.methods import method_class
+        from fedsgcg.clients.methods import method_class
 
         method_class(plan.method)
     training = [site for site in plan.data.sites if plan.role(site) == "train"]
@@ -225,7 +231,7 @@ def _device_problems(plan: Plan, device: str) -> Iterator[Problem]:
     """Yield the requirements of the plan that the device does not meet."""
     import torch
 
-    from clients.device import precision
+    from fedsgcg.clients.device import precision
 
     if plan.site.device == "cuda" and device != "cuda":
         action = "set site.device=auto or cpu, or device=cuda on a machine with a CUDA device"

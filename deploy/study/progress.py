@@ -21,8 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from common.console import Screen, least_width
-from deploy.study.cell import Cell
+from fedsgcg.common.console import Screen, least_width
+from fedsgcg.deploy.study.cell import Cell
 
 POLL_S = 0.3
 MOST_CELLS = 16

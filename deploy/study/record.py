@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from common.errors import FedsgcgError, Problem, fail
-from common.files.disk import Disk
-from common.machine import processor
-from common.settings.plan import Plan
-from deploy.study.preflight import Machine
-from server.records.journal import decisive_settings, differences
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.machine import processor
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.preflight import Machine
+from fedsgcg.server.records.journal import decisive_settings, differences
 
 if TYPE_CHECKING:
-    from deploy.study.selection import Candidate, Choice
-    from deploy.study.study import Study
+    from fedsgcg.deploy.study.selection import Candidate, Choice
+    from fedsgcg.deploy.study.study import Study
 
 PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
 

@@ -14,20 +14,25 @@ from pathlib import Path
 
 from rich.text import Text
 
-from clients.data.case_files import data_warnings
-from common.console import Screen, catch_signals, steps_of
-from common.errors import FedsgcgError
-from deploy.environment import prepare_environment, quiet_flower
-from deploy.study.cell import Cell
-from deploy.study.cleaning import RESUME, finished_cells, remove
-from deploy.study.lost_workers import as_lost
-from deploy.study.preflight import Machine, check_folder
-from deploy.study.progress import Progress
-from deploy.study.record import add_choices, check_same_study, collect, write_record
-from deploy.study.runtimes import gpu_share, ray_arguments, run_cell_in_process, run_cell_on_ray
-from deploy.study.selection import Choice, choose, chosen_cell
-from deploy.study.study import Study, exit_code
-from server.records.journal import lock_file
+from fedsgcg.clients.data.case_files import data_warnings
+from fedsgcg.common.console import Screen, catch_signals, steps_of
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.environment import prepare_environment, quiet_flower
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.cleaning import RESUME, finished_cells, remove
+from fedsgcg.deploy.study.lost_workers import as_lost
+from fedsgcg.deploy.study.preflight import Machine, check_folder
+from fedsgcg.deploy.study.progress import Progress
+from fedsgcg.deploy.study.record import add_choices, check_same_study, collect, write_record
+from fedsgcg.deploy.study.runtimes import (
+    gpu_share,
+    ray_arguments,
+    run_cell_in_process,
+    run_cell_on_ray,
+)
+from fedsgcg.deploy.study.selection import Choice, choose, chosen_cell
+from fedsgcg.deploy.study.study import Study, exit_code
+from fedsgcg.server.records.journal import lock_file
 
 
 def run_study(study: Study, console: Screen) -> int:
@@ -36,7 +41,7 @@ def run_study(study: Study, console: Screen) -> int:
     Returns:
         The exit code: 0 completed, 1 failed, 3 degraded.
     """
-    from server.report.build import make_report
+    from fedsgcg.server.report.build import make_report
 
     check_folder(study.folder)
     with lock_file(study.folder / "lock"):
@@ -145,8 +150,8 @@ def _warn_without_heldout(study: Study, console: Screen) -> None:
 
 def _print_split_batches(cells: Iterable[Cell], console: Screen) -> None:
     """Print the cells in which a site ran out of memory and continued with split batches."""
-    from server.report.reader import Reader
-    from server.report.rounds import cut_steps
+    from fedsgcg.server.report.reader import Reader
+    from fedsgcg.server.report.rounds import cut_steps
 
     for cell in cells:
         reader = Reader(cell.folder)

@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.console import catch_signals
-from common.errors import fail
-from common.settings.plan import Plan
-from deploy.environment import OWN_FOLDER, own_folder, prepare_environment, quiet_flower
-from deploy.study.preflight import Machine
+from fedsgcg.common.console import catch_signals
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.environment import OWN_FOLDER, own_folder, prepare_environment, quiet_flower
+from fedsgcg.deploy.study.preflight import Machine
 
 SOCKET_PATH = 107
 """Longest path of a Unix socket in bytes."""
@@ -52,9 +52,9 @@ def gpu_share(wanting: int, machine: Machine) -> float:
 
 def run_cell_in_process(tree: Mapping[str, Any]) -> None:
     """Run one cell in this process; raises what stopped the coordinator."""
-    from clients.app import build_client_app
-    from deploy.study.inprocess import run_in_process
-    from server.app import build_server_app
+    from fedsgcg.clients.app import build_client_app
+    from fedsgcg.deploy.study.inprocess import run_in_process
+    from fedsgcg.server.app import build_server_app
 
     prepare_environment()
     quiet_flower()
@@ -74,9 +74,9 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     import ray
     from flwr.simulation import run_simulation
 
-    from clients.app import build_client_app
-    from deploy.study.lost_workers import raise_lost_workers
-    from server.app import build_server_app
+    from fedsgcg.clients.app import build_client_app
+    from fedsgcg.deploy.study.lost_workers import raise_lost_workers
+    from fedsgcg.server.app import build_server_app
 
     prepare_environment()
     quiet_flower()

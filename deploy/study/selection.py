@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from common.errors import fail
-from common.settings.plan import Plan
-from deploy.study.cell import Cell
-from deploy.study.grid import folder_name
+from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.grid import folder_name
 
 FOLDER = "selection"
 FEWEST_SOURCES = 2

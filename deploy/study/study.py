@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.study.cell import Cell
-from deploy.study.preflight import Machine
-from deploy.study.selection import Candidate
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.preflight import Machine
+from fedsgcg.deploy.study.selection import Candidate
 
 NOT_IDENTITY = (
     "method",

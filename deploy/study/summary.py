@@ -11,11 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from common.console import Screen
-from common.errors import Problem
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import Problem
 
 if TYPE_CHECKING:
-    from deploy.study.cell import Cell
+    from fedsgcg.deploy.study.cell import Cell
 
 DISTANCES = ("asd", "assd", "hd95")
 WIDE_CONSOLE = 100
@@ -36,7 +36,7 @@ def print_summary(folder: Path, cells: Sequence[Cell], code: int, console: Scree
 
 def _print_left_out(cells: Sequence[Cell], console: Screen) -> None:
     """Print which sites left cases out, by code; the files are listed in the site's own folder."""
-    from server.report.sections.cases import case_lines
+    from fedsgcg.server.report.sections.cases import case_lines
 
     lines = [line for line in case_lines([cell.outcome() for cell in cells]) if "left out" in line]
     for line in lines:
@@ -65,7 +65,7 @@ def _print_problems(cells: Sequence[Cell], console: Screen) -> None:
 def _print_results(folder: Path, console: Screen) -> None:
     import pyarrow.parquet as pq
 
-    from server.report.tables import AVERAGE, summary_rows
+    from fedsgcg.server.report.tables import AVERAGE, summary_rows
 
     path = folder / "results.parquet"
     if not path.exists():

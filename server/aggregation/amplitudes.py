@@ -15,11 +15,11 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from common.errors import FedsgcgError, Problem, fail
-from common.settings.federation import SHARES
-from common.settings.plan import Plan
-from common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
-from server.sites.enrolment import Member
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.settings.federation import SHARES
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
+from fedsgcg.server.sites.enrolment import Member
 
 CHANNELS: Final = 3
 """Channels of every training slice: colours, or a slice and its neighbours."""

@@ -12,8 +12,8 @@ from operator import add
 
 import numpy as np
 
-from common.statistics import ClassStatistics
-from server.aggregation.parts import sorted_by_site
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.server.aggregation.parts import sorted_by_site
 
 
 def merge_statistics(

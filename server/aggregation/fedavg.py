@@ -27,9 +27,9 @@ from operator import add
 
 import numpy as np
 
-from common.wire.norm_moments import NormMoments
-from common.wire.payload import Weights
-from server.aggregation.parts import sorted_by_site
+from fedsgcg.common.wire.norm_moments import NormMoments
+from fedsgcg.common.wire.payload import Weights
+from fedsgcg.server.aggregation.parts import sorted_by_site
 
 
 def merge_weights(parts: Sequence[tuple[str, Weights, float]]) -> Weights:

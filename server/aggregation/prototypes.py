@@ -31,9 +31,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from common.settings.plan import PrototypeSettings
-from common.statistics import ClassStatistics, between_site_trace, within_site_trace
-from server.aggregation.class_statistics import merge_statistics
+from fedsgcg.common.settings.plan import PrototypeSettings
+from fedsgcg.common.statistics import ClassStatistics, between_site_trace, within_site_trace
+from fedsgcg.server.aggregation.class_statistics import merge_statistics
 
 Fresh = Sequence[tuple[str, ClassStatistics]]
 """(site, statistics) of a round's admitted payloads."""

@@ -18,10 +18,10 @@ import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from common.errors import FedsgcgError, Problem
-from common.run_folder import ROWS_SCHEMA
-from common.statistics import ClassStatistics
-from common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.run_folder import ROWS_SCHEMA
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
 
 KIND: Final = "fedsgcg.checkpoint"
 SCHEMA_VERSION: Final = "2"

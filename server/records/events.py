@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.files.disk import refusals
-from common.run_folder import cell_of
-from common.settings.plan import Plan
-from server.records.results import _finite
+from fedsgcg.common.files.disk import refusals
+from fedsgcg.common.run_folder import cell_of
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.server.records.results import _finite
 
 OnEvent = Callable[[dict[str, Any]], None]
 

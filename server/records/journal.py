@@ -23,11 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TextIO
 
-from common.errors import FedsgcgError, Problem, fail
-from common.files.disk import Disk, refusals
-from common.files.system import lock
-from common.settings.plan import NOT_DECISIVE, Plan
-from server.records.checkpoint import (
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk, refusals
+from fedsgcg.common.files.system import lock
+from fedsgcg.common.settings.plan import NOT_DECISIVE, Plan
+from fedsgcg.server.records.checkpoint import (
     RoundRecord,
     damage,
     decode_checkpoint,

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from common.run_folder import SCHEMA_VERSION, cell_of
-from common.settings.plan import DataSettings, Plan
-from server.records.checkpoint import Best
+from fedsgcg.common.run_folder import SCHEMA_VERSION, cell_of
+from fedsgcg.common.settings.plan import DataSettings, Plan
+from fedsgcg.server.records.checkpoint import Best
 
 SELECTIONS = {
     "last": "the model of the last round",

@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save
 
-from common.errors import FedsgcgError, Problem, fail
-from common.files.disk import Disk
-from common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.payload import Identity, Weights, decode_cases, encode_statistics
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Identity, Weights, decode_cases, encode_statistics
 
 
 def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:

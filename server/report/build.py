@@ -12,14 +12,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from common.files.disk import Disk, refusals
-from server.report.differences import DICE_FLOOR, CaseValues, Difference
-from server.report.export import write_tables
-from server.report.figures.drawing import MARKERS, PALETTE
-from server.report.figures.overlays import Images
-from server.report.format import show
-from server.report.gallery import gallery, write_gallery
-from server.report.labels import (
+from fedsgcg.common.files.disk import Disk, refusals
+from fedsgcg.server.report.differences import DICE_FLOOR, CaseValues, Difference
+from fedsgcg.server.report.export import write_tables
+from fedsgcg.server.report.figures.drawing import MARKERS, PALETTE
+from fedsgcg.server.report.figures.overlays import Images
+from fedsgcg.server.report.format import show
+from fedsgcg.server.report.gallery import gallery, write_gallery
+from fedsgcg.server.report.labels import (
     FEDERATION_TITLES,
     Group,
     Label,
@@ -28,27 +28,27 @@ from server.report.labels import (
     main_labels,
     main_pairs,
 )
-from server.report.protocol import chosen_within_folds, protocol_box
-from server.report.reader import Reader
-from server.report.sections.claims import claims_section, hospital_tables, main_claims
-from server.report.sections.features import similarity_section, tsne_section
-from server.report.sections.federation import federation_section
-from server.report.sections.panels import (
+from fedsgcg.server.report.protocol import chosen_within_folds, protocol_box
+from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.sections.claims import claims_section, hospital_tables, main_claims
+from fedsgcg.server.report.sections.features import similarity_section, tsne_section
+from fedsgcg.server.report.sections.federation import federation_section
+from fedsgcg.server.report.sections.panels import (
     case_figures,
     overlay_blocks,
     shift_classes,
     shift_figures,
     training_figures,
 )
-from server.report.sections.papers import (
+from fedsgcg.server.report.sections.papers import (
     ablation_tables,
     layouts_of,
     paper_notes,
     paper_tables,
     seeds_note,
 )
-from server.report.sections.published import published_for
-from server.report.sections.results import (
+from fedsgcg.server.report.sections.published import published_for
+from fedsgcg.server.report.sections.results import (
     Section,
     case_means,
     cell_rows,
@@ -56,9 +56,9 @@ from server.report.sections.results import (
     hash_note,
     result_tables,
 )
-from server.report.sections.sweeps import HELD_OUT, VALIDATION, sweep_sections, sweeps_of
-from server.report.study_files import StudyFiles, read_study
-from server.report.summary import (
+from fedsgcg.server.report.sections.sweeps import HELD_OUT, VALIDATION, sweep_sections, sweeps_of
+from fedsgcg.server.report.study_files import StudyFiles, read_study
+from fedsgcg.server.report.summary import (
     STATUS_TITLES,
     headline,
     result_notes,
@@ -66,7 +66,7 @@ from server.report.summary import (
     status_sentence,
     troubled,
 )
-from server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
+from fedsgcg.server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
 
 CASE_ROWS = 3000
 """Most rows in the table of all cases, to limit the page size; results.parquet has all of them."""
@@ -130,7 +130,7 @@ def render(content: Mapping[str, Any]) -> str:
     its content security policy forbids them.
     """
     environment = Environment(
-        loader=PackageLoader("server.report", "templates"),
+        loader=PackageLoader("fedsgcg.server.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from server.report.intervals import (
+from fedsgcg.server.report.intervals import (
     NAN,
     Component,
     Interval,
@@ -34,8 +34,8 @@ from server.report.intervals import (
     component_of,
     mean_interval,
 )
-from server.report.significance import ALPHA, SignFlips, holm, sign_flips
-from server.report.tables import (
+from fedsgcg.server.report.significance import ALPHA, SignFlips, holm, sign_flips
+from fedsgcg.server.report.tables import (
     AVERAGE,
     COMPARED,
     COMPATIBLE,

@@ -11,9 +11,9 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.csv
 
-from common.files.disk import Disk, refusals
-from server.report.format import DECIMALS, TITLES, Summary
-from server.report.tables import AVERAGE, METRICS, Row, summary_rows
+from fedsgcg.common.files.disk import Disk, refusals
+from fedsgcg.server.report.format import DECIMALS, TITLES, Summary
+from fedsgcg.server.report.tables import AVERAGE, METRICS, Row, summary_rows
 
 FOLDER: Final = "tables"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from server.report.intervals import Interval
+from fedsgcg.server.report.intervals import Interval
 
 Summary = Mapping[str, Any]
 DASH = "–"

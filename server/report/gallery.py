@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files.disk import Disk
-from server.report.figures.drawing import Drawing
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.server.report.figures.drawing import Drawing
 
 SECTIONS = {
     "case_panels": "cases",

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from server.report.format import TITLES, show, show_seconds
-from server.report.rounds import cut_steps
-from server.report.sections.cases import case_lines, count_of, join_words
-from server.report.study_files import StudyFiles
-from server.report.tables import methods_of
+from fedsgcg.server.report.format import TITLES, show, show_seconds
+from fedsgcg.server.report.rounds import cut_steps
+from fedsgcg.server.report.sections.cases import case_lines, count_of, join_words
+from fedsgcg.server.report.study_files import StudyFiles
+from fedsgcg.server.report.tables import methods_of
 
 
 def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:

@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from common.errors import FedsgcgError, Problem
-from common.feature_samples import FeatureSamples, read_feature_samples
-from common.statistics import ClassStatistics
-from common.wire.payload import decode_statistics
-from server.report.tables import Row
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.feature_samples import FeatureSamples, read_feature_samples
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import decode_statistics
+from fedsgcg.server.report.tables import Row
 
 Tree = dict[str, Any]
 SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_asd", "bytes_up"}

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from server.report.reader import Reader
-from server.report.study_files import Cell
-from server.report.tables import Row
+from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.study_files import Cell
+from fedsgcg.server.report.tables import Row
 
 Floats = npt.NDArray[np.float64]
 RECEIVED = ("validation_dice",)

@@ -14,10 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common.errors import CODES, Problem, fail
-from server.report.labels import Label, folder_of, labels_of, read_label
-from server.report.reader import Reader, Tree
-from server.report.tables import Row, methods_of
+from fedsgcg.common.errors import CODES, Problem, fail
+from fedsgcg.server.report.labels import Label, folder_of, labels_of, read_label
+from fedsgcg.server.report.reader import Reader, Tree
+from fedsgcg.server.report.tables import Row, methods_of
 
 Key = tuple[str, str, int, str]  # label, held-out hospital, seed, the one hospital that trained
 ALL_SITES = "all-sites"

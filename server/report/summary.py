@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
-from server.report.differences import Difference
-from server.report.format import DASH, Summary, show, show_ends, show_interval, show_p
-from server.report.intervals import Interval
-from server.report.sections.cases import count_of, join_words, left_out_sentence
-from server.report.sections.claims import directions
-from server.report.study_files import DONE, Cell, StudyFiles
-from server.report.tables import AVERAGE, Row, methods_of
+from fedsgcg.server.report.differences import Difference
+from fedsgcg.server.report.format import DASH, Summary, show, show_ends, show_interval, show_p
+from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.sections.cases import count_of, join_words, left_out_sentence
+from fedsgcg.server.report.sections.claims import directions
+from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
+from fedsgcg.server.report.tables import AVERAGE, Row, methods_of
 
 FEW_CASES = 8  # with fewer cases, an interval of skewed values is somewhat too narrow
 STATUS_TITLES = {

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.wire.payload import DISTANCES
-from server.report.intervals import NAN, Bounds, mean_interval
-from server.report.labels import label_order
+from fedsgcg.common.wire.payload import DISTANCES
+from fedsgcg.server.report.intervals import NAN, Bounds, mean_interval
+from fedsgcg.server.report.labels import label_order
 
 Row = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]

@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from common.errors import FedsgcgError, Problem, fail
-from common.files.disk import Disk, refusals
-from common.settings.compose import nearest
-from common.settings.plan import Plan
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk, refusals
+from fedsgcg.common.settings.compose import nearest
+from fedsgcg.common.settings.plan import Plan
 
 FILE: Final = "departed.json"
 OPTION: Final = "--without"
@@ -106,7 +106,7 @@ def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
     quorum = plan.federation.quorum
     if training and len(left) < max(1, quorum):
         # Imported here because it imports Flower, which the command line does not need.
-        from server.sites.problems import training_sites
+        from fedsgcg.server.sites.problems import training_sites
 
         found = f"{', '.join(left) or 'no training site'} left"
         expected = (

@@ -16,15 +16,15 @@ from typing import Any, Final
 
 from flwr.serverapp import Grid
 
-from common.errors import CODES, FedsgcgError, Problem, fail
-from common.files.disk import Disk
-from common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, salt_of
-from common.images.read import KINDS
-from common.settings.compose import nearest
-from common.settings.plan import Plan
-from common.wire.messages import ENROL, Reply, Request, encode_request
-from common.wire.payload import Identity
-from server.sites.exchange import (
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, salt_of
+from fedsgcg.common.images.read import KINDS
+from fedsgcg.common.settings.compose import nearest
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
+from fedsgcg.common.wire.payload import Identity
+from fedsgcg.server.sites.exchange import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     MOST_TRIES,
@@ -36,8 +36,8 @@ from server.sites.exchange import (
     was_lost,
     was_restarted,
 )
-from server.sites.problems import not_enough_enrolled
-from server.sites.shared_images import learned_from, shared_images
+from fedsgcg.server.sites.problems import not_enough_enrolled
+from fedsgcg.server.sites.shared_images import learned_from, shared_images
 
 UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
 """Codes with which a site reports that it has no usable case."""

@@ -23,8 +23,8 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from common.errors import CODES, FedsgcgError, Problem
-from common.wire.messages import Reply, Request, decode_reply, encode_request, payload_bytes
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem
+from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request, payload_bytes
 
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.1

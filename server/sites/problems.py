@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.errors import CODES, FedsgcgError, Problem, fail
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from server.sites.replies import Collected, admitted
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.server.sites.replies import Collected, admitted
 
 
 def sentence(code: str) -> str:

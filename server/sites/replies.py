@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.errors import Problem
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.messages import TRAIN, Reply, Request
-from common.wire.norm_moments import NormMoments
-from server.admission import Expectation, Verdict
-from server.records.results import mean_dice
-from server.sites.exchange import Answer
+from fedsgcg.common.errors import Problem
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import TRAIN, Reply, Request
+from fedsgcg.common.wire.norm_moments import NormMoments
+from fedsgcg.server.admission import Expectation, Verdict
+from fedsgcg.server.records.results import mean_dice
+from fedsgcg.server.sites.exchange import Answer
 
 Row = dict[str, Any]
 

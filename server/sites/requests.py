@@ -8,18 +8,18 @@ from typing import Final
 
 from flwr.serverapp import Grid
 
-from common.errors import FedsgcgError, Problem
-from common.settings.plan import Plan
-from common.wire.messages import EVALUATE, TRAIN, Request
-from common.wire.payload import Identity, Weights
-from server.admission import Expectation, Verdict, admit
-from server.records import results
-from server.records.events import EventLog
-from server.selection import guard_recipients
-from server.sites.enrolment import Cohort
-from server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
-from server.sites.problems import quorum_missed
-from server.sites.replies import Collected, SiteEvaluation, admitted, expectation_for
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import EVALUATE, TRAIN, Request
+from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.server.admission import Expectation, Verdict, admit
+from fedsgcg.server.records import results
+from fedsgcg.server.records.events import EventLog
+from fedsgcg.server.selection import guard_recipients
+from fedsgcg.server.sites.enrolment import Cohort
+from fedsgcg.server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
+from fedsgcg.server.sites.problems import quorum_missed
+from fedsgcg.server.sites.replies import Collected, SiteEvaluation, admitted, expectation_for
 
 EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 

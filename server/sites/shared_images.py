@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from common.errors import Problem
-from common.settings.plan import Plan
+from fedsgcg.common.errors import Problem
+from fedsgcg.common.settings.plan import Plan
 
 SHOWN: Final = 5
 LEARNS: Final = ("train", "validation")

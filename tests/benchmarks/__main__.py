@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from deploy.study.preflight import inspect_machine
-from deploy.study.record import describe_machine
+from fedsgcg.deploy.study.preflight import inspect_machine
+from fedsgcg.deploy.study.record import describe_machine
 
 PARTS = (
     "loss",

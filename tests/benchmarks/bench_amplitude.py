@@ -8,7 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
 from tests.benchmarks.harness import at_least, one_thread, paired, ratio, row, show
 
 B, WINDOW = 8, 0.1

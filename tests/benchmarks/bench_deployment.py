@@ -154,7 +154,7 @@ def _rounds(kind: str, folder: Path) -> list[float]:
 
 
 def _start_plain(federation: Any, kit: Path) -> None:
-    from deploy.site.commands import free_port
+    from fedsgcg.deploy.site.commands import free_port
 
     home = kit / "flwr"
     home.mkdir()
@@ -173,7 +173,7 @@ def _start_plain(federation: Any, kit: Path) -> None:
 
 
 def _write_plain(app: Path) -> None:
-    from common import networks
+    from fedsgcg.common import networks
 
     package = app / "plain"
     package.mkdir(parents=True)
@@ -184,7 +184,7 @@ def _write_plain(app: Path) -> None:
     shutil.copytree(
         Path(networks.__file__).parent, app / "common", ignore=shutil.ignore_patterns("__pycache__")
     )
-    (package / "networks.py").write_text("from common.networks import UNet\n")
+    (package / "networks.py").write_text("from fedsgcg.common.networks import UNet\n")
 
 
 def _write_ours(app: Path) -> None:
@@ -192,12 +192,12 @@ def _write_ours(app: Path) -> None:
     from tests.conftest import REPOSITORY
 
     app.mkdir(parents=True)
-    for name in ("clients", "common", "configs", "server"):
+    for name in ("fedsgcg", "clients", "common", "configs", "server"):
         shutil.copytree(REPOSITORY / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
     project = (
         (REPOSITORY / "pyproject.toml")
         .read_text()
-        .replace('clientapp = "clients.app:app"', 'clientapp = "clients.echo:app"')
+        .replace('clientapp = "fedsgcg.clients.app:app"', 'clientapp = "fedsgcg.clients.echo:app"')
     )
     (app / "pyproject.toml").write_text(project)
     for name in ("README.md", "LICENSE"):
@@ -210,7 +210,7 @@ def _write_ours(app: Path) -> None:
 def _approve(app: Path, kit: Path) -> None:
     from flwr.cli.build import build_fab_from_disk
 
-    from clients.guard.approval import approve, read_bundle
+    from fedsgcg.clients.guard.approval import approve, read_bundle
 
     approve(read_bundle(build_fab_from_disk(app)), kit / "home/approved.json", "bench")
 
@@ -220,12 +220,12 @@ def _messages(folder: Path) -> tuple[tuple[float, float, float], tuple[float, fl
     from flwr.app import Context, Message, Metadata, RecordDict
     from flwr.cli.build import build_fab_from_disk
 
-    from clients.guard.site_file import read_site_file
-    from common.networks import build_network
-    from common.settings.plan import NetworkSettings
-    from common.wire.messages import Request, encode_request
-    from common.wire.payload import Identity, Weights
-    from deploy.site.resident import Resident
+    from fedsgcg.clients.guard.site_file import read_site_file
+    from fedsgcg.common.networks import build_network
+    from fedsgcg.common.settings.plan import NetworkSettings
+    from fedsgcg.common.wire.messages import Request, encode_request
+    from fedsgcg.common.wire.payload import Identity, Weights
+    from fedsgcg.deploy.site.resident import Resident
     from tests.support.loopback import Loopback, certificate
 
     folder.mkdir()

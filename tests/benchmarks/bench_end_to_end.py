@@ -82,8 +82,8 @@ def _child_process(kind: str, folder: Path, name: str) -> dict[str, float]:
 
 
 def _child(kind: str, folder: Path, name: str) -> dict[str, float]:
-    from deploy.study.plan import plan_study
-    from deploy.study.runtimes import run_cell_in_process
+    from fedsgcg.deploy.study.plan import plan_study
+    from fedsgcg.deploy.study.runtimes import run_cell_in_process
 
     if kind == "published":
         _swap_in_the_published_forms()
@@ -107,11 +107,11 @@ def _figures(folder: Path) -> dict[str, float]:
 
 
 def _swap_in_the_published_forms() -> None:
-    import clients.evaluation
-    import clients.methods.class_statistics
-    import clients.methods.sgcg
-    from common.metrics import Metrics, segmentation_metrics
-    from common.networks import DecoderBlock
+    import fedsgcg.clients.evaluation
+    import fedsgcg.clients.methods.class_statistics
+    import fedsgcg.clients.methods.sgcg
+    from fedsgcg.common.metrics import Metrics, segmentation_metrics
+    from fedsgcg.common.networks import DecoderBlock
     from tests.benchmarks.bench_step import PublishedBlock
 
     def metrics(prediction: Any, truth: Any, spacing: Any = None) -> Metrics:
@@ -122,9 +122,9 @@ def _swap_in_the_published_forms() -> None:
     torch.channels_last = torch.contiguous_format
     DecoderBlock.forward = PublishedBlock.forward
     torch.optim.Adam = _UnfusedAdam
-    clients.methods.sgcg.sgcg_loss = _einsum_loss
-    clients.methods.class_statistics.class_moments = _onehot_moments
-    clients.evaluation.segmentation_metrics = metrics
+    fedsgcg.clients.methods.sgcg.sgcg_loss = _einsum_loss
+    fedsgcg.clients.methods.class_statistics.class_moments = _onehot_moments
+    fedsgcg.clients.evaluation.segmentation_metrics = metrics
 
 
 class _UnfusedAdam(torch.optim.Adam):

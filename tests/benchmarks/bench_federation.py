@@ -81,7 +81,7 @@ def _timed(kind: str) -> dict[str, float]:
 
 
 def _child(kind: str, folder: Path) -> dict[str, Any]:
-    from deploy.environment import prepare_environment, quiet_flower
+    from fedsgcg.deploy.environment import prepare_environment, quiet_flower
 
     prepare_environment()
     quiet_flower()
@@ -102,7 +102,7 @@ def _run_plain() -> list[float]:
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 
-    from common.networks import UNet
+    from fedsgcg.common.networks import UNet
 
     client = ClientApp()
     server = ServerApp()
@@ -138,11 +138,11 @@ def _run_plain() -> list[float]:
 
 
 def _run_ours(kind: str, folder: Path) -> list[float]:
-    from common.settings.compose import join
-    from deploy.study.inprocess import run_in_process
-    from deploy.study.preflight import inspect_machine
-    from deploy.study.runtimes import ray_arguments
-    from server.app import build_server_app
+    from fedsgcg.common.settings.compose import join
+    from fedsgcg.deploy.study.inprocess import run_in_process
+    from fedsgcg.deploy.study.preflight import inspect_machine
+    from fedsgcg.deploy.study.runtimes import ray_arguments
+    from fedsgcg.server.app import build_server_app
 
     tree = join([f"federation.rounds={ROUNDS}", "method=source", f"output={folder}"])
     tree["data"]["sites"] = list(SITES)
@@ -167,11 +167,11 @@ def _echo_app() -> Any:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
 
-    from clients.training import load_weights, weights_of
-    from common.networks import build_network
-    from common.settings.plan import NetworkSettings
-    from common.wire.messages import Reply, decode_request, encode_reply
-    from common.wire.payload import encode_cases
+    from fedsgcg.clients.training import load_weights, weights_of
+    from fedsgcg.common.networks import build_network
+    from fedsgcg.common.settings.plan import NetworkSettings
+    from fedsgcg.common.wire.messages import Reply, decode_request, encode_reply
+    from fedsgcg.common.wire.payload import encode_cases
 
     app = ClientApp()
 

@@ -22,24 +22,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.cuda_graph import Replay, adam, set_rate
-from clients.data.augment import augment
-from clients.data.batches import Batch
-from clients.data.case_files import open_site
-from clients.data.prefetch import prefetch
-from clients.data.store import open_store
-from clients.device import choose_device, describe_hardware
-from clients.evaluation import evaluate_cases
-from clients.methods import METHODS, Guidance
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
-from clients.training import train_round
-from common.images.phantoms import write_hospitals
-from common.networks import build_network
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from common.sgcg import loss as sgcg
-from common.sgcg import moments
-from common.sgcg.loss import class_moments, sgcg_loss
+from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
+from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.prefetch import prefetch
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.device import choose_device, describe_hardware
+from fedsgcg.clients.evaluation import evaluate_cases
+from fedsgcg.clients.methods import METHODS, Guidance
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
+from fedsgcg.clients.training import train_round
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.sgcg import loss as sgcg
+from fedsgcg.common.sgcg import moments
+from fedsgcg.common.sgcg.loss import class_moments, sgcg_loss
 from tests.benchmarks import peers
 from tests.benchmarks.bench_loss import inputs
 from tests.benchmarks.bench_step import make_batch

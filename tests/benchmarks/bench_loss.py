@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.sgcg.loss import sgcg_loss
+from fedsgcg.common.sgcg.loss import sgcg_loss
 from tests.benchmarks import peers
 from tests.benchmarks.harness import at_least, extra_memory, one_thread, paired, ratio, row, show
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics import segmentation_metrics
+from fedsgcg.common.metrics import segmentation_metrics
 from tests.benchmarks import peers
 from tests.benchmarks.harness import at_least, one_thread, paired, ratio, row, show
 

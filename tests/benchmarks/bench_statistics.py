@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.sgcg.loss import class_moments
-from common.statistics import ClassStatistics
+from fedsgcg.common.sgcg.loss import class_moments
+from fedsgcg.common.statistics import ClassStatistics
 from tests.benchmarks import peers
 from tests.benchmarks.harness import at_least, extra_memory, one_thread, paired, ratio, row, show
 

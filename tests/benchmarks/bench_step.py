@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clients.data.batches import Batch
-from clients.methods import METHODS, Guidance
-from common.networks import DecoderBlock, build_network
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.methods import METHODS, Guidance
+from fedsgcg.common.networks import DecoderBlock, build_network
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
 from tests.benchmarks.bench_amplitude import pictures
 from tests.benchmarks.harness import at_least, one_thread, paired, ratio, row, show
 

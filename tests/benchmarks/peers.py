@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.metrics import Metrics
+from fedsgcg.common.metrics import Metrics
 
 
 def einsum_loss(

@@ -13,12 +13,12 @@ import jsonschema
 import pytest
 import yaml
 
-from clients.guard.site_file import read_site_file
-from common.images.phantoms import write_hospitals
-from deploy.cli import coordinator as cli
-from deploy.cli import site as site_cli
-from deploy.coordinator.project import Project, read_project
-from deploy.coordinator.provision import provision
+from fedsgcg.clients.guard.site_file import read_site_file
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.deploy.cli import coordinator as cli
+from fedsgcg.deploy.cli import site as site_cli
+from fedsgcg.deploy.coordinator.project import Project, read_project
+from fedsgcg.deploy.coordinator.provision import provision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"

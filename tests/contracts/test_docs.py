@@ -22,9 +22,9 @@ from types import ModuleType
 
 import pytest
 
-from common.settings.compose import join
-from common.settings.plan import Plan
-from deploy.study.grid import split_axes, split_select
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.grid import split_axes, split_select
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

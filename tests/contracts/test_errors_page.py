@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import CODES
+from fedsgcg.common.errors import CODES
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SECTIONS = dict(

@@ -8,7 +8,7 @@ import pytest
 from flwr.supercore.retry.http_retry import make_simple_http_retry_invoker
 from flwr.supernode.start_client_internal import RunNotRunningException, _pull_and_store_message
 
-from deploy.site.supervisor import LINK_GIVEN_UP, STUCK
+from fedsgcg.deploy.site.supervisor import LINK_GIVEN_UP, STUCK
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.superexec import run_superexec
 from flwr.supernode.runtime import run_clientapp
 
-from deploy.site.resident import ACQUIRE
+from fedsgcg.deploy.site.resident import ACQUIRE
 
 
 def test_tasks_are_pulled_and_pushed_by_these_functions():
@@ -54,7 +54,8 @@ def test_the_resident_starts_without_torch():
         [
             sys.executable,
             "-c",
-            "import deploy.site.resident, sys; print('torch' in sys.modules, 'ray' in sys.modules)",
+            "import fedsgcg.deploy.site.resident, sys; "
+            "print('torch' in sys.modules, 'ray' in sys.modules)",
         ],
         capture_output=True,
         text=True,

@@ -38,12 +38,21 @@ def test_nothing_that_came_over_the_wire_or_from_disk_is_executed(pattern: str) 
 
 
 def test_the_packages_that_run_are_the_ones_of_this_checkout() -> None:
-    import clients
-    import common
-    import server
+    import fedsgcg.clients
+    import fedsgcg.common
+    import fedsgcg.server
 
-    for package in (clients, common, server):
+    for package in (fedsgcg.clients, fedsgcg.common, fedsgcg.server):
         assert Path(package.__file__).resolve().is_relative_to(ROOT), package.__file__
+
+
+def test_every_module_has_one_name() -> None:
+    """The packages are at the repository's top level, but are imported below `fedsgcg` alone."""
+    pattern = re.compile(
+        r"^\s*(from|import) (server|clients|common|configs|deploy)\b", re.MULTILINE
+    )
+    files = [*PRODUCT, *sorted((ROOT / "tests").rglob("*.py"))]
+    assert [str(path) for path in files if pattern.search(path.read_text())] == []
 
 
 @pytest.mark.parametrize(

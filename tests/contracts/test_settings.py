@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from clients.methods import METHODS
-from common.errors import FedsgcgError
-from common.networks import NETWORKS
-from common.settings.compose import GROUPS, MAPS, choices_of, compose, join, nearest
-from common.settings.plan import METHOD_NAMES, NETWORK_NAMES, Plan
+from fedsgcg.clients.methods import METHODS
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.networks import NETWORKS
+from fedsgcg.common.settings.compose import GROUPS, MAPS, choices_of, compose, join, nearest
+from fedsgcg.common.settings.plan import METHOD_NAMES, NETWORK_NAMES, Plan
 
 FROZEN = Path(__file__).with_name("options.txt")
 

@@ -12,13 +12,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
-from clients.guard import ledger
-from clients.guard.egress import UNKNOWN_IDENTITY
-from clients.request import SiteRequest, handle
-from common.settings.plan import Plan
-from common.wire import messages as wire
-from common.wire.messages import Reply, Request, decode_reply, encode_request
-from common.wire.payload import Weights
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.egress import UNKNOWN_IDENTITY
+from fedsgcg.clients.request import SiteRequest, handle
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request
+from fedsgcg.common.wire.payload import Weights
 from tests.support import sites
 
 CANARY = "Mueller-Anna-1957"

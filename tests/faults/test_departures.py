@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import FedsgcgError
-from common.files.disk import Disk
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
-from common.wire.payload import decode_statistics
-from server.aggregation.class_statistics import merge_statistics
-from server.aggregation.prototypes import PrototypeMemory
-from server.federation import Outcome, run_federation
-from server.records.checkpoint import RoundRecord
-from server.records.journal import Journal
-from server.sites.departures import check_departures, declare, departed
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
+from fedsgcg.common.wire.payload import decode_statistics
+from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.prototypes import PrototypeMemory
+from fedsgcg.server.federation import Outcome, run_federation
+from fedsgcg.server.records.checkpoint import RoundRecord
+from fedsgcg.server.records.journal import Journal
+from fedsgcg.server.sites.departures import check_departures, declare, departed
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import SILENCE, ScriptedGrid, honest_reply
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import server.federation
-from common.errors import FedsgcgError
-from common.files.disk import Disk
-from server.federation import Outcome, initial_weights, run_federation
-from server.records.checkpoint import RoundRecord
-from server.records.journal import Journal
+import fedsgcg.server.federation
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.server.federation import Outcome, initial_weights, run_federation
+from fedsgcg.server.records.checkpoint import RoundRecord
+from fedsgcg.server.records.journal import Journal
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import ScriptedGrid
 from tests.unit.server.test_journal import SETTINGS, record
@@ -134,7 +134,7 @@ def test_whatever_operation_fails_the_run_ends_the_same(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = initial_weights(small_plan(tmp_path))
-    monkeypatch.setattr(server.federation, "initial_weights", lambda plan: start)
+    monkeypatch.setattr(fedsgcg.server.federation, "initial_weights", lambda plan: start)
     whole = federate(tmp_path / "whole")
     assert whole.status == "completed"
     wanted = content(tmp_path / "whole", "lock", "events.jsonl", "outcome.json")
@@ -164,8 +164,8 @@ def test_whatever_operation_fails_the_run_ends_the_same(
 def test_a_real_file_size_limit_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from common.errors import FedsgcgError\n"
-        "from server.records.journal import Journal\n"
+        "from fedsgcg.common.errors import FedsgcgError\n"
+        "from fedsgcg.server.records.journal import Journal\n"
         "from tests.unit.server.test_journal import SETTINGS, record\n"
         "journal = Journal(Path(sys.argv[1]), 'plan', SETTINGS); journal.resume()\n"
         "journal.commit_round(record(1))\n"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.wire.messages import ENROL, TRAIN, Reply, Request
-from server.federation import Outcome, run_federation
-from server.sites import exchange
+from fedsgcg.common.wire.messages import ENROL, TRAIN, Reply, Request
+from fedsgcg.server.federation import Outcome, run_federation
+from fedsgcg.server.sites import exchange
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import FLOWER_ERROR, LOST, SILENCE, Script, ScriptedGrid
 

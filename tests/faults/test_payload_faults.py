@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from common.errors import CODES
-from common.statistics import ClassStatistics
-from common.wire.messages import STATISTICS, TRAIN, Reply, Request, encode_reply
-from common.wire.payload import Weights, decode_statistics
-from server.aggregation.class_statistics import merge_statistics
-from server.aggregation.fedavg import merge_moments, merge_weights
-from server.federation import initial_weights, run_federation
+from fedsgcg.common.errors import CODES
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import STATISTICS, TRAIN, Reply, Request, encode_reply
+from fedsgcg.common.wire.payload import Weights, decode_statistics
+from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.fedavg import merge_moments, merge_weights
+from fedsgcg.server.federation import initial_weights, run_federation
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import FLOWER_ERROR, PATIENT, SILENCE, ScriptedGrid, honest_reply
 
@@ -249,7 +249,7 @@ def test_prototypes_are_those_of_the_chosen_model_and_of_the_admitted_sites_alon
     [b"", b"noise", "other structure", "dice of two", "dice missing"],
 )
 def test_heldout_results_that_cannot_be_are_refused(rows: bytes | str, tmp_path: Path) -> None:
-    from common.wire.payload import encode_cases
+    from fedsgcg.common.wire.payload import encode_cases
     from tests.support.scripted_grid import case_rows
 
     plan = small_plan(tmp_path, federation__rounds=1)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 
-from clients.guard import ledger
-from clients.guard.approval import approve, read_bundle, refused_bundles
-from clients.guard.site_file import SiteFile
-from common.wire.messages import decode_reply
-from common.wire.payload import Identity
-from deploy.site.resident import Resident
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.approval import approve, read_bundle, refused_bundles
+from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.wire.messages import decode_reply
+from fedsgcg.common.wire.payload import Identity
+from fedsgcg.deploy.site.resident import Resident
 from tests.unit.clients.test_approval import fab
 from tests.unit.clients.test_policy import policy_for
 

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from common.errors import CODES, FedsgcgError
-from common.settings.plan import Plan
-from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
-from common.wire.payload import encode_cases
-from server.federation import Outcome, run_federation
-from server.records.journal import Journal
-from server.sites.enrolment import UNUSABLE
+from fedsgcg.common.errors import CODES, FedsgcgError
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN, Reply, Request
+from fedsgcg.common.wire.payload import encode_cases
+from fedsgcg.server.federation import Outcome, run_federation
+from fedsgcg.server.records.journal import Journal
+from fedsgcg.server.sites.enrolment import UNUSABLE
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import (
     FLOWER_ERROR,

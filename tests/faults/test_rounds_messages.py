@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from common.errors import CODES, FedsgcgError
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.messages import ENROL, EVALUATE, TRAIN, Reply, Request
-from common.wire.payload import encode_cases
-from server.app import report_outcome
-from server.federation import Outcome, run_federation
-from server.report.sections.cases import case_lines, left_out_sentence
-from server.sites.enrolment import UNUSABLE
+from fedsgcg.common.errors import CODES, FedsgcgError
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import ENROL, EVALUATE, TRAIN, Reply, Request
+from fedsgcg.common.wire.payload import encode_cases
+from fedsgcg.server.app import report_outcome
+from fedsgcg.server.federation import Outcome, run_federation
+from fedsgcg.server.report.sections.cases import case_lines, left_out_sentence
+from fedsgcg.server.sites.enrolment import UNUSABLE
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import SILENCE, Script, ScriptedGrid
 

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clients.data import store as cases_module
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from common.errors import CODES, FedsgcgError
-from common.images.read import read_volume, write_volume
+from fedsgcg.clients.data import store as cases_module
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.common.errors import CODES, FedsgcgError
+from fedsgcg.common.images.read import read_volume, write_volume
 
 AFFINE = np.diag([-1.0, -1.0, 3.0, 1.0])
 

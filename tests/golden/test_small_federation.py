@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from common.images.phantoms import write_hospitals
-from deploy.study.runtimes import run_cell_in_process
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.deploy.study.runtimes import run_cell_in_process
 from tests.support import small
 
 GOLDEN = Path(__file__).with_name("small_federation.json")

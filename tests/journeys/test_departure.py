@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.app import build_client_app
-from common.files.disk import Disk
-from common.settings.plan import Plan
-from common.wire.payload import decode_statistics
-from deploy.study.cell import Cell
-from deploy.study.inprocess import run_in_process
-from server.app import build_server_app
-from server.records.checkpoint import RoundRecord, decode_checkpoint
-from server.sites.departures import declare
+from fedsgcg.clients.app import build_client_app
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.payload import decode_statistics
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.inprocess import run_in_process
+from fedsgcg.server.app import build_server_app
+from fedsgcg.server.records.checkpoint import RoundRecord, decode_checkpoint
+from fedsgcg.server.sites.departures import declare
 from tests.support import small
 
 pytestmark = pytest.mark.slow

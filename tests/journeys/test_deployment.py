@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.console import Screen
-from common.errors import FedsgcgError
-from deploy.coordinator.runs import run_kit, stop_kit
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.coordinator.runs import run_kit, stop_kit
 from tests.support import apart, small
 from tests.support.federation import Federation
 
@@ -50,7 +50,7 @@ def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_tra
     federation.wait(lambda: federation.seen("round.done", round=1), 240, "round 1 was not finished")
     assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
-    federation.start("run", "deploy.cli.coordinator", "resume", federation.kit.folder)
+    federation.start("run", "fedsgcg.deploy.cli.coordinator", "resume", federation.kit.folder)
     assert federation.finish("run", 240) == 0, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 4, [])
@@ -83,7 +83,7 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     assert stop_kit(federation.kit.folder, Screen(io.StringIO())) == 0
     assert federation.finish("run", 60) == 1
     left = federation.try_command(
-        "leave", federation.site("South"), "--for-good", module="deploy.cli.site"
+        "leave", federation.site("South"), "--for-good", module="fedsgcg.deploy.cli.site"
     )
     assert "--without South" in left.stdout
     federation.command(
@@ -104,7 +104,12 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
         lambda: federation.online("East", "North"), 120, "the hospitals do not come back"
     )
     federation.start(
-        "run", "deploy.cli.coordinator", "resume", federation.kit.folder, "--without", "South"
+        "run",
+        "fedsgcg.deploy.cli.coordinator",
+        "resume",
+        federation.kit.folder,
+        "--without",
+        "South",
     )
     assert federation.finish("run", 240) == 3, federation.logs()
     outcome = federation.outcome()
@@ -152,7 +157,7 @@ def test_faults_change_nothing_of_the_model(
         federation.serve()
         assert federation.finish("run", 60) == 1
         assert "fedsgcg resume" in federation.log("run")
-        federation.start("run", "deploy.cli.coordinator", "resume", federation.kit.folder)
+        federation.start("run", "fedsgcg.deploy.cli.coordinator", "resume", federation.kit.folder)
         assert federation.finish("run", 300) == 0, federation.logs()
     outcome = federation.outcome()
     assert (outcome["status"], outcome["rounds_done"], outcome["problems"]) == ("completed", 3, [])

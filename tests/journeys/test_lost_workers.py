@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from ray import exceptions as ray
 
-from common.errors import FedsgcgError, fail
-from deploy.study.lost_workers import as_lost, lost_worker, raise_lost_workers, reasons
-from deploy.study.run import error_text
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.deploy.study.lost_workers import as_lost, lost_worker, raise_lost_workers, reasons
+from fedsgcg.deploy.study.run import error_text
 from tests.support import small
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from clients.guard.policy import apply_policy
-from clients.methods import method_class
-from clients.predict.model import load_model
-from common.errors import FedsgcgError
-from common.settings.compose import join
-from common.settings.plan import Plan
-from deploy.study.runtimes import run_cell_in_process
+from fedsgcg.clients.guard.policy import apply_policy
+from fedsgcg.clients.methods import method_class
+from fedsgcg.clients.predict.model import load_model
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.runtimes import run_cell_in_process
 from tests.support import small
 from tests.unit.clients.test_policy import asked_of, policy_for
 
@@ -59,7 +59,7 @@ def test_the_example_of_the_documentation_is_a_study(
 
 
 def test_own_options_change_the_plan_and_the_seed_the_weights(my_lab: Path) -> None:
-    from common.networks import build_network
+    from fedsgcg.common.networks import build_network
 
     plan = Plan.from_tree(join(OWN))
     assert (plan.network.num_features, plan.recalibrates) == (4, True)
@@ -168,6 +168,6 @@ def test_a_hospital_runs_only_code_that_it_allows(
     ]
     allowed = dataclasses.replace(policy, code=("my_lab:Smooth", "my_lab:SmallNet"))
     assert apply_policy(plan, allowed).method.name == "my_lab:Smooth"
-    inside = asked_of(hospitals, tmp_path, "method=clients.methods.sgcg:SgCG")
+    inside = asked_of(hospitals, tmp_path, "method=fedsgcg.clients.methods.sgcg:SgCG")
     assert apply_policy(inside, policy).method.contrasts
     assert apply_policy(plan, None) is plan

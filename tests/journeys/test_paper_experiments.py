@@ -5,8 +5,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.cli.coordinator import main
-from deploy.prepare.fundus import PUBLISHED
+from fedsgcg.deploy.cli.coordinator import main
+from fedsgcg.deploy.prepare.fundus import PUBLISHED
 from tests.support import downloads
 
 pytestmark = pytest.mark.slow

@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.evaluation import predict_cases
-from clients.predict.model import load_model
-from common.images.phantoms import write_hospitals
-from common.images.read import read_volume, to_native
-from deploy.cli.coordinator import main as coordinator
-from deploy.cli.site import main
-from deploy.study.runtimes import run_cell_in_process
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.evaluation import predict_cases
+from fedsgcg.clients.predict.model import load_model
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.images.read import read_volume, to_native
+from fedsgcg.deploy.cli.coordinator import main as coordinator
+from fedsgcg.deploy.cli.site import main
+from fedsgcg.deploy.study.runtimes import run_cell_in_process
 from tests.support import downloads, small
 
 pytestmark = pytest.mark.slow

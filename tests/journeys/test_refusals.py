@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.errors import FedsgcgError
-from deploy import certificates
-from deploy.coordinator.control import Control, control_of
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy import certificates
+from fedsgcg.deploy.coordinator.control import Control, control_of
 from tests.support.federation import Federation, free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -107,7 +107,9 @@ def test_a_hospital_that_trusts_another_authority_does_not_connect(
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
     shutil.copy(tmp_path / "ca.crt", federation.site("East") / "ca.crt")
     try:
-        done = federation.try_command("join", federation.site("East"), module="deploy.cli.site")
+        done = federation.try_command(
+            "join", federation.site("East"), module="fedsgcg.deploy.cli.site"
+        )
     finally:
         shutil.copy(federation.kit.folder / "ca.crt", federation.site("East") / "ca.crt")
     assert done.returncode == 2

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from clients.app import build_client_app
-from common.settings.plan import Plan
-from common.wire.messages import EVALUATE, STATISTICS, TRAIN, decode_reply
-from deploy.study.inprocess import InProcessGrid, run_in_process
-from server.app import build_server_app
+from fedsgcg.clients.app import build_client_app
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import EVALUATE, STATISTICS, TRAIN, decode_reply
+from fedsgcg.deploy.study.inprocess import InProcessGrid, run_in_process
+from fedsgcg.server.app import build_server_app
 from tests.support import small
 
 
@@ -69,9 +69,9 @@ def test_heldout_site_sends_no_weights_and_no_statistics(
 def test_heldout_site_refuses_a_training_message_that_reaches_it(
     hospitals: Path, tmp_path: Path, kind: str
 ) -> None:
-    from common.networks import build_network
-    from common.wire.messages import Request, encode_request
-    from common.wire.payload import Identity, Weights
+    from fedsgcg.common.networks import build_network
+    from fedsgcg.common.wire.messages import Request, encode_request
+    from fedsgcg.common.wire.payload import Identity, Weights
 
     (cell,) = small.plan(hospitals, tmp_path, "heldout=South", "method=sgcg").cells
     plan = Plan.from_tree(cell.tree)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.guard import ledger
-from deploy.cli import site as site_cli
+from fedsgcg.clients.guard import ledger
+from fedsgcg.deploy.cli import site as site_cli
 from tests.conftest import REPOSITORY
 from tests.support import small
 from tests.support.loopback import Loopback, certificate, loopback
@@ -29,7 +29,7 @@ def site_tool(federation: Loopback, *arguments: str) -> tuple[int, str]:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return site_cli.main(arguments), said.getvalue()
     done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli.site", *arguments],
+        [sys.executable, "-m", "fedsgcg.deploy.cli.site", *arguments],
         cwd=federation.folder,
         env=federation.environment(),
         capture_output=True,

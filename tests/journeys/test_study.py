@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from common.console import Screen
-from deploy.study.preflight import Machine
-from deploy.study.run import run_study
-from deploy.study.runtimes import run_cell_in_process, run_cell_on_ray
+from fedsgcg.common.console import Screen
+from fedsgcg.deploy.study.preflight import Machine
+from fedsgcg.deploy.study.run import run_study
+from fedsgcg.deploy.study.runtimes import run_cell_in_process, run_cell_on_ray
 from tests.support import small
 
 pytestmark = pytest.mark.slow

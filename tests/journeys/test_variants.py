@@ -7,17 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from clients.app import build_client_app
-from common.console import Screen
-from common.errors import FedsgcgError
-from common.images.phantoms import write_hospitals
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from deploy.study.inprocess import run_in_process
-from deploy.study.plan import plan_study
-from deploy.study.run import run_study
-from server.app import build_server_app
-from server.federation import run_federation
+from fedsgcg.clients.app import build_client_app
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.inprocess import run_in_process
+from fedsgcg.deploy.study.plan import plan_study
+from fedsgcg.deploy.study.run import run_study
+from fedsgcg.server.app import build_server_app
+from fedsgcg.server.federation import run_federation
 from tests.support import sites
 
 pytestmark = pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_model(root, tmp_path, memory,
         if event["event"] == "round.reply" and event["round"] == 3:
             raise Enough
 
-    from deploy.study.inprocess import InProcessGrid
+    from fedsgcg.deploy.study.inprocess import InProcessGrid
 
     plan = Plan.from_tree(cut)
     grid = InProcessGrid(build_client_app(cut), plan.members(), 1)

@@ -6,8 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.methods import amplitude
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from fedsgcg.clients.methods import amplitude
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
 
 WINDOWS = (0.01, 0.1, 0.2, 0.34, 0.49, 0.5)
 laws = settings(deadline=None, max_examples=60)

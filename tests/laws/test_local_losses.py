@@ -15,17 +15,17 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.methods import Guidance
-from clients.methods import base as supervised
-from clients.methods.class_statistics import batch_statistics, site_statistics
-from clients.methods.guidance import pixel_features
-from clients.methods.sgcg import class_balanced_mean, contrast_loss
-from common.networks import build_network
-from common.settings.plan import Plan
-from common.sgcg.loss import sgcg_loss
-from common.statistics import ClassStatistics
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.methods import Guidance
+from fedsgcg.clients.methods import base as supervised
+from fedsgcg.clients.methods.class_statistics import batch_statistics, site_statistics
+from fedsgcg.clients.methods.guidance import pixel_features
+from fedsgcg.clients.methods.sgcg import class_balanced_mean, contrast_loss
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.sgcg.loss import sgcg_loss
+from fedsgcg.common.statistics import ClassStatistics
 from tests.support import sites
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.settings.plan import PrototypeSettings
-from common.statistics import ClassStatistics
-from server.aggregation.prototypes import PrototypeMemory
+from fedsgcg.common.settings.plan import PrototypeSettings
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.server.aggregation.prototypes import PrototypeMemory
 
 FEW = settings(max_examples=80, deadline=None)
 CLASSES, CHANNELS = 3, 2

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.statistics import ClassStatistics
-from common.wire.payload import Weights
-from server.aggregation.class_statistics import merge_statistics
-from server.aggregation.fedavg import merge_weights
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Weights
+from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.fedavg import merge_weights
 
 FEW = settings(max_examples=60, deadline=None)
 SIZE = 5

@@ -9,14 +9,18 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from clients.data.slices import STEPS, Slices
-from clients.data.store import SliceTable
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
-from clients.methods.partners import BankMixer, LocalMixer, SummaryMixer
-from common.errors import FedsgcgError
-from common.images.read import KINDS, PICTURE
-from common.settings.plan import RamSettings
-from common.wire.amplitudes import (
+from fedsgcg.clients.data.slices import STEPS, Slices
+from fedsgcg.clients.data.store import SliceTable
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
+from fedsgcg.clients.methods.partners import BankMixer, LocalMixer, SummaryMixer
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.read import KINDS, PICTURE
+from fedsgcg.common.settings.plan import RamSettings
+from fedsgcg.common.wire.amplitudes import (
     GREY_LEVEL,
     AmplitudeBank,
     AmplitudeSampler,
@@ -378,7 +382,7 @@ def test_amplitudes_that_cannot_be_are_refused():
 def test_amplitudes_of_another_version_are_refused_as_such(kind, monkeypatch):
     windows = np.ones((2, 1, 2, 2, 2), np.float32)
     with monkeypatch.context() as older:
-        older.setattr("common.wire.amplitudes.SCHEMA_VERSION", "1")
+        older.setattr("fedsgcg.common.wire.amplitudes.SCHEMA_VERSION", "1")
         bank = AmplitudeBank(windows, ("A", "A"))
         data = (
             bank if kind is AmplitudeBank else AmplitudeSummary.from_amplitudes(windows, SIDE)

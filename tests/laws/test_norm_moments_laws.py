@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clients.data.augment import augment
-from clients.data.batches import gather, index_batches
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.methods.class_statistics import site_moments
-from clients.training import load_weights, weights_of
-from common.errors import FedsgcgError
-from common.networks import build_network
-from common.settings.plan import AugmentationSettings
-from common.wire.messages import Reply
-from common.wire.norm_moments import NormMoments, norm_layers
-from common.wire.payload import Identity
-from server.admission import Expectation, admit
-from server.aggregation.fedavg import merge_moments
+from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.batches import gather, index_batches
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.methods.class_statistics import site_moments
+from fedsgcg.clients.training import load_weights, weights_of
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import AugmentationSettings
+from fedsgcg.common.wire.messages import Reply
+from fedsgcg.common.wire.norm_moments import NormMoments, norm_layers
+from fedsgcg.common.wire.payload import Identity
+from fedsgcg.server.admission import Expectation, admit
+from fedsgcg.server.aggregation.fedavg import merge_moments
 from tests.support import sites
 
 CPU = torch.device("cpu")

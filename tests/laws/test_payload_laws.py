@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from common.errors import FedsgcgError
-from common.statistics import ClassStatistics
-from common.wire.messages import Reply, decode_reply, encode_reply
-from common.wire.payload import (
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import Reply, decode_reply, encode_reply
+from fedsgcg.common.wire.payload import (
     CASES_KIND,
     CASES_SCHEMA,
     DISTANCES,
@@ -24,7 +24,7 @@ from common.wire.payload import (
     encode_cases,
     encode_statistics,
 )
-from server.sites.exchange import read_answer
+from fedsgcg.server.sites.exchange import read_answer
 
 FEW = settings(max_examples=80, deadline=None)
 CODES = {"PAY-103", "PAY-106", "PAY-107", "PAY-120"}

@@ -10,28 +10,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from clients.app import build_client_app
-from clients.data.batches import domain_sizes
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.device import choose_device
-from clients.methods import METHODS
-from clients.methods.class_statistics import batch_statistics, site_statistics, statistics_batches
-from clients.methods.guidance import Guidance, pixel_features
-from clients.methods.running_guide import Online, Overlay, build_guide, statistics_to_state
-from clients.methods.sgcg import labels_at
-from clients.training import learning_rate, round_batches, weights_of
-from common.networks import build_network
-from common.settings.federation import POOLED
-from common.settings.plan import MethodSettings, Plan
-from common.sgcg.loss import sgcg_loss
-from common.statistics import ClassStatistics
-from common.wire import messages as wire
-from common.wire.messages import Request
-from deploy.study.inprocess import run_in_process
-from server.aggregation.prototypes import momentum_update
-from server.app import build_server_app
-from server.federation import initial_weights
+from fedsgcg.clients.app import build_client_app
+from fedsgcg.clients.data.batches import domain_sizes
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.device import choose_device
+from fedsgcg.clients.methods import METHODS
+from fedsgcg.clients.methods.class_statistics import (
+    batch_statistics,
+    site_statistics,
+    statistics_batches,
+)
+from fedsgcg.clients.methods.guidance import Guidance, pixel_features
+from fedsgcg.clients.methods.running_guide import Online, Overlay, build_guide, statistics_to_state
+from fedsgcg.clients.methods.sgcg import labels_at
+from fedsgcg.clients.training import learning_rate, round_batches, weights_of
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.federation import POOLED
+from fedsgcg.common.settings.plan import MethodSettings, Plan
+from fedsgcg.common.sgcg.loss import sgcg_loss
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.messages import Request
+from fedsgcg.deploy.study.inprocess import run_in_process
+from fedsgcg.server.aggregation.prototypes import momentum_update
+from fedsgcg.server.app import build_server_app
+from fedsgcg.server.federation import initial_weights
 from tests.support import sites
 
 CPU = torch.device("cpu")

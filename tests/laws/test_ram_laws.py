@@ -9,19 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.data.batches import Batch
-from clients.data.slices import STEPS, Slices
-from clients.data.store import SliceTable
-from clients.methods import METHODS
-from clients.methods.amplitude import window_amplitudes
-from clients.methods.base import segmentation_loss
-from clients.methods.partners import BankMixer, LocalMixer, SummaryMixer
-from clients.methods.ram import Ram, consistency_loss
-from common.errors import FedsgcgError
-from common.networks import RestorationDecoder, build_network
-from common.settings.compose import join
-from common.settings.plan import Plan, RamSettings
-from common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.data.slices import STEPS, Slices
+from fedsgcg.clients.data.store import SliceTable
+from fedsgcg.clients.methods import METHODS
+from fedsgcg.clients.methods.amplitude import window_amplitudes
+from fedsgcg.clients.methods.base import segmentation_loss
+from fedsgcg.clients.methods.partners import BankMixer, LocalMixer, SummaryMixer
+from fedsgcg.clients.methods.ram import Ram, consistency_loss
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.networks import RestorationDecoder, build_network
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan, RamSettings
+from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
 
 SIDE = 32
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.sgcg import loss as sgcg
-from common.sgcg import moments
-from common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
-from common.statistics import ClassStatistics
+from fedsgcg.common.sgcg import loss as sgcg
+from fedsgcg.common.sgcg import moments
+from fedsgcg.common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
+from fedsgcg.common.statistics import ClassStatistics
 
 IGNORE = 255
 FORMS = ("full", "diagonal", "none")

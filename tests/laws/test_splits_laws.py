@@ -5,7 +5,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.data.case_files import CaseFile, split_of, splits
+from fedsgcg.clients.data.case_files import CaseFile, split_of, splits
 
 patients = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=30

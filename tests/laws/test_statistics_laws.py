@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.statistics import ClassStatistics, between_site_trace, within_site_trace
+from fedsgcg.common.statistics import ClassStatistics, between_site_trace, within_site_trace
 
 IGNORE = 255
 
@@ -266,7 +266,7 @@ def test_hundreds_of_merges_far_from_the_origin_keep_eight_digits(seed):
 def test_a_class_larger_than_a_block_is_summed_over_blocks(monkeypatch):
     rng = np.random.default_rng(0)
     features, labels = 100 + rng.standard_normal((50, 3)).astype(np.float32), rng.integers(0, 2, 50)
-    monkeypatch.setattr("common.statistics.BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr("fedsgcg.common.statistics.BLOCK_ELEMENTS", 12)
     assert_same(
         ClassStatistics.from_features(features, labels, 2),
         brute_force(features.astype(np.float64), labels, 2),

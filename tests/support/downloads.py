@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from deploy.prepare.fundus import PUBLISHED
+from fedsgcg.deploy.prepare.fundus import PUBLISHED
 
 
 def picture(path: Path, pixels: np.ndarray) -> np.ndarray:

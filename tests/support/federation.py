@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from clients.guard.approval import approve, bundle_of_folder
-from deploy.coordinator.control import Control, control_of
-from deploy.coordinator.project import Kit
+from fedsgcg.clients.guard.approval import approve, bundle_of_folder
+from fedsgcg.deploy.coordinator.control import Control, control_of
+from fedsgcg.deploy.coordinator.project import Kit
 from tests.support import apart
 from tests.support.link import Proxy
 from tests.support.small import SMALL
@@ -118,7 +118,7 @@ class Federation:
 
     def serve(self, *more: str) -> None:
         """Start the server and wait until it answers the coordinator."""
-        self.start("serve", "deploy.cli.coordinator", "serve", self.kit.folder, *more)
+        self.start("serve", "fedsgcg.deploy.cli.coordinator", "serve", self.kit.folder, *more)
         self.wait(self.answers, 60, "the server does not answer")
 
     def answers(self) -> bool:
@@ -130,7 +130,7 @@ class Federation:
     def join(self, *sites: str) -> None:
         """Start some hospitals."""
         for site in sites:
-            self.start(site, "deploy.cli.site", "join", self.site(site))
+            self.start(site, "fedsgcg.deploy.cli.site", "join", self.site(site))
 
     def online(self, *sites: str) -> bool:
         """Whether the server sees hospitals."""
@@ -140,7 +140,7 @@ class Federation:
 
     def run(self, *overrides: str) -> None:
         """Start the study, without waiting for it."""
-        self.start("run", "deploy.cli.coordinator", "run", self.kit.folder, *overrides)
+        self.start("run", "fedsgcg.deploy.cli.coordinator", "run", self.kit.folder, *overrides)
 
     def start(self, name: str, module: str, *arguments: str | Path) -> None:
         """Start a command in a session of its own, its output in `<name>.log`."""
@@ -171,7 +171,7 @@ class Federation:
         return done.stdout
 
     def try_command(
-        self, *arguments: str | Path, module: str = "deploy.cli.coordinator"
+        self, *arguments: str | Path, module: str = "fedsgcg.deploy.cli.coordinator"
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, whatever its exit code."""
         return subprocess.run(

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from clients.guard.approval import approve, bundle_of_folder
-from clients.guard.site_file import SiteFile, read_site_file, write_site_file
-from deploy.site.commands import free_port
+from fedsgcg.clients.guard.approval import approve, bundle_of_folder
+from fedsgcg.clients.guard.site_file import SiteFile, read_site_file, write_site_file
+from fedsgcg.deploy.site.commands import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -169,7 +169,14 @@ class Loopback:
     def join(self, kit: Path, *more: str, **variables: str) -> None:
         """Start `fedsgcg-site join` for a kit."""
         self.start(
-            kit.name, sys.executable, "-m", "deploy.cli.site", "join", str(kit), *more, **variables
+            kit.name,
+            sys.executable,
+            "-m",
+            "fedsgcg.deploy.cli.site",
+            "join",
+            str(kit),
+            *more,
+            **variables,
         )
 
     def start(self, name: str, program: str, *arguments: str, **variables: str) -> None:

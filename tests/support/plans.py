@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common.settings.plan import Plan
+from fedsgcg.common.settings.plan import Plan
 
 SITES = ["A", "B", "C", "D"]
 

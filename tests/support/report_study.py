@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from clients.guard import ledger
-from common.feature_samples import write_feature_samples
-from common.pictures import Picture, bit_mask, write_pictures
-from common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA
-from common.statistics import ClassStatistics
-from common.wire.payload import Identity, encode_statistics
+from fedsgcg.clients.guard import ledger
+from fedsgcg.common.feature_samples import write_feature_samples
+from fedsgcg.common.pictures import Picture, bit_mask, write_pictures
+from fedsgcg.common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Identity, encode_statistics
 
 SITES = ("BIDMC", "HK", "RUNMC", "UCL")
 STRUCTURES = {"prostate": ["prostate"]}

@@ -20,10 +20,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from common.seeding import stream
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.messages import (
+from fedsgcg.common.seeding import stream
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import (
     ENROL,
     EVALUATE,
     STATISTICS,
@@ -33,8 +33,8 @@ from common.wire.messages import (
     decode_request,
     encode_reply,
 )
-from common.wire.norm_moments import NormMoments, norm_layers
-from common.wire.payload import DISTANCES, Weights, encode_cases
+from fedsgcg.common.wire.norm_moments import NormMoments, norm_layers
+from fedsgcg.common.wire.payload import DISTANCES, Weights, encode_cases
 
 SILENCE = object()
 FLOWER_ERROR = object()

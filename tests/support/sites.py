@@ -8,13 +8,13 @@ from typing import Any
 
 from flwr.app import Context, Message, Metadata, RecordDict
 
-from clients.app import build_client_app
-from common.images.phantoms import write_hospitals
-from common.networks import build_network
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from common.wire.messages import Reply, Request, decode_reply, encode_request
-from common.wire.payload import Identity, Weights
+from fedsgcg.clients.app import build_client_app
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request
+from fedsgcg.common.wire.payload import Identity, Weights
 
 SITES = ("North", "South")
 SMALL = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from deploy.study.plan import plan_study
-from deploy.study.study import Study
+from fedsgcg.deploy.study.plan import plan_study
+from fedsgcg.deploy.study.study import Study
 
 SMALL = (
     "network.base_width=4",

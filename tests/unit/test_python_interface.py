@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fedsgcg
-from common.errors import FedsgcgError
-from common.images.read import read_volume
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.read import read_volume
 from tests.support import small
 
 HEAVY = ("torch", "flwr", "ray", "nibabel", "pyarrow", "numpy")

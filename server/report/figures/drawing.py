@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from server.report.rounds import Curve
+from fedsgcg.server.report.rounds import Curve
 
 INK = "#1c2126"
 MUTED = "#59636e"

@@ -21,9 +21,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from server.report.figures.drawing import INK, STYLE, Drawing, finish
-from server.report.intervals import Interval
-from server.report.reader import Picture
+from fedsgcg.server.report.figures.drawing import INK, STYLE, Drawing, finish
+from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.reader import Picture
 
 Box = tuple[int, int, int, int]
 TRUTH = "#ff5a47"  # colours as in templates/style.css

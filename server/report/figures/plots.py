@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from server.report.figures.drawing import (
+from fedsgcg.server.report.figures.drawing import (
     INK,
     MARKERS,
     MUTED,
@@ -27,7 +27,7 @@ from server.report.figures.drawing import (
     finish,
     plain_axes,
 )
-from server.report.intervals import Interval
+from fedsgcg.server.report.intervals import Interval
 
 DASHES = ("-", "--", "-.", ":")
 WIDE = 20.0  # ratio of largest to smallest value from which an axis is logarithmic

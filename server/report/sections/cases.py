@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from common.errors import CODES
+from fedsgcg.common.errors import CODES
 
 ROLES = {"train": "training", "heldout": "held out", "observer": "observer"}
 

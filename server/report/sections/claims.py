@@ -7,12 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from server.report.differences import CaseValues, Difference, compare_everywhere, compare_on_average
-from server.report.figures.overlays import interval_bar
-from server.report.format import DECIMALS, TITLES, show, show_ends, show_p
-from server.report.labels import FEDERATIONS, Label, Swept, main_labels, main_pairs
-from server.report.sections.cases import count_of
-from server.report.tables import AVERAGE
+from fedsgcg.server.report.differences import (
+    CaseValues,
+    Difference,
+    compare_everywhere,
+    compare_on_average,
+)
+from fedsgcg.server.report.figures.overlays import interval_bar
+from fedsgcg.server.report.format import DECIMALS, TITLES, show, show_ends, show_p
+from fedsgcg.server.report.labels import FEDERATIONS, Label, Swept, main_labels, main_pairs
+from fedsgcg.server.report.sections.cases import count_of
+from fedsgcg.server.report.tables import AVERAGE
 
 Section = dict[str, Any]
 CLAIMED = ("dice", "asd")

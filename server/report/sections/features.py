@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from common.feature_samples import FILE, FeatureSamples
-from common.statistics import ClassStatistics
-from server.report.figures.plots import matrix_panel, scatter_panel
-from server.report.labels import Label, figure_groups
-from server.report.reader import Reader
-from server.report.study_files import DONE, Cell, StudyFiles
+from fedsgcg.common.feature_samples import FILE, FeatureSamples
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.server.report.figures.plots import matrix_panel, scatter_panel
+from fedsgcg.server.report.labels import Label, figure_groups
+from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
 
 Floats = npt.NDArray[np.float64]
 Section = dict[str, Any]

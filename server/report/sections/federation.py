@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from server.report.differences import CaseValues, compare_on_average
-from server.report.figures.plots import Dot, dot_panel
-from server.report.format import DECIMALS, TITLES, show
-from server.report.labels import FEDERATIONS, Label
-from server.report.rounds import steps_by_federation
-from server.report.sections.claims import claims_section, federation_pairs
-from server.report.sections.sweeps import HELD_OUT, METRICS, Section, distance_note
-from server.report.tables import Row
+from fedsgcg.server.report.differences import CaseValues, compare_on_average
+from fedsgcg.server.report.figures.plots import Dot, dot_panel
+from fedsgcg.server.report.format import DECIMALS, TITLES, show
+from fedsgcg.server.report.labels import FEDERATIONS, Label
+from fedsgcg.server.report.rounds import steps_by_federation
+from fedsgcg.server.report.sections.claims import claims_section, federation_pairs
+from fedsgcg.server.report.sections.sweeps import HELD_OUT, METRICS, Section, distance_note
+from fedsgcg.server.report.tables import Row
 
 
 def federation_section(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from server.report.figures.drawing import (
+from fedsgcg.server.report.figures.drawing import (
     Drawing,
     Line,
     case_panel,
@@ -19,14 +19,20 @@ from server.report.figures.drawing import (
     shift_panel,
     span_of,
 )
-from server.report.figures.overlays import Images, choose_cases, crop_box, overlay, overlay_sheet
-from server.report.format import show
-from server.report.labels import Group
-from server.report.reader import Picture, Reader
-from server.report.rounds import Curve, curves
-from server.report.sections.cases import count_of
-from server.report.study_files import DONE, Cell, StudyFiles
-from server.report.tables import Row
+from fedsgcg.server.report.figures.overlays import (
+    Images,
+    choose_cases,
+    crop_box,
+    overlay,
+    overlay_sheet,
+)
+from fedsgcg.server.report.format import show
+from fedsgcg.server.report.labels import Group
+from fedsgcg.server.report.reader import Picture, Reader
+from fedsgcg.server.report.rounds import Curve, curves
+from fedsgcg.server.report.sections.cases import count_of
+from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
+from fedsgcg.server.report.tables import Row
 
 Section = dict[str, Any]
 Curves = Mapping[tuple[str, str, str], Curve]

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from server.report.differences import CaseValues, Place, Values, corrected_for_number
-from server.report.format import DASH, TITLES, show
-from server.report.intervals import Interval
-from server.report.labels import FEDERATION_TITLES, FEDERATIONS, TRAINS, Label, main_labels
-from server.report.sections.cases import count_of
-from server.report.sections.published import ABLATION, Published, PublishedRow
-from server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
+from fedsgcg.server.report.differences import CaseValues, Place, Values, corrected_for_number
+from fedsgcg.server.report.format import DASH, TITLES, show
+from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.labels import FEDERATION_TITLES, FEDERATIONS, TRAINS, Label, main_labels
+from fedsgcg.server.report.sections.cases import count_of
+from fedsgcg.server.report.sections.published import ABLATION, Published, PublishedRow
+from fedsgcg.server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
 
 Section = dict[str, Any]
 PAPER_METRICS = ("dice", "asd")

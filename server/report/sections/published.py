@@ -85,7 +85,7 @@ def published_for(data: str, structures: Sequence[str]) -> Published | None:
 @cache
 def published_tables() -> dict[str, Published]:
     """Return the tables of `published.yaml` by data set."""
-    text = (files("server.report.sections") / "published.yaml").read_text(encoding="utf-8")
+    text = (files("fedsgcg.server.report.sections") / "published.yaml").read_text(encoding="utf-8")
     tree = yaml.safe_load(text)
     common = tree["common_protocol"]
     return {name: _table(entry, common) for name, entry in tree["data_sets"].items()}

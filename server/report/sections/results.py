@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from server.report.format import (
+from fedsgcg.server.report.format import (
     DECIMALS,
     TITLES,
     Summary,
@@ -18,12 +18,12 @@ from server.report.format import (
     show_interval,
     show_seconds,
 )
-from server.report.intervals import Interval
-from server.report.reader import Reader
-from server.report.rounds import departures
-from server.report.sections.cases import count_of
-from server.report.study_files import StudyFiles
-from server.report.tables import (
+from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.rounds import departures
+from fedsgcg.server.report.sections.cases import count_of
+from fedsgcg.server.report.study_files import StudyFiles
+from fedsgcg.server.report.tables import (
     AVERAGE,
     METRICS,
     Row,

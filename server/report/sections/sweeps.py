@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.report.differences import CaseValues, compare_on_average
-from server.report.figures.plots import (
+from fedsgcg.server.report.differences import CaseValues, compare_on_average
+from fedsgcg.server.report.figures.plots import (
     GREY,
     LEVEL_DASHES,
     Dot,
@@ -18,10 +18,10 @@ from server.report.figures.plots import (
     is_logarithmic,
     sweep_panel,
 )
-from server.report.format import DECIMALS, show, show_interval
-from server.report.labels import MOST_COLOURS, Label, Swept, numeric, value_order
-from server.report.sections.claims import claims_section
-from server.report.tables import counted
+from fedsgcg.server.report.format import DECIMALS, show, show_interval
+from fedsgcg.server.report.labels import MOST_COLOURS, Label, Swept, numeric, value_order
+from fedsgcg.server.report.sections.claims import claims_section
+from fedsgcg.server.report.tables import counted
 
 Section = dict[str, Any]
 METRICS = ("dice", "asd")

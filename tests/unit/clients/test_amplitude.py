@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from clients.methods import amplitude
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
+from fedsgcg.clients.methods import amplitude
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
 from tests.benchmarks.bench_amplitude import numpy_mix, pictures
 
 HALF = torch.tensor([0.5])

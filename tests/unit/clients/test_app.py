@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.guard import ledger
-from common.settings.plan import Plan
-from common.wire import messages as wire
-from common.wire.messages import Reply, Request, decode_reply, encode_request
-from common.wire.norm_moments import norm_layers
-from common.wire.payload import decode_cases
+from fedsgcg.clients.guard import ledger
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request
+from fedsgcg.common.wire.norm_moments import norm_layers
+from fedsgcg.common.wire.payload import decode_cases
 from tests.support import sites
 
 

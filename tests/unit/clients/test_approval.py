@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.guard.approval import (
+from fedsgcg.clients.guard.approval import (
     MOST_REFUSED,
     Bundle,
     approve,
@@ -22,12 +22,16 @@ from clients.guard.approval import (
     require_approved,
     unpack,
 )
-from common.errors import FedsgcgError
+from fedsgcg.common.errors import FedsgcgError
 from tests.conftest import REPOSITORY
 
-PROJECT = (
-    '[project]\nname="x"\nversion="1"\n[tool.flwr.app.components]\nclientapp = "clients.app:app"\n'
-)
+PROJECT = """
+[project]
+name = "x"
+version = "1"
+[tool.flwr.app.components]
+clientapp = "fedsgcg.clients.app:app"
+"""
 
 
 def fab(files: dict[str, str | bytes], project: str = PROJECT) -> bytes:
@@ -46,7 +50,7 @@ def test_a_bundle_is_its_code_not_its_words():
     assert read_bundle(fab({"clients/app.py": "b"})).digest != first.digest
     assert read_bundle(fab({"clients/app.py": "a", "clients/more.py": ""})).digest != first.digest
     assert read_bundle(fab({"clients/app.py": "a", "numpy.py": ""})).digest != first.digest
-    other = PROJECT.replace("clients.app:app", "clients.other:app")
+    other = PROJECT.replace("fedsgcg.clients.app:app", "clients.other:app")
     assert read_bundle(fab({"clients/app.py": "a"}, other)).digest != first.digest
 
 

@@ -5,12 +5,19 @@ import pytest
 import torch
 from scipy import ndimage
 
-from clients.data.augment import augment
-from clients.data.batches import Batch, batch_indices, domain_sizes, gather, index_batches, steps_of
-from clients.data.slices import STEPS, Slices
-from clients.data.store import SliceTable
-from common.errors import FedsgcgError
-from common.settings.plan import AugmentationSettings, MethodSettings
+from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.batches import (
+    Batch,
+    batch_indices,
+    domain_sizes,
+    gather,
+    index_batches,
+    steps_of,
+)
+from fedsgcg.clients.data.slices import STEPS, Slices
+from fedsgcg.clients.data.store import SliceTable
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.plan import AugmentationSettings, MethodSettings
 
 SIDE = 32
 

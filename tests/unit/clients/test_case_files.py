@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.data.case_files import (
+from fedsgcg.clients.data.case_files import (
     CaseFile,
     data_warnings,
     discover_sites,
@@ -18,11 +18,11 @@ from clients.data.case_files import (
     split_of,
     splits,
 )
-from clients.data.store import data_fingerprint
-from clients.predict.files import jobs_of_images
-from common.errors import FedsgcgError
-from common.settings.federation import SiteSettings
-from deploy.prepare import own
+from fedsgcg.clients.data.store import data_fingerprint
+from fedsgcg.clients.predict.files import jobs_of_images
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.federation import SiteSettings
+from fedsgcg.deploy.prepare import own
 
 
 def root_with(folder, header, *lines, files=()):

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from clients.data.case_files import open_site
-from clients.data.store import CaseStore, open_store
-from clients.methods.class_statistics import (
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import CaseStore, open_store
+from fedsgcg.clients.methods.class_statistics import (
     batch_statistics,
     patients_per_class,
     site_statistics,
     statistics_mode,
 )
-from clients.training import weights_of
-from common.networks import build_network
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
+from fedsgcg.clients.training import weights_of
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
 from tests.support import sites
 
 CPU = torch.device("cpu")

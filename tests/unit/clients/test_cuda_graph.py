@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from clients.cuda_graph import WARM_STEPS, Replay, adam, set_rate
-from clients.data.prefetch import prefetch, read_ahead, upload
+from fedsgcg.clients.cuda_graph import WARM_STEPS, Replay, adam, set_rate
+from fedsgcg.clients.data.prefetch import prefetch, read_ahead, upload
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

@@ -10,13 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.guard import ledger
-from clients.guard.egress import LEDGER, apply_floors, payload_digest, release, release_error
-from common.errors import FedsgcgError
-from common.settings.federation import PrivacySettings
-from common.statistics import ClassStatistics
-from common.wire.messages import Reply, decode_reply, encode_reply, payload_bytes
-from common.wire.payload import Identity, Weights
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.egress import (
+    LEDGER,
+    apply_floors,
+    payload_digest,
+    release,
+    release_error,
+)
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.federation import PrivacySettings
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import Reply, decode_reply, encode_reply, payload_bytes
+from fedsgcg.common.wire.payload import Identity, Weights
 
 IDENTITY = Identity("run", "South", 3, "abc")
 CLASSES = ["background", "gland", "lesion"]

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from clients import evaluation
-from clients.data.case_files import open_site
-from clients.data.store import Case, CaseStore, SliceTable, open_store
-from clients.evaluation import (
+from fedsgcg.clients import evaluation
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import Case, CaseStore, SliceTable, open_store
+from fedsgcg.clients.evaluation import (
     CaseResult,
     case_rows,
     dice_from_counts,
@@ -26,11 +26,11 @@ from clients.evaluation import (
     structures_from_logits,
     validation_dice,
 )
-from clients.training import weights_of
-from common.networks import build_network
-from common.pictures import bit_mask, choose_picture
-from common.settings.plan import DataSettings, Plan
-from common.wire.payload import CASES_SCHEMA, decode_cases, encode_cases
+from fedsgcg.clients.training import weights_of
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.pictures import bit_mask, choose_picture
+from fedsgcg.common.settings.plan import DataSettings, Plan
+from fedsgcg.common.wire.payload import CASES_SCHEMA, decode_cases, encode_cases
 from tests.support import sites
 
 CPU = torch.device("cpu")

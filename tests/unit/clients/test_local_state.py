@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from clients.local_state import KEPT_ROUNDS, LocalState
-from common.errors import FedsgcgError
-from common.wire.payload import Identity
+from fedsgcg.clients.local_state import KEPT_ROUNDS, LocalState
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.wire.payload import Identity
 
 
 def state_of(tmp_path, run="run"):

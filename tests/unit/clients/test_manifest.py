@@ -2,10 +2,10 @@
 
 import pytest
 
-from clients.data.case_files import discover_sites, open_site
-from clients.data.manifest import Row, read_manifest
-from common.errors import FedsgcgError
-from deploy.prepare import own
+from fedsgcg.clients.data.case_files import discover_sites, open_site
+from fedsgcg.clients.data.manifest import Row, read_manifest
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.prepare import own
 
 PLAIN = "site,image,mask,patient_id\nA,x/a.png,x/b.png,P1\nB,c.png,,\n"
 ROWS = [Row(2, "A", "x/a.png", "x/b.png", "P1", ""), Row(3, "B", "c.png", "", "", "")]

@@ -5,8 +5,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from clients.methods.amplitude import mix_amplitude, mix_window_amplitudes, window_amplitudes
-from common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
+from fedsgcg.clients.methods.amplitude import (
+    mix_amplitude,
+    mix_window_amplitudes,
+    window_amplitudes,
+)
+from fedsgcg.common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
 
 
 @pytest.fixture(autouse=True)

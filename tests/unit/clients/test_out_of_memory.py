@@ -13,26 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from clients.data.batches import Batch
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.device import choose_device
-from clients.local_state import LocalState
-from clients.methods.base import Source, segmentation_loss
-from clients.methods.running_guide import Overlay
-from clients.out_of_memory import out_of_memory
-from clients.training import Session, train_round, weights_of
-from common.console import Screen
-from common.errors import FedsgcgError
-from common.networks import UNet, build_network
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire import messages as wire
-from common.wire.messages import Request
-from deploy.site.check_step import measure_step
-from deploy.study.plan import plan_study
-from deploy.study.run import run_study
-from server.report.rounds import cut_steps
+from fedsgcg.clients.data.batches import Batch
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.device import choose_device
+from fedsgcg.clients.local_state import LocalState
+from fedsgcg.clients.methods.base import Source, segmentation_loss
+from fedsgcg.clients.methods.running_guide import Overlay
+from fedsgcg.clients.out_of_memory import out_of_memory
+from fedsgcg.clients.training import Session, train_round, weights_of
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.networks import UNet, build_network
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.messages import Request
+from fedsgcg.deploy.site.check_step import measure_step
+from fedsgcg.deploy.study.plan import plan_study
+from fedsgcg.deploy.study.run import run_study
+from fedsgcg.server.report.rounds import cut_steps
 from tests.support import sites
 
 CPU = torch.device("cpu")
@@ -252,7 +252,7 @@ def test_memory_that_ends_outside_of_training_has_its_code_too(hospital, monkeyp
     def describes(*_: object) -> None:
         torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
 
-    monkeypatch.setattr("clients.app.site_statistics", describes)
+    monkeypatch.setattr("fedsgcg.clients.app.site_statistics", describes)
     request = Request(sites.identity(plan), sites.weights(plan))
     assert sites.answer(plan, wire.STATISTICS, request, "North").error == "SITE-502"
 
@@ -268,9 +268,9 @@ def test_the_doctor_measures_a_step_as_training_would_take_it(hospital, monkeypa
 
         return built
 
-    monkeypatch.setattr("deploy.site.check_step.build_network", fitting(3))
+    monkeypatch.setattr("fedsgcg.deploy.site.check_step.build_network", fitting(3))
     assert measure_step(plan, CPU).parts == 4
-    monkeypatch.setattr("deploy.site.check_step.build_network", fitting(1))
+    monkeypatch.setattr("fedsgcg.deploy.site.check_step.build_network", fitting(1))
     with pytest.raises(FedsgcgError) as raised:
         measure_step(plan, CPU)
     assert raised.value.code == "SITE-502"
@@ -358,13 +358,13 @@ import json, resource, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from clients.data.store import open_store
-from clients.device import choose_device
-from clients.data.case_files import open_site
-from clients.training import train_round, weights_of
-from common.networks import build_network
-from common.settings.compose import join
-from common.settings.plan import Plan
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.device import choose_device
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.training import train_round, weights_of
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
 
 def pages(name):
     lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -442,7 +442,7 @@ def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(
         needing_much(network, 2)
         return network
 
-    monkeypatch.setattr("clients.app.build_network", built)
+    monkeypatch.setattr("fedsgcg.clients.app.build_network", built)
     root, _ = hospital
     words = (
         "method=source",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.methods import partners
-from clients.methods.amplitude import window_amplitudes
-from clients.methods.partners import own_summary, site_amplitudes
-from common.settings.plan import RamSettings
-from common.wire.amplitudes import (
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.methods import partners
+from fedsgcg.clients.methods.amplitude import window_amplitudes
+from fedsgcg.clients.methods.partners import own_summary, site_amplitudes
+from fedsgcg.common.settings.plan import RamSettings
+from fedsgcg.common.wire.amplitudes import (
     AmplitudeBank,
     AmplitudeSampler,
     AmplitudeSummary,

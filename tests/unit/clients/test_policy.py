@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from clients.data.case_files import open_site
-from clients.guard import ledger
-from clients.guard.approval import approve, bundle_of_folder
-from clients.guard.policy import (
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.approval import approve, bundle_of_folder
+from fedsgcg.clients.guard.policy import (
     NODE_KEY,
     apply_policy,
     check_sharing,
@@ -16,11 +16,11 @@ from clients.guard.policy import (
     only_inside_data_root,
     policy_of,
 )
-from clients.guard.site_file import SiteFile, write_site_file
-from common.errors import FedsgcgError
-from common.settings.plan import Plan
-from common.wire import messages as wire
-from common.wire.messages import Reply, Request, decode_reply, encode_request
+from fedsgcg.clients.guard.site_file import SiteFile, write_site_file
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire import messages as wire
+from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request
 from tests.conftest import REPOSITORY
 from tests.support import sites
 

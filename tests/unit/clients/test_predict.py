@@ -13,27 +13,33 @@ import torch
 from PIL import Image
 from safetensors.numpy import load, save
 
-import common.run_folder
-import server.records.model_card
-import server.records.results
-from clients.evaluation import post_process, structure_masks
-from clients.predict import model as models
-from clients.predict.confidence import SHRINKAGE, Gaussians
-from clients.predict.files import Job, check_output, jobs_of_images
-from clients.predict.model import Model, load_model
-from clients.predict.overlay import chosen_slice, overlay
-from clients.predict.predictor import Prediction, Predictor, class_map, label_values, probabilities
-from common.errors import FedsgcgError
-from common.files.disk import Disk
-from common.images.read import Volume, affine_as, read_volume, write_volume
-from common.images.write import mask_bytes, wide_bytes, write_like
-from common.networks import build_network
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from common.statistics import ClassStatistics
-from common.wire.payload import Identity, Weights
-from deploy.cli.site import main
-from server.records.checkpoint import Best
+import fedsgcg.common.run_folder
+import fedsgcg.server.records.model_card
+import fedsgcg.server.records.results
+from fedsgcg.clients.evaluation import post_process, structure_masks
+from fedsgcg.clients.predict import model as models
+from fedsgcg.clients.predict.confidence import SHRINKAGE, Gaussians
+from fedsgcg.clients.predict.files import Job, check_output, jobs_of_images
+from fedsgcg.clients.predict.model import Model, load_model
+from fedsgcg.clients.predict.overlay import chosen_slice, overlay
+from fedsgcg.clients.predict.predictor import (
+    Prediction,
+    Predictor,
+    class_map,
+    label_values,
+    probabilities,
+)
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.images.read import Volume, affine_as, read_volume, write_volume
+from fedsgcg.common.images.write import mask_bytes, wide_bytes, write_like
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.deploy.cli.site import main
+from fedsgcg.server.records.checkpoint import Best
 
 
 def code_of(call, *arguments, **keywords):
@@ -365,12 +371,14 @@ def store(folder, *overrides):
     folder.mkdir()
     state = build_network(plan.network, 3, 2, 5).state_dict()
     weights = Weights.from_state({name: tensor.numpy() for name, tensor in state.items()})
-    card = server.records.model_card.model_card(plan, Best(1, 0.5, weights), ["A"], prototypes=True)
-    server.records.results.write_model(Disk(), plan, weights, card)
+    card = fedsgcg.server.records.model_card.model_card(
+        plan, Best(1, 0.5, weights), ["A"], prototypes=True
+    )
+    fedsgcg.server.records.results.write_model(Disk(), plan, weights, card)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, plan.network.num_features))
     statistics = ClassStatistics.from_features(features, rng.integers(0, 2, 50), 2)
-    server.records.results.write_prototypes(
+    fedsgcg.server.records.results.write_prototypes(
         Disk(), plan, statistics, Identity("run", "", 1, plan.digest())
     )
     return folder
@@ -400,7 +408,7 @@ def test_a_model_is_read_from_its_folder_or_any_of_its_files(stored):
         assert model.normalize
         assert model.prototypes.mean.shape == (2, 8)
         assert (model.data.image_size, list(model.data.structures)) == (32, ["gland"])
-    assert common.run_folder.SCHEMA_VERSION == models.VERSION
+    assert fedsgcg.common.run_folder.SCHEMA_VERSION == models.VERSION
     change(stored, normalize=False)
     assert not load_model(stored).normalize
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from clients.guard.site_file import SiteFile, read_site_file, split_address, write_site_file
-from common.errors import FedsgcgError
+from fedsgcg.clients.guard.site_file import SiteFile, read_site_file, split_address, write_site_file
+from fedsgcg.common.errors import FedsgcgError
 
 SITE = SiteFile(
     site="North",

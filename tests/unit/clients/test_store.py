@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clients.data.case_files import discover_sites, open_site
-from clients.data.slices import class_indices, resize, resize_labels, scale_intensity
-from clients.data.store import open_store
-from common.errors import FedsgcgError
-from common.images.phantoms import write_hospitals
-from common.images.read import affine_as, read_volume, write_volume
-from common.metrics import segmentation_metrics
+from fedsgcg.clients.data.case_files import discover_sites, open_site
+from fedsgcg.clients.data.slices import class_indices, resize, resize_labels, scale_intensity
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.images.read import affine_as, read_volume, write_volume
+from fedsgcg.common.metrics import segmentation_metrics
 from tests.support import sites
 
 

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from clients.data.case_files import open_site
-from clients.data.store import CaseStore, open_store
-from clients.device import choose_device, precision
-from clients.methods import Guidance, View
-from clients.methods import base as supervised
-from clients.methods.guidance import pixel_features
-from clients.methods.ram import consistency_loss
-from clients.methods.sgcg import class_balanced_mean, contrast_of_views
-from clients.training import learning_rate, load_weights, train_round, weights_of
-from common.errors import FedsgcgError
-from common.networks import build_network
-from common.settings.plan import Plan
-from common.sgcg.loss import sgcg_loss
-from common.statistics import ClassStatistics
-from common.wire.payload import Weights
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import CaseStore, open_store
+from fedsgcg.clients.device import choose_device, precision
+from fedsgcg.clients.methods import Guidance, View
+from fedsgcg.clients.methods import base as supervised
+from fedsgcg.clients.methods.guidance import pixel_features
+from fedsgcg.clients.methods.ram import consistency_loss
+from fedsgcg.clients.methods.sgcg import class_balanced_mean, contrast_of_views
+from fedsgcg.clients.training import learning_rate, load_weights, train_round, weights_of
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.sgcg.loss import sgcg_loss
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Weights
 from tests.support import sites
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import FedsgcgError
-from common.settings.compose import choices_of, chosen, compose, join, own_choices
-from common.settings.plan import Plan
-from deploy.study.grid import split_axes, variants
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.compose import choices_of, chosen, compose, join, own_choices
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.grid import split_axes, variants
 
 CORD = """\
 classes: {background: [0], cord: [1]}

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from common import console as consoles
-from common.console import WITHOUT_TERMINAL, Screen, progress_bar, run_command
+from fedsgcg.common import console as consoles
+from fedsgcg.common.console import WITHOUT_TERMINAL, Screen, progress_bar, run_command
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -137,7 +137,7 @@ def test_work_goes_on_when_its_messages_cannot_be_written(number, monkeypatch, c
 
 
 DRAW = (
-    f"{sys.executable} -c 'import sys; from common.console import run_command as r; "
+    f"{sys.executable} -c 'import sys; from fedsgcg.common.console import run_command as r; "
     'sys.exit(r(lambda c: [c.print("0.81 ± 0.02 – Zürich \\udcff") for _ in range(9000)] and 3))\''
 )
 
@@ -165,7 +165,8 @@ def test_the_exit_code_is_that_of_the_work_whatever_becomes_of_its_messages(shel
 def test_a_file_that_is_opened_later_does_not_get_the_number_of_a_closed_stream(tmp_path):
     kept = str(tmp_path / "kept")
     work = f"open({kept!r}, 'w').fileno() > 2 and __import__('os').system('echo stray') or 0"
-    code = f"import sys; from common.console import run_command as r; sys.exit(r(lambda c: {work}))"
+    start = "import sys; from fedsgcg.common.console import run_command as r; "
+    code = f"{start}sys.exit(r(lambda c: {work}))"
     subprocess.run(
         ["bash", "-c", f'{sys.executable} -c "$1" >&- 2>&- <&-', "-", code],
         cwd=ROOT,

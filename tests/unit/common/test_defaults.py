@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from common.settings.choices import BASES, CONFIGS
-from common.settings.compose import chosen, compose
-from common.settings.defaults import NOT_SETTINGS, typed_defaults
-from common.settings.plan import Plan
-from common.settings.run import RunSettings
+from fedsgcg.common.settings.choices import BASES, CONFIGS
+from fedsgcg.common.settings.compose import chosen, compose
+from fedsgcg.common.settings.defaults import NOT_SETTINGS, typed_defaults
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.run import RunSettings
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

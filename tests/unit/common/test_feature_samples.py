@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.errors import FedsgcgError
-from common.feature_samples import (
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.feature_samples import (
     PIXELS_A_CLASS,
     read_feature_samples,
     sample_pixels,

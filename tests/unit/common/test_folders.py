@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import FedsgcgError, Problem
-from common.files.errors import disk_advice
-from common.images.folders import look_through, stem_of, subfolders
-from common.images.formats import FOREIGN, conversion_advice, foreign_suffix
-from common.images.read import read_volume
-from common.names import alike, printable
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.images.folders import look_through, stem_of, subfolders
+from fedsgcg.common.images.formats import FOREIGN, conversion_advice, foreign_suffix
+from fedsgcg.common.images.read import read_volume
+from fedsgcg.common.names import alike, printable
 
 
 def touch(*paths):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from common.errors import FedsgcgError
-from common.images.read import (
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.read import (
     PLANES,
     Volume,
     affine_as,

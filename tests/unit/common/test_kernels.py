@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.sgcg import loss as sgcg
-from common.sgcg import moments
-from common.sgcg.loss import class_moments, sgcg_loss
+from fedsgcg.common.sgcg import loss as sgcg
+from fedsgcg.common.sgcg import moments
+from fedsgcg.common.sgcg.loss import class_moments, sgcg_loss
 
 pytest.importorskip("triton", reason="Triton is optional")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ def test_a_nan_is_not_hidden_by_the_kernel():
 
 @pytest.mark.parametrize(("form", "width"), [("diagonal", 8), ("none", 8), ("full", 129)])
 def test_what_the_kernel_does_not_hold_takes_the_torch_form(monkeypatch, form, width):
-    from common.sgcg import kernels
+    from fedsgcg.common.sgcg import kernels
 
     monkeypatch.setattr(kernels, "pixel_losses", None)
     features, labels, mean, covariance = (part.to(DEVICE) for part in problem(20, width, 2))
@@ -240,7 +240,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from common.sgcg import kernels
+from fedsgcg.common.sgcg import kernels
 
 TYPES = dict(
     features="*{0}", labels="*i64", mean="*fp32", covariance="*fp32", shift="*fp32",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from medpy.metric import binary
 
-from common.metrics import (
+from fedsgcg.common.metrics import (
     average_surface_distance,
     average_symmetric_surface_distance,
     dice,

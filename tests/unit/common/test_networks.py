@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.errors import FedsgcgError
-from common.networks import NETWORKS, UNet, build_network, initialise
-from common.settings.plan import NetworkSettings
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.networks import NETWORKS, UNet, build_network, initialise
+from fedsgcg.common.settings.plan import NetworkSettings
 
 
 def parameters(module: nn.Module) -> int:
@@ -152,9 +152,9 @@ def test_unknown_names_are_refused():
 
 PREDICTS = """
 import sys, torch
-from clients.device import choose_device
-from common.networks import build_network
-from common.settings.plan import NetworkSettings
+from fedsgcg.clients.device import choose_device
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import NetworkSettings
 choose_device("cpu")
 with torch.inference_mode():
     network = build_network(NetworkSettings(base_width=4), 3, 2, generator_seed=7).eval()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from common.images.phantoms import SCANNERS, SITES, make_patient, write_hospitals
-from common.images.read import check_geometry, check_image, read_volume
+from fedsgcg.common.images.phantoms import SCANNERS, SITES, make_patient, write_hospitals
+from fedsgcg.common.images.read import check_geometry, check_image, read_volume
 
 
 def test_the_folder_has_the_layout_that_a_hospital_would_bring(hospitals):

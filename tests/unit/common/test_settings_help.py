@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.errors import FedsgcgError
-from common.settings.compose import GROUPS, join, known_settings
-from common.settings.help import described, explain, sections
-from deploy.cli.coordinator import main
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.compose import GROUPS, join, known_settings
+from fedsgcg.common.settings.help import described, explain, sections
+from fedsgcg.deploy.cli.coordinator import main
 
 
 def test_every_setting_has_a_meaning_and_a_kind() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.sgcg import moments
-from common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
+from fedsgcg.common.sgcg import moments
+from fedsgcg.common.sgcg.loss import class_moments, reduce_labels, sgcg_loss
 
 FEATURES = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
 LABELS = torch.tensor([0, 1])

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from clients.data.cache import cache_folder, locked
-from clients.guard import ledger
-from common.errors import FedsgcgError
-from common.files import system
-from common.files.system import expand, has_home, lock, user_name
-from common.settings.compose import join
-from common.settings.flower_run import plan_of_run
-from deploy.prepare.conversion import claimed
-from deploy.site.supervisor import joined_pid, only_one
-from deploy.study.runtimes import LONGEST_TEMPORARY, ray_arguments, short_folder
-from server.records.journal import lock_file
+from fedsgcg.clients.data.cache import cache_folder, locked
+from fedsgcg.clients.guard import ledger
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files import system
+from fedsgcg.common.files.system import expand, has_home, lock, user_name
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.flower_run import plan_of_run
+from fedsgcg.deploy.prepare.conversion import claimed
+from fedsgcg.deploy.site.supervisor import joined_pid, only_one
+from fedsgcg.deploy.study.runtimes import LONGEST_TEMPORARY, ray_arguments, short_folder
+from fedsgcg.server.records.journal import lock_file
 
 ROOT = Path(__file__).resolve().parents[3]
 PLACES = {
@@ -134,7 +134,7 @@ def test_a_user_without_a_name_has_a_number(nobody):
 
 
 def test_flower_is_given_a_home_where_there_is_none(nobody, monkeypatch):
-    from deploy.environment import prepare_environment
+    from fedsgcg.deploy.environment import prepare_environment
 
     monkeypatch.delenv("FLWR_HOME", raising=False)
     monkeypatch.setenv("PATH", os.environ["PATH"])
@@ -144,7 +144,7 @@ def test_flower_is_given_a_home_where_there_is_none(nobody, monkeypatch):
 
 
 def test_a_temporary_folder_that_is_too_long_for_a_socket_is_not_taken(monkeypatch, tmp_path):
-    from deploy.study.preflight import Machine
+    from fedsgcg.deploy.study.preflight import Machine
 
     assert short_folder("/" + "x" * (LONGEST_TEMPORARY - 1)) == ""
     other = short_folder("/" + "x" * LONGEST_TEMPORARY)
@@ -165,8 +165,8 @@ def test_ray_starts_with_a_long_temporary_folder(tmp_path):
     long = tmp_path / ("x" * 80)
     long.mkdir()
     code = (
-        "import ray; from deploy.study.runtimes import *; "
-        "from deploy.study.preflight import Machine; "
+        "import ray; from fedsgcg.deploy.study.runtimes import *; "
+        "from fedsgcg.deploy.study.preflight import Machine; "
         "prepare_environment(); "
         "ray.init(**ray_arguments(Machine(1, 0), 'local')); ray.shutdown(); print('started')"
     )

@@ -6,9 +6,9 @@ from typing import Literal
 
 import pytest
 
-from common.errors import FedsgcgError
-from common.settings.yaml_file import build_from, explained, read_tree
-from deploy.coordinator.project import read_project
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
+from fedsgcg.deploy.coordinator.project import read_project
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from clients.guard.approval import Bundle, approve
-from clients.guard.site_file import write_site_file
-from common.console import Screen, run_command
-from common.settings.plan import Plan
-from deploy.certificates import certificate_fingerprint, make_authority, write_authority
-from deploy.cli import site as site_cli
-from deploy.site.check import (
+from fedsgcg.clients.guard.approval import Bundle, approve
+from fedsgcg.clients.guard.site_file import write_site_file
+from fedsgcg.common.console import Screen, run_command
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.certificates import certificate_fingerprint, make_authority, write_authority
+from fedsgcg.deploy.cli import site as site_cli
+from fedsgcg.deploy.site.check import (
     examine_device,
     examine_disk,
     examine_folders,
@@ -25,8 +25,8 @@ from deploy.site.check import (
     payload_bytes,
     show,
 )
-from deploy.site.check_files import Finding, examine_files, plain_id
-from deploy.site.check_link import examine_link
+from fedsgcg.deploy.site.check_files import Finding, examine_files, plain_id
+from fedsgcg.deploy.site.check_link import examine_link
 from tests.support import sites
 from tests.unit.clients.test_policy import policy_for
 

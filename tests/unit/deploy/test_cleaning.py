@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from common.console import Screen
-from common.errors import FedsgcgError
-from deploy.cli.coordinator import main
-from deploy.study.cleaning import PICTURES, RESUME, finished_cells, remove
-from deploy.study.record import check_same_study, write_record
-from deploy.study.run import run_study
+from fedsgcg.common.console import Screen
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.cli.coordinator import main
+from fedsgcg.deploy.study.cleaning import PICTURES, RESUME, finished_cells, remove
+from fedsgcg.deploy.study.record import check_same_study, write_record
+from fedsgcg.deploy.study.run import run_study
 from tests.support import small
 
 KEPT = (

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from common.console import run_command
-from deploy.cli import coordinator as cli
-from deploy.cli import site as site_cli
+from fedsgcg.common.console import run_command
+from fedsgcg.deploy.cli import coordinator as cli
+from fedsgcg.deploy.cli import site as site_cli
 from tests.support import small
 
 HEAVY = ("torch", "flwr", "ray", "nibabel", "hydra", "scipy", "sklearn", "matplotlib")
 
 
-@pytest.mark.parametrize("module", ["deploy.cli.coordinator", "deploy.cli.site"])
+@pytest.mark.parametrize("module", ["fedsgcg.deploy.cli.coordinator", "fedsgcg.deploy.cli.site"])
 def test_help_loads_nothing_heavy(module: str) -> None:
     code = f"import sys; sys.argv = ['x', '--help']; import {module}\n"
     code += f"try: {module}.main()\nexcept SystemExit: pass\n"

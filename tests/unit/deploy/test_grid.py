@@ -2,11 +2,11 @@
 
 import pytest
 
-from common.errors import FedsgcgError
-from common.settings.plan import Plan
-from deploy.study.grid import Variant, folder_name, split_axes, variants, with_grid
-from deploy.study.plan import plan_study
-from server.aggregation.amplitudes import sharing_level
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.grid import Variant, folder_name, split_axes, variants, with_grid
+from fedsgcg.deploy.study.plan import plan_study
+from fedsgcg.server.aggregation.amplitudes import sharing_level
 from tests.support import sites
 
 
@@ -133,7 +133,7 @@ def test_a_variant_is_a_command_line_of_its_own():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    from common.images.phantoms import write_hospitals
+    from fedsgcg.common.images.phantoms import write_hospitals
 
     return write_hospitals(
         tmp_path_factory.mktemp("grid"), sites=("A", "B", "C"), cases_per_site=2, shape=(4, 40, 40)

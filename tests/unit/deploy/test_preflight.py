@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import FedsgcgError
-from common.settings.compose import compose
-from common.settings.plan import Plan
-from deploy.study.preflight import check_plan, inspect_machine
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.compose import compose
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.preflight import check_plan, inspect_machine
 
 SITES = "data.sites=[North,South,West]"
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clients.data.case_files import discover_sites, open_site, split_of
-from clients.data.store import open_store
-from common.datasets import CATALOGUE, fetch_advice
-from common.errors import FedsgcgError
-from deploy.cli.coordinator import main
-from deploy.prepare.fundus import PUBLISHED, SIDE, cut, labels_of, window
+from fedsgcg.clients.data.case_files import discover_sites, open_site, split_of
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.common.datasets import CATALOGUE, fetch_advice
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.cli.coordinator import main
+from fedsgcg.deploy.prepare.fundus import PUBLISHED, SIDE, cut, labels_of, window
 from tests.support import downloads
 
 
@@ -606,7 +606,7 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path, capsys):
 
 
 def test_an_interrupted_call_is_continued(tmp_path, monkeypatch, capsys):
-    from deploy.prepare import prostate
+    from fedsgcg.deploy.prepare import prostate
 
     down, out = tmp_path / "down", tmp_path / "out"
     saml(down, {"HK": [38, 39, 40]})
@@ -632,7 +632,7 @@ def test_an_interrupted_call_is_continued(tmp_path, monkeypatch, capsys):
 
 
 def test_a_disk_that_refuses_is_one_clear_error(tmp_path, monkeypatch, capsys):
-    from deploy.prepare import prostate
+    from fedsgcg.deploy.prepare import prostate
 
     saml(tmp_path / "down", {"HK": [38, 39]})
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from common.console import Screen
-from deploy.study.cell import Cell
-from deploy.study.progress import Progress
+from fedsgcg.common.console import Screen
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.progress import Progress
 
 
 @pytest.fixture

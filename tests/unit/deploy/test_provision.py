@@ -12,11 +12,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from clients.guard.site_file import read_site_file
-from common.errors import FedsgcgError
-from deploy import certificates
-from deploy.coordinator.project import Kit, read_project
-from deploy.coordinator.provision import Provisioned, provision
+from fedsgcg.clients.guard.site_file import read_site_file
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy import certificates
+from fedsgcg.deploy.coordinator.project import Kit, read_project
+from fedsgcg.deploy.coordinator.provision import Provisioned, provision
 
 SECRETS = ("ca.key", "server.key", "token", "executor.secret", "site.key")
 

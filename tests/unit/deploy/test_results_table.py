@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from common.console import Screen
-from deploy.study.summary import _print_results
+from fedsgcg.common.console import Screen
+from fedsgcg.deploy.study.summary import _print_results
 
 
 def rows(known: int):

@@ -15,21 +15,21 @@ from flwr.cli.build import build_fab_from_disk
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from clients.guard.approval import FOLDERS, NOT_BUNDLED, bundle_of_folder, read_bundle
-from clients.guard.policy import refusals
-from clients.guard.site_file import read_site_file
-from common.errors import FedsgcgError
-from common.files.disk import Disk
-from common.settings.plan import Plan
-from deploy.cli import coordinator as cli
-from deploy.coordinator.bundle import ROOT, app_description, build_bundle
-from deploy.coordinator.control import Node
-from deploy.coordinator.project import SubmittedRun
-from deploy.coordinator.provision import provision
-from deploy.coordinator.runs import plan_deployment
-from deploy.coordinator.serve import presence
-from deploy.coordinator.status import RunProgress, read_progress, status_kit
-from server.sites.departures import declare
+from fedsgcg.clients.guard.approval import FOLDERS, NOT_BUNDLED, bundle_of_folder, read_bundle
+from fedsgcg.clients.guard.policy import refusals
+from fedsgcg.clients.guard.site_file import read_site_file
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.cli import coordinator as cli
+from fedsgcg.deploy.coordinator.bundle import ROOT, app_description, build_bundle
+from fedsgcg.deploy.coordinator.control import Node
+from fedsgcg.deploy.coordinator.project import SubmittedRun
+from fedsgcg.deploy.coordinator.provision import provision
+from fedsgcg.deploy.coordinator.runs import plan_deployment
+from fedsgcg.deploy.coordinator.serve import presence
+from fedsgcg.deploy.coordinator.status import RunProgress, read_progress, status_kit
+from fedsgcg.server.sites.departures import declare
 
 
 def events(*steps: tuple[float, str, dict[str, Any]]) -> RunProgress:
@@ -193,10 +193,10 @@ def test_the_bundle_describes_the_app_as_the_repository_does() -> None:
 
 def test_flower_builds_the_bundle_that_hospitals_approve_from_a_checkout(tmp_path: Path) -> None:
     """`flwr build` reads pyproject's patterns, `fedsgcg provision` the installed code."""
-    for name in (*FOLDERS, "pyproject.toml", "LICENSE"):
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copyfile
-        copy(source, tmp_path / name)
+    for name in (*FOLDERS, "fedsgcg"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
     bundle = read_bundle(build_fab_from_disk(tmp_path))
     assert bundle.digest == build_bundle().digest
     assert {"server/app.py", "clients/app.py", "configs/run.yaml"} <= bundle.code.keys()
@@ -206,9 +206,10 @@ def test_flower_builds_the_bundle_that_hospitals_approve_from_a_checkout(tmp_pat
 def test_the_app_runs_without_what_the_bundle_leaves_out() -> None:
     code = f"""
 import sys
-import server.app, clients.app
+import fedsgcg.server.app, fedsgcg.clients.app
 left_out = {NOT_BUNDLED!r}
-print([name for name in sys.modules if (name.replace(".", "/") + "/").startswith(left_out)])
+paths = [name.removeprefix("fedsgcg.").replace(".", "/") for name in sys.modules]
+print([path for path in paths if path.startswith(left_out)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

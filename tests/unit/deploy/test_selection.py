@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import FedsgcgError
-from common.images.phantoms import write_hospitals
-from common.settings.plan import Plan
-from deploy.study.cell import Cell
-from deploy.study.grid import split_select
-from deploy.study.plan import plan_study
-from deploy.study.record import read_record
-from deploy.study.run import run_study
-from deploy.study.selection import Candidate, choose, describe_selection
-from server.report.protocol import protocol_box
-from server.report.study_files import read_study
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.phantoms import write_hospitals
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.grid import split_select
+from fedsgcg.deploy.study.plan import plan_study
+from fedsgcg.deploy.study.record import read_record
+from fedsgcg.deploy.study.run import run_study
+from fedsgcg.deploy.study.selection import Candidate, choose, describe_selection
+from fedsgcg.server.report.protocol import protocol_box
+from fedsgcg.server.report.study_files import read_study
 from tests.support import sites, small
 
 
@@ -202,7 +202,7 @@ def test_figures_whose_settings_were_not_chosen_in_the_folds_say_so():
 
 @pytest.mark.slow
 def test_a_study_chooses_resumes_after_a_cut_and_trains_what_it_chose(hospitals, tmp_path, capsys):
-    from common.console import run_command
+    from fedsgcg.common.console import run_command
 
     def study(*more: str, folder: str):
         axes = ("method=source", "heldout=North", "federation.rounds=1", "ray.cpus=1", *more)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from flwr.app import Array
 
-from clients.data.cache import prune, touch_used
-from clients.guard import ledger
-from clients.guard.approval import (
+from fedsgcg.clients.data.cache import prune, touch_used
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.approval import (
     Bundle,
     approve,
     bundle_of_folder,
@@ -18,11 +18,17 @@ from clients.guard.approval import (
     is_approved,
     unpack,
 )
-from clients.guard.site_file import write_site_file
-from common.errors import FedsgcgError
-from deploy.cli import site as site_cli
-from deploy.site.commands import environment, free_port, new_secret, quoted, supernode_command
-from deploy.site.supervisor import Join, joined_pid, only_one
+from fedsgcg.clients.guard.site_file import write_site_file
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.deploy.cli import site as site_cli
+from fedsgcg.deploy.site.commands import (
+    environment,
+    free_port,
+    new_secret,
+    quoted,
+    supernode_command,
+)
+from fedsgcg.deploy.site.supervisor import Join, joined_pid, only_one
 from tests.conftest import REPOSITORY
 from tests.support import sites
 from tests.unit.clients.test_approval import fab
@@ -139,7 +145,7 @@ def test_approve_shows_what_a_refused_bundle_changes(kit, capsys):
     said = capsys.readouterr().out
     assert "clients/app.py  (+1 -0 lines)" in said
     assert "+two" in said
-    assert "clients.app:app -> clients.other:app" in said
+    assert "fedsgcg.clients.app:app -> clients.other:app" in said
     assert site_cli.main(["approve", str(kit), "--hash", "ffff"]) == 2
     assert site_cli.main(["approve", str(kit), "--hash", new.digest[:8], "--yes"]) == 0
     assert is_approved(new, path)

@@ -15,8 +15,8 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.superlink.config_loader import get_federation_manager, get_objectstore_linkstate_factories
 
-from deploy.coordinator.project import Kit, SubmittedRun
-from deploy.coordinator.state_cleanup import LOG_BYTES, size_of, tidy
+from fedsgcg.deploy.coordinator.project import Kit, SubmittedRun
+from fedsgcg.deploy.coordinator.state_cleanup import LOG_BYTES, size_of, tidy
 
 NUMBERS = 60_000
 """Numbers of the array that a run has on its way: 240 kB."""

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from common.errors import CODES, FedsgcgError
-from server.report.build import make_report
-from server.report.tables import summary_rows
+from fedsgcg.common.errors import CODES, FedsgcgError
+from fedsgcg.server.report.build import make_report
+from fedsgcg.server.report.tables import summary_rows
 from tests.support.report_study import (
     NESTED,
     ROUNDS,

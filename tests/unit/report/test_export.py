@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from server.report.export import latex_table, summary_table, write_tables
-from server.report.tables import METRICS, summary_rows
+from fedsgcg.server.report.export import latex_table, summary_table, write_tables
+from fedsgcg.server.report.tables import METRICS, summary_rows
 
 DICE = {"East": (0.8, 0.9), "West_2": (0.5, 0.7)}
 

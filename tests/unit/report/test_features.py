@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import FedsgcgError, fail
-from common.feature_samples import write_feature_samples
-from common.files.disk import Disk
-from common.statistics import ClassStatistics
-from server.report.build import gc_disabled, make_report
-from server.report.gallery import gallery, write_gallery
-from server.report.sections.features import (
+from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.feature_samples import write_feature_samples
+from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.server.report.build import gc_disabled, make_report
+from fedsgcg.server.report.gallery import gallery, write_gallery
+from fedsgcg.server.report.sections.features import (
     ABSENT,
     Pixels,
     cosines,
@@ -29,7 +29,7 @@ from server.report.sections.features import (
     tsne,
     tsne_section,
 )
-from server.report.study_files import read_study
+from fedsgcg.server.report.study_files import read_study
 from tests.support.report_study import write_large_study
 
 NAN = float("nan")

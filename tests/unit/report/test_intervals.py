@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from server.report.intervals import Component, combined_interval, component_of, mean_interval
+from fedsgcg.server.report.intervals import (
+    Component,
+    combined_interval,
+    component_of,
+    mean_interval,
+)
 
 NAN = float("nan")
 VALUES = st.lists(st.integers(-800, 800).map(lambda n: n / 8), min_size=2, max_size=12)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.report.figures import drawing as figures
-from server.report.figures.overlays import (
+from fedsgcg.server.report.figures import drawing as figures
+from fedsgcg.server.report.figures.overlays import (
     Images,
     choose_cases,
     contour_path,
@@ -22,13 +22,13 @@ from server.report.figures.overlays import (
     interval_bar,
     overlay,
 )
-from server.report.format import show, show_bytes, show_interval, show_seconds
-from server.report.intervals import Interval
-from server.report.reader import Picture, Reader
-from server.report.rounds import Curve, curves, departures, steps_by_federation
-from server.report.sections.panels import shift_figures, training_figures
-from server.report.study_files import Cell
-from server.report.summary import headline, join_words, settings_text
+from fedsgcg.server.report.format import show, show_bytes, show_interval, show_seconds
+from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.reader import Picture, Reader
+from fedsgcg.server.report.rounds import Curve, curves, departures, steps_by_federation
+from fedsgcg.server.report.sections.panels import shift_figures, training_figures
+from fedsgcg.server.report.study_files import Cell
+from fedsgcg.server.report.summary import headline, join_words, settings_text
 
 NAN = float("nan")
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.report import significance
-from server.report.significance import holm, sign_flips
+from fedsgcg.server.report import significance
+from fedsgcg.server.report.significance import holm, sign_flips
 
 NAN = float("nan")
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=12)

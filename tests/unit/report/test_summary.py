@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from common.run_folder import RESULTS_SCHEMA
-from deploy.study.record import collect
-from server.report.differences import CaseValues, compare_on_average
-from server.report.protocol import protocol_box
-from server.report.sections.results import result_tables
-from server.report.study_files import StudyFiles, read_study
-from server.report.summary import headline
-from server.report.tables import summary_rows
-from server.sites.replies import SiteEvaluation, evaluation_rows
+from fedsgcg.common.run_folder import RESULTS_SCHEMA
+from fedsgcg.deploy.study.record import collect
+from fedsgcg.server.report.differences import CaseValues, compare_on_average
+from fedsgcg.server.report.protocol import protocol_box
+from fedsgcg.server.report.sections.results import result_tables
+from fedsgcg.server.report.study_files import StudyFiles, read_study
+from fedsgcg.server.report.summary import headline
+from fedsgcg.server.report.tables import summary_rows
+from fedsgcg.server.sites.replies import SiteEvaluation, evaluation_rows
 from tests.support.report_study import write_study
 from tests.unit.report.test_tables import row
 

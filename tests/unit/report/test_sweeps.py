@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from deploy.study.grid import folder_name
-from server.report.build import make_report
-from server.report.differences import CaseValues, compare_everywhere, compare_on_average
-from server.report.figures.plots import is_logarithmic
-from server.report.labels import (
+from fedsgcg.deploy.study.grid import folder_name
+from fedsgcg.server.report.build import make_report
+from fedsgcg.server.report.differences import CaseValues, compare_everywhere, compare_on_average
+from fedsgcg.server.report.figures.plots import is_logarithmic
+from fedsgcg.server.report.labels import (
     Label,
     figure_groups,
     folder_of,
@@ -27,11 +27,16 @@ from server.report.labels import (
     main_pairs,
     read_label,
 )
-from server.report.sections.claims import claim_sentence, federation_pairs, main_claims
-from server.report.sections.papers import ablation_tables, layouts_of, paper_notes, paper_tables
-from server.report.sections.published import published_for, published_tables
-from server.report.sections.sweeps import sweep_sections, sweeps_of
-from server.report.tables import heldout_rows, merge_models, methods_of, summary_rows
+from fedsgcg.server.report.sections.claims import claim_sentence, federation_pairs, main_claims
+from fedsgcg.server.report.sections.papers import (
+    ablation_tables,
+    layouts_of,
+    paper_notes,
+    paper_tables,
+)
+from fedsgcg.server.report.sections.published import published_for, published_tables
+from fedsgcg.server.report.sections.sweeps import sweep_sections, sweeps_of
+from fedsgcg.server.report.tables import heldout_rows, merge_models, methods_of, summary_rows
 from tests.support.report_study import (
     ARMS,
     FUNDUS,
@@ -907,7 +912,7 @@ def test_a_page_shows_the_row_as_the_papers_count_and_an_old_table_has_none(tmp_
 
 
 def test_cells_of_an_older_version_join_those_of_this_one(tmp_path):
-    from deploy.study.record import collect as collect_study
+    from fedsgcg.deploy.study.record import collect as collect_study
 
     for seed in (0, 1):
         (tmp_path / "sgcg" / "HK" / str(seed)).mkdir(parents=True)

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from server.report.differences import CaseValues, compare_on_average, paired_differences
-from server.report.tables import (
+from fedsgcg.server.report.differences import CaseValues, compare_on_average, paired_differences
+from fedsgcg.server.report.tables import (
     AVERAGE,
     best_methods,
     distance_unit,

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from common.errors import CODES
-from common.statistics import ClassStatistics
-from common.wire.payload import Identity, Weights
-from server.admission import RULES, Expectation, admit
+from fedsgcg.common.errors import CODES
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.server.admission import RULES, Expectation, admit
 
 IDENTITY = Identity("run", "D", 3, "plan")
 LAYOUT = (("conv.weight", (2, 2)), ("bn.running_var", (2,)))

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.errors import FedsgcgError
-from common.settings.compose import join
-from common.settings.plan import Plan
-from common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
-from server.aggregation.amplitudes import merge_amplitudes
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
+from fedsgcg.server.aggregation.amplitudes import merge_amplitudes
 
 SIDE, SIZE = 32, 4
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_used_is_refused_with_the_sites_name(monkeypatch):
     wider = AmplitudeSummary.from_amplitudes(windows(0, size=SIZE + 1), SIDE)
     grey = AmplitudeSummary.from_amplitudes(windows(0, channels=1), SIDE)
     with monkeypatch.context() as older:
-        older.setattr("common.wire.amplitudes.SCHEMA_VERSION", "1")
+        older.setattr("fedsgcg.common.wire.amplitudes.SCHEMA_VERSION", "1")
         old = good.encode()
     for data, code, words in (
         (replace(good, count=2.5).encode(), "STA-201", "2.5 images"),

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import FedsgcgError, Problem
-from common.statistics import ClassStatistics
-from common.wire.payload import Identity, Weights
-from server.records.checkpoint import Best, RoundRecord, encode_checkpoint
-from server.records.journal import Journal, decisive_settings
+from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.server.records.checkpoint import Best, RoundRecord, encode_checkpoint
+from fedsgcg.server.records.journal import Journal, decisive_settings
 from tests.support.plans import small_plan
 
 SETTINGS = {"seed": 0, "method": {"name": "sgcg"}}
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_and_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        older.setattr("server.records.checkpoint.SCHEMA_VERSION", "1")
+        older.setattr("fedsgcg.server.records.checkpoint.SCHEMA_VERSION", "1")
         filled(tmp_path, 1)
     with journal(tmp_path) as found, pytest.raises(FedsgcgError) as caught:
         found.resume()
@@ -243,8 +243,9 @@ def test_a_second_user_of_the_folder_is_refused_and_told_who_holds_it(tmp_path: 
             journal(tmp_path)
         assert caught.value.code == "CFG-006"
         code = (
-            "import sys, os; from pathlib import Path; from server.records.journal import Journal\n"
-            "from common.errors import FedsgcgError\n"
+            "import sys, os; from pathlib import Path\n"
+            "from fedsgcg.server.records.journal import Journal\n"
+            "from fedsgcg.common.errors import FedsgcgError\n"
             "try: Journal(Path(sys.argv[1]), 'plan', {})\n"
             "except FedsgcgError as error: print(error)"
         )

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from common.networks import build_network
-from common.settings.plan import NetworkSettings
-from common.statistics import ClassStatistics
-from common.wire.payload import Weights
-from server.aggregation.class_statistics import merge_statistics
-from server.aggregation.fedavg import merge_weights
+from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.plan import NetworkSettings
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.payload import Weights
+from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.fedavg import merge_weights
 
 LAYOUT = (("w", (2,)), ("b", ()))
 

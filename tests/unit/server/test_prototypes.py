@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from common.settings.plan import PrototypeSettings
-from common.statistics import ClassStatistics
-from server.aggregation.prototypes import PrototypeMemory, prototype_rows
+from fedsgcg.common.settings.plan import PrototypeSettings
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows
 
 
 def of(values: list[float], other: list[float] | None = None) -> ClassStatistics:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.errors import FedsgcgError
-from common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN
-from common.wire.payload import Weights
-from server.records.model_card import protocol
-from server.selection import best_so_far, guard_recipients, source_score
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.wire.messages import ENROL, EVALUATE, STATISTICS, TRAIN
+from fedsgcg.common.wire.payload import Weights
+from fedsgcg.server.records.model_card import protocol
+from fedsgcg.server.selection import best_so_far, guard_recipients, source_score
 from tests.support.plans import small_plan
 
 MODEL = Weights((("x", (1,)),), np.zeros(1, np.float32))

@@ -9,18 +9,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from clients.data.case_files import open_site
-from clients.data.store import open_store
-from clients.guard.contents import TrainedOn, shared_contents
-from common.errors import FedsgcgError
-from common.images.contents import TRAINING_IMAGES, content_hash, salt_of, salted_content
-from common.images.read import affine_as, read_volume, write_volume
-from common.settings.compose import join
-from common.settings.plan import Plan
-from common.wire.messages import ENROL
-from common.wire.payload import Identity
-from server.federation import run_federation
-from server.sites.shared_images import learned_from, shared_images
+from fedsgcg.clients.data.case_files import open_site
+from fedsgcg.clients.data.store import open_store
+from fedsgcg.clients.guard.contents import TrainedOn, shared_contents
+from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.images.contents import TRAINING_IMAGES, content_hash, salt_of, salted_content
+from fedsgcg.common.images.read import affine_as, read_volume, write_volume
+from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.wire.messages import ENROL
+from fedsgcg.common.wire.payload import Identity
+from fedsgcg.server.federation import run_federation
+from fedsgcg.server.sites.shared_images import learned_from, shared_images
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import ScriptedGrid
 from tests.unit.clients.test_policy import policy_for
@@ -68,7 +68,7 @@ def test_the_hash_is_of_what_is_seen():
     volume = rng.normal(size=(2, 3, 4)).astype(np.float32)
 
     def hashed(array, picture=False):
-        from common.images.read import Volume
+        from fedsgcg.common.images.read import Volume
 
         return content_hash(Volume(array, np.eye(4), (1.0, 1.0, 1.0), picture))
 
