@@ -1,4 +1,4 @@
-"""An install adds one importable name, `fedsgcg`, so that own modules of a notebook do not clash."""
+"""An install adds one name, `fedsgcg`: own modules of a notebook do not clash with it."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from fedsgcg.deploy.coordinator.bundle import build_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 USE = """
-import common
+common = __import__("common")  # a module of the notebook
 import fedsgcg
 from fedsgcg.common.settings.compose import compose
 from fedsgcg.deploy.coordinator.bundle import build_bundle
