@@ -5,7 +5,7 @@ Legend: B slices of a batch, C channels, H = W = S rows and columns, D source do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,8 +151,8 @@ def batch_indices(size: int, batch_size: int, rng: np.random.Generator) -> list[
     return [np.asarray(part, dtype=np.int64) for part in np.split(order, cuts)]
 
 
-def steps_of(tables: Sequence[SliceTable], settings: MethodSettings) -> int:
-    """Return the number of batches of a round."""
+def steps_of(tables: Sequence[Sized], settings: MethodSettings) -> int:
+    """Return the number of batches of a round; of each domain only the number of slices counts."""
     if settings.steps_per_round:
         return settings.steps_per_round
     sizes = domain_sizes(settings, len(tables))

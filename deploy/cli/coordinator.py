@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from fedsgcg.common.console import Screen, Version, add_output_options, run_command, steps_of
@@ -207,10 +208,10 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
         "device": study.device,
     }
     if options.dry_run:
-        from fedsgcg.deploy.study.dry_run import show_plan
+        from fedsgcg.deploy.cli.dry_run import show_plan
 
-        show_plan(study, console)
-        console.event("study.planned", **facts)
+        found = show_plan(study, console)
+        console.event("study.planned", **facts, **asdict(found))
         return 0
     console.event("study.started", **facts)
     code = run_study(study, console)

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from fedsgcg.common.console import run_command
+from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.cli import coordinator as cli
 from fedsgcg.deploy.cli import site as site_cli
+from fedsgcg.deploy.cli.dry_run import training_steps
+from fedsgcg.deploy.study.runtimes import run_cell_in_process
 from tests.support import small
 
 HEAVY = ("torch", "flwr", "ray", "nibabel", "hydra", "scipy", "sklearn", "matplotlib")
@@ -87,7 +91,21 @@ def test_a_dry_run_names_the_cells_and_the_disk_and_writes_nothing(
     out = capsys.readouterr().out
     assert "source: 8 cells, 8 to do" in out
     assert "MB of models" in out
+    # 16 cells of 3 training sites, 3 rounds of 2 steps
+    assert " 288 training steps" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_estimated_steps_are_those_that_training_takes(hospitals: Path, tmp_path: Path) -> None:
+    """In epochs the steps depend on the slices, which the estimate counts in the headers."""
+    texts = ("heldout=South", "method=source", "method.steps_per_round=0", "method.batch_size=4")
+    for ownership in ("by_site", "pooled"):
+        (cell,) = small.plan(
+            hospitals, tmp_path / ownership, *texts, f"federation={ownership}"
+        ).cells
+        run_cell_in_process(cell.tree)
+        rows = pq.read_table(cell.folder / "rounds.parquet", filters=[("metric", "=", "steps")])
+        assert training_steps(Plan.from_tree(cell.tree)) == sum(rows["value"].to_pylist())
 
 
 def test_quiet_prints_problems_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

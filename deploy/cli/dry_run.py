@@ -1,0 +1,151 @@
+"""`--dry-run`: the cells a study would run, and an estimate of its disk space and time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import nibabel as nib
+
+from fedsgcg.clients.data.batches import steps_of
+from fedsgcg.clients.data.case_files import CaseFile, open_site, splits
+from fedsgcg.clients.device import choose_device
+from fedsgcg.common.console import Screen
+from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.site.check_step import measure_step
+from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.study import Study
+
+CHECKPOINTS: Final = 3
+"""Checkpoints of a running cell on disk: two are kept while the next is written."""
+
+VIEWS_OF_A_MIX: Final = 2.0
+"""Cost of a step that trains on the image and on its amplitude-mixed copy."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated cost of the cells that are still to do.
+
+    Attributes:
+        steps: Training steps of all cells, sites and rounds.
+        seconds: Duration of these steps on this machine, with as many sites in parallel as it has
+            cores or GPUs for.
+        model_bytes: Models that stay on disk.
+        running_bytes: Additional disk space while the study runs.
+    """
+
+    steps: int
+    seconds: float
+    model_bytes: int
+    running_bytes: int
+
+
+def show_plan(study: Study, console: Screen) -> Estimate:
+    """Print the cells of a study and an estimate of its disk space and time."""
+    inner = [
+        cell
+        for found in study.candidates.values()
+        for candidate in found
+        for cell in candidate.inner
+    ]
+    missing = [cell for cell in study.cells if not cell.done]
+    for label, count in Counter(cell.method for cell in study.cells).items():
+        to_do = sum(cell.method == label for cell in missing)
+        console.print(f"{label}: {count} cells, {to_do} to do")
+    for cell in study.cells:
+        console.print(f"  {cell.name}  {'done' if cell.done else 'to do'}")
+    if inner:
+        console.print(f"and {len(inner)} cells that choose settings inside the folds")
+    with console.status("measuring a training step"):
+        found = estimate([*missing, *inner], study)
+    console.print(
+        f"disk: about {found.model_bytes / 1e6:.0f} MB of models in {study.folder}, "
+        f"{found.running_bytes / 1e6:.0f} MB more while it runs; pictures for the report and the "
+        "slice cache are not included"
+    )
+    console.print(
+        f"time: about {_duration(found.seconds)} for {found.steps:,} training steps on this "
+        "machine; evaluation and the report are not included"
+    )
+    return found
+
+
+def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
+    """Estimate the cost of cells from one measured training step per network, batch and image size.
+
+    The number of slices comes from the headers of the images. It is an upper bound where only
+    slices with a structure train (`data.train_slices=foreground`).
+    """
+    device = choose_device(study.device, 1)
+    steps, seconds, sizes = 0, 0.0, [0]
+    measured: dict[str, float] = {}
+    for cell in cells:
+        plan = Plan.from_tree(cell.tree)
+        key = repr((plan.network, plan.method.batch_size, plan.data.image_size, plan.site.threads))
+        if key not in measured:
+            choose_device(study.device, plan.site.threads)
+            measured[key] = measure_step(plan, device).seconds
+        views = VIEWS_OF_A_MIX if plan.method.mixes else 1.0
+        places = study.machine.cpus // plan.site.threads
+        parallel = max(1, study.machine.gpus if study.device == "cuda" else places)
+        own = training_steps(plan)
+        steps += own
+        seconds += own * measured[key] * views / parallel
+        sizes.append(model_bytes(plan))
+    at_once = min(len(cells), study.machine.cpus)
+    return Estimate(steps, seconds, sum(sizes), CHECKPOINTS * at_once * max(sizes))
+
+
+def training_steps(plan: Plan) -> int:
+    """Return the number of training steps of a federation, over all sites and rounds."""
+    training = [site for site in plan.members() if plan.role(site) == "train"]
+    per_round = sum(
+        steps_of([range(_slices(plan, name)) for name in plan.hospitals_of(site)], plan.method)
+        for site in training
+    )
+    return per_round * plan.federation.rounds
+
+
+def model_bytes(plan: Plan) -> int:
+    """Return the size of a model in bytes."""
+    state = build_network(
+        plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None
+    ).state_dict()
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def _slices(plan: Plan, hospital: str) -> int:
+    """Return the number of slices of a hospital's training cases."""
+    if plan.method.steps_per_round:
+        return 0  # the number of steps does not depend on it
+    site = open_site(Path(plan.data.root), hospital, plan.data)
+    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False)
+    used = [case for case, split in zip(site.cases, chosen, strict=True) if split == "train"]
+    return sum(_slices_of(case) for case in used if case.mask)
+
+
+def _slices_of(case: CaseFile) -> int:
+    return _depth(case.image) if suffix_of(case.image) in VOLUME_SUFFIXES else 1
+
+
+@cache
+def _depth(path: Path) -> int:
+    """Return the number of slices of a volume: its shortest side, from the header."""
+    try:
+        shape: tuple[int, ...] = nib.load(path).shape  # type: ignore[attr-defined]
+    except (OSError, nib.filebasedimages.ImageFileError):
+        return 0  # a damaged file is left out of training
+    return min(shape[:3])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
