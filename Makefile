@@ -4,10 +4,11 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check docs bench bench-gpu clean
+.PHONY: help setup demo test test-fast check docs bench bench-gpu clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
+	@echo "make test-fast  formulas and units only, in a few minutes"
 	@echo "make check   formatting, lint, types, import rules, documentation"
 	@echo "make docs    build the documentation site into site/index.html"
 	@echo "make bench   speed and memory compared with alternatives, as ratios within one run"
@@ -29,6 +30,9 @@ demo: setup
 
 test: setup
 	$(RUN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: setup
+	$(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/unit tests/laws
 
 check: setup
 	$(RUN)/ruff format --check .
