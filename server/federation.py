@@ -25,12 +25,13 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.server.aggregation.aggregators import AGGREGATORS
 from fedsgcg.server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
 from fedsgcg.server.aggregation.class_statistics import merge_statistics
-from fedsgcg.server.aggregation.fedavg import merge_moments, merge_weights
+from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.records import results
-from fedsgcg.server.records.checkpoint import Best, RoundRecord
+from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
 from fedsgcg.server.records.model_card import IN_CHANNELS, model_card
@@ -246,7 +247,8 @@ class Federation:
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
         trained = self._requests.collect(TRAIN, request)
         self._note_classes(number, prototypes, before or trained)
-        merged, after = self._recalibrated(identity, admitted(trained))
+        merged, aggregator_state = self._merged(state, admitted(trained))
+        merged, after = self._recalibrated(identity, merged, admitted(trained))
         described = after if self._plan.described_after_merge else before or trained
         fresh = statistics_of(described)
         if not before:
@@ -264,6 +266,7 @@ class Federation:
             parts=parts,
             # The sites validated the model that they received: that of the previous round.
             best=best_so_far(state.best, number - 1, score, state.weights),
+            aggregator_state=aggregator_state,
         )
         rows += self._heldout_curve(record)
         record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
@@ -276,10 +279,18 @@ class Federation:
         )
         return record
 
+    def _merged(
+        self, state: RoundRecord, trained: list[Collected]
+    ) -> tuple[Weights, AggregatorState]:
+        """Merge the sites' models by the aggregation rule of the plan."""
+        rule = AGGREGATORS[self._plan.federation.aggregator]
+        parts = [self._weighted(part) for part in trained]
+        return rule(state.weights, parts, state.aggregator_state)
+
     def _recalibrated(
-        self, identity: Identity, trained: list[Collected]
+        self, identity: Identity, merged: Weights, trained: list[Collected]
     ) -> tuple[Weights, list[Collected]]:
-        """Merge the weights and replace the BatchNorm moments by pooled ones.
+        """Replace the BatchNorm moments of the merged model by pooled ones.
 
         The sites whose weights were merged measure the moments under the merged weights. Nothing is
         measured with `federation.norm_policy=average` or for a network without BatchNorm.
@@ -287,7 +298,6 @@ class Federation:
         Returns:
             The model, and the answers, which also hold the class statistics of `memory=restart`.
         """
-        merged = merge_weights([self._weighted(part) for part in trained])
         if not self._plan.recalibrates:
             return merged, []
         options = {"moments": True, "classes": self._plan.described_after_merge}

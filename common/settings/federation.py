@@ -28,6 +28,7 @@ class FederationSettings(Section):
         late: How to treat a site that missed a round's deadline: `next_round` asks it again in the
             next round, so that each round may take up to its deadline; `drop` does not ask it again
             in this run. A late reply never counts.
+        aggregator: How the sites' models become the global model: `fedavg`, their weighted mean.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
             the sites measured under their local weights, like every other entry. `recalibrate`
@@ -49,6 +50,7 @@ class FederationSettings(Section):
     join_deadline_s: float = 120.0
     round_deadline_s: float = 3600.0
     late: Literal["next_round", "drop"] = "next_round"
+    aggregator: Literal["fedavg"] = "fedavg"
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"

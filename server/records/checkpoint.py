@@ -24,9 +24,14 @@ from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
 
 KIND: Final = "fedsgcg.checkpoint"
-SCHEMA_VERSION: Final = "2"
+SCHEMA_VERSION: Final = "3"
 PART: Final = "part/"
 """Prefix of the tensors that hold the class statistics remembered for one site."""
+AGGREGATOR: Final = "aggregator/"
+"""Prefix of the tensors of the aggregation rule's state."""
+
+AggregatorState = Mapping[str, npt.NDArray[Any]]
+"""State of an aggregation rule between rounds: name -> array."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class RoundRecord:
         parts: Class statistics remembered after the round, by site
             (`server.aggregation.prototypes`).
         best: Best model so far by source validation, None without a score.
+        aggregator_state: State of the aggregation rule after the round
+            (`server.aggregation.aggregators`).
         notes: All problems up to this round; any makes the run `degraded` instead of `completed`.
         rows: Metrics of this round (`ROWS_SCHEMA`); empty in a record read from a checkpoint.
     """
@@ -62,6 +69,7 @@ class RoundRecord:
     weights: Weights
     parts: Mapping[str, ClassStatistics] = field(default_factory=dict)
     best: Best | None = None
+    aggregator_state: AggregatorState = field(default_factory=dict)
     notes: tuple[Problem, ...] = ()
     rows: tuple[dict[str, Any], ...] = ()
 
@@ -99,6 +107,8 @@ def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
     tensors: dict[str, npt.NDArray[Any]] = {"weights": np.ascontiguousarray(record.weights.values)}
     for site, part in record.parts.items():
         tensors[PART + site] = np.frombuffer(encode_statistics(part, record.identity), np.uint8)
+    for name, array in record.aggregator_state.items():
+        tensors[AGGREGATOR + name] = np.ascontiguousarray(array)
     if record.best is not None:
         tensors["best"] = np.ascontiguousarray(record.best.weights.values)
     best = None
@@ -155,6 +165,11 @@ def _record(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -
             float(best["score"]),
             Weights.decode(best["layout"], tensors["best"]),
         ),
+        aggregator_state={
+            name.removeprefix(AGGREGATOR): tensors[name]
+            for name in sorted(tensors)
+            if name.startswith(AGGREGATOR)
+        },
         notes=tuple(Problem(**note) for note in facts["notes"]),
     )
 

@@ -44,8 +44,9 @@ def record(number: int, plan: str = "plan") -> RoundRecord:
         model,
         parts,
         Best(number - 1, 0.1 * number, model) if number > 1 else None,
-        (Problem("RND-404", where="round 1, B", found="no answer"),) if number > 1 else (),
-        tuple(rows),
+        aggregator_state={"momentum": rng.normal(size=5)},
+        notes=(Problem("RND-404", where="round 1, B", found="no answer"),) if number > 1 else (),
+        rows=tuple(rows),
     )
 
 
@@ -88,6 +89,8 @@ def test_the_last_done_round_comes_back_bit_for_bit(rounds: int, tmp_path: Path)
         assert found.done == rounds
         assert found.damaged == ()
     assert back is not None
+    momentum = back.aggregator_state["momentum"]
+    assert momentum.tobytes() == records[-1].aggregator_state["momentum"].tobytes()
     assert back.weights.values.tobytes() == records[-1].weights.values.tobytes()
     assert back.notes == records[-1].notes
     assert set(back.parts) == set(records[-1].parts)

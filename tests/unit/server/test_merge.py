@@ -1,14 +1,23 @@
 """The merge against hand-computed numbers, and every state key against the documented rule."""
 
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 
+from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.networks import build_network
+from fedsgcg.common.settings.federation import FederationSettings
 from fedsgcg.common.settings.plan import NetworkSettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Weights
+from fedsgcg.deploy.study.runtimes import run_cell_in_process
+from fedsgcg.server.aggregation.aggregators import AGGREGATORS
 from fedsgcg.server.aggregation.class_statistics import merge_statistics
 from fedsgcg.server.aggregation.fedavg import merge_weights
+from tests.support import small
 
 LAYOUT = (("w", (2,)), ("b", ()))
 
@@ -145,3 +154,37 @@ def test_unknown_weighting_and_a_site_twice_are_refused() -> None:
         merge_statistics([("A", one_class([1]))], "cases")
     with pytest.raises(ValueError, match="twice"):
         merge_statistics([("A", one_class([1])), ("A", one_class([1]))])
+
+
+def test_every_aggregator_of_the_settings_exists() -> None:
+    (choices,) = [
+        get_args(hint)
+        for name, hint in get_type_hints(FederationSettings).items()
+        if name == "aggregator"
+    ]
+    assert set(choices) == AGGREGATORS.keys()
+
+
+def test_a_rule_gets_the_previous_model_and_its_own_state_again_after_a_resume(
+    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def counting(previous, parts, state):  # type: ignore[no-untyped-def]
+        calls = int(state["calls"][0]) if state else 0
+        seen.append((previous.digest(), calls))
+        if len(seen) == 3:
+            raise fail("SRV-401", found="the disk is full", expected="space")
+        return merge_weights(parts), {"calls": np.array([calls + 1])}
+
+    monkeypatch.setitem(AGGREGATORS, "fedavg", counting)  # type: ignore[arg-type]
+    texts = ("method=source", "heldout=South", "federation.norm_policy=average")
+    (cell,) = small.plan(hospitals, tmp_path / "run", *texts).cells
+    with suppress(FedsgcgError):
+        run_cell_in_process(cell.tree)
+    assert cell.outcome()["status"] == "failed"
+    run_cell_in_process(cell.tree)
+    assert cell.outcome()["status"] == "completed"
+    assert [calls for _, calls in seen] == [0, 1, 2, 2]
+    assert seen[2] == seen[3], "the model of round 2, read from the checkpoint"
+    assert len({digest for digest, _ in seen}) == 3
