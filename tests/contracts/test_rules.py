@@ -71,3 +71,16 @@ def test_data_is_printed_by_the_one_console_that_changes_nothing_of_it(pattern: 
     assert [
         str(path.relative_to(ROOT)) for path in others if re.search(pattern, path.read_text())
     ] == []
+
+
+def test_no_comment_refers_to_a_page_that_does_not_exist() -> None:
+    """A reader can follow every reference: to a page of the documentation, from its folder."""
+    pattern = re.compile(r"(?<![\w{}$*])[\w./-]*[\w-]\.md\b")
+    homes = (ROOT, ROOT / "docs", *(path for path in (ROOT / "docs").iterdir() if path.is_dir()))
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in [*PRODUCT, ROOT / "pyproject.toml", *sorted((ROOT / "configs").rglob("*.yaml"))]
+        for name in pattern.findall(path.read_text())
+        if not any((home / name).is_file() for home in homes)
+    ]
+    assert missing == []
