@@ -79,6 +79,7 @@ CODES: Final[dict[str, str]] = {
     "PAY-107": "The payload has another schema version.",
     "PAY-110": "A count is not a positive whole number.",
     "PAY-111": "A count is larger than the site can have.",
+    "PAY-112": "A value is outside its possible range.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from fedsgcg.common.statistics import ClassStatistics
-from fedsgcg.common.wire.norm_moments import NormMoments, norm_layers
+from fedsgcg.common.wire.norm_moments import VARIANCE, NormMoments, norm_layers
 from fedsgcg.common.wire.payload import Identity, Weights
 
 SYMMETRY: Final = 1e-9
@@ -30,6 +30,26 @@ UNIT_NORM: Final = 1e-3
 
 Features in bfloat16 have about three significant digits.
 """
+
+MAX_COUNT: Final = 2.0**53
+"""Largest counter or number of pixels: integers up to it are exact in float64, and a BatchNorm
+counter that starts here cannot overflow int64 in any run."""
+
+MAX_WEIGHT: Final = 1e9
+"""Largest magnitude of a weight: its square and sums of such squares stay finite in float32."""
+
+METRIC_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "examples": (0.0, 1e9),
+    "steps": (0.0, 1e9),
+    "micro_batches": (1.0, 1e6),
+    "seconds": (0.0, 1e7),
+    "learning_rate": (0.0, 1e3),
+    "validation_dice": (0.0, 1.0),
+    "validation_cases": (0.0, 1e6),
+}
+"""Possible values of the metrics of a site; a loss and its parts are within +-MAX_LOSS."""
+
+MAX_LOSS: Final = 1e9
 
 
 class Payload(Protocol):
@@ -112,6 +132,7 @@ def admit(payload: Payload, expectation: Expectation) -> Verdict:
     | PAY-101 | weights that are not finite |
     | PAY-110 | a number of examples that is not a positive integer |
     | PAY-111 | more examples than the site has |
+    | PAY-112 | a weight, counter or metric outside its range |
     | STA-201 | class statistics that are missing or impossible |
     | STA-202 | moments of the BatchNorm layers that are missing or impossible |
     """
@@ -152,7 +173,7 @@ def _misshapen(payload: Payload, expectation: Expectation) -> str:
         name for name, _ in expectation.reference.counters
     ]:
         return "other counters"
-    return "a negative counter" if any(value < 0 for _, value in payload.weights.counters) else ""
+    return ""
 
 
 def _not_finite(payload: Payload, expectation: Expectation) -> str:
@@ -183,6 +204,23 @@ def _overcounted(payload: Payload, expectation: Expectation) -> str:
     return f"{examples:.0f} examples, but the site enrolled with {expectation.max_examples}"
 
 
+def _out_of_range(payload: Payload, expectation: Expectation) -> str:
+    for name, value in payload.metrics.items():
+        low, high = METRIC_RANGES.get(name, (-MAX_LOSS, MAX_LOSS))
+        if (name in METRIC_RANGES or name.startswith("loss")) and not low <= value <= high:
+            return f"a metric of {value:g}, expected {low:g} to {high:g}"
+    if expectation.reference is None or payload.weights is None:
+        return ""
+    if any(not 0 <= value <= MAX_COUNT for _, value in payload.weights.counters):
+        return "a counter that is negative or larger than 2^53"
+    if np.abs(payload.weights.values).max(initial=0.0) > MAX_WEIGHT:
+        return f"a weight larger than {MAX_WEIGHT:g}"
+    for name, array in payload.weights.to_state().items():
+        if name.endswith(VARIANCE) and (array < 0).any():
+            return "a negative running variance"
+    return ""
+
+
 def _impossible(payload: Payload, expectation: Expectation) -> str:
     if expectation.statistics_shape is None:
         return ""
@@ -200,6 +238,8 @@ def _impossible(payload: Payload, expectation: Expectation) -> str:
         return "statistics that are not finite"
     if (statistics.count < 0).any() or (statistics.count % 1 != 0).any():
         return "a pixel count that is negative or not an integer"
+    if (statistics.count > MAX_COUNT).any():
+        return "a pixel count larger than 2^53"
     return _impossible_scatter(statistics, expectation.unit_norm)
 
 
@@ -245,6 +285,8 @@ def _impossible_moments(payload: Payload, expectation: Expectation) -> str:
         return "moments that are not finite"
     if (moments.count < 2).any() or (moments.count % 1 != 0).any():
         return "a number of values that is below two or not an integer"
+    if (moments.count > MAX_COUNT).any():
+        return "a number of values larger than 2^53"
     if (moments.scatter < 0).any():
         return "a negative variance"
     largest = np.finfo(np.float32).max
@@ -259,6 +301,7 @@ RULES: Final[Mapping[str, Callable[[Payload, Expectation], str]]] = {
     "PAY-101": _not_finite,
     "PAY-110": _miscounted,
     "PAY-111": _overcounted,
+    "PAY-112": _out_of_range,
     "STA-201": _impossible,
     "STA-202": _impossible_moments,
 }

@@ -204,7 +204,8 @@ class Weights:
                 (str(name), tuple(int(n) for n in shape)) for name, shape in parsed["layout"]
             )
             counters = tuple((str(name), int(value)) for name, value in parsed["counters"].items())
-        except (ValueError, KeyError, TypeError) as error:
+            np.asarray([value for _, value in counters], dtype=np.int64)  # OverflowError
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise fail(
                 "PAY-106", found="layout that is not JSON", expected="names and shapes"
             ) from error

@@ -45,6 +45,9 @@ UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
 KEPT: Final = ("DAT-110",)
 """Codes of cases that are flagged but used: a mask without a structure is a true negative."""
 
+MAX_SLICES: Final = 10**9
+"""Most training slices that a site may declare."""
+
 SETTLE_S = 0.5
 """Seconds without a new node after which enrolment ends.
 
@@ -389,6 +392,10 @@ class Cohort:
         if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
+        if role == "train" and not 0 < member.slices("train") <= MAX_SLICES:
+            # The number bounds the site's weight in every round, so that it must be known.
+            expected = f"a number of training slices from 1 to {MAX_SLICES}"
+            raise fail("PAY-110", where=site, found="no such number", expected=expected)
         if self._compared:  # a site that enrols late is refused alone and stops no other
             self._compare_images(
                 {name: one.details for name, one in self.members.items()} | {site: reply.details}

@@ -4,6 +4,7 @@ No text from a site gets out.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +82,50 @@ def unreadable_details(reply: Reply) -> RecordDict:
     return records
 
 
+def with_counters(value: int) -> Callable[[Reply], Reply]:
+    """Set every BatchNorm counter to a value."""
+
+    def bend(reply: Reply) -> Reply:
+        counters = tuple((name, value) for name, _ in reply.weights.counters)
+        return replace(reply, weights=replace(reply.weights, counters=counters))
+
+    return bend
+
+
+def negative_variance(reply: Reply) -> Reply:
+    state = {name: array.copy() for name, array in reply.weights.to_state().items()}
+    name = next(name for name in state if name.endswith("running_var"))
+    state[name][0] = -1000.0
+    return replace(reply, weights=Weights.from_state(state))
+
+
+def with_metric(name: str, value: float) -> Callable[[Reply], Reply]:
+    return lambda reply: replace(reply, metrics=reply.metrics | {name: value})
+
+
+def with_pixels(value: float) -> Callable[[Reply], Reply]:
+    def bend(reply: Reply) -> Reply:
+        count = np.full_like(reply.statistics.count, value)
+        return replace(reply, statistics=replace(reply.statistics, count=count))
+
+    return bend
+
+
 FAULTS = {
+    "counter beyond int64": (with_counters(2**63 + 5), "PAY-106"),
+    "counter near overflow": (with_counters(2**62), "PAY-112"),
+    "negative counter": (with_counters(-1), "PAY-112"),
+    "finite but huge weights": (
+        lambda r: with_weights(r, np.full_like(r.weights.values, 3e38)),
+        "PAY-112",
+    ),
+    "negative variance": (negative_variance, "PAY-112"),
+    "huge number of validation cases": (with_metric("validation_cases", 1e300), "PAY-112"),
+    "impossible Dice": (with_metric("validation_dice", 1.5), "PAY-112"),
+    "huge loss": (with_metric("loss", -1e30), "PAY-112"),
+    "loss that is not a number": (with_metric("loss_contrast", float("nan")), "PAY-112"),
+    "huge pixel counts": (with_pixels(1.7e308), "STA-201"),
+    "pixel counts that are not exact": (with_pixels(2.0**60), "STA-201"),
     "nan": (nan, "PAY-101"),
     "inf": (lambda r: with_weights(r, r.weights.values + np.float32(np.inf)), "PAY-101"),
     "renamed": (renamed, "PAY-103"),

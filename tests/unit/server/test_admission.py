@@ -101,13 +101,14 @@ def test_an_honest_payload_is_admitted() -> None:
             "1 entries that the network does not have",
         ),
         ("PAY-103", Sent(weights=Weights(LAYOUT, np.zeros(6, np.float32))), "counters"),
-        (
-            "PAY-103",
-            Sent(
-                weights=Weights(LAYOUT, np.zeros(6, np.float32), (("bn.num_batches_tracked", -1),))
-            ),
-            "negative counter",
+        *(
+            ("PAY-112", Sent(weights=Weights(LAYOUT, np.zeros(6, np.float32), counter)), "counter")
+            for counter in ((("bn.num_batches_tracked", -1),), (("bn.num_batches_tracked", 2**62),))
         ),
+        ("PAY-112", Sent(weights=values(0, 0, 0, 2e9, 0, 0)), "larger than 1e+09"),
+        ("PAY-112", Sent(weights=values(0, 0, 0, 0, 0, -0.1)), "negative running variance"),
+        ("PAY-112", Sent(metrics={"examples": 12.0, "validation_dice": 1.01}), "1.01"),
+        ("PAY-112", Sent(metrics={"examples": 12.0, "loss_contrast": np.inf}), "inf"),
         ("PAY-101", Sent(weights=values(0, 0, 0, 0, 0, np.nan)), "'bn.running_var'"),
         ("PAY-101", Sent(weights=values(np.inf, 0, 0, 0, 0, 0)), "'conv.weight'"),
         ("PAY-110", Sent(metrics={}), "nan"),
