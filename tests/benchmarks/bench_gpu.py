@@ -12,9 +12,7 @@ The sizes are parameters, so that a test can run it with small sizes on a CPU.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +29,16 @@ from fedsgcg.clients.data.store import open_store
 from fedsgcg.clients.device import choose_device, describe_hardware
 from fedsgcg.clients.evaluation import evaluate_cases
 from fedsgcg.clients.methods import METHODS, Guidance
-from fedsgcg.clients.methods.amplitude import (
-    mix_amplitude,
-    mix_window_amplitudes,
-    window_amplitudes,
-)
+from fedsgcg.clients.methods.amplitude import mix_window_amplitudes, window_amplitudes
 from fedsgcg.clients.training import train_round
 from fedsgcg.common.images.phantoms import write_hospitals
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.settings.compose import compose
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.sgcg import loss as sgcg
-from fedsgcg.common.sgcg import moments
-from fedsgcg.common.sgcg.loss import class_moments, sgcg_loss
-from tests.benchmarks import peers
-from tests.benchmarks.bench_loss import inputs
 from tests.benchmarks.bench_step import make_batch
+from tests.benchmarks.gpu_kernels import kernels, mixing
+from tests.benchmarks.gpu_timing import Clock, Sizes, Times, middle, timed
 from tests.benchmarks.harness import at_least, ratio, row, show
-
-Times = dict[str, list[float]]
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Pixels of a kernel, slices and side of a batch, steps, repeats, volumes and their depth."""
-
-    pixels: int = 1 << 19
-    batch: int = 8
-    side: int = 256
-    steps: int = 60
-    repeats: int = 5
-    slices: int = 256
-    volumes: int = 50
-    depth: int = 16
 
 
 def run() -> list[dict[str, Any]]:
@@ -79,152 +53,10 @@ def run() -> list[dict[str, Any]]:
 def measure(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
     """Return all rows."""
     rows = []
-    for part in (_kernels, _mixing, _steps, _evaluation):
+    for part in (kernels, mixing, _steps, _evaluation):
         print(f"{part.__name__.strip('_')} …", flush=True)
         rows += part(device, sizes)
     return rows
-
-
-def timed(variants: dict[str, Work], device: torch.device, repeats: int, inner: int = 10) -> Times:
-    """Return the milliseconds of a call with device synchronisation; the variants alternate."""
-    times: Times = {name: [] for name in variants}
-    for work in variants.values():
-        for _ in range(5):
-            work()
-    for _ in range(repeats):
-        for name, work in variants.items():
-            with _Clock(device) as clock:
-                for _ in range(inner):
-                    work()
-            times[name].append(clock.milliseconds / inner)
-    return times
-
-
-class _Clock:
-    def __init__(self, device: torch.device) -> None:
-        self._device, self.milliseconds = device, 0.0
-
-    def __enter__(self) -> _Clock:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        self.milliseconds = 1e3 * (time.perf_counter() - self._began)
-
-
-def _kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    rows = []
-    for A, K in ((32, 3), (64, 3)):
-        features, labels, mean, covariance = (
-            part.to(device) for part in inputs(sizes.pixels, A, K)
-        )
-        leaf = features.requires_grad_()
-
-        def loss(
-            form: Callable[..., Tensor], leaf: Tensor = leaf, rest: Any = (labels, mean, covariance)
-        ) -> Work:
-            return lambda: torch.autograd.grad(form(leaf, *rest, temperature=0.5), leaf)
-
-        variants = {
-            "ours": loss(sgcg_loss),
-            "torch": _without_kernels(loss(sgcg_loss)),
-            "einsum": loss(peers.einsum_loss),
-            "moments": lambda f=features, y=labels, K=K: class_moments(f, y, K),
-            "moments torch": _without_kernels(
-                lambda f=features, y=labels, K=K: class_moments(f, y, K)
-            ),
-        }
-        times = timed(variants, device, sizes.repeats)
-        case = f"N={sizes.pixels} A={A} K={K}"
-        rows += [
-            row("sgcg_loss, GPU", case, "einsum / ours", ratio(times, "einsum", "ours"), "x"),
-            row("sgcg_loss, GPU", case, "torch form / ours", ratio(times, "torch", "ours"), "x"),
-            row("sgcg_loss, GPU", case, "ours, forward+backward", _middle(times, "ours"), "ms"),
-            row(
-                "class_moments, GPU",
-                case,
-                "torch form / ours",
-                ratio(times, "moments torch", "moments"),
-                "x",
-            ),
-            row("class_moments, GPU", case, "ours", _middle(times, "moments"), "ms"),
-            *_kernel_errors(leaf, labels, mean, covariance, case),
-        ]
-    return rows
-
-
-def _kernel_errors(
-    leaf: Tensor, labels: Tensor, mean: Tensor, covariance: Tensor, case: str
-) -> list[dict[str, Any]]:
-    """Return the relative errors against float64."""
-    results = []
-    for dtype in (leaf.dtype, torch.float64):
-        here = leaf.detach().to(dtype).requires_grad_()
-        loss = sgcg_loss(here, labels, mean, covariance, temperature=0.5)
-        (gradient,) = torch.autograd.grad(loss, here)
-        results.append(
-            (loss.detach().double(), gradient.double(), class_moments(here, labels, len(mean))[2])
-        )
-    (loss, gradient, scatter), (exact, slope, product) = results
-    errors = {
-        "loss": float(abs(loss - exact) / exact),
-        "gradient": float((gradient - slope).norm() / slope.norm()),
-        "scatter": float((scatter - product).norm() / product.norm()),
-    }
-    limits = {"loss": 1e-6, "gradient": 1e-6, "scatter": 1e-6}
-    return [
-        row(
-            "kernels, GPU",
-            case,
-            f"relative error, {name}",
-            error,
-            "",
-            f"≤ {limits[name]:g}",
-            error <= limits[name],
-        )
-        for name, error in errors.items()
-    ]
-
-
-def _without_kernels(work: Work) -> Work:
-    def torch_form() -> None:
-        before = sgcg.triton_kernels, moments.triton_kernels
-        sgcg.triton_kernels = moments.triton_kernels = lambda *_, **__: False
-        try:
-            work()
-        finally:
-            sgcg.triton_kernels, moments.triton_kernels = before
-
-    return torch_form
-
-
-def _mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    from tests.benchmarks.bench_amplitude import fft_mix, pictures
-
-    images, partners = (
-        pictures(sizes.batch, sizes.side, sizes.side, seed=seed).to(device) for seed in (1, 2)
-    )
-    share = torch.full((sizes.batch,), 0.3, device=device)
-    kept = window_amplitudes(partners)
-    variants = {
-        "ours": lambda: mix_amplitude(images, partners, share),
-        "kept": lambda: mix_window_amplitudes(images, kept, share),
-        "fft": lambda: fft_mix(images, partners, share, 0.1),
-    }
-    times = timed(variants, device, sizes.repeats)
-    case = f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}"
-    gap = float((variants["ours"]() - variants["fft"]()).abs().max())
-    part = "mix_amplitude, GPU"
-    return [
-        row(part, case, "whole FFT / ours", ratio(times, "fft", "ours"), "x"),
-        row(part, case, "whole FFT / kept partners", ratio(times, "fft", "kept"), "x"),
-        row(part, case, "ours", _middle(times, "ours"), "ms"),
-        row(part, case, "largest difference from the whole FFT", gap, "", "≤ 2e-6", gap <= 2e-6),
-    ]
 
 
 def _plan(method: str, sizes: Sizes, *overrides: str) -> Plan:
@@ -293,7 +125,7 @@ class _Loop:
 
     def once(self) -> float:
         """Train all steps and return the images per second."""
-        with _Clock(self.device) as clock:
+        with Clock(self.device) as clock:
             if self.eager:
                 for images, labels in self.batches():
                     self.step(*self.prepare(images.to(self.device), labels.to(self.device))).item()
@@ -349,12 +181,12 @@ def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[d
     mixing = ratio(parts, "mixing", "step")
     part = "training step, GPU"
     case = f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}"
-    speed, gain = _middle(rates, "ours"), ratio(rates, "ours", "eager")
+    speed, gain = middle(rates, "ours"), ratio(rates, "ours", "eager")
     return [
         row(part, case, "ours, whole loop", speed, "images/s", "≥ 1500", at_least(speed, 1500)),
-        row(part, case, "eager float32 loop", _middle(rates, "eager"), "images/s"),
+        row(part, case, "eager float32 loop", middle(rates, "eager"), "images/s"),
         row(part, case, "ours / eager float32", gain, "x", "≥ 3x", at_least(gain, 3)),
-        row(part, case, "ours, the step alone", _middle(parts, "step"), "ms"),
+        row(part, case, "ours, the step alone", middle(parts, "step"), "ms"),
         row(part, case, "share of SgCG in the step", share, "", "≤ 0.03", share[0] <= 0.03),
         row(part, case, "mixing, as a share of the step", mixing, "", "≤ 0.02", mixing[0] <= 0.02),
         row(part, case, "host waits in a warm loop", float(waits), "", "0", waits == 0),
@@ -409,7 +241,7 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         for kind, call in work.items():
             call()
             for _ in range(3):
-                with _Clock(device) as clock:
+                with Clock(device) as clock:
                     call()
                 times[kind].append(clock.milliseconds / 1e3)
     part = "evaluation, GPU"
@@ -417,11 +249,6 @@ def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
     gain = ratio(times, "epoch", "evaluation")
     return [
         row(part, case, "a local epoch / evaluation", gain, "x", "≥ 1x", at_least(gain, 1)),
-        row(part, case, "a local epoch", _middle(times, "epoch"), "s"),
-        row(part, case, "evaluation", _middle(times, "evaluation"), "s"),
+        row(part, case, "a local epoch", middle(times, "epoch"), "s"),
+        row(part, case, "evaluation", middle(times, "evaluation"), "s"),
     ]
-
-
-def _middle(times: Times, name: str) -> tuple[float, float, float]:
-    """Return median and quartiles of a variant."""
-    return ratio({name: times[name], "1": [1.0] * len(times[name])}, name, "1")

@@ -15,16 +15,8 @@ import yaml
 from fedsgcg.common.errors import CODES, FedsgcgError
 from fedsgcg.server.report.build import make_report
 from fedsgcg.server.report.tables import summary_rows
-from tests.support.report_study import (
-    NESTED,
-    ROUNDS,
-    SITES,
-    STRUCTURES,
-    collect,
-    result_rows,
-    write_cell,
-    write_study,
-)
+from tests.support.report_cells import ROUNDS, STRUCTURES, result_rows, write_cell
+from tests.support.report_study import NESTED, SITES, collect, write_study
 
 VOID = {"meta", "img", "source", "br", "link"}
 SMALL = {"sites": ("HK", "UCL"), "seeds": (0,), "cases": 4}
