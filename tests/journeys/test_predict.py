@@ -161,7 +161,7 @@ def test_a_folder_survives_broken_files_and_lists_them(
     assert "5 of 7 images predicted, 2 failed" in told
     assert f"[DAT-103] A file cannot be read as an image. ({images / 'broken.nii.gz'})" in told
     assert "[MOD-806]" in told
-    assert "5 files that are masks or results" in told
+    assert "5 files named like masks or results" in told
     assert len([line for line in told.splitlines() if line.startswith("[")]) == 7 + 2, (
         "one line a case, then the problems"
     )
