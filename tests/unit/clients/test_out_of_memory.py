@@ -298,4 +298,4 @@ def test_nothing_is_told_of_steps_that_were_whole():
         {"metric": "micro_batches", "site": site, "value": value}
         for site, value in (("B", 8.0), ("B", 2.0))
     ]
-    assert "B in 2 or 8." in cut_steps(rows)
+    assert "B into 2 or 8 parts." in cut_steps(rows)
