@@ -16,7 +16,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fedsgcg.clients.data.manifest import SPLITS
 from fedsgcg.clients.data.store import SliceTable, fingerprint
 from fedsgcg.clients.evaluation import evaluate_cases, validation_dice
 from fedsgcg.clients.guard.contents import shared_contents
@@ -41,6 +40,7 @@ from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
+from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.federation import SHARES
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import Reply

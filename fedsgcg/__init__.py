@@ -10,10 +10,13 @@
 Names are loaded on first use, so that the import takes no time.
 """
 
-from __future__ import annotations
+# In an app bundle, which cannot contain links, the packages are next to this folder. This is the
+# first statement because Flower imports `fedsgcg.server` and `fedsgcg.clients` in two threads, and
+# Python looks for a subpackage without waiting for an `__init__` that another thread still runs.
+__path__.append(__file__.rpartition("/fedsgcg/")[0])
 
+import os
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,9 +26,8 @@ if TYPE_CHECKING:
     from fedsgcg.models import SegmentationModel, load_model
     from fedsgcg.studies import Report, StudyOutcome, read_report, read_results, study
 
-if not (Path(__file__).parent / "common").is_dir():
-    # An app bundle has no links: there the packages are next to this folder.
-    __path__.append(str(Path(__file__).parents[1]))
+if os.path.isdir(f"{__path__[0]}/common"):
+    __path__.pop()  # a checkout or an install
 
 __all__ = [
     "ClassStatistics",

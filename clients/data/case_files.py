@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from fedsgcg.clients.data.cache import cache_error, cache_folder, locked
-from fedsgcg.clients.data.manifest import SPLITS, Row, is_folder_name, read_manifest
+from fedsgcg.clients.data.manifest import Row, is_folder_name, read_manifest
 from fedsgcg.common.datasets import fetch_advice
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
@@ -40,7 +40,6 @@ from fedsgcg.common.settings.federation import SiteSettings
 from fedsgcg.common.settings.plan import DataSettings
 
 __all__ = [
-    "SPLITS",
     "CaseFile",
     "Site",
     "data_warnings",

@@ -17,8 +17,8 @@ from typing import Final
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.folders import is_file
+from fedsgcg.common.settings.data import SPLITS
 
-SPLITS: Final = ("train", "validation", "test")
 REQUIRED: Final = ("site", "image", "mask")
 COLUMNS: Final = {
     "site": ("site", "hospital", "centre", "center", "institution"),

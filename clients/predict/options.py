@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from fedsgcg.clients.data.manifest import SPLITS
 from fedsgcg.common.console import Screen
 from fedsgcg.common.exit_codes import exit_codes
+from fedsgcg.common.settings.data import SPLITS
 
 PREDICT: Final = """\
 Predict masks with a trained model. MODEL is the folder that contains model.json (or a file

@@ -7,6 +7,8 @@ from typing import Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section
 
+SPLITS: Final = ("train", "validation", "test")
+
 LABEL_TOLERANCE: Final = 1e-3
 """Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""
 

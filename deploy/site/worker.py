@@ -95,6 +95,8 @@ def _load(folder: str, reference: str) -> Any:
     sys.path.insert(0, folder)
     module, _, attribute = reference.partition(":")
     app: Any = importlib.import_module(module)
+    if not os.path.realpath(app.__file__).startswith(os.path.realpath(folder) + os.sep):
+        raise ImportError(f"{module} is not part of the app bundle")
     for name in attribute.split("."):
         app = getattr(app, name)
     return app

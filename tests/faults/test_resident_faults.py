@@ -16,6 +16,7 @@ from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.wire.messages import decode_reply
 from fedsgcg.common.wire.payload import Identity
 from fedsgcg.deploy.site.resident import Resident
+from tests.conftest import REPOSITORY
 from tests.unit.clients.test_approval import fab
 from tests.unit.clients.test_policy import policy_for
 
@@ -44,11 +45,17 @@ def train(message, context):
 """
 
 
+def files(app: str) -> dict[str, str]:
+    """The files of a bundle with this app."""
+    start = (REPOSITORY / "fedsgcg" / "__init__.py").read_text()
+    return {"fedsgcg/__init__.py": start, "clients/app.py": app, "clients/__init__.py": ""}
+
+
 @pytest.fixture
 def policy(tmp_path: Path) -> SiteFile:
     made = policy_for(tmp_path, tmp_path, deadline_s=30.0)
     approve(
-        read_bundle(fab({"clients/app.py": APP, "clients/__init__.py": ""})),
+        read_bundle(fab(files(APP))),
         Path(made.approved),
         "test",
     )
@@ -67,7 +74,7 @@ def asked(resident: Resident, word: str, app: str = APP) -> RecordDict:
     content = RecordDict({"message": ConfigRecord({"identity": IDENTITY.encode(), "word": word})})
     metadata = Metadata(1, "7", 0, 1, "", "", time.time(), 600.0, "train")
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    bundle = fab({"clients/app.py": app, "clients/__init__.py": ""})
+    bundle = fab(files(app))
     reply, _ = resident._answer(Message(content, metadata=metadata), context, bundle, 1)
     assert reply.metadata.reply_to_message_id == "7"
     return reply.content
@@ -89,6 +96,17 @@ def test_one_warm_process_answers_message_after_message(resident):
     )
 
 
+def test_a_bundle_whose_app_is_elsewhere_does_not_run(resident, policy):
+    """Without its own `fedsgcg` a bundle would run the installed code under its approval."""
+    alone = {name: text for name, text in files(APP).items() if name.startswith("clients/")}
+    approve(read_bundle(fab(alone)), Path(policy.approved), "test")
+    content = RecordDict({"message": ConfigRecord({"identity": IDENTITY.encode(), "word": "go"})})
+    metadata = Metadata(1, "7", 0, 1, "", "", time.time(), 600.0, "train")
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    reply, _ = resident._answer(Message(content, metadata=metadata), context, fab(alone), 1)
+    assert error_of(reply.content) == "SITE-504"
+
+
 def test_cold_every_message_has_a_process_of_its_own(resident):
     resident.cold = True
     first, second = asked(resident, "go")["facts"], asked(resident, "go")["facts"]
@@ -100,7 +118,7 @@ def test_another_approved_bundle_gets_another_process(resident, policy):
     first = asked(resident, "go")["facts"]
     other = APP + "\n# a new version\n"
     approve(
-        read_bundle(fab({"clients/app.py": other, "clients/__init__.py": ""})),
+        read_bundle(fab(files(other))),
         Path(policy.approved),
         "test",
     )

@@ -99,7 +99,7 @@ def test_a_plan_is_read_without_the_class(my_lab: Path, monkeypatch: pytest.Monk
         ("method=no_such_lab:X", "No module named"),
         ("method=my_lab:Nothing", "Nothing"),
         ("method=my_lab:torch", "a module"),
-        ("network=my_lab:Smooth", "no Module"),
+        ("network=my_lab:Smooth", "not a Module"),
         ("network=my_lab:OneAnswer", "Tensor from forward"),
         ("network=my_lab:WrongCount", "num_features 3, but 4"),
         ("network=my_lab:Small", "logits"),

@@ -191,10 +191,9 @@ def test_an_altered_bundle_does_not_run(hospitals: Path, tmp_path: Path) -> None
 
     altered = tmp_path / "altered"
     altered.mkdir()
-    for name in ("clients", "common", "configs", "server"):
-        shutil.copytree(
-            REPOSITORY / name, altered / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+    without = shutil.ignore_patterns("__pycache__")
+    for name in ("fedsgcg", "clients", "common", "configs", "server"):
+        shutil.copytree(REPOSITORY / name, altered / name, symlinks=True, ignore=without)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, altered / name)
     proof = tmp_path / "proof"
