@@ -14,8 +14,7 @@ from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import fail
 from fedsgcg.deploy.study.plan import plan_study
 from fedsgcg.deploy.study.run import run_study
-
-STATUS = {0: "completed", 1: "failed", 3: "degraded"}
+from fedsgcg.deploy.study.summary import STATUS
 
 
 @dataclass(frozen=True)

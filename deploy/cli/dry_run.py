@@ -21,6 +21,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.site.check_step import measure_step
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.study import Study
+from fedsgcg.server.report.format import show_seconds
 
 CHECKPOINTS: Final = 3
 """Checkpoints of a running cell on disk: two are kept while the next is written."""
@@ -71,8 +72,8 @@ def show_plan(study: Study, console: Screen) -> Estimate:
         "slice cache are not included"
     )
     console.print(
-        f"time: about {_duration(found.seconds)} for {found.steps:,} training steps on this "
-        "machine; evaluation and the report are not included"
+        f"time: about {show_seconds(max(found.seconds, 1.0))} for {found.steps:,} training steps "
+        "on this machine; evaluation and the report are not included"
     )
     return found
 
@@ -143,9 +144,3 @@ def _depth(path: Path) -> int:
     except (OSError, nib.filebasedimages.ImageFileError):
         return 0  # a damaged file is left out of training
     return min(shape[:3])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -247,12 +247,12 @@ def _messages(folder: Path) -> tuple[tuple[float, float, float], tuple[float, fl
             context = Context(
                 run_id=1, node_id=1, node_config={"site": "A"}, state=RecordDict(), run_config={}
             )
-            began = time.perf_counter()
+            started = time.perf_counter()
             reply, _ = resident._answer(made(content, metadata=metadata), context, fab, 1)
             if "weights" not in reply.content:
                 raise RuntimeError("the echo app did not answer")
             if number:  # the first message fills the caches
-                taken[cold].append(time.perf_counter() - began)
+                taken[cold].append(time.perf_counter() - started)
         resident._end_worker()
     spreads = [statistics.quantiles(taken[cold], n=4, method="inclusive") for cold in (True, False)]
     cold_s, warm_s = ((spread[1], spread[0], spread[2]) for spread in spreads)

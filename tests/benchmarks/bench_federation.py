@@ -65,7 +65,7 @@ def _timed(kind: str) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.benchmarks.bench_federation", kind, folder]
-        began = time.time()
+        started = time.time()
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, timeout=300, check=False
         )
@@ -74,7 +74,7 @@ def _timed(kind: str) -> dict[str, float]:
         report = json.loads(done.stdout.strip().splitlines()[-1])
     ends: list[float] = report["round_ends"]
     return {
-        "fixed": ends[0] - began,
+        "fixed": ends[0] - started,
         "round": (ends[-1] - ends[0]) / (len(ends) - 1),
         "cpu": report["cpu"],
     }

@@ -1,4 +1,4 @@
-"""Out of memory in a step: the round restarts in smaller parts, and the user is told."""
+"""Out of memory in a step: the round restarts in smaller parts, and the user is informed."""
 
 import io
 import logging
@@ -256,7 +256,7 @@ def test_the_doctor_measures_a_step_as_training_would_take_it(hospital, monkeypa
     assert "in 4 parts" in raised.value.problems[0].found
 
 
-# what the user is told
+# messages to the user
 
 
 def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(

@@ -203,9 +203,7 @@ def test_a_figure_that_has_not_changed_is_not_drawn_as_pixels_again(tmp_path):
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {path.rpartition(".")[2] for path in first} == {"svg", "png"}
     same, changed, lost = sorted(path.stem for path in folder.glob("*.png"))[:3]
-    (folder / f"{same}.png").write_bytes(
-        b"kept"
-    )  # beside an SVG that is the figure's to the letter
+    (folder / f"{same}.png").write_bytes(b"kept")  # next to an SVG that is the figure's verbatim
     (folder / f"{changed}.svg").write_bytes(b"<svg>of an earlier study</svg>")
     (folder / f"{changed}.png").write_bytes(b"of an earlier study")
     (folder / f"{lost}.png").unlink()
