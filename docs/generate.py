@@ -24,7 +24,7 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 
 from fedsgcg.clients.guard.site_file import SiteFile
-from fedsgcg.common.run_folder import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
+from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings

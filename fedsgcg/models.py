@@ -17,6 +17,7 @@ from fedsgcg.clients.predict.model import load_model as read_model
 from fedsgcg.clients.predict.predictor import Prediction, Predictor
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import PICTURE, PLANES, Volume, check_image
+from fedsgcg.common.run_folder import paths
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def load_model(
     if confidence:
         if model.prototypes is None:
             action = "Leave out confidence, or train with method.statistics=true."
-            raise fail("MOD-807", where=str(path), expected="prototypes.arrow", action=action)
+            raise fail("MOD-807", where=str(path), expected=paths.PROTOTYPES, action=action)
         gaussians = Gaussians.of(model.prototypes, chosen)
     predictor = Predictor(model, chosen, batch, probability, gaussians)
     return SegmentationModel(dict(model.card), tuple(model.data.structures), model.kinds, predictor)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import fail
+from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.study.plan import plan_study
 from fedsgcg.deploy.study.run import run_study
 from fedsgcg.deploy.study.summary import STATUS
@@ -78,7 +79,7 @@ def read_results(folder: str | Path) -> pa.Table:
     Raises:
         FedsgcgError: SRV-402 when the folder has no results.
     """
-    path = Path(folder) / "results.parquet"
+    path = Path(folder) / paths.RESULTS
     try:
         return pq.read_table(path)
     except FileNotFoundError as error:

@@ -20,6 +20,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.networks import build_network
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
@@ -136,7 +137,7 @@ class Federation:
 
     def run(self, start: float) -> Outcome:
         """Enrol the sites, run the remaining rounds, select a model and have it evaluated."""
-        self._disk.discard(Path(self._plan.output) / "outcome.json")
+        self._disk.discard(Path(self._plan.output) / paths.OUTCOME)
         state = self._start()
         self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):

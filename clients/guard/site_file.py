@@ -17,10 +17,10 @@ from fedsgcg.common.files.system import expand
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.choices import is_import_path
+from fedsgcg.common.settings.federation import ROLES
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
-ROLES: Final = ("train", "heldout", "observer")
 SHARED_BY_DEFAULT: Final = ("weights", "statistics")
 SHARED_BY_CONSENT: Final = ("amplitude_summary", "amplitude_bank", CONTENT_HASHES)
 MAY_SET: Final = (

@@ -16,13 +16,14 @@ from torch import nn
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.images.read import KINDS, PICTURE
 from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.compose import build
 from fedsgcg.common.settings.plan import DataSettings, NetworkSettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Weights, decode_statistics
 
 VERSION: Final = "1"
-"""Supported schema of `model.json` (`common.run_folder.SCHEMA_VERSION`)."""
+"""Supported schema of `model.json` (`common.run_folder.tables.SCHEMA_VERSION`)."""
 
 CHANNEL_KEYS: Final = ("in_channels", "out_channels")
 REQUIRED: Final = (
@@ -78,7 +79,9 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
     settings, channels = _network(card, data, folder)
     if settings.is_own and settings.name not in code:
         action = f"install and review the package, then add --code {settings.name}"
-        raise fail("POL-706", where=str(folder / "model.json"), found=settings.name, action=action)
+        raise fail(
+            "POL-706", where=str(folder / paths.MODEL_CARD), found=settings.name, action=action
+        )
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
     return Model(
@@ -93,7 +96,7 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
 
 def read_card(folder: Path) -> dict[str, Any]:
     """Read `model.json`; raises MOD-801 or MOD-802."""
-    path = folder / "model.json"
+    path = folder / paths.MODEL_CARD
     try:
         card = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -120,10 +123,11 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
     """Return the model's data settings; contradictory labels or preprocessing are an error."""
-    where = str(folder / "model.json")
+    where = str(folder / paths.MODEL_CARD)
     if not isinstance(card["preprocessing"], dict) or not isinstance(card["labels"], dict):
         raise _damaged(
-            folder / "model.json", "labels or preprocessing that are not maps of names to values"
+            folder / paths.MODEL_CARD,
+            "labels or preprocessing that are not maps of names to values",
         )
     if list(card["labels"]) != card["classes"]:
         raise fail(
@@ -162,7 +166,7 @@ def _network(
     card: Mapping[str, Any], data: DataSettings, folder: Path
 ) -> tuple[NetworkSettings, dict[str, int]]:
     """Return the network's settings and channels, which must match the labels."""
-    where, tree = str(folder / "model.json"), dict(card["network"])
+    where, tree = str(folder / paths.MODEL_CARD), dict(card["network"])
     channels = {name: tree.pop(name, None) for name in CHANNEL_KEYS}
     if unknown := set(tree) - {field.name for field in fields(NetworkSettings)}:
         found = f"network settings {', '.join(sorted(unknown))}"
@@ -181,7 +185,7 @@ def _network(
     try:
         return build(NetworkSettings, tree), wanted
     except FedsgcgError as error:
-        raise _damaged(folder / "model.json", str(error.problems[0].found)) from error
+        raise _damaged(folder / paths.MODEL_CARD, str(error.problems[0].found)) from error
 
 
 def _load_weights(network: nn.Module, card: Mapping[str, Any], folder: Path) -> None:

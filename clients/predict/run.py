@@ -38,6 +38,7 @@ from fedsgcg.common.images.contents import TRAINING_IMAGES
 from fedsgcg.common.images.read import check_geometry, read_volume
 from fedsgcg.common.images.write import mask_bytes, picture_bytes, wide_bytes, write_like
 from fedsgcg.common.names import printable
+from fedsgcg.common.run_folder import paths
 
 
 def run_predict(options: argparse.Namespace, console: Screen) -> int:
@@ -114,7 +115,7 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
             "MOD-807",
             where=str(options.model),
             found=found,
-            expected="prototypes.arrow",
+            expected=paths.PROTOTYPES,
             action=action,
         )
     return lambda device: Gaussians.of(prototypes, device)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, get_args
 
 from fedsgcg.common.settings.base import Checks, Section
+
+Role = Literal["train", "heldout", "observer"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+"""Roles of a site: it trains, is held out, or evaluates the model without a say."""
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
 POOLED = "pooled"  # the site that owns all source domains with `federation=pooled`
@@ -113,7 +117,7 @@ class SiteSettings(Section):
     cache: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
-    roles: tuple[str, ...] = ("train", "heldout", "observer")
+    roles: tuple[str, ...] = ROLES
     shares: tuple[str, ...] = ()
     micro_batches: int = 1
     feature_samples: int = 0
@@ -124,8 +128,4 @@ class SiteSettings(Section):
         yield self.micro_batches >= 1, "micro_batches", "1 or more"
         yield 0 <= self.feature_samples <= 300, "feature_samples", "0 (none) to 300"
         yield set(self.shares) <= set(SHARES.values()), "shares", ", ".join(SHARES.values())
-        yield (
-            set(self.roles) <= {"train", "heldout", "observer"},
-            "roles",
-            "train, heldout, observer",
-        )
+        yield set(self.roles) <= set(ROLES), "roles", ", ".join(ROLES)

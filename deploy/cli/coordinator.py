@@ -14,6 +14,7 @@ from fedsgcg.common.console import Screen, Version, add_output_options, run_comm
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import expand
+from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.cli.federation import add_commands
 from fedsgcg.deploy.prepare import command as data
 from fedsgcg.deploy.study.summary import STATUS, print_summary
@@ -216,7 +217,7 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
     console.event("study.started", **facts)
     code = run_study(study, console)
     print_summary(study.folder, study.cells, code, console)
-    report = study.folder / "report.html"
+    report = study.folder / paths.REPORT
     console.event(
         "study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report
     )
@@ -244,7 +245,7 @@ def _clean(options: argparse.Namespace, console: Screen) -> int:
 
     folder: Path = options.folder
     _check_run_folder(folder)
-    with lock_file(folder / "lock"):
+    with lock_file(folder / paths.LOCK):
         cells = finished_cells(folder)
         for name, patterns in (
             ("checkpoints and journals", RESUME),
@@ -265,7 +266,7 @@ def _clean(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _check_run_folder(folder: Path) -> None:
-    if not (folder / "study.yaml").is_file():
+    if not (folder / paths.STUDY).is_file():
         raise fail(
             "CFG-001",
             where=str(folder),

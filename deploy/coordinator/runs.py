@@ -9,26 +9,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.text import Text
 
 from fedsgcg.common.console import Screen, steps_of
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.coordinator.bundle import Bundle, build_bundle, run_config
 from fedsgcg.deploy.coordinator.control import Control, RunState, control_of
 from fedsgcg.deploy.coordinator.project import Kit, SubmittedRun
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.grid import (
-    Variant,
-    folder_name,
     split_axes,
     split_select,
     variants,
     with_grid,
 )
+from fedsgcg.deploy.study.plan import make_cell
 from fedsgcg.deploy.study.preflight import check_plan, inspect_machine
 from fedsgcg.deploy.study.progress import Progress
 from fedsgcg.deploy.study.record import check_same_study, collect, write_record
@@ -86,7 +86,7 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
     folder = kit.runs / f"{base['data']['name']}-{identity(base)[:8]}"
     trees = {variant.label: project.settings((*rest, *variant.overrides)) for variant in compared}
     cells = tuple(
-        _cell(trees[variant.label], folder, variant, heldout, seed)
+        make_cell(trees[variant.label], folder, variant, heldout, seed)
         for seed in seeds
         for heldout in heldouts
         for variant in compared
@@ -136,7 +136,7 @@ def run_kit(
     check_leaving(study, without)
     study.folder.mkdir(parents=True, exist_ok=True)
     bundle = build_bundle()
-    with control_of(kit) as control, lock_file(study.folder / "lock"):
+    with control_of(kit) as control, lock_file(study.folder / paths.LOCK):
         refuse_second_run(kit, control)
         check_same_study(study)
         write_record(study)
@@ -305,20 +305,8 @@ def refuse_second_run(kit: Kit, control: Control) -> None:
 
 def _has_outcome_of(cell: Cell, run: SubmittedRun) -> bool:
     """Return whether the app wrote this run's outcome; it removes an older one when it starts."""
-    path = cell.folder / "outcome.json"
+    path = cell.folder / paths.OUTCOME
     return path.exists() and path.stat().st_mtime >= run.time - 1.0
-
-
-def _cell(tree: dict[str, Any], folder: Path, variant: Variant, heldout: str, seed: int) -> Cell:
-    parts = (folder_name(variant.label), heldout or "all-sites", str(seed))
-    own = {**tree, "heldout": heldout, "seed": seed, "output": str(folder.joinpath(*parts))}
-    own |= {
-        "run": "/".join((folder.name, *parts)),
-        "label": variant.label,
-        "setting": " ".join(variant.settings),
-    }
-    Plan.from_tree(own)
-    return Cell(variant.label, heldout, seed, own)
 
 
 def _check(cells: Sequence[Cell]) -> None:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.coordinator.control import RunState, control_of
 from fedsgcg.deploy.coordinator.project import Kit
 from fedsgcg.deploy.coordinator.serve import presence
@@ -130,7 +131,7 @@ class RunProgress:
 def read_progress(folder: Path) -> RunProgress:
     """Read the progress of the run in a folder; a partly written last line is ignored."""
     found = RunProgress()
-    path = folder / "events.jsonl"
+    path = folder / paths.EVENTS
     if not path.exists():
         return found
     for line in path.read_text(encoding="utf-8").splitlines():

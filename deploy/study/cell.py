@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.run_folder import paths
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Cell:
 
     def outcome(self) -> dict[str, Any]:
         """Return what `server.app` wrote at the end of the run; empty before the cell has ended."""
-        path = self.folder / "outcome.json"
+        path = self.folder / paths.OUTCOME
         try:
             found: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
@@ -58,4 +59,4 @@ class Cell:
     def done(self) -> bool:
         """Whether the federation has finished and its results exist."""
         finished = self.outcome().get("status") in ("completed", "degraded")
-        return finished and (self.folder / "results.parquet").exists()
+        return finished and (self.folder / paths.RESULTS).exists()

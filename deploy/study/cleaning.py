@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedsgcg.common.run_folder import paths
+
 RESUME: Final = ("journal/checkpoint-*.safetensors", "journal/rounds/*.arrow", "sites/*/state/*")
 """Files needed only to resume an unfinished cell; `rounds.parquet` keeps the rounds' metrics."""
 
@@ -36,15 +38,15 @@ class Freed:
 def is_finished(cell: Path) -> bool:
     """Return whether a cell's federation has finished and its results exist."""
     try:
-        status = json.loads((cell / "outcome.json").read_bytes()).get("status")
+        status = json.loads((cell / paths.OUTCOME).read_bytes()).get("status")
     except (OSError, ValueError, AttributeError):
         return False
-    return status in ("completed", "degraded") and (cell / "results.parquet").is_file()
+    return status in ("completed", "degraded") and (cell / paths.RESULTS).is_file()
 
 
 def finished_cells(run: Path) -> list[Path]:
     """Return the folders of all finished cells in a run folder, inner cells included."""
-    return sorted(path.parent for path in run.rglob("outcome.json") if is_finished(path.parent))
+    return sorted(path.parent for path in run.rglob(paths.OUTCOME) if is_finished(path.parent))
 
 
 def remove(cell: Path, patterns: tuple[str, ...], *, dry_run: bool = False) -> Freed:

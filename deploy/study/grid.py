@@ -225,11 +225,6 @@ def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-def folder_name(label: str) -> str:
-    """Return the folder name of a label: commas for spaces, hyphens for slashes."""
-    return label.replace(" ", ",").replace("/", "-")
-
-
 def _reads(traits: Collection[str], federation: str, key: str) -> bool:
     if key.startswith("prototypes."):
         return "contrasts" in traits

@@ -12,6 +12,7 @@ from typing import Any
 from fedsgcg.clients.data.case_files import resolve_cache
 from fedsgcg.clients.data.store import data_fingerprint
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.choices import is_file, unquoted
 from fedsgcg.common.settings.compose import chosen, join
 from fedsgcg.common.settings.plan import Plan
@@ -21,7 +22,6 @@ from fedsgcg.deploy.study.grid import (
     AXES,
     Variant,
     candidates_of,
-    folder_name,
     split_axes,
     split_select,
     split_selected,
@@ -73,7 +73,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     candidates: dict[str, tuple[Candidate, ...]] = {}
     trees = {
         (variant.label, settings): _tree_of(
-            replace(variant, settings=(*variant.settings, *settings)), rest, located
+            replace(variant, settings=(*variant.settings, *settings)), rest, located, device
         )
         for variant in compared
         for settings in candidates_of(variant, selected) or [()]
@@ -81,7 +81,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     for seed, heldout, variant in itertools.product(seeds, heldouts, compared):
         combinations = candidates_of(variant, selected)
         first = combinations[0] if combinations else ()
-        made = list(_cells(trees[variant.label, first], folder, variant, heldout, seed, device))
+        made = list(_cells(trees[variant.label, first], folder, variant, heldout, seed))
         cells += made
         if combinations:
             own = {settings: trees[variant.label, settings] for settings in combinations}
@@ -115,14 +115,14 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
 
 
 def _cells(
-    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int, device: str
+    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int
 ) -> Iterator[Cell]:
     """Yield the cells of a variant for one fold and seed.
 
     There is one cell, or with `federation=local` one for each training site.
     """
     if variant.federation != "local":
-        yield _cell(tree, folder, variant, heldout, seed, device, "")
+        yield make_cell(tree, folder, variant, heldout, seed)
         return
     training = [
         site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
@@ -130,27 +130,40 @@ def _cells(
     for site in training:
         data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
         own = {**tree, "data": data, "observers": []}
-        yield _cell(own, folder, variant, heldout, seed, device, site)
+        yield make_cell(own, folder, variant, heldout, seed, site)
 
 
-def _cell(
+def make_cell(
     tree: Mapping[str, Any],
     folder: Path,
     variant: Variant,
     heldout: str,
     seed: int,
-    device: str,
-    trained_on: str,
+    trained_on: str = "",
 ) -> Cell:
-    fold = f"{seed}-{trained_on}" if trained_on else str(seed)
-    parts = (folder_name(variant.label), heldout or "all-sites", fold)
-    own = {**tree, "heldout": heldout, "seed": seed, "output": str(folder.joinpath(*parts))}
-    own |= {
-        "run": "/".join((folder.name, *parts)),
+    """Return the cell of a variant for one fold and seed.
+
+    Args:
+        tree: Resolved settings of the variant.
+        folder: Folder of the study.
+        variant: Method and varied settings.
+        heldout: Held-out site, "" for none.
+        seed: Seed.
+        trained_on: The single training site with `federation=local`, else "".
+
+    Raises:
+        FedsgcgError: CFG-00x for settings that contradict each other.
+    """
+    path = paths.cell_path(variant.label, heldout, seed, trained_on)
+    own = {
+        **tree,
+        "heldout": heldout,
+        "seed": seed,
+        "output": str(folder / path),
+        "run": f"{folder.name}/{path.as_posix()}",
         "label": variant.label,
         "setting": " ".join(variant.settings),
     }
-    own["site"] = {**tree["site"], "device": device}
     Plan.from_tree(own)
     return Cell(variant.label, heldout, seed, own, trained_on)
 
@@ -170,7 +183,9 @@ def _candidates(
         yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 
 
-def _tree_of(variant: Variant, rest: Sequence[str], located: Mapping[str, Any]) -> dict[str, Any]:
+def _tree_of(
+    variant: Variant, rest: Sequence[str], located: Mapping[str, Any], device: str
+) -> dict[str, Any]:
     fixed = [text for text in rest if text.partition("=")[0] not in AXES]
     tree = join([*fixed, *variant.overrides])
     data = {
@@ -178,7 +193,7 @@ def _tree_of(variant: Variant, rest: Sequence[str], located: Mapping[str, Any]) 
         "root": located["data"]["root"],
         "sites": located["data"]["sites"],
     }
-    return {**tree, "data": data, "site": located["site"]}
+    return {**tree, "data": data, "site": {**located["site"], "device": device}}
 
 
 def _without_axes(rest: Sequence[str], axes: Mapping[str, Sequence[str]]) -> list[str]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsgcg.common.console import Screen, least_width
+from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.study.cell import Cell
 
 POLL_S = 0.3
@@ -92,7 +93,7 @@ class CellState:
     def read_events(self) -> None:
         """Read the events appended since the last call."""
         try:
-            with (self.cell.folder / "events.jsonl").open("rb") as file:
+            with (self.cell.folder / paths.EVENTS).open("rb") as file:
                 file.seek(self.position)
                 complete, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:

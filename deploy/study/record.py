@@ -17,6 +17,7 @@ import yaml
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.machine import processor
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.server.records.journal import decisive_settings, differences
@@ -34,7 +35,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         FedsgcgError: SRV-402 when it is damaged.
     """
-    path = folder / "study.yaml"
+    path = folder / paths.STUDY
     if not path.exists():
         return {}
     try:
@@ -54,7 +55,7 @@ def check_same_study(study: Study) -> None:
     before = read_record(study.folder)
     if not before:
         return
-    path = study.folder / "study.yaml"
+    path = study.folder / paths.STUDY
     # A method that is new in this study can only be compared by the settings that all cells share.
     problems: list[Problem] = []
     if "shared" in before:
@@ -101,7 +102,7 @@ def write_record(study: Study) -> None:
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
     Disk().write(
-        study.folder / "study.yaml",
+        study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
 
@@ -157,7 +158,7 @@ def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) ->
         ),
     }
     Disk().write(
-        folder / "study.yaml", yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode()
+        folder / paths.STUDY, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode()
     )
 
 
@@ -174,7 +175,7 @@ def collect(folder: Path) -> None:
     Raises:
         FedsgcgError: SRV-402 for a damaged table, SRV-401 when the folder cannot be written.
     """
-    for name in ("results.parquet", "rounds.parquet"):
+    for name in (paths.RESULTS, paths.ROUNDS):
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
             sink = pa.BufferOutputStream()

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedsgcg.clients.data.case_files import data_warnings
 from fedsgcg.common.console import Screen, catch_signals, steps_of
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.environment import prepare_environment, quiet_flower
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.cleaning import RESUME, finished_cells, remove
@@ -44,7 +45,7 @@ def run_study(study: Study, console: Screen) -> int:
     from fedsgcg.server.report.build import make_report
 
     check_folder(study.folder)
-    with lock_file(study.folder / "lock"):
+    with lock_file(study.folder / paths.LOCK):
         check_same_study(study)
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
@@ -155,7 +156,7 @@ def _print_split_batches(cells: Iterable[Cell], console: Screen) -> None:
 
     for cell in cells:
         reader = Reader(cell.folder)
-        rows = reader.rows(cell.folder / "rounds.parquet", ("metric", "site", "value"))
+        rows = reader.rows(cell.folder / paths.ROUNDS, ("metric", "site", "value"))
         if text := cut_steps(rows):
             console.print(f"{cell.name}: {text}.", style="yellow")
 

@@ -22,9 +22,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.cell import Cell
-from fedsgcg.deploy.study.grid import folder_name
 
 FOLDER = "selection"
 FEWEST_SOURCES = 2
@@ -108,7 +108,7 @@ def inner_cells(
     values = (text.partition("=") for text in settings.split())
     parts = [label, *(f"{name.rpartition('.')[2]}={value}" for name, _, value in values)]
     inner_label = " ".join(parts)
-    folder = study / FOLDER / (heldout or "all-sites") / folder_name(inner_label)
+    folder = study / FOLDER / (heldout or paths.ALL_SITES) / paths.label_folder(inner_label)
     cells = []
     for site in sources:
         data = {**tree["data"], "sites": sources}
@@ -158,7 +158,7 @@ def _dice(cell: Cell) -> float:
 
     The mean is over cases and structures.
     """
-    rows = pq.read_table(cell.folder / "results.parquet", columns=["site", "dice"]).to_pylist()
+    rows = pq.read_table(cell.folder / paths.RESULTS, columns=["site", "dice"]).to_pylist()
     values = [row["dice"] for row in rows if row["site"] == cell.heldout]
     return float(np.mean(values)) if values else math.nan
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import Problem
+from fedsgcg.common.run_folder import paths
 
 if TYPE_CHECKING:
     from fedsgcg.deploy.study.cell import Cell
@@ -67,7 +68,7 @@ def _print_results(folder: Path, console: Screen) -> None:
 
     from fedsgcg.server.report.tables import AVERAGE, summary_rows
 
-    path = folder / "results.parquet"
+    path = folder / paths.RESULTS
     if not path.exists():
         console.print("No result yet.", style="yellow")
         return

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from fedsgcg.common.errors import FedsgcgError, Problem
-from fedsgcg.common.run_folder import ROWS_SCHEMA
+from fedsgcg.common.run_folder.tables import ROWS_SCHEMA
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
 

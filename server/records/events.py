@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsgcg.common.files.disk import refusals
-from fedsgcg.common.run_folder import cell_of
+from fedsgcg.common.run_folder import paths
+from fedsgcg.common.run_folder.tables import cell_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.server.records.results import _finite
 
@@ -30,7 +31,7 @@ class EventLog:
 
     def __init__(self, plan: Plan, on_event: OnEvent = ignore_event) -> None:
         self.round = 0
-        self._path = Path(plan.output) / "events.jsonl"
+        self._path = Path(plan.output) / paths.EVENTS
         self._fixed = cell_of(plan) | {"rounds": plan.federation.rounds}
         self._on_event = on_event
 

@@ -26,6 +26,7 @@ from typing import Any, Final, TextIO
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk, refusals
 from fedsgcg.common.files.system import lock
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import NOT_DECISIVE, Plan
 from fedsgcg.server.records.checkpoint import (
     RoundRecord,
@@ -61,14 +62,14 @@ class Journal:
         settings_tree: Mapping[str, Any],
         disk: Disk | None = None,
     ) -> None:
-        self.folder = Path(folder) / "journal"
+        self.folder = Path(folder) / paths.JOURNAL
         self.damaged: tuple[Problem, ...] = ()
         self._digest = plan_digest
         self._disk = disk or Disk()
         self._hashes: list[str] = []
         with refusals(self.folder):
             self._disk.make_folder(self.folder / "rounds")
-        self._lock = lock_file(self.folder / "lock")
+        self._lock = lock_file(self.folder / paths.LOCK)
         try:
             self._check_plan(settings_tree)
         except BaseException:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from fedsgcg.common.run_folder import SCHEMA_VERSION, cell_of
+from fedsgcg.common.run_folder import paths
+from fedsgcg.common.run_folder.tables import SCHEMA_VERSION, cell_of
 from fedsgcg.common.settings.plan import DataSettings, Plan
 from fedsgcg.server.records.checkpoint import Best
 
@@ -137,7 +138,7 @@ def model_card(
         "plan": plan.digest(),
         "data": plan.data.name,
         "kinds": list(kinds),
-        "weights": "model.safetensors",
+        "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,
         "classes": list(plan.data.classes),
@@ -148,7 +149,7 @@ def model_card(
         "selected_round": chosen.round,
         "rounds": plan.federation.rounds,
         "validation_dice": chosen.score,
-        "prototypes": "prototypes.arrow" if prototypes else None,
+        "prototypes": paths.PROTOTYPES if prototypes else None,
         "normalize": plan.prototypes.normalize,
         "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score))
         | {"images": ", ".join(f"{kind}s" for kind in kinds)},

@@ -25,7 +25,8 @@ from safetensors.numpy import save
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
-from fedsgcg.common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
+from fedsgcg.common.run_folder import paths
+from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, Weights, decode_cases, encode_statistics
@@ -71,12 +72,12 @@ def mean_dice(rows: Sequence[Mapping[str, Any]]) -> float:
 def write_results(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write `results.parquet`, sorted by site, case and structure. Raises SRV-401."""
     order = sorted(rows, key=lambda row: (row["site"], row["case"], row["structure"]))
-    disk.write(Path(plan.output) / "results.parquet", _parquet(order, RESULTS_SCHEMA, plan))
+    disk.write(Path(plan.output) / paths.RESULTS, _parquet(order, RESULTS_SCHEMA, plan))
 
 
 def write_rounds(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write `rounds.parquet`. Raises SRV-401."""
-    disk.write(Path(plan.output) / "rounds.parquet", _parquet(rows, ROUNDS_SCHEMA, plan))
+    disk.write(Path(plan.output) / paths.ROUNDS, _parquet(rows, ROUNDS_SCHEMA, plan))
 
 
 def write_model(disk: Disk, plan: Plan, weights: Weights, card: Mapping[str, Any]) -> None:
@@ -85,17 +86,17 @@ def write_model(disk: Disk, plan: Plan, weights: Weights, card: Mapping[str, Any
     state = {name: array.copy() for name, array in weights.to_state().items()}
     network = {"network": card["network"], "digest": card["digest"]}
     disk.write(
-        folder / "model.safetensors",
+        folder / paths.WEIGHTS,
         save(state, metadata={"fedsgcg": json.dumps(network, sort_keys=True)}),
     )
-    disk.write(folder / "model.json", _json(card))
+    disk.write(folder / paths.MODEL_CARD, _json(card))
 
 
 def write_prototypes(
     disk: Disk, plan: Plan, prototypes: ClassStatistics | None, identity: Identity
 ) -> None:
     """Write `prototypes.arrow`, or remove it if there are no prototypes. Raises SRV-401."""
-    path = Path(plan.output) / "prototypes.arrow"
+    path = Path(plan.output) / paths.PROTOTYPES
     if prototypes is None:
         disk.discard(path)
     else:
@@ -104,7 +105,7 @@ def write_prototypes(
 
 def write_outcome(disk: Disk, plan: Plan, outcome: Mapping[str, Any]) -> None:
     """Write `outcome.json`, the last file of a run. Raises SRV-401."""
-    disk.write(Path(plan.output) / "outcome.json", _json(cell_of(plan) | dict(outcome)))
+    disk.write(Path(plan.output) / paths.OUTCOME, _json(cell_of(plan) | dict(outcome)))
 
 
 def problem_fields(problem: Problem) -> dict[str, str]:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedsgcg.common.files.disk import Disk, refusals
+from fedsgcg.common.run_folder import paths
 from fedsgcg.server.report.differences import DICE_FLOOR, CaseValues, Difference
 from fedsgcg.server.report.export import write_tables
 from fedsgcg.server.report.figures.drawing import MARKERS, PALETTE
@@ -103,8 +104,8 @@ def make_report(study: Path, on_progress: OnProgress = ignore_progress) -> Path:
         on_progress("files of the figures")
         write_gallery(study / "figures", gallery(content), disk)
         write_tables(study, files.results)
-    disk.write(study / "report.html", render(content).encode())
-    return study / "report.html"
+    disk.write(study / paths.REPORT, render(content).encode())
+    return study / paths.REPORT
 
 
 @contextmanager

@@ -80,11 +80,6 @@ def labels_of(rows: Iterable[Row]) -> dict[str, Label]:
     return {name: found[name] for name in sorted(found, key=label_order)}
 
 
-def folder_of(label: str) -> str:
-    """Return the name of a label's folder in a study: commas for spaces, hyphens for slashes."""
-    return label.replace(" ", ",").replace("/", "-")
-
-
 def label_order(name: str) -> tuple[Any, ...]:
     """Sort key of a label: method (in the order of the ablation), federation, settings."""
     label = read_label({"method": name})

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fedsgcg.common.errors import CODES, Problem, fail
-from fedsgcg.server.report.labels import Label, folder_of, labels_of, read_label
+from fedsgcg.common.run_folder import paths
+from fedsgcg.server.report.labels import Label, labels_of, read_label
 from fedsgcg.server.report.reader import Reader, Tree
 from fedsgcg.server.report.tables import Row, methods_of
 
 Key = tuple[str, str, int, str]  # label, held-out hospital, seed, the one hospital that trained
-ALL_SITES = "all-sites"
 DONE = ("completed", "degraded")
 REASONS = 3  # most problems of a run that the banner lists
 
@@ -150,15 +150,15 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
         FedsgcgError: SRV-402 when the folder contains neither a study nor a run.
     """
     reader = Reader(folder)
-    tree = reader.tree(folder / "study.yaml")
+    tree = reader.tree(folder / paths.STUDY)
     names = {
-        folder_of(str(name)): str(name)
+        paths.label_folder(str(name)): str(name)
         for name in tree.get("methods") or []
         if isinstance(name, str)
     }
     found = {_key_of(path, folder, names): path for path in _cell_folders(folder)}
     wanted = [key for key in _wanted(tree) if key not in found]
-    if not tree and not found and not (folder / "results.parquet").is_file():
+    if not tree and not found and not (folder / paths.RESULTS).is_file():
         raise fail(
             "SRV-402",
             found="no study.yaml and no run",
@@ -167,8 +167,8 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
             where=str(folder),
         )
     keyed = dict.fromkeys(wanted, None) | found
-    results = _all_rows(reader, folder, found, "results.parquet", RESULT_COLUMNS)
-    rounds = _all_rows(reader, folder, found, "rounds.parquet", ROUND_COLUMNS)
+    results = _all_rows(reader, folder, found, paths.RESULTS, RESULT_COLUMNS)
+    rounds = _all_rows(reader, folder, found, paths.ROUNDS, ROUND_COLUMNS)
     with_results = {_key(row) for row in results}
     for key in sorted(with_results - keyed.keys()):
         keyed[key] = None
@@ -192,9 +192,7 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
 
 def cell_folder(study: Path, key: Key) -> Path:
     """Return the folder of a cell of a study."""
-    method, heldout, seed, trained_on = key
-    name = f"{seed}-{trained_on}" if trained_on else str(seed)
-    return study / folder_of(method) / (heldout or ALL_SITES) / name
+    return study / paths.cell_path(*key)
 
 
 def reason_of(code: str) -> str:
@@ -204,9 +202,9 @@ def reason_of(code: str) -> str:
 
 def _cell_folders(folder: Path) -> Iterator[Path]:
     """Folders of cells: the folder itself for a single run, else <method>/<fold>/<seed>."""
-    marks = ("model.json", "events.jsonl", "results.parquet", "journal")
-    if not (folder / "study.yaml").is_file() and any(
-        (folder / mark).exists() for mark in ("model.json", "journal")
+    marks = (paths.MODEL_CARD, paths.EVENTS, paths.RESULTS, paths.JOURNAL)
+    if not (folder / paths.STUDY).is_file() and any(
+        (folder / mark).exists() for mark in (paths.MODEL_CARD, paths.JOURNAL)
     ):
         yield folder
         return
@@ -225,9 +223,9 @@ def _key_of(path: Path, folder: Path, names: Mapping[str, str]) -> Key:
     """
     if path == folder:
         reader = Reader(folder)
-        model = reader.tree(path / "model.json")
-        events = reader.lines(path / "events.jsonl")
-        rows = reader.rows(path / "results.parquet", RESULT_COLUMNS)
+        model = reader.tree(path / paths.MODEL_CARD)
+        events = reader.lines(path / paths.EVENTS)
+        rows = reader.rows(path / paths.RESULTS, RESULT_COLUMNS)
         for entry in (*rows[:1], *events[:1], model):
             if {"method", "heldout", "seed"} <= set(entry) and isinstance(entry["method"], str):
                 return _key(entry)
@@ -237,7 +235,7 @@ def _key_of(path: Path, folder: Path, names: Mapping[str, str]) -> Key:
     label = path.parents[1].name
     return (
         names.get(label, label.replace(",", " ")),
-        "" if fold == ALL_SITES else fold,
+        "" if fold == paths.ALL_SITES else fold,
         int(seed),
         alone or "",
     )
@@ -301,9 +299,9 @@ def _all_rows(
 
 
 def _cell(reader: Reader, key: Key, where: Path, *, found: bool, has_results: bool) -> Cell:
-    model = reader.tree(where / "model.json")
-    outcome = reader.tree(where / "outcome.json")
-    events = reader.lines(where / "events.jsonl")
+    model = reader.tree(where / paths.MODEL_CARD)
+    outcome = reader.tree(where / paths.OUTCOME)
+    events = reader.lines(where / paths.EVENTS)
     ends = (
         event for event in reversed(events) if event.get("event") in {"run.started", "run.finished"}
     )

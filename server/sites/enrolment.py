@@ -21,6 +21,7 @@ from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, salt_of
 from fedsgcg.common.images.read import KINDS
 from fedsgcg.common.settings.compose import nearest
+from fedsgcg.common.settings.federation import ROLES
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
 from fedsgcg.common.wire.payload import Identity
@@ -278,9 +279,7 @@ class Cohort:
 
     def absent(self) -> list[Problem]:
         """One problem for every expected site that has not enrolled or has no usable case."""
-        expected = [
-            site for role in ("train", "heldout", "observer") for site in self._expected(role)
-        ]
+        expected = [site for role in ROLES for site in self._expected(role)]
         unusable: list[str] = []
         if not self.plan.members():
             unusable = [site for site in sorted(self.refusals) if self._unusable(site)]

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from fedsgcg.clients.guard import ledger
 from fedsgcg.common.feature_samples import write_feature_samples
 from fedsgcg.common.pictures import Picture, bit_mask, write_pictures
-from fedsgcg.common.run_folder import RESULTS_SCHEMA, ROUNDS_SCHEMA
+from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, encode_statistics
 

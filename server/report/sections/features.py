@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsgcg.common.feature_samples import FILE, FeatureSamples
+from fedsgcg.common.run_folder import paths
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.server.report.figures.plots import matrix_panel, scatter_panel
 from fedsgcg.server.report.labels import Label, figure_groups
@@ -261,7 +262,7 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
 def _statistics(cells: Sequence[Cell], reader: Reader) -> Iterator[tuple[bool, ClassStatistics]]:
     """(Whether from sampled pixels, class statistics) of each cell that has either."""
     for cell in cells:
-        stored = reader.prototypes(cell.folder / "prototypes.arrow")
+        stored = reader.prototypes(cell.folder / paths.PROTOTYPES)
         if stored is not None:
             yield False, stored
             continue

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load, save
 
-import fedsgcg.common.run_folder
+import fedsgcg.common.run_folder.tables
 from fedsgcg.clients.predict import model as models
 from fedsgcg.clients.predict.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model, load_model
@@ -44,7 +44,7 @@ def test_a_model_is_read_from_its_folder_or_any_of_its_files(stored):
         assert model.normalize
         assert model.prototypes.mean.shape == (2, 8)
         assert (model.data.image_size, list(model.data.structures)) == (32, ["gland"])
-    assert fedsgcg.common.run_folder.SCHEMA_VERSION == models.VERSION
+    assert fedsgcg.common.run_folder.tables.SCHEMA_VERSION == models.VERSION
     change(stored, normalize=False)
     assert not load_model(stored).normalize
 

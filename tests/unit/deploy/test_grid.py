@@ -1,10 +1,13 @@
 """The axes of a study, from the command line and an experiment, and the resulting variants."""
 
+from pathlib import Path
+
 import pytest
 
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.run_folder.paths import cell_path
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.deploy.study.grid import Variant, folder_name, split_axes, variants, with_grid
+from fedsgcg.deploy.study.grid import Variant, split_axes, variants, with_grid
 from fedsgcg.deploy.study.plan import plan_study
 from fedsgcg.server.aggregation.amplitudes import sharing_level
 from tests.support import sites
@@ -128,7 +131,8 @@ def test_what_hospitals_share_of_their_amplitudes_varies_only_where_there_are_ot
 def test_a_variant_is_a_command_line_of_its_own():
     variant = Variant("sgcg weight=1", "sgcg", "pooled", ("prototypes.weight=1",))
     assert variant.overrides == ["method=sgcg", "federation=pooled", "prototypes.weight=1"]
-    assert folder_name("sgcg pooled root=a/b") == "sgcg,pooled,root=a-b"
+    assert cell_path("sgcg pooled root=a/b", "B", 3) == Path("sgcg,pooled,root=a-b/B/3")
+    assert cell_path("source local", "", 0, "A") == Path("source,local/all-sites/0-A")
 
 
 @pytest.fixture(scope="module")

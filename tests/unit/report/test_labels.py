@@ -6,12 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsgcg.deploy.study.grid import folder_name
 from fedsgcg.server.report.differences import CaseValues
 from fedsgcg.server.report.labels import (
     Label,
     figure_groups,
-    folder_of,
     label_colours,
     label_order,
     labels_of,
@@ -68,10 +66,6 @@ class TestLabels:
             read_label({"method": name, "trains": None, "federation": None, "setting": None})
             == expected
         )
-
-    def test_the_folder_of_a_label_is_the_one_that_a_study_makes(self):
-        for name in ("sgcg", "sgcg pooled", "ram_sgcg weight=0.5 temperature=1", "a/b c"):
-            assert folder_of(name) == folder_name(name)
 
     def test_order_is_that_of_the_ablation_and_numbers_go_by_size(self):
         names = [

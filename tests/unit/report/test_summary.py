@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from fedsgcg.common.run_folder import RESULTS_SCHEMA
+from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA
 from fedsgcg.deploy.study.record import collect
 from fedsgcg.server.report.differences import CaseValues, compare_on_average
 from fedsgcg.server.report.protocol import protocol_box

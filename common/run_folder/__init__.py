@@ -1,0 +1,1 @@
+"""Names and tables of the folders that a study and a run write."""
