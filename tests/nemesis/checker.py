@@ -151,6 +151,8 @@ class Study:
 
     def rows(self, number: int) -> list[dict[str, Any]]:
         path = self.folder / "journal" / "rounds" / f"{number:05d}.arrow"
+        if not path.exists():  # `durable` names it
+            return []
         with pa.ipc.open_file(pa.BufferReader(path.read_bytes())) as reader:
             return list(reader.read_all().to_pylist())
 

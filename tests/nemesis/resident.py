@@ -1,27 +1,25 @@
 """The resident of a hospital that records every reply before it leaves, and may be malicious.
 
 `KIT/nemesis.json` says what is wrong with its replies: `poison` is a key of `POISONS`, `duplicate`
-sends each reply to `train` twice. The record of a reply is `KIT/sent/NUMBER.npz`: its entries by
-`record/key` as bytes, and `facts`, JSON with kind, poison and time.
+sends each reply to `train` twice. Records are in `KIT/sent` (`tests.nemesis.recorder`).
 """
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 
 from fedsgcg.common.wire.messages import Reply, decode_reply, encode_reply
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.deploy.site import resident
+from tests.nemesis.recorder import record
 
 KIT: Final = Path(sys.argv[1]).resolve().parent if len(sys.argv) > 1 else Path()
 push_message = resident.push_message
@@ -93,7 +91,7 @@ def push(client: Any, message: Message, context: Context) -> None:
         if has_part(reply, name):
             poison = name
             message.content = encode_reply(POISONS[name](reply))
-    record(message.content, kind, poison)
+    record(KIT / "sent", message.content, kind, poison)
     push_message(client, message, context)
     if kind == "train" and facts.get("duplicate"):
         try:
@@ -106,26 +104,6 @@ def has_part(reply: Reply, poison: str) -> bool:
     """Whether a reply has the part that a poison changes."""
     parts = {"negative covariance": reply.statistics, "moments of 1e40": reply.moments}
     return not reply.error and parts.get(poison, reply.weights) is not None
-
-
-def record(records: RecordDict, kind: str, poison: str) -> None:
-    """Write one reply to `KIT/sent`."""
-    folder = KIT / "sent"
-    folder.mkdir(exist_ok=True)
-    entries: dict[str, Any] = {}
-    for name, content in records.items():
-        for key, value in content.items():
-            data = getattr(value, "data", value)
-            if not isinstance(data, bytes):
-                data = json.dumps(data).encode()
-            entries[f"{name}/{key}"] = np.frombuffer(data, np.uint8)
-    facts = {"kind": kind, "poison": poison, "time": time.time()}
-    entries["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    buffer = io.BytesIO()
-    np.savez(buffer, **entries)
-    partial = folder / "partial"
-    partial.write_bytes(buffer.getvalue())
-    partial.rename(folder / f"{time.time_ns()}.npz")
 
 
 if __name__ == "__main__":
