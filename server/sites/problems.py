@@ -15,7 +15,6 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.server.sites.replies import Collected, admitted
 
-
 OWN_MESSAGE: Final = (
     "every site failed on the same message, so look first at what this coordinator sends: its "
     "settings, its model and its version of fedsgcg (fedsgcg simulate with the same settings shows "

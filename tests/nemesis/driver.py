@@ -9,14 +9,14 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
-from tests.nemesis.faults import FAULTS, Fault, poison
+from tests.nemesis.faults import FAULTS
 from tests.nemesis.link import Link
 from tests.nemesis.resident import POISONS
 from tests.support import small
@@ -26,6 +26,12 @@ TRAINING: Final = ("East", "North", "South")
 HELDOUT: Final = "West"
 CANARY: Final = "CANARY-7f3a"
 PLAN: Final = ("method=sgcg", f"heldout={HELDOUT}")
+BAD_REPLIES: Final[dict[str, dict[str, object]]] = {
+    "replies sent twice": {"duplicate": True},
+    **{name: {"poison": name} for name in POISONS},
+}
+"""What is wrong with a hospital's replies -> content of its `nemesis.json`."""
+
 MOST_RESUMES: Final = 12
 """Resumes of one study, after which the federation counts as unable to finish."""
 
@@ -128,8 +134,8 @@ class Driver:
                 codes[code] = codes.get(code, 0) + 1
         return ", ".join(f"{code} ({count})" for code, count in sorted(codes.items()))
 
-    def study(self, seed: int, faults: Iterator[tuple[str, Fault]], seconds: float) -> None:
-        """Run one study to its end; make faults, one after the other, for some time."""
+    def study(self, seed: int, faults: Iterator[tuple[str, str]], seconds: float) -> None:
+        """Run one study to its end; make faults, two at a time, for some time."""
         self.seed, self.resumes, self.ended = seed, 0, False
         self.federation.run(*self.overrides())
         self.await_rounds(1, 200)
@@ -155,25 +161,36 @@ class Driver:
         )
         self.measure()
 
-    def inject(self, name: str, fault: Fault) -> None:
-        """Make one fault and record what it did."""
-        site = self.random.choice(self.training)
-        start, began = self.round(), time.monotonic()
-        before = self.resumes
-        self.record("fault", fault=name, site=site, study=str(self.seed), round=start)
-        seen = fault(self, site)
+    def inject(self, fault: str, reply: str) -> None:
+        """Make one fault, while another hospital sends bad replies, and record what was seen."""
+        site, other = self.random.sample(self.training, 2)
+        start, began, before = self.round(), time.monotonic(), self.resumes
+        self.record(
+            "fault",
+            fault=fault,
+            site=site,
+            replies=reply,
+            of=other,
+            study=str(self.seed),
+            round=start,
+        )
+        self.configure(other, **BAD_REPLIES[reply])
+        seen = FAULTS[fault](self, site)
         self.await_rounds(1, 90)
-        line = {
-            "fault": name,
-            "site": site,
-            "seen": seen,
-            "codes": self.problems_since(start, site),
-            "resumes": self.resumes - before,
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        self.table.append(line)
-        self.record("fault.over", **line)
-        print(json.dumps(line), flush=True)
+        self.configure(other)
+        took = round(time.monotonic() - began, 1)
+        for name, where, what in ((fault, site, seen), (reply, other, "")):
+            line = {
+                "fault": name,
+                "site": where,
+                "seen": what,
+                "codes": self.problems_since(start, where),
+                "resumes": (self.resumes - before) if name == fault else 0,
+                "seconds": took,
+            }
+            self.table.append(line)
+            self.record("fault.over", **line)
+            print(json.dumps(line), flush=True)
 
     def simulate(self, seed: int) -> str:
         """Model hash of the same study in one process."""
@@ -210,13 +227,16 @@ class Driver:
                         os.link(path, copy)
 
 
-def schedule(source: random.Random) -> Iterator[tuple[str, Fault]]:
-    """All faults in a random order, again and again; every second pass is one of poisons."""
-    poisons = {f"poison: {name}": poison(name) for name in POISONS}
-    while True:
-        mixed = list(FAULTS.items()) + list(poisons.items())
-        source.shuffle(mixed)
-        yield from mixed
+def schedule(source: random.Random) -> Iterator[tuple[str, str]]:
+    """Pairs of a fault and bad replies; each kind once in a random order, again and again."""
+
+    def endless(names: Iterable[str]) -> Iterator[str]:
+        while True:
+            mixed = list(names)
+            source.shuffle(mixed)
+            yield from mixed
+
+    return zip(endless(FAULTS), endless(BAD_REPLIES), strict=True)
 
 
 def run(folder: Path, hospitals: Path, seconds: float, seed: int, deadline_s: float) -> Driver:

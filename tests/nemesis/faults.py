@@ -101,13 +101,13 @@ def partition(scene: Scene, site: str) -> str:
 
 
 def latency(scene: Scene, site: str) -> str:
-    """2 seconds from question to answer for two rounds."""
-    return with_link(scene, site, 2, delay_s=LATENCY_S)
+    """2 seconds from question to answer for a round."""
+    return with_link(scene, site, 1, delay_s=LATENCY_S)
 
 
 def narrow(scene: Scene, site: str) -> str:
-    """100 kB/s for two rounds."""
-    return with_link(scene, site, 2, rate=RATE)
+    """100 kB/s for a round."""
+    return with_link(scene, site, 1, rate=RATE)
 
 
 def loss(scene: Scene, site: str) -> str:
@@ -162,34 +162,19 @@ def full_disk_of_coordinator(scene: Scene, site: str) -> str:
 @contextlib.contextmanager
 def no_room(*roots: int) -> Iterator[None]:
     """Refuse writes of some processes and their children beyond the first byte of a file."""
-    pids = [pid for root in roots for pid in (root, *descendants(root))]
-    for soft in (1, resource.RLIM_INFINITY):
-        for pid in pids:
+    try:
+        limit_files(1, roots)
+        yield
+    finally:
+        limit_files(resource.RLIM_INFINITY, roots)
+
+
+def limit_files(size: int, roots: tuple[int, ...]) -> None:
+    """Set the largest size of a file that processes and their children may write."""
+    for root in roots:
+        for pid in (root, *descendants(root)):
             with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))
-        if soft == 1:
-            yield
-
-
-def duplicate(scene: Scene, site: str) -> str:
-    """A hospital sends every reply of training twice for two rounds."""
-    scene.configure(site, duplicate=True)
-    scene.await_rounds(2, 90)
-    scene.configure(site)
-    return ""
-
-
-def poison(name: str) -> Fault:
-    """A hospital sends a bad reply for one round."""
-
-    def fault(scene: Scene, site: str) -> str:
-        scene.configure(site, poison=name)
-        scene.await_rounds(1, 60)
-        scene.configure(site)
-        return ""
-
-    fault.__doc__ = f"A hospital sends {name}."
-    return fault
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def processes(root: int, name: str) -> list[int]:
@@ -216,5 +201,4 @@ FAULTS: Final[dict[str, Fault]] = {
     "clock 10 minutes wrong": wrong_clock,
     "disk full at a site": full_disk_of_site,
     "disk full at the coordinator": full_disk_of_coordinator,
-    "replies sent twice": duplicate,
 }

@@ -107,7 +107,7 @@ class Link:
             return
         both = {out, into}
         self._writers |= both
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.gather(self._pass(near, into, self.up), self._pass(far, out, self.down))
         self._writers -= both
         for writer in both:

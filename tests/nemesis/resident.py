@@ -7,6 +7,7 @@ sends each reply to `train` twice. Records are in `KIT/sent` (`tests.nemesis.rec
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,7 +92,11 @@ def push(client: Any, message: Message, context: Context) -> None:
         if has_part(reply, name):
             poison = name
             message.content = encode_reply(POISONS[name](reply))
+    # The record is no part of the hospital: a full disk there must not concern it.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     record(KIT / "sent", message.content, kind, poison)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     push_message(client, message, context)
     if kind == "train" and facts.get("duplicate"):
         try:
