@@ -25,6 +25,9 @@ import pyarrow.parquet as pq
 
 Arrays = dict[str, Any]
 MOMENTS = ("running_mean", "running_var")
+RECORDS = ("message", "metrics", "weights")
+"""Records of a reply that a ledger line covers."""
+
 ROUNDING = 1e-6
 """Relative tolerance of statistics that were summed in another order."""
 
@@ -85,6 +88,8 @@ class Sent:
         """SHA-256 over the records in the order of their names, as a ledger line states it."""
         sha = hashlib.sha256()
         for name, data in sorted(self.entries.items(), key=lambda item: item[0].split("/", 1)):
+            if name.partition("/")[0] not in RECORDS:
+                continue
             sha.update(f"{name}/{len(data)}\n".encode())
             sha.update(data)
         return sha.hexdigest()

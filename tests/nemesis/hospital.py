@@ -15,18 +15,24 @@ from typing import Any
 from fedsgcg.deploy.cli import site
 from fedsgcg.deploy.site import supervisor
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def replaced(
-    original: Callable[..., list[str]], part: str, script: str
-) -> Callable[..., list[str]]:
-    """Return a function that gives the same command line for another program."""
+def replaced(original: Callable[..., list[str]], first: str, module: str) -> Callable[..., Any]:
+    """Return a function that gives the arguments of a command line to another program.
+
+    Args:
+        original: Returns the command line.
+        first: The first argument that the other program gets.
+        module: The other program, whose `main` is called.
+    """
+    # The site's environment does not say where the tests are.
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module} as program; "
+    start += "sys.exit(program.main())"
 
     def command(*arguments: Any, **keywords: Any) -> list[str]:
         line = original(*arguments, **keywords)
-        place = next(index for index, text in enumerate(line) if part in text)
-        return [sys.executable, str(HERE / script), *line[place + 1 :]]
+        return [sys.executable, "-P", "-c", start, *line[line.index(first) :]]
 
     return command
 
@@ -35,13 +41,14 @@ def main() -> int:
     """Join, with what the kit's `nemesis.json` asks for."""
     kit = Path(sys.argv[2])
     facts = json.loads((kit / "nemesis.json").read_text())
+    site_file = str((kit / "site.yaml").resolve())
     supervisor.resident_command = replaced(
-        supervisor.resident_command, "site.resident", "resident.py"
+        supervisor.resident_command, site_file, "tests.nemesis.resident"
     )
     if facts.get("skew_s"):
         os.environ["FEDSGCG_NEMESIS_SKEW_S"] = str(facts["skew_s"])
         supervisor.supernode_command = replaced(
-            supervisor.supernode_command, "flower-supernode", "node.py"
+            supervisor.supernode_command, "--root-certificates", "tests.nemesis.node"
         )
     return int(site.main(sys.argv[1:]))
 

@@ -19,6 +19,8 @@ def skewed() -> datetime.datetime:
     return date.now() + SKEW
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the SuperNode."""
+    sys.argv[0] = "flower-supernode"
     node_auth_http_interceptor.now = skewed
-    sys.exit(flower_supernode())
+    flower_supernode()

@@ -22,7 +22,6 @@ from fedsgcg.common.wire.payload import Weights
 from fedsgcg.deploy.site import resident
 from tests.nemesis.recorder import record
 
-KIT: Final = Path(sys.argv[1]).resolve().parent if len(sys.argv) > 1 else Path()
 push_message = resident.push_message
 
 
@@ -84,7 +83,8 @@ POISONS: Final[dict[str, Callable[[Reply], Reply]]] = {
 
 def push(client: Any, message: Message, context: Context) -> None:
     """Record a reply, changed as the kit's `nemesis.json` says, and send it."""
-    facts = json.loads((KIT / "nemesis.json").read_text())
+    kit = Path(sys.argv[1]).parent
+    facts = json.loads((kit / "nemesis.json").read_text())
     kind = str(message.metadata.message_type)
     poison = ""
     if name := facts.get("poison"):
@@ -95,7 +95,7 @@ def push(client: Any, message: Message, context: Context) -> None:
     # The record is no part of the hospital: a full disk there must not concern it.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    record(KIT / "sent", message.content, kind, poison)
+    record(kit / "sent", message.content, kind, poison)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     push_message(client, message, context)
     if kind == "train" and facts.get("duplicate"):
@@ -111,6 +111,7 @@ def has_part(reply: Reply, poison: str) -> bool:
     return not reply.error and parts.get(poison, reply.weights) is not None
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run the resident."""
     resident.push_message = push
-    sys.exit(resident.main())
+    return resident.main()

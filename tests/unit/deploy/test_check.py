@@ -218,7 +218,6 @@ def test_key_and_folders(root, tmp_path):
     assert [finding.code for finding in examine_folders(policy) if finding.code] == [
         "SITE-518",
         "DEP-603",
-        "POL-705",
     ]
     write_authority(Path(policy.ca).parent, make_authority("demo"))
     key = Path(policy.key)
