@@ -32,7 +32,7 @@ BAD_REPLIES: Final[dict[str, dict[str, object]]] = {
 }
 """What is wrong with a hospital's replies -> content of its `nemesis.json`."""
 
-MOST_RESUMES: Final = 12
+MOST_RESUMES: Final = 40
 """Resumes of one study, after which the federation counts as unable to finish."""
 
 
@@ -106,6 +106,7 @@ class Driver:
         self.resumes += 1
         assert self.resumes <= MOST_RESUMES, self.federation.logs()
         self.record("resume", study=str(self.seed), error=outcome.get("error", ""))
+        time.sleep(2)  # the server may still count the last run as in progress
         self.federation.run(*self.overrides())
 
     def overrides(self) -> list[str]:
