@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast check docs bench bench-gpu clean
+.PHONY: help setup demo test test-fast check docs bench bench-gpu nemesis fuzz mutants sbom audit hashes clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
@@ -13,6 +13,11 @@ help:
 	@echo "make docs    build the documentation site into site/index.html"
 	@echo "make bench   speed and memory compared with alternatives, as ratios within one run"
 	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
+	@echo "make nemesis  faults in a real federation for SECONDS (600), judged by an independent checker"
+	@echo "make fuzz    CASES (100000) mutated payloads and files for every decoder"
+	@echo "make mutants  SAMPLE (200) small changes of the pure core, which the tests must notice"
+	@echo "make sbom    list what is installed, as CycloneDX in sbom.json"
+	@echo "make audit   compare the installed versions with known vulnerabilities; needs the internet"
 	@echo "make setup   install into $(VENV) only"
 
 setup: $(STAMP)
@@ -52,5 +57,34 @@ bench: setup
 bench-gpu: setup
 	$(RUN)/python -m tests.benchmarks gpu --folder runs/benchmarks-gpu
 
+SECONDS ?= 600
+nemesis: setup
+	$(RUN)/python -m tests.nemesis --seconds $(SECONDS)
+
+CASES ?= 100000
+fuzz: setup
+	$(RUN)/python -m tests.faults.fuzz --cases $(CASES)
+
+SAMPLE ?= 200
+mutants: setup
+	$(RUN)/python -m tests.mutants --sample $(SAMPLE)
+
+# The tools are in an environment of their own, so that the list holds nothing of theirs.
+$(VENV)-audit/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet -c constraints.txt cyclonedx-bom pip-audit
+	@touch $(VENV)-audit/.installed
+
+sbom: setup $(VENV)-audit/.installed
+	$(VENV)-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		-o sbom.json $(RUN)/python
+
+# Without the internet, or with a package index that knows no vulnerabilities, it fails: nothing was compared.
+audit: $(VENV)-audit/.installed
+	$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
+hashes:
+	$(PYTHON) .ci/hashes.py
+
 clean:
-	rm -rf $(VENV) runs site build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-audit sbom.json runs site build dist *.egg-info

@@ -7,6 +7,7 @@ is replaced. `tests/contracts/test_docs.py` fails if a page is not up to date.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import pyarrow as pa
+import yaml
 
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
@@ -34,6 +36,8 @@ from fedsgcg.deploy.coordinator.project import Project
 
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MATRIX: Final = DOCS.parent / "tests" / "faults" / "matrix.yaml"
+ROW: Final = re.compile(r"Rows? (\d+(?:(?:, | and )\d+)*)[:.]")
 WIDTH: Final = 88
 """Columns of the help texts."""
 
@@ -254,6 +258,57 @@ def _fenced(text: str) -> str:
     return f"```text\n{text.rstrip()}\n```"
 
 
+def fault_matrix() -> str:
+    """Return the table of the fault matrix: each row with its tests, or why it has none."""
+    matrix = yaml.safe_load(MATRIX.read_text(encoding="utf-8"))
+    tests = tests_by_row()
+    rows = []
+    for number, row in matrix["rows"].items():
+        proof = "<br>".join(
+            f"`{path.partition('/')[2]}` {_plain_name(name)}"
+            for path, name in tests.get(number, [])
+        )
+        layer = matrix["layers"][row["layer"]]
+        rows.append(
+            (
+                str(number),
+                layer,
+                row["fault"],
+                row["outcome"],
+                proof or f"no test: {row['untested']}",
+            )
+        )
+    return _table(("row", "where", "fault", "outcome", "tests"), rows)
+
+
+def tests_by_row() -> dict[int, list[tuple[str, str]]]:
+    """Return the (file, name) of the tests of each row.
+
+    A test names its rows by `@pytest.mark.row(N)` or by a docstring that starts with "Row N:".
+    """
+    found: dict[int, list[tuple[str, str]]] = {}
+    for path in sorted((DOCS.parent / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for number in sorted(_rows_of(node)):
+                    place = path.relative_to(DOCS.parent).as_posix()
+                    found.setdefault(number, []).append((place, node.name))
+    return found
+
+
+def _rows_of(test: ast.FunctionDef) -> set[int]:
+    stated = ROW.match(ast.get_docstring(test) or "")
+    rows = {int(text) for text in re.findall(r"\d+", stated[1])} if stated else set()
+    for mark in test.decorator_list:
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.row":
+            rows |= {ast.literal_eval(argument) for argument in mark.args}
+    return rows
+
+
+def _plain_name(test: str) -> str:
+    return test.removeprefix("test_").replace("_", " ")
+
+
 PARTS: Final[dict[str, Callable[[], str]]] = {
     "fedsgcg": lambda: commands("fedsgcg"),
     "fedsgcg-site": lambda: commands("fedsgcg-site"),
@@ -266,6 +321,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "rounds": lambda: columns(list(ROUNDS_SCHEMA)[len(CELL_FIELDS) :], ROUNDS),
     "request": lambda: message(wire.Request),
     "reply": lambda: message(wire.Reply),
+    "fault-matrix": fault_matrix,
 }
 
 

@@ -25,6 +25,9 @@ LOSSY_TIFF: Final = (6, 7, 33003, 33004, 33005, 34712, 34892, 50001, 50002)
 PLAIN: Final = (1, 8, 32946)
 """TIFF compressions that tifffile reads without an extra package: none and deflate."""
 
+MOST_DEFLATE: Final = 1032
+"""Largest factor by which deflate, the compression of PNG, shrinks data."""
+
 PLAIN_MODES: Final = ("L", "I", "F", "1", "RGB", "RGBA", "LA")
 """Modes of Pillow whose pixels are used without conversion."""
 
@@ -57,6 +60,7 @@ def _pillow_pixels(path: Path, mask: bool, page: int = 0) -> Array:
             raise _lossy(path, str(opened.format))
         if page:
             opened.seek(page)
+        _check_size(opened, path.stat().st_size)
         opened.load()
         # Cameras store the rotation as a tag; viewers and annotation tools apply it.
         picture = ImageOps.exif_transpose(opened)
@@ -64,6 +68,17 @@ def _pillow_pixels(path: Path, mask: bool, page: int = 0) -> Array:
         if plain or (mask and picture.mode == "P"):
             return np.asarray(picture)
         return np.asarray(picture.convert("RGB"))
+
+
+def _check_size(picture: Image.Image, size: int) -> None:
+    """Check, before memory is taken, that a PNG can hold the pixels that it announces.
+
+    Raises:
+        ValueError: More pixels than `size` bytes of deflate can hold, at one bit for each.
+    """
+    width, height = picture.size
+    if picture.format == "PNG" and width * height > 8 * MOST_DEFLATE * size:
+        raise ValueError(f"announces {width}x{height} pixels, in {size} bytes")
 
 
 def _tiff_pixels(path: Path, mask: bool) -> Array:

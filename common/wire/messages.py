@@ -215,7 +215,8 @@ def _weights(records: RecordDict) -> Weights | None:
         )
     try:
         values: np.ndarray[Any, Any] = arrays["values"].numpy()
-    except (TypeError, ValueError, EOFError) as error:
+    except Exception as error:
+        # NumPy parses an old header as Python: a damaged one may even raise a tokenizer's error.
         raise fail(
             "PAY-106", found="an array that cannot be read", expected="a float32 array"
         ) from error

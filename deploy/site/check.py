@@ -31,7 +31,7 @@ SPARE_BYTES = 2**30
 PIXEL_BYTES = 6
 """Bytes of the slice cache per voxel: slice as int16, ground truth, display and resized copy."""
 
-COLOUR: dict[Verdict, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+COLOUR: dict[Verdict, str] = {"ok": "green", "note": "blue", "warn": "yellow", "fail": "red"}
 ORDER = ("files", "site", "device", "disk", "clock", "link")
 
 
@@ -108,7 +108,8 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
             "fedsgcg-site approve KIT shows the code and asks for approval; until then no code "
             "of the federation runs here"
         )
-        findings.append(Finding("site", "approved code", "warn", "none yet", action, "POL-705"))
+        # The documented order is check, then approve: this is the next step and not a problem.
+        findings.append(Finding("site", "approved code", "note", "none yet", action))
     if os.access(policy.data_root, os.W_OK) and os.geteuid() != 0:
         found = "this user has write permission"
         action = "Mount it read-only, or run the site as a user with read permission only."
@@ -212,7 +213,7 @@ def payload_bytes(plan: Plan) -> int:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """Return 1 when a check fails, 3 when there are warnings, else 0."""
+    """Return 1 when a check fails, 3 when there are warnings, else 0, also with notes."""
     verdicts = {finding.verdict for finding in findings}
     if "fail" in verdicts:
         return 1

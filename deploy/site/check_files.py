@@ -27,7 +27,7 @@ from fedsgcg.common.images.contents import content_hash
 from fedsgcg.common.images.read import PICTURE, Volume, check_geometry, check_image, read_volume
 from fedsgcg.common.settings.plan import DataSettings
 
-Verdict = Literal["ok", "warn", "fail"]
+Verdict = Literal["ok", "note", "warn", "fail"]
 SPACING_RATIO = 2.0
 """Largest ratio between a voxel's side and the site's median, in either direction."""
 SMALLEST_MM, LARGEST_MM = 0.01, 100.0

@@ -206,8 +206,10 @@ class Join:
             raise AssertionError("_start opens a pipe")
         with bounded_log(log) as file:
             for line in child.stdout:
-                file.write(line)
-                file.flush()
+                # A full disk must not stop the reading: the child would wait for its full pipe.
+                with suppress(OSError):
+                    file.write(line)
+                    file.flush()
                 self._notice(line.decode(errors="replace").strip())
 
     def _notice(self, line: str) -> None:

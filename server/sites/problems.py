@@ -6,13 +6,20 @@ and numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.server.sites.replies import Collected, admitted
+
+OWN_MESSAGE: Final = (
+    "every site failed on the same message, so look first at what this coordinator sends: its "
+    "settings, its model and its version of fedsgcg (fedsgcg simulate with the same settings shows "
+    "the error here); only then ask a hospital for the last entry of its errors.log"
+)
 
 
 def sentence(code: str) -> str:
@@ -76,6 +83,8 @@ def not_enough_enrolled(
         found.append(f"refused: {', '.join(f'{name}: {text}' for name, text in refused.items())}")
     known = [name for name in sorted(refusals) if name in {heldout, *plan.members()}]
     actions = [f"fix the problems listed in {error_logs(plan, known)}"] if known else []
+    if not training and all_failed_alike([problem.code for problem in refusals.values()]):
+        actions = [OWN_MESSAGE]
     actions += [f"start {', '.join(missing)}"] if missing else []
     actions += ["lower federation.quorum"] if 0 < len(training) < quorum else []
     return fail(
@@ -97,14 +106,27 @@ def quorum_missed(
     }
     reasons = "; ".join(f"{site}: {text}" for site, text in lost.items())
     look = f"see {error_logs(plan, list(lost))}; " if lost else ""
+    action = (
+        f"{look}fix these sites or lower federation.quorum, then start the same command "
+        "again: completed rounds are kept"
+    )
+    if all_failed_alike([part.verdict.code for part in collected]):
+        action = OWN_MESSAGE
     return fail(
         "RND-402",
         where=f"round {number}",
         found=f"{len(admitted(collected))} admitted" + (f"; {reasons}" if reasons else ""),
         expected=training_sites(quorum),
-        action=f"{look}fix these sites or lower federation.quorum, then start the same command "
-        "again: completed rounds are kept",
+        action=action,
     )
+
+
+def all_failed_alike(codes: Collection[str]) -> bool:
+    """Whether two or more sites were asked and each failed unexpectedly (SITE-500).
+
+    Independent machines hardly break at the same moment; what they share is the message.
+    """
+    return len(codes) > 1 and set(codes) == {"SITE-500"}
 
 
 def heldout_unanswered(plan: Plan, reason: Problem | None) -> FedsgcgError:

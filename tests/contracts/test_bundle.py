@@ -5,12 +5,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from fedsgcg.clients.guard.approval import NOT_BUNDLED
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 10 * 2**20
 
 
+@pytest.mark.row(54)
 def test_bundle_holds_the_code_and_the_settings_and_stays_small(tmp_path: Path) -> None:
     flwr = Path(sys.executable).parent / "flwr"
     done = subprocess.run(

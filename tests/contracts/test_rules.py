@@ -32,6 +32,7 @@ def test_rooms_import_each_other_only_as_the_architecture_allows() -> None:
         r"allow_pickle=True",
     ],
 )
+@pytest.mark.row(11, 60)
 def test_nothing_that_came_over_the_wire_or_from_disk_is_executed(pattern: str) -> None:
     hits = [str(path.relative_to(ROOT)) for path in PRODUCT if re.search(pattern, path.read_text())]
     assert hits == []

@@ -40,6 +40,7 @@ def test_every_choice_of_every_group_is_a_valid_plan(choice: str) -> None:
     assert Plan.from_tree(join([choice])).digest()
 
 
+@pytest.mark.row(52)
 def test_all_mistakes_are_named_at_once_with_the_nearest_known_setting() -> None:
     with pytest.raises(FedsgcgError) as caught:
         join(["roundz=3", "metod=sgcg", "data=promise13", "federation.round_deadline=3", "seed"])
@@ -53,6 +54,7 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_known_setting() -> None
         assert hint in str(caught.value)
 
 
+@pytest.mark.row(52)
 def test_all_wrong_values_are_named_at_once_with_what_was_expected() -> None:
     tree = join(
         [
@@ -74,6 +76,7 @@ def test_all_wrong_values_are_named_at_once_with_what_was_expected() -> None:
     assert "cumulative | discount | lagged | restart" in str(caught.value)
 
 
+@pytest.mark.row(53)
 def test_command_line_beats_experiment_beats_group() -> None:
     assert compose(["data=promise12"])["data"]["image_size"] == 128
     assert compose(["data=promise12", "experiment=demo"])["data"]["image_size"] == 48
@@ -89,6 +92,7 @@ def test_flower_run_config_carries_the_tree_unchanged() -> None:
     assert join(run_config={"overrides": "data=spinegm heldout=UCL seed=7"}) == tree
 
 
+@pytest.mark.row(53)
 def test_two_sources_of_settings_at_once_are_refused() -> None:
     with pytest.raises(FedsgcgError, match="CFG-001"):
         join(run_config={"config-json": "{}", "overrides": "seed=1"})

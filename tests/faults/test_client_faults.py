@@ -89,6 +89,7 @@ def test_no_name_leaves_when_all_is_well(root, tmp_path):
 @pytest.mark.parametrize(
     "error", [RuntimeError, KeyError, MemoryError, OSError, ZeroDivisionError, UnicodeError]
 )
+@pytest.mark.row(27)
 def test_an_unforeseen_error_becomes_a_code_and_its_trace_stays(root, tmp_path, error):
     plan = sites.plan_of(root, tmp_path)
 
@@ -136,6 +137,7 @@ def test_a_broken_case_is_reported_by_code_and_the_rest_goes_on(root, tmp_path):
     assert CANARY in (Path(plan.output) / "sites/North/problems.txt").read_text()
 
 
+@pytest.mark.row(31)
 def test_a_loss_that_is_not_finite_sends_no_weights(root, tmp_path):
     plan = sites.plan_of(root, tmp_path)
     good = sites.weights(plan)
@@ -152,6 +154,7 @@ def test_weights_of_another_network_are_refused(root, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.row(33)
 def test_a_gpu_that_is_not_there_is_refused(root, tmp_path):
     plan = sites.plan_of(root, tmp_path, "device=cuda")
     assert trained(plan)[0].error == "CFG-004"
@@ -208,6 +211,7 @@ def test_a_message_that_is_no_request_is_a_code_too(root, tmp_path, content):
     assert reply == Reply(UNKNOWN_IDENTITY, "North", error="PAY-106")
 
 
+@pytest.mark.row(72)
 def test_the_heldout_site_gives_nothing_away_when_it_is_asked_by_mistake(root, tmp_path):
     plan = sites.plan_of(root, tmp_path, "heldout=South")
     for kind in (wire.TRAIN, wire.STATISTICS):

@@ -93,6 +93,7 @@ def content(folder: Path, *left_out: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["refuse", "before", "torn", "after"])
+@pytest.mark.row(35)
 def test_whatever_operation_fails_the_journal_ends_the_same(mode: str, tmp_path: Path) -> None:
     write_rounds(tmp_path / "whole", Disk(), [])
     wanted = content(tmp_path / "whole", "lock")
@@ -130,6 +131,7 @@ def federate(folder: Path, disk: Disk | None = None) -> Outcome:
 
 
 @pytest.mark.parametrize("mode", ["refuse", "torn"])
+@pytest.mark.row(35)
 def test_whatever_operation_fails_the_run_ends_the_same(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +163,7 @@ def test_whatever_operation_fails_the_run_ends_the_same(
     assert ends == {"SRV-401" if mode == "refuse" else "power cut"}
 
 
+@pytest.mark.row(36)
 def test_a_real_file_size_limit_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"

@@ -39,6 +39,7 @@ def trained(grid: ScriptedGrid) -> Counter[tuple[str, int]]:
     )
 
 
+@pytest.mark.row(22)
 def test_a_site_that_was_lost_and_is_back_is_asked_again_and_nothing_is_different(
     tmp_path: Path,
 ) -> None:
@@ -152,6 +153,7 @@ def test_what_becomes_of_a_site_that_is_late(late: str, asked: int, tmp_path: Pa
     assert sum(count for (site, _), count in trained(grid).items() if site == "B") == asked
 
 
+@pytest.mark.row(47)
 def test_a_site_whose_data_changed_is_told_at_the_resume(tmp_path: Path) -> None:
     def data(text: str) -> Script:
         def script(

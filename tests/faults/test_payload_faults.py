@@ -167,6 +167,7 @@ def everything_written(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.row(1, 2, 3, 4, 6, 7, 10, 13, 16, 18, 20)
 def test_a_bad_payload_is_listed_and_touches_nothing(
     fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +223,7 @@ MOMENT_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", MOMENT_FAULTS)
+@pytest.mark.row(13)
 def test_bad_moments_are_listed_and_the_model_has_those_of_the_others(
     fault: str, tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_another_approved_bundle_gets_another_process(resident, policy):
     assert first["file"] != second["file"]
 
 
+@pytest.mark.row(57)
 def test_code_that_is_not_approved_is_not_even_imported(resident, policy, tmp_path):
     proof = tmp_path / "proof"
     evil = f"open({str(proof)!r}, 'w')\n" + APP
@@ -139,6 +140,7 @@ def test_code_that_is_not_approved_is_not_even_imported(resident, policy, tmp_pa
     assert "POL-705" in line["note"]
 
 
+@pytest.mark.row(29)
 def test_a_training_past_the_sites_deadline_is_ended_and_answered(resident, policy):
     pid = asked(resident, "go")["facts"]["pid"]
     resident.policy = replace(policy, deadline_s=1.0)
@@ -156,6 +158,7 @@ def test_a_training_that_dies_is_answered_at_once(resident):
     assert asked(resident, "go")["facts"]["calls"] == 1
 
 
+@pytest.mark.row(28)
 def test_a_training_that_is_killed_is_answered_at_once(resident):
     pid = asked(resident, "go")["facts"]["pid"]
     threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
@@ -175,6 +178,7 @@ def test_an_error_of_the_app_leaves_as_a_code(resident, policy):
     assert "MUSTERMANN" not in str(content)
 
 
+@pytest.mark.row(32)
 def test_a_site_that_is_told_to_stop_ends_its_training_and_says_so(resident):
     asked(resident, "go")
     threading.Timer(1.0, resident.stop).start()

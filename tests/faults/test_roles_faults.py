@@ -25,6 +25,7 @@ from tests.support.scripted_run import ALL, run, silent
 
 
 @pytest.mark.parametrize("memory", ["lagged", "restart", "cumulative", "discount"])
+@pytest.mark.row(72)
 def test_the_heldout_site_gets_no_contributing_message(memory: str, tmp_path: Path) -> None:
     plan = small_plan(
         tmp_path, prototypes__memory=memory, observers=["C"], federation__heldout_every=1

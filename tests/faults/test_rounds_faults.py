@@ -17,6 +17,7 @@ from tests.support.scripted_run import ALL, run, silent, status_of
 # Enrolment
 
 
+@pytest.mark.row(25)
 def test_too_few_sites_at_the_deadline_are_named(tmp_path: Path) -> None:
     outcome, grid = run(small_plan(tmp_path), ("A", "D"))
     assert outcome.status == "failed"
@@ -126,6 +127,7 @@ def test_a_site_that_comes_late_joins_in_the_next_round(tmp_path: Path) -> None:
 # Rounds
 
 
+@pytest.mark.row(24)
 def test_a_site_that_misses_a_round_is_named_and_asked_again(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__quorum=2)
     outcome, grid = run(plan, script=silent("B", TRAIN, range(2, 3)))
@@ -142,6 +144,7 @@ def test_a_site_that_misses_a_round_is_named_and_asked_again(tmp_path: Path) -> 
     assert ("B", 3) in trained
 
 
+@pytest.mark.row(19, 21)
 def test_a_late_reply_is_never_merged(tmp_path: Path) -> None:
     """B's reply to round 1 is there only when round 2 is under way."""
     plan = small_plan(tmp_path / "late", federation__quorum=2)
@@ -162,6 +165,7 @@ def test_a_late_reply_is_never_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [SILENCE, FLOWER_ERROR])
+@pytest.mark.row(5)
 def test_below_the_quorum_the_run_stops_and_goes_on_later(fault: object, tmp_path: Path) -> None:
     whole, _ = run(small_plan(tmp_path / "whole"))
 
@@ -221,6 +225,7 @@ def test_a_run_that_is_done_evaluates_again_and_trains_no_more(tmp_path: Path) -
 
 @pytest.mark.parametrize("memory", ["lagged", "restart"])
 @pytest.mark.parametrize("weighting", ["samples", "sites"])
+@pytest.mark.row(49)
 def test_order_of_arrival_changes_nothing(memory: str, weighting: str, tmp_path: Path) -> None:
     found = []
     for shuffle in range(3):

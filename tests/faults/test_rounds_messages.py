@@ -370,3 +370,17 @@ def test_hospitals_with_images_of_different_kinds_are_named(tmp_path: Path) -> N
     assert problem.found == "axial volume at A; axial volume at B; picture at D"
     same = {site: {"kinds": ["axial volume"]} for site in "ABCD"}
     assert run(small_plan(tmp_path / "same"), script=detailed(**same))[0].status == "completed"
+
+
+def test_three_hospitals_that_fail_alike_point_at_the_coordinators_message(tmp_path: Path) -> None:
+    everyone = failing("SITE-500", "A", "B", "C", kind=TRAIN)
+    outcome, _, _ = run(small_plan(tmp_path / "all"), script=everyone)
+    (problem,) = outcome.failure
+    assert problem.code == "RND-402"
+    assert "what this coordinator sends" in problem.action
+    assert "errors.log at the site" not in problem.action
+    outcome, _, _ = run(small_plan(tmp_path / "enrol"), script=failing("SITE-500", "A", "B", "C"))
+    assert "what this coordinator sends" in outcome.failure[0].action
+    alone = failing("SITE-500", "B", kind=TRAIN)
+    outcome, _, _ = run(small_plan(tmp_path / "one"), script=alone)
+    assert "sites/B/errors.log at the site" in outcome.failure[0].action

@@ -36,6 +36,7 @@ def test_the_outcome_says_on_which_processor_and_torch_its_hash_was_made(tmp_pat
     assert not model or model[0].endswith(machine["cpu"])
 
 
+@pytest.mark.row(39)
 def test_a_second_process_on_the_run_folder_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     with Journal.of_plan(plan):
@@ -46,6 +47,7 @@ def test_a_second_process_on_the_run_folder_is_refused_and_writes_nothing(tmp_pa
         assert not (tmp_path / "outcome.json").exists()
 
 
+@pytest.mark.row(38)
 def test_other_settings_are_refused_on_a_used_folder(tmp_path: Path) -> None:
     run(small_plan(tmp_path))
     before = (tmp_path / "outcome.json").read_bytes()
@@ -56,6 +58,7 @@ def test_other_settings_are_refused_on_a_used_folder(tmp_path: Path) -> None:
     assert (tmp_path / "outcome.json").read_bytes() == before
 
 
+@pytest.mark.row(37)
 def test_a_damaged_checkpoint_costs_one_round_and_is_told(tmp_path: Path) -> None:
     first, _ = run(small_plan(tmp_path))
     path = tmp_path / "journal" / "checkpoint-00003.safetensors"

@@ -91,6 +91,7 @@ def data(make_data):
     return make_data(image_size=32, validation_fraction=0.0)
 
 
+@pytest.mark.row(41, 42, 43, 44)
 def test_each_bad_case_is_left_out_for_its_reason_and_the_rest_goes_on(tmp_path, data):
     expected = spoil(tmp_path)
     store = open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
@@ -288,6 +289,7 @@ def outcome(path):
     keep=st.floats(0, 1),
     cut=st.booleans(),
 )
+@pytest.mark.row(41)
 def test_law_a_spoiled_file_is_read_or_refused_with_a_code(samples, tmp_path, edits, keep, cut):
     """Whatever bytes a file holds, reading it ends in a volume or in one of our errors."""
     for sample in sorted(samples.iterdir()):

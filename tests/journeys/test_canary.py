@@ -45,6 +45,7 @@ def canary(hospitals: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("heldout", ["South", "North"])
+@pytest.mark.row(27)
 def test_a_patients_name_stays_at_the_hospital(canary: Path, tmp_path: Path, heldout: str) -> None:
     output = tmp_path / "run"
     done = small.run(
@@ -86,6 +87,7 @@ def test_a_site_that_fails_keeps_its_words_and_the_round_says_its_code(
             assert NAME.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.row(61, 66)
 def test_features_of_a_single_patient_are_withheld_by_the_floor(
     hospitals: Path, tmp_path: Path
 ) -> None:

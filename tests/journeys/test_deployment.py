@@ -34,6 +34,7 @@ def simulated(hospitals: Path, folder: Path, *settings: str) -> str:
     return small.digest(folder)
 
 
+@pytest.mark.row(32)
 def test_two_hospitals_stopped_and_resumed_train_the_model_that_a_simulation_trains(
     federation: Federation, hospitals: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_hospital_leaves_for_good_in_the_middle_of_a_study(federation: Federat
     assert (again.returncode, "a finished model" in " ".join(again.stderr.split())) == (2, True)
 
 
+@pytest.mark.row(22, 23, 28, 55)
 def test_faults_change_nothing_of_the_model(
     federation: Federation, hospitals: Path, tmp_path: Path
 ) -> None:

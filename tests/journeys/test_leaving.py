@@ -28,6 +28,7 @@ def _interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("runtime", ["inprocess", "ray"])
+@pytest.mark.row(51)
 def test_interrupted_run_ends_soon_and_frees_its_folder(
     hospitals: Path, tmp_path: Path, runtime: str
 ) -> None:

@@ -92,6 +92,7 @@ def test_without_the_credential_no_run_is_started(federation: Federation) -> Non
         through_the_front.nodes()
 
 
+@pytest.mark.row(56)
 def test_another_authority_is_not_believed(federation: Federation, tmp_path: Path) -> None:
     certificates.write_authority(tmp_path, certificates.make_authority("stranger"))
     control = Control(
@@ -117,6 +118,7 @@ def test_a_hospital_that_trusts_another_authority_does_not_connect(
     assert "unable to get local issuer certificate" in done.stderr
 
 
+@pytest.mark.row(56)
 def test_an_unregistered_key_is_not_let_in(federation: Federation, tmp_path: Path) -> None:
     kit = federation.site("North")
     shutil.copytree(kit, tmp_path / "kit")
@@ -134,6 +136,7 @@ def test_an_unregistered_key_is_not_let_in(federation: Federation, tmp_path: Pat
             shutil.copy(tmp_path / "kit" / name, kit / name)
 
 
+@pytest.mark.row(57)
 def test_code_that_a_hospital_has_not_approved_does_not_run_there(federation: Federation) -> None:
     (federation.site("South") / "approved.json").unlink()
     federation.join("East", "North", "South")
@@ -143,6 +146,7 @@ def test_code_that_a_hospital_has_not_approved_does_not_run_there(federation: Fe
     assert "refused: South" in federation.log("run")
 
 
+@pytest.mark.row(56)
 def test_a_revoked_hospital_is_out_at_once_and_stays_out(federation: Federation) -> None:
     if "North" not in federation.processes:
         federation.join("North")
@@ -166,6 +170,7 @@ def test_a_revoked_hospital_is_out_at_once_and_stays_out(federation: Federation)
     )
 
 
+@pytest.mark.row(56)
 def test_a_server_without_tls_is_for_loopback_only(federation: Federation) -> None:
     for arguments in (
         ("--insecure", "--listen", "0.0.0.0"),
@@ -177,6 +182,7 @@ def test_a_server_without_tls_is_for_loopback_only(federation: Federation) -> No
         assert "leave out --insecure" in done.stderr
 
 
+@pytest.mark.row(56)
 def test_a_certificate_that_has_ended_is_not_served(federation: Federation, tmp_path: Path) -> None:
     kit = tmp_path / "kits"
     shutil.copytree(federation.folder / "kits", kit)
@@ -190,6 +196,7 @@ def test_a_certificate_that_has_ended_is_not_served(federation: Federation, tmp_
     assert "--renew" in done.stderr
 
 
+@pytest.mark.row(51)
 def test_a_port_that_is_taken_is_told(federation: Federation) -> None:
     done = federation.try_command("serve", federation.kit.folder)
     assert done.returncode == 2
@@ -215,6 +222,7 @@ def test_a_server_that_is_not_there_is_told(federation: Federation, tmp_path: Pa
 
 
 @pytest.mark.parametrize("setting", ["data.root=/etc", "site.home=/etc", "site.roles=[train]"])
+@pytest.mark.row(58, 59)
 def test_what_is_the_hospitals_own_cannot_be_set_by_the_coordinator(
     federation: Federation, setting: str
 ) -> None:

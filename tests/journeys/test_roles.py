@@ -66,6 +66,7 @@ def test_heldout_site_sends_no_weights_and_no_statistics(
 
 
 @pytest.mark.parametrize("kind", [TRAIN, STATISTICS])
+@pytest.mark.row(72)
 def test_heldout_site_refuses_a_training_message_that_reaches_it(
     hospitals: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -154,6 +154,7 @@ def test_what_is_wrong_is_refused_in_clear_words(hospitals: Path, tmp_path: Path
         assert "DEP-603" in said
 
 
+@pytest.mark.row(56)
 def test_an_expired_certificate_is_named(hospitals: Path, tmp_path: Path) -> None:
     issuer = certificate(tmp_path, "authority")
     certificate(tmp_path, "server", issuer, days=-1)
@@ -186,6 +187,7 @@ def test_an_expired_certificate_is_named(hospitals: Path, tmp_path: Path) -> Non
         federation.close()
 
 
+@pytest.mark.row(57)
 def test_an_altered_bundle_does_not_run(hospitals: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -90,6 +90,7 @@ def test_killed_study_called_again_ends_with_the_same_table(
         assert json.loads(other.read_text())["digest"] == json.loads(path.read_text())["digest"]
 
 
+@pytest.mark.row(49)
 def test_both_runtimes_and_any_number_of_actors_give_the_same_model(
     hospitals: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -34,6 +35,7 @@ def named(
 
 @FEW
 @given(PARTS, st.randoms(use_true_random=False))
+@pytest.mark.row(49)
 def test_order_of_arrival_changes_no_bit_of_the_model(parts, rng) -> None:  # type: ignore[no-untyped-def]
     sites = named(parts)
     shuffled = sites.copy()
@@ -136,6 +138,7 @@ def test_order_of_arrival_changes_no_bit_of_the_statistics(sites, weighting, rng
 
 @FEW
 @given(labelled_sites(), st.sampled_from(["pixels", "sites"]))
+@pytest.mark.row(13)
 def test_merged_scatter_is_symmetric_and_has_no_negative_variance(sites, weighting) -> None:  # type: ignore[no-untyped-def]
     merged = merge_statistics(statistics(sites), weighting)
     assert (merged.scatter == merged.scatter.transpose(0, 2, 1)).all()

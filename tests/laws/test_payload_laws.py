@@ -124,6 +124,7 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], bytes]] = {
 @pytest.mark.parametrize("kind", DECODERS)
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
+@pytest.mark.row(10)
 def test_mutated_bytes_raise_a_code_or_decode_to_something(kind: str, data: st.DataObject) -> None:
     decode, honest = DECODERS[kind]
     changed = bytearray(honest)
@@ -175,6 +176,7 @@ SCALARS = st.one_of(
     ),
     st.booleans(),
 )
+@pytest.mark.row(10)
 def test_no_message_whatever_gets_past_reading_as_an_exception(entries, with_rest: bool) -> None:  # type: ignore[no-untyped-def]
     records = encode_reply(reply()) if with_rest else RecordDict({"message": ConfigRecord({})})
     for name, value in entries.items():
@@ -198,6 +200,7 @@ def test_no_message_whatever_gets_past_reading_as_an_exception(entries, with_res
         Array(np.zeros(6, np.float32)),
     ],
 )
+@pytest.mark.row(6, 8, 11)
 def test_an_array_that_is_not_the_layouts_is_refused(array: Array) -> None:
     records = encode_reply(reply())
     records["weights"] = ArrayRecord({"values": array})
@@ -206,6 +209,7 @@ def test_an_array_that_is_not_the_layouts_is_refused(array: Array) -> None:
     assert answer.problem.code in CODES
 
 
+@pytest.mark.row(9)
 def test_a_header_that_lies_about_its_size_is_refused_without_the_memory() -> None:
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (100000000000000,), }"
     header += b" " * (117 - len(header)) + b"\n"
@@ -219,6 +223,7 @@ def test_a_header_that_lies_about_its_size_is_refused_without_the_memory() -> No
     assert answer.problem.code in CODES
 
 
+@pytest.mark.row(12)
 def test_another_schema_version_is_named() -> None:
     data = encode_statistics(ClassStatistics.empty(2, 3), IDENTITY)
     assert data.count(b"schema_version") == 1
@@ -234,6 +239,7 @@ def test_another_schema_version_is_named() -> None:
     assert caught.value.code in {"PAY-107", "PAY-106"}
 
 
+@pytest.mark.row(12)
 def test_cases_of_another_version_are_refused_with_what_to_do() -> None:
     """A hospital with an older release sends no `hd95_max`."""
     kept = [field for field in CASES_SCHEMA if not field.name.startswith("hd95_max")]

@@ -97,6 +97,7 @@ def test_nothing_is_the_exact_identity(data):
 
 @settings(deadline=None)
 @given(labelled(min_pixels=1), labelled(min_pixels=1))
+@pytest.mark.row(14)
 def test_an_absent_class_changes_nothing(one, other):
     A, K = min(one[0].shape[1], other[0].shape[1]), 5
     first = ClassStatistics.from_features(
@@ -172,6 +173,7 @@ def test_a_discount_equals_scaled_counts(data, factor, seed):
 
 @settings(deadline=None)
 @given(labelled(min_pixels=1))
+@pytest.mark.row(14)
 def test_a_class_seen_by_one_pixel_has_that_mean_and_no_scatter(data):
     features, _, K = data
     statistics = ClassStatistics.from_features(features[:1], np.array([K - 1]), K)
@@ -249,6 +251,7 @@ def test_counts_stay_exact_beyond_what_float32_can_count():
 
 @settings(deadline=None, max_examples=5)
 @given(st.integers(0, 99))
+@pytest.mark.row(15)
 def test_hundreds_of_merges_far_from_the_origin_keep_eight_digits(seed):
     rng = np.random.default_rng(seed)
     features = 1e3 + 1e-2 * (

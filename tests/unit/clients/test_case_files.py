@@ -212,6 +212,7 @@ def test_a_site_whose_patients_all_fall_into_validation_still_trains():
     )
 
 
+@pytest.mark.row(46)
 def test_a_patient_in_two_splits_is_left_out_whole(tmp_path, make_data):
     root = root_with(
         tmp_path / "d",

@@ -45,6 +45,7 @@ def line(folder: Path, number: int, size: int = 5) -> None:
     )
 
 
+@pytest.mark.row(48, 61, 66)
 def test_floors_withhold_by_pixels_and_by_patients():
     kept, hidden = apply_floors(statistics(1000, 99, 100), np.array([5, 5, 1]), FLOORS)
     assert hidden == [1, 2]

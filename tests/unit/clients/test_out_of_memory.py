@@ -97,6 +97,7 @@ def test_an_error_that_followed_a_failed_allocation_counts_and_an_unrelated_one_
 
 
 @pytest.mark.parametrize(("method", "calls"), [("source", 0), ("ram_sgcg", 2)])
+@pytest.mark.row(30)
 def test_a_round_that_ran_out_of_memory_is_the_round_that_had_small_parts_from_the_start(
     hospital, method, calls
 ):
@@ -197,6 +198,7 @@ def test_the_site_is_told(hospital, caplog):
     assert record.args == (3, 4, "cpu", 2)  # round, slices of a step, device, parts
 
 
+@pytest.mark.row(30)
 def test_a_step_that_fits_in_no_parts_is_an_error_that_says_what_to_do(hospital):
     plan, store = opened(hospital, "method=source", "method.batch_size=10")
     network = network_of(plan)

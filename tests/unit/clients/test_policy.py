@@ -98,6 +98,7 @@ def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
 
 
 @pytest.mark.parametrize(("asked", "own", "holds"), [(1, 5, 5), (7, 5, 7), (5, 5, 5)])
+@pytest.mark.row(59)
 def test_floors_only_get_stricter(root, tmp_path, asked, own, holds):
     plan = asked_of(root, tmp_path, f"privacy.min_patients={asked}", f"privacy.min_pixels={asked}")
     privacy = apply_policy(
@@ -106,6 +107,7 @@ def test_floors_only_get_stricter(root, tmp_path, asked, own, holds):
     assert (privacy.min_patients, privacy.min_pixels) == (holds, holds)
 
 
+@pytest.mark.row(58)
 def test_a_data_folder_outside_the_sites_own_is_refused(root, tmp_path):
     policy = policy_for(root, tmp_path)
     plan = asked_of(root, tmp_path)
@@ -140,6 +142,7 @@ def test_the_sites_threads_cannot_be_asked_for(root, tmp_path):
     assert apply_policy(asked_of(root, tmp_path, "site.threads=2"), policy).site.threads == 2
 
 
+@pytest.mark.row(59)
 def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_door(
     root, tmp_path
 ):
@@ -159,6 +162,7 @@ def test_statistics_that_the_site_does_not_share_are_refused_at_once_and_at_the_
     check_sharing({"weights": 4, "cases": 8, "metrics": 8, "text": 2}, ("weights",))
 
 
+@pytest.mark.row(58)
 def test_a_link_out_of_the_data_folder_leaves_the_case_out(root, tmp_path):
     import shutil
 

@@ -55,6 +55,7 @@ def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data)
         store_of(tmp_path, make_data(intensity="fixed"), tmp_path / "cache", "V", heldout=True)
 
 
+@pytest.mark.row(42)
 def test_an_image_with_a_few_bright_voxels_and_huge_values_still_scales():
     spike = np.zeros(1000, np.float32)
     spike[0] = 7

@@ -130,6 +130,7 @@ def test_learning_rate_falls_over_all_rounds(hospital):
     assert learning_rate(constant, 4, 0.9) == pytest.approx(1e-3)
 
 
+@pytest.mark.row(31)
 def test_a_loss_that_is_not_finite_stops_the_round(hospital):
     plan, store = opened(hospital, "method.learning_rate=1e30")
     with pytest.raises(FedsgcgError) as caught:

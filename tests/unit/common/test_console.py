@@ -123,6 +123,7 @@ def test_a_width_that_makes_no_sense_is_not_believed(columns, width, monkeypatch
     assert capsys.readouterr() == ("shown\n", "an error\n")
 
 
+@pytest.mark.row(70)
 def test_control_characters_do_not_reach_the_terminal():
     sink = io.StringIO()
     Screen(sink, 80).print("a\x1b[31mb\x07\tc\nd")

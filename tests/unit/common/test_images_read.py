@@ -40,6 +40,7 @@ def save(path, array, affine=None, dtype=None):
 
 
 @pytest.mark.parametrize("codes", ALL_CODES, ids="".join)
+@pytest.mark.row(43)
 def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_path, codes):
     """A marker is placed by its position in mm and found by anatomy, whatever the file's axes."""
     array = np.zeros((4, 5, 6), np.int16)
@@ -88,6 +89,7 @@ def test_a_landmark_is_found_at_its_anatomical_place_in_all_48_orientations(tmp_
         ((1, 1, 1), (5, 1, 7), "coronal"),
     ],
 )
+@pytest.mark.row(45)
 def test_slices_are_those_of_the_acquisition(tmp_path, sizes, shape, plane):
     volume = read_volume(
         save(tmp_path / "a.nii", np.zeros(shape, np.int16), np.diag([*sizes, 1.0]))
@@ -216,6 +218,7 @@ def test_a_single_slice_file_is_a_volume_of_one_slice(tmp_path):
     assert read_volume(save(tmp_path / "a.nii", array)).array.shape == (1, 4, 3)
 
 
+@pytest.mark.row(45)
 def test_a_time_series_is_refused_with_a_hint(tmp_path):
     path = save(tmp_path / "a.nii.gz", np.zeros((3, 4, 5, 2), np.int16))
     with pytest.raises(FedsgcgError) as caught:

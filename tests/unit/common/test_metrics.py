@@ -75,6 +75,7 @@ def percentile_95(values):
 
 @settings(max_examples=200, deadline=None)
 @given(pairs())
+@pytest.mark.row(71)
 def test_all_figures_equal_medpy(pair):
     prediction, truth, spacing = pair
     assume(prediction.any() and truth.any())
@@ -121,6 +122,7 @@ def test_distances_scale_with_the_spacing_and_assd_is_symmetric(pair, factor):
     assert other.dice == one.dice
 
 
+@pytest.mark.row(71)
 def test_two_single_pixels_three_and_four_apart():
     found = segmentation_metrics(mask((8, 8), (1, 1)), mask((8, 8), (4, 5)))
     assert (found.dice, found.asd, found.assd, found.hd95, found.asd_reverse) == (0, 5, 5, 5, 5)
@@ -169,6 +171,7 @@ def test_the_two_forms_of_hd95_by_hand():
     assert (swapped.hd95, swapped.hd95_max) == (found.hd95, found.hd95_max)
 
 
+@pytest.mark.row(71)
 def test_a_mask_at_the_edge_has_a_surface_there():
     full, ring = np.ones((4, 4), bool), np.ones((4, 4), bool)
     ring[1:3, 1:3] = False
@@ -206,6 +209,7 @@ def test_what_published_code_counts_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
+@pytest.mark.row(71)
 def test_empty_masks(shape):
     empty, full = np.zeros(shape, bool), np.ones(shape, bool)
     both = segmentation_metrics(empty, empty)

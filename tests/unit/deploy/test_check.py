@@ -163,6 +163,7 @@ def test_the_same_pixels_in_another_orientation_are_found(root, tmp_path):
     assert findings(root, tmp_path)["North-002"].code == "SITE-511"
 
 
+@pytest.mark.row(46)
 def test_one_person_under_two_spellings_in_two_splits(root, tmp_path):
     names = {
         "North/North-001_image.nii.gz": ("P-01", "train"),
@@ -201,6 +202,7 @@ def test_an_empty_mask_is_a_true_negative(root, tmp_path, heldout):
     assert "true negative" in found.action
 
 
+@pytest.mark.row(48)
 def test_a_site_below_its_own_floor_is_told(root, tmp_path):
     found, _ = examine_files(
         policy_for(root, tmp_path, patient_floor=7),
@@ -216,7 +218,6 @@ def test_key_and_folders(root, tmp_path):
     assert [finding.code for finding in examine_folders(policy) if finding.code] == [
         "SITE-518",
         "DEP-603",
-        "POL-705",
     ]
     write_authority(Path(policy.ca).parent, make_authority("demo"))
     key = Path(policy.key)
@@ -227,6 +228,14 @@ def test_key_and_folders(root, tmp_path):
     assert finding.action == f"chmod 600 {key}"
     key.chmod(0o600)
     assert not [finding for finding in examine_folders(policy) if finding.code]
+
+
+def test_before_the_approval_the_check_has_a_note_and_no_problem(root, tmp_path):
+    found = examine_folders(policy_for(root, tmp_path))
+    (note,) = [finding for finding in found if finding.name == "approved code"]
+    assert note.verdict == "note"
+    assert "fedsgcg-site approve" in note.action
+    assert exit_code([note]) == 0
 
 
 def test_a_step_is_measured_and_a_missing_device_said(root, tmp_path):
@@ -270,10 +279,11 @@ def test_a_link_without_a_server_stops_at_the_port(root, tmp_path):
 
 
 def test_exit_codes_and_the_table(root, tmp_path):
-    ok, warn, bad = (
-        Finding("files", f"case-{v}", v, "x [y]", "do [z]") for v in ("ok", "warn", "fail")
+    ok, note, warn, bad = (
+        Finding("files", f"case-{v}", v, "x [y]", "do [z]") for v in ("ok", "note", "warn", "fail")
     )
-    assert [exit_code(some) for some in ([ok], [ok, warn], [ok, warn, bad])] == [0, 3, 1]
+    some = ([ok], [ok, note], [ok, note, warn], [ok, warn, bad])
+    assert [exit_code(findings) for findings in some] == [0, 0, 3, 1]
     text = io.StringIO()
     show([ok, warn, bad], Screen(text, 110), everything=False)
     assert "case-ok" not in text.getvalue()

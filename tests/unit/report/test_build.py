@@ -175,6 +175,7 @@ class TestWholeStudy:
 
 
 class TestUnfinishedStudies:
+    @pytest.mark.row(69)
     def test_missing_and_interrupted_runs_are_marked(self, tmp_path):
         skip = {("sgcg", "HK", 0), ("source", "HK", 0), ("sgcg", "UCL", 0)}
         write_study(tmp_path, **SMALL, skip=skip)
@@ -204,6 +205,7 @@ class TestUnfinishedStudies:
         assert "SRV-402, rounds.parquet: a file that cannot be read" in page.text
         assert "validation Dice" in " ".join(image["alt"] for image in page.all("img"))
 
+    @pytest.mark.row(69)
     def test_a_failed_study_says_why(self, tmp_path):
         write_study(
             tmp_path, **SMALL, skip={(m, h, 0) for m in ("sgcg", "source") for h in ("HK", "UCL")}
@@ -220,6 +222,7 @@ class TestUnfinishedStudies:
         assert f"join: RND-401 {CODES['RND-401']}" in page.text
         assert "No held-out hospital has been evaluated yet." in page.text
 
+    @pytest.mark.row(69)
     def test_a_degraded_run_counts_and_is_marked(self, tmp_path):
         write_study(tmp_path, **SMALL)
         late = [{"code": "RND-404", "where": f"round {n}, UCL"} for n in range(5)]
@@ -293,6 +296,7 @@ class TestUnfinishedStudies:
 
 
 class TestOtherShapes:
+    @pytest.mark.row(68)
     def test_text_of_sites_cannot_become_markup(self, tmp_path):
         nasty = "<script>alert('x')<img src=x onerror=y> $\\frac{1}$"
         write_study(

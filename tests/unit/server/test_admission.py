@@ -134,6 +134,7 @@ def test_an_honest_payload_is_admitted() -> None:
         ("STA-201", Sent(statistics=bent(mean=np.full((3, 4), 1e300))), "too large"),
     ],
 )
+@pytest.mark.row(1, 2, 3, 4, 6, 7, 13, 16, 20)
 def test_a_bad_payload_is_rejected_with_its_code(code: str, sent: Sent, detail: str) -> None:
     verdict = admit(sent, EXPECTED)
     assert not verdict.accepted
@@ -180,6 +181,7 @@ def test_a_very_small_scatter_is_judged_like_a_large_one() -> None:
     assert admit(Sent(statistics=replace(tiny, scatter=-tiny.scatter)), EXPECTED).code == "STA-201"
 
 
+@pytest.mark.row(70)
 def test_text_of_a_site_never_gets_into_a_verdict() -> None:
     secret = "Jane Doe"
     layout = ((secret, (2, 2)), LAYOUT[1])

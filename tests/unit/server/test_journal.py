@@ -109,6 +109,7 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "journal" / "rounds").iterdir())) == 5
 
 
+@pytest.mark.row(12)
 def test_a_checkpoint_of_an_older_version_is_refused_and_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
 
 
 @pytest.mark.parametrize("position", range(0, 2000, 79))
+@pytest.mark.row(37)
 def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(position: int, tmp_path: Path) -> None:
     records = filled(tmp_path, 2)
     path = checkpoint(tmp_path, 2)
@@ -190,6 +192,7 @@ def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(position: int, tmp_path:
             assert_same(back, records[1])
 
 
+@pytest.mark.row(37)
 def test_rows_that_were_edited_undo_their_round(tmp_path: Path) -> None:
     records = filled(tmp_path, 3)
     flip(tmp_path / "journal" / "rounds" / "00003.arrow", 200)
@@ -217,6 +220,7 @@ def test_deleted_checkpoints_do_not_silently_start_anew(tmp_path: Path) -> None:
     assert caught.value.code == "SRV-402"
 
 
+@pytest.mark.row(37)
 def test_a_checkpoint_of_another_round_or_plan_is_not_believed(tmp_path: Path) -> None:
     records = filled(tmp_path, 3)
     checkpoint(tmp_path, 3).write_bytes(checkpoint(tmp_path, 2).read_bytes())
@@ -240,6 +244,7 @@ def test_rows_of_an_unfinished_round_are_dropped(tmp_path: Path) -> None:
     assert sorted(path.name for path in rounds.iterdir()) == ["00001.arrow", "00002.arrow"]
 
 
+@pytest.mark.row(39)
 def test_a_second_user_of_the_folder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     with journal(tmp_path):
         with pytest.raises(FedsgcgError) as caught:
@@ -262,6 +267,7 @@ def test_a_second_user_of_the_folder_is_refused_and_told_who_holds_it(tmp_path: 
     journal(tmp_path).close()
 
 
+@pytest.mark.row(38)
 def test_a_changed_plan_is_refused_with_the_settings_that_differ(tmp_path: Path) -> None:
     before = small_plan(tmp_path)
     Journal.of_plan(before).close()

@@ -46,6 +46,7 @@ def test_sum_is_taken_in_float64() -> None:
     assert merge_weights(parts).values[0] == np.float32(16 / 18)
 
 
+@pytest.mark.row(2)
 def test_largest_finite_weights_do_not_overflow() -> None:
     top = np.finfo(np.float32).max
     parts = [(site, Weights((("x", (1,)),), np.array([top], np.float32)), 1e12) for site in "AB"]

@@ -37,6 +37,7 @@ def write(folder, name, seed, codes=("L", "P", "S")):
     write_volume(folder / f"{name}_mask.nii.gz", mask, affine)
 
 
+@pytest.mark.row(46)
 def test_a_copy_is_found_whatever_its_name_compression_axes_and_header(tmp_path, make_data):
     site = tmp_path / "data/S"
     write(site, "a", 1)

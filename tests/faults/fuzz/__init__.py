@@ -1,0 +1,1 @@
+"""Mutated payloads and files for every decoder: `python -m tests.faults.fuzz --cases 100000`."""

@@ -1,0 +1,43 @@
+"""Every decoder: a mutated input gives an object or an error code, in bounded memory.
+
+`make fuzz` tries 100,000 inputs; here are a few of each decoder, always the same, and those that
+once did something else.
+"""
+
+import pytest
+
+from tests.faults.fuzz.runner import CORPUS, bounded_memory, fuzz, outcome
+from tests.faults.fuzz.targets import Target, targets
+
+CASES = 40
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    return {target.name: target for target in targets(tmp_path_factory.mktemp("fuzz"))}
+
+
+@pytest.mark.row(9, 10, 11, 12, 37, 41)
+@pytest.mark.timeout(120)
+def test_law_mutated_inputs_give_an_object_or_a_code(decoders: dict[str, Target]) -> None:
+    faults: dict[str, tuple[str, bytes]] = {}
+    for target in decoders.values():
+        fuzz(target, max(3, round(CASES / target.cost)), 0, outcome, faults)
+    assert faults == {}
+
+
+def test_honest_inputs_are_read(decoders: dict[str, Target]) -> None:
+    found = {
+        target.name: [outcome(target, seed) for seed in target.seeds]
+        for target in decoders.values()
+        if target.name != "site"  # its folders do not exist
+    }
+    assert {code for codes in found.values() for code in codes} == {"valid"}, found
+
+
+@pytest.mark.timeout(120)
+def test_inputs_that_once_broke_a_decoder_are_read_or_refused(decoders: dict[str, Target]) -> None:
+    kept = [path for path in sorted(CORPUS.rglob("*")) if path.is_file()]
+    with bounded_memory():
+        for path in kept:
+            assert outcome(decoders[path.parent.name], path.read_bytes())

@@ -1,0 +1,1 @@
+"""Faults in a deployed federation for minutes, recorded, and judged by an independent checker."""
