@@ -31,6 +31,7 @@ from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import Request, decode_request
 from fedsgcg.common.wire.payload import Identity
+from fedsgcg.common.wire.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def handle(
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
-        request = decode_request(message.content)
+        request = decode_request(message.content, Sizes.of_request(plan))
         check_identity(request.identity, requested)
         return work(SiteRequest(request, plan, site, root, home, kind, policy))
     except Exception as error:
