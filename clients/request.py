@@ -20,6 +20,7 @@ from fedsgcg.clients.data.store import CaseStore, open_store
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.guard.approval import check_approved
 from fedsgcg.clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
+from fedsgcg.clients.guard.limits import budget_of
 from fedsgcg.clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.local_state import LocalState
@@ -82,7 +83,11 @@ class SiteRequest:
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
         sites = [only_inside_data_root(site, self.policy) for site in sites]
         heldout, salt = self.role != "train", alias_salt(self.policy)
-        stores = tuple(open_store(site, data, cache, heldout=heldout, salt=salt) for site in sites)
+        budget = budget_of(self.policy)
+        stores = tuple(
+            open_store(site, data, cache, heldout=heldout, salt=salt, budget=budget)
+            for site in sites
+        )
         write_text(self.home / "aliases.csv", aliases_table(stores))
         found = [
             *(problem for store in stores for problem in store.problems),

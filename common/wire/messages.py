@@ -285,9 +285,7 @@ def _array(array: Array) -> np.ndarray[Any, Any]:
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape).copy()
 
 
-def _statistics(
-    records: RecordDict, identity: Identity, sizes: Sizes
-) -> ClassStatistics | None:
+def _statistics(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassStatistics | None:
     if "statistics" not in _message(records):
         return None
     statistics, stated = decode_statistics(_bytes(records, "statistics"), sizes.statistics)

@@ -22,12 +22,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.data import MAX_CLASSES
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.arrow import Stream, open_bounded
 
 SCHEMA_VERSION = "1"
 STATISTICS_KIND = "fedsgcg.class_statistics"
-MAX_CLASSES = 256
 MAX_FEATURES = 4096
 MAX_CASES = 10_000
 """Most cases of one evaluation: far above a hospital's test set, about 10 MB for one structure."""
