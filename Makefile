@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast check docs bench bench-gpu clean
+.PHONY: help setup demo test test-fast check docs bench bench-gpu soak clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
@@ -13,6 +13,7 @@ help:
 	@echo "make docs    build the documentation site into site/index.html"
 	@echo "make bench   speed and memory compared with alternatives, as ratios within one run"
 	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
+	@echo "make soak    200 rounds with real clients: the memory must stay flat"
 	@echo "make setup   install into $(VENV) only"
 
 setup: $(STAMP)
@@ -51,6 +52,9 @@ bench: setup
 
 bench-gpu: setup
 	$(RUN)/python -m tests.benchmarks gpu --folder runs/benchmarks-gpu
+
+soak: setup
+	$(RUN)/python -m tests.benchmarks.soak --rounds 200
 
 clean:
 	rm -rf $(VENV) runs site build dist *.egg-info

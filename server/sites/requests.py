@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from flwr.serverapp import Grid
@@ -128,6 +129,7 @@ class SiteRequests:
             request,
             deadline_s=deadline_s,
             sizes=Sizes.of_reply(self.plan, request.weights.values.size if request.weights else 0),
+            folder=Path(self.plan.output),
             enough=enough,
             on_answer=on_answer,
         )
