@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast check docs bench bench-gpu nemesis fuzz mutants sbom audit hashes clean
+.PHONY: help setup demo test test-fast check docs bench bench-gpu soak nemesis fuzz mutants sbom audit hashes clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
@@ -18,6 +18,7 @@ help:
 	@echo "make mutants  SAMPLE (200) small changes of the pure core, which the tests must notice"
 	@echo "make sbom    list what is installed, as CycloneDX in sbom.json"
 	@echo "make audit   compare the installed versions with known vulnerabilities; needs the internet"
+	@echo "make soak    200 rounds with real clients: the memory must stay flat"
 	@echo "make setup   install into $(VENV) only"
 
 setup: $(STAMP)
@@ -85,6 +86,9 @@ audit: $(VENV)-audit/.installed
 
 hashes:
 	$(PYTHON) .ci/hashes.py
+
+soak: setup
+	$(RUN)/python -m tests.benchmarks.soak --rounds 200
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit sbom.json runs site build dist *.egg-info

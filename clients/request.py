@@ -20,6 +20,7 @@ from fedsgcg.clients.data.store import CaseStore, open_store
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.guard.approval import check_approved
 from fedsgcg.clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
+from fedsgcg.clients.guard.limits import budget_of
 from fedsgcg.clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.local_state import LocalState
@@ -31,6 +32,7 @@ from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import Request, decode_request
 from fedsgcg.common.wire.payload import Identity
+from fedsgcg.common.wire.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,11 @@ class SiteRequest:
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
         sites = [only_inside_data_root(site, self.policy) for site in sites]
         heldout, salt = self.role != "train", alias_salt(self.policy)
-        stores = tuple(open_store(site, data, cache, heldout=heldout, salt=salt) for site in sites)
+        budget = budget_of(self.policy)
+        stores = tuple(
+            open_store(site, data, cache, heldout=heldout, salt=salt, budget=budget)
+            for site in sites
+        )
         write_text(self.home / "aliases.csv", aliases_table(stores))
         found = [
             *(problem for store in stores for problem in store.problems),
@@ -153,7 +159,7 @@ def handle(
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
-        request = decode_request(message.content)
+        request = decode_request(message.content, Sizes.of_request(plan))
         check_identity(request.identity, requested)
         return work(SiteRequest(request, plan, site, root, home, kind, policy))
     except Exception as error:

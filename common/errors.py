@@ -72,9 +72,11 @@ CODES: Final[dict[str, str]] = {
     "POL-704": "The site does not allow this part to leave.",
     "POL-705": "The app bundle is not approved at this site.",
     "POL-706": "The site does not run code from outside the approved app bundle.",
+    "POL-707": "The request exceeds a limit of the site.",
     # PAY and STA: what a site sent
     "PAY-101": "The weights have values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",
+    "PAY-105": "A part of the payload is larger than its limit.",
     "PAY-106": "The payload cannot be decoded.",
     "PAY-107": "The payload has another schema version.",
     "PAY-110": "A count is not a positive whole number.",

@@ -27,6 +27,7 @@ import yaml
 
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
+from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
@@ -114,12 +115,14 @@ def settings() -> str:
 def _settings_of(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, str]]]:
     """Yield (dotted name, (type, meaning)) of every field of a settings class, recursively."""
     hints, meanings = typing.get_type_hints(kind), described(kind)
+    bounds = bounds_of(kind)
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
         if dataclasses.is_dataclass(inner):
             yield from _settings_of(typing.cast("type", inner), f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name, (inner, meanings[field.name])
+            most = f"At most {bounds[field.name]:.0f}. " if field.name in bounds else ""
+            yield prefix + field.name, (inner, most + meanings[field.name])
 
 
 def groups() -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.errors import disk_advice
@@ -21,6 +23,63 @@ UNUSED_DAYS = 30.0
 
 Files are named after their content, so they accumulate as data and settings change.
 """
+
+
+BEYOND: Final = "POL-707"
+GIGA: Final = 1e9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Disk and memory that a site may use to convert its images, in bytes.
+
+    Attributes:
+        cache_bytes: Size of the cache folder's slice files.
+        memory_bytes: Memory for the conversion of one image.
+    """
+
+    cache_bytes: float = math.inf
+    memory_bytes: float = math.inf
+
+    def check_memory(self, needed: int, case: str) -> None:
+        """Raise POL-707 when an image needs more memory than allowed."""
+        if needed > self.memory_bytes:
+            raise beyond("memory", "max_memory_gb", needed, self.memory_bytes, case)
+
+
+UNLIMITED: Final = Budget()
+"""Budget of a simulation, whose machine belongs to whoever starts it."""
+
+
+def beyond(what: str, name: str, needed: float, most: float, where: str) -> FedsgcgError:
+    """Return POL-707 for gigabytes beyond a limit of the site."""
+    found = f"data.image_size needs {needed / GIGA:.1f} GB of {what}"
+    expected = f"at most {most / GIGA:.1f} GB ({name} of site.yaml)"
+    action = f"lower data.image_size, or have the site raise {name}"
+    return fail(BEYOND, where=where, found=found, expected=expected, action=action)
+
+
+def make_room(path: Path, size: int, budget: Budget) -> None:
+    """Remove slice files that were not used for longest until `size` bytes of `path` fit.
+
+    Raises:
+        FedsgcgError: POL-707 when the file alone exceeds the budget, DAT-113 when a file cannot be
+            removed.
+    """
+    if size > budget.cache_bytes:
+        raise beyond("cache", "max_cache_gb", size, budget.cache_bytes, str(path.parent))
+    if math.isinf(budget.cache_bytes):
+        return
+    others = cache_files(path.parent.parent)
+    total = size + sum(others.values())
+    for other in sorted(others, key=lambda one: one.stat().st_mtime):
+        if total <= budget.cache_bytes:
+            return
+        try:
+            other.unlink(missing_ok=True)
+        except OSError as error:
+            raise cache_error(error, other) from error
+        total -= others[other]
 
 
 def cache_folder(setting: str) -> Path:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedsgcg.clients.data.cache import UNLIMITED, Budget
 from fedsgcg.clients.data.case_files import CaseFile
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.contents import content_hash
@@ -57,17 +58,28 @@ class Slices:
     content: str = ""
 
 
-def prepare(case: CaseFile, data: DataSettings) -> Slices:
+def prepare(case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED) -> Slices:
     """Read one case and convert it to canonical slices.
 
     Raises:
-        FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
+        FedsgcgError: POL-707 when the slices would need more memory than the budget; DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
     """
     image, mask = _read(case)
+    budget.check_memory(conversion_bytes(image, data), case.name)
     slices = to_slices(
         image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data
     )
     return replace(slices, content=content_hash(image))
+
+
+def conversion_bytes(image: Volume, data: DataSettings) -> int:
+    """Return an estimate of the memory that the resized slices of an image need.
+
+    Per pixel: float32 before and after clipping and int16 of each channel; a float64 share and its
+    float32 copy of each class; of one slice stack at a time.
+    """
+    slices, channels = (1, len(image.array)) if image.is_picture else (len(image.array), 1)
+    return slices * data.image_size**2 * (10 * channels + 12 * data.num_classes)
 
 
 def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Slices:

@@ -27,11 +27,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fedsgcg.clients.data.cache import (
+    BEYOND,
+    UNLIMITED,
+    Budget,
     cache_error,
     digest,
     file_hashes,
     hash_memo,
     locked,
+    make_room,
     prune,
     touch_used,
 )
@@ -190,7 +194,13 @@ class CaseStore:
 
 
 def open_store(
-    site: Site, data: DataSettings, cache: Path, *, heldout: bool, salt: bytes = b""
+    site: Site,
+    data: DataSettings,
+    cache: Path,
+    *,
+    heldout: bool,
+    salt: bytes = b"",
+    budget: Budget = UNLIMITED,
 ) -> CaseStore:
     """Open the slices of a site; image files are read only if they or the settings have changed.
 
@@ -201,13 +211,14 @@ def open_store(
         heldout: Whether the site is only evaluated, so that its cases are `test` cases.
         salt: The site's secret for aliases (32 bytes); without it an alias is a digest of the image
             file.
+        budget: Disk and memory that may be used to build the cache.
 
     Raises:
-        FedsgcgError: DAT-102 when no case is usable, followed by the problems of the cases; DAT-113
+        FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is usable, followed by the problems of the cases; DAT-113
             when the cache cannot be written or read.
     """
     files = {file.name: file for file in site.cases}
-    key, rows = _cached(site, data, cache)
+    key, rows = _cached(site, data, cache, budget)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
     kind, good, others = _keep_main_kind(good)
@@ -396,7 +407,7 @@ def _files(site: Site) -> list[Path]:
     return [path for case in site.cases for path in (case.image, case.mask) if path is not None]
 
 
-def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]]:
+def _cached(site: Site, data: DataSettings, cache: Path, budget: Budget) -> tuple[str, list[Row]]:
     """Return key and rows of the site's cache file; build it if it is missing or damaged."""
     hashes = file_hashes(_files(site), hash_memo(cache, site.name))
     key = _key(site, data, hashes)
@@ -407,7 +418,7 @@ def _cached(site: Site, data: DataSettings, cache: Path) -> tuple[str, list[Row]
             with locked(path.with_suffix(".lock")):
                 # Another process may have built the file while this one waited.
                 if damage or not path.is_file():
-                    _build(site, data, hashes, path)
+                    _build(site, data, hashes, path, budget)
                     prune(cache)
         try:
             rows = _open(path)
@@ -440,13 +451,17 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
     return digest(json.dumps([site.name, settings, files]).encode(), 16)
 
 
-def _build(site: Site, data: DataSettings, hashes: dict[Path, str], path: Path) -> None:
+def _build(
+    site: Site, data: DataSettings, hashes: dict[Path, str], path: Path, budget: Budget
+) -> None:
     """Read every case and write the cache file; an unusable case is stored as its problem."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for case in site.cases:
-                writer.write_batch(_record(case, data, hashes))
+                record = _record(case, data, hashes, budget)
+                make_room(path, sink.tell() + record.nbytes, budget)
+                writer.write_batch(record)
         os.replace(temporary, path)
     except OSError as error:
         raise cache_error(error, path) from error
@@ -454,11 +469,13 @@ def _build(site: Site, data: DataSettings, hashes: dict[Path, str], path: Path) 
         temporary.unlink(missing_ok=True)
 
 
-def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.RecordBatch:
+def _record(
+    case: CaseFile, data: DataSettings, hashes: dict[Path, str], budget: Budget
+) -> pa.RecordBatch:
     """Return the record batch of one case."""
     facts: dict[str, Any] = {"name": case.name}
     try:
-        slices = prepare(case, data)
+        slices = prepare(case, data, budget)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
         facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
         facts["spacing"] = slices.spacing
@@ -467,6 +484,8 @@ def _record(case: CaseFile, data: DataSettings, hashes: dict[Path, str]) -> pa.R
         facts["shapes"] = [array.shape for array in arrays]
         facts["types"] = [array.dtype.str for array in arrays]
     except FedsgcgError as error:
+        if error.code == BEYOND:  # a matter of the request, not of the case
+            raise
         facts["problem"] = asdict(error.problems[0]) | {"where": case.name}
         arrays = [np.zeros(0, np.uint8) for _ in ARRAYS]
     columns = [[json.dumps(facts)], *([array.tobytes()] for array in arrays)]

@@ -21,6 +21,7 @@ import os
 import shutil
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +42,13 @@ READABLE = ("README.md", "LICENSE", "pyproject.toml")
 CLIENT_APP = "fedsgcg.clients.app:app"
 MOST_BYTES = 50 * 2**20
 """Maximum unpacked size of a bundle; Flower refuses more than 10 MiB packed."""
+
+MOST_FILES = 5000
+LONGEST_NAME = 200
+"""Bytes of a file's or folder's name in a bundle; file systems allow 255, `.partial` included."""
+
+LONGEST_PATH = 1000
+"""Bytes of a path in a bundle; Linux allows 4,096 with the folders above it."""
 
 MOST_REFUSED = 5
 """Number of refused bundles kept for comparison."""
@@ -79,9 +87,10 @@ def read_bundle(content: bytes) -> Bundle:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             if sum(entry.file_size for entry in entries) > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes unpacked")
+            if len(entries) > MOST_FILES:
+                raise ValueError(f"more than {MOST_FILES} files")
             for entry in entries:
-                if _leaves_folder(entry.filename):
-                    raise ValueError(f"a path that leaves the bundle's folder: {entry.filename!r}")
+                _check_entry(entry)
             files = {entry.filename: archive.read(entry) for entry in entries}
         project = tomllib.loads(files["pyproject.toml"].decode())
         components = project["tool"]["flwr"]["app"]["components"]
@@ -92,12 +101,9 @@ def read_bundle(content: bytes) -> Bundle:
         }
         return Bundle(code, str(components["clientapp"]))
     except (
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-        TypeError,
-        OSError,
-        NotImplementedError,
+        *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
+        *(ValueError, KeyError, TypeError, AttributeError),
+        *(NotImplementedError, RuntimeError),  # an encrypted file, deep nesting
     ) as error:
         raise fail(
             "POL-705", found=f"an unreadable bundle: {error}", expected="a Flower app bundle"
@@ -294,6 +300,19 @@ def _running() -> Bundle:
 
 def _lines(content: bytes | None) -> Sequence[str]:
     return [] if content is None else content.decode(errors="replace").splitlines(keepends=True)
+
+
+def _check_entry(entry: zipfile.ZipInfo) -> None:
+    """Raise ValueError for a file that cannot be unpacked within the limits."""
+    name = entry.filename
+    if _leaves_folder(name):
+        raise ValueError(f"a path that leaves the bundle's folder: {name[:LONGEST_NAME]!r}")
+    longest = max(len(os.fsencode(part)) for part in name.split("/"))
+    if longest > LONGEST_NAME or len(os.fsencode(name)) > LONGEST_PATH:
+        raise ValueError(f"a name of {longest} bytes: {name[:40]!r}...")
+    # Python bounds what it inflates, but expands a block of the other methods at once.
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"compression method {entry.compress_type} of {name!r}")
 
 
 def _leaves_folder(name: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fedsgcg.clients.data.case_files import Site
 from fedsgcg.clients.guard.approval import is_bundled
+from fedsgcg.clients.guard.limits import beyond_limits
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
@@ -59,7 +60,8 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
     Raises:
         FedsgcgError: All refusals at once. POL-702 for a data folder outside the site's own,
             POL-703 for settings that the coordinator may not set, POL-704 when the method needs a
-            part that may not leave, POL-706 for a class from outside the approved code.
+            part that may not leave, POL-706 for a class from outside the approved code, POL-707 for
+            a setting beyond a limit of the site.
     """
     if policy is None:
         return plan
@@ -89,6 +91,7 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
             "data.root",
         )
     yield from _not_allowed(plan, policy)
+    yield from beyond_limits(plan, policy)
     for where, section in (("method", plan.method), ("network", plan.network)):
         if section.is_own and not is_bundled(section.name) and section.name not in policy.code:
             allowed = ", ".join(policy.code) or "nothing"

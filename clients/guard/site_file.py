@@ -81,6 +81,17 @@ class SiteFile(Section):
         runtime_port: Port on 127.0.0.1 through which the site's own processes communicate; 0 = any
             free port.
         max_retries: Attempts to reach the coordinator before the site gives up; 0 = unlimited.
+        max_image_size: Largest side of a training slice in pixels. This and the following limits
+            are checked before anything is built; a request beyond one is refused (POL-707).
+        max_batch_size: Most slices of a training step.
+        max_epochs: Most passes over the slices in one round.
+        max_steps: Most training steps in one round, if the plan counts steps.
+        max_rounds: Most rounds of one run.
+        max_cache_gb: Most gigabytes of `cache`; slice files that were not used for longest are
+            removed before a request is refused.
+        max_memory_gb: Most gigabytes that a training step on the CPU, or the conversion of one
+            image, may need as estimated; 0 = three quarters of the machine's memory. On a GPU a
+            step that does not fit is split.
         version: Version of this file format.
     """
 
@@ -104,6 +115,13 @@ class SiteFile(Section):
     deadline_s: float = 0.0
     runtime_port: int = 0
     max_retries: int = 0
+    max_image_size: int = 1024
+    max_batch_size: int = 256
+    max_epochs: int = 100
+    max_steps: int = 50_000
+    max_rounds: int = 5_000
+    max_cache_gb: float = 200.0
+    max_memory_gb: float = 0.0
     version: Literal[1] = 1
 
     def checks(self) -> Checks:
@@ -143,6 +161,10 @@ class SiteFile(Section):
         yield not outside, "coordinator_may_set", "no setting of the site itself"
         yield self.deadline_s >= 0, "deadline_s", "seconds, 0 or more"
         yield 0 <= self.runtime_port <= 65535, "runtime_port", "a port, or 0 for any free port"
+        for name in ("image_size", "batch_size", "epochs", "steps", "rounds"):
+            yield getattr(self, f"max_{name}") >= 1, f"max_{name}", "1 or more"
+        yield self.max_cache_gb > 0, "max_cache_gb", "gigabytes, more than zero"
+        yield self.max_memory_gb >= 0, "max_memory_gb", "gigabytes, or 0 for the machine's"
         yield self.max_retries >= 0, "max_retries", "0 (unlimited) or more"
 
     def may_set(self, name: str) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section, at_most
 
 SPLITS: Final = ("train", "validation", "test")
+
+MAX_CLASSES: Final = 256
+"""Most classes or structures; a label is stored in one byte."""
 
 LABEL_TOLERANCE: Final = 1e-3
 """Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""
@@ -89,7 +92,7 @@ class DataSettings(Section):
     classes: dict[str, list[int]]
     structures: dict[str, list[str]]
     sites: list[str]
-    image_size: int = 128
+    image_size: int = at_most(2048, 128)
     stack: int = 3
     intensity: Literal["percentile", "minmax", "zscore", "fixed"] = "percentile"
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -106,6 +109,9 @@ class DataSettings(Section):
         """Classes are exclusive, structures are made of classes, sizes fit the network."""
         values = [value for group in self.classes.values() for value in group]
         yield len(self.classes) >= 2, "classes", "background and at least one more class"
+        yield len(self.classes) <= MAX_CLASSES, "classes", f"at most {MAX_CLASSES} classes"
+        few = len(self.structures) <= MAX_CLASSES
+        yield few, "structures", f"at most {MAX_CLASSES} structures"
         yield len(values) == len(set(values)), "classes", "every label value in one class only"
         yield bool(self.structures), "structures", "at least one structure"
         known = set(list(self.classes)[1:])

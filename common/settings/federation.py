@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section, at_most
 
 Role = Literal["train", "heldout", "observer"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 """Roles of a site: it trains, is held out, or evaluates the model without a say."""
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
+WEEK_S = 604_800.0
 POOLED = "pooled"  # the site that owns all source domains with `federation=pooled`
 
 
@@ -49,10 +50,10 @@ class FederationSettings(Section):
 
     ownership: Literal["by_site", "pooled", "local"] = "by_site"
     moments: Literal["restart", "keep"] = "restart"
-    rounds: int = 20
+    rounds: int = at_most(100_000, 20)
     quorum: int = 0
-    join_deadline_s: float = 120.0
-    round_deadline_s: float = 3600.0
+    join_deadline_s: float = at_most(WEEK_S, 120.0)
+    round_deadline_s: float = at_most(WEEK_S, 3600.0)
     late: Literal["next_round", "drop"] = "next_round"
     aggregator: Literal["fedavg"] = "fedavg"
     weighting: Literal["samples", "sites"] = "samples"
@@ -116,10 +117,10 @@ class SiteSettings(Section):
     home: str
     cache: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 1
+    threads: int = at_most(1024, 1)
     roles: tuple[str, ...] = ROLES
     shares: tuple[str, ...] = ()
-    micro_batches: int = 1
+    micro_batches: int = at_most(4096, 1)
     feature_samples: int = 0
 
     def checks(self) -> Checks:

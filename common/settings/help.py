@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.choices import CLASSES, GROUPS, choices_of
 from fedsgcg.common.settings.compose import known_settings, own_choices
 from fedsgcg.common.settings.hints import meant
@@ -124,14 +125,15 @@ def _shown(value: Any) -> str:
 
 
 def _fields(cls: type, prefix: str) -> Iterator[tuple[str, Described]]:
-    hints, meaning = typing.get_type_hints(cls), meanings(cls)
+    hints, meaning, bounds = typing.get_type_hints(cls), meanings(cls), bounds_of(cls)
     for field in dataclasses.fields(cls):
         name, kind = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             yield from _fields(kind, f"{name}.")
         else:
             words = " ".join(meaning.get(field.name, []))
-            yield name, Described(name, words, _kind(kind), _choices(kind), _unit(name))
+            most = f", at most {bounds[field.name]:.0f}" if field.name in bounds else ""
+            yield name, Described(name, words, _kind(kind) + most, _choices(kind), _unit(name))
 
 
 def _sections(cls: type, prefix: str) -> Iterator[tuple[str, type]]:

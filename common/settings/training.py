@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section, at_most
 from fedsgcg.common.settings.choices import is_import_path
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
@@ -45,12 +45,12 @@ class NetworkSettings(Section):
     """
 
     name: str = "unet"
-    base_width: int = 16
+    base_width: int = at_most(256, 16)
     norm: Literal["batch", "group", "instance"] = "batch"
     features: Literal["penultimate", "projection", "bottleneck"] = "penultimate"
-    projection: int = 32
+    projection: int = at_most(1024, 32)
     options: Options = field(default_factory=dict)
-    feature_channels: int = 0
+    feature_channels: int = at_most(4096, 0)
 
     def checks(self) -> Checks:
         """The network exists; the width is a positive multiple of four, for group normalisation."""
@@ -117,7 +117,7 @@ class RamSettings(Section):
     divergence: Literal["channels", "symmetric_bernoulli"] = "channels"
     restoration: float = 0.1
     encoder_rate: float = 0.5
-    bank_size: int = 32
+    bank_size: int = at_most(4096, 32)
 
     def checks(self) -> Checks:
         """The window fits into the spectrum; weights are not negative."""
@@ -160,10 +160,10 @@ class MethodSettings(Section):
     learning_rate: float = 1e-3
     poly_power: float = 0.9
     weight_decay: float = 0.0
-    batch_size: int = 8
-    batch_per_domain: tuple[int, ...] = ()
-    local_epochs: int = 1
-    steps_per_round: int = 0
+    batch_size: int = at_most(1024, 8)
+    batch_per_domain: tuple[int, ...] = at_most(100, ())
+    local_epochs: int = at_most(1000, 1)
+    steps_per_round: int = at_most(1_000_000, 0)
     precision: Literal["auto", "float32", "bf16"] = "auto"
     ram: RamSettings = RamSettings()
     options: Options = field(default_factory=dict)
@@ -183,9 +183,9 @@ class MethodSettings(Section):
         yield self.local_epochs >= 1, "local_epochs", "1 or more"
         yield self.steps_per_round >= 0, "steps_per_round", "0 or more"
         yield (
-            all(size >= 1 for size in self.batch_per_domain),
+            all(1 <= size <= 1024 for size in self.batch_per_domain),
             "batch_per_domain",
-            "1 or more slices of each domain",
+            "1 to 1024 slices of each domain",
         )
         needed = self.contrasts
         yield (

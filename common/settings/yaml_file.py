@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 
@@ -14,6 +15,11 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.settings.compose import build
 
 T = TypeVar("T")
+MOST_BYTES: Final = 2**20
+"""Bytes of a file that a person fills in."""
+
+MOST_VALUES: Final = 100_000
+"""Values of such a file, with repeated parts counted wherever they occur."""
 
 
 class _Number:
@@ -58,6 +64,21 @@ class AsWritten(yaml.SafeLoader):
             seen[getattr(key, "value", "")] = key
         return super().construct_mapping(node, deep)
 
+    def get_single_data(self) -> Any:
+        """Return the content; raises a YAMLError for a file that would grow when it is read.
+
+        Names for repeated parts (`&a`, `*a`) let a few lines stand for billions of values.
+        """
+        node = self.get_single_node()
+        return None if node is None else self._construct_bounded(node)
+
+    def _construct_bounded(self, node: yaml.Node) -> Any:
+        if _expanded(node, {}) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"more than {MOST_VALUES} values, repeated parts included", None
+            )
+        return self.construct_document(node)
+
     def whole(self, node: yaml.ScalarNode) -> int:
         """Return a whole number."""
         return _written(_Whole(node.value), node)
@@ -68,6 +89,19 @@ class AsWritten(yaml.SafeLoader):
 
 
 N = TypeVar("N", _Whole, _Decimal)
+
+
+def _expanded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return the number of values of a node with every alias replaced; infinite for a cycle."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: a node that contains itself never is
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        known[id(node)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(node)]
 
 
 def _written(number: N, node: yaml.ScalarNode) -> N:
@@ -105,10 +139,14 @@ def read_tree(path: Path, code: str, action: str = "") -> dict[str, Any]:
         FedsgcgError: `code` for a file that is missing, unreadable or without settings.
     """
     try:
-        tree = AsWritten(path.read_text(encoding="utf-8")).get_single_data()
+        with path.open("rb") as file:  # no more than the limit, however long the file is
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise yaml.YAMLError(f"more than {MOST_BYTES} bytes")
+        tree = AsWritten(content.decode()).get_single_data()
     except FileNotFoundError as error:
         raise fail(code, where=str(path), found="no such file", action=action) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         found = " ".join(str(error).split())
         raise fail(code, where=str(path), found=found, expected="a readable YAML file") from error
     if not isinstance(tree, dict):

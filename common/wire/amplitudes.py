@@ -23,6 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.wire.arrow import Stream, open_bounded
+from fedsgcg.common.wire.payload import UNREADABLE
 
 KIND: Final = "fedsgcg.amplitudes"
 SCHEMA_VERSION: Final = "2"
@@ -39,6 +41,9 @@ changes the amplitude of frequency zero.
 """
 MAX_WINDOWS: Final = 1 << 16
 MAX_VALUES: Final = 1 << 26
+MAX_BYTES: Final = 2**29
+"""Bytes of encoded amplitudes: `MAX_VALUES` float64 values."""
+
 MAX_CHANNELS: Final = 16
 MAX_IMAGES: Final = 1 << 40
 MAX_LOG: Final = 32.0
@@ -329,7 +334,6 @@ def _encode(
     level: str, windows: npt.NDArray[np.floating], facts: dict[str, str], owners: list[str]
 ) -> bytes:
     flat = np.ascontiguousarray(windows).reshape(len(windows), -1)
-    kind = pa.float64() if windows.dtype == np.float64 else pa.float32()
     shape = ",".join(str(size) for size in windows.shape[1:])
     metadata = {
         "schema_version": SCHEMA_VERSION,
@@ -338,8 +342,7 @@ def _encode(
         "shape": shape,
         **facts,
     }
-    fields = [pa.field("site", pa.string()), pa.field("window", pa.list_(kind, flat.shape[1]))]
-    schema = pa.schema(fields, metadata=metadata)
+    schema = _schema(flat.shape[1], windows.dtype).with_metadata(metadata)
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
@@ -351,53 +354,50 @@ def _decode(
     level: str, data: bytes, dtype: type[np.floating]
 ) -> tuple[npt.NDArray[np.floating], dict[str, str], list[str]]:
     try:
-        with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-            metadata = {
-                key.decode(): value.decode()
-                for key, value in (reader.schema.metadata or {}).items()
-            }
-            if (metadata.get("kind"), metadata.get("level")) != (KIND, level):
-                raise fail(
-                    "PAY-106",
-                    found=f"a payload of kind {metadata.get('kind')!r}",
-                    expected=f"a {level}",
-                )
-            if metadata.get("schema_version") != SCHEMA_VERSION:
-                raise fail(
-                    "PAY-107",
-                    found=f"version {metadata.get('schema_version')}",
-                    expected=SCHEMA_VERSION,
-                )
-            table = reader.read_all()
-            table.validate(full=True)  # reading alone does not check offsets and lengths
-        shape = tuple(int(size) for size in metadata["shape"].split(","))
-        if not _holds_windows(table, shape):
+        stream = open_bounded(data, MAX_BYTES, f"an amplitude {level}")
+        metadata = stream.metadata
+        if (metadata.get("kind"), metadata.get("level")) != (KIND, level):
             raise fail(
                 "PAY-106",
-                found=f"{table.num_rows} windows of shape {shape}",
+                found=f"a payload of kind {metadata.get('kind')!r}",
+                expected=f"a {level}",
+            )
+        if metadata.get("schema_version") != SCHEMA_VERSION:
+            raise fail(
+                "PAY-107",
+                found=f"version {metadata.get('schema_version')}",
+                expected=SCHEMA_VERSION,
+            )
+        shape = tuple(int(size) for size in metadata["shape"].split(","))
+        if not _holds_windows(stream, shape, dtype):
+            raise fail(
+                "PAY-106",
+                found=f"{stream.rows} windows of shape {shape}",
                 expected="(C, 2, b+1, b+1)",
             )
+        table = stream.table()
+        if any(column.null_count for column in table.columns):
+            raise fail("PAY-106", found="missing values", expected="complete windows")
         flat = table["window"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         windows = np.asarray(flat, dtype=dtype).reshape(table.num_rows, *shape)
         owners = [str(name) for name in table["site"].to_pylist()]
-    except (
-        pa.ArrowException,
-        ValueError,
-        KeyError,
-        OSError,
-        OverflowError,
-        AttributeError,
-    ) as error:
+    except UNREADABLE as error:
         raise fail(
             "PAY-106", found=f"{len(data)} bytes that are not amplitudes", expected=f"a {level}"
         ) from error
     return windows, metadata, owners
 
 
-def _holds_windows(table: pa.Table, shape: tuple[int, ...]) -> bool:
-    """Whether a table holds complete windows of an allowed shape and number."""
+def _holds_windows(stream: Stream, shape: tuple[int, ...], dtype: type[np.floating]) -> bool:
+    """Whether a stream states windows of an allowed shape, type and number."""
     if len(shape) != 4 or shape[1] != 2 or shape[2] != shape[3] or min(shape) <= 0:
         return False
-    if not 0 < table.num_rows <= MAX_WINDOWS or table.num_rows * np.prod(shape) > MAX_VALUES:
+    size = math.prod(shape)
+    if not 0 < stream.rows <= MAX_WINDOWS or stream.rows * size > MAX_VALUES:
         return False
-    return not any(column.null_count for column in table.columns)
+    return bool(stream.schema.equals(_schema(size, dtype)))
+
+
+def _schema(size: int, dtype: npt.DTypeLike) -> pa.Schema:
+    kind = pa.float64() if dtype == np.float64 else pa.float32()
+    return pa.schema([pa.field("site", pa.string()), pa.field("window", pa.list_(kind, size))])

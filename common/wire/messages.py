@@ -7,24 +7,41 @@ because every array costs time; docs/explanation/flower.md, "Behaviour that shap
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.constant import SType
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.arrow import check_size
 from fedsgcg.common.wire.norm_moments import NormMoments
-from fedsgcg.common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
+from fedsgcg.common.wire.payload import (
+    HEAD_BYTES,
+    Identity,
+    Weights,
+    decode_statistics,
+    encode_statistics,
+)
+from fedsgcg.common.wire.sizes import MAX_METRICS, Sizes
 
 ENROL = "query.enrol"
 STATISTICS = "query.statistics"
 AMPLITUDES = "query.amplitudes"
 TRAIN = "train"
 EVALUATE = "evaluate"
+
+HEADERS: Final = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""Versions of NumPy's file format -> reader of the header."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +103,22 @@ def encode_request(request: Request) -> RecordDict:
     return _records(request.identity, request.weights, request.prototypes, fields)
 
 
-def decode_request(records: RecordDict) -> Request:
-    """Decode a request; raises PAY-103, PAY-106 or PAY-107 for anything else."""
+def decode_request(records: RecordDict, sizes: Sizes = Sizes()) -> Request:  # noqa: B008 - frozen
+    """Decode a request.
+
+    Args:
+        records: Flower's records.
+        sizes: Sizes that the reader's plan allows; checked before a part is decoded.
+
+    Raises:
+        FedsgcgError: PAY-105 for a part that is too large, PAY-103, PAY-106 or PAY-107 for anything
+            else that is not a request.
+    """
+    _check_sizes(records, sizes)
     identity = Identity.decode(_text(records, "identity"))
     options = _facts(records, "options")
-    amplitudes = _bytes(records, "amplitudes")
-    return Request(identity, _weights(records), _statistics(records, identity), options, amplitudes)
+    weights, statistics = _weights(records), _statistics(records, identity, sizes)
+    return Request(identity, weights, statistics, options, _bytes(records, "amplitudes"))
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -113,15 +140,16 @@ def encode_reply(reply: Reply) -> RecordDict:
     return records
 
 
-def decode_reply(records: RecordDict) -> Reply:
-    """Decode a reply; raises PAY-103, PAY-106 or PAY-107 for anything else."""
+def decode_reply(records: RecordDict, sizes: Sizes = Sizes()) -> Reply:  # noqa: B008 - frozen
+    """Decode a reply; arguments and errors as `decode_request`."""
+    _check_sizes(records, sizes)
     identity = Identity.decode(_text(records, "identity"))
     metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
     return Reply(
         identity=identity,
         site=_text(records, "site"),
         weights=_weights(records),
-        statistics=_statistics(records, identity),
+        statistics=_statistics(records, identity, sizes),
         metrics={str(name): _number(value) for name, value in metrics.items()},
         cases=_bytes(records, "cases"),
         amplitudes=_bytes(records, "amplitudes"),
@@ -162,6 +190,24 @@ def _records(
     return records
 
 
+def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
+    """Raise PAY-105 for a part that is larger than the plan allows, PAY-106 for an unknown one."""
+    message = _message(records)
+    unknown = set(records) - {"message", "weights", "metrics"}
+    unknown |= {name for name in message if sizes.bytes_of(name) < 0}
+    if unknown:
+        raise fail("PAY-106", found=f"{len(unknown)} unknown parts", expected="a known message")
+    for name, value in message.items():
+        if isinstance(value, str | bytes):
+            check_size(value, sizes.bytes_of(name), name)
+    for array in (records.array_records.get("weights") or {}).values():
+        check_size(array.data, HEAD_BYTES + 4 * sizes.weights, "weights")
+    metrics = records.metric_records.get("metrics") or {}
+    if len(metrics) > MAX_METRICS:
+        found = f"{len(metrics)} metrics"
+        raise fail("PAY-105", found=found, expected=f"at most {MAX_METRICS}")
+
+
 def _message(records: RecordDict) -> ConfigRecord:
     message = records.config_records.get("message")
     if message is None:
@@ -183,7 +229,7 @@ def _text(records: RecordDict, name: str) -> str:
 def _facts(records: RecordDict, name: str) -> dict[str, Any]:
     try:
         facts = json.loads(_text(records, name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise fail(
             "PAY-106", found=f"{name} that is not JSON", expected=f"{name} as a JSON object"
         ) from error
@@ -214,7 +260,7 @@ def _weights(records: RecordDict) -> Weights | None:
             "PAY-103", found=f"arrays {list(arrays)}", expected="one flat array called values"
         )
     try:
-        values: np.ndarray[Any, Any] = arrays["values"].numpy()
+        values = _array(arrays["values"])
     except Exception as error:
         # NumPy parses an old header as Python: a damaged one may even raise a tokenizer's error.
         raise fail(
@@ -223,10 +269,27 @@ def _weights(records: RecordDict) -> Weights | None:
     return Weights.decode(_text(records, "layout"), values)
 
 
-def _statistics(records: RecordDict, identity: Identity) -> ClassStatistics | None:
+def _array(array: Array) -> np.ndarray[Any, Any]:
+    """Read a NumPy file; its header must state exactly the bytes that follow.
+
+    `numpy.load` allocates what the header states, before it looks for the data.
+    """
+    data = array.data
+    if array.stype != SType.NUMPY:
+        raise TypeError(f"an array of type {array.stype!r}")
+    stream = io.BytesIO(data)
+    read_header = HEADERS[np.lib.format.read_magic(stream)]
+    shape, fortran, dtype = read_header(stream)
+    stated, held = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if dtype.hasobject or fortran or stated != held or min(shape, default=0) < 0:
+        raise ValueError(f"a header of {stated} bytes before {held}")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape).copy()
+
+
+def _statistics(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassStatistics | None:
     if "statistics" not in _message(records):
         return None
-    statistics, stated = decode_statistics(_bytes(records, "statistics"))
+    statistics, stated = decode_statistics(_bytes(records, "statistics"), sizes.statistics)
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return statistics

@@ -19,11 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
-from fedsgcg.common.wire.payload import SCHEMA_VERSION, Identity, Weights
+from fedsgcg.common.wire.arrow import open_bounded
+from fedsgcg.common.wire.payload import SCHEMA_VERSION, UNREADABLE, Identity, Weights
 
 KIND: Final = "fedsgcg.norm_moments"
 MEAN, VARIANCE = ".running_mean", ".running_var"
 MAX_LAYERS: Final = 4096
+MAX_BYTES: Final = 2**22
+"""Bytes of encoded moments, enough for 260,000 channels; the U-Net has a few thousand."""
 
 Array = npt.NDArray[np.float64]
 
@@ -151,24 +154,20 @@ class NormMoments:
         """Read a stream of `encode`.
 
         Raises:
-            FedsgcgError: PAY-107 for another version, PAY-106 for any other data.
+            FedsgcgError: PAY-105 for more than `MAX_LAYERS` layers or `MAX_BYTES`, PAY-107 for
+                another version, PAY-106 for any other data.
         """
         try:
-            with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-                metadata = {
-                    key.decode(): value.decode()
-                    for key, value in (reader.schema.metadata or {}).items()
-                }
-                _check_metadata(metadata, reader.schema)
-                table = reader.read_all()
-                table.validate(full=True)  # reading alone does not check offsets and lengths
-                stated = Identity.decode(metadata["identity"])
-            if table.num_rows > MAX_LAYERS or any(column.null_count for column in table.columns):
-                raise fail(
-                    "PAY-106",
-                    found=f"{table.num_rows} rows",
-                    expected=f"at most {MAX_LAYERS} complete rows",
-                )
+            stream = open_bounded(data, MAX_BYTES, "moments of BatchNorm layers")
+            metadata = stream.metadata
+            _check_metadata(metadata, stream.schema)
+            stated = Identity.decode(metadata["identity"])
+            if stream.rows > MAX_LAYERS:
+                found, expected = f"{stream.rows} layers", f"at most {MAX_LAYERS}"
+                raise fail("PAY-105", found=found, expected=expected)
+            table = stream.table()
+            if any(column.null_count for column in table.columns):
+                raise fail("PAY-106", found="missing values", expected="complete rows")
             names, means, scatters = (
                 table[name].to_pylist() for name in ("layer", "mean", "scatter")
             )
@@ -176,14 +175,7 @@ class NormMoments:
             if len(layers) != len(names):
                 raise fail("PAY-106", found="a layer twice", expected="each layer once")
             moments = cls(layers, table["count"].to_numpy(), _joined(means), _joined(scatters))
-        except (
-            pa.ArrowException,
-            ValueError,
-            KeyError,
-            TypeError,
-            OSError,
-            OverflowError,
-        ) as error:
+        except UNREADABLE as error:
             found = f"{len(data)} bytes that are not moments of BatchNorm layers"
             raise fail("PAY-106", found=found, expected="layer, count, mean, scatter") from error
         return moments, stated

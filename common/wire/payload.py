@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,15 +22,30 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.data import MAX_CLASSES
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.arrow import Stream, open_bounded
 
 SCHEMA_VERSION = "1"
 STATISTICS_KIND = "fedsgcg.class_statistics"
-MAX_CLASSES = 256
 MAX_FEATURES = 4096
+MAX_CASES = 10_000
+"""Most cases of one evaluation: far above a hospital's test set, about 10 MB for one structure."""
+
+CASE_ROW_BYTES = 256
+"""Bytes of a row of `CASES_SCHEMA`: twelve numbers, a unit, an alias and a structure."""
+
+HEAD_BYTES = 16_384
+"""Bytes of an Arrow stream around its columns: schema, metadata with the identity, padding."""
 
 DISTANCES = ("asd", "assd", "hd95", "hd95_max")
 """Surface distances of a case; each has a column in pixels and one in millimetres (`_mm`)."""
+
+UNREADABLE = (
+    *(pa.ArrowException, struct.error),
+    *(ValueError, KeyError, TypeError, OSError, OverflowError, AttributeError, RecursionError),
+)
+"""What decoding bytes raises that are not the expected stream."""
 
 CASES_KIND = "fedsgcg.cases"
 CASES_VERSION = "2"
@@ -124,7 +141,7 @@ class Identity:
                 int(fields["round"]),
                 str(fields["plan"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise fail(
                 "PAY-106",
                 found=f"identity {text[:80]!r}",
@@ -205,11 +222,13 @@ class Weights:
             )
             counters = tuple((str(name), int(value)) for name, value in parsed["counters"].items())
             np.asarray([value for _, value in counters], dtype=np.int64)  # OverflowError
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except UNREADABLE as error:
             raise fail(
                 "PAY-106", found="layout that is not JSON", expected="names and shapes"
             ) from error
-        wanted = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in layout)
+        if any(size < 0 for _, shape in layout for size in shape):
+            raise fail("PAY-103", found="a negative size", expected="sizes of zero or more")
+        wanted = sum(math.prod(shape) for _, shape in layout)
         if values.ndim != 1 or values.dtype != np.float32 or values.size != wanted:
             raise fail(
                 "PAY-103",
@@ -240,52 +259,67 @@ def encode_statistics(statistics: ClassStatistics, identity: Identity) -> bytes:
     return bytes(sink.getvalue())
 
 
-def decode_statistics(data: bytes) -> tuple[ClassStatistics, Identity]:
+def decode_statistics(
+    data: bytes, shape: tuple[int, int] | None = None
+) -> tuple[ClassStatistics, Identity]:
     """Read a stream of `encode_statistics`.
 
+    Args:
+        data: The bytes.
+        shape: (K, A) that the plan expects, checked before anything is decoded; None reads any.
+
     Raises:
-        FedsgcgError: PAY-107 for another version, PAY-106 for any other data.
+        FedsgcgError: PAY-105 for more bytes than the shape needs, STA-201 for another shape,
+            PAY-107 for another version, PAY-106 for any other data.
     """
     try:
-        with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-            metadata = {
-                key.decode(): value.decode()
-                for key, value in (reader.schema.metadata or {}).items()
-            }
-            _check_kind(metadata, STATISTICS_KIND)
-            num_features = int(metadata["num_features"])
-            if not 0 < num_features <= MAX_FEATURES or not reader.schema.equals(
-                _statistics_schema(num_features, None)
-            ):
-                raise fail(
-                    "PAY-106",
-                    found=f"schema {reader.schema.names}",
-                    expected="class, count, mean, scatter_upper",
-                )
-            table = reader.read_all()
-            table.validate(full=True)  # reading alone does not check offsets and lengths
-            stated = Identity.decode(metadata["identity"])
-        incomplete = any(column.null_count for column in table.columns)
-        if incomplete or not 0 < table.num_rows <= MAX_CLASSES:
-            raise fail(
-                "PAY-106",
-                found=f"{table.num_rows} rows",
-                expected=f"1 to {MAX_CLASSES} complete rows",
-            )
+        limit = statistics_bytes(*(shape or (MAX_CLASSES, MAX_FEATURES)))
+        stream = open_bounded(data, limit, "class statistics")
+        metadata = stream.metadata
+        _check_kind(metadata, STATISTICS_KIND)
+        num_features = int(metadata["num_features"])
+        _check_shape(stream, num_features, shape)
+        stated = Identity.decode(metadata["identity"])
+        table = stream.table()
+        if any(column.null_count for column in table.columns):
+            raise fail("PAY-106", found="missing values", expected="complete rows")
         count = table["count"].to_numpy().astype(np.float64)
         mean = _matrix(table["mean"], num_features)
         packed = _matrix(table["scatter_upper"], num_features * (num_features + 1) // 2)
-    except (pa.ArrowException, ValueError, KeyError, OSError, OverflowError) as error:
+    except UNREADABLE as error:
         raise fail(
             "PAY-106",
             found=f"{len(data)} bytes that are not an Arrow stream",
             expected="class statistics",
         ) from error
-    scatter = np.zeros((table.num_rows, num_features, num_features))
+    scatter = np.zeros((len(count), num_features, num_features))
     rows, columns = np.triu_indices(num_features)
     scatter[:, rows, columns] = packed
     scatter[:, columns, rows] = packed
     return ClassStatistics(count, mean, scatter), stated
+
+
+def statistics_bytes(num_classes: int, num_features: int) -> int:
+    """Return the bytes that encoded statistics of K classes and A channels may have."""
+    values = 2 + num_features + num_features * (num_features + 1) // 2
+    return HEAD_BYTES + num_classes * 8 * values
+
+
+def _check_shape(stream: Stream, num_features: int, shape: tuple[int, int] | None) -> None:
+    """Check columns and number of rows before they are decoded."""
+    if not 0 < num_features <= MAX_FEATURES or not stream.schema.equals(
+        _statistics_schema(num_features, None)
+    ):
+        raise fail(
+            "PAY-106",
+            found=f"schema {stream.schema.names}",
+            expected="class, count, mean, scatter_upper",
+        )
+    found = (stream.rows, num_features)
+    if shape is not None and found != shape:
+        raise fail("STA-201", found=f"statistics of shape {found}", expected=f"{shape}")
+    if not 0 < stream.rows <= MAX_CLASSES:
+        raise fail("PAY-106", found=f"{stream.rows} rows", expected=f"1 to {MAX_CLASSES} rows")
 
 
 def encode_cases(rows: list[dict[str, Any]]) -> bytes:
@@ -297,31 +331,47 @@ def encode_cases(rows: list[dict[str, Any]]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def decode_cases(data: bytes) -> list[dict[str, Any]]:
-    """Read a stream of `encode_cases`; raises PAY-106 or PAY-107 as `decode_statistics`."""
+def decode_cases(data: bytes, structures: int = MAX_CLASSES) -> list[dict[str, Any]]:
+    """Read a stream of `encode_cases`.
+
+    Args:
+        data: The bytes.
+        structures: Number of structures of the plan, each of which a case has once.
+
+    Raises:
+        FedsgcgError: PAY-105 for more than `MAX_CASES` cases or a repeated row, PAY-106 or PAY-107
+            as `decode_statistics`.
+    """
     try:
-        with pa.ipc.open_stream(pa.BufferReader(data)) as reader:
-            metadata = {
-                key.decode(): value.decode()
-                for key, value in (reader.schema.metadata or {}).items()
-            }
-            _check_kind(metadata, CASES_KIND, CASES_VERSION)
-            if not reader.schema.equals(CASES_SCHEMA):
-                raise fail(
-                    "PAY-106",
-                    found=f"columns {reader.schema.names}",
-                    expected=f"columns {CASES_SCHEMA.names}",
-                )
-            table = reader.read_all()
-            table.validate(full=True)  # reading alone does not check offsets and lengths
-            rows: list[dict[str, Any]] = table.to_pylist()
-            return rows
-    except (pa.ArrowException, ValueError, OSError) as error:
+        stream = open_bounded(data, cases_bytes(structures), "per-case results")
+        _check_kind(stream.metadata, CASES_KIND, CASES_VERSION)
+        if not stream.schema.equals(CASES_SCHEMA):
+            raise fail(
+                "PAY-106",
+                found=f"columns {stream.schema.names}",
+                expected=f"columns {CASES_SCHEMA.names}",
+            )
+        most = MAX_CASES * structures
+        if stream.rows > most:
+            raise fail("PAY-105", found=f"{stream.rows} rows", expected=f"at most {most} rows")
+        table = stream.table()
+        keys = table.select(["case", "structure"])
+        if keys.group_by(["case", "structure"]).aggregate([]).num_rows != table.num_rows:
+            found = "a structure of a case more than once"
+            raise fail("PAY-105", found=found, expected="each structure of a case once")
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+    except UNREADABLE as error:
         raise fail(
             "PAY-106",
             found=f"{len(data)} bytes that are not an Arrow stream",
             expected="per-case results",
         ) from error
+
+
+def cases_bytes(structures: int) -> int:
+    """Return the bytes that encoded results of `MAX_CASES` cases may have."""
+    return HEAD_BYTES + MAX_CASES * structures * CASE_ROW_BYTES
 
 
 def _statistics_schema(num_features: int, identity: Identity | None) -> pa.Schema:

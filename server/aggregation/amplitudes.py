@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.settings.federation import SHARES
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
+from fedsgcg.common.wire.sizes import CHANNELS
 from fedsgcg.server.sites.enrolment import Member
-
-CHANNELS: Final = 3
-"""Channels of every training slice: colours, or a slice and its neighbours."""
 
 Amplitudes = TypeVar("Amplitudes", AmplitudeSummary, AmplitudeBank)
 

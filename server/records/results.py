@@ -39,7 +39,7 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
         FedsgcgError: PAY-106 or PAY-107 for unreadable bytes, unknown structures or invalid Dice.
     """
     try:
-        rows = decode_cases(data)
+        rows = decode_cases(data, len(plan.data.structures))
     except Exception as error:
         # Hostile bytes may raise any exception, whose text may quote the site: only a code is kept.
         code = error.code if isinstance(error, FedsgcgError) else "PAY-106"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
@@ -25,6 +26,7 @@ from fedsgcg.common.settings.federation import ROLES
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
 from fedsgcg.common.wire.payload import Identity
+from fedsgcg.common.wire.sizes import Sizes
 from fedsgcg.server.sites.exchange import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
@@ -45,6 +47,9 @@ UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
 
 KEPT: Final = ("DAT-110",)
 """Codes of cases that are flagged but used: a mask without a structure is a true negative."""
+
+MAX_DIGEST: Final = 8192
+"""Characters of a site's data digest: one SHA-256 for each of up to 100 pooled hospitals."""
 
 MAX_SLICES: Final = 10**9
 """Most training slices that a site may declare."""
@@ -154,8 +159,11 @@ class Cohort:
                 if was_lost(message) and self._tries[node] < MOST_TRIES:
                     self._known.pop(node, None)
                 else:
-                    self._take(node, read_answer(message, f"node {node}"), request.identity)
+                    self._take(node, self._read(message, node), request.identity)
         return bool(new or replies)
+
+    def _read(self, message: Message, node: int) -> Answer:
+        return read_answer(message, f"node {node}", Sizes.of_reply(self.plan, weights=0))
 
     def _forget_restarted(self, present: Mapping[int, str]) -> None:
         """Treat nodes that restarted before they answered as new."""
@@ -431,6 +439,9 @@ class Cohort:
 
     def _compare_data(self, site: str, data: str) -> None:
         """Note a site whose data changed since it first took part in this run folder."""
+        if len(data) > MAX_DIGEST:
+            found, expected = f"a data digest of {len(data)} characters", f"at most {MAX_DIGEST}"
+            raise fail("PAY-105", where=site, found=found, expected=expected)
         path = Path(self.plan.output) / "data.json"
         known = _read_hashes(path)
         if known.get(site, data) != data:

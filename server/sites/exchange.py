@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 from flwr.app import Message, RecordDict
@@ -25,12 +26,17 @@ from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request, payload_bytes
+from fedsgcg.common.wire.sizes import Sizes
+from fedsgcg.server.sites.spill import spilled
 
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.1
 TTL_MARGIN_S = 60.0
 LOOK_S: Final = 2.0
 """Seconds between two checks for connected nodes; each check is a request to the SuperLink."""
+
+ANY_SIZES: Final = Sizes()
+"""Sizes of a reply when no plan says more."""
 
 MOST_TRIES: Final = 4
 """Most requests to one site in one exchange: a site that keeps crashing is not asked forever."""
@@ -79,6 +85,8 @@ def exchange(
     request: Request,
     *,
     deadline_s: float,
+    sizes: Sizes = ANY_SIZES,
+    folder: Path | None = None,
     enough: int | None = None,
     on_answer: OnAnswer = ignore_answer,
 ) -> list[Answer]:
@@ -90,6 +98,8 @@ def exchange(
         message_type: Flower's message type, e.g. `common.wire.messages.TRAIN`.
         request: The request; encoded once for all.
         deadline_s: Seconds after which a missing answer becomes RND-404.
+        sizes: Sizes that the plan allows a reply.
+        folder: Where received models wait (`server.sites.spill`); None keeps them in memory.
         enough: Number of replies after which lost sites are no longer waited for; None waits for
             them until the deadline. Connected sites are always waited for.
         on_answer: Called with each answer as it arrives.
@@ -98,7 +108,7 @@ def exchange(
         One answer per site, in the order of the sites' names.
     """
     content = encode_request(request)
-    exchanging = _Exchange(grid, nodes, message_type, content, deadline_s, on_answer)
+    exchanging = _Exchange(grid, nodes, message_type, content, deadline_s, sizes, folder, on_answer)
     return exchanging.run(len(nodes) if enough is None else enough)
 
 
@@ -130,6 +140,8 @@ class _Exchange:
     message_type: str
     content: RecordDict
     deadline_s: float
+    sizes: Sizes
+    folder: Path | None
     on_answer: OnAnswer
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: dict[str, _Asked] = field(default_factory=dict)
@@ -181,11 +193,18 @@ class _Exchange:
 
     def _take_message(self, site: str, message: Message) -> None:
         asked = self.asked[site]
-        answer = read_answer(message, site, self.size)
+        answer = self._spilled(read_answer(message, site, self.sizes, self.size))
         if was_lost(message) and asked.tries < MOST_TRIES:
             asked.request, asked.problem = "", answer.problem
         else:
             self._take(site, answer)
+
+    def _spilled(self, answer: Answer) -> Answer:
+        """Return the answer with its model in a file."""
+        reply = answer.reply
+        if self.folder is None or reply is None or reply.weights is None:
+            return answer
+        return replace(answer, reply=replace(reply, weights=spilled(reply.weights, self.folder)))
 
     def _take(self, site: str, answer: Answer) -> None:
         del self.asked[site]
@@ -229,7 +248,9 @@ def was_lost(message: Message) -> bool:
     return bool(message.has_error() and message.error.code in LOST)
 
 
-def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
+def read_answer(
+    message: Message, site: str, sizes: Sizes = ANY_SIZES, bytes_down: int = 0
+) -> Answer:
     """Decode a reply; any error becomes the answer's problem and is not raised."""
     if message.has_error():
         lost = was_lost(message)
@@ -238,7 +259,7 @@ def read_answer(message: Message, site: str, bytes_down: int = 0) -> Answer:
         problem = Problem("RND-404" if lost else "SITE-500", where=site, found=found)
         return Answer(site, problem=problem, bytes_down=bytes_down)
     try:
-        reply = decode_reply(message.content)
+        reply = decode_reply(message.content, sizes)
         size = sum(payload_bytes(message.content).values())
         if not isinstance(reply.details, dict):
             raise TypeError("details that are no dictionary")

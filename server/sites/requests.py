@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from flwr.serverapp import Grid
@@ -12,6 +13,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import EVALUATE, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.common.wire.sizes import Sizes
 from fedsgcg.server.admission import Expectation, Verdict, admit
 from fedsgcg.server.records import results
 from fedsgcg.server.records.events import EventLog
@@ -126,6 +128,8 @@ class SiteRequests:
             message_type,
             request,
             deadline_s=deadline_s,
+            sizes=Sizes.of_reply(self.plan, request.weights.values.size if request.weights else 0),
+            folder=Path(self.plan.output),
             enough=enough,
             on_answer=on_answer,
         )

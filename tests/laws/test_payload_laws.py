@@ -27,7 +27,7 @@ from fedsgcg.common.wire.payload import (
 from fedsgcg.server.sites.exchange import read_answer
 
 FEW = settings(max_examples=80, deadline=None)
-CODES = {"PAY-103", "PAY-106", "PAY-107", "PAY-120"}
+CODES = {"PAY-103", "PAY-105", "PAY-106", "PAY-107", "PAY-120"}
 IDENTITY = Identity("run", "H 4", 12, "0" * 64)
 TEXT = st.text(max_size=30)
 ANY = st.floats(allow_nan=True, allow_infinity=True)

@@ -139,3 +139,31 @@ def test_the_installed_code_is_what_flower_bundles(tmp_path: Path):
     here = bundle_of_folder(REPOSITORY)
     assert sorted(sent.code) == sorted(here.code)
     assert sent.digest == here.digest
+
+
+def packed(name: str, text: bytes, method: int) -> bytes:
+    """A bundle with one file packed by another method."""
+    content = io.BytesIO(fab({"clients/app.py": "a"}))
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr(name, text, compress_type=method)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (packed("clients/b.py", b"0" * 10**6, zipfile.ZIP_BZIP2), "compression method"),
+        (packed("clients/b.py", b"0" * 10**6, zipfile.ZIP_LZMA), "compression method"),
+        (packed("clients/" + "n" * 300 + ".py", b"", zipfile.ZIP_STORED), "a name of 303 bytes"),
+        (packed("clients/" + "é" * 150 + ".py", b"", zipfile.ZIP_STORED), "a name of 303 bytes"),
+        (packed("d/" * 600 + "b.py", b"", zipfile.ZIP_STORED), "a name of"),
+        (fab({f"clients/{k}.py": "" for k in range(6000)}), "more than 5000 files"),
+        (packed("clients/b.py", b"0" * 10**6, zipfile.ZIP_DEFLATED)[:-900], "POL-705"),
+        (fab({}, "x = " + "[" * 10**5), "POL-705"),
+    ],
+)
+def test_row_10_a_bundle_that_cannot_be_unpacked_within_limits_is_refused(content, found):
+    """Row 10: bombs, names that no file system takes, damaged and deeply nested bundles."""
+    with pytest.raises(FedsgcgError, match=found) as caught:
+        read_bundle(content)
+    assert caught.value.code == "POL-705"

@@ -110,3 +110,22 @@ def test_hospitals_of_a_project_keep_their_names(tmp_path: Path) -> None:
     path.write_text(head + "sites:\n  A: {}\n  A: {}\n")
     with pytest.raises(FedsgcgError, match="occurs twice"):
         read_project(path)
+
+
+def test_row_10_repeated_parts_that_stand_for_billions_are_refused(tmp_path: Path) -> None:
+    """Row 10: nine lines of ten references each are 10^9 values."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    for name, last in zip("bcdefghi", "abcdefgh", strict=True):
+        lines.append(f"{name}: &{name} [{', '.join(['*' + last] * 10)}]")
+    with pytest.raises(FedsgcgError, match="more than 100000 values"):
+        read(tmp_path, "\n".join(lines))
+    with pytest.raises(FedsgcgError, match="more than 100000 values"):
+        read(tmp_path, "names: &n [*n]\n")
+    assert read(tmp_path, "name: &n A\nnames: [*n, *n]\n").names == ("A", "A")
+
+
+@pytest.mark.parametrize("text", ["names: " + "[" * 10**5, "name: " + "x" * 2**20])
+def test_row_10_deep_nesting_and_large_files_are_refused(text: str, tmp_path: Path) -> None:
+    """Row 10: one clear error instead of a full stack or memory."""
+    with pytest.raises(FedsgcgError, match="DEP-602"):
+        read(tmp_path, text)
