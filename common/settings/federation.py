@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
+LIMITS: Final[Mapping[str, int]] = {"patients": 100_000, "slices": 1_000_000}
+"""Most patients and slices of a site for which the coordinator states no own limits."""
+ALL_SITES: Final = "all"
 POOLED = "pooled"  # the site that owns all source domains with `federation=pooled`
 
 
@@ -22,12 +26,20 @@ class FederationSettings(Section):
         moments: Adam's moments at the start of a round: `restart` at zero, or `keep` those of the
             site's previous round, which makes a pooled run one uninterrupted training.
         rounds: Number of rounds.
-        quorum: Training sites that must join and answer; 0 = all of them.
+        quorum: Training sites that must join and answer; 0 = all of them. A rejected answer counts
+            as one; a round with fewer admitted answers than a number given here is void.
         join_deadline_s: Seconds to wait for sites at the start.
         round_deadline_s: Seconds to wait for the replies of a round (also of an evaluation).
         late: How to treat a site that missed a round's deadline: `next_round` asks it again in the
             next round, so that each round may take up to its deadline; `drop` does not ask it again
             in this run. A late reply never counts.
+        limits: The most that a site can have, as the coordinator knows it: {North: {patients: 300,
+            slices: 9000}}. A site that enrols with more is refused, and its weight and pixel counts
+            are bounded by its slices. The name `all` is for every site without own numbers.
+        screening: What to do with a reply that is valid by itself but far from those of the other
+            sites or from the site's own first rounds (docs/explanation/reliability.md, "Screens"):
+            `warn` lists it and the run ends as `degraded`; `reject` also leaves it out of the
+            merge; `off` does not compare.
         aggregator: How the sites' models become the global model: `fedavg`, their weighted mean.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
@@ -50,6 +62,8 @@ class FederationSettings(Section):
     join_deadline_s: float = 120.0
     round_deadline_s: float = 3600.0
     late: Literal["next_round", "drop"] = "next_round"
+    limits: dict[str, dict[str, int]] = field(default_factory=dict)
+    screening: Literal["warn", "reject", "off"] = "warn"
     aggregator: Literal["fedavg"] = "fedavg"
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
@@ -64,6 +78,18 @@ class FederationSettings(Section):
         yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
         yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
         yield self.heldout_every >= 0, "heldout_every", "0 or more"
+        yield from limit_checks(self.limits)
+
+    def limit(self, site: str) -> dict[str, int]:
+        """Return the most `patients` and `slices` that a site can have."""
+        return {**LIMITS, **self.limits.get(ALL_SITES, {}), **self.limits.get(site, {})}
+
+
+def limit_checks(limits: Mapping[str, Mapping[str, int]]) -> Checks:
+    """Check that limits are known and positive."""
+    entries = [entry for limit in limits.values() for entry in limit.items()]
+    holds = all(name in LIMITS and number >= 1 for name, number in entries)
+    yield holds, "limits", "patients and slices of a site, 1 or more each"
 
 
 @dataclass(frozen=True)
