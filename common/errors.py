@@ -108,9 +108,9 @@ CODES: Final[dict[str, str]] = {
         "the weights keep what they learned from it."
     ),
     "RND-408": "Two hospitals have the same images.",
+    "RND-410": "A worker of the simulation was lost.",
     "RND-421": "The round is void: too few replies were admitted, and the previous model is kept.",
     "RND-422": "A site is paused after three rejections in a row.",
-    "RND-410": "A worker of the simulation was lost.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",

@@ -1,4 +1,4 @@
-"""Names: invalid UTF-8, text of other parties, and names that differ only in Unicode form or case."""
+"""Names that are not valid UTF-8 or differ only in Unicode form or case, and text of sites."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def _miscounted(payload: Payload, expectation: Expectation) -> str:
 def _overcounted(payload: Payload, expectation: Expectation) -> str:
     cases, most = payload.metrics.get("validation_cases", 0.0), expectation.max_cases
     if most is not None and cases > most:
-        return f"{cases:.0f} validation cases, but the site enrolled with {most}"
+        return f"{cases:g} validation cases, but the site enrolled with {most}"
     if expectation.reference is None or not expectation.max_examples:
         return ""
     examples = payload.metrics["examples"]
@@ -285,10 +285,12 @@ def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
             statistics.count, 1.0
         )
     seen = statistics.count > 0
-    if not (square <= statistics.num_features * MAX_FEATURE**2).all():
+    if not np.isfinite(square).all():
         return "features too large to be pooled"
     if unit_norm and (square[seen] > 1.0 + UNIT_NORM).any():
         return f"features of mean squared length {square[seen].max():.3g}, expected unit length"
+    if (square > statistics.num_features * MAX_FEATURE**2).any():
+        return f"features with a root mean square above {MAX_FEATURE:g}"
     return ""
 
 

@@ -28,8 +28,12 @@ from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.server.aggregation.aggregators import AGGREGATORS
-from fedsgcg.server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
-from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.amplitudes import (
+    check_consent,
+    merge_amplitudes,
+    sharing_level,
+    usable_amplitudes,
+)
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.records import results
@@ -148,6 +152,7 @@ class Federation:
         """Enrol the sites, run the remaining rounds, select a model and have it evaluated."""
         self._disk.discard(Path(self._plan.output) / "outcome.json")
         state = self._start()
+        self._judge.start(state.history, state.round + 1)
         self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):
             state = self._round(state, number)
@@ -235,11 +240,14 @@ class Federation:
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
         collected = self._requests.collect(AMPLITUDES, Request(identity))
-        if self._too_few(collected):
-            raise quorum_missed(self._plan, collected, self._cohort.fewest_admitted, 0)
-        return merge_amplitudes(
+        parts, problems = usable_amplitudes(
             self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)]
         )
+        for problem in problems:
+            self._note(problem)
+        if len(parts) < self._cohort.fewest_admitted:
+            raise quorum_missed(self._plan, collected, self._cohort.fewest_admitted, 0)
+        return merge_amplitudes(self._plan, parts)
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
         """Run one round from the state after the previous one, and commit it."""
@@ -336,7 +344,7 @@ class Federation:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
         parts = [self._weighted(part) for part in trained]
-        return rule(state.weights, parts, state.aggregator_state)
+        return rule(state.weights, parts, state.aggregator_state, self._plan.federation)
 
     def _recalibrated(
         self, identity: Identity, merged: Weights, trained: list[Collected]
@@ -433,7 +441,7 @@ class Federation:
         if not fresh:
             self._note(Problem("STA-214", where="the selected model"))
             return None, []
-        prototypes = merge_statistics(fresh, self._plan.prototypes.weighting)
+        prototypes = self._memory.merged(fresh)
         check_finite(chosen.round, chosen.weights, {"": prototypes})
         rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
         return prototypes, rows

@@ -40,7 +40,14 @@ class FederationSettings(Section):
             sites or from the site's own first rounds (docs/explanation/reliability.md, "Screens"):
             `warn` lists it and the run ends as `degraded`; `reject` also leaves it out of the
             merge; `off` does not compare.
-        aggregator: How the sites' models become the global model: `fedavg`, their weighted mean.
+        aggregator: How the sites' models become the global model: `fedavg`, their weighted mean;
+            `trimmed_mean`, the same for each weight without its `tolerated` smallest and largest
+            values; `median` of each weight; `norm_clipping`, the weighted mean after shortening
+            updates longer than `clip` times the median. With `norm_policy=recalibrate` BatchNorm's
+            moments are pooled whatever the aggregator.
+        tolerated: Sites that may be broken, for `trimmed_mean`; three sites or more are needed for
+            one, five for two.
+        clip: Longest update relative to the median of the updates' norms, for `norm_clipping`.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
             the sites measured under their local weights, like every other entry. `recalibrate`
@@ -64,7 +71,9 @@ class FederationSettings(Section):
     late: Literal["next_round", "drop"] = "next_round"
     limits: dict[str, dict[str, int]] = field(default_factory=dict)
     screening: Literal["warn", "reject", "off"] = "warn"
-    aggregator: Literal["fedavg"] = "fedavg"
+    aggregator: Literal["fedavg", "trimmed_mean", "median", "norm_clipping"] = "fedavg"
+    tolerated: int = 1
+    clip: float = 2.0
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
@@ -77,6 +86,8 @@ class FederationSettings(Section):
         yield self.quorum >= 0, "quorum", "0 (all) or more"
         yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
         yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
+        yield self.tolerated >= 1, "tolerated", "1 or more"
+        yield self.clip >= 1, "clip", "1 or more"
         yield self.heldout_every >= 0, "heldout_every", "0 or more"
         yield from limit_checks(self.limits)
 

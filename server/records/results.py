@@ -31,7 +31,6 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, Weights, decode_cases, encode_statistics
 
-
 UNITS: Final = ("pixel",)
 """Units of a site's distances."""
 

@@ -1,7 +1,8 @@
 """Screens of the class statistics and of the moments of BatchNorm layers.
 
 The distance of a class mean is |mean - m| / s, where m is the coordinate-wise median of the other
-sites' means and s the square root of the median of their traces. It is compared with a fixed limit,
+sites' means, and s^2 the median of their traces or the site's own trace if that is larger, but at
+most `OWN_SPREAD`^2 times theirs: a hospital whose images vary more is no further away. It is compared with a fixed limit,
 with the distances of the other sites, and with the site's own in its first rounds: a mean that
 moves slowly is found when it has moved `DRIFT_FACTOR` times its first distance. A class seen in n
 pixels has limits larger by 1 + 3 / sqrt(n), because its mean is known less exactly.
@@ -31,10 +32,10 @@ from fedsgcg.server.screening.scores import OTHERS, Array, Finding, is_excessive
 Statistics = Sequence[tuple[str, ClassStatistics]]
 Moments = Sequence[tuple[str, NormMoments]]
 
-DISTANCE: Final = 2.5
+DISTANCE: Final = 3.0
 """Limit of the distance of a class mean, in within-class standard deviations."""
 
-DRIFT: Final = 1.5
+DRIFT: Final = 2.0
 """The same for a site that was closer in its first rounds."""
 
 RELATIVE: Final = 6.0
@@ -43,8 +44,11 @@ RELATIVE: Final = 6.0
 DRIFT_FACTOR: Final = 5.0
 """A distance must also exceed the median of the site's first distances by this factor."""
 
-SPREAD_FACTOR: Final = 5.0
+SPREAD_FACTOR: Final = 8.0
 """Factor by which the root of a class's trace must exceed the median of the others."""
+
+OWN_SPREAD: Final = 4.0
+"""Largest root of a site's own trace, relative to the others', that counts for its distance."""
 
 LAYER_DISTANCE: Final = 4.0
 """Limit of the root mean square distance of a layer's means, in standard deviations."""
@@ -97,7 +101,7 @@ def _copied(known: Mapping[str, ClassStatistics]) -> Iterator[Finding]:
     for site, part in known.items():
         owner = owners.setdefault(part.digest(), site)
         if owner != site and part.count.any():
-            detail = f"the class statistics of {owner} as well: they count once"
+            detail = f"the class statistics of {owner} as well"
             yield Finding(site, "PAY-116", detail, counts=False)
 
 
@@ -159,8 +163,9 @@ def _distance(
     means = np.stack([other.mean[k] for other in others])
     middle = np.median(means, axis=0)
     trace = float(np.median([np.trace(other.covariance[k]) for other in others]))
+    own = min(float(np.trace(part.covariance[k])), OWN_SPREAD**2 * trace)
     # Classes without any spread must not make every difference infinite.
-    scale = math.sqrt(max(trace, 1e-6 * float(middle @ middle), np.finfo(np.float64).tiny))
+    scale = math.sqrt(max(own, trace, 1e-6 * float(middle @ middle), np.finfo(np.float64).tiny))
     usual = float(np.median(np.linalg.norm(means - middle, axis=1)))
     return float(np.linalg.norm(part.mean[k] - middle)) / scale, usual / scale
 

@@ -125,7 +125,7 @@ class Updates:
 
     def agreement(self, site: int, others: Sequence[int]) -> tuple[float, float]:
         """Mean cosine of a site to others, and the mean among the pairs of the others."""
-        norms = np.maximum(self.norms, np.finfo(np.float64).tiny)
+        norms = np.maximum(self.norms, math.sqrt(np.finfo(np.float64).tiny))
         cosines = self.gram / np.outer(norms, norms)
         inner = cosines[np.ix_(others, others)]
         pairs = len(others) * (len(others) - 1)
@@ -173,11 +173,12 @@ def _repeated(
 
 def _copied(models: Sequence[Model], updates: Updates, out: Collection[str]) -> Iterator[Finding]:
     """A model counts once: that with the fewest examples, as nobody knows whose the original is."""
-    left = [k for k, site in enumerate(updates.sites) if site not in out]
+    moved = updates.norms > ROUND_OFF * updates.model
+    left = [k for k, site in enumerate(updates.sites) if site not in out and moved[k]]
     kept: list[int] = []
     for k in sorted(left, key=lambda k: (models[k].examples, models[k].site)):
         if same := [other for other in kept if updates.distance(k, other) <= COPY]:
-            detail = f"the model of {updates.sites[same[0]]} as well: it counts once"
+            detail = f"the model of {updates.sites[same[0]]} as well"
             yield Finding(updates.sites[k], "PAY-116", detail, counts=False)
         else:
             kept.append(k)

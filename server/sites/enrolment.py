@@ -442,16 +442,16 @@ class Cohort:
         most = self.plan.federation.limit(site)
         member = Member(site, 0, details)
         for kind, limit in (("patients", "patients"), ("cases", "slices"), ("slices", "slices")):
-            for split in SPLITS:
-                if (found := member.count(kind, split)) > most[limit]:
-                    action = f"if it is right, raise federation.limits of {site}"
-                    raise fail(
-                        "PAY-111",
-                        where=site,
-                        found=f"{found} {kind} of split {split}",
-                        expected=f"at most {most[limit]}",
-                        action=action,
-                    )
+            if (found := sum(member.count(kind, split) for split in SPLITS)) > most[limit]:
+                action = f"if it is right, raise federation.limits of {site}"
+                expected = f"at most {most[limit]}"
+                raise fail(
+                    "PAY-111",
+                    where=site,
+                    found=f"{found:g} {kind}",
+                    expected=expected,
+                    action=action,
+                )
 
     def _compare_images(self, details: Mapping[str, Mapping[str, Any]]) -> None:
         """Find images shared by two hospitals, and store the hashes of the training images.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.plan import Plan
 
 SHOWN: Final = 5
-HASH: Final = re.compile(r"[0-9a-f]{32}")
 LEARNS: Final = ("train", "validation")
 """Splits of a training site that determine the model: one trains it, the other selects it."""
 
@@ -46,8 +44,7 @@ def images_of(plan: Plan, site: str, contents: Any) -> Iterator[tuple[str, Image
         for alias, entry in images.items() if isinstance(images, Mapping) else ():
             if hospital in own and isinstance(entry, list) and len(entry) == 2:
                 mark, split = entry
-                well_formed = isinstance(mark, str) and HASH.fullmatch(mark) and split in SPLITS
-                if well_formed and is_site_text(alias):
+                if is_site_text(mark) and is_site_text(alias) and split in SPLITS:
                     yield mark, Image(site, hospital, alias, split)
 
 
