@@ -82,10 +82,19 @@ CODES: Final[dict[str, str]] = {
     "PAY-110": "A count is not a positive whole number.",
     "PAY-111": "A count is larger than the site can have.",
     "PAY-112": "A value is outside its possible range.",
+    "PAY-113": "The update is far larger than those of the other sites.",
+    "PAY-114": "The update opposes the direction that the other sites share.",
+    "PAY-115": "The site returned the model that it received.",
+    "PAY-116": "The payload is a copy of another one.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",
+    # STA-21x: screens of statistics, and merged results
+    "STA-211": "The class statistics are far from those of the other sites.",
+    "STA-212": "The moments of the normalisation layers are far from those of the other sites.",
+    "STA-213": "A merged result is not finite.",
+    "STA-214": "The model has no prototypes: no site's class statistics were admitted.",
     # TRN: training at a site
     "TRN-301": "The training loss is not finite.",
     "TRN-302": "The site has no training case.",
@@ -102,6 +111,8 @@ CODES: Final[dict[str, str]] = {
     ),
     "RND-408": "Two hospitals have the same images.",
     "RND-410": "A worker of the simulation was lost.",
+    "RND-421": "The round is void: too few replies were admitted, and the previous model is kept.",
+    "RND-422": "A site is paused after three rejections in a row.",
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",

@@ -1,10 +1,14 @@
-"""File names that are not valid UTF-8, and names that differ only in Unicode form or case."""
+"""Names that are not valid UTF-8 or differ only in Unicode form or case, and text of sites."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Final
+
+SHOWN: Final = 64
+"""Most characters of another party's text that are shown or kept."""
 
 
 def printable(text: str) -> str:
@@ -18,6 +22,24 @@ def printable(text: str) -> str:
     return "".join(
         f"%{ord(char) - 0xDC00:02X}" if 0xDC80 <= ord(char) <= 0xDCFF else char for char in text
     )
+
+
+def site_text(text: object) -> str:
+    """Return text that a site sent as at most `SHOWN` printable ASCII characters, "" for no text.
+
+    Everything else is dropped, so that it can neither forge lines of a log, control a terminal,
+    mark up a page nor fill a file. This is the only way for a site's text into messages, events and
+    files of the coordinator.
+    """
+    if not isinstance(text, str):
+        return ""
+    kept = "".join(char for char in text[: 16 * SHOWN] if " " <= char <= "~")
+    return kept[:SHOWN]
+
+
+def is_site_text(text: object) -> bool:
+    """Whether text is one or more characters, all of which `site_text` keeps."""
+    return isinstance(text, str) and bool(text) and site_text(text) == text
 
 
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:

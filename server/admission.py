@@ -32,8 +32,20 @@ Features in bfloat16 have about three significant digits.
 """
 
 MAX_COUNT: Final = 2.0**53
-"""Largest counter or number of pixels: integers up to it are exact in float64, and a BatchNorm
-counter that starts here cannot overflow int64 in any run."""
+"""Largest number of pixels: integers up to it are exact in float64."""
+
+MAX_STEPS: Final = 10**9
+"""Most steps of a site in one round: a BatchNorm counter grows by no more. A fixed bound would let
+one site raise the merged counter so far that the next honest increment exceeds it."""
+
+MAX_FEATURE: Final = 1e5
+"""Largest root mean square of a feature channel, where features do not have unit length."""
+
+MAX_MOMENT: Final = 1e6
+"""Largest mean of the input of a BatchNorm layer; its variance is at most the square."""
+
+PASSES: Final = 2.0
+"""A pass over a site's slices may count a slice again to complete a batch, at most this often."""
 
 MAX_WEIGHT: Final = 1e9
 """Largest magnitude of a weight: its square and sums of such squares stay finite in float32."""
@@ -91,7 +103,10 @@ class Expectation:
             are expected.
         statistics_shape: (K, A) of the statistics; None when none are expected.
         unit_norm: Whether the statistics describe unit-length features.
-        max_examples: Training slices that the site declared at enrolment; 0 = unknown.
+        max_examples: Training slices that the site declared at enrolment, at most its limit; 0 =
+            unknown.
+        max_cases: Validation cases, in the same way; None = unknown.
+        max_pixels: Pixels that a pass over its slices has at most; None = unknown.
         measured: Model whose BatchNorm layers the moments must describe; None when no moments are
             expected.
     """
@@ -102,6 +117,8 @@ class Expectation:
     statistics_shape: tuple[int, int] | None = None
     unit_norm: bool = False
     max_examples: int = 0
+    max_cases: int | None = None
+    max_pixels: float | None = None
     measured: Weights | None = None
 
 
@@ -196,6 +213,9 @@ def _miscounted(payload: Payload, expectation: Expectation) -> str:
 
 
 def _overcounted(payload: Payload, expectation: Expectation) -> str:
+    cases, most = payload.metrics.get("validation_cases", 0.0), expectation.max_cases
+    if most is not None and cases > most:
+        return f"{cases:g} validation cases, but the site enrolled with {most}"
     if expectation.reference is None or not expectation.max_examples:
         return ""
     examples = payload.metrics["examples"]
@@ -211,8 +231,9 @@ def _out_of_range(payload: Payload, expectation: Expectation) -> str:
             return f"a metric of {value:g}, expected {low:g} to {high:g}"
     if expectation.reference is None or payload.weights is None:
         return ""
-    if any(not 0 <= value <= MAX_COUNT for _, value in payload.weights.counters):
-        return "a counter that is negative or larger than 2^53"
+    before = dict(expectation.reference.counters)
+    if any(not 0 <= value <= before[name] + MAX_STEPS for name, value in payload.weights.counters):
+        return f"a counter that is negative or grew by more than {MAX_STEPS:.0e}"
     if np.abs(payload.weights.values).max(initial=0.0) > MAX_WEIGHT:
         return f"a weight larger than {MAX_WEIGHT:g}"
     for name, array in payload.weights.to_state().items():
@@ -240,6 +261,8 @@ def _impossible(payload: Payload, expectation: Expectation) -> str:
         return "a pixel count that is negative or not an integer"
     if (statistics.count > MAX_COUNT).any():
         return "a pixel count larger than 2^53"
+    if expectation.max_pixels is not None and statistics.count.sum() > expectation.max_pixels:
+        return f"{statistics.count.sum():.3g} pixels, at most {expectation.max_pixels:.3g} expected"
     return _impossible_scatter(statistics, expectation.unit_norm)
 
 
@@ -261,11 +284,13 @@ def _impossible_scatter(statistics: ClassStatistics, unit_norm: bool) -> str:
         square = np.einsum("ka,ka->k", statistics.mean, statistics.mean) + trace / np.maximum(
             statistics.count, 1.0
         )
+    seen = statistics.count > 0
     if not np.isfinite(square).all():
         return "features too large to be pooled"
-    seen = statistics.count > 0
     if unit_norm and (square[seen] > 1.0 + UNIT_NORM).any():
         return f"features of mean squared length {square[seen].max():.3g}, expected unit length"
+    if (square > statistics.num_features * MAX_FEATURE**2).any():
+        return f"features with a root mean square above {MAX_FEATURE:g}"
     return ""
 
 
@@ -287,11 +312,13 @@ def _impossible_moments(payload: Payload, expectation: Expectation) -> str:
         return "a number of values that is below two or not an integer"
     if (moments.count > MAX_COUNT).any():
         return "a number of values larger than 2^53"
+    if expectation.max_pixels is not None and (moments.count > expectation.max_pixels).any():
+        return f"more values than the {expectation.max_pixels:.3g} pixels expected at most"
     if (moments.scatter < 0).any():
         return "a negative variance"
-    largest = np.finfo(np.float32).max
-    if max(np.abs(moments.mean).max(initial=0.0), moments.variance.max(initial=0.0)) > largest:
-        return "moments that exceed the range of float32"
+    largest = max(np.abs(moments.mean).max(initial=0.0), np.sqrt(moments.variance).max(initial=0.0))
+    if largest > MAX_MOMENT:
+        return f"a mean or standard deviation larger than {MAX_MOMENT:g}"
     return ""
 
 

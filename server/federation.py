@@ -9,14 +9,16 @@ met its quorum without any problem.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
+import numpy as np
 from flwr.serverapp import Grid
 
-from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.networks import build_network
@@ -27,8 +29,12 @@ from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.server.aggregation.aggregators import AGGREGATORS
-from fedsgcg.server.aggregation.amplitudes import check_consent, merge_amplitudes, sharing_level
-from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.amplitudes import (
+    check_consent,
+    merge_amplitudes,
+    sharing_level,
+    usable_amplitudes,
+)
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.records import results
@@ -36,10 +42,17 @@ from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
 from fedsgcg.server.records.model_card import IN_CHANNELS, model_card
+from fedsgcg.server.screening.history import VOID_ROUNDS
 from fedsgcg.server.selection import best_so_far, source_score
 from fedsgcg.server.sites.departures import check_departures, departed, departure_note
 from fedsgcg.server.sites.enrolment import Cohort
-from fedsgcg.server.sites.problems import heldout_unanswered, too_few_classes
+from fedsgcg.server.sites.judge import Judge
+from fedsgcg.server.sites.problems import (
+    heldout_unanswered,
+    quorum_missed,
+    too_few_classes,
+    training_sites,
+)
 from fedsgcg.server.sites.replies import (
     Collected,
     Row,
@@ -130,7 +143,8 @@ class Federation:
         self._log = log
         self._disk = disk
         self._cohort = Cohort(grid, plan, disk)
-        self._requests = SiteRequests(grid, plan, self._cohort, log, self._note)
+        self._judge = Judge(plan, self._cohort, log, self._note)
+        self._requests = SiteRequests(grid, plan, self._cohort, log, self._judge, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
         self._amplitudes = b""
         self._after_merge: list[Collected] = []  # answers to the last pass after a merge
@@ -139,6 +153,7 @@ class Federation:
         """Enrol the sites, run the remaining rounds, select a model and have it evaluated."""
         self._disk.discard(Path(self._plan.output) / paths.OUTCOME)
         state = self._start()
+        self._judge.start(state.history, state.round + 1)
         self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):
             state = self._round(state, number)
@@ -206,7 +221,12 @@ class Federation:
             self._note(departure_note(site, state.round))
             self._log.emit("site.left", site=site, code="RND-407")
         best = None if fresh else state.best
-        return replace(state, parts=self._memory.without(state.parts, fresh), best=best)
+        return replace(
+            state,
+            parts=self._memory.without(state.parts, fresh),
+            best=best,
+            history=state.history.without(fresh),
+        )
 
     def _shared_amplitudes(self) -> bytes:
         """Collect the amplitudes that the sites share; empty with `method.ram.sharing=local`.
@@ -221,9 +241,14 @@ class Federation:
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
         collected = self._requests.collect(AMPLITUDES, Request(identity))
-        return merge_amplitudes(
+        parts, problems = usable_amplitudes(
             self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)]
         )
+        for problem in problems:
+            self._note(problem)
+        if len(parts) < self._cohort.fewest_admitted:
+            raise quorum_missed(self._plan, collected, self._cohort.fewest_admitted, 0)
+        return merge_amplitudes(self._plan, parts)
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
         """Run one round from the state after the previous one, and commit it."""
@@ -232,6 +257,7 @@ class Federation:
         self._cohort.poll()
         for change in self._cohort.changes:
             self._note(change)
+        self._judge.start(state.history, number)
         identity = identity_of(self._plan, number)
         parts = state.parts
         before: list[Collected] = []
@@ -247,14 +273,19 @@ class Federation:
             options = {"held": sorted(part.digest() for part in parts.values())}
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
         trained = self._requests.collect(TRAIN, request)
+        if self._too_few(trained):
+            return self._void(state, number, trained, before)
         self._note_classes(number, prototypes, before or trained)
         merged, aggregator_state = self._merged(state, admitted(trained))
         merged, after = self._recalibrated(identity, merged, admitted(trained))
+        if self._plan.recalibrates and self._too_few(after):
+            return self._void(state, number, trained, before, after)
         described = after if self._plan.described_after_merge else before or trained
         fresh = statistics_of(described)
         if not before:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
+        check_finite(number, merged, parts)
         rows = site_rows(number, trained, before, after)
         if prototypes is not None:
             rows += prototype_rows(
@@ -268,10 +299,10 @@ class Federation:
             # The sites validated the model that they received: that of the previous round.
             best=best_so_far(state.best, number - 1, score, state.weights),
             aggregator_state=aggregator_state,
+            history=self._judge.finish(number, void=False),
         )
         rows += self._heldout_curve(record)
-        record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
-        self._journal.commit_round(record)
+        record = self._commit(record, rows)
         self._log.emit(
             "round.done",
             loss=mean_loss(trained),
@@ -280,13 +311,41 @@ class Federation:
         )
         return record
 
+    def _too_few(self, collected: list[Collected]) -> bool:
+        return len(admitted(collected)) < self._cohort.fewest_admitted
+
+    def _void(
+        self, state: RoundRecord, number: int, trained: list[Collected], *others: list[Collected]
+    ) -> RoundRecord:
+        """Commit a round whose answers were rejected: model and memory are the previous ones.
+
+        Raises:
+            FedsgcgError: RND-402 after `VOID_ROUNDS` such rounds in a row.
+        """
+        needed = self._cohort.fewest_admitted
+        history = self._judge.finish(number, void=True)
+        if history.void_rounds >= VOID_ROUNDS:
+            raise quorum_missed(self._plan, trained, needed, number)
+        found = f"{len(admitted(trained))} admitted"
+        expected = training_sites(needed)
+        self._note(Problem("RND-421", found, expected, where=f"round {number}"))
+        record = replace(state, identity=identity_of(self._plan, number), history=history)
+        record = self._commit(record, site_rows(number, trained, *others))
+        self._log.emit("round.void", code="RND-421")
+        return record
+
+    def _commit(self, record: RoundRecord, rows: list[Row]) -> RoundRecord:
+        record = replace(record, notes=tuple(self.notes), rows=tuple(rows))
+        self._journal.commit_round(record)
+        return record
+
     def _merged(
         self, state: RoundRecord, trained: list[Collected]
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
         parts = [self._weighted(part) for part in trained]
-        return rule(state.weights, parts, state.aggregator_state)
+        return rule(state.weights, parts, state.aggregator_state, self._plan.federation)
 
     def _recalibrated(
         self, identity: Identity, merged: Weights, trained: list[Collected]
@@ -307,6 +366,8 @@ class Federation:
         collected = self._requests.collect(
             STATISTICS, request, {part.answer.site for part in trained}
         )
+        if self._too_few(collected):
+            return merged, collected
         moments = merge_moments(moments_of(collected), self._plan.federation.weighting)
         self._after_merge = collected
         return moments.put_into(merged), collected
@@ -327,6 +388,7 @@ class Federation:
             Hash of the selected model.
         """
         plan, last = self._plan, self._plan.federation.rounds
+        self._judge.start(state.history, last)
         validation = self._requests.evaluate("validation", self._cohort.asked, state.weights, last)
         score = source_score([part.validation for part in validation])
         self._log.emit("validation.done", round=last, validation_dice=score)
@@ -377,7 +439,11 @@ class Federation:
         fresh = statistics_of(
             self._requests.collect(STATISTICS, Request(identity, chosen.weights, options=options))
         )
-        prototypes = merge_statistics(fresh, self._plan.prototypes.weighting)
+        if not fresh:
+            self._note(Problem("STA-214", where="the selected model"))
+            return None, []
+        prototypes = self._memory.merged(fresh)
+        check_finite(chosen.round, chosen.weights, {"": prototypes})
         rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
         return prototypes, rows
 
@@ -431,6 +497,19 @@ class Federation:
     def _note(self, problem: Problem) -> None:
         if problem not in self.notes:
             self.notes.append(problem)
+
+
+def check_finite(number: int, weights: Weights, parts: Mapping[str, ClassStatistics]) -> None:
+    """Check merged results; the ranges of admission make a violation impossible.
+
+    Raises:
+        FedsgcgError: STA-213 naming what is not finite.
+    """
+    statistics = [getattr(p, name) for p in parts.values() for name in ("count", "mean", "scatter")]
+    found = {"the weights": [weights.values], "the class statistics": statistics}
+    for name, arrays in found.items():
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise fail("STA-213", where=f"round {number}", found=name)
 
 
 def initial_weights(plan: Plan) -> Weights:

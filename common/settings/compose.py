@@ -46,7 +46,10 @@ LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
 NAMES = ("data.sites", "observers")
 # Maps with the user's own names: one on the command line replaces that of the data set instead of
 # being merged with it.
-MAPS = ("data.classes", "data.structures", "grid", "method.options", "network.options")
+MAPS = (
+    *("data.classes", "data.structures", "federation.limits", "grid"),
+    *("method.options", "network.options"),
+)
 TYPED_DEFAULTS = "typed_defaults"  # name of the first entry of `configs/run.yaml`
 INSIDE_MAPS = tuple(f"{name}." for name in MAPS)
 

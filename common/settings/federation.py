@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 from fedsgcg.common.settings.base import Checks, Section, at_most
@@ -13,6 +14,9 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
 WEEK_S = 604_800.0
+LIMITS: Final[Mapping[str, int]] = {"patients": 100_000, "slices": 1_000_000}
+"""Most patients and slices of a site for which the coordinator states no own limits."""
+ALL_SITES: Final = "all"
 POOLED = "pooled"  # the site that owns all source domains with `federation=pooled`
 
 
@@ -27,13 +31,28 @@ class FederationSettings(Section):
         moments: Adam's moments at the start of a round: `restart` at zero, or `keep` those of the
             site's previous round, which makes a pooled run one uninterrupted training.
         rounds: Number of rounds.
-        quorum: Training sites that must join and answer; 0 = all of them.
+        quorum: Training sites that must join and answer; 0 = all of them. A rejected answer counts
+            as one; a round with fewer admitted answers than a number given here is void.
         join_deadline_s: Seconds to wait for sites at the start.
         round_deadline_s: Seconds to wait for the replies of a round (also of an evaluation).
         late: How to treat a site that missed a round's deadline: `next_round` asks it again in the
             next round, so that each round may take up to its deadline; `drop` does not ask it again
             in this run. A late reply never counts.
-        aggregator: How the sites' models become the global model: `fedavg`, their weighted mean.
+        limits: The most that a site can have, as the coordinator knows it: {North: {patients: 300,
+            slices: 9000}}. A site that enrols with more is refused, and its weight and pixel counts
+            are bounded by its slices. The name `all` is for every site without own numbers.
+        screening: What to do with a reply that is valid by itself but far from those of the other
+            sites or from the site's own first rounds (docs/explanation/reliability.md, "Screens"):
+            `warn` lists it and the run ends as `degraded`; `reject` also leaves it out of the
+            merge; `off` does not compare.
+        aggregator: How the sites' models become the global model: `fedavg`, their weighted mean;
+            `trimmed_mean`, the same for each weight without its `tolerated` smallest and largest
+            values; `median` of each weight; `norm_clipping`, the weighted mean after shortening
+            updates longer than `clip` times the median. With `norm_policy=recalibrate` BatchNorm's
+            moments are pooled whatever the aggregator.
+        tolerated: Sites that may be broken, for `trimmed_mean`; three sites or more are needed for
+            one, five for two.
+        clip: Longest update relative to the median of the updates' norms, for `norm_clipping`.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
             the sites measured under their local weights, like every other entry. `recalibrate`
@@ -55,7 +74,11 @@ class FederationSettings(Section):
     join_deadline_s: float = at_most(WEEK_S, 120.0)
     round_deadline_s: float = at_most(WEEK_S, 3600.0)
     late: Literal["next_round", "drop"] = "next_round"
-    aggregator: Literal["fedavg"] = "fedavg"
+    limits: dict[str, dict[str, int]] = field(default_factory=dict)
+    screening: Literal["warn", "reject", "off"] = "warn"
+    aggregator: Literal["fedavg", "trimmed_mean", "median", "norm_clipping"] = "fedavg"
+    tolerated: int = 1
+    clip: float = 2.0
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
@@ -68,7 +91,21 @@ class FederationSettings(Section):
         yield self.quorum >= 0, "quorum", "0 (all) or more"
         yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
         yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
+        yield self.tolerated >= 1, "tolerated", "1 or more"
+        yield self.clip >= 1, "clip", "1 or more"
         yield self.heldout_every >= 0, "heldout_every", "0 or more"
+        yield from limit_checks(self.limits)
+
+    def limit(self, site: str) -> dict[str, int]:
+        """Return the most `patients` and `slices` that a site can have."""
+        return {**LIMITS, **self.limits.get(ALL_SITES, {}), **self.limits.get(site, {})}
+
+
+def limit_checks(limits: Mapping[str, Mapping[str, int]]) -> Checks:
+    """Check that limits are known and positive."""
+    entries = [entry for limit in limits.values() for entry in limit.items()]
+    holds = all(name in LIMITS and number >= 1 for name, number in entries)
+    yield holds, "limits", "patients and slices of a site, 1 or more each"
 
 
 @dataclass(frozen=True)

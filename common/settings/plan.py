@@ -99,10 +99,11 @@ class Plan(Section):
             "method.ram.sharing",
             "local with federation=pooled",
         )
-        own_part = (
-            self.prototypes.memory in ("overlay", "online")
-            and self.prototypes.weighting != "pixels"
-        )
+        subtracts = self.prototypes.memory in ("overlay", "online")
+        own_part = subtracts and self.prototypes.weighting != "pixels"
+        trims = subtracts and self.prototypes.trimmed > 0
+        expected = f"0 with memory={self.prototypes.memory}, which subtracts a site's own sums"
+        yield not trims, "prototypes.trimmed", expected
         expected = f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         yield not own_part, "prototypes.weighting", expected
 

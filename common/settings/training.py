@@ -229,6 +229,8 @@ class PrototypeSettings(Section):
         momentum: beta of `memory=momentum`, the weight of the new statistics.
         weighting: `pixels` = pooled over all pixels, `sites` = all sites have the same weight in
             each class.
+        trimmed: Sites left out of each class of the prototypes, those farthest from the others;
+            three sites are needed for one, five for two. 0 pools all sites exactly.
         balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
         norm_mode: BatchNorm in the statistics pass: `batch` as in training, `running` as in
             evaluation. With `batch` every client is normalised by its own batches, so that the
@@ -251,6 +253,7 @@ class PrototypeSettings(Section):
     discount: float = 0.9
     momentum: float = 0.5
     weighting: Literal["pixels", "sites"] = "pixels"
+    trimmed: int = 0
     balance: Literal["pixel", "class"] = "pixel"
     norm_mode: Literal["batch", "running"] = "batch"
     min_count: int = 2
@@ -269,4 +272,5 @@ class PrototypeSettings(Section):
             "[source], [ram] or [source,ram]",
         )
         yield len(set(self.views)) == len(self.views), "views", "each view once"
+        yield self.trimmed >= 0, "trimmed", "0 (none) or more"
         yield self.min_count >= 1, "min_count", "1 or more"

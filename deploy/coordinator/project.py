@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -14,6 +14,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.compose import join
+from fedsgcg.common.settings.federation import ALL_SITES, limit_checks
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
@@ -32,6 +33,9 @@ class Project(Section):
             provision`.
         plan: Settings of the study, as on the command line of `fedsgcg simulate`; `fedsgcg run` may
             change them.
+        limits: The most patients and slices that a hospital can have, e.g. `{North: {patients: 300,
+            slices: 9000}, all: {slices: 20000}}`; `all` is for hospitals without own numbers. A
+            hospital that declares more cannot join, so that none can own the model.
         quorum: Training sites that must join and answer each round; 0 = all of them.
         join_deadline_s: Seconds to wait for the sites at the start.
         round_deadline_s: Seconds that a round may take.
@@ -51,6 +55,7 @@ class Project(Section):
     server: str
     sites: tuple[str, ...]
     plan: tuple[str, ...] = ()
+    limits: dict[str, dict[str, int]] = field(default_factory=dict)
     quorum: int = 0
     join_deadline_s: float = 600.0
     round_deadline_s: float = 3600.0
@@ -81,6 +86,9 @@ class Project(Section):
             "two or more distinct plain names",
         )
         yield 0 <= self.quorum <= len(self.sites), "quorum", "0 (all) to the number of sites"
+        yield from limit_checks(self.limits)
+        unknown = set(self.limits) - {*self.sites, ALL_SITES}
+        yield not unknown, "limits", f"names of sites, or {ALL_SITES}"
         yield self.join_deadline_s > 0, "join_deadline_s", "seconds, more than zero"
         yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
         yield (
@@ -135,6 +143,8 @@ class Project(Section):
         merged = {text.partition("=")[0]: text for text in (*own, *self.plan, *overrides)}
         tree = join(list(merged.values()))
         tree["data"] = {**tree["data"], "root": "", "sites": sorted(self.sites)}
+        if self.limits:
+            tree["federation"] = {**tree["federation"], "limits": self.limits}
         return tree
 
 

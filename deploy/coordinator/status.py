@@ -90,7 +90,10 @@ class RunProgress:
                 progress.asked = True
         elif name == "round.reply":
             self._reply(event, when)
-        elif name == "round.done":
+        elif name in ("round.screened", "site.paused"):
+            site = str(event.get("site"))
+            self.sites.setdefault(site, SiteProgress()).code = str(event.get("code", ""))
+        elif name in ("round.done", "round.void"):
             self.seconds.append(when - self.started)
             self.done = self.round
             for progress in self.sites.values():

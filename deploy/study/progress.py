@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsgcg.common.console import Screen, least_width
+from fedsgcg.common.errors import CODES
 from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.study.cell import Cell
 
@@ -58,7 +59,8 @@ class CellState:
         round: Current round, or the last one.
         done: Number of completed rounds.
         rounds: Rounds of the plan.
-        site: Site of the last event.
+        site: Site of the last event that names one.
+        code: Error code of the last event that has one.
         loss: Mean training loss of the last round.
         dice: Dice on the source sites' validation cases.
         dice_round: Round of the model of `dice`: sites evaluate the model that they receive.
@@ -76,6 +78,7 @@ class CellState:
     done: int = 0
     rounds: int = 0
     site: str = ""
+    code: str = ""
     loss: float = float("nan")
     dice: float = float("nan")
     dice_round: int = 0
@@ -108,9 +111,10 @@ class CellState:
         self.events.append(event)
         self.rounds = int(event.get("rounds", self.rounds))
         self.round = int(event.get("round", self.round))
-        if name in ("run.started", "round.done"):
+        if name in ("run.started", "round.done", "round.void"):
             self.done = self.round
         self.site = str(event.get("site", self.site))
+        self.code = str(event.get("code", self.code))
         self.loss = _number(event.get("loss"), self.loss)
         self.dice = _number(event.get("validation_dice"), self.dice)
         self.dice_round = int(event.get("validation_round", self.round))
@@ -123,7 +127,7 @@ class CellState:
         else:
             self.status = "running"
         if name in (
-            "round.done",
+            *("round.done", "round.void", "round.screened", "site.paused"),
             "validation.done",
             "heldout.done",
             "observer.done",
@@ -139,6 +143,10 @@ class CellState:
             if not self.dice_round:
                 return head
             return f"{head}  source-validation Dice of round {self.dice_round} {_show(self.dice)}"
+        if event == "round.void":
+            return f"{head}  void: too few replies were admitted, the previous model is kept"
+        if event in ("round.screened", "site.paused"):
+            return f"{head}  {self.site}: {self.code} {CODES.get(self.code, '')}"
         if event == "validation.done":
             return f"{head}  source-validation Dice {_show(self.dice)}"
         if event == "observer.done":

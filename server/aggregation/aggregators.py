@@ -12,9 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
+from fedsgcg.common.settings.federation import FederationSettings
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.aggregation.fedavg import merge_weights
+from fedsgcg.server.aggregation.robust import clipped_mean, coordinate_median, trimmed_mean
 from fedsgcg.server.records.checkpoint import AggregatorState
+
+Parts = Sequence[tuple[str, Weights, float]]
+"""(site, weights, FedAvg weight) of each admitted payload."""
 
 
 class Aggregator(Protocol):
@@ -23,8 +28,9 @@ class Aggregator(Protocol):
     def __call__(
         self,
         previous: Weights,
-        parts: Sequence[tuple[str, Weights, float]],
+        parts: Parts,
         state: AggregatorState,
+        settings: FederationSettings,
     ) -> tuple[Weights, AggregatorState]:
         """Return the global model after a round and the rule's state.
 
@@ -32,17 +38,46 @@ class Aggregator(Protocol):
             previous: Global model before the round.
             parts: (site, weights, FedAvg weight) of each admitted payload.
             state: State after the previous round; empty in the first.
+            settings: Settings of the federation.
         """
         ...
 
 
 def fedavg(
-    previous: Weights, parts: Sequence[tuple[str, Weights, float]], state: AggregatorState
+    previous: Weights, parts: Parts, state: AggregatorState, settings: FederationSettings
 ) -> tuple[Weights, AggregatorState]:
     """Return the weighted mean of the sites' models (McMahan et al. 2017); no state."""
-    del previous
+    del previous, settings
     return merge_weights(parts), state
 
 
-AGGREGATORS: Final[Mapping[str, Aggregator]] = {"fedavg": fedavg}
+def trimmed(
+    previous: Weights, parts: Parts, state: AggregatorState, settings: FederationSettings
+) -> tuple[Weights, AggregatorState]:
+    """Return the coordinate-wise trimmed mean (`robust.trimmed_mean`); no state."""
+    del previous
+    return trimmed_mean(parts, settings.tolerated), state
+
+
+def median(
+    previous: Weights, parts: Parts, state: AggregatorState, settings: FederationSettings
+) -> tuple[Weights, AggregatorState]:
+    """Return the coordinate-wise median (`robust.coordinate_median`); no state."""
+    del previous, settings
+    return coordinate_median(parts), state
+
+
+def clipped(
+    previous: Weights, parts: Parts, state: AggregatorState, settings: FederationSettings
+) -> tuple[Weights, AggregatorState]:
+    """Return the mean of updates of bounded length (`robust.clipped_mean`); no state."""
+    return clipped_mean(previous, parts, settings.clip), state
+
+
+AGGREGATORS: Final[Mapping[str, Aggregator]] = {
+    "fedavg": fedavg,
+    "trimmed_mean": trimmed,
+    "median": median,
+    "norm_clipping": clipped,
+}
 """`federation.aggregator` -> rule."""

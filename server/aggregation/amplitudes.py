@@ -51,6 +51,25 @@ def check_consent(level: str, members: Mapping[str, Member], training: Iterable[
         raise FedsgcgError(*problems)
 
 
+def usable_amplitudes(
+    plan: Plan, parts: Sequence[tuple[str, bytes]]
+) -> tuple[list[tuple[str, bytes]], list[Problem]]:
+    """Separate the payloads that can be merged from the others, so that none stops the run.
+
+    Returns:
+        The usable parts, and one PAY-106, PAY-107 or STA-201 for each other one.
+    """
+    read = _summary if plan.method.ram.sharing == "summary" else _bank
+    usable, problems = [], []
+    for site, data in parts:
+        try:
+            read(plan, site, data)
+            usable.append((site, data))
+        except FedsgcgError as error:
+            problems += error.problems
+    return usable, problems
+
+
 def merge_amplitudes(plan: Plan, parts: Sequence[tuple[str, bytes]]) -> bytes:
     """Sum the sites' summaries, or concatenate their banks in the order of the sites' names.
 

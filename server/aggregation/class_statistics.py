@@ -11,13 +11,14 @@ from functools import reduce
 from operator import add
 
 import numpy as np
+import numpy.typing as npt
 
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.server.aggregation.parts import sorted_by_site
 
 
 def merge_statistics(
-    parts: Sequence[tuple[str, ClassStatistics]], weighting: str = "pixels"
+    parts: Sequence[tuple[str, ClassStatistics]], weighting: str = "pixels", trimmed: int = 0
 ) -> ClassStatistics:
     """Pool the sites' class statistics (docs/explanation/sgcg.md, "Statistics").
 
@@ -25,11 +26,12 @@ def merge_statistics(
         parts: (site, statistics) of each admitted payload.
         weighting: `pixels` pools over all pixels; `sites` gives every site that has seen a class
             the same weight in it, while the counts remain those of all pixels.
+        trimmed: Sites left out of each class (`without_farthest`).
 
     Raises:
         ValueError: No part, a duplicate site, different shapes, or an unknown weighting.
     """
-    statistics = [part for _, part in sorted_by_site(parts)]
+    statistics = without_farthest([part for _, part in sorted_by_site(parts)], trimmed)
     pooled = reduce(add, statistics)
     if weighting == "pixels":
         return pooled
@@ -40,3 +42,40 @@ def merge_statistics(
         pooled.count, equal.count, out=np.zeros_like(pooled.count), where=equal.count > 0
     )
     return ClassStatistics(pooled.count, equal.mean, equal.scatter * pixels_per_site[:, None, None])
+
+
+def without_farthest(parts: Sequence[ClassStatistics], trimmed: int) -> list[ClassStatistics]:
+    """Leave out, in each class, the sites whose statistics are farthest from the middle.
+
+    The distance is |mean - m|^2 + (r - q)^2, where r is the root of the covariance's trace, and m
+    and q are the medians of the means and of r over the sites that have seen the class. Of S such
+    sites at most (S - 1) // 2 are left out; of equal distances that of the later name. As long as
+    no more than these are broken, the middle is among the values of the others, and no part that is
+    kept is farther from it than the farthest of the others.
+
+    The result is pooled exactly, so it stays symmetric and positive semi-definite. It is no longer
+    the statistics of all pixels: those of the trimmed sites are missing, a site cannot be removed
+    from it by subtraction, and one site's numbers may decide whether those of another count.
+
+    Args:
+        parts: Statistics of each site, in the order of their names.
+        trimmed: Most sites to leave out of each class; with 0 the parts are returned as they are.
+    """
+    if not trimmed or not parts:
+        return list(parts)
+    kept = np.ones((len(parts), parts[0].num_classes))
+    for k in range(parts[0].num_classes):
+        seen = [s for s, part in enumerate(parts) if part.count[k] > 0]
+        number = min(trimmed, (len(seen) - 1) // 2)
+        if number > 0:
+            distances = _from_middle([parts[s] for s in seen], k)
+            for position in np.argsort(distances, kind="stable")[-number:]:
+                kept[seen[position], k] = 0.0
+    return [part.scaled(keep) for part, keep in zip(parts, kept, strict=True)]
+
+
+def _from_middle(parts: Sequence[ClassStatistics], k: int) -> npt.NDArray[np.float64]:
+    means = np.stack([part.mean[k] for part in parts])
+    roots = np.sqrt([max(float(np.trace(part.covariance[k])), 0.0) for part in parts])
+    offset = np.square(means - np.median(means, axis=0)).sum(axis=1)
+    return np.asarray(offset + np.square(roots - np.median(roots)))

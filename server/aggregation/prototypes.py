@@ -89,7 +89,11 @@ class PrototypeMemory:
         """
         if ALL_SITES in parts:
             return parts[ALL_SITES]
-        return merge_statistics(list(parts.items()), self.settings.weighting) if parts else None
+        return self.merged(list(parts.items())) if parts else None
+
+    def merged(self, parts: Fresh) -> ClassStatistics:
+        """Merge the statistics of several sites by the plan's settings."""
+        return merge_statistics(parts, self.settings.weighting, self.settings.trimmed)
 
     def without(self, parts: Parts, gone: Collection[str]) -> dict[str, ClassStatistics]:
         """Remove departed sites from a memory; with `momentum` the memory is emptied."""
@@ -100,7 +104,7 @@ class PrototypeMemory:
     def _moved(self, previous: Parts, fresh: Fresh) -> dict[str, ClassStatistics]:
         if not fresh:
             return dict(previous)
-        merged = merge_statistics(fresh, self.settings.weighting)
+        merged = self.merged(fresh)
         if previous:
             merged = momentum_update(previous[ALL_SITES], merged, self.settings.momentum)
         return {ALL_SITES: merged}

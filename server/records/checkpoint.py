@@ -22,6 +22,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.run_folder.tables import ROWS_SCHEMA
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, Weights, decode_statistics, encode_statistics
+from fedsgcg.server.screening.history import History
 
 KIND: Final = "fedsgcg.checkpoint"
 SCHEMA_VERSION: Final = "3"
@@ -61,6 +62,7 @@ class RoundRecord:
         best: Best model so far by source validation, None without a score.
         aggregator_state: State of the aggregation rule after the round
             (`server.aggregation.aggregators`).
+        history: What the screens remember about the sites (`server.screening.history`).
         notes: All problems up to this round; any makes the run `degraded` instead of `completed`.
         rows: Metrics of this round (`ROWS_SCHEMA`); empty in a record read from a checkpoint.
     """
@@ -70,6 +72,7 @@ class RoundRecord:
     parts: Mapping[str, ClassStatistics] = field(default_factory=dict)
     best: Best | None = None
     aggregator_state: AggregatorState = field(default_factory=dict)
+    history: History = field(default_factory=History)
     notes: tuple[Problem, ...] = ()
     rows: tuple[dict[str, Any], ...] = ()
 
@@ -124,6 +127,7 @@ def encode_checkpoint(record: RoundRecord, hashes: Sequence[str]) -> bytes:
         "identity": record.identity.encode(),
         "layout": record.weights.encode_layout(),
         "best": best,
+        "history": record.history.to_tree(),
         "notes": [asdict(note) for note in record.notes],
         "rounds": list(hashes),
     }
@@ -170,6 +174,7 @@ def _record(tensors: Mapping[str, npt.NDArray[Any]], facts: Mapping[str, Any]) -
             for name in sorted(tensors)
             if name.startswith(AGGREGATOR)
         },
+        history=History.from_tree(facts.get("history", {})),  # absent in older checkpoints
         notes=tuple(Problem(**note) for note in facts["notes"]),
     )
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,11 +25,15 @@ from safetensors.numpy import save
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.names import is_site_text
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Identity, Weights, decode_cases, encode_statistics
+
+UNITS: Final = ("pixel",)
+"""Units of a site's distances."""
 
 
 def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
@@ -45,7 +49,7 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
         code = error.code if isinstance(error, FedsgcgError) else "PAY-106"
         raise fail(code, where=site) from error
     for row in rows:
-        if row["structure"] not in plan.data.structures or not row["case"]:
+        if row["structure"] not in plan.data.structures or not is_site_text(row["case"]):
             expected = f"an alias and one of {', '.join(plan.data.structures)}"
             raise fail(
                 "PAY-106",
@@ -53,6 +57,8 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
                 found="a case without alias or of an unknown structure",
                 expected=expected,
             )
+        if row["unit"] not in UNITS:
+            raise fail("PAY-106", where=site, found="another unit", expected=" or ".join(UNITS))
         for name in ("dice", "dice_smooth1"):
             if row[name] is None or not 0.0 <= row[name] <= 1.0:
                 raise fail(

@@ -1,11 +1,13 @@
 """Enrolment: which site runs on which node, and whether enough sites have joined.
 
-Node ids are random. A site states its own name, which must match the name registered for its key if
-the coordinator's SuperLink has one. A site that enrols late joins in the next round.
+Node ids are random. In a deployment a site's identity is the name registered for its key; what it
+states must match it, and a node without a registered name cannot enrol. A simulation has no keys,
+and the stated name is believed. A site that enrols late joins in the next round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -21,7 +23,9 @@ from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.images.contents import CONTENT_HASHES, TRAINING_IMAGES, salt_of
 from fedsgcg.common.images.read import KINDS
+from fedsgcg.common.names import is_site_text, site_text
 from fedsgcg.common.settings.compose import nearest
+from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.federation import ROLES
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
@@ -48,11 +52,8 @@ UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
 KEPT: Final = ("DAT-110",)
 """Codes of cases that are flagged but used: a mask without a structure is a true negative."""
 
-MAX_DIGEST: Final = 8192
-"""Characters of a site's data digest: one SHA-256 for each of up to 100 pooled hospitals."""
-
-MAX_SLICES: Final = 10**9
-"""Most training slices that a site may declare."""
+MOST_FINGERPRINTS: Final = 65 * 256
+"""Most characters of the hashes of a site's data: a pooled client has one for every hospital."""
 
 SETTLE_S = 0.5
 """Seconds without a new node after which enrolment ends.
@@ -114,6 +115,7 @@ class Cohort:
         changes: One problem for every site whose data changed since it first enrolled, including in
             an earlier call, and one for every pair of hospitals with the same images.
         departed: Sites that have left the run (`server.sites.departures`); they cannot enrol.
+        paused: Sites that are not asked in this round (`server.screening.history`).
     """
 
     grid: Grid
@@ -124,6 +126,7 @@ class Cohort:
     dropped: set[str] = field(default_factory=set)
     changes: list[Problem] = field(default_factory=list)
     departed: frozenset[str] = frozenset()
+    paused: frozenset[str] = frozenset()
     _compared: bool = False  # whether the sites that enrolled at the start have been compared
     _asked: dict[str, int] = field(default_factory=dict)  # message id -> node
     _known: dict[int, str] = field(default_factory=dict)  # node -> its last activation when asked
@@ -239,7 +242,8 @@ class Cohort:
     @property
     def asked(self) -> dict[str, int]:
         """Site -> node id of the training sites that the next round asks."""
-        return {site: node for site, node in self.training.items() if site not in self.dropped}
+        out = self.dropped | self.paused
+        return {site: node for site, node in self.training.items() if site not in out}
 
     def leave_out_late(self, sites: Iterable[str]) -> None:
         """Stop asking sites that missed a deadline, with `federation.late=drop`."""
@@ -256,12 +260,19 @@ class Cohort:
 
     @property
     def quorum(self) -> int:
-        """Training sites that a round needs.
+        """Training sites that must answer.
 
-        This is the plan's number, or else the number of expected sites that have a usable case.
+        This is the plan's number, or else the number of expected sites that have a usable case and
+        are not paused.
         """
         expected = [site for site in self._expected("train") if not self._unusable(site)]
-        return self.plan.federation.quorum or max(1, len(expected or self.training))
+        active = set(expected or self.training) - self.paused
+        return self.plan.federation.quorum or max(1, len(active))
+
+    @property
+    def fewest_admitted(self) -> int:
+        """Admitted answers that a round needs; with fewer it is void."""
+        return max(1, self.plan.federation.quorum)
 
     def census(self) -> dict[str, dict[str, Any]]:
         """The cases of each enrolled site.
@@ -343,7 +354,7 @@ class Cohort:
                 problem = answer.problem or missing(
                     answer.site, ENROL, self.plan.federation.join_deadline_s
                 )
-                raise FedsgcgError(replace(problem, where=answer.stated or answer.site))
+                raise FedsgcgError(replace(problem, where=self._name_of(node, answer.stated)))
             self._admit(node, answer.reply, identity)
         except FedsgcgError as error:
             first = error.problems[0]
@@ -351,20 +362,42 @@ class Cohort:
             name = first.where if first.where not in self.members else f"node {node}"
             self.refusals[name] = first
 
+    def _name_of(self, node: int, stated: str) -> str:
+        """Return the name under which a node that could not enrol is listed.
+
+        The name is that registered for the node's key. A stated name counts only if the grid knows
+        no names at all, as in a simulation: otherwise anyone could make a site unusable by an error
+        in its name.
+        """
+        registered = {info.node_id: info.name for info in self.grid.get_nodes()}
+        if any(registered.values()):
+            return registered.get(node) or f"node {node}"
+        if stated in {*self.plan.members(), *self.plan.observers, self.plan.heldout}:
+            return stated or f"node {node}"
+        return (not self.plan.members() and site_text(stated)) or f"node {node}"
+
     def _admit(self, node: int, reply: Reply, identity: Identity) -> None:
         site = reply.site
         role = self.plan.role(site)
         if reply.identity != identity:
-            raise fail(
-                "PAY-120", where=f"node {node}", found="an answer to another run, fold or plan"
-            )
+            where = self._name_of(node, "")
+            raise fail("PAY-120", where=where, found="an answer to another run, fold or plan")
         members = self.plan.members()
-        if not site or (members and site not in {*members, *self.plan.observers}):
+        known = site in {*members, *self.plan.observers} if members else is_site_text(site)
+        if not known:
             raise fail(
                 "ROL-201",
-                where=f"node {node}",
-                found=f"site {site[:60]!r}",
+                where=self._name_of(node, ""),
+                found=f"site {site_text(site)!r}",
                 expected=" | ".join(members),
+            )
+        registered = {info.node_id: info.name for info in self.grid.get_nodes()}
+        if any(registered.values()) and registered.get(node) != site:
+            raise fail(
+                "ROL-201",
+                where=self._name_of(node, ""),
+                found=f"it calls itself {site_text(site)!r}",
+                expected="the name registered for its key",
             )
         if site in self.departed:
             raise fail(
@@ -373,14 +406,6 @@ class Cohort:
                 found=f"node {node} asks to enrol",
                 action="end its SuperNode",
             )
-        registered = {info.node_id: info.name for info in self.grid.get_nodes()}
-        if registered.get(node) and registered[node] != site:
-            raise fail(
-                "ROL-201",
-                where=registered[node],
-                found=f"it calls itself {site[:60]!r}",
-                expected="the name registered for its key",
-            )
         if site in self.members and self.members[site].node in registered:
             raise fail(
                 "ROL-201",
@@ -388,6 +413,7 @@ class Cohort:
                 found=f"node {node} also calls itself {site}",
                 expected="each site once",
             )
+        self._check_limits(site, reply.details)
         accepted = reply.details.get("roles", [])
         if role not in (accepted if isinstance(accepted, list) else []):
             raise fail("ROL-201", where=site, found=f"the site does not accept role {role}")
@@ -399,17 +425,37 @@ class Cohort:
         if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
-        if role == "train" and not 0 < member.slices("train") <= MAX_SLICES:
+        if role == "train" and not member.slices("train"):
             # The number bounds the site's weight in every round, so that it must be known.
-            expected = f"a number of training slices from 1 to {MAX_SLICES}"
+            expected = "a number of training slices, 1 or more"
             raise fail("PAY-110", where=site, found="no such number", expected=expected)
         if self._compared:  # a site that enrols late is refused alone and stops no other
             self._compare_images(
                 {name: one.details for name, one in self.members.items()} | {site: reply.details}
             )
-        self._compare_data(site, str(reply.details.get("data", "")))
+        self._compare_data(site, _fingerprints(reply.details.get("data")))
         self.members[site] = member
         self.refusals.pop(site, None)
+
+    def _check_limits(self, site: str, details: Mapping[str, Any]) -> None:
+        """Refuse a site that declares more than the coordinator knows it to have.
+
+        Raises:
+            FedsgcgError: PAY-111 with the first such number.
+        """
+        most = self.plan.federation.limit(site)
+        member = Member(site, 0, details)
+        for kind, limit in (("patients", "patients"), ("cases", "slices"), ("slices", "slices")):
+            if (found := sum(member.count(kind, split) for split in SPLITS)) > most[limit]:
+                action = f"if it is right, raise federation.limits of {site}"
+                expected = f"at most {most[limit]}"
+                raise fail(
+                    "PAY-111",
+                    where=site,
+                    found=f"{found:g} {kind}",
+                    expected=expected,
+                    action=action,
+                )
 
     def _compare_images(self, details: Mapping[str, Mapping[str, Any]]) -> None:
         """Find images shared by two hospitals, and store the hashes of the training images.
@@ -439,9 +485,6 @@ class Cohort:
 
     def _compare_data(self, site: str, data: str) -> None:
         """Note a site whose data changed since it first took part in this run folder."""
-        if len(data) > MAX_DIGEST:
-            found, expected = f"a data digest of {len(data)} characters", f"at most {MAX_DIGEST}"
-            raise fail("PAY-105", where=site, found=found, expected=expected)
         path = Path(self.plan.output) / "data.json"
         known = _read_hashes(path)
         if known.get(site, data) != data:
@@ -455,6 +498,14 @@ class Cohort:
             self.disk.write(
                 path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode()
             )
+
+
+def _fingerprints(stated: Any) -> str:
+    """Return the hashes of a site's data as it stated them; other text is replaced by its hash."""
+    text = stated if isinstance(stated, str) else ""
+    if len(text) <= MOST_FINGERPRINTS and set(text) <= set("0123456789abcdef "):
+        return text
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
 def _known_images(path: Path, salt: str) -> dict[str, list[str]]:

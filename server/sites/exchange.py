@@ -60,7 +60,7 @@ class Answer:
         problem: Why there is no reply.
         bytes_down: Bytes of the request.
         bytes_up: Bytes of the reply.
-        stated: Name stated by a site that replied with an error.
+        stated: Name stated by a site that replied with an error; not to be shown as it is.
     """
 
     site: str

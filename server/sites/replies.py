@@ -13,7 +13,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import TRAIN, Reply, Request
 from fedsgcg.common.wire.norm_moments import NormMoments
-from fedsgcg.server.admission import Expectation, Verdict
+from fedsgcg.server.admission import PASSES, Expectation, Verdict
 from fedsgcg.server.records.results import mean_dice
 from fedsgcg.server.sites.exchange import Answer
 
@@ -24,6 +24,9 @@ SITE_METRICS: Final = (
     *("examples", "steps", "seconds", "learning_rate"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
+
+REJECTIONS: Final = ("PAY-", "STA-")
+"""Beginnings of the codes of payloads that were rejected."""
 
 LOSS_PART: Final = re.compile(r"loss_[a-z0-9_]{1,40}")
 MOST_PARTS: Final = 16
@@ -48,6 +51,11 @@ class Collected:
         if self.answer.reply is None:
             raise ValueError(f"{self.answer.site}: no readable reply")
         return self.answer.reply
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the site sent a payload, admitted or not; its own error is none."""
+        return self.verdict.accepted or self.verdict.code.startswith(REJECTIONS)
 
     def problem(self, number: int) -> Problem:
         """The problem of a rejected or missing reply of a round."""
@@ -100,8 +108,23 @@ class SiteEvaluation:
         return self.dice, float(len({row["case"] for row in self.cases}))
 
 
+def most_pixels(plan: Plan, slices: int, number: int) -> float | None:
+    """Return the most pixels in a site's statistics; None for a client that mixes domains.
+
+    One pass reads every slice once, or again to complete a batch. With `memory=online` the
+    statistics are the sum of the batches of all rounds so far, of up to two views each.
+    """
+    if plan.federation.ownership == "pooled":
+        return None
+    passes = PASSES * (slices + plan.method.batch_size)
+    if plan.prototypes.memory == "online":
+        steps = plan.method.steps_per_round * plan.method.batch_size
+        passes = 2 * number * max(steps, plan.method.local_epochs * passes)
+    return float(passes * plan.data.image_size**2)
+
+
 def expectation_for(
-    plan: Plan, message_type: str, site: str, request: Request, slices: int
+    plan: Plan, message_type: str, site: str, request: Request, slices: int, cases: int
 ) -> Expectation:
     """Return what the answer to a contributing message must match.
 
@@ -111,6 +134,7 @@ def expectation_for(
         site: Site that was asked.
         request: The request: its identity, the model that was sent, and the options.
         slices: Training slices that the site declared at enrolment.
+        cases: Validation cases that it declared.
     """
     training = message_type == TRAIN
     number = request.identity.round
@@ -124,6 +148,8 @@ def expectation_for(
         statistics_shape=shape if described and plan.method.statistics else None,
         unit_norm=plan.prototypes.normalize,
         max_examples=slices,
+        max_cases=cases,
+        max_pixels=most_pixels(plan, slices, number),
         measured=request.weights if request.options.get("moments") else None,
     )
 
@@ -154,14 +180,14 @@ def validation_of(reply: Reply) -> tuple[float, float]:
 def mean_loss(parts: Sequence[Collected]) -> float:
     """Return the mean training loss of the admitted sites, weighted by their examples.
 
-    The result is NaN if a site reports no loss.
+    The result is NaN if a site reports no loss, or without an admitted site.
     """
     replies = [part.reply for part in admitted(parts)]
     total = math.fsum(reply.metrics["examples"] for reply in replies)
     weighted = math.fsum(
         reply.metrics["examples"] * reply.metrics.get("loss", math.nan) for reply in replies
     )
-    return weighted / total
+    return weighted / total if total else math.nan
 
 
 def site_rows(

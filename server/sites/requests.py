@@ -20,8 +20,9 @@ from fedsgcg.server.records.events import EventLog
 from fedsgcg.server.selection import guard_recipients
 from fedsgcg.server.sites.enrolment import Cohort
 from fedsgcg.server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
+from fedsgcg.server.sites.judge import Judge
 from fedsgcg.server.sites.problems import quorum_missed
-from fedsgcg.server.sites.replies import Collected, SiteEvaluation, admitted, expectation_for
+from fedsgcg.server.sites.replies import Collected, SiteEvaluation, expectation_for
 
 EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 
@@ -35,6 +36,7 @@ class SiteRequests:
         plan: The plan.
         cohort: The enrolled sites.
         log: Event log.
+        judge: Screens the admitted answers.
         note: Called with every problem.
     """
 
@@ -42,12 +44,16 @@ class SiteRequests:
     plan: Plan
     cohort: Cohort
     log: EventLog
+    judge: Judge
     note: Callable[[Problem], None]
 
     def collect(
         self, message_type: str, request: Request, sites: Collection[str] | None = None
     ) -> list[Collected]:
         """Ask the training sites, admit or reject their answers, and require the quorum.
+
+        A rejected answer counts for the quorum, so that no site can stop a run with one; the caller
+        decides what happens with too few admitted answers (`Cohort.fewest_admitted`).
 
         Args:
             message_type: A contributing message type.
@@ -58,7 +64,7 @@ class SiteRequests:
             One entry for every site that was asked, admitted or not, in the order of the names.
 
         Raises:
-            FedsgcgError: RND-402 when fewer than the quorum were admitted.
+            FedsgcgError: RND-402 when fewer than the quorum answered.
         """
         found: dict[str, Collected] = {}
 
@@ -69,14 +75,15 @@ class SiteRequests:
         nodes = {
             site: node for site, node in self.cohort.asked.items() if sites is None or site in sites
         }
-        self._ask(message_type, nodes, request, receive, self.cohort.quorum)
+        quorum = self.cohort.quorum if sites is None else min(self.cohort.quorum, len(nodes))
+        self._ask(message_type, nodes, request, receive, quorum)
         collected = [found[site] for site in sorted(found)]
         self.cohort.leave_out_late(
             part.answer.site for part in collected if part.verdict.code == "RND-404"
         )
-        if len(admitted(collected)) < self.cohort.quorum:
-            raise quorum_missed(self.plan, collected, self.cohort.quorum, request.identity.round)
-        return collected
+        if sum(part.delivered for part in collected) < quorum:
+            raise quorum_missed(self.plan, collected, quorum, request.identity.round)
+        return self.judge.judge(message_type, request, collected)
 
     def evaluate(
         self, split: str, nodes: Mapping[str, int], weights: Weights, number: int
@@ -100,13 +107,14 @@ class SiteRequests:
         ):
             problem = answer.problem
             if answer.reply is not None:
-                verdict = admit(answer.reply, Expectation(identity, answer.site))
+                cases = self.cohort.members[answer.site].count("cases", "validation")
+                verdict = admit(answer.reply, Expectation(identity, answer.site, max_cases=cases))
                 problem = None if verdict.accepted else Problem(verdict.code, found=verdict.detail)
             try:
                 if problem is not None or answer.reply is None:
                     raise FedsgcgError(problem or Problem("PAY-106"))
-                cases = results.read_cases(answer.reply.cases, answer.site, self.plan)
-                evaluations.append(SiteEvaluation(answer.site, answer.reply, cases))
+                rows = results.read_cases(answer.reply.cases, answer.site, self.plan)
+                evaluations.append(SiteEvaluation(answer.site, answer.reply, rows))
             except FedsgcgError as error:
                 where = f"{split} evaluation of round {number}, {answer.site}"
                 self.note(replace(error.problems[0], where=where))
@@ -140,9 +148,11 @@ class SiteRequests:
             problem = answer.problem or Problem("PAY-106")
             verdict = Verdict(answer.site, False, problem.code, problem.found)
         else:
-            slices = self.cohort.members[answer.site].slices("train")
+            member = self.cohort.members[answer.site]
+            slices, cases = member.slices("train"), member.count("cases", "validation")
             verdict = admit(
-                answer.reply, expectation_for(self.plan, message_type, answer.site, request, slices)
+                answer.reply,
+                expectation_for(self.plan, message_type, answer.site, request, slices, cases),
             )
         if not verdict.accepted:
             self.note(Collected(answer, verdict).problem(request.identity.round))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedsgcg.common.errors import Problem
+from fedsgcg.common.names import is_site_text
+from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.plan import Plan
 
 SHOWN: Final = 5
@@ -32,16 +34,18 @@ class Image:
     split: str
 
 
-def images_of(site: str, contents: Any) -> Iterator[tuple[str, Image]]:
-    """Yield (salted hash, image) from a site's enrolment; malformed entries are skipped."""
+def images_of(plan: Plan, site: str, contents: Any) -> Iterator[tuple[str, Image]]:
+    """Yield (salted hash, image) from a site's enrolment.
+
+    Malformed entries, and those of a hospital whose data the site does not own, are skipped.
+    """
+    own = plan.hospitals_of(site)
     for hospital, images in contents.items() if isinstance(contents, Mapping) else ():
         for alias, entry in images.items() if isinstance(images, Mapping) else ():
-            if (
-                isinstance(entry, list)
-                and len(entry) == 2
-                and all(isinstance(part, str) for part in entry)
-            ):
-                yield entry[0], Image(site, str(hospital), str(alias), entry[1])
+            if hospital in own and isinstance(entry, list) and len(entry) == 2:
+                mark, split = entry
+                if is_site_text(mark) and is_site_text(alias) and split in SPLITS:
+                    yield mark, Image(site, hospital, alias, split)
 
 
 def learned_from(plan: Plan, contents: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -52,7 +56,7 @@ def learned_from(plan: Plan, contents: Mapping[str, Any]) -> dict[str, list[str]
         contents: Site -> `contents` of its enrolment.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    for mark, image in _all(contents):
+    for mark, image in _all(plan, contents):
         if plan.role(image.site) == "train" and image.split in LEARNS:
             found[image.hospital].append(mark)
     return {hospital: sorted(marks) for hospital, marks in sorted(found.items())}
@@ -71,7 +75,7 @@ def shared_images(plan: Plan, contents: Mapping[str, Any]) -> tuple[list[Problem
     """
     training: dict[str, list[Image]] = defaultdict(list)
     tested: dict[str, list[Image]] = defaultdict(list)
-    for mark, image in _all(contents):
+    for mark, image in _all(plan, contents):
         trains = plan.role(image.site) == "train"
         if trains and image.split in LEARNS:
             training[mark].append(image)
@@ -102,9 +106,9 @@ def shared_images(plan: Plan, contents: Mapping[str, Any]) -> tuple[list[Problem
     )
 
 
-def _all(contents: Mapping[str, Any]) -> Iterator[tuple[str, Image]]:
+def _all(plan: Plan, contents: Mapping[str, Any]) -> Iterator[tuple[str, Image]]:
     for site in sorted(contents):
-        yield from images_of(site, contents[site])
+        yield from images_of(plan, site, contents[site])
 
 
 def _pairs(

@@ -225,6 +225,9 @@ def test_the_choice_of_the_model_starts_anew_for_the_site_had_a_say_in_it(tmp_pa
     def delighted(
         grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
     ) -> object:
+        if (site, kind) == ("C", ENROL):
+            cases = {**reply.details["cases"], "validation": 99}
+            return replace(reply, details=reply.details | {"cases": cases})
         liked = site == "C" and kind == TRAIN and request.identity.round == 2
         return (
             replace(

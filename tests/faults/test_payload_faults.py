@@ -120,7 +120,7 @@ FAULTS = {
         "PAY-112",
     ),
     "negative variance": (negative_variance, "PAY-112"),
-    "huge number of validation cases": (with_metric("validation_cases", 1e300), "PAY-112"),
+    "huge number of validation cases": (with_metric("validation_cases", 1e300), "PAY-111"),
     "impossible Dice": (with_metric("validation_dice", 1.5), "PAY-112"),
     "huge loss": (with_metric("loss", -1e30), "PAY-112"),
     "loss that is not a number": (with_metric("loss_contrast", float("nan")), "PAY-112"),

@@ -80,7 +80,7 @@ def test_a_site_that_the_plan_does_not_know_is_never_asked_to_train(tmp_path: Pa
         (lambda r: replace(r, details=r.details | {"cases": {"train": 0}}), "TRN-302"),
         (lambda r: replace(r, details=r.details | {"slices": {}}), "PAY-110"),
         (lambda r: replace(r, details=r.details | {"slices": {"train": -5}}), "PAY-110"),
-        (lambda r: replace(r, details=r.details | {"slices": {"train": 10**15}}), "PAY-110"),
+        (lambda r: replace(r, details=r.details | {"slices": {"train": 10**15}}), "PAY-111"),
         (lambda r: replace(r, identity=replace(r.identity, plan="other")), "PAY-120"),
         (lambda r: Reply(r.identity, r.site, error="DAT-102"), "DAT-102"),
         (lambda r: replace(r, details=[1]), "PAY-106"),

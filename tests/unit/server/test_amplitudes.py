@@ -9,7 +9,7 @@ from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.settings.compose import join
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
-from fedsgcg.server.aggregation.amplitudes import merge_amplitudes
+from fedsgcg.server.aggregation.amplitudes import merge_amplitudes, usable_amplitudes
 
 SIDE, SIZE = 32, 4
 
@@ -99,3 +99,19 @@ def test_what_cannot_be_used_is_refused_with_the_sites_name(monkeypatch):
     bank = AmplitudeBank(windows(0, size=SIZE + 1), ("A",) * 5)
     problem = refused(plan_of("bank"), [("A", bank.encode())])
     assert (problem.code, problem.where) == ("PAY-106", "A")
+
+
+@pytest.mark.parametrize("sharing", ["summary", "bank"])
+def test_a_payload_that_cannot_be_used_is_listed_and_the_others_are_kept(sharing):
+    good = (
+        summary(0).encode()
+        if sharing == "summary"
+        else AmplitudeBank(windows(0), ("A",) * 5).encode()
+    )
+    parts = [("A", good), ("B", b"noise"), ("C", good), ("D", good[:-200])]
+    usable, problems = usable_amplitudes(plan_of(sharing), parts)
+    assert usable == [("A", good), ("C", good)]
+    assert [(problem.code, problem.where) for problem in problems] == [
+        ("PAY-106", "B"),
+        ("PAY-106", "D"),
+    ]

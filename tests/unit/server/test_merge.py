@@ -171,7 +171,7 @@ def test_a_rule_gets_the_previous_model_and_its_own_state_again_after_a_resume(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def counting(previous, parts, state):  # type: ignore[no-untyped-def]
+    def counting(previous, parts, state, settings):  # type: ignore[no-untyped-def]
         calls = int(state["calls"][0]) if state else 0
         seen.append((previous.digest(), calls))
         if len(seen) == 3:

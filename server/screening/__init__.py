@@ -1,0 +1,1 @@
+"""Screens: comparing the sites' contributions of a round with each other and with their history."""
