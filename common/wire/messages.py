@@ -26,6 +26,9 @@ AMPLITUDES = "query.amplitudes"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
+SUMMARY = "summary"
+"""Entry of a reply's details: mean, sd and count of an evaluation without per-case results."""
+
 
 @dataclass(frozen=True)
 class Request:

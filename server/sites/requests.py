@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import EVALUATE, TRAIN, Request
+from fedsgcg.common.wire.messages import EVALUATE, SUMMARY, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.server.admission import Expectation, Verdict, admit
 from fedsgcg.server.records import results
@@ -104,7 +104,9 @@ class SiteRequests:
                 if problem is not None or answer.reply is None:
                     raise FedsgcgError(problem or Problem("PAY-106"))
                 cases = results.read_cases(answer.reply.cases, answer.site, self.plan)
-                evaluations.append(SiteEvaluation(answer.site, answer.reply, cases))
+                stated = answer.reply.details.get(SUMMARY)
+                summary = results.read_summary(stated, answer.site, self.plan)
+                evaluations.append(SiteEvaluation(answer.site, answer.reply, cases, summary))
             except FedsgcgError as error:
                 where = f"{split} evaluation of round {number}, {answer.site}"
                 self.note(replace(error.problems[0], where=where))
