@@ -8,6 +8,7 @@ stays in the site's own `errors.log`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,15 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fedsgcg.clients.data.store import SliceTable, fingerprint
-from fedsgcg.clients.evaluation import evaluate_cases, validation_dice
+from fedsgcg.clients.data.store import SliceTable
+from fedsgcg.clients.evaluation import (
+    CONSTANT,
+    DECIMALS,
+    MaskAgreement,
+    evaluate_cases,
+    summarise_cases,
+    validation_dice,
+)
 from fedsgcg.clients.guard.contents import shared_contents
 from fedsgcg.clients.guard.egress import apply_floors, release
 from fedsgcg.clients.methods.class_statistics import (
@@ -34,16 +42,21 @@ from fedsgcg.clients.methods.running_guide import (
     statistics_to_state,
 )
 from fedsgcg.clients.request import SiteRequest, handle, require_role
-from fedsgcg.clients.training import client_name, load_weights, train_round, weights_of
-from fedsgcg.common.errors import fail
+from fedsgcg.clients.training import (
+    client_name,
+    load_weights,
+    round_slices,
+    train_round,
+    weights_of,
+)
+from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
-from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.federation import SHARES
 from fedsgcg.common.statistics import ClassStatistics
-from fedsgcg.common.wire.messages import Reply
+from fedsgcg.common.wire.messages import SUMMARY, Reply
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import encode_cases
 
@@ -73,26 +86,25 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
 
 
 def enrol(task: SiteRequest) -> RecordDict:
-    """Report the site's name and its numbers of usable cases; cases appear under their aliases.
+    """Report the site's name and its numbers of usable cases, as far as they may leave.
 
     `data` is a digest from which the coordinator detects that the site's files or splits changed
     during a run. `content_hashes`, present where the site allows it, reveal images that two
     hospitals share.
+
+    Raises:
+        FedsgcgError: POL-720 for a site whose cases the floors keep out of its role; the run then
+            starts without the site, instead of failing later.
     """
     stores = task.stores
-    cases = {
-        split: [case for store in stores for case in store.cases if case.split == split]
-        for split in SPLITS
-    }
+    task.require_sample("train" if task.role == "train" else "test")
     details: dict[str, Any] = {
         "site": task.site,
         "roles": list(task.plan.site.roles),
-        "cases": {split: len(part) for split, part in cases.items()},
-        "patients": {split: len({case.patient for case in part}) for split, part in cases.items()},
-        "slices": {split: sum(len(store.slices(split)) for store in stores) for split in SPLITS},
+        **task.public_counts(),
         "kinds": sorted({store.kind for store in stores}),
         "problems": task.public_problems(),
-        "data": " ".join(fingerprint(store) for store in stores),
+        "data": task.data_digest(),
         "shares": list(task.plan.site.shares),
     }
     if (contents := shared_contents(stores, task.identity, task.policy)) is not None:
@@ -108,6 +120,8 @@ def send_statistics(task: SiteRequest) -> RecordDict:
     normalisation of evaluation.
     """
     require_role(task, "train")
+    task.require_sample("train")
+    task.spend("releases")
     options, network = task.request.options, load_global_model(task)
     mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
     measured = moments(task, network) if options.get("moments") else None
@@ -119,6 +133,9 @@ def send_statistics(task: SiteRequest) -> RecordDict:
 def train(task: SiteRequest) -> RecordDict:
     """Measure and validate the received model, train it on the site's slices and send it back."""
     require_role(task, "train")
+    task.require_sample("train")
+    require_round(task)
+    task.spend("releases")
     plan, number = task.plan, task.identity.round
     network = load_global_model(task)
     described = statistics(task, network) if plan.described_in_training(number) else None
@@ -170,6 +187,8 @@ def send_amplitudes(task: SiteRequest) -> RecordDict:
     required = SHARES.get(ram.sharing, "")
     if required not in task.plan.site.shares:
         raise fail("ROL-202", found=f"site.shares={list(task.plan.site.shares)}", expected=required)
+    task.require_sample("train")
+    task.spend("releases")
     amplitudes = site_amplitudes(task.stores, ram, task.site, task.plan.seed, task.device)
     return send(task, Reply(task.identity, task.site, amplitudes=amplitudes))
 
@@ -185,14 +204,46 @@ def evaluate(task: SiteRequest) -> RecordDict:
     else:
         require_role(task, "heldout", "observer")
     pictures = task.home / "pictures.arrow" if split == "test" else None
+    if split == "test":
+        task.require_sample("test")
+    task.spend("evaluations")
+    if split == "validation" and not task.validates:
+        return send(task, Reply(task.identity, task.site, cases=encode_cases([])))
     network = load_global_model(task)
     save_features(task, network, split)
-    rows = evaluate_cases(network, task.stores, task.plan, split, task.device, pictures=pictures)
+    agreement = MaskAgreement()
+    rows = evaluate_cases(
+        network,
+        task.stores,
+        task.plan,
+        split,
+        task.device,
+        pictures=pictures,
+        agreement=agreement,
+    )
+    if task.policy is not None and agreement.is_constant:
+        raise constant_prediction(agreement)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
+    details: dict[str, Any] = {}
+    if not task.shares_cases(split):
+        metrics = {name: round(value, DECIMALS) for name, value in metrics.items()}
+        details, rows = {SUMMARY: summarise_cases(rows, task.floor)}, []
     if split == "validation":
         # The same metric as in every round, so that the final model can be compared with them.
         metrics |= validation_metrics(task, network)
-    return send(task, Reply(task.identity, task.site, metrics=metrics, cases=encode_cases(rows)))
+    reply = Reply(task.identity, task.site, metrics=metrics, cases=encode_cases(rows))
+    return send(task, replace(reply, details=details))
+
+
+def constant_prediction(agreement: MaskAgreement) -> FedsgcgError:
+    """Return the error for a model that predicts the same mask for every image."""
+    return fail(
+        "POL-724",
+        found=f"predictions of different slices agree in {max(agreement.values):.1%} of their "
+        "pixels",
+        expected=f"less than {CONSTANT:.0%}",
+        action="evaluate a trained model; results of a constant prediction are volumes of organs",
+    )
 
 
 def save_features(task: SiteRequest, network: nn.Module, split: str) -> None:
@@ -212,8 +263,19 @@ def save_features(task: SiteRequest, network: nn.Module, split: str) -> None:
 
 
 def validation_metrics(task: SiteRequest, network: nn.Module) -> dict[str, float]:
-    """Return the source-validation Dice at training size; empty without a validation case."""
-    dice, cases = validation_dice(network, task.stores, task.plan, task.device)
+    """Return the source-validation Dice at training size.
+
+    Empty without a validation case, where the floors withhold the result, and at a site with a
+    policy for a constant prediction.
+    """
+    if not task.validates:
+        return {}
+    agreement = MaskAgreement()
+    dice, cases = validation_dice(network, task.stores, task.plan, task.device, agreement)
+    if task.policy is not None:
+        if agreement.is_constant:
+            return {}
+        dice = round(dice, DECIMALS)
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
@@ -233,6 +295,40 @@ def training_slices(task: SiteRequest) -> tuple[list[SliceTable], list[np.random
     plan, number = task.plan, task.identity.round
     tables = [store.slices("train") for store in task.stores]
     return tables, [stream(plan.seed, number, store.site, "statistics") for store in task.stores]
+
+
+def require_round(task: SiteRequest) -> None:
+    """Refuse a round that trains on too little data, whose update would show single images.
+
+    Statistics that are summed up during training (`prototypes.memory=online`) need whole passes
+    over the data: the difference of two rounds is the sum over the slices of one of them.
+
+    Raises:
+        FedsgcgError: POL-723.
+    """
+    if task.policy is None:
+        return
+    plan, tables = task.plan, [store.slices("train") for store in task.stores]
+    names = [store.site for store in task.stores]
+    used = round_slices(tables, plan, task.identity.round, names)
+    slices = sum(map(len, used))
+    patients = {
+        (store.site, store.cases[index].patient)
+        for store, table, numbers in zip(task.stores, tables, used, strict=True)
+        for index in np.unique(table.case_of[numbers])
+    }
+    least = task.policy.round_slices
+    partial = plan.prototypes.memory == "online" and slices < sum(map(len, tables))
+    if slices >= least and len(patients) >= task.floor and not partial:
+        return
+    raise fail(
+        "POL-723",
+        found=f"{slices} slices of {len(patients)} patients",
+        expected="all training slices, with prototypes.memory=online"
+        if partial
+        else f"{least} slices (round_slices) of {task.floor} patients (patient_floor) or more",
+        action="raise method.steps_per_round or method.batch_size, or set steps_per_round=0",
+    )
 
 
 def moments(task: SiteRequest, network: nn.Module) -> NormMoments:

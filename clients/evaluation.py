@@ -29,13 +29,59 @@ from fedsgcg.clients.methods.guidance import IGNORE
 from fedsgcg.common.metrics import segmentation_metrics
 from fedsgcg.common.pictures import Picture, choose_picture, write_pictures
 from fedsgcg.common.settings.plan import DataSettings, Plan
-from fedsgcg.common.wire.payload import DISTANCES
+from fedsgcg.common.wire.payload import DISTANCES, SUMMARISED
 
 if TYPE_CHECKING:
     from fedsgcg.clients.data.store import Case, CaseStore, SliceTable
 
 Mask = npt.NDArray[np.bool_]
 BATCH = 16  # slices per forward pass; the result does not depend on it
+CONSTANT = 0.98
+"""Agreement of a prediction that counts as constant (`MaskAgreement`).
+
+Organs of different patients and slices agree far less, even in pictures centred on the organ.
+"""
+DECIMALS = 3
+"""Decimals of a summary."""
+FEWEST_FOR_SD = 3
+"""Fewest cases of which a standard deviation is stated: that of two gives both values exactly."""
+
+
+class MaskAgreement:
+    """How much the predictions of different slices agree, pixel by pixel at training size.
+
+    A model whose prediction does not depend on the image turns a Dice into a volume: of an image
+    that is predicted as foreground everywhere, Dice is 2 V / (V + number of pixels).
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None
+        self._slices = 0
+
+    def add(self, decided: Tensor) -> None:
+        """Add structures (B, S, H, W) bool of some slices."""
+        counts = decided.sum(0, dtype=torch.int64)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._slices += len(decided)
+
+    @property
+    def values(self) -> list[float]:
+        """For each structure the probability that a pixel predicted in one slice is in another.
+
+        It is 1 for a constant prediction, and 0 if nothing is predicted or there is one slice.
+        """
+        if self._counts is None or self._slices < 2:
+            return [0.0]
+        counts = self._counts.double()
+        pixels = counts.sum((1, 2))
+        pairs = (counts * (counts - 1)).sum((1, 2))
+        found: list[float] = (pairs / (pixels * (self._slices - 1)).clamp(min=1)).tolist()
+        return found
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the prediction of a structure hardly depends on the image."""
+        return max(self.values) >= CONSTANT
 
 
 @dataclass(frozen=True)
@@ -63,6 +109,7 @@ def evaluate_cases(
     device: torch.device,
     *,
     pictures: Path | None = None,
+    agreement: MaskAgreement | None = None,
 ) -> list[dict[str, Any]]:
     """Predict and score every case of a split.
 
@@ -74,6 +121,7 @@ def evaluate_cases(
         device: Where the network runs.
         pictures: File for one slice of each case, for people to look at; it stays at the site. None
             writes none.
+        agreement: Receives the predictions.
 
     Returns:
         Rows of `payload.CASES_SCHEMA`, one per case and structure, with cases under their aliases.
@@ -81,7 +129,7 @@ def evaluate_cases(
     rows: list[dict[str, Any]] = []
     kept: list[Picture] = []
     for store in stores:
-        for result in predict_cases(network, store, plan.data, split, device):
+        for result in predict_cases(network, store, plan.data, split, device, agreement):
             scored = case_rows(result, plan.data)
             rows += scored
             if pictures is not None:
@@ -91,8 +139,50 @@ def evaluate_cases(
     return rows
 
 
+def summarise_cases(
+    rows: Sequence[Mapping[str, Any]], floor: int
+) -> list[dict[str, str | float | None]]:
+    """Return what a site states of its cases without consent to per-case results.
+
+    Args:
+        rows: Rows of `payload.CASES_SCHEMA`.
+        floor: Fewest cases that a number covers.
+
+    Returns:
+        One dictionary per structure and metric: structure, metric, mean, sd and count, rounded to
+        `DECIMALS`. `sd` is None for fewer than `FEWEST_FOR_SD` cases. `count`, the number of cases
+        with a value, is None where fewer cases than the floor have none. A metric with fewer values
+        than the floor is left out.
+    """
+    summary: list[dict[str, str | float | None]] = []
+    for structure in dict.fromkeys(str(row["structure"]) for row in rows):
+        mine = [row for row in rows if row["structure"] == structure]
+        for metric in SUMMARISED:
+            stated = [float(row[metric]) for row in mine if row[metric] is not None]
+            values = np.array([value for value in stated if np.isfinite(value)])
+            if len(values) < max(1, floor):
+                continue
+            left_out = len(mine) - len(values)
+            several = len(values) >= FEWEST_FOR_SD
+            summary.append(
+                {
+                    "structure": structure,
+                    "metric": metric,
+                    "mean": round(float(values.mean()), DECIMALS),
+                    "sd": round(float(values.std(ddof=1)), DECIMALS) if several else None,
+                    "count": None if 0 < left_out < floor else len(values),
+                }
+            )
+    return summary
+
+
 def predict_cases(
-    network: nn.Module, store: CaseStore, data: DataSettings, split: str, device: torch.device
+    network: nn.Module,
+    store: CaseStore,
+    data: DataSettings,
+    split: str,
+    device: torch.device,
+    agreement: MaskAgreement | None = None,
 ) -> Iterator[CaseResult]:
     """Yield the masks of each case; every slice of the cache is read once."""
     table = store.slices(split)
@@ -103,6 +193,8 @@ def predict_cases(
             logits = torch.cat(
                 [logits_of(network, table, part, device) for part in _parts(indices, BATCH)]
             )
+            if agreement is not None:
+                agreement.add(decide(activated(logits, data), data))
             classes = store.truth(case)
             decided = structures_from_logits(logits, classes.shape[1:], data)
             prediction = post_process(decided, data, is_picture=case.is_picture)
@@ -110,22 +202,32 @@ def predict_cases(
 
 
 def validation_dice(
-    network: nn.Module, stores: Sequence[CaseStore], plan: Plan, device: torch.device
+    network: nn.Module,
+    stores: Sequence[CaseStore],
+    plan: Plan,
+    device: torch.device,
+    agreement: MaskAgreement | None = None,
 ) -> tuple[float, int]:
     """Compute the Dice of the validation cases at training size, for curves and model selection.
+
+    The predictions are added to `agreement` if it is given.
 
     Returns:
         The Dice averaged over structures, then over the validation cases of all hospitals, and the
         number of cases; NaN and 0 without a validation case.
     """
     tables = [table for store in stores if len(table := store.slices("validation"))]
-    found = [_validation_dice(network, table, plan, device) for table in tables]
+    found = [_validation_dice(network, table, plan, device, agreement) for table in tables]
     number = sum(cases for _, cases in found)
     return sum(dice * cases for dice, cases in found) / number if number else float("nan"), number
 
 
 def _validation_dice(
-    network: nn.Module, table: SliceTable, plan: Plan, device: torch.device
+    network: nn.Module,
+    table: SliceTable,
+    plan: Plan,
+    device: torch.device,
+    agreement: MaskAgreement | None,
 ) -> tuple[float, int]:
     """Return the mean Dice over the cases of one table and their number."""
     cases, position = np.unique(np.asarray(table.case_of), return_inverse=True)
@@ -137,6 +239,8 @@ def _validation_dice(
             images, labels = (torch.from_numpy(array).to(device) for array in table.stack(indices))
             logits, _ = network(images.to(memory_format=torch.channels_last))
             decided = decide(activated(logits, plan.data), plan.data)
+            if agreement is not None:
+                agreement.add(decided)
             counts = overlap_counts(decided, labels, structures).double()
             sums.index_add_(1, torch.from_numpy(position[indices]).to(device), counts)
     return float(dice_from_counts(sums).mean().item()), len(cases)

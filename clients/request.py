@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +19,36 @@ from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedsgcg.clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
-from fedsgcg.clients.data.store import CaseStore, open_store
+from fedsgcg.clients.data.store import CaseStore, fingerprint, open_store
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.guard.approval import check_approved
 from fedsgcg.clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
 from fedsgcg.clients.guard.limits import budget_of
-from fedsgcg.clients.guard.policy import alias_salt, apply_policy, only_inside_data_root, policy_of
-from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.clients.guard.pinned import check_pinned
+from fedsgcg.clients.guard.policy import apply_policy, only_inside_data_root, policy_of
+from fedsgcg.clients.guard.releases import (
+    EVALUATION,
+    TRAINING,
+    Sample,
+    class_kind,
+    members_of,
+    refused_sample,
+    remember,
+    sample_key,
+    spend,
+)
+from fedsgcg.clients.guard.site_file import CASE_CONSENT, SiteFile
+from fedsgcg.clients.guard.site_secret import alias_salt, data_salt, split_salt, study_of
 from fedsgcg.clients.local_state import LocalState
-from fedsgcg.clients.methods.class_statistics import patients_per_class, pixels_per_class
+from fedsgcg.clients.methods.class_statistics import (
+    cases_of_classes,
+    patients_per_class,
+    pixels_per_class,
+)
 from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.system import expand
+from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import Request, decode_request
@@ -82,13 +103,21 @@ class SiteRequest:
         data, cache = self.plan.data, resolve_cache(self.plan.site)
         sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
         sites = [only_inside_data_root(site, self.policy) for site in sites]
-        heldout, salt = self.role != "train", alias_salt(self.policy)
-        budget = budget_of(self.policy)
+        salt = alias_salt(self.policy, study_of(self.plan.run))
+        unassigned = {case.patient for site in sites for case in site.cases if not case.split}
         stores = tuple(
-            open_store(site, data, cache, heldout=heldout, salt=salt, budget=budget)
+            open_store(
+                site,
+                data,
+                cache,
+                heldout=self.role != "train",
+                salt=salt,
+                split_salt=split_salt(self.policy, unassigned),
+                budget=budget_of(self.policy),
+            )
             for site in sites
         )
-        write_text(self.home / "aliases.csv", aliases_table(stores))
+        write_text(self.home / "aliases.csv", aliases_table(stores, self.home / "aliases.csv"))
         found = [
             *(problem for store in stores for problem in store.problems),
             *(note for s in sites for note in s.notes),
@@ -98,8 +127,81 @@ class SiteRequest:
 
     @cached_property
     def patients(self) -> NDArray[np.int64]:
-        """Number of training patients of each class (K,), for the patient floor."""
-        return patients_per_class(self.stores, self.plan.data.num_classes)
+        """Number of training patients of each class (K,), for the patient floor.
+
+        A class whose patients differ too little from those of an earlier release counts none.
+        """
+        counts = patients_per_class(self.stores, self.plan.data.num_classes)
+        return np.where(self.accepts(self._class_samples()), counts, 0)
+
+    @property
+    def floor(self) -> int:
+        """Fewest patients that a release covers: the site's own floor, 1 in a simulation."""
+        return self.policy.patient_floor if self.policy else 1
+
+    @cached_property
+    def validates(self) -> bool:
+        """Whether results of the site's validation cases may leave; they need enough patients."""
+        return self.accepts([self._sample("validation")])[0]
+
+    def shares_cases(self, split: str) -> bool:
+        """Whether the results of single cases of a split may leave."""
+        return self.policy is None or CASE_CONSENT[split] in self.policy.sharing
+
+    def require_sample(self, split: str) -> None:
+        """Refuse a release that covers, or differs from earlier ones by, too few patients.
+
+        Raises:
+            FedsgcgError: POL-720.
+        """
+        if not self.accepts([self._sample(split)])[0]:
+            raise refused_sample(split, self.floor)
+
+    def spend(self, kind: str) -> None:
+        """Count this message against the site's budget of `releases` or `evaluations`.
+
+        Raises:
+            FedsgcgError: POL-721 when the budget is spent.
+        """
+        if self.policy is None:
+            return
+        weights = self.request.weights.digest() if self.request.weights is not None else ""
+        facts = [self.identity.encode(), self.kind, self.request.options, weights]
+        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+        spend(self.home, kind, digest.hexdigest(), getattr(self.policy, kind))
+
+    def accepts(self, samples: Sequence[Sample]) -> list[bool]:
+        """Return which samples the site may release; a simulation releases all."""
+        if self.policy is None:
+            return [True] * len(samples)
+        return remember(self.home, samples, self.floor)
+
+    def _sample(self, split: str) -> Sample:
+        """Return the sample of a split's slices."""
+        chosen = {
+            (store.site, int(index))
+            for store in self.stores
+            for index in np.unique(store.slices(split).case_of)
+        }
+        kind = TRAINING if split == "train" else EVALUATION
+        return Sample(kind, self._key(split), partial(self._members, chosen))
+
+    def _class_samples(self) -> list[Sample]:
+        """Return the sample of each class: the training slices in which it occurs."""
+        data = self.plan.data
+        cases = cases_of_classes(self.stores, data.num_classes)
+        return [
+            Sample(
+                class_kind(labels), self._key(class_kind(labels)), partial(self._members, chosen)
+            )
+            for labels, chosen in zip(data.classes.values(), cases, strict=True)
+        ]
+
+    def _members(self, chosen: Collection[tuple[str, int]]) -> frozenset[str]:
+        return members_of(self.stores, chosen, data_salt(self.policy))
+
+    def _key(self, part: str) -> str:
+        return sample_key(self.stores, part, self.plan.data.train_slices, self.plan.data.structures)
 
     @cached_property
     def distinct_pixels(self) -> NDArray[np.int64] | None:
@@ -116,20 +218,62 @@ class SiteRequest:
         """The site's own training state in this run."""
         return LocalState.of(self.home, self.identity)
 
-    def public_problems(self) -> list[dict[str, str]]:
-        """Return the problems of the site's cases as codes and aliases, which may leave the site.
+    def data_digest(self) -> str:
+        """Return a digest of the site's data and splits, by which a change during a run is noticed.
 
-        A case that could not be read has no alias, since an alias needs the image
-        (`clients.data.store`).
+        At a site with a policy it is keyed, so that nobody can check a guess about the data.
         """
-        found = []
-        for store in self.stores:
-            alias = {case.name: case.alias for case in store.cases}
-            found += [
-                {"code": problem.code, "case": alias.get(problem.where, "")}
-                for problem in store.problems
+        prints, salt = [fingerprint(store) for store in self.stores], data_salt(self.policy)
+        if not salt:
+            return " ".join(prints)
+        return hashlib.blake2b("".join(prints).encode(), digest_size=8, key=salt).hexdigest()
+
+    def public_counts(self) -> dict[str, dict[str, int | None]]:
+        """Return the numbers of cases, patients and slices of each split, which may leave the site.
+
+        None stands for a number that is suppressed, because its patients, or their difference from
+        an earlier enrolment, are fewer than the floor; 0 is sent as 0.
+        """
+        counts: dict[str, dict[str, int | None]] = {"cases": {}, "patients": {}, "slices": {}}
+        for split in SPLITS:
+            cases = [case for store in self.stores for case in store.cases if case.split == split]
+            shown = not cases or self.accepts([self._sample(split)])[0]
+            for kind, number in (
+                ("cases", len(cases)),
+                ("patients", len({case.patient for case in cases})),
+                ("slices", sum(len(store.slices(split)) for store in self.stores)),
+            ):
+                counts[kind][split] = number if shown else None
+        return counts
+
+    def public_problems(self) -> list[dict[str, Any]]:
+        """Return the problems of the site's cases as codes, which may leave the site.
+
+        Returns:
+            In a simulation, `code` and `case` of every problem; a case that could not be read has
+            no alias, since an alias needs the image (`clients.data.store`). At a site with a policy
+            one `code` per problem without a case; a code with fewer problems than the floor appears
+            once, as `suppressed`.
+        """
+        found = [(store, problem) for store in self.stores for problem in store.problems]
+        if self.policy is None:
+            alias = {
+                (store.site, case.name): case.alias for store, _ in found for case in store.cases
+            }
+            return [
+                {"code": problem.code, "case": alias.get((store.site, problem.where), "")}
+                for store, problem in found
             ]
-        return found
+        numbers = Counter(problem.code for _, problem in found)
+        return [
+            entry
+            for code, number in sorted(numbers.items())
+            for entry in (
+                [{"code": code}] * number
+                if number >= self.floor
+                else [{"code": code, "suppressed": True}]
+            )
+        ]
 
 
 def handle(
@@ -161,6 +305,7 @@ def handle(
         home = site_home(plan, site)
         request = decode_request(message.content, Sizes.of_request(plan))
         check_identity(request.identity, requested)
+        check_pinned(requested, policy)
         return work(SiteRequest(request, plan, site, root, home, kind, policy))
     except Exception as error:
         log_exception(home, kind, identity)
@@ -246,12 +391,22 @@ def site_home(plan: Plan, site: str) -> Path:
     return Path(plan.output) / "sites" / site
 
 
-def aliases_table(stores: Sequence[CaseStore]) -> str:
-    """Return the case behind each alias as CSV (alias, case)."""
+def aliases_table(stores: Sequence[CaseStore], known: Path) -> str:
+    """Return the case behind each alias as CSV (alias, case).
+
+    Args:
+        stores: The cases.
+        known: The table so far: aliases of other studies and earlier data are kept.
+    """
+    rows: dict[str, str] = {}
+    if known.exists():
+        with known.open(encoding="utf-8", newline="") as file:
+            rows = {row["alias"]: row["case"] for row in csv.DictReader(file)}
+    rows |= {case.alias: case.name for store in stores for case in store.cases}
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["alias", "case"])
-    table.writerows([case.alias, case.name] for store in stores for case in store.cases)
+    table.writerows(rows.items())
     return text.getvalue()
 
 

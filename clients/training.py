@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
@@ -331,12 +333,30 @@ def round_batches(
     generator = torch.Generator(device).manual_seed(
         stream_seed(plan.seed, round_number, client_name(names), "augment")
     )
-    rngs = [stream(plan.seed, round_number, name, "batches") for name in names]
-    chosen = index_batches(tables, plan.method, rngs)
+    chosen = _chosen(tables, plan, round_number, names)
     for images, labels, sizes, *drawn in prefetch(_read(tables, chosen, mixer), device):
         changed, moved = augment(images, labels, plan.data.augmentation, generator)
         mixed = mixer.mix(changed, *drawn).to(memory_format=torch.channels_last) if mixer else None
         yield Batch(changed.to(memory_format=torch.channels_last), moved, sizes, mixed)
+
+
+def round_slices(
+    tables: Sequence[SliceTable], plan: Plan, round_number: int, names: Sequence[str]
+) -> list[NDArray[np.int64]]:
+    """Return the distinct slices of each source domain that `round_batches` uses in a round."""
+    used: list[set[int]] = [set() for _ in tables]
+    for chosen in _chosen(tables, plan, round_number, names):
+        for seen, numbers in zip(used, chosen, strict=True):
+            seen.update(numbers.tolist())
+    return [np.array(sorted(seen), dtype=np.int64) for seen in used]
+
+
+def _chosen(
+    tables: Sequence[SliceTable], plan: Plan, round_number: int, names: Sequence[str]
+) -> Iterator[Chosen]:
+    """Yield the slices of each step of a round."""
+    rngs = [stream(plan.seed, round_number, name, "batches") for name in names]
+    return index_batches(tables, plan.method, rngs)
 
 
 def _read(

@@ -73,6 +73,11 @@ CODES: Final[dict[str, str]] = {
     "POL-705": "The app bundle is not approved at this site.",
     "POL-706": "The site does not run code from outside the approved app bundle.",
     "POL-707": "The request exceeds a limit of the site.",
+    "POL-720": "The release, or its difference from an earlier one, covers too few patients.",
+    "POL-721": "The site's budget of releases or evaluations is spent.",
+    "POL-722": "The request samples the data in another way than the site accepts.",
+    "POL-723": "The round would train on too few patients or slices.",
+    "POL-724": "The model's prediction does not depend on the image.",
     # PAY and STA: what a site sent
     "PAY-101": "The weights have values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",
@@ -146,11 +151,12 @@ CODES: Final[dict[str, str]] = {
     "SITE-510": "The voxel size is missing, implausible, or far from the site's other cases.",
     "SITE-511": "The same image occurs twice.",
     "SITE-512": "Two patient ids may belong to one person.",
-    "SITE-513": "The site has fewer patients than its own floor.",
+    "SITE-513": "The site has fewer patients or slices than its own floor.",
     "SITE-514": "The disk is too full.",
     "SITE-515": "The site's clock is wrong.",
     "SITE-516": "The coordinator's certificate expires soon.",
     "SITE-518": "A key or folder of the site has the wrong permissions.",
+    "SITE-519": "Cases have no patient id.",
 }
 
 

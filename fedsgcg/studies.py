@@ -104,7 +104,7 @@ def read_report(folder: str | Path) -> Report:
     return Report(
         files.folder,
         files.status,
-        summary_table(files.results),
+        summary_table(files.results, files.rounds),
         dict(protocol_box(files)),
         problems,
     )

@@ -62,6 +62,7 @@ from fedsgcg.server.sites.replies import (
     mean_loss,
     moments_of,
     site_rows,
+    stated_rows,
     statistics_of,
     validation_of,
     validation_rows,
@@ -69,6 +70,8 @@ from fedsgcg.server.sites.replies import (
 from fedsgcg.server.sites.requests import SiteRequests, identity_of
 
 Status = Literal["completed", "degraded", "failed"]
+REFUSED: Final = ("POL-721", "POL-724")
+"""Codes with which a site refuses to evaluate a model; asking it again changes nothing."""
 NO_VALIDATION: Final = "raise data.validation_fraction, or set federation.selection=last"
 
 
@@ -410,13 +413,14 @@ class Federation:
         results.write_model(self._disk, plan, chosen.weights, card)
         tested = self._test(chosen)
         rows = rows + evaluation_rows(plan, chosen.round, tested, rows)
-        results.write_rounds(self._disk, plan, rows)
         if not plan.heldout:
             if chosen.round != last:
                 validation = self._requests.evaluate(
                     "validation", self._cohort.asked, chosen.weights, chosen.round
                 )
             tested = [*validation, *tested]
+        rows += stated_rows(plan, chosen.round, tested)
+        results.write_rounds(self._disk, plan, rows)
         results.write_results(self._disk, plan, [row for part in tested for row in part.cases])
         return chosen.weights.digest()
 
@@ -458,7 +462,8 @@ class Federation:
         """Have a model evaluated at the held-out site and the observers.
 
         Raises:
-            FedsgcgError: RND-403 without an answer from the held-out site.
+            FedsgcgError: RND-403 without an answer from the held-out site; its refusal to evaluate
+                this model (`REFUSED`) is a note.
         """
         heldout = self._plan.heldout
         nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
@@ -467,7 +472,8 @@ class Federation:
             reason = next(
                 (note for note in reversed(self.notes) if note.where.endswith(heldout)), None
             )
-            raise heldout_unanswered(self._plan, reason)
+            if reason is None or reason.code not in REFUSED:
+                raise heldout_unanswered(self._plan, reason)
         for part in tested:
             event = "heldout.done" if part.site == heldout else "observer.done"
             self._log.emit(event, site=part.site, dice=part.dice)

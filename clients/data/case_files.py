@@ -61,8 +61,10 @@ class CaseFile:
         name: Name of the case, unique within the hospital.
         image: Image file.
         mask: Mask file, None when the case has none.
-        patient: The patient's id; the case name if the manifest has none.
+        patient: The patient's id; the case name if the manifest has none, so that every case
+            counts as a patient.
         split: `train`, `validation` or `test` if the manifest states it, else None.
+        has_patient: Whether the manifest states the patient's id.
     """
 
     site: str
@@ -71,6 +73,7 @@ class CaseFile:
     mask: Path | None
     patient: str
     split: str | None
+    has_patient: bool = True
 
 
 @dataclass(frozen=True)
@@ -226,13 +229,17 @@ def alike_hospitals(names: Sequence[str]) -> list[Problem]:
     ]
 
 
-def split_of(patient: str, validation_fraction: float) -> str:
-    """Return `train` or `validation` for a patient, based only on the hash of its id."""
-    return "validation" if _uniform(patient) < validation_fraction else "train"
+def split_of(patient: str, validation_fraction: float, salt: bytes = b"") -> str:
+    """Return `train` or `validation` for a patient, based only on the hash of its id.
+
+    The hash of an id is the same everywhere, so that splits can be reproduced; with a salt nobody
+    else can compute it.
+    """
+    return "validation" if _uniform(patient, salt) < validation_fraction else "train"
 
 
 def splits(
-    cases: Sequence[CaseFile], validation_fraction: float, *, heldout: bool
+    cases: Sequence[CaseFile], validation_fraction: float, *, heldout: bool, salt: bytes = b""
 ) -> tuple[str, ...]:
     """Return the split of every case of one hospital.
 
@@ -243,10 +250,10 @@ def splits(
     """
     if heldout:
         return tuple(case.split or "test" for case in cases)
-    chosen = [case.split or split_of(case.patient, validation_fraction) for case in cases]
+    chosen = [case.split or split_of(case.patient, validation_fraction, salt) for case in cases]
     free = [case.patient for case in cases if case.split is None]
     if "train" not in chosen and free:
-        last = max(free, key=lambda patient: (_uniform(patient), patient))
+        last = max(free, key=lambda patient: (_uniform(patient, salt), patient))
         chosen = [
             "train" if case.split is None and case.patient == last else split
             for case, split in zip(cases, chosen, strict=True)
@@ -272,14 +279,14 @@ def _synthetic(cache: Path) -> Path:
     return root
 
 
-def _uniform(patient: str) -> float:
-    """Return a number in [0, 1) that depends only on the patient's id.
+def _uniform(patient: str, salt: bytes) -> float:
+    """Return a number in [0, 1) that depends only on the patient's id and the salt.
 
     `person` separates this use of the hash from others. Its value was chosen among a few so that
     the hospitals of PROMISE12 and of the demo get close to 20 % validation patients; with a dozen
     patients a hash can easily select none or half.
     """
-    digest = hashlib.blake2b(patient.encode(), digest_size=8, person=b"patient").digest()
+    digest = hashlib.blake2b(patient.encode(), digest_size=8, key=salt, person=b"patient").digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -443,7 +450,9 @@ def _with_unique_names(cases: Sequence[CaseFile]) -> list[CaseFile]:
         name = case.name
         if common[name] > 1:
             name = printable("_".join([*case.image.parts[-3:-1], without_suffix(case.image.name)]))
-        named.append(replace(case, name=name, patient=case.patient or name))
+        named.append(
+            replace(case, name=name, patient=case.patient or name, has_patient=bool(case.patient))
+        )
     twice = {name for name, count in Counter(case.name for case in named).items() if count > 1}
     return [
         replace(case, name=printable(case.image.as_posix())) if case.name in twice else case

@@ -201,6 +201,7 @@ def open_store(
     heldout: bool,
     salt: bytes = b"",
     budget: Budget = UNLIMITED,
+    split_salt: bytes = b"",
 ) -> CaseStore:
     """Open the slices of a site; image files are read only if they or the settings have changed.
 
@@ -212,10 +213,12 @@ def open_store(
         salt: The site's secret for aliases (32 bytes); without it an alias is a digest of the image
             file.
         budget: Disk and memory that may be used to build the cache.
+        split_salt: The site's secret for the split of its patients (32 bytes).
 
     Raises:
-        FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is usable, followed by the problems of the cases; DAT-113
-            when the cache cannot be written or read.
+        FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is
+            usable, followed by the problems of the cases; DAT-113 when the cache cannot be written
+            or read.
     """
     files = {file.name: file for file in site.cases}
     key, rows = _cached(site, data, cache, budget)
@@ -227,7 +230,10 @@ def open_store(
     flagged = (_empty_mask(facts["name"]) for facts, _ in good if facts["name"] in empty)
     problems = (*site.quarantined, *broken, *others, *flagged, *copies)
     chosen = splits(
-        [files[facts["name"]] for facts, _ in good], data.validation_fraction, heldout=heldout
+        [files[facts["name"]] for facts, _ in good],
+        data.validation_fraction,
+        heldout=heldout,
+        salt=split_salt,
     )
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_no_case(site, len(good)), *problems)
@@ -296,8 +302,7 @@ def salted_alias(alias: str, salt: bytes) -> str:
 def fingerprint(store: CaseStore) -> str:
     """Return a short hex digest of a site's data: the content of its files and its splits.
 
-    It is independent of paths and machines, so that the coordinator can detect that a site's data
-    changed during a run.
+    It is independent of paths and machines.
     """
     assigned = [[case.name, case.patient, case.split] for case in store.cases]
     return digest(json.dumps([store.key, assigned]).encode(), 8)

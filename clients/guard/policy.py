@@ -8,11 +8,7 @@ simulation has no such file and uses the plan unchanged.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,8 @@ from fedsgcg.common.settings.plan import Plan
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
 """Parts of a reply that need no consent: identity and codes, metrics, results under aliases."""
+IGNORED = (*FOLDERS, "data.validation_fraction")
+"""Settings of a plan for which a site always uses its own value."""
 
 
 def policy_of(node_config: Mapping[str, Any]) -> SiteFile | None:
@@ -69,7 +67,11 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
         raise FedsgcgError(*refused)
     return replace(
         plan,
-        data=replace(plan.data, root=policy.data_root),
+        data=replace(
+            plan.data,
+            root=policy.data_root,
+            validation_fraction=policy.validation_fraction,
+        ),
         privacy=effective_floors(plan.privacy, policy),
         site=replace(
             plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}
@@ -169,34 +171,6 @@ def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
     return replace(site, cases=tuple(kept), quarantined=tuple(problems))
 
 
-def alias_salt(policy: SiteFile | None) -> bytes:
-    """Return the secret salt of this site's case aliases, one per federation; b"" in a simulation.
-
-    The secret is drawn once and never leaves the site, so a coordinator that knows the case names,
-    or even the images, cannot identify a case by its alias. Within a federation a case keeps its
-    alias, so that methods and seeds can be compared case by case.
-
-    Raises:
-        FedsgcgError: SITE-501 when the secret cannot be stored.
-    """
-    if policy is None:
-        return b""
-    path = Path(policy.home) / "alias.salt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (
-            suppress(FileExistsError),
-            os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f,
-        ):
-            f.write(secrets.token_bytes(32))
-        secret = path.read_bytes()
-    except OSError as error:
-        raise fail(
-            "SITE-501", where=str(path), found=str(error), expected="a writable folder"
-        ) from error
-    return hashlib.blake2b(policy.project.encode(), digest_size=32, key=secret).digest()
-
-
 def is_inside(path: Path, root: Path) -> bool:
     """Return whether a path is inside a folder, with all links resolved."""
     return path.resolve().is_relative_to(root.resolve())
@@ -206,14 +180,14 @@ def _not_allowed(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     """Yield a problem for every setting that the coordinator changed but may not set.
 
     A setting counts as changed if it differs from its default and, in the site's own section, from
-    the site's value. Folders of the plan have no effect at a site and are skipped; `data.root` is
-    checked in `refusals`.
+    the site's value. Folders of the plan and its validation fraction have no effect at a site and
+    are skipped; `data.root` is checked in `refusals`.
     """
     own = {f"site.{name}": value for name, value in flat_settings(_own(policy))}
     requested = [
         (name, value)
         for name, value in flat_settings(plan.to_tree())
-        if not policy.may_set(name) and name not in FOLDERS and value != own.get(name)
+        if not policy.may_set(name) and name not in IGNORED and value != own.get(name)
     ]
     if not requested:
         return

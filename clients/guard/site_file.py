@@ -22,7 +22,12 @@ from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
 SHARED_BY_DEFAULT: Final = ("weights", "statistics")
-SHARED_BY_CONSENT: Final = ("amplitude_summary", "amplitude_bank", CONTENT_HASHES)
+CASE_CONSENT: Final = {"test": "heldout_cases", "validation": "training_cases"}
+"""Split -> the entry of `sharing` that lets the results of its single cases leave."""
+SHARED_BY_CONSENT: Final = (
+    *("amplitude_summary", "amplitude_bank", CONTENT_HASHES),
+    *CASE_CONSENT.values(),
+)
 MAY_SET: Final = (
     *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
@@ -63,15 +68,27 @@ class SiteFile(Section):
             approved bundle that may run here. The hospital installs the package itself; the
             installed code is not checked again.
         roles: Roles this hospital accepts.
-        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`
-            and `content_hashes` only if the hospital adds them here. `content_hashes` are salted
+        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
+            `heldout_cases`, `training_cases` and `content_hashes` only if the hospital adds them
+            here. `heldout_cases` and `training_cases` are the results of single cases under an
+            alias, where this hospital is held out or observes, and of its validation cases; without
+            them mean, standard deviation and number of cases leave, rounded. `content_hashes` are salted
             hashes of the images. With them the coordinator finds images that two hospitals share,
             and can check whether this hospital has an image that the coordinator itself has; no
             image can be reconstructed from them.
-        patient_floor: A class that occurs in fewer patients is withheld; the larger of this and the
+        patient_floor: Fewest patients that any figure covers: a class, a validation or test result,
+            a round of training, and the difference of any two of them. The larger of this and the
             plan's floor applies.
         min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor
             applies.
+        validation_fraction: Share of this hospital's patients that is kept for validation; replaces
+            the coordinator's. Which patients these are depends on a secret of this hospital, unless
+            `manifest.csv` states the splits.
+        round_slices: Fewest slices that a round of training may use; its patients must reach
+            `patient_floor`.
+        releases: Most messages with weights, statistics or amplitudes that leave; a repeated
+            request counts once.
+        evaluations: Most evaluations of a model.
         device: Device of the site: `auto`, `cpu`, `cuda` (all GPUs), or one GPU such as `cuda:0`.
         threads: CPU threads of a training process.
         coordinator_may_set: Names of the plan's settings that the coordinator may set; a trailing
@@ -109,6 +126,10 @@ class SiteFile(Section):
     sharing: tuple[str, ...] = SHARED_BY_DEFAULT
     patient_floor: int = 2
     min_pixels: int = 1000
+    validation_fraction: float = 0.2
+    round_slices: int = 8
+    releases: int = 50_000
+    evaluations: int = 1_000
     device: str = "auto"
     threads: int = 1
     coordinator_may_set: tuple[str, ...] = MAY_SET
@@ -147,6 +168,10 @@ class SiteFile(Section):
         yield set(self.sharing) <= set(known), "sharing", " | ".join(known)
         yield self.patient_floor >= 1, "patient_floor", "1 or more"
         yield self.min_pixels >= 1, "min_pixels", "1 or more"
+        for name in ("round_slices", "releases", "evaluations"):
+            yield getattr(self, name) >= 1, name, "1 or more"
+        fraction = self.validation_fraction
+        yield 0 <= fraction < 1, "validation_fraction", "a fraction in [0, 1)"
         yield (
             bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)),
             "device",

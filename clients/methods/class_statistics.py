@@ -295,9 +295,9 @@ def statistics_mode(network: nn.Module, norm_mode: str) -> Iterator[None]:
         network.train(was_training)
 
 
-def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
-    """Return the number of training patients (K,) in whose slices a class occurs."""
-    seen: list[set[tuple[str, str]]] = [set() for _ in range(num_classes)]
+def cases_of_classes(stores: Sequence[CaseStore], num_classes: int) -> list[set[tuple[str, int]]]:
+    """Return for each class the (hospital, case index) in whose training slices it occurs."""
+    seen: list[set[tuple[str, int]]] = [set() for _ in range(num_classes)]
     for store in stores:
         table = store.slices("train")
         for index in np.unique(table.case_of):
@@ -305,8 +305,18 @@ def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDA
             # Resizing may remove a small structure, so the class must also occur at training size.
             for value in np.flatnonzero(stored.present[chosen].any(axis=0))[:num_classes]:
                 if (stored.label[chosen[stored.present[chosen, value]]] == value).any():
-                    seen[value].add((store.site, store.cases[int(index)].patient))
-    return np.asarray([len(patients) for patients in seen], dtype=np.int64)
+                    seen[value].add((store.site, int(index)))
+    return seen
+
+
+def patients_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:
+    """Return the number of training patients (K,) in whose slices a class occurs."""
+    patient = {(store.site, case.index): case.patient for store in stores for case in store.cases}
+    patients = [
+        {(site, patient[site, index]) for site, index in cases}
+        for cases in cases_of_classes(stores, num_classes)
+    ]
+    return np.asarray([len(found) for found in patients], dtype=np.int64)
 
 
 def pixels_per_class(stores: Sequence[CaseStore], num_classes: int) -> npt.NDArray[np.int64]:

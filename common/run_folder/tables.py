@@ -14,9 +14,9 @@ ROWS_VERSION: Final = "1"
 ROWS_SCHEMA = pa.schema(
     [
         pa.field("round", pa.int32()),
-        pa.field("phase", pa.string()),  # train | merge | heldout | observer
+        pa.field("phase", pa.string()),  # train | merge | heldout | observer | validation
         pa.field("site", pa.string()),  # "" = all sites
-        pa.field("cls", pa.string()),  # "" or the name of a class
+        pa.field("cls", pa.string()),  # "" or the name of a class or structure
         pa.field("metric", pa.string()),
         pa.field("value", pa.float64()),
     ],

@@ -42,6 +42,8 @@ HEADERS: Final = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 """Versions of NumPy's file format -> reader of the header."""
+SUMMARY = "summary"
+"""Entry of a reply's details: mean, sd and count of an evaluation without per-case results."""
 
 
 @dataclass(frozen=True)

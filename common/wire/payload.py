@@ -40,6 +40,8 @@ HEAD_BYTES = 16_384
 
 DISTANCES = ("asd", "assd", "hd95", "hd95_max")
 """Surface distances of a case; each has a column in pixels and one in millimetres (`_mm`)."""
+SUMMARISED = ("dice", *DISTANCES, *(f"{name}_mm" for name in DISTANCES))
+"""Metrics of which a site states mean, sd and count where single cases do not leave."""
 
 UNREADABLE = (
     *(pa.ArrowException, struct.error),

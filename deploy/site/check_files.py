@@ -22,6 +22,7 @@ from fedsgcg.clients.data.slices import class_indices
 from fedsgcg.clients.data.store import main_kind, other_kind_problem
 from fedsgcg.clients.guard.policy import only_inside_data_root
 from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.clients.guard.site_secret import split_salt
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.images.contents import content_hash
 from fedsgcg.common.images.read import PICTURE, Volume, check_geometry, check_image, read_volume
@@ -79,6 +80,7 @@ class Seen:
         kind: One of `common.images.read.KINDS`.
         content: Hash of the pixels in canonical orientation.
         voxels: Number of voxels.
+        slices: Number of slices.
         empty: Whether the mask contains no declared structure.
     """
 
@@ -89,6 +91,7 @@ class Seen:
     kind: str
     content: str
     voxels: int
+    slices: int
     empty: bool
 
 
@@ -113,7 +116,7 @@ def examine_files(
     findings = [Finding.of("files", problem) for problem in site.quarantined]
     findings += [Finding.of("files", note, "warn") for note in site.notes]
     seen: list[Seen] = []
-    parts = splits(site.cases, data.validation_fraction, heldout=heldout)
+    parts = _splits(site, policy, heldout)
     for number, (case, split) in enumerate(zip(site.cases, parts, strict=True)):
         try:
             seen.append(_read_case(case, split, data))
@@ -128,6 +131,7 @@ def examine_files(
         *_spacing(seen),
         *_duplicates(seen),
         *_same_person(seen),
+        *_without_patient_id(policy, seen),
     ]
     reported = {finding.name for finding in across}
     fine = [
@@ -136,6 +140,13 @@ def examine_files(
         if one.case.name not in reported
     ]
     return [*findings, *across, *fine, *_floor(seen, site, policy, heldout)], seen
+
+
+def _splits(site: Site, policy: SiteFile, heldout: bool) -> tuple[str, ...]:
+    """Return the split of every case as in training: by the site's own fraction and secret."""
+    unassigned = {case.patient for case in site.cases if not case.split}
+    salt = split_salt(policy, unassigned)
+    return splits(site.cases, policy.validation_fraction, heldout=heldout, salt=salt)
 
 
 def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
@@ -162,6 +173,7 @@ def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
         kind=image.kind,
         content=content_hash(image),
         voxels=int(image.array.size),
+        slices=1 if image.is_picture else len(image.array),
         empty=not np.isin(truth, wanted).any(),
     )
 
@@ -273,6 +285,20 @@ def _same_person(seen: Sequence[Seen]) -> Iterator[Finding]:
             yield Finding("files", one.case.name, "warn", found, action, "SITE-512")
 
 
+def _without_patient_id(policy: SiteFile, seen: Sequence[Seen]) -> Iterator[Finding]:
+    """Yield one finding if cases have no patient id, so that each counts as a patient."""
+    missing = [one for one in seen if not one.case.has_patient]
+    if not missing:
+        return
+    found = f"{len(missing)} of {len(seen)} cases have no patient_id: each counts as one patient"
+    action = (
+        "If a person has several cases, write patient_id in manifest.csv. Otherwise that person "
+        "may be in training and validation, and counts several times towards patient_floor "
+        f"({policy.patient_floor})."
+    )
+    yield Finding("site", "patient_id", "warn", found, action, "SITE-519")
+
+
 def plain_id(patient: str) -> str:
     """Return a patient's id without case, punctuation and leading zeros."""
     parts = re.findall(r"[a-z]+|\d+", patient.casefold())
@@ -288,13 +314,18 @@ def _floor(seen: Sequence[Seen], site: Site, policy: SiteFile, heldout: bool) ->
     patients = ", ".join(f"{count} {split}" for split, count in sorted(counts.items()))
     listed = len(site.cases) + len(site.quarantined)
     training = counts.get("train", 0)
+    slices = sum(one.slices for one in seen if one.split == "train")
     if not seen:
         found = f"0 of {listed} usable"
         yield Finding("site", "cases", "fail", found, "Correct at least one case.", "DAT-102")
     elif not heldout and training < policy.patient_floor:
         found = f"{training} training patients, the floor is {policy.patient_floor}"
-        action = "Add patients: below the floor this site's class statistics are withheld."
+        action = "Add patients: below the floor nothing of this site's training leaves."
         yield Finding("site", "patients", "warn", found, action, "SITE-513")
+    elif not heldout and slices < policy.round_slices:
+        found = f"{slices} training slices, a round needs {policy.round_slices}"
+        action = "Add cases, or lower round_slices: below it this site cannot train."
+        yield Finding("site", "slices", "warn", found, action, "SITE-513")
     else:
         found = f"{len(seen)} of {listed} usable; patients: {patients}"
         yield Finding("site", "cases", "ok", found)

@@ -66,14 +66,15 @@ def _print_problems(cells: Sequence[Cell], console: Screen) -> None:
 def _print_results(folder: Path, console: Screen) -> None:
     import pyarrow.parquet as pq
 
-    from fedsgcg.server.report.tables import AVERAGE, summary_rows
+    from fedsgcg.server.report.tables import AVERAGE, study_summary
 
     path = folder / paths.RESULTS
     if not path.exists():
         console.print("No result yet.", style="yellow")
         return
     results = pq.read_table(path)
-    rows = summary_rows(results)
+    rounds = folder / "rounds.parquet"
+    rows = study_summary(results, pq.read_table(rounds).to_pylist() if rounds.exists() else [])
     if not rows:
         console.print("No hospital had a case to evaluate the model on.", style="yellow")
         return

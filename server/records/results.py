@@ -30,7 +30,18 @@ from fedsgcg.common.run_folder import paths
 from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
-from fedsgcg.common.wire.payload import Identity, Weights, decode_cases, encode_statistics
+from fedsgcg.common.wire.payload import (
+    SUMMARISED,
+    Identity,
+    Weights,
+    decode_cases,
+    encode_statistics,
+)
+
+LARGEST_DISTANCE: Final = 1e6
+"""Largest mean distance that a summary may state, in pixels or mm."""
+MOST_CASES: Final = 10**6
+"""Most cases that a summary may state."""
 
 UNITS: Final = ("pixel",)
 """Units of a site's distances."""
@@ -68,6 +79,56 @@ def read_cases(data: bytes, site: str, plan: Plan) -> list[dict[str, Any]]:
                     expected="a number in [0, 1]",
                 )
     return [{"site": site, **row} for row in rows]
+
+
+def read_summary(stated: Any, site: str, plan: Plan) -> list[dict[str, Any]]:
+    """Check a site's summary of an evaluation, sent instead of per-case results.
+
+    Args:
+        stated: What the reply's details have under `SUMMARY`; None for nothing.
+        site: The site.
+        plan: The structures.
+
+    Returns:
+        Rows with structure, metric, mean, sd (NaN if not stated) and count (NaN if suppressed).
+
+    Raises:
+        FedsgcgError: PAY-106 for anything else.
+    """
+    rows = [] if stated is None else stated
+    try:
+        found = [_summary_row(row, plan) for row in rows]
+        keys = {(row["structure"], row["metric"]) for row in found}
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        found, keys = [], set()
+    if len(found) != len(rows) or len(keys) != len(found):
+        raise fail(
+            "PAY-106",
+            where=site,
+            found="a summary that cannot be used",
+            expected=f"mean, sd and count of {', '.join(SUMMARISED)}, each structure once",
+        )
+    return found
+
+
+def _summary_row(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return one entry of a summary; raises ValueError for a value that is out of range."""
+    most = 1.0 if row["metric"] == "dice" else LARGEST_DISTANCE
+    mean, sd, count = row["mean"], row["sd"], row["count"]
+    numbers = [mean, 0.0 if sd is None else sd]
+    if any(isinstance(value, bool) or not 0.0 <= float(value) <= most for value in numbers):
+        raise ValueError("out of range")
+    if count is not None and not (type(count) is int and 0 < count <= MOST_CASES):
+        raise ValueError("not a number of cases")
+    if row["structure"] not in plan.data.structures or row["metric"] not in SUMMARISED:
+        raise ValueError("unknown name")
+    return {
+        "structure": row["structure"],
+        "metric": row["metric"],
+        "mean": float(mean),
+        "sd": math.nan if sd is None else float(sd),
+        "count": math.nan if count is None else float(count),
+    }
 
 
 def mean_dice(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -67,7 +67,16 @@ from fedsgcg.server.report.summary import (
     status_sentence,
     troubled,
 )
-from fedsgcg.server.report.tables import Row, distance_unit, heldout_rows, other_rows, summary_rows
+from fedsgcg.server.report.tables import (
+    STATED,
+    Row,
+    heldout_rows,
+    other_rows,
+    stated_summaries,
+    study_summary,
+    study_unit,
+    summary_rows,
+)
 
 CASE_ROWS = 3000
 """Most rows in the table of all cases, to limit the page size; results.parquet has all of them."""
@@ -103,7 +112,7 @@ def make_report(study: Path, on_progress: OnProgress = ignore_progress) -> Path:
             disk.make_folder(study / "figures")
         on_progress("files of the figures")
         write_gallery(study / "figures", gallery(content), disk)
-        write_tables(study, files.results)
+        write_tables(study, files.results, files.rounds)
     disk.write(study / paths.REPORT, render(content).encode())
     return study / paths.REPORT
 
@@ -191,15 +200,19 @@ def _tables(
     study: StudyFiles, rows: list[Row], cases: list[Section], reader: Reader
 ) -> dict[str, Any]:
     """Results in all metrics, cases, and the data sent by each hospital."""
-    summary = summary_rows(rows)
+    summary = study_summary(study.results, study.rounds)
+    unit = study_unit(study.results, study.rounds)
     structures = _structures(study)
     left, parts = departure_rows(study, reader)
     return {
         "results": result_tables(summary, study, structures) if summary else [],
         "notes": result_notes(summary, rows, _hospitals(study)),
-        "unit": distance_unit(rows),
+        "unit": unit,
         "structures": structures,
-        "others": summary_rows([{**row, "heldout": ""} for row in other_rows(study.results)]),
+        "others": [
+            *summary_rows([{**row, "heldout": ""} for row in other_rows(study.results)]),
+            *stated_summaries(study.rounds, unit, "observer"),
+        ],
         "case_table": cases[:CASE_ROWS],
         "cases_in_all": len(cases),
         "departures": left,
@@ -237,7 +250,10 @@ def _comparisons(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]
         "nested": chosen_within_folds(study),
         "dice_floor": f"{DICE_FLOOR:g}",
         "headline": headline(
-            summary_rows(rows), claims, structures[0] if structures else "", _hospitals(study)
+            study_summary(study.results, study.rounds),
+            claims,
+            structures[0] if structures else "",
+            _hospitals(study),
         ),
         "papers": papers,
         "paper_notes": paper_notes(published, papers) if rows else [],
@@ -332,7 +348,8 @@ def _hospitals(study: StudyFiles) -> int:
 def _structures(study: StudyFiles) -> list[str]:
     """Structures that have results, in the order of the settings."""
     declared = _data(study).get("structures", {})
-    found = sorted({str(row["structure"]) for row in study.results})
+    stated = {str(row["cls"]) for row in study.rounds if row["metric"].endswith(STATED)}
+    found = sorted({str(row["structure"]) for row in study.results} | (stated - {""}))
     return [
         *(name for name in declared if name in found),
         *(name for name in found if name not in declared),

@@ -13,7 +13,7 @@ import pyarrow.csv
 
 from fedsgcg.common.files.disk import Disk, refusals
 from fedsgcg.server.report.format import DECIMALS, TITLES, Summary
-from fedsgcg.server.report.tables import AVERAGE, METRICS, Row, summary_rows
+from fedsgcg.server.report.tables import AVERAGE, METRICS, Row, study_summary
 
 FOLDER: Final = "tables"
 
@@ -45,20 +45,21 @@ _LATEX: Final = {character: f"\\{character}" for character in "&%$#_{}"} | {
 }
 
 
-def summary_table(results: pa.Table | Iterable[Row]) -> pa.Table:
+def summary_table(results: pa.Table | Iterable[Row], rounds: Sequence[Row] = ()) -> pa.Table:
     """Return the main table of the report.
 
     It has one row per method, hospital and structure, and one for the average hospital.
 
     Args:
         results: Rows of `results.parquet`.
+        rounds: Rows of `rounds.parquet`, for hospitals that send no per-case results.
 
     Returns:
         For each metric m of `dice`, `asd`, `assd`, `hd95`, `hd95_max`: m_mean, m_sd, m_low, m_high,
         and m_excluded, the evaluations without a value. Missing values are null. Field metadata
         gives `meaning` and `unit`.
     """
-    rows = summary_rows(results)
+    rows = study_summary(results, rounds)
     unit = next((str(row["unit"]) for row in rows), "pixel")
     fields = [_field(name, kind, meaning) for name, (kind, meaning) in _HEAD.items()]
     for metric in METRICS:
@@ -82,20 +83,21 @@ def latex_table(rows: Sequence[Summary]) -> str:
     )
 
 
-def write_tables(study: Path, results: Iterable[Row]) -> None:
+def write_tables(study: Path, results: Iterable[Row], rounds: Sequence[Row] = ()) -> None:
     """Write the main table below a study's folder as CSV and LaTeX; nothing without results.
 
     Raises:
         FedsgcgError: SRV-401 when the folder cannot be written.
     """
-    rows = summary_rows(results)
+    results = list(results)
+    rows = study_summary(results, rounds)
     if not rows:
         return
     disk, folder = Disk(), study / FOLDER
     with refusals(folder):
         disk.make_folder(folder)
     sink = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(summary_table(results), sink)
+    pyarrow.csv.write_csv(summary_table(results, rounds), sink)
     disk.write(folder / "summary.csv", sink.getvalue().to_pybytes())
     disk.write(folder / "summary.tex", latex_table(rows).encode())
 

@@ -154,6 +154,11 @@ def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int
             f"Few cases at {join_words(few)} (under {FEW_CASES}): if some of them fail and others "
             "do not, the interval is somewhat too narrow."
         )
+    if stated := sorted({row["site"] for row in single if row.get("stated")}):
+        notes.append(
+            f"Mean, standard deviation and number of cases as stated by {join_words(stated)}, "
+            "without results of single cases: comparisons case by case leave them out."
+        )
     seeds = {seed for row in single for seed in row["seeds"]}
     if len(seeds) == 1:
         notes.append("One seed: the variation between repeated trainings is unknown.")

@@ -20,7 +20,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.wire.payload import DISTANCES
-from fedsgcg.server.report.intervals import NAN, Bounds, mean_interval
+from fedsgcg.server.report.intervals import (
+    NAN,
+    Bounds,
+    Component,
+    Interval,
+    combined_interval,
+    mean_interval,
+)
 from fedsgcg.server.report.labels import label_order
 
 Row = Mapping[str, Any]
@@ -36,6 +43,10 @@ COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
 Files of older versions do not have them.
 """
 MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
+
+
+STATED = ("_mean", "_sd", "_count")
+"""Endings of the metrics of a hospital's own summary in `rounds.parquet`."""
 
 
 def bounds_of(metric: str) -> Bounds:
@@ -244,6 +255,141 @@ def _spread(groups: Sequence[Floats]) -> dict[str, float]:
             f"{metric}_high": interval.high,
         }
     return spread
+
+
+def stated_summaries(rounds: Iterable[Row], unit: str, phase: str) -> list[dict[str, Any]]:
+    """Summaries of hospitals that send no per-case results, in the form of `summary_rows`.
+
+    Args:
+        rounds: Rows of `rounds.parquet`; means, standard deviations and counts of an evaluation
+            are those with a structure as class.
+        unit: Unit of the distances.
+        phase: `heldout`, `observer` or `validation`.
+
+    Returns:
+        Means and standard deviations are averaged over seeds. The interval is Student's, because
+        the skewness of the cases is not known. `m_few` is set for a metric that fewer cases than
+        the hospital's floor lack.
+    """
+    found: dict[tuple[str, ...], dict[int, dict[str, float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for row in rounds:
+        if row["phase"] == phase and row["cls"] and row["metric"].endswith(STATED):
+            key = (row["method"], row["heldout"], row["site"], row["cls"])
+            found[key][int(row["seed"])][row["metric"]] = float(row["value"])
+    return [_stated(key, by_seed, unit) for key, by_seed in sorted(found.items())]
+
+
+def _stated(
+    key: tuple[str, ...], by_seed: Mapping[int, Mapping[str, float]], unit: str
+) -> dict[str, Any]:
+    method, heldout, site, structure = key
+    cases = int(max(values.get("dice_count", 0) for values in by_seed.values()))
+    summary: dict[str, Any] = {
+        **{"method": method, "heldout": heldout, "site": site, "structure": structure},
+        **{"unit": unit, "cases": cases, "seeds": sorted(by_seed), "hospitals": 1},
+        **{"evaluations": cases * len(by_seed), "both_empty": 0, "stated": True},
+    }
+    for metric in METRICS:
+        name = f"{metric}_mm" if unit == "mm" and metric in METRICS[1:] else metric
+        stated = [values for values in by_seed.values() if f"{name}_mean" in values]
+        counts = [values[f"{name}_count"] for values in stated if f"{name}_count" in values]
+        mean = _mean_of([values[f"{name}_mean"] for values in stated])
+        sd = _mean_of([values[f"{name}_sd"] for values in stated if f"{name}_sd" in values])
+        ends = Interval(mean, NAN, NAN)
+        if math.isfinite(sd) and counts and min(counts) > 1:
+            part = Component(sd**2 / min(counts), min(counts) - 1)
+            ends = combined_interval(mean, [part], bounds=bounds_of(metric))
+        summary |= {
+            f"{metric}_mean": mean,
+            f"{metric}_sd": sd,
+            f"{metric}_low": ends.low,
+            f"{metric}_high": ends.high,
+            f"{metric}_excluded": int(sum(cases - count for count in counts)),
+            f"{metric}_few": len(counts) < len(stated),
+        }
+    return summary
+
+
+def study_summary(results: pa.Table | Iterable[Row], rounds: Iterable[Row]) -> list[dict[str, Any]]:
+    """Summarise a study like `summary_rows`, with hospitals that send no per-case results.
+
+    Args:
+        results: Rows of `results.parquet`.
+        rounds: Rows of `rounds.parquet`, which have the summaries that hospitals stated.
+    """
+    rows, rounds = as_rows(results), list(rounds)
+    held_out = any(row["heldout"] for row in (*rows, *rounds))
+    phase = "heldout" if held_out else "validation"
+    return with_stated(
+        summary_rows(rows), stated_summaries(rounds, study_unit(rows, rounds), phase)
+    )
+
+
+def study_unit(rows: Iterable[Row], rounds: Iterable[Row]) -> str:
+    """Return the unit of a study's distances, like `distance_unit`."""
+    rows = heldout_rows(rows)
+    stated = {row["metric"] for row in rounds if row["cls"]}
+    in_mm = not stated or any(f"{name}_mean" in stated for name in MILLIMETRES)
+    return distance_unit(rows) if rows or not stated or not in_mm else "mm"
+
+
+def with_stated(
+    summary: Sequence[dict[str, Any]], stated: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Join the summaries of hospitals with and without per-case results, and average them again.
+
+    The interval of the average follows from each hospital's standard deviation and number of cases.
+    """
+    if not stated:
+        return list(summary)
+    hospitals = [row for row in summary if row["site"] != AVERAGE] + list(stated)
+    order = {name: position for position, name in enumerate(methods_of(hospitals))}
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(hospitals, key=lambda row: (row["heldout"], row["site"])):
+        grouped[row["structure"], row["method"]].append(row)
+    joined = []
+    for (structure, method), rows in sorted(
+        grouped.items(), key=lambda item: (item[0][0], order[item[0][1]])
+    ):
+        joined += rows
+        if len(rows) > 1:
+            joined.append(_average(method, structure, rows))
+    return joined
+
+
+def _average(method: str, structure: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Average hospitals with equal weight, as `summary_rows` does from single cases."""
+    head = {
+        **{"method": method, "heldout": AVERAGE, "site": AVERAGE, "structure": structure},
+        **{"unit": rows[0]["unit"], "hospitals": len(rows)},
+        "seeds": sorted({seed for row in rows for seed in row["seeds"]}),
+    }
+    summed = ("cases", "evaluations", "both_empty", *(f"{name}_excluded" for name in METRICS))
+    head |= {name: sum(row[name] for row in rows) for name in summed}
+    for metric in METRICS:
+        known = [row for row in rows if math.isfinite(row[f"{metric}_mean"])]
+        means = np.array([row[f"{metric}_mean"] for row in known])
+        parts = [
+            Component(row[f"{metric}_sd"] ** 2 / row["cases"] / len(known) ** 2, row["cases"] - 1)
+            for row in known
+            if row["cases"] > 1 and math.isfinite(row[f"{metric}_sd"])
+        ]
+        mean = float(means.mean()) if known else NAN
+        complete = parts if len(parts) == len(known) else []
+        ends = combined_interval(mean, complete, bounds=bounds_of(metric))
+        head |= {
+            f"{metric}_mean": mean,
+            f"{metric}_sd": float(means.std(ddof=1)) if len(known) > 1 else NAN,
+            f"{metric}_low": ends.low,
+            f"{metric}_high": ends.high,
+        }
+    return head
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else NAN
 
 
 def best_methods(rows: Sequence[Mapping[str, Any]], metric: str) -> set[str]:

@@ -46,8 +46,8 @@ from fedsgcg.server.sites.exchange import (
 from fedsgcg.server.sites.problems import not_enough_enrolled
 from fedsgcg.server.sites.shared_images import learned_from, shared_images
 
-UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302")
-"""Codes with which a site reports that it has no usable case."""
+UNUSABLE: Final = ("DAT-101", "DAT-102", "TRN-302", "POL-720")
+"""Codes with which a site reports that it has no usable case, or too few for its own floor."""
 
 KEPT: Final = ("DAT-110",)
 """Codes of cases that are flagged but used: a mask without a structure is a true negative."""
@@ -91,12 +91,26 @@ class Member:
         stated = self.details.get("kinds")
         return [kind for kind in KINDS if isinstance(stated, list) and kind in stated]
 
-    def problem_codes(self) -> list[str]:
-        """Codes of the problems with the site's cases; unknown codes are dropped."""
+    def problem_codes(self, *, suppressed: bool = False) -> list[str]:
+        """Codes of the problems with the site's cases; unknown codes are dropped.
+
+        Args:
+            suppressed: Return the codes whose number of cases the site withholds instead.
+        """
         problems = self.details.get("problems")
         entries = problems if isinstance(problems, list) else []
-        codes = [entry.get("code") for entry in entries if isinstance(entry, Mapping)]
+        codes = [
+            entry.get("code")
+            for entry in entries
+            if isinstance(entry, Mapping) and bool(entry.get("suppressed")) == suppressed
+        ]
         return sorted(code for code in codes if isinstance(code, str) and code in CODES)
+
+    def suppressed(self) -> list[str]:
+        """Splits whose number of cases the site withholds because it is below its floor."""
+        counts = self.details.get("cases")
+        stated = counts if isinstance(counts, Mapping) else {}
+        return [split for split in SPLITS if split in stated and stated[split] is None]
 
 
 @dataclass
@@ -279,8 +293,9 @@ class Cohort:
 
         Returns:
             By site: `role`; `cases` by split; `left_out`, the number of unusable cases by error
-            code; and `flagged`, the number of cases that are used in spite of a problem, by error
-            code.
+            code; `flagged`, the number of cases that are used in spite of a problem, by error
+            code; and `suppressed`, the splits and codes whose number the site withholds because it
+            is below its floor.
         """
         return {
             site: {
@@ -292,6 +307,7 @@ class Cohort:
                     Counter(code for code in member.problem_codes() if code not in KEPT)
                 ),
                 "flagged": dict(Counter(code for code in member.problem_codes() if code in KEPT)),
+                "suppressed": [*member.suppressed(), *member.problem_codes(suppressed=True)],
             }
             for site, member in sorted(self.members.items())
         }

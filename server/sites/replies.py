@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from fedsgcg.common.errors import Problem
@@ -70,21 +70,30 @@ class SiteEvaluation:
     Attributes:
         site: The site.
         reply: Its reply.
-        cases: Per-case rows, with the site's name.
+        cases: Per-case rows, with the site's name; empty if the site sends only a summary.
+        summary: Its summary: structure, metric, mean, sd and count; empty with per-case rows.
     """
 
     site: str
     reply: Reply
     cases: list[Row]
+    summary: list[Row] = field(default_factory=list)
 
     @property
     def dice(self) -> float:
         """Mean Dice over cases and structures; NaN without a case."""
-        return mean_dice(self.cases)
+        return mean_dice(self.cases) if self.cases else self._stated("dice")
+
+    def _stated(self, metric: str) -> float:
+        """Mean over the structures of a metric's stated mean; NaN if it is not stated."""
+        means = [row["mean"] for row in self.summary if row["metric"] == metric]
+        return math.fsum(means) / len(means) if means else math.nan
 
     @property
     def asd(self) -> float:
         """Mean ASD over cases and structures where it is defined; NaN without one."""
+        if not self.cases:
+            return self._stated("asd")
         known = [
             row["asd"] for row in self.cases if row["asd"] is not None and math.isfinite(row["asd"])
         ]
@@ -257,6 +266,23 @@ def evaluation_rows(
             if math.isfinite(value) and (number, part.site, metric) not in present:
                 rows.append(row(number, phase, part.site, metric, value))
     return rows
+
+
+def stated_rows(plan: Plan, number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:
+    """Return the summaries of sites that send no per-case results, for the rounds table.
+
+    The phase is `heldout`, `observer` or `validation`, the class is the structure, and the metrics
+    are `<metric>_mean`, `<metric>_sd` and `<metric>_count`; what a site does not state has no row.
+    """
+    phases = {"heldout": "heldout", "observer": "observer", "train": "validation"}
+    return [
+        row(number, phases[plan.role(part.site)], part.site, f"{entry['metric']}_{name}", value)
+        | {"cls": entry["structure"]}
+        for part in evaluations
+        for entry in part.summary
+        for name in ("mean", "sd", "count")
+        if math.isfinite(value := entry[name])
+    ]
 
 
 def row(number: int, phase: str, site: str, metric: str, value: float) -> Row:

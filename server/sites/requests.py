@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import EVALUATE, TRAIN, Request
+from fedsgcg.common.wire.messages import EVALUATE, SUMMARY, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.common.wire.sizes import Sizes
 from fedsgcg.server.admission import Expectation, Verdict, admit
@@ -114,7 +114,9 @@ class SiteRequests:
                 if problem is not None or answer.reply is None:
                     raise FedsgcgError(problem or Problem("PAY-106"))
                 rows = results.read_cases(answer.reply.cases, answer.site, self.plan)
-                evaluations.append(SiteEvaluation(answer.site, answer.reply, rows))
+                stated = answer.reply.details.get(SUMMARY)
+                summary = results.read_summary(stated, answer.site, self.plan)
+                evaluations.append(SiteEvaluation(answer.site, answer.reply, rows, summary))
             except FedsgcgError as error:
                 where = f"{split} evaluation of round {number}, {answer.site}"
                 self.note(replace(error.problems[0], where=where))

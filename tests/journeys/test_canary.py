@@ -116,7 +116,8 @@ def test_a_real_deployment_keeps_names_at_the_hospital(canary: Path, tmp_path: P
     settings = [*small.SMALL, "heldout=North", "data.sites=[East,North]", "federation.rounds=1"]
     with loopback(tmp_path) as federation:
         for site in ("East", "North"):
-            kit = federation.kit(site, canary)
+            sharing = ["weights", "statistics", "heldout_cases"]
+            kit = federation.kit(site, canary, sharing=sharing)
             federation.register(kit)
             federation.join(kit, PATIENT=NAME)
         for site in ("East", "North"):

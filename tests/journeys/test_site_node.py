@@ -60,7 +60,8 @@ def test_a_federation_of_warm_sites_gives_the_models_of_a_simulation(
     )
     assert simulated.returncode == 0, simulated.stdout + simulated.stderr
     with loopback(tmp_path) as federation:
-        kits = [federation.kit(site, hospitals) for site in ("East", "North", "South")]
+        data = small.stated_splits(hospitals, tmp_path / "data", "South")
+        kits = [federation.kit(site, data) for site in ("East", "North", "South")]
         for kit in kits:
             federation.register(kit)
             federation.join(kit, *(["--cold"] if kit.name == "East" else []))

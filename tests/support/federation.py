@@ -23,7 +23,7 @@ from fedsgcg.deploy.coordinator.control import Control, control_of
 from fedsgcg.deploy.coordinator.project import Kit
 from tests.support import apart
 from tests.support.link import Proxy
-from tests.support.small import SMALL
+from tests.support.small import SMALL, stated_splits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -73,14 +73,22 @@ class Federation:
         }
         (self.folder / "project.yaml").write_text(yaml.safe_dump(tree))
         self.command("provision", self.folder / "project.yaml", "-o", self.folder / "kits")
+        heldout = next((text[8:] for text in plan if text.startswith("heldout=")), "")
+        if not self.data.exists():
+            stated_splits(self.hospitals, self.data, heldout)
         for site in sites:
             self.fill_in(site)
+
+    @property
+    def data(self) -> Path:
+        """The hospitals' images, with the splits of a simulation."""
+        return self.folder / "data"
 
     def fill_in(self, site: str, **changes: Any) -> None:
         """Fill in a hospital's `site.yaml` and approve the code that is installed."""
         path = self.site(site) / "site.yaml"
         own = {
-            "data_root": str(self.hospitals),
+            "data_root": str(self.data),
             "device": "cpu",
             "patient_floor": 1,
             "min_pixels": 1,

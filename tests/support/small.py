@@ -1,6 +1,8 @@
 """Settings of a federation small enough for a test, and helpers to run it."""
 
+import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from fedsgcg.clients.data.case_files import split_of
+from fedsgcg.common.settings.data import DataSettings
 from fedsgcg.deploy.study.plan import plan_study
 from fedsgcg.deploy.study.study import Study
 
@@ -25,6 +29,24 @@ def overrides(hospitals: Path, output: Path, *more: str) -> list[str]:
     """Return the command line of a small study on a folder's hospitals; the last value counts."""
     texts = (f"data.root={hospitals}", f"output={output}", *SMALL, *more)
     return list({text.partition("=")[0]: text for text in texts}.values())
+
+
+def stated_splits(hospitals: Path, folder: Path, heldout: str = "") -> Path:
+    """Copy a data folder, with the splits of a simulation stated in its manifest.
+
+    A real hospital's splits depend on its secret; stated ones are the same in both. The held-out
+    hospital states none, since all its cases are test cases.
+    """
+    shutil.copytree(hospitals, folder)
+    fraction = DataSettings.validation_fraction
+    head, *rows = csv.reader((hospitals / "manifest.csv").read_text().splitlines())
+    stated = [
+        [*row, "" if row[0] == heldout else split_of(row[head.index("patient_id")], fraction)]
+        for row in rows
+    ]
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([[*head, "split"], *stated])
+    return folder
 
 
 def plan(hospitals: Path, output: Path, *more: str) -> Study:

@@ -81,6 +81,9 @@ def _case_text(facts: Mapping[str, Any]) -> str:
         parts = [f"{empty} with an empty mask"] if empty else []
         parts += [f"{sum(others.values())} with a remark ({_reasons(others)})"] if others else []
         text += f"; {', '.join(parts)}"
+    few = facts.get("suppressed")
+    if isinstance(few, list) and few:
+        text += f"; fewer than the hospital's floor: {join_words(few)}"
     return text
 
 

@@ -123,6 +123,8 @@ def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int
     mean, sd, low, high = (float(row[f"{metric}_{name}"]) for name in ("mean", "sd", "low", "high"))
     excluded = row[f"{metric}_excluded"]
     notes = [counted(excluded, row["evaluations"])] if excluded else []
+    if row.get(f"{metric}_few"):
+        notes.append("a few cases without a value")
     if row["site"] == AVERAGE and row["hospitals"] < hospitals:
         notes.append(f"{row['hospitals']} of {hospitals} hospitals")
     if len(row["seeds"]) < seeds:

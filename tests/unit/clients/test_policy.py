@@ -201,7 +201,8 @@ def test_the_coordinator_gets_the_code_and_the_site_the_words(root, tmp_path):
 
 def test_a_node_with_a_site_file_trains_on_its_own_data_under_its_own_floors(root, tmp_path):
     plan = asked_of(root, tmp_path)
-    reply = answer(policy_for(root, tmp_path, patient_floor=5), tmp_path, plan, wire.STATISTICS)
+    strict = asked_of(root, tmp_path, "privacy.min_patients=5")
+    reply = answer(policy_for(root, tmp_path), tmp_path, strict, wire.STATISTICS)
     assert reply.error == ""
     assert reply.statistics is not None
     assert reply.statistics.count.tolist() == [0, 0]
