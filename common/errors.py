@@ -62,6 +62,7 @@ CODES: Final[dict[str, str]] = {
     "MOD-808": "The predictions cannot be written.",
     "MOD-809": "There is no image to predict.",
     "MOD-810": "The image could not be predicted.",
+    "MOD-811": "The model's description is not the one that was written with its weights.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
@@ -72,6 +73,7 @@ CODES: Final[dict[str, str]] = {
     "POL-704": "The site does not allow this part to leave.",
     "POL-705": "The app bundle is not approved at this site.",
     "POL-706": "The site does not run code from outside the approved app bundle.",
+    "POL-707": "The installed software is not what this site approved.",
     # PAY and STA: what a site sent
     "PAY-101": "The weights have values that are not finite.",
     "PAY-103": "The weights do not have the names and shapes of the network.",
@@ -103,6 +105,7 @@ CODES: Final[dict[str, str]] = {
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",
+    "SRV-403": "A file of the run folder was changed after the run.",
     # DEP: deployment: kits, certificates, keys, the coordinator's server
     "DEP-601": "The site file cannot be used.",
     "DEP-602": "The project file cannot be used.",
@@ -119,6 +122,7 @@ CODES: Final[dict[str, str]] = {
     "DEP-613": "No run was started with this kit.",
     "DEP-614": "A run is in progress.",
     "DEP-615": "The run ended without an outcome.",
+    "DEP-616": "The private key of the certificate authority cannot be used.",
     # SITE: operation of a site, and unexpected failures, whose traceback stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
     "SITE-502": "The memory of the site's device is too small.",
@@ -137,6 +141,7 @@ CODES: Final[dict[str, str]] = {
     "SITE-514": "The disk is too full.",
     "SITE-515": "The site's clock is wrong.",
     "SITE-516": "The coordinator's certificate expires soon.",
+    "SITE-519": "The site's ledger contradicts what the coordinator confirmed; nothing leaves.",
     "SITE-518": "A key or folder of the site has the wrong permissions.",
 }
 

@@ -25,6 +25,15 @@ ROWS_SCHEMA = pa.schema(
 
 SCHEMA_VERSION: Final = "1"
 
+SEALED: Final = (
+    *("results.parquet", "rounds.parquet", "outcome.json", "model.safetensors", "model.json"),
+    "prototypes.arrow",
+)
+"""Files of a cell that its seal covers (`common.files.seals`)."""
+
+SEALED_TABLES: Final = ("results.parquet", "rounds.parquet")
+"""Files of a study that its seal covers."""
+
 CELL_FIELDS = [
     pa.field("method", pa.string()),  # label of the variant: the method and what the study varies
     pa.field("heldout", pa.string()),

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.files.seals import SEAL
 from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream_seed
@@ -136,7 +137,8 @@ class Federation:
 
     def run(self, start: float) -> Outcome:
         """Enrol the sites, run the remaining rounds, select a model and have it evaluated."""
-        self._disk.discard(Path(self._plan.output) / "outcome.json")
+        for name in (SEAL, "outcome.json"):
+            self._disk.discard(Path(self._plan.output) / name)
         state = self._start()
         self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-RESUME: Final = ("journal/checkpoint-*.safetensors", "journal/rounds/*.arrow", "sites/*/state/*")
+RESUME: Final = (
+    *("journal/checkpoint-*.safetensors", "journal/checkpoint-*.seal.json"),
+    *("journal/rounds/*.arrow", "sites/*/state/*"),
+)
 """Files needed only to resume an unfinished cell; `rounds.parquet` keeps the rounds' metrics."""
 
 PICTURES: Final = ("sites/*/pictures.arrow", "sites/*/features.arrow")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsgcg.common.errors import CODES, Problem, fail
+from fedsgcg.common.run_folder import SEALED, SEALED_TABLES
 from fedsgcg.server.report.labels import Label, folder_of, labels_of, read_label
 from fedsgcg.server.report.reader import Reader, Tree
 from fedsgcg.server.report.tables import Row, methods_of
@@ -187,7 +188,22 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
         for place, name in enumerate(methods_of([{"method": cell.method} for cell in cells]))
     }
     cells.sort(key=lambda cell: (order[cell.method], *cell.key[1:]))
+    _check_seals(reader, folder)
     return StudyFiles(folder, tree, tuple(cells), results, rounds, tuple(reader.problems)), reader
+
+
+def changed_files(folder: Path) -> list[Problem]:
+    """Return SRV-403 for every file that is not the one of the seal of its cell or its study."""
+    reader = Reader(folder)
+    _check_seals(reader, folder)
+    return reader.problems
+
+
+def _check_seals(reader: Reader, folder: Path) -> None:
+    if (folder / "study.yaml").is_file():
+        reader.check_seal(folder, SEALED_TABLES)
+    for path in _cell_folders(folder):
+        reader.check_seal(path, SEALED)
 
 
 def cell_folder(study: Path, key: Key) -> Path:
