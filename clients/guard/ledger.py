@@ -168,8 +168,8 @@ def examine(path: Path, key: Path, authority: Path, book: Path | None = None) ->
     confirmed = max((receipt.seq for receipt in kept), default=-1)
     unconfirmed = max(0, len(lines) - 1 - confirmed)
     signed = path.with_suffix(".head").is_file()
-    found = tuple(dict.fromkeys(problems))
-    return Standing(len(lines), found, len(kept), unconfirmed, signed)
+    distinct = tuple(dict.fromkeys(problems))
+    return Standing(len(lines), distinct, len(kept), unconfirmed, signed)
 
 
 def contradiction(lines: Sequence[Entry], receipt: Receipt) -> str:

@@ -171,7 +171,7 @@ class Journal:
         path = self.folder / "plan.json"
         if not path.exists():
             self._sealed = self._signer is not None
-            tree = {"digest": self._digest, "settings": settings_tree}
+            tree: dict[str, Any] = {"digest": self._digest, "settings": settings_tree}
             tree |= {"sealed": True} if self._sealed else {}
             self._disk.write(path, json.dumps(tree, indent=1, sort_keys=True).encode())
             return

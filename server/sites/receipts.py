@@ -132,8 +132,8 @@ class CountersigningGrid:
 
 def _stated_name(records: RecordDict) -> str:
     """Return the site's name as it states it: short and printable; the book is the node's."""
-    record = records.config_records.get("message") or {}
-    text = str(record.get("site", ""))[:LONGEST_TEXT]
+    record = records.config_records.get("message")
+    text = str(record.get("site", ""))[:LONGEST_TEXT] if record is not None else ""
     return "".join(char for char in text if char.isascii() and char.isprintable())
 
 
