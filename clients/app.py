@@ -367,6 +367,7 @@ def send(task: SiteRequest, reply: Reply) -> RecordDict:
         patients=task.patients if has_statistics else None,
         pixels=task.distinct_pixels if has_statistics else None,
         sharing=task.policy.sharing if task.policy else None,
+        key=task.key,
     )
 
 

@@ -22,7 +22,14 @@ from fedsgcg.clients.data.case_files import discover_sites, ensure_data, open_si
 from fedsgcg.clients.data.store import CaseStore, fingerprint, open_store
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.guard.approval import check_approved
-from fedsgcg.clients.guard.egress import UNKNOWN_IDENTITY, identity_of, log_exception, release_error
+from fedsgcg.clients.guard.egress import (
+    LEDGER,
+    UNKNOWN_IDENTITY,
+    identity_of,
+    log_exception,
+    release_error,
+)
+from fedsgcg.clients.guard.ledger import take_receipt
 from fedsgcg.clients.guard.limits import budget_of
 from fedsgcg.clients.guard.pinned import check_pinned
 from fedsgcg.clients.guard.policy import apply_policy, only_inside_data_root, policy_of
@@ -53,6 +60,7 @@ from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import Request, decode_request
 from fedsgcg.common.wire.payload import Identity
+from fedsgcg.common.wire.receipts import Receipt
 from fedsgcg.common.wire.sizes import Sizes
 
 
@@ -214,6 +222,11 @@ class SiteRequest:
         return pixels_per_class(self.stores, self.plan.data.num_classes)
 
     @property
+    def key(self) -> Path | None:
+        """File of the site's private key, which signs the head of the ledger; None if simulated."""
+        return Path(self.policy.key) if self.policy else None
+
+    @property
     def state(self) -> LocalState:
         """The site's own training state in this run."""
         return LocalState.of(self.home, self.identity)
@@ -291,13 +304,15 @@ def handle(
         tree: Resolved settings; if None, they are read from the run config.
     """
     identity = UNKNOWN_IDENTITY
-    site, home = "", None
+    site, home, key = "", None, None
     kind = str(message.metadata.message_type)
     try:
         identity = identity_of(message.content)
         if policy := policy_of(context.node_config):
-            site, home = policy.site, Path(policy.home)
+            site, home, key = policy.site, Path(policy.home), Path(policy.key)
             check_approved(policy)
+            if receipt := Receipt.of(message.content):
+                take_receipt(receipt, home / LEDGER, Path(policy.ca))
         requested = plan_of_run(tree, dict(context.run_config), context.run_id)
         plan = apply_policy(requested, policy)
         root = ensure_data(plan.data, plan.site.cache)
@@ -316,7 +331,7 @@ def handle(
         else:
             code = "SITE-500"
         note = str(error) if code.startswith("POL") else ""
-        return release_error(code, identity, site, home, kind, note=note)
+        return release_error(code, identity, site, home, kind, note=note, key=key)
 
 
 def require_role(task: SiteRequest, *allowed: str) -> None:

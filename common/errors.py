@@ -62,6 +62,7 @@ CODES: Final[dict[str, str]] = {
     "MOD-808": "The predictions cannot be written.",
     "MOD-809": "There is no image to predict.",
     "MOD-810": "The image could not be predicted.",
+    "MOD-811": "The model's description is not the one that was written with its weights.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
@@ -73,6 +74,7 @@ CODES: Final[dict[str, str]] = {
     "POL-705": "The app bundle is not approved at this site.",
     "POL-706": "The site does not run code from outside the approved app bundle.",
     "POL-707": "The request exceeds a limit of the site.",
+    "POL-708": "The installed software is not what this site approved.",
     "POL-720": "The release, or its difference from an earlier one, covers too few patients.",
     "POL-721": "The site's budget of releases or evaluations is spent.",
     "POL-722": "The request samples the data in another way than the site accepts.",
@@ -121,6 +123,7 @@ CODES: Final[dict[str, str]] = {
     # SRV: the coordinator's disk
     "SRV-401": "The run folder cannot be written.",
     "SRV-402": "A file of the run folder is damaged.",
+    "SRV-403": "A file of the run folder was changed after the run.",
     # DEP: deployment: kits, certificates, keys, the coordinator's server
     "DEP-601": "The site file cannot be used.",
     "DEP-602": "The project file cannot be used.",
@@ -137,6 +140,7 @@ CODES: Final[dict[str, str]] = {
     "DEP-613": "No run was started with this kit.",
     "DEP-614": "A run is in progress.",
     "DEP-615": "The run ended without an outcome.",
+    "DEP-616": "The private key of the certificate authority cannot be used.",
     # SITE: operation of a site, and unexpected failures, whose traceback stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
     "SITE-502": "The memory of the site's device is too small.",
@@ -157,6 +161,7 @@ CODES: Final[dict[str, str]] = {
     "SITE-516": "The coordinator's certificate expires soon.",
     "SITE-518": "A key or folder of the site has the wrong permissions.",
     "SITE-519": "Cases have no patient id.",
+    "SITE-520": "The site's ledger contradicts what the coordinator confirmed; nothing leaves.",
 }
 
 

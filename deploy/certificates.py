@@ -7,6 +7,7 @@ OpenSSH format. Private key files are created with mode 0600 and are never print
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import os
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def make_site_key(folder: Path, site: str) -> str:
     else:
         key = ec.generate_private_key(ec.SECP384R1())
         write_secret(path, _private_bytes(key, serialization.PrivateFormat.OpenSSH))
-    line = _public_line(key.public_key(), site)
+    line = public_line(key, site)
     (folder / "site.pub").write_text(line + "\n", encoding="utf-8")
     return line
 
@@ -172,10 +173,14 @@ def fingerprint(line: str) -> str:
     return sha256(line.split()[1].encode()).hexdigest()[:16]
 
 
+def spoken_fingerprint(line: str) -> str:
+    """Return 128 bits of a public key's SHA-256 in pairs of digits, to be read over the phone."""
+    return _pairs(sha256(base64.b64decode(line.split()[1])).hexdigest()[:32])
+
+
 def certificate_fingerprint(certificate: x509.Certificate) -> str:
     """Return a certificate's SHA-256 in pairs of digits, to be compared over the phone."""
-    digest = certificate.fingerprint(hashes.SHA256()).hex().upper()
-    return ":".join(digest[i : i + 2] for i in range(0, len(digest), 2))
+    return _pairs(certificate.fingerprint(hashes.SHA256()).hex())
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -212,18 +217,58 @@ def names_of(certificate: x509.Certificate) -> list[str]:
     return [*found.get_values_for_type(x509.DNSName), *addresses]
 
 
-def write_authority(folder: Path, authority: Authority) -> None:
-    """Write `ca.crt` and `ca.key` (0600)."""
+def write_authority(
+    folder: Path, authority: Authority, key: Path | None = None, passphrase: bytes | None = None
+) -> None:
+    """Write `ca.crt` into a folder, and the private key (0600).
+
+    Args:
+        folder: Folder of `ca.crt`.
+        authority: The authority.
+        key: File of the private key; default: `ca.key` in the folder.
+        passphrase: Encrypts the private key; None leaves it unencrypted.
+    """
+    write_authority_key(key or folder / "ca.key", authority.key, passphrase)
     (folder / "ca.crt").write_bytes(authority.certificate.public_bytes(serialization.Encoding.PEM))
-    write_secret(
-        folder / "ca.key", _private_bytes(authority.key, serialization.PrivateFormat.PKCS8)
-    )
 
 
-def read_authority(folder: Path) -> Authority:
-    """Read `ca.crt` and `ca.key`; raises DEP-603 when either cannot be used."""
-    key = _read_pem_key(folder / "ca.key")
-    return Authority(read_certificate(folder / "ca.crt"), key)
+def write_authority_key(
+    path: Path, key: ec.EllipticCurvePrivateKey, passphrase: bytes | None
+) -> None:
+    """Write an authority's private key (0600), encrypted if there is a passphrase."""
+    encryption: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    form = serialization.PrivateFormat.PKCS8
+    write_secret(path, key.private_bytes(serialization.Encoding.PEM, form, encryption))
+
+
+def is_encrypted(path: Path) -> bool:
+    """Return whether a private key's file needs a passphrase; raises DEP-603 if unreadable."""
+    try:
+        return b"ENCRYPTED" in path.read_bytes().split(b"\n", 1)[0]
+    except OSError as error:
+        found = _unreadable(error, "a private key")
+        raise fail("DEP-603", where=str(path), found=found) from error
+
+
+def read_authority(
+    folder: Path, key: Path | None = None, passphrase: bytes | None = None
+) -> Authority:
+    """Read an authority; raises DEP-603 when a file, the passphrase or their pair is wrong.
+
+    Args:
+        folder: Folder of `ca.crt`.
+        key: File of the private key; default: `ca.key` in the folder.
+        passphrase: Passphrase of an encrypted key.
+    """
+    path = key or folder / "ca.key"
+    private = _read_pem_key(path, passphrase)
+    certificate = read_certificate(folder / "ca.crt")
+    if certificate.public_key() != private.public_key():
+        expected = "the private key of ca.crt"
+        raise fail("DEP-603", where=str(path), found="another authority's key", expected=expected)
+    return Authority(certificate, private)
 
 
 def write_server(
@@ -245,11 +290,11 @@ def write_secret(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def _read_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def _read_pem_key(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        key = serialization.load_pem_private_key(path.read_bytes(), passphrase)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        found = _unreadable(error, "a private key")
+        found = _unreadable(error, "a private key that this passphrase opens")
         raise fail(
             "DEP-603", where=str(path), found=found, expected="the authority's private key"
         ) from error
@@ -263,6 +308,10 @@ def _read_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def _pairs(digits: str) -> str:
+    return ":".join(digits[i : i + 2] for i in range(0, len(digits), 2)).upper()
+
+
 def _unreadable(error: Exception, expected: str) -> str:
     """Return what was found where a key or certificate could not be read."""
     if isinstance(error, FileNotFoundError):
@@ -274,11 +323,14 @@ def _private_bytes(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateF
     return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
-def _public_line(key: ec.EllipticCurvePublicKey, comment: str) -> str:
-    line = key.public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    ).decode()
-    return f"{line} {comment}"
+def public_line(key: ec.EllipticCurvePrivateKey, comment: str = "") -> str:
+    """Return the public key of a private one as one OpenSSH line."""
+    line = (
+        key.public_key()
+        .public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        .decode()
+    )
+    return f"{line} {comment}".rstrip()
 
 
 def _builder(

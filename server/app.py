@@ -27,6 +27,7 @@ from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.server.federation import Outcome, run_federation
 from fedsgcg.server.records.events import OnEvent, ignore_event
+from fedsgcg.server.sites.receipts import with_receipts
 
 LOG = logging.getLogger("flwr")  # Flower's own logger: `flwr run --stream` shows it
 
@@ -50,7 +51,7 @@ def build_server_app(
     def main(grid: Grid, context: Context) -> None:
         plan = plan_of_run(tree, dict(context.run_config), context.run_id)
         # A failure is raised but not logged: Flower prints what an app raises.
-        report_outcome(run_federation(grid, plan, on_event), plan)
+        report_outcome(run_federation(with_receipts(grid), plan, on_event), plan)
 
     return app
 

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.files.seals import SEAL
 from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.run_folder import paths
@@ -154,7 +155,8 @@ class Federation:
 
     def run(self, start: float) -> Outcome:
         """Enrol the sites, run the remaining rounds, select a model and have it evaluated."""
-        self._disk.discard(Path(self._plan.output) / paths.OUTCOME)
+        for name in (SEAL, paths.OUTCOME):
+            self._disk.discard(Path(self._plan.output) / name)
         state = self._start()
         self._judge.start(state.history, state.round + 1)
         self._amplitudes = self._shared_amplitudes()

@@ -1,9 +1,13 @@
 """Approval of code at this hospital: the hashes of the app bundles that its staff approved.
 
 The hash of a bundle (Flower's FAB, a zip file) covers its code: all files except documentation and
-packaging (`READABLE`), and the name of the client app that Flower loads. The resident
-(`deploy.site.resident`) checks a bundle before unpacking or importing it. For sites that run
-Flower's own processes, the app also checks the folder it runs from (`check_approved`).
+packaging (`READABLE`), and the name of the client app that Flower loads. A bundle contains source
+code only: a file of another kind (bytecode, a library) is refused. The resident
+(`deploy.site.resident`) checks a bundle before anything of it is unpacked or imported; a refused
+bundle is kept as one file. For sites that run Flower's own processes, the app also checks the
+folder it runs from (`check_approved`).
+
+An approval also covers the software that runs the bundle (`clients.guard.software`).
 
 Flower 1.41's signed bundles (`--trusted-entities`) are not used. A SuperNode accepts only
 signatures that its SuperLink fetched from Flower's hub together with the bundle
@@ -23,6 +27,7 @@ import tomllib
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -30,7 +35,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.clients.guard.software import BYTECODE, Software, software_changes
 from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.choices import is_import_path
 
 FOLDERS = ("clients", "common", "configs", "server")
 CODE = (".py", ".yaml")
@@ -52,6 +59,9 @@ LONGEST_PATH = 1000
 
 MOST_REFUSED = 5
 """Number of refused bundles kept for comparison."""
+
+MOST_CHANGES = 8
+"""Number of changes of the installed software that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,10 @@ def read_bundle(content: bytes) -> Bundle:
                 raise ValueError(f"more than {MOST_FILES} files")
             for entry in entries:
                 _check_entry(entry)
+                if not _is_source(entry.filename):
+                    raise ValueError(f"a file that is not source code: {entry.filename!r}")
+            if len({entry.filename for entry in entries}) < len(entries):
+                raise ValueError("two files of one name")
             files = {entry.filename: archive.read(entry) for entry in entries}
         project = tomllib.loads(files["pyproject.toml"].decode())
         components = project["tool"]["flwr"]["app"]["components"]
@@ -99,7 +113,10 @@ def read_bundle(content: bytes) -> Bundle:
             for name, text in files.items()
             if name not in READABLE and not name.startswith(".info/")
         }
-        return Bundle(code, str(components["clientapp"]))
+        client_app = str(components["clientapp"])
+        if not is_import_path(client_app):
+            raise ValueError(f"a client app {client_app!r} that is not package.module:attribute")
+        return Bundle(code, client_app)
     except (
         *(zipfile.BadZipFile, zlib.error, EOFError, OSError),
         *(ValueError, KeyError, TypeError, AttributeError),
@@ -135,14 +152,39 @@ def bundle_of_folder(folder: Path) -> Bundle:
     return Bundle(code_of_folder(folder))
 
 
-def unpack(bundle: Bundle, folder: Path) -> Path:
-    """Write a bundle's code atomically into a subfolder named after its digest; return it.
+def pack(bundle: Bundle) -> bytes:
+    """Return a bundle as a file that `read_bundle` reads; it is kept for comparison."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in sorted(bundle.code.items()):
+            archive.writestr(name, text)
+        archive.writestr(
+            "pyproject.toml",
+            f"[tool.flwr.app.components]\nclientapp = {json.dumps(bundle.client_app)}\n",
+        )
+    return content.getvalue()
 
-    An existing subfolder is compared byte by byte, and replaced if it differs.
+
+def keep(bundle: Bundle, path: Path) -> Path:
+    """Keep a bundle, packed, in the store of an approvals file, and return its file."""
+    file = bundle_store(path) / f"{bundle.digest}.fab"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial.write_bytes(pack(bundle))
+        partial.replace(file)
+    return file
+
+
+def unpack(bundle: Bundle, folder: Path) -> Path:
+    """Write an approved bundle's code into a subfolder named after its digest; return it.
+
+    The subfolder is written atomically. An existing one is compared byte by byte, and replaced if
+    any file differs, is missing or was added, also in a `__pycache__`.
     """
     place = folder / bundle.digest
     if place.is_dir():
-        if read_unpacked(place).code == bundle.code:
+        if read_unpacked(place) == bundle.code:
             return place
         shutil.rmtree(place)
     partial = folder / f"{bundle.digest}.{os.getpid()}.partial"
@@ -150,7 +192,6 @@ def unpack(bundle: Bundle, folder: Path) -> Path:
         path = partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    (folder / f"{bundle.digest}.app").write_text(bundle.client_app, encoding="utf-8")
     try:
         partial.rename(place)
     except OSError:
@@ -165,20 +206,60 @@ def approvals(path: Path) -> list[dict[str, Any]]:
     Raises:
         FedsgcgError: POL-705 when the file cannot be read; nothing is approved then.
     """
+    with _readable(path):
+        return [entry for entry in _tree(path)["approved"] if isinstance(entry["digest"], str)]
+
+
+def approved_software(path: Path) -> Software | None:
+    """Return the lock of the software that was approved last; None if there is none.
+
+    Raises:
+        FedsgcgError: POL-705 when the file cannot be read.
+    """
+    with _readable(path):
+        tree = _tree(path).get("software")
+        return None if tree is None else Software.from_tree(tree)
+
+
+def require_software(path: Path, now: Software) -> None:
+    """Refuse to run with installed software that differs from the approved one.
+
+    Raises:
+        FedsgcgError: POL-708 with each difference.
+    """
+    before = approved_software(path)
+    if before == now:
+        return
+    changes = software_changes(before, now) if before else ["no approved list of this software"]
+    more = f"; and {len(changes) - MOST_CHANGES} more" if len(changes) > MOST_CHANGES else ""
+    raise fail(
+        "POL-708",
+        where=str(path),
+        found="; ".join(changes[:MOST_CHANGES]) + more,
+        expected="the software that was installed at the last approval",
+        action="fedsgcg-site approve KIT shows the changes and asks",
+    )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["approved"]
-        return [entry for entry in entries if isinstance(entry["digest"], str)]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        action = "repair or remove the file, then approve again"
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise fail(
             "POL-705",
             where=str(path),
             found=f"{error}",
             expected="a readable approvals file",
-            action=action,
+            action="repair or remove the file, then approve again",
         ) from error
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {"approved": []}
 
 
 def is_approved(bundle: Bundle, path: Path) -> bool:
@@ -202,66 +283,73 @@ def require_approved(bundle: Bundle, path: Path) -> None:
         )
 
 
-def approve(bundle: Bundle, path: Path, by: str) -> None:
-    """Add an approval and keep the code, so that a later bundle can be compared with it."""
+def approve(bundle: Bundle, path: Path, by: str, software: Software | None = None) -> None:
+    """Add an approval and keep the code, so that a later bundle can be compared with it.
+
+    Args:
+        bundle: The approved code.
+        path: The approvals file.
+        by: Who approves.
+        software: The approved installed software; default: what is installed now.
+    """
+    lock = software or Software.installed()
     entry = {
         "digest": bundle.digest,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "by": by,
+        "software": lock.digest,
     }
     known = [old for old in approvals(path) if old["digest"] != bundle.digest]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unpack(bundle, bundle_store(path))
+    keep(bundle, path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"approved": [*known, entry]}, indent=1), encoding="utf-8")
+    tree = {"approved": [*known, entry], "software": lock.as_tree()}
+    partial.write_text(json.dumps(tree, indent=1), encoding="utf-8")
     partial.chmod(0o600)
     partial.replace(path)
 
 
 def bundle_store(path: Path) -> Path:
-    """Return the folder with the code of approved and refused bundles, one subfolder per digest."""
+    """Return the folder of approved and refused bundles: a file and, once run, a folder each."""
     return path.parent / "bundles"
 
 
 def last_approved(path: Path) -> Bundle | None:
     """Return the code that was approved last, or None."""
     known = approvals(path)
-    folder = bundle_store(path) / known[-1]["digest"] if known else None
-    return read_unpacked(folder) if folder is not None and folder.is_dir() else None
+    file = bundle_store(path) / f"{known[-1]['digest']}.fab" if known else None
+    return read_kept(file) if file is not None and file.is_file() else None
 
 
-def read_unpacked(folder: Path) -> Bundle:
-    """Return what `unpack` wrote into a folder."""
-    app = folder.with_name(folder.name + ".app")
-    client_app = app.read_text(encoding="utf-8") if app.is_file() else CLIENT_APP
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and "__pycache__" not in file.parts
-    ]
-    return Bundle(
-        {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}, client_app
-    )
+def read_kept(file: Path) -> Bundle:
+    """Read a bundle that `keep` wrote; raises POL-705 when the file was changed since."""
+    bundle = read_bundle(file.read_bytes())
+    if bundle.digest != file.stem:
+        found, action = f"code {bundle.digest}", "remove the file"
+        raise fail("POL-705", where=str(file), found=found, expected=file.stem, action=action)
+    return bundle
+
+
+def read_unpacked(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder: path -> content."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+    }
 
 
 def refused_bundles(path: Path) -> list[Path]:
-    """Return the folders of kept code that was not approved, newest first."""
+    """Return the files of kept bundles that were not approved, newest first."""
     known = {entry["digest"] for entry in approvals(path)}
-    folders = [
-        folder
-        for folder in bundle_store(path).glob("*")
-        if folder.is_dir() and len(folder.name) == 64
-    ]
-    return sorted(
-        (f for f in folders if f.name not in known), key=lambda f: f.stat().st_mtime, reverse=True
-    )
+    files = [file for file in bundle_store(path).glob("*.fab") if file.stem not in known]
+    return sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
 
 
 def remove_old_refused(path: Path) -> None:
     """Keep only the newest refused bundles, so that many submissions cannot fill the disk."""
-    for folder in refused_bundles(path)[MOST_REFUSED:]:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_name(folder.name + ".app").unlink(missing_ok=True)
+    for file in refused_bundles(path)[MOST_REFUSED:]:
+        file.unlink(missing_ok=True)
 
 
 def difference(old: Bundle | None, new: Bundle) -> Iterator[tuple[str, str]]:
@@ -313,6 +401,13 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
     # Python bounds what it inflates, but expands a block of the other methods at once.
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"compression method {entry.compress_type} of {name!r}")
+
+
+def _is_source(name: str) -> bool:
+    path = PurePosixPath(name)
+    if name in READABLE or name.startswith(".info/"):
+        return True
+    return path.suffix in CODE and BYTECODE not in path.parts
 
 
 def _leaves_folder(name: str) -> bool:

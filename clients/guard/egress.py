@@ -8,7 +8,6 @@ Legend: K classes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import traceback
@@ -30,6 +29,7 @@ from fedsgcg.common.settings.federation import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import Reply, encode_reply, payload_bytes
 from fedsgcg.common.wire.payload import Identity
+from fedsgcg.common.wire.receipts import payload_digest
 
 LEDGER = "ledger.jsonl"
 LOG = logging.getLogger("fedsgcg.site")
@@ -48,6 +48,7 @@ def release(
     pixels: npt.NDArray[np.int64] | None = None,
     sharing: tuple[str, ...] | None = None,
     note: str = "",
+    key: Path | None = None,
 ) -> RecordDict:
     """Apply the floors, write the ledger line, and return what may leave.
 
@@ -62,6 +63,8 @@ def release(
             pixel more than once.
         sharing: Parts that the site's policy allows to leave; None where no policy is set.
         note: Remark for the site's own ledger; never leaves the site.
+        key: The site's private key: the ledger's head is signed with it and sent with the reply,
+            so that the coordinator can countersign it. None in a simulation.
 
     Raises:
         FedsgcgError: POL-704 for a part that the site does not share, SITE-501 when the ledger
@@ -80,7 +83,7 @@ def release(
         # The hashes travel inside the text part, but the policy treats them as a part of their own.
         parts = parts | {CONTENT_HASHES: len(json.dumps(reply.details[CONTENT_HASHES]))}
     check_sharing(parts, sharing)
-    ledger.append(
+    head = ledger.append(
         home / LEDGER,
         round_number=reply.identity.round,
         kind=kind,
@@ -88,12 +91,21 @@ def release(
         withheld=withheld,
         sha256=payload_digest(records),
         note=note or reply.error,
+        key=key,
     )
+    if key is not None:
+        head.attach(records)
     return records
 
 
 def release_error(
-    code: str, identity: Identity, site: str, home: Path | None, kind: str, note: str = ""
+    code: str,
+    identity: Identity,
+    site: str,
+    home: Path | None,
+    kind: str,
+    note: str = "",
+    key: Path | None = None,
 ) -> RecordDict:
     """Return the reply of a failed site: an error code without any text.
 
@@ -104,7 +116,7 @@ def release_error(
     if home is None:
         return encode_reply(reply)
     try:
-        return release(reply, home, kind=kind, privacy=PrivacySettings(), note=note)
+        return release(reply, home, kind=kind, privacy=PrivacySettings(), note=note, key=key)
     except FedsgcgError:
         return encode_reply(reply)
 
@@ -156,18 +168,3 @@ def apply_floors(
         scatter=np.where(low[:, None, None], 0.0, statistics.scatter),
     )
     return kept, [int(index) for index in np.flatnonzero(low & (statistics.count > 0))]
-
-
-def payload_digest(records: RecordDict) -> str:
-    """Return the SHA-256 over every record of a reply, in the order of their names."""
-    sha = hashlib.sha256()
-    for name in sorted(records):
-        record = records[name]
-        for key in sorted(record):
-            value = record[key]
-            data = getattr(value, "data", None)  # the bytes of an array
-            if data is None:
-                data = value if isinstance(value, bytes) else json.dumps(value).encode()
-            sha.update(f"{name}/{key}/{len(data)}\n".encode())
-            sha.update(data)
-    return sha.hexdigest()

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 from torch import nn
 
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.seals import digest_of
 from fedsgcg.common.images.read import KINDS, PICTURE
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.run_folder import paths
@@ -71,7 +72,8 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
         FedsgcgError: POL-706 for an import path that is not in `code`, CFG-011 for an unusable
             network class, MOD-801 for missing or damaged files, MOD-802 for another schema version,
             MOD-803 for weights with another digest, MOD-804 for weights of another network, MOD-805
-            for contradictory labels and structures, MOD-807 for prototypes of another model.
+            for contradictory labels and structures, MOD-807 for prototypes of another model,
+            MOD-811 for a `model.json` that is not the one written with the weights.
     """
     folder = path if path.is_dir() else path.parent
     card = read_card(folder)
@@ -84,11 +86,13 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
         )
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
+    prototypes = _prototypes(card, data, settings, folder)
+    _check_card(folder / Path(str(card["weights"])).name, folder / "model.json")
     return Model(
         card,
         data,
         network,
-        _prototypes(card, data, settings, folder),
+        prototypes,
         bool(card.get("normalize", True)),
         _kinds(card, data),
     )
@@ -221,6 +225,29 @@ def _load_weights(network: nn.Module, card: Mapping[str, Any], folder: Path) -> 
     network.load_state_dict({name: torch.from_numpy(state[name].copy()) for name in own})
 
 
+def _check_card(weights: Path, card: Path) -> None:
+    """Refuse a `model.json` other than the one that was written with the weights.
+
+    Its labels or preprocessing may have been swapped: the masks would be plausible and wrong.
+    Models of older versions do not name their card.
+    """
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            facts = json.loads((file.metadata() or {}).get("fedsgcg", "{}"))
+        wanted = str(facts.get("card_sha256", ""))
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise _damaged(weights, f"{type(error).__name__}: {error}") from error
+    found = digest_of(card)
+    if wanted and found != wanted:
+        raise fail(
+            "MOD-811",
+            where=str(card),
+            found=f"SHA-256 {found[:12]}",
+            expected=f"SHA-256 {wanted[:12]}, as stated in {weights.name}",
+            action="One of the two files was changed or belongs to another model: copy both again.",
+        )
+
+
 def _prototypes(
     card: Mapping[str, Any], data: DataSettings, settings: NetworkSettings, folder: Path
 ) -> ClassStatistics | None:
@@ -230,6 +257,15 @@ def _prototypes(
     path = folder / Path(str(card["prototypes"])).name
     if not path.is_file():
         return None  # an error only for a confidence map; masks need no prototypes
+    wanted_digest = card.get("prototypes_sha256")
+    if wanted_digest and (digest := digest_of(path)) != wanted_digest:
+        raise fail(
+            "MOD-807",
+            where=str(path),
+            found=f"SHA-256 {digest[:12]}",
+            expected=f"SHA-256 {str(wanted_digest)[:12]}: the prototypes of this model",
+            action="Copy prototypes.arrow again.",
+        )
     try:
         statistics, identity = decode_statistics(path.read_bytes())
     except FedsgcgError as error:

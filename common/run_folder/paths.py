@@ -25,6 +25,12 @@ EVENTS: Final = "events.jsonl"
 OUTCOME: Final = "outcome.json"
 """How a run ended; the last file that it writes."""
 
+SEALED: Final = (RESULTS, ROUNDS, OUTCOME, WEIGHTS, MODEL_CARD, PROTOTYPES)
+"""Files of a cell that its seal covers (`common.files.seals`)."""
+
+SEALED_TABLES: Final = (RESULTS, ROUNDS)
+"""Files of a study that its seal covers."""
+
 JOURNAL: Final = "journal"
 """Folder of the checkpoints of a run that has not finished."""
 

@@ -227,6 +227,7 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
 def _report(options: argparse.Namespace, console: Screen) -> int:
     from fedsgcg.deploy.study.record import collect, read_record
     from fedsgcg.server.report.build import make_report
+    from fedsgcg.server.report.study_files import changed_files
 
     folder: Path = options.folder
     _check_run_folder(folder)
@@ -234,9 +235,12 @@ def _report(options: argparse.Namespace, console: Screen) -> int:
         read_record(folder)
         collect(folder)
         path = make_report(folder, step)
+    changed = changed_files(folder)
+    for problem in changed:
+        console.print(str(problem), style="red")
     console.print(f"report: {path}")
     console.event("report.done", report=path)
-    return 0
+    return 1 if changed else 0
 
 
 def _clean(options: argparse.Namespace, console: Screen) -> int:

@@ -72,7 +72,7 @@ def _provision_command(commands: Any) -> None:
         action="append",
         default=[],
         metavar="SITE",
-        help="revoke its key and make a new one",
+        help="revoke its key and register a new one",
     )
     command.add_argument(
         "--register",
@@ -81,11 +81,24 @@ def _provision_command(commands: Any) -> None:
         metavar="SITE=FILE",
         help="register a public key that the site made",
     )
+    command.add_argument(
+        "--ca-key",
+        type=Path,
+        metavar="FILE",
+        help="the authority's private key, kept elsewhere; default: ca.key in the kit",
+    )
+    command.add_argument(
+        "--ca-passphrase-file",
+        type=Path,
+        metavar="FILE",
+        help="its passphrase; default: FEDSGCG_CA_PASSPHRASE, or ask on the terminal",
+    )
     command.set_defaults(run=_provision)
 
 
 def _provision(options: argparse.Namespace, console: Screen) -> int:
-    from fedsgcg.deploy.coordinator.provision import provision
+    from fedsgcg.deploy.coordinator.passphrase import Passphrase
+    from fedsgcg.deploy.coordinator.provision import AuthorityKey, provision
 
     registrations = [_registration(text) for text in options.register]
     done = provision(
@@ -95,6 +108,7 @@ def _provision(options: argparse.Namespace, console: Screen) -> int:
         revoke=options.revoke,
         reissue=options.reissue,
         register=registrations,
+        authority=AuthorityKey(options.ca_key, Passphrase(options.ca_passphrase_file)),
     )
     for line in done.made or ["nothing to do: everything exists and is valid"]:
         console.print(f"  {line}")
@@ -102,8 +116,10 @@ def _provision(options: argparse.Namespace, console: Screen) -> int:
         line = f"{site}: waiting for its site.pub (the site runs fedsgcg-site request)"
         console.print(f"  {line}; then use --register {site}=site.pub", style="yellow")
     for site in done.revoked:
-        line = f"{site}: its key is revoked; --reissue {site} makes a new one"
+        line = f"{site}: its key is revoked; --reissue {site} starts over"
         console.print(f"  {line}", style="yellow")
+    for site, spoken in done.registered.items():
+        console.print(f"  {site}: compare the fingerprint of its key by phone: {spoken}")
     for line in done.warnings:
         console.print(f"  {line}", style="yellow")
     console.print(f"coordinator: {done.kit.folder}")

@@ -94,6 +94,11 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
         "--no-link", action="store_true", help="do not check the link to the coordinator"
     )
     check.add_argument("--all", action="store_true", help="also show files without a problem")
+    check.add_argument(
+        "--software",
+        action="store_true",
+        help="compare every installed file with its package's record (up to a minute)",
+    )
     made["join"].add_argument(
         "--cold", action="store_true", help="start a new training process for every message"
     )
@@ -115,6 +120,19 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
         type=Path,
         help="model.safetensors to use; default: newly initialised weights",
     )
+    ledger.add_argument(
+        "--receipts",
+        type=Path,
+        metavar="FILE",
+        help="compare with a copy of the coordinator's book",
+    )
+    ledger.add_argument(
+        "--continue",
+        dest="continue_",
+        default="",
+        metavar="REASON",
+        help="record why the ledger contradicts the coordinator's receipt, and answer again",
+    )
     approve = made["approve"]
     approve.add_argument(
         "bundle", type=Path, nargs="?", help="a .fab file; default: the bundle refused last"
@@ -125,9 +143,11 @@ def _options(made: dict[str, argparse.ArgumentParser]) -> None:
     approve.add_argument(
         "--installed", action="store_true", help="approve exactly the code that is installed here"
     )
-    approve.add_argument("--yes", action="store_true", help="approve without asking")
     approve.add_argument(
-        "--diff", action="store_true", help="show every changed line, not only the file names"
+        "--yes", action="store_true", help="approve without asking; needed without a terminal"
+    )
+    approve.add_argument(
+        "--diff", action="store_true", help="show every changed line, not only the first 400"
     )
     made["cache"].add_argument(
         "--prune", action="store_true", help="remove files not used recently"
@@ -147,6 +167,7 @@ def _check(options: argparse.Namespace, console: Screen) -> int:
         options.settings,
         link=not options.no_link,
         console=console,
+        software=options.software,
     )
     if options.json:
         console.print(json.dumps([finding.as_dict() for finding in findings], indent=1))
@@ -209,8 +230,9 @@ def _status(options: argparse.Namespace, console: Screen) -> int:
         rows.append(("last message", f"{facts['last_message']}, {when}"))
     if facts.get("last"):
         rows.append(("last problem", str(facts["last"])))
-    lines = ledger.entries(home / LEDGER) if (home / LEDGER).exists() else []
-    rows.append(("ledger", f"{len(lines)} messages sent, chain intact"))
+    standing = ledger.examine(home / LEDGER, Path(policy.key), Path(policy.ca))
+    found = "; ".join(standing.problems) or f"intact, {standing.receipts} receipts agree with it"
+    rows.append(("ledger", f"{standing.lines} messages sent, {found}"))
     table = Table(show_header=False, title=None, box=None)
     for name, value in rows:
         table.add_row(Text(name, style="bold"), value)
@@ -244,6 +266,8 @@ To leave for good:
 
 
 def _ledger(options: argparse.Namespace, console: Screen) -> int:
+    from fedsgcg.clients.guard.egress import LEDGER
+    from fedsgcg.clients.guard.ledger import record_gap
     from fedsgcg.deploy.site.check import plan_of_kit
     from fedsgcg.deploy.site.ledger_view import dry_run, show_ledger
 
@@ -251,12 +275,19 @@ def _ledger(options: argparse.Namespace, console: Screen) -> int:
     policy = read_site_file(path)
     if options.dry_run:
         return dry_run(policy, plan_of_kit(path.parent, options.settings), options.model, console)
-    return show_ledger(policy, console, last=0 if options.all else RECENT)
+    if options.continue_:
+        home = Path(policy.home)
+        key, authority = Path(policy.key), Path(policy.ca)
+        head = record_gap(home / LEDGER, options.continue_, key, authority)
+        console.print(f"Recorded as line {head.seq}; the site answers again.")
+        return 0
+    last = 0 if options.all else RECENT
+    return show_ledger(policy, console, last=last, book=options.receipts)
 
 
 def _approve(options: argparse.Namespace, console: Screen) -> int:
     from fedsgcg.clients.guard.approval import approvals, approve, is_approved
-    from fedsgcg.deploy.site.approve import choose_bundle, show_difference
+    from fedsgcg.deploy.site.approve import choose_bundle, show_review, software_is_approved
 
     policy = read_site_file(site_file_of(options.kit))
     path = Path(policy.approved)
@@ -266,23 +297,27 @@ def _approve(options: argparse.Namespace, console: Screen) -> int:
             f"Nothing is waiting for approval; approved last: {approvals(path)[-1]['digest']}"
         )
         return 0
-    if is_approved(bundle, path):
-        console.print(f"{bundle.digest} is already approved.")
+    if is_approved(bundle, path) and software_is_approved(path):
+        console.print(f"{bundle.digest} and the software installed here are already approved.")
         return 0
-    show_difference(bundle, path, console, lines=options.diff)
-    if not options.yes and not _confirmed():
-        console.print(
-            "Not approved: this code will not run here. --yes approves without asking.",
-            style="yellow",
-        )
+    show_review(bundle, policy, console, all_lines=options.diff)
+    if refusal := "" if options.yes else _refusal():
+        console.print(f"Not approved: {refusal}. This code will not run here.", style="yellow")
         return 1
     approve(bundle, path, user_name())
     console.print(f"Approved: {bundle.digest}")
     return 0
 
 
-def _confirmed() -> bool:
-    return sys.stdin.isatty() and input("Approve this code to run here? [y/N] ").lower() == "y"
+def _refusal() -> str:
+    """Ask; return why nothing is approved, or "" after a yes."""
+    if not sys.stdin.isatty():
+        return "there is no terminal to ask on; read the above, then add --yes"
+    try:
+        answer = input("Approve this code and this software to run here? [y/N] ").strip().lower()
+    except EOFError:
+        return "the input ended without an answer"
+    return "" if answer in ("y", "yes") else f"the answer was {answer or 'empty'!r}, not y"
 
 
 def _cache(options: argparse.Namespace, console: Screen) -> int:
@@ -303,7 +338,7 @@ def _cache(options: argparse.Namespace, console: Screen) -> int:
 
 
 def _request(options: argparse.Namespace, console: Screen) -> int:
-    from fedsgcg.deploy.certificates import make_site_key
+    from fedsgcg.deploy.certificates import make_site_key, spoken_fingerprint
 
     path = site_file_of(options.kit)
     policy = read_site_file(path)
@@ -315,6 +350,8 @@ def _request(options: argparse.Namespace, console: Screen) -> int:
         f"Send this line ({key.parent / 'site.pub'}) to the coordinator; keep {key} secret:"
     )
     console.print(line)
+    console.print("The coordinator compares its fingerprint with you by phone:")
+    console.print(f"  {spoken_fingerprint(line)}")
     return 0
 
 

@@ -30,9 +30,10 @@ To run the server under systemd use `{unit}`.
 Also: `fedsgcg stop .`, `fedsgcg resume .`. Results: `runs/`.
 
 `ca.key`, `server.key`, `token` and `executor.secret` are secrets (mode 0600). Never send them.
-Back up this folder. `ca.key` is needed only to make certificates or kits and may be kept offline
-at other times. Give each hospital its own folder of `sites/` over a secure channel and the
-authority's fingerprint over the phone, then delete your copy of its `site.key`.
+Back up this folder. `ca.key` is needed only to make the server's certificate: keep it offline
+(`fedsgcg provision ... --ca-key FILE` uses it from there), or at least encrypted. Give each
+hospital its own folder of `sites/` over a secure channel, and compare two fingerprints with it over
+the phone: the authority's, and that of the hospital's key when you register it. {issued}
 """
 
 SITE_README: Final = """\
@@ -53,12 +54,16 @@ Also: `fedsgcg-site status .`, `fedsgcg-site ledger .` (what left this hospital)
 `fedsgcg-site leave .`.
 
 `site.key` is this hospital's identity (mode 0600). Never send it. If it is lost, inform the
-coordinator.
+coordinator. `fedsgcg-site check .` shows the fingerprints of the authority and of this key: compare
+both with the coordinator's over the phone.
 """
 
 REQUEST: Final = """\
 fedsgcg-site request .    # makes site.key here; send site.pub (not secret) to the coordinator
 """
+
+ISSUED: Final = "Then delete your\ncopy of its `site.key`."
+SITE_KEYS: Final = "No private\nkey of a hospital is ever here."
 
 COORDINATOR_COMPOSE: Final = """\
 # One container: the coordinator's server. Start the study with
@@ -130,7 +135,10 @@ def coordinator_files(project: Project) -> dict[str, str]:
     """Return file name -> text for the coordinator's kit."""
     return {
         "README.md": COORDINATOR_README.format(
-            name=project.name, server=project.server, unit=COORDINATOR_UNIT
+            name=project.name,
+            server=project.server,
+            unit=COORDINATOR_UNIT,
+            issued=ISSUED if project.keys == "issued" else SITE_KEYS,
         ),
         "compose.yaml": COORDINATOR_COMPOSE.format(image=IMAGE, port=project.address[1]),
         COORDINATOR_UNIT: (UNITS / COORDINATOR_UNIT).read_text(encoding="utf-8"),
@@ -143,7 +151,7 @@ def site_files(project: Project, site: str) -> dict[str, str]:
     `settings.txt` holds the project's plan: `fedsgcg-site check` measures with these settings.
     """
     names = {"site": site, "name": project.name, "server": project.server, "unit": SITE_UNIT}
-    first = REQUEST if project.keys == "requested" else ""
+    first = REQUEST if project.keys == "site" else ""
     return {
         "README.md": SITE_README.format(first=first, **names),
         "compose.yaml": SITE_COMPOSE.format(image=IMAGE),

@@ -18,7 +18,8 @@ from fedsgcg.common.settings.federation import ALL_SITES, limit_checks
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
-KEYS: Final = ("issued", "requested")
+FORMER_KEYS: Final = {"requested": "site"}
+"""Former value of `keys` -> its name now."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Project(Section):
         control_port: Port on 127.0.0.1 for the coordinator's own commands; 0 = the port after the
             public one.
         names: Further host names and addresses by which hospitals may reach the server.
-        keys: `issued` = a hospital's key is made with its kit; `requested` = the hospital makes it
-            (`fedsgcg-site request`) and sends only the public key.
+        keys: `site` = the hospital makes its key (`fedsgcg-site request`) and sends only the public
+            key; `issued` = the key is made here with the kit, so this machine has seen it.
         certificate_days: Days for which the server's certificate is valid.
         data_root: Folder of the images in new kits, e.g. `/data` if all hospitals use containers;
             "" = each hospital fills it in.
@@ -62,7 +63,7 @@ class Project(Section):
     listen: str = ""
     control_port: int = 0
     names: tuple[str, ...] = ()
-    keys: Literal["issued", "requested"] = "issued"
+    keys: Literal["site", "issued"] = "site"
     certificate_days: int = 398
     data_root: str = ""
 
@@ -262,6 +263,7 @@ def read_project(path: Path) -> Project:
     )
     if isinstance(sites := tree.get("sites"), Mapping):
         tree["sites"] = list(sites)
+    tree["keys"] = FORMER_KEYS.get(str(tree.get("keys", "site")), tree.get("keys", "site"))
     project = build_from(Project, tree, path, "DEP-602")
     try:
         settings = project.settings()

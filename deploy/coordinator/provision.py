@@ -2,8 +2,8 @@
 
     KITS/coordinator/   project.yaml, ca.crt, ca.key, server.crt, server.key, token,
                         keys/NAME.pub, revoked/, ...
-    KITS/sites/NAME/    site.yaml, ca.crt, site.key, site.pub, README.md, compose.yaml,
-                        fedsgcg-site.service
+    KITS/sites/NAME/    site.yaml, ca.crt, README.md, compose.yaml, fedsgcg-site.service, and
+                        site.key and site.pub where `keys: issued` makes them here
 
 A second call keeps valid keys and certificates, and every existing `site.yaml`.
 """
@@ -22,9 +22,11 @@ from fedsgcg.common.errors import fail
 from fedsgcg.common.settings.compose import nearest
 from fedsgcg.deploy.certificates import (
     RENEW_WITHIN_DAYS,
+    Authority,
     certificate_fingerprint,
     days_left,
     fingerprint,
+    is_encrypted,
     is_signed_by,
     make_authority,
     make_server_certificate,
@@ -33,12 +35,21 @@ from fedsgcg.deploy.certificates import (
     read_authority,
     read_certificate,
     read_public_key,
+    spoken_fingerprint,
     write_authority,
+    write_authority_key,
     write_secret,
     write_server,
 )
 from fedsgcg.deploy.coordinator.kit_files import coordinator_files, site_files
-from fedsgcg.deploy.coordinator.project import Kit, Project, project_text, read_project
+from fedsgcg.deploy.coordinator.passphrase import ACTION, Passphrase
+from fedsgcg.deploy.coordinator.project import (
+    Kit,
+    Project,
+    is_loopback,
+    project_text,
+    read_project,
+)
 
 TOKEN_BYTES: Final = 32
 
@@ -55,6 +66,7 @@ class Provisioned:
         revoked: Sites whose key is revoked and not replaced.
         warnings: Conditions that need the coordinator's attention.
         authority: Fingerprint of the authority's certificate, for sites to compare.
+        registered: Site -> fingerprint of its registered key, for the sites to compare.
     """
 
     kit: Kit
@@ -64,6 +76,38 @@ class Provisioned:
     revoked: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     authority: str = ""
+    registered: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AuthorityKey:
+    """Where the authority's private key is and what opens it.
+
+    Attributes:
+        file: Its file, e.g. on a removable disk; None = `ca.key` in the coordinator's kit.
+        passphrase: Source of its passphrase.
+    """
+
+    file: Path | None = None
+    passphrase: Passphrase = field(default_factory=Passphrase)
+
+    def path(self, kit: Kit) -> Path:
+        """Return the file of the key."""
+        return self.file or kit.folder / "ca.key"
+
+    def open(self, kit: Kit) -> Authority:
+        """Read the authority.
+
+        Raises:
+            FedsgcgError: DEP-616 when the key is not here or its passphrase is missing, DEP-603
+                when it cannot be used.
+        """
+        path = self.path(kit)
+        if not path.exists():
+            action = f"put it back for this command, or name it: --ca-key FILE ({path.name})"
+            raise fail("DEP-616", where=str(path), found="no such file", action=action)
+        passphrase = self.passphrase.for_old_key(path) if is_encrypted(path) else None
+        return read_authority(kit.folder, path, passphrase)
 
 
 def provision(
@@ -74,6 +118,7 @@ def provision(
     revoke: Sequence[str] = (),
     reissue: Sequence[str] = (),
     register: Sequence[tuple[str, Path]] = (),
+    authority: AuthorityKey | None = None,
 ) -> Provisioned:
     """Make the kits, or bring them up to date.
 
@@ -84,10 +129,12 @@ def provision(
         revoke: Sites whose keys are revoked.
         reissue: Sites whose keys are revoked and replaced by new ones.
         register: (site, file with its public key), for keys made at the sites.
+        authority: Where the authority's private key is; default: in the kit.
 
     Raises:
         FedsgcgError: DEP-602 for the project file, DEP-603 for a key or certificate, DEP-605 when
-            `output` belongs to another project, DEP-606 for a site that the project does not have.
+            `output` belongs to another project, DEP-606 for a site that the project does not have,
+            DEP-616 for the authority's private key.
     """
     project = read_project(project_file)
     kit = Kit((output / "coordinator").resolve())
@@ -96,8 +143,10 @@ def provision(
     _check_known(project, [*revoke, *reissue, *(site for site, _ in register)])
     for folder in (kit.folder, kit.keys, kit.revoked):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _authority(kit, project, done)
-    _server(kit, project, done, renew=renew)
+    _warn_of_new_default(kit, project, done)
+    authority = authority or AuthorityKey()
+    _authority(kit, project, authority, done)
+    _server(kit, project, authority, done, renew=renew)
     _credential(kit, done)
     for site in [*revoke, *reissue]:
         _revoke(kit, site, done)
@@ -129,21 +178,55 @@ def _check_known(project: Project, sites: Sequence[str]) -> None:
             )
 
 
-def _authority(kit: Kit, project: Project, done: Provisioned) -> None:
-    if not (kit.folder / "ca.key").exists():
-        write_authority(kit.folder, make_authority(project.name))
-        done.made.append("certificate authority (ca.crt; ca.key stays with the coordinator)")
+def _authority(kit: Kit, project: Project, key: AuthorityKey, done: Provisioned) -> None:
+    """Make the authority once. A kit with `ca.crt` keeps it, also while its key is elsewhere."""
+    path, offline = key.path(kit), key.file is not None
+    if not (kit.folder / "ca.crt").exists():
+        if path.exists():
+            found = f"{path} without the ca.crt that belongs to it"
+            raise fail("DEP-603", where=str(kit.folder), found=found, action="restore ca.crt")
+        passphrase = key.passphrase.for_new_key()
+        if passphrase is None and not is_loopback(project.address[0]):
+            found = "no passphrase for the authority's private key"
+            raise fail("DEP-616", where=str(path), found=found, action=ACTION)
+        write_authority(kit.folder, make_authority(project.name), path, passphrase)
+        how = "unencrypted, for this machine only" if passphrase is None else "encrypted"
+        where = str(path) if offline else "ca.key stays with the coordinator"
+        done.made.append(f"certificate authority (ca.crt; {where}, {how})")
+    elif path.exists() and not is_encrypted(path):
+        _encrypt(kit, project, key, done)
     done.authority = certificate_fingerprint(read_certificate(kit.folder / "ca.crt"))
 
 
-def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> None:
+def _encrypt(kit: Kit, project: Project, key: AuthorityKey, done: Provisioned) -> None:
+    """Encrypt the unencrypted key of an older kit if there is a passphrase, else warn."""
+    path = key.path(kit)
+    if (passphrase := key.passphrase.given()) is not None:
+        write_authority_key(path, read_authority(kit.folder, path).key, passphrase)
+        done.made.append(f"{path.name} is encrypted now")
+    elif not is_loopback(project.address[0]):
+        done.warnings.append(f"{path} is not encrypted: give a passphrase ({ACTION})")
+
+
+def _warn_of_new_default(kit: Kit, project: Project, done: Provisioned) -> None:
+    """Explain to the coordinator of an older kit what has changed about keys."""
+    path = kit.folder / "project.yaml"
+    if project.keys == "site" and path.is_file() and read_project(path).keys == "issued":
+        done.warnings.append(
+            "keys: site is the default now: registered keys stay valid, and a site added from now "
+            "on makes its own key. `keys: issued` in project.yaml makes new keys here as before"
+        )
+
+
+def _server(
+    kit: Kit, project: Project, key: AuthorityKey, done: Provisioned, *, renew: bool
+) -> None:
     """Make the server's certificate if it is missing, no longer valid, or to be renewed."""
     path = kit.folder / "server.crt"
-    authority = read_authority(kit.folder)
     if path.exists() and not renew:
         old = read_certificate(path)
         fits = set(project.certificate_names) <= set(names_of(old)) and is_signed_by(
-            old, authority.certificate
+            old, read_certificate(kit.folder / "ca.crt")
         )
         if fits and (left := days_left(old)) > 0:
             if left < RENEW_WITHIN_DAYS:
@@ -153,7 +236,9 @@ def _server(kit: Kit, project: Project, done: Provisioned, *, renew: bool) -> No
             return
     write_server(
         kit.folder,
-        *make_server_certificate(authority, project.certificate_names, project.certificate_days),
+        *make_server_certificate(
+            key.open(kit), project.certificate_names, project.certificate_days
+        ),
     )
     names = ", ".join(project.certificate_names)
     done.made.append(f"server certificate for {names}, valid for {project.certificate_days} days")
@@ -206,6 +291,7 @@ def _register(kit: Kit, site: str, line: str, done: Provisioned) -> None:
         )
     path.write_text(f"{line} {site}\n", encoding="utf-8")
     done.made.append(f"{site}: public key registered")
+    done.registered[site] = spoken_fingerprint(line)
 
 
 def _site_kit(kit: Kit, project: Project, site: str, done: Provisioned, *, reissue: bool) -> None:
@@ -221,6 +307,9 @@ def _site_kit(kit: Kit, project: Project, site: str, done: Provisioned, *, reiss
     elif project.keys == "issued":
         _issue(kit, site, folder, done)
     else:
+        if reissue:  # a key that was issued here earlier
+            for name in ("site.key", "site.pub"):
+                (folder / name).unlink(missing_ok=True)
         done.waiting.append(site)
     if not (folder / "site.yaml").exists():
         write_site_file(folder / "site.yaml", blank_site_file(project, site))

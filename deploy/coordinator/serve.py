@@ -16,6 +16,7 @@ from typing import Final
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.signing import KIT
 from fedsgcg.deploy.certificates import (
     RENEW_WITHIN_DAYS,
     days_left,
@@ -173,6 +174,7 @@ def prepare_state(kit: Kit, *, insecure: bool) -> None:
     marker.touch() if insecure else marker.unlink(missing_ok=True)
     prepare_environment()
     os.environ["FLWR_HOME"] = str(kit.state / "flwr")
+    os.environ[KIT] = str(kit.folder)
     os.environ["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     # Run processes start in this folder; it contains no package that could shadow the bundle's.
     os.chdir(kit.state)

@@ -6,7 +6,7 @@ same application is served twice in one process. The public port serves only the
 API (`FleetOnly`). 127.0.0.1 serves all paths, where the Control API requires the coordinator's
 token and the Runtime API the executor's secret.
 
-This module and `deploy.coordinator.state_cleanup` are the only ones that depend on the internals
+This module, `executor` and `state_cleanup` are the only ones here that depend on the internals
 of Flower's server; flwr is pinned to one minor version.
 """
 
@@ -33,6 +33,8 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
+from fedsgcg.deploy.coordinator.executor import executor_command
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -56,7 +58,7 @@ class ServerOptions:
         certificate: The server's certificate.
         key: Private key of the certificate.
         token: The coordinator's token.
-        executor_secret: File with the secret of Flower's executor for the Runtime API.
+        executor_secret: File with the secret with which the executor acquires runs.
         database: Flower's database.
         log: Log file of the run processes.
     """
@@ -194,18 +196,6 @@ def superlink_app(options: ServerOptions) -> Any:
     return create_app(config, SuperLinkLifespan)
 
 
-def executor_command(options: ServerOptions) -> list[str]:
-    """Return the command of Flower's executor, which starts one app process for each run."""
-    trust = ["--root-certificates", str(options.ca)] if options.ca else ["--insecure"]
-    return [
-        "flower-superexec",
-        *trust,
-        *("--runtime-api-address", f"{LOOPBACK}:{options.control_port}"),
-        *("--superexec-auth-secret-file", str(options.executor_secret)),
-        *("--parent-pid", str(os.getpid())),
-    ]
-
-
 async def serve(
     options: ServerOptions, on_ready: Callable[[], None], on_stop: Callable[[], None]
 ) -> None:
@@ -248,10 +238,12 @@ async def serve(
 
 
 def start_executor(options: ServerOptions) -> subprocess.Popen[bytes]:
-    """Start Flower's executor in its own session, so that it can be ended with its children."""
+    """Start the executor in its own session, so that it can be ended with its children."""
+    address = f"{LOOPBACK}:{options.control_port}"
+    command = executor_command(address, options.ca, options.executor_secret)
     with options.log.open("ab") as log:
-        return subprocess.Popen(  # noqa: S603
-            executor_command(options), stdout=log, stderr=log, start_new_session=True
+        return subprocess.Popen(  # noqa: S603 - this program's own module
+            command, stdout=log, stderr=log, start_new_session=True
         )
 
 

@@ -20,9 +20,16 @@ from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.settings.compose import compose
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.payload import Weights
-from fedsgcg.deploy.certificates import certificate_fingerprint, read_certificate
+from fedsgcg.deploy.certificates import (
+    certificate_fingerprint,
+    public_line,
+    read_certificate,
+    read_site_key,
+    spoken_fingerprint,
+)
 from fedsgcg.deploy.site.check_files import Finding, Seen, Verdict, examine_files
 from fedsgcg.deploy.site.check_link import examine_link
+from fedsgcg.deploy.site.check_software import examine_software
 
 SETTINGS = "settings.txt"
 SPARE_BYTES = 2**30
@@ -36,7 +43,13 @@ ORDER = ("files", "site", "device", "disk", "clock", "link")
 
 
 def examine(
-    policy: SiteFile, kit: Path, overrides: Sequence[str], *, link: bool, console: Screen
+    policy: SiteFile,
+    kit: Path,
+    overrides: Sequence[str],
+    *,
+    link: bool,
+    console: Screen,
+    software: bool = False,
 ) -> list[Finding]:
     """Check files, folders, device, disk, clock and link.
 
@@ -47,6 +60,7 @@ def examine(
         overrides: Further settings, which take precedence.
         link: Whether to check the link.
         console: Console for progress messages.
+        software: Whether to compare every installed file with its package's record.
 
     Returns:
         One finding for each thing checked, in the order of `ORDER`.
@@ -68,6 +82,7 @@ def examine(
         findings = [
             *files,
             *examine_folders(policy),
+            *examine_software(policy, files=software),
             *examine_device(policy, plan),
             *examine_disk(policy, seen),
         ]
@@ -101,7 +116,7 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
         found = f"{key} can be read by others"
         findings.append(Finding("site", "key", "fail", found, f"chmod 600 {key}", "SITE-518"))
     else:
-        findings.append(Finding("site", "key", "ok", f"{key.name}, readable by its owner only"))
+        findings.append(_key(key))
     findings.append(_authority(Path(policy.ca)))
     if not approvals(Path(policy.approved)):
         action = (
@@ -185,6 +200,17 @@ def examine_disk(policy: SiteFile, seen: Sequence[Seen]) -> list[Finding]:
         else:
             findings.append(Finding("disk", name, "ok", found))
     return findings
+
+
+def _key(path: Path) -> Finding:
+    """Show the fingerprint of the site's key, to be compared with the coordinator's by phone."""
+    try:
+        found = spoken_fingerprint(public_line(read_site_key(path)))
+    except FedsgcgError as error:
+        problem = error.problems[0]
+        return Finding("site", "key", "fail", problem.found, problem.action, problem.code)
+    action = "Compare it with the coordinator's over the phone."
+    return Finding("site", "key", "ok", f"{found}, readable by its owner only", action)
 
 
 def _authority(path: Path) -> Finding:

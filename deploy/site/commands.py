@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 from pathlib import Path
 
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import fail
 from fedsgcg.deploy.environment import programs_first
+from fedsgcg.deploy.isolated import isolated
+
+UNSAFE = ("PYTHON", "LD_PRELOAD", "LD_AUDIT")
+"""Beginnings of the variables that the site's processes do not inherit. `LD_LIBRARY_PATH` stays:
+some machines need it for the GPU's driver."""
 
 
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
@@ -19,7 +23,7 @@ def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path
     It always uses TLS and the site's key, and serves its runtime API on loopback only.
     """
     command = [
-        str(Path(sys.executable).with_name("flower-supernode")),
+        *isolated("flwr.supernode.cli.flower_supernode:flower_supernode"),
         *("--root-certificates", policy.ca),
         *("--superlink", policy.server),
         *("--auth-supernode-private-key", policy.key),
@@ -36,23 +40,21 @@ def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path
 
 def resident_command(site_file: Path, port: int, secret: Path, cold: bool) -> list[str]:
     """Return the command line of the resident process."""
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
+    command = isolated(
         "fedsgcg.deploy.site.resident",
         str(site_file.resolve()),
         f"127.0.0.1:{port}",
         str(secret),
-    ]
-    if cold:
-        command.append("cold")
-    return command
+    )
+    return [*command, "cold"] if cold else command
 
 
 def environment(policy: SiteFile) -> dict[str, str]:
-    """Return the environment of both processes: own Flower folder, one GPU, no telemetry."""
-    environ = dict(os.environ)
+    """Return the environment of both processes: own Flower folder, one GPU, no telemetry.
+
+    Variables that make a program load code from elsewhere are left out (`UNSAFE`).
+    """
+    environ = {name: text for name, text in os.environ.items() if not name.startswith(UNSAFE)}
     device = policy.device.partition(":")
     if policy.device == "cpu" or device[2]:
         environ["CUDA_VISIBLE_DEVICES"] = device[2]

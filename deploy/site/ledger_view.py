@@ -22,28 +22,33 @@ from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import Identity, Weights
+from fedsgcg.deploy.certificates import make_site_key
 
 PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
 
 
-def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
+def show_ledger(policy: SiteFile, console: Screen, *, last: int, book: Path | None = None) -> int:
     """Show what left the site, the newest line last.
 
     Args:
         policy: The site's settings.
         console: Console for the output.
         last: Number of lines; 0 = all.
+        book: A copy of the coordinator's own book of this site, to compare with.
 
     Returns:
-        The exit code: 0, or 1 when nothing has left yet.
+        The exit code: 0, or 1 when nothing has left yet, or when the signed head or a receipt of
+        the coordinator contradicts the ledger.
 
     Raises:
         FedsgcgError: SITE-501 when the chain of hashes is broken, with the first invalid line.
     """
     path = Path(policy.home) / LEDGER
     lines = ledger.entries(path) if path.exists() else []
+    standing = ledger.examine(path, Path(policy.key), Path(policy.ca), book)
     if not lines:
         console.print(f"Nothing has left {policy.site} yet.")
+        _show_standing(standing, console)
         return 1
     shown = lines[-last:] if last else lines
     console.print(f"What left {policy.site}: {path}")
@@ -66,7 +71,24 @@ def show_ledger(policy: SiteFile, console: Screen, *, last: int) -> int:
     console.print(table)
     total = sum(sum(line["parts"].values()) for line in lines)
     console.print(f"{len(lines)} messages, {total:,} bytes; the chain of hashes is intact.")
-    return 0
+    _show_standing(standing, console)
+    return 1 if standing.problems else 0
+
+
+def _show_standing(standing: ledger.Standing, console: Screen) -> None:
+    """Show what confirms or contradicts the ledger as a whole, which the chain alone cannot."""
+    for problem in standing.problems:
+        console.print(f"[SITE-520] {problem}", style="red")
+    if standing.problems:
+        return
+    head = "Its head is signed with this site's key" if standing.signed else "It has no signed head"
+    if standing.receipts:
+        console.print(
+            f"{head}; {standing.receipts} receipts of the coordinator agree with it, and the last "
+            f"{standing.unconfirmed} messages are not confirmed yet."
+        )
+    else:
+        console.print(f"{head}; there is no receipt of the coordinator yet.", style="yellow")
 
 
 def reason(line: Mapping[str, Any]) -> str:
@@ -92,7 +114,10 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
     """
     with tempfile.TemporaryDirectory(prefix="fedsgcg-dry-run-") as folder:
         plan = replace(plan, output=folder)
-        temporary = replace(policy, home=str(Path(folder) / "home"))
+        make_site_key(Path(folder), policy.site)  # signs the temporary ledger
+        temporary = replace(
+            policy, home=str(Path(folder) / "home"), key=str(Path(folder) / "site.key")
+        )
         write_site_file(Path(folder) / "site.yaml", temporary)
         with console.status("training one round that is not sent"):
             start = time.perf_counter()

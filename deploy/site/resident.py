@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,14 +55,18 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from fedsgcg.clients.guard.approval import (
     Bundle,
     bundle_store,
+    keep,
     read_bundle,
     remove_old_refused,
     require_approved,
+    require_software,
     unpack,
 )
 from fedsgcg.clients.guard.egress import identity_of, log_exception, release_error
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
+from fedsgcg.clients.guard.software import Software
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.deploy.isolated import BYTECODE_FREE
 from fedsgcg.deploy.site.worker import receive_frame, send_frame
 
 LOG = logging.getLogger("fedsgcg.site")
@@ -102,9 +107,9 @@ class Worker:
         """Start a worker; it imports its libraries in the background."""
         own_end, worker_end = socket.socketpair()
         with worker_end:
-            # -P: the script's own folder contains modules with names of the standard library.
             descriptor = worker_end.fileno()
-            command = [sys.executable, "-P", str(WORKER), str(descriptor), str(os.getpid())]
+            arguments = (str(WORKER), str(descriptor), str(os.getpid()))
+            command = [sys.executable, *BYTECODE_FREE, *arguments]
             process = subprocess.Popen(  # noqa: S603 - own files
                 command, pass_fds=[descriptor], start_new_session=True
             )
@@ -118,9 +123,9 @@ class Worker:
         """
         self.link.settimeout(STARTED_S)
         receive_frame(self.link)
-        send_frame(
-            self.link, json.dumps({"folder": str(folder), "app": bundle.client_app}).encode()
-        )
+        files = {name: sha256(content).hexdigest() for name, content in bundle.code.items()}
+        facts = {"folder": str(folder), "files": files, "app": bundle.client_app}
+        send_frame(self.link, json.dumps(facts).encode())
         self.digest = bundle.digest
 
     def answer(
@@ -176,6 +181,7 @@ class Resident:
         secret: Secret required by the SuperNode to acquire a task.
         cold: Start a new worker for each message instead of keeping one warm.
         certificates: PEM of the runtime API's authority; None for loopback without TLS.
+        software: The software that this process was started from.
     """
 
     policy: SiteFile
@@ -185,6 +191,7 @@ class Resident:
     certificates: bytes | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     worker: Worker | None = None
+    software: Software = field(default_factory=Software.installed)
 
     def run(self) -> int:
         """Take tasks until stopped (returns 0) or until the runtime API does not answer (1)."""
@@ -256,11 +263,8 @@ class Resident:
         try:
             bundle = read_bundle(fab)
             approved = Path(self.policy.approved)
-            # Refused code is kept too, so that it can be compared before approval.
-            folder = unpack(bundle, bundle_store(approved))
-            remove_old_refused(approved)
-            require_approved(bundle, approved)
-            worker = self._ready(bundle, folder)
+            self._require_approved(bundle, approved)
+            worker = self._ready(bundle, approved)
             reply, after = worker.answer(
                 message, context, task, self.deadline_s(message), self.stopping.is_set
             )
@@ -280,15 +284,42 @@ class Resident:
             if self.cold or self.worker is None or not self.worker.alive:
                 self._end_worker()
 
-    def _ready(self, bundle: Bundle, folder: Path) -> Worker:
-        """Return a worker that has loaded this bundle: the current one, or a new one."""
+    def _require_approved(self, bundle: Bundle, approved: Path) -> None:
+        """Refuse code that is not approved; keep it, packed, so that it can be compared."""
+        try:
+            require_approved(bundle, approved)
+        except FedsgcgError:
+            with suppress(OSError):  # a full disk, or a damaged folder: the code is refused anyway
+                keep(bundle, approved)
+                remove_old_refused(approved)
+            raise
+
+    def _ready(self, bundle: Bundle, approved: Path) -> Worker:
+        """Return a worker that has loaded this bundle: the current one, or a new one.
+
+        Raises:
+            FedsgcgError: POL-708 when the installed software is not the approved one.
+        """
         worker = self.worker
         if worker is None or not worker.alive or worker.digest not in ("", bundle.digest):
             self._end_worker()
             worker = self.worker = Worker.start()
         if not worker.digest:
-            worker.load(bundle, folder)
+            self._require_software(approved)
+            worker.load(bundle, unpack(bundle, bundle_store(approved)))
         return worker
+
+    def _require_software(self, approved: Path) -> None:
+        """Check the software on disk, and that it is what this process was started from."""
+        now = Software.installed()
+        require_software(approved, now)
+        if now != self.software:
+            raise fail(
+                "POL-708",
+                found="the software was changed and approved while this node was running",
+                expected="a node that runs the approved software",
+                action="fedsgcg-site leave KIT, then fedsgcg-site join KIT",
+            )
 
     def _refusal(self, message: Message, code: str, note: str) -> Message:
         """End the worker and return a reply with an error code.
@@ -300,7 +331,8 @@ class Resident:
         identity = identity_of(message.content)
         home = Path(self.policy.home)
         log_exception(home, kind, identity)
-        content = release_error(code, identity, self.policy.site, home, kind, note)
+        key = Path(self.policy.key)
+        content = release_error(code, identity, self.policy.site, home, kind, note, key)
         return Message(content, reply_to=message)
 
     def deadline_s(self, message: Message) -> float:
@@ -348,7 +380,7 @@ def _beat(client: RuntimeHttpClient, done: threading.Event) -> None:
 def main() -> int:
     """Run the resident of a site.
 
-    Usage: `python -m deploy.site.resident SITE_FILE ADDRESS SECRET_FILE [cold]`.
+    Usage: `deploy.site.resident SITE_FILE ADDRESS SECRET_FILE [cold]`, started isolated.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     policy = read_site_file(Path(sys.argv[1]))

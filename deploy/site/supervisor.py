@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fedsgcg.clients.guard import ledger
+from fedsgcg.clients.guard.egress import LEDGER
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import fail
 from fedsgcg.common.files.system import lock
@@ -101,12 +103,14 @@ class Join:
         """Keep the node alive until stopped; returns 0.
 
         Raises:
-            FedsgcgError: DEP-603 without a usable key; SITE-506 for a server certificate that
+            FedsgcgError: DEP-603 without a usable key; SITE-520 or SITE-501 for a ledger that was
+                changed; SITE-506 for a server certificate that
                 cannot be verified; SITE-508 when another process has already joined; SITE-507 when
                 the node does not stay alive; SITE-501 for an unusable folder.
         """
         home = prepare_home(self.policy)
         read_site_key(Path(self.policy.key))
+        check_ledger(self.policy)
         check_certificate(self.policy)
         with only_one(home):
             self.facts = {
@@ -261,6 +265,18 @@ class Join:
         with suppress(OSError):  # a full disk must not end the node
             partial.write_text(json.dumps(self.facts), encoding="utf-8")
             partial.replace(path)
+
+
+def check_ledger(policy: SiteFile) -> None:
+    """Verify the whole ledger, its signed head and the coordinator's receipts before joining.
+
+    Raises:
+        FedsgcgError: SITE-501 for a broken chain, SITE-520 for what contradicts the ledger.
+    """
+    path = Path(policy.home) / LEDGER
+    problems = ledger.examine(path, Path(policy.key), Path(policy.ca)).problems
+    if problems:
+        raise fail("SITE-520", where=str(path), found="; ".join(problems), action=ledger.CONTINUE)
 
 
 def check_certificate(policy: SiteFile) -> None:

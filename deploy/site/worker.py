@@ -1,9 +1,11 @@
 """The worker process of a site: loads one app bundle and answers messages until its socket closes.
 
 `deploy.site.resident` starts this file as a script, so that no module of the site's installed
-package is imported before the bundle's own code. Python, Flower and torch are loaded once instead
-of for every message (a plain SuperNode starts a process per message). The socket is inherited from
-the resident; no other process can reach it.
+package is imported before the bundle's own code, and isolated from the environment and from
+bytecode (`deploy.isolated`). The bundle's modules come from contents that were compared with
+the approved hashes, whatever happens in its folder afterwards. Python, Flower and torch are loaded
+once instead of for every message (a plain SuperNode starts a process per message). The socket is
+inherited from the resident; no other process can reach it.
 
 A frame is its length in eight bytes (big endian), followed by that many bytes. Messages are
 Flower's protobuf, never pickles.
@@ -11,7 +13,9 @@ Flower's protobuf, never pickles.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.machinery
 import json
 import os
 import socket
@@ -20,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 LENGTH = struct.Struct(">Q")
@@ -78,7 +83,7 @@ def serve(link: socket.socket) -> None:
 
     send_frame(link, b"ready")
     facts = json.loads(receive_frame(link))
-    app = _load(facts["folder"], facts["app"])
+    app = _load(facts["folder"], facts["files"], facts["app"])
     while True:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = json.loads(
             receive_frame(link)
@@ -90,8 +95,16 @@ def serve(link: socket.socket) -> None:
         send_frame(link, context_to_proto(context).SerializeToString())
 
 
-def _load(folder: str, reference: str) -> Any:
-    """Import the bundle's client app, giving the bundle's folder precedence over other packages."""
+def _load(folder: str, files: dict[str, str], reference: str) -> Any:
+    """Import the bundle's client app, giving the bundle's folder precedence over other packages.
+
+    Args:
+        folder: Folder of the unpacked bundle.
+        files: Path in the folder -> SHA-256, as approved.
+        reference: The client app, as `module:attribute`.
+    """
+    sources = _approved_files(Path(folder), files)
+    sys.path_hooks.insert(0, _only_from(folder, sources))
     sys.path.insert(0, folder)
     module, _, attribute = reference.partition(":")
     app: Any = importlib.import_module(module)
@@ -100,6 +113,47 @@ def _load(folder: str, reference: str) -> Any:
     for name in attribute.split("."):
         app = getattr(app, name)
     return app
+
+
+def _approved_files(folder: Path, files: dict[str, str]) -> dict[str, bytes]:
+    """Read the bundle's files once: absolute path -> content.
+
+    Raises:
+        ImportError: A file was added, is missing, or is not the approved one.
+    """
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if not path.is_dir()
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+    if digests != files:
+        names = sorted(name for name, _ in {*digests.items()} ^ {*files.items()})
+        raise ImportError(f"not the approved files: {', '.join(names[:8])}")
+    return {str(folder / name): content for name, content in found.items()}
+
+
+def _only_from(folder: str, sources: dict[str, bytes]) -> Any:
+    """Return a path hook that loads modules below a folder from contents that were checked.
+
+    What is written into the folder afterwards never runs, nor does any bytecode or library in it.
+    """
+
+    class Loader(importlib.machinery.SourceFileLoader):
+        def get_data(self, path: str) -> bytes:
+            if path not in sources:
+                raise OSError(f"{path} is not part of the app bundle")
+            return sources[path]
+
+        def path_stats(self, path: str) -> Any:
+            raise OSError("no bytecode is read for the app bundle")
+
+    def hook(path: str) -> importlib.machinery.FileFinder:
+        if path != folder and not path.startswith(folder + os.sep):
+            raise ImportError("not the app bundle")
+        return importlib.machinery.FileFinder(path, (Loader, [".py"]))
+
+    return hook
 
 
 def _end_with(parent: int) -> None:

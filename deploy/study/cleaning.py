@@ -9,7 +9,10 @@ from typing import Final
 
 from fedsgcg.common.run_folder import paths
 
-RESUME: Final = ("journal/checkpoint-*.safetensors", "journal/rounds/*.arrow", "sites/*/state/*")
+RESUME: Final = (
+    *("journal/checkpoint-*.safetensors", "journal/checkpoint-*.seal.json"),
+    *("journal/rounds/*.arrow", "sites/*/state/*"),
+)
 """Files needed only to resume an unfinished cell; `rounds.parquet` keeps the rounds' metrics."""
 
 PICTURES: Final = ("sites/*/pictures.arrow", "sites/*/features.arrow")

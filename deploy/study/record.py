@@ -16,6 +16,8 @@ import yaml
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.files.seals import authority_of, write_seal
+from fedsgcg.common.files.signing import Signer
 from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
@@ -175,7 +177,7 @@ def collect(folder: Path) -> None:
     Raises:
         FedsgcgError: SRV-402 for a damaged table, SRV-401 when the folder cannot be written.
     """
-    for name in (paths.RESULTS, paths.ROUNDS):
+    for name in paths.SEALED_TABLES:
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
             sink = pa.BufferOutputStream()
@@ -183,6 +185,13 @@ def collect(folder: Path) -> None:
                 pa.concat_tables(tables, promote_options="default"), sink, compression="zstd"
             )
             Disk().write(folder / name, bytes(sink.getvalue()))
+    signer = Signer.of_kit(kit) if (kit := _kit_of(folder)) else None
+    write_seal(Disk(), folder, paths.SEALED_TABLES, signer)
+
+
+def _kit_of(folder: Path) -> Path | None:
+    authority = authority_of(folder)
+    return authority.parent if authority and (authority.parent / "server.key").is_file() else None
 
 
 def damaged(path: Path, found: str) -> FedsgcgError:

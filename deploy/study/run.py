@@ -26,6 +26,7 @@ from fedsgcg.deploy.study.preflight import Machine, check_folder
 from fedsgcg.deploy.study.progress import Progress
 from fedsgcg.deploy.study.record import add_choices, check_same_study, collect, write_record
 from fedsgcg.deploy.study.runtimes import (
+    close_ray,
     gpu_share,
     ray_arguments,
     run_cell_in_process,
@@ -212,6 +213,7 @@ def _run_once(study: Study, cells: Sequence[Cell], *, parallel: bool) -> dict[st
 
 def _run_in_parallel(study: Study, cells: Sequence[Cell]) -> dict[str, BaseException]:
     """Run each cell as one Ray task."""
+    close_ray(study.ray_address)
     import ray
 
     quiet_flower()

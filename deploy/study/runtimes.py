@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,7 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     Raises:
         FedsgcgError: What stopped the coordinator; RND-410 for the loss of a site's actor.
     """
+    close_ray(address)
     import ray
     from flwr.simulation import run_simulation
 
@@ -102,6 +104,21 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
                 },
             },
         )
+
+
+def close_ray(address: str) -> None:
+    """Close a local Ray to other users and machines; call it before Ray is imported.
+
+    Ray's ports let whoever reaches them run code as this user. A local Ray listens on loopback and
+    answers only with a token that is made here and is in the environment of its processes alone. A
+    cluster keeps its own settings (`RAY_AUTH_MODE`).
+    """
+    if address != "local" or "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray's name for "this machine only", which binds 127.0.0.1 on every system.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def ray_arguments(machine: Machine, address: str) -> dict[str, Any]:

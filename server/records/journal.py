@@ -9,6 +9,10 @@ a damaged newest one costs one round and not the run.
     journal/lock                            process that is using the folder
     journal/rounds/00001.arrow              rows of round 1
     journal/checkpoint-00001.safetensors    weights, prototypes and best model after round 1
+    journal/checkpoint-00001.seal.json      its hash, signed by the coordinator's server
+
+A checkpoint contains its own hash, which whoever edits it can compute anew. A coordinator's server
+therefore signs it, and a run that has signed checkpoints resumes only from those.
 
 Uses only PyArrow, safetensors and the standard library. Legend: P floating-point weights.
 """
@@ -25,6 +29,8 @@ from typing import Any, Final, TextIO
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk, refusals
+from fedsgcg.common.files.seals import broken_seal, encode_seal
+from fedsgcg.common.files.signing import Signer
 from fedsgcg.common.files.system import lock
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import NOT_DECISIVE, Plan
@@ -49,6 +55,7 @@ class Journal:
         settings_tree: The decisive settings (`decisive_settings`), stored so that an error can list
             the differences.
         disk: Disk access; tests pass one that fails.
+        signer: Signs the checkpoints; None in a simulation.
 
     Raises:
         FedsgcgError: CFG-006 when another process uses the folder, CFG-005 for another plan,
@@ -61,11 +68,14 @@ class Journal:
         plan_digest: str,
         settings_tree: Mapping[str, Any],
         disk: Disk | None = None,
+        signer: Signer | None = None,
     ) -> None:
         self.folder = Path(folder) / paths.JOURNAL
         self.damaged: tuple[Problem, ...] = ()
         self._digest = plan_digest
         self._disk = disk or Disk()
+        self._signer = signer
+        self._sealed = False
         self._hashes: list[str] = []
         with refusals(self.folder):
             self._disk.make_folder(self.folder / "rounds")
@@ -79,7 +89,8 @@ class Journal:
     @classmethod
     def of_plan(cls, plan: Plan, disk: Disk | None = None) -> Journal:
         """Open the journal in the plan's output folder."""
-        return cls(Path(plan.output), plan.digest(), decisive_settings(plan), disk)
+        signer = Signer.of_process()
+        return cls(Path(plan.output), plan.digest(), decisive_settings(plan), disk, signer)
 
     def __enter__(self) -> Journal:
         return self
@@ -109,10 +120,14 @@ class Journal:
         rows = encode_rows(record.rows)
         hashes = [*self._hashes, _sha(rows)]
         self._disk.write(self._rows_path(record.round), rows)
-        self._disk.write(self._checkpoint_path(record.round), encode_checkpoint(record, hashes))
+        path, data = self._checkpoint_path(record.round), encode_checkpoint(record, hashes)
+        if self._signer is not None:  # before the checkpoint: a checkpoint completes the round
+            self._disk.write(_seal_path(path), encode_seal({path.name: _sha(data)}, self._signer))
+        self._disk.write(path, data)
         self._hashes = hashes
         for path in self._checkpoints()[CHECKPOINTS_KEPT:]:
             self._disk.discard(path)
+            self._disk.discard(_seal_path(path))
 
     def resume(self) -> RoundRecord | None:
         """Return the newest intact checkpoint, None if no round is complete.
@@ -156,14 +171,15 @@ class Journal:
     def _check_plan(self, settings_tree: Mapping[str, Any]) -> None:
         path = self.folder / "plan.json"
         if not path.exists():
-            text = json.dumps(
-                {"digest": self._digest, "settings": settings_tree}, indent=1, sort_keys=True
-            )
-            self._disk.write(path, text.encode())
+            self._sealed = self._signer is not None
+            tree: dict[str, Any] = {"digest": self._digest, "settings": settings_tree}
+            tree |= {"sealed": True} if self._sealed else {}
+            self._disk.write(path, json.dumps(tree, indent=1, sort_keys=True).encode())
             return
         try:
             stored = json.loads(_read(path))
             digest, settings = str(stored["digest"]), dict(stored["settings"])
+            self._sealed = bool(stored.get("sealed")) or any(self.folder.glob("*.seal.json"))
         except (ValueError, KeyError, TypeError) as error:
             raise FedsgcgError(damage(path, "not the JSON that was written")) from error
         if digest != self._digest:
@@ -186,6 +202,8 @@ class Journal:
         return sorted(int(stem) for stem in stems if stem.isdigit())
 
     def _read_checkpoint(self, path: Path) -> tuple[RoundRecord, list[str]]:
+        if self._sealed:
+            self._check_seal(path)
         record, hashes = decode_checkpoint(path)
         if record.identity.plan != self._digest or self._checkpoint_path(record.round) != path:
             raise FedsgcgError(
@@ -196,6 +214,18 @@ class Journal:
         for number, wanted in enumerate(hashes, start=1):
             self._checked_rows(number, wanted)
         return record, hashes
+
+    def _check_seal(self, path: Path) -> None:
+        """Refuse a checkpoint without the seal of this run, or that was changed since."""
+        seal = _seal_path(path)
+        if not seal.is_file():
+            raise FedsgcgError(
+                damage(path, "no seal, which the other checkpoints of this run have")
+            )
+        with refusals(path):
+            found = broken_seal(self.folder, [path.name], seal.name)
+        for name, what in found.items():
+            raise FedsgcgError(damage(self.folder / name, what))
 
     def _checked_rows(self, number: int, wanted: str) -> bytes:
         path = self._rows_path(number)
@@ -212,6 +242,8 @@ class Journal:
         stale = [self._rows_path(number) for number in self._rows_present() if number > done]
         intact = [path for path in self._checkpoints() if path <= self._checkpoint_path(done)]
         stale += [path for path in self._checkpoints() if path not in intact[:CHECKPOINTS_KEPT]]
+        kept = {_seal_path(path) for path in intact[:CHECKPOINTS_KEPT]}
+        stale += [path for path in self.folder.glob("*.seal.json") if path not in kept]
         stale += [*self.folder.glob(".*.tmp"), *(self.folder / "rounds").glob(".*.tmp")]
         for path in stale:
             self._disk.discard(path)
@@ -275,6 +307,10 @@ def differences(before: Any, now: Any, where: str, path: str = "") -> list[Probl
             action=action,
         )
     ]
+
+
+def _seal_path(checkpoint: Path) -> Path:
+    return checkpoint.with_suffix(".seal.json")
 
 
 def _other_plan(path: Path, digest: str) -> Problem:

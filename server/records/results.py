@@ -5,13 +5,15 @@ rounds.parquet      metrics of every round, long format
 model.safetensors   the selected model
 model.json          how to use the model, and how it was trained
 prototypes.arrow    global class statistics under the selected model
-outcome.json        how the run ended; written last. `machine` is the coordinator's machine, which
-                    in a simulation is also the one that trained
+seal.json           hashes of these files but the events; a coordinator's server signs them
+outcome.json        how the run ended; written last but for the seal. `machine` is the coordinator's
+                    machine, which in a simulation is also the one that trained
 events.jsonl        events, one JSON object per line (`server.records.events`)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,8 @@ from safetensors.numpy import save
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.files.seals import digest_of, write_seal
+from fedsgcg.common.files.signing import Signer
 from fedsgcg.common.names import is_site_text
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
@@ -148,15 +152,23 @@ def write_rounds(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> N
 
 
 def write_model(disk: Disk, plan: Plan, weights: Weights, card: Mapping[str, Any]) -> None:
-    """Write `model.safetensors` and `model.json`. Raises SRV-401."""
+    """Write `model.safetensors` and `model.json`, after the prototypes. Raises SRV-401.
+
+    The weights' file names the SHA-256 of the card, and the card that of the prototypes, so that a
+    changed card or the prototypes of another model are noticed (`clients.predict.model`).
+    """
     folder = Path(plan.output)
     state = {name: array.copy() for name, array in weights.to_state().items()}
-    network = {"network": card["network"], "digest": card["digest"]}
+    stored = folder / paths.PROTOTYPES
+    digest = digest_of(stored) if card["prototypes"] and stored.is_file() else None
+    text = _json({**card, "prototypes_sha256": digest})
+    facts = {"network": card["network"], "digest": card["digest"]}
+    facts |= {"card_sha256": hashlib.sha256(text).hexdigest()}
     disk.write(
         folder / paths.WEIGHTS,
-        save(state, metadata={"fedsgcg": json.dumps(network, sort_keys=True)}),
+        save(state, metadata={"fedsgcg": json.dumps(facts, sort_keys=True)}),
     )
-    disk.write(folder / paths.MODEL_CARD, _json(card))
+    disk.write(folder / paths.MODEL_CARD, text)
 
 
 def write_prototypes(
@@ -171,8 +183,10 @@ def write_prototypes(
 
 
 def write_outcome(disk: Disk, plan: Plan, outcome: Mapping[str, Any]) -> None:
-    """Write `outcome.json`, the last file of a run. Raises SRV-401."""
-    disk.write(Path(plan.output) / paths.OUTCOME, _json(cell_of(plan) | dict(outcome)))
+    """Write `outcome.json`, the last file of a run, and the seal of its files. Raises SRV-401."""
+    folder = Path(plan.output)
+    disk.write(folder / paths.OUTCOME, _json(cell_of(plan) | dict(outcome)))
+    write_seal(disk, folder, paths.SEALED, Signer.of_process())
 
 
 def problem_fields(problem: Problem) -> dict[str, str]:

@@ -21,6 +21,7 @@ import yaml
 
 from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.feature_samples import FeatureSamples, read_feature_samples
+from fedsgcg.common.files.seals import broken_seal
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import decode_statistics
 from fedsgcg.server.report.tables import Row
@@ -132,16 +133,22 @@ class Reader:
             self._damaged(path)
             return None
 
-    def _damaged(self, path: Path, found: str = "a file that cannot be read") -> None:
+    def check_seal(self, folder: Path, names: Sequence[str]) -> None:
+        """Note every file of a folder that is not the one of its seal (SRV-403)."""
+        for name, found in broken_seal(folder, names).items():
+            self._damaged(folder / name, found, "SRV-403", "restore the file, or run it again")
+
+    def _damaged(
+        self,
+        path: Path,
+        found: str = "a file that cannot be read",
+        code: str = "SRV-402",
+        action: str = "run the study again: it recreates what is missing",
+    ) -> None:
         where = (
             path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.name
         )
-        problem = Problem(
-            "SRV-402",
-            found=found,
-            action="run the study again: it recreates what is missing",
-            where=where,
-        )
+        problem = Problem(code, found=found, action=action, where=where)
         if problem not in self.problems:
             self.problems.append(problem)
 

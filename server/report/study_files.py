@@ -187,7 +187,22 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
         for place, name in enumerate(methods_of([{"method": cell.method} for cell in cells]))
     }
     cells.sort(key=lambda cell: (order[cell.method], *cell.key[1:]))
+    _check_seals(reader, folder)
     return StudyFiles(folder, tree, tuple(cells), results, rounds, tuple(reader.problems)), reader
+
+
+def changed_files(folder: Path) -> list[Problem]:
+    """Return SRV-403 for every file that is not the one of the seal of its cell or its study."""
+    reader = Reader(folder)
+    _check_seals(reader, folder)
+    return reader.problems
+
+
+def _check_seals(reader: Reader, folder: Path) -> None:
+    if (folder / paths.STUDY).is_file():
+        reader.check_seal(folder, paths.SEALED_TABLES)
+    for path in _cell_folders(folder):
+        reader.check_seal(path, paths.SEALED)
 
 
 def cell_folder(study: Path, key: Key) -> Path:

@@ -17,8 +17,9 @@ from fedsgcg.clients.guard.site_file import read_site_file
 from fedsgcg.common.images.phantoms import write_hospitals
 from fedsgcg.deploy.cli import coordinator as cli
 from fedsgcg.deploy.cli import site as site_cli
+from fedsgcg.deploy.coordinator.passphrase import Passphrase
 from fedsgcg.deploy.coordinator.project import Project, read_project
-from fedsgcg.deploy.coordinator.provision import provision
+from fedsgcg.deploy.coordinator.provision import AuthorityKey, provision
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"
@@ -37,7 +38,9 @@ BIN = Path(sys.executable).parent  # the tools of this environment, whatever PAT
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("project")
     (folder / "project.yaml").write_text(yaml.safe_dump(PROJECT))
-    provision(folder / "project.yaml", folder / "kits")
+    (folder / "passphrase").write_text("only for this test")
+    key = AuthorityKey(None, Passphrase(folder / "passphrase"))
+    provision(folder / "project.yaml", folder / "kits", authority=key)
     return folder / "kits"
 
 
@@ -97,7 +100,7 @@ def test_every_command_is_one_of_this_version(kits: Path) -> None:
 
 
 def test_the_loopback_federation_prepares_itself_outside_a_container(
-    kits: Path, tmp_path: Path
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run what `compose.yaml` runs before the hospitals join, with its volumes as folders."""
     tree = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -111,6 +114,8 @@ def test_the_loopback_federation_prepares_itself_outside_a_container(
     project: Project = read_project(tmp_path / "p.yaml")
     write_hospitals(tmp_path / "data/hospitals", cases_per_site=2, shape=(4, 32, 32), seed=1)
     for name in ("provision", "approve"):
+        for variable, value in tree["services"][name].get("environment", {}).items():
+            monkeypatch.setenv(variable, value)
         for words in programs_of(tree["services"][name]["command"]):
             main = cli.main if words[0] == "fedsgcg" else site_cli.main
             assert main([outside_of(word, places) for word in words[1:]]) == 0, words

@@ -133,9 +133,11 @@ def test_code_that_is_not_approved_is_not_even_imported(resident, policy, tmp_pa
     evil = f"open({str(proof)!r}, 'w')\n" + APP
     assert error_of(asked(resident, "go", evil)) == "POL-705"
     assert not proof.exists()
-    assert [
-        (folder / "clients/app.py").read_text() for folder in refused_bundles(Path(policy.approved))
-    ] == [evil]
+    (kept,) = refused_bundles(Path(policy.approved))
+    assert read_bundle(kept.read_bytes()).code["clients/app.py"].decode() == evil
+    assert [path.name for path in kept.parent.iterdir() if path.is_dir()] == [], (
+        "refused code must not be unpacked"
+    )
     (line,) = ledger.entries(Path(policy.home) / "ledger.jsonl")
     assert "POL-705" in line["note"]
 

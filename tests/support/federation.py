@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from fedsgcg.clients.guard.approval import approve, bundle_of_folder
+from fedsgcg.deploy.certificates import make_site_key
 from fedsgcg.deploy.coordinator.control import Control, control_of
 from fedsgcg.deploy.coordinator.project import Kit
 from tests.support import apart
@@ -72,12 +73,16 @@ class Federation:
             **changes,
         }
         (self.folder / "project.yaml").write_text(yaml.safe_dump(tree))
-        self.command("provision", self.folder / "project.yaml", "-o", self.folder / "kits")
         heldout = next((text[8:] for text in plan if text.startswith("heldout=")), "")
         if not self.data.exists():
             stated_splits(self.hospitals, self.data, heldout)
+        command = ("provision", self.folder / "project.yaml", "-o", self.folder / "kits")
+        self.command(*command)
         for site in sites:
             self.fill_in(site)
+            make_site_key(self.site(site), site)
+        keys = [("--register", f"{site}={self.site(site) / 'site.pub'}") for site in sites]
+        self.command(*command, *(text for pair in keys for text in pair))
 
     @property
     def data(self) -> Path:

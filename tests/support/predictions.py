@@ -1,7 +1,11 @@
 """Small model folders, empty image files and error codes, for tests of prediction."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 import fedsgcg.server.records.model_card
 import fedsgcg.server.records.results
@@ -39,11 +43,20 @@ def store(folder, *overrides):
     card = fedsgcg.server.records.model_card.model_card(
         plan, Best(1, 0.5, weights), ["A"], prototypes=True
     )
-    fedsgcg.server.records.results.write_model(Disk(), plan, weights, card)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, plan.network.num_features))
     statistics = ClassStatistics.from_features(features, rng.integers(0, 2, 50), 2)
     fedsgcg.server.records.results.write_prototypes(
         Disk(), plan, statistics, Identity("run", "", 1, plan.digest())
     )
+    fedsgcg.server.records.results.write_model(Disk(), plan, weights, card)
     return folder
+
+
+def write_card(folder, card):
+    """Write a `model.json` and name it in the weights' file, as the coordinator would have."""
+    text = json.dumps(card).encode()
+    (folder / "model.json").write_bytes(text)
+    path = folder / "model.safetensors"
+    facts = {"card_sha256": hashlib.sha256(text).hexdigest()}
+    path.write_bytes(save(load(path.read_bytes()), metadata={"fedsgcg": json.dumps(facts)}))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from fedsgcg.clients.guard import ledger
 from fedsgcg.common.feature_samples import write_feature_samples
+from fedsgcg.common.files import chain
 from fedsgcg.common.pictures import Picture, bit_mask, write_pictures
 from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.statistics import ClassStatistics
@@ -247,8 +248,8 @@ def write_ledgers(cell, method, training, heldout):
                 "parts": parts,
                 "withheld": [],
             }
-            entry["previous"] = json.loads(lines[-1])["hash"] if lines else ledger.START
-            lines.append(json.dumps(entry | {"hash": ledger.seal(entry)}))
+            entry["previous"] = json.loads(lines[-1])["hash"] if lines else chain.START
+            lines.append(json.dumps(entry | {"hash": chain.seal(entry)}))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     ledger.append(

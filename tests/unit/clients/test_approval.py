@@ -11,9 +11,9 @@ from fedsgcg.clients.guard.approval import (
     Bundle,
     approve,
     bundle_of_folder,
-    bundle_store,
     difference,
     is_approved,
+    keep,
     last_approved,
     read_bundle,
     read_unpacked,
@@ -63,6 +63,12 @@ def test_a_bundle_is_its_code_not_its_words():
         fab({"/etc/x.py": "x"}),
         fab({"a\\b.py": "x"}),
         fab({"big.py": b"\0" * (51 * 2**20)}),
+        fab({"clients/__pycache__/app.cpython-311.pyc": b"x"}),
+        fab({"clients/__pycache__/app.py": b"x"}),
+        fab({"clients/app.pyc": b"x"}),
+        fab({"clients/app.so": b"x"}),
+        fab({"evil.pth": b"import x"}),
+        fab({"clients/app.py": "x"}, PROJECT.replace("app:app", "app:app\\u0022")),
         fab({}, "not toml ["),
         fab({}, "[tool]\n"),
     ],
@@ -114,18 +120,36 @@ def test_the_difference_names_files_and_lines(tmp_path):
 def test_unpacked_code_that_was_changed_on_disk_is_written_again(tmp_path):
     bundle = Bundle({"clients/app.py": b"one", "clients/__init__.py": b""}, "clients.other:app")
     place = unpack(bundle, tmp_path)
-    assert read_unpacked(place) == bundle
-    assert read_unpacked(place).digest == place.name
+    assert read_unpacked(place) == bundle.code
+    assert place.name == bundle.digest
     (place / "clients/app.py").write_bytes(b"changed")
     (place / "clients/extra.py").write_bytes(b"")
-    assert read_unpacked(unpack(bundle, tmp_path)) == bundle
+    assert read_unpacked(unpack(bundle, tmp_path)) == bundle.code
+
+
+def test_bytecode_planted_in_unpacked_code_is_removed(tmp_path):
+    """Attack: a `.pyc` in `__pycache__` of the unpacked bundle, which the hash does not cover."""
+    bundle = Bundle({"clients/app.py": b"one"})
+    place = unpack(bundle, tmp_path)
+    (place / "clients/__pycache__").mkdir()
+    (place / "clients/__pycache__/app.cpython-311.pyc").write_bytes(b"evil")
+    assert read_unpacked(unpack(bundle, tmp_path)) == {"clients/app.py": b"one"}
+
+
+def test_a_kept_bundle_that_was_exchanged_is_not_taken_for_the_refused_one(tmp_path):
+    path = tmp_path / "approved.json"
+    one, two = Bundle({"a.py": b"1"}), Bundle({"a.py": b"2"})
+    approve(one, path, "anna")
+    keep(one, path).write_bytes(keep(two, path).read_bytes())
+    with pytest.raises(FedsgcgError, match="POL-705"):
+        last_approved(path)
 
 
 def test_refused_bundles_do_not_pile_up(tmp_path):
     path = tmp_path / "approved.json"
     approve(Bundle({"a.py": b"good"}), path, "anna")
     for number in range(MOST_REFUSED + 3):
-        unpack(Bundle({"a.py": str(number).encode()}), bundle_store(path))
+        keep(Bundle({"a.py": str(number).encode()}), path)
     remove_old_refused(path)
     assert len(refused_bundles(path)) == MOST_REFUSED
     assert last_approved(path) == Bundle({"a.py": b"good"})

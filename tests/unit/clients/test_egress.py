@@ -19,6 +19,7 @@ from fedsgcg.clients.guard.egress import (
     release_error,
 )
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files.chain import seal
 from fedsgcg.common.settings.federation import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import Reply, decode_reply, encode_reply, payload_bytes
@@ -189,7 +190,7 @@ def test_a_forged_line_with_a_seal_of_its_own_breaks_the_next_one(tmp_path):
     path = tmp_path / LEDGER
     entries = [json.loads(text) for text in path.read_text().splitlines()]
     entries[1]["parts"] = {"weights": 1}
-    entries[1]["hash"] = ledger.seal(entries[1])
+    entries[1]["hash"] = seal(entries[1])
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(FedsgcgError) as caught:
         ledger.verify(path)

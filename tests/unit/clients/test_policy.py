@@ -21,6 +21,7 @@ from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request
+from fedsgcg.deploy.certificates import make_site_key
 from tests.conftest import REPOSITORY
 from tests.support import sites
 
@@ -31,6 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def policy_for(root: Path, folder: Path, **changes: object) -> SiteFile:
+    make_site_key(folder, "North")
     facts = {
         "site": "North",
         "project": "test",

@@ -1,6 +1,7 @@
 """Models of a prediction: what is read and refused, and results that depend on nothing else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -16,8 +17,9 @@ from fedsgcg.clients.predict.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model, load_model
 from fedsgcg.clients.predict.predictor import Predictor
 from fedsgcg.common.images.read import write_volume
+from fedsgcg.common.wire.payload import decode_statistics, encode_statistics
 from fedsgcg.deploy.cli.site import main
-from tests.support.predictions import code_of, store
+from tests.support.predictions import code_of, store, write_card
 
 
 @pytest.fixture
@@ -45,8 +47,49 @@ def test_a_model_is_read_from_its_folder_or_any_of_its_files(stored):
         assert model.prototypes.mean.shape == (2, 8)
         assert (model.data.image_size, list(model.data.structures)) == (32, ["gland"])
     assert fedsgcg.common.run_folder.tables.SCHEMA_VERSION == models.VERSION
-    change(stored, normalize=False)
+    card = json.loads((stored / "model.json").read_text())
+    write_card(stored, card | {"normalize": False})
     assert not load_model(stored).normalize
+
+
+@pytest.mark.parametrize("field", ["labels", "structures", "normalize", "preprocessing"])
+def test_a_card_that_was_edited_is_refused(tmp_path, field):
+    """Attack: swapped labels, or another preprocessing, in the `model.json` of a real model."""
+    folder = store(tmp_path / "m", "data.structures={one: [gland], two: [gland]}")
+    card = json.loads((folder / "model.json").read_text())
+    swapped = {
+        "labels": {name: card["labels"][name][::-1] for name in card["labels"]}
+        | {"background": [1], "gland": [0]},
+        "structures": {"two": ["gland"], "one": ["gland"]},
+        "normalize": not card["normalize"],
+        "preprocessing": card["preprocessing"]
+        | {"fill_holes": not card["preprocessing"]["fill_holes"]},
+    }
+    (folder / "model.json").write_text(json.dumps(card | {field: swapped[field]}))
+    assert code_of(load_model, folder) == "MOD-811"
+
+
+def test_the_card_or_prototypes_of_another_run_are_refused(tmp_path):
+    """Attack: another run's prototypes, of the same shape and the same plan."""
+    one, two = store(tmp_path / "one"), store(tmp_path / "two", "federation.rounds=7")
+    load_model(one)
+    mine = (one / "prototypes.arrow").read_bytes()
+    statistics, identity = decode_statistics(mine)
+    moved = replace(statistics, mean=statistics.mean + 1)
+    (one / "prototypes.arrow").write_bytes(encode_statistics(moved, identity))
+    assert code_of(load_model, one) == "MOD-807"
+    (one / "prototypes.arrow").write_bytes(mine)
+    (one / "model.json").write_bytes((two / "model.json").read_bytes())
+    assert code_of(load_model, one) in ("MOD-811", "MOD-803", "MOD-807")
+
+
+def test_a_model_of_before_has_no_such_hashes_and_is_read(stored):
+    card = json.loads((stored / "model.json").read_text())
+    del card["prototypes_sha256"]
+    write_card(stored, card)
+    path = stored / "model.safetensors"
+    path.write_bytes(save(load(path.read_bytes())))
+    assert load_model(stored).prototypes is not None
 
 
 @pytest.mark.parametrize(
@@ -127,7 +170,7 @@ def test_a_model_predicts_the_kinds_it_was_trained_on_whatever_its_stack(tmp_pat
     images = {"picture": "p.png", "axial volume": "v.nii.gz", "sagittal volume": "s.nii"}
     card = json.loads((folder / "model.json").read_text())
     for kind, own in images.items():
-        (folder / "model.json").write_text(json.dumps(card | {"kinds": [kind]}))
+        write_card(folder, card | {"kinds": [kind]})
         predictor = Predictor(load_model(folder), torch.device("cpu"), 4)
         found = predictor.predict(tmp_path / own)
         assert found.labels.shape == (
@@ -136,7 +179,7 @@ def test_a_model_predicts_the_kinds_it_was_trained_on_whatever_its_stack(tmp_pat
         for other in set(images.values()) - {own}:
             assert code_of(predictor.predict, tmp_path / other) == "MOD-806"
     del card["kinds"]  # a model from before
-    (folder / "model.json").write_text(json.dumps(card))
+    write_card(folder, card)
     assert ("picture" in load_model(folder).kinds) == (stack == 1)
     assert "sagittal volume" in load_model(folder).kinds
 

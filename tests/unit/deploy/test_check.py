@@ -215,18 +215,22 @@ def test_a_site_below_its_own_floor_is_told(root, tmp_path):
 
 def test_key_and_folders(root, tmp_path):
     policy = policy_for(root, tmp_path)
+    key = Path(policy.key)
+    key.rename(tmp_path / "elsewhere")
     assert [finding.code for finding in examine_folders(policy) if finding.code] == [
         "SITE-518",
         "DEP-603",
     ]
     write_authority(Path(policy.ca).parent, make_authority("demo"))
-    key = Path(policy.key)
     key.write_text("secret")
     key.chmod(0o644)
     approve(Bundle({"a.py": b""}), Path(policy.approved), "test")
     (finding,) = [finding for finding in examine_folders(policy) if finding.code]
     assert finding.action == f"chmod 600 {key}"
     key.chmod(0o600)
+    (finding,) = [finding for finding in examine_folders(policy) if finding.code]
+    assert finding.code == "DEP-603"
+    (tmp_path / "elsewhere").replace(key)
     assert not [finding for finding in examine_folders(policy) if finding.code]
 
 

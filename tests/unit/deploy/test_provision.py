@@ -21,6 +21,14 @@ from fedsgcg.deploy.coordinator.provision import Provisioned, provision
 SECRETS = ("ca.key", "server.key", "token", "executor.secret", "site.key")
 
 
+PASSPHRASE = b"only for tests of this file"
+
+
+@pytest.fixture(autouse=True)
+def passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSGCG_CA_PASSPHRASE", PASSPHRASE.decode())
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return write_project(tmp_path)
@@ -31,6 +39,7 @@ def write_project(folder: Path, **changes: object) -> Path:
         "name": "prostate",
         "server": "fed.example.org:8443",
         "sites": ["North", "South", "West"],
+        "keys": "issued",
         **changes,
     }
     path = folder / "project.yaml"
@@ -143,7 +152,7 @@ def test_a_certificate_that_has_ended_is_not_trusted_in_a_handshake(
     project: Path, tmp_path: Path
 ) -> None:
     folder = provision(project, tmp_path / "kits").kit.folder
-    authority = certificates.read_authority(folder)
+    authority = certificates.read_authority(folder, passphrase=PASSPHRASE)
     certificates.write_server(
         folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0)
     )
@@ -198,7 +207,7 @@ def test_a_certificate_that_does_not_fit_is_renewed_without_asking(
 ) -> None:
     project = write_project(tmp_path)
     folder = provision(project, tmp_path / "kits").kit.folder
-    authority = certificates.read_authority(folder)
+    authority = certificates.read_authority(folder, passphrase=PASSPHRASE)
     if state == "ended":
         certificates.write_server(
             folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=0)
@@ -218,7 +227,7 @@ def test_a_certificate_that_does_not_fit_is_renewed_without_asking(
 
 def test_a_certificate_near_its_end_is_a_warning(project: Path, tmp_path: Path) -> None:
     folder = provision(project, tmp_path / "kits").kit.folder
-    authority = certificates.read_authority(folder)
+    authority = certificates.read_authority(folder, passphrase=PASSPHRASE)
     certificates.write_server(
         folder, *certificates.make_server_certificate(authority, ["fed.example.org"], days=9)
     )
@@ -253,7 +262,7 @@ def test_a_lost_key_is_replaced_and_the_old_one_revoked(project: Path, tmp_path:
 
 
 def test_in_the_request_flow_no_private_key_travels(tmp_path: Path) -> None:
-    project, kits = write_project(tmp_path, keys="requested"), tmp_path / "kits"
+    project, kits = write_project(tmp_path, keys="site"), tmp_path / "kits"
     done = provision(project, kits)
     assert done.waiting == ["North", "South", "West"]
     assert not list(kits.rglob("site.key"))

@@ -14,9 +14,8 @@ from fedsgcg.clients.guard.approval import (
     Bundle,
     approve,
     bundle_of_folder,
-    bundle_store,
     is_approved,
-    unpack,
+    keep,
 )
 from fedsgcg.clients.guard.site_file import write_site_file
 from fedsgcg.common.errors import FedsgcgError
@@ -129,7 +128,9 @@ def test_approve_offers_the_installed_code_first_and_needs_a_yes(kit, capsys):
     path = kit / "approved.json"
     assert site_cli.main(["approve", str(kit)]) == 1
     assert not path.exists()
-    assert "no file differs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no terminal to ask on" in said
+    assert "--yes" in said
     assert site_cli.main(["approve", str(kit), "--yes"]) == 0
     assert is_approved(bundle_of_folder(REPOSITORY), path)
     assert site_cli.main(["approve", str(kit)]) == 0
@@ -140,7 +141,7 @@ def test_approve_shows_what_a_refused_bundle_changes(kit, capsys):
     path = kit / "approved.json"
     approve(Bundle({"clients/app.py": b"one\n"}), path, "test")
     new = Bundle({"clients/app.py": b"one\ntwo\n"}, "clients.other:app")
-    unpack(new, bundle_store(path))
+    keep(new, path)
     assert site_cli.main(["approve", str(kit), "--diff"]) == 1
     said = capsys.readouterr().out
     assert "clients/app.py  (+1 -0 lines)" in said
@@ -206,7 +207,8 @@ def test_the_node_is_started_with_tls_and_key_and_never_without(kit, root):
     policy = policy_for(root, kit, max_retries=4)
     command = supernode_command(policy, kit / "site.yaml", 4321, kit / "secret")
     assert "--insecure" not in command
-    options = dict(zip(command[1::2], command[2::2], strict=True))
+    given = command[command.index("flwr.supernode.cli.flower_supernode:flower_supernode") + 1 :]
+    options = dict(zip(given[::2], given[1::2], strict=True))
     assert options["--root-certificates"] == policy.ca
     assert options["--auth-supernode-private-key"] == policy.key
     assert options["--node-config"] == f"site='North' site-file='{kit.resolve()}/site.yaml'"
