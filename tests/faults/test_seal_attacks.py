@@ -11,7 +11,7 @@ from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import SEAL, broken_seal, write_seal
 from fedsgcg.common.files.signing import KIT, Signer
-from fedsgcg.common.run_folder import SEALED
+from fedsgcg.common.run_folder.paths import SEALED
 from fedsgcg.deploy import certificates
 from fedsgcg.deploy.cli import coordinator
 from fedsgcg.server.records.checkpoint import encode_checkpoint
