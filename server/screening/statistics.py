@@ -2,10 +2,11 @@
 
 The distance of a class mean is |mean - m| / s, where m is the coordinate-wise median of the other
 sites' means, and s^2 the median of their traces or the site's own trace if that is larger, but at
-most `OWN_SPREAD`^2 times theirs: a hospital whose images vary more is no further away. It is compared with a fixed limit,
-with the distances of the other sites, and with the site's own in its first rounds: a mean that
-moves slowly is found when it has moved `DRIFT_FACTOR` times its first distance. A class seen in n
-pixels has limits larger by 1 + 3 / sqrt(n), because its mean is known less exactly.
+most `OWN_SPREAD`^2 times theirs: a hospital whose images vary more is no further away. It is
+compared with a fixed limit, with the distances of the other sites, and with the site's own in its
+first rounds: a mean that moves slowly is found when it has moved `DRIFT_FACTOR` times its first
+distance. A class seen in n pixels has limits larger by 1 + 3 / sqrt(n), because its mean is known
+less exactly.
 
 | code | found |
 | --- | --- |
