@@ -7,36 +7,42 @@ numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.server.report.figures.drawing import Drawing
+from fedsgcg.server.report.sections.elements import TitledDrawing, titled_drawings
+from fedsgcg.server.report.sections.page import Page
 
-SECTIONS = {
-    "case_panels": "cases",
-    "training": "convergence",
-    "shift": "shift",
-    "tsne": "tsne",
-    "similarity": "likeness",
-    "sweeps": "sweep",
-    "overlays": "overlays",
-    "federation": "federation",
-}
 LONGEST = 80
 
 
-def gallery(content: Mapping[str, Any]) -> dict[str, Drawing]:
-    """Return every figure of the page by the name of its files, without the extension.
+def page_drawings(page: Page) -> dict[str, Iterable[TitledDrawing]]:
+    """Every figure of the page with its titles, by the first part of the names of its files."""
+    figures, comparisons = page.figures, page.comparisons
+    return {
+        "cases": titled_drawings(figures.cases),
+        "convergence": titled_drawings(figures.training),
+        "shift": titled_drawings(figures.shift, with_detail=True),
+        "tsne": figures.tsne.drawings if figures.tsne else (),
+        "likeness": figures.similarity.drawings,
+        "sweep": (drawing for sweep in comparisons.sweeps for drawing in sweep.drawings),
+        "overlays": (((block.site,), block.sheet) for block in figures.overlays if block.sheet),
+        "federation": comparisons.federation.drawings if comparisons.federation else (),
+    }
+
+
+def gallery(drawings: Mapping[str, Iterable[TitledDrawing]]) -> dict[str, Drawing]:
+    """Return every figure by the name of its files, without the extension.
 
     Args:
-        content: Content of the page (`server.report.build.contents`).
+        drawings: Figures with their titles, by the first part of the name (`page_drawings`).
     """
     files: dict[str, Drawing] = {}
-    for section, name in SECTIONS.items():
-        for words, drawing in _drawings(content.get(section), [name]):
-            files[_free_name(_slug(words), files)] = drawing
+    for name, titled in drawings.items():
+        for titles, drawing in titled:
+            files[_free_name(_slug([name, *titles]), files)] = drawing
     return files
 
 
@@ -52,27 +58,6 @@ def write_gallery(folder: Path, figures: Mapping[str, Drawing], disk: Disk) -> N
             continue
         disk.write(png, drawing.png())
         disk.write(svg, drawing.svg)  # written last: an unchanged SVG implies a complete pair
-
-
-def _drawings(part: Any, words: list[str]) -> Iterator[tuple[list[str], Drawing]]:
-    """Every drawing below a part of the page, with the titles that lead to it."""
-    if isinstance(part, Mapping):
-        own = [
-            str(part[key])
-            for key in ("kind", "name", "title")
-            if isinstance(part.get(key), str) and part[key]
-        ]
-        found = []
-        if isinstance(part.get("detail"), str) and isinstance(part.get("method"), str):
-            found = [part["detail"]]
-        if isinstance(part.get("drawing"), Drawing):
-            yield [*words, *own, *found], part["drawing"]
-        for value in part.values():
-            if isinstance(value, (Mapping, list)):
-                yield from _drawings(value, [*words, *own])
-    elif isinstance(part, list):
-        for entry in part:
-            yield from _drawings(entry, words)
 
 
 def _slug(words: list[str]) -> str:

@@ -135,13 +135,9 @@ def _how_runs_ended(study: StudyFiles) -> str:
     )
 
 
-def troubled(cells: Iterable[Cell]) -> list[dict[str, str]]:
-    """Label, status and reason of the cells that did not complete, for the banner."""
-    return [
-        {"label": cell.label, "status": cell.status, "reason": cell.reason}
-        for cell in cells
-        if cell.status != "completed"
-    ]
+def troubled(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the cells that did not complete, for the banner."""
+    return [cell for cell in cells if cell.status != "completed"]
 
 
 def result_notes(summary: Sequence[Summary], rows: Sequence[Row], hospitals: int) -> list[str]:

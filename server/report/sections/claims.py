@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from fedsgcg.server.report.differences import (
     CaseValues,
@@ -14,15 +16,101 @@ from fedsgcg.server.report.differences import (
     compare_on_average,
 )
 from fedsgcg.server.report.figures.overlays import interval_bar
-from fedsgcg.server.report.format import DECIMALS, TITLES, show, show_ends, show_p
+from fedsgcg.server.report.format import DASH, DECIMALS, TITLES, show, show_ends, show_p
 from fedsgcg.server.report.labels import FEDERATIONS, Label, Swept, main_labels, main_pairs
 from fedsgcg.server.report.sections.cases import count_of
 from fedsgcg.server.report.tables import AVERAGE
 
-Section = dict[str, Any]
 CLAIMED = ("dice", "asd")
 MOST_PAIRS = 30  # most folded tables by hospital; all pairs are in results.parquet
 NAMED_HOSPITALS = 8  # most hospitals that a sentence lists by name
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    """One row of a table of claims; numbers as shown.
+
+    Attributes:
+        title: What is compared, or the hospital.
+        mean: Mean paired difference, with the unit of its metric.
+        interval: 95 % interval of the mean.
+        bar: The interval as a picture, empty if it is unknown.
+        cases: Number of compared cases, "47 of 48" if some have no distance.
+        p: Corrected p value.
+        directions: How an average varies between hospitals, "" for one hospital.
+        seeds: Difference of each seed, a dash without any.
+        sentence: The verdict.
+        holds: Whether the difference holds.
+    """
+
+    title: str
+    mean: str
+    interval: str
+    bar: Markup
+    cases: str
+    p: str
+    directions: str
+    seeds: str
+    sentence: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class ClaimGroup:
+    """Rows of one metric and structure.
+
+    Attributes:
+        title: Name of the metric with its unit, and of the structure if there are several.
+        rows: The rows.
+    """
+
+    title: str
+    rows: tuple[ClaimRow, ...]
+
+
+@dataclass(frozen=True)
+class ClaimSentence:
+    """A claim as one sentence.
+
+    Attributes:
+        text: The sentence.
+        holds: Whether the difference holds.
+    """
+
+    text: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Claims:
+    """A family of claims.
+
+    Attributes:
+        sentences: One sentence per claim on Dice.
+        groups: All claims as rows.
+        family: Number of comparisons that the p values are corrected for.
+    """
+
+    sentences: tuple[ClaimSentence, ...]
+    groups: tuple[ClaimGroup, ...]
+    family: int
+
+
+@dataclass(frozen=True)
+class HospitalTable:
+    """Claims on one pair of labels at every hospital.
+
+    Attributes:
+        method: The first label.
+        reference: The label that is subtracted.
+        groups: One row per hospital, and for the average.
+        family: Number of comparisons that the p values are corrected for.
+    """
+
+    method: str
+    reference: str
+    groups: tuple[ClaimGroup, ...]
+    family: int
 
 
 def main_claims(
@@ -51,7 +139,7 @@ def claim_groups(
     differences: Sequence[Difference],
     several: bool,
     title: Callable[[Difference], str] | None = None,
-) -> list[tuple[str, list[Section]]]:
+) -> tuple[ClaimGroup, ...]:
     """Rows of a table of claims, grouped by metric and structure.
 
     Args:
@@ -63,32 +151,35 @@ def claim_groups(
     for entry in differences:
         ends = [abs(end) for end in (entry.interval.low, entry.interval.high) if math.isfinite(end)]
         spans[entry.structure, entry.metric] = max([spans[entry.structure, entry.metric], *ends])
-    groups: dict[str, list[Section]] = {}
+    groups: dict[str, list[ClaimRow]] = {}
     for entry in differences:
         head = metric_name(entry) + (f", {entry.structure}" if several else "")
         name = title(entry) if title else f"{entry.method} − {entry.reference}"
-        row = claim_row(entry, spans[entry.structure, entry.metric]) | {"title": name}
+        row = claim_row(entry, name, spans[entry.structure, entry.metric])
         groups.setdefault(head, []).append(row)
-    return list(groups.items())
+    return tuple(ClaimGroup(head, tuple(rows)) for head, rows in groups.items())
 
 
-def claim_row(entry: Difference, span: float) -> Section:
+def claim_row(entry: Difference, title: str, span: float) -> ClaimRow:
     """One row of a table of claims; the interval bar extends from -span to +span."""
     places = DECIMALS[entry.metric]
     sentence = entry.sentence
     if entry.method:
         sentence = sentence[:1].upper() + sentence[1:]
-    return {
-        "mean": show(entry.interval.mean, places, sign=True),
-        "interval": show_ends(entry.interval, places),
-        "bar": interval_bar(entry.interval, span),
-        "cases": f"{entry.cases} of {entry.scored}" if entry.cases < entry.scored else entry.cases,
-        "p": show_p(entry.p),
-        "directions": "; ".join(directions(entry)),
-        "seeds": ", ".join(show(value, places, sign=True) for value in entry.seeds.values()) or "–",
-        "sentence": sentence,
-        "holds": entry.holds,
-    }
+    some = entry.cases < entry.scored
+    seeds = ", ".join(show(value, places, sign=True) for value in entry.seeds.values())
+    return ClaimRow(
+        title=title,
+        mean=show(entry.interval.mean, places, sign=True),
+        interval=show_ends(entry.interval, places),
+        bar=interval_bar(entry.interval, span),
+        cases=f"{entry.cases} of {entry.scored}" if some else str(entry.cases),
+        p=show_p(entry.p),
+        directions="; ".join(directions(entry)),
+        seeds=seeds or DASH,
+        sentence=sentence,
+        holds=entry.holds,
+    )
 
 
 def metric_name(entry: Difference) -> str:
@@ -134,7 +225,7 @@ def cases_of(entry: Difference) -> str:
 
 def hospital_tables(
     values: CaseValues, pairs: Sequence[tuple[str, str]], structures: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[HospitalTable]:
     """One table per pair: every hospital, structure and metric, corrected as one family."""
     several = len(structures) > 1
     tables = []
@@ -148,9 +239,7 @@ def hospital_tables(
         groups = claim_groups(
             found, several, lambda entry: "Average" if entry.site == AVERAGE else entry.site
         )
-        tables.append(
-            {"method": pair[0], "reference": pair[1], "groups": groups, "family": _family(found)}
-        )
+        tables.append(HospitalTable(*pair, groups, _family(found)))
     return tables
 
 
@@ -158,18 +247,18 @@ def _family(differences: Sequence[Difference]) -> int:
     return max((entry.family for entry in differences), default=0)
 
 
-def claims_section(differences: Sequence[Difference], structures: Sequence[str]) -> Section:
+def claims_section(differences: Sequence[Difference], structures: Sequence[str]) -> Claims:
     """Data of the page for a family of claims: sentences on Dice, and the table of all claims."""
     several = len(structures) > 1
-    return {
-        "sentences": [
-            {"text": claim_sentence(entry, several), "holds": entry.holds}
+    return Claims(
+        sentences=tuple(
+            ClaimSentence(claim_sentence(entry, several), entry.holds)
             for entry in differences
             if entry.metric == "dice"
-        ],
-        "groups": claim_groups(differences, several),
-        "family": _family(differences),
-    }
+        ),
+        groups=claim_groups(differences, several),
+        family=_family(differences),
+    )
 
 
 def directions(entry: Difference) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,11 @@ from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.server.report.figures.plots import matrix_panel, scatter_panel
 from fedsgcg.server.report.labels import Label, figure_groups
 from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.sections.elements import Panel, TitledDrawing
 from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
 
 Floats = npt.NDArray[np.float64]
-Section = dict[str, Any]
+Kind = Literal["cosine", "share"]
 
 SHOWN_PIXELS = 500  # pixels of one t-SNE; two of them take a few seconds
 NEIGHBOURS = 10
@@ -38,10 +39,6 @@ MOST_MATRICES = 6
 PAIRS = (("ram", "ram_sgcg"), ("source", "sgcg"), ("source", "ram_sgcg"))
 """Training without and with SgCG, most informative first."""
 USUAL_TEMPERATURE = 0.5
-ABSENT = (
-    "No t-SNE: pixel features stay at their hospital and are stored only on request, and no "
-    "hospital's folder with sampled features is on the machine that made this page."
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,26 +58,95 @@ class Pixels:
     names: tuple[str, ...]
 
 
-def tsne_section(study: StudyFiles, reader: Reader) -> Section:
-    """Two rows of panels (before, after) by class and by hospital.
+@dataclass(frozen=True)
+class TsneRow:
+    """t-SNE of the pixels of one run.
 
-    Returns {"absent": reason} without data.
+    Attributes:
+        method: Label of the run.
+        panels: The plane by class and by hospital; empty with too few pixels.
+        text: How the features cluster in feature space.
     """
+
+    method: str
+    panels: tuple[Panel, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Tsne:
+    """t-SNE of one fold and seed, without and with SgCG.
+
+    Attributes:
+        rows: One row per run.
+        heldout: Held-out hospital, "" for none.
+        seed: Seed.
+        classes: Names of the classes, in the order of their colours.
+        sites: Names of the hospitals, in the order of their colours.
+    """
+
+    rows: tuple[TsneRow, ...]
+    heldout: str
+    seed: int
+    classes: tuple[str, ...]
+    sites: tuple[str, ...]
+
+    @property
+    def drawings(self) -> list[TitledDrawing]:
+        """Every drawing with its title."""
+        return [((panel.title,), panel.drawing) for row in self.rows for panel in row.panels]
+
+
+@dataclass(frozen=True)
+class SimilarityPanel(Panel):
+    """Similarity of the classes of one label.
+
+    Attributes:
+        kind: `cosine` of the class means, or `share` (SgCG's class probabilities).
+        tau: Temperature of the probabilities, as shown.
+    """
+
+    kind: Kind = "cosine"
+    tau: str = ""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Similarity of the classes of every main label.
+
+    Attributes:
+        panels: One panel per label and kind; empty without class statistics.
+    """
+
+    panels: tuple[SimilarityPanel, ...]
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """Kinds that have panels, in the order of the page."""
+        return list(dict.fromkeys(panel.kind for panel in self.panels))
+
+    @property
+    def drawings(self) -> list[TitledDrawing]:
+        """Every drawing with its titles."""
+        return [((panel.kind, panel.title), panel.drawing) for panel in self.panels]
+
+
+def tsne_section(study: StudyFiles, reader: Reader) -> Tsne | None:
+    """Two rows of panels (before, after) by class and by hospital; None without data."""
     chosen = _choose_cells(study)
     found = [(cell, pixels) for cell in chosen if (pixels := read_pixels(cell, reader)) is not None]
     if not found:
-        return {"absent": ABSENT}
+        return None
     names = class_names(study)
-    rows = [_tsne_row(cell, thinned(pixels), names) for cell, pixels in found]
     classes = sorted({int(label) for _, pixels in found for label in pixels.classes})
     heldout, sites = found[0][0].heldout, found[0][1].names
-    return {
-        "rows": rows,
-        "heldout": heldout,
-        "seed": found[0][0].seed,
-        "classes": [names.get(label, f"class {label}") for label in classes],
-        "sites": [f"{name} (held out)" if name == heldout else name for name in sites],
-    }
+    return Tsne(
+        rows=tuple(_tsne_row(cell, thinned(pixels), names) for cell, pixels in found),
+        heldout=heldout,
+        seed=found[0][0].seed,
+        classes=tuple(names.get(label, f"class {label}") for label in classes),
+        sites=tuple(f"{name} (held out)" if name == heldout else name for name in sites),
+    )
 
 
 def _choose_cells(study: StudyFiles) -> list[Cell]:
@@ -152,7 +218,7 @@ def thinned(pixels: Pixels, most: int = SHOWN_PIXELS) -> Pixels:
     return Pixels(pixels.features[kept], pixels.classes[kept], pixels.sites[kept], pixels.names)
 
 
-def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> Section:
+def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> TsneRow:
     same_class, same_site, chance = neighbour_shares(pixels)
     text = (
         f"Of the {NEIGHBOURS} nearest neighbours of a pixel, {_percent(same_class)} are of its "
@@ -160,7 +226,7 @@ def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> Section:
         "hospitals were mixed evenly)."
     )
     if len(pixels.features) < FEWEST:
-        return {"method": cell.method, "panels": [], "text": "Too few pixels to draw."}
+        return TsneRow(cell.method, (), "Too few pixels to draw.")
     plane = tsne(pixels.features)
     labels, kinds = np.unique(pixels.classes, return_inverse=True)
     titles = [names.get(int(label), f"class {label}") for label in labels]
@@ -170,10 +236,8 @@ def _tsne_row(cell: Cell, pixels: Pixels, names: Mapping[int, str]) -> Section:
         ("by hospital", pixels.sites, pixels.names),
     ):
         alt = f"t-SNE of sampled pixel features of {cell.method}, {title}. {text}"
-        panels.append(
-            {"title": f"{cell.method}, {title}", "drawing": scatter_panel(plane, kind, alt, words)}
-        )
-    return {"method": cell.method, "panels": panels, "text": text}
+        panels.append(Panel(f"{cell.method}, {title}", scatter_panel(plane, kind, alt, words)))
+    return TsneRow(cell.method, tuple(panels), text)
 
 
 def tsne(features: Floats) -> Floats:
@@ -219,7 +283,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if math.isfinite(share) else "–"
 
 
-def similarity_section(study: StudyFiles, reader: Reader) -> Section:
+def similarity_section(study: StudyFiles, reader: Reader) -> Similarity:
     """Class similarity for every main label: cosine of means, and SgCG's probabilities."""
     names = class_names(study)
     panels = []
@@ -238,25 +302,18 @@ def similarity_section(study: StudyFiles, reader: Reader) -> Section:
         detail = f"mean of {len(parts)} run{'s' if len(parts) > 1 else ''}"
         if any(sampled for sampled, _ in parts):
             detail += ", from sampled pixels"
-        for kind, matrix in (
-            ("cosine", mean_of([cosines(p) for _, p in parts])),
-            ("share", mean_of([logit_shares(p, tau) for _, p in parts])),
-        ):
+        matrices: dict[Kind, Floats] = {
+            "cosine": mean_of([cosines(p) for _, p in parts]),
+            "share": mean_of([logit_shares(p, tau) for _, p in parts]),
+        }
+        for kind, matrix in matrices.items():
             caption = "Cosine between class means"
             if kind == "share":
                 caption = "SgCG's class probabilities of the class means"
             alt = f"{caption}, {label}, {detail}. {_pairs_text(matrix, titles)}"
             drawing = matrix_panel(matrix, titles, alt)
-            panels.append(
-                {
-                    "kind": kind,
-                    "title": label,
-                    "detail": detail,
-                    "drawing": drawing,
-                    "tau": f"{tau:g}",
-                }
-            )
-    return {"panels": panels, "kinds": [kind for kind in ("cosine", "share") if panels]}
+            panels.append(SimilarityPanel(label, drawing, detail, kind=kind, tau=f"{tau:g}"))
+    return Similarity(tuple(panels))
 
 
 def _statistics(cells: Sequence[Cell], reader: Reader) -> Iterator[tuple[bool, ClassStatistics]]:

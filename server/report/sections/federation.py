@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from fedsgcg.server.report.differences import CaseValues, compare_on_average
 from fedsgcg.server.report.figures.plots import Dot, dot_panel
 from fedsgcg.server.report.format import DECIMALS, TITLES, show
 from fedsgcg.server.report.labels import FEDERATIONS, Label
 from fedsgcg.server.report.rounds import steps_by_federation
-from fedsgcg.server.report.sections.claims import claims_section, federation_pairs
-from fedsgcg.server.report.sections.sweeps import HELD_OUT, METRICS, Section, distance_note
+from fedsgcg.server.report.sections.claims import Claims, claims_section, federation_pairs
+from fedsgcg.server.report.sections.elements import Panel, TitledDrawing
+from fedsgcg.server.report.sections.sweeps import HELD_OUT, METRICS, distance_note
 from fedsgcg.server.report.tables import Row
+
+
+@dataclass(frozen=True)
+class FederationCost:
+    """The same training in several federations.
+
+    Attributes:
+        panels: One figure per structure and metric.
+        claims: Differences between the federations.
+        present: The federations, in the order of the report.
+        steps: Training steps per round by federation, fewest to most; empty if all took the same.
+        note: Which distances leave out evaluations, "" for none.
+    """
+
+    panels: tuple[Panel, ...]
+    claims: Claims
+    present: tuple[str, ...]
+    steps: Mapping[str, str]
+    note: str
+
+    @property
+    def drawings(self) -> list[TitledDrawing]:
+        """Every drawing with its title."""
+        return [((panel.title,), panel.drawing) for panel in self.panels]
 
 
 def federation_section(
@@ -22,7 +48,7 @@ def federation_section(
     colours: Mapping[str, int],
     rounds: Sequence[Row] = (),
     place: str = HELD_OUT,
-) -> Section | None:
+) -> FederationCost | None:
     """Compare every training local, pooled and by site; None with fewer than two federations.
 
     Args:
@@ -48,12 +74,12 @@ def federation_section(
             alt = f"Mean {title} of {structure} over {place}: {means}."
             head = f"{structure}, {title}" if len(structures) > 1 else title
             if dots:
-                panels.append({"title": head, "drawing": dot_panel(dots, title, alt)})
+                panels.append(Panel(head, dot_panel(dots, title, alt)))
     claims = claims_section(compare_on_average(values, pairs, structures, METRICS), structures)
-    present = [name for name in FEDERATIONS if any(label.federation == name for label in rows)]
+    present = (name for name in FEDERATIONS if any(label.federation == name for label in rows))
     budget = steps_by_federation(rounds, {label.name: label.federation for label in rows})
     note = distance_note(values, [label.name for label in rows], structures)
-    return {"panels": panels, "claims": claims, "present": present, "steps": budget, "note": note}
+    return FederationCost(tuple(panels), claims, tuple(present), budget, note)
 
 
 def _federation_dots(

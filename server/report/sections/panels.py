@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -26,46 +26,118 @@ from fedsgcg.server.report.figures.overlays import (
     overlay,
     overlay_sheet,
 )
-from fedsgcg.server.report.format import show
+from fedsgcg.server.report.format import DASH, show
 from fedsgcg.server.report.labels import Group
 from fedsgcg.server.report.reader import Picture, Reader
 from fedsgcg.server.report.rounds import Curve, curves
 from fedsgcg.server.report.sections.cases import count_of
+from fedsgcg.server.report.sections.elements import ClassShare, Panel
+from fedsgcg.server.report.sections.results import CaseRow
 from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
 from fedsgcg.server.report.tables import Row
 
-Section = dict[str, Any]
 Curves = Mapping[tuple[str, str, str], Curve]
 
 
+@dataclass(frozen=True)
+class TrainingPanel(Panel):
+    """Curves of one fold.
+
+    Attributes:
+        total_loss: Whether it has a curve of the total loss next to the supervised one.
+        heldout: Whether it has a curve of the held-out hospital.
+    """
+
+    total_loss: bool = False
+    heldout: bool = False
+
+
+@dataclass(frozen=True)
+class OverlayImage:
+    """The contours of one label on a slice.
+
+    Attributes:
+        method: The label.
+        drawing: The picture as SVG, empty without a picture.
+        dice: Dice of the case, mean over structures, as shown; "" without a picture.
+    """
+
+    method: str
+    drawing: Markup
+    dice: str
+
+
+@dataclass(frozen=True)
+class OverlayGroup:
+    """Images of one group of labels.
+
+    Attributes:
+        title: What the labels have in common, "" if there is only one group.
+        images: One image per label.
+    """
+
+    title: str
+    images: tuple[OverlayImage, ...]
+
+
+@dataclass(frozen=True)
+class OverlayCase:
+    """One case with every label.
+
+    Attributes:
+        rank: worst, median or best.
+        case: Alias of the case.
+        z: Index of the slice.
+        mean: Dice of the case, mean over labels, as shown.
+        groups: The images.
+    """
+
+    rank: str
+    case: str
+    z: int
+    mean: str
+    groups: tuple[OverlayGroup, ...]
+
+
+@dataclass(frozen=True)
+class OverlayBlock:
+    """The chosen cases of one hospital.
+
+    Attributes:
+        site: The hospital.
+        seed: Seed of the shown models.
+        cases: The cases.
+        alone: Hospitals that trained alone and whose models are shown.
+        sheet: The same cases as one figure for a file, None without a picture of the first group.
+    """
+
+    site: str
+    seed: int
+    cases: tuple[OverlayCase, ...]
+    alone: tuple[str, ...]
+    sheet: Drawing | None
+
+
 def case_figures(
-    cases: Sequence[Section],
+    cases: Sequence[CaseRow],
     structure: str,
     methods: Sequence[str],
     colours: Mapping[str, int] | None = None,
-) -> list[Section]:
+) -> list[Panel]:
     """One strip plot per hospital: Dice of every case with every method."""
-    chosen = [
-        case for case in cases if case["structure"] == structure and case["method"] in methods
-    ]
-    values = [case["dice"] for case in chosen if math.isfinite(case["dice"])]
+    chosen = [case for case in cases if case.structure == structure and case.method in methods]
+    values = [case.dice for case in chosen if math.isfinite(case.dice)]
     low = max(0.0, math.floor((min(values, default=0.0) - 0.02) * 20) / 20)
     panels = []
-    for site in sorted({case["site"] for case in chosen}):
+    for site in sorted({case.site for case in chosen}):
         strips: dict[str, dict[str, float]] = {method: {} for method in methods}
         for case in chosen:
-            if case["site"] == site:
-                strips[case["method"]][case["case"]] = case["dice"]
+            if case.site == site:
+                strips[case.method][case.case] = case.dice
         middles = [f"{name} median {show(_median(s), 3)}" for name, s in strips.items() if s]
         alt = f"Dice of {structure} for every case at {site}: {', '.join(middles)}."
         drawing = case_panel(strips, (low, 1.003), alt, "Dice of a case, mean over seeds", colours)
-        panels.append(
-            {
-                "title": site,
-                "detail": count_of(max(map(len, strips.values())), "case"),
-                "drawing": drawing,
-            }
-        )
+        panels.append(Panel(site, drawing, count_of(max(map(len, strips.values())), "case")))
     return panels
 
 
@@ -76,7 +148,7 @@ def _median(strip: Mapping[str, float]) -> float:
 
 def training_figures(
     rows: Sequence[Row], methods: Sequence[str], colours: Mapping[str, int] | None = None
-) -> list[Section]:
+) -> list[TrainingPanel]:
     """One panel per fold: supervised loss, source-validation Dice, and held-out ASD by round.
 
     The ASD is shown only if the held-out hospital was evaluated during training.
@@ -97,12 +169,12 @@ def training_figures(
         f: _lines(supervised, f, chosen) + _companions(found["loss"], supervised, f, chosen)
         for f in folds
     }
-    dash: dict[str, Any] = {"dash": ":", "strong": False}
     lower = {
-        fold: _lines(validation, fold, chosen) + _lines(heldout, fold, chosen, **dash)
+        fold: _lines(validation, fold, chosen)
+        + _lines(heldout, fold, chosen, dash=":", strong=False)
         for fold in folds
     }
-    third = {fold: _lines(distance, fold, chosen, **dash) for fold in folds}
+    third = {fold: _lines(distance, fold, chosen, dash=":", strong=False) for fold in folds}
     parts = [upper, lower, *([third] if any(third.values()) else [])]
     labels = [
         "supervised loss",
@@ -125,12 +197,15 @@ def training_figures(
         ]
         alt = f"Supervised loss and source-validation Dice by round, {title}: {'; '.join(ends)}."
         drawing = curve_panel([part[fold] for part in parts], labels, spans, alt)
-        marks = {
-            "whole": any(line.dash == "--" for line in upper[fold]),
-            "heldout": any(line.dash == ":" for line in (*lower[fold], *third[fold])),
-        }
-        detail = _left_out_note(heldout_only, fold, methods) if any(third.values()) else ""
-        panels.append({"title": title, "detail": detail, "drawing": drawing, "marks": marks})
+        panels.append(
+            TrainingPanel(
+                title,
+                drawing,
+                _left_out_note(heldout_only, fold, methods) if any(third.values()) else "",
+                total_loss=any(line.dash == "--" for line in upper[fold]),
+                heldout=any(line.dash == ":" for line in (*lower[fold], *third[fold])),
+            )
+        )
     return panels
 
 
@@ -182,7 +257,7 @@ def _companions(
     return kept
 
 
-def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
+def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Panel]:
     """One panel per fold and method: scatter between and within hospitals, by class."""
     between = curves(rows, "between_site_trace")
     within = curves(rows, "within_site_trace")
@@ -193,29 +268,27 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Section]:
         within | curves(rows, "within_site_trace_evaluation"),
     )
     classes = shift_classes(rows)
-    panels: list[Section] = []
+    found: list[tuple[str, str, list[Line], list[ClassShare]]] = []
     wanted = {key[:2] for key in between if key[1] in methods}
     for fold, method in sorted(wanted, key=lambda key: (key[0], methods.index(key[1]))):
-        lines, shares = [], []
+        lines: list[Line] = []
+        shares: list[ClassShare] = []
         for index, name in enumerate(classes):
             key = fold, method, name
             lines += [Line(between[key], index)] if key in between else []
             lines += [Line(within[key], index, "--", strong=False)] if key in within else []
             if key in between and key in within:
-                shares.append(
-                    {"name": name, "index": index, "share": _share(end[0][key], end[1][key])}
-                )
-        title = f"{fold or 'no hospital'} held out"
-        panels.append({"title": title, "method": method, "lines": lines, "shares": shares})
-    span = log_span_of([line for panel in panels for line in panel["lines"]])
-    for panel in panels:
-        ends = "; ".join(f"{entry['name']} {entry['share']}" for entry in panel["shares"])
-        alt = (
-            f"Scatter between and within hospitals by round, {panel['title']}, {panel['method']}. "
-        )
+                shares.append(ClassShare(name, _share(end[0][key], end[1][key])))
+        found.append((f"{fold or 'no hospital'} held out", method, lines, shares))
+    span = log_span_of([line for _, _, lines, _ in found for line in lines])
+    several = len({method for _, method, _, _ in found}) > 1
+    panels = []
+    for title, method, lines, shares in found:
+        ends = "; ".join(f"{entry.name} {entry.share}" for entry in shares)
+        alt = f"Scatter between and within hospitals by round, {title}, {method}. "
         alt += f"Share between hospitals at the end: {ends or 'unknown'}."
-        panel["drawing"] = shift_panel(panel.pop("lines"), span, alt)
-        panel["detail"] = panel["method"] if len({entry["method"] for entry in panels}) > 1 else ""
+        drawing = shift_panel(lines, span, alt)
+        panels.append(Panel(title, drawing, method if several else "", tuple(shares)))
     return panels
 
 
@@ -239,7 +312,7 @@ MOST_OVERLAYS = 12  # most labels of one case
 
 def overlay_blocks(
     study: StudyFiles, reader: Reader, groups: Sequence[Group], images: Images
-) -> list[Section]:
+) -> list[OverlayBlock]:
     """One block per hospital: worst, median and best case, the same slice with every label."""
     wanted = [name for group in groups for name in group.labels][:MOST_OVERLAYS]
     blocks = []
@@ -260,16 +333,14 @@ def overlay_blocks(
             pictures = {cell.method: reader.pictures(_picture_path(cell, site)) for cell in shown}
             cases = _overlay_cases(pictures, groups, images)
             if cases:
-                alone = sorted({cell.trained_on for cell in shown if cell.trained_on})
-                sheet = {"title": site, "drawing": _sheet(pictures, groups[0].labels, site)}
                 blocks.append(
-                    {
-                        "site": site,
-                        "seed": shown[0].seed,
-                        "cases": cases,
-                        "alone": alone,
-                        "sheet": sheet,
-                    }
+                    OverlayBlock(
+                        site=site,
+                        seed=shown[0].seed,
+                        cases=cases,
+                        alone=tuple(sorted({cell.trained_on for cell in shown if cell.trained_on})),
+                        sheet=_sheet(pictures, groups[0].labels, site),
+                    )
                 )
     return blocks
 
@@ -308,7 +379,7 @@ def _picture_path(cell: Cell, site: str) -> Path:
 
 def _overlay_cases(
     pictures: Mapping[str, Sequence[Picture]], groups: Sequence[Group], images: Images
-) -> list[Section]:
+) -> tuple[OverlayCase, ...]:
     cases = []
     for rank, case in choose_cases(pictures):
         versions = {
@@ -319,15 +390,15 @@ def _overlay_cases(
         box = crop_box(present)
         rows = []
         for group in groups:
-            drawn = [
+            drawn = tuple(
                 _overlay_image(name, versions.get(name), box, (rank, case), images)
                 for name in group.labels
-            ]
-            rows.append({"title": group.title, "images": drawn})
+            )
+            rows.append(OverlayGroup(group.title, drawn))
         known = [picture.dice for picture in present if math.isfinite(picture.dice)]
-        mean = show(float(np.mean(known)), 3) if known else "–"
-        cases.append({"rank": rank, "case": case, "z": present[0].z, "mean": mean, "groups": rows})
-    return cases
+        mean = show(float(np.mean(known)), 3) if known else DASH
+        cases.append(OverlayCase(rank, case, present[0].z, mean, tuple(rows)))
+    return tuple(cases)
 
 
 def _overlay_image(
@@ -336,12 +407,8 @@ def _overlay_image(
     box: tuple[int, int, int, int],
     what: tuple[str, str],
     images: Images,
-) -> Section:
+) -> OverlayImage:
     if picture is None:
-        return {"method": name, "drawing": Markup(""), "dice": ""}
+        return OverlayImage(name, Markup(""), "")
     label = f"{what[0]} case {what[1]}, {name}: contours of truth (solid) and prediction (dashed)"
-    return {
-        "method": name,
-        "drawing": overlay(picture, box, label, images),
-        "dice": show(picture.dice, 3),
-    }
+    return OverlayImage(name, overlay(picture, box, label, images), show(picture.dice, 3))

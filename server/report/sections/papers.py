@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,10 +20,10 @@ from fedsgcg.server.report.format import DASH, TITLES, show
 from fedsgcg.server.report.intervals import Interval
 from fedsgcg.server.report.labels import FEDERATION_TITLES, FEDERATIONS, TRAINS, Label, main_labels
 from fedsgcg.server.report.sections.cases import count_of
+from fedsgcg.server.report.sections.elements import AVERAGE_COLUMN, Column
 from fedsgcg.server.report.sections.published import ABLATION, Published, PublishedRow
 from fedsgcg.server.report.tables import AVERAGE, COMPATIBLE, METRICS, counted
 
-Section = dict[str, Any]
 PAPER_METRICS = ("dice", "asd")
 JOINED_AT_MOST = 3  # most structures in one entry
 ARMS = {
@@ -33,6 +33,93 @@ ARMS = {
     "ram_sgcg": (True, True),
 }
 """Parts (RAM, SgCG) of each training method of the ablation."""
+
+
+@dataclass(frozen=True)
+class PaperNumber:
+    """One number of an entry.
+
+    Attributes:
+        text: The number as shown.
+        bold: Whether it is the best of its column and every difference to the others holds.
+    """
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class PaperCell:
+    """One entry; Dice in per cent, distances in the unit of the table.
+
+    Attributes:
+        numbers: One number per structure.
+        sd: Standard deviation over seeds, "" for one seed.
+        interval: 95 % interval over cases in the average, else "".
+        notes: What the numbers leave out, or how a printed average was computed.
+    """
+
+    numbers: tuple[PaperNumber, ...]
+    sd: str = ""
+    interval: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row.
+
+    Attributes:
+        label: Label, or the printed name of a method.
+        colour: Index of the palette, None for a printed row.
+        parts: Whether the training uses RAM and SgCG, None if it is not an arm of the ablation.
+        published: Whether the row was printed by others.
+        counted: Whether the metric is computed as in the published code.
+        cells: One entry per column, None where the result is missing.
+    """
+
+    label: str
+    colour: int | None
+    parts: tuple[bool, bool] | None
+    published: bool
+    counted: bool
+    cells: tuple[PaperCell | None, ...]
+
+
+@dataclass(frozen=True)
+class PaperGroup:
+    """Rows below one heading.
+
+    Attributes:
+        title: The heading, "" for none.
+        rows: The rows.
+    """
+
+    title: str
+    rows: tuple[PaperRow, ...]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table in the layout of the papers.
+
+    Attributes:
+        title: Metric with its unit, or what the table of an ablation is about.
+        metric: Name of the metric, "" if there is one group of rows per metric.
+        structures: Structures of an entry, joined by slashes.
+        has_heldout: Whether hospitals were held out.
+        columns: Hospitals, and their average if there are several.
+        groups: The rows.
+        dense: Whether there are too many columns for one line per entry.
+    """
+
+    title: str
+    metric: str
+    structures: str
+    has_heldout: bool
+    columns: tuple[Column, ...]
+    groups: tuple[PaperGroup, ...]
+    dense: bool
 
 
 class Layout:
@@ -69,57 +156,56 @@ class Layout:
         if len(sites) > 1:
             self.columns.append((AVERAGE, None))
 
-    def heads(self) -> list[Section]:
+    def heads(self) -> tuple[Column, ...]:
         """Titles of the columns, with the papers' domain if it is known."""
         heads = []
         for site, place in self.columns:
             if place is None:
-                heads.append({"title": "Average", "detail": "hospitals have equal weight"})
+                heads.append(AVERAGE_COLUMN)
                 continue
             domain = self.published.domain_of(site) if self.published else None
             detail = "" if domain is None else f"domain {domain + 1}"
-            heads.append({"title": site, "detail": detail})
-        return heads
+            heads.append(Column(site, detail))
+        return tuple(heads)
 
     def rows(
         self, labels: Sequence[Label], metric: str, colours: Mapping[str, int]
-    ) -> list[Section]:
+    ) -> list[PaperRow]:
         """One row per label; the best entry of a column is marked if all its differences hold."""
         best = {site: self._winners(labels, metric, place) for site, place in self.columns}
         return [
-            {
-                "label": label.name,
-                "index": colours.get(label.name, 0),
-                "ticks": ARMS.get(label.trains),
-                "published": False,
-                "counted": False,
-                "cells": [
+            PaperRow(
+                label=label.name,
+                colour=colours.get(label.name, 0),
+                parts=ARMS.get(label.trains),
+                published=False,
+                counted=False,
+                cells=tuple(
                     self._cell(label.name, metric, place, best[site])
                     for site, place in self.columns
-                ],
-            }
+                ),
+            )
             for label in labels
         ]
 
-    def counted_row(self, row: Section, metric: str) -> list[Section]:
+    def counted_row(self, row: PaperRow, metric: str) -> list[PaperRow]:
         """The row of a label with the metric as the published code computes it.
 
         Empty if this changes no shown number, if the published code computes the metric in the same
         way, or if the results do not have the column for every case.
         """
         column = COMPATIBLE.get(metric, "")
-        name = str(row["label"])
         if (
             self.published is None
             or metric not in self.published.counted
-            or not self._complete(name, column)
+            or not self._complete(row.label, column)
         ):
             return []
         empty = [""] * len(self.structures)
-        cells = [self._cell(name, column, place, empty) for _, place in self.columns]
-        if [cell.get("parts") for cell in cells] == [_plain(cell) for cell in row["cells"]]:
+        cells = tuple(self._cell(row.label, column, place, empty) for _, place in self.columns)
+        if [_texts(cell) for cell in cells] == [_texts(cell) for cell in row.cells]:
             return []
-        return [row | {"counted": True, "cells": cells}]
+        return [replace(row, counted=True, cells=cells)]
 
     def _complete(self, name: str, column: str) -> bool:
         """Whether a column is known for every case, seed and structure of a label."""
@@ -129,8 +215,10 @@ class Layout:
             for structure in self.structures
         )
 
-    def _cell(self, name: str, metric: str, place: Place | None, best: Sequence[str]) -> Section:
-        parts: list[Section] = []
+    def _cell(
+        self, name: str, metric: str, place: Place | None, best: Sequence[str]
+    ) -> PaperCell | None:
+        numbers: list[PaperNumber] = []
         spreads: list[str] = []
         ends: list[str] = []
         notes: list[str] = []
@@ -138,7 +226,7 @@ class Layout:
             cases = self.values.cases(name, structure, metric)
             interval = self.values.interval(name, structure, metric, place)
             seeds = list(self.values.by_seed(name, structure, metric, place).values())
-            parts.append({"text": _shown(interval.mean, metric), "bold": winner == name})
+            numbers.append(PaperNumber(_shown(interval.mean, metric), winner == name))
             spreads.append(_shown(float(np.std(seeds, ddof=1)), metric) if len(seeds) > 1 else "")
             ends.append(_ends(interval, metric))
             mark = ""
@@ -150,14 +238,14 @@ class Layout:
                 notes.append(f"{len(cases)} of {self.hospitals} hospitals")
         if place is None and self.published and len(self.structures) > 1:
             notes.append(f"together {_shown(self._together(name, metric), metric)}")
-        if all(part["text"] == DASH for part in parts):
-            return {"missing": True}
-        return {
-            "parts": parts,
-            "sd": "± " + " / ".join(spreads) if all(spreads) else "",
-            "interval": " / ".join(ends) if place is None and all(ends) else "",
-            "notes": list(dict.fromkeys(notes)),
-        }
+        if all(number.text == DASH for number in numbers):
+            return None
+        return PaperCell(
+            numbers=tuple(numbers),
+            sd="± " + " / ".join(spreads) if all(spreads) else "",
+            interval=" / ".join(ends) if place is None and all(ends) else "",
+            notes=tuple(dict.fromkeys(notes)),
+        )
 
     def _together(self, name: str, metric: str) -> float:
         """Average over hospitals and structures, as printed in the papers."""
@@ -201,7 +289,7 @@ class Layout:
         )
         return first if all(lead.holds and lead.better for lead in leads) else ""
 
-    def published_rows(self, metric: str, only: Mapping[str, str] | None = None) -> list[Section]:
+    def published_rows(self, metric: str, only: Mapping[str, str] | None = None) -> list[PaperRow]:
         """Rows printed by others for the hospitals of the columns.
 
         Args:
@@ -210,40 +298,35 @@ class Layout:
         """
         rows = self.published.rows[metric] if self.published else ()
         return [
-            {
-                "label": row.method,
-                "ticks": ARMS.get((only or {}).get(row.method, "")),
-                "published": True,
-                "counted": False,
-                "cells": [self._published_cell(row, site, place) for site, place in self.columns],
-            }
+            PaperRow(
+                label=row.method,
+                colour=None,
+                parts=ARMS.get((only or {}).get(row.method, "")),
+                published=True,
+                counted=False,
+                cells=tuple(self._published_cell(row, site, place) for site, place in self.columns),
+            )
             for row in rows
             if only is None or row.method in only
         ]
 
-    def _published_cell(self, row: PublishedRow, site: str, place: Place | None) -> Section:
+    def _published_cell(self, row: PublishedRow, site: str, place: Place | None) -> PaperCell:
         assert self.published is not None
         if place is None:
             domains = len(self.published.domains)
             notes = [f"the row gives {show(row.recomputed, 2)}"] if row.printed_otherwise else []
             notes += [f"over {domains} domains"] if self.hospitals != domains else []
-            return {
-                "parts": [{"text": show(row.average, 2), "bold": False}],
-                "sd": "",
-                "interval": "",
-                "notes": notes,
-            }
+            return PaperCell((PaperNumber(show(row.average, 2)),), notes=tuple(notes))
         domain = self.published.domain_of(site)
         if domain is None:
-            return {"parts": [{"text": DASH, "bold": False}], "sd": "", "interval": "", "notes": []}
+            return PaperCell((PaperNumber(DASH),))
         order = [self.published.structures.index(structure) for structure in self.structures]
-        parts = [{"text": show(row.values[domain][place], 2), "bold": False} for place in order]
-        return {"parts": parts, "sd": "", "interval": "", "notes": []}
+        return PaperCell(tuple(PaperNumber(show(row.values[domain][place], 2)) for place in order))
 
 
 def paper_tables(
     layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]
-) -> list[Section]:
+) -> list[PaperTable]:
     """Tables 1 to 4: one per metric and layout, labels grouped by federation, printed rows last."""
     tables = []
     for layout in layouts:
@@ -251,29 +334,29 @@ def paper_tables(
             rows = layout.rows(main_labels(labels), metric, colours)
             federations = [label.federation for label in main_labels(labels)]
             groups = [
-                {
-                    "title": FEDERATION_TITLES.get(name, name) if len(set(federations)) > 1 else "",
-                    "rows": [
+                PaperGroup(
+                    FEDERATION_TITLES.get(name, name) if len(set(federations)) > 1 else "",
+                    tuple(
                         line
                         for row, own in zip(rows, federations, strict=True)
                         if own == name
                         for line in (row, *layout.counted_row(row, metric))
-                    ],
-                }
+                    ),
+                )
                 for name in sorted(set(federations), key=lambda name: _place(FEDERATIONS, name))
             ]
             printed = layout.published_rows(metric)
             if printed:
-                groups.append(
-                    {"title": "printed by others, under another protocol", "rows": printed}
-                )
-            tables.append(_table(layout, metric, groups))
+                title = "printed by others, under another protocol"
+                groups.append(PaperGroup(title, tuple(printed)))
+            title = metric_title(metric, layout.values.unit)
+            tables.append(_table(layout, title, groups, metric))
     return tables
 
 
 def ablation_tables(
     layouts: Iterable[Layout], labels: Mapping[str, Label], colours: Mapping[str, int]
-) -> list[Section]:
+) -> list[PaperTable]:
     """Tables 5 and 6: the effect of RAM and SgCG.
 
     There is one table per layout and federation with at least three of the four arms.
@@ -293,11 +376,11 @@ def ablation_tables(
             for metric in PAPER_METRICS:
                 rows = layout.rows(arms, metric, colours)
                 rows += layout.published_rows(metric, ABLATION) if printed else []
-                groups.append({"title": metric_title(metric, layout.values.unit), "rows": rows})
+                groups.append(PaperGroup(metric_title(metric, layout.values.unit), tuple(rows)))
             title = " / ".join(layout.structures)
             if len({label.federation for label in plain}) > 1:
                 title = FEDERATION_TITLES[federation]
-            tables.append(_table(layout, "", groups) | {"title": title})
+            tables.append(_table(layout, title, groups))
     return tables
 
 
@@ -306,18 +389,18 @@ def metric_title(metric: str, unit: str) -> str:
     return "Dice, %" if metric == "dice" else f"{TITLES[metric]}, {unit}"
 
 
-def _table(layout: Layout, metric: str, groups: Sequence[Section]) -> Section:
-    title = metric_title(metric, layout.values.unit) if metric else ""
-    return {
-        "title": title,
-        "metric": metric,
-        "structures": " / ".join(layout.structures),
-        "has_heldout": layout.has_heldout,
-        "columns": layout.heads(),
-        "groups": list(groups),
-        "printed": any(row["published"] for group in groups for row in group["rows"]),
-        "dense": len(layout.columns) > 5,
-    }
+def _table(
+    layout: Layout, title: str, groups: Sequence[PaperGroup], metric: str = ""
+) -> PaperTable:
+    return PaperTable(
+        title=title,
+        metric=metric,
+        structures=" / ".join(layout.structures),
+        has_heldout=layout.has_heldout,
+        columns=layout.heads(),
+        groups=tuple(groups),
+        dense=len(layout.columns) > 5,
+    )
 
 
 def layouts_of(
@@ -329,7 +412,7 @@ def layouts_of(
     return [Layout(values, part, sites, published) for part in joined if part]
 
 
-def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> list[str]:
+def paper_notes(published: Published | None, tables: Iterable[PaperTable] = ()) -> list[str]:
     """How the printed protocol differs, one sentence each; empty without printed rows.
 
     Args:
@@ -343,8 +426,8 @@ def paper_notes(published: Published | None, tables: Iterable[Section] = ()) -> 
         "were not reproduced here and must not be compared digit by digit:",
         *published.protocol,
     ]
-    rows = (row for table in tables for group in table["groups"] for row in group["rows"])
-    if any(row["counted"] for row in rows):
+    rows = (row for table in tables for group in table.groups for row in group.rows)
+    if any(row.counted for row in rows):
         notes.append(
             f"A row “computed as in the papers” uses {'; '.join(published.counted.values())}; it "
             "is shown if that changes a number."
@@ -380,10 +463,9 @@ def _keys(values: Values) -> set[tuple[Place, str, int]]:
     }
 
 
-def _plain(cell: Section) -> list[Section] | None:
-    """The numbers of an entry, none of them bold."""
-    parts: list[Section] | None = cell.get("parts")
-    return None if parts is None else [part | {"bold": False} for part in parts]
+def _texts(cell: PaperCell | None) -> list[str]:
+    """The numbers of an entry as shown; none where the result is missing."""
+    return [number.text for number in cell.numbers] if cell else []
 
 
 def _shown(value: float, metric: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fedsgcg.server.report.format import (
+    DASH,
     DECIMALS,
     TITLES,
     Summary,
@@ -22,7 +24,8 @@ from fedsgcg.server.report.intervals import Interval
 from fedsgcg.server.report.reader import Reader
 from fedsgcg.server.report.rounds import departures
 from fedsgcg.server.report.sections.cases import count_of
-from fedsgcg.server.report.study_files import StudyFiles
+from fedsgcg.server.report.sections.elements import AVERAGE_COLUMN, Column
+from fedsgcg.server.report.study_files import Cell, StudyFiles
 from fedsgcg.server.report.tables import (
     AVERAGE,
     METRICS,
@@ -33,7 +36,6 @@ from fedsgcg.server.report.tables import (
     value_of,
 )
 
-Section = dict[str, Any]
 DENSE_ABOVE = 5  # columns above which mean and standard deviation are on two lines
 MEANING = {
     "dice": "overlap, higher is better",
@@ -44,9 +46,165 @@ MEANING = {
 }
 
 
+@dataclass(frozen=True)
+class ResultCell:
+    """Result of one method at one hospital, or on average, in one metric.
+
+    Attributes:
+        value: Mean over cases, as shown; distances in the unit of the table.
+        sd: Standard deviation over cases, or over hospitals in the average, "" if unknown.
+        interval: 95 % interval of the mean over cases, a dash if unknown.
+        notes: What the mean leaves out.
+        best: Whether it is the best mean of its column.
+    """
+
+    value: str
+    sd: str
+    interval: str
+    notes: tuple[str, ...]
+    best: bool
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """Results of one method in one metric.
+
+    Attributes:
+        method: Label of the method.
+        cells: One cell per column, None where the result is missing.
+    """
+
+    method: str
+    cells: tuple[ResultCell | None, ...]
+
+
+@dataclass(frozen=True)
+class MetricRows:
+    """Rows of one metric in a table of results.
+
+    Attributes:
+        title: Name of the metric, with the unit of distances.
+        meaning: One line on the metric.
+        rows: One row per method.
+    """
+
+    title: str
+    meaning: str
+    rows: tuple[ResultRow, ...]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """All results of one structure.
+
+    Attributes:
+        structure: Name of the structure.
+        dense: Whether mean and standard deviation are on two lines.
+        columns: Held-out hospitals, and their average if there are several.
+        metrics: Rows by metric.
+    """
+
+    structure: str
+    dense: bool
+    columns: tuple[Column, ...]
+    metrics: tuple[MetricRows, ...]
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    """Dice outside the held-out hospitals: observers, and validation cases.
+
+    Attributes:
+        method: Label of the method.
+        site: The evaluated hospital.
+        structure: Name of the structure.
+        dice: Mean Dice over cases, with its 95 % interval.
+        cases: Number of cases.
+    """
+
+    method: str
+    site: str
+    structure: str
+    dice: Interval
+    cases: int
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """One case with one method, averaged over the seeds with a value; NaN without any.
+
+    Attributes:
+        structure: Name of the structure.
+        site: The evaluated hospital.
+        method: Label of the method.
+        case: Alias of the case.
+        seeds: Number of seeds.
+        dice: Dice, 0 to 1.
+        asd: Average surface distance, prediction to truth, in the unit of the results.
+        assd: Average symmetric surface distance, in the unit of the results.
+        hd95: 95th percentile of the surface distances, in the unit of the results.
+        remark: Which masks are empty, "" for none.
+    """
+
+    structure: str
+    site: str
+    method: str
+    case: str
+    seeds: int
+    dice: float
+    asd: float
+    assd: float
+    hd95: float
+    remark: str
+
+
+@dataclass(frozen=True)
+class DepartureRow:
+    """The data that one hospital sent with one method, over all runs; sizes as shown.
+
+    Attributes:
+        method: Label of the method.
+        site: The hospital.
+        messages: Number of messages.
+        rounds: Number of training rounds that it answered.
+        parts: Bytes by part of the message, in the order of the columns; a dash for none.
+        per_round: Bytes per training round, a dash without any.
+        total: Bytes of all messages.
+        withheld: Classes withheld by the privacy floors, "none" without any.
+        source: `ledger` (the hospital's own record) or `coordinator` (the bytes received).
+    """
+
+    method: str
+    site: str
+    messages: int
+    rounds: int
+    parts: tuple[str, ...]
+    per_round: str
+    total: str
+    withheld: str
+    source: str
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run of the study.
+
+    Attributes:
+        cell: The run.
+        time: Wall-clock time as shown.
+        round: Selected round, a dash if unknown.
+        digest: SHA-256 of the selected model, a dash if unknown.
+    """
+
+    cell: Cell
+    time: str
+    round: str
+    digest: str
+
+
 def result_tables(
     summary: Sequence[Summary], study: StudyFiles, structures: Sequence[str]
-) -> list[Section]:
+) -> list[ResultTable]:
     """One table per structure: metric x method in rows, held-out hospitals in columns."""
     methods = list(dict.fromkeys(cell.method for cell in study.cells))
     sites = sorted(
@@ -62,33 +220,33 @@ def result_tables(
         columns = [*sites, AVERAGE] if len(sites) > 1 else sites
         unit = next((row["unit"] for row in found.values()), "pixel")
         tables.append(
-            {
-                "structure": structure,
-                "dense": len(columns) > DENSE_ABOVE,
-                "columns": [
+            ResultTable(
+                structure=structure,
+                dense=len(columns) > DENSE_ABOVE,
+                columns=tuple(
                     _column(site, [row for key, row in found.items() if key[1] == site])
                     for site in columns
-                ],
-                "metrics": [
-                    {
-                        "title": TITLES[metric] + ("" if metric == "dice" else f", {unit}"),
-                        "meaning": MEANING[metric],
-                        "rows": _metric_rows(metric, methods, columns, found, (seeds, len(sites))),
-                    }
+                ),
+                metrics=tuple(
+                    MetricRows(
+                        title=TITLES[metric] + ("" if metric == "dice" else f", {unit}"),
+                        meaning=MEANING[metric],
+                        rows=_metric_rows(metric, methods, columns, found, (seeds, len(sites))),
+                    )
                     for metric in METRICS
                     if metric != "hd95_max"
                     or any(math.isfinite(row["hd95_max_mean"]) for row in found.values())
-                ],
-            }
+                ),
+            )
         )
     return tables
 
 
-def _column(site: str, rows: Sequence[Summary]) -> Section:
+def _column(site: str, rows: Sequence[Summary]) -> Column:
     if site == AVERAGE:
-        return {"title": "Average", "detail": "hospitals have equal weight"}
+        return AVERAGE_COLUMN
     cases = sorted({row["cases"] for row in rows})
-    return {"title": site, "detail": count_of(cases[-1], "case") if cases else "no result"}
+    return Column(site, count_of(cases[-1], "case") if cases else "no result")
 
 
 def _metric_rows(
@@ -97,28 +255,29 @@ def _metric_rows(
     columns: Sequence[str],
     found: Mapping[tuple[str, str], Summary],
     wanted: tuple[int, int],
-) -> list[Section]:
+) -> tuple[ResultRow, ...]:
     best: dict[str, set[str]] = {}
     for site in columns:
         rows = [found[method, site] for method in methods if (method, site) in found]
         comparable = site != AVERAGE or all(row["hospitals"] == wanted[1] for row in rows)
         best[site] = best_methods(rows, metric) if comparable else set()
-    return [
-        {
-            "method": method,
-            "index": index,
-            "cells": [
+    return tuple(
+        ResultRow(
+            method,
+            tuple(
                 _result_cell(found.get((method, site)), metric, method in best[site], wanted)
                 for site in columns
-            ],
-        }
-        for index, method in enumerate(methods)
-    ]
+            ),
+        )
+        for method in methods
+    )
 
 
-def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int, int]) -> Section:
+def _result_cell(
+    row: Summary | None, metric: str, best: bool, wanted: tuple[int, int]
+) -> ResultCell | None:
     if row is None:
-        return {"missing": True}
+        return None
     places, seeds, hospitals = DECIMALS[metric], *wanted
     mean, sd, low, high = (float(row[f"{metric}_{name}"]) for name in ("mean", "sd", "low", "high"))
     excluded = row[f"{metric}_excluded"]
@@ -129,16 +288,30 @@ def _result_cell(row: Summary | None, metric: str, best: bool, wanted: tuple[int
         notes.append(f"{row['hospitals']} of {hospitals} hospitals")
     if len(row["seeds"]) < seeds:
         notes.append(f"{len(row['seeds'])} of {seeds} seeds")
-    return {
-        "value": show(mean, places),
-        "sd": f"± {show(sd, places)}" if math.isfinite(sd) else "",
-        "interval": show_interval(Interval(mean, low, high), places),
-        "notes": notes,
-        "best": best,
-    }
+    return ResultCell(
+        value=show(mean, places),
+        sd=f"± {show(sd, places)}" if math.isfinite(sd) else "",
+        interval=show_interval(Interval(mean, low, high), places),
+        notes=tuple(notes),
+        best=best,
+    )
 
 
-def case_means(rows: Sequence[Row]) -> list[Section]:
+def dice_rows(summary: Sequence[Summary]) -> list[OtherRow]:
+    """Mean Dice of each row of a summary (`summary_rows`)."""
+    return [
+        OtherRow(
+            method=row["method"],
+            site=row["site"],
+            structure=row["structure"],
+            dice=Interval(row["dice_mean"], row["dice_low"], row["dice_high"]),
+            cases=row["cases"],
+        )
+        for row in summary
+    ]
+
+
+def case_means(rows: Sequence[Row]) -> list[CaseRow]:
     """Every case with each method, averaged over the seeds with a value, lowest Dice first."""
     unit = distance_unit(rows)
     grouped: dict[tuple[str, str, str, str], list[Row]] = defaultdict(list)
@@ -146,22 +319,26 @@ def case_means(rows: Sequence[Row]) -> list[Section]:
         grouped[row["structure"], row["site"], row["method"], row["case"]].append(row)
     cases = []
     for (structure, site, method, case), part in grouped.items():
-        entry: Section = {
-            "structure": structure,
-            "site": site,
-            "method": method,
-            "case": case,
-            "seeds": len(part),
-        }
-        for metric in METRICS:
-            values = [value for row in part if math.isfinite(value := value_of(row, metric, unit))]
-            entry[metric] = float(np.mean(values)) if values else math.nan
-            entry[f"{metric}_text"] = show(entry[metric], DECIMALS[metric])
-        entry["remark"] = _remark(part)
-        cases.append(entry)
-    return sorted(
-        cases, key=lambda e: (e["structure"], e["site"], e["dice"], e["case"], e["method"])
-    )
+        cases.append(
+            CaseRow(
+                structure=structure,
+                site=site,
+                method=method,
+                case=case,
+                seeds=len(part),
+                dice=_mean_of_known(part, "dice", unit),
+                asd=_mean_of_known(part, "asd", unit),
+                assd=_mean_of_known(part, "assd", unit),
+                hd95=_mean_of_known(part, "hd95", unit),
+                remark=_remark(part),
+            )
+        )
+    return sorted(cases, key=lambda row: (row.structure, row.site, row.dice, row.case, row.method))
+
+
+def _mean_of_known(rows: Sequence[Row], metric: str, unit: str) -> float:
+    values = [value for row in rows if math.isfinite(value := value_of(row, metric, unit))]
+    return float(np.mean(values)) if values else math.nan
 
 
 def _remark(rows: Sequence[Row]) -> str:
@@ -178,7 +355,7 @@ def _remark(rows: Sequence[Row]) -> str:
     return ", ".join(f"{name} ({count} of {len(rows)})" for name, count in counts.items() if count)
 
 
-def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], list[str]]:
+def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[DepartureRow], list[str]]:
     """Return the rows on the data sent by each hospital, and the names of the parts by size."""
     found = departures(study.cells, study.rounds, reader)
     totals: dict[str, int] = defaultdict(int)
@@ -187,19 +364,19 @@ def departure_rows(study: StudyFiles, reader: Reader) -> tuple[list[Section], li
             totals[name] += size
     parts = sorted(totals, key=lambda name: -totals[name])
     rows = [
-        {
-            "method": entry.method,
-            "site": entry.site,
-            "messages": entry.messages,
-            "rounds": entry.rounds,
-            "parts": [
-                show_bytes(entry.parts[name]) if entry.parts.get(name) else "–" for name in parts
-            ],
-            "per_round": show_bytes(entry.total / entry.rounds) if entry.rounds else "–",
-            "total": show_bytes(entry.total),
-            "withheld": ", ".join(sorted(entry.withheld)) or "none",
-            "source": entry.source,
-        }
+        DepartureRow(
+            method=entry.method,
+            site=entry.site,
+            messages=entry.messages,
+            rounds=entry.rounds,
+            parts=tuple(
+                show_bytes(entry.parts[name]) if entry.parts.get(name) else DASH for name in parts
+            ),
+            per_round=show_bytes(entry.total / entry.rounds) if entry.rounds else DASH,
+            total=show_bytes(entry.total),
+            withheld=", ".join(sorted(entry.withheld)) or "none",
+            source=entry.source,
+        )
         for entry in found
     ]
     return rows, parts
@@ -241,14 +418,12 @@ def _machine_of(outcome: Mapping[str, Any]) -> str:
     )
 
 
-def cell_rows(study: StudyFiles) -> list[Section]:
+def run_rows(study: StudyFiles) -> list[RunRow]:
     """One row per run for the appendix: status, time, selected round, hash of the model."""
     rows = []
     for cell in study.cells:
         protocol = cell.model.get("protocol")
-        chosen = protocol.get("selected_round", "–") if isinstance(protocol, dict) else "–"
-        digest = str(cell.outcome.get("digest") or cell.model.get("digest") or "–")
-        rows.append(
-            {"cell": cell, "time": show_seconds(cell.seconds), "round": chosen, "digest": digest}
-        )
+        chosen = protocol.get("selected_round", DASH) if isinstance(protocol, dict) else DASH
+        digest = str(cell.outcome.get("digest") or cell.model.get("digest") or DASH)
+        rows.append(RunRow(cell, show_seconds(cell.seconds), str(chosen), digest))
     return rows

@@ -20,10 +20,10 @@ from fedsgcg.server.report.figures.plots import (
 )
 from fedsgcg.server.report.format import DECIMALS, show, show_interval
 from fedsgcg.server.report.labels import MOST_COLOURS, Label, Swept, numeric, value_order
-from fedsgcg.server.report.sections.claims import claims_section
+from fedsgcg.server.report.sections.claims import Claims, claims_section
+from fedsgcg.server.report.sections.elements import Panel, TitledDrawing
 from fedsgcg.server.report.tables import counted
 
-Section = dict[str, Any]
 METRICS = ("dice", "asd")
 HELD_OUT = "held-out hospitals"
 VALIDATION = "the hospitals’ own validation cases"
@@ -64,6 +64,100 @@ class Sweep:
     def is_usual(self, family: Family, value: str) -> bool:
         """Whether a value is that of the runs without the sweep."""
         return family in self.usual and self.usual[family][1] == value
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A label without the setting, drawn as a grey line.
+
+    Attributes:
+        title: The label.
+        dash: Dash pattern of its line, in pixels as in SVG.
+    """
+
+    title: str
+    dash: str
+
+
+@dataclass(frozen=True)
+class LineKey:
+    """Entry of the key to the lines.
+
+    Attributes:
+        title: Name of the line.
+        colour: Index of the palette.
+    """
+
+    title: str
+    colour: int
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """Result with one value in one metric, as shown.
+
+    Attributes:
+        value: Mean over cases; distances in the unit of the sweep.
+        interval: 95 % interval of the mean over cases, a dash if unknown.
+        note: What the mean leaves out, "" for nothing.
+    """
+
+    value: str
+    interval: str
+    note: str
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """Results with one value of the setting.
+
+    Attributes:
+        line: Name of the line.
+        value: Value of the setting.
+        usual: Whether it is the value of the runs without the sweep.
+        cells: One cell per structure and metric.
+    """
+
+    line: str
+    value: str
+    usual: bool
+    cells: tuple[SweepCell, ...]
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """Results of one swept setting.
+
+    Attributes:
+        name: Name of the setting.
+        logarithmic: Whether the axis of the setting is logarithmic.
+        usual: Whether the values include that of the runs without the sweep.
+        baselines: Labels without the setting, if they are lines of the figure.
+        key: Lines of the figure.
+        left_out: Number of lines that are only in the table.
+        panels: The figures.
+        rows: All values.
+        claims: Differences to the usual value, or to the first.
+        unit: Unit of the distances.
+        note: Which distances leave out evaluations, "" for none.
+    """
+
+    name: str
+    logarithmic: bool
+    usual: bool
+    baselines: tuple[Baseline, ...]
+    key: tuple[LineKey, ...]
+    left_out: int
+    panels: tuple[Panel, ...]
+    rows: tuple[SweepRow, ...]
+    claims: Claims
+    unit: str
+    note: str
+
+    @property
+    def drawings(self) -> list[TitledDrawing]:
+        """Every drawing with its titles."""
+        return [((self.name, panel.title), panel.drawing) for panel in self.panels]
 
 
 def sweeps_of(
@@ -124,7 +218,7 @@ def sweep_sections(
     structures: Sequence[str],
     colours: Mapping[str, int],
     place: str = HELD_OUT,
-) -> list[Section]:
+) -> list[SweepResults]:
     """One section per swept setting: figures, values, and differences to the usual or first value.
 
     Args:
@@ -156,7 +250,7 @@ def _sweep_section(
     structures: Sequence[str],
     colours: Mapping[str, int],
     place: str,
-) -> Section:
+) -> SweepResults:
     families = list(sweep.lines)
     pairs = []
     for family in families:
@@ -170,39 +264,35 @@ def _sweep_section(
         drawn = {
             family: colours.get(next(iter(sweep.lines[family].values())), 0) for family in drawn
         }
-    panels = [
+    panels = tuple(
         panel
         for name in structures
         for panel in _sweep_panels(sweep, drawn, baselines, values, name, place)
-    ]
+    )
     shown = list(
         dict.fromkeys(
             [*(label for line in sweep.all_lines() for label in line.values()), *baselines]
         )
     )
-    return {
-        "name": sweep.name,
-        "numbers": sweep.numbers,
-        "logarithmic": sweep.numbers and is_logarithmic(_numbers(sweep)),
-        "usual": bool(sweep.usual),
-        "baselines": [
-            {"title": label, "dash": " ".join(f"{part:g}" for part in dash)}
+    return SweepResults(
+        name=sweep.name,
+        logarithmic=sweep.numbers and is_logarithmic(_numbers(sweep)),
+        usual=bool(sweep.usual),
+        baselines=tuple(
+            Baseline(label, " ".join(f"{part:g}" for part in dash))
             for label, dash in zip(baselines, LEVEL_DASHES, strict=False)
             if sweep.numbers
-        ],
-        "key": [
-            {"title": _family_title(family), "index": index} for family, index in drawn.items()
-        ],
-        "left_out": len(families) - len(drawn),
-        "panels": panels,
-        "several": len(structures) > 1,
-        "rows": [
+        ),
+        key=tuple(LineKey(_family_title(family), index) for family, index in drawn.items()),
+        left_out=len(families) - len(drawn),
+        panels=panels,
+        rows=tuple(
             row for family in families for row in _sweep_rows(sweep, family, values, structures)
-        ],
-        "claims": claims,
-        "unit": values.unit,
-        "note": distance_note(values, shown, structures),
-    }
+        ),
+        claims=claims,
+        unit=values.unit,
+        note=distance_note(values, shown, structures),
+    )
 
 
 def _numbers(sweep: Sweep) -> list[float]:
@@ -216,7 +306,7 @@ def _sweep_panels(
     values: CaseValues,
     structure: str,
     place: str,
-) -> list[Section]:
+) -> list[Panel]:
     titles = ["Dice", f"ASD, {values.unit}"]
     series = [
         Series(_family_title(family), index, tuple(_points(sweep, family, values, structure)))
@@ -230,12 +320,8 @@ def _sweep_panels(
     ends += "".join(f"; {label} {show(level[0].mean, 3)}" for label, level in levels.items())
     alt = f"{structure}: mean Dice over {place} by {sweep.name}. {ends}."
     if sweep.numbers:
-        return [
-            {
-                "title": structure,
-                "drawing": sweep_panel(series, sweep.name, titles, alt, list(levels.values())),
-            }
-        ]
+        drawing = sweep_panel(series, sweep.name, titles, alt, list(levels.values()))
+        return [Panel(structure, drawing)]
     panels = []
     for number, title in enumerate(titles):
         dots = [
@@ -256,9 +342,7 @@ def _sweep_panels(
             if math.isfinite(point.intervals[number].mean)
         ]
         if dots:
-            panels.append(
-                {"title": f"{structure}, {title}", "drawing": dot_panel(dots, title, alt)}
-            )
+            panels.append(Panel(f"{structure}, {title}", dot_panel(dots, title, alt)))
     return panels
 
 
@@ -294,20 +378,18 @@ def _family_title(family: Family) -> str:
 
 def _sweep_rows(
     sweep: Sweep, family: Family, values: CaseValues, structures: Sequence[str]
-) -> list[Section]:
+) -> list[SweepRow]:
     rows = []
     for value, label in sweep.line(family).items():
         cells = []
         for structure in structures:
             for metric in METRICS:
                 interval, places = values.interval(label, structure, metric), DECIMALS[metric]
-                cell = {
-                    "value": show(interval.mean, places),
-                    "interval": show_interval(interval, places),
-                }
-                cells.append(cell | {"note": counted(*values.left_out(label, structure, metric))})
+                note = counted(*values.left_out(label, structure, metric))
+                shown = show(interval.mean, places), show_interval(interval, places)
+                cells.append(SweepCell(*shown, note))
         usual = sweep.is_usual(family, value)
-        rows.append({"line": _family_title(family), "value": value, "usual": usual, "cells": cells})
+        rows.append(SweepRow(_family_title(family), value, usual, tuple(cells)))
     return rows
 
 

@@ -17,7 +17,6 @@ from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.server.report.build import gc_disabled, make_report
 from fedsgcg.server.report.gallery import gallery, write_gallery
 from fedsgcg.server.report.sections.features import (
-    ABSENT,
     Pixels,
     cosines,
     logit_shares,
@@ -140,16 +139,16 @@ class TestSections:
     def test_before_and_after_are_one_fold_and_seed(self, tmp_path):
         study, reader = read_study(write_large_study(tmp_path, **SMALL))
         found = tsne_section(study, reader)
-        assert [entry["method"] for entry in found["rows"]] == ["ram", "ram_sgcg"]
-        assert found["sites"] == ["A (held out)", "B"]
-        assert found["classes"] == ["background", "prostate"]
-        shares = [entry["text"] for entry in found["rows"]]
+        assert [entry.method for entry in found.rows] == ["ram", "ram_sgcg"]
+        assert found.sites == ("A (held out)", "B")
+        assert found.classes == ("background", "prostate")
+        shares = [entry.text for entry in found.rows]
         assert shares[0] != shares[1]
 
     def test_likeness_comes_from_prototypes_else_from_sampled_pixels(self, tmp_path):
         study, reader = read_study(write_large_study(tmp_path, **SMALL))
-        panels = similarity_section(study, reader)["panels"]
-        details = {panel["title"]: panel["detail"] for panel in panels}
+        panels = similarity_section(study, reader).panels
+        details = {panel.title: panel.detail for panel in panels}
         assert details == {
             "source": "mean of 2 runs, from sampled pixels",
             "ram": "mean of 2 runs, from sampled pixels",
@@ -161,12 +160,12 @@ class TestSections:
     def test_absent_features_are_said_in_a_line_and_damaged_ones_are_named(self, tmp_path):
         folder = write_large_study(tmp_path, **SMALL, features=False)
         study, reader = read_study(folder)
-        assert tsne_section(study, reader) == {"absent": ABSENT}
-        assert similarity_section(study, reader)["panels"] == []
+        assert tsne_section(study, reader) is None
+        assert similarity_section(study, reader).panels == ()
         (folder / "ram/A/0/sites/B/features.arrow").write_bytes(b"no such thing")
         (folder / "sgcg/A/0/prototypes.arrow").write_bytes(b"no such thing")
         study, reader = read_study(folder)
-        assert "absent" in tsne_section(study, reader)
+        assert tsne_section(study, reader) is None
         similarity_section(study, reader)
         assert {problem.where for problem in reader.problems} == {
             "ram/A/0/sites/B/features.arrow",
@@ -177,29 +176,26 @@ class TestSections:
         folder = write_large_study(tmp_path, **SMALL, features=False)
         write_feature_samples(folder / "sgcg/B/0/sites/A/features.arrow", np.eye(3), [0, 1, 1], "A")
         study, reader = read_study(folder)
-        (found,) = tsne_section(study, reader)["rows"]
-        assert (found["method"], found["panels"]) == ("sgcg", [])
+        (found,) = tsne_section(study, reader).rows
+        assert (found.method, found.panels) == ("sgcg", ())
 
 
 def test_names_of_figures_are_free_of_what_a_file_system_minds(tmp_path):
     study, reader = read_study(write_large_study(tmp_path, **SMALL))
-    panels = similarity_section(study, reader)["panels"]
-    same = [
-        panel | {"title": title}
-        for panel, title in zip(panels, ("a/b", "A b", "..", "<x>"), strict=False)
-    ]
-    names = list(gallery({"similarity": {"panels": same}}))
-    assert len(names) == len(same)
+    panels = similarity_section(study, reader).panels
+    titles = ("a/b", "A b", "..", "<x>")
+    names = list(gallery({"likeness": [((title,), panels[0].drawing) for title in titles]}))
+    assert len(names) == len(titles)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.") for name in names)
     assert not any(name.startswith((".", "-")) for name in names)
 
 
 def test_a_figure_that_has_not_changed_is_not_drawn_as_pixels_again(tmp_path):
     study, reader = read_study(write_large_study(tmp_path / "study", **SMALL))
-    content = {"similarity": similarity_section(study, reader)}
+    drawings = {"likeness": similarity_section(study, reader).drawings}
     folder = tmp_path / "figures"
     folder.mkdir()
-    write_gallery(folder, gallery(content), Disk())
+    write_gallery(folder, gallery(drawings), Disk())
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {path.rpartition(".")[2] for path in first} == {"svg", "png"}
     same, changed, lost = sorted(path.stem for path in folder.glob("*.png"))[:3]
@@ -207,7 +203,7 @@ def test_a_figure_that_has_not_changed_is_not_drawn_as_pixels_again(tmp_path):
     (folder / f"{changed}.svg").write_bytes(b"<svg>of an earlier study</svg>")
     (folder / f"{changed}.png").write_bytes(b"of an earlier study")
     (folder / f"{lost}.png").unlink()
-    write_gallery(folder, gallery(content), Disk())
+    write_gallery(folder, gallery(drawings), Disk())
     second = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert second.pop(f"{same}.png") == b"kept"
     assert second == {name: data for name, data in first.items() if name != f"{same}.png"}

@@ -94,24 +94,24 @@ class TestPaperTables:
     def table(self, rows, metric="dice", sites=("HK", "UCL")):
         labels = labels_of(rows)
         layouts = layouts_of(CaseValues(rows), ["gland"], sites, None)
-        return next(t for t in paper_tables(layouts, labels, {}) if t["metric"] == metric)
+        return next(t for t in paper_tables(layouts, labels, {}) if t.metric == metric)
 
     def test_numbers_are_per_cent_with_their_spread_over_seeds(self):
-        (group,) = self.table(self.rows())["groups"]
-        source = group["rows"][0]
+        (group,) = self.table(self.rows()).groups
+        source = group.rows[0]
         # Seeds differ by exactly 0.01: sd = 0.01 / sqrt(2) = 0.71 per cent.
-        assert source["label"] == "source"
-        assert [cell["sd"] for cell in source["cells"]] == ["± 0.71"] * 3
+        assert source.label == "source"
+        assert [cell.sd for cell in source.cells] == ["± 0.71"] * 3
         noise = sum((i * 7 + 18) % 5 for i in range(12)) / 12 / 10
-        assert source["cells"][0]["parts"][0]["text"] == f"{60.5 + noise:.2f}"
+        assert source.cells[0].numbers[0].text == f"{60.5 + noise:.2f}"
 
     def test_bold_only_where_the_lead_over_every_row_holds(self):
         bold = lambda table: [  # noqa: E731
-            (row["label"], place)
-            for row in table["groups"][0]["rows"]
-            for place, cell in enumerate(row["cells"])
-            for part in cell.get("parts", [])
-            if part["bold"]
+            (row.label, place)
+            for row in table.groups[0].rows
+            for place, cell in enumerate(row.cells)
+            for number in (cell.numbers if cell else ())
+            if number.bold
         ]
         assert bold(self.table(self.rows())) == []  # ram and sgcg cannot be told apart
         two = [entry for entry in self.rows() if entry["method"] != "ram"]
@@ -130,10 +130,10 @@ class TestPaperTables:
             for e in self.rows()
             if e["method"] != "ram" and (e["method"], e["heldout"]) != ("sgcg", "UCL")
         ]
-        sgcg = self.table(two)["groups"][0]["rows"][1]
-        assert sgcg["cells"][1] == {"missing": True}
-        assert sgcg["cells"][2]["notes"] == ["1 of 2 hospitals"]
-        assert not sgcg["cells"][2]["parts"][0]["bold"]
+        sgcg = self.table(two).groups[0].rows[1]
+        assert sgcg.cells[1] is None
+        assert sgcg.cells[2].notes == ("1 of 2 hospitals",)
+        assert not sgcg.cells[2].numbers[0].bold
 
     @staticmethod
     def printed(rows, name="fundus", sites=("drishti", "refuge_val")):
@@ -143,14 +143,14 @@ class TestPaperTables:
         )
         tables = paper_tables(layouts, labels_of(rows), {})
         counted = {
-            table["metric"]: [
+            table.metric: [
                 (
-                    entry["label"],
-                    [[part["text"] for part in cell["parts"]] for cell in entry["cells"]],
+                    entry.label,
+                    [[number.text for number in cell.numbers] for cell in entry.cells],
                 )
-                for group in table["groups"]
-                for entry in group["rows"]
-                if entry["counted"]
+                for group in table.groups
+                for entry in group.rows
+                if entry.counted
             ]
             for table in tables
         }
@@ -239,7 +239,7 @@ class TestPaperTables:
         rows = self.rows()
         layouts = layouts_of(CaseValues(rows), ["gland"], ["HK", "UCL"], None)
         (table,) = ablation_tables(layouts, labels_of(rows), {})
-        ticks = [entry["ticks"] for entry in table["groups"][0]["rows"]]
+        ticks = [entry.parts for entry in table.groups[0].rows]
         assert ticks == [(False, False), (True, False), (False, True)]
         assert (
             ablation_tables(layouts, labels_of(row for row in rows if row["method"] != "ram"), {})

@@ -67,8 +67,8 @@ class TestTraining:
             return found
 
         followed, at_the_end = panel(1, 3), panel(3)
-        assert (followed["marks"]["heldout"], at_the_end["marks"]["heldout"]) == (True, False)
-        assert followed["drawing"].height > at_the_end["drawing"].height  # no axes for the distance
+        assert (followed.heldout, at_the_end.heldout) == (True, False)
+        assert followed.drawing.height > at_the_end.drawing.height  # no axes for the distance
 
     def test_a_followed_distance_says_of_how_many_evaluations_it_is_no_mean(self):
         rows = [entry("loss_supervised", 1.0 / n, n) for n in (1, 2, 3)]
@@ -78,12 +78,12 @@ class TestTraining:
             for name in ("dice", "asd")
         ]
         (panel,) = training_figures(rows, ["sgcg"])
-        assert panel["detail"] == ""
+        assert panel.detail == ""
         rows += [
             entry("heldout_asd_left_out", value, n, site="HK") for n, value in ((1, 3.0), (2, 1.0))
         ]
         (panel,) = training_figures(rows, ["sgcg"])
-        assert panel["detail"] == "ASD without up to 3 evaluations with an empty mask"
+        assert panel.detail == "ASD without up to 3 evaluations with an empty mask"
 
 
 class TestCurves:
@@ -126,11 +126,11 @@ class TestShift:
             for number in (1, 2)
         ]
         (panel,) = shift_figures(rows, ["sgcg"])
-        assert panel["shares"][0]["share"] == "1.0 %"
+        assert panel.shares[0].share == "1.0 %"
         final = {"between_site_trace_evaluation": 30.0, "within_site_trace_evaluation": 70.0}
         rows += [entry(name, value, 2, site="", cls="a") for name, value in final.items()]
         (panel,) = shift_figures(rows, ["sgcg"])
-        assert panel["shares"][0]["share"] == "30.0 %"
+        assert panel.shares[0].share == "30.0 %"
 
 
 class TestDepartures:

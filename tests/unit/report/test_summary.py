@@ -144,8 +144,8 @@ def test_a_column_that_older_results_lack_is_not_shown_as_undefined(tmp_path):
     ]
     for rows, number in ((study.results, 5), (old, 4)):
         (table,) = result_tables(summary_rows(rows), study, ["prostate"])
-        assert len(table["metrics"]) == number
-    titles = [part["title"] for part in table["metrics"]]
+        assert len(table.metrics) == number
+    titles = [part.title for part in table.metrics]
     assert titles == ["Dice", "ASD, pixel", "ASSD, pixel", "HD95, pixel"]
 
 

@@ -76,13 +76,13 @@ class TestSweeps:
             "the hospitals’ own validation cases",
         )
         (section,) = sections
-        alt = section["panels"][0]["drawing"].alt
+        alt = section.panels[0].drawing.alt
         assert "Dice over the hospitals’ own validation cases by weight" in alt
         assert (
             f"{first}: 0.625, {second}: 0.750; source 0.500." in alt
         )  # another federation is no baseline
-        assert [line["title"] for line in section["baselines"]] == (
-            ["source"] if section["numbers"] else []
+        assert [line.title for line in section.baselines] == (
+            ["source"] if words == "0.1 1" else []
         )
 
     def test_a_mean_distance_over_some_of_the_cases_is_marked(self):
@@ -93,11 +93,11 @@ class TestSweeps:
         ]
         labels, values = labels_of(rows), CaseValues(rows)
         (section,) = sweep_sections(sweeps_of(labels, {}), labels, values, ["gland"], {})
-        assert section["note"] == (
+        assert section.note == (
             "If one mask is empty there is no distance; the ASD is then the mean over the other "
             "evaluations (sgcg weight=1: mean over 1 of 4)."
         )
-        assert [[cell["note"] for cell in line["cells"]] for line in section["rows"]] == [
+        assert [[cell.note for cell in line.cells] for line in section.rows] == [
             ["", "mean over 1 of 4"],
             ["", ""],
         ]
@@ -107,9 +107,9 @@ class TestSweeps:
         (table,) = [
             t
             for t in paper_tables(layouts_of(values, ["gland"], ["HK"], None), labels, {})
-            if t["metric"] == "asd"
+            if t.metric == "asd"
         ]
-        notes = [line["cells"][0]["notes"] for line in table["groups"][0]["rows"]]
+        notes = [line.cells[0].notes for line in table.groups[0].rows]
         assert [note for note in notes if note] == []  # only the label without a sweep stands there
         assert values.left_out("sgcg weight=1", "gland", "asd", ("HK", "HK")) == (3, 4)
 
