@@ -29,6 +29,7 @@ from fedsgcg.common.wire.payload import (
     decode_statistics,
     encode_statistics,
 )
+from fedsgcg.common.wire.receipts import HEAD, LONGEST_RECEIPT, RECEIPT
 from fedsgcg.common.wire.sizes import MAX_METRICS, Sizes
 
 ENROL = "query.enrol"
@@ -195,13 +196,16 @@ def _records(
 def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
     """Raise PAY-105 for a part that is larger than the plan allows, PAY-106 for an unknown one."""
     message = _message(records)
-    unknown = set(records) - {"message", "weights", "metrics"}
+    unknown = set(records) - {"message", "weights", "metrics", HEAD, RECEIPT}
     unknown |= {name for name in message if sizes.bytes_of(name) < 0}
     if unknown:
         raise fail("PAY-106", found=f"{len(unknown)} unknown parts", expected="a known message")
     for name, value in message.items():
         if isinstance(value, str | bytes):
             check_size(value, sizes.bytes_of(name), name)
+    for name in (HEAD, RECEIPT):
+        for value in (records.config_records.get(name) or {}).values():
+            check_size(value if isinstance(value, str | bytes) else "", LONGEST_RECEIPT, name)
     for array in (records.array_records.get("weights") or {}).values():
         check_size(array.data, HEAD_BYTES + 4 * sizes.weights, "weights")
     metrics = records.metric_records.get("metrics") or {}

@@ -28,6 +28,8 @@ RECEIPT: Final = "receipt"
 """Names of the records of a head and of a receipt, which are not part of a payload's digest."""
 
 LONGEST_TEXT: Final = 64
+LONGEST_RECEIPT: Final = 16_384
+"""Most characters of a receipt, most of which are those of the certificate."""
 
 
 @dataclass(frozen=True)
