@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.bool_]
 BATCH = 16  # slices per forward pass; the result does not depend on it
-CONSTANT = 0.98
+CONSTANT = 0.95
 """Agreement of a prediction that counts as constant (`MaskAgreement`).
 
-Organs of different patients and slices agree far less, even in pictures centred on the organ.
+The true masks of PROMISE12's hospitals agree to 0.38 to 0.47, and the largest slices of their
+patients to 0.55 to 0.68 (measured at 128 pixels).
 """
 DECIMALS = 3
 """Decimals of a summary."""

@@ -53,7 +53,26 @@ def check_pinned(plan: Plan, policy: SiteFile | None) -> None:
     except OSError as error:
         expected = "a writable site folder"
         raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error
-    problems = [
+    if problems := differences(requested, accepted, path):
+        raise FedsgcgError(*problems)
+
+
+def kept_differences(plan: Plan, policy: SiteFile) -> list[Problem]:
+    """Return what a plan requests that the site has not accepted; nothing is pinned or written.
+
+    Raises:
+        FedsgcgError: SITE-501 when the file cannot be used.
+    """
+    path = Path(policy.home) / FILE
+    requested = _sample(plan)
+    return differences(requested, _accepted(path, requested), path) if path.exists() else []
+
+
+def differences(
+    requested: Mapping[str, Any], accepted: Mapping[str, list[Any]], path: Path
+) -> list[Problem]:
+    """Return POL-722 for every setting with a value that the site does not accept."""
+    return [
         Problem(
             "POL-722",
             found=repr(value),
@@ -64,8 +83,6 @@ def check_pinned(plan: Plan, policy: SiteFile | None) -> None:
         for name, value in requested.items()
         if value not in accepted.get(name, [])
     ]
-    if problems:
-        raise FedsgcgError(*problems)
 
 
 def _sample(plan: Plan) -> dict[str, Any]:

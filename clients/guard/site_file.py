@@ -72,10 +72,10 @@ class SiteFile(Section):
             `heldout_cases`, `training_cases` and `content_hashes` only if the hospital adds them
             here. `heldout_cases` and `training_cases` are the results of single cases under an
             alias, where this hospital is held out or observes, and of its validation cases; without
-            them mean, standard deviation and number of cases leave, rounded. `content_hashes` are salted
-            hashes of the images. With them the coordinator finds images that two hospitals share,
-            and can check whether this hospital has an image that the coordinator itself has; no
-            image can be reconstructed from them.
+            them mean, standard deviation and number of cases leave, rounded. `content_hashes` are
+            salted hashes of the images. With them the coordinator finds images that two hospitals
+            share, and can check whether this hospital has an image that the coordinator itself has;
+            no image can be reconstructed from them.
         patient_floor: Fewest patients that any figure covers: a class, a validation or test result,
             a round of training, and the difference of any two of them. The larger of this and the
             plan's floor applies.

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsgcg.clients.guard.approval import approvals
+from fedsgcg.clients.guard.pinned import kept_differences
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.console import Screen, progress_bar
 from fedsgcg.common.errors import FedsgcgError
@@ -83,6 +84,7 @@ def examine(
             *files,
             *examine_folders(policy),
             *examine_software(policy, files=software),
+            *examine_sample(policy, plan),
             *examine_device(policy, plan),
             *examine_disk(policy, seen),
         ]
@@ -142,6 +144,15 @@ def examine_folders(policy: SiteFile) -> list[Finding]:
                 Finding("site", name, "fail", f"{error.strerror}: {folder}", action, "SITE-501")
             )
     return findings
+
+
+def examine_sample(policy: SiteFile, plan: Plan) -> list[Finding]:
+    """Compare the kit's settings with those that this site accepted as definition of the sample."""
+    try:
+        problems = kept_differences(plan, policy)
+    except FedsgcgError as error:
+        problems = list(error.problems)
+    return [Finding.of("site", problem, "warn") for problem in problems]
 
 
 def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:

@@ -62,8 +62,8 @@ def protocol(
         "observers": sorted(plan.observers),
         "splits": (
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source "
-            "validation, unless the site's own file sets another share; every case of the held-out site is its test set unless the manifest says "
-            "otherwise"
+            "validation, unless the site's own file sets another share; every case of the held-out "
+            "site is its test set unless the manifest says otherwise"
         ),
         "selection": selection,
         "selected_round": selected_round,
