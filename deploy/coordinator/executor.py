@@ -15,10 +15,10 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
-import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.constant import TaskType
@@ -85,6 +85,12 @@ def main() -> int:
             ),
         ],
     )
+    with suppress(KeyboardInterrupt):  # the server has ended
+        _start_runs(client, address, ca)
+    return 0
+
+
+def _start_runs(client: RuntimeHttpClient, address: str, ca: str) -> NoReturn:
     request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
     running: list[subprocess.Popen[bytes]] = []
     while True:
@@ -94,8 +100,9 @@ def main() -> int:
             if task.HasField("task") and task.token:
                 running.append(start_app(address, ca, task.token))
                 LOG.info("run %s: process %d", task.task.run_id, running[-1].pid)
-        except (httpx.HTTPError, OSError) as error:
-            LOG.warning("no task could be started: %s", error)
+        # Without an executor no run starts any more, so it goes on after any failure.
+        except Exception as error:
+            LOG.warning("no run could be started: %s", error)
         time.sleep(POLL_S)
 
 
