@@ -5,6 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Final
+
+MAX_CLASSES: Final = 256
+"""Most classes or structures; a class index is stored in one byte."""
 
 
 def printable(text: str) -> str:

@@ -214,8 +214,9 @@ def open_store(
         budget: Disk and memory that may be used to build the cache.
 
     Raises:
-        FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is usable, followed by the problems of the cases; DAT-113
-            when the cache cannot be written or read.
+        FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is
+            usable, followed by the problems of the cases; DAT-113 when the cache cannot be written
+            or read.
     """
     files = {file.name: file for file in site.cases}
     key, rows = _cached(site, data, cache, budget)
