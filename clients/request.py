@@ -57,11 +57,11 @@ from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.flower_run import plan_of_run
+from fedsgcg.common.settings.message_sizes import request_sizes
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import Request, decode_request
 from fedsgcg.common.wire.payload import Identity
 from fedsgcg.common.wire.receipts import Receipt
-from fedsgcg.common.wire.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def handle(
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)
-        request = decode_request(message.content, Sizes.of_request(plan))
+        request = decode_request(message.content, request_sizes(plan))
         check_identity(request.identity, requested)
         check_pinned(requested, policy)
         return work(SiteRequest(request, plan, site, root, home, kind, policy))

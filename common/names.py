@@ -10,6 +10,9 @@ from typing import Final
 SHOWN: Final = 64
 """Most characters of another party's text that are shown or kept."""
 
+MAX_CLASSES: Final = 256
+"""Most classes or structures; a class index is stored in one byte."""
+
 
 def printable(text: str) -> str:
     """Return a name that can be printed and encoded as UTF-8.

@@ -62,7 +62,8 @@ def prepare(case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED) -> S
     """Read one case and convert it to canonical slices.
 
     Raises:
-        FedsgcgError: POL-707 when the slices would need more memory than the budget; DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
+        FedsgcgError: POL-707 when the slices would need more memory than the budget;
+            DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
     """
     image, mask = _read(case)
     budget.check_memory(conversion_bytes(image, data), case.name)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from fedsgcg.common.names import MAX_CLASSES
 from fedsgcg.common.settings.base import Checks, Section, at_most
 
 SPLITS: Final = ("train", "validation", "test")
-
-MAX_CLASSES: Final = 256
-"""Most classes or structures; a label is stored in one byte."""
 
 LABEL_TOLERANCE: Final = 1e-3
 """Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""

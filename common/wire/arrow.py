@@ -176,7 +176,8 @@ class _Table:
         count = int(_unpack("<I", self.data, at)[0])
         if count > len(self.data) // 16:
             raise struct.error("a vector longer than its buffer")
-        return [_unpack("<qq", self.data, at + 4 + 16 * k) for k in range(count)]
+        flat = _unpack(f"<{2 * count}q", self.data, at + 4)
+        return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _unpack(kind: str, data: bytes, at: int) -> tuple[int, ...]:

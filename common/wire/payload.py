@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
-from fedsgcg.common.settings.data import MAX_CLASSES
+from fedsgcg.common.names import MAX_CLASSES
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.arrow import Stream, open_bounded
 

@@ -27,6 +27,7 @@ from fedsgcg.deploy.certificates import (
     read_public_key,
 )
 from fedsgcg.deploy.coordinator.control import GONE, Control, Node, control_of
+from fedsgcg.deploy.coordinator.noise import NoiseLimit
 from fedsgcg.deploy.coordinator.project import Kit, Project, is_loopback
 from fedsgcg.deploy.coordinator.state_cleanup import LOG_BYTES, tidy
 from fedsgcg.deploy.environment import prepare_environment
@@ -35,7 +36,7 @@ POLL_S: Final = 2.0
 ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
 """Log lines of the server's own polling, which would fill the log."""
 
-LOGGERS: Final = ("flwr", "uvicorn", "uvicorn.error")
+LOGGERS: Final = ("flwr", "uvicorn", "uvicorn.error", "asyncio")
 
 
 def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: str = "") -> int:
@@ -182,6 +183,7 @@ def prepare_state(kit: Kit, *, insecure: bool) -> None:
         kit.state / "server.log", maxBytes=LOG_BYTES, backupCount=5
     )
     handler.addFilter(lambda record: not record.getMessage().startswith(ROUTINE))
+    handler.addFilter(NoiseLimit())
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in LOGGERS:
         logger = logging.getLogger(name)

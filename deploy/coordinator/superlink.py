@@ -3,8 +3,8 @@
 Flower 1.41 serves the Fleet, Control and Runtime APIs on one port, and without an identity
 provider it accepts every account: whoever can reach the port can submit code to all sites. So the
 same application is served twice in one process. The public port serves only the paths of the Fleet
-API (`FleetOnly`). 127.0.0.1 serves all paths, where the Control API requires the coordinator's
-token and the Runtime API the executor's secret.
+API (`FleetOnly`), within the limits of `deploy.coordinator.front`. 127.0.0.1 serves all paths,
+where the Control API requires the coordinator's token and the Runtime API the executor's secret.
 
 This module, `executor` and `state_cleanup` are the only ones here that depend on the internals
 of Flower's server; flwr is pinned to one minor version.
@@ -18,8 +18,9 @@ import hmac
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,14 +35,22 @@ from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
 from fedsgcg.deploy.coordinator.executor import executor_command
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+from fedsgcg.deploy.coordinator.front import (
+    Application,
+    BoundedBodies,
+    Limits,
+    Receive,
+    Scope,
+    Send,
+    public_server,
+    raise_descriptors,
+)
 
 LOOPBACK: Final = "127.0.0.1"
 GRACE_S: Final = 5.0
+SPARE_DESCRIPTORS: Final = 256
+"""Open files left for the database, the logs and the coordinator's own port."""
+
 REFUSAL: Final = b"only registered hospitals are served here\n"
 
 
@@ -61,6 +70,7 @@ class ServerOptions:
         executor_secret: File with the secret with which the executor acquires runs.
         database: Flower's database.
         log: Log file of the run processes.
+        limits: Limits of the public port.
     """
 
     host: str
@@ -73,6 +83,7 @@ class ServerOptions:
     executor_secret: Path
     database: Path
     log: Path
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def tls(self) -> dict[str, str]:
@@ -151,7 +162,7 @@ class TokenPlugin(ControlAuthnPlugin):  # type: ignore[misc, unused-ignore]
 
 
 class QuietServer(uvicorn.Server):
-    """A uvicorn server that installs no signal handlers; `serve` handles signals."""
+    """The server of the coordinator's own port; `serve` handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -209,11 +220,12 @@ async def serve(
     app = superlink_app(options)
     common: dict[str, Any] = {"log_config": None, "access_log": False, "workers": 1, **options.tls}
     inner = QuietServer(uvicorn.Config(app, host=LOOPBACK, port=options.control_port, **common))
-    outer = QuietServer(
-        uvicorn.Config(
-            FleetOnly(app), host=options.host, port=options.port, lifespan="off", **common
-        )
-    )
+    limits = options.limits
+    most = raise_descriptors(65_536) - SPARE_DESCRIPTORS
+    limits = replace(limits, connections=max(1, min(limits.connections, most)))
+    known = partial(is_registered, app) if options.ca else None
+    public = BoundedBodies(FleetOnly(app), limits, known)
+    outer = public_server(public, options.host, options.port, limits, options.tls)
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -235,6 +247,11 @@ async def serve(
         end_group(executor)
         stop()
         await asyncio.wait(tasks, timeout=GRACE_S)
+
+
+def is_registered(app: Any, key: bytes) -> bool:
+    """Return whether a public key (PEM) belongs to a registered hospital."""
+    return app.state.linkstate_factory.state().get_node_id_by_public_key(key) is not None
 
 
 def start_executor(options: ServerOptions) -> subprocess.Popen[bytes]:

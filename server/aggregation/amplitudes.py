@@ -17,9 +17,9 @@ import numpy as np
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.settings.federation import SHARES
+from fedsgcg.common.settings.message_sizes import CHANNELS
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
-from fedsgcg.common.wire.sizes import CHANNELS
 from fedsgcg.server.sites.enrolment import Member
 
 Amplitudes = TypeVar("Amplitudes", AmplitudeSummary, AmplitudeBank)

@@ -27,10 +27,10 @@ from fedsgcg.common.names import is_site_text, site_text
 from fedsgcg.common.settings.compose import nearest
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
 from fedsgcg.common.wire.payload import Identity
-from fedsgcg.common.wire.sizes import Sizes
 from fedsgcg.server.sites.exchange import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
@@ -180,7 +180,7 @@ class Cohort:
         return bool(new or replies)
 
     def _read(self, message: Message, node: int) -> Answer:
-        return read_answer(message, f"node {node}", Sizes.of_reply(self.plan, weights=0))
+        return read_answer(message, f"node {node}", reply_sizes(self.plan, weights=0))
 
     def _forget_restarted(self, present: Mapping[int, str]) -> None:
         """Treat nodes that restarted before they answered as new."""

@@ -10,10 +10,10 @@ from typing import Final
 from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import EVALUATE, SUMMARY, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
-from fedsgcg.common.wire.sizes import Sizes
 from fedsgcg.server.admission import Expectation, Verdict, admit
 from fedsgcg.server.records import results
 from fedsgcg.server.records.events import EventLog
@@ -138,7 +138,7 @@ class SiteRequests:
             message_type,
             request,
             deadline_s=deadline_s,
-            sizes=Sizes.of_reply(self.plan, request.weights.values.size if request.weights else 0),
+            sizes=reply_sizes(self.plan, request.weights.values.size if request.weights else 0),
             folder=Path(self.plan.output),
             enough=enough,
             on_answer=on_answer,

@@ -10,6 +10,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.settings.message_sizes import (
+    amplitude_bytes,
+    reply_sizes,
+    request_sizes,
+)
 from fedsgcg.common.wire.arrow import open_bounded
 from fedsgcg.common.wire.messages import (
     Reply,
@@ -20,7 +25,7 @@ from fedsgcg.common.wire.messages import (
     encode_request,
 )
 from fedsgcg.common.wire.payload import Weights, encode_cases
-from fedsgcg.common.wire.sizes import MOST_EXTRA_BYTES, Sizes, amplitude_bytes
+from fedsgcg.common.wire.sizes import MOST_EXTRA_BYTES, Sizes
 from tests.support import bombs
 from tests.support.plans import small_plan
 
@@ -135,7 +140,7 @@ def test_row_9_a_part_beyond_the_plan_is_refused_by_its_size(
     part: str, tmp_path: pytest.TempPathFactory
 ) -> None:
     """Row 9: limits come from the reader's plan; this plan shares no amplitudes at all."""
-    sizes = Sizes.of_reply(small_plan(tmp_path), weights=7)
+    sizes = reply_sizes(small_plan(tmp_path), weights=7)
     with pytest.raises(FedsgcgError, match="PAY-105"):
         decode_reply(reply_with(part, LARGE_PARTS[part]), sizes)
 
@@ -144,7 +149,7 @@ def test_row_9_a_hospital_refuses_a_request_beyond_its_plan(
     tmp_path: pytest.TempPathFactory,
 ) -> None:
     """Row 9: the coordinator's messages are bounded in the same way."""
-    sizes = Sizes.of_request(small_plan(tmp_path))
+    sizes = request_sizes(small_plan(tmp_path))
     request = encode_request(Request(bombs.IDENTITY, weights()))
     assert decode_request(request, sizes).identity == bombs.IDENTITY
     for part in ("options", "statistics", "amplitudes", "layout"):
@@ -185,7 +190,7 @@ def test_row_9_an_array_header_must_state_the_bytes_that_follow(shape: str) -> N
         decode_reply(records)
 
 
-@pytest.mark.parametrize("shape", ([2**32, 2**32], [-7, -1], [10**30, 0]))
+@pytest.mark.parametrize("shape", [[2**32, 2**32], [-7, -1], [10**30, 0]])
 def test_row_9_a_layout_is_multiplied_without_overflow(shape: list[int]) -> None:
     """Row 9: 2^32 times 2^32 is 0 in 64 bits, the size of an empty array."""
     layout = json.dumps({"layout": [["w", shape]], "counters": {}})
@@ -209,7 +214,7 @@ def test_the_limits_fit_the_largest_honest_payloads(tmp_path: pytest.TempPathFac
     plan = small_plan(tmp_path)
     structures = list(plan.data.structures)
     rows = [bombs.case_row(f"{k:08x}", name) for k in range(2000) for name in structures]
-    sizes = Sizes.of_reply(plan)
+    sizes = reply_sizes(plan)
     sent = replace_cases(encode_cases(rows))
     assert decode_reply(sent, sizes).cases == encode_cases(rows)
     assert len(bombs.DECODERS["cases"](encode_cases(rows), len(structures))) == len(rows)  # type: ignore[call-arg]
