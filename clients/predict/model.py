@@ -121,10 +121,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
     """Return the model's data settings; contradictory labels or preprocessing are an error."""
     where = str(folder / "model.json")
-    if not isinstance(card["preprocessing"], dict) or not isinstance(card["labels"], dict):
-        raise _damaged(
-            folder / "model.json", "labels or preprocessing that are not maps of names to values"
-        )
+    if not all(isinstance(card[name], dict) for name in ("preprocessing", "labels", "network")):
+        found = "labels, preprocessing or network that are not maps of names to values"
+        raise _damaged(folder / "model.json", found)
+    classes = card["classes"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise _damaged(folder / "model.json", "classes that are not a list of names")
     if list(card["labels"]) != card["classes"]:
         raise fail(
             "MOD-805",

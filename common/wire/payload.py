@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -124,7 +125,7 @@ class Identity:
                 int(fields["round"]),
                 str(fields["plan"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise fail(
                 "PAY-106",
                 found=f"identity {text[:80]!r}",
@@ -205,11 +206,13 @@ class Weights:
             )
             counters = tuple((str(name), int(value)) for name, value in parsed["counters"].items())
             np.asarray([value for _, value in counters], dtype=np.int64)  # OverflowError
+            if any(size < 0 for _, shape in layout for size in shape):
+                raise ValueError("a negative size")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise fail(
                 "PAY-106", found="layout that is not JSON", expected="names and shapes"
             ) from error
-        wanted = sum(int(np.prod(shape, dtype=np.int64)) for _, shape in layout)
+        wanted = sum(math.prod(shape) for _, shape in layout)  # exact, however large
         if values.ndim != 1 or values.dtype != np.float32 or values.size != wanted:
             raise fail(
                 "PAY-103",

@@ -122,7 +122,7 @@ def message(data: bytes) -> object:
     """Decode protobuf bytes as a reply and as a request; Flower refuses what is no protobuf."""
     try:
         records = recorddict_from_proto(ProtoRecordDict.FromString(data))
-    except (DecodeError, ValueError, TypeError, KeyError) as error:
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise fail("PAY-106") from error
     return decode_reply(records) if b"details" in data else decode_request(records)
 
