@@ -87,7 +87,7 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
     prototypes = _prototypes(card, data, settings, folder)
-    _check_card(folder / Path(str(card["weights"])).name, folder / "model.json")
+    _check_card(folder / Path(str(card["weights"])).name, folder / paths.MODEL_CARD)
     return Model(
         card,
         data,
@@ -128,11 +128,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 def _data(card: Mapping[str, Any], folder: Path) -> DataSettings:
     """Return the model's data settings; contradictory labels or preprocessing are an error."""
     where = str(folder / paths.MODEL_CARD)
-    if not isinstance(card["preprocessing"], dict) or not isinstance(card["labels"], dict):
-        raise _damaged(
-            folder / paths.MODEL_CARD,
-            "labels or preprocessing that are not maps of names to values",
-        )
+    if not all(isinstance(card[name], dict) for name in ("preprocessing", "labels", "network")):
+        found = "labels, preprocessing or network that are not maps of names to values"
+        raise _damaged(folder / paths.MODEL_CARD, found)
+    classes = card["classes"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise _damaged(folder / paths.MODEL_CARD, "classes that are not a list of names")
     if list(card["labels"]) != card["classes"]:
         raise fail(
             "MOD-805",

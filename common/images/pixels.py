@@ -5,6 +5,7 @@ Legend: H, W = rows, columns; C = channels.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,12 +56,14 @@ def picture_pixels(path: Path, *, mask: bool) -> Array:
 
 def _pillow_pixels(path: Path, mask: bool, page: int = 0) -> Array:
     """Return the pixels of one page as Pillow decodes it."""
-    with Image.open(path) as opened:
+    content = path.read_bytes()
+    # Pillow asks for as many bytes as a chunk announces: from memory it gets what there is.
+    with Image.open(io.BytesIO(content)) as opened:
         if mask and opened.format in LOSSY:
             raise _lossy(path, str(opened.format))
         if page:
             opened.seek(page)
-        _check_size(opened, path.stat().st_size)
+        _check_size(opened, len(content))
         opened.load()
         # Cameras store the rotation as a tag; viewers and annotation tools apply it.
         picture = ImageOps.exif_transpose(opened)

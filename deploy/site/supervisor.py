@@ -26,7 +26,7 @@ from typing import Any
 from fedsgcg.clients.guard import ledger
 from fedsgcg.clients.guard.egress import LEDGER
 from fedsgcg.clients.guard.site_file import SiteFile
-from fedsgcg.common.errors import fail
+from fedsgcg.common.errors import Problem, fail
 from fedsgcg.common.files.system import lock
 from fedsgcg.deploy.certificates import read_site_key
 from fedsgcg.deploy.site.check_link import examine_link
@@ -97,6 +97,7 @@ class Join:
     cold: bool = False
     stopping: threading.Event = field(default_factory=threading.Event)
     stuck: str = ""
+    connected: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> int:
@@ -137,6 +138,8 @@ class Join:
                 break
             if time.monotonic() - start > HEALTHY_S:
                 failures, pause = 0, SHORTEST_PAUSE_S
+            if not self.connected and not self.stuck and (clock := wrong_clock(self.policy)):
+                self.say(clock)  # Flower ends such a node without giving a reason
             if not self.stuck:  # a link that is down for days is not a failure of this node
                 failures += 1
             if failures >= MOST_FAILURES:
@@ -159,7 +162,7 @@ class Join:
         port = self.policy.runtime_port or free_port()
         secret = new_secret(home / "runtime.secret")
         children: list[subprocess.Popen[bytes]] = []
-        self.stuck = ""
+        self.stuck, self.connected = "", False
         try:
             node = self._start(
                 supernode_command(self.policy, self.site_file, port, secret), home, "supernode"
@@ -226,6 +229,7 @@ class Join:
             self.stuck = why
         if "SuperNode ID" in text:
             node = text.rpartition(" ")[2]
+            self.connected = True
             self._write_state(node=node, last="")
             self.say(f"connected to {self.policy.server}, node {node}")
         elif text.startswith(("Receiving:", "Sending:")):
@@ -291,6 +295,17 @@ def check_certificate(policy: SiteFile) -> None:
     for finding in examine_link(policy, 0):
         if finding.verdict == "fail" and finding.name in ("certificate", "authority"):
             raise fail("SITE-506", where=policy.server, found=finding.found, action=finding.action)
+
+
+def wrong_clock(policy: SiteFile) -> str:
+    """Return SITE-515 if the coordinator would reject this machine's time, else ""."""
+    for finding in examine_link(policy, 0):
+        if finding.area == "clock" and finding.verdict == "fail":
+            problem = Problem(
+                "SITE-515", found=finding.found, action=finding.action, where=policy.server
+            )
+            return str(problem)
+    return ""
 
 
 def prepare_home(policy: SiteFile) -> Path:

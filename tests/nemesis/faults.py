@@ -140,12 +140,12 @@ def wrong_clock(scene: Scene, site: str) -> str:
     end = time.monotonic() + REACTION_S
     refused = False
     while not refused and time.monotonic() < end:
-        refused = "[SITE-509]" in scene.federation.log(site)[before:]
+        refused = "[SITE-515]" in scene.federation.log(site)[before:]
         time.sleep(0.3)
     scene.federation.kill(site)
     scene.configure(site)
     scene.join(site)
-    return "refused with SITE-509" if refused else "NOT refused"
+    return "refused with SITE-515" if refused else "NOT refused"
 
 
 def full_disk_of_site(scene: Scene, site: str) -> str:

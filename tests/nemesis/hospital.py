@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedsgcg.deploy.cli import site
-from fedsgcg.deploy.site import supervisor
+from fedsgcg.deploy.site import check_link, supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,6 +38,19 @@ def replaced(original: Callable[..., list[str]], first: str, module: str) -> Cal
     return command
 
 
+class Skewed:
+    """The module `time` of a machine whose clock is wrong."""
+
+    def __init__(self, skew_s: float) -> None:
+        self._skew_s = skew_s
+
+    def time(self) -> float:
+        return time.time() + self._skew_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
 def main() -> int:
     """Join, with what the kit's `nemesis.json` asks for."""
     kit = Path(sys.argv[2])
@@ -46,6 +60,7 @@ def main() -> int:
         supervisor.resident_command, site_file, "tests.nemesis.resident"
     )
     if facts.get("skew_s"):
+        check_link.time = Skewed(float(facts["skew_s"]))
         os.environ["FEDSGCG_NEMESIS_SKEW_S"] = str(facts["skew_s"])
         supervisor.supernode_command = replaced(
             supervisor.supernode_command, "--root-certificates", "tests.nemesis.node"

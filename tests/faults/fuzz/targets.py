@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from PIL import Image
 from fedsgcg.clients.data.manifest import read_manifest
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file, site_file_text
 from fedsgcg.clients.predict.model import load_model
-from fedsgcg.common.errors import fail
+from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.images.phantoms import write_hospitals
 from fedsgcg.common.images.read import read_volume
 from fedsgcg.common.statistics import ClassStatistics
@@ -122,7 +123,7 @@ def message(data: bytes) -> object:
     """Decode protobuf bytes as a reply and as a request; Flower refuses what is no protobuf."""
     try:
         records = recorddict_from_proto(ProtoRecordDict.FromString(data))
-    except (DecodeError, ValueError, TypeError, KeyError) as error:
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise fail("PAY-106") from error
     return decode_reply(records) if b"details" in data else decode_request(records)
 
@@ -245,11 +246,9 @@ def image_targets(folder: Path) -> list[Target]:
     }
 
     def both(path: Path) -> object:
-        try:
-            read_volume(path)
-        finally:
+        with contextlib.suppress(FedsgcgError):  # colours are no labels
             read_volume(path, mask=True)
-        return None
+        return read_volume(path)
 
     return [
         file_target(folder, "nifti", ".nii", (plain,), read_volume, mutations.bytes_of, 2),
