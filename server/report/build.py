@@ -164,9 +164,15 @@ def gc_disabled() -> Iterator[None]:
 def render(page: Page) -> str:
     """Return the page; the same files give the same bytes.
 
-    The environment escapes every value. The page contains no script, font or external address, and
-    its content security policy forbids them.
+    The page contains no script, font or external address, and its content security policy forbids
+    them.
     """
+    content = {part.name: getattr(page, part.name) for part in fields(page)}
+    return template_environment().get_template("page.html.j2").render(content)
+
+
+def template_environment() -> Environment:
+    """Return the environment of the templates; it escapes every value."""
     environment = Environment(
         loader=PackageLoader("fedsgcg.server.report", "templates"),
         autoescape=True,
@@ -176,8 +182,7 @@ def render(page: Page) -> str:
     )
     environment.filters["show"] = show
     environment.globals |= CONSTANTS
-    content = {part.name: getattr(page, part.name) for part in fields(page)}
-    return environment.get_template("page.html.j2").render(content)
+    return environment
 
 
 def contents(study: StudyFiles, reader: Reader, on_progress: OnProgress = ignore_progress) -> Page:

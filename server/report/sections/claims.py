@@ -32,7 +32,7 @@ class ClaimRow:
 
     Attributes:
         title: What is compared, or the hospital.
-        mean: Mean paired difference, with the unit of its metric.
+        mean: Mean paired difference, in the unit of its metric.
         interval: 95 % interval of the mean.
         bar: The interval as a picture, empty if it is unknown.
         cases: Number of compared cases, "47 of 48" if some have no distance.

@@ -105,7 +105,6 @@ class PaperTable:
 
     Attributes:
         title: Metric with its unit, or what the table of an ablation is about.
-        metric: Name of the metric, "" if there is one group of rows per metric.
         structures: Structures of an entry, joined by slashes.
         has_heldout: Whether hospitals were held out.
         columns: Hospitals, and their average if there are several.
@@ -114,7 +113,6 @@ class PaperTable:
     """
 
     title: str
-    metric: str
     structures: str
     has_heldout: bool
     columns: tuple[Column, ...]
@@ -350,7 +348,7 @@ def paper_tables(
                 title = "printed by others, under another protocol"
                 groups.append(PaperGroup(title, tuple(printed)))
             title = metric_title(metric, layout.values.unit)
-            tables.append(_table(layout, title, groups, metric))
+            tables.append(_table(layout, title, groups))
     return tables
 
 
@@ -389,12 +387,9 @@ def metric_title(metric: str, unit: str) -> str:
     return "Dice, %" if metric == "dice" else f"{TITLES[metric]}, {unit}"
 
 
-def _table(
-    layout: Layout, title: str, groups: Sequence[PaperGroup], metric: str = ""
-) -> PaperTable:
+def _table(layout: Layout, title: str, groups: Sequence[PaperGroup]) -> PaperTable:
     return PaperTable(
         title=title,
-        metric=metric,
         structures=" / ".join(layout.structures),
         has_heldout=layout.has_heldout,
         columns=layout.heads(),

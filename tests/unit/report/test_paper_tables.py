@@ -20,6 +20,10 @@ NAN = float("nan")
 PUBLISHED = published_tables()
 
 
+def metric_of(table):
+    return table.title.partition(",")[0].lower()
+
+
 class TestPublished:
     @pytest.mark.parametrize("name", PUBLISHED)
     def test_every_row_has_every_domain_and_structure(self, name):
@@ -94,7 +98,7 @@ class TestPaperTables:
     def table(self, rows, metric="dice", sites=("HK", "UCL")):
         labels = labels_of(rows)
         layouts = layouts_of(CaseValues(rows), ["gland"], sites, None)
-        return next(t for t in paper_tables(layouts, labels, {}) if t.metric == metric)
+        return next(t for t in paper_tables(layouts, labels, {}) if metric_of(t) == metric)
 
     def test_numbers_are_per_cent_with_their_spread_over_seeds(self):
         (group,) = self.table(self.rows()).groups
@@ -143,7 +147,7 @@ class TestPaperTables:
         )
         tables = paper_tables(layouts, labels_of(rows), {})
         counted = {
-            table.metric: [
+            metric_of(table): [
                 (
                     entry.label,
                     [[number.text for number in cell.numbers] for cell in entry.cells],
