@@ -90,7 +90,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 ALL = tuple(blocks())
 SHELL = [block for block in ALL if block.language == "bash" or block.text.startswith("#!")]
-CALLS = {" ".join(call): (block.page, call) for block in SHELL for call in commands(block.text)}
+CALLS = {" ".join(call): (block, call) for block in SHELL for call in commands(block.text)}
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -112,16 +112,20 @@ def test_every_page_with_something_to_run_is_in_a_walk() -> None:
     assert {block.page for block in ALL if block.mark.startswith("run")} == walked
 
 
-@pytest.mark.parametrize(("page", "call"), CALLS.values(), ids=[text[:60] for text in CALLS])
-def test_every_command_parses_and_its_settings_make_a_plan(page: str, call: list[str]) -> None:
+@pytest.mark.parametrize(("block", "call"), CALLS.values(), ids=[text[:60] for text in CALLS])
+def test_every_command_parses_and_its_settings_make_a_plan(block: Block, call: list[str]) -> None:
     if len(call) == 1 or call[1].startswith("-"):
         return
+    page = block.page
     options = GENERATOR.parser_of(call[0]).parse_args(call[1:])
     overrides = [
         *(getattr(options, "overrides", None) or []),
         *(getattr(options, "settings", None) or []),
     ]
     if "..." in overrides:
+        return
+    if getattr(options, "config_dir", "") or any(text.endswith(".yaml") for text in overrides):
+        assert block.mark == "run", f"{page}: its own files exist only where the page is followed"
         return
     rest, selected = split_select(overrides)
     axes, rest = split_axes(rest)
