@@ -80,7 +80,7 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
     data = _data(card, folder)
     settings, channels = _network(card, data, folder)
     if settings.is_own and settings.name not in code:
-        action = f"install and review the package, then add --code {settings.name}"
+        action = f"install and review the package, then add --code {settings.name} (code= in Python)"
         raise fail(
             "POL-706", where=str(folder / paths.MODEL_CARD), found=settings.name, action=action
         )
