@@ -45,6 +45,11 @@ def is_site_text(text: object) -> bool:
     return isinstance(text, str) and bool(text) and site_text(text) == text
 
 
+def number_of(count: int, noun: str) -> str:
+    """Return `1 cell` or `2 cells`; the noun is regular."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the groups of names that differ only in Unicode form or case, sorted.
 

@@ -29,6 +29,7 @@ from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
+from fedsgcg.common.settings.help import default_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.wire import messages as wire
@@ -103,7 +104,11 @@ def settings() -> str:
         if name not in values:  # filled in by a study
             continue
         value = values[name]
-        text = f"### `{name}`\n\n{_type(kind)}, default {_value(value)}\n\n{meaning}"
+        default = default_of(name, value)
+        shown = f"default {_value(default)}"
+        if default != value:
+            shown += f" ({_value(value)} with `data=synthetic`)"
+        text = f"### `{name}`\n\n{_type(kind)}, {shown}\n\n{meaning}"
         sections.setdefault(name.rpartition(".")[0] or "study", []).append(text)
     order = sorted(
         sections, key=lambda title: (title.partition(".")[0] not in GROUPS, title != "study")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ class SegmentationModel:
             `sagittal volume` or `picture`.
     """
 
-    card: dict[str, Any]
+    card: dict[str, Any] = field(repr=False)
     structures: tuple[str, ...]
     kinds: tuple[str, ...]
-    _predictor: Predictor
+    _predictor: Predictor = field(repr=False)
 
     def predict(self, image: str | Path | ArrayLike) -> Prediction:
         """Segment one image, with the preprocessing and the decisions of evaluation.
@@ -67,7 +67,7 @@ def load_model(
     batch: int = BATCH,
     probability: bool = False,
     confidence: bool = False,
-    code: Sequence[str] = (),
+    code: str | Sequence[str] = (),
 ) -> SegmentationModel:
     """Load the model of one cell of a study.
 
@@ -79,14 +79,14 @@ def load_model(
         batch: Slices in a forward pass.
         probability: Keep the probability of every structure.
         confidence: Compute a confidence map from the distance to the global prototypes.
-        code: Import paths of own networks that may be imported.
+        code: Import path of an own network that may be imported, or several.
 
     Raises:
         FedsgcgError: MOD-801 to MOD-805 and MOD-807 for files that are missing, damaged or
             contradict each other, POL-706 for an own network that `code` does not name, CFG-004
             for a device that is not available.
     """
-    model = read_model(Path(path), code)
+    model = read_model(Path(path), (code,) if isinstance(code, str) else code)
     chosen = choose_device(device, threads)
     gaussians = None
     if confidence:

@@ -65,6 +65,14 @@ def study(settings: Sequence[str], *, quiet: bool = False) -> StudyOutcome:
     Raises:
         FedsgcgError: Settings or data that cannot be used, with every problem at once.
     """
+    if isinstance(settings, str):
+        raise fail(
+            "CFG-001",
+            where="settings",
+            found=repr(settings),
+            expected="a list of texts, one for each setting",
+            action=f"write {settings.split()}",
+        )
     planned = plan_study(settings)
     code = run_study(planned, Screen(sys.stdout, quiet=quiet))
     cells = tuple(Path(cell.folder) for cell in planned.cells)
@@ -84,9 +92,8 @@ def read_results(folder: str | Path) -> pa.Table:
         return pq.read_table(path)
     except FileNotFoundError as error:
         expected = "the folder of a study or of one cell"
-        raise fail(
-            "SRV-402", where=str(folder), found="no results.parquet", expected=expected
-        ) from error
+        found = "no results.parquet" if path.parent.is_dir() else "no such folder"
+        raise fail("SRV-402", where=str(folder), found=found, expected=expected) from error
 
 
 def read_report(folder: str | Path) -> Report:

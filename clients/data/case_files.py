@@ -133,7 +133,7 @@ def ensure_data(data: DataSettings, cache: str) -> Path:
             action = f"Set data.root to the prepared folder. {fetch_advice(data.name)}"
             raise fail(
                 "DAT-101",
-                found="no such folder",
+                found=f"no such folder{_looked_in(root)}",
                 expected="a folder",
                 action=action,
                 where=str(root),
@@ -295,7 +295,7 @@ def _list_root(root: Path, only: str = "") -> _Listed:
     if not _is_folder(root):
         raise fail(
             "DAT-101",
-            found="no such folder",
+            found=f"no such folder{_looked_in(root)}",
             expected="a data root",
             action="Set data.root.",
             where=str(root),
@@ -305,6 +305,11 @@ def _list_root(root: Path, only: str = "") -> _Listed:
         return _from_manifest(root, manifest) if manifest.is_file() else _from_folders(root, only)
     except OSError as error:
         raise _unreadable(root, error.strerror or type(error).__name__) from error
+
+
+def _looked_in(path: Path) -> str:
+    """Return where a relative path was looked for, "" for an absolute one."""
+    return "" if path.is_absolute() else f", looked for in {Path.cwd()}"
 
 
 def _is_folder(path: Path) -> bool:

@@ -17,7 +17,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through, stem_of
 from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
-from fedsgcg.common.names import printable
+from fedsgcg.common.names import number_of, printable
 from fedsgcg.common.settings.plan import DataSettings
 
 RESULT: Final = re.compile(
@@ -204,7 +204,7 @@ def check_output(
         for path in own[:MAX_SHOWN]
     ]
     if existing and not own:
-        found = f"{len(existing)} results exist already"
+        found = f"{number_of(len(existing), 'result')} of an earlier call"
         action = "Choose another DIR, or replace them with --overwrite."
         problems += [Problem("MOD-808", found, "a folder without them", action, str(existing[0]))]
     if problems:

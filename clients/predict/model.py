@@ -75,12 +75,12 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
             for contradictory labels and structures, MOD-807 for prototypes of another model,
             MOD-811 for a `model.json` that is not the one written with the weights.
     """
-    folder = path if path.is_dir() else path.parent
+    folder = _folder_of(path)
     card = read_card(folder)
     data = _data(card, folder)
     settings, channels = _network(card, data, folder)
     if settings.is_own and settings.name not in code:
-        action = f"install and review the package, then add --code {settings.name}"
+        action = f"install and review the package, then add --code {settings.name} (code= in Python)"
         raise fail(
             "POL-706", where=str(folder / paths.MODEL_CARD), found=settings.name, action=action
         )
@@ -96,6 +96,26 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
         bool(card.get("normalize", True)),
         _kinds(card, data),
     )
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder of a model; raises MOD-801 for a path that is not there or has no model."""
+    if path.is_file():
+        return path.parent
+    if not path.is_dir():
+        action = "Name the folder that contains model.json and model.safetensors."
+        raise fail("MOD-801", where=str(path), found="no such file or folder", action=action)
+    if not (path / "model.json").exists() and (inside := _models_in(path)):
+        first, *more = inside
+        action = f"Name the folder of one model, for example {first}"
+        action += f" (one of {len(inside)})." if more else "."
+        raise fail("MOD-801", where=str(path), found="the folder of a study", action=action)
+    return path
+
+
+def _models_in(study: Path) -> list[Path]:
+    """Return the folders of the models of a study: variant/held-out hospital/seed."""
+    return sorted(card.parent for card in study.glob("*/*/*/model.json"))
 
 
 def read_card(folder: Path) -> dict[str, Any]:

@@ -57,6 +57,13 @@ class Prediction:
     probability: NDArray[np.float32] | None = None
     confidence: NDArray[np.float32] | None = None
 
+    def __repr__(self) -> str:
+        """Return the shapes; a notebook shows a prediction by this text."""
+        names = ("masks", "labels", "probability", "confidence")
+        found = {name: getattr(self, name) for name in names}
+        shapes = [f"{name} {array.shape}" for name, array in found.items() if array is not None]
+        return f"Prediction({', '.join(shapes)})"
+
 
 @dataclass(frozen=True)
 class Predictor:

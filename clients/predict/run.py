@@ -37,7 +37,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.images.contents import TRAINING_IMAGES
 from fedsgcg.common.images.read import check_geometry, read_volume
 from fedsgcg.common.images.write import mask_bytes, picture_bytes, wide_bytes, write_like
-from fedsgcg.common.names import printable
+from fedsgcg.common.names import number_of, printable
 from fedsgcg.common.run_folder import paths
 
 
@@ -136,7 +136,7 @@ def _print_start(
     card = model.card
     trained = ", ".join(card.get("protocol", {}).get("trained", [])) or "unknown hospitals"
     name = f"model {str(card['digest'])[:12]}: {card.get('method', '?')} on {card['data']}"
-    console.print(f"{name}, trained at {trained}; {images} images to {options.output}")
+    console.print(f"{name}, trained at {trained}; {number_of(images, 'image')} to {options.output}")
     for text in skipped.texts():
         console.print(f"skipped: {text}", style="dim")
 
@@ -281,7 +281,7 @@ def _finish(
     for _, problem in failed:
         console.print(str(problem), style="yellow")
     lost = len({job.name for job, _ in failed})
-    summary = f"{images - lost} of {images} images predicted"
+    summary = f"{images - lost} of {number_of(images, 'image')} predicted"
     if lost:
         summary += f", {lost} failed (above)"
     console.print(summary, style="yellow" if lost else "green")

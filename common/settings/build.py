@@ -57,7 +57,7 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
         return int(value)
     if kind is bool and isinstance(value, bool):
         return value
-    expected = _type_name(origin or kind)
+    expected = _list_of(arguments[0]) if origin in (list, tuple) else _type_name(origin or kind)
     if origin is Literal:
         expected = " | ".join(str(item) for item in arguments)
     unquoted = kind is str and (value is None or isinstance(value, bool))
@@ -75,12 +75,15 @@ def _as_yaml(value: Any) -> str:
     return repr(value)
 
 
+def _list_of(kind: Any) -> str:
+    """Return the name of a list, with an example of its items' type."""
+    return f"a list such as {'[1]' if kind in (int, float) else '[A,B]'}"
+
+
 def _type_name(kind: Any) -> str:
     """Return the name of a type for someone who does not program."""
     names: dict[Any, str] = {
         types.UnionType: "true, false, a number or text",
-        list: "a list such as [A,B]",
-        tuple: "a list such as [A,B]",
         dict: "names and values such as {A: 1}",
         int: "a whole number",
         float: "a number",

@@ -217,9 +217,15 @@ def _read(group: str, name: str, path: Path) -> OwnFile:
     try:
         return OwnFile(group, name, str(path), path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        found = f"no such file, looked for in {path.absolute().parent}"
+        parent = path.absolute().parent
+        there = sorted(file.name for file in parent.glob("*") if file.suffix in SUFFIXES)
+        close = difflib.get_close_matches(path.name, there, n=1)
         raise fail(
-            "CFG-001", where=f"{group}={path}", found=found, expected="a YAML file of settings"
+            "CFG-001",
+            where=f"{group}={path}",
+            found=f"no such file, looked for in {parent}",
+            expected="a YAML file of settings",
+            action=f"did you mean {close[0]!r}?" if close else "",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(str(path), " ".join(str(error).split())) from error

@@ -33,7 +33,7 @@ from fedsgcg.common.settings.choices import (
     unquoted,
 )
 from fedsgcg.common.settings.defaults import typed_defaults
-from fedsgcg.common.settings.hints import meant, nearest
+from fedsgcg.common.settings.hints import meant, nearest, wrong_choice
 from fedsgcg.common.settings.resolve import resolve_own_code
 
 __all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest"]
@@ -178,6 +178,15 @@ def known_settings() -> tuple[str, ...]:
     return tuple(
         sorted(name for name in _flatten(_composed([], ())) if not name.startswith(INSIDE_MAPS))
     )
+
+
+@functools.cache
+def data_defaults() -> Mapping[str, Any]:
+    """Return the values from which every data set starts, the user's own included.
+
+    The default data set, `synthetic`, has its own values of some of them.
+    """
+    return cast("dict[str, Any]", _composed(["data=_base"], ())["data"])
 
 
 def _unknown_in_files(tree: Mapping[str, Any], own: tuple[OwnFile, ...]) -> list[Problem]:
@@ -363,7 +372,7 @@ def _problems_of(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Pro
         elif key not in GROUPS:
             named.append(text)
         elif value not in choices and not is_file(unquoted(value)) and not _is_class(text):
-            action = nearest(value, choices, listed=True)
+            action = wrong_choice(key, value, choices)
             problems.append(
                 Problem("CFG-001", found=text, expected=" | ".join(choices), action=action)
             )

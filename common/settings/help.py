@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fedsgcg.common.errors import fail
 from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.choices import CLASSES, GROUPS, choices_of
-from fedsgcg.common.settings.compose import known_settings, own_choices
+from fedsgcg.common.settings.compose import data_defaults, known_settings, own_choices
 from fedsgcg.common.settings.hints import meant
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
@@ -84,6 +84,21 @@ def explain(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str] 
     )
 
 
+def default_of(name: str, value: Any) -> Any:
+    """Return the default of a setting whose resolved value is given.
+
+    They differ only for settings of the data, where the chosen data set has its own value; an own
+    data set has the default.
+    """
+    section, _, rest = name.partition(".")
+    if section != "data":
+        return value
+    found: Any = data_defaults()
+    for part in rest.split("."):
+        found = found.get(part, "") if isinstance(found, Mapping) else ""
+    return value if found == "" else found
+
+
 def _section_text(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str]) -> str:
     lines = [f"{name}: {sections().get(name, 'a named bundle of settings')}"]
     if name in GROUPS:
@@ -98,7 +113,11 @@ def _text(found: Described, tree: Mapping[str, Any]) -> str:
     lines = [found.name, f"  meaning  {found.meaning}"]
     if found.unit:
         lines.append(f"  unit     {found.unit}")
-    lines.append(f"  default  {_shown(_value(found.name, tree))}")
+    value = _value(found.name, tree)
+    default = default_of(found.name, value)
+    lines.append(f"  default  {_shown(default)}")
+    if value != default:
+        lines.append(f"  here     {_shown(value)} with data={tree['data']['name']}")
     lines.append(
         f"  choices  {' | '.join(found.choices)}" if found.choices else f"  value    {found.kind}"
     )

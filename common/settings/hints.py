@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 from fedsgcg.common.names import spelled
-from fedsgcg.common.settings.choices import GROUPS
+from fedsgcg.common.settings.choices import CLASSES, GROUPS, is_import_path
 
 
 def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:
@@ -26,6 +26,22 @@ def nearest(word: str, known: Sequence[str], *, listed: bool = False) -> str:
             )
         return hint
     return "" if listed else f"known: {', '.join(sorted(known)[:30])}"
+
+
+def wrong_choice(group: str, value: str, choices: Sequence[str]) -> str:
+    """Return a hint for a value that is not a choice of its group.
+
+    Args:
+        group: The group, e.g. `data`.
+        value: The value, e.g. `photos` (a file without its suffix) or `my_lab.Smooth`.
+        choices: The choices, which the message lists.
+    """
+    if hint := nearest(value, choices, listed=True):
+        return hint
+    module, dot, name = value.rpartition(".")
+    if group in CLASSES and dot and is_import_path(f"{module}:{name}"):
+        return f"a class has a colon before its name: {group}={module}:{name}"
+    return f"your own file: {group}=PATH.yaml, or --config-dir DIR if it is in DIR/{group}/"
 
 
 def meant(key: str, known: Sequence[str]) -> str:

@@ -14,8 +14,10 @@ from fedsgcg.common.console import Screen, Version, add_output_options, run_comm
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import expand
+from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.cli.federation import add_commands
+from fedsgcg.deploy.cli.parsing import check_command, unrecognized
 from fedsgcg.deploy.prepare import command as data
 from fedsgcg.deploy.study.summary import STATUS, print_summary
 
@@ -43,6 +45,7 @@ and the model is evaluated at a hospital that took no part in training.
                            `settings rounds` explains one setting.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
   fedsgcg data list        Data sets with settings; `data prepare NAME` says what to download.
+  fedsgcg-site predict CELL IMAGE -o DIR   Segment new images with the model of a cell.
 
 A real federation: fedsgcg provision project.yaml makes a kit for the coordinator and one
 for each hospital; then fedsgcg serve | run | status | stop | resume KIT.
@@ -67,7 +70,7 @@ HYDRA_FLAGS = {
     ("-c", "--cfg"): "`fedsgcg settings` shows every resolved setting",
     ("--resolve",): "`fedsgcg settings` shows every resolved setting",
     ("--info",): "`fedsgcg settings NAME` explains a setting",
-    ("--hydra-help",): "`fedsgcg --help` and `fedsgcg settings NAME`",
+    ("--hydra-help",): "see `fedsgcg --help` and `fedsgcg settings NAME`",
 }
 """Options of Hydra's own command line -> what to use instead."""
 
@@ -97,12 +100,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; settings may come before and after options."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    check_command(parser, given)
+    options, rest = parser.parse_known_args(given)
     if rest and (not hasattr(options, "overrides") or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(unrecognized(rest, _settings_as_options(rest, options)))
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _settings_as_options(rest: Sequence[str], options: argparse.Namespace) -> dict[str, str]:
+    """Return `heldout=all` for `--heldout all`: settings that were given as options."""
+    if not hasattr(options, "overrides"):
+        return {}
+    from fedsgcg.common.settings.choices import GROUPS
+    from fedsgcg.common.settings.compose import known_settings
+
+    known = {*GROUPS, *known_settings()}
+    following = [*rest[1:], *options.overrides[:1]]
+    found = {}
+    for text, value in zip(rest, [*following, ""], strict=False):
+        name, _, given = text.lstrip("-").partition("=")
+        if text.startswith("--") and name in known:
+            found[name] = f"{name}={given or value or 'VALUE'}"
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
                 *flags,
                 action="append_const",
                 dest="hydra",
-                const=f"{flags[-1]}: {instead}",
+                const=(flags[-1], instead),
                 help=argparse.SUPPRESS,
             )
         add_output_options(command, events=True)
@@ -184,7 +206,10 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     """
     if options.hydra:
         raise FedsgcgError(
-            *(Problem("CFG-001", where="command line", found=text) for text in options.hydra)
+            *(
+                Problem("CFG-001", where="command line", found=flag, action=instead)
+                for flag, instead in options.hydra
+            )
         )
     if not options.config_dir:
         return list(options.overrides)
@@ -263,7 +288,8 @@ def _clean(options: argparse.Namespace, console: Screen) -> int:
             )
             console.print(f"{name}: {freed}{' would be' if options.dry_run else ''} removed")
     console.print(
-        f"{len(cells)} finished cells keep their results, rounds and models, and the report stays."
+        f"Results, rounds and models of {number_of(len(cells), 'finished cell')} are kept, and so "
+        "is the report."
     )
     console.print("If the report is rebuilt, it has no overlays of these cells.")
     return 0
@@ -274,7 +300,7 @@ def _check_run_folder(folder: Path) -> None:
         raise fail(
             "CFG-001",
             where=str(folder),
-            found="no study.yaml in this folder",
+            found="no study.yaml in this folder" if folder.is_dir() else "no such folder",
             expected="a run folder made by fedsgcg",
         )
 
@@ -289,7 +315,10 @@ def _settings(options: argparse.Namespace, console: Screen) -> int:
     overrides = [text for text in given if "=" in text]
     tree, own = join(overrides), own_choices(overrides)
     if names := [text for text in given if "=" not in text]:
-        console.print("\n\n".join(explain(name, tree, overrides) for name in names))
+        texts = {name: explain(name, tree, overrides) for name in names}
+        for name, text in texts.items():
+            console.event("setting", setting=name, text=text)
+        console.print("\n\n".join(texts.values()))
         return 0
     console.event("settings", settings=tree)
     console.print(yaml.safe_dump(tree, sort_keys=False))

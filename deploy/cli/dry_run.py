@@ -16,6 +16,7 @@ from fedsgcg.clients.data.case_files import CaseFile, open_site, splits
 from fedsgcg.clients.device import choose_device
 from fedsgcg.common.console import Screen
 from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.names import number_of
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.site.check_step import measure_step
@@ -59,11 +60,11 @@ def show_plan(study: Study, console: Screen) -> Estimate:
     missing = [cell for cell in study.cells if not cell.done]
     for label, count in Counter(cell.method for cell in study.cells).items():
         to_do = sum(cell.method == label for cell in missing)
-        console.print(f"{label}: {count} cells, {to_do} to do")
+        console.print(f"{label}: {number_of(count, 'cell')}, {to_do} to do")
     for cell in study.cells:
         console.print(f"  {cell.name}  {'done' if cell.done else 'to do'}")
     if inner:
-        console.print(f"and {len(inner)} cells that choose settings inside the folds")
+        console.print(f"and {number_of(len(inner), 'cell')} that choose settings inside the folds")
     with console.status("measuring a training step"):
         found = estimate([*missing, *inner], study)
     console.print(

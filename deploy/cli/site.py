@@ -24,6 +24,7 @@ from fedsgcg.common.console import Screen, Version, print_error, run_command
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import user_name
+from fedsgcg.deploy.cli.parsing import check_command
 
 HELP = """\
 A hospital's side of a federation. KIT is the folder that the coordinator sent, or the
@@ -37,6 +38,8 @@ site.yaml in it. Fill in site.yaml first: it takes precedence over the coordinat
   fedsgcg-site leave KIT      stop taking part; --for-good lists what remains to be done
   fedsgcg-site cache KIT      size of the slice cache; --prune removes old files
   fedsgcg-site request KIT    make this site's key here; the private key is never sent
+
+Without a federation: fedsgcg-site predict MODEL IMAGE -o DIR segments images with a model.
 """
 EXITS = exit_codes(partial="warnings")
 RECENT = 20
@@ -49,7 +52,10 @@ def run() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `FedsgcgError` is printed without a traceback and gives exit code 2."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    check_command(parser, given)
+    options = parser.parse_args(given)
     return run_command(lambda console: int(options.run(options, console)))
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from fedsgcg.common.console import Screen, steps_of
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
+from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.coordinator.bundle import Bundle, build_bundle, run_config
@@ -146,7 +147,8 @@ def run_kit(
                 declare(Plan.from_tree(cell.tree), without, Disk())
         console.print(
             Text.assemble(
-                (f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}"
+                (number_of(len(study.cells), "cell"), "bold"),
+                f", {len(missing)} to do, in {study.folder}",
             )
         )
         console.print(f"app bundle {bundle.digest[:16]}; each hospital must have approved it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,11 +14,15 @@ from rich.text import Text
 from fedsgcg.common.console import Screen
 from fedsgcg.common.datasets import CATALOGUE, OWN_DATA
 from fedsgcg.common.errors import Problem, fail
+from fedsgcg.common.names import number_of
 
 if TYPE_CHECKING:
     from fedsgcg.deploy.prepare.conversion import Outcome
 
 NAMES: Final = (*CATALOGUE, "manifest")
+SETTINGS: Final = "data.yaml"
+"""Settings of prepared own data, written once; the user edits them."""
+
 SHOWN: Final = 12
 """Problems shown on the console; the folder's report lists all of them."""
 
@@ -94,8 +99,9 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
     Returns:
         0 when the data set is complete, 3 when a file is missing, surplus or cannot be used.
     """
+    from fedsgcg.common.images.read import VOLUME_SUFFIXES
     from fedsgcg.deploy.prepare import fundus, own, prostate
-    from fedsgcg.deploy.prepare.conversion import absent, convert
+    from fedsgcg.deploy.prepare.conversion import absent, convert, write_file
 
     name: str = options.name
     source: Path | None = options.source
@@ -128,6 +134,11 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             found, labels = own.find(name, source, link=options.link)
     outcome = convert(name, source, folder, found, console)
     advice = labels.advice() if labels and name == "manifest" else ""
+    settings = folder / SETTINGS
+    if labels and name == "manifest" and not outcome.kept and not settings.exists():
+        pictures = any(work.suffixes[0] not in VOLUME_SUFFIXES for work in found.work)
+        if text := own.settings_text(folder, labels, pictures=pictures):
+            write_file(settings, text.encode())
     _print(name, folder, outcome, advice, console)
     return 3 if outcome.problems else 0
 
@@ -149,9 +160,14 @@ def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Scre
     if outcome.kept:
         done += f", {outcome.kept} unchanged since the last call"
     if outcome.problems:
-        done += f"; {len(outcome.problems)} problems"
+        done += f"; {number_of(len(outcome.problems), 'problem')}"
     state = ("incomplete", "yellow") if outcome.problems else ("complete", "green")
     console.print(Text.assemble(state, f": {done}; report: {folder / REPORT}"))
+    settings = folder / SETTINGS
+    if not data_set and settings.is_file():
+        console.print(f"next: name the classes in {settings}, then")
+        console.print(f"      fedsgcg study data={shlex.quote(str(settings))} heldout=all ...")
+        return
     choice = name if data_set else "NAME"
     console.print(f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...")
 

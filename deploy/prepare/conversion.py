@@ -174,21 +174,21 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
                 rows.append(work)
         finally:  # an interrupted call also records what it has made
             record = _record(name, source, {**before, **done})
-            _write(folder / RECORD, json.dumps(record, indent=1).encode())
+            write_file(folder / RECORD, json.dumps(record, indent=1).encode())
         if not rows:
             raise FedsgcgError(
                 Problem("DAT-125", "no usable case", "at least one", where=str(source)), *problems
             )
         _remove_stale(folder, before, done)
-        _write(folder / "manifest.csv", _manifest(rows, source))
+        write_file(folder / "manifest.csv", _manifest(rows, source))
         counts = Counter((work.site, work.published) for work in rows)
         problems += _miscounts(name, counts)
         for work in rows:
             if note := done[work.image].get("note", ""):
                 notes.append(f"{work.site} {work.case}: {note}")
         outcome = Outcome(len(rows) - kept, kept, counts, tuple(problems), tuple(notes))
-        _write(folder / REPORT, _report(name, source, found, outcome).encode())
-        _write(folder / RECORD, json.dumps(_record(name, source, done), indent=1).encode())
+        write_file(folder / REPORT, _report(name, source, found, outcome).encode())
+        write_file(folder / RECORD, json.dumps(_record(name, source, done), indent=1).encode())
     return outcome
 
 
@@ -264,7 +264,7 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
             )
         if not (folder / RECORD).exists():
             # Marks the folder as made by fedsgcg, so that an interrupted call can be repeated.
-            _write(folder / RECORD, json.dumps(_record(name, source, {})).encode())
+            write_file(folder / RECORD, json.dumps(_record(name, source, {})).encode())
         yield before
 
 
@@ -425,7 +425,8 @@ def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically; raises DAT-126."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         temporary.write_bytes(content)

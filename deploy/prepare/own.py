@@ -6,6 +6,7 @@ Own images are listed in a CSV file or have one folder per site. Every pair is r
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -75,14 +76,18 @@ class Labels:
             )
         self.seen.update({label for label in labels.values() if label is not None})
 
+    def classes(self) -> dict[str, list[int]]:
+        """Return a class for each value, the background first."""
+        return {
+            "background" if value == 0 else f"class_{value}": [value] for value in sorted(self.seen)
+        }
+
     def advice(self) -> str:
         """Return how to declare the values in the data settings."""
         if not self.seen:
             return ""
-        values = sorted(self.seen)
-        names = ["background" if value == 0 else f"class_{value}" for value in values]
-        classes = ", ".join(f"{name}: [{value}]" for name, value in zip(names, values, strict=True))
-        listed = ", ".join(map(str, values))
+        classes = ", ".join(f"{name}: {values}" for name, values in self.classes().items())
+        listed = ", ".join(map(str, sorted(self.seen)))
         return f"label values {listed}; declare them: classes: {{{classes}}}{PIECES}"
 
 
@@ -125,6 +130,39 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     if name in CATALOGUE or table.is_file():
         found.extras(files, lambda path: "preview" in str(path.relative_to(source)))
     return found, labels
+
+
+def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
+    """Return settings for prepared own data, to be edited: names of classes and structures.
+
+    Args:
+        folder: The prepared folder.
+        labels: The label values of all masks.
+        pictures: Whether the images are pictures, whose distances are in pixels.
+
+    Returns:
+        Text of a YAML file; "" if the masks do not have the background and another value.
+    """
+    classes = labels.classes()
+    if "background" not in classes or len(classes) < 2:
+        return ""
+    lines = [
+        "# Settings of these data, for `fedsgcg study data=THIS_FILE`. Rename the classes. A",
+        "# structure is what is reported; it may consist of several classes.",
+        f"name: {json.dumps(folder.resolve().name, ensure_ascii=False)}",
+        f"root: {json.dumps(str(folder.resolve()), ensure_ascii=False)}",
+        "classes:",
+        *(f"  {name}: {values}" for name, values in classes.items()),
+        "structures:",
+        *(f"  {name}: [{name}]" for name in classes if name != "background"),
+        f"spacing_unit: {'pixel' if pictures else 'mm'}",
+        "# largest_component: true   # only if every structure is in one piece",
+    ]
+    if pictures:
+        lines.append(
+            "# intensity: fixed   # 0 to -1 and 255 to 1, instead of each image's percentiles"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _nothing(files: int, listed: bool) -> str:

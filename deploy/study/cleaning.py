@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 
 RESUME: Final = (
@@ -35,7 +36,7 @@ class Freed:
         return Freed(self.files + other.files, self.size + other.size)
 
     def __str__(self) -> str:
-        return f"{self.files} files, {self.size / 1e6:.1f} MB"
+        return f"{number_of(self.files, 'file')}, {self.size / 1e6:.1f} MB"
 
 
 def is_finished(cell: Path) -> bool:

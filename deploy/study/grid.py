@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.settings.choices import GROUPS, OwnFile, choices_of, is_file, is_import_path
 from fedsgcg.common.settings.compose import LITERAL, own_choices
-from fedsgcg.common.settings.hints import nearest
+from fedsgcg.common.settings.hints import nearest, wrong_choice
 from fedsgcg.common.settings.training import TRAITS
 
 AXES = ("method", "federation", "heldout", "seed")
@@ -266,7 +266,7 @@ def _unknown_choices(
                     where=group,
                     found=name,
                     expected=" | ".join(known),
-                    action=nearest(name, known, listed=True),
+                    action=wrong_choice(group, name, known),
                 )
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedsgcg.clients.data.case_files import data_warnings
 from fedsgcg.common.console import Screen, catch_signals, steps_of
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.environment import prepare_environment, quiet_flower
 from fedsgcg.deploy.study.cell import Cell
@@ -52,7 +53,8 @@ def run_study(study: Study, console: Screen) -> int:
         missing = [cell for cell in study.cells if not cell.done]
         console.print(
             Text.assemble(
-                (f"{len(study.cells)} cells", "bold"), f", {len(missing)} to do, in {study.folder}"
+                (number_of(len(study.cells), "cell"), "bold"),
+                f", {len(missing)} to do, in {study.folder}",
             )
         )
         console.print(_explain_runtime(study, len(missing)))

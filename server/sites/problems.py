@@ -179,7 +179,8 @@ def too_few_classes(
         where=f"round {number}",
         found="; ".join([classes, *reasons]),
         expected=f"two classes of {settings.min_count} pixels or more over all sites",
-        action="lower privacy.min_patients / privacy.min_pixels if the hospitals agree",
+        action=f"lower privacy.min_patients ({plan.privacy.min_patients}) or privacy.min_pixels "
+        f"({plan.privacy.min_pixels}) if the hospitals agree",
     )
 
 

@@ -1,8 +1,10 @@
 """Generated parts of the documentation are up to date, and every command in it works.
 
-A fenced block of commands is marked `<!-- run -->` or `<!-- needs: THING -->`. Blocks to run are
-executed page by page, in the order of `WALKS`, in an empty folder. All commands, including those of
-the README, must parse with the real parser, and their settings must make a valid plan.
+A fenced block of commands is marked `<!-- run -->` or `<!-- needs: THING -->`; one that the reader
+saves as a file is marked `<!-- run: FILE -->`. Blocks to run are executed page by page, in the
+order of `WALKS`, in an empty folder. All commands, including those of the README, must parse with
+the real parser, and their settings must make a valid plan; those with own files or own classes are
+executed instead.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from types import ModuleType
 
 import pytest
 
+from fedsgcg.common.settings.choices import is_file, is_import_path
 from fedsgcg.common.settings.compose import join
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.grid import split_axes, split_select
@@ -90,7 +93,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 ALL = tuple(blocks())
 SHELL = [block for block in ALL if block.language == "bash" or block.text.startswith("#!")]
-CALLS = {" ".join(call): (block.page, call) for block in SHELL for call in commands(block.text)}
+CALLS = {" ".join(call): (block, call) for block in SHELL for call in commands(block.text)}
 
 
 def test_generated_parts_are_up_to_date() -> None:
@@ -112,16 +115,22 @@ def test_every_page_with_something_to_run_is_in_a_walk() -> None:
     assert {block.page for block in ALL if block.mark.startswith("run")} == walked
 
 
-@pytest.mark.parametrize(("page", "call"), CALLS.values(), ids=[text[:60] for text in CALLS])
-def test_every_command_parses_and_its_settings_make_a_plan(page: str, call: list[str]) -> None:
+@pytest.mark.parametrize(("block", "call"), CALLS.values(), ids=[text[:60] for text in CALLS])
+def test_every_command_parses_and_its_settings_make_a_plan(block: Block, call: list[str]) -> None:
     if len(call) == 1 or call[1].startswith("-"):
         return
+    page = block.page
     options = GENERATOR.parser_of(call[0]).parse_args(call[1:])
     overrides = [
         *(getattr(options, "overrides", None) or []),
         *(getattr(options, "settings", None) or []),
     ]
     if "..." in overrides:
+        return
+    values = [value for text in overrides for value in text.partition("=")[2].split(",")]
+    own = any(is_file(value) or is_import_path(value) for value in values)
+    if own or getattr(options, "config_dir", ""):
+        assert block.mark == "run", f"{page}: own files and classes exist only on a followed page"
         return
     rest, selected = split_select(overrides)
     axes, rest = split_axes(rest)
@@ -189,6 +198,8 @@ def test_pages_can_be_followed(pages: tuple[str, ...], tmp_path: Path) -> None:
                 continue
             if block.language == "yaml" and "name:" in block.text:
                 (place / "project.yaml").write_text(block.text)
+            if block.mark.startswith("run: "):
+                (place / block.mark.removeprefix("run: ")).write_text(block.text)
             if block.mark.startswith("run"):
                 how = [sys.executable, "-c"] if block.language == "python" else ["bash", "-e", "-c"]
                 done = subprocess.run(

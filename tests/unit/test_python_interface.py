@@ -41,6 +41,22 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
         fedsgcg.read_report(tmp_path)
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FedsgcgError, match="no such folder"):
+        fedsgcg.read_results(tmp_path / "nowhere")
+
+
+def test_settings_in_one_text_are_one_problem() -> None:
+    with pytest.raises(FedsgcgError) as caught:
+        fedsgcg.study("experiment=demo heldout=all")  # type: ignore[arg-type]
+    (problem,) = caught.value.problems
+    assert problem.action == "write ['experiment=demo', 'heldout=all']"
+
+
+def test_completion_offers_the_interface_alone() -> None:
+    assert set(dir(fedsgcg)) == {*fedsgcg.__all__, "__version__"}
+
+
 @pytest.mark.slow
 def test_a_study_from_python_gives_results_a_report_and_a_model(
     hospitals: Path, tmp_path: Path
@@ -64,12 +80,14 @@ def test_a_study_from_python_gives_results_a_report_and_a_model(
     (cell,) = outcome.cells
     model = fedsgcg.load_model(cell, probability=True, confidence=True)
     assert model.structures == ("gland",)
+    assert repr(model) == "SegmentationModel(structures=('gland',), kinds=('axial volume',))"
     image = sorted((hospitals / "South").glob("*_image.nii.gz"))[0]
     from_file = model.predict(image)
     from_array = model.predict(read_volume(image).array)
     np.testing.assert_array_equal(from_file.masks, from_array.masks)
     np.testing.assert_array_equal(from_file.probability, from_array.probability)
     assert from_file.confidence is not None
+    assert repr(from_file).startswith(f"Prediction(masks {from_file.masks.shape}, labels")
     with pytest.raises(FedsgcgError, match="DAT-106"):
         model.predict(np.zeros((4, 4, 4, 4)))
     with pytest.raises(FedsgcgError, match="DAT-107"):

@@ -16,6 +16,7 @@ from fedsgcg.clients.predict import model as models
 from fedsgcg.clients.predict.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model, load_model
 from fedsgcg.clients.predict.predictor import Predictor
+from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.images.read import write_volume
 from fedsgcg.common.wire.payload import decode_statistics, encode_statistics
 from fedsgcg.deploy.cli.site import main
@@ -244,3 +245,24 @@ def test_confidence_without_prototypes_is_refused_before_any_work(stored, tmp_pa
     assert main([*call, "--confidence"]) == 2
     assert "MOD-807" in capsys.readouterr().err
     assert main(call) == 0
+
+
+def test_the_folder_of_a_study_is_answered_with_the_folders_of_its_models(tmp_path):
+    cells = [tmp_path / "run" / "sgcg" / site / "0" for site in ("North", "South")]
+    for cell in cells:
+        store(cell)
+    with pytest.raises(FedsgcgError, match="the folder of a study") as caught:
+        load_model(tmp_path / "run")
+    assert f"for example {cells[0]} (one of 2)" in caught.value.problems[0].action
+    with pytest.raises(FedsgcgError, match="no such file or folder") as caught:
+        load_model(cells[0].with_name("1"))
+    assert caught.value.problems[0].where == str(cells[0].with_name("1"))
+
+
+def test_the_code_that_a_model_may_run_is_compared_as_a_whole(stored, monkeypatch):
+    """A text as `code` is one path: `in` alone would find `lab:Net` inside `lab:Network`."""
+    change(stored, network__name="lab:Net", network__feature_channels=8)
+    with pytest.raises(FedsgcgError, match="POL-706"):
+        fedsgcg.load_model(stored, code="lab:Network")
+    with pytest.raises(FedsgcgError, match="CFG-011"):
+        fedsgcg.load_model(stored, code="lab:Net")
