@@ -80,10 +80,9 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
     data = _data(card, folder)
     settings, channels = _network(card, data, folder)
     if settings.is_own and settings.name not in code:
-        action = f"install and review the package, then add --code {settings.name} (code= in Python)"
-        raise fail(
-            "POL-706", where=str(folder / paths.MODEL_CARD), found=settings.name, action=action
-        )
+        where, name = str(folder / paths.MODEL_CARD), settings.name
+        action = f"install and review the package, then add --code {name} (code= in Python)"
+        raise fail("POL-706", where=where, found=name, action=action)
     network = build_network(settings, channels["in_channels"], channels["out_channels"], 0)
     _load_weights(network, card, folder)
     prototypes = _prototypes(card, data, settings, folder)

@@ -208,9 +208,9 @@ def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
             check_size(value if isinstance(value, str | bytes) else "", LONGEST_RECEIPT, name)
     for array in (records.array_records.get("weights") or {}).values():
         check_size(array.data, HEAD_BYTES + 4 * sizes.weights, "weights")
-    metrics = records.metric_records.get("metrics") or {}
-    if len(metrics) > MAX_METRICS:
-        found = f"{len(metrics)} metrics"
+    number = len(records.metric_records.get("metrics") or ())
+    if number > MAX_METRICS:
+        found = f"{number} metrics"
         raise fail("PAY-105", found=found, expected=f"at most {MAX_METRICS}")
 
 
