@@ -249,7 +249,10 @@ def _comparisons(study: StudyFiles, rows: list[Row], labels: Mapping[str, Label]
         "nested": chosen_within_folds(study),
         "dice_floor": f"{DICE_FLOOR:g}",
         "headline": headline(
-            study_summary(study.results, study.rounds), claims, structures[0] if structures else "", _hospitals(study)
+            study_summary(study.results, study.rounds),
+            claims,
+            structures[0] if structures else "",
+            _hospitals(study),
         ),
         "papers": papers,
         "paper_notes": paper_notes(published, papers) if rows else [],
