@@ -198,11 +198,10 @@ class SiteRequest:
         """Return the sample of each class: the training slices in which it occurs."""
         data = self.plan.data
         cases = cases_of_classes(self.stores, data.num_classes)
+        kinds = [class_kind(labels) for labels in data.classes.values()]
         return [
-            Sample(
-                class_kind(labels), self._key(class_kind(labels)), partial(self._members, chosen)
-            )
-            for labels, chosen in zip(data.classes.values(), cases, strict=True)
+            Sample(kind, self._key(kind), partial(self._members, chosen))
+            for kind, chosen in zip(kinds, cases, strict=True)
         ]
 
     def _members(self, chosen: Collection[tuple[str, int]]) -> frozenset[str]:
@@ -271,22 +270,20 @@ class SiteRequest:
         found = [(store, problem) for store in self.stores for problem in store.problems]
         if self.policy is None:
             alias = {
-                (store.site, case.name): case.alias for store, _ in found for case in store.cases
+                (store.site, case.name): case.alias for store in self.stores for case in store.cases
             }
             return [
                 {"code": problem.code, "case": alias.get((store.site, problem.where), "")}
                 for store, problem in found
             ]
-        numbers = Counter(problem.code for _, problem in found)
-        return [
-            entry
-            for code, number in sorted(numbers.items())
-            for entry in (
-                [{"code": code}] * number
-                if number >= self.floor
-                else [{"code": code, "suppressed": True}]
-            )
-        ]
+        numbers = sorted(Counter(problem.code for _, problem in found).items())
+        entries: list[dict[str, Any]] = []
+        for code, number in numbers:
+            if number >= self.floor:
+                entries += [{"code": code}] * number
+            else:
+                entries.append({"code": code, "suppressed": True})
+        return entries
 
 
 def handle(

@@ -169,10 +169,8 @@ def _accept(log: _Log, sample: Sample, floor: int) -> bool:
     if any(line["key"] == sample.key for line in mine):
         return True
     members = sample.members()
-    if (
-        not members
-        or smallest_group((frozenset(line["members"]) for line in mine), members) < floor
-    ):
+    earlier = [frozenset(line["members"]) for line in mine]
+    if not members or smallest_group(earlier, members) < floor:
         return False
     log.append({"sample": sample.kind, "key": sample.key, "members": sorted(members)})
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -204,8 +205,10 @@ def meanings(cls: type) -> dict[str, list[str]]:
     """Return field -> its lines in the class's docstring."""
     found: dict[str, list[str]] = {}
     name = ""
-    for line in (cls.__doc__ or "").partition("Attributes:")[2].splitlines():
-        if head := re.match(r"        (\w+): (.*)", line):
+    # Python 3.13 removes the indentation of docstrings, earlier versions keep it.
+    text = inspect.cleandoc(cls.__doc__ or "")
+    for line in text.partition("Attributes:")[2].splitlines():
+        if head := re.match(r"    (\w+): (.*)", line):
             name = head[1]
             found[name] = [head[2]]
         elif name and line.strip():

@@ -100,18 +100,16 @@ def read_summary(stated: Any, site: str, plan: Plan) -> list[dict[str, Any]]:
         FedsgcgError: PAY-106 for anything else.
     """
     rows = [] if stated is None else stated
+    expected = f"mean, sd and count of {', '.join(SUMMARISED)}, once for each structure"
+    unusable = fail("PAY-106", where=site, found="a summary that cannot be used", expected=expected)
+    if not isinstance(rows, list) or len(rows) > len(SUMMARISED) * len(plan.data.structures):
+        raise unusable
     try:
         found = [_summary_row(row, plan) for row in rows]
-        keys = {(row["structure"], row["metric"]) for row in found}
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        found, keys = [], set()
-    if len(found) != len(rows) or len(keys) != len(found):
-        raise fail(
-            "PAY-106",
-            where=site,
-            found="a summary that cannot be used",
-            expected=f"mean, sd and count of {', '.join(SUMMARISED)}, each structure once",
-        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise unusable from error
+    if len({(row["structure"], row["metric"]) for row in found}) != len(found):
+        raise unusable
     return found
 
 
@@ -120,7 +118,7 @@ def _summary_row(row: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     most = 1.0 if row["metric"] == "dice" else LARGEST_DISTANCE
     mean, sd, count = row["mean"], row["sd"], row["count"]
     numbers = [mean, 0.0 if sd is None else sd]
-    if any(isinstance(value, bool) or not 0.0 <= float(value) <= most for value in numbers):
+    if any(type(value) not in (int, float) or not 0.0 <= value <= most for value in numbers):
         raise ValueError("out of range")
     if count is not None and not (type(count) is int and 0 < count <= MOST_CASES):
         raise ValueError("not a number of cases")

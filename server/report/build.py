@@ -353,7 +353,7 @@ def _hospitals(study: StudyFiles) -> int:
 def _structures(study: StudyFiles) -> list[str]:
     """Structures that have results, in the order of the settings."""
     declared = _data(study).get("structures", {})
-    stated = {str(row["cls"]) for row in study.rounds if row["metric"].endswith(STATED)}
+    stated = {str(row["cls"]) for row in study.rounds if row["metric"] in STATED}
     found = sorted({str(row["structure"]) for row in study.results} | (stated - {""}))
     return [
         *(name for name in declared if name in found),

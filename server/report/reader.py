@@ -24,11 +24,11 @@ from fedsgcg.common.feature_samples import FeatureSamples, read_feature_samples
 from fedsgcg.common.files.seals import broken_seal
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import decode_statistics
-from fedsgcg.server.report.tables import Row
+from fedsgcg.server.report.tables import STATED, Row
 
 Tree = dict[str, Any]
 SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_asd", "bytes_up"}
-SHOWN |= {"heldout_asd_left_out"}
+SHOWN |= {"heldout_asd_left_out", *STATED}
 SHOWN |= {"between_site_trace", "within_site_trace", "micro_batches", "steps"}
 SHOWN |= {"between_site_trace_evaluation", "within_site_trace_evaluation"}
 

@@ -43,10 +43,10 @@ COMPATIBLE = {"dice": "dice_smooth1", "asd": "asd_compat"}
 Files of older versions do not have them.
 """
 MILLIMETRES = tuple(f"{name}_mm" for name in METRICS[1:])
-
-
-STATED = ("_mean", "_sd", "_count")
-"""Endings of the metrics of a hospital's own summary in `rounds.parquet`."""
+STATED = frozenset(
+    f"{metric}_{name}" for metric in (*METRICS, *MILLIMETRES) for name in ("mean", "sd", "count")
+)
+"""Metrics of a hospital's own summary of an evaluation in `rounds.parquet`."""
 
 
 def bounds_of(metric: str) -> Bounds:
@@ -275,7 +275,7 @@ def stated_summaries(rounds: Iterable[Row], unit: str, phase: str) -> list[dict[
         lambda: defaultdict(dict)
     )
     for row in rounds:
-        if row["phase"] == phase and row["cls"] and row["metric"].endswith(STATED):
+        if row["phase"] == phase and row["cls"] and row["metric"] in STATED:
             key = (row["method"], row["heldout"], row["site"], row["cls"])
             found[key][int(row["seed"])][row["metric"]] = float(row["value"])
     return [_stated(key, by_seed, unit) for key, by_seed in sorted(found.items())]
@@ -330,7 +330,7 @@ def study_summary(results: pa.Table | Iterable[Row], rounds: Iterable[Row]) -> l
 def study_unit(rows: Iterable[Row], rounds: Iterable[Row]) -> str:
     """Return the unit of a study's distances, like `distance_unit`."""
     rows = heldout_rows(rows)
-    stated = {row["metric"] for row in rounds if row["cls"]}
+    stated = {row["metric"] for row in rounds if row["metric"] in STATED}
     in_mm = not stated or any(f"{name}_mean" in stated for name in MILLIMETRES)
     return distance_unit(rows) if rows or not stated or not in_mm else "mm"
 

@@ -105,7 +105,7 @@ def test_a_dry_run_shows_the_bytes_of_a_real_reply_and_leaves_nothing(kit, root,
         "data.image_size=32",
         "network.base_width=4",
         "method.steps_per_round=1",
-        "method.batch_size=4",
+        "method.batch_size=8",
     ]
     assert site_cli.main(["ledger", str(kit), "--dry-run", "--settings", *settings]) == 0
     said = capsys.readouterr().out
