@@ -7,10 +7,16 @@ import secrets
 import socket
 import sys
 from pathlib import Path
+from typing import Final
 
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import fail
 from fedsgcg.deploy.environment import programs_first
+
+ALIVE: Final = "resident.alive"
+"""File of the site's folder whose time is the moment until which the resident may be silent, on the
+clock of `time.monotonic`, which all processes of a machine share. No write: a full disk stops no
+pulse."""
 
 
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:
