@@ -202,7 +202,7 @@ def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
             check_size(value, sizes.bytes_of(name), name)
     for array in (records.array_records.get("weights") or {}).values():
         check_size(array.data, HEAD_BYTES + 4 * sizes.weights, "weights")
-    metrics = records.metric_records.get("metrics") or {}
+    metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
     if len(metrics) > MAX_METRICS:
         found = f"{len(metrics)} metrics"
         raise fail("PAY-105", found=found, expected=f"at most {MAX_METRICS}")
