@@ -13,11 +13,7 @@ from typing import Final
 from fedsgcg.common.names import MAX_CLASSES
 from fedsgcg.common.wire.amplitudes import MAX_BYTES as MAX_AMPLITUDE_BYTES
 from fedsgcg.common.wire.norm_moments import MAX_BYTES as MAX_MOMENT_BYTES
-from fedsgcg.common.wire.payload import (
-    MAX_FEATURES,
-    cases_bytes,
-    statistics_bytes,
-)
+from fedsgcg.common.wire.payload import MAX_FEATURES, cases_bytes, statistics_bytes
 
 MOST_EXTRA_BYTES: Final = 64 * 2**20
 """Objects made from the largest allowed texts and tables, besides the decoded arrays."""

@@ -362,6 +362,7 @@ def public_server(
         limits: The limits.
         tls: Uvicorn's arguments for TLS, empty without.
     """
+    more: dict[str, Any] = dict(tls)
     config = uvicorn.Config(
         app,
         host=host,
@@ -371,6 +372,6 @@ def public_server(
         access_log=False,
         ws="none",
         h11_max_incomplete_event_size=limits.head_bytes,
-        **dict(tls),
+        **more,
     )
     return PublicServer(config, limits)

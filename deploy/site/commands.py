@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 from pathlib import Path
+from typing import Final
 
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import fail
@@ -15,6 +16,11 @@ from fedsgcg.deploy.isolated import isolated
 UNSAFE = ("PYTHON", "LD_PRELOAD", "LD_AUDIT")
 """Beginnings of the variables that the site's processes do not inherit. `LD_LIBRARY_PATH` stays:
 some machines need it for the GPU's driver."""
+
+ALIVE: Final = "resident.alive"
+"""File of the site's folder whose time is the moment until which the resident may be silent, on the
+clock of `time.monotonic`, which all processes of a machine share. No write: a full disk stops no
+pulse."""
 
 
 def supernode_command(policy: SiteFile, site_file: Path, port: int, secret: Path) -> list[str]:

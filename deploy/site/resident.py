@@ -67,6 +67,7 @@ from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
 from fedsgcg.clients.guard.software import Software
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.deploy.isolated import BYTECODE_FREE
+from fedsgcg.deploy.site.commands import ALIVE
 from fedsgcg.deploy.site.worker import receive_frame, send_frame
 
 LOG = logging.getLogger("fedsgcg.site")
@@ -75,6 +76,18 @@ POLL_S = 0.1
 HEARTBEAT_S = 10.0
 STARTED_S = 120.0
 """Longest time in which a new worker must have imported its libraries."""
+
+ENDED_S = 10.0
+"""Longest wait for a process that was killed or has closed its socket."""
+
+MOST_DEADLINE_S = 7 * 86_400.0
+"""Longest deadline of a message, whatever lifetime the coordinator gave it."""
+
+WAITING_S = 120.0
+"""Longest silence of a resident that waits for a task or for its worker; longer is a hang."""
+
+TRANSFER_S = 3600.0
+"""Longest transfer of a message between SuperNode and resident, both on this machine."""
 
 UNREACHABLE_S = 30.0
 """Time without the SuperNode's runtime API until the resident ends; `join` then restarts both."""
@@ -121,8 +134,8 @@ class Worker:
         Raises:
             EOFError, TimeoutError: The worker died or hangs.
         """
+        receive_frame(self.link, time.monotonic() + STARTED_S)
         self.link.settimeout(STARTED_S)
-        receive_frame(self.link)
         files = {name: sha256(content).hexdigest() for name, content in bundle.code.items()}
         facts = {"folder": str(folder), "files": files, "app": bundle.client_app}
         send_frame(self.link, json.dumps(facts).encode())
@@ -153,8 +166,9 @@ class Worker:
                 raise StoppedError
             if time.monotonic() >= end:
                 raise TimeoutError
-        reply = message_from_proto(ProtoMessage.FromString(receive_frame(self.link)))
-        after = context_from_proto(ProtoContext.FromString(receive_frame(self.link)))
+        end = max(end, time.monotonic() + ENDED_S)  # the reply is ready and only has to be copied
+        reply = message_from_proto(ProtoMessage.FromString(receive_frame(self.link, end)))
+        after = context_from_proto(ProtoContext.FromString(receive_frame(self.link, end)))
         self.messages += 1
         return reply, after
 
@@ -167,8 +181,15 @@ class Worker:
         """End the process and everything it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.exit_code() is None:  # it waits for a disk or device, and ends when that answers
+            LOG.error("worker %d was killed and has not ended", self.process.pid)
         self.link.close()
+
+    def exit_code(self) -> int | None:
+        """Wait for the end of the process; None when it lives on."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.process.wait(ENDED_S)
+        return None
 
 
 @dataclass
@@ -200,11 +221,13 @@ class Resident:
         )
         request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         last_seen = time.monotonic()
+        self.pulse(WAITING_S)
         if not self.cold:
             self.worker = Worker.start()
         self._write_state(state="waiting")
         try:
             while not self.stopping.is_set():
+                self.pulse(WAITING_S)
                 try:
                     task = acquiring.AcquireTask(request)
                     last_seen = time.monotonic()
@@ -238,12 +261,14 @@ class Resident:
         context: Context | None = None
         beating = threading.Event()
         try:
+            self.pulse(TRANSFER_S)
             message, context, run, fab = pull_task_input(client)
             threading.Thread(target=_beat, args=(client, beating), daemon=True).start()
             self._write_state(
                 state="at work", message=str(message.metadata.message_type), run=str(run.run_id)
             )
             reply, context = self._answer(message, context, fab.content, TaskIdentity.task_id)
+            self.pulse(TRANSFER_S)
             push_message(client, reply, context)
             done, details = SubStatus.COMPLETED, ""
         # The SuperNode reports a task without output on its own; the site's log has the cause.
@@ -260,13 +285,14 @@ class Resident:
         self, message: Message, context: Context, fab: bytes, task: int
     ) -> tuple[Message, Context]:
         """Return the worker's reply, or a reply with an error code."""
+        self.pulse(2 * STARTED_S)
         try:
             bundle = read_bundle(fab)
             approved = Path(self.policy.approved)
             self._require_approved(bundle, approved)
             worker = self._ready(bundle, approved)
             reply, after = worker.answer(
-                message, context, task, self.deadline_s(message), self.stopping.is_set
+                message, context, task, self.deadline_s(message), self._interrupted
             )
             return _reply_to(message, reply), after
         except FedsgcgError as error:
@@ -276,10 +302,14 @@ class Resident:
             return self._refusal(message, "SITE-503", note), context
         except StoppedError:
             return self._refusal(message, "SITE-505", "ended because the site was stopped"), context
-        except (EOFError, OSError):
-            code = self.worker.process.wait() if self.worker else 0
+        except (EOFError, OSError) as error:
+            code = self.worker.exit_code() if self.worker else None
             note = f"the worker ended with {code} (-9: killed, e.g. out of memory)"
+            if code is None:
+                note = f"the worker does not answer ({type(error).__name__}) and was killed"
             return self._refusal(message, "SITE-504", note), context
+        except Exception as error:  # a bundle or a reply of any content must not end the site
+            return self._refusal(message, "SITE-500", f"{type(error).__name__}: {error}"), context
         finally:
             if self.cold or self.worker is None or not self.worker.alive:
                 self._end_worker()
@@ -294,11 +324,23 @@ class Resident:
                 remove_old_refused(approved)
             raise
 
+    def _interrupted(self) -> bool:
+        """Whether the site is being stopped; called every `POLL_S` while a worker works."""
+        self.pulse(WAITING_S)
+        return self.stopping.is_set()
+
+    def pulse(self, silence_s: float) -> None:
+        """State that the resident is alive and may be silent for so long."""
+        until = time.monotonic() + silence_s
+        with suppress(OSError):  # only `join` makes the file
+            os.utime(Path(self.policy.home) / ALIVE, (until, until))
+
     def _ready(self, bundle: Bundle, approved: Path) -> Worker:
         """Return a worker that has loaded this bundle: the current one, or a new one.
 
         Raises:
-            FedsgcgError: POL-708 when the installed software is not the approved one.
+            FedsgcgError: POL-708 when the installed software is not the approved one, SITE-501 when
+                the code cannot be written.
         """
         worker = self.worker
         if worker is None or not worker.alive or worker.digest not in ("", bundle.digest):
@@ -306,7 +348,7 @@ class Resident:
             worker = self.worker = Worker.start()
         if not worker.digest:
             self._require_software(approved)
-            worker.load(bundle, unpack(bundle, bundle_store(approved)))
+            worker.load(bundle, _unpacked(bundle, bundle_store(approved)))
         return worker
 
     def _require_software(self, approved: Path) -> None:
@@ -337,7 +379,7 @@ class Resident:
 
     def deadline_s(self, message: Message) -> float:
         """Return the site's deadline for a message in seconds, else the message's lifetime."""
-        return self.policy.deadline_s or float(message.metadata.ttl)
+        return min(self.policy.deadline_s or float(message.metadata.ttl), MOST_DEADLINE_S)
 
     def _end_worker(self) -> None:
         if self.worker is not None:
@@ -394,3 +436,12 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _unpacked(bundle: Bundle, store: Path) -> Path:
+    """Return the folder with an approved bundle's code; raises SITE-501 if it cannot be written."""
+    try:
+        return unpack(bundle, store)
+    except OSError as error:
+        expected = "a folder with free space"
+        raise fail("SITE-501", where=str(store), found=str(error), expected=expected) from error

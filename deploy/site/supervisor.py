@@ -31,6 +31,7 @@ from fedsgcg.common.files.system import lock
 from fedsgcg.deploy.certificates import read_site_key
 from fedsgcg.deploy.site.check_link import examine_link
 from fedsgcg.deploy.site.commands import (
+    ALIVE,
     environment,
     free_port,
     new_secret,
@@ -159,11 +160,12 @@ class Join:
 
     def _live(self, home: Path) -> str:
         """Run SuperNode and resident until one ends or the site is stopped; return the reason."""
-        port = self.policy.runtime_port or free_port()
-        secret = new_secret(home / "runtime.secret")
         children: list[subprocess.Popen[bytes]] = []
         self.stuck, self.connected = "", False
         try:
+            port = self.policy.runtime_port or free_port()
+            secret = new_secret(home / "runtime.secret")
+            expect_pulse(home, 2 * START_S)
             node = self._start(
                 supernode_command(self.policy, self.site_file, port, secret), home, "supernode"
             )
@@ -171,6 +173,7 @@ class Join:
             self._write_state(state="starting", supernode=node.pid, port=port)
             if not self._listens(node, port):
                 return f"the SuperNode did not start (exit code {node.poll()})"
+            expect_pulse(home, START_S)  # until its own first pulse
             resident = self._start(
                 resident_command(self.site_file, port, secret, self.cold), home, "resident"
             )
@@ -187,7 +190,11 @@ class Join:
                     return f"the SuperNode ended with {node.returncode}"
                 if resident.poll() is not None:
                     return f"the resident ended with {resident.returncode}"
+                if silent_s(home) > 0:
+                    return f"the resident does not respond ({silent_s(home):.0f} s too long)"
             return "stopped"
+        except OSError as error:  # e.g. a full disk: tried again after a pause
+            return f"the site could not start its processes: {error}"
         finally:
             self._end(children)
 
@@ -211,13 +218,11 @@ class Join:
         """Copy a child's output into its log and show the important lines."""
         if child.stdout is None:
             raise AssertionError("_start opens a pipe")
-        with bounded_log(log) as file:
-            for line in child.stdout:
-                # A full disk must not stop the reading: the child would wait for its full pipe.
-                with suppress(OSError):
-                    file.write(line)
-                    file.flush()
-                self._notice(line.decode(errors="replace").strip())
+        for line in child.stdout:
+            # A full disk must not end this loop: the child would wait for ever to write a line.
+            with suppress(OSError), bounded_log(log) as file:
+                file.write(line)
+            self._notice(line.decode(errors="replace").strip())
 
     def _notice(self, line: str) -> None:
         """Show and record connection, messages and failures."""
@@ -325,6 +330,21 @@ def prepare_home(policy: SiteFile) -> Path:
     return home
 
 
+def expect_pulse(home: Path, silence_s: float) -> None:
+    """Allow the resident to be silent for so long; makes the file of its pulse."""
+    path, until = home / ALIVE, time.monotonic() + silence_s
+    path.touch(mode=0o600)
+    os.utime(path, (until, until))
+
+
+def silent_s(home: Path) -> float:
+    """Return for how long the resident has been silent beyond what it announced, or 0."""
+    try:
+        return max(0.0, time.monotonic() - (home / ALIVE).stat().st_mtime)
+    except OSError:
+        return 0.0  # the folder does not answer; the resident says so when it works
+
+
 @contextmanager
 def only_one(home: Path) -> Iterator[None]:
     """Hold the site's lock.
@@ -359,7 +379,8 @@ def end_process(child: subprocess.Popen[bytes], patience_s: float) -> None:
             child.wait(patience_s)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    with suppress(subprocess.TimeoutExpired):  # it ends when its disk or device answers
+        child.wait(patience_s)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

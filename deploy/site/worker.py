@@ -40,6 +40,8 @@ PRELOADED = (
 """Libraries that every bundle needs, loaded before the first message arrives."""
 
 PARENT_POLL_S = 1.0
+MOST_FRAME_BYTES = 4 * 2**30
+"""Longest frame; memory is allocated when its length has arrived."""
 
 
 def send_frame(link: socket.socket, content: bytes) -> None:
@@ -47,16 +49,30 @@ def send_frame(link: socket.socket, content: bytes) -> None:
     link.sendall(LENGTH.pack(len(content)) + content)
 
 
-def receive_frame(link: socket.socket) -> bytes:
-    """Receive one frame; raises EOFError when the other end has closed or died."""
-    (length,) = LENGTH.unpack(_exactly(link, LENGTH.size))
-    return bytes(_exactly(link, length))
+def receive_frame(link: socket.socket, end: float | None = None) -> bytes:
+    """Receive one frame.
+
+    Args:
+        link: The socket.
+        end: `time.monotonic()` at which the whole frame must have arrived; None waits for ever,
+            as a worker does between two messages.
+
+    Raises:
+        EOFError: The other end has closed or died, or states an impossible length.
+        TimeoutError: The frame is late.
+    """
+    (length,) = LENGTH.unpack(_exactly(link, LENGTH.size, end))
+    if length > MOST_FRAME_BYTES:
+        raise EOFError(f"a frame of {length} bytes")
+    return bytes(_exactly(link, length, end))
 
 
-def _exactly(link: socket.socket, length: int) -> bytearray:
+def _exactly(link: socket.socket, length: int, end: float | None) -> bytearray:
     content = bytearray(length)
     view, done = memoryview(content), 0
     while done < length:
+        if end is not None:
+            link.settimeout(max(0.001, end - time.monotonic()))
         count = link.recv_into(view[done:])
         if not count:
             raise EOFError("the other end has closed")

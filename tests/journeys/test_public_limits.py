@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def federation(hospitals: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """A served federation of one hospital that has not joined."""
+    """A served federation whose hospitals have not joined."""
     found = Federation(tmp_path_factory.mktemp("federation"), hospitals)
-    found.provision(["East"], "method=source", "federation.rounds=1")
+    found.provision(["East", "North"], "method=source", "federation.rounds=1")
     found.serve()
     yield found
     found.close()
