@@ -28,7 +28,10 @@ from tests.mutants.changes import Change, changes
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE: Final = {
-    "server/admission.py": ("tests/unit/server/test_admission.py",),
+    "server/admission.py": (
+        "tests/unit/server/test_admission.py",
+        "tests/unit/server/test_admission_limits.py",
+    ),
     "server/aggregation/fedavg.py": (
         "tests/unit/server/test_merge.py",
         "tests/laws/test_merge_laws.py",
@@ -42,7 +45,10 @@ CORE: Final = {
         "tests/unit/server/test_prototypes.py",
         "tests/laws/test_memory_laws.py",
     ),
-    "common/statistics.py": ("tests/laws/test_statistics_laws.py",),
+    "common/statistics.py": (
+        "tests/laws/test_statistics_laws.py",
+        "tests/laws/test_removal_laws.py",
+    ),
     "common/wire/payload.py": ("tests/laws/test_payload_laws.py",),
     "server/records/checkpoint.py": ("tests/unit/server/test_journal.py",),
     "server/records/journal.py": ("tests/unit/server/test_journal.py",),
