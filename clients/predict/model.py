@@ -104,7 +104,7 @@ def _folder_of(path: Path) -> Path:
     if not path.is_dir():
         action = "Name the folder that contains model.json and model.safetensors."
         raise fail("MOD-801", where=str(path), found="no such file or folder", action=action)
-    if not (path / "model.json").exists() and (inside := _models_in(path)):
+    if not (path / paths.MODEL_CARD).exists() and (inside := _models_in(path)):
         first, *more = inside
         action = f"Name the folder of one model, for example {first}"
         action += f" (one of {len(inside)})." if more else "."
@@ -114,7 +114,7 @@ def _folder_of(path: Path) -> Path:
 
 def _models_in(study: Path) -> list[Path]:
     """Return the folders of the models of a study: variant/held-out hospital/seed."""
-    return sorted(card.parent for card in study.glob("*/*/*/model.json"))
+    return sorted(card.parent for card in study.glob(f"*/*/*/{paths.MODEL_CARD}"))
 
 
 def read_card(folder: Path) -> dict[str, Any]:

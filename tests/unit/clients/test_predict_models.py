@@ -250,6 +250,7 @@ def test_confidence_without_prototypes_is_refused_before_any_work(stored, tmp_pa
 def test_the_folder_of_a_study_is_answered_with_the_folders_of_its_models(tmp_path):
     cells = [tmp_path / "run" / "sgcg" / site / "0" for site in ("North", "South")]
     for cell in cells:
+        cell.parent.mkdir(parents=True)
         store(cell)
     with pytest.raises(FedsgcgError, match="the folder of a study") as caught:
         load_model(tmp_path / "run")
