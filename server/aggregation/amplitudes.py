@@ -62,7 +62,8 @@ def usable_amplitudes(
         The usable parts, and one PAY-106, PAY-107 or STA-201 for each other one.
     """
     read = _summary if plan.method.ram.sharing == "summary" else _bank
-    usable, problems = [], []
+    usable: list[tuple[str, bytes]] = []
+    problems: list[Problem] = []
     for site, data in parts:
         try:
             read(plan, site, data)
