@@ -388,9 +388,11 @@ class Cohort:
         registered = {info.node_id: info.name for info in self.grid.get_nodes()}
         if any(registered.values()):
             return registered.get(node) or f"node {node}"
-        if stated in {*self.plan.members(), *self.plan.observers, self.plan.heldout}:
-            return stated or f"node {node}"
-        return (not self.plan.members() and site_text(stated)) or f"node {node}"
+        known = {*self.plan.members(), *self.plan.observers, self.plan.heldout}
+        believed = stated if stated in known else ""
+        if not self.plan.members():
+            believed = site_text(stated)
+        return believed or f"node {node}"
 
     def _admit(self, node: int, reply: Reply, identity: Identity) -> None:
         site = reply.site
