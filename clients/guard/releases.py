@@ -26,7 +26,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 
 from fedsgcg.clients.data.store import CaseStore, fingerprint
 from fedsgcg.common.errors import FedsgcgError, fail
@@ -83,7 +82,7 @@ def members_of(
     for store in stores:
         for case in store.cases:
             if (store.site, case.index) in chosen:
-                mask = hashlib.blake2b(np.ascontiguousarray(store.truth(case)), digest_size=16)
+                mask = hashlib.blake2b(store.truth(case).tobytes(), digest_size=16)
                 content = f"{case.content or case.name} {mask.hexdigest()}"
                 cases[store.site, case.patient].append(content)
     return frozenset(

@@ -36,7 +36,6 @@ from fedsgcg.common.wire.payload import (
     encode_statistics,
 )
 
-
 LARGEST_DISTANCE: Final = 1e6
 """Largest mean distance that a summary may state, in pixels or mm."""
 MOST_CASES: Final = 10**6

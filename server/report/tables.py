@@ -312,9 +312,7 @@ def _stated(
     return summary
 
 
-def study_summary(
-    results: pa.Table | Iterable[Row], rounds: Iterable[Row]
-) -> list[dict[str, Any]]:
+def study_summary(results: pa.Table | Iterable[Row], rounds: Iterable[Row]) -> list[dict[str, Any]]:
     """Summarise a study like `summary_rows`, with hospitals that send no per-case results.
 
     Args:
