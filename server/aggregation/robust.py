@@ -106,7 +106,7 @@ def _trimmed(
     kept, weight = np.take_along_axis(stack, order, axis=0), shares[order]
     mean = (kept * weight).sum(axis=0) / weight.sum(axis=0)
     # Rounding must not move the mean out of the range of the values.
-    return np.asarray(np.clip(mean, kept[0], kept[-1]), np.float32)
+    return np.asarray(np.clip(mean, kept[0], kept[-1]), dtype=np.float32)
 
 
 def _towards(weights: Weights, start: npt.NDArray[np.float64], factor: float) -> Weights:

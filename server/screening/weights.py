@@ -233,8 +233,10 @@ def _undersized(updates: Updates, history: History, out: Collection[str]) -> Ite
     norms = updates.norms
     for k, others in _compared(updates, out):
         fewer = updates.steps[k] / float(np.median(updates.steps[others]))
-        share = norms[k] / max(float(np.median(norms[others])), np.finfo(np.float64).tiny)
-        if share < LEAST_FACTOR * min(fewer, 1.0):
+        middle = float(np.median(norms[others]))
+        if middle > ROUND_OFF * updates.model and (
+            (share := norms[k] / middle) < LEAST_FACTOR * min(fewer, 1.0)
+        ):
             detail = f"an update {share:.2g} times as large as the median of the others"
             yield Finding(updates.sites[k], "PAY-115", detail)
 

@@ -519,9 +519,10 @@ class Cohort:
 
 
 def _fingerprints(stated: Any) -> str:
-    """Return the hashes of a site's data as it stated them; other text is replaced by its hash."""
+    """Return the hashes of a site's data as it stated them; other long text becomes a hash."""
     text = stated if isinstance(stated, str) else ""
-    if len(text) <= MOST_FINGERPRINTS and set(text) <= set("0123456789abcdef "):
+    hashes = len(text) <= MOST_FINGERPRINTS and set(text) <= set("0123456789abcdef ")
+    if hashes or is_site_text(text):
         return text
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
