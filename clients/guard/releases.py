@@ -26,7 +26,6 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-
 from fedsgcg.clients.data.store import CaseStore, fingerprint
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.system import lock
