@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedsgcg.clients.app import build_client_app
 from fedsgcg.common.images.phantoms import write_hospitals
@@ -90,6 +92,7 @@ def soak(folder: Path, rounds: int) -> Soak:
             resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
             files.append(len(os.listdir("/proc/self/fd")))
 
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
     start = time.monotonic()
     grid = InProcessGrid(build_client_app(tree), SITES, 1)
     try:
