@@ -60,7 +60,9 @@ def test_nothing_trimmed_and_nothing_clipped_is_fedavg(sites) -> None:  # type: 
     parts = named(sites)
     expected = merge_weights(parts).values.tobytes()
     assert trimmed_mean(parts, 0).values.tobytes() == expected
-    assert clipped_mean(START, parts, 1e30).values.tobytes() == expected
+    norms = [np.linalg.norm(values[: SIZE - 1].astype(np.float64)) for values, _ in sites]
+    if max(norms) < 1e29 * np.median(norms):  # not where most sites did not move at all
+        assert clipped_mean(START, parts, 1e30).values.tobytes() == expected
     if len(parts) <= 2:  # nobody knows which of two is broken
         assert trimmed_mean(parts, 5).values.tobytes() == expected
 
