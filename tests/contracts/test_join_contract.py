@@ -25,7 +25,7 @@ def reasons(text: str) -> set[str]:
     return {why for words, why in STUCK.items() if words in text}
 
 
-def test_a_server_that_ends_a_handshake_makes_flower_give_up_with_the_words_that_the_site_waits_for(
+def test_flower_gives_up_with_the_expected_text_if_a_server_ends_the_handshake(
     said: pytest.LogCaptureFixture,
 ) -> None:
     def call() -> None:

@@ -254,7 +254,7 @@ def test_the_choice_of_the_model_starts_anew_for_the_site_had_a_say_in_it(tmp_pa
     assert chosen["leaves"] >= 2
 
 
-def test_who_is_missing_besides_is_still_missed(tmp_path: Path) -> None:
+def test_another_missing_site_still_counts_as_missing(tmp_path: Path) -> None:
     plan = small_plan(tmp_path)
     run_until(plan, 1)
     leaves(plan, "C")

@@ -22,6 +22,8 @@ from tests.support.scripted_grid import ScriptedGrid
 from tests.unit.server.test_journal import SETTINGS, record
 
 ROUNDS = 4
+OWN = ("lock", "events.jsonl", "outcome.json", "seal.json")
+"""Files that state when a run took place, or the hash of one that does."""
 
 
 class PowerCut(BaseException):
@@ -139,7 +141,7 @@ def test_whatever_operation_fails_the_run_ends_the_same(
     monkeypatch.setattr(fedsgcg.server.federation, "initial_weights", lambda plan: start)
     whole = federate(tmp_path / "whole")
     assert whole.status == "completed"
-    wanted = content(tmp_path / "whole", "lock", "events.jsonl", "outcome.json")
+    wanted = content(tmp_path / "whole", *OWN)
     assert "results.parquet" in wanted
     # A refusal leaves the process in charge of its own end, a torn write does not: the latter is
     # tried everywhere.
@@ -158,7 +160,7 @@ def test_whatever_operation_fails_the_run_ends_the_same(
             break
         again = federate(folder)
         assert (again.status, again.digest) == ("completed", whole.digest), f"operation {nth}"
-        assert content(folder, "lock", "events.jsonl", "outcome.json") == wanted, f"operation {nth}"
+        assert content(folder, *OWN) == wanted, f"operation {nth}"
     assert nth > 30
     assert ends == {"SRV-401" if mode == "refuse" else "power cut"}
 

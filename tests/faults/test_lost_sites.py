@@ -154,7 +154,7 @@ def test_what_becomes_of_a_site_that_is_late(late: str, asked: int, tmp_path: Pa
 
 
 @pytest.mark.row(47)
-def test_a_site_whose_data_changed_is_told_at_the_resume(tmp_path: Path) -> None:
+def test_a_site_whose_data_changed_is_named_at_the_resume(tmp_path: Path) -> None:
     def data(text: str) -> Script:
         def script(
             grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply
@@ -180,7 +180,7 @@ def test_a_site_whose_data_changed_is_told_at_the_resume(tmp_path: Path) -> None
     assert second.status == "degraded"
 
 
-def test_a_key_speaks_for_its_own_hospital_only(tmp_path: Path) -> None:
+def test_a_key_is_valid_for_its_own_hospital_only(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__quorum=2, federation__join_deadline_s=0.3)
     grid = ScriptedGrid(plan, ALL)
     # The node that calls itself C holds the key that was registered for B, whose node is not here.

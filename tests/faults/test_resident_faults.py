@@ -181,7 +181,7 @@ def test_an_error_of_the_app_leaves_as_a_code(resident, policy):
 
 
 @pytest.mark.row(32)
-def test_a_site_that_is_told_to_stop_ends_its_training_and_says_so(resident):
+def test_a_site_that_is_stopped_ends_its_training_and_reports_it(resident):
     asked(resident, "go")
     threading.Timer(1.0, resident.stop).start()
     assert error_of(asked(resident, "sleep")) == "SITE-505"

@@ -70,11 +70,12 @@ def test_row_49_models_wait_on_disk_and_any_order_of_arrival_gives_the_same_bits
     sent: dict[str, Weights] = {}
     mapped: list[bool] = []
 
-    def watched(previous, parts, state):  # type: ignore[no-untyped-def]
+    def watched(previous, parts, state, settings):  # type: ignore[no-untyped-def]
         mapped.extend(isinstance(weights.values, np.memmap) for _, weights, _ in parts)
         plain = [(site, sent[site], share) for site, _, share in parts]
-        assert rule(previous, parts, state)[0].digest() == rule(previous, plain, state)[0].digest()
-        return rule(previous, parts, state)
+        merged, after = rule(previous, parts, state, settings)
+        assert merged.digest() == rule(previous, plain, state, settings)[0].digest()
+        return merged, after
 
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         if kind == TRAIN and reply.weights is not None:

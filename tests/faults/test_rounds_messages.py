@@ -80,7 +80,7 @@ def test_every_contrastive_method_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hidden", "active"), [((0, 1), "0 of 2 classes have"), ((1,), "1 of 2 classes has")]
 )
-def test_a_contrastive_loss_without_prototypes_is_told_once(
+def test_a_contrastive_loss_without_prototypes_is_reported_once(
     memory, hidden, active, tmp_path: Path
 ) -> None:
     outcome, _, _ = run(
@@ -97,7 +97,7 @@ def test_a_contrastive_loss_without_prototypes_is_told_once(
     assert "privacy.min_patients / privacy.min_pixels" in problem.action
 
 
-def test_it_is_told_once_over_a_resume(tmp_path: Path) -> None:
+def test_it_is_reported_once_over_a_resume(tmp_path: Path) -> None:
     def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
         if kind == TRAIN and request.identity.round == 3:
             return SILENCE
@@ -122,7 +122,7 @@ def test_it_is_told_once_over_a_resume(tmp_path: Path) -> None:
         ),  # round 1 has no prototypes by design
     ],
 )
-def test_it_is_not_told_where_it_is_not_so(changes, script, tmp_path: Path) -> None:
+def test_it_is_not_reported_where_it_is_not_true(changes, script, tmp_path: Path) -> None:
     assert run(small_plan(tmp_path, **changes), script=script)[0].status == "completed"
 
 
@@ -148,7 +148,7 @@ def test_one_site_that_is_left_is_enough_and_none_is_not(tmp_path: Path) -> None
     assert [problem.code for problem in outcome.failure] == ["RND-401"]
 
 
-def test_beside_a_site_without_a_case_a_silent_one_still_counts(tmp_path: Path) -> None:
+def test_a_silent_site_counts_although_another_has_no_case(tmp_path: Path) -> None:
     outcome, _, _ = run(small_plan(tmp_path), ("A", "B", "D"), script=failing("DAT-102", "B"))
     (problem,) = outcome.failure
     assert problem.code == "RND-401"
@@ -256,7 +256,7 @@ def unvalidated(grid: ScriptedGrid, site: str, kind: str, request: Request, repl
     return replace(reply, metrics=kept)
 
 
-def test_a_choice_that_nobody_could_make_is_told(tmp_path: Path) -> None:
+def test_a_selection_without_validation_cases_is_reported(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__selection="source_validation")
     outcome, heard, _ = run(plan, script=unvalidated)
     assert outcome.status == "degraded"

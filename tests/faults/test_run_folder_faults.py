@@ -59,7 +59,7 @@ def test_other_settings_are_refused_on_a_used_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.row(37)
-def test_a_damaged_checkpoint_costs_one_round_and_is_told(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_costs_one_round_and_is_reported(tmp_path: Path) -> None:
     first, _ = run(small_plan(tmp_path))
     path = tmp_path / "journal" / "checkpoint-00003.safetensors"
     path.write_bytes(path.read_bytes()[:1000])

@@ -133,7 +133,7 @@ def test_problems_are_remembered_with_the_cache(tmp_path, data):
     assert len(list((tmp_path / "cache" / "slices").glob("*.arrow"))) == 1
 
 
-def test_a_mended_case_comes_back(tmp_path, data):
+def test_a_repaired_case_is_used_again(tmp_path, data):
     spoil(tmp_path)
     open_store(open_site(tmp_path, "S", data), data, tmp_path / "cache", heldout=False)
     write(tmp_path / "S", "cut")

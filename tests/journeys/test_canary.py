@@ -68,7 +68,7 @@ def test_a_patients_name_stays_at_the_hospital(canary: Path, tmp_path: Path, hel
     )
 
 
-def test_a_site_that_fails_keeps_its_words_and_the_round_says_its_code(
+def test_a_site_that_fails_keeps_its_message_and_the_round_shows_the_code(
     canary: Path, tmp_path: Path
 ) -> None:
     for path in (canary / "North").glob("*_image.nii.gz"):

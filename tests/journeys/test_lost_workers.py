@@ -20,7 +20,7 @@ from tests.support import small
 
 @pytest.mark.slow
 @pytest.mark.row(28)
-def test_a_killed_worker_is_resumed_once_and_told_in_one_sentence(
+def test_a_killed_worker_is_resumed_once_and_reported_in_one_sentence(
     hospitals: Path, tmp_path: Path
 ) -> None:
     arguments = small.overrides(

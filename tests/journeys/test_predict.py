@@ -182,7 +182,7 @@ def test_a_folder_survives_broken_files_and_lists_them(
     assert predict(cell, images / "broken.nii.gz", "-o", tmp_path / "none") == 1
 
 
-def test_masks_of_other_labels_are_told_case_by_case_and_nothing_is_scored(
+def test_masks_of_other_labels_are_reported_case_by_case_and_nothing_is_scored(
     cell: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, labels = downloads.scan(3, (40, 40, 4))

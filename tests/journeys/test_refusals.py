@@ -197,13 +197,13 @@ def test_a_certificate_that_has_ended_is_not_served(federation: Federation, tmp_
 
 
 @pytest.mark.row(51)
-def test_a_port_that_is_taken_is_told(federation: Federation) -> None:
+def test_a_port_in_use_is_reported(federation: Federation) -> None:
     done = federation.try_command("serve", federation.kit.folder)
     assert done.returncode == 2
     assert "DEP-609" in done.stderr
 
 
-def test_a_server_that_is_not_there_is_told(federation: Federation, tmp_path: Path) -> None:
+def test_a_missing_server_is_reported(federation: Federation, tmp_path: Path) -> None:
     text = (
         (federation.folder / "project.yaml")
         .read_text()

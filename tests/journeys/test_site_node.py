@@ -127,7 +127,7 @@ def test_a_node_whose_parts_are_killed_comes_back(hospitals: Path, tmp_path: Pat
             time.sleep(0.3)
 
 
-def test_what_is_wrong_is_refused_in_clear_words(hospitals: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_refused_with_a_clear_error(hospitals: Path, tmp_path: Path) -> None:
     with loopback(tmp_path) as federation:
         stranger = federation.kit("North", hospitals)
         federation.join(stranger)

@@ -51,7 +51,7 @@ def ledger(folder, site):
 @pytest.mark.parametrize(
     ("sharing", "consent"), [("summary", "amplitude_summary"), ("bank", "amplitude_bank")]
 )
-def test_amplitudes_leave_only_with_the_sites_word_and_the_ledger_shows_them(
+def test_amplitudes_leave_only_with_the_sites_consent_and_the_ledger_shows_them(
     root, tmp_path, sharing, consent
 ):
     asked = ["method=ram", f"method.ram.sharing={sharing}", "method.ram.bank_size=4"]

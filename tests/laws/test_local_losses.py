@@ -170,7 +170,7 @@ def test_ignored_pixels_have_no_influence_on_the_supervised_loss(seed, channels)
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**31))
-def test_dice_loss_lies_between_zero_and_one_and_is_zero_for_the_truth(seed):
+def test_dice_loss_is_between_zero_and_one_and_zero_for_the_truth(seed):
     generator = torch.Generator().manual_seed(seed)
     truth = (torch.rand(2, 2, 4, 4, generator=generator) < 0.5).float()
     valid = torch.ones(2, 1, 4, 4, dtype=torch.bool)

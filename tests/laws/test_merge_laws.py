@@ -47,7 +47,7 @@ def test_order_of_arrival_changes_no_bit_of_the_model(parts, rng) -> None:  # ty
 
 @FEW
 @given(PARTS)
-def test_a_merged_weight_lies_between_those_of_the_sites(parts) -> None:  # type: ignore[no-untyped-def]
+def test_a_merged_weight_is_between_those_of_the_sites(parts) -> None:  # type: ignore[no-untyped-def]
     merged = merge_weights(named(parts)).values
     own = np.stack([values for values, _, _ in parts])
     assert (merged >= own.min(axis=0)).all()

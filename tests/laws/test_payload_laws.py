@@ -210,7 +210,7 @@ def test_an_array_that_is_not_the_layouts_is_refused(array: Array) -> None:
 
 
 @pytest.mark.row(9)
-def test_a_header_that_lies_about_its_size_is_refused_without_the_memory() -> None:
+def test_a_header_with_a_false_size_is_refused_before_memory_is_allocated() -> None:
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (100000000000000,), }"
     header += b" " * (117 - len(header)) + b"\n"
     data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\x00" * 28

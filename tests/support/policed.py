@@ -16,6 +16,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request
 from fedsgcg.common.wire.payload import Weights
+from fedsgcg.deploy.certificates import make_site_key
 from tests.conftest import REPOSITORY
 from tests.support import sites
 
@@ -50,6 +51,7 @@ class Hospital:
             **self.changes,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
+        make_site_key(self.folder, "North")
         self.policy = SiteFile(**facts)
         write_site_file(self.folder / "site.yaml", self.policy)
         approve(bundle_of_folder(REPOSITORY), Path(self.policy.approved), "test")

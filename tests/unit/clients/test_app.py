@@ -55,7 +55,7 @@ def test_a_site_enrols_with_its_cases_counted_by_split(root, tmp_path):
     }
 
 
-def test_a_site_tells_when_its_data_changed_and_never_where_they_lie(root, tmp_path):
+def test_a_site_reports_that_its_data_changed_and_never_their_paths(root, tmp_path):
     told = [
         asked(federation(root, tmp_path / name), wire.ENROL, "North", 0).details["data"]
         for name in ("a", "b")

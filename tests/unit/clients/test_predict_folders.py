@@ -45,7 +45,7 @@ def predicted(stored, folder, out, *more):
     )
 
 
-def test_files_whose_names_lie_about_gzip_are_predicted_like_the_others(stored, tmp_path, capsys):
+def test_files_with_a_wrong_gzip_suffix_are_predicted_like_the_others(stored, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     packed = gzip.compress(nifti())

@@ -42,7 +42,7 @@ def refused(*overrides: str) -> FedsgcgError:
     return caught.value
 
 
-def test_own_files_are_choices_beside_the_shipped_ones(folder: Path) -> None:
+def test_own_files_are_choices_as_well_as_the_shipped_ones(folder: Path) -> None:
     own = f"config_dir={folder}"
     tree = compose([own, "experiment=mine", "data.image_size=64"])
     assert tree["data"]["classes"] == {"background": [0], "cord": [1]}

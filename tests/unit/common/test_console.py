@@ -44,7 +44,7 @@ def test_a_pipe_is_not_flooded():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_steps_of_long_work_are_told(terminal, monkeypatch):
+def test_the_steps_of_long_work_are_shown(terminal, monkeypatch):
     monkeypatch.setattr(consoles, "QUIET_S", 0.0)
     sink = io.StringIO()
     console = screen(sink, terminal, monkeypatch)

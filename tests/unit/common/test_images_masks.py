@@ -57,7 +57,7 @@ def test_masks_of_another_shape_are_refused():
         ((0, 0, 1.0), False),  # left and right swapped
     ],
 )
-def test_masks_that_lie_elsewhere_are_refused(change, fine):
+def test_masks_at_another_position_are_refused(change, fine):
     affine = np.diag([-1.0, -1.0, 3.0, 1.0])
     affine[change[0], change[1]] = change[2]
     if fine:

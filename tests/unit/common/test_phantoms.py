@@ -94,7 +94,7 @@ def look(image, mask):
     )
 
 
-def test_a_patient_can_be_told_to_a_hospital_by_its_look():
+def test_the_hospital_of_a_patient_can_be_recognised_by_its_images():
     """The patient with the most similar look is from the same hospital: the domains differ."""
     looks, owners = [], []
     for position, scanner in enumerate(SCANNERS):

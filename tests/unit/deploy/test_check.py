@@ -124,7 +124,7 @@ def test_a_voxel_of_the_wrong_unit_is_named(root, tmp_path, factor, side):
     assert "xyzt_units" in finding.action
 
 
-def test_a_spacing_that_stands_out(root, tmp_path):
+def test_an_unusual_spacing_is_reported(root, tmp_path):
     def larger(array, affine):
         affine[:3, :3] *= 3
         return nib.Nifti1Image(array, affine)
@@ -203,7 +203,7 @@ def test_an_empty_mask_is_a_true_negative(root, tmp_path, heldout):
 
 
 @pytest.mark.row(48)
-def test_a_site_below_its_own_floor_is_told(root, tmp_path):
+def test_a_site_below_its_own_floor_is_warned(root, tmp_path):
     found, _ = examine_files(
         policy_for(root, tmp_path, patient_floor=7),
         plan(root, tmp_path).data,

@@ -32,7 +32,7 @@ def test_help_loads_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize("main", [cli.main, site_cli.main])
-def test_the_version_is_said_with_those_it_stands_on(
+def test_the_version_is_printed_with_those_of_its_libraries(
     main, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -128,7 +128,7 @@ def test_json_puts_events_and_nothing_else_on_standard_output(
 
 
 @pytest.mark.slow
-def test_a_study_tells_its_rounds_as_json_lines(hospitals: Path, tmp_path: Path) -> None:
+def test_a_study_prints_its_rounds_as_json_lines(hospitals: Path, tmp_path: Path) -> None:
     texts = small.overrides(
         hospitals, tmp_path / "run", "method=source", "heldout=South", "federation.rounds=1"
     )

@@ -169,7 +169,7 @@ def test_the_shared_copies_are_taken_whole(name, cases, real_data, tmp_path, mak
     assert seen == cases
 
 
-def test_other_formats_and_hidden_files_are_told_once(tmp_path, capsys):
+def test_other_formats_and_hidden_files_are_reported_once(tmp_path, capsys):
     down, out = tmp_path / "down", tmp_path / "out"
     image, labels = downloads.scan(1)
     downloads.volume(down / "North/p1_image.nii.gz", image)

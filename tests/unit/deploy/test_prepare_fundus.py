@@ -75,7 +75,7 @@ def test_released_pixels_are_kept_and_grey_values_become_classes(tmp_path, make_
     assert [case.split for case in train.cases] == ["train"]
 
 
-def test_lists_beside_the_domains_and_lists_within_them_mean_the_same(tmp_path):
+def test_lists_next_to_the_domains_and_lists_within_them_mean_the_same(tmp_path):
     names = {("Domain1", "train"): ["a1", "a2"], ("Domain1", "test"): ["b1"]}
     downloads.released(tmp_path / "one", 8, names)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -124,7 +124,7 @@ def test_every_missing_and_every_extra_file_is_listed_and_the_rest_goes_on(tmp_p
     assert len(manifest(out)) == 1060 - 2
 
 
-def test_broken_files_are_told_and_the_rest_goes_on(tmp_path, capsys):
+def test_broken_files_are_reported_and_the_others_are_read(tmp_path, capsys):
     down, out = tmp_path / "down", tmp_path / "out"
     downloads.released(down, 8, {("Domain1", "train"): ["a", "b", "c", "d", "e"]})
     folder = down / "Domain1/train/ROIs"

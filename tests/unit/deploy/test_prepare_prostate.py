@@ -68,7 +68,7 @@ def test_other_ways_to_write_the_names(tmp_path, names, case, mask):
     assert "I2CVB/Case03.nii.gz" not in text
 
 
-def test_a_mask_whose_header_lies_elsewhere_is_taken_voxel_for_voxel_and_noted(tmp_path, make_data):
+def test_a_mask_with_another_position_is_used_voxel_for_voxel_with_a_note(tmp_path, make_data):
     image, labels = downloads.scan(1)
     downloads.volume(tmp_path / "down/UCL/Case01.nii.gz", image)
     turned = np.diag([0.5, 0.5, 3.0, 1.0])
@@ -87,7 +87,7 @@ def test_a_mask_whose_header_lies_elsewhere_is_taken_voxel_for_voxel_and_noted(t
     )
 
 
-def test_volumes_that_cannot_be_used_are_told_one_by_one(tmp_path):
+def test_volumes_that_cannot_be_used_are_listed_one_by_one(tmp_path):
     down, out = tmp_path / "down", tmp_path / "out"
     made = saml(down, {"HK": range(38, 45)})
     labels = made["HK", 38][1]

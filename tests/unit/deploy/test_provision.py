@@ -310,7 +310,7 @@ def test_nothing_that_is_reported_holds_a_secret(project: Path, tmp_path: Path) 
             assert not [line for line in lines if line in text]
 
 
-def test_faults_of_the_project_file_are_told_at_once(tmp_path: Path) -> None:
+def test_errors_of_the_project_file_are_reported_together(tmp_path: Path) -> None:
     path = write_project(
         tmp_path,
         server="nowhere",

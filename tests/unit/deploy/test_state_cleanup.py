@@ -136,7 +136,7 @@ def test_many_runs_take_no_more_room_than_one(server: Server) -> None:
     assert size_of(server.kit.state) <= room + 20_000
 
 
-def test_a_database_that_cannot_be_tidied_is_told_of_and_left_as_it_was(server: Server) -> None:
+def test_a_database_that_cannot_be_cleaned_is_reported_and_unchanged(server: Server) -> None:
     server.run(1)
     with closing(sqlite3.connect(server.kit.state / "superlink.db")) as database:
         database.execute("ALTER TABLE run_series RENAME TO renamed")

@@ -105,7 +105,7 @@ class TestNeighbours:
         found = neighbour_shares(pixels(features, [0, 0, 1, 1], [0, 1, 0, 1]), neighbours=1)
         assert found == (1.0, 0.0, 0.0)  # one other pixel of the class, at the other hospital
 
-    def test_hospitals_that_lie_apart_are_found(self):
+    def test_hospitals_that_are_far_apart_are_found(self):
         features = [[0], [0.1], [0.2], [5], [5.1], [5.2]]
         same_class, same_site, chance = neighbour_shares(
             pixels(features, [0] * 6, [0, 0, 0, 1, 1, 1]), neighbours=2
@@ -209,7 +209,7 @@ def test_a_figure_that_has_not_changed_is_not_drawn_as_pixels_again(tmp_path):
     assert second == {name: data for name, data in first.items() if name != f"{same}.png"}
 
 
-def test_a_report_tells_its_steps_and_leaves_the_collector_as_it_was(tmp_path):
+def test_a_report_shows_its_steps_and_leaves_the_collector_as_it_was(tmp_path):
     folder, told = write_large_study(tmp_path, **SMALL), []
     assert gc.isenabled()
     make_report(folder, told.append)

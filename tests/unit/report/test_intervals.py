@@ -144,7 +144,7 @@ class TestMean:
 
     @settings(max_examples=100, deadline=None)
     @given(VALUES)
-    def test_law_a_mirror_mirrors_and_student_s_interval_lies_within(self, values):
+    def test_law_a_mirror_mirrors_and_student_s_interval_is_within(self, values):
         found, mirrored = mean_interval([values]), mean_interval([[-value for value in values]])
         width = 1e-9 * (1 + found.high - found.low)
         assert [mirrored.low, mirrored.high] == pytest.approx([-found.high, -found.low], abs=width)

@@ -35,7 +35,7 @@ LABELS = labels_of(
 
 
 class TestLabels:
-    def test_columns_tell_what_a_label_is(self):
+    def test_columns_define_what_a_label_is(self):
         found = read_label(
             {
                 "method": "x",
@@ -60,7 +60,7 @@ class TestLabels:
             ("", Label("", "", "by_site")),
         ],
     )
-    def test_without_columns_the_words_of_the_label_do(self, name, expected):
+    def test_without_columns_the_parts_of_the_label_define_it(self, name, expected):
         assert read_label({"method": name}) == expected
         assert (
             read_label({"method": name, "trains": None, "federation": None, "setting": None})

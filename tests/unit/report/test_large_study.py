@@ -124,7 +124,7 @@ class TestWholePage:
         assert ids >= {"ablation", "differences", "sweep-1", "federation"}
         assert "No t-SNE: pixel features stay at their hospital" in page.text
 
-    def test_fundus_has_the_printed_rows_beside_ours_in_the_papers_order(self, tmp_path):
+    def test_fundus_has_the_printed_rows_and_ours_in_the_papers_order(self, tmp_path):
         write_large_study(
             tmp_path,
             **(
@@ -166,7 +166,7 @@ class TestWholePage:
         assert nasty in " ".join(page.words)
         assert all(path.suffix in {".svg", ".png"} for path in (study / "figures").iterdir())
 
-    def test_the_protocol_tells_every_value_of_what_the_methods_do_not_share(self, tmp_path):
+    def test_the_protocol_lists_every_value_that_the_methods_do_not_share(self, tmp_path):
         study = write_large_study(
             tmp_path, **(PLAIN | {"federations": ("by_site",)}), features=False
         )

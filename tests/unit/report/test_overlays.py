@@ -112,7 +112,7 @@ class TestOverlays:
         assert root.find("use").attrib["href"] == f"#{image.attrib['id']}"
         assert base64.b64decode(image.attrib["href"].partition(",")[2]).startswith(b"\xff\xd8\xff")
 
-    def test_the_same_slice_stands_in_the_page_once(self):
+    def test_the_same_slice_is_in_the_page_once(self):
         images, box = Images(), (0, 20, 0, 30)
         texts = [str(overlay(picture(), box, name, images)) for name in ("source", "sgcg")]
         other = str(overlay(picture(size=(22, 30)), (0, 22, 0, 30), "x", images))
@@ -120,7 +120,7 @@ class TestOverlays:
         assert all("#slice-0" in text for text in texts)
         assert "#slice-1" in other
 
-    def test_an_interval_bar_lies_on_its_side_of_zero(self):
+    def test_an_interval_bar_is_on_its_side_of_zero(self):
         root = ET.fromstring(str(interval_bar(Interval(0.2, 0.1, 0.3), 0.3)))
         bar = root.findall("line")[1].attrib
         assert (

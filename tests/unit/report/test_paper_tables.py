@@ -33,7 +33,7 @@ class TestPublished:
                 assert len(entry.values) == len(table.domains)
                 assert {len(domain) for domain in entry.values} == {len(table.structures)}
 
-    def test_averages_that_do_not_follow_from_their_row_are_told(self):
+    def test_averages_that_do_not_follow_from_their_row_are_marked(self):
         # Recomputed by hand from the printed rows.
         prostate = {entry.method: entry for entry in PUBLISHED["prostate"].rows["dice"]}
         assert prostate["SgCG"].recomputed == pytest.approx(88.31333, abs=1e-4)
@@ -181,7 +181,7 @@ class TestPaperTables:
                         found.append(row(method, site, case=case, structure=structure, **more))
         return found
 
-    def test_a_row_as_the_papers_count_stands_where_it_changes_a_number(self):
+    def test_a_row_as_the_papers_count_is_shown_where_it_changes_a_number(self):
         counted, notes = self.printed(self.fundus_rows())
         # sgcg, cup at drishti: Dice (0.01 + 0.80) / 2, ASD (100 + 10) / 2; source counts the same
         # both ways: no row.

@@ -48,7 +48,7 @@ class TestSteps:
         rows += [entry("steps", 9999.0, method="another"), entry("loss", 5.0, method="source")]
         assert steps_by_federation(rows, federations) == {"by_site": "21 to 36", "pooled": "109"}
 
-    def test_are_not_told_where_all_took_the_same(self):
+    def test_are_not_listed_if_all_took_the_same(self):
         rows = [entry("steps", 5.0, method=method) for method in ("sgcg", "sgcg pooled")]
         assert steps_by_federation(rows, {"sgcg": "by_site", "sgcg pooled": "pooled"}) == {}
         assert steps_by_federation([], {"sgcg": "by_site"}) == {}

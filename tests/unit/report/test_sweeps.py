@@ -32,7 +32,7 @@ class TestSweeps:
         assert [list(line) for line in weight.all_lines()] == [["0.01", "1"], ["1", "5"]]
         assert weight.numbers
 
-    def test_the_label_without_the_sweep_stands_at_its_own_value(self):
+    def test_the_label_without_the_sweep_is_at_its_own_value(self):
         labels = labels_of(
             [{"method": "sgcg"}, {"method": "sgcg weight=0.01"}, {"method": "sgcg weight=1"}]
         )
@@ -53,7 +53,7 @@ class TestSweeps:
         assert sweeps_of(labels_of([{"method": "sgcg memory=a"}, {"method": "source"}]), {}) == []
 
     @pytest.mark.parametrize("words", ["0.1 1", "lagged restart"])
-    def test_what_does_not_have_the_setting_stands_beside_it(self, words):
+    def test_methods_without_the_setting_are_shown_as_well(self, words):
         first, second = words.split()
         dice = {
             "source": 0.5,

@@ -245,7 +245,7 @@ def test_rows_of_an_unfinished_round_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.row(39)
-def test_a_second_user_of_the_folder_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+def test_a_second_user_of_the_folder_is_refused_and_the_holder_is_named(tmp_path: Path) -> None:
     with journal(tmp_path):
         with pytest.raises(FedsgcgError) as caught:
             journal(tmp_path)

@@ -155,7 +155,7 @@ def test_many_copies_are_counted_and_the_first_named():
 # consent, and what a model knows
 
 
-def test_a_hospital_tells_hashes_only_where_its_own_file_says_so(tmp_path, make_data):
+def test_a_hospital_sends_hashes_only_if_its_own_file_allows_it(tmp_path, make_data):
     write(tmp_path / "data/S", "a", 1)
     data, identity = make_data(image_size=32), Identity("r", "", 0, "p")
     store = open_store(
