@@ -111,9 +111,19 @@ def close_ray(address: str) -> None:
 
     Ray's ports let whoever reaches them run code as this user. A local Ray listens on loopback and
     answers only with a token that is made here and is in the environment of its processes alone. A
-    cluster keeps its own settings (`RAY_AUTH_MODE`).
+    cluster keeps its own settings (`RAY_AUTH_MODE`). Ray reads its mode once, when it is imported:
+    in a process that has imported it before, a local Ray needs no token, and a warning says so.
     """
     if address != "local" or "RAY_AUTH_MODE" in os.environ:
+        return
+    if "ray" in sys.modules:
+        warnings.warn(
+            "Ray was imported before the study: other users of this machine can reach it. To close "
+            "it, start the study first, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN before "
+            "Python starts.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

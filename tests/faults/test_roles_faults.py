@@ -53,7 +53,7 @@ def test_what_the_heldout_site_answers_changes_nothing_but_its_results(tmp_path:
         return replace(
             reply,
             cases=encode_cases(rows),
-            metrics={"validation_dice": 1.0, "validation_cases": 9.0},
+            metrics={"validation_dice": 1.0, "validation_cases": 0.0},
         )
 
     settings = {"federation__selection": "source_validation", "federation__heldout_every": 1}

@@ -94,7 +94,8 @@ def test_a_contrastive_loss_without_prototypes_is_reported_once(
     assert (problem.code, problem.where) == ("STA-203", f"round {first}")
     assert problem.found.startswith(active)
     assert problem.found.endswith("; ".join(f"{site} withholds {names}" for site in "ABC"))
-    assert "privacy.min_patients / privacy.min_pixels" in problem.action
+    assert "privacy.min_patients (" in problem.action
+    assert "privacy.min_pixels (" in problem.action
 
 
 def test_it_is_reported_once_over_a_resume(tmp_path: Path) -> None:

@@ -80,3 +80,37 @@ def test_a_cluster_keeps_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> No
     close_ray("local")
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+IMPORTED_BEFORE = r"""
+import warnings
+import ray
+from fedsgcg.deploy.environment import prepare_environment
+from fedsgcg.deploy.study.preflight import inspect_machine
+from fedsgcg.deploy.study.runtimes import close_ray, ray_arguments
+
+prepare_environment()
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    close_ray("local")
+print("warned", any("RAY_AUTH_MODE" in str(warning.message) for warning in found))
+ray.init(**ray_arguments(inspect_machine(1), "local"))
+print("own work", ray.get(ray.remote(lambda: 42).remote()))
+ray.shutdown()
+"""
+
+
+def test_a_process_that_has_imported_ray_can_run_a_study_and_is_warned() -> None:
+    """As in a notebook: Ray reads its mode when it is imported, and could not join its own head."""
+    pytest.importorskip("ray")
+    variables = {name: text for name, text in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED_BEFORE],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "warned True" in done.stdout
+    assert "own work 42" in done.stdout

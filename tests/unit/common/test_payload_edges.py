@@ -34,5 +34,5 @@ def test_an_empty_tensor_and_a_number_are_tensors() -> None:
 
 
 def test_negative_sizes_are_refused_although_their_product_fits() -> None:
-    with pytest.raises(FedsgcgError, match="PAY-106"):
+    with pytest.raises(FedsgcgError, match="PAY-103"):
         Weights.decode(layout(("a", [-1, -1])), np.ones(1, np.float32))

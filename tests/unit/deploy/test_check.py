@@ -104,6 +104,7 @@ def test_every_planted_fault_is_named_with_its_repair(root, tmp_path):
         "North-003": ("DAT-110", "warn"),
         "North-004": ("DAT-105", "fail"),
         "North-005": ("DAT-103", "fail"),
+        "slices": ("SITE-513", "warn"),
     }
     assert all(finding.action for finding in found.values() if finding.code)
     assert found["North-006"].verdict == "ok"
