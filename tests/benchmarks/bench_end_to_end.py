@@ -89,9 +89,9 @@ def _child(kind: str, folder: Path, name: str) -> dict[str, float]:
         _swap_in_the_published_forms()
     output = folder / name
     (cell,) = plan_study([*SETTINGS, f"output={output}", f"site.cache={folder / 'cache'}"]).cells
-    began = time.process_time()
+    started_at = time.process_time()
     run_cell_in_process(cell.tree)
-    seconds = time.process_time() - began
+    seconds = time.process_time() - started_at
     return {"cpu": seconds, **_figures(Path(cell.tree["output"]))}
 
 

@@ -79,7 +79,7 @@ def asked_bundle(resident: Resident, word: str, code: dict[str, str]):
 
 
 def test_a_python_path_in_the_environment_reaches_no_process_of_a_site(tmp_path, monkeypatch):
-    """Attack: `PYTHONPATH` with a `sitecustomize` and a module named like one of ours."""
+    """Attack: `PYTHONPATH` with a `sitecustomize` and a module of the same name as one here."""
     proof = tmp_path / "proof"
     evil = tmp_path / "evil"
     (evil / "fedsgcg").mkdir(parents=True)

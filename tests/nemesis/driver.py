@@ -170,7 +170,7 @@ class Driver:
         site, other = self.random.sample(self.training, 2)
         if fault in TAKES_A_SITE:  # with one more the quorum could not be met
             reply = "replies sent twice"
-        start, began, before = self.round(), time.monotonic(), self.resumes
+        start, started_at, before = self.round(), time.monotonic(), self.resumes
         self.record(
             "fault",
             fault=fault,
@@ -184,7 +184,7 @@ class Driver:
         seen = FAULTS[fault](self, site)
         self.await_rounds(1, 90)
         self.configure(other)
-        took = round(time.monotonic() - began, 1)
+        took = round(time.monotonic() - started_at, 1)
         for name, where, what in ((fault, site, seen), (reply, other, "")):
             line = {
                 "fault": name,
