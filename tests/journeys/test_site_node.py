@@ -18,6 +18,9 @@ from tests.conftest import REPOSITORY
 from tests.support import small
 from tests.support.loopback import Loopback, certificate, loopback
 
+CONNECTED = "connected to"
+STARTED = "North has started"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 SETTINGS = (*small.SMALL, "federation.join_deadline_s=60", "federation.round_deadline_s=60")
 
@@ -99,19 +102,19 @@ def test_a_node_whose_parts_are_killed_comes_back(hospitals: Path, tmp_path: Pat
         kit = federation.kit("North", hospitals)
         federation.register(kit)
         federation.join(kit)
-        federation.await_line("North", "connected to")
+        federation.await_line("North", STARTED)
+        federation.await_line("North", CONNECTED)
         for victim in ("resident", "supernode"):
             before = processes(kit)
             os.kill(before[victim], signal.SIGKILL)
             federation.await_line(
                 "North", f"the {'SuperNode' if victim == 'supernode' else 'resident'} ended with -9"
             )
-            end = (
-                time.monotonic() + 150
-            )  # Flower takes a minute to notice that a killed node is gone
-            while federation.said("North").count("connected to") < (
-                2 if victim == "resident" else 3
-            ):
+            wanted = 2 if victim == "resident" else 3
+            # Flower takes a minute to notice that a killed node is gone. The next kill must find a
+            # node whose parts have all started.
+            end = time.monotonic() + 150
+            while min(map(federation.said("North").count, (CONNECTED, STARTED))) < wanted:
                 assert time.monotonic() < end, federation.said("North")
                 time.sleep(0.3)
             after = processes(kit)
