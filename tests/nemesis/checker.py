@@ -154,6 +154,14 @@ class Study:
         outcome = json.loads((folder / "outcome.json").read_text())
         return cls(folder, copies, [json.loads(line) for line in lines], outcome, facts)
 
+    def void(self) -> set[int]:
+        """Rounds with too few admitted replies: the model stays that of the round before."""
+        return {
+            int(problem["where"].removeprefix("round "))
+            for problem in self.outcome["problems"]
+            if problem["code"] == "RND-421"
+        }
+
     def rows(self, number: int) -> list[dict[str, Any]]:
         path = self.folder / "journal" / "rounds" / f"{number:05d}.arrow"
         if not path.exists():  # `durable` names it
@@ -227,7 +235,7 @@ def durable(study: Study, history: History) -> Iterator[Violation]:
     """I1: a round that was reported is there after every restart, and there is one of it."""
     done = 0
     for event in study.events:
-        if event["event"] == "round.done":
+        if event["event"] in ("round.done", "round.void"):
             if event["round"] != done + 1:
                 found = f"round {event['round']} was reported after round {done}"
                 yield Violation("I1", str(study.folder), found)
@@ -251,9 +259,19 @@ def durable(study: Study, history: History) -> Iterator[Violation]:
 
 
 def explained(study: Study, history: History) -> Iterator[Violation]:
-    """I2: every model is the merge of the honest replies of the sites of its round."""
+    """I2: every model is the merge of the honest replies of the sites of its round.
+
+    After a void round it is the model of the round before.
+    """
+    models: dict[int, Any] = {}
     for checkpoint in study.checkpoints:
         number = checkpoint.round
+        models[number] = checkpoint.tensors["weights"]
+        if number in study.void():
+            before = models.get(number - 1)
+            if before is not None and not np.array_equal(before, models[number]):
+                yield Violation("I2", str(checkpoint.path), "a void round changed the model")
+            continue
         sites = study.contributors(number)
         offers = [history.of(study, site, "train", number) for site in sites]
         if not sites or not all(offers):
@@ -365,6 +383,8 @@ def at_most_once(study: Study, history: History) -> Iterator[Violation]:
 def exact_prototypes(study: Study, history: History) -> Iterator[Violation]:
     """I4: statistics are what the sites sent, and the prototypes pool them."""
     for checkpoint in study.checkpoints:
+        if checkpoint.round in study.void():
+            continue
         for site, part in checkpoint.parts().items():
             replies = history.of(study, site, "query.statistics", checkpoint.round)
             tables = [reply.table("statistics") for reply in replies if not reply.poison]
@@ -375,7 +395,8 @@ def exact_prototypes(study: Study, history: History) -> Iterator[Violation]:
     if not path.exists():
         return
     found_table = columns(path.read_bytes())
-    last = int(study.outcome["rounds_done"])
+    done = set(range(1, int(study.outcome["rounds_done"]) + 1)) - study.void()
+    last = max(done, default=0)
     offers = {
         site: [
             reply.table("statistics")
@@ -486,6 +507,10 @@ def truthful(study: Study, history: History) -> Iterator[Violation]:
             yield Violation("I8", where, f"{outcome['rounds_done']} rounds instead of all")
         card = json.loads((study.folder / "model.json").read_text())
         scored = pq.read_table(study.folder / "results.parquet").num_rows
+        # Without consent to results of single cases a hospital states means.
+        scored += (
+            "dice_mean" in pq.read_table(study.folder / "rounds.parquet")["metric"].to_pylist()
+        )
         if card["digest"] != outcome["digest"] or not scored:
             yield Violation("I8", where, "the model or the results of another run")
     final = study.events[-1]
