@@ -88,6 +88,22 @@ def test_an_honest_history_holds(copy: Path) -> None:
     assert checker.check(checker.History.read(copy)) == []
 
 
+def void_round(folder: Path) -> None:
+    """Say that the second round was void, as if too few replies had been admitted."""
+    problem = {"code": "RND-421", "found": "1 admitted", "where": "round 2"}
+    change_json(folder / "run" / "outcome.json", status="degraded", problems=[problem])
+
+
+def test_a_void_round_keeps_the_model_of_the_round_before(copy: Path) -> None:
+    void_round(copy)
+    found = [violation.found for violation in checker.check(checker.History.read(copy))]
+    assert "a void round changed the model" in found
+    before = load_file(checkpoint(copy, 1))["weights"]
+    change_tensor(checkpoint(copy), "weights", lambda _: before)
+    found = [violation.found for violation in checker.check(checker.History.read(copy))]
+    assert "a void round changed the model" not in found
+
+
 def rounds_file(folder: Path, number: int = 2) -> Path:
     return folder / "run" / "journal" / "rounds" / f"{number:05d}.arrow"
 
