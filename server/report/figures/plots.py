@@ -33,7 +33,6 @@ DASHES = ("-", "--", "-.", ":")
 WIDE = 20.0  # ratio of largest to smallest value from which an axis is logarithmic
 GREY = -1  # colour index of a baseline
 LEVEL_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 3), (1.5, 3))
-MOST_POINTS = 1500  # most points of one scatter plot
 STRONGEST = 0.55  # highest opacity of a matrix cell, so that its number stays readable
 
 
