@@ -54,9 +54,11 @@ def test_a_killed_worker_is_resumed_once_and_reported_in_one_sentence(
     assert "killed or crashed" in lines[0]
     assert f"source · {cell.parent.name} · seed 0" in lines[0]
     events = [json.loads(line) for line in (cell / "events.jsonl").read_text().splitlines()]
-    rounds = [event["round"] for event in events if event["event"] == "round.done"]
-    assert rounds[-1] == 12
-    assert rounds.count(1) == 1  # what was done before the kill is not done again
+    done = [event["round"] for event in events if event["event"] == "round.done"]
+    assert done[-1] == 12
+    # The kill can fall between a round's checkpoint and its event, so only the start is certain.
+    started = [event["round"] for event in events if event["event"] == "round.started"]
+    assert started.count(1) == 1  # what was done before the kill is not done again
 
 
 def _with_rounds_behind_it(folder: Path, study: "subprocess.Popen[str]") -> Path:
