@@ -54,6 +54,7 @@ from fedsgcg.clients.methods.class_statistics import (
 )
 from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.flower_run import plan_of_run
@@ -431,10 +432,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_file(path, text.encode())
     except OSError as error:
         expected = "a writable site folder"
         raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import ipaddress
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.files.atomic import write_file
 
 AUTHORITY_DAYS: Final = 3650
 SERVER_DAYS: Final = 398
@@ -281,13 +281,7 @@ def write_server(
 
 def write_secret(path: Path, data: bytes) -> None:
     """Write a file that only its owner may read, replacing an older one atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.unlink(missing_ok=True)
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    partial.replace(path)
+    write_file(path, data, mode=0o600)
 
 
 def _read_pem_key(path: Path, passphrase: bytes | None) -> ec.EllipticCurvePrivateKey:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -42,6 +41,7 @@ from fedsgcg.clients.data.cache import (
 from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
 from fedsgcg.clients.data.slices import STEPS, Slices, prepare
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.atomic import replaced
 from fedsgcg.common.images.read import KINDS, PICTURE
 from fedsgcg.common.networks import IN_CHANNELS
 from fedsgcg.common.settings.plan import DataSettings
@@ -460,18 +460,18 @@ def _build(
     site: Site, data: DataSettings, hashes: dict[Path, str], path: Path, budget: Budget
 ) -> None:
     """Read every case and write the cache file; an unusable case is stored as its problem."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with (
+            replaced(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, SCHEMA) as writer,
+        ):
             for case in site.cases:
                 record = _record(case, data, hashes, budget)
                 make_room(path, sink.tell() + record.nbytes, budget)
                 writer.write_batch(record)
-        os.replace(temporary, path)
     except OSError as error:
         raise cache_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _record(

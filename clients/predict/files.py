@@ -14,6 +14,7 @@ from typing import Final
 
 from fedsgcg.clients.data.case_files import discover_sites, open_site
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.atomic import replaced
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through, stem_of
 from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
@@ -225,22 +226,16 @@ def _targets(folder: Path, job: Job, ending: str) -> list[Path]:
 
 def save(path: Path, into: Callable[[Path], object]) -> None:
     """Write a file atomically; raises MOD-808 when it cannot be written."""
-    suffix = suffix_of(path)
-    partial = path.with_name(f".{os.getpid()}.part{suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            into(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced(path, ending=f".partial{suffix_of(path)}") as temporary:
+            into(temporary)
     except OSError as error:
         raise write_error(path, error) from error
 
 
 def write(path: Path, content: bytes) -> None:
     """Write bytes like `save`."""
-    save(path, lambda partial: partial.write_bytes(content))
+    save(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_error(path: Path, error: OSError) -> FedsgcgError:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from fedsgcg.common.console import Screen, counted
 from fedsgcg.common.datasets import CATALOGUE, fetch_advice
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.files.system import lock
 from fedsgcg.common.images.folders import by_format, counted_names, look_through
@@ -427,12 +428,9 @@ def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file atomically; raises DAT-126."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        atomic.write_file(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _refused(path, error) from error
 
 
