@@ -10,12 +10,16 @@ import pytest
 from fedsgcg.common.files.atomic import replaced, write_file
 
 
+def write_half(path: Path) -> None:
+    path.write_bytes(b"half of the ne")
+    raise FileNotFoundError
+
+
 def test_a_failed_write_keeps_the_old_content_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "state.json"
     write_file(path, b"old")
-    with pytest.raises(RuntimeError), replaced(path) as temporary:
-        temporary.write_bytes(b"half of the ne")
-        raise RuntimeError
+    with pytest.raises(FileNotFoundError), replaced(path) as temporary:
+        write_half(temporary)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in path.parent.iterdir()] == ["state.json"]
 
