@@ -56,6 +56,16 @@ def certificate(
         now - datetime.timedelta(days=20),
         now + datetime.timedelta(days=days),
     ).add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+    # Python 3.13 accepts only certificates that follow RFC 5280 strictly, like those of a kit.
+    builder = builder.add_extension(
+        x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+    ).add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(
+            (issuer[1] if issuer else key).public_key()
+        ),
+        critical=False,
+    )
+    builder = builder.add_extension(key_usage(signs=issuer is None), critical=True)
     if issuer:
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -66,6 +76,21 @@ def certificate(
         key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     )
     return made, key
+
+
+def key_usage(*, signs: bool) -> x509.KeyUsage:
+    """The usage of an authority's key, which signs certificates, or of a server's."""
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def site_key(folder: Path) -> None:
