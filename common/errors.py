@@ -162,6 +162,15 @@ CODES: Final[dict[str, str]] = {
     "SITE-518": "A key or folder of the site has the wrong permissions.",
     "SITE-519": "Cases have no patient id.",
     "SITE-520": "The site's ledger contradicts what the coordinator confirmed; nothing leaves.",
+    # MON: metrics and dashboards
+    "MON-901": "An optional package is not installed.",
+    "MON-902": "The port of the metrics cannot be used.",
+    "MON-903": "The Grafana server cannot be reached.",
+    "MON-904": "Grafana does not accept the token.",
+    "MON-905": "The token does not have the permission.",
+    "MON-906": "The Grafana server is too old.",
+    "MON-907": "Grafana answered with an error.",
+    "MON-908": "The file with the token cannot be used.",
 }
 
 

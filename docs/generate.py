@@ -35,6 +35,7 @@ from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import CASES_SCHEMA
 from fedsgcg.deploy.coordinator.project import Project
+from fedsgcg.server.telemetry.names import METRICS
 
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -289,6 +290,15 @@ def fault_matrix() -> str:
     return _table(("row", "where", "fault", "outcome", "tests"), rows)
 
 
+def metrics() -> str:
+    """Return the table of the metrics."""
+    rows = [
+        (f"`{metric.exposed}`", metric.kind, ", ".join(metric.labels), metric.help)
+        for metric in METRICS
+    ]
+    return _table(("name", "type", "labels", "meaning"), rows)
+
+
 def tests_by_row() -> dict[int, list[tuple[str, str]]]:
     """Return the (file, name) of the tests of each row.
 
@@ -330,6 +340,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "request": lambda: message(wire.Request),
     "reply": lambda: message(wire.Reply),
     "fault-matrix": fault_matrix,
+    "metrics": metrics,
 }
 
 

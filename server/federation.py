@@ -202,7 +202,12 @@ class Federation:
             record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan))
         )
         self._cohort.wait()
-        self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
+        self._log.emit(
+            "sites.enrolled",
+            sites=sorted(self._cohort.members),
+            training=sorted(self._cohort.training),
+            needed=self._cohort.quorum,
+        )
         for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
         return state

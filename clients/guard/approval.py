@@ -43,7 +43,7 @@ from fedsgcg.common.settings.choices import is_import_path
 FOLDERS = ("clients", "common", "configs", "server")
 CODE = (".py", ".yaml")
 FEDSGCG = "fedsgcg/__init__.py"
-NOT_BUNDLED = ("clients/predict/", "server/report/")
+NOT_BUNDLED = ("clients/predict/", "server/report/", "server/telemetry/")
 """Folders that no app runs, so that a new style of the report needs no new approval."""
 
 READABLE = ("README.md", "LICENSE", "pyproject.toml")

@@ -18,6 +18,7 @@ from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.cli.federation import add_commands
 from fedsgcg.deploy.cli.parsing import check_command, unrecognized
+from fedsgcg.deploy.monitoring import command as monitoring
 from fedsgcg.deploy.prepare import command as data
 from fedsgcg.deploy.study.summary import STATUS, print_summary
 
@@ -41,6 +42,7 @@ and the model is evaluated at a hospital that took no part in training.
 
   fedsgcg report RUN       Rebuild RUN/report.html from the files of the run folder.
   fedsgcg clean RUN        Remove checkpoints and pictures of its finished cells.
+  fedsgcg metrics RUN      Serve its metrics for Prometheus; `dashboards` puts them into Grafana.
   fedsgcg settings [...]   Show every resolved setting and the choices of each group;
                            `settings rounds` explains one setting.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
@@ -187,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.set_defaults(run=_hospitals)
     data.add_parser(commands)
     add_commands(commands)
+    monitoring.add_commands(commands)
     return parser
 
 

@@ -13,9 +13,11 @@ from fedsgcg.clients.data.case_files import resolve_cache
 from fedsgcg.clients.data.store import data_fingerprint
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.run_folder import paths
+from fedsgcg.common.settings.build import build
 from fedsgcg.common.settings.choices import is_file, unquoted
 from fedsgcg.common.settings.compose import chosen, join
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.settings.training import TRAITS
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.grid import (
@@ -111,7 +113,12 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         candidates=candidates,
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
+        telemetry=_run_settings(base).telemetry,
     )
+
+
+def _run_settings(tree: Mapping[str, Any]) -> RunSettings:
+    return build(RunSettings, {name: tree[name] for name in RunSettings.__dataclass_fields__})
 
 
 def _cells(
