@@ -32,7 +32,10 @@ from fedsgcg.deploy.study.grid import split_axes, split_select
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-NEEDS = ("minutes", "data", "cluster", "flower", "federation", "docker", "kubernetes", "root", "grafana")
+NEEDS = (
+    *("minutes", "data", "cluster", "flower", "federation"),
+    *("docker", "kubernetes", "root", "grafana"),
+)
 UNMARKED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/results.md")
 """Pages whose blocks show how a result was made; their commands must parse all the same."""
 
