@@ -56,7 +56,7 @@ from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
 from fedsgcg.common.settings.federation import SHARES
 from fedsgcg.common.statistics import ClassStatistics
-from fedsgcg.common.wire.messages import SUMMARY, Reply
+from fedsgcg.common.wire.messages import DATA, SUMMARY, Reply
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import encode_cases
 
@@ -88,9 +88,9 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
 def enrol(task: SiteRequest) -> RecordDict:
     """Report the site's name and its numbers of usable cases, as far as they may leave.
 
-    `data` is a digest from which the coordinator detects that the site's files or splits changed
-    during a run. `content_hashes`, present where the site allows it, reveal images that two
-    hospitals share.
+    The digest that every reply contains (`send`) shows the coordinator whether the site's files or
+    splits change during a run. `content_hashes`, present where the site allows it, reveal images
+    that two hospitals share.
 
     Raises:
         FedsgcgError: POL-720 for a site whose cases the floors keep out of its role; the run then
@@ -104,7 +104,6 @@ def enrol(task: SiteRequest) -> RecordDict:
         **task.public_counts(),
         "kinds": sorted({store.kind for store in stores}),
         "problems": task.public_problems(),
-        "data": task.data_digest(),
         "shares": list(task.plan.site.shares),
     }
     if (contents := shared_contents(stores, task.identity, task.policy)) is not None:
@@ -356,7 +355,8 @@ def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> Cla
 
 
 def send(task: SiteRequest, reply: Reply) -> RecordDict:
-    """Release a reply through `clients.guard.egress`."""
+    """Release a reply, with the digest of the site's data, through `clients.guard.egress`."""
+    reply = replace(reply, details={**reply.details, DATA: task.data_digest()})
     has_statistics = reply.statistics is not None
     return release(
         reply,

@@ -63,6 +63,9 @@ class FederationSettings(Section):
         shared_images: What to do if an image of a training hospital is also at the held-out
             hospital or an observer (`server.sites.shared_images`): `refuse` ends the run before its
             first round, with the list; `flag` continues, and the run ends as `degraded`.
+        changed_data: What to do if a training hospital's files or splits change during the run:
+            `warn` notes it, and the run ends as `degraded`; `stop` ends the run before the round is
+            committed. The same command then continues, with the changed data.
         heldout_every: Interval in rounds of additional evaluations at the held-out hospital, for
             curves only; 0 = only at the end. They never select a model.
     """
@@ -83,6 +86,7 @@ class FederationSettings(Section):
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
     shared_images: Literal["refuse", "flag"] = "refuse"
+    changed_data: Literal["warn", "stop"] = "warn"
     heldout_every: int = 0
 
     def checks(self) -> Checks:

@@ -46,6 +46,9 @@ HEADERS: Final = {
 SUMMARY = "summary"
 """Entry of a reply's details: mean, sd and count of an evaluation without per-case results."""
 
+DATA: Final = "data"
+"""Entry of every reply's details: digest of the site's files and splits (row 47)."""
+
 
 @dataclass(frozen=True)
 class Request:

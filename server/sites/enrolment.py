@@ -29,7 +29,7 @@ from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.federation import ROLES
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
+from fedsgcg.common.wire.messages import DATA, ENROL, Reply, Request, encode_request
 from fedsgcg.common.wire.payload import Identity
 from fedsgcg.server.sites.exchange import (
     FIRST_PAUSE_S,
@@ -451,7 +451,8 @@ class Cohort:
             self._compare_images(
                 {name: one.details for name, one in self.members.items()} | {site: reply.details}
             )
-        self._compare_data(site, _fingerprints(reply.details.get("data")))
+        if problem := self.changed_data(site, reply.details.get(DATA)):
+            self.changes.append(problem)
         self.members[site] = member
         self.refusals.pop(site, None)
 
@@ -501,21 +502,34 @@ class Cohort:
             path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode()
         )
 
-    def _compare_data(self, site: str, data: str) -> None:
-        """Note a site whose data changed since it first took part in this run folder."""
+    def changed_data(self, site: str, stated: object) -> Problem | None:
+        """Compare a reply's digest of the site's data with the last one in this run folder.
+
+        Each change is found once: the new digest is remembered, also by a resumed run.
+
+        Args:
+            site: The site.
+            stated: What its reply has under `DATA`; a reply without it says nothing.
+
+        Returns:
+            RND-406 for a change, None without.
+        """
+        data = _fingerprints(stated)
         path = Path(self.plan.output) / "data.json"
         known = _read_hashes(path)
-        if known.get(site, data) != data:
-            action = (
-                "ask the site what changed; for a study on the new data, choose another "
-                "output=FOLDER"
-            )
-            found = f"data {data[:12]}, before {known[site][:12]}"
-            self.changes.append(Problem("RND-406", where=site, found=found, action=action))
-        if data and known.get(site) != data:
-            self.disk.write(
-                path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode()
-            )
+        before = known.get(site, "")
+        if not data or data == before:
+            return None
+        self.disk.write(
+            path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode()
+        )
+        if not before:
+            return None
+        action = (
+            "ask the site what changed; for a study on the new data, choose another output=FOLDER"
+        )
+        found = f"data {data[:12]}, before {before[:12]}"
+        return Problem("RND-406", where=site, found=found, action=action)
 
 
 def _fingerprints(stated: Any) -> str:
