@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from fedsgcg.common.images.read import PICTURE
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.run_folder.tables import SCHEMA_VERSION, cell_of
 from fedsgcg.common.settings.plan import DataSettings, Plan
@@ -110,6 +111,35 @@ def _steps(data: DataSettings, name: str, parts: Mapping[str, set[str]]) -> Iter
     yield "empty stays empty"
 
 
+def expected_input(data: DataSettings, kinds: Sequence[str]) -> dict[str, Any]:
+    """Describe the images that the network expects, for users of the model.
+
+    Args:
+        data: Settings of the data.
+        kinds: Kinds of the training images; empty if not reported.
+
+    Returns:
+        Kinds of image, channels and what they are for each, and what becomes of the spacing.
+    """
+    volume = "slices z-1, z, z+1" if data.stack == 3 else "one slice, three times"
+    meaning = {
+        PICTURE: "red, green, blue; of a grey picture its values, three times",
+        "volume": volume,
+    }
+    seen = {PICTURE if kind == PICTURE else "volume" for kind in kinds} or set(meaning)
+    side = data.image_size
+    return {
+        "images": sorted(seen),
+        "channels": IN_CHANNELS,
+        "channel_meaning": {name: text for name, text in meaning.items() if name in seen},
+        "size": [side, side],
+        "spacing": (
+            f"a slice or picture is resized to {side}x{side} pixels whatever its spacing; masks "
+            "return to the image's own grid"
+        ),
+    }
+
+
 def model_card(
     plan: Plan,
     chosen: Best,
@@ -138,6 +168,7 @@ def model_card(
         "plan": plan.digest(),
         "data": plan.data.name,
         "kinds": list(kinds),
+        "input": expected_input(plan.data, kinds),
         "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,
