@@ -12,6 +12,7 @@ from fedsgcg.common.errors import fail
 from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.formats import format_of
 from fedsgcg.common.images.parts import files_of, header_fields
+from fedsgcg.common.images.pixels import MOST_DEFLATE
 from fedsgcg.common.images.volume import MAX_BYTES, Volume, by, volume_of
 
 Array = NDArray[Any]
@@ -120,19 +121,22 @@ def _name(path: Path) -> str:
 
 
 def _check_complete(path: Path, voxels: int) -> None:
-    """Check that voxels that are not compressed are all there; ITK fills up what is missing.
+    """Check, before memory is taken, that the files can contain the voxels.
+
+    ITK fills up what is missing of voxels that are not compressed.
 
     Raises:
-        ValueError: The files are shorter than the voxels.
+        ValueError: The files are shorter than the voxels, or than deflate can make them.
     """
     fields = header_fields(path)
-    packed = fields.get("compresseddata", "").lower() == "true"
-    if packed or fields.get("encoding", "raw").lower() not in ("raw", "ascii"):
+    encoding = fields.get("encoding", "raw").lower()
+    packed = fields.get("compresseddata", "").lower() == "true" or encoding in ("gzip", "gz")
+    if not packed and encoding not in ("raw", "ascii", "text", "txt"):
         return
     *_, data = files_of(path)
     stored = data.stat().st_size
     kind = fields.get("elementtype", "") or fields.get("type", "")
-    least = voxels * _bytes_of(kind)
+    least = voxels * _bytes_of(kind) // (MOST_DEFLATE if packed else 1)
     if stored < least:
         raise ValueError(f"{stored} bytes in {data.name}, {least} for {voxels} voxels: truncated")
 

@@ -93,6 +93,31 @@ def test_one_case_in_every_layout_gives_the_same_slices(tmp_path, make_data):
         np.testing.assert_array_equal(store.stored[0].label, first.stored[0].label)
 
 
+def test_a_table_can_name_folders_and_files_of_every_layout(tmp_path, make_data):
+    _, labels = write_layouts(tmp_path)
+    lines = ["site,image,mask"]
+    for site, image, mask in (
+        ("itk", "a_image.mhd", "a_mask.nrrd"),
+        ("dicom", "a_image", "a_mask.dcm"),
+        ("dicom_folder", "a_image", "a_mask"),
+        ("folder", "a_image.nii.gz", "a_mask"),
+    ):
+        lines.append(f"{site},{site}/{image},{site}/{mask}")
+    (tmp_path / "manifest.csv").write_text("\n".join(lines))
+    data = data_of(make_data)
+    for name in discover_sites(tmp_path):
+        site = open_site(tmp_path, name, data)
+        store = open_store(site, data, tmp_path / "cache", heldout=True)
+        assert (store.problems, store.cases[0].name) == ((), "a")
+        np.testing.assert_array_equal(store.truth(store.cases[0]), labels.transpose(2, 1, 0))
+    (tmp_path / "itk/a_mask.nrrd").unlink()
+    for path in (tmp_path / "dicom/a_image").iterdir():
+        path.unlink()
+    for name in ("itk", "dicom"):
+        (problem,) = open_site(tmp_path, name, data).quarantined
+        assert problem.code == "DAT-103"
+
+
 def test_disc_and_cup_as_two_binary_pictures_in_a_table(tmp_path, make_data):
     rng = np.random.default_rng(0)
     disc = np.zeros((20, 22), np.uint8)

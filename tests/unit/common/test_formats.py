@@ -1,5 +1,7 @@
 """One case in every format: the same slices, the same place of a result, clear refusals."""
 
+import contextlib
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -219,6 +221,47 @@ def test_a_colour_picture_saved_as_a_volume_is_named(tmp_path):
     assert "20x30x1" in problem.found
     assert "colour picture" in problem.action
     assert "PNG" in problem.action
+
+
+def test_a_header_that_announces_more_than_the_file_can_hold_is_refused(tmp_path):
+    native, _ = case()
+    image = sitk.GetImageFromArray(native)
+    for name, packed in (("a.mha", True), ("b.mha", False), ("c.nrrd", True)):
+        sitk.WriteImage(image, tmp_path / name, useCompression=packed)
+        content = (tmp_path / name).read_bytes()
+        sizes = " ".join(map(str, native.shape[::-1])).encode()
+        (tmp_path / name).write_bytes(content.replace(sizes, b"900 900 900", 1))
+        with pytest.raises(FedsgcgError, match="truncated"):
+            read_volume(tmp_path / name)
+
+
+SHARES = st.floats(0, 1, exclude_max=True)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    name=st.sampled_from([*WRITERS, *WITHOUT_ORIENTATION]),
+    number=st.integers(0, 7),
+    changes=st.lists(st.tuples(SHARES, st.integers(0, 255), st.booleans()), max_size=8),
+    kept=st.one_of(st.just(1.0), SHARES),
+)
+def test_law_a_spoiled_file_is_read_or_refused_with_a_code(
+    tmp_path_factory, name, number, changes, kept
+):
+    folder = tmp_path_factory.mktemp("spoiled")
+    native, affine = case()
+    {**WRITERS, **WITHOUT_ORIENTATION}[name](folder / name, native, affine)
+    files = files_of(folder / name)
+    file = files[number % len(files)]
+    content = bytearray(file.read_bytes())
+    for place, value, in_header in changes:
+        reach = min(len(content), 400) if in_header else len(content)
+        content[int(place * reach)] = value
+    file.write_bytes(bytes(content[: round(kept * len(content))]))
+    for mask in (False, True):
+        with contextlib.suppress(FedsgcgError):
+            assert read_volume(folder / name, mask=mask).array.ndim == 3
+    slices_in(folder / name)
 
 
 def test_every_format_of_the_table_has_a_reader():
