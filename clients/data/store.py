@@ -169,6 +169,11 @@ class CaseStore:
     key: str
     kind: str = KINDS[0]
 
+    @property
+    def has_colour(self) -> bool:
+        """Whether a picture has three channels."""
+        return any(slices.image.shape[1] == IN_CHANNELS for slices in self.stored)
+
     def slices(self, split: str) -> SliceTable:
         """Return the slices of a split.
 

@@ -111,12 +111,13 @@ def _steps(data: DataSettings, name: str, parts: Mapping[str, set[str]]) -> Iter
     yield "empty stays empty"
 
 
-def expected_input(data: DataSettings, kinds: Sequence[str]) -> dict[str, Any]:
+def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) -> dict[str, Any]:
     """Describe the images that the network expects, for users of the model.
 
     Args:
         data: Settings of the data.
         kinds: Kinds of the training images; empty if not reported.
+        colour: Whether a training picture has colours.
 
     Returns:
         Kinds of image, channels and what they are for each, and what becomes of the spacing.
@@ -131,6 +132,7 @@ def expected_input(data: DataSettings, kinds: Sequence[str]) -> dict[str, Any]:
     return {
         "images": sorted(seen),
         "channels": IN_CHANNELS,
+        "colour": colour,
         "channel_meaning": {name: text for name, text in meaning.items() if name in seen},
         "size": [side, side],
         "spacing": (
@@ -147,6 +149,7 @@ def model_card(
     *,
     prototypes: bool,
     kinds: Sequence[str] = (),
+    colour: bool = False,
 ) -> dict[str, Any]:
     """Return the content of `model.json`: how to use the model, and how it was trained.
 
@@ -156,6 +159,7 @@ def model_card(
         training: Sites that trained.
         prototypes: Whether the run folder contains `prototypes.arrow`.
         kinds: Kinds of the training images (`common.images.read.KINDS`); empty if not reported.
+        colour: Whether a training picture has colours.
     """
     data = asdict(plan.data)
     network = asdict(plan.network) | {
@@ -168,7 +172,7 @@ def model_card(
         "plan": plan.digest(),
         "data": plan.data.name,
         "kinds": list(kinds),
-        "input": expected_input(plan.data, kinds),
+        "input": expected_input(plan.data, kinds, colour=colour),
         "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,

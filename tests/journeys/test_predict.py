@@ -128,6 +128,8 @@ def test_masks_and_scores_are_those_of_evaluation(
 
 
 def test_pictures_with_nested_structures(eye_cell: Path, eyes: Path, tmp_path: Path) -> None:
+    card = json.loads((eye_cell / "model.json").read_text())
+    assert (card["input"]["images"], card["input"]["colour"]) == (["picture"], True)
     out = tmp_path / "out"
     call = (eye_cell, "--data", eyes, "--site", "Domain1", "--split", "test", "-o", out)
     assert predict(*call, "--probability", "--confidence", "--overlay") == 0
