@@ -103,6 +103,7 @@ def enrol(task: SiteRequest) -> RecordDict:
         "roles": list(task.plan.site.roles),
         **task.public_counts(),
         "kinds": sorted({store.kind for store in stores}),
+        "colour": any(store.has_colour for store in stores),
         "problems": task.public_problems(),
         "shares": list(task.plan.site.shares),
     }

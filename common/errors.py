@@ -51,6 +51,17 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    # DAT-16x: formats
+    "DAT-160": "A library that reads or writes this format is not installed.",
+    "DAT-161": "The DICOM series has a gap.",
+    "DAT-162": "The folder has more than one DICOM series or segmentation.",
+    "DAT-163": "The slices of the DICOM series do not form a stack.",
+    "DAT-164": "The DICOM segmentation does not refer to this series.",
+    "DAT-165": "The masks or segments do not fit the classes.",
+    "DAT-166": "The masks of structures contradict each other.",
+    "DAT-167": "The case has several images or masks.",
+    "DAT-168": "The hospital's volumes have several formats.",
+    "DAT-169": "The orientation of the image is not known.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",
@@ -63,6 +74,8 @@ CODES: Final[dict[str, str]] = {
     "MOD-809": "There is no image to predict.",
     "MOD-810": "The image could not be predicted.",
     "MOD-811": "The model's description is not the one that was written with its weights.",
+    "MOD-812": "The result cannot be written in the format.",
+    "MOD-813": "The list of predictions cannot be read.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",

@@ -26,6 +26,7 @@ import pyarrow as pa
 import yaml
 
 from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.common.images.formats import DICOM, FORMATS
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
@@ -327,6 +328,18 @@ def _plain_name(test: str) -> str:
     return test.removeprefix("test_").replace("_", " ")
 
 
+def formats() -> str:
+    """Return the table of image formats."""
+    lines = ["| format | suffixes | read by | geometry | a predicted mask |", "|" + " --- |" * 5]
+    for form in FORMATS:
+        suffixes = " ".join(f"`{suffix}`" for suffix in form.suffixes)
+        if form is DICOM:
+            suffixes += " or none; a folder"
+        cells = (form.name, suffixes, form.library, form.keeps, form.result)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 PARTS: Final[dict[str, Callable[[], str]]] = {
     "fedsgcg": lambda: commands("fedsgcg"),
     "fedsgcg-site": lambda: commands("fedsgcg-site"),
@@ -341,6 +354,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "reply": lambda: message(wire.Reply),
     "fault-matrix": fault_matrix,
     "metrics": metrics,
+    "formats": formats,
 }
 
 

@@ -415,7 +415,12 @@ class Federation:
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         kinds = self._cohort.kinds()
         card = model_card(
-            plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds
+            plan,
+            chosen,
+            self._trained(rows),
+            prototypes=prototypes is not None,
+            kinds=kinds,
+            colour=self._cohort.has_colour(),
         )
         results.write_model(self._disk, plan, chosen.weights, card)
         tested = self._test(chosen)

@@ -38,16 +38,19 @@ from fedsgcg.clients.data.cache import (
     prune,
     touch_used,
 )
-from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
+from fedsgcg.clients.data.case_files import CaseFile, Site, content_of, open_site, splits
 from fedsgcg.clients.data.slices import STEPS, Slices, prepare
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.atomic import replaced
-from fedsgcg.common.images.read import KINDS, PICTURE
+from fedsgcg.common.images.formats import DICOM, FORMATS
+from fedsgcg.common.images.read import KINDS, PICTURE, suffix_of
 from fedsgcg.common.networks import IN_CHANNELS
 from fedsgcg.common.settings.plan import DataSettings
 
 # Part of the key: increase it when the meaning of a stored slice changes.
 FORMAT = 4
+# Suffixes of masks whose values are labels; a DICOM segmentation has names.
+LABEL_MAPS = {suffix for form in FORMATS if form is not DICOM for suffix in form.suffixes}
 ARRAYS = tuple(
     field.name for field in fields(Slices) if field.name not in ("spacing", "kind", "content")
 )
@@ -165,6 +168,11 @@ class CaseStore:
     stored: tuple[Slices, ...]
     key: str
     kind: str = KINDS[0]
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether a picture has three channels."""
+        return any(slices.image.shape[1] == IN_CHANNELS for slices in self.stored)
 
     def slices(self, split: str) -> SliceTable:
         """Return the slices of a split.
@@ -330,8 +338,8 @@ def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache
         ]
         listed.append([name, left_out])
         for case in site.cases:
-            mask = hashes[case.mask] if case.mask else ""
-            listed.append([case.name, case.patient, case.split, hashes[case.image], mask])
+            contents = [content_of([case.image], hashes), content_of(case.masks, hashes)]
+            listed.append([case.name, case.patient, case.split, *contents])
     return digest(json.dumps(listed).encode(), 16)
 
 
@@ -409,7 +417,7 @@ def _keep_main_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Pro
 
 def _files(site: Site) -> list[Path]:
     """Return all image and mask files of a site."""
-    return [path for case in site.cases for path in (case.image, case.mask) if path is not None]
+    return [path for case in site.cases for path in case.files()]
 
 
 def _cached(site: Site, data: DataSettings, cache: Path, budget: Budget) -> tuple[str, list[Row]]:
@@ -442,7 +450,7 @@ def _cached(site: Site, data: DataSettings, cache: Path, budget: Budget) -> tupl
 
 def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
     """Return the key of the cache file: a digest of the files' content and of the settings."""
-    settings = [
+    settings: list[Any] = [
         FORMAT,
         data.image_size,
         data.intensity,
@@ -450,9 +458,13 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
         list(data.classes.values()),
     ]
     files = [
-        [case.name, hashes[case.image], hashes[case.mask] if case.mask else ""]
+        [case.name, content_of([case.image], hashes), content_of(case.masks, hashes)]
         for case in site.cases
     ]
+    # Masks by structure have a meaning only with the names of classes and structures.
+    named = [[case.name, case.structure_names] for case in site.cases if case.structures]
+    if named or any(suffix_of(mask) not in LABEL_MAPS for one in site.cases for mask in one.masks):
+        settings += [named, list(data.classes), data.structures]
     return digest(json.dumps([site.name, settings, files]).encode(), 16)
 
 
@@ -482,7 +494,8 @@ def _record(
     try:
         slices = prepare(case, data, budget)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
-        facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
+        content = content_of([case.image], hashes)
+        facts["alias"] = digest(json.dumps([case.site, case.name, content]).encode(), 5)
         facts["spacing"] = slices.spacing
         facts["kind"] = slices.kind
         facts["content"] = slices.content

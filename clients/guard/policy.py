@@ -159,8 +159,7 @@ def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
     root = Path(policy.data_root)
     kept, problems = [], list(site.quarantined)
     for case in site.cases:
-        files = [path for path in (case.image, case.mask) if path is not None]
-        if outside := [path for path in files if not is_inside(path, root)]:
+        if outside := [path for path in case.files() if not is_inside(path, root)]:
             action = "copy the file into the data folder, or set data_root to its folder"
             found = f"{outside[0]} points to {outside[0].resolve()}"
             problems.append(

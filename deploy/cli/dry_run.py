@@ -9,13 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-import nibabel as nib
-
 from fedsgcg.clients.data.batches import steps_of
-from fedsgcg.clients.data.case_files import CaseFile, open_site, splits
+from fedsgcg.clients.data.case_files import open_site, splits
 from fedsgcg.clients.device import choose_device
 from fedsgcg.common.console import Screen
-from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.images.read import slices_in
 from fedsgcg.common.names import number_of
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.settings.plan import Plan
@@ -130,18 +128,7 @@ def _slices(plan: Plan, hospital: str) -> int:
     site = open_site(Path(plan.data.root), hospital, plan.data)
     chosen = splits(site.cases, plan.data.validation_fraction, heldout=False)
     used = [case for case, split in zip(site.cases, chosen, strict=True) if split == "train"]
-    return sum(_slices_of(case) for case in used if case.mask)
+    return sum(_depth(case.image) for case in used if case.mask)
 
 
-def _slices_of(case: CaseFile) -> int:
-    return _depth(case.image) if suffix_of(case.image) in VOLUME_SUFFIXES else 1
-
-
-@cache
-def _depth(path: Path) -> int:
-    """Return the number of slices of a volume: its shortest side, from the header."""
-    try:
-        shape: tuple[int, ...] = nib.load(path).shape  # type: ignore[attr-defined]
-    except (OSError, nib.filebasedimages.ImageFileError):
-        return 0  # a damaged file is left out of training
-    return min(shape[:3])
+_depth = cache(slices_in)

@@ -211,6 +211,10 @@ def image_files(source: Path, found: Found) -> list[Path]:
             found.problems.append(
                 Problem("DAT-119", names, "NIfTI or 2-D pictures", advice, str(source))
             )
+    if listing.series:
+        names = counted_names(listing.series, "folders of DICOM files")
+        advice = "They need no preparing: name them <case>_image and set data.root to this folder."
+        found.problems.append(Problem("DAT-119", names, "one file a case", advice, str(source)))
     if listing.ghosts:
         found.notes.append(counted_names(listing.ghosts, "hidden files named like images, skipped"))
     for folder, why in listing.closed:

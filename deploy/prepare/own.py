@@ -23,7 +23,14 @@ from fedsgcg.clients.data.slices import whole_label
 from fedsgcg.common.datasets import CATALOGUE
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
 from fedsgcg.common.images.folders import is_file, stem_of, without_suffix
-from fedsgcg.common.images.read import check_geometry, check_image, read_volume, suffix_of
+from fedsgcg.common.images.read import (
+    Volume,
+    check_geometry,
+    check_image,
+    read_volume,
+    suffix_of,
+)
+from fedsgcg.common.images.write import write_like
 from fedsgcg.common.names import printable
 from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
@@ -194,6 +201,10 @@ def _from_table(name: str, table: Path, found: Found) -> list[Line]:
             found.problems.append(Problem("DAT-125", *wrong, "Correct the line.", where))
         elif (row.site, path) in seen:
             found.surplus(Path(where), "an image that an earlier line already lists")
+        elif row.structures:
+            action = "Train with data.root=FOLDER OF THE TABLE: it is read without preparing."
+            problem = Problem("DAT-125", "one mask file a structure", "one mask", action, where)
+            found.problems.append(problem)
         else:
             seen.add((row.site, path))
             lines.append(Line(row.site, image, mask, row.patient, row.split))
@@ -246,20 +257,34 @@ def _named(lines: Sequence[Line]) -> list[Line]:
 
 def _work(line: Line, labels: Labels, *, link: bool) -> Work:
     sources = (line.image,) if line.mask is None else (line.image, line.mask)
-    suffixes = (suffix_of(line.image), suffix_of(line.mask) if line.mask else "")
+    suffixes = (_target_suffix(line.image), _target_suffix(line.mask) if line.mask else "")
     make = partial(_make, line, labels, link)
     patient = line.patient or f"{line.site}-{line.name}"
     return Work(line.site, line.name, sources, suffixes, make, patient=patient, split=line.split)
 
 
+def _target_suffix(path: Path) -> str:
+    """Return the suffix of the prepared file: a header with separate data becomes NIfTI."""
+    suffix = suffix_of(path)
+    return ".nii.gz" if suffix in (".mhd", ".nhdr", ".hdr", ".img") else suffix
+
+
+def _store(source: Path, image: Volume, target: Path, *, link: bool) -> None:
+    """Copy or link a file, or write it as NIfTI in the geometry of its image."""
+    if suffix_of(source) == suffix_of(target):
+        copy_or_link(source, target, link=link)
+    else:
+        write_like(target, image.array, image)
+
+
 def _make(line: Line, labels: Labels, link: bool, to_image: Path, to_mask: Path) -> str:
-    """Read and check the pair, then copy or link both files unchanged."""
+    """Read and check the pair, then copy or link both files."""
     image = read_volume(line.image)
     check_image(image, str(line.image))
     if line.mask is not None:
         mask = read_volume(line.mask, mask=True)
         check_geometry(image, mask, str(line.image))
         labels.check(np.unique(mask.array).tolist(), str(line.mask))
-        copy_or_link(line.mask, to_mask, link=link)
-    copy_or_link(line.image, to_image, link=link)
+        _store(line.mask, mask, to_mask, link=link)
+    _store(line.image, image, to_image, link=link)
     return "" if line.mask is not None else "no mask: cannot be used for training or evaluation"

@@ -18,14 +18,14 @@ import nibabel
 import numpy as np
 
 from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
-from fedsgcg.clients.data.slices import class_indices
+from fedsgcg.clients.data.slices import read_case
 from fedsgcg.clients.data.store import main_kind, other_kind_problem
 from fedsgcg.clients.guard.policy import only_inside_data_root
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.guard.site_secret import split_salt
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.images.contents import content_hash
-from fedsgcg.common.images.read import PICTURE, Volume, check_geometry, check_image, read_volume
+from fedsgcg.common.images.read import PICTURE, Volume
 from fedsgcg.common.settings.plan import DataSettings
 
 Verdict = Literal["ok", "note", "warn", "fail"]
@@ -151,19 +151,7 @@ def _splits(site: Site, policy: SiteFile, heldout: bool) -> tuple[str, ...]:
 
 def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
     """Read one case as training does; raises an error with what is wrong with it."""
-    if case.mask is None:
-        problem = Problem(
-            "DAT-112",
-            "an image without a mask",
-            "an image and its mask",
-            "Draw a mask, or leave the case out.",
-        )
-        raise FedsgcgError(problem)
-    image = read_volume(case.image)
-    mask = read_volume(case.mask, mask=True)
-    check_image(image, case.name)
-    check_geometry(image, mask, case.name)
-    truth = class_indices(mask.array, data.classes, case.name, data.label_tolerance)
+    image, truth = read_case(case, data)
     wanted = sorted({index for group in data.structure_classes().values() for index in group})
     return Seen(
         case=case,

@@ -91,6 +91,10 @@ class Member:
         stated = self.details.get("kinds")
         return [kind for kind in KINDS if isinstance(stated, list) and kind in stated]
 
+    def has_colour(self) -> bool:
+        """Whether the site has pictures in colours; anything but `true` counts as no."""
+        return self.details.get("colour") is True
+
     def problem_codes(self, *, suppressed: bool = False) -> list[str]:
         """Codes of the problems with the site's cases; unknown codes are dropped.
 
@@ -231,6 +235,10 @@ class Cohort:
         """Kinds of the images at the enrolled sites of a role, ordered as `images.read.KINDS`."""
         stated = {kind for site in self.of_role(role) for kind in self.members[site].kinds()}
         return [kind for kind in KINDS if kind in stated]
+
+    def has_colour(self, role: str = "train") -> bool:
+        """Whether an enrolled site of a role has pictures in colours."""
+        return any(self.members[site].has_colour() for site in self.of_role(role))
 
     def mixed_kinds(self) -> list[Problem]:
         """One problem if the sites, which train one network, have images of different kinds."""

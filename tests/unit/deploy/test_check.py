@@ -334,9 +334,9 @@ def test_check_prints_json_and_its_exit_code(root, tmp_path, capsys):
 
 def test_files_that_are_not_used_are_a_warning(root, tmp_path):
     (root / "manifest.csv").unlink()
-    for name in ("x_image.mha", "y_mask.nii.gz"):
+    for name in ("x_image.mgz", "y_mask.nii.gz"):
         (root / "North" / name).write_bytes(b"")
     found = findings(root, tmp_path)[str(root / "North")]
     assert (found.verdict, found.code) == ("warn", "DAT-119")
-    assert "(.mha 1): x_image.mha; 1 masks without an image: y_mask.nii.gz" in found.found
-    assert "SimpleITK" in found.action
+    assert "(.mgz 1): x_image.mgz; 1 masks without an image: y_mask.nii.gz" in found.found
+    assert "FreeSurfer" in found.action
