@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsgcg.common.networks import IN_CHANNELS, build_network, initialise, without_draws
+from fedsgcg.common.projection_heads import segclr_heads
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.payload import Weights
@@ -41,7 +42,7 @@ from fedsgcg.common.wire.payload import Weights
 CHILD: Final = "training_heads"
 """Name of the network's child that holds the heads; their entries start with `training_heads.`."""
 
-HEADS: Final[dict[str, Callable[[Plan], Mapping[str, nn.Module]]]] = {}
+HEADS: Final[dict[str, Callable[[Plan], Mapping[str, nn.Module]]]] = {"segclr": segclr_heads}
 """Method -> builder of its heads by name."""
 
 

@@ -38,6 +38,7 @@ from fedsgcg.server.aggregation.amplitudes import (
 )
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
+from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
@@ -277,7 +278,7 @@ class Federation:
             # A site that subtracts its own part must know whether the prototypes contain it.
             options = {"held": sorted(part.digest() for part in parts.values())}
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
-        trained = self._requests.collect(TRAIN, request)
+        trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
             return self._void(state, number, trained, before)
         self._note_classes(number, prototypes, before or trained)
@@ -317,7 +318,16 @@ class Federation:
         return record
 
     def _too_few(self, collected: list[Collected]) -> bool:
-        return len(admitted(collected)) < self._cohort.fewest_admitted
+        """Whether a round is void: too few admitted answers, or none of a site with labels."""
+        sites = [part.answer.site for part in admitted(collected)]
+        labelled = any(self._plan.role(site) == "train" for site in sites)
+        return len(sites) < self._cohort.fewest_admitted or not labelled
+
+    def _with_a_term(self, number: int) -> list[str] | None:
+        """Sites whose loss has a term in a round; None for all of them."""
+        if any(self._plan.terms(number, labelled=False)):
+            return None
+        return [site for site in self._cohort.training if self._plan.role(site) == "train"]
 
     def _void(
         self, state: RoundRecord, number: int, trained: list[Collected], *others: list[Collected]
@@ -349,7 +359,9 @@ class Federation:
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
+        unlabelled = self._cohort.of_role("unlabelled")
         parts = [self._weighted(part) for part in trained]
+        parts = with_labelled_decoder(parts, unlabelled, state.weights)
         return rule(state.weights, parts, state.aggregator_state, self._plan.federation)
 
     def _recalibrated(
@@ -459,17 +471,18 @@ class Federation:
         contributors = {
             row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"
         }
-        return sorted({*self._cohort.training, *(self._cohort.departed & contributors)})
+        labelled = self._cohort.of_role("train")
+        return sorted({*labelled, *(self._cohort.departed & contributors)})
 
     def _test(self, chosen: Best) -> list[SiteEvaluation]:
-        """Have a model evaluated at the held-out site and the observers.
+        """Have a model evaluated at the held-out site, the observers and hospitals without labels.
 
         Raises:
             FedsgcgError: RND-403 without an answer from the held-out site; its refusal to evaluate
                 this model (`REFUSED`) is a note.
         """
         heldout = self._plan.heldout
-        nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
+        nodes = self._cohort.tested
         tested = self._requests.evaluate("test", nodes, chosen.weights, chosen.round)
         if heldout and heldout not in {part.site for part in tested}:
             reason = next(

@@ -28,6 +28,7 @@ from fedsgcg.common.settings.plan import DataSettings
 
 # int16 steps per unit of intensity; the rounding error of 1.5e-5 is far below an image's noise.
 STEPS = 32767.0
+IGNORED = 255  # label of a pixel without a class
 # Shares of a pixel that differ by less count as equal. This is far above the rounding error of
 # float64, so that all machines agree.
 TIE = 1e-9
@@ -58,18 +59,33 @@ class Slices:
     content: str = ""
 
 
-def prepare(case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED) -> Slices:
+def prepare(
+    case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED, *, masks: bool = True
+) -> Slices:
     """Read one case and convert it to canonical slices.
+
+    Args:
+        case: The case.
+        data: Classes and preprocessing.
+        budget: Memory that may be used.
+        masks: Whether the case needs a mask. Without masks, labels are `IGNORED` for a case that
+            has none, except for a test case, which cannot be scored then.
 
     Raises:
         FedsgcgError: POL-707 when the slices would need more memory than the budget;
             DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
     """
-    image, mask = _read(case)
-    budget.check_memory(conversion_bytes(image, data), case.name)
-    slices = to_slices(
-        image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data
-    )
+    if case.mask is None and not masks and case.split != "test":
+        image = read_volume(case.image)
+        check_image(image, case.name)
+        truth = np.full((1, *image.array.shape[1:]), IGNORED, np.uint8)
+        truth = truth if image.is_picture else np.repeat(truth, len(image.array), 0)
+        budget.check_memory(conversion_bytes(image, data), case.name)
+    else:
+        image, mask = _read(case)
+        budget.check_memory(conversion_bytes(image, data), case.name)
+        truth = class_indices(mask.array, data.classes, case.name, data.label_tolerance)
+    slices = to_slices(image, truth, data)
     return replace(slices, content=content_hash(image))
 
 

@@ -107,7 +107,7 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
 
 def training_steps(plan: Plan) -> int:
     """Return the number of training steps of a federation, over all sites and rounds."""
-    training = [site for site in plan.members() if plan.role(site) == "train"]
+    training = [site for site in plan.members() if plan.trains(site)]
     per_round = sum(
         steps_of([range(_slices(plan, name)) for name in plan.hospitals_of(site)], plan.method)
         for site in training
@@ -125,10 +125,11 @@ def _slices(plan: Plan, hospital: str) -> int:
     """Return the number of slices of a hospital's training cases."""
     if plan.method.steps_per_round:
         return 0  # the number of steps does not depend on it
-    site = open_site(Path(plan.data.root), hospital, plan.data)
-    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False)
+    hidden, target = plan.hides_masks(hospital), hospital in plan.unlabelled
+    site = open_site(Path(plan.data.root), hospital, plan.data, masks=not hidden)
+    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False, target=target)
     used = [case for case, split in zip(site.cases, chosen, strict=True) if split == "train"]
-    return sum(_slices_of(case) for case in used if case.mask)
+    return sum(_slices_of(case) for case in used if case.mask or hidden)
 
 
 def _slices_of(case: CaseFile) -> int:

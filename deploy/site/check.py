@@ -70,13 +70,15 @@ def examine(
         FedsgcgError: CFG-001 for invalid settings.
     """
     plan = plan_of_kit(kit, overrides)
-    heldout = plan.role(policy.site) != "train" or "train" not in policy.roles
+    target = policy.site in plan.unlabelled or policy.roles == ("unlabelled",)
+    heldout = not target and (plan.role(policy.site) != "train" or "train" not in policy.roles)
     with progress_bar(console) as bar:
         task = bar.add_task("reading every file", total=None)
         files, seen = examine_files(
             policy,
             plan.data,
             heldout=heldout,
+            target=target,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         bar.update(task, description="one training step")

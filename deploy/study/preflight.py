@@ -152,6 +152,7 @@ def check_plan(plan: Plan, device: str) -> None:
     training = [site for site in plan.data.sites if plan.role(site) == "train"]
     problems = [
         *_role_problems(plan, training),
+        *_unlabelled_problems(plan),
         *_selection_problems(plan, training),
         *_place_problems(plan),
         *_device_problems(plan, device),
@@ -183,7 +184,7 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
     quorum = plan.federation.quorum
     if not training:
         found = f"none of {len(sites)} hospitals"
-        action = "remove a name from heldout or observers"
+        action = "remove a name from heldout, observers or unlabelled"
         yield Problem("CFG-003", found, "at least one training hospital", action, "observers")
     elif quorum > len(training):
         expected = (
@@ -196,6 +197,23 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
             "lower it, or set 0 for all training hospitals",
             "federation.quorum",
         )
+
+
+def _unlabelled_problems(plan: Plan) -> Iterator[Problem]:
+    """Yield the problems of the hospitals without labels."""
+    sites = plan.data.sites
+    for name in plan.unlabelled:
+        if name not in sites:
+            found, action = repr(name), nearest(name, sites)
+            yield Problem("CFG-001", found, "a hospital of the data", action, "unlabelled")
+        elif name in (plan.heldout, *plan.observers):
+            expected = "a hospital that is neither held out nor an observer"
+            yield Problem("CFG-001", repr(name), expected, "remove it from one", "unlabelled")
+    if plan.unlabelled and plan.method.unlabelled == "refuse":
+        usable = "method=segclr or segclr_pretrain"
+        action = f"use {usable}, leave unlabelled empty, or set method.unlabelled=leave_out"
+        found = f"{plan.method.name} with unlabelled=[{','.join(plan.unlabelled)}]"
+        yield Problem("ROL-211", found, usable, action, "unlabelled")
 
 
 def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:

@@ -101,9 +101,10 @@ class SiteRequests:
         request = Request(identity, without_heads(weights), options={"split": split})
         evaluations = []
         # A lost held-out site is waited for; a lost observer is not.
-        enough = len(set(nodes) - {*self.plan.observers})
+        enough = sum(self.plan.role(site) == "heldout" for site in nodes)
         if split == "validation":
-            enough = self.cohort.quorum
+            nodes = {site: node for site, node in nodes.items() if self.plan.validates(site)}
+            enough = min(self.cohort.quorum, len(nodes))
         for answer in self._ask(EVALUATE, nodes, request, enough=enough):
             problem = answer.problem
             if answer.reply is not None:
