@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,10 @@ def test_a_hospital_whose_masks_are_absent_or_garbage_takes_part(
         (cell,) = small.plan(root, tmp_path / f"run-{ruin}", *settings).cells
         run_cell_in_process(cell.tree)
         WATCHERS.remove(opened)
-        masks = {path for path in opened if "East" in Path(path).parts and "mask" in path}
+        masks = {path for path in opened if "East" in Path(path).parts and "_mask." in path}
         digests.append(small.digest(tmp_path / f"run-{ruin}"))
+        outcome = json.loads((cell.folder / "outcome.json").read_text())
+        assert (outcome["status"], outcome["sites"]["East"]["role"]) == ("completed", "unlabelled")
         assert len(masks) == 1  # that of the test case
         own, other = figures(cell.folder, "East"), figures(cell.folder, "North")
         assert len(own["examples"]) == 2
@@ -83,7 +86,7 @@ def test_a_hospital_whose_masks_are_absent_or_garbage_takes_part(
         assert "loss_supervised" not in own
         assert "validation_dice" not in own
         assert len(own["observer_dice"]) == 1
-        assert {"loss_supervised", "loss_contrast", "validation_dice"} <= set(other)
+        assert {"loss_supervised", "loss_contrast"} <= set(other)
     # Neither damage nor presence of the masks has any influence.
     assert digests[0] == digests[1]
 
@@ -101,20 +104,28 @@ def test_the_comparison_of_an_adaptation_is_one_study_and_the_upper_bound_is_mar
         "method.steps_per_round=6",
         "method.learning_rate=5e-3",
         "runtime=inprocess",
+        "federation.screening=off",  # with so few steps directions are noise
     )
     assert run_study(study, Screen(io.StringIO())) == 0
     rows = pq.read_table(tmp_path / "run" / "results.parquet").to_pylist()
     target = {row["method"]: row["dice"] for row in rows if row["site"] == "East"}
     assert set(target) == {"source_only", "segclr_pretrain", "segclr", "upper_bound"}
-    unseen = [row["dice"] for row in rows if row["site"] == "South" and row["method"] == "segclr"]
-    assert sum(unseen) / len(unseen) > CHANCE
+    for method in ("segclr", "segclr_pretrain"):
+        unseen = [row["dice"] for row in rows if (row["site"], row["method"]) == ("South", method)]
+        assert sum(unseen) / len(unseen) > 2 * CHANCE
+    trained = {
+        cell.method: figures(cell.folder, "East").get("examples", []) for cell in study.cells
+    }
+    rounds = {method: len(values) for method, values in trained.items()}
+    # Fine-tuning has no term for images without labels.
+    assert rounds == {"source_only": 0, "segclr_pretrain": 4, "segclr": 8, "upper_bound": 8}
     report = (tmp_path / "run" / "report.html").read_text()
     assert "upper_bound is an upper bound: it was trained with the masks of East" in report
     assert "trained without masks, with the contrastive term alone: East" in report
 
 
-CHANCE = 0.35
-"""Above the Dice of predicting every pixel as foreground, 2 f / (1 + f), at these hospitals."""
+CHANCE = 0.06
+"""Above the Dice of predicting every pixel as foreground, 2 f / (1 + f): f is below 0.03 here."""
 
 
 def test_a_method_that_cannot_use_such_a_hospital_is_refused_before_the_start(
