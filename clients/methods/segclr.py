@@ -61,9 +61,7 @@ class SegCLR(Source):
         domains = [part.float().split(list(sizes)) for part in projected.chunk(2)]
         if predicted is None:
             pairs_of_domains = zip(*domains, strict=True)
-            losses = [
-                nt_xent(one, two, settings.nt_xent_temperature) for one, two in pairs_of_domains
-            ]
+            losses = [nt_xent(one, two, settings.tau) for one, two in pairs_of_domains]
         else:
             own = [part.float().split(list(sizes)) for part in predicted.chunk(2)]
             losses = [simsiam(*four) for four in zip(*own, *domains, strict=True)]

@@ -143,7 +143,7 @@ class SegClrSettings(Section):
             `pool`, the mean over all positions.
         pairs: The two images of a positive pair: `augment`, two augmentations of a slice; `slices`,
             two slices of a volume, at most `slice_distance` apart; `slices+augment`, both.
-        nt_xent_temperature: Temperature tau of NT-Xent.
+        tau: Temperature of NT-Xent.
         head_channels: Channels that `head=channel` keeps at every position; at most those of the
             deepest map.
         hidden: Width of the head's hidden layers.
@@ -163,7 +163,7 @@ class SegClrSettings(Section):
     contrast: Literal["simclr", "simsiam"] = "simclr"
     head: Literal["channel", "pool"] = "channel"
     pairs: Literal["augment", "slices", "slices+augment"] = "augment"
-    nt_xent_temperature: float = 0.1
+    tau: float = 0.1
     head_channels: int = at_most(1024, 1)
     hidden: int = at_most(4096, 128)
     projection: int = at_most(4096, 128)
@@ -177,7 +177,7 @@ class SegClrSettings(Section):
     def checks(self) -> Checks:
         """Weights and widths are positive; probabilities and shares are in their ranges."""
         yield 0 <= self.supervised_weight <= 1e4, "supervised_weight", "zero to 10 000"
-        yield 1e-3 <= self.nt_xent_temperature <= 100, "nt_xent_temperature", "0.001 to 100"
+        yield 1e-3 <= self.tau <= 100, "tau", "0.001 to 100"
         yield self.head_channels >= 1, "head_channels", "1 or more"
         yield self.hidden >= 2, "hidden", "2 or more"
         yield self.projection >= 4, "projection", "4 or more"

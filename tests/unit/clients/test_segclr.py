@@ -206,7 +206,7 @@ def test_pairs_of_slices_are_refused_for_pictures(tmp_path: Path) -> None:
     [
         ("method.segclr.supervised_weight=-1", "method.segclr.supervised_weight"),
         ("method.segclr.supervised_weight=1e9", "method.segclr.supervised_weight"),
-        ("method.segclr.nt_xent_temperature=0", "method.segclr.nt_xent_temperature"),
+        ("method.segclr.tau=0", "method.segclr.tau"),
         ("method.segclr.head_channels=65", "method.segclr.head_channels"),
         ("method.segclr.pretraining=1", "method.segclr.pretraining"),
         ("method.segclr.crop=0", "method.segclr.crop"),
