@@ -118,8 +118,9 @@ def train_round(
         network.zero_grad(set_to_none=True)
         network.load_state_dict(received)
     figures, kept = trained
-    if not terms.supervised:
-        figures.pop("loss_supervised")  # it is not part of the loss
+    if plan.method.pairs:  # a term that a round does not have has no value
+        absent = {"loss_supervised": not terms.supervised, "loss_contrast": not terms.contrastive}
+        figures = {name: value for name, value in figures.items() if not absent.get(name)}
     if parts > plan.site.micro_batches:
         kept |= {PARTS: torch.tensor(parts)}
     return figures | {
