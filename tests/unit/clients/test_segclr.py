@@ -18,6 +18,7 @@ from fedsgcg.clients.training import Session, round_batches, train_round, weight
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.heads import CHILD, build_trained
 from fedsgcg.common.settings.plan import Plan, Terms
+from fedsgcg.deploy.study.preflight import check_plan
 from tests.support import sites
 
 CPU = torch.device("cpu")
@@ -191,7 +192,11 @@ def test_pairs_of_slices_are_refused_for_pictures(tmp_path: Path) -> None:
     )
     check_pairs([store], plan)
     sliced = sites.plan_of(
-        tmp_path / "pictures", tmp_path, "method=segclr", "method.segclr.pairs=slices"
+        tmp_path / "pictures",
+        tmp_path,
+        "method=segclr",
+        "method.segclr.pairs=slices",
+        "data.sites=[North]",
     )
     with pytest.raises(FedsgcgError) as caught:
         check_pairs([store], sliced)
@@ -199,6 +204,12 @@ def test_pairs_of_slices_are_refused_for_pictures(tmp_path: Path) -> None:
     assert (problem.code, problem.where) == ("TRN-311", "North")
     assert "3 pictures" in problem.found
     assert "volumes" in problem.expected
+    with pytest.raises(FedsgcgError) as caught:  # in a simulation before the first cell starts
+        check_plan(sliced, "cpu")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == ("TRN-311", "method.segclr.pairs")
+    assert "pictures at North" in problem.found
+    assert problem.action == "set method.segclr.pairs=augment"
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,18 @@ def test_a_supervised_method_has_no_term_for_it(tmp_path: Path) -> None:
         small_plan(tmp_path, method__unlabelled="contrast")
     (problem,) = caught.value.problems
     assert (problem.code, problem.where) == ("CFG-001", "method.unlabelled")
+
+
+def test_a_pool_cannot_be_an_upper_bound(tmp_path: Path) -> None:
+    bound = {"name": "source", "statistics": False, "unlabelled": "labels"}
+    pooled = {"federation__ownership": "pooled", "method": bound, "unlabelled": ["C"]}
+    with pytest.raises(FedsgcgError) as caught:
+        small_plan(tmp_path, **pooled)
+    assert caught.value.problems[0].where == "federation.ownership"
+
+
+def test_with_a_pool_the_hospitals_without_labels_are_sites_of_their_own(tmp_path: Path) -> None:
+    plan = plan_with(tmp_path, federation__ownership="pooled")
+    assert plan.members() == ("C", "D", "pooled")
+    assert plan.hospitals_of("pooled") == ("A", "B")
+    assert plan.hospitals_of("C") == ("C",)
