@@ -6,7 +6,7 @@ L_con is the contrastive loss of the projections of the encoder's deepest map, L
 loss of this project. In a federation every hospital minimises its own terms: one with labels
 1/2 L_con + lambda L_sup, one of role `unlabelled` 1/2 L_con. A client with several domains (pooled
 training) uses the mean of L_con over its domains, each with negatives of its own domain only, so
-that telling domains apart does not lower the loss. See docs/explanation/segclr.md.
+that distinguishing domains does not lower the loss. See docs/explanation/segclr.md.
 
 Legend: B pairs, d length of a projection, C channels, S image side.
 """
