@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fedsgcg.clients.data.pairs import check_pairs
 from fedsgcg.clients.data.store import SliceTable
 from fedsgcg.clients.evaluation import (
     CONSTANT,
@@ -51,10 +52,11 @@ from fedsgcg.clients.training import (
 )
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
+from fedsgcg.common.heads import build_trained
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
-from fedsgcg.common.settings.federation import SHARES
+from fedsgcg.common.settings.federation import SHARES, TRAINING
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import DATA, SUMMARY, Reply
 from fedsgcg.common.wire.norm_moments import NormMoments
@@ -93,11 +95,14 @@ def enrol(task: SiteRequest) -> RecordDict:
     that two hospitals share.
 
     Raises:
-        FedsgcgError: POL-720 for a site whose cases the floors keep out of its role; the run then
-            starts without the site, instead of failing later.
+        FedsgcgError: POL-720 for a site whose cases the floors keep out of its role, TRN-311 for
+            one whose images have no pairs for the method; the run then starts without the site,
+            instead of failing later.
     """
     stores = task.stores
-    task.require_sample("train" if task.role == "train" else "test")
+    task.require_sample("train" if task.plan.trains(task.site) else "test")
+    if task.plan.trains(task.site):
+        check_pairs(stores, task.plan)
     details: dict[str, Any] = {
         "site": task.site,
         "roles": list(task.plan.site.roles),
@@ -117,22 +122,24 @@ def send_statistics(task: SiteRequest) -> RecordDict:
 
     The request's options `moments` and `classes` select which. `norm_mode` applies to class
     statistics only: it is `prototypes.norm_mode` unless the coordinator requests `running`, the
-    normalisation of evaluation.
+    normalisation of evaluation. A site without labels has no classes to measure.
     """
-    require_role(task, "train")
+    require_role(task, *TRAINING)
     task.require_sample("train")
     task.spend("releases")
     options, network = task.request.options, load_global_model(task)
     mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
     measured = moments(task, network) if options.get("moments") else None
     wanted = task.plan.method.statistics and (options.get("classes") or measured is None)
+    if wanted and task.role == "unlabelled":
+        raise fail("ROL-212", where=task.site, found="a request for class statistics")
     found = statistics(task, network, mode) if wanted else None
     return send(task, Reply(task.identity, task.site, statistics=found, moments=measured))
 
 
 def train(task: SiteRequest) -> RecordDict:
     """Measure and validate the received model, train it on the site's slices and send it back."""
-    require_role(task, "train")
+    require_role(task, *TRAINING)
     task.require_sample("train")
     require_round(task)
     task.spend("releases")
@@ -196,20 +203,22 @@ def send_amplitudes(task: SiteRequest) -> RecordDict:
 def evaluate(task: SiteRequest) -> RecordDict:
     """Score the received model case by case.
 
-    A held-out site is scored on its test cases, a training site on its validation cases.
+    A held-out site is scored on its test cases, a training site on its validation cases, and a
+    hospital of the setting `unlabelled` on those that its manifest assigns to `test`.
     """
     split = str(task.request.options.get("split", "test"))
     if split == "validation":
         require_role(task, "train")
     else:
-        require_role(task, "heldout", "observer")
+        own = [task.role] if task.site in task.plan.unlabelled else []
+        require_role(task, "heldout", "observer", *own)
     pictures = task.home / "pictures.arrow" if split == "test" else None
     if split == "test":
         task.require_sample("test")
     task.spend("evaluations")
     if split == "validation" and not task.validates:
         return send(task, Reply(task.identity, task.site, cases=encode_cases([])))
-    network = load_global_model(task)
+    network = load_global_model(task, trained=False)
     save_features(task, network, split)
     agreement = MaskAgreement()
     rows = evaluate_cases(
@@ -279,12 +288,16 @@ def validation_metrics(task: SiteRequest, network: nn.Module) -> dict[str, float
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
-def load_global_model(task: SiteRequest) -> nn.Module:
-    """Build the plan's network on the site's device and load the weights of the request."""
+def load_global_model(task: SiteRequest, *, trained: bool = True) -> nn.Module:
+    """Build the plan's network on the site's device and load the weights of the request.
+
+    With `trained` the network has the method's training-only heads.
+    """
     if task.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = task.plan
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None)
+    channels = IN_CHANNELS, plan.data.out_channels
+    network = build_trained(plan, None) if trained else build_network(plan.network, *channels, None)
     load_weights(network, task.request.weights)
     network.to(task.device)
     return network

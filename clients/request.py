@@ -94,7 +94,7 @@ class SiteRequest:
 
     @property
     def role(self) -> str:
-        """`train`, `heldout` or `observer` in this fold."""
+        """`train`, `unlabelled`, `heldout` or `observer` in this fold."""
         return self.plan.role(self.site)
 
     @cached_property
@@ -110,7 +110,9 @@ class SiteRequest:
         the site's folder.
         """
         data, cache = self.plan.data, resolve_cache(self.plan.site)
-        sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
+        masks, target = not self.plan.hides_masks(self.site), self.site in self.plan.unlabelled
+        names = self.plan.hospitals_of(self.site)
+        sites = [open_site(self.root, name, data, masks=masks) for name in names]
         sites = [only_inside_data_root(site, self.policy) for site in sites]
         salt = alias_salt(self.policy, study_of(self.plan.run))
         unassigned = {case.patient for site in sites for case in site.cases if not case.split}
@@ -119,10 +121,12 @@ class SiteRequest:
                 site,
                 data,
                 cache,
-                heldout=self.role != "train",
+                heldout=not (self.plan.trains(self.site) or target),
                 salt=salt,
                 split_salt=split_salt(self.policy, unassigned),
                 budget=budget_of(self.policy),
+                target=target,
+                masks=masks,
             )
             for site in sites
         )
@@ -150,8 +154,13 @@ class SiteRequest:
 
     @cached_property
     def validates(self) -> bool:
-        """Whether results of the site's validation cases may leave; they need enough patients."""
-        return self.accepts([self._sample("validation")])[0]
+        """Whether results of the site's validation cases may leave; they need enough patients.
+
+        A hospital of the setting `unlabelled` validates nothing.
+        """
+        return (
+            self.site not in self.plan.unlabelled and self.accepts([self._sample("validation")])[0]
+        )
 
     def shares_cases(self, split: str) -> bool:
         """Whether the results of single cases of a split may leave."""

@@ -79,6 +79,8 @@ CODES: Final[dict[str, str]] = {
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
+    "ROL-211": "A method cannot use a hospital without labels.",
+    "ROL-212": "A site without labels was asked for, or sent, what needs labels.",
     # POL: the site's own policy, which takes precedence over the coordinator
     "POL-701": "The site's own settings do not match the site that the request is for.",
     "POL-702": "A path is outside the site's data folder.",
@@ -118,6 +120,7 @@ CODES: Final[dict[str, str]] = {
     # TRN: training at a site
     "TRN-301": "The training loss is not finite.",
     "TRN-302": "The site has no training case.",
+    "TRN-311": "The site's images have no neighbouring slices for pairs.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",

@@ -49,7 +49,7 @@ CELL: Final = {
     "method": "label of the variant: the method, and what the study varies of it",
     "heldout": "hospital that took no part in training; empty if all trained",
     "seed": "seed of the study",
-    "trains": "training method: `source`, `ram`, `sgcg` or `ram_sgcg`",
+    "trains": "training method: `source`, `ram`, `sgcg`, `ram_sgcg` or `segclr`",
     "federation": "`by_site`, `pooled` or `local`",
     "setting": "swept settings, e.g. `prototypes.weight=0.5`; empty without a sweep",
     "chosen": "settings that this fold's source hospitals chose (`select`), if any",

@@ -109,6 +109,8 @@ class Expectation:
         max_pixels: Pixels that a pass over its slices has at most; None = unknown.
         measured: Model whose BatchNorm layers the moments must describe; None when no moments are
             expected.
+        labelled: Whether the site trains with labels. One that does not sends weights and moments,
+            and nothing that is made from masks.
     """
 
     identity: Identity
@@ -120,6 +122,7 @@ class Expectation:
     max_cases: int | None = None
     max_pixels: float | None = None
     measured: Weights | None = None
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def admit(payload: Payload, expectation: Expectation) -> Verdict:
     | PAY-110 | a number of examples that is not a positive integer |
     | PAY-111 | more examples than the site has |
     | PAY-112 | a weight, counter or metric outside its range |
+    | ROL-212 | class statistics or a validation result of a site without labels |
     | STA-201 | class statistics that are missing or impossible |
     | STA-202 | moments of the BatchNorm layers that are missing or impossible |
     """
@@ -242,6 +246,15 @@ def _out_of_range(payload: Payload, expectation: Expectation) -> str:
     return ""
 
 
+def _needs_labels(payload: Payload, expectation: Expectation) -> str:
+    if expectation.labelled:
+        return ""
+    if payload.statistics is not None:
+        return "class statistics"
+    named = [name for name in payload.metrics if name.startswith("validation_")]
+    return f"the metric {named[0]}" if named else ""
+
+
 def _impossible(payload: Payload, expectation: Expectation) -> str:
     if expectation.statistics_shape is None:
         return ""
@@ -329,6 +342,7 @@ RULES: Final[Mapping[str, Callable[[Payload, Expectation], str]]] = {
     "PAY-110": _miscounted,
     "PAY-111": _overcounted,
     "PAY-112": _out_of_range,
+    "ROL-212": _needs_labels,
     "STA-201": _impossible,
     "STA-202": _impossible_moments,
 }

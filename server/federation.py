@@ -21,8 +21,8 @@ from flwr.serverapp import Grid
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import SEAL
+from fedsgcg.common.heads import build_trained, state_of, without_heads
 from fedsgcg.common.machine import arithmetic_of
-from fedsgcg.common.networks import build_network
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.plan import Plan
@@ -38,11 +38,12 @@ from fedsgcg.server.aggregation.amplitudes import (
 )
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
+from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
-from fedsgcg.server.records.model_card import IN_CHANNELS, model_card
+from fedsgcg.server.records.model_card import model_card
 from fedsgcg.server.screening.history import VOID_ROUNDS
 from fedsgcg.server.selection import best_so_far, source_score
 from fedsgcg.server.sites.departures import check_departures, departed, departure_note
@@ -282,7 +283,7 @@ class Federation:
             # A site that subtracts its own part must know whether the prototypes contain it.
             options = {"held": sorted(part.digest() for part in parts.values())}
         request = Request(identity, state.weights, prototypes, options, self._amplitudes)
-        trained = self._requests.collect(TRAIN, request)
+        trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
             return self._void(state, number, trained, before)
         self._note_classes(number, prototypes, before or trained)
@@ -322,7 +323,16 @@ class Federation:
         return record
 
     def _too_few(self, collected: list[Collected]) -> bool:
-        return len(admitted(collected)) < self._cohort.fewest_admitted
+        """Whether a round is void: too few admitted answers, or none of a site with labels."""
+        sites = [part.answer.site for part in admitted(collected)]
+        labelled = any(self._plan.role(site) == "train" for site in sites)
+        return len(sites) < self._cohort.fewest_admitted or not labelled
+
+    def _with_a_term(self, number: int) -> list[str] | None:
+        """Sites whose loss has a term in a round; None for all of them."""
+        if any(self._plan.terms(number, labelled=False)):
+            return None
+        return [site for site in self._cohort.training if self._plan.role(site) == "train"]
 
     def _void(
         self, state: RoundRecord, number: int, trained: list[Collected], *others: list[Collected]
@@ -354,7 +364,9 @@ class Federation:
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
+        unlabelled = self._cohort.of_role("unlabelled")
         parts = [self._weighted(part) for part in trained]
+        parts = with_labelled_decoder(parts, unlabelled, state.weights)
         return rule(state.weights, parts, state.aggregator_state, self._plan.federation)
 
     def _recalibrated(
@@ -411,6 +423,7 @@ class Federation:
         rows = self._journal.rows() + validation_rows(last + 1, validation)
         prototypes, shift = self._prototypes_of(chosen)
         rows += shift
+        chosen = replace(chosen, weights=without_heads(chosen.weights))
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         kinds = self._cohort.kinds()
@@ -468,17 +481,18 @@ class Federation:
         contributors = {
             row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"
         }
-        return sorted({*self._cohort.training, *(self._cohort.departed & contributors)})
+        labelled = self._cohort.of_role("train")
+        return sorted({*labelled, *(self._cohort.departed & contributors)})
 
     def _test(self, chosen: Best) -> list[SiteEvaluation]:
-        """Have a model evaluated at the held-out site and the observers.
+        """Have a model evaluated at the held-out site, the observers and hospitals without labels.
 
         Raises:
             FedsgcgError: RND-403 without an answer from the held-out site; its refusal to evaluate
                 this model (`REFUSED`) is a note.
         """
         heldout = self._plan.heldout
-        nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
+        nodes = self._cohort.tested
         tested = self._requests.evaluate("test", nodes, chosen.weights, chosen.round)
         if heldout and heldout not in {part.site for part in tested}:
             reason = next(
@@ -531,9 +545,6 @@ def check_finite(number: int, weights: Weights, parts: Mapping[str, ClassStatist
 
 
 def initial_weights(plan: Plan) -> Weights:
-    """Return the model that round 1 starts from, a function of the plan alone."""
+    """Return the model that round 1 starts from, heads included, a function of the plan alone."""
     seed = stream_seed(plan.seed, "initial weights")
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, seed)
-    return Weights.from_state(
-        {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
-    )
+    return Weights.from_state(state_of(build_trained(plan, seed)))

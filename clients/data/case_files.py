@@ -122,13 +122,15 @@ def discover_sites(root: Path, wanted: Collection[str] = ()) -> tuple[str, ...]:
     return tuple(sorted({case.site for case in listed.cases}))
 
 
-def open_site(root: Path, name: str, data: DataSettings) -> Site:
+def open_site(root: Path, name: str, data: DataSettings, *, masks: bool = True) -> Site:
     """List the cases of one hospital.
 
     Args:
         root: Data root.
         name: The hospital.
         data: Settings of the data set; its name is part of an error.
+        masks: Whether its masks may be read. If not, no case has one (their files may be missing),
+            except those that the manifest assigns to `test`, which are only evaluated.
 
     Raises:
         FedsgcgError: DAT-101 when the manifest or the hospital's folder cannot be used; DAT-102
@@ -146,6 +148,11 @@ def open_site(root: Path, name: str, data: DataSettings) -> Site:
         action = f"Check the site column or folder names for data set {data.name!r}."
         problem = Problem("DAT-102", "no case is listed", expected, action, where=name)
         raise FedsgcgError(problem, *notes)
+    if not masks:
+        mine = [
+            case if case.split == "test" else replace(case, mask=None, structures=())
+            for case in mine
+        ]
     kept, missing = _without_missing_files(_with_unique_names(mine))
     kept, mixed = _one_split_per_patient(kept)
     left_out = [problem for site, problem in listed.problems if site == name]
@@ -199,15 +206,23 @@ def split_of(patient: str, validation_fraction: float, salt: bytes = b"") -> str
 
 
 def splits(
-    cases: Sequence[CaseFile], validation_fraction: float, *, heldout: bool, salt: bytes = b""
+    cases: Sequence[CaseFile],
+    validation_fraction: float,
+    *,
+    heldout: bool,
+    salt: bytes = b"",
+    target: bool = False,
 ) -> tuple[str, ...]:
     """Return the split of every case of one hospital.
 
     A split in the manifest takes precedence. Otherwise all cases of a held-out or observing
     hospital are `test`, and those of a training hospital are `train` or `validation` by the hash of
     the patient. If no patient would be in `train` (likely with one or two patients), the patient
-    with the largest hash is.
+    with the largest hash is. All cases of a hospital of the setting `unlabelled` (`target`) are
+    `train`: a validation case would need a mask.
     """
+    if target:
+        return tuple(case.split or "train" for case in cases)
     if heldout:
         return tuple(case.split or "test" for case in cases)
     chosen = [case.split or split_of(case.patient, validation_fraction, salt) for case in cases]

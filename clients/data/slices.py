@@ -38,6 +38,7 @@ from fedsgcg.common.settings.plan import DataSettings
 
 # int16 steps per unit of intensity; the rounding error of 1.5e-5 is far below an image's noise.
 STEPS = 32767.0
+IGNORED = 255  # label of a pixel without a class
 # Shares of a pixel that differ by less count as equal. This is far above the rounding error of
 # float64, so that all machines agree.
 TIE = 1e-9
@@ -68,14 +69,24 @@ class Slices:
     content: str = ""
 
 
-def prepare(case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED) -> Slices:
+def prepare(
+    case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED, *, masks: bool = True
+) -> Slices:
     """Read one case and convert it to canonical slices.
+
+    Args:
+        case: The case.
+        data: Classes and preprocessing.
+        budget: Memory that may be used.
+        masks: Whether the case needs a mask. Without masks, labels are `IGNORED` for a case that
+            has none, except for a test case, which cannot be scored then.
 
     Raises:
         FedsgcgError: POL-707 when the slices would need more memory than the budget;
             DAT-103 to DAT-109, DAT-112, DAT-115 or DAT-160 to DAT-169 for an unusable case.
     """
-    image, truth = read_case(case, data)
+    hidden = not masks and not case.masks and case.split != "test"
+    image, truth = read_without_mask(case) if hidden else read_case(case, data)
     budget.check_memory(conversion_bytes(image, data), case.name)
     return replace(to_slices(image, truth, data), content=content_hash(image))
 
@@ -257,6 +268,18 @@ def read_case(case: CaseFile, data: DataSettings) -> tuple[Volume, NDArray[np.ui
     truth = read_truth(case.masks, case.structure_names, image, data, case.name)
     check_image(image, case.name)
     return image, truth
+
+
+def read_without_mask(case: CaseFile) -> tuple[Volume, NDArray[np.uint8]]:
+    """Return the image of a case, checked, and labels (Z, Y, X) that are all `IGNORED`.
+
+    Raises:
+        FedsgcgError: DAT-103, DAT-106 to DAT-108 or DAT-160 to DAT-169 for an unusable image.
+    """
+    image = read_volume(case.image)
+    check_image(image, case.name)
+    depth = 1 if image.is_picture else len(image.array)
+    return image, np.full((depth, *image.array.shape[1:]), IGNORED, np.uint8)
 
 
 def read_truth(

@@ -29,7 +29,7 @@ SHARED_BY_CONSENT: Final = (
     *CASE_CONSENT.values(),
 )
 MAY_SET: Final = (
-    *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
+    *("seed", "heldout", "observers", "unlabelled", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
 )
 """Settings that the coordinator may set by default; never `data.root` and `site.*`."""

@@ -11,11 +11,18 @@ from __future__ import annotations
 from fedsgcg.clients.methods.base import Loss, Source, View
 from fedsgcg.clients.methods.guidance import Guidance, Guide
 from fedsgcg.clients.methods.ram import Ram, RamSgCG
+from fedsgcg.clients.methods.segclr import SegCLR
 from fedsgcg.clients.methods.sgcg import SgCG
 from fedsgcg.common.settings.own_code import load_class, traits_of, unusable
 from fedsgcg.common.settings.plan import MethodSettings
 
-METHODS: dict[str, type[Source]] = {"source": Source, "ram": Ram, "sgcg": SgCG, "ram_sgcg": RamSgCG}
+METHODS: dict[str, type[Source]] = {
+    "source": Source,
+    "ram": Ram,
+    "sgcg": SgCG,
+    "ram_sgcg": RamSgCG,
+    "segclr": SegCLR,
+}
 
 
 def method_class(settings: MethodSettings) -> type[Source]:

@@ -63,10 +63,12 @@ class Source:
             over the views, so that methods with one and two views are comparable.
         contrasts: Whether the method uses the global prototypes.
         mixes: Whether the method uses amplitude-mixed copies of the slices (`Batch.mixed`).
+        pairs: Whether the method uses pairs of images without labels (`Batch.pairs`).
     """
 
     contrasts: bool = False
     mixes: bool = False
+    pairs: bool = False
 
     parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
 

@@ -43,7 +43,7 @@ FOLDERS = ("data.root", "output", "site.home", "site.cache", "config_dir")
 LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
 # Lists of hospital names: Hydra's grammar would read 1_000 and 1.10 as numbers and null as no
 # value.
-NAMES = ("data.sites", "observers")
+NAMES = ("data.sites", "observers", "unlabelled")
 # Maps with the user's own names: one on the command line replaces that of the data set instead of
 # being merged with it.
 MAPS = (

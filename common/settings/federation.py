@@ -8,9 +8,11 @@ from typing import Final, Literal, get_args
 
 from fedsgcg.common.settings.base import Checks, Section, at_most
 
-Role = Literal["train", "heldout", "observer"]
+Role = Literal["train", "unlabelled", "heldout", "observer"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
-"""Roles of a site: it trains, is held out, or evaluates the model without a say."""
+"""Roles of a site: it trains, trains without masks, is held out, or only evaluates the model."""
+TRAINING: Final = ("train", "unlabelled")
+"""Roles of the sites that train."""
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
 WEEK_S = 604_800.0

@@ -17,8 +17,10 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "ram": frozenset({"mixes"}),
     "sgcg": frozenset({"contrasts"}),
     "ram_sgcg": frozenset({"contrasts", "mixes"}),
+    "segclr": frozenset({"pairs"}),
 }
-"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes."""
+"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
+`pairs` = learns from pairs of images without labels."""
 
 METHOD_NAMES = tuple(TRAITS)
 ALL_TRAITS = ("contrasts", "mixes")
@@ -129,12 +131,72 @@ class RamSettings(Section):
 
 
 @dataclass(frozen=True)
+class SegClrSettings(Section):
+    """SegCLR: supervised and contrastive learning jointly, for images with and without labels.
+
+    Attributes:
+        supervised_weight: lambda of the joint loss, 1/2 L_con + lambda L_sup.
+        contrast: `simclr` (NT-Xent, the other pairs of the batch are negatives) or `simsiam` (no
+            negatives; stop-gradient and a predictor).
+        head: What the projection head makes of the encoder's deepest map before its fully connected
+            layers: `channel`, a 1 x 1 convolution to `head_channels`, which keeps the position;
+            `pool`, the mean over all positions.
+        pairs: The two images of a positive pair: `augment`, two augmentations of a slice; `slices`,
+            two slices of a volume, at most `slice_distance` apart; `slices+augment`, both.
+        tau: Temperature of NT-Xent.
+        head_channels: Channels that `head=channel` keeps at every position; at most those of the
+            deepest map.
+        hidden: Width of the head's hidden layers.
+        projection: Length of the projected vectors.
+        slice_distance: Largest distance in slices of `pairs=slices`, from 1; the distance of a pair
+            is uniform.
+        flip: Probability of a left-right flip in a pair's augmentation.
+        crop: Smallest share of a slice's area that is cut out and resized.
+        jitter: Largest relative change of brightness, and of contrast.
+        blur: Probability of a Gaussian blur of 0.1 to 2 pixels.
+        pretraining: Share of the rounds, from the first, with the contrastive term alone; the other
+            rounds then have the supervised term alone (self-supervised pre-training and
+            fine-tuning). 0 trains both terms jointly.
+    """
+
+    supervised_weight: float = 20.0
+    contrast: Literal["simclr", "simsiam"] = "simclr"
+    head: Literal["channel", "pool"] = "channel"
+    pairs: Literal["augment", "slices", "slices+augment"] = "augment"
+    tau: float = 0.1
+    head_channels: int = at_most(1024, 1)
+    hidden: int = at_most(4096, 128)
+    projection: int = at_most(4096, 128)
+    slice_distance: int = at_most(64, 3)
+    flip: float = 0.5
+    crop: float = 0.5
+    jitter: float = 0.4
+    blur: float = 0.5
+    pretraining: float = 0.0
+
+    def checks(self) -> Checks:
+        """Weights and widths are positive; probabilities and shares are in their ranges."""
+        yield 0 <= self.supervised_weight <= 1e4, "supervised_weight", "zero to 10 000"
+        yield 1e-3 <= self.tau <= 100, "tau", "0.001 to 100"
+        yield self.head_channels >= 1, "head_channels", "1 or more"
+        yield self.hidden >= 2, "hidden", "2 or more"
+        yield self.projection >= 4, "projection", "4 or more"
+        yield self.slice_distance >= 1, "slice_distance", "1 or more"
+        yield 0 <= self.flip <= 1, "flip", "a probability"
+        yield 0 < self.crop <= 1, "crop", "a share in (0, 1]"
+        yield 0 <= self.jitter < 1, "jitter", "a share in [0, 1)"
+        yield 0 <= self.blur <= 1, "blur", "a probability"
+        yield 0 <= self.pretraining < 1, "pretraining", "a share in [0, 1)"
+
+
+@dataclass(frozen=True)
 class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
         name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or
-            `ram_sgcg` (both); or the import path of an own class, `package.module:Class`.
+            `ram_sgcg` (both), `segclr`; or the import path of an own class,
+            `package.module:Class`.
         statistics: Whether a site computes and sends class statistics, which contrastive methods
             need.
         learning_rate: Adam's initial rate; it decays as (1 - progress) ** poly_power over all
@@ -148,7 +210,13 @@ class MethodSettings(Section):
         local_epochs: Passes over a site's training slices per round.
         steps_per_round: Training steps per round, instead of epochs; 0 = use `local_epochs`.
         precision: `auto` uses bf16 on hardware that supports it and float32 elsewhere.
+        unlabelled: How the method treats the hospitals of the setting `unlabelled`: `refuse` (it
+            cannot use them); `contrast`, they train with the contrastive term alone and their masks
+            are never read (`segclr`); `leave_out`, they do not train; `labels`, they train with
+            their masks, an upper bound for comparison and marked as such. In every case a hospital
+            is evaluated on the cases that its manifest assigns to `test`.
         ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
+        segclr: The contrastive term of `segclr`.
         options: Options of an own method, e.g. `{margin: 0.5}`.
         traits: Traits of an own method: `contrasts` = learns from the global prototypes, `mixes` =
             mixes amplitudes. Taken from its class when the settings are resolved, and compared with
@@ -165,7 +233,9 @@ class MethodSettings(Section):
     local_epochs: int = at_most(1000, 1)
     steps_per_round: int = at_most(1_000_000, 0)
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    unlabelled: Literal["refuse", "contrast", "leave_out", "labels"] = "refuse"
     ram: RamSettings = RamSettings()
+    segclr: SegClrSettings = SegClrSettings()
     options: Options = field(default_factory=dict)
     traits: tuple[str, ...] = ()
 
@@ -186,6 +256,11 @@ class MethodSettings(Section):
             all(1 <= size <= 1024 for size in self.batch_per_domain),
             "batch_per_domain",
             "1 to 1024 slices of each domain",
+        )
+        yield (
+            self.unlabelled != "contrast" or self.pairs,
+            "unlabelled",
+            f"refuse | leave_out | labels: {self.name} has no term for images without labels",
         )
         needed = self.contrasts
         yield (
@@ -208,6 +283,11 @@ class MethodSettings(Section):
     def mixes(self) -> bool:
         """Whether the method mixes amplitudes."""
         return "mixes" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the method learns from pairs of images without labels."""
+        return "pairs" in TRAITS.get(self.name, self.traits)
 
 
 @dataclass(frozen=True)

@@ -70,13 +70,15 @@ def examine(
         FedsgcgError: CFG-001 for invalid settings.
     """
     plan = plan_of_kit(kit, overrides)
-    heldout = plan.role(policy.site) != "train" or "train" not in policy.roles
+    target = policy.site in plan.unlabelled or policy.roles == ("unlabelled",)
+    heldout = not target and (plan.role(policy.site) != "train" or "train" not in policy.roles)
     with progress_bar(console) as bar:
         task = bar.add_task("reading every file", total=None)
         files, seen = examine_files(
             policy,
             plan.data,
             heldout=heldout,
+            target=target,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         bar.update(task, description="one training step")
@@ -240,11 +242,9 @@ def _authority(path: Path) -> Finding:
 
 def payload_bytes(plan: Plan) -> int:
     """Return the bytes of a round in one direction: weights and, with SgCG, class statistics."""
-    from fedsgcg.common.networks import build_network
+    from fedsgcg.common.heads import build_trained, state_of
 
-    network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    weights = Weights.from_state(state).values.nbytes
+    weights = Weights.from_state(state_of(build_trained(plan, generator_seed=0))).values.nbytes
     features = plan.network.num_features
     return weights + plan.data.num_classes * (1 + features + features * (features + 1) // 2) * 8
 

@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 
 from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
-from fedsgcg.clients.data.slices import read_case
+from fedsgcg.clients.data.slices import read_case, read_without_mask
 from fedsgcg.clients.data.store import main_kind, other_kind_problem
 from fedsgcg.clients.guard.policy import only_inside_data_root
 from fedsgcg.clients.guard.site_file import SiteFile
@@ -96,7 +96,12 @@ class Seen:
 
 
 def examine_files(
-    policy: SiteFile, data: DataSettings, *, heldout: bool, progress: Callable[[int, int], None]
+    policy: SiteFile,
+    data: DataSettings,
+    *,
+    heldout: bool,
+    progress: Callable[[int, int], None],
+    target: bool = False,
 ) -> tuple[list[Finding], list[Seen]]:
     """Check every file of a site.
 
@@ -105,21 +110,23 @@ def examine_files(
         data: Classes, structures and sizes of the federation.
         heldout: Whether the site is only evaluated.
         progress: Called with (cases done, all cases).
+        target: Whether the site trains without its masks, which are then not read.
 
     Returns:
         The findings, one or more per case, and the properties of the readable cases.
     """
     try:
-        site = only_inside_data_root(open_site(Path(policy.data_root), policy.site, data), policy)
+        listed = open_site(Path(policy.data_root), policy.site, data, masks=not target)
+        site = only_inside_data_root(listed, policy)
     except FedsgcgError as error:
         return [Finding.of("files", problem) for problem in error.problems], []
     findings = [Finding.of("files", problem) for problem in site.quarantined]
     findings += [Finding.of("files", note, "warn") for note in site.notes]
     seen: list[Seen] = []
-    parts = _splits(site, policy, heldout)
+    parts = _splits(site, policy, heldout, target)
     for number, (case, split) in enumerate(zip(site.cases, parts, strict=True)):
         try:
-            seen.append(_read_case(case, split, data))
+            seen.append(_read_case(case, split, data, masks=not target))
         except FedsgcgError as error:
             findings += [
                 Finding.of("files", replace(problem, where=case.name)) for problem in error.problems
@@ -142,17 +149,23 @@ def examine_files(
     return [*findings, *across, *fine, *_floor(seen, site, policy, heldout)], seen
 
 
-def _splits(site: Site, policy: SiteFile, heldout: bool) -> tuple[str, ...]:
+def _splits(site: Site, policy: SiteFile, heldout: bool, target: bool) -> tuple[str, ...]:
     """Return the split of every case as in training: by the site's own fraction and secret."""
     unassigned = {case.patient for case in site.cases if not case.split}
     salt = split_salt(policy, unassigned)
-    return splits(site.cases, policy.validation_fraction, heldout=heldout, salt=salt)
+    fraction = policy.validation_fraction
+    return splits(site.cases, fraction, heldout=heldout, salt=salt, target=target)
 
 
-def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
+def _read_case(case: CaseFile, split: str, data: DataSettings, *, masks: bool = True) -> Seen:
     """Read one case as training does; raises an error with what is wrong with it."""
-    image, truth = read_case(case, data)
-    wanted = sorted({index for group in data.structure_classes().values() for index in group})
+    if not masks and split != "test":
+        image, truth = read_without_mask(case)
+        empty = False
+    else:
+        image, truth = read_case(case, data)
+        wanted = sorted({index for group in data.structure_classes().values() for index in group})
+        empty = not np.isin(truth, wanted).any()
     return Seen(
         case=case,
         split=split,
@@ -162,7 +175,7 @@ def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
         content=content_hash(image),
         voxels=int(image.array.size),
         slices=1 if image.is_picture else len(image.array),
-        empty=not np.isin(truth, wanted).any(),
+        empty=empty,
     )
 
 

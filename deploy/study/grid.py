@@ -37,6 +37,7 @@ PLACES = (
     "data.root",
     "data.sites",
     "observers",
+    "unlabelled",
     "experiment",
 )
 """Settings that cannot be an axis: they do not change the result, or they change the data."""
@@ -230,6 +231,8 @@ def _reads(traits: Collection[str], federation: str, key: str) -> bool:
         return "contrasts" in traits
     if key == "method.ram.sharing" and federation != "by_site":
         return False  # there are no other sites to share with
+    if key.startswith("method.segclr."):
+        return "pairs" in traits
     return "mixes" in traits or not key.startswith("method.ram.")
 
 

@@ -132,11 +132,13 @@ def _cells(
         yield make_cell(tree, folder, variant, heldout, seed)
         return
     training = [
-        site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
+        site
+        for site in tree["data"]["sites"]
+        if site not in (heldout, *tree["observers"], *tree["unlabelled"])
     ]
     for site in training:
         data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        own = {**tree, "data": data, "observers": []}
+        own = {**tree, "data": data, "observers": [], "unlabelled": []}
         yield make_cell(own, folder, variant, heldout, seed, site)
 
 
@@ -186,6 +188,7 @@ def _candidates(
     for settings, tree in trees.items():
         data = {**tree["data"], "sites": cell.tree["data"]["sites"]}
         merged = {**tree, **own, "data": data, "observers": cell.tree["observers"]}
+        merged["unlabelled"] = cell.tree["unlabelled"]
         text = " ".join(settings)
         yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 
@@ -257,7 +260,8 @@ def _ray_address(address: str) -> str:
 def _fingerprint(plan: Plan) -> str:
     """Return the fingerprint of the sites' files, which detects a run folder of other images."""
     root = Path(plan.data.root)
-    return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site))
+    hidden = [site for site in plan.data.sites if plan.hides_masks(site)]
+    return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site), hidden)
 
 
 def _runtime(name: str) -> str:

@@ -61,6 +61,8 @@ def protocol(
         "trained": sorted(training),
         "heldout": plan.heldout,
         "observers": sorted(plan.observers),
+        "unlabelled": [site for site in sorted(plan.unlabelled) if plan.role(site) == "unlabelled"],
+        "upper_bound": [site for site in sorted(plan.unlabelled) if plan.role(site) == "train"],
         "splits": (
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source "
             "validation, unless the site's own file sets another share; every case of the held-out "

@@ -15,7 +15,7 @@ from typing import Any
 Row = Mapping[str, Any]
 Swept = tuple[tuple[str, str], ...]  # swept settings as (name, value)
 
-TRAINS = ("source", "ram", "sgcg", "ram_sgcg")
+TRAINS = ("source", "ram", "sgcg", "ram_sgcg", "segclr")
 """Training methods in the order of the ablation: neither part, one, the other, both."""
 FEDERATIONS = ("by_site", "pooled", "local")
 FEDERATION_TITLES = {

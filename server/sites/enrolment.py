@@ -26,7 +26,7 @@ from fedsgcg.common.images.read import KINDS
 from fedsgcg.common.names import is_site_text, site_text
 from fedsgcg.common.settings.compose import nearest
 from fedsgcg.common.settings.data import SPLITS
-from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.federation import ROLES, TRAINING
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import DATA, ENROL, Reply, Request, encode_request
@@ -228,8 +228,8 @@ class Cohort:
 
     @property
     def training(self) -> dict[str, int]:
-        """Site -> node id of the enrolled sites of role `train`."""
-        return self.of_role("train")
+        """Site -> node id of the enrolled sites that train, with or without labels."""
+        return dict(sorted({**self.of_role("train"), **self.of_role("unlabelled")}.items()))
 
     def kinds(self, role: str = "train") -> list[str]:
         """Kinds of the images at the enrolled sites of a role, ordered as `images.read.KINDS`."""
@@ -281,13 +281,32 @@ class Cohort:
         }
 
     @property
+    def tested(self) -> dict[str, int]:
+        """Site -> node id of the enrolled sites with test cases.
+
+        These are the held-out site, the observers, and the hospitals of the plan's `unlabelled`
+        whose manifest assigns cases to `test`.
+        """
+        scored = {
+            site: member.node
+            for site, member in self.members.items()
+            if site in self.plan.unlabelled and member.count("cases", "test") > 0
+        }
+        observers = {
+            site: node
+            for site, node in self.of_role("observer").items()
+            if site not in self.plan.unlabelled
+        }
+        return {**self.of_role("heldout"), **dict(sorted({**observers, **scored}.items()))}
+
+    @property
     def quorum(self) -> int:
         """Training sites that must answer.
 
         This is the plan's number, or else the number of expected sites that have a usable case and
         are not paused.
         """
-        expected = [site for site in self._expected("train") if not self._unusable(site)]
+        expected = [site for site in self._expected_to_train() if not self._unusable(site)]
         active = set(expected or self.training) - self.paused
         return self.plan.federation.quorum or max(1, len(active))
 
@@ -348,9 +367,12 @@ class Cohort:
             named |= {self.plan.heldout, *self.plan.observers} - {""}
         return sorted(site for site in named - self.departed if self.plan.role(site) == role)
 
+    def _expected_to_train(self) -> list[str]:
+        return sorted(site for role in TRAINING for site in self._expected(role))
+
     def _complete(self, quiet_s: float) -> bool:
         expected = {
-            *self._expected("train"),
+            *self._expected_to_train(),
             *self._expected("heldout"),
             *self._expected("observer"),
         }
@@ -365,7 +387,7 @@ class Cohort:
         heldout = self.plan.heldout
         if len(self.training) >= self.quorum and (not heldout or heldout in self.members):
             return
-        needed = [*self._expected("train"), *([heldout] if heldout else [])]
+        needed = [*self._expected_to_train(), *([heldout] if heldout else [])]
         silent = [site for site in needed if site not in self.members and site not in self.refusals]
         refusals = {
             name: problem for name, problem in self.refusals.items() if name not in self.departed
@@ -445,13 +467,14 @@ class Cohort:
             raise fail("ROL-201", where=site, found=f"the site does not accept role {role}")
         member = Member(site, node, reply.details)
         cases = reply.details.get("cases")
-        if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:
+        trains = self.plan.trains(site)
+        if trains and isinstance(cases, Mapping) and cases.get("train") == 0:
             raise fail("TRN-302", where=site, found="no case in its training split")
         slices = reply.details.get("slices")
-        if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
+        if trains and isinstance(slices, Mapping) and slices.get("train") == 0:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
-        if role == "train" and not member.slices("train"):
+        if trains and not member.slices("train"):
             # The number bounds the site's weight in every round, so that it must be known.
             expected = "a number of training slices, 1 or more"
             raise fail("PAY-110", where=site, found="no such number", expected=expected)
