@@ -51,6 +51,7 @@ from fedsgcg.clients.training import (
 )
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
+from fedsgcg.common.heads import build_trained
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
@@ -209,7 +210,7 @@ def evaluate(task: SiteRequest) -> RecordDict:
     task.spend("evaluations")
     if split == "validation" and not task.validates:
         return send(task, Reply(task.identity, task.site, cases=encode_cases([])))
-    network = load_global_model(task)
+    network = load_global_model(task, trained=False)
     save_features(task, network, split)
     agreement = MaskAgreement()
     rows = evaluate_cases(
@@ -279,12 +280,16 @@ def validation_metrics(task: SiteRequest, network: nn.Module) -> dict[str, float
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
-def load_global_model(task: SiteRequest) -> nn.Module:
-    """Build the plan's network on the site's device and load the weights of the request."""
+def load_global_model(task: SiteRequest, *, trained: bool = True) -> nn.Module:
+    """Build the plan's network on the site's device and load the weights of the request.
+
+    With `trained` the network has the method's training-only heads.
+    """
     if task.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = task.plan
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None)
+    channels = IN_CHANNELS, plan.data.out_channels
+    network = build_trained(plan, None) if trained else build_network(plan.network, *channels, None)
     load_weights(network, task.request.weights)
     network.to(task.device)
     return network

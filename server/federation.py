@@ -21,8 +21,8 @@ from flwr.serverapp import Grid
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import SEAL
+from fedsgcg.common.heads import build_trained, state_of, without_heads
 from fedsgcg.common.machine import arithmetic_of
-from fedsgcg.common.networks import build_network
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.plan import Plan
@@ -42,7 +42,7 @@ from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
-from fedsgcg.server.records.model_card import IN_CHANNELS, model_card
+from fedsgcg.server.records.model_card import model_card
 from fedsgcg.server.screening.history import VOID_ROUNDS
 from fedsgcg.server.selection import best_so_far, source_score
 from fedsgcg.server.sites.departures import check_departures, departed, departure_note
@@ -406,6 +406,7 @@ class Federation:
         rows = self._journal.rows() + validation_rows(last + 1, validation)
         prototypes, shift = self._prototypes_of(chosen)
         rows += shift
+        chosen = replace(chosen, weights=without_heads(chosen.weights))
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         kinds = self._cohort.kinds()
@@ -521,9 +522,6 @@ def check_finite(number: int, weights: Weights, parts: Mapping[str, ClassStatist
 
 
 def initial_weights(plan: Plan) -> Weights:
-    """Return the model that round 1 starts from, a function of the plan alone."""
+    """Return the model that round 1 starts from, heads included, a function of the plan alone."""
     seed = stream_seed(plan.seed, "initial weights")
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, seed)
-    return Weights.from_state(
-        {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
-    )
+    return Weights.from_state(state_of(build_trained(plan, seed)))

@@ -15,9 +15,9 @@ from fedsgcg.clients.data.batches import steps_of
 from fedsgcg.clients.data.case_files import CaseFile, open_site, splits
 from fedsgcg.clients.device import choose_device
 from fedsgcg.common.console import Screen
+from fedsgcg.common.heads import build_trained
 from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
 from fedsgcg.common.names import number_of
-from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.site.check_step import measure_step
 from fedsgcg.deploy.study.cell import Cell
@@ -117,9 +117,7 @@ def training_steps(plan: Plan) -> int:
 
 def model_bytes(plan: Plan) -> int:
     """Return the size of a model in bytes."""
-    state = build_network(
-        plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None
-    ).state_dict()
+    state = build_trained(plan, generator_seed=None).state_dict()
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 

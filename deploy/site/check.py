@@ -240,11 +240,9 @@ def _authority(path: Path) -> Finding:
 
 def payload_bytes(plan: Plan) -> int:
     """Return the bytes of a round in one direction: weights and, with SgCG, class statistics."""
-    from fedsgcg.common.networks import build_network
+    from fedsgcg.common.heads import build_trained, state_of
 
-    network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    weights = Weights.from_state(state).values.nbytes
+    weights = Weights.from_state(state_of(build_trained(plan, generator_seed=0))).values.nbytes
     features = plan.network.num_features
     return weights + plan.data.num_classes * (1 + features + features * (features + 1) // 2) * 8
 

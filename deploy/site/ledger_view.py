@@ -169,12 +169,11 @@ def _reply(plan: Plan, policy: SiteFile, folder: Path, weights: Weights) -> Reco
 
 def _weights(plan: Plan, model: Path | None) -> Weights:
     """Return the weights of a model file, or newly initialised ones of the plan's network."""
+    from fedsgcg.common.heads import build_trained, state_of
+
+    state = state_of(build_trained(plan, generator_seed=0))
     if model is not None:
         from safetensors.numpy import load_file
 
-        return Weights.from_state(load_file(model))
-    from fedsgcg.common.networks import IN_CHANNELS, build_network
-
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=0)
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+        state |= load_file(model)  # a saved model has no training-only heads
     return Weights.from_state(state)

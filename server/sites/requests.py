@@ -10,6 +10,7 @@ from typing import Final
 from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.heads import without_heads
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import EVALUATE, SUMMARY, TRAIN, Request
@@ -93,18 +94,17 @@ class SiteRequests:
         Args:
             split: `validation` or `test`.
             nodes: Site -> node id of the sites to ask.
-            weights: The model.
+            weights: The model; its training-only heads are not sent.
             number: Round that produced it.
         """
         identity = identity_of(self.plan, number)
+        request = Request(identity, without_heads(weights), options={"split": split})
         evaluations = []
         # A lost held-out site is waited for; a lost observer is not.
         enough = len(set(nodes) - {*self.plan.observers})
         if split == "validation":
             enough = self.cohort.quorum
-        for answer in self._ask(
-            EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough
-        ):
+        for answer in self._ask(EVALUATE, nodes, request, enough=enough):
             problem = answer.problem
             if answer.reply is not None:
                 cases = self.cohort.members[answer.site].count("cases", "validation")
