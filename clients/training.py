@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -95,7 +96,8 @@ def train_round(
     def attempt() -> tuple[dict[str, float], dict[str, Tensor]]:
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer)
-        session = Session(network, plan, len(stores), device, state)
+        rng = stream(plan.seed, round_number, client_name(names), "draws")
+        session = Session(network, plan, len(stores), device, state, rng)
         # A guide may change with the batches, so each attempt needs its own copy.
         own_guide = copy.copy(guide)
         figures = session.train(
@@ -154,6 +156,7 @@ class Session:
         domains: D, number of the client's source domains.
         device: Device of the training.
         state: What `state()` returned after the client's last round; missing entries start fresh.
+        rng: Draws the method's random numbers; by default from the plan's seed.
     """
 
     def __init__(
@@ -163,9 +166,11 @@ class Session:
         domains: int,
         device: torch.device,
         state: Mapping[str, Tensor],
+        rng: np.random.Generator | None = None,
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
+        self._rng = rng or stream(plan.seed, "draws")
         self.method: Source = method_class(plan.method)(network, plan, domains, device)
         self.method.local.train()
         self._optimizer = adam(
@@ -193,6 +198,7 @@ class Session:
         """
         names = ("loss", *self.method.parts)
         on_cpu = self._device.type == "cpu"
+        self.method.round_number = round_number
         sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         for step, batch in enumerate(batches):
             set_rate(self._optimizer, learning_rate(self._plan, round_number, step / steps))
@@ -200,6 +206,7 @@ class Session:
             sums += found
             if on_cpu and not math.isfinite(found[0].item()):
                 raise _diverged(round_number, step)
+        self.method.finish()
         return self._figures(names, sums, steps, round_number)
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
@@ -208,16 +215,22 @@ class Session:
             # A captured step keeps using the prototypes it was captured with.
             self._guide = guide
             self._replay = Replay(self._work, self._clear, self._device)
-        if isinstance(guide, Guidance | None):
-            self._cut = batch.sizes, micro_batches
-            tensors = [batch.images, batch.labels, *([] if batch.mixed is None else [batch.mixed])]
-            return self._replay(*tensors, key=self._cut)
+        drawn = (torch.from_numpy(one) for one in self.method.draw(batch.sizes, self._rng))
+        batch = replace(
+            batch, drawn=tuple(one.to(self._device, non_blocking=True) for one in drawn)
+        )
+        if self.method.captures and isinstance(guide, Guidance | None):
+            self._cut = batch.sizes, micro_batches, batch.mixed is not None
+            mixed = [] if batch.mixed is None else [batch.mixed]
+            return self._replay(batch.images, batch.labels, *mixed, *batch.drawn, key=self._cut)
         # A guide that changes during the round cannot be captured.
         return self._train(batch, micro_batches)
 
-    def _work(self, images: Tensor, labels: Tensor, mixed: Tensor | None = None) -> Tensor:
-        sizes, micro_batches = self._cut
-        return self._train(Batch(images, labels, sizes, mixed), micro_batches)
+    def _work(self, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
+        sizes, micro_batches, has_mixed = self._cut
+        mixed = more[0] if has_mixed else None
+        drawn = more[has_mixed:]
+        return self._train(Batch(images, labels, sizes, mixed, drawn), micro_batches)
 
     def _train(self, batch: Batch, micro_batches: int) -> Tensor:
         self._clear()

@@ -7,6 +7,17 @@ from typing import Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section, at_most
 from fedsgcg.common.settings.choices import is_import_path
+from fedsgcg.common.settings.methods import (
+    DsuSettings,
+    ElcfsSettings,
+    FedProtoSettings,
+    HarmoFLSettings,
+    IsdaSettings,
+    JiGenSettings,
+    MixStyleSettings,
+    MoonSettings,
+    SamlSettings,
+)
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
 # is read without torch.
@@ -17,11 +28,22 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "ram": frozenset({"mixes"}),
     "sgcg": frozenset({"contrasts"}),
     "ram_sgcg": frozenset({"contrasts", "mixes"}),
+    "isda": frozenset({"contrasts", "raw"}),
+    "moon": frozenset(),
+    "mixstyle": frozenset(),
+    "dsu": frozenset(),
+    "harmofl": frozenset({"mixes"}),
+    "fedproto": frozenset({"contrasts"}),
+    "elcfs": frozenset({"mixes"}),
+    "saml": frozenset({"mixes"}),
+    "jigen": frozenset(),
 }
-"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes."""
+"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
+`raw` = class statistics are those of the features as the classifier reads them, regardless of
+`prototypes.normalize`."""
 
 METHOD_NAMES = tuple(TRAITS)
-ALL_TRAITS = ("contrasts", "mixes")
+ALL_TRAITS = ("contrasts", "mixes", "raw")
 
 
 @dataclass(frozen=True)
@@ -133,8 +155,9 @@ class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or
-            `ram_sgcg` (both); or the import path of an own class, `package.module:Class`.
+        name: Key of `clients.methods.METHODS`, e.g. `source` (supervised), `ram` (RAM-DSIR), `sgcg`
+            or `ram_sgcg` (both), see "Methods" in the documentation; or the import path of an own
+            class, `package.module:Class`.
         statistics: Whether a site computes and sends class statistics, which contrastive methods
             need.
         learning_rate: Adam's initial rate; it decays as (1 - progress) ** poly_power over all
@@ -148,11 +171,21 @@ class MethodSettings(Section):
         local_epochs: Passes over a site's training slices per round.
         steps_per_round: Training steps per round, instead of epochs; 0 = use `local_epochs`.
         precision: `auto` uses bf16 on hardware that supports it and float32 elsewhere.
-        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
+        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`. The window and the sharing
+            are also those of `harmofl`, `elcfs` and `saml`, which mix amplitudes.
+        isda: Semantic augmentation of the features, for `isda`.
+        moon: Contrast between models, for `moon`.
+        mixstyle: Mixing of feature statistics, for `mixstyle`.
+        dsu: Perturbation of feature statistics, for `dsu`.
+        harmofl: Flat minimum, for `harmofl`.
+        fedproto: Distance to the global class means, for `fedproto`.
+        elcfs: Episodes and boundary contrast, for `elcfs`.
+        saml: Episodes and shape losses, for `saml`.
+        jigen: Jigsaw puzzles, for `jigen`.
         options: Options of an own method, e.g. `{margin: 0.5}`.
         traits: Traits of an own method: `contrasts` = learns from the global prototypes, `mixes` =
-            mixes amplitudes. Taken from its class when the settings are resolved, and compared with
-            the class at the sites.
+            mixes amplitudes, `raw` = class statistics of features that are not normalised. Taken
+            from its class when the settings are resolved, and compared with the class at the sites.
     """
 
     name: str
@@ -166,6 +199,15 @@ class MethodSettings(Section):
     steps_per_round: int = at_most(1_000_000, 0)
     precision: Literal["auto", "float32", "bf16"] = "auto"
     ram: RamSettings = RamSettings()
+    isda: IsdaSettings = IsdaSettings()
+    moon: MoonSettings = MoonSettings()
+    mixstyle: MixStyleSettings = MixStyleSettings()
+    dsu: DsuSettings = DsuSettings()
+    harmofl: HarmoFLSettings = HarmoFLSettings()
+    fedproto: FedProtoSettings = FedProtoSettings()
+    elcfs: ElcfsSettings = ElcfsSettings()
+    saml: SamlSettings = SamlSettings()
+    jigen: JiGenSettings = JiGenSettings()
     options: Options = field(default_factory=dict)
     traits: tuple[str, ...] = ()
 
@@ -208,6 +250,17 @@ class MethodSettings(Section):
     def mixes(self) -> bool:
         """Whether the method mixes amplitudes."""
         return "mixes" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def raw(self) -> bool:
+        """Whether class statistics are those of features that are not normalised."""
+        return "raw" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def restores(self) -> bool:
+        """Whether the method has RAM-DSIR's restoration decoder."""
+        has_decoder = self.name in ("ram", "ram_sgcg") or (self.is_own and self.mixes)
+        return has_decoder and self.ram.restoration > 0
 
 
 @dataclass(frozen=True)
