@@ -43,7 +43,6 @@ CHILD: Final = "training_heads"
 """Name of the network's child that holds the heads; their entries start with `training_heads.`."""
 
 
-
 def _jigsaw(plan: Plan) -> dict[str, nn.Module]:
     """Return JiGen's head on the mean of the deepest map: the permutation of the tiles."""
     network = plan.network

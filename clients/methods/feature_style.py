@@ -167,7 +167,7 @@ def encoder_blocks(network: nn.Module, numbers: Sequence[int]) -> list[nn.Module
     if not isinstance(blocks, nn.ModuleList) or max(numbers) > len(blocks):
         raise fail(
             "TRN-320",
-            found=f"{type(network).__name__} without a list encoder.blocks of {max(numbers)} blocks",
+            found=f"{type(network).__name__} without {max(numbers)} blocks in encoder.blocks",
             expected="a network with an encoder of several blocks",
             action="use network=unet or another method",
         )

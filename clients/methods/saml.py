@@ -120,7 +120,9 @@ class Saml(Source):
         """Return the mean over the structures of the triplet loss over the episode's slices."""
         settings, structures = self.plan.method.saml, self.plan.data.structure_classes()
         found = [
-            boundary_embeddings([view.features], structure_targets(labels, structures), settings.ring)
+            boundary_embeddings(
+                [view.features], structure_targets(labels, structures), settings.ring
+            )
             for view, labels in views
         ]
         embeddings, inside, valid = (torch.cat(part) for part in zip(*found, strict=True))

@@ -117,7 +117,11 @@ class Plan(Section):
         expected = f"a map of full resolution with {name}, which reads features at boundaries"
         yield at_boundary, "network.features", expected
         inside = name in ("isda", "mixstyle", "dsu") and self.network.is_own
-        yield not inside, "network.name", f"a built-in network with {name}, which changes its layers"
+        yield (
+            not inside,
+            "network.name",
+            f"a built-in network with {name}, which changes its layers",
+        )
         alone = name == "moon" and self.federation.ownership != "by_site"
         expected = "by_site with moon: the previous model of a client alone is the one it receives"
         yield not alone, "federation.ownership", expected

@@ -215,7 +215,11 @@ def split_selected(
 
 def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
     """Return every combination of the selected settings that a variant's method reads."""
-    read = [name for name in selected if _reads(variant.method, variant.traits, variant.federation, name)]
+    read = [
+        name
+        for name in selected
+        if _reads(variant.method, variant.traits, variant.federation, name)
+    ]
     if not read:
         return []
     combinations = itertools.product(*(selected[name] for name in read))

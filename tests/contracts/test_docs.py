@@ -24,6 +24,7 @@ from types import ModuleType
 
 import pytest
 
+from fedsgcg.clients.methods import METHODS
 from fedsgcg.common.settings.choices import is_file, is_import_path
 from fedsgcg.common.settings.compose import join
 from fedsgcg.common.settings.plan import Plan
@@ -99,6 +100,14 @@ CALLS = {" ".join(call): (block, call) for block in SHELL for call in commands(b
 def test_generated_parts_are_up_to_date() -> None:
     for path, text, wanted in GENERATOR.pages():
         assert text == wanted, f"{path}: run python docs/generate.py"
+
+
+def test_every_method_has_a_card_that_states_what_a_reader_needs() -> None:
+    page = (DOCS / "reference" / "methods.md").read_text()
+    for name, cls in METHODS.items():
+        card = GENERATOR.card_of(cls)
+        assert f"## {name}\n\n{card['Idea']}" in page
+        assert "not stated" not in card.values(), f"{name}: its docstring lacks {card}"
 
 
 def test_every_block_of_commands_is_run_or_says_what_it_needs() -> None:

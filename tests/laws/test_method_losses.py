@@ -1,4 +1,4 @@
-"""The losses of the local methods against sums written as loops, and against copies of a network."""
+"""The losses of the local methods against loops, and their gradients against moved networks."""
 
 import copy
 import math
@@ -379,7 +379,9 @@ def folder(tmp_path_factory):
 
 
 def method_of(folder, name, *overrides):
-    plan = sites.plan_of(folder / "data", folder, f"method={name}", "network.norm=group", *overrides)
+    plan = sites.plan_of(
+        folder / "data", folder, f"method={name}", "network.norm=group", *overrides
+    )
     network = build_trained(plan, 0).train()
     return METHODS[name](network, plan, 1, CPU), network, plan
 
@@ -400,7 +402,7 @@ def stepped(network, step):
     other = copy.deepcopy(network)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            parameter += step[name]
+            parameter.add_(step[name])
     return other
 
 

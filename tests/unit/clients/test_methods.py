@@ -165,9 +165,7 @@ def test_samls_metric_network_stays_at_the_site_and_jigens_head_is_shared(hospit
     plan, store = opened(hospital, "method=saml", "method.steps_per_round=1")
     network = build_trained(plan, 0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    _, state = train_round(
-        network, [store], plan, round_number=1, guide=None, device=CPU, state={}
-    )
+    _, state = train_round(network, [store], plan, round_number=1, guide=None, device=CPU, state={})
     assert any(name.startswith("local.metric") for name in state)
     assert set(before) == set(network.state_dict())
     plan, _ = opened(hospital, "method=jigen")
