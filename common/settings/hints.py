@@ -53,7 +53,7 @@ def meant(key: str, known: Sequence[str]) -> str:
     """
     # A user who writes `rounds` means `federation.rounds`: the last part identifies a setting.
     # Of several settings with the same last part the one nearest to the top is meant.
-    deepest_first = sorted(reversed(known), key=lambda name: -name.count("."))
+    deepest_first = sorted(known[::-1], key=lambda name: -name.count("."))
     ends = {name.rpartition(".")[2]: name for name in deepest_first}
     ends |= {name: name for name in [*known, *GROUPS]}
     if key in ends:

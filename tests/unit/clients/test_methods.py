@@ -22,8 +22,8 @@ from tests.unit.clients.test_step_parts import batch_of
 CPU = torch.device("cpu")
 PAPERS = ["isda", "moon", "mixstyle", "dsu", "harmofl", "fedproto", "elcfs", "saml", "jigen"]
 LEARNING = (
-    "method.learning_rate=3e-3",
-    "method.local_epochs=2",
+    "method.learning_rate=5e-3",
+    "method.local_epochs=1",
     "method.poly_power=0",
     "prototypes.warmup_rounds=0",
 )
