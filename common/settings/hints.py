@@ -53,8 +53,9 @@ def meant(key: str, known: Sequence[str]) -> str:
     """
     # A user who writes `rounds` means `federation.rounds`: the last part identifies a setting.
     # Of several settings with the same last part the one nearest to the top is meant.
-    deepest_first = sorted(known[::-1], key=lambda name: -name.count("."))
-    ends = {name.rpartition(".")[2]: name for name in deepest_first}
+    ends: dict[str, str] = {}
+    for name in sorted(known, key=lambda one: one.count(".")):
+        ends.setdefault(name.rpartition(".")[2], name)
     ends |= {name: name for name in [*known, *GROUPS]}
     if key in ends:
         return f"did you mean {ends[key]!r}?"
