@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -104,7 +105,8 @@ def train_round(
     def attempt() -> tuple[dict[str, float], dict[str, Tensor]]:
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer, terms)
-        session = Session(network, plan, len(stores), device, state)
+        rng = stream(plan.seed, round_number, client_name(names), "draws")
+        session = Session(network, plan, len(stores), device, state, rng)
         # A guide may change with the batches, so each attempt needs its own copy.
         own_guide = copy.copy(guide)
         figures = session.train(
@@ -166,6 +168,7 @@ class Session:
         domains: D, number of the client's source domains.
         device: Device of the training.
         state: What `state()` returned after the client's last round; missing entries start fresh.
+        rng: Draws the method's random numbers; by default from the plan's seed.
     """
 
     def __init__(
@@ -175,9 +178,11 @@ class Session:
         domains: int,
         device: torch.device,
         state: Mapping[str, Tensor],
+        rng: np.random.Generator | None = None,
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
+        self._rng = rng or stream(plan.seed, "draws")
         self.method: Source = method_class(plan.method)(network, plan, domains, device)
         self.method.local.train()
         self._optimizer = adam(
@@ -205,6 +210,7 @@ class Session:
         """
         names = ("loss", *self.method.parts)
         on_cpu = self._device.type == "cpu"
+        self.method.round_number = round_number
         sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         for step, batch in enumerate(batches):
             set_rate(self._optimizer, learning_rate(self._plan, round_number, step / steps))
@@ -212,6 +218,7 @@ class Session:
             sums += found
             if on_cpu and not math.isfinite(found[0].item()):
                 raise _diverged(round_number, step)
+        self.method.finish()
         return self._figures(names, sums, steps, round_number)
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
@@ -220,18 +227,24 @@ class Session:
             # A captured step keeps using the prototypes it was captured with.
             self._guide = guide
             self._replay = Replay(self._work, self._clear, self._device)
-        if isinstance(guide, Guidance | None):
+        drawn = (torch.from_numpy(one) for one in self.method.draw(batch.sizes, self._rng))
+        batch = replace(
+            batch, drawn=tuple(one.to(self._device, non_blocking=True) for one in drawn)
+        )
+        if self.method.captures and isinstance(guide, Guidance | None):
             extra = {name: getattr(batch, name) for name in ("mixed", "pairs")}
             given = {name: tensor for name, tensor in extra.items() if tensor is not None}
             self._cut = batch.sizes, micro_batches, batch.labelled, tuple(given)
-            return self._replay(batch.images, batch.labels, *given.values(), key=self._cut)
+            others = (*given.values(), *batch.drawn)
+            return self._replay(batch.images, batch.labels, *others, key=self._cut)
         # A guide that changes during the round cannot be captured.
         return self._train(batch, micro_batches)
 
     def _work(self, images: Tensor, labels: Tensor, *others: Tensor) -> Tensor:
         sizes, micro_batches, labelled, names = self._cut
-        extra = dict(zip(names, others, strict=True))
-        batch = Batch(images, labels, sizes, **extra, labelled=labelled)
+        extra = dict(zip(names, others, strict=False))
+        drawn = others[len(names) :]
+        batch = Batch(images, labels, sizes, **extra, labelled=labelled, drawn=drawn)
         return self._train(batch, micro_batches)
 
     def _train(self, batch: Batch, micro_batches: int) -> Tensor:

@@ -121,6 +121,7 @@ CODES: Final[dict[str, str]] = {
     "TRN-301": "The training loss is not finite.",
     "TRN-302": "The site has no training case.",
     "TRN-311": "The site's images have no neighbouring slices for pairs.",
+    "TRN-320": "The method does not fit the network.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",

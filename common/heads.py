@@ -36,13 +36,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedsgcg.common.networks import IN_CHANNELS, build_network, initialise, without_draws
 from fedsgcg.common.projection_heads import segclr_heads
 from fedsgcg.common.seeding import stream_seed
+from fedsgcg.common.settings.methods import JIGSAW_PERMUTATIONS
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.payload import Weights
 
 CHILD: Final = "training_heads"
 """Name of the network's child that holds the heads; their entries start with `training_heads.`."""
 
-HEADS: Final[dict[str, Callable[[Plan], Mapping[str, nn.Module]]]] = {"segclr": segclr_heads}
+
+def _jigsaw(plan: Plan) -> dict[str, nn.Module]:
+    """Return JiGen's head on the mean of the deepest map: the permutation of the tiles."""
+    network = plan.network
+    channels = network.num_features if network.is_own else 16 * network.base_width
+    return {"jigsaw": nn.Linear(channels, JIGSAW_PERMUTATIONS + 1)}
+
+
+HEADS: Final[dict[str, Callable[[Plan], Mapping[str, nn.Module]]]] = {
+    "jigen": _jigsaw,
+    "segclr": segclr_heads,
+}
 """Method -> builder of its heads by name."""
 
 

@@ -34,6 +34,7 @@ class Batch:
             round without one.
         labelled: Whether the labels may be used; False at a site without masks, whose labels are
             255, and in pre-training.
+        drawn: Random numbers of the step, arrays (B, ...) of `Source.draw`.
     """
 
     images: Tensor
@@ -42,6 +43,7 @@ class Batch:
     mixed: Tensor | None = None
     pairs: Tensor | None = None
     labelled: bool = True
+    drawn: tuple[Tensor, ...] = ()
 
     def parts(self, count: int) -> list[tuple[float, Batch]]:
         """Split into at most `count` parts, each with its share of the slices.
@@ -65,8 +67,15 @@ class Batch:
             mixed = self.mixed[index] if self.mixed is not None else None
             pairs = self.pairs[index] if self.pairs is not None else None
             sizes = tuple(len(one) for one in kept)
+            drawn = tuple(one[index] for one in self.drawn)
             batch = Batch(
-                self.images[index], self.labels[index], sizes, mixed, pairs, self.labelled
+                self.images[index],
+                self.labels[index],
+                sizes,
+                mixed,
+                pairs,
+                labelled=self.labelled,
+                drawn=drawn,
             )
             parts.append((len(index) / len(self.images), batch))
         return parts

@@ -9,8 +9,16 @@ elsewhere can be used by its import path, `method=package.module:Class`.
 from __future__ import annotations
 
 from fedsgcg.clients.methods.base import Loss, Source, View
+from fedsgcg.clients.methods.elcfs import Elcfs
+from fedsgcg.clients.methods.feature_style import Dsu, MixStyle
+from fedsgcg.clients.methods.fedproto import FedProto
 from fedsgcg.clients.methods.guidance import Guidance, Guide
+from fedsgcg.clients.methods.harmofl import HarmoFL
+from fedsgcg.clients.methods.isda import Isda
+from fedsgcg.clients.methods.jigen import JiGen
+from fedsgcg.clients.methods.moon import Moon
 from fedsgcg.clients.methods.ram import Ram, RamSgCG
+from fedsgcg.clients.methods.saml import Saml
 from fedsgcg.clients.methods.segclr import SegCLR
 from fedsgcg.clients.methods.sgcg import SgCG
 from fedsgcg.common.settings.own_code import load_class, traits_of, unusable
@@ -22,6 +30,15 @@ METHODS: dict[str, type[Source]] = {
     "sgcg": SgCG,
     "ram_sgcg": RamSgCG,
     "segclr": SegCLR,
+    "isda": Isda,
+    "moon": Moon,
+    "mixstyle": MixStyle,
+    "dsu": Dsu,
+    "harmofl": HarmoFL,
+    "fedproto": FedProto,
+    "elcfs": Elcfs,
+    "saml": Saml,
+    "jigen": JiGen,
 }
 
 

@@ -26,7 +26,17 @@ from fedsgcg.common.networks import UNet
 
 
 class SegCLR(Source):
-    """The joint loss; each term is left out where the batch has no labels or no pairs."""
+    """SegCLR: supervised and contrastive learning jointly, also at hospitals without masks.
+
+    Formula: L = 1/2 (L_con(source) + L_con(target)) + 20 L_supervised, with NT-Xent or SimSiam of
+        two views' projections of the deepest map; a term is left out where a batch has no labels or
+        no pairs.
+    Leaves: weights, those of the projection heads included; of a hospital without masks only the
+        encoder and the heads count.
+    Defaults: weight 20 as published; temperature, widths, augmentation and the distance of slices
+        are this project's choices, because the paper does not state them.
+    Source: SegCLR, arXiv 2405.05336; SimCLR, arXiv 2002.05709; SimSiam, arXiv 2011.10566.
+    """
 
     pairs = True
 

@@ -115,7 +115,7 @@ class Plan(Section):
         """The sections are compatible with each other."""
         mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
-        restores = self.method.mixes and self.method.ram.restoration > 0
+        restores = self.method.restores
         expected = "0 with a network by import path: the restoration decoder belongs to the U-Net"
         yield not (restores and self.network.is_own), "method.ram.restoration", expected
         pooled = self.federation.ownership == "pooled"
@@ -128,6 +128,7 @@ class Plan(Section):
         expected = "by_site: the hospital of an upper bound is also tested, which a pool is not"
         bound = bool(self.unlabelled) and self.method.unlabelled == "labels"
         yield not (pooled and bound), "federation.ownership", expected
+        yield from self._method_fits()
         subtracts = self.prototypes.memory in ("overlay", "online")
         own_part = subtracts and self.prototypes.weighting != "pixels"
         trims = subtracts and self.prototypes.trimmed > 0
@@ -151,6 +152,31 @@ class Plan(Section):
         expected += f"{self.data.image_size}: the head has {side} x {side} positions"
         fits = segclr.head == "pool" or inputs <= MOST_INPUTS
         yield fits, "method.segclr.head_channels", expected
+
+    def _method_fits(self) -> Checks:
+        """The method has what it needs: maps, other clients, the right amplitudes."""
+        name, features = self.method.name, self.network.features
+        reads_head = name != "isda" or features == "penultimate"
+        yield reads_head, "network.features", "penultimate with isda, which augments its features"
+        at_boundary = name not in ("elcfs", "saml") or features != "bottleneck"
+        expected = f"a map of full resolution with {name}, which reads features at boundaries"
+        yield at_boundary, "network.features", expected
+        inside = name in ("isda", "mixstyle", "dsu") and self.network.is_own
+        yield (
+            not inside,
+            "network.name",
+            f"a built-in network with {name}, which changes its layers",
+        )
+        alone = name == "moon" and self.federation.ownership != "by_site"
+        expected = "by_site with moon: the previous model of a client alone is the one it receives"
+        yield not alone, "federation.ownership", expected
+        one_mean = name != "harmofl" or self.method.ram.sharing != "bank"
+        yield one_mean, "method.ram.sharing", "local | summary with harmofl, which uses their mean"
+
+    @property
+    def unit_features(self) -> bool:
+        """Whether class statistics describe features of unit length."""
+        return self.prototypes.normalize and not self.method.raw
 
     def members(self) -> tuple[str, ...]:
         """Return the names of the sites of this federation; empty if any hospital may join."""

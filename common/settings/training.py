@@ -7,6 +7,17 @@ from typing import Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section, at_most
 from fedsgcg.common.settings.choices import is_import_path
+from fedsgcg.common.settings.methods import (
+    DsuSettings,
+    ElcfsSettings,
+    FedProtoSettings,
+    HarmoFLSettings,
+    IsdaSettings,
+    JiGenSettings,
+    MixStyleSettings,
+    MoonSettings,
+    SamlSettings,
+)
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
 # is read without torch.
@@ -18,12 +29,22 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "sgcg": frozenset({"contrasts"}),
     "ram_sgcg": frozenset({"contrasts", "mixes"}),
     "segclr": frozenset({"pairs"}),
+    "isda": frozenset({"contrasts", "raw"}),
+    "moon": frozenset(),
+    "mixstyle": frozenset(),
+    "dsu": frozenset(),
+    "harmofl": frozenset({"mixes"}),
+    "fedproto": frozenset({"contrasts"}),
+    "elcfs": frozenset({"mixes"}),
+    "saml": frozenset({"mixes"}),
+    "jigen": frozenset(),
 }
 """Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
-`pairs` = learns from pairs of images without labels."""
+`pairs` = learns from pairs of images without labels, `raw` = class statistics are those of the
+features as the classifier reads them, regardless of `prototypes.normalize`."""
 
 METHOD_NAMES = tuple(TRAITS)
-ALL_TRAITS = ("contrasts", "mixes")
+ALL_TRAITS = ("contrasts", "mixes", "raw")
 
 
 @dataclass(frozen=True)
@@ -194,9 +215,9 @@ class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or
-            `ram_sgcg` (both), `segclr`; or the import path of an own class,
-            `package.module:Class`.
+        name: Key of `clients.methods.METHODS`, e.g. `source` (supervised), `ram` (RAM-DSIR), `sgcg`
+            or `ram_sgcg` (both), see "Methods" in the documentation; or the import path of an own
+            class, `package.module:Class`.
         statistics: Whether a site computes and sends class statistics, which contrastive methods
             need.
         learning_rate: Adam's initial rate; it decays as (1 - progress) ** poly_power over all
@@ -215,12 +236,22 @@ class MethodSettings(Section):
             are never read (`segclr`); `leave_out`, they do not train; `labels`, they train with
             their masks, an upper bound for comparison and marked as such. In every case a hospital
             is evaluated on the cases that its manifest assigns to `test`.
-        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
+        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`. The window and the sharing
+            are also those of `harmofl`, `elcfs` and `saml`, which mix amplitudes.
+        isda: Semantic augmentation of the features, for `isda`.
+        moon: Contrast between models, for `moon`.
+        mixstyle: Mixing of feature statistics, for `mixstyle`.
+        dsu: Perturbation of feature statistics, for `dsu`.
+        harmofl: Flat minimum, for `harmofl`.
+        fedproto: Distance to the global class means, for `fedproto`.
+        elcfs: Episodes and boundary contrast, for `elcfs`.
+        saml: Episodes and shape losses, for `saml`.
+        jigen: Jigsaw puzzles, for `jigen`.
         segclr: The contrastive term of `segclr`.
         options: Options of an own method, e.g. `{margin: 0.5}`.
         traits: Traits of an own method: `contrasts` = learns from the global prototypes, `mixes` =
-            mixes amplitudes. Taken from its class when the settings are resolved, and compared with
-            the class at the sites.
+            mixes amplitudes, `raw` = class statistics of features that are not normalised. Taken
+            from its class when the settings are resolved, and compared with the class at the sites.
     """
 
     name: str
@@ -236,6 +267,15 @@ class MethodSettings(Section):
     unlabelled: Literal["refuse", "contrast", "leave_out", "labels"] = "refuse"
     ram: RamSettings = RamSettings()
     segclr: SegClrSettings = SegClrSettings()
+    isda: IsdaSettings = field(default_factory=IsdaSettings)
+    moon: MoonSettings = field(default_factory=MoonSettings)
+    mixstyle: MixStyleSettings = field(default_factory=MixStyleSettings)
+    dsu: DsuSettings = field(default_factory=DsuSettings)
+    harmofl: HarmoFLSettings = field(default_factory=HarmoFLSettings)
+    fedproto: FedProtoSettings = field(default_factory=FedProtoSettings)
+    elcfs: ElcfsSettings = field(default_factory=ElcfsSettings)
+    saml: SamlSettings = field(default_factory=SamlSettings)
+    jigen: JiGenSettings = field(default_factory=JiGenSettings)
     options: Options = field(default_factory=dict)
     traits: tuple[str, ...] = ()
 
@@ -288,6 +328,17 @@ class MethodSettings(Section):
     def pairs(self) -> bool:
         """Whether the method learns from pairs of images without labels."""
         return "pairs" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def raw(self) -> bool:
+        """Whether class statistics are those of features that are not normalised."""
+        return "raw" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def restores(self) -> bool:
+        """Whether the method has RAM-DSIR's restoration decoder."""
+        has_decoder = self.name in ("ram", "ram_sgcg") or (self.is_own and self.mixes)
+        return has_decoder and self.ram.restoration > 0
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def variants(
     found: dict[Variant, None] = {}
     for name, owner in itertools.product(methods, federations):
         own_traits = frozenset(traits.get(name, ()))
-        read = [key for key in swept if _reads(own_traits, owner, key)]
+        read = [key for key in swept if _reads(name, own_traits, owner, key)]
         for combination in itertools.product(*(swept[key] for key in read)):
             pairs = list(zip(read, combination, strict=True))
             parts = [labels[name]]
@@ -216,7 +216,11 @@ def split_selected(
 
 def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
     """Return every combination of the selected settings that a variant's method reads."""
-    read = [name for name in selected if _reads(variant.traits, variant.federation, name)]
+    read = [
+        name
+        for name in selected
+        if _reads(variant.method, variant.traits, variant.federation, name)
+    ]
     if not read:
         return []
     combinations = itertools.product(*(selected[name] for name in read))
@@ -226,7 +230,10 @@ def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-def _reads(traits: Collection[str], federation: str, key: str) -> bool:
+def _reads(method: str, traits: Collection[str], federation: str, key: str) -> bool:
+    section = key.split(".")[1] if key.startswith("method.") else ""
+    if section in TRAITS and section != "ram" and method in TRAITS:
+        return section == method  # a method's own settings
     if key.startswith("prototypes."):
         return "contrasts" in traits
     if key == "method.ram.sharing" and federation != "by_site":

@@ -187,7 +187,7 @@ def model_card(
         "rounds": plan.federation.rounds,
         "validation_dice": chosen.score,
         "prototypes": paths.PROTOTYPES if prototypes else None,
-        "normalize": plan.prototypes.normalize,
+        "normalize": plan.unit_features,
         "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score))
         | {"images": ", ".join(f"{kind}s" for kind in kinds)},
     }

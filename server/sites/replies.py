@@ -156,7 +156,7 @@ def expectation_for(
         site=site,
         reference=request.weights if training else None,
         statistics_shape=shape if described and plan.method.statistics and labelled else None,
-        unit_norm=plan.prototypes.normalize,
+        unit_norm=plan.unit_features,
         max_examples=slices,
         max_cases=cases,
         max_pixels=most_pixels(plan, slices, number),

@@ -24,6 +24,7 @@ from types import ModuleType
 
 import pytest
 
+from fedsgcg.clients.methods import METHODS
 from fedsgcg.common.settings.choices import is_file, is_import_path
 from fedsgcg.common.settings.compose import join
 from fedsgcg.common.settings.plan import Plan
@@ -104,6 +105,14 @@ def test_generated_parts_are_up_to_date() -> None:
         if path.name == "command-line.md" and sys.version_info >= (3, 13):
             continue  # its argparse writes `-o, --output DIR` where the page has `-o DIR, --output`
         assert text == wanted, f"{path}: run python docs/generate.py"
+
+
+def test_every_method_has_a_card_that_states_what_a_reader_needs() -> None:
+    page = (DOCS / "reference" / "methods.md").read_text()
+    for name, cls in METHODS.items():
+        card = GENERATOR.card_of(cls)
+        assert f"## {name}\n\n{card['Idea']}" in page
+        assert "not stated" not in card.values(), f"{name}: its docstring lacks {card}"
 
 
 def test_every_block_of_commands_is_run_or_says_what_it_needs() -> None:
