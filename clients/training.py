@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsgcg.clients.corrections import corrections_of
 from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
 from fedsgcg.clients.data.augment import augment
 from fedsgcg.clients.data.batches import (
@@ -53,6 +54,7 @@ def train_round(
     device: torch.device,
     amplitudes: bytes = b"",
     state: dict[str, Tensor] | None = None,
+    control: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
 
@@ -70,6 +72,7 @@ def train_round(
         device: Device of the training.
         amplitudes: Amplitudes of other sites, for `method.ram.sharing=summary` and `bank`.
         state: What `train_round` returned in the site's last round; None starts fresh.
+        control: SCAFFOLD's global control variate by parameter (`clients.corrections`).
 
     Returns:
         Metrics of the round: examples (training slices), steps, seconds, learning_rate (of the
@@ -95,7 +98,7 @@ def train_round(
     def attempt() -> tuple[dict[str, float], dict[str, Tensor]]:
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer)
-        session = Session(network, plan, len(stores), device, state)
+        session = Session(network, plan, len(stores), device, state, control)
         # A guide may change with the batches, so each attempt needs its own copy.
         own_guide = copy.copy(guide)
         figures = session.train(
@@ -154,6 +157,7 @@ class Session:
         domains: D, number of the client's source domains.
         device: Device of the training.
         state: What `state()` returned after the client's last round; missing entries start fresh.
+        control: SCAFFOLD's global control variate by parameter.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class Session:
         domains: int,
         device: torch.device,
         state: Mapping[str, Tensor],
+        control: Mapping[str, Tensor] | None = None,
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
@@ -173,6 +178,8 @@ class Session:
         )
         self._replay = Replay(self._work, self._clear, device)
         self._guide: Guide | None = None
+        self._corrections = corrections_of(network, plan, state, control or {})
+        self._steps = 0
         self._restore(state)
 
     def train(
@@ -204,6 +211,7 @@ class Session:
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
         """Take one step; return the detached loss and its parts in the order of `method.parts`."""
+        self._steps += 1
         if guide is not self._guide:
             # A captured step keeps using the prototypes it was captured with.
             self._guide = guide
@@ -230,6 +238,8 @@ class Session:
                 [total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)]
             )
             found.append(values if share == 1 else share * values)
+        for correction in self._corrections:
+            correction.apply()
         self._optimizer.step()
         return torch.stack(found).sum(0)
 
@@ -237,13 +247,15 @@ class Session:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what stays at the site: local networks and, if kept, Adam's moments."""
+        """Return what stays at the site: local networks, control variates, kept Adam moments."""
         tensors = {
             f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()
         }
         if self._plan.federation.moments == "keep":
             for index, moments in self._optimizer.state_dict()["state"].items():
                 tensors |= {f"{MOMENTS}{index}.{name}": tensor for name, tensor in moments.items()}
+        for correction in self._corrections:
+            tensors |= correction.state(self._steps)
         return tensors
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
