@@ -39,7 +39,7 @@ from fedsgcg.server.aggregation.amplitudes import (
     usable_amplitudes,
 )
 from fedsgcg.server.aggregation.fedavg import merge_moments
-from fedsgcg.server.aggregation.parts import MergeContext, by_site, without_sites
+from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
@@ -542,8 +542,8 @@ class Federation:
 def weight_rows(number: int, state: AggregatorState) -> list[Row]:
     """Return the sites' weights of a rule that computes its own (phase `merge`)."""
     return [
-        row(number, "merge", site, "aggregation_weight", float(value))
-        for site, value in by_site(state, "weight").items()
+        row(number, "merge", site, "aggregation_weight", value)
+        for site, value in numbers_by_site(state, "weight").items()
     ]
 
 

@@ -12,7 +12,7 @@ without one has the mean need of the others. A site can raise its weight by stat
 novelty is computed here.
 
 Source: Jiang et al. 2023 (CVPR), "Fair Federated Medical Image Segmentation via Client Contribution
-Estimation". State: `cosines/<site>` (2,) float64, sum and number; `weight/<site>` () float64 and
+Estimation". State: `cosines/<site>` (2,) float64, sum and number; `weight/<site>` (1,) float64 and
 `digest/<site>` (32,) uint8 of the models merged last, from which a site knows its own weight.
 """
 
@@ -25,7 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsgcg.common.wire.payload import Weights
-from fedsgcg.server.aggregation.parts import MergeContext, Parts, by_site, entry, sorted_by_site
+from fedsgcg.server.aggregation.parts import (
+    MergeContext,
+    Parts,
+    by_site,
+    entry,
+    number_of,
+    numbers_by_site,
+    sorted_by_site,
+)
 from fedsgcg.server.aggregation.site_weights import merge_with
 from fedsgcg.server.records.checkpoint import AggregatorState
 from fedsgcg.server.screening.weights import Model, Updates
@@ -52,7 +60,7 @@ def fedce(
     named = dict(zip(sites, weights.tolist(), strict=True))
     after = {entry("cosines", site): value for site, value in sorted(cosines.items())}
     for site, model, _ in ordered:
-        after[entry("weight", site)] = np.array(named[site])
+        after[entry("weight", site)] = number_of(named[site])
         after[entry("digest", site)] = np.frombuffer(bytes.fromhex(model.digest()), np.uint8)
     return merge_with(ordered, named), after
 
@@ -93,10 +101,10 @@ def contributions(novelty: Array, needs: Array, mode: str) -> Array:
 
 def merged_shares(state: AggregatorState) -> dict[str, float]:
     """Return digest -> relative weight of the models that were merged last."""
-    weights = by_site(state, "weight")
-    total = math.fsum(float(value) for value in weights.values())
+    weights = numbers_by_site(state, "weight")
+    total = math.fsum(weights.values())
     return {
-        bytes(digest).hex(): float(weights[site]) / total
+        bytes(digest).hex(): weights[site] / total
         for site, digest in by_site(state, "digest").items()
     }
 

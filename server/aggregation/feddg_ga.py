@@ -14,7 +14,7 @@ d/D in a round, whatever it states.
 
 The published code multiplies by 1/3 for its three sites, here 1/D; it decays the first step too,
 here the first step is `step`. Source: Zhang et al. 2023 (CVPR), "Federated Domain Generalization
-with Generalization Adjustment". State: `weight/<site>`, `trained/<site>` () float64, the last being
+with Generalization Adjustment". State: `weight/<site>`, `trained/<site>` (1,) float64, the last being
 the validation Dice of the site's own model of the round.
 """
 
@@ -23,11 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import numpy as np
-
 from fedsgcg.common.settings.aggregation import FedDGGASettings
 from fedsgcg.common.wire.payload import Weights
-from fedsgcg.server.aggregation.parts import MergeContext, Parts, by_site, entry, sorted_by_site
+from fedsgcg.server.aggregation.parts import (
+    MergeContext,
+    Parts,
+    entry,
+    number_of,
+    numbers_by_site,
+    sorted_by_site,
+)
 from fedsgcg.server.aggregation.site_weights import merge_with
 from fedsgcg.server.records.checkpoint import AggregatorState
 
@@ -37,8 +42,8 @@ def feddg_ga(
 ) -> tuple[Weights, AggregatorState]:
     """Return the mean of the models with the adjusted weights, and these."""
     del previous
-    known = {site: float(value) for site, value in by_site(state, "weight").items()}
-    trained = {site: float(value) for site, value in by_site(state, "trained").items()}
+    known = numbers_by_site(state, "weight")
+    trained = numbers_by_site(state, "trained")
     sites = sorted({*known, *(site for site, _, _ in parts)})
     equal = 1.0 / len(sites)
     weights = _normalised({site: known.get(site, equal) for site in sites})
@@ -53,8 +58,8 @@ def feddg_ga(
         for site, metrics in context.metrics.items()
         if math.isfinite(metrics.get("validation_dice_trained", math.nan))
     }
-    after = {entry("weight", site): np.array(value) for site, value in weights.items()}
-    after |= {entry("trained", site): np.array(value) for site, value in sorted(own.items())}
+    after = {entry("weight", site): number_of(value) for site, value in weights.items()}
+    after |= {entry("trained", site): number_of(value) for site, value in sorted(own.items())}
     return merge_with(sorted_by_site(parts), weights), after
 
 

@@ -64,6 +64,16 @@ def by_site(state: AggregatorState, quantity: str) -> dict[str, npt.NDArray[Any]
     }
 
 
+def numbers_by_site(state: AggregatorState, quantity: str) -> dict[str, float]:
+    """Return a quantity with one number for each site; stored as (1,), as a file keeps no ()."""
+    return {site: value.item() for site, value in by_site(state, quantity).items()}
+
+
+def number_of(value: float) -> npt.NDArray[np.float64]:
+    """Return a number as an entry of a state."""
+    return np.array([value], np.float64)
+
+
 def without_sites(state: AggregatorState, gone: Collection[str]) -> AggregatorState:
     """Return a rule's state without the entries of departed sites.
 

@@ -14,7 +14,7 @@ mean of the variates that the coordinator has, while a sum of changes would stay
 last variate of every site is kept, so that a departed site can be taken out.
 
 Source: Karimireddy et al. 2020 (arXiv 1910.06378), option II. State: `control/<site>` (L,) float32,
-`share/<site>` () float64.
+`share/<site>` (1,) float64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ import numpy.typing as npt
 
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.aggregation.fedavg import merge_weights
-from fedsgcg.server.aggregation.parts import MergeContext, Parts, by_site, entry, sorted_by_site
+from fedsgcg.server.aggregation.parts import (
+    MergeContext,
+    Parts,
+    by_site,
+    entry,
+    number_of,
+    numbers_by_site,
+    sorted_by_site,
+)
 from fedsgcg.server.aggregation.server_step import mean_update, stepped
 from fedsgcg.server.records.checkpoint import AggregatorState
 
@@ -40,16 +48,16 @@ def scaffold(
     known = dict(state)
     for site, _, share in sorted_by_site(parts):
         known[entry("control", site)] = context.control_variates[site]
-        known[entry("share", site)] = np.float64(share).reshape(())
+        known[entry("share", site)] = number_of(share)
     return merged, known
 
 
 def global_control(state: AggregatorState) -> npt.NDArray[np.float32] | None:
     """Return c (L,), the weighted mean of the sites' control variates; None before the first."""
-    controls, shares = by_site(state, "control"), by_site(state, "share")
+    controls, shares = by_site(state, "control"), numbers_by_site(state, "share")
     if not controls:
         return None
     total = np.zeros(next(iter(controls.values())).shape, np.float64)
     for site, control in controls.items():
-        total += float(shares[site]) * control.astype(np.float64)
-    return np.asarray(total / sum(float(shares[site]) for site in controls), np.float32)
+        total += shares[site] * control.astype(np.float64)
+    return np.asarray(total / sum(shares[site] for site in controls), np.float32)

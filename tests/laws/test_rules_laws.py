@@ -293,13 +293,13 @@ def test_feddg_ga_compares_the_merged_model_with_the_sites_own_of_the_round_befo
     # The merged model has 0.5 at A, which lost 0.3, and 0.6 at B, which lost nothing.
     model, state = rule(model, parts, state, told(2, A=(0.5, 0.8), B=(0.6, 0.6)))
     a = (0.5 + 0.1) / 1.1
-    assert float(state["weight/A"]) == pytest.approx(a)
+    assert state["weight/A"].item() == pytest.approx(a)
     assert model.values[0] == pytest.approx(a + 3 * (1 - a))
     # B was not there in round 2: nothing is known about its loss in the merge.
     alone, late = rule(START, parts[:1], state, told(3, A=(0.8, 0.8)))
     assert alone.values[0] == 1.0
     _, back = rule(START, parts, late, told(4, A=(0.8, 0.8), B=(0.1, 0.9)))
-    assert float(back["weight/A"]) == pytest.approx(float(late["weight/A"]))
+    assert back["weight/A"].item() == pytest.approx(late["weight/A"].item())
     assert set(without_sites(back, {"A"})) == {"weight/B", "trained/B"}
 
 
@@ -343,7 +343,7 @@ def test_fedce_weights_and_what_it_sends(mode: str) -> None:
     cosines = consensus_cosines(moved @ moved.T, np.array([3, 1, 2]) / 6)
     needs = 1 - np.array([0.25, 0.5, 0.75])
     wanted = contributions(1 - cosines, needs, mode)  # both rounds had the same cosines
-    np.testing.assert_allclose([float(after[f"weight/site {k}"]) for k in range(3)], wanted)
+    np.testing.assert_allclose([after[f"weight/site {k}"].item() for k in range(3)], wanted)
     np.testing.assert_allclose(second.values[:4], wanted @ moved, rtol=1e-6)
     assert sum(merged_shares(after).values()) == pytest.approx(1.0)
     assert after["cosines/site 0"][1] == 2.0
