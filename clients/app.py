@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fedsgcg.clients.corrections import received_control, sent_control
 from fedsgcg.clients.data.pairs import check_pairs
 from fedsgcg.clients.data.store import SliceTable
 from fedsgcg.clients.evaluation import (
@@ -42,7 +43,14 @@ from fedsgcg.clients.methods.running_guide import (
     statistics_from_state,
     statistics_to_state,
 )
+from fedsgcg.clients.own_norm import take_own_norm
 from fedsgcg.clients.request import SiteRequest, handle, require_role
+from fedsgcg.clients.rules import (
+    keeps_norm,
+    metrics_of_trained,
+    metrics_without_site,
+    state_of_rule,
+)
 from fedsgcg.clients.training import (
     client_name,
     load_weights,
@@ -130,6 +138,10 @@ def send_statistics(task: SiteRequest) -> RecordDict:
     options, network = task.request.options, load_global_model(task)
     mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
     measured = moments(task, network) if options.get("moments") else None
+    if keeps_norm(task.plan) and mode is None:
+        # After a merge, the layers are those of this round; before training, of the last one.
+        _, state = task.state.load(task.identity.round + (measured is not None))
+        take_own_norm(network, state)
     wanted = task.plan.method.statistics and (options.get("classes") or measured is None)
     if wanted and task.role == "unlabelled":
         raise fail("ROL-212", where=task.site, found="a request for class statistics")
@@ -145,9 +157,12 @@ def train(task: SiteRequest) -> RecordDict:
     task.spend("releases")
     plan, number = task.plan, task.identity.round
     network = load_global_model(task)
-    described = statistics(task, network) if plan.described_in_training(number) else None
-    before = validation_metrics(task, network)
     _, state = task.state.load(number)
+    before = validation_metrics(task, network)
+    before |= metrics_without_site(task, state, validation_metrics)
+    if keeps_norm(plan):
+        take_own_norm(network, state)
+    described = statistics(task, network) if plan.described_in_training(number) else None
     own = apply_floors_to(task, described) if plan.prototypes.memory == "overlay" else None
     guide = build_guide(
         task.request.prototypes,
@@ -167,15 +182,18 @@ def train(task: SiteRequest) -> RecordDict:
         device=task.device,
         amplitudes=task.request.amplitudes,
         state=state,
+        control=received_control(task.request.weights, task.request.control_variates),
     )
     if plan.prototypes.memory == "online":
         described = statistics_from_state(state, ONLINE)
         own = apply_floors_to(task, described)
+    trained = weights_of(network)
+    state |= state_of_rule(plan, network, trained)
     if state or own is not None:
         task.state.store(number, state | statistics_to_state(own))
-    return send(
-        task, Reply(task.identity, task.site, weights_of(network), described, before | figures)
-    )
+    metrics = before | figures | metrics_of_trained(task, network, validation_metrics)
+    reply = Reply(task.identity, task.site, trained, described, metrics)
+    return send(task, replace(reply, control_variates=sent_control(trained, state)))
 
 
 def held_parts(options: Mapping[str, Any]) -> frozenset[str]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsgcg.clients.corrections import corrections_of
 from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
 from fedsgcg.clients.data.augment import augment
 from fedsgcg.clients.data.batches import (
@@ -56,6 +57,7 @@ def train_round(
     device: torch.device,
     amplitudes: bytes = b"",
     state: dict[str, Tensor] | None = None,
+    control: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
 
@@ -73,6 +75,7 @@ def train_round(
         device: Device of the training.
         amplitudes: Amplitudes of other sites, for `method.ram.sharing=summary` and `bank`.
         state: What `train_round` returned in the site's last round; None starts fresh.
+        control: SCAFFOLD's global control variate by parameter (`clients.corrections`).
 
     Returns:
         Metrics of the round: examples (training slices), steps, seconds, learning_rate (of the
@@ -106,7 +109,7 @@ def train_round(
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
         batches = round_batches(tables, plan, round_number, names, device, mixer, terms)
         rng = stream(plan.seed, round_number, client_name(names), "draws")
-        session = Session(network, plan, len(stores), device, state, rng)
+        session = Session(network, plan, len(stores), device, state, rng, control)
         # A guide may change with the batches, so each attempt needs its own copy.
         own_guide = copy.copy(guide)
         figures = session.train(
@@ -169,6 +172,7 @@ class Session:
         device: Device of the training.
         state: What `state()` returned after the client's last round; missing entries start fresh.
         rng: Draws the method's random numbers; by default from the plan's seed.
+        control: SCAFFOLD's global control variate by parameter.
     """
 
     def __init__(
@@ -179,6 +183,7 @@ class Session:
         device: torch.device,
         state: Mapping[str, Tensor],
         rng: np.random.Generator | None = None,
+        control: Mapping[str, Tensor] | None = None,
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
@@ -190,6 +195,8 @@ class Session:
         )
         self._replay = Replay(self._work, self._clear, device)
         self._guide: Guide | None = None
+        self._corrections = corrections_of(network, plan, state, control or {})
+        self._steps = 0
         self._restore(state)
 
     def train(
@@ -223,6 +230,7 @@ class Session:
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
         """Take one step; return the detached loss and its parts in the order of `method.parts`."""
+        self._steps += 1
         if guide is not self._guide:
             # A captured step keeps using the prototypes it was captured with.
             self._guide = guide
@@ -258,6 +266,8 @@ class Session:
                 [total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)]
             )
             found.append(values if share == 1 else share * values)
+        for correction in self._corrections:
+            correction.apply()
         self._optimizer.step()
         return torch.stack(found).sum(0)
 
@@ -265,13 +275,15 @@ class Session:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what stays at the site: local networks and, if kept, Adam's moments."""
+        """Return what stays at the site: local networks, control variates, kept Adam moments."""
         tensors = {
             f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()
         }
         if self._plan.federation.moments == "keep":
             for index, moments in self._optimizer.state_dict()["state"].items():
                 tensors |= {f"{MOMENTS}{index}.{name}": tensor for name, tensor in moments.items()}
+        for correction in self._corrections:
+            tensors |= correction.state(self._steps)
         return tensors
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:

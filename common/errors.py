@@ -24,6 +24,7 @@ CODES: Final[dict[str, str]] = {
     "CFG-009": "There is no home directory.",
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
+    "CFG-020": "The aggregation rule does not fit the plan.",
     # DAT: the data of a hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
@@ -109,6 +110,7 @@ CODES: Final[dict[str, str]] = {
     "PAY-115": "The site returned the model that it received.",
     "PAY-116": "The payload is a copy of another one.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
+    "PAY-121": "The control variates are not valid.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",

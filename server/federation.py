@@ -26,10 +26,12 @@ from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.rules import rule_problems
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
+from fedsgcg.common.wire.norm_moments import norm_layers
 from fedsgcg.common.wire.payload import Identity, Weights
-from fedsgcg.server.aggregation.aggregators import AGGREGATORS
+from fedsgcg.server.aggregation.aggregators import AGGREGATORS, additions
 from fedsgcg.server.aggregation.amplitudes import (
     check_consent,
     merge_amplitudes,
@@ -37,6 +39,7 @@ from fedsgcg.server.aggregation.amplitudes import (
     usable_amplitudes,
 )
 from fedsgcg.server.aggregation.fedavg import merge_moments
+from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
 from fedsgcg.server.records import results
@@ -63,6 +66,7 @@ from fedsgcg.server.sites.replies import (
     evaluation_rows,
     mean_loss,
     moments_of,
+    row,
     site_rows,
     stated_rows,
     statistics_of,
@@ -211,7 +215,15 @@ class Federation:
         )
         for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
+        self._check_rule(state.weights)
         return state
+
+    def _check_rule(self, weights: Weights) -> None:
+        """Refuse a plan that the aggregation rule cannot serve; raises CFG-020."""
+        norm = bool(norm_layers(weights))
+        training = list(self._cohort.training)
+        if problems := list(rule_problems(self._plan, training, has_batch_norm=norm)):
+            raise FedsgcgError(*problems)
 
     def _drop_departed(self, state: RoundRecord) -> RoundRecord:
         """Remove the statistics of departed sites from the memory.
@@ -236,6 +248,7 @@ class Federation:
             state,
             parts=self._memory.without(state.parts, fresh),
             best=best,
+            aggregator_state=without_sites(state.aggregator_state, fresh),
             history=state.history.without(fresh),
         )
 
@@ -278,16 +291,24 @@ class Federation:
             )
             parts = self._memory.update(parts, statistics_of(before))
         prototypes = self._memory.prototypes(parts)
-        options: dict[str, list[str]] = {}
+        added = additions(self._plan.federation.aggregator, state.aggregator_state)
+        options = dict(added.options)
         if prototypes is not None:
             # A site that subtracts its own part must know whether the prototypes contain it.
-            options = {"held": sorted(part.digest() for part in parts.values())}
-        request = Request(identity, state.weights, prototypes, options, self._amplitudes)
+            options["held"] = sorted(part.digest() for part in parts.values())
+        request = Request(
+            identity,
+            state.weights,
+            prototypes,
+            options,
+            self._amplitudes,
+            added.control_variates,
+        )
         trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
             return self._void(state, number, trained, before)
         self._note_classes(number, prototypes, before or trained)
-        merged, aggregator_state = self._merged(state, admitted(trained))
+        merged, aggregator_state = self._merged(state, number, admitted(trained))
         merged, after = self._recalibrated(identity, merged, admitted(trained))
         if self._plan.recalibrates and self._too_few(after):
             return self._void(state, number, trained, before, after)
@@ -297,7 +318,7 @@ class Federation:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
         check_finite(number, merged, parts)
-        rows = site_rows(number, trained, before, after)
+        rows = site_rows(number, trained, before, after) + weight_rows(number, aggregator_state)
         if prototypes is not None:
             rows += prototype_rows(
                 self._memory, prototypes, fresh, list(self._plan.data.classes), number
@@ -360,14 +381,25 @@ class Federation:
         return record
 
     def _merged(
-        self, state: RoundRecord, trained: list[Collected]
+        self, state: RoundRecord, number: int, trained: list[Collected]
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
         unlabelled = self._cohort.of_role("unlabelled")
         parts = [self._weighted(part) for part in trained]
         parts = with_labelled_decoder(parts, unlabelled, state.weights)
-        return rule(state.weights, parts, state.aggregator_state, self._plan.federation)
+        replies = [part.reply for part in trained]
+        context = MergeContext(
+            self._plan.federation,
+            number,
+            {reply.site: reply.metrics for reply in replies},
+            {
+                reply.site: reply.control_variates
+                for reply in replies
+                if reply.control_variates is not None
+            },
+        )
+        return rule(state.weights, parts, state.aggregator_state, context)
 
     def _recalibrated(
         self, identity: Identity, merged: Weights, trained: list[Collected]
@@ -529,6 +561,14 @@ class Federation:
     def _note(self, problem: Problem) -> None:
         if problem not in self.notes:
             self.notes.append(problem)
+
+
+def weight_rows(number: int, state: AggregatorState) -> list[Row]:
+    """Return the sites' weights of a rule that computes its own (phase `merge`)."""
+    return [
+        row(number, "merge", site, "aggregation_weight", value)
+        for site, value in numbers_by_site(state, "weight").items()
+    ]
 
 
 def check_finite(number: int, weights: Weights, parts: Mapping[str, ClassStatistics]) -> None:

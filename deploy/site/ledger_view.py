@@ -24,7 +24,7 @@ from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.deploy.certificates import make_site_key
 
-PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
+PARTS = ("weights", "control_variates", "statistics", "amplitudes", "cases", "metrics", "text")
 
 
 def show_ledger(policy: SiteFile, console: Screen, *, last: int, book: Path | None = None) -> int:
@@ -146,6 +146,7 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
 CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
+    "control_variates": "mean gradient of the round (SCAFFOLD)",
     "amplitudes": "sums of log amplitudes, or spectra of single images, as site.yaml allows",
     "content_hashes": "salted hashes of the images, as site.yaml allows",
     "cases": "results of each case under its alias",

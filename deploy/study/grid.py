@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import Glob, RangeSweep
 from hydra.errors import HydraException
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.settings.aggregation import AGGREGATOR_NAMES
 from fedsgcg.common.settings.choices import GROUPS, OwnFile, choices_of, is_file, is_import_path
 from fedsgcg.common.settings.compose import LITERAL, own_choices
 from fedsgcg.common.settings.hints import nearest, wrong_choice
@@ -240,6 +241,10 @@ def _reads(method: str, traits: Collection[str], federation: str, key: str) -> b
         return False  # there are no other sites to share with
     if key.startswith("method.segclr."):
         return "pairs" in traits
+    section, _, name = key.partition(".")
+    merges = section == "federation" and name.partition(".")[0] in ("aggregator", *AGGREGATOR_NAMES)
+    if merges and federation != "by_site":
+        return False  # there is one model
     return "mixes" in traits or not key.startswith("method.ram.")
 
 

@@ -22,8 +22,10 @@ from fedsgcg.clients.data.case_files import (
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.settings.aggregation import VALIDATED
 from fedsgcg.common.settings.compose import nearest
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.rules import rule_problems
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def check_plan(plan: Plan, device: str) -> None:
         *_unlabelled_problems(plan),
         *_pair_problems(plan),
         *_selection_problems(plan, training),
+        *(rule_problems(plan, training) if training else ()),
         *_place_problems(plan),
         *_device_problems(plan, device),
     ]
@@ -248,8 +251,10 @@ def _only_pictures(plan: Plan, site: str) -> bool:
 
 
 def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
-    """Yield a problem if the model is selected on validation cases but no training site has any."""
-    if plan.federation.selection != "source_validation" or plan.data.validation_fraction > 0:
+    """Yield a problem if model or weights follow from validation cases that no site has."""
+    weighs = plan.federation.aggregator in VALIDATED
+    selects = plan.federation.selection == "source_validation"
+    if not (weighs or selects) or plan.data.validation_fraction > 0:
         return
     cases: list[CaseFile] = []
     try:
@@ -262,9 +267,14 @@ def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem
     if any(case.split == "validation" for case in cases):
         return
     expected = "validation patients at the training hospitals"
-    action = "set data.validation_fraction above 0, or federation.selection=last"
-    found = "source_validation with data.validation_fraction=0"
-    yield Problem("CFG-001", found, expected, action, "federation.selection")
+    if selects:
+        action = "set data.validation_fraction above 0, or federation.selection=last"
+        found = "source_validation with data.validation_fraction=0"
+        yield Problem("CFG-001", found, expected, action, "federation.selection")
+    if weighs:
+        action = "set data.validation_fraction above 0, or federation.aggregator=fedavg"
+        found = f"{plan.federation.aggregator} with data.validation_fraction=0"
+        yield Problem("CFG-020", found, expected, action, "federation.aggregator")
 
 
 def _place_problems(plan: Plan) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 
 SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
+    *("validation_dice_trained", "validation_dice_without"),
     *("examples", "steps", "seconds", "learning_rate"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
@@ -162,6 +163,7 @@ def expectation_for(
         max_pixels=most_pixels(plan, slices, number),
         measured=request.weights if request.options.get("moments") else None,
         labelled=labelled,
+        control_variates=training and plan.federation.aggregator == "scaffold",
     )
 
 
