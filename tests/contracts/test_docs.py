@@ -108,7 +108,7 @@ def test_generated_parts_are_up_to_date() -> None:
 
 
 def test_every_method_has_a_card_that_states_what_a_reader_needs() -> None:
-    page = (DOCS / "reference" / "methods.md").read_text()
+    page = (DOCS / "reference" / "method-cards.md").read_text()
     for name, cls in METHODS.items():
         card = GENERATOR.card_of(cls)
         assert f"## {name}\n\n{card['Idea']}" in page
