@@ -50,7 +50,7 @@ def make_authority(project: str, days: int = AUTHORITY_DAYS) -> Authority:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{project[:50]} authority")])
     builder = _builder(name, name, key.public_key(), days)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    builder = builder.add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
+    builder = builder.add_extension(key_usage(key_cert_sign=True, crl_sign=True), critical=True)
     builder = builder.add_extension(
         x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
     )
@@ -77,7 +77,7 @@ def make_server_certificate(
     builder = builder.add_extension(
         x509.BasicConstraints(ca=False, path_length=None), critical=True
     )
-    builder = builder.add_extension(_usage(digital_signature=True), critical=True)
+    builder = builder.add_extension(key_usage(digital_signature=True), critical=True)
     builder = builder.add_extension(
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
     )
@@ -336,9 +336,10 @@ def _builder(
     return builder.not_valid_before(now - BACKDATED).not_valid_after(now + timedelta(days=days))
 
 
-def _usage(
+def key_usage(
     *, digital_signature: bool = False, key_cert_sign: bool = False, crl_sign: bool = False
 ) -> x509.KeyUsage:
+    """Return the extension that says what a certificate's key is for."""
     return x509.KeyUsage(
         digital_signature=digital_signature,
         key_cert_sign=key_cert_sign,

@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from fedsgcg.clients.guard.approval import approve, bundle_of_folder
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file, write_site_file
+from fedsgcg.deploy.certificates import key_usage
 from fedsgcg.deploy.site.commands import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,7 +66,8 @@ def certificate(
         ),
         critical=False,
     )
-    builder = builder.add_extension(key_usage(signs=issuer is None), critical=True)
+    usage = key_usage(digital_signature=bool(issuer), key_cert_sign=not issuer)
+    builder = builder.add_extension(usage, critical=True)
     if issuer:
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -76,21 +78,6 @@ def certificate(
         key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
     )
     return made, key
-
-
-def key_usage(*, signs: bool) -> x509.KeyUsage:
-    """The usage of an authority's key, which signs certificates, or of a server's."""
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def site_key(folder: Path) -> None:
