@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 HOSPITALS = ("A", "B", "C", "D", "E", "F")  # F is held out: krum needs five for one broken one
 METHODS = ("source", "sgcg")
-"""Method of every other rule; laws and unit tests have every pair."""
+"""Method of every other rule; unit tests have FedProx and SCAFFOLD with every method."""
 
 
 @pytest.fixture(scope="module")
