@@ -32,7 +32,6 @@ NAME: Final = "{{method}} · {{heldout}} · {{seed}}"
 AT_SITE: Final = "{{site}} · {{method}} · {{heldout}} · {{seed}}"
 HALF: Final = 12
 WHOLE: Final = 24
-THIRD: Final = 8
 QUARTER: Final = 6
 
 

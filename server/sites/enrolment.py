@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -533,6 +534,15 @@ class Cohort:
             path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode()
         )
 
+    @property
+    def _data_file(self) -> Path:
+        return Path(self.plan.output) / "data.json"
+
+    @cached_property
+    def _data(self) -> dict[str, str]:
+        """Site -> digest of its data in its last reply, read once: every reply is compared."""
+        return _read_hashes(self._data_file)
+
     def changed_data(self, site: str, stated: object) -> Problem | None:
         """Compare a reply's digest of the site's data with the last one in this run folder.
 
@@ -546,14 +556,12 @@ class Cohort:
             RND-406 for a change, None without.
         """
         data = _fingerprints(stated)
-        path = Path(self.plan.output) / "data.json"
-        known = _read_hashes(path)
-        before = known.get(site, "")
+        before = self._data.get(site, "")
         if not data or data == before:
             return None
-        self.disk.write(
-            path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode()
-        )
+        self._data[site] = data
+        text = json.dumps(self._data, indent=1, sort_keys=True) + "\n"
+        self.disk.write(self._data_file, text.encode())
         if not before:
             return None
         action = (
@@ -582,7 +590,7 @@ def _known_images(path: Path, salt: str) -> dict[str, list[str]]:
 
 
 def _read_hashes(path: Path) -> dict[str, str]:
-    """Site -> hash of its data at its last enrolment; raises SRV-402 for a damaged file."""
+    """Site -> digest of its data in its last reply; raises SRV-402 for a damaged file."""
     try:
         return {str(site): str(data) for site, data in json.loads(path.read_text()).items()}
     except FileNotFoundError:
