@@ -11,9 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedsgcg.clients.data.bigaug import big_augment
 from fedsgcg.clients.data.draws import Draw
 from fedsgcg.clients.data.intensity import change_intensities
-from fedsgcg.common.settings.plan import AugmentationSettings
+from fedsgcg.clients.data.sampling import sample
+from fedsgcg.common.settings.plan import AugmentationSettings, Plan
+
+
+def augment_batch(
+    images: Tensor, labels: Tensor, plan: Plan, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Augment a batch as training does: as `data.augmentation` says, then as the method does.
+
+    Arguments and results are those of `augment`.
+    """
+    images, labels = augment(images, labels, plan.data.augmentation, generator)
+    if plan.method.name == "bigaug":
+        return big_augment(images, labels, plan.method.bigaug, generator)
+    return images, labels
 
 
 def augment(
@@ -60,25 +75,6 @@ def _move(
         rows = _zoomed(rows, settings.zoom, draw)
     grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return sample(images, labels, grid)
-
-
-def sample(images: Tensor, labels: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Read slices and labels at the places of a grid; images bilinear, labels nearest.
-
-    Args:
-        images: (B, C, S, S).
-        labels: (B, S, S).
-        grid: (B, S, S, 2), x and y in half sides from the centre; outside the border is repeated.
-    """
-    grid = grid.to(images.dtype)
-    moved = functional.grid_sample(
-        images, grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    as_image = labels[:, None].to(images.dtype)
-    mapped = functional.grid_sample(
-        as_image, grid, mode="nearest", padding_mode="border", align_corners=False
-    )
-    return moved, mapped[:, 0].to(labels.dtype)
 
 
 def _zoomed(rows: list[Tensor], zoom: float, draw: Draw) -> list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from fedsgcg.common.settings.base import Checks, Section
+from fedsgcg.common.settings.base import Checks, Section, at_most, block_checks
 
 PROBABILITIES: Final = (
     "blur",
@@ -81,6 +81,68 @@ class IntensitySettings(Section):
     def is_on(self) -> bool:
         """Whether any change has a positive probability."""
         return any(getattr(self, name) for name in PROBABILITIES)
+
+
+@dataclass(frozen=True)
+class BigAugSettings(Section):
+    """BigAug: nine stacked transforms.
+
+    Attributes:
+        probability: Probability of each transform for a slice; published 0.5. 0 is `source`.
+        elastic: Largest displacement of the elastic deformation as a share of the side. At 0.05 a
+            deformation of 5 x 5 cells may fold.
+    """
+
+    probability: float = 0.5
+    elastic: float = 0.03
+
+    def checks(self) -> Checks:
+        """The probability is one; the deformation does not fold."""
+        yield 0 <= self.probability <= 1, "probability", "0 to 1"
+        yield 0 <= self.elastic < 0.05, "elastic", "0 or more, less than 0.05, which may fold"
+
+
+@dataclass(frozen=True)
+class GinSettings(Section):
+    """GIN: two views of a slice through random shallow networks.
+
+    Attributes:
+        blend: Blend the two views by a smooth random map (IPA), so that neighbouring structures
+            change their intensities independently.
+        weight: Weight of the consistency of the two views' predictions; published 10.
+        strength: Largest share of the random network in a view, drawn uniformly; published 1. At 0
+            both views are the slice itself.
+    """
+
+    blend: bool = True
+    weight: float = 10.0
+    strength: float = 1.0
+
+    def checks(self) -> Checks:
+        """The weight is not negative, the strength a share."""
+        yield 0 <= self.weight <= 1000, "weight", "0 to 1000"
+        yield 0 <= self.strength <= 1, "strength", "a share in [0, 1]"
+
+
+@dataclass(frozen=True)
+class TridSettings(Section):
+    """TriD: feature statistics drawn from a uniform distribution.
+
+    Attributes:
+        probability: Share of the batches that are changed, drawn for each layer; published 0.5.
+        share: Probability that a channel of an image gets drawn statistics; published 0.5.
+        blocks: Encoder blocks after whose output statistics are drawn, 1 (full resolution) to 5.
+    """
+
+    probability: float = 0.5
+    share: float = 0.5
+    blocks: tuple[int, ...] = at_most(5, (1, 2))
+
+    def checks(self) -> Checks:
+        """Probabilities are such; the blocks exist."""
+        yield 0 <= self.probability <= 1, "probability", "0 to 1"
+        yield 0 <= self.share <= 1, "share", "0 to 1"
+        yield from block_checks(self.blocks)
 
 
 def _is_range(given: tuple[float, ...], least: float, most: float) -> bool:
