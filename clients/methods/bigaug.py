@@ -16,5 +16,5 @@ class BigAug(Source):
         elastic deformation and the order of the transforms are our choice. They follow the changes
         of `data.augmentation`; set `augmentation=none` for BigAug's alone.
     Source: Zhang et al., Generalizing Deep Learning for Medical Image Segmentation to Unseen
-        Domains via Deep Stacked Transformation, IEEE TMI 2020, table I.
+        Domains via Deep Stacked Transformation, IEEE TMI 2020.
     """

@@ -24,14 +24,14 @@ class Gin(Source):
 
     Formula: L = L_supervised(v) + L_supervised(w) + 10 KL(p_v, p_w) with views v and w of x,
         (a net(x) + (1 - a) x) scaled to the norm of x, a uniform in [0, 1), net of four random
-        convolutions; with `blend` (IPA) b v + (1 - b) w and b w + (1 - b) v for a smooth map b.
+        convolutions; with blend=true (IPA) b v + (1 - b) w and b w + (1 - b) v, b a smooth map.
     Leaves: weights.
     Defaults: weight 10, depth, widths and kernels as published. The divergence is that of `ram`,
         symmetric and averaged over pixels and channels; IPA's map is a cubic spline of 8 x 8 cells,
         the published one a quadratic one. The kernel's size is drawn for each slice instead of
         each batch.
     Source: Ouyang et al., Causality-inspired Single-source Domain Generalization for Medical Image
-        Segmentation, IEEE TMI 2023, eqs. 3-7.
+        Segmentation, IEEE TMI 2023, sections III-B and III-C.
     """
 
     parts = ("loss_supervised", "loss_consistency")

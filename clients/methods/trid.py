@@ -30,7 +30,7 @@ class Trid(StyleMethod):
     Defaults: probability 0.5, the first two blocks as published. The published code draws b from
         Bernoulli(r) with r from Beta(0.1, 0.1) for every single channel, which is a fair coin for
         any such distribution; so there is no parameter of a Beta distribution here.
-    Source: Chen et al., Treasure in Distribution, MICCAI 2023, section 2.2.
+    Source: Chen et al., Treasure in Distribution, MICCAI 2023.
     """
 
     def _blocks(self) -> Sequence[int]:
