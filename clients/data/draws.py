@@ -22,9 +22,7 @@ class Draw:
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """Return (B, *shape) numbers in [low, high)."""
-        numbers = torch.rand(
-            self.count, *shape, device=self.device, generator=self.generator
-        )
+        numbers = torch.rand(self.count, *shape, device=self.device, generator=self.generator)
         return numbers * (high - low) + low
 
     def around_one(self, low: float, high: float) -> Tensor:

@@ -99,7 +99,8 @@ def _view(plain: Tensor, weights: Tensor, small: Tensor, share: Tensor) -> Tenso
     a = share.view(-1, 1, 1, 1)
     mixed = a * random_network(plain, weights, small) + (1 - a) * plain
     norms = [torch.linalg.vector_norm(one, dim=WHOLE, keepdim=True) for one in (plain, mixed)]
-    return mixed * (norms[0] / norms[1].clamp(min=TINY))
+    view: Tensor = mixed * (norms[0] / norms[1].clamp(min=TINY))
+    return view
 
 
 def random_network(images: Tensor, weights: Tensor, small: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 Facts are those of `nnUNetTrainerDA5` and of batchgenerators, in their order. What differs: a change
 is the same in all channels of a slice, because they are neighbouring slices or colours of one
-image, and is drawn once, not again for each channel; of DA5's two exponents one is of the inverted and one of the plain image, where its code
-inverts twice; its median filter, rectangles, local exponents and sharpening are left out. The
-result is scaled linearly into [-1, 1] where it leaves this range; cutting it off would erase what
-is under a strong bias field.
+image, and is drawn once, not again for each channel; of DA5's two exponents one is of the inverted
+and one of the plain image, where its code inverts twice; its median filter, rectangles, local
+exponents and sharpening are left out. The result is scaled linearly into [-1, 1] where it leaves
+this range; cutting it off would erase what is under a strong bias field.
 
 Legend: B slices of a batch, C channels, H = W = S rows and columns.
 """

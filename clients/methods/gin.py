@@ -45,9 +45,7 @@ class Gin(Source):
     def forward(self, batch: Batch) -> list[View]:
         """Run the network on the two views, in separate passes."""
         with torch.no_grad():
-            views = gin_views(
-                batch.images, Numbers(*batch.drawn), blend=self.plan.method.gin.blend
-            )
+            views = gin_views(batch.images, Numbers(*batch.drawn), blend=self.plan.method.gin.blend)
         names = ("source", "filtered")
         return [
             self.view(name, images.contiguous(memory_format=torch.channels_last))
@@ -61,9 +59,7 @@ class Gin(Source):
         both = losses[0] + losses[1]
         first, second = (probability(view.logits, data.activation) for view in views)
         valid = (batch.labels != IGNORE).unsqueeze(1)
-        consistency = consistency_loss(
-            first, second, valid, symmetric=data.activation == "sigmoid"
-        )
+        consistency = consistency_loss(first, second, valid, symmetric=data.activation == "sigmoid")
         total = both + self.plan.method.gin.weight * consistency
         # Reported as the mean of the views, for comparison with methods of one view.
         parts = {"loss_supervised": both.detach() / 2, "loss_consistency": consistency.detach()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from fedsgcg.common.names import MAX_CLASSES
@@ -43,7 +43,7 @@ class AugmentationSettings(Section):
     brightness: float = 0.0
     noise: float = 0.0
     zoom: float = 0.0
-    intensity: IntensitySettings = IntensitySettings()
+    intensity: IntensitySettings = field(default_factory=IntensitySettings)
 
     def checks(self) -> Checks:
         """Every amount is zero or more; probabilities and relative amounts stay below one."""

@@ -1,4 +1,4 @@
-"""`augmentation=strong`: each change against a loop or its definition, and what all of them keep."""
+"""`augmentation=strong`: each change against a loop or its definition, and what all keep."""
 
 from dataclasses import replace
 
@@ -196,7 +196,10 @@ def test_contrast_spreads_about_the_mean_within_its_factors():
     moved = found - images.mean((1, 2, 3), keepdim=True)
     middle = centred.abs() < centred.abs().amax((1, 2, 3), keepdim=True) / 3  # never cut off
     factors = torch.stack(
-        [(m[k] * c[k]).sum() / (c[k] ** 2).sum() for m, c, k in zip(moved, centred, middle, strict=True)]
+        [
+            (m[k] * c[k]).sum() / (c[k] ** 2).sum()
+            for m, c, k in zip(moved, centred, middle, strict=True)
+        ]
     )
     assert 0.5 <= factors.min() < 0.55
     assert 1.9 < factors.max() <= 2.0001

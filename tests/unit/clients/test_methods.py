@@ -120,9 +120,7 @@ def test_shares_of_draws_are_those_of_the_settings(hospital):
         ("bigaug", "probability"),
     ],
 )
-def test_methods_of_probability_zero_are_the_baseline_and_leave_no_hooks(
-    hospital, name, setting
-):
+def test_methods_of_probability_zero_are_the_baseline_and_leave_no_hooks(hospital, name, setting):
     plan, _ = opened(hospital, f"method={name}", f"method.{name}.{setting}=0")
     batch = batch_of((4,))
     losses = []
