@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fedsgcg.clients.corrections import corrections_of
 from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
-from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.augment import augment_batch
 from fedsgcg.clients.data.batches import (
     Batch,
     Chosen,
@@ -385,7 +385,7 @@ def round_batches(
         if terms.contrastive:
             partners = drawn.pop() if draw else None
             pairs = make_pairs(images, partners, plan.method.segclr, views)
-        changed, moved = augment(images, labels, plan.data.augmentation, generator)
+        changed, moved = augment_batch(images, labels, plan, generator)
         mixed = mixer.mix(changed, *drawn).to(memory_format=torch.channels_last) if mixer else None
         changed = changed.to(memory_format=torch.channels_last)
         yield Batch(changed, moved, sizes, mixed, pairs, terms.supervised)

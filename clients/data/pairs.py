@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedsgcg.clients.data.batches import Chosen
+from fedsgcg.clients.data.smooth import gaussian_blur
 from fedsgcg.clients.data.store import CaseStore, SliceTable
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import PICTURE
 from fedsgcg.common.settings.plan import Plan, SegClrSettings
 
 BLUR_PIXELS = (0.1, 2.0)
-RADIUS = 4
-"""Radius of the blur's kernel: two standard deviations of the strongest blur."""
 
 
 def check_pairs(stores: Sequence[CaseStore], plan: Plan) -> None:
@@ -146,18 +145,5 @@ def contrast_view(images: Tensor, settings: SegClrSettings, generator: torch.Gen
     bright = (moved + 1) / 2 * strength
     mean = bright.mean((1, 2, 3), keepdim=True)
     changed = (mean + (bright - mean) * contrast) * 2 - 1
-    blurred = _blur(changed.clamp(-1, 1), uniform(*BLUR_PIXELS))
+    blurred = gaussian_blur(changed.clamp(-1, 1), uniform(*BLUR_PIXELS))
     return torch.where(uniform(0, 1) < settings.blur, blurred, changed.clamp(-1, 1))
-
-
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur images (B, C, S, S) by Gaussians of standard deviation sigma (B, 1, 1, 1) pixels."""
-    B, C, H, W = images.shape
-    steps = torch.arange(-RADIUS, RADIUS + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-0.5 * (steps / sigma.view(-1, 1)).square())
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)
-    padded = functional.pad(images, [RADIUS] * 4, mode="replicate")
-    flat = padded.reshape(1, B * C, H + 2 * RADIUS, W + 2 * RADIUS)
-    flat = functional.conv2d(flat, kernel[:, None, :, None], groups=B * C)
-    flat = functional.conv2d(flat, kernel[:, None, None, :], groups=B * C)
-    return flat.reshape(B, C, H, W)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.augment import augment_batch
 from fedsgcg.clients.data.batches import gather, index_batches
 from fedsgcg.clients.device import autocast_for, precision
 from fedsgcg.clients.methods.guidance import IGNORE, pixel_features
@@ -97,9 +97,7 @@ def site_moments(
     """
     with torch.no_grad(), _measured_moments(network) as measured:
         for images, labels in statistics_batches(tables, plan.method, rngs):
-            changed, _ = augment(
-                images.to(device), labels.to(device), plan.data.augmentation, generator
-            )
+            changed, _ = augment_batch(images.to(device), labels.to(device), plan, generator)
             _features(network, changed, plan, device)
             measured.take()
     return measured.moments()

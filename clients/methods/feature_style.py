@@ -1,4 +1,4 @@
-"""MixStyle and DSU: change the channel means and deviations of early feature maps in training.
+"""MixStyle, DSU and TriD change the channel means and deviations of early feature maps in training.
 
     x' = s' (x - m) / s + m'
 
@@ -33,7 +33,7 @@ EPSILON: Final = 1e-6
 Change = Callable[[Tensor], Tensor]
 
 
-class _StyleMethod(Source):
+class StyleMethod(Source):
     """Supervised training with changed feature statistics in some encoder blocks."""
 
     def __init__(self, network: nn.Module, plan: Plan, domains: int, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class _StyleMethod(Source):
             return [self.view("source", batch.images)]
 
 
-class MixStyle(_StyleMethod):
+class MixStyle(StyleMethod):
     """MixStyle: feature statistics are mixed with those of another image of the batch.
 
     Formula: s' = r s + (1 - r) s_p, m' = r m + (1 - r) m_p with a partner p of the batch and
@@ -82,7 +82,7 @@ class MixStyle(_StyleMethod):
         return lambda maps: mix_style(maps, ratio, rank.argsort())
 
 
-class Dsu(_StyleMethod):
+class Dsu(StyleMethod):
     """DSU: feature statistics are drawn from their uncertainty, the spread over the batch.
 
     Formula: m' = m + e_m S_m, s' = s + e_s S_s with the standard deviations S_m, S_s over the batch
@@ -103,7 +103,7 @@ class Dsu(_StyleMethod):
         """Draw two normal numbers for each channel, 0 where a layer's batch stays as it is."""
         settings = self.plan.method.dsu
         drawn = []
-        for channels in (_channels(layer) for layer in self._layers):
+        for channels in (channels_of(layer) for layer in self._layers):
             factor = settings.factor * (rng.random() < settings.probability)
             drawn.append(factor * rng.standard_normal((sum(sizes), 2, channels)))
         return tuple(one.astype(np.float32) for one in drawn)
@@ -121,11 +121,11 @@ def mix_style(maps: Tensor, ratio: Tensor, partner: Tensor) -> Tensor:
         ratio: (B,) share of an image's own statistics; 1 leaves it unchanged.
         partner: (B,) index of each image's partner.
     """
-    mean, deviation = (one.detach() for one in _style(maps))
+    mean, deviation = (one.detach() for one in style(maps))
     share = ratio.to(mean.dtype).view(-1, 1, 1, 1)
     new_mean = share * mean + (1 - share) * mean[partner]
     new_deviation = share * deviation + (1 - share) * deviation[partner]
-    return _restyled(maps, mean, deviation, new_mean, new_deviation)
+    return restyled(maps, mean, deviation, new_mean, new_deviation)
 
 
 def draw_style(maps: Tensor, of_mean: Tensor, of_deviation: Tensor) -> Tensor:
@@ -136,24 +136,25 @@ def draw_style(maps: Tensor, of_mean: Tensor, of_deviation: Tensor) -> Tensor:
         of_mean: (B, C) multiples for the means.
         of_deviation: (B, C) multiples for the deviations.
     """
-    mean, deviation = _style(maps)
+    mean, deviation = style(maps)
     moves = [
         noise.to(mean.dtype)[:, :, None, None] * (one.var(0, correction=0) + EPSILON).sqrt()
         for noise, one in ((of_mean, mean), (of_deviation, deviation))
     ]
-    return _restyled(maps, mean, deviation, mean + moves[0], deviation + moves[1])
+    return restyled(maps, mean, deviation, mean + moves[0], deviation + moves[1])
 
 
-def _style(maps: Tensor) -> tuple[Tensor, Tensor]:
+def style(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each channel of each image, (B, C, 1, 1) float32."""
     maps = maps.float() if maps.dtype in (torch.bfloat16, torch.float16) else maps
     variance, mean = torch.var_mean(maps, (2, 3), correction=0, keepdim=True)
     return mean, (variance + EPSILON).sqrt()
 
 
-def _restyled(
+def restyled(
     maps: Tensor, mean: Tensor, deviation: Tensor, new_mean: Tensor, new_deviation: Tensor
 ) -> Tensor:
+    """Return maps (B, C, H, W) with other statistics, (B, C, 1, 1) each."""
     return (new_deviation * ((maps - mean) / deviation) + new_mean).to(maps.dtype)
 
 
@@ -174,7 +175,8 @@ def encoder_blocks(network: nn.Module, numbers: Sequence[int]) -> list[nn.Module
     return [blocks[number - 1] for number in numbers]
 
 
-def _channels(block: nn.Module) -> int:
+def channels_of(block: nn.Module) -> int:
+    """Return the number of channels of a block's output."""
     convolutions = [layer for layer in block.modules() if isinstance(layer, nn.Conv2d)]
     return convolutions[-1].out_channels
 

@@ -82,6 +82,8 @@ def _meant_inside(group: str, tail: str, inside: Sequence[str], ends: Mapping[st
         ends: Last part of a name -> name, of all settings.
     """
     close = [f"{group}.{name}" for name in short_for(tail, [n for n in inside if "." not in n])]
+    if not close and "." in group:
+        close = [f"{group}.{name}" for name in inside if name.rpartition(".")[2] == tail]
     if not close and tail in ends:
         close = [ends[tail]]
     if not close:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from fedsgcg.common.settings.base import Checks, Section, at_most
+from fedsgcg.common.settings.base import Checks, Section, at_most, block_checks
 
 JIGSAW_SIDE: Final = 3
 """Tiles of a side of JiGen's puzzles, as published."""
@@ -68,7 +68,7 @@ class MixStyleSettings(Section):
         """The probability is one; the blocks exist."""
         yield 0 <= self.probability <= 1, "probability", "0 to 1"
         yield 0.001 <= self.alpha <= 100, "alpha", "0.001 to 100"
-        yield from _blocks(self.blocks)
+        yield from block_checks(self.blocks)
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,7 @@ class DsuSettings(Section):
         """The probability is one; the blocks exist."""
         yield 0 <= self.probability <= 1, "probability", "0 to 1"
         yield 0 <= self.factor <= 100, "factor", "0 to 100"
-        yield from _blocks(self.blocks)
-
-
-def _blocks(blocks: tuple[int, ...]) -> Checks:
-    known = all(1 <= block <= 5 for block in blocks)
-    distinct = len(set(blocks)) == len(blocks)
-    yield bool(blocks) and known and distinct, "blocks", "numbers from 1 to 5, each once"
+        yield from block_checks(self.blocks)
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Plan(Section):
         at_boundary = name not in ("elcfs", "saml") or features != "bottleneck"
         expected = f"a map of full resolution with {name}, which reads features at boundaries"
         yield at_boundary, "network.features", expected
-        inside = name in ("isda", "mixstyle", "dsu") and self.network.is_own
+        inside = name in ("isda", "mixstyle", "dsu", "trid") and self.network.is_own
         yield (
             not inside,
             "network.name",

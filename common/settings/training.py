@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from fedsgcg.common.settings.augmentation import BigAugSettings, GinSettings, TridSettings
 from fedsgcg.common.settings.base import Checks, Section, at_most
 from fedsgcg.common.settings.choices import is_import_path
 from fedsgcg.common.settings.methods import (
@@ -38,6 +39,9 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "elcfs": frozenset({"mixes"}),
     "saml": frozenset({"mixes"}),
     "jigen": frozenset(),
+    "bigaug": frozenset(),
+    "gin": frozenset(),
+    "trid": frozenset(),
 }
 """Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
 `pairs` = learns from pairs of images without labels, `raw` = class statistics are those of the
@@ -247,6 +251,9 @@ class MethodSettings(Section):
         elcfs: Episodes and boundary contrast, for `elcfs`.
         saml: Episodes and shape losses, for `saml`.
         jigen: Jigsaw puzzles, for `jigen`.
+        bigaug: Stacked transforms of the slices, for `bigaug`.
+        gin: Views through random networks, for `gin`.
+        trid: Random feature statistics, for `trid`.
         segclr: The contrastive term of `segclr`.
         options: Options of an own method, e.g. `{margin: 0.5}`.
         traits: Traits of an own method: `contrasts` = learns from the global prototypes, `mixes` =
@@ -276,6 +283,9 @@ class MethodSettings(Section):
     elcfs: ElcfsSettings = field(default_factory=ElcfsSettings)
     saml: SamlSettings = field(default_factory=SamlSettings)
     jigen: JiGenSettings = field(default_factory=JiGenSettings)
+    bigaug: BigAugSettings = field(default_factory=BigAugSettings)
+    gin: GinSettings = field(default_factory=GinSettings)
+    trid: TridSettings = field(default_factory=TridSettings)
     options: Options = field(default_factory=dict)
     traits: tuple[str, ...] = ()
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedsgcg.clients.methods import METHODS, Guidance
-from fedsgcg.clients.methods.class_statistics import site_statistics
+from fedsgcg.clients.methods.class_statistics import site_moments, site_statistics
 from fedsgcg.clients.methods.partners import MeanMixer, build_mixer, own_summary
-from fedsgcg.clients.training import Session, train_round, weights_of
+from fedsgcg.clients.training import Session, round_batches, train_round, weights_of
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.heads import build_trained
 from fedsgcg.common.seeding import stream
@@ -21,6 +21,7 @@ from tests.unit.clients.test_step_parts import batch_of
 
 CPU = torch.device("cpu")
 PAPERS = ["isda", "moon", "mixstyle", "dsu", "harmofl", "fedproto", "elcfs", "saml", "jigen"]
+RIVALS = ["bigaug", "gin", "trid"]
 LEARNING = (
     "method.learning_rate=5e-3",
     "method.local_epochs=1",
@@ -63,7 +64,7 @@ def test_the_traits_of_the_settings_are_those_of_the_classes():
         assert found == TRAITS[name], name
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", PAPERS + RIVALS)
 def test_a_method_is_reproducible_and_lowers_its_loss(hospital, name):
     plan, store = opened(hospital, f"method={name}", *LEARNING)
     digest, (first, last), _ = rounds(plan, store)
@@ -102,12 +103,24 @@ def test_shares_of_draws_are_those_of_the_settings(hospital):
     method = METHODS["dsu"](build_trained(plan, 0), plan, 1, CPU)
     moved = [[one.any() for one in method.draw((2,), rng)] for _ in range(2000)]
     assert np.abs(np.mean(moved, axis=0) - 0.3).max() < 0.04
+    plan, _ = opened(hospital, "method=trid", "method.trid.probability=0.3")
+    method = METHODS["trid"](build_trained(plan, 0), plan, 1, CPU)
+    drawn = [[one[:, 0].mean() for one in method.draw((20,), rng)] for _ in range(2000)]
+    assert np.abs(np.mean(np.array(drawn) > 0, axis=0) - 0.3).max() < 0.04
+    assert np.abs(np.mean(drawn, axis=0) - 0.15).max() < 0.03, "half of the channels of those"
 
 
-@pytest.mark.parametrize(("name", "setting"), [("mixstyle", "probability"), ("dsu", "probability")])
-def test_feature_styles_of_probability_zero_are_the_baseline_and_leave_no_hooks(
-    hospital, name, setting
-):
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("mixstyle", "probability"),
+        ("dsu", "probability"),
+        ("trid", "probability"),
+        ("trid", "share"),
+        ("bigaug", "probability"),
+    ],
+)
+def test_methods_of_probability_zero_are_the_baseline_and_leave_no_hooks(hospital, name, setting):
     plan, _ = opened(hospital, f"method={name}", f"method.{name}.{setting}=0")
     batch = batch_of((4,))
     losses = []
@@ -131,8 +144,54 @@ def test_draws_of_a_slice_are_the_same_in_any_number_of_parts(hospital):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+def test_draws_of_gin_are_the_same_in_any_number_of_parts(hospital):
+    """Without BatchNorm the consistency, a mean over slices, is that of the whole step."""
+    plan, _ = opened(hospital, "method=gin", "network.norm=instance")
+    batch, found = batch_of((6,)), []
+    for parts in (1, 3):
+        session = Session(build_trained(plan, 0), plan, 1, CPU, {}, np.random.default_rng(0))
+        found.append(session.step(batch, None, parts)[2].item())
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_gins_loss_is_that_of_both_views_and_their_weighted_consistency(hospital):
+    plan, _ = opened(hospital, "method=gin", "method.gin.weight=3")
+    total, supervised, consistency = (
+        Session(build_trained(plan, 0), plan, 1, CPU, {}).step(batch_of((4,)), None).tolist()
+    )
+    assert total == pytest.approx(2 * supervised + 3 * consistency, rel=1e-5)
+    assert consistency > 0
+
+
+def test_gin_without_strength_is_twice_the_baseline(hospital):
+    plan, _ = opened(hospital, "method=gin", "method.gin.strength=0")
+    baseline = replace(plan, method=replace(plan.method, name="source"))
+    losses = [
+        Session(build_trained(one, 0), one, 1, CPU, {}).step(batch_of((4,)), None)[0].item()
+        for one in (plan, baseline)
+    ]
+    assert losses[0] == pytest.approx(2 * losses[1], rel=1e-4)
+
+
+def test_bigaug_transforms_the_slices_of_training_and_of_recalibration(hospital):
+    plan, store = opened(hospital, "method=bigaug", "augmentation=none")
+    baseline = replace(plan, method=replace(plan.method, name="source"))
+    table = store.slices("train")
+    plain, changed = (
+        next(iter(round_batches([table], one, 1, ["North"], CPU))) for one in (baseline, plan)
+    )
+    assert not torch.equal(plain.images, changed.images)
+    assert not torch.equal(plain.labels, changed.labels)
+    means = []
+    for one in (baseline, plan):
+        rngs, generator = [stream(0, "moments")], torch.Generator().manual_seed(0)
+        found = site_moments(build_trained(one, 0), [table], one, CPU, rngs, generator)
+        means.append(found.mean)
+    assert not np.allclose(*means)
+
+
 def test_running_moments_count_one_pass_a_step_at_the_weights_themselves(hospital):
-    for name, passes in (("harmofl", 2), ("elcfs", 1), ("saml", 1), ("moon", 1)):
+    for name, passes in (("gin", 2), ("harmofl", 2), ("elcfs", 1), ("saml", 1), ("moon", 1)):
         plan, _ = opened(hospital, f"method={name}")
         batch = replace(batch_of((4,)), mixed=batch_of((4,)).images.flip(3))
         network = build_trained(plan, 0)
@@ -221,6 +280,10 @@ def test_samls_meta_test_domain_is_one_of_the_clients_domains(hospital):
         (("method=mixstyle", "method.mixstyle.blocks=[0,1]"), "method.mixstyle.blocks"),
         (("method=dsu", "method.dsu.blocks=[2,2]"), "method.dsu.blocks"),
         (("method=dsu", "method.dsu.probability=1.5"), "method.dsu.probability"),
+        (("method=trid", "method.trid.blocks=[]"), "method.trid.blocks"),
+        (("method=trid", "method.trid.share=2"), "method.trid.share"),
+        (("method=gin", "method.gin.strength=1.5"), "method.gin.strength"),
+        (("method=bigaug", "method.bigaug.elastic=0.05"), "method.bigaug.elastic"),
         (("method=moon", "method.moon.temperature=0"), "method.moon.temperature"),
         (("method=jigen", "method.jigen.in_place=0"), "method.jigen.in_place"),
         (("method=isda", "method.statistics=false"), "method.statistics"),
@@ -244,7 +307,7 @@ class Plain(torch.nn.Module):
         return logits, logits
 
 
-@pytest.mark.parametrize("name", ["isda", "mixstyle", "dsu"])
+@pytest.mark.parametrize("name", ["isda", "mixstyle", "dsu", "trid"])
 def test_a_network_without_the_layers_that_a_method_changes_is_refused(hospital, name):
     plan, _ = opened(hospital, f"method={name}")
     guide = Guidance(torch.zeros(2, 2), torch.zeros(2, 2, 2), torch.ones(2, dtype=torch.bool))
