@@ -63,6 +63,12 @@ CODES: Final[dict[str, str]] = {
     "DAT-167": "The case has several images or masks.",
     "DAT-168": "The hospital's volumes have several formats.",
     "DAT-169": "The orientation of the image is not known.",
+    # DAT-17x: checking all hospitals' data before a study
+    "DAT-170": "The folder has no settings of its data.",
+    "DAT-171": "Two hospitals have the same image.",
+    "DAT-172": "A declared class occurs in no mask.",
+    "DAT-173": "The picture sheet cannot be written.",
+    "DAT-174": "The masks of a hospital do not fit the declared classes.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",

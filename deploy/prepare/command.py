@@ -33,8 +33,8 @@ same command again converts only what changed. Files that cannot be used are lis
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add `data` with its two commands to the subparsers of `fedsgcg`."""
+def add_parser(commands: Any) -> Any:
+    """Add `data` with `list` and `prepare` to the subparsers of `fedsgcg`; return its actions."""
     data = commands.add_parser(
         "data", help="list the data sets, or convert one into the canonical folder"
     )
@@ -73,6 +73,7 @@ def add_parser(commands: Any) -> None:
         help="share of a published training part kept for source validation (default: 0.2)",
     )
     prepare.set_defaults(run=run_prepare)
+    return actions
 
 
 def run_list(options: argparse.Namespace, console: Screen) -> int:
