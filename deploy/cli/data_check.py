@@ -75,10 +75,15 @@ def run_check(options: argparse.Namespace, console: Screen) -> int:
     except OSError as error:
         action = disk_advice(error, "name a file in a writable folder with -o FILE.")
         raise fail(
-            "DAT-173", where=str(target), found=str(error), expected="a writable file", action=action
+            "DAT-173",
+            where=str(target),
+            found=str(error),
+            expected="a writable file",
+            action=action,
         ) from error
     for finding in findings:
-        console.event("data.finding", **finding.as_dict())
+        facts = finding.as_dict()
+        console.event("data.finding", what=facts.pop("name"), **facts)
     for title, rows in tables:
         console.print(_table(title, rows))
     show(findings, console, everything=options.all, title="fedsgcg data check")
@@ -107,7 +112,10 @@ def plan_of(source: Path, overrides: Sequence[str]) -> Plan:
         if not settings.is_file():
             action = f"Run `fedsgcg data prepare` first, or add data=NAME or data=PATH/{SETTINGS}."
             raise fail(
-                "DAT-170", where=str(source), found=f"no {settings.name}", expected=SETTINGS,
+                "DAT-170",
+                where=str(source),
+                found=f"no {settings.name}",
+                expected=SETTINGS,
                 action=action,
             )
         given.insert(0, f"data={settings.resolve()}")
@@ -184,9 +192,7 @@ def _shared_images(seen: Mapping[str, Sequence[Seen]]) -> Iterator[Finding]:
             if owner != site:
                 found = f"the same pixels as {owner} {case}"
                 action = "Remove one of the two; otherwise a held-out hospital is not unseen."
-                yield Finding(
-                    "files", f"{site} {one.case.name}", "fail", found, action, "DAT-171"
-                )
+                yield Finding("files", f"{site} {one.case.name}", "fail", found, action, "DAT-171")
 
 
 def _absent_classes(seen: Mapping[str, Sequence[Seen]], plan: Plan) -> Iterator[Finding]:
@@ -234,9 +240,7 @@ def _duration(
     seen: Mapping[str, Sequence[Seen]], plan: Plan, seconds: float | None
 ) -> Iterator[Finding]:
     """Yield the time of a model's training steps at the hospital with most training slices."""
-    slices = [
-        sum(one.slices for one in cases if one.split == "train") for cases in seen.values()
-    ]
+    slices = [sum(one.slices for one in cases if one.split == "train") for cases in seen.values()]
     if not slices or seconds is None:
         return
     epoch = max(1, -(-max(slices) // plan.method.batch_size))

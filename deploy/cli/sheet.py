@@ -125,7 +125,10 @@ def _findings(findings: Sequence[Finding]) -> Markup:
         return Markup("<p>No problem was found.</p>")
     rows = [
         Markup('<tr><td class="{0}">{0}</td><td>{1}</td><td>{2}</td><td>{3}</td></tr>').format(
-            one.verdict, one.name, f"[{one.code}] {one.found}" if one.code else one.found, one.action
+            one.verdict,
+            one.name,
+            f"[{one.code}] {one.found}" if one.code else one.found,
+            one.action,
         )
         for one in findings
     ]

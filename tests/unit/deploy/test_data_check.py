@@ -70,10 +70,10 @@ def test_each_planted_fault_is_found_with_its_repair(out, capsys):
     (out / "Bert" / "0_image.png").write_bytes(b"cut")
     code, found, _ = check(out, capsys)
     assert code == 1
-    assert [one["name"] for one in found["DAT-110"]] == ["Anna 0"]
-    assert [one["name"] for one in found["DAT-171"]] == ["Bert 1"]
+    assert [one["what"] for one in found["DAT-110"]] == ["Anna 0"]
+    assert [one["what"] for one in found["DAT-171"]] == ["Bert 1"]
     assert "Anna 1" in found["DAT-171"][0]["found"]
-    assert [one["name"] for one in found["DAT-103"]] == ["Bert 0"]
+    assert [one["what"] for one in found["DAT-103"]] == ["Bert 0"]
     assert all(one["action"] for code in found if code for one in found[code])
 
 
@@ -88,7 +88,7 @@ def test_a_class_that_one_hospital_lacks_is_a_warning_and_one_of_nobody_an_error
     (out / "data.yaml").write_text(text.replace("class_3: [3]", "class_3: [3]\n  cyst: [9]"))
     code, found, _ = check(out, capsys)
     assert code == 1
-    assert {one["name"]: one["verdict"] for one in found["DAT-172"]} == {
+    assert {one["what"]: one["verdict"] for one in found["DAT-172"]} == {
         "class_3": "warn",
         "cyst": "fail",
     }
