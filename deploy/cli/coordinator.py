@@ -16,7 +16,7 @@ from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
-from fedsgcg.deploy.cli import data_check
+from fedsgcg.deploy.cli import check_command as data_check
 from fedsgcg.deploy.cli.federation import add_commands
 from fedsgcg.deploy.cli.parsing import check_command, unrecognized
 from fedsgcg.deploy.monitoring import command as monitoring

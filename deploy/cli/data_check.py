@@ -12,59 +12,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fedsgcg.common.console import Screen, add_output_options, progress_bar
+from fedsgcg.common.console import Screen, progress_bar
 from fedsgcg.common.errors import FedsgcgError, fail
-from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.cli.check_command import SHEET
+from fedsgcg.deploy.cli.sheet import Sheet
 from fedsgcg.deploy.prepare.command import SETTINGS
 from fedsgcg.deploy.site.check import examine_disk, exit_code, measure_device, show
 from fedsgcg.deploy.site.check_files import Finding, Seen, examine_cases
 
-if TYPE_CHECKING:
-    from fedsgcg.deploy.cli.sheet import Sheet
-
-SHEET: Final = "check.html"
-CHECK: Final = """\
-Read every case of all hospitals as training reads it; list sizes, spacings, orientation, labels by
-hospital and every problem with its repair; measure one training step; and write a sheet with one
-slice a case and its contours. The sheet shows patients: keep it where the data are.
-"""
-
-
-def add_parser(actions: Any) -> None:
-    """Add `check` to the actions of `fedsgcg data`."""
-    check = actions.add_parser(
-        "check",
-        help="check the data of all hospitals before a study",
-        description=CHECK,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=exit_codes(success="no problem", failure="errors", partial="warnings"),
-    )
-    check.add_argument(
-        "source", metavar="DATA", type=Path, help=f"prepared folder, or its {SETTINGS}"
-    )
-    check.add_argument(
-        "overrides", nargs="*", metavar="name=value", help="settings, e.g. data=promise12"
-    )
-    check.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help=f"sheet (default: DATA/{SHEET})"
-    )
-    check.add_argument("--all", action="store_true", help="also list cases without a problem")
-    add_output_options(check, events=True)
-    check.set_defaults(run=run_check, hydra=None, config_dir="")
-
 
 def run_check(options: argparse.Namespace, console: Screen) -> int:
     """Check a data folder; returns 0, 1 for errors or 3 for warnings."""
-    from fedsgcg.deploy.cli.sheet import Sheet
-
     plan = plan_of(options.source, options.overrides)
     sheet = Sheet(plan.data)
     findings, seen = examine(plan, sheet, console)

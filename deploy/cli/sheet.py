@@ -20,7 +20,7 @@ from fedsgcg.server.report.reader import Picture
 MOST: Final = 200
 """Cases of one hospital on the sheet, evenly chosen, so that the page stays usable."""
 
-STYLE: Final = """
+STYLE: Final = Markup("""
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1d2329; }
 table { border-collapse: collapse; margin: 0 0 1.5rem; }
 th, td { border-bottom: 1px solid #d5dade; padding: 0.2rem 0.7rem; text-align: left; }
@@ -30,7 +30,7 @@ figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
 .overlay { display: block; width: 100%; height: auto; background: #000; }
 .overlay path { fill: none; stroke-width: 2; stroke: #ff5a47; }
 .overlay .halo { stroke: #000; stroke-opacity: 0.4; stroke-width: 4; }
-"""
+""")
 
 
 class Sheet:
@@ -95,7 +95,7 @@ class Sheet:
             '<!doctype html><html lang="en"><meta charset="utf-8"><title>Data check: {}</title>'
             "<style>{}</style><svg width='0' height='0' aria-hidden='true'><defs>{}</defs></svg>{}"
             "</html>"
-        ).format(name, Markup(STYLE), self._images.markup, Markup("").join(parts))
+        ).format(name, STYLE, self._images.markup, Markup("").join(parts))
         return page.encode()
 
     def _masks(self, truth: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -153,13 +153,15 @@ def _add_labels(labels: dict[str, Any], where: Path, layout: Layout) -> None:
     """Add the names of label values; both ways round are read."""
     names: list[tuple[int, str]] = []
     for key, value in labels.items():
-        if isinstance(value, str) and key.isdigit():
+        if key == "ignore":
+            layout.notes.append("cases with the label `ignore` are left out: it is no class")
+        elif isinstance(value, str) and key.isdigit():
             names.append((int(key), value))  # decathlon
         elif isinstance(value, int) and not isinstance(value, bool):
             names.append((value, key))
         elif isinstance(value, list) and all(type(item) is int for item in value):
             layout.regions[plain_name(key)] = tuple(value)
-        elif key != "ignore":
+        else:
             action = "Write name: value, or value: name as in the decathlon."
             found = f"label {key!r}: {value!r}"
             raise _error("DAT-181", found, "a name and whole numbers", action, str(where))

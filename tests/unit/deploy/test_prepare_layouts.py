@@ -101,6 +101,26 @@ def test_regions_of_nnunet_are_structures_of_several_classes(tmp_path, capsys):
     assert settings["structures"] == {"whole": ["class_1", "class_2"], "core": ["class_2"]}
 
 
+def test_the_label_ignore_is_no_class_and_its_cases_are_named(tmp_path, capsys):
+    labels = {"background": 0, "PZ": 1, "TZ": 2, "ignore": 3}
+    source = nnunet(tmp_path / "A", labels=labels)
+    scan(source / "labelsTr" / "p1.nii.gz", 1, (1, 2, 3))
+    code, settings, printed = prepared(source, tmp_path / "out", capsys)
+    assert code == 3
+    assert "values 3" in printed
+    assert list(settings["classes"]) == ["background", "PZ", "TZ"]
+
+
+def test_numbers_at_the_end_of_a_decathlons_names_are_no_channels(tmp_path, capsys):
+    for case in ("liver_0001", "liver_0002"):
+        scan(tmp_path / "A" / "imagesTr" / f"{case}.nii.gz", 1 + int(case[-1]))
+        scan(tmp_path / "A" / "labelsTr" / f"{case}.nii.gz", 1, (1,))
+    code, settings, printed = prepared(tmp_path / "A", tmp_path / "out", capsys)
+    assert code == 0, printed
+    assert sites(tmp_path / "out") == {"A": 2}
+    assert list(settings["classes"]) == ["background", "class_1"]
+
+
 def test_the_decathlons_labels_are_read_the_other_way_round(tmp_path, capsys):
     source = decathlon(tmp_path / "Task05_Prostate")
     code, settings, printed = prepared(source, tmp_path / "out", capsys)
