@@ -63,6 +63,17 @@ CODES: Final[dict[str, str]] = {
     "DAT-167": "The case has several images or masks.",
     "DAT-168": "The hospital's volumes have several formats.",
     "DAT-169": "The orientation of the image is not known.",
+    # DAT-17x: checking all hospitals' data before a study
+    "DAT-170": "The folder has no settings of its data.",
+    "DAT-171": "Two hospitals have the same image.",
+    "DAT-172": "A declared class occurs in no mask.",
+    "DAT-173": "The picture sheet cannot be written.",
+    "DAT-174": "The masks of a hospital do not fit the declared classes.",
+    # DAT-18x: recognising the layouts of other tools
+    "DAT-180": "The BIDS folder has no labels.",
+    "DAT-181": "dataset.json cannot be used, or contradicts the files.",
+    "DAT-182": "A label table cannot be used, or has a name or value twice.",
+    "DAT-183": "The folder is not complete.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",

@@ -16,6 +16,7 @@ from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
+from fedsgcg.deploy.cli import check_command as data_check
 from fedsgcg.deploy.cli.federation import add_commands
 from fedsgcg.deploy.cli.parsing import check_command, unrecognized
 from fedsgcg.deploy.monitoring import command as monitoring
@@ -47,6 +48,7 @@ and the model is evaluated at a hospital that took no part in training.
                            `settings rounds` explains one setting.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
   fedsgcg data list        Data sets with settings; `data prepare NAME` says what to download.
+  fedsgcg data check DIR   Read every case of all hospitals and list problems with repairs.
   fedsgcg-site predict CELL IMAGE -o DIR   Segment new images with the model of a cell.
 
 A real federation: fedsgcg provision project.yaml makes a kit for the coordinator and one
@@ -187,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("folder", type=Path)
     hospitals.add_argument("--seed", type=int, default=0)
     hospitals.set_defaults(run=_hospitals)
-    data.add_parser(commands)
+    data_check.add_parser(data.add_parser(commands))
     add_commands(commands)
     monitoring.add_commands(commands)
     return parser

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import nibabel
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
 from fedsgcg.clients.data.slices import read_case, read_without_mask
@@ -82,6 +83,8 @@ class Seen:
         voxels: Number of voxels.
         slices: Number of slices.
         empty: Whether the mask contains no declared structure.
+        shape: Slices, rows, columns; of a picture channels, rows, columns.
+        pixels: Pixels of each class, in the order of the classes; all 0 without a mask.
     """
 
     case: CaseFile
@@ -93,6 +96,12 @@ class Seen:
     voxels: int
     slices: int
     empty: bool
+    shape: tuple[int, ...] = ()
+    pixels: tuple[int, ...] = ()
+
+
+Look = Callable[[CaseFile, Volume, NDArray[np.uint8]], None]
+"""Called with a readable case, its image and its class indices (Z, Y, X)."""
 
 
 def examine_files(
@@ -120,13 +129,40 @@ def examine_files(
         site = only_inside_data_root(listed, policy)
     except FedsgcgError as error:
         return [Finding.of("files", problem) for problem in error.problems], []
+    parts = _splits(site, policy, heldout, target)
+    findings, seen = examine_cases(site, parts, data, masks=not target, progress=progress)
+    unnamed = _without_patient_id(policy.patient_floor, seen)
+    return [*findings, *unnamed, *_floor(seen, site, policy, heldout)], seen
+
+
+def examine_cases(
+    site: Site,
+    parts: Sequence[str],
+    data: DataSettings,
+    *,
+    masks: bool,
+    progress: Callable[[int, int], None],
+    look: Look | None = None,
+) -> tuple[list[Finding], list[Seen]]:
+    """Read the cases of a hospital as training does, and compare them with each other.
+
+    Args:
+        site: The hospital.
+        parts: The split of each case.
+        data: Classes, structures and sizes.
+        masks: Whether masks may be read.
+        progress: Called with (cases done, all cases).
+        look: Called with each readable case; its pixels are not kept.
+
+    Returns:
+        The findings, one or more per case, and the properties of the readable cases.
+    """
     findings = [Finding.of("files", problem) for problem in site.quarantined]
     findings += [Finding.of("files", note, "warn") for note in site.notes]
     seen: list[Seen] = []
-    parts = _splits(site, policy, heldout, target)
     for number, (case, split) in enumerate(zip(site.cases, parts, strict=True)):
         try:
-            seen.append(_read_case(case, split, data, masks=not target))
+            seen.append(_read_case(case, split, data, masks=masks, look=look))
         except FedsgcgError as error:
             findings += [
                 Finding.of("files", replace(problem, where=case.name)) for problem in error.problems
@@ -138,7 +174,6 @@ def examine_files(
         *_spacing(seen),
         *_duplicates(seen),
         *_same_person(seen),
-        *_without_patient_id(policy, seen),
     ]
     reported = {finding.name for finding in across}
     fine = [
@@ -146,7 +181,7 @@ def examine_files(
         for one in seen
         if one.case.name not in reported
     ]
-    return [*findings, *across, *fine, *_floor(seen, site, policy, heldout)], seen
+    return [*findings, *across, *fine], seen
 
 
 def _splits(site: Site, policy: SiteFile, heldout: bool, target: bool) -> tuple[str, ...]:
@@ -157,7 +192,9 @@ def _splits(site: Site, policy: SiteFile, heldout: bool, target: bool) -> tuple[
     return splits(site.cases, fraction, heldout=heldout, salt=salt, target=target)
 
 
-def _read_case(case: CaseFile, split: str, data: DataSettings, *, masks: bool = True) -> Seen:
+def _read_case(
+    case: CaseFile, split: str, data: DataSettings, *, masks: bool, look: Look | None
+) -> Seen:
     """Read one case as training does; raises an error with what is wrong with it."""
     if not masks and split != "test":
         image, truth = read_without_mask(case)
@@ -166,6 +203,9 @@ def _read_case(case: CaseFile, split: str, data: DataSettings, *, masks: bool = 
         image, truth = read_case(case, data)
         wanted = sorted({index for group in data.structure_classes().values() for index in group})
         empty = not np.isin(truth, wanted).any()
+    if look is not None:
+        look(case, image, truth)
+    counts = np.bincount(truth.ravel(), minlength=data.num_classes)[: data.num_classes]
     return Seen(
         case=case,
         split=split,
@@ -176,6 +216,8 @@ def _read_case(case: CaseFile, split: str, data: DataSettings, *, masks: bool = 
         voxels=int(image.array.size),
         slices=1 if image.is_picture else len(image.array),
         empty=empty,
+        shape=tuple(image.array.shape),
+        pixels=tuple(int(count) for count in counts),
     )
 
 
@@ -286,7 +328,7 @@ def _same_person(seen: Sequence[Seen]) -> Iterator[Finding]:
             yield Finding("files", one.case.name, "warn", found, action, "SITE-512")
 
 
-def _without_patient_id(policy: SiteFile, seen: Sequence[Seen]) -> Iterator[Finding]:
+def _without_patient_id(patient_floor: int, seen: Sequence[Seen]) -> Iterator[Finding]:
     """Yield one finding if cases have no patient id, so that each counts as a patient."""
     missing = [one for one in seen if not one.case.has_patient]
     if not missing:
@@ -295,7 +337,7 @@ def _without_patient_id(policy: SiteFile, seen: Sequence[Seen]) -> Iterator[Find
     action = (
         "If a person has several cases, write patient_id in manifest.csv. Otherwise that person "
         "may be in training and validation, and counts several times towards patient_floor "
-        f"({policy.patient_floor})."
+        f"({patient_floor})."
     )
     yield Finding("site", "patient_id", "warn", found, action, "SITE-519")
 

@@ -20,6 +20,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.settings.training import TRAITS
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.classmap import check_classes
 from fedsgcg.deploy.study.grid import (
     AXES,
     Variant,
@@ -97,6 +98,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         found = f"{count} cells: several methods, hospitals, seeds or settings"
         raise fail("CFG-001", found=found, expected="one of each", action="use `fedsgcg study`")
     _check_cells([*cells, *inner], device)
+    check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done])
     swept = [name for name in axes if name not in AXES]
     contrasts = any("contrasts" in variant.traits for variant in compared)
     return Study(
