@@ -68,6 +68,9 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
             expected="no selection, which real hospitals do not support",
             action=action,
         )
+    if base["shard"]:
+        expected = "no shard: the runs of a federation follow one another"
+        raise fail("CFG-001", where="shard", found=str(base["shard"]), expected=expected)
     axes = with_grid(values, base["grid"], rest)
     sites: list[str] = base["data"]["sites"]
     heldouts = axes.get("heldout") or [str(base["heldout"])]
