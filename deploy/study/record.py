@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -112,7 +113,7 @@ def _write_record(study: Study) -> None:
         "runtime": study.runtime,
         "device": study.device,
         "machine": describe_machine(study.machine),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
         "selection": {"words": study.selection, "chosen": _chosen(before)},
         "shared": dict(study.shared),
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
@@ -121,6 +122,15 @@ def _write_record(study: Study) -> None:
         study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Return the installed packages' versions; a shard may run on a machine without Ray."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _folders(study: Study) -> list[str]:

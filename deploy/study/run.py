@@ -47,8 +47,6 @@ def run_study(study: Study, console: Screen) -> int:
     Returns:
         The exit code: 0 completed, 1 failed, 3 degraded.
     """
-    from fedsgcg.server.report.build import make_report
-
     check_folder(study.folder)
     with lock_file(study.folder / paths.LOCK, shared=study.shard is not None):
         check_same_study(study)
@@ -71,11 +69,7 @@ def run_study(study: Study, console: Screen) -> int:
                     if missing:
                         ended = ended.and_then(_run_cells(study, missing))
         if study.shard is None:
-            for folder in finished_cells(study.folder):
-                remove(folder, RESUME)
-            with steps_of(console, "making the report") as step:
-                collect(study.folder)
-                make_report(study.folder, step)
+            _complete(study, console)
     _print_split_batches(missing, console)
     for name, text in ended.retried.items():
         console.print(
@@ -86,6 +80,17 @@ def run_study(study: Study, console: Screen) -> int:
         console.print(f"{name} failed", style="bold red")
         console.print(text)
     return exit_code(study.cells)
+
+
+def _complete(study: Study, console: Screen) -> None:
+    """Remove what only a resume needs, and write the tables and the report."""
+    from fedsgcg.server.report.build import make_report
+
+    for folder in finished_cells(study.folder):
+        remove(folder, RESUME)
+    with steps_of(console, "making the report") as step:
+        collect(study.folder)
+        make_report(study.folder, step)
 
 
 def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[list[Cell], Ended]:

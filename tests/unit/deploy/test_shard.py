@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,14 +65,16 @@ def settings(hospitals: Path, folder: Path, *more: str) -> Sequence[str]:
 
 
 def test_shards_share_a_folder_and_the_plain_call_completes_and_reports(
-    hospitals: Path, tmp_path: Path
+    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second shard is never run: the plain call runs its cells."""
+    """The second shard is never run: the plain call runs its cells. A shard needs no Ray."""
     console = Screen(io.StringIO())
     first = plan_study(settings(hospitals, tmp_path, "shard=1/2"))
     whole = plan_study(settings(hospitals, tmp_path))
     with lock_file(tmp_path / paths.LOCK, shared=True):  # another shard that still runs
-        assert run_study(first, console) == 0
+        with monkeypatch.context() as without_ray:
+            without_ray.setitem(sys.modules, "ray", None)
+            assert run_study(first, console) == 0
         with pytest.raises(FedsgcgError, match="CFG-006"):
             run_study(whole, console)
     assert not (tmp_path / paths.REPORT).exists()
