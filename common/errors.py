@@ -122,6 +122,8 @@ CODES: Final[dict[str, str]] = {
     "PAY-116": "The payload is a copy of another one.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "PAY-121": "The control variates are not valid.",
+    "PAY-122": "A weight's change is outside the range of the codec.",
+    "PAY-123": "The weights are coded against those of another request.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",

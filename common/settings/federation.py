@@ -78,6 +78,10 @@ class FederationSettings(Section):
             one, five for two) and `krum` (five for one).
         clip: Longest update relative to the median of the updates' norms, for `norm_clipping`.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
+        codec: Form of the weights that a site sends. `none`: float32. `lossless`: their difference
+            from the received weights, compressed without loss; the models are the same.
+            `bf16`: that difference in 16 bits, compressed, with what rounding drops added to the
+            site's next difference (docs/reference/messages.md).
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
             the sites measured under their local weights, like every other entry. `recalibrate`
             makes every site measure them again under the merged weights, in one pass over its
@@ -115,6 +119,7 @@ class FederationSettings(Section):
     tolerated: int = 1
     clip: float = 2.0
     weighting: Literal["samples", "sites"] = "samples"
+    codec: Literal["none", "lossless", "bf16"] = "none"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
     shared_images: Literal["refuse", "flag"] = "refuse"

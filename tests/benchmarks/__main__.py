@@ -22,6 +22,7 @@ PARTS = (
     "statistics",
     "amplitude",
     "metrics",
+    "codecs",
     "step",
     "federation",
     "deployment",
