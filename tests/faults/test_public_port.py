@@ -1,12 +1,14 @@
 """The public port of the coordinator: strangers can neither fill its memory nor its descriptors."""
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import resource
 import socket
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
@@ -21,14 +23,17 @@ from flwr.supercore.date import now
 
 from fedsgcg.deploy.coordinator.front import (
     OBJECTS,
+    PULLED,
     BoundedBodies,
     Limits,
-    PublicServer,
-    public_server,
-    raise_descriptors,
     signed_by,
 )
 from fedsgcg.deploy.coordinator.noise import MOST, MOST_CHARACTERS, PERIOD_S, NoiseLimit
+from fedsgcg.deploy.coordinator.public_server import (
+    PublicServer,
+    public_server,
+    raise_descriptors,
+)
 from fedsgcg.deploy.site.commands import free_port
 from tests.support.loopback import certificate
 
@@ -41,8 +46,11 @@ SMALL = Limits(
     idle_s=1.0,
     body_s=30.0,
     stranger_bytes=1000,
+    at_once=2,
     bodies={OBJECTS: 10**6},
 )
+RESPONSE = 32 * 2**20
+PART = 2**16
 KEY = ec.generate_private_key(ec.SECP384R1())
 PUBLIC = KEY.public_key().public_bytes(
     serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -70,10 +78,11 @@ class Served:
     port: int
     trust: ssl.SSLContext
     received: list[int] = field(default_factory=list)
+    gone: threading.Event = field(default_factory=threading.Event)
     server: PublicServer | None = None
 
     async def app(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        """Read a body as Flower does, and answer with its length."""
+        """Read a body as Flower does, and answer with its length, or at length (`PULLED`)."""
         size, more = 0, True
         while more:
             event = await receive()
@@ -81,7 +90,17 @@ class Served:
             self.received.append(size)
             more = event.get("more_body", False)
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == PULLED:
+            for _ in range(RESPONSE // PART):
+                part = {"type": "http.response.body", "body": b"x" * PART, "more_body": True}
+                await send(part)
+            self.gone.set()
         await send({"type": "http.response.body", "body": str(size).encode()})
+
+    def server_is_idle(self) -> None:
+        """Wait until no request is in progress."""
+        while self.server is not None and self.server.server_state.tasks:
+            time.sleep(0.01)
 
     def connect(self, secure: bool = True, source: str = "127.0.0.1") -> socket.socket:
         """Connect, with or without the TLS handshake."""
@@ -231,6 +250,46 @@ def test_a_connection_is_closed_after_an_answer_and_used_again_before(served: Se
             assert status(link) == 200
         link.settimeout(30)
         assert is_closed(link)
+
+
+def test_row_i10_a_hospital_that_reads_nothing_of_a_response_is_closed(served: Served) -> None:
+    """I10: a registered hospital asked for objects and never read them; nothing ended that."""
+    served.gone.clear()
+    with served.connect() as link:
+        send(link, PULLED, content_length="0", **signature())
+        assert served.gone.wait(60)  # the application was released: nobody takes the rest
+        taken = 0
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while data := link.recv(2**20):
+                taken += len(data)
+        assert taken < RESPONSE
+
+
+def test_a_slow_reader_gets_all_of_a_response(served: Served) -> None:
+    with served.connect() as link:
+        send(link, PULLED, content_length="0", **signature())
+        size = 0
+        while size < RESPONSE:
+            data = link.recv(2**16)
+            assert data, size
+            size += len(data)
+            if size % 2**21 < len(data):
+                time.sleep(0.2)  # all in all three times the limit between two parts
+
+
+def test_row_40_a_hospital_has_few_large_requests_at_once(served: Served) -> None:
+    """Row 40: one hospital asked for large objects on all connections of its address."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(SMALL.at_once):
+            link = stack.enter_context(served.connect())
+            send(link, OBJECTS, b"x", content_length="900", **signature())
+            while not served.received or served.received[-1] != 1:
+                time.sleep(0.01)
+            served.received.clear()
+        assert served.ask(OBJECTS, content_length="0", **signature()) == 429
+        assert served.ask(OBJECTS, content_length="0") == 200  # somebody else, whom Flower refuses
+    served.server_is_idle()
+    assert served.ask(OBJECTS, content_length="0", **signature()) == 200
 
 
 def test_a_long_head_is_refused(served: Served) -> None:

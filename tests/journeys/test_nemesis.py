@@ -1,4 +1,4 @@
-"""Faults in a real federation for some seconds: I1 to I10 hold (`make nemesis`).
+"""Faults in a real federation for some seconds: I1 to I11 hold and every promised fault is made (`make nemesis`).
 
 Not part of `make test`: it takes its time whatever the machine. `FEDSGCG_NEMESIS=90` runs it.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nemesis import checker, driver
+from tests.nemesis import checker, coverage, driver
 
 SECONDS = float(os.environ.get("FEDSGCG_NEMESIS") or 0)
 
@@ -21,4 +21,5 @@ def test_under_faults_the_invariants_hold(hospitals: Path, tmp_path: Path) -> No
     driver.run(tmp_path, hospitals, SECONDS, seed=11, deadline_s=12)
     history = checker.History.read(tmp_path)
     assert checker.check(history) == []
+    assert list(coverage.promised(history)) == []
     assert sum(len(study.checkpoints) for study in history.studies) >= 6

@@ -1,4 +1,4 @@
-"""Judges a recorded federation by the invariants I1 to I10 of docs/explanation/reliability.md.
+"""Judges a recorded federation by the invariants I1 to I11 of docs/explanation/reliability.md.
 
 It reads only files: journal, events, results, the ledgers and the recorded replies of the sites,
 and `history.jsonl` of `tests.nemesis`. It shares the file formats with the program, and no code.
@@ -28,6 +28,13 @@ MOMENTS = ("running_mean", "running_var")
 RECORDS = ("message", "metrics", "weights")
 """Records of a reply that a ledger line covers."""
 
+REFUSALS = ("PAY-", "STA-", "TRN-301")
+"""Codes that count towards a pause."""
+
+STALE = "reply of an earlier round"
+REFUSALS_FOR_A_PAUSE = 3
+PAUSED_ROUNDS = 3
+
 ROUNDING = 1e-6
 """Relative tolerance of statistics that were summed in another order."""
 
@@ -46,19 +53,20 @@ class Violation:
 
 @dataclass(frozen=True)
 class Sent:
-    """One recorded reply: its entries as bytes by `record/key`, kind and poison."""
+    """One recorded reply: its entries as bytes by `record/key`, and what is wrong with it."""
 
     path: Path
     entries: dict[str, bytes]
     kind: str
     poison: str
+    twice: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Sent:
         with np.load(path) as file:
             entries = {name: file[name].tobytes() for name in file.files}
         facts = json.loads(entries.pop("facts"))
-        return cls(path, entries, facts["kind"], facts["poison"])
+        return cls(path, entries, facts["kind"], facts["poison"], facts.get("twice", False))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -186,6 +194,7 @@ class History:
     facts: dict[str, Any]
     studies: list[Study]
     sent: dict[str, list[Sent]]
+    lines: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> History:
@@ -200,16 +209,23 @@ class History:
             site: [Sent.read(path) for path in sorted(Path(kit).glob("sent/*.npz"))]
             for site, kit in facts["kits"].items()
         }
-        return cls(folder, facts, studies, sent)
+        return cls(folder, facts, studies, sent, lines)
+
+    def at(self, study: Study, site: str, number: int) -> list[Sent]:
+        """Replies of a site to training requests of a round of a study, without error codes."""
+        kinds = ("train", "query.statistics")
+        return [reply for kind in kinds for reply in self.of(study, site, kind, number)]
 
     def of(self, study: Study, site: str, kind: str, number: int) -> list[Sent]:
         """Replies of a site to one request of a study that have no error code."""
-        wanted = json.loads(study.checkpoints[0].facts["identity"])
+        wanted = json.loads(study.checkpoints[0].facts["identity"]) | {"round": number}
+        wanted_late = wanted | {"round": number - 1}
         return [
             reply
             for reply in self.sent[site]
             if reply.kind == kind
-            and reply.identity == wanted | {"round": number}
+            # The one poison that changes the identity states the round before.
+            and reply.identity == (wanted_late if reply.poison == STALE else wanted)
             and not reply.error
         ]
 
@@ -226,7 +242,7 @@ def check(history: History) -> list[Violation]:
     found = list(one_door(history)) + list(held_out(history))
     found += list(no_leak(history)) + list(bounded(history))
     for study in history.studies:
-        for rule in (durable, explained, at_most_once, exact_prototypes, same_out, truthful):
+        for rule in RULES:
             found.extend(rule(study, history))
     return found
 
@@ -547,13 +563,65 @@ def bounded(history: History) -> Iterator[Violation]:
                 start = None
             elif event["event"] == "round.done" and start is not None:
                 took = event["time"] - start
-                if took > limits["round_s"]:
+                if took > study.facts.get("round_s", limits.get("round_s", 0)):
                     found = f"round {event['round']} took {took:.0f} s"
                     yield Violation("I10", str(study.folder), found)
-    lines = [json.loads(line) for line in (history.folder / "history.jsonl").open()]
-    for line in lines:
+    for line in history.lines:
         if line["event"] == "memory" and line["rss_mb"] > limits["rss_mb"]:
             yield Violation("I10", line["process"], f"{line['rss_mb']} MB")
+
+
+def attempts(study: Study) -> dict[int, list[dict[str, Any]]]:
+    """Events of the last attempt of each round; one that was interrupted is repeated whole."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for event in study.events:
+        if event["event"] == "round.started":
+            found[event["round"]] = []
+        found.setdefault(event["round"], []).append(event)
+    return found
+
+
+def refusals(events: list[dict[str, Any]]) -> set[str]:
+    """Sites of which a reply was refused among some events."""
+    return {
+        event["site"]
+        for event in events
+        if event["event"] == "round.reply"
+        and not event["accepted"]
+        and event["code"].startswith(REFUSALS)
+    }
+
+
+def deserved(study: Study, history: History) -> Iterator[Violation]:
+    """I11: a pause follows three refusals in a row, or one after a pause, and is kept."""
+    rounds = attempts(study)
+    ends: dict[str, int] = {}  # last round of a site's latest pause
+    counts: dict[str, int] = {}
+    for number in range(1, int(study.outcome["rounds_done"]) + 1):
+        events = rounds.get(number, [])
+        refused = refusals(events)
+        trained = {e["site"] for e in events if e["event"] == "round.reply" and e["accepted"]}
+        for site in history.facts["training"]:
+            if number <= ends.get(site, 0):
+                asked = history.at(study, site, number)
+                if asked or site in study.contributors(number):
+                    found = f"{site} is paused in round {number} and took part"
+                    yield Violation("I11", str(study.folder), found)
+                counts[site] = REFUSALS_FOR_A_PAUSE - 1
+            elif site in refused:
+                counts[site] = counts.get(site, 0) + 1
+            elif site in trained:
+                counts[site] = 0
+        paused = {e["site"]: e["until"] for e in events if e["event"] == "site.paused"}
+        for site, until in paused.items():
+            if counts.get(site, 0) < REFUSALS_FOR_A_PAUSE or until != number + PAUSED_ROUNDS:
+                found = f"{site} was paused until {until} after {counts.get(site, 0)} refusals"
+                yield Violation("I11", str(study.folder), found)
+        ends |= paused
+
+
+RULES = (durable, explained, at_most_once, exact_prototypes, same_out, truthful, deserved)
+"""Rules of a single study."""
 
 
 def main() -> int:
@@ -563,7 +631,7 @@ def main() -> int:
     rounds = sum(len(study.checkpoints) for study in history.studies)
     replies = sum(len(sent) for sent in history.sent.values())
     print(f"{len(history.studies)} studies, {rounds} rounds, {replies} replies")
-    print("\n".join(str(violation) for violation in found) or "I1 to I10 hold")
+    print("\n".join(str(violation) for violation in found) or "I1 to I11 hold")
     return 1 if found else 0
 
 
