@@ -26,8 +26,8 @@ setup: $(STAMP)
 # torch is installed first, with its exact version: a free choice of version may download gigabytes
 # of another build.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit('$(PYTHON) is Python ' \
-	  + sys.version.split()[0] + '; fedsgcg needs 3.11 or 3.12: make PYTHON=python3.11 setup')"
+	@$(PYTHON) -c "import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit('$(PYTHON) is Python ' \
+	  + sys.version.split()[0] + '; fedsgcg needs 3.11, 3.12 or 3.13: make PYTHON=python3.11 setup')"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -49,7 +49,7 @@ def files(*arguments: str, **environment: str) -> dict[str, tuple[str, str]]:
 
 def write(name: str, build: str, *arguments: str, **environment: str) -> None:
     """Write one list; `hatchling` builds the project itself."""
-    found = files(".", "hatchling", *arguments, **environment)
+    found = files(".[formats]", "hatchling", *arguments, **environment)
     lines = [
         f"{package}=={version} \\\n    --hash=sha256:{sha256}"
         for package, (version, sha256) in sorted(found.items())

@@ -17,6 +17,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fedsgcg.clients.corrections import received_control, sent_control
+from fedsgcg.clients.data.pairs import check_pairs
 from fedsgcg.clients.data.store import SliceTable
 from fedsgcg.clients.evaluation import (
     CONSTANT,
@@ -41,7 +43,14 @@ from fedsgcg.clients.methods.running_guide import (
     statistics_from_state,
     statistics_to_state,
 )
+from fedsgcg.clients.own_norm import take_own_norm
 from fedsgcg.clients.request import SiteRequest, handle, require_role
+from fedsgcg.clients.rules import (
+    keeps_norm,
+    metrics_of_trained,
+    metrics_without_site,
+    state_of_rule,
+)
 from fedsgcg.clients.training import (
     client_name,
     load_weights,
@@ -51,12 +60,13 @@ from fedsgcg.clients.training import (
 )
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
+from fedsgcg.common.heads import build_trained
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
-from fedsgcg.common.settings.federation import SHARES
+from fedsgcg.common.settings.federation import SHARES, TRAINING
 from fedsgcg.common.statistics import ClassStatistics
-from fedsgcg.common.wire.messages import SUMMARY, Reply
+from fedsgcg.common.wire.messages import DATA, SUMMARY, Reply
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import encode_cases
 
@@ -88,23 +98,26 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
 def enrol(task: SiteRequest) -> RecordDict:
     """Report the site's name and its numbers of usable cases, as far as they may leave.
 
-    `data` is a digest from which the coordinator detects that the site's files or splits changed
-    during a run. `content_hashes`, present where the site allows it, reveal images that two
-    hospitals share.
+    The digest that every reply contains (`send`) shows the coordinator whether the site's files or
+    splits change during a run. `content_hashes`, present where the site allows it, reveal images
+    that two hospitals share.
 
     Raises:
-        FedsgcgError: POL-720 for a site whose cases the floors keep out of its role; the run then
-            starts without the site, instead of failing later.
+        FedsgcgError: POL-720 for a site whose cases the floors keep out of its role, TRN-311 for
+            one whose images have no pairs for the method; the run then starts without the site,
+            instead of failing later.
     """
     stores = task.stores
-    task.require_sample("train" if task.role == "train" else "test")
+    task.require_sample("train" if task.plan.trains(task.site) else "test")
+    if task.plan.trains(task.site):
+        check_pairs(stores, task.plan)
     details: dict[str, Any] = {
         "site": task.site,
         "roles": list(task.plan.site.roles),
         **task.public_counts(),
         "kinds": sorted({store.kind for store in stores}),
+        "colour": any(store.has_colour for store in stores),
         "problems": task.public_problems(),
-        "data": task.data_digest(),
         "shares": list(task.plan.site.shares),
     }
     if (contents := shared_contents(stores, task.identity, task.policy)) is not None:
@@ -117,30 +130,39 @@ def send_statistics(task: SiteRequest) -> RecordDict:
 
     The request's options `moments` and `classes` select which. `norm_mode` applies to class
     statistics only: it is `prototypes.norm_mode` unless the coordinator requests `running`, the
-    normalisation of evaluation.
+    normalisation of evaluation. A site without labels has no classes to measure.
     """
-    require_role(task, "train")
+    require_role(task, *TRAINING)
     task.require_sample("train")
     task.spend("releases")
     options, network = task.request.options, load_global_model(task)
     mode: NormMode | None = "running" if options.get("norm_mode") == "running" else None
     measured = moments(task, network) if options.get("moments") else None
+    if keeps_norm(task.plan) and mode is None:
+        # After a merge, the layers are those of this round; before training, of the last one.
+        _, state = task.state.load(task.identity.round + (measured is not None))
+        take_own_norm(network, state)
     wanted = task.plan.method.statistics and (options.get("classes") or measured is None)
+    if wanted and task.role == "unlabelled":
+        raise fail("ROL-212", where=task.site, found="a request for class statistics")
     found = statistics(task, network, mode) if wanted else None
     return send(task, Reply(task.identity, task.site, statistics=found, moments=measured))
 
 
 def train(task: SiteRequest) -> RecordDict:
     """Measure and validate the received model, train it on the site's slices and send it back."""
-    require_role(task, "train")
+    require_role(task, *TRAINING)
     task.require_sample("train")
     require_round(task)
     task.spend("releases")
     plan, number = task.plan, task.identity.round
     network = load_global_model(task)
-    described = statistics(task, network) if plan.described_in_training(number) else None
-    before = validation_metrics(task, network)
     _, state = task.state.load(number)
+    before = validation_metrics(task, network)
+    before |= metrics_without_site(task, state, validation_metrics)
+    if keeps_norm(plan):
+        take_own_norm(network, state)
+    described = statistics(task, network) if plan.described_in_training(number) else None
     own = apply_floors_to(task, described) if plan.prototypes.memory == "overlay" else None
     guide = build_guide(
         task.request.prototypes,
@@ -160,15 +182,18 @@ def train(task: SiteRequest) -> RecordDict:
         device=task.device,
         amplitudes=task.request.amplitudes,
         state=state,
+        control=received_control(task.request.weights, task.request.control_variates),
     )
     if plan.prototypes.memory == "online":
         described = statistics_from_state(state, ONLINE)
         own = apply_floors_to(task, described)
+    trained = weights_of(network)
+    state |= state_of_rule(plan, network, trained)
     if state or own is not None:
         task.state.store(number, state | statistics_to_state(own))
-    return send(
-        task, Reply(task.identity, task.site, weights_of(network), described, before | figures)
-    )
+    metrics = before | figures | metrics_of_trained(task, network, validation_metrics)
+    reply = Reply(task.identity, task.site, trained, described, metrics)
+    return send(task, replace(reply, control_variates=sent_control(trained, state)))
 
 
 def held_parts(options: Mapping[str, Any]) -> frozenset[str]:
@@ -196,20 +221,22 @@ def send_amplitudes(task: SiteRequest) -> RecordDict:
 def evaluate(task: SiteRequest) -> RecordDict:
     """Score the received model case by case.
 
-    A held-out site is scored on its test cases, a training site on its validation cases.
+    A held-out site is scored on its test cases, a training site on its validation cases, and a
+    hospital of the setting `unlabelled` on those that its manifest assigns to `test`.
     """
     split = str(task.request.options.get("split", "test"))
     if split == "validation":
         require_role(task, "train")
     else:
-        require_role(task, "heldout", "observer")
+        own = [task.role] if task.site in task.plan.unlabelled else []
+        require_role(task, "heldout", "observer", *own)
     pictures = task.home / "pictures.arrow" if split == "test" else None
     if split == "test":
         task.require_sample("test")
     task.spend("evaluations")
     if split == "validation" and not task.validates:
         return send(task, Reply(task.identity, task.site, cases=encode_cases([])))
-    network = load_global_model(task)
+    network = load_global_model(task, trained=False)
     save_features(task, network, split)
     agreement = MaskAgreement()
     rows = evaluate_cases(
@@ -279,12 +306,16 @@ def validation_metrics(task: SiteRequest, network: nn.Module) -> dict[str, float
     return {"validation_dice": dice, "validation_cases": float(cases)} if cases else {}
 
 
-def load_global_model(task: SiteRequest) -> nn.Module:
-    """Build the plan's network on the site's device and load the weights of the request."""
+def load_global_model(task: SiteRequest, *, trained: bool = True) -> nn.Module:
+    """Build the plan's network on the site's device and load the weights of the request.
+
+    With `trained` the network has the method's training-only heads.
+    """
     if task.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = task.plan
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None)
+    channels = IN_CHANNELS, plan.data.out_channels
+    network = build_trained(plan, None) if trained else build_network(plan.network, *channels, None)
     load_weights(network, task.request.weights)
     network.to(task.device)
     return network
@@ -356,7 +387,8 @@ def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> Cla
 
 
 def send(task: SiteRequest, reply: Reply) -> RecordDict:
-    """Release a reply through `clients.guard.egress`."""
+    """Release a reply, with the digest of the site's data, through `clients.guard.egress`."""
+    reply = replace(reply, details={**reply.details, DATA: task.data_digest()})
     has_statistics = reply.statistics is not None
     return release(
         reply,

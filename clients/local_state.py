@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.wire.payload import Identity
 
 KEPT_ROUNDS: Final = 3
@@ -68,12 +69,8 @@ class LocalState:
         """
         path = self._path(round_number)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(
-                save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-            )
-            partial.replace(path)
+            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            write_file(path, save(kept))
             for number in self._rounds():
                 # Later rounds are left over from before the coordinator repeated this one.
                 if number <= round_number - KEPT_ROUNDS or number > round_number:

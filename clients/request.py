@@ -54,6 +54,7 @@ from fedsgcg.clients.methods.class_statistics import (
 )
 from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.flower_run import plan_of_run
@@ -93,7 +94,7 @@ class SiteRequest:
 
     @property
     def role(self) -> str:
-        """`train`, `heldout` or `observer` in this fold."""
+        """`train`, `unlabelled`, `heldout` or `observer` in this fold."""
         return self.plan.role(self.site)
 
     @cached_property
@@ -109,7 +110,9 @@ class SiteRequest:
         the site's folder.
         """
         data, cache = self.plan.data, resolve_cache(self.plan.site)
-        sites = [open_site(self.root, name, data) for name in self.plan.hospitals_of(self.site)]
+        masks, target = not self.plan.hides_masks(self.site), self.site in self.plan.unlabelled
+        names = self.plan.hospitals_of(self.site)
+        sites = [open_site(self.root, name, data, masks=masks) for name in names]
         sites = [only_inside_data_root(site, self.policy) for site in sites]
         salt = alias_salt(self.policy, study_of(self.plan.run))
         unassigned = {case.patient for site in sites for case in site.cases if not case.split}
@@ -118,10 +121,12 @@ class SiteRequest:
                 site,
                 data,
                 cache,
-                heldout=self.role != "train",
+                heldout=not (self.plan.trains(self.site) or target),
                 salt=salt,
                 split_salt=split_salt(self.policy, unassigned),
                 budget=budget_of(self.policy),
+                target=target,
+                masks=masks,
             )
             for site in sites
         )
@@ -149,8 +154,13 @@ class SiteRequest:
 
     @cached_property
     def validates(self) -> bool:
-        """Whether results of the site's validation cases may leave; they need enough patients."""
-        return self.accepts([self._sample("validation")])[0]
+        """Whether results of the site's validation cases may leave; they need enough patients.
+
+        A hospital of the setting `unlabelled` validates nothing.
+        """
+        return (
+            self.site not in self.plan.unlabelled and self.accepts([self._sample("validation")])[0]
+        )
 
     def shares_cases(self, split: str) -> bool:
         """Whether the results of single cases of a split may leave."""
@@ -431,10 +441,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_file(path, text.encode())
     except OSError as error:
         expected = "a writable site folder"
         raise fail("SITE-501", where=str(path), found=str(error), expected=expected) from error

@@ -6,7 +6,8 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsgcg.clients.corrections import corrections_of
 from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
-from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.augment import augment_batch
 from fedsgcg.clients.data.batches import (
     Batch,
     Chosen,
@@ -25,13 +27,14 @@ from fedsgcg.clients.data.batches import (
     max_micro_batches,
     steps_of,
 )
+from fedsgcg.clients.data.pairs import check_pairs, gather_partners, make_pairs, uses_slices
 from fedsgcg.clients.data.prefetch import prefetch
 from fedsgcg.clients.methods import Guidance, Guide, Source, method_class
 from fedsgcg.clients.methods.partners import Mixer, build_mixer
 from fedsgcg.clients.out_of_memory import free_memory, unless_out_of_memory
 from fedsgcg.common.errors import fail
 from fedsgcg.common.seeding import stream, stream_seed
-from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.plan import Plan, Terms
 from fedsgcg.common.wire.payload import Weights
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ LOG = logging.getLogger("fedsgcg.site")
 MOMENTS: Final = "adam."
 LOCAL: Final = "local."
 PARTS: Final = "micro_batches"
+SUPERVISED: Final = Terms(supervised=True, contrastive=False)
 
 
 def train_round(
@@ -53,6 +57,7 @@ def train_round(
     device: torch.device,
     amplitudes: bytes = b"",
     state: dict[str, Tensor] | None = None,
+    control: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train the network in place for one round.
 
@@ -70,6 +75,7 @@ def train_round(
         device: Device of the training.
         amplitudes: Amplitudes of other sites, for `method.ram.sharing=summary` and `bank`.
         state: What `train_round` returned in the site's last round; None starts fresh.
+        control: SCAFFOLD's global control variate by parameter (`clients.corrections`).
 
     Returns:
         Metrics of the round: examples (training slices), steps, seconds, learning_rate (of the
@@ -78,11 +84,18 @@ def train_round(
 
     Raises:
         FedsgcgError: TRN-302 without a training slice, TRN-301 when the loss or a trained weight is
-            not finite, SITE-502 when a step in its smallest parts runs out of memory.
+            not finite, TRN-311 for pairs of slices without volumes, ROL-212 for a round without a
+            term for images without labels, SITE-502 when a step in its smallest parts runs out of
+            memory.
     """
     start = time.perf_counter()
     tables = [store.slices("train") for store in stores]
     names = [store.site for store in stores]
+    terms = plan.terms(round_number, labelled=all(store.labelled for store in stores))
+    if not any(terms):
+        found = f"training in round {round_number}, which has the supervised term alone"
+        raise fail("ROL-212", where=client_name(names), found=found)
+    check_pairs(stores, plan)
     state = state or {}
     received = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     sizes = [
@@ -94,8 +107,9 @@ def train_round(
 
     def attempt() -> tuple[dict[str, float], dict[str, Tensor]]:
         mixer = build_mixer(stores, plan, client_name(names), round_number, amplitudes, device)
-        batches = round_batches(tables, plan, round_number, names, device, mixer)
-        session = Session(network, plan, len(stores), device, state)
+        batches = round_batches(tables, plan, round_number, names, device, mixer, terms)
+        rng = stream(plan.seed, round_number, client_name(names), "draws")
+        session = Session(network, plan, len(stores), device, state, rng, control)
         # A guide may change with the batches, so each attempt needs its own copy.
         own_guide = copy.copy(guide)
         figures = session.train(
@@ -109,6 +123,9 @@ def train_round(
         network.zero_grad(set_to_none=True)
         network.load_state_dict(received)
     figures, kept = trained
+    if plan.method.pairs:  # a term that a round does not have has no value
+        absent = {"loss_supervised": not terms.supervised, "loss_contrast": not terms.contrastive}
+        figures = {name: value for name, value in figures.items() if not absent.get(name)}
     if parts > plan.site.micro_batches:
         kept |= {PARTS: torch.tensor(parts)}
     return figures | {
@@ -154,6 +171,8 @@ class Session:
         domains: D, number of the client's source domains.
         device: Device of the training.
         state: What `state()` returned after the client's last round; missing entries start fresh.
+        rng: Draws the method's random numbers; by default from the plan's seed.
+        control: SCAFFOLD's global control variate by parameter.
     """
 
     def __init__(
@@ -163,9 +182,12 @@ class Session:
         domains: int,
         device: torch.device,
         state: Mapping[str, Tensor],
+        rng: np.random.Generator | None = None,
+        control: Mapping[str, Tensor] | None = None,
     ) -> None:
         network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._plan, self._device = plan, device
+        self._rng = rng or stream(plan.seed, "draws")
         self.method: Source = method_class(plan.method)(network, plan, domains, device)
         self.method.local.train()
         self._optimizer = adam(
@@ -173,6 +195,8 @@ class Session:
         )
         self._replay = Replay(self._work, self._clear, device)
         self._guide: Guide | None = None
+        self._corrections = corrections_of(network, plan, state, control or {})
+        self._steps = 0
         self._restore(state)
 
     def train(
@@ -193,6 +217,7 @@ class Session:
         """
         names = ("loss", *self.method.parts)
         on_cpu = self._device.type == "cpu"
+        self.method.round_number = round_number
         sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
         for step, batch in enumerate(batches):
             set_rate(self._optimizer, learning_rate(self._plan, round_number, step / steps))
@@ -200,24 +225,35 @@ class Session:
             sums += found
             if on_cpu and not math.isfinite(found[0].item()):
                 raise _diverged(round_number, step)
+        self.method.finish()
         return self._figures(names, sums, steps, round_number)
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
         """Take one step; return the detached loss and its parts in the order of `method.parts`."""
+        self._steps += 1
         if guide is not self._guide:
             # A captured step keeps using the prototypes it was captured with.
             self._guide = guide
             self._replay = Replay(self._work, self._clear, self._device)
-        if isinstance(guide, Guidance | None):
-            self._cut = batch.sizes, micro_batches
-            tensors = [batch.images, batch.labels, *([] if batch.mixed is None else [batch.mixed])]
-            return self._replay(*tensors, key=self._cut)
+        drawn = (torch.from_numpy(one) for one in self.method.draw(batch.sizes, self._rng))
+        batch = replace(
+            batch, drawn=tuple(one.to(self._device, non_blocking=True) for one in drawn)
+        )
+        if self.method.captures and isinstance(guide, Guidance | None):
+            extra = {name: getattr(batch, name) for name in ("mixed", "pairs")}
+            given = {name: tensor for name, tensor in extra.items() if tensor is not None}
+            self._cut = batch.sizes, micro_batches, batch.labelled, tuple(given)
+            others = (*given.values(), *batch.drawn)
+            return self._replay(batch.images, batch.labels, *others, key=self._cut)
         # A guide that changes during the round cannot be captured.
         return self._train(batch, micro_batches)
 
-    def _work(self, images: Tensor, labels: Tensor, mixed: Tensor | None = None) -> Tensor:
-        sizes, micro_batches = self._cut
-        return self._train(Batch(images, labels, sizes, mixed), micro_batches)
+    def _work(self, images: Tensor, labels: Tensor, *others: Tensor) -> Tensor:
+        sizes, micro_batches, labelled, names = self._cut
+        extra = dict(zip(names, others, strict=False))
+        drawn = others[len(names) :]
+        batch = Batch(images, labels, sizes, **extra, labelled=labelled, drawn=drawn)
+        return self._train(batch, micro_batches)
 
     def _train(self, batch: Batch, micro_batches: int) -> Tensor:
         self._clear()
@@ -230,6 +266,8 @@ class Session:
                 [total.detach(), *(parts.get(name, zero).detach() for name in self.method.parts)]
             )
             found.append(values if share == 1 else share * values)
+        for correction in self._corrections:
+            correction.apply()
         self._optimizer.step()
         return torch.stack(found).sum(0)
 
@@ -237,13 +275,15 @@ class Session:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what stays at the site: local networks and, if kept, Adam's moments."""
+        """Return what stays at the site: local networks, control variates, kept Adam moments."""
         tensors = {
             f"{LOCAL}{name}": tensor for name, tensor in self.method.local.state_dict().items()
         }
         if self._plan.federation.moments == "keep":
             for index, moments in self._optimizer.state_dict()["state"].items():
                 tensors |= {f"{MOMENTS}{index}.{name}": tensor for name, tensor in moments.items()}
+        for correction in self._corrections:
+            tensors |= correction.state(self._steps)
         return tensors
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
@@ -319,6 +359,7 @@ def round_batches(
     names: Sequence[str],
     device: torch.device,
     mixer: Mixer | None = None,
+    terms: Terms = SUPERVISED,
 ) -> Iterator[Batch]:
     """Yield the augmented batches of a round on the device.
 
@@ -329,15 +370,33 @@ def round_batches(
         names: The hospital of each table; names the random streams.
         device: Device of the batches.
         mixer: Makes the amplitude-mixed copies; None for methods that use none.
+        terms: The terms of the loss; the contrastive one needs pairs.
     """
-    generator = torch.Generator(device).manual_seed(
-        stream_seed(plan.seed, round_number, client_name(names), "augment")
+    client = client_name(names)
+    generator, views = (
+        torch.Generator(device).manual_seed(stream_seed(plan.seed, round_number, client, use))
+        for use in ("augment", "contrast views")
     )
     chosen = _chosen(tables, plan, round_number, names)
-    for images, labels, sizes, *drawn in prefetch(_read(tables, chosen, mixer), device):
-        changed, moved = augment(images, labels, plan.data.augmentation, generator)
+    rng = stream(plan.seed, round_number, client, "pairs")
+    draw = _partners(tables, plan, rng) if terms.contrastive and uses_slices(plan) else None
+    for images, labels, sizes, *drawn in prefetch(_read(tables, chosen, mixer, draw), device):
+        pairs = None
+        if terms.contrastive:
+            partners = drawn.pop() if draw else None
+            pairs = make_pairs(images, partners, plan.method.segclr, views)
+        changed, moved = augment_batch(images, labels, plan, generator)
         mixed = mixer.mix(changed, *drawn).to(memory_format=torch.channels_last) if mixer else None
-        yield Batch(changed.to(memory_format=torch.channels_last), moved, sizes, mixed)
+        changed = changed.to(memory_format=torch.channels_last)
+        yield Batch(changed, moved, sizes, mixed, pairs, terms.supervised)
+
+
+def _partners(
+    tables: Sequence[SliceTable], plan: Plan, rng: np.random.Generator
+) -> Callable[[Chosen], Tensor]:
+    """Return a function that reads the other slice of each pair."""
+    distance = plan.method.segclr.slice_distance
+    return lambda chosen: gather_partners(tables, chosen, distance, rng)
 
 
 def round_slices(
@@ -360,12 +419,16 @@ def _chosen(
 
 
 def _read(
-    tables: Sequence[SliceTable], batches: Iterable[Chosen], mixer: Mixer | None
+    tables: Sequence[SliceTable],
+    batches: Iterable[Chosen],
+    mixer: Mixer | None,
+    partners: Callable[[Chosen], Tensor] | None,
 ) -> Iterator[tuple[Tensor | tuple[int, ...], ...]]:
-    """Read the slices of each batch on the CPU, and draw its partners for mixing."""
+    """Read the slices of each batch on the CPU, and draw its partners for mixing and for pairs."""
     for chosen in batches:
         sizes = tuple(len(numbers) for numbers in chosen)
-        yield *gather(tables, chosen), sizes, *(mixer.draw(sizes) if mixer else ())
+        mixing = mixer.draw(sizes) if mixer else ()
+        yield *gather(tables, chosen), sizes, *mixing, *([partners(chosen)] if partners else [])
 
 
 def load_weights(network: nn.Module, weights: Weights) -> None:

@@ -24,6 +24,7 @@ CODES: Final[dict[str, str]] = {
     "CFG-009": "There is no home directory.",
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
+    "CFG-020": "The aggregation rule does not fit the plan.",
     # DAT: the data of a hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
@@ -51,6 +52,28 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    # DAT-16x: formats
+    "DAT-160": "A library that reads or writes this format is not installed.",
+    "DAT-161": "The DICOM series has a gap.",
+    "DAT-162": "The folder has more than one DICOM series or segmentation.",
+    "DAT-163": "The slices of the DICOM series do not form a stack.",
+    "DAT-164": "The DICOM segmentation does not refer to this series.",
+    "DAT-165": "The masks or segments do not fit the classes.",
+    "DAT-166": "The masks of structures contradict each other.",
+    "DAT-167": "The case has several images or masks.",
+    "DAT-168": "The hospital's volumes have several formats.",
+    "DAT-169": "The orientation of the image is not known.",
+    # DAT-17x: checking all hospitals' data before a study
+    "DAT-170": "The folder has no settings of its data.",
+    "DAT-171": "Two hospitals have the same image.",
+    "DAT-172": "A declared class occurs in no mask.",
+    "DAT-173": "The picture sheet cannot be written.",
+    "DAT-174": "The masks of a hospital do not fit the declared classes.",
+    # DAT-18x: recognising the layouts of other tools
+    "DAT-180": "The BIDS folder has no labels.",
+    "DAT-181": "dataset.json cannot be used, or contradicts the files.",
+    "DAT-182": "A label table cannot be used, or has a name or value twice.",
+    "DAT-183": "The folder is not complete.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",
@@ -63,9 +86,13 @@ CODES: Final[dict[str, str]] = {
     "MOD-809": "There is no image to predict.",
     "MOD-810": "The image could not be predicted.",
     "MOD-811": "The model's description is not the one that was written with its weights.",
+    "MOD-812": "The result cannot be written in the format.",
+    "MOD-813": "The list of predictions cannot be read.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
+    "ROL-211": "A method cannot use a hospital without labels.",
+    "ROL-212": "A site without labels was asked for, or sent, what needs labels.",
     # POL: the site's own policy, which takes precedence over the coordinator
     "POL-701": "The site's own settings do not match the site that the request is for.",
     "POL-702": "A path is outside the site's data folder.",
@@ -94,6 +121,7 @@ CODES: Final[dict[str, str]] = {
     "PAY-115": "The site returned the model that it received.",
     "PAY-116": "The payload is a copy of another one.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
+    "PAY-121": "The control variates are not valid.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",
@@ -105,6 +133,8 @@ CODES: Final[dict[str, str]] = {
     # TRN: training at a site
     "TRN-301": "The training loss is not finite.",
     "TRN-302": "The site has no training case.",
+    "TRN-311": "The site's images have no neighbouring slices for pairs.",
+    "TRN-320": "The method does not fit the network.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",
@@ -162,6 +192,15 @@ CODES: Final[dict[str, str]] = {
     "SITE-518": "A key or folder of the site has the wrong permissions.",
     "SITE-519": "Cases have no patient id.",
     "SITE-520": "The site's ledger contradicts what the coordinator confirmed; nothing leaves.",
+    # MON: metrics and dashboards
+    "MON-901": "An optional package is not installed.",
+    "MON-902": "The port of the metrics cannot be used.",
+    "MON-903": "The Grafana server cannot be reached.",
+    "MON-904": "Grafana does not accept the token.",
+    "MON-905": "The token does not have the permission.",
+    "MON-906": "The Grafana server is too old.",
+    "MON-907": "Grafana answered with an error.",
+    "MON-908": "The file with the token cannot be used.",
 }
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.files.atomic import replaced
 
 FILE: Final = "features.arrow"
 KIND: Final = "fedsgcg.feature_samples"
@@ -95,12 +96,13 @@ def write_feature_samples(
         pa.array(labels),
         pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1]),
     ]
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with (
+            replaced(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
             writer.write_batch(pa.record_batch(columns, schema=schema))
-        partial.replace(path)
     except OSError as error:
         raise fail(
             "SITE-501",

@@ -256,14 +256,16 @@ def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -
 
 def build_restoration(base_width: int, domains: int, generator_seed: int) -> RestorationDecoder:
     """Build a restoration decoder whose weights depend only on the seed, as `build_network`."""
-    with _WithoutDraws():
+    with without_draws():
         decoder = RestorationDecoder(base_width, domains)
     initialise(decoder, torch.Generator().manual_seed(generator_seed))
     return decoder
 
 
 def initialise(network: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialise all weights: kaiming-normal (fan-out) convolutions, zero biases, unit norms.
+    """Initialise all weights: kaiming-normal layers, zero biases, unit norms.
+
+    The fan is that of the output for a convolution, and of the input for a linear layer.
 
     Args:
         network: The network, changed in place.
@@ -276,7 +278,11 @@ def initialise(network: nn.Module, generator: torch.Generator | None = None) -> 
             )
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+        elif isinstance(module, nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
             module.reset_parameters()
 
 
@@ -300,7 +306,7 @@ def build_network(
         return _build_own(
             settings.name, settings.options, in_channels, out_channels, generator_seed or 0
         )
-    with _WithoutDraws():
+    with without_draws():
         network = NETWORKS[settings.name](
             in_channels,
             out_channels,
@@ -392,7 +398,7 @@ def _build_own(
             raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
 
 
-class _WithoutDraws(TorchFunctionMode):
+class without_draws(TorchFunctionMode):  # noqa: N801  (a context manager)
     """Builds torch's layers without drawing their weights, which stay undefined.
 
     The draws would advance torch's global generator. Building on the `meta` device avoids them too,

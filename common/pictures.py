@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.files.atomic import replaced
 
 MAX_STRUCTURES = 8  # one bit each in a byte; further structures are not drawn
 
@@ -108,12 +109,13 @@ def write_pictures(path: Path, pictures: Sequence[Picture], structures: Sequence
     """
     schema = SCHEMA.with_metadata({"structures": json.dumps(list(structures)[:MAX_STRUCTURES])})
     table = pa.Table.from_pylist([asdict(picture) for picture in pictures], schema=schema)
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with (
+            replaced(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
             writer.write_table(table)
-        partial.replace(path)
     except OSError as error:
         raise fail(
             "SITE-501",

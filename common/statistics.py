@@ -179,6 +179,33 @@ class ClassStatistics:
         """Return the same means and covariances with count 1 for every seen class: equal sites."""
         return ClassStatistics((self.count > 0).astype(np.float64), self.mean, self.covariance)
 
+    def nearest_distance(self) -> Array:
+        """Return (K,) distances of each class's mean to the nearest other; NaN without another."""
+        present = self.count > 0
+        difference = self.mean[:, None] - self.mean[None]
+        distance = np.sqrt(np.square(difference).sum(axis=-1))
+        distance[:, ~present] = np.inf
+        np.fill_diagonal(distance, np.inf)
+        nearest = distance.min(axis=1, initial=np.inf)
+        found: Array = np.where(present & np.isfinite(nearest), nearest, np.nan)
+        return found
+
+    def condition_number(self) -> Array:
+        """Return (K,) condition numbers of the covariances.
+
+        A condition number is the largest eigenvalue divided by the smallest one that is larger than
+        the rounding error of the largest. It is NaN for an absent class and for a covariance of
+        zero.
+        """
+        values = np.linalg.eigvalsh(self.covariance)
+        largest = values[:, -1]
+        above = values > largest[:, None] * self.num_features * np.finfo(np.float64).eps
+        smallest = np.where(above, values, np.inf).min(axis=1)
+        usable = (self.count > 0) & (largest > 0)
+        found: Array = np.full_like(largest, np.nan)
+        np.divide(largest, smallest, out=found, where=usable)
+        return found
+
     def to_sums(self, reference: npt.ArrayLike | None = None) -> tuple[Array, Array, Array]:
         """Return the additive form: count, sum of x - c and sum of (x - c)(x - c)^T.
 

@@ -26,15 +26,19 @@ import pyarrow as pa
 import yaml
 
 from fedsgcg.clients.guard.site_file import SiteFile
+from fedsgcg.clients.methods import METHODS
+from fedsgcg.common.images.formats import DICOM, FORMATS
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
 from fedsgcg.common.settings.help import default_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
+from fedsgcg.common.settings.training import MethodSettings
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import CASES_SCHEMA
 from fedsgcg.deploy.coordinator.project import Project
+from fedsgcg.server.telemetry.names import METRICS
 
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -43,11 +47,14 @@ ROW: Final = re.compile(r"Rows? (\d+(?:(?:, | and )\d+)*)[:.]")
 WIDTH: Final = 88
 """Columns of the help texts."""
 
+CARD: Final = ("Formula", "Leaves", "Defaults", "Source")
+"""Parts of a method's docstring that its card shows."""
+
 CELL: Final = {
     "method": "label of the variant: the method, and what the study varies of it",
     "heldout": "hospital that took no part in training; empty if all trained",
     "seed": "seed of the study",
-    "trains": "training method: `source`, `ram`, `sgcg` or `ram_sgcg`",
+    "trains": "training method, e.g. `source` or `ram_sgcg`",
     "federation": "`by_site`, `pooled` or `local`",
     "setting": "swept settings, e.g. `prototypes.weight=0.5`; empty without a sweep",
     "chosen": "settings that this fold's source hospitals chose (`select`), if any",
@@ -128,6 +135,34 @@ def _settings_of(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any,
         else:
             most = f"At most {bounds[field.name]:.0f}. " if field.name in bounds else ""
             yield prefix + field.name, (inner, most + meanings[field.name])
+
+
+def method_cards() -> str:
+    """Return a table of all methods, and a card of each with its settings."""
+    rows, cards = [], []
+    sections = typing.get_type_hints(MethodSettings)
+    for name, cls in METHODS.items():
+        card = card_of(cls)
+        rows.append((f"[`{name}`](#{name})", card["Idea"], card["Leaves"]))
+        kind = sections.get(name)
+        own = dataclasses.asdict(kind()) if dataclasses.is_dataclass(kind) else {}
+        formula = f"**Formula**: `{card['Formula'].rstrip('.')}`"
+        lines = [formula, *(f"**{label}**: {card[label]}" for label in CARD[1:])]
+        if own:
+            shown = ", ".join(f"`method.{name}.{key}`" for key in own)
+            lines.append(f"**Settings**: {shown}")
+        cards.append("\n\n".join([f"## {name}", card["Idea"], *lines]))
+    return "\n\n".join([_table(("method", "idea", "what leaves the hospital"), rows), *cards])
+
+
+def card_of(cls: type) -> dict[str, str]:
+    """Return the parts of a method's card from its docstring: Idea, Formula, Leaves and so on."""
+    text = inspect.getdoc(cls) or ""
+    card = {"Idea": text.partition("\n")[0]}
+    for label in CARD:
+        found = re.search(rf"^{label}: (.*(?:\n +.*)*)", text, re.MULTILINE)
+        card[label] = re.sub(r"\s+", " ", found[1]) if found else "not stated"
+    return card
 
 
 def groups() -> str:
@@ -289,6 +324,15 @@ def fault_matrix() -> str:
     return _table(("row", "where", "fault", "outcome", "tests"), rows)
 
 
+def metrics() -> str:
+    """Return the table of the metrics."""
+    rows = [
+        (f"`{metric.exposed}`", metric.kind, ", ".join(metric.labels), metric.help)
+        for metric in METRICS
+    ]
+    return _table(("name", "type", "labels", "meaning"), rows)
+
+
 def tests_by_row() -> dict[int, list[tuple[str, str]]]:
     """Return the (file, name) of the tests of each row.
 
@@ -317,6 +361,18 @@ def _plain_name(test: str) -> str:
     return test.removeprefix("test_").replace("_", " ")
 
 
+def formats() -> str:
+    """Return the table of image formats."""
+    lines = ["| format | suffixes | read by | geometry | a predicted mask |", "|" + " --- |" * 5]
+    for form in FORMATS:
+        suffixes = " ".join(f"`{suffix}`" for suffix in form.suffixes)
+        if form is DICOM:
+            suffixes += " or none; a folder"
+        cells = (form.name, suffixes, form.library, form.keeps, form.result)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 PARTS: Final[dict[str, Callable[[], str]]] = {
     "fedsgcg": lambda: commands("fedsgcg"),
     "fedsgcg-site": lambda: commands("fedsgcg-site"),
@@ -330,6 +386,9 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "request": lambda: message(wire.Request),
     "reply": lambda: message(wire.Reply),
     "fault-matrix": fault_matrix,
+    "metrics": metrics,
+    "formats": formats,
+    "methods": method_cards,
 }
 
 

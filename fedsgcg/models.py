@@ -40,17 +40,18 @@ class SegmentationModel:
         """Segment one image, with the preprocessing and the decisions of evaluation.
 
         Args:
-            image: A file (NIfTI, PNG, JPEG, TIFF, BMP), or an array: (Z, Y, X) of a volume, slices
-                first and in the plane that the model was trained on; (Y, X) or (Y, X, 3) of a
-                picture. A uint8 picture has the scale 0 to 255.
+            image: A file of any format that is read, the folder of a DICOM series, or an array:
+                (Z, Y, X) of a volume, slices first and in the plane that the model was trained on;
+                (Y, X) or (Y, X, 3) of a picture. A uint8 picture has the scale 0 to 255.
 
         Returns:
             Masks (S, Z, Y, X), label values (Z, Y, X) and, if requested, probabilities and
             confidence. The geometry of an array is unknown: its spacing is 1.
 
         Raises:
-            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an image that cannot be
-                used, MOD-806 for one of another kind than the training images.
+            FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108, DAT-115, DAT-160 to DAT-164 or DAT-169
+                for an image that cannot be used, MOD-806 for one of another kind than the training
+                images.
         """
         if isinstance(image, str | Path):
             return self._predictor.predict(Path(image))

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.learnable import learnable
 from fedsgcg.common.wire.norm_moments import VARIANCE, NormMoments, norm_layers
 from fedsgcg.common.wire.payload import Identity, Weights
 
@@ -47,6 +49,9 @@ MAX_MOMENT: Final = 1e6
 PASSES: Final = 2.0
 """A pass over a site's slices may count a slice again to complete a batch, at most this often."""
 
+MAX_GRADIENT: Final = 1e6
+"""Largest magnitude of a mean gradient: Adam's steps do not depend on its size, other steps do."""
+
 MAX_WEIGHT: Final = 1e9
 """Largest magnitude of a weight: its square and sums of such squares stay finite in float32."""
 
@@ -58,6 +63,8 @@ METRIC_RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "learning_rate": (0.0, 1e3),
     "validation_dice": (0.0, 1.0),
     "validation_cases": (0.0, 1e6),
+    "validation_dice_trained": (0.0, 1.0),
+    "validation_dice_without": (0.0, 1.0),
 }
 """Possible values of the metrics of a site; a loss and its parts are within +-MAX_LOSS."""
 
@@ -88,6 +95,10 @@ class Payload(Protocol):
         """Moments of the BatchNorm layers' inputs."""
 
     @property
+    def control_variates(self) -> npt.NDArray[np.float32] | None:
+        """SCAFFOLD's control variate of the site."""
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Metrics; `examples` is the number of training slices."""
 
@@ -109,6 +120,9 @@ class Expectation:
         max_pixels: Pixels that a pass over its slices has at most; None = unknown.
         measured: Model whose BatchNorm layers the moments must describe; None when no moments are
             expected.
+        labelled: Whether the site trains with labels. One that does not sends weights and moments,
+            and nothing that is made from masks.
+        control_variates: Whether the site's control variate is expected.
     """
 
     identity: Identity
@@ -120,6 +134,8 @@ class Expectation:
     max_cases: int | None = None
     max_pixels: float | None = None
     measured: Weights | None = None
+    labelled: bool = True
+    control_variates: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +166,8 @@ def admit(payload: Payload, expectation: Expectation) -> Verdict:
     | PAY-110 | a number of examples that is not a positive integer |
     | PAY-111 | more examples than the site has |
     | PAY-112 | a weight, counter or metric outside its range |
+    | ROL-212 | class statistics or a validation result of a site without labels |
+    | PAY-121 | control variates that are missing or impossible |
     | STA-201 | class statistics that are missing or impossible |
     | STA-202 | moments of the BatchNorm layers that are missing or impossible |
     """
@@ -242,6 +260,30 @@ def _out_of_range(payload: Payload, expectation: Expectation) -> str:
     return ""
 
 
+def _needs_labels(payload: Payload, expectation: Expectation) -> str:
+    if expectation.labelled:
+        return ""
+    if payload.statistics is not None:
+        return "class statistics"
+    named = [name for name in payload.metrics if name.startswith("validation_")]
+    return f"the metric {named[0]}" if named else ""
+
+
+def _wrong_control(payload: Payload, expectation: Expectation) -> str:
+    if not expectation.control_variates or expectation.reference is None:
+        return ""
+    found, wanted = payload.control_variates, int(learnable(expectation.reference).sum())
+    if found is None:
+        return "no control variates"
+    if found.shape != (wanted,):
+        return f"control variates of shape {found.shape} instead of ({wanted},)"
+    if not np.isfinite(found).all():
+        return "control variates that are not finite"
+    if np.abs(found).max(initial=0.0) > MAX_GRADIENT:
+        return f"a mean gradient larger than {MAX_GRADIENT:g}"
+    return ""
+
+
 def _impossible(payload: Payload, expectation: Expectation) -> str:
     if expectation.statistics_shape is None:
         return ""
@@ -329,6 +371,8 @@ RULES: Final[Mapping[str, Callable[[Payload, Expectation], str]]] = {
     "PAY-110": _miscounted,
     "PAY-111": _overcounted,
     "PAY-112": _out_of_range,
+    "ROL-212": _needs_labels,
+    "PAY-121": _wrong_control,
     "STA-201": _impossible,
     "STA-202": _impossible_moments,
 }

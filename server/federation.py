@@ -21,15 +21,17 @@ from flwr.serverapp import Grid
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import SEAL
+from fedsgcg.common.heads import build_trained, state_of, without_heads
 from fedsgcg.common.machine import arithmetic_of
-from fedsgcg.common.networks import build_network
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.rules import rule_problems
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN, Request
+from fedsgcg.common.wire.norm_moments import norm_layers
 from fedsgcg.common.wire.payload import Identity, Weights
-from fedsgcg.server.aggregation.aggregators import AGGREGATORS
+from fedsgcg.server.aggregation.aggregators import AGGREGATORS, additions
 from fedsgcg.server.aggregation.amplitudes import (
     check_consent,
     merge_amplitudes,
@@ -37,12 +39,14 @@ from fedsgcg.server.aggregation.amplitudes import (
     usable_amplitudes,
 )
 from fedsgcg.server.aggregation.fedavg import merge_moments
+from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
+from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
-from fedsgcg.server.records.model_card import IN_CHANNELS, model_card
+from fedsgcg.server.records.model_card import model_card
 from fedsgcg.server.screening.history import VOID_ROUNDS
 from fedsgcg.server.selection import best_so_far, source_score
 from fedsgcg.server.sites.departures import check_departures, departed, departure_note
@@ -62,6 +66,7 @@ from fedsgcg.server.sites.replies import (
     evaluation_rows,
     mean_loss,
     moments_of,
+    row,
     site_rows,
     stated_rows,
     statistics_of,
@@ -202,10 +207,23 @@ class Federation:
             record or RoundRecord(identity_of(self._plan, 0), initial_weights(self._plan))
         )
         self._cohort.wait()
-        self._log.emit("sites.enrolled", sites=sorted(self._cohort.members))
+        self._log.emit(
+            "sites.enrolled",
+            sites=sorted(self._cohort.members),
+            training=sorted(self._cohort.training),
+            needed=self._cohort.quorum,
+        )
         for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
+        self._check_rule(state.weights)
         return state
+
+    def _check_rule(self, weights: Weights) -> None:
+        """Refuse a plan that the aggregation rule cannot serve; raises CFG-020."""
+        norm = bool(norm_layers(weights))
+        training = list(self._cohort.training)
+        if problems := list(rule_problems(self._plan, training, has_batch_norm=norm)):
+            raise FedsgcgError(*problems)
 
     def _drop_departed(self, state: RoundRecord) -> RoundRecord:
         """Remove the statistics of departed sites from the memory.
@@ -230,6 +248,7 @@ class Federation:
             state,
             parts=self._memory.without(state.parts, fresh),
             best=best,
+            aggregator_state=without_sites(state.aggregator_state, fresh),
             history=state.history.without(fresh),
         )
 
@@ -272,16 +291,24 @@ class Federation:
             )
             parts = self._memory.update(parts, statistics_of(before))
         prototypes = self._memory.prototypes(parts)
-        options: dict[str, list[str]] = {}
+        added = additions(self._plan.federation.aggregator, state.aggregator_state)
+        options = dict(added.options)
         if prototypes is not None:
             # A site that subtracts its own part must know whether the prototypes contain it.
-            options = {"held": sorted(part.digest() for part in parts.values())}
-        request = Request(identity, state.weights, prototypes, options, self._amplitudes)
-        trained = self._requests.collect(TRAIN, request)
+            options["held"] = sorted(part.digest() for part in parts.values())
+        request = Request(
+            identity,
+            state.weights,
+            prototypes,
+            options,
+            self._amplitudes,
+            added.control_variates,
+        )
+        trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
             return self._void(state, number, trained, before)
         self._note_classes(number, prototypes, before or trained)
-        merged, aggregator_state = self._merged(state, admitted(trained))
+        merged, aggregator_state = self._merged(state, number, admitted(trained))
         merged, after = self._recalibrated(identity, merged, admitted(trained))
         if self._plan.recalibrates and self._too_few(after):
             return self._void(state, number, trained, before, after)
@@ -291,7 +318,7 @@ class Federation:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
         check_finite(number, merged, parts)
-        rows = site_rows(number, trained, before, after)
+        rows = site_rows(number, trained, before, after) + weight_rows(number, aggregator_state)
         if prototypes is not None:
             rows += prototype_rows(
                 self._memory, prototypes, fresh, list(self._plan.data.classes), number
@@ -317,7 +344,16 @@ class Federation:
         return record
 
     def _too_few(self, collected: list[Collected]) -> bool:
-        return len(admitted(collected)) < self._cohort.fewest_admitted
+        """Whether a round is void: too few admitted answers, or none of a site with labels."""
+        sites = [part.answer.site for part in admitted(collected)]
+        labelled = any(self._plan.role(site) == "train" for site in sites)
+        return len(sites) < self._cohort.fewest_admitted or not labelled
+
+    def _with_a_term(self, number: int) -> list[str] | None:
+        """Sites whose loss has a term in a round; None for all of them."""
+        if any(self._plan.terms(number, labelled=False)):
+            return None
+        return [site for site in self._cohort.training if self._plan.role(site) == "train"]
 
     def _void(
         self, state: RoundRecord, number: int, trained: list[Collected], *others: list[Collected]
@@ -345,12 +381,25 @@ class Federation:
         return record
 
     def _merged(
-        self, state: RoundRecord, trained: list[Collected]
+        self, state: RoundRecord, number: int, trained: list[Collected]
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
+        unlabelled = self._cohort.of_role("unlabelled")
         parts = [self._weighted(part) for part in trained]
-        return rule(state.weights, parts, state.aggregator_state, self._plan.federation)
+        parts = with_labelled_decoder(parts, unlabelled, state.weights)
+        replies = [part.reply for part in trained]
+        context = MergeContext(
+            self._plan.federation,
+            number,
+            {reply.site: reply.metrics for reply in replies},
+            {
+                reply.site: reply.control_variates
+                for reply in replies
+                if reply.control_variates is not None
+            },
+        )
+        return rule(state.weights, parts, state.aggregator_state, context)
 
     def _recalibrated(
         self, identity: Identity, merged: Weights, trained: list[Collected]
@@ -406,11 +455,17 @@ class Federation:
         rows = self._journal.rows() + validation_rows(last + 1, validation)
         prototypes, shift = self._prototypes_of(chosen)
         rows += shift
+        chosen = replace(chosen, weights=without_heads(chosen.weights))
         results.write_rounds(self._disk, plan, rows)
         results.write_prototypes(self._disk, plan, prototypes, identity_of(plan, chosen.round))
         kinds = self._cohort.kinds()
         card = model_card(
-            plan, chosen, self._trained(rows), prototypes=prototypes is not None, kinds=kinds
+            plan,
+            chosen,
+            self._trained(rows),
+            prototypes=prototypes is not None,
+            kinds=kinds,
+            colour=self._cohort.has_colour(),
         )
         results.write_model(self._disk, plan, chosen.weights, card)
         tested = self._test(chosen)
@@ -458,17 +513,18 @@ class Federation:
         contributors = {
             row["site"] for row in rows if row["phase"] == "train" and row["metric"] == "examples"
         }
-        return sorted({*self._cohort.training, *(self._cohort.departed & contributors)})
+        labelled = self._cohort.of_role("train")
+        return sorted({*labelled, *(self._cohort.departed & contributors)})
 
     def _test(self, chosen: Best) -> list[SiteEvaluation]:
-        """Have a model evaluated at the held-out site and the observers.
+        """Have a model evaluated at the held-out site, the observers and hospitals without labels.
 
         Raises:
             FedsgcgError: RND-403 without an answer from the held-out site; its refusal to evaluate
                 this model (`REFUSED`) is a note.
         """
         heldout = self._plan.heldout
-        nodes = self._cohort.of_role("heldout") | self._cohort.of_role("observer")
+        nodes = self._cohort.tested
         tested = self._requests.evaluate("test", nodes, chosen.weights, chosen.round)
         if heldout and heldout not in {part.site for part in tested}:
             reason = next(
@@ -507,6 +563,14 @@ class Federation:
             self.notes.append(problem)
 
 
+def weight_rows(number: int, state: AggregatorState) -> list[Row]:
+    """Return the sites' weights of a rule that computes its own (phase `merge`)."""
+    return [
+        row(number, "merge", site, "aggregation_weight", value)
+        for site, value in numbers_by_site(state, "weight").items()
+    ]
+
+
 def check_finite(number: int, weights: Weights, parts: Mapping[str, ClassStatistics]) -> None:
     """Check merged results; the ranges of admission make a violation impossible.
 
@@ -521,9 +585,6 @@ def check_finite(number: int, weights: Weights, parts: Mapping[str, ClassStatist
 
 
 def initial_weights(plan: Plan) -> Weights:
-    """Return the model that round 1 starts from, a function of the plan alone."""
+    """Return the model that round 1 starts from, heads included, a function of the plan alone."""
     seed = stream_seed(plan.seed, "initial weights")
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, seed)
-    return Weights.from_state(
-        {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
-    )
+    return Weights.from_state(state_of(build_trained(plan, seed)))

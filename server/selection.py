@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.settings.federation import TRAINING
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN
 from fedsgcg.common.wire.payload import Weights
@@ -20,7 +21,9 @@ CONTRIBUTING = (TRAIN, STATISTICS, AMPLITUDES)
 
 
 def guard_recipients(plan: Plan, message_type: str, sites: Iterable[str]) -> None:
-    """Refuse to send a contributing message to a site whose role is not `train`.
+    """Refuse to send a contributing message to a site that does not train.
+
+    A site without labels is asked for weights and for moments of its images, never for amplitudes.
 
     This is the last check before every request is sent.
 
@@ -30,12 +33,13 @@ def guard_recipients(plan: Plan, message_type: str, sites: Iterable[str]) -> Non
     if message_type not in CONTRIBUTING:
         return
     for site in sites:
-        if (role := plan.role(site)) != "train":
+        allowed = ("train",) if message_type == AMPLITUDES else TRAINING
+        if (role := plan.role(site)) not in allowed:
             raise fail(
                 "ROL-201",
                 where=site,
                 found=f"{message_type!r} to a site of role {role}",
-                expected="role train",
+                expected=" or ".join(f"role {name}" for name in allowed),
             )
 
 

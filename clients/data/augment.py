@@ -11,13 +11,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsgcg.common.settings.plan import AugmentationSettings
+from fedsgcg.clients.data.bigaug import big_augment
+from fedsgcg.clients.data.draws import Draw
+from fedsgcg.clients.data.intensity import change_intensities
+from fedsgcg.clients.data.sampling import sample
+from fedsgcg.common.settings.plan import AugmentationSettings, Plan
+
+
+def augment_batch(
+    images: Tensor, labels: Tensor, plan: Plan, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Augment a batch as training does: as `data.augmentation` says, then as the method does.
+
+    Arguments and results are those of `augment`.
+    """
+    images, labels = augment(images, labels, plan.data.augmentation, generator)
+    if plan.method.name == "bigaug":
+        return big_augment(images, labels, plan.method.bigaug, generator)
+    return images, labels
 
 
 def augment(
     images: Tensor, labels: Tensor, settings: AugmentationSettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Augment each slice: flip, rotation, scale, shift, then contrast, brightness and noise.
+    """Augment each slice: flip, rotation, scale, shift, then its intensities.
 
     Runs on the tensors' device without synchronising. Areas from outside the image repeat its
     border, in images and labels, so that no artificial edge is learned.
@@ -31,32 +48,21 @@ def augment(
     Returns:
         New images in [-1, 1] and new labels of the same type.
     """
-    draw = _Draw(images.shape[0], images.device, generator)
+    draw = Draw(images.shape[0], images.device, generator)
     if settings.flip:
         flipped = draw.uniform(0, 1) < settings.flip
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
         labels = torch.where(flipped[:, None, None], labels.flip(-1), labels)
     if settings.rotate_degrees or settings.scale or settings.shift or settings.zoom:
         images, labels = _move(images, labels, settings, draw)
-    return _recolour(images, settings, draw), labels
-
-
-class _Draw:
-    """Draws one random number per slice."""
-
-    def __init__(self, count: int, device: torch.device, generator: torch.Generator) -> None:
-        self.count = count
-        self.device = device
-        self.generator = generator
-
-    def uniform(self, low: float, high: float) -> Tensor:
-        """Return (B,) numbers in [low, high)."""
-        numbers = torch.rand(self.count, device=self.device, generator=self.generator)
-        return numbers * (high - low) + low
+    images = _recolour(images, settings, draw)
+    if settings.intensity.is_on:
+        images = change_intensities(images, settings.intensity, draw)
+    return images, labels
 
 
 def _move(
-    images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: _Draw
+    images: Tensor, labels: Tensor, settings: AugmentationSettings, draw: Draw
 ) -> tuple[Tensor, Tensor]:
     """Rotate, scale and shift; images bilinear, labels nearest."""
     angle = draw.uniform(-1, 1) * math.radians(settings.rotate_degrees)
@@ -68,18 +74,10 @@ def _move(
     if settings.zoom:
         rows = _zoomed(rows, settings.zoom, draw)
     grid = functional.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    grid = grid.to(images.dtype)
-    moved = functional.grid_sample(
-        images, grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
-    as_image = labels[:, None].to(images.dtype)
-    mapped = functional.grid_sample(
-        as_image, grid, mode="nearest", padding_mode="border", align_corners=False
-    )
-    return moved, mapped[:, 0].to(labels.dtype)
+    return sample(images, labels, grid)
 
 
-def _zoomed(rows: list[Tensor], zoom: float, draw: _Draw) -> list[Tensor]:
+def _zoomed(rows: list[Tensor], zoom: float, draw: Draw) -> list[Tensor]:
     """Zoom into a random window of the slice, 1 / factor of a side wide.
 
     `rows` are the x and y rows of the affine map, (B, 3) each.
@@ -94,7 +92,7 @@ def _zoomed(rows: list[Tensor], zoom: float, draw: _Draw) -> list[Tensor]:
     return rows
 
 
-def _recolour(images: Tensor, settings: AugmentationSettings, draw: _Draw) -> Tensor:
+def _recolour(images: Tensor, settings: AugmentationSettings, draw: Draw) -> Tensor:
     """Change contrast and brightness and add noise; the result stays in [-1, 1]."""
     if settings.gamma:
         exponent = torch.exp(draw.uniform(-1, 1) * settings.gamma)[:, None, None, None]

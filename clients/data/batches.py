@@ -30,12 +30,20 @@ class Batch:
         labels: (B, S, S) int64 class indices, 255 = ignore.
         sizes: Number of slices of each domain, D numbers with sum B.
         mixed: (B, C, S, S) amplitude-mixed copies; None for methods without mixing.
+        pairs: (B, 2, C, S, S) pairs of images for a contrastive loss without labels; None in a
+            round without one.
+        labelled: Whether the labels may be used; False at a site without masks, whose labels are
+            255, and in pre-training.
+        drawn: Random numbers of the step, arrays (B, ...) of `Source.draw`.
     """
 
     images: Tensor
     labels: Tensor
     sizes: tuple[int, ...]
     mixed: Tensor | None = None
+    pairs: Tensor | None = None
+    labelled: bool = True
+    drawn: tuple[Tensor, ...] = ()
 
     def parts(self, count: int) -> list[tuple[float, Batch]]:
         """Split into at most `count` parts, each with its share of the slices.
@@ -57,8 +65,18 @@ class Batch:
             ]
             index = torch.from_numpy(np.concatenate(kept)).to(self.images.device)
             mixed = self.mixed[index] if self.mixed is not None else None
+            pairs = self.pairs[index] if self.pairs is not None else None
             sizes = tuple(len(one) for one in kept)
-            batch = Batch(self.images[index], self.labels[index], sizes, mixed)
+            drawn = tuple(one[index] for one in self.drawn)
+            batch = Batch(
+                self.images[index],
+                self.labels[index],
+                sizes,
+                mixed,
+                pairs,
+                labelled=self.labelled,
+                drawn=drawn,
+            )
             parts.append((len(index) / len(self.images), batch))
         return parts
 

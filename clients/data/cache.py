@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.files.system import expand, lock
 
@@ -138,14 +138,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         FedsgcgError: DAT-113 when it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, content)
     except OSError as error:
         raise cache_error(error, path) from error
 

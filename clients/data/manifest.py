@@ -29,6 +29,12 @@ COLUMNS: Final = {
 }
 """Column -> accepted titles, in any case and order; other columns are ignored."""
 
+STRUCTURE: Final = "mask_"
+"""Start of the titles of columns with one mask file a structure, e.g. `mask_cup`.
+
+They are other columns in a table that has a column for whole masks.
+"""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -41,6 +47,8 @@ class Row:
         mask: Path of the mask, "" for none.
         patient: The patient's id, "" if there is none.
         split: `train`, `validation`, `test`, or "".
+        structures: (name, path) of each column `mask_<name>` with a path, which is the mask of one
+            structure.
         surplus: Cells beyond the last title, as caused by an unquoted comma.
     """
 
@@ -51,6 +59,7 @@ class Row:
     patient: str
     split: str
     surplus: tuple[str, ...] = ()
+    structures: tuple[tuple[str, str], ...] = ()
 
     def mistakes(self) -> Iterator[tuple[str, str]]:
         """Yield (found, expected) for every mistake in the line; files are not checked."""
@@ -76,8 +85,9 @@ def read_manifest(table: Path) -> list[Row]:
     lines = _cells(_text(table), table)
     titles = next((cells for _, cells in lines if any(cells)), [])
     place = _columns(titles, table)
+    structures = _structures(titles)
     return [
-        _row(number, cells, place, len(titles), table.parent)
+        _row(number, cells, place, structures, len(titles), table.parent)
         for number, cells in lines
         if any(cells) and cells is not titles
     ]
@@ -149,7 +159,8 @@ def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
         column: next((names.index(name) for name in known if name in names), -1)
         for column, known in COLUMNS.items()
     }
-    if missing := [column for column in REQUIRED if places[column] < 0]:
+    needed = [name for name in REQUIRED if name != "mask" or not _structures(titles)]
+    if missing := [column for column in needed if places[column] < 0]:
         shown = ", ".join(title for title in titles if title) or "none"
         found = f"columns {shown}: none for {', '.join(missing)}"
         expected = "columns " + ", ".join(REQUIRED)
@@ -164,7 +175,26 @@ def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
     return places
 
 
-def _row(number: int, cells: Sequence[str], place: dict[str, int], width: int, folder: Path) -> Row:
+def _structures(titles: Sequence[str]) -> dict[str, int]:
+    """Return structure -> position of its column of mask files; {} if a column has whole masks."""
+    names = [title.lower().replace(" ", "_") for title in titles]
+    if set(names) & set(COLUMNS["mask"]):
+        return {}
+    return {
+        titles[place][len(STRUCTURE) :]: place
+        for place, name in enumerate(names)
+        if name.startswith(STRUCTURE) and name != STRUCTURE
+    }
+
+
+def _row(
+    number: int,
+    cells: Sequence[str],
+    place: dict[str, int],
+    structures: dict[str, int],
+    width: int,
+    folder: Path,
+) -> Row:
     text = {column: cells[at] if 0 <= at < len(cells) else "" for column, at in place.items()}
     return Row(
         number,
@@ -174,6 +204,11 @@ def _row(number: int, cells: Sequence[str], place: dict[str, int], width: int, f
         text["patient_id"],
         text["split"].lower(),
         tuple(cell for cell in cells[width:] if cell),
+        tuple(
+            (name, _with_slashes(cells[at], folder))
+            for name, at in structures.items()
+            if at < len(cells) and cells[at]
+        ),
     )
 
 

@@ -10,7 +10,9 @@ Legend: Z, Y, X = native slices, rows, columns; C = stored channels (3 for a col
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +24,21 @@ from fedsgcg.clients.data.cache import UNLIMITED, Budget
 from fedsgcg.clients.data.case_files import CaseFile
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.contents import content_hash
-from fedsgcg.common.images.read import KINDS, Volume, check_geometry, check_image, read_volume
+from fedsgcg.common.images.layers import Layers, class_map
+from fedsgcg.common.images.read import (
+    KINDS,
+    Volume,
+    check_geometry,
+    check_image,
+    read_volume,
+    segments_of,
+)
 from fedsgcg.common.settings.data import LABEL_TOLERANCE
 from fedsgcg.common.settings.plan import DataSettings
 
 # int16 steps per unit of intensity; the rounding error of 1.5e-5 is far below an image's noise.
 STEPS = 32767.0
+IGNORED = 255  # label of a pixel without a class
 # Shares of a pixel that differ by less count as equal. This is far above the rounding error of
 # float64, so that all machines agree.
 TIE = 1e-9
@@ -58,19 +69,26 @@ class Slices:
     content: str = ""
 
 
-def prepare(case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED) -> Slices:
+def prepare(
+    case: CaseFile, data: DataSettings, budget: Budget = UNLIMITED, *, masks: bool = True
+) -> Slices:
     """Read one case and convert it to canonical slices.
+
+    Args:
+        case: The case.
+        data: Classes and preprocessing.
+        budget: Memory that may be used.
+        masks: Whether the case needs a mask. Without masks, labels are `IGNORED` for a case that
+            has none, except for a test case, which cannot be scored then.
 
     Raises:
         FedsgcgError: POL-707 when the slices would need more memory than the budget;
-            DAT-103 to DAT-109, DAT-112 or DAT-115 for an unusable case.
+            DAT-103 to DAT-109, DAT-112, DAT-115 or DAT-160 to DAT-169 for an unusable case.
     """
-    image, mask = _read(case)
+    hidden = not masks and not case.masks and case.split != "test"
+    image, truth = read_without_mask(case) if hidden else read_case(case, data)
     budget.check_memory(conversion_bytes(image, data), case.name)
-    slices = to_slices(
-        image, class_indices(mask.array, data.classes, case.name, data.label_tolerance), data
-    )
-    return replace(slices, content=content_hash(image))
+    return replace(to_slices(image, truth, data), content=content_hash(image))
 
 
 def conversion_bytes(image: Volume, data: DataSettings) -> int:
@@ -231,9 +249,13 @@ def _antialiased(maps: Tensor, side: int) -> Tensor:
     )
 
 
-def _read(case: CaseFile) -> tuple[Volume, Volume]:
-    """Read image and mask of a case and check that their geometry matches."""
-    if case.mask is None:
+def read_case(case: CaseFile, data: DataSettings) -> tuple[Volume, NDArray[np.uint8]]:
+    """Return the image of a case and its class indices (Z, Y, X), checked.
+
+    Raises:
+        FedsgcgError: DAT-103 to DAT-109, DAT-112 or DAT-160 to DAT-169 for an unusable case.
+    """
+    if not case.masks:
         action = "Draw a mask, or remove the case from the manifest."
         raise fail(
             "DAT-112",
@@ -242,7 +264,68 @@ def _read(case: CaseFile) -> tuple[Volume, Volume]:
             action=action,
             where=case.name,
         )
-    image, mask = read_volume(case.image), read_volume(case.mask, mask=True)
+    image = read_volume(case.image)
+    truth = read_truth(case.masks, case.structure_names, image, data, case.name)
     check_image(image, case.name)
-    check_geometry(image, mask, case.name)
-    return image, mask
+    return image, truth
+
+
+def read_without_mask(case: CaseFile) -> tuple[Volume, NDArray[np.uint8]]:
+    """Return the image of a case, checked, and labels (Z, Y, X) that are all `IGNORED`.
+
+    Raises:
+        FedsgcgError: DAT-103, DAT-106 to DAT-108 or DAT-160 to DAT-169 for an unusable image.
+    """
+    image = read_volume(case.image)
+    check_image(image, case.name)
+    depth = 1 if image.is_picture else len(image.array)
+    return image, np.full((depth, *image.array.shape[1:]), IGNORED, np.uint8)
+
+
+def read_truth(
+    masks: Sequence[Path],
+    structures: Sequence[str],
+    image: Volume,
+    data: DataSettings,
+    where: str,
+) -> NDArray[np.uint8]:
+    """Return the class indices (Z, Y, X) of a case's mask on the grid of its image.
+
+    Args:
+        masks: The mask file: a label map or a DICOM segmentation; or one file a structure.
+        structures: The structure of each mask file; empty for a single mask.
+        image: The image.
+        data: Classes and structures.
+        where: Name of the case in an error.
+
+    Raises:
+        FedsgcgError: DAT-103 to DAT-106, DAT-109, DAT-116, DAT-160 or DAT-162 to DAT-169
+            for a mask that cannot be used.
+    """
+    groups = data.structure_classes()
+    if structures:
+        inside = np.stack([_binary(path, image, where) for path in masks])
+        return class_map(Layers(tuple(structures), inside), data.classes, groups, where)
+    (path,) = masks
+    if (segments := segments_of(path, image)) is not None:
+        return class_map(segments, data.classes, groups, where)
+    mask = read_volume(path, mask=True)
+    check_geometry(image, mask, where)
+    return class_indices(mask.array, data.classes, where, data.label_tolerance)
+
+
+def _binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
+    """Read the mask of one structure: 0 outside and one other value inside."""
+    mask = read_volume(path, mask=True)
+    check_geometry(image, mask, where)
+    values = np.unique(mask.array)
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0) or not np.isfinite(values).all():
+        shown = ", ".join(f"{value:.6g}" for value in values[:6])
+        raise fail(
+            "DAT-165",
+            found=f"values {shown} in {path.name}",
+            expected="0 and one other value in the mask of one structure",
+            action="Export it as a binary mask, or list one mask with all label values.",
+            where=where,
+        )
+    return np.asarray(mask.array != 0)

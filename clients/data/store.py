@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -39,15 +38,19 @@ from fedsgcg.clients.data.cache import (
     prune,
     touch_used,
 )
-from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
+from fedsgcg.clients.data.case_files import CaseFile, Site, content_of, open_site, splits
 from fedsgcg.clients.data.slices import STEPS, Slices, prepare
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
-from fedsgcg.common.images.read import KINDS, PICTURE
+from fedsgcg.common.files.atomic import replaced
+from fedsgcg.common.images.formats import DICOM, FORMATS
+from fedsgcg.common.images.read import KINDS, PICTURE, suffix_of
 from fedsgcg.common.networks import IN_CHANNELS
 from fedsgcg.common.settings.plan import DataSettings
 
 # Part of the key: increase it when the meaning of a stored slice changes.
 FORMAT = 4
+# Suffixes of masks whose values are labels; a DICOM segmentation has names.
+LABEL_MAPS = {suffix for form in FORMATS if form is not DICOM for suffix in form.suffixes}
 ARRAYS = tuple(
     field.name for field in fields(Slices) if field.name not in ("spacing", "kind", "content")
 )
@@ -116,13 +119,19 @@ class SliceTable:
         """Return images (B, C, S, S) float32 in [-1, 1] and labels (B, S, S) uint8."""
         chosen = np.asarray(indices, dtype=np.int64)
         side = self.stored[0].label.shape[-1]
-        images = np.empty((len(chosen), IN_CHANNELS, side, side), np.float32)
         labels = np.empty((len(chosen), side, side), np.uint8)
         for row, index in enumerate(chosen):
-            case, z = self.stored[self.case_of[index]], int(self.z_of[index])
-            np.multiply(self._channels(case.image, z), np.float32(1 / STEPS), out=images[row])
-            labels[row] = case.label[z]
-        return images, labels
+            labels[row] = self.stored[self.case_of[index]].label[int(self.z_of[index])]
+        return self.images(self.case_of[chosen], self.z_of[chosen]), labels
+
+    def images(self, cases: NDArray[np.int64], z: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return images (B, C, S, S) float32 in [-1, 1] of slices z (B,) of cases (B,)."""
+        side = self.stored[0].label.shape[-1]
+        images = np.empty((len(cases), IN_CHANNELS, side, side), np.float32)
+        for row, (case, position) in enumerate(zip(cases, z, strict=True)):
+            channels = self._channels(self.stored[case].image, int(position))
+            np.multiply(channels, np.float32(1 / STEPS), out=images[row])
+        return images
 
     def only(self, keep: NDArray[np.bool_]) -> SliceTable:
         """Return the slices where `keep` (N,) is true; their stacks stay the same."""
@@ -156,6 +165,7 @@ class CaseStore:
         kind: Kind of all its cases, one of `common.images.read.KINDS`.
         key: Content key of the site's files and of the settings that affect slices; names the cache
             file.
+        labelled: Whether the masks of its training cases were read.
     """
 
     site: str
@@ -165,11 +175,18 @@ class CaseStore:
     stored: tuple[Slices, ...]
     key: str
     kind: str = KINDS[0]
+    labelled: bool = True
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether a picture has three channels."""
+        return any(slices.image.shape[1] == IN_CHANNELS for slices in self.stored)
 
     def slices(self, split: str) -> SliceTable:
         """Return the slices of a split.
 
-        With `data.train_slices=foreground`, `train` has only slices with a structure.
+        With `data.train_slices=foreground`, `train` has only slices with a structure; all slices at
+        a site without masks, which cannot know.
         """
         chosen = [case for case in self.cases if case.split == split]
         numbers = np.array([case.index for case in chosen], dtype=np.int64)
@@ -180,7 +197,7 @@ class CaseStore:
         table = SliceTable(
             np.repeat(numbers, counts), z_of, foreground, self.data.stack, self.stored
         )
-        if split == "train" and self.data.train_slices == "foreground":
+        if split == "train" and self.data.train_slices == "foreground" and self.labelled:
             return table.only(foreground)
         return table
 
@@ -202,6 +219,8 @@ def open_store(
     salt: bytes = b"",
     budget: Budget = UNLIMITED,
     split_salt: bytes = b"",
+    target: bool = False,
+    masks: bool = True,
 ) -> CaseStore:
     """Open the slices of a site; image files are read only if they or the settings have changed.
 
@@ -214,6 +233,8 @@ def open_store(
             file.
         budget: Disk and memory that may be used to build the cache.
         split_salt: The site's secret for the split of its patients (32 bytes).
+        target: Whether the hospital is one of `unlabelled`: it has no validation cases.
+        masks: Whether the site was opened with its masks (`open_site`).
 
     Raises:
         FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is
@@ -221,11 +242,15 @@ def open_store(
             or read.
     """
     files = {file.name: file for file in site.cases}
-    key, rows = _cached(site, data, cache, budget)
+    key, rows = _cached(site, data, cache, budget, masks)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
     kind, good, others = _keep_main_kind(good)
-    empty = {facts["name"] for facts, slices in good if not _has_structure(slices, data).any()}
+    empty = {
+        facts["name"]
+        for facts, slices in good
+        if files[facts["name"]].mask and not _has_structure(slices, data).any()
+    }
     good, copies = _without_duplicates(good, empty)
     flagged = (_empty_mask(facts["name"]) for facts, _ in good if facts["name"] in empty)
     problems = (*site.quarantined, *broken, *others, *flagged, *copies)
@@ -234,6 +259,7 @@ def open_store(
         data.validation_fraction,
         heldout=heldout,
         salt=split_salt,
+        target=target,
     )
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_no_case(site, len(good)), *problems)
@@ -249,7 +275,7 @@ def open_store(
         for index, ((facts, slices), split) in enumerate(zip(good, chosen, strict=True))
     )
     return CaseStore(
-        site.name, cases, problems, data, tuple(slices for _, slices in good), key, kind
+        site.name, cases, problems, data, tuple(slices for _, slices in good), key, kind, masks
     )
 
 
@@ -308,7 +334,9 @@ def fingerprint(store: CaseStore) -> str:
     return digest(json.dumps([store.key, assigned]).encode(), 8)
 
 
-def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache: Path) -> str:
+def data_fingerprint(
+    root: Path, sites: Sequence[str], data: DataSettings, cache: Path, hidden: Collection[str] = ()
+) -> str:
     """Return a hex digest of some sites' files and their listing, without building a cache.
 
     Args:
@@ -316,6 +344,7 @@ def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache
         sites: Names of the hospitals; their order does not matter.
         data: Settings with which the sites are opened.
         cache: Cache folder, which stores the hashes of unchanged files.
+        hidden: Hospitals whose masks are not read.
 
     Raises:
         FedsgcgError: DAT-101 or DAT-102 when a site cannot be listed, DAT-113 when the cache cannot
@@ -323,15 +352,15 @@ def data_fingerprint(root: Path, sites: Sequence[str], data: DataSettings, cache
     """
     listed: list[object] = []
     for name in sorted(sites):
-        site = open_site(root, name, data)
+        site = open_site(root, name, data, masks=name not in hidden)
         hashes = file_hashes(_files(site), hash_memo(cache, name))
         left_out = [
             [problem.code, problem.where.removeprefix(str(root))] for problem in site.quarantined
         ]
         listed.append([name, left_out])
         for case in site.cases:
-            mask = hashes[case.mask] if case.mask else ""
-            listed.append([case.name, case.patient, case.split, hashes[case.image], mask])
+            contents = [content_of([case.image], hashes), content_of(case.masks, hashes)]
+            listed.append([case.name, case.patient, case.split, *contents])
     return digest(json.dumps(listed).encode(), 16)
 
 
@@ -409,13 +438,15 @@ def _keep_main_kind(good: Sequence[Usable]) -> tuple[str, list[Usable], list[Pro
 
 def _files(site: Site) -> list[Path]:
     """Return all image and mask files of a site."""
-    return [path for case in site.cases for path in (case.image, case.mask) if path is not None]
+    return [path for case in site.cases for path in case.files()]
 
 
-def _cached(site: Site, data: DataSettings, cache: Path, budget: Budget) -> tuple[str, list[Row]]:
+def _cached(
+    site: Site, data: DataSettings, cache: Path, budget: Budget, masks: bool
+) -> tuple[str, list[Row]]:
     """Return key and rows of the site's cache file; build it if it is missing or damaged."""
     hashes = file_hashes(_files(site), hash_memo(cache, site.name))
-    key = _key(site, data, hashes)
+    key = _key(site, data, hashes, masks)
     path = cache / "slices" / f"{key}.arrow"
     damage = ""
     for _ in range(2):
@@ -423,7 +454,7 @@ def _cached(site: Site, data: DataSettings, cache: Path, budget: Budget) -> tupl
             with locked(path.with_suffix(".lock")):
                 # Another process may have built the file while this one waited.
                 if damage or not path.is_file():
-                    _build(site, data, hashes, path, budget)
+                    _build(site, data, hashes, path, budget, masks)
                     prune(cache)
         try:
             rows = _open(path)
@@ -440,9 +471,9 @@ def _cached(site: Site, data: DataSettings, cache: Path, budget: Budget) -> tupl
     )
 
 
-def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
+def _key(site: Site, data: DataSettings, hashes: dict[Path, str], masks: bool) -> str:
     """Return the key of the cache file: a digest of the files' content and of the settings."""
-    settings = [
+    settings: list[Any] = [
         FORMAT,
         data.image_size,
         data.intensity,
@@ -450,39 +481,50 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str]) -> str:
         list(data.classes.values()),
     ]
     files = [
-        [case.name, hashes[case.image], hashes[case.mask] if case.mask else ""]
+        [case.name, content_of([case.image], hashes), content_of(case.masks, hashes)]
         for case in site.cases
     ]
-    return digest(json.dumps([site.name, settings, files]).encode(), 16)
+    # Masks by structure have a meaning only with the names of classes and structures.
+    named = [[case.name, case.structure_names] for case in site.cases if case.structures]
+    if named or any(suffix_of(mask) not in LABEL_MAPS for one in site.cases for mask in one.masks):
+        settings += [named, list(data.classes), data.structures]
+    stated = [site.name, settings, files, *([] if masks else ["without masks"])]
+    return digest(json.dumps(stated).encode(), 16)
 
 
 def _build(
-    site: Site, data: DataSettings, hashes: dict[Path, str], path: Path, budget: Budget
+    site: Site,
+    data: DataSettings,
+    hashes: dict[Path, str],
+    path: Path,
+    budget: Budget,
+    masks: bool,
 ) -> None:
     """Read every case and write the cache file; an unusable case is stored as its problem."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        with (
+            replaced(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, SCHEMA) as writer,
+        ):
             for case in site.cases:
-                record = _record(case, data, hashes, budget)
+                record = _record(case, data, hashes, budget, masks)
                 make_room(path, sink.tell() + record.nbytes, budget)
                 writer.write_batch(record)
-        os.replace(temporary, path)
     except OSError as error:
         raise cache_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _record(
-    case: CaseFile, data: DataSettings, hashes: dict[Path, str], budget: Budget
+    case: CaseFile, data: DataSettings, hashes: dict[Path, str], budget: Budget, masks: bool
 ) -> pa.RecordBatch:
     """Return the record batch of one case."""
     facts: dict[str, Any] = {"name": case.name}
     try:
-        slices = prepare(case, data, budget)
+        slices = prepare(case, data, budget, masks=masks)
         arrays = [np.ascontiguousarray(getattr(slices, name)) for name in ARRAYS]
-        facts["alias"] = digest(json.dumps([case.site, case.name, hashes[case.image]]).encode(), 5)
+        content = content_of([case.image], hashes)
+        facts["alias"] = digest(json.dumps([case.site, case.name, content]).encode(), 5)
         facts["spacing"] = slices.spacing
         facts["kind"] = slices.kind
         facts["content"] = slices.content

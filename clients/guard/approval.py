@@ -37,12 +37,13 @@ from typing import Any
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.guard.software import BYTECODE, Software, software_changes
 from fedsgcg.common.errors import fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.settings.choices import is_import_path
 
 FOLDERS = ("clients", "common", "configs", "server")
 CODE = (".py", ".yaml")
 FEDSGCG = "fedsgcg/__init__.py"
-NOT_BUNDLED = ("clients/predict/", "server/report/")
+NOT_BUNDLED = ("clients/predict/", "server/report/", "server/telemetry/")
 """Folders that no app runs, so that a new style of the report needs no new approval."""
 
 READABLE = ("README.md", "LICENSE", "pyproject.toml")
@@ -170,9 +171,7 @@ def keep(bundle: Bundle, path: Path) -> Path:
     file = bundle_store(path) / f"{bundle.digest}.fab"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        partial.write_bytes(pack(bundle))
-        partial.replace(file)
+        write_file(file, pack(bundle))
     return file
 
 
@@ -302,11 +301,8 @@ def approve(bundle: Bundle, path: Path, by: str, software: Software | None = Non
     known = [old for old in approvals(path) if old["digest"] != bundle.digest]
     path.parent.mkdir(parents=True, exist_ok=True)
     keep(bundle, path)
-    partial = path.with_name(path.name + ".partial")
     tree = {"approved": [*known, entry], "software": lock.as_tree()}
-    partial.write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    partial.chmod(0o600)
-    partial.replace(path)
+    write_file(path, json.dumps(tree, indent=1).encode(), mode=0o600)
 
 
 def bundle_store(path: Path) -> Path:

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.chain import BrokenChainError, Entry, open_book, read_book
 from fedsgcg.common.wire.receipts import Head, Receipt
 
@@ -310,10 +311,7 @@ def _write_head(path: Path, head: Head, key: Path) -> None:
         "hash": head.hash,
         "signature": base64.b64encode(signature).decode(),
     }
-    file = path.with_suffix(".head")
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(tree), encoding="utf-8")
-    partial.replace(file)
+    write_file(path.with_suffix(".head"), json.dumps(tree).encode())
 
 
 def _head_bytes(seq: int, text: str) -> bytes:

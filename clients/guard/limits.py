@@ -22,6 +22,9 @@ About fifty float32 feature maps of the first block's width: forward and backwar
 outer blocks, and as much again for all inner ones. Measured on a CPU: 186 bytes.
 """
 
+PAIRS: Final = 1.5
+"""Factor of a step that also encodes two images of a pair for each slice; measured: 1.4."""
+
 SHARE_OF_MEMORY: Final = 0.75
 
 
@@ -50,7 +53,8 @@ def beyond_limits(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
 def step_bytes(plan: Plan, batch: int) -> int:
     """Return an estimate of the memory of a training step with `batch` slices of the U-Net."""
     values = batch * plan.data.image_size**2 * plan.network.base_width
-    return BYTES_PER_VALUE * values // plan.site.micro_batches
+    views = PAIRS if plan.method.pairs else 1.0
+    return int(BYTES_PER_VALUE * values * views) // plan.site.micro_batches
 
 
 def memory_bytes(policy: SiteFile) -> float:

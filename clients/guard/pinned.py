@@ -8,7 +8,6 @@ them, replace them, or add further accepted values.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ import yaml
 
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.settings.plan import Plan
 
 FILE: Final = "sample.yaml"
@@ -99,9 +99,8 @@ def _accepted(path: Path, requested: Mapping[str, Any]) -> dict[str, list[Any]]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         tree = {name: [value] for name, value in requested.items()}
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-        partial.replace(path)
+        text = HEAD + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        write_file(path, text.encode())
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(tree, dict) and all(isinstance(value, list) for value in tree.values()):

@@ -16,7 +16,7 @@ from typing import Any
 from fedsgcg.clients.data.case_files import Site
 from fedsgcg.clients.guard.approval import is_bundled
 from fedsgcg.clients.guard.limits import beyond_limits
-from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
+from fedsgcg.clients.guard.site_file import CONTROL_VARIATES, SiteFile, read_site_file
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.compose import FOLDERS, compose
@@ -103,6 +103,14 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
                 "its site.yaml"
             )
             yield Problem("POL-706", section.name, expected, action, f"{where}.name")
+    scaffold = plan.federation.aggregator == "scaffold" and plan.role(policy.site) == "train"
+    if scaffold and CONTROL_VARIATES not in policy.sharing:
+        expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
+        action = (
+            "set another federation.aggregator, or have the site add control_variates to sharing"
+        )
+        found = "an aggregation rule that needs the site's mean gradient"
+        yield Problem("POL-704", found, expected, action, "sharing")
     if (
         plan.method.statistics
         and plan.role(policy.site) == "train"
@@ -159,8 +167,7 @@ def only_inside_data_root(site: Site, policy: SiteFile | None) -> Site:
     root = Path(policy.data_root)
     kept, problems = [], list(site.quarantined)
     for case in site.cases:
-        files = [path for path in (case.image, case.mask) if path is not None]
-        if outside := [path for path in files if not is_inside(path, root)]:
+        if outside := [path for path in case.files() if not is_inside(path, root)]:
             action = "copy the file into the data folder, or set data_root to its folder"
             found = f"{outside[0]} points to {outside[0].resolve()}"
             problems.append(

@@ -24,12 +24,14 @@ VERSION: Final = 1
 SHARED_BY_DEFAULT: Final = ("weights", "statistics")
 CASE_CONSENT: Final = {"test": "heldout_cases", "validation": "training_cases"}
 """Split -> the entry of `sharing` that lets the results of its single cases leave."""
+CONTROL_VARIATES: Final = "control_variates"
+"""Record of SCAFFOLD's control variates in a message (`common.wire.messages.CONTROL`)."""
 SHARED_BY_CONSENT: Final = (
-    *("amplitude_summary", "amplitude_bank", CONTENT_HASHES),
+    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
     *CASE_CONSENT.values(),
 )
 MAY_SET: Final = (
-    *("seed", "heldout", "observers", "run", "label", "setting", "chosen"),
+    *("seed", "heldout", "observers", "unlabelled", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
 )
 """Settings that the coordinator may set by default; never `data.root` and `site.*`."""
@@ -69,13 +71,14 @@ class SiteFile(Section):
             installed code is not checked again.
         roles: Roles this hospital accepts.
         sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
-            `heldout_cases`, `training_cases` and `content_hashes` only if the hospital adds them
-            here. `heldout_cases` and `training_cases` are the results of single cases under an
-            alias, where this hospital is held out or observes, and of its validation cases; without
-            them mean, standard deviation and number of cases leave, rounded. `content_hashes` are
-            salted hashes of the images. With them the coordinator finds images that two hospitals
-            share, and can check whether this hospital has an image that the coordinator itself has;
-            no image can be reconstructed from them.
+            `control_variates`, `heldout_cases`, `training_cases` and `content_hashes` only if the
+            hospital adds them here. `control_variates` is the mean gradient of a round, for
+            `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are the results
+            of single cases under an alias, where this hospital is held out or observes, and of its
+            validation cases; without them mean, standard deviation and number of cases leave,
+            rounded. `content_hashes` are salted hashes of the images. With them the coordinator
+            finds images that two hospitals share, and can check whether this hospital has an image
+            that the coordinator itself has; no image can be reconstructed from them.
         patient_floor: Fewest patients that any figure covers: a class, a validation or test result,
             a round of training, and the difference of any two of them. The larger of this and the
             plan's floor applies.

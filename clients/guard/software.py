@@ -13,6 +13,7 @@ compares every file with the RECORDs.
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import json
 import platform
@@ -128,22 +129,31 @@ def changed_files(folders: Sequence[Path] | None = None) -> Iterator[str]:
     for place in library_folders() if folders is None else folders:
         known: set[Path] = set()
         for distribution in distributions(path=[str(place)]):
-            for entry in distribution.files or ():
-                path = Path(str(entry.locate())).resolve()
+            for path, recorded in _record(distribution):
                 if not _loadable(path):
                     continue
                 known.add(path)
-                if entry.hash is None:
+                mode, _, value = recorded.partition("=")
+                if not recorded:
                     continue
                 name = f"{path} ({distribution.name})"
                 if not path.is_file():
                     yield f"missing: {name}"
-                elif _record_hash(path, entry.hash.mode) != entry.hash.value:
+                elif _record_hash(path, mode) != value:
                     yield f"changed: {name}"
         for folder in sorted({path.parent for path in known}):
             for path in sorted(folder.glob("*")) if folder.is_relative_to(place) else ():
                 if _loadable(path) and path.is_file() and path.resolve() not in known:
                     yield f"in no distribution: {path}"
+
+
+def _record(distribution: Distribution) -> Iterator[tuple[Path, str]]:
+    """Yield the path and the hash (`sha256=…`, or "") of every file of a RECORD.
+
+    `Distribution.files` leaves out missing files since Python 3.12.
+    """
+    for name, recorded, *_ in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
+        yield Path(str(distribution.locate_file(name))).resolve(), recorded
 
 
 def _distributions(places: Sequence[Path]) -> dict[str, str]:

@@ -9,13 +9,43 @@ elsewhere can be used by its import path, `method=package.module:Class`.
 from __future__ import annotations
 
 from fedsgcg.clients.methods.base import Loss, Source, View
+from fedsgcg.clients.methods.bigaug import BigAug
+from fedsgcg.clients.methods.elcfs import Elcfs
+from fedsgcg.clients.methods.feature_style import Dsu, MixStyle
+from fedsgcg.clients.methods.fedproto import FedProto
+from fedsgcg.clients.methods.gin import Gin
 from fedsgcg.clients.methods.guidance import Guidance, Guide
+from fedsgcg.clients.methods.harmofl import HarmoFL
+from fedsgcg.clients.methods.isda import Isda
+from fedsgcg.clients.methods.jigen import JiGen
+from fedsgcg.clients.methods.moon import Moon
 from fedsgcg.clients.methods.ram import Ram, RamSgCG
+from fedsgcg.clients.methods.saml import Saml
+from fedsgcg.clients.methods.segclr import SegCLR
 from fedsgcg.clients.methods.sgcg import SgCG
+from fedsgcg.clients.methods.trid import Trid
 from fedsgcg.common.settings.own_code import load_class, traits_of, unusable
 from fedsgcg.common.settings.plan import MethodSettings
 
-METHODS: dict[str, type[Source]] = {"source": Source, "ram": Ram, "sgcg": SgCG, "ram_sgcg": RamSgCG}
+METHODS: dict[str, type[Source]] = {
+    "source": Source,
+    "ram": Ram,
+    "sgcg": SgCG,
+    "ram_sgcg": RamSgCG,
+    "segclr": SegCLR,
+    "isda": Isda,
+    "moon": Moon,
+    "mixstyle": MixStyle,
+    "dsu": Dsu,
+    "harmofl": HarmoFL,
+    "fedproto": FedProto,
+    "elcfs": Elcfs,
+    "saml": Saml,
+    "jigen": JiGen,
+    "bigaug": BigAug,
+    "gin": Gin,
+    "trid": Trid,
+}
 
 
 def method_class(settings: MethodSettings) -> type[Source]:

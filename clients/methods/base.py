@@ -18,9 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedsgcg.clients.data.batches import Batch
 from fedsgcg.clients.device import autocast_for, precision
@@ -49,6 +52,11 @@ class View:
 class Source:
     """Supervised training on the client's own slices.
 
+    Formula: L = cross-entropy + Dice.
+    Leaves: weights.
+    Defaults: the rates of RAM-DSIR.
+    Source: the segmentation loss of Zhou et al., RAM-DSIR, ECCV 2022.
+
     Args:
         network: Holds the received weights; trained in place.
         plan: Method, activation, structures.
@@ -63,10 +71,19 @@ class Source:
             over the views, so that methods with one and two views are comparable.
         contrasts: Whether the method uses the global prototypes.
         mixes: Whether the method uses amplitude-mixed copies of the slices (`Batch.mixed`).
+        pairs: Whether the method uses pairs of images without labels (`Batch.pairs`).
+        raw: Whether its class statistics are those of features that are not normalised.
+        captures: Whether a step may be captured as a CUDA graph; not for a method whose operations
+            depend on values of tensors.
+        round_number: Number of the round, from 1.
     """
 
     contrasts: bool = False
     mixes: bool = False
+    pairs: bool = False
+    raw: bool = False
+    captures: bool = True
+    round_number: int = 1
 
     parts: tuple[str, ...] = ("loss_supervised", "loss_contrast")
 
@@ -81,6 +98,25 @@ class Source:
         """Return the optimiser's parameter groups; `factor` scales a group's learning rate."""
         return [{"params": list(self.network.parameters()), "factor": 1.0}]
 
+    def draw(
+        self, sizes: Sequence[int], rng: np.random.Generator
+    ) -> tuple[NDArray[np.float32], ...]:
+        """Draw the random numbers of a step, which `loss` finds in `Batch.drawn`.
+
+        Drawn before the step, they are the same on every device and for any number of its parts.
+
+        Args:
+            sizes: Number of slices of each domain, D numbers with sum B.
+            rng: The generator of the client's round.
+
+        Returns:
+            Arrays (B, ...) float32; none here.
+        """
+        return ()
+
+    def finish(self) -> None:
+        """Update what stays at the site after the last step of a round; nothing here."""
+
     def loss(self, batch: Batch, guide: Guide | None) -> Loss:
         """Return the loss of one batch and its unweighted parts by name, in float32.
 
@@ -94,10 +130,13 @@ class Source:
         """Run the network on the batch."""
         return [self.view("source", batch.images)]
 
-    def view(self, name: str, images: Tensor) -> View:
-        """Run the network on one view (B, C, H, W)."""
+    def view(self, name: str, images: Tensor, weights: Mapping[str, Tensor] | None = None) -> View:
+        """Run the network on one view (B, C, H, W), with other weights than its own if given."""
         with autocast_for(self._dtype, self.device):
-            logits, features = self.network(images)
+            if weights is None:
+                logits, features = self.network(images)
+            else:
+                logits, features = functional_call(self.network, dict(weights), (images,))
         return View(name, logits.float(), features)
 
     def supervised(self, batch: Batch, views: Sequence[View]) -> Loss:
@@ -121,13 +160,22 @@ def softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, H, W) class indices, 255 = ignore.
     """
     labels = labels.long()
-    valid = labels != IGNORE
+    return softmax_entropy(logits, labels) + dice_loss(*softmax_targets(logits, labels))
+
+
+def softmax_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of logits (B, K, H, W) over the valid pixels of labels (B, H, W)."""
     # Torch's own mean would be 0/0 when every pixel is ignored.
     entropy = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    entropy = entropy / valid.sum().clamp(min=1)
+    return entropy / (labels != IGNORE).sum().clamp(min=1)
+
+
+def softmax_targets(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the foreground's probabilities, truth (both (B, K - 1, H, W)) and valid pixels."""
+    valid = (labels != IGNORE).unsqueeze(1)
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     truth = (labels.unsqueeze(1) == classes).to(logits.dtype)
-    return entropy + dice_loss(logits.softmax(1)[:, 1:], truth, valid.unsqueeze(1))
+    return logits.softmax(1)[:, 1:], truth, valid
 
 
 def sigmoid_loss(logits: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
@@ -138,13 +186,34 @@ def sigmoid_loss(logits: Tensor, labels: Tensor, structures: Mapping[str, Sequen
         labels: (B, H, W) class indices, 255 = ignore.
         structures: The classes of each structure, in the order of the channels.
     """
-    valid = (labels != IGNORE).unsqueeze(1)
-    truth = structure_targets(labels, structures).to(logits.dtype)
+    probability, truth, valid = sigmoid_targets(logits, labels, structures)
+    return sigmoid_entropy(logits, truth, valid) + dice_loss(probability, truth, valid)
+
+
+def sigmoid_entropy(logits: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Return the binary cross-entropy of logits and truth (B, S, H, W) over the valid pixels."""
     entropy = F.binary_cross_entropy_with_logits(
         logits, truth, weight=valid.to(logits.dtype), reduction="sum"
     )
-    entropy = entropy / (valid.sum() * logits.shape[1]).clamp(min=1)
-    return entropy + dice_loss(logits.sigmoid(), truth, valid)
+    return entropy / (valid.sum() * logits.shape[1]).clamp(min=1)
+
+
+def sigmoid_targets(
+    logits: Tensor, labels: Tensor, structures: Mapping[str, Sequence[int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the structures' probabilities, truth (both (B, S, H, W)) and valid pixels."""
+    truth = structure_targets(labels, structures).to(logits.dtype)
+    return logits.sigmoid(), truth, (labels != IGNORE).unsqueeze(1)
+
+
+def targets(logits: Tensor, labels: Tensor, data: DataSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities, truth (both (B, F, H, W)) and valid pixels (B, 1, H, W).
+
+    F are the foreground classes of a softmax or the structures of a sigmoid.
+    """
+    if data.activation == "softmax":
+        return softmax_targets(logits, labels.long())
+    return sigmoid_targets(logits, labels, data.structure_classes())
 
 
 def structure_targets(labels: Tensor, structures: Mapping[str, Sequence[int]]) -> Tensor:
@@ -164,3 +233,14 @@ def dice_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     probability, truth = probability * valid, truth * valid
     overlap = 2 * (probability * truth).sum() + SMOOTH
     return 1 - overlap / (probability.square().sum() + truth.square().sum() + SMOOTH)
+
+
+def mean_dice_loss(probability: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean over the channels of 1 - (2 sum(p t) + e) / (sum p + sum t + e).
+
+    The Dice loss of FedDG-ELCFS and SAML; the sums run over the batch and the valid pixels.
+    """
+    probability, truth = probability * valid, truth * valid
+    axes = (0, 2, 3)
+    overlap = 2 * (probability * truth).sum(axes) + SMOOTH
+    return (1 - overlap / (probability.sum(axes) + truth.sum(axes) + SMOOTH)).mean()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsgcg.clients.data.augment import augment
+from fedsgcg.clients.data.augment import augment_batch
 from fedsgcg.clients.data.batches import gather, index_batches
 from fedsgcg.clients.device import autocast_for, precision
 from fedsgcg.clients.methods.guidance import IGNORE, pixel_features
@@ -55,7 +55,7 @@ def site_statistics(
         network: Holds the received global weights; neither its weights nor its running moments
             change.
         tables: The training slices of each source domain.
-        plan: `prototypes.normalize` determines the representation.
+        plan: `unit_features` determines the representation.
         device: Device of the network.
         rngs: Generators of the slice order of each domain, which matters only with
             `norm_mode=batch`.
@@ -97,9 +97,7 @@ def site_moments(
     """
     with torch.no_grad(), _measured_moments(network) as measured:
         for images, labels in statistics_batches(tables, plan.method, rngs):
-            changed, _ = augment(
-                images.to(device), labels.to(device), plan.data.augmentation, generator
-            )
+            changed, _ = augment_batch(images.to(device), labels.to(device), plan, generator)
             _features(network, changed, plan, device)
             measured.take()
     return measured.moments()
@@ -168,7 +166,7 @@ def sample_features(
             reduced = labels_at(torch.from_numpy(labels), maps.shape[-1], plan.data.num_classes)
             flat = reduced.reshape(-1).numpy()
             chosen = sample_pixels(flat, rng, most)
-            pixels = pixel_features(maps, plan.prototypes.normalize)
+            pixels = pixel_features(maps, plan.unit_features)
             pixels = pixels[torch.from_numpy(chosen).to(device)]
             features.append(pixels.cpu().numpy())
             classes.append(flat[chosen])
@@ -186,7 +184,7 @@ def batch_statistics(
         plan: Whether features are normalised, and K.
     """
     num_classes = plan.data.num_classes
-    pixels = pixel_features(penultimate, plan.prototypes.normalize)
+    pixels = pixel_features(penultimate, plan.unit_features)
     labels = labels_at(labels, penultimate.shape[-1], num_classes).reshape(-1)
     moments = class_moments(pixels, labels, num_classes, ignore_index=IGNORE)
     count, mean, scatter = (part.double().cpu().numpy() for part in moments)

@@ -151,19 +151,38 @@ class SummaryMixer(_SharedMixer):
         rng: np.random.Generator,
     ) -> None:
         super().__init__(settings, own.space, rng)
-        shared = AmplitudeSummary.decode(data)
-        if shared.layout != own.layout:
-            raise fail(
-                "PAY-106",
-                found=f"amplitudes of {shared.layout}",
-                expected=f"{own.layout}, as at this site",
-            )
+        shared = _decoded_summary(data, own)
         others = shared.without(replace(own, sites=(site,))) if site in shared.sites else shared
         _check_others(int(others.count))
         self._sampler = AmplitudeSampler(others)
 
     def _draw(self, count: int) -> npt.NDArray[np.floating]:
         return self._sampler.draw(count, self._rng)
+
+
+class MeanMixer(_SharedMixer):
+    """Every slice gets the mean amplitude of a summary, the geometric mean over its images.
+
+    Args:
+        summary: Of this client's slices, or of all sites'.
+        settings: Provides the window.
+        rng: Unused, because nothing is random.
+    """
+
+    def __init__(
+        self, summary: AmplitudeSummary, settings: RamSettings, rng: np.random.Generator
+    ) -> None:
+        super().__init__(settings, summary.space, rng)
+        _check_others(int(summary.count))
+        self._mean = np.exp(summary.mean)
+
+    def draw(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the mean amplitude (C, 2, b + 1, b + 1) and an own share of 0 for each slice."""
+        amplitudes, ratio = super().draw(sizes)
+        return amplitudes, torch.zeros_like(ratio)
+
+    def _draw(self, count: int) -> npt.NDArray[np.floating]:
+        return np.broadcast_to(self._mean, (count, *self._mean.shape)).copy()
 
 
 class BankMixer(_SharedMixer):
@@ -194,6 +213,18 @@ class BankMixer(_SharedMixer):
 
     def _draw(self, count: int) -> npt.NDArray[np.floating]:
         return self._windows[self._rng.integers(0, len(self._windows), count)]
+
+
+def _decoded_summary(data: bytes, own: AmplitudeSummary) -> AmplitudeSummary:
+    """Return the summary that the coordinator sent; PAY-106 if it does not fit this site's."""
+    shared = AmplitudeSummary.decode(data)
+    if shared.layout != own.layout:
+        raise fail(
+            "PAY-106",
+            found=f"amplitudes of {shared.layout}",
+            expected=f"{own.layout}, as at this site",
+        )
+    return shared
 
 
 def _check_others(number: int) -> None:
@@ -232,6 +263,11 @@ def build_mixer(
     if not plan.method.mixes:
         return None
     settings, rng = plan.method.ram, stream(plan.seed, round_number, site, "partners")
+    if plan.method.name == "harmofl":
+        own = own_summary(stores, settings, device)
+        shared = settings.sharing == "summary"
+        summary = _decoded_summary(amplitudes, own) if shared else own
+        return MeanMixer(summary, settings, rng)
     if settings.sharing == "local":
         return LocalMixer([store.slices("train") for store in stores], settings, rng)
     if settings.sharing == "bank":

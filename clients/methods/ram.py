@@ -31,7 +31,14 @@ CLAMP: Final = 1e-7
 
 
 class Ram(Source):
-    """RAM-DSIR; its restoration decoder never leaves the site."""
+    """RAM-DSIR: segments a slice and its amplitude-mixed copy, and restores one from the other.
+
+    Formula: L = L_supervised(x) + L_supervised(x_f) + 0.5 KD(p_f, p) + 0.1 MSE(restored x, x).
+    Leaves: weights; with `method.ram.sharing=summary` or `bank` amplitudes, by the site's consent.
+        The restoration decoder stays at the site.
+    Defaults: weights, window and ratios as published.
+    Source: Zhou et al., RAM-DSIR, ECCV 2022; docs/explanation/ram-dsir.md.
+    """
 
     mixes = True
     parts = (*Source.parts, "loss_consistency", "loss_restoration")
@@ -121,7 +128,13 @@ class Ram(Source):
 
 
 class RamSgCG(Ram, SgCG):
-    """The papers' method: RAM-DSIR's views and loss plus SgCG's contrastive term."""
+    """The papers' method: RAM-DSIR's views and loss plus SgCG's contrastive term.
+
+    Formula: L = L_RAM-DSIR + lambda * L_contrast.
+    Leaves: as `ram`, and count, mean and covariance of every class.
+    Defaults: those of `ram` and `sgcg`.
+    Source: SgCG, eqs. 11-13; docs/explanation/sgcg.md.
+    """
 
 
 def probability(logits: Tensor, activation: str) -> Tensor:

@@ -22,7 +22,14 @@ from fedsgcg.common.sgcg.loss import reduce_labels, sgcg_loss
 
 
 class SgCG(Source):
-    """The supervised baseline plus the contrastive term."""
+    """SgCG: the supervised baseline plus the contrastive term with the global prototypes.
+
+    Formula: L = L_supervised + lambda * mean over pixels of logsumexp_k (q' mu_k / tau + q' Sigma_k
+        q / (2 tau^2)) - q' mu_y / tau.
+    Leaves: weights; count, mean and covariance of every class.
+    Defaults: tau and lambda chosen on source validation.
+    Source: SgCG, eqs. 4-11; docs/explanation/sgcg.md.
+    """
 
     contrasts = True
 

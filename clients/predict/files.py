@@ -6,6 +6,7 @@ import glob
 import os
 import re
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +14,16 @@ from pathlib import Path
 from typing import Final
 
 from fedsgcg.clients.data.case_files import discover_sites, open_site
+from fedsgcg.clients.predict.outputs import mask_suffix, result_suffix
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.images.dicom import is_picture
 from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through, stem_of
-from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
 from fedsgcg.common.names import number_of, printable
 from fedsgcg.common.settings.plan import DataSettings
 
 RESULT: Final = re.compile(
-    r".*_(mask|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE
+    r".*_(mask(_.*)?|segmentation|probability(_.*)?|confidence|overlay)", re.IGNORECASE
 )
 """Names of masks and results, which are skipped in a folder of images."""
 
@@ -33,11 +35,13 @@ class Job:
     """One image to predict.
 
     Attributes:
-        image: The file.
+        image: The file, or the folder of a DICOM series.
         name: Path of its results relative to the output folder, without suffix.
         mask: Its true mask, None if it is not scored.
         site: Name of its hospital, "" for an image from the command line.
         case: Name of the case.
+        structures: (name, mask file) if each structure has a mask file of its own.
+        out: Key of `clients.predict.outputs.OUT_FORMATS`.
     """
 
     image: Path
@@ -45,12 +49,20 @@ class Job:
     mask: Path | None = None
     site: str = ""
     case: str = ""
+    structures: tuple[tuple[str, Path], ...] = ()
+    out: str = "same"
 
     @property
     def suffix(self) -> str:
-        """Suffix of the results: the volume's own suffix, or PNG."""
-        suffix = suffix_of(self.image)
-        return suffix if suffix in VOLUME_SUFFIXES else ".png"
+        """Suffix of the mask."""
+        return mask_suffix(self.image, self.out)
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """The true mask's files: none, one, or one for each structure."""
+        if self.structures:
+            return tuple(path for _, path in self.structures)
+        return () if self.mask is None else (self.mask,)
 
     @property
     def shown(self) -> str:
@@ -61,7 +73,7 @@ class Job:
 
     def result(self, folder: Path, ending: str) -> Path:
         """Return the path of one result; `ending` is `_mask`, `_overlay` and so on."""
-        suffix = ".png" if ending == "_overlay" else self.suffix
+        suffix = result_suffix(self.image, self.out, ending)
         return folder / f"{self.name}{ending}{suffix}"
 
 
@@ -117,19 +129,45 @@ def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[li
         if _kind(path) == "folder":
             inside = look_through(path)
             skipped.folders.append(inside)
-            kept = [file for file in inside.images if not RESULT.fullmatch(stem_of(file))]
-            skipped.results += [file for file in inside.images if file not in set(kept)]
-            found += [
-                Job(file, (file.parent.relative_to(path) / stem_of(file)).as_posix())
-                for file in kept
-            ]
+            images = _images_in(inside, path)
+            kept = [image for image in images if not _is_result(image, path)]
+            skipped.results += [image for image in images if _is_result(image, path)]
+            found += [Job(image, _mirrored(image, path)) for image in kept]
         else:
             found.append(Job(path, stem_of(path)))
     if not found:
         where = ", ".join(map(str, images))
         nothing = "; ".join(["no image file", *skipped.texts()])
-        raise fail("MOD-809", where=where, found=nothing, expected="NIfTI volumes or pictures")
+        raise fail("MOD-809", where=where, found=nothing, expected="volumes or pictures")
     return _distinct(found), skipped
+
+
+def _images_in(inside: Listing, folder: Path) -> list[Path]:
+    """Return the images of a folder: files, folders with a series, and pictures of DICOM."""
+    images = list(inside.images)
+    for place, files in inside.series.items():
+        own = [file for file in files if not RESULT.fullmatch(stem_of(file))]
+        if own and is_picture(own[0]):
+            images += own
+        elif own:
+            images.append(place)
+        images += [file for file in files if file not in own]
+    return sorted(images)
+
+
+def _is_result(image: Path, folder: Path) -> bool:
+    """Whether an image, or a folder below `folder` that contains it, has the name of a mask."""
+    if image == folder:
+        return False
+    above = [place.name for place in image.parents if place.is_relative_to(folder)][:-1]
+    return any(RESULT.fullmatch(name) for name in (stem_of(image), *above))
+
+
+def _mirrored(image: Path, folder: Path) -> str:
+    """Return the path of an image's results below the output folder, like its path in `folder`."""
+    if image == folder:
+        return stem_of(folder.absolute())
+    return (image.parent.relative_to(folder) / stem_of(image)).as_posix()
 
 
 def _kind(path: Path) -> str:
@@ -164,7 +202,7 @@ def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | 
         for case in open_site(root, name, data).cases:
             if split is None or case.split == split:
                 result = f"{name}/{Path(case.name).name or 'case'}"
-                jobs.append(Job(case.image, result, case.mask, name, case.name))
+                jobs.append(Job(case.image, result, case.mask, name, case.name, case.structures))
     if not jobs:
         found = f"no case of split {split}" if split else "no case"
         raise fail("MOD-809", where=str(root), found=found, expected="cases to predict")
@@ -172,9 +210,21 @@ def jobs_of_data(root: Path, data: DataSettings, site: str | None, split: str | 
 
 
 def check_output(
-    folder: Path, jobs: Sequence[Job], endings: Sequence[str], *, overwrite: bool
+    folder: Path,
+    jobs: Sequence[Job],
+    endings: Sequence[str],
+    *,
+    overwrite: bool,
+    is_own: Callable[[Job], bool] = lambda job: False,
 ) -> None:
     """Check before any work that all results can be written without overwriting files.
+
+    Args:
+        folder: The output folder.
+        jobs: The images.
+        endings: Endings of the results, e.g. `_mask`.
+        overwrite: Whether existing results may be replaced.
+        is_own: Whether existing results of an image belong to the run that is resumed.
 
     Raises:
         FedsgcgError: MOD-808 for results that already exist, that would be outside the folder, or
@@ -189,10 +239,16 @@ def check_output(
                 expected="a name inside the folder",
                 action="Rename the image.",
             )
-    inputs = {path.resolve() for job in jobs for path in (job.image, job.mask) if path is not None}
-    targets = [path for job in jobs for ending in endings for path in _targets(folder, job, ending)]
+    inputs = {path.resolve() for job in jobs for path in (job.image, *job.masks)}
+    targets = {
+        path: job for job in jobs for ending in endings for path in _targets(folder, job, ending)
+    }
     own = [path for path in targets if path.resolve() in inputs]
-    existing = [] if overwrite else [path for path in targets if os.path.lexists(path)]
+    existing = [
+        path
+        for path, job in targets.items()
+        if not overwrite and os.path.lexists(path) and not is_own(job)
+    ]
     problems = [
         Problem(
             "MOD-808",
@@ -205,7 +261,10 @@ def check_output(
     ]
     if existing and not own:
         found = f"{number_of(len(existing), 'result')} of an earlier call"
-        action = "Choose another DIR, or replace them with --overwrite."
+        action = (
+            "Choose another DIR, replace them with --overwrite, or continue an interrupted run "
+            "of the same model with --resume."
+        )
         problems += [Problem("MOD-808", found, "a folder without them", action, str(existing[0]))]
     if problems:
         raise FedsgcgError(*problems)
@@ -224,23 +283,28 @@ def _targets(folder: Path, job: Job, ending: str) -> list[Path]:
 
 
 def save(path: Path, into: Callable[[Path], object]) -> None:
-    """Write a file atomically; raises MOD-808 when it cannot be written."""
-    suffix = suffix_of(path)
-    partial = path.with_name(f".{os.getpid()}.part{suffix}")
+    """Write a file atomically, with a data file that its format puts next to it.
+
+    A header refers to its data by name, so they are written under their final names in a folder of
+    their own, and the header is moved last.
+
+    Raises:
+        FedsgcgError: MOD-808 when it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            into(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+            into(Path(folder) / path.name)
+            made = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)
+            for file in made:
+                file.replace(path.with_name(file.name))
     except OSError as error:
         raise write_error(path, error) from error
 
 
 def write(path: Path, content: bytes) -> None:
     """Write bytes like `save`."""
-    save(path, lambda partial: partial.write_bytes(content))
+    save(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_error(path: Path, error: OSError) -> FedsgcgError:

@@ -13,10 +13,12 @@ from fedsgcg.common.settings.data import SPLITS
 
 PREDICT: Final = """\
 Predict masks with a trained model. MODEL is the folder that contains model.json (or a file
-in it); IMAGE is a NIfTI volume, a picture, or a folder of them. Masks are written with the
-geometry of their image and the label values of the training masks. With --data the cases
-of a prepared folder are predicted and scored. Files that cannot be used are skipped and
-listed at the end.
+in it); IMAGE is a volume, a picture, the folder of a DICOM series, or a folder of any of
+them, whose subfolders are mirrored in DIR. Masks are written with the geometry of their
+image and the label values of the training masks. With --data the cases of a prepared
+folder are predicted and scored. Files that cannot be used are skipped and listed at the
+end. DIR/predictions.jsonl lists what was predicted; --resume skips images whose results
+are complete and unchanged.
 """
 EXITS: Final = exit_codes(
     failure="nothing could be predicted",
@@ -64,6 +66,17 @@ def add_predict_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--overlay", action="store_true", help="write a PNG with outlines of one slice per case"
+    )
+    parser.add_argument(
+        "--out-format",
+        choices=("same", "nifti", "metaimage", "nrrd", "dicom-seg"),
+        default="same",
+        help="format of the masks of volumes (default: same as the image; DICOM-SEG for DICOM)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted run: predict what is not complete",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
     parser.add_argument(

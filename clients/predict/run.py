@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedsgcg.clients.data.slices import class_indices
+from fedsgcg.clients.data.slices import read_truth
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.evaluation import BATCH, structure_masks
 from fedsgcg.clients.guard.contents import TrainedOn
@@ -29,14 +31,14 @@ from fedsgcg.clients.predict.files import (
     write,
 )
 from fedsgcg.clients.predict.model import Model, load_model
+from fedsgcg.clients.predict.outputs import check_format, write_maps
 from fedsgcg.clients.predict.overlay import overlay
 from fedsgcg.clients.predict.predictor import Prediction, Predictor
+from fedsgcg.clients.predict.record import Done, Record
 from fedsgcg.clients.predict.scores import Scores
 from fedsgcg.common.console import Screen, counted
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.images.contents import TRAINING_IMAGES
-from fedsgcg.common.images.read import check_geometry, read_volume
-from fedsgcg.common.images.write import mask_bytes, picture_bytes, wide_bytes, write_like
 from fedsgcg.common.names import number_of, printable
 from fedsgcg.common.run_folder import paths
 
@@ -52,7 +54,15 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     if options.data:
         jobs = jobs_of_data(options.data, model.data, options.site, options.split)
     found, skipped = jobs_of_images(options.images, jobs)
-    check_output(options.output, found, _endings(options), overwrite=options.overwrite)
+    found = [replace(job, out=options.out_format) for job in found]
+    record = Record.open(options.output, model.card, _deciding(options))
+    check_output(
+        options.output,
+        found,
+        _endings(options),
+        overwrite=options.overwrite,
+        is_own=record.is_own if options.resume else lambda _: False,
+    )
     _print_start(options, model, len(found), skipped, console)
     device = choose_device(options.device, options.threads)
     on_device = gaussians(device) if gaussians else None
@@ -60,11 +70,17 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     scores = Scores(model.data)
     known = _trained_on(options, console)
     failed: list[tuple[Job, Problem]] = []
+    earlier = 0
     items = counted(found, console, "predicting") if console.is_terminal else iter(found)
     for number, job in enumerate(items, 1):
         place = f"[{number}/{len(found)}] {job.shown}"
         try:
-            line = _predict_one(predictor, job, options, scores, known)
+            done = record.finished(job) if options.resume else None
+            if done is not None:
+                earlier += 1
+                line = scores.again(done.scores, done.trained_on)
+            else:
+                line = _predict_one(predictor, job, options, scores, known, record)
         except FedsgcgError as error:
             failed += [(job, problem) for problem in error.problems]
             line = f"[{error.code}] not predicted"
@@ -75,7 +91,7 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
             line = "[MOD-810] not predicted"
         style = "yellow" if failed and failed[-1][0] is job else None
         console.print(f"{place}  {line}", style=style)
-    return _finish(options, scores, failed, len(found), console)
+    return _finish(options, scores, failed, len(found), earlier, console)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -121,6 +137,12 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
     return lambda device: Gaussians.of(prototypes, device)
 
 
+def _deciding(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that decide the content of the results."""
+    names = ("probability", "confidence", "overlay", "out_format")
+    return {name: getattr(options, name) for name in names}
+
+
 def _endings(options: argparse.Namespace) -> tuple[str, ...]:
     requested = (
         ("_probability", options.probability),
@@ -156,10 +178,12 @@ def _predict_one(
     options: argparse.Namespace,
     scores: Scores,
     known: TrainedOn | None,
+    record: Record,
 ) -> str:
     """Predict one image, write the requested files, and return a line for the console."""
     started = time.monotonic()
     data = predictor.model.data
+    check_format(job.image, job.out)
     try:
         prediction = predictor.predict(job.image)
     except (RuntimeError, MemoryError, ValueError) as error:
@@ -169,7 +193,16 @@ def _predict_one(
             "MOD-810", where=str(job.image), found=f"{type(error).__name__}: {error}", action=action
         ) from error
     truth = _truth(job, prediction, predictor.model)
-    _write_maps(options.output, job, prediction, list(data.structures))
+    record.start(job)
+    card = predictor.model.card
+    written = write_maps(
+        partial(job.result, options.output),
+        save,
+        prediction,
+        list(data.structures),
+        list(data.classes),
+        f"{card['data']} {str(card['digest'])[:12]}",
+    )
     hospital = known.hospital_of(prediction.volume) if known else ""
     parts = [_sizes(prediction, predictor.model)]
     dice = ""
@@ -183,9 +216,12 @@ def _predict_one(
         true_masks = None if truth is None else structure_masks(truth, data)
         title = f"{job.site} {printable(Path(job.name).name)}  {dice}".strip()
         picture = overlay(prediction, list(data.structures), title, true_masks)
-        write(job.result(options.output, "_overlay"), picture)
+        target = job.result(options.output, "_overlay")
+        write(target, picture)
+        written.append(target)
     if hospital:
         parts.append(f"TRAINED ON (at {hospital})")
+    record.finish(job, written, Done({}, scores.of_case(job), hospital))
     return "  ".join([*parts, f"{time.monotonic() - started:.1f} s"])
 
 
@@ -193,51 +229,18 @@ def _truth(job: Job, prediction: Prediction, model: Model) -> Any:
     """Return the true class indices (Z, Y, X), None for an image without a mask."""
     if job.mask is None:
         return None
-    mask = read_volume(job.mask, mask=True)
-    check_geometry(prediction.volume, mask, str(job.image))
+    names = tuple(name for name, _ in job.structures)
     try:
-        return class_indices(mask.array, model.data.classes, str(job.mask))
+        return read_truth(job.masks, names, prediction.volume, model.data, str(job.mask))
     except FedsgcgError as error:
+        if error.code not in ("DAT-109", "DAT-165"):
+            raise
         (problem,) = error.problems
         action = "Score it with a model for these labels, or omit --data."
         where = str(job.mask)
         raise fail(
             "MOD-805", where=where, found=problem.found, expected=problem.expected, action=action
         ) from error
-
-
-def _write_maps(folder: Path, job: Job, prediction: Prediction, structures: Sequence[str]) -> None:
-    """Write the mask and the requested maps in the geometry of the image."""
-    if not prediction.volume.is_picture:
-        for ending, array in (
-            ("_mask", prediction.labels),
-            ("_probability", _single(prediction.probability)),
-            ("_confidence", prediction.confidence),
-        ):
-            if array is not None:
-                target = job.result(folder, ending)
-                save(target, lambda path, array=array: write_like(path, array, prediction.volume))  # type: ignore[misc]
-        return
-    small = prediction.labels.dtype == np.uint8
-    contents = {"_mask": (mask_bytes if small else wide_bytes)(prediction.labels[0])}
-    if prediction.probability is not None:
-        maps = zip(structures, prediction.probability, strict=True)
-        contents |= {
-            f"_probability_{name}": picture_bytes(_grey(layers[0])) for name, layers in maps
-        }
-    if prediction.confidence is not None:
-        contents["_confidence"] = picture_bytes(_grey(prediction.confidence[0]))
-    for ending, content in contents.items():
-        write(job.result(folder, ending), content)
-
-
-def _single(maps: Any) -> Any:
-    """Drop the axis of a single structure."""
-    return maps[0] if maps is not None and len(maps) == 1 else maps
-
-
-def _grey(values: Any) -> Any:
-    return np.rint(values * 255).astype(np.uint8)
 
 
 def _sizes(prediction: Prediction, model: Model) -> str:
@@ -263,6 +266,7 @@ def _finish(
     scores: Scores,
     failed: Sequence[tuple[Job, Problem]],
     images: int,
+    earlier: int,
     console: Screen,
 ) -> int:
     """Print the scores and the failures; return the exit code."""
@@ -282,6 +286,8 @@ def _finish(
         console.print(str(problem), style="yellow")
     lost = len({job.name for job, _ in failed})
     summary = f"{images - lost} of {number_of(images, 'image')} predicted"
+    if earlier:
+        summary += f", {earlier} of them earlier and unchanged"
     if lost:
         summary += f", {lost} failed (above)"
     console.print(summary, style="yellow" if lost else "green")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,20 @@ class Scores:
         if len(found) == 1:
             return f"Dice {found[0]['dice']:.3f}"
         return "Dice " + ", ".join(f"{row['structure']} {row['dice']:.3f}" for row in found)
+
+    def of_case(self, job: Job) -> list[dict[str, Any]]:
+        """Return the rows of a case."""
+        return [row for row in self.rows if (row["site"], row["case"]) == (job.site, job.case)]
+
+    def again(self, rows: Sequence[Mapping[str, Any]], trained_on: str) -> str:
+        """Add the rows of an earlier, interrupted run; return a line for the console."""
+        self.rows += [dict(row) for row in rows]
+        parts = ["done earlier, unchanged"]
+        if rows:
+            parts.append("Dice " + ", ".join(f"{row['dice']:.3f}" for row in rows))
+        if trained_on:
+            parts.append(f"TRAINED ON (at {trained_on})")
+        return "  ".join(parts)
 
     def write(self, path: Path) -> None:
         """Write all rows as CSV; undefined metrics are empty. Raises MOD-808."""

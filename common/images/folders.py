@@ -14,8 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedsgcg.common.images.formats import FOREIGN, foreign_suffix
-from fedsgcg.common.images.read import suffix_of
+from fedsgcg.common.images.formats import DICOM, FOREIGN, foreign_suffix, is_dicom, suffix_of
 from fedsgcg.common.names import printable
 
 NAMED = 3
@@ -27,7 +26,9 @@ class Listing:
     """The content of a folder and its subfolders.
 
     Attributes:
-        images: Image files of supported formats, sorted.
+        images: Image files of supported formats, sorted. Of a pair `.hdr` and `.img` only the
+            header; files of DICOM are counted by folder.
+        series: Folder -> its files of DICOM, sorted.
         foreign: Image files of other formats.
         ghosts: Hidden files with the name of an image, mostly `._name` of macOS, without pixels.
         closed: Folders that could not be read, with the reason.
@@ -35,6 +36,7 @@ class Listing:
     """
 
     images: list[Path] = field(default_factory=list)
+    series: dict[Path, list[Path]] = field(default_factory=dict)
     foreign: list[Path] = field(default_factory=list)
     ghosts: list[Path] = field(default_factory=list)
     closed: list[tuple[Path, str]] = field(default_factory=list)
@@ -106,6 +108,7 @@ def _enter(folder: Path, above: tuple[str, ...], found: Listing, deep: bool) -> 
     except OSError as error:
         found.closed.append((folder, error.strerror or type(error).__name__))
         return
+    names = {entry.name for entry in entries}
     for entry in entries:
         path = Path(entry.path)
         if _is_folder(entry):
@@ -113,10 +116,20 @@ def _enter(folder: Path, above: tuple[str, ...], found: Listing, deep: bool) -> 
                 _enter(path, (*above, real), found, deep)
         elif _is_hidden(entry.name):
             found.ghosts += [path] if suffix_of(path) else []
-        elif suffix_of(path):
-            found.images.append(path)
+        elif suffix := suffix_of(path):
+            if suffix in DICOM.suffixes:
+                found.series.setdefault(folder, []).append(path)
+            elif suffix != ".img" or _partner(entry.name) not in names:
+                found.images.append(path)
         elif foreign_suffix(path):
             found.foreign.append(path)
+        elif is_dicom(path) and entry.name != "DICOMDIR":
+            found.series.setdefault(folder, []).append(path)
+
+
+def _partner(name: str) -> str:
+    """Return the name of the header that belongs to a file `.img`."""
+    return f"{name[:-4]}{'.HDR' if name.endswith('.IMG') else '.hdr'}"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

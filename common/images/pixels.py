@@ -1,11 +1,12 @@
-"""Pixels of 2-D pictures as a viewer shows them, by photometric meaning, palette and orientation.
+"""Reads pictures as a viewer shows them, by photometric meaning, palette and orientation.
 
-Legend: H, W = rows, columns; C = channels.
+Legend: H, W = rows, columns; C = channels; Z = pages of a TIFF.
 """
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fedsgcg.common.errors import fail
+from fedsgcg.common.images.formats import PICTURES, TIFF
+from fedsgcg.common.images.stack import is_slices, spacing_of, volume_of_stack
+from fedsgcg.common.images.volume import Volume
 
 Array = NDArray[Any]
 
@@ -39,19 +43,97 @@ ORIENTATION: Final = 274
 """Number of TIFF's orientation tag."""
 
 
-def picture_pixels(path: Path, *, mask: bool) -> Array:
-    """Return the pixels of a picture as (H, W) or (H, W, C); a stack of pages has more axes.
+@dataclass(frozen=True)
+class _Pages:
+    """Pixels of a file: (H, W) or (H, W, C) of a picture, (Z, H, W) of a stack of pages.
+
+    Attributes:
+        pixels: The values.
+        is_stack: Whether they are slices.
+        spacing: (sz, sy, sx) in mm of a stack, None if the file does not state it.
+    """
+
+    pixels: Array
+    is_stack: bool = False
+    spacing: tuple[float, float, float] | None = None
+
+
+def read(path: Path, *, mask: bool = False) -> Volume:
+    """Read a picture as (C, H, W) with C 1 or 3, or a TIFF of several pages as a volume.
+
+    An alpha channel is dropped.
 
     Args:
         path: PNG, JPEG, BMP or TIFF.
         mask: Whether the values are labels: a palette picture then gives its indices instead of
-            colours, and a format that changes values is an error.
+            colours, a colour picture with equal channels one channel, and a format that changes
+            values is an error.
 
     Raises:
         FedsgcgError: DAT-106 for a TIFF of several pictures, DAT-116 for a mask in a lossy format.
     """
-    tiff = path.suffix.lower() in (".tif", ".tiff")
-    return _tiff_pixels(path, mask) if tiff else _pillow_pixels(path, mask)
+    if path.suffix.lower() not in TIFF.suffixes:
+        return picture_of(_pillow_pixels(path, mask), path, mask=mask)
+    pages = _tiff_pixels(path, mask)
+    if pages.is_stack:
+        return volume_of_stack(pages.pixels, pages.spacing)
+    return picture_of(pages.pixels, path, mask=mask)
+
+
+def shape(path: Path) -> tuple[int, ...]:
+    """Return (X, Y, Z) of a TIFF of several pages from its tags, (X, Y) of a picture."""
+    import tifffile
+
+    if path.suffix.lower() not in TIFF.suffixes:
+        with Image.open(path) as picture:
+            return picture.size
+    with tifffile.TiffFile(path) as file:
+        series = _largest_page(file.series, path)
+        sizes = tuple(int(size) for size in series.shape)
+        stack = len(sizes) == 3 and is_slices(str(series.axes))
+        return sizes[::-1] if stack else (int(series.keyframe.imagewidth),) * 2
+
+
+def picture_of(pixels: Array, path: Path, *, mask: bool, form: str = PICTURES.name) -> Volume:
+    """Return pixels (H, W) or (H, W, C) as a picture; an alpha channel is dropped.
+
+    Raises:
+        FedsgcgError: DAT-106 for other shapes, or for a mask in colours.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 2, 3, 4):
+        found = f"shape {pixels.shape}"
+        action = "Save one page as a grey or colour picture."
+        raise fail(
+            "DAT-106",
+            found=found,
+            expected="one grey or colour picture",
+            action=action,
+            where=str(path),
+        )
+    channels = 1 if pixels.shape[2] < 3 else 3
+    pixels = pixels[:, :, :channels]
+    if mask and channels == 3:
+        if (pixels != pixels[:, :, :1]).any():
+            action = "Save the mask as grey values or as a palette picture."
+            raise fail(
+                "DAT-106",
+                found="a mask in colours",
+                expected="one value per pixel",
+                action=action,
+                where=str(path),
+            )
+        pixels = pixels[:, :, :1]
+    array = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    return Volume(
+        array,
+        np.eye(4),
+        (1.0, 1.0, 1.0),
+        is_picture=True,
+        is_eight_bit=pixels.dtype == np.uint8,
+        form=form,
+    )
 
 
 def _pillow_pixels(path: Path, mask: bool, page: int = 0) -> Array:
@@ -84,8 +166,8 @@ def _check_size(picture: Image.Image, size: int) -> None:
         raise ValueError(f"announces {width}x{height} pixels, in {size} bytes")
 
 
-def _tiff_pixels(path: Path, mask: bool) -> Array:
-    """Return the pixels of a TIFF's largest page; other pages must be smaller copies of it."""
+def _tiff_pixels(path: Path, mask: bool) -> _Pages:
+    """Return a TIFF's largest page or its stack; other pages must be smaller copies of it."""
     import tifffile
 
     try:
@@ -98,17 +180,23 @@ def _tiff_pixels(path: Path, mask: bool) -> Array:
                 raise _lossy(path, f"TIFF with {name} compression")
             known = kind in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE)
             plain = page.compression in PLAIN and known
-            if not plain and len(series.pages) == 1:
+            stack = is_slices(str(series.axes)) and len(series.shape) == 3
+            if not plain and len(series.pages) == (series.shape[0] if stack else 1):
                 # Pillow reads more compressions and colour spaces. It inverts white-is-zero grey
                 # values except those of 16 bits.
-                pixels = _pillow_pixels(path, mask, page.index)
+                layers = [_pillow_pixels(path, mask, one.index) for one in series.pages]
+                pixels = np.stack(layers) if stack else layers[0]
                 inverted = kind == WHITE_IS_ZERO and pixels.dtype == np.uint16
-                return _inverted(pixels, 16) if inverted else pixels
-            palette = None if mask else page.colormap
-            pixels = _as_shown(np.asarray(series.asarray()), kind, int(page.bitspersample), palette)
-            tag = page.tags.get(ORIENTATION)
-            orientation = int(tag.value) if tag else 1
-            return _turned(_channels_last(pixels, str(series.axes)), orientation)
+                shown = _inverted(pixels, 16) if inverted else pixels
+            else:
+                palette = None if mask else page.colormap
+                bits = int(page.bitspersample)
+                shown = _as_shown(np.asarray(series.asarray()), kind, bits, palette)
+                tag = page.tags.get(ORIENTATION)
+                shown = _upright(shown, str(series.axes), int(tag.value) if tag else 1)
+            if stack and shown.ndim == 3:
+                return _Pages(shown, True, spacing_of(file, page))
+            return _Pages(shown)
     except tifffile.TiffFileError as error:
         raise ValueError(str(error)) from error
 
@@ -152,6 +240,13 @@ def _inverted(pixels: Array, bits: int) -> Array:
     if pixels.dtype.kind != "u":
         raise ValueError(f"white is zero with values of type {pixels.dtype}")
     return np.asarray(pixels.dtype.type(2**bits - 1) - pixels)
+
+
+def _upright(pixels: Array, axes: str, orientation: int) -> Array:
+    """Return (H, W), (H, W, C) or (Z, H, W) pixels, turned by the orientation tag."""
+    if pixels.ndim == 3 and is_slices(axes):
+        return np.stack([_turned(page, orientation) for page in pixels])
+    return _turned(_channels_last(pixels, axes), orientation)
 
 
 def _channels_last(pixels: Array, axes: str) -> Array:

@@ -1,4 +1,4 @@
-"""Writes results in the geometry of their image: header, affine and axes of a NIfTI file.
+"""Writes results in the geometry of their image, in its format or another one.
 
 Legend: Z, Y, X = slices, rows, columns of the canonical orientation (`common.images.read`).
 """
@@ -10,13 +10,17 @@ import io
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedsgcg.common.images import analyze, itk, stack
+from fedsgcg.common.images.formats import ANALYZE, METAIMAGE, NIFTI, NRRD, TIFF, format_of
 from fedsgcg.common.images.read import Volume, open_nifti, suffix_of, to_native
 
 Array = NDArray[Any]
+nib: Any = nibabel  # untyped
 
 _FIRST = bytes.fromhex("000000 E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7")
 PALETTE = (*_FIRST, *(level for value in range(8, 256) for level in 3 * (value,)))
@@ -28,16 +32,39 @@ palette the picture is stored with fewer bits, which truncates large values.
 
 
 def write_like(path: Path, array: Array, volume: Volume) -> None:
-    """Write a canonical array as NIfTI with the header, affine and axes of its image's file.
+    """Write a canonical array in the geometry of its image, in the format of the path's suffix.
+
+    NIfTI from a NIfTI image keeps the header too, and an ANALYZE pair is written with the header of
+    its image.
 
     Args:
-        path: `.nii` or `.nii.gz`.
-        array: (Z, Y, X), or (S, Z, Y, X) with one map per structure, which becomes the fourth axis;
-            its type is kept.
-        volume: The image, read from a NIfTI file.
+        path: Suffix of NIfTI, MetaImage, NRRD, ANALYZE or TIFF.
+        array: (Z, Y, X), or (S, Z, Y, X) with one map per structure, which becomes the fourth axis
+            or, in MetaImage and NRRD, several values per voxel; its type is kept.
+        volume: The image.
     """
     maps = [to_native(part, volume) for part in (array if array.ndim == 4 else array[None])]
-    _write(path, np.stack(maps, axis=-1) if array.ndim == 4 else maps[0], *volume.source)
+    native = np.stack(maps, axis=-1) if array.ndim == 4 else maps[0]
+    form = format_of(path)
+    if form in (METAIMAGE, NRRD):
+        itk.write(path, native, volume.affine)
+    elif form is ANALYZE:
+        analyze.write(path, native, volume)
+    elif form is TIFF:
+        stack.write(path, array, volume)
+    elif volume.form == NIFTI.name:
+        _write(path, native, *volume.source)
+    else:
+        _write(path, native, nib.Nifti1Image, _header(volume))
+
+
+def _header(volume: Volume) -> Any:
+    """Return a NIfTI header with the geometry of an image of another format."""
+    header = nib.Nifti1Header()
+    header.set_xyzt_units("mm" if volume.has_size else "unknown")
+    header.set_qform(volume.affine, 1)
+    header.set_sform(volume.affine, 1)
+    return header
 
 
 def write_native(path: Path, voxels: Array, source: Path) -> None:

@@ -57,3 +57,10 @@ class Section:
         ]
         if wrong:
             raise FedsgcgError(*wrong)
+
+
+def block_checks(blocks: tuple[int, ...]) -> Checks:
+    """Yield whether a setting `blocks` has some of the encoder's blocks 1 to 5, each once."""
+    known = all(1 <= block <= 5 for block in blocks)
+    distinct = len(set(blocks)) == len(blocks)
+    yield bool(blocks) and known and distinct, "blocks", "numbers from 1 to 5, each once"

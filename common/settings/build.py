@@ -32,6 +32,8 @@ def _convert(kind: Any, value: Any, path: str, problems: list[Problem]) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _convert_section(kind, value, path, problems)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin is Literal and value in arguments:
         return arguments[arguments.index(value)]
     if origin in (typing.Union, types.UnionType) and type(value) in arguments:

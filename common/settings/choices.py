@@ -24,6 +24,7 @@ CONFIGS: Final = Path(__file__).resolve().parents[2] / "configs"
 
 BASES: Final = {
     "data": "_base",
+    "augmentation": "default",
     "network": "unet",
     "method": "source",
     "federation": "by_site",
@@ -37,6 +38,9 @@ BASES: Final = {
 GROUPS: Final = tuple(BASES)
 CLASSES: Final = ("method", "network")
 """Groups whose choice may be the import path of a class."""
+
+PACKAGES: Final = {"augmentation": "data.augmentation", "experiment": "_global_"}
+"""Group -> the section that its files are about, where it is not the one of the group's name."""
 
 SUFFIXES: Final = (".yaml", ".yml")
 IMPORT_PATH: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -148,12 +152,11 @@ def offered(own: Sequence[OwnFile]) -> Iterator[None]:
     store = ConfigStore.instance()
     try:
         for file in own:
-            package = "_global_" if file.group == "experiment" else None
             store.store(
                 name=file.name,
                 node=file.node,
                 group=file.group,
-                package=package,
+                package=PACKAGES.get(file.group),
                 provider=file.path,
             )
         yield

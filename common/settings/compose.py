@@ -23,6 +23,7 @@ from fedsgcg.common.settings.choices import (
     CLASSES,
     CONFIGS,
     GROUPS,
+    PACKAGES,
     OwnFile,
     choices_of,
     hydra_name,
@@ -43,7 +44,7 @@ FOLDERS = ("data.root", "output", "site.home", "site.cache", "config_dir")
 LITERAL = (*FOLDERS, "ray.address", "run", "heldout")
 # Lists of hospital names: Hydra's grammar would read 1_000 and 1.10 as numbers and null as no
 # value.
-NAMES = ("data.sites", "observers")
+NAMES = ("data.sites", "observers", "unlabelled")
 # Maps with the user's own names: one on the command line replaces that of the data set instead of
 # being merged with it.
 MAPS = (
@@ -369,6 +370,11 @@ def _problems_of(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Pro
             problems.append(
                 Problem("CFG-001", found=text, expected="name=value", where="command line")
             )
+        elif group := _group_of_section(key, value, own):
+            action = f"write {group}={value}"
+            problems.append(
+                Problem("CFG-001", found=text, expected="names and values", action=action)
+            )
         elif key not in GROUPS:
             named.append(text)
         elif value not in choices and not is_file(unquoted(value)) and not _is_class(text):
@@ -401,6 +407,12 @@ def _problems_of(overrides: Sequence[str], own: tuple[OwnFile, ...]) -> list[Pro
             problems.append(_unreadable(text))
         problems += _repeated_names(text)
     return problems
+
+
+def _group_of_section(key: str, value: str, own: tuple[OwnFile, ...]) -> str:
+    """Return the group of a choice that was given to the section that its files set, or ""."""
+    groups = [group for group, section in PACKAGES.items() if section == key]
+    return next((group for group in groups if value in choices_of(group, own)), "")
 
 
 def _is_inside_a_map(text: str, overrides: Sequence[str], own: tuple[OwnFile, ...]) -> bool:

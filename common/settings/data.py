@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from fedsgcg.common.names import MAX_CLASSES
+from fedsgcg.common.settings.augmentation import IntensitySettings
 from fedsgcg.common.settings.base import Checks, Section, at_most
 
 SPLITS: Final = ("train", "validation", "test")
@@ -31,6 +32,7 @@ class AugmentationSettings(Section):
         zoom: RAM-DSIR's augmentation: with probability one half, each side is enlarged by its own
             factor, drawn uniformly from [1, 1 + zoom], and a random window of the image's size is
             kept.
+        intensity: Changes of intensity after nnU-Net's DA5, for `augmentation=strong`.
     """
 
     flip: float = 0.0
@@ -41,6 +43,7 @@ class AugmentationSettings(Section):
     brightness: float = 0.0
     noise: float = 0.0
     zoom: float = 0.0
+    intensity: IntensitySettings = field(default_factory=IntensitySettings)
 
     def checks(self) -> Checks:
         """Every amount is zero or more; probabilities and relative amounts stay below one."""

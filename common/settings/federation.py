@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
+from fedsgcg.common.settings.aggregation import (
+    AdaptiveSettings,
+    Aggregator,
+    FedAvgMSettings,
+    FedCESettings,
+    FedDGGASettings,
+    FedProxSettings,
+    KrumSettings,
+    ScaffoldSettings,
+)
 from fedsgcg.common.settings.base import Checks, Section, at_most
 
-Role = Literal["train", "heldout", "observer"]
+Role = Literal["train", "unlabelled", "heldout", "observer"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
-"""Roles of a site: it trains, is held out, or evaluates the model without a say."""
+"""Roles of a site: it trains, trains without masks, is held out, or only evaluates the model."""
+TRAINING: Final = ("train", "unlabelled")
+"""Roles of the sites that train."""
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
 WEEK_S = 604_800.0
@@ -45,13 +57,25 @@ class FederationSettings(Section):
             sites or from the site's own first rounds (docs/explanation/reliability.md, "Screens"):
             `warn` lists it and the run ends as `degraded`; `reject` also leaves it out of the
             merge; `off` does not compare.
-        aggregator: How the sites' models become the global model: `fedavg`, their weighted mean;
-            `trimmed_mean`, the same for each weight without its `tolerated` smallest and largest
-            values; `median` of each weight; `norm_clipping`, the weighted mean after shortening
-            updates longer than `clip` times the median. With `norm_policy=recalibrate` BatchNorm's
-            moments are pooled whatever the aggregator.
-        tolerated: Sites that may be broken, for `trimmed_mean`; three sites or more are needed for
-            one, five for two.
+        aggregator: How the sites' models become the global model (docs/explanation/aggregation.md):
+            `fedavg`, their weighted mean; `fedprox`, the same with a proximal term at the sites;
+            `fedbn`, with BatchNorm of its own at each site; `fedavgm`, `fedadam`, `fedyogi`, an
+            optimiser at the coordinator; `scaffold`, with control variates; `feddg_ga` and `fedce`,
+            with weights from the sites' validation; `trimmed_mean`, without the `tolerated`
+            smallest and largest values of each weight; `median` of each weight; `norm_clipping`,
+            after shortening updates longer than `clip` times the median; `krum`, the model nearest
+            to the others. With `norm_policy=recalibrate` BatchNorm's moments are pooled whatever
+            the aggregator.
+        fedprox: Settings of `aggregator=fedprox`.
+        fedavgm: Settings of `aggregator=fedavgm`.
+        fedadam: Settings of `aggregator=fedadam`.
+        fedyogi: Settings of `aggregator=fedyogi`.
+        scaffold: Settings of `aggregator=scaffold`.
+        feddg_ga: Settings of `aggregator=feddg_ga`.
+        fedce: Settings of `aggregator=fedce`.
+        krum: Settings of `aggregator=krum`.
+        tolerated: Sites that may be broken, for `trimmed_mean` (three sites or more are needed for
+            one, five for two) and `krum` (five for one).
         clip: Longest update relative to the median of the updates' norms, for `norm_clipping`.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
@@ -63,6 +87,9 @@ class FederationSettings(Section):
         shared_images: What to do if an image of a training hospital is also at the held-out
             hospital or an observer (`server.sites.shared_images`): `refuse` ends the run before its
             first round, with the list; `flag` continues, and the run ends as `degraded`.
+        changed_data: What to do if a training hospital's files or splits change during the run:
+            `warn` notes it, and the run ends as `degraded`; `stop` ends the run before the round is
+            committed. The same command then continues, with the changed data.
         heldout_every: Interval in rounds of additional evaluations at the held-out hospital, for
             curves only; 0 = only at the end. They never select a model.
     """
@@ -76,13 +103,22 @@ class FederationSettings(Section):
     late: Literal["next_round", "drop"] = "next_round"
     limits: dict[str, dict[str, int]] = field(default_factory=dict)
     screening: Literal["warn", "reject", "off"] = "warn"
-    aggregator: Literal["fedavg", "trimmed_mean", "median", "norm_clipping"] = "fedavg"
+    aggregator: Aggregator = "fedavg"
+    fedprox: FedProxSettings = field(default_factory=FedProxSettings)
+    fedavgm: FedAvgMSettings = field(default_factory=FedAvgMSettings)
+    fedadam: AdaptiveSettings = field(default_factory=AdaptiveSettings)
+    fedyogi: AdaptiveSettings = field(default_factory=AdaptiveSettings)
+    scaffold: ScaffoldSettings = field(default_factory=ScaffoldSettings)
+    feddg_ga: FedDGGASettings = field(default_factory=FedDGGASettings)
+    fedce: FedCESettings = field(default_factory=FedCESettings)
+    krum: KrumSettings = field(default_factory=KrumSettings)
     tolerated: int = 1
     clip: float = 2.0
     weighting: Literal["samples", "sites"] = "samples"
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
     shared_images: Literal["refuse", "flag"] = "refuse"
+    changed_data: Literal["warn", "stop"] = "warn"
     heldout_every: int = 0
 
     def checks(self) -> Checks:

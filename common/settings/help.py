@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.settings.base import bounds_of
-from fedsgcg.common.settings.choices import CLASSES, GROUPS, choices_of
+from fedsgcg.common.settings.choices import CLASSES, GROUPS, PACKAGES, choices_of
 from fedsgcg.common.settings.compose import data_defaults, known_settings, own_choices
 from fedsgcg.common.settings.hints import meant
 from fedsgcg.common.settings.plan import Plan
@@ -100,12 +100,13 @@ def default_of(name: str, value: Any) -> Any:
 
 
 def _section_text(name: str, tree: Mapping[str, Any], overrides: typing.Sequence[str]) -> str:
-    lines = [f"{name}: {sections().get(name, 'a named bundle of settings')}"]
+    section = PACKAGES.get(name, name)
+    lines = [f"{name}: {sections().get(section, 'a named bundle of settings')}"]
     if name in GROUPS:
         own = " | package.module:Class" if name in CLASSES else ""
         choices = " | ".join(choices_of(name, own_choices(overrides)))
         lines.append(f"  choices  {choices}{own} | PATH.yaml")
-    inside = [found for key, found in described().items() if key.startswith(f"{name}.")]
+    inside = [found for key, found in described().items() if key.startswith(f"{section}.")]
     return "\n\n".join(["\n".join(lines), *(_text(found, tree) for found in inside)])
 
 

@@ -52,7 +52,10 @@ def meant(key: str, known: Sequence[str]) -> str:
         known: Names of all settings and sections, e.g. `federation.rounds`.
     """
     # A user who writes `rounds` means `federation.rounds`: the last part identifies a setting.
-    ends = {name.rpartition(".")[2]: name for name in reversed(known)}
+    # Of several settings with the same last part the one nearest to the top is meant.
+    ends: dict[str, str] = {}
+    for name in sorted(known, key=lambda one: one.count(".")):
+        ends.setdefault(name.rpartition(".")[2], name)
     ends |= {name: name for name in [*known, *GROUPS]}
     if key in ends:
         return f"did you mean {ends[key]!r}?"
@@ -78,9 +81,13 @@ def _meant_inside(group: str, tail: str, inside: Sequence[str], ends: Mapping[st
         inside: Names of the group's settings, without the group.
         ends: Last part of a name -> name, of all settings.
     """
-    close = [f"{group}.{name}" for name in short_for(tail, inside)]
+    close = [f"{group}.{name}" for name in short_for(tail, [n for n in inside if "." not in n])]
+    if not close and "." in group:
+        close = [f"{group}.{name}" for name in inside if name.rpartition(".")[2] == tail]
     if not close and tail in ends:
         close = [ends[tail]]
+    if not close:
+        close = [f"{group}.{name}" for name in short_for(tail, inside)]
     if not close:
         close = [f"{group}.{name}" for name in difflib.get_close_matches(tail, inside, n=1)]
     return f"did you mean {close[0]!r}?" if close else f"settings of {group}: {', '.join(inside)}"

@@ -47,7 +47,7 @@ def load_class(path: str, where: str) -> type:
 
 
 def traits_of(cls: type) -> tuple[str, ...]:
-    """Return the traits of a method: its class attributes `contrasts` and `mixes` that are true."""
+    """Return the traits of a method: its class attributes of `ALL_TRAITS` that are true."""
     return tuple(name for name in ALL_TRAITS if getattr(cls, name, False))
 
 

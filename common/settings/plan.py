@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.build import build
@@ -18,6 +18,7 @@ from fedsgcg.common.settings.data import AugmentationSettings, DataSettings
 from fedsgcg.common.settings.federation import (
     POOLED,
     SHARES,
+    TRAINING,
     FederationSettings,
     PrivacySettings,
     SiteSettings,
@@ -29,6 +30,7 @@ from fedsgcg.common.settings.training import (
     NetworkSettings,
     PrototypeSettings,
     RamSettings,
+    SegClrSettings,
 )
 
 __all__ = [
@@ -45,12 +47,32 @@ __all__ = [
     "PrivacySettings",
     "PrototypeSettings",
     "RamSettings",
+    "SegClrSettings",
     "SiteSettings",
+    "Terms",
 ]
 
 
 NOT_DECISIVE: Final = ("site", "run", "output", "label", "setting", "chosen")
 """Fields of a plan that do not affect the outcome, or only repeat other settings."""
+
+
+class Terms(NamedTuple):
+    """The terms of the loss in a site's round.
+
+    Attributes:
+        supervised: Whether the slices' labels are used.
+        contrastive: Whether pairs of images without labels are used.
+    """
+
+    supervised: bool
+    contrastive: bool
+
+
+USES: Final = {"contrast": "unlabelled", "leave_out": "observer", "labels": "train"}
+"""`method.unlabelled` -> role of the hospitals without labels."""
+MOST_INPUTS: Final = 16_384
+"""Most inputs of the first fully connected layer of SegCLR's projection head."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +84,8 @@ class Plan(Section):
         heldout: The hospital that takes no part in training; "" trains on all.
         observers: Hospitals that receive the final model and are evaluated, but neither train nor
             count as held out.
+        unlabelled: Hospitals that train without their masks, which are never read
+            (docs/explanation/segclr.md); what a method does with them is `method.unlabelled`.
         run: Identifier of the run, part of every payload.
         output: The cell's folder on the coordinator.
         label: Name of this federation in tables; "" = the method's name.
@@ -80,6 +104,7 @@ class Plan(Section):
     seed: int = 0
     heldout: str = ""
     observers: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
     run: str = "run"
     output: str = "runs"
     label: str = ""
@@ -90,15 +115,20 @@ class Plan(Section):
         """The sections are compatible with each other."""
         mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
-        restores = self.method.mixes and self.method.ram.restoration > 0
+        restores = self.method.restores
         expected = "0 with a network by import path: the restoration decoder belongs to the U-Net"
         yield not (restores and self.network.is_own), "method.ram.restoration", expected
         pooled = self.federation.ownership == "pooled"
+        yield from self._segclr_checks()
         yield (
             not pooled or self.method.ram.sharing == "local",
             "method.ram.sharing",
             "local with federation=pooled",
         )
+        expected = "by_site: the hospital of an upper bound is also tested, which a pool is not"
+        bound = bool(self.unlabelled) and self.method.unlabelled == "labels"
+        yield not (pooled and bound), "federation.ownership", expected
+        yield from self._method_fits()
         subtracts = self.prototypes.memory in ("overlay", "online")
         own_part = subtracts and self.prototypes.weighting != "pixels"
         trims = subtracts and self.prototypes.trimmed > 0
@@ -107,11 +137,53 @@ class Plan(Section):
         expected = f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         yield not own_part, "prototypes.weighting", expected
 
+    def _segclr_checks(self) -> Checks:
+        segclr, side = self.method.segclr, self.data.image_size // 16
+        if not self.method.pairs or self.method.is_own:
+            return
+        expected = "unet: the projection head reads the encoder's deepest map"
+        yield not self.network.is_own, "network.name", expected
+        deepest = 16 * self.network.base_width
+        expected = f"at most {deepest}, the channels of the deepest map (16 network.base_width)"
+        narrow = segclr.head == "pool" or segclr.head_channels <= deepest
+        yield narrow, "method.segclr.head_channels", expected
+        inputs = segclr.head_channels * side**2
+        expected = f"at most {MOST_INPUTS // max(side, 1) ** 2} with data.image_size="
+        expected += f"{self.data.image_size}: the head has {side} x {side} positions"
+        fits = segclr.head == "pool" or inputs <= MOST_INPUTS
+        yield fits, "method.segclr.head_channels", expected
+
+    def _method_fits(self) -> Checks:
+        """The method has what it needs: maps, other clients, the right amplitudes."""
+        name, features = self.method.name, self.network.features
+        reads_head = name != "isda" or features == "penultimate"
+        yield reads_head, "network.features", "penultimate with isda, which augments its features"
+        at_boundary = name not in ("elcfs", "saml") or features != "bottleneck"
+        expected = f"a map of full resolution with {name}, which reads features at boundaries"
+        yield at_boundary, "network.features", expected
+        inside = name in ("isda", "mixstyle", "dsu", "trid") and self.network.is_own
+        yield (
+            not inside,
+            "network.name",
+            f"a built-in network with {name}, which changes its layers",
+        )
+        alone = name == "moon" and self.federation.ownership != "by_site"
+        expected = "by_site with moon: the previous model of a client alone is the one it receives"
+        yield not alone, "federation.ownership", expected
+        one_mean = name != "harmofl" or self.method.ram.sharing != "bank"
+        yield one_mean, "method.ram.sharing", "local | summary with harmofl, which uses their mean"
+
+    @property
+    def unit_features(self) -> bool:
+        """Whether class statistics describe features of unit length."""
+        return self.prototypes.normalize and not self.method.raw
+
     def members(self) -> tuple[str, ...]:
         """Return the names of the sites of this federation; empty if any hospital may join."""
         if self.federation.ownership != "pooled":
             return tuple(sorted(self.data.sites))
-        return tuple(sorted({POOLED, self.heldout, *self.observers} - {""}))
+        apart = {name for name in self.unlabelled if self.role(name) != "train"}
+        return tuple(sorted({POOLED, self.heldout, *self.observers, *apart} - {""}))
 
     def hospitals_of(self, site: str) -> tuple[str, ...]:
         """Return the hospitals whose data a site owns: itself, or all source domains if pooled."""
@@ -153,10 +225,39 @@ class Plan(Section):
         )
 
     def role(self, site: str) -> str:
-        """Return `train`, `heldout` or `observer` for a site of this fold."""
+        """Return `train`, `unlabelled`, `heldout` or `observer` for a site of this fold."""
         if site == self.heldout:
             return "heldout"
-        return "observer" if site in self.observers else "train"
+        if site in self.observers:
+            return "observer"
+        if site in self.unlabelled:
+            return USES.get(self.method.unlabelled, "unlabelled")
+        return "train"
+
+    def trains(self, site: str) -> bool:
+        """Whether a site of this fold trains, with or without its masks."""
+        return self.role(site) in TRAINING
+
+    def validates(self, site: str) -> bool:
+        """Whether a site has validation cases: it trains and is none of `unlabelled`."""
+        return self.role(site) == "train" and site not in self.unlabelled
+
+    def hides_masks(self, site: str) -> bool:
+        """Whether only the masks of a hospital's test cases may be read."""
+        return site in self.unlabelled and self.role(site) in ("unlabelled", "observer")
+
+    @property
+    def pretraining_rounds(self) -> int:
+        """Rounds with the contrastive term alone, before those with the supervised term alone."""
+        share = self.method.segclr.pretraining if self.method.pairs else 0.0
+        return max(1, round(share * self.federation.rounds)) if share else 0
+
+    def terms(self, number: int, *, labelled: bool = True) -> Terms:
+        """Return the terms of the loss in a round at a site with or without labels."""
+        if not self.pretraining_rounds:
+            return Terms(labelled, self.method.pairs)
+        pretrains = number <= self.pretraining_rounds
+        return Terms(labelled and not pretrains, pretrains)
 
     def digest(self) -> str:
         """Return the SHA-256 of all settings that decide the outcome (all but `NOT_DECISIVE`)."""

@@ -26,6 +26,34 @@ class RaySettings(Section):
 
 
 @dataclass(frozen=True)
+class TelemetrySettings(Section):
+    """Metrics of a study for Prometheus while it runs (extra `monitoring`).
+
+    Attributes:
+        port: Port of the endpoint `/metrics`; 0 = none. `fedsgcg metrics RUN` serves the same of a
+            run folder at any time.
+        address: Address of the endpoint. Every host that can reach it can read the metrics, which
+            contain names of hospitals but nothing of a patient.
+        textfile: File for the textfile collector of Prometheus' node exporter; "" = none.
+        pushgateway: Address of a push gateway, `http://host:9091`; "" = none.
+    """
+
+    port: int = 0
+    address: str = "127.0.0.1"
+    textfile: str = ""
+    pushgateway: str = ""
+
+    def checks(self) -> Checks:
+        """The port exists."""
+        yield 0 <= self.port <= 65535, "port", "0 (none) to 65535"
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the metrics go anywhere."""
+        return bool(self.port or self.textfile or self.pushgateway)
+
+
+@dataclass(frozen=True)
 class RunSettings(Section):
     """Where and how a study runs.
 
@@ -41,6 +69,7 @@ class RunSettings(Section):
         config_dir: Folder with own YAML files in `data/`, `experiment/`, `method/`, `network/` (or
             another group); usually given as `--config-dir DIR`.
         ray: Settings of Ray.
+        telemetry: Metrics for Prometheus.
     """
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
@@ -50,3 +79,4 @@ class RunSettings(Section):
     output: str = ""
     config_dir: str = ""
     ray: RaySettings = RaySettings()
+    telemetry: TelemetrySettings = TelemetrySettings()

@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from fedsgcg.common.settings.augmentation import BigAugSettings, GinSettings, TridSettings
 from fedsgcg.common.settings.base import Checks, Section, at_most
 from fedsgcg.common.settings.choices import is_import_path
+from fedsgcg.common.settings.methods import (
+    DsuSettings,
+    ElcfsSettings,
+    FedProtoSettings,
+    HarmoFLSettings,
+    IsdaSettings,
+    JiGenSettings,
+    MixStyleSettings,
+    MoonSettings,
+    SamlSettings,
+)
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
 # is read without torch.
@@ -17,11 +29,26 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "ram": frozenset({"mixes"}),
     "sgcg": frozenset({"contrasts"}),
     "ram_sgcg": frozenset({"contrasts", "mixes"}),
+    "segclr": frozenset({"pairs"}),
+    "isda": frozenset({"contrasts", "raw"}),
+    "moon": frozenset(),
+    "mixstyle": frozenset(),
+    "dsu": frozenset(),
+    "harmofl": frozenset({"mixes"}),
+    "fedproto": frozenset({"contrasts"}),
+    "elcfs": frozenset({"mixes"}),
+    "saml": frozenset({"mixes"}),
+    "jigen": frozenset(),
+    "bigaug": frozenset(),
+    "gin": frozenset(),
+    "trid": frozenset(),
 }
-"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes."""
+"""Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
+`pairs` = learns from pairs of images without labels, `raw` = class statistics are those of the
+features as the classifier reads them, regardless of `prototypes.normalize`."""
 
 METHOD_NAMES = tuple(TRAITS)
-ALL_TRAITS = ("contrasts", "mixes")
+ALL_TRAITS = ("contrasts", "mixes", "raw")
 
 
 @dataclass(frozen=True)
@@ -129,12 +156,72 @@ class RamSettings(Section):
 
 
 @dataclass(frozen=True)
+class SegClrSettings(Section):
+    """SegCLR: supervised and contrastive learning jointly, for images with and without labels.
+
+    Attributes:
+        supervised_weight: lambda of the joint loss, 1/2 L_con + lambda L_sup.
+        contrast: `simclr` (NT-Xent, the other pairs of the batch are negatives) or `simsiam` (no
+            negatives; stop-gradient and a predictor).
+        head: What the projection head makes of the encoder's deepest map before its fully connected
+            layers: `channel`, a 1 x 1 convolution to `head_channels`, which keeps the position;
+            `pool`, the mean over all positions.
+        pairs: The two images of a positive pair: `augment`, two augmentations of a slice; `slices`,
+            two slices of a volume, at most `slice_distance` apart; `slices+augment`, both.
+        tau: Temperature of NT-Xent.
+        head_channels: Channels that `head=channel` keeps at every position; at most those of the
+            deepest map.
+        hidden: Width of the head's hidden layers.
+        projection: Length of the projected vectors.
+        slice_distance: Largest distance in slices of `pairs=slices`, from 1; the distance of a pair
+            is uniform.
+        flip: Probability of a left-right flip in a pair's augmentation.
+        crop: Smallest share of a slice's area that is cut out and resized.
+        jitter: Largest relative change of brightness, and of contrast.
+        blur: Probability of a Gaussian blur of 0.1 to 2 pixels.
+        pretraining: Share of the rounds, from the first, with the contrastive term alone; the other
+            rounds then have the supervised term alone (self-supervised pre-training and
+            fine-tuning). 0 trains both terms jointly.
+    """
+
+    supervised_weight: float = 20.0
+    contrast: Literal["simclr", "simsiam"] = "simclr"
+    head: Literal["channel", "pool"] = "channel"
+    pairs: Literal["augment", "slices", "slices+augment"] = "augment"
+    tau: float = 0.1
+    head_channels: int = at_most(1024, 1)
+    hidden: int = at_most(4096, 128)
+    projection: int = at_most(4096, 128)
+    slice_distance: int = at_most(64, 3)
+    flip: float = 0.5
+    crop: float = 0.5
+    jitter: float = 0.4
+    blur: float = 0.5
+    pretraining: float = 0.0
+
+    def checks(self) -> Checks:
+        """Weights and widths are positive; probabilities and shares are in their ranges."""
+        yield 0 <= self.supervised_weight <= 1e4, "supervised_weight", "zero to 10 000"
+        yield 1e-3 <= self.tau <= 100, "tau", "0.001 to 100"
+        yield self.head_channels >= 1, "head_channels", "1 or more"
+        yield self.hidden >= 2, "hidden", "2 or more"
+        yield self.projection >= 4, "projection", "4 or more"
+        yield self.slice_distance >= 1, "slice_distance", "1 or more"
+        yield 0 <= self.flip <= 1, "flip", "a probability"
+        yield 0 < self.crop <= 1, "crop", "a share in (0, 1]"
+        yield 0 <= self.jitter < 1, "jitter", "a share in [0, 1)"
+        yield 0 <= self.blur <= 1, "blur", "a probability"
+        yield 0 <= self.pretraining < 1, "pretraining", "a share in [0, 1)"
+
+
+@dataclass(frozen=True)
 class MethodSettings(Section):
     """How a site trains in one round.
 
     Attributes:
-        name: Key of `clients.methods.METHODS`: `source` (supervised), `ram` (RAM-DSIR), `sgcg` or
-            `ram_sgcg` (both); or the import path of an own class, `package.module:Class`.
+        name: Key of `clients.methods.METHODS`, e.g. `source` (supervised), `ram` (RAM-DSIR), `sgcg`
+            or `ram_sgcg` (both), see "Methods" in the documentation; or the import path of an own
+            class, `package.module:Class`.
         statistics: Whether a site computes and sends class statistics, which contrastive methods
             need.
         learning_rate: Adam's initial rate; it decays as (1 - progress) ** poly_power over all
@@ -148,11 +235,30 @@ class MethodSettings(Section):
         local_epochs: Passes over a site's training slices per round.
         steps_per_round: Training steps per round, instead of epochs; 0 = use `local_epochs`.
         precision: `auto` uses bf16 on hardware that supports it and float32 elsewhere.
-        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`.
+        unlabelled: How the method treats the hospitals of the setting `unlabelled`: `refuse` (it
+            cannot use them); `contrast`, they train with the contrastive term alone and their masks
+            are never read (`segclr`); `leave_out`, they do not train; `labels`, they train with
+            their masks, an upper bound for comparison and marked as such. In every case a hospital
+            is evaluated on the cases that its manifest assigns to `test`.
+        ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`. The window and the sharing
+            are also those of `harmofl`, `elcfs` and `saml`, which mix amplitudes.
+        isda: Semantic augmentation of the features, for `isda`.
+        moon: Contrast between models, for `moon`.
+        mixstyle: Mixing of feature statistics, for `mixstyle`.
+        dsu: Perturbation of feature statistics, for `dsu`.
+        harmofl: Flat minimum, for `harmofl`.
+        fedproto: Distance to the global class means, for `fedproto`.
+        elcfs: Episodes and boundary contrast, for `elcfs`.
+        saml: Episodes and shape losses, for `saml`.
+        jigen: Jigsaw puzzles, for `jigen`.
+        bigaug: Stacked transforms of the slices, for `bigaug`.
+        gin: Views through random networks, for `gin`.
+        trid: Random feature statistics, for `trid`.
+        segclr: The contrastive term of `segclr`.
         options: Options of an own method, e.g. `{margin: 0.5}`.
         traits: Traits of an own method: `contrasts` = learns from the global prototypes, `mixes` =
-            mixes amplitudes. Taken from its class when the settings are resolved, and compared with
-            the class at the sites.
+            mixes amplitudes, `raw` = class statistics of features that are not normalised. Taken
+            from its class when the settings are resolved, and compared with the class at the sites.
     """
 
     name: str
@@ -165,7 +271,21 @@ class MethodSettings(Section):
     local_epochs: int = at_most(1000, 1)
     steps_per_round: int = at_most(1_000_000, 0)
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    unlabelled: Literal["refuse", "contrast", "leave_out", "labels"] = "refuse"
     ram: RamSettings = RamSettings()
+    segclr: SegClrSettings = SegClrSettings()
+    isda: IsdaSettings = field(default_factory=IsdaSettings)
+    moon: MoonSettings = field(default_factory=MoonSettings)
+    mixstyle: MixStyleSettings = field(default_factory=MixStyleSettings)
+    dsu: DsuSettings = field(default_factory=DsuSettings)
+    harmofl: HarmoFLSettings = field(default_factory=HarmoFLSettings)
+    fedproto: FedProtoSettings = field(default_factory=FedProtoSettings)
+    elcfs: ElcfsSettings = field(default_factory=ElcfsSettings)
+    saml: SamlSettings = field(default_factory=SamlSettings)
+    jigen: JiGenSettings = field(default_factory=JiGenSettings)
+    bigaug: BigAugSettings = field(default_factory=BigAugSettings)
+    gin: GinSettings = field(default_factory=GinSettings)
+    trid: TridSettings = field(default_factory=TridSettings)
     options: Options = field(default_factory=dict)
     traits: tuple[str, ...] = ()
 
@@ -186,6 +306,11 @@ class MethodSettings(Section):
             all(1 <= size <= 1024 for size in self.batch_per_domain),
             "batch_per_domain",
             "1 to 1024 slices of each domain",
+        )
+        yield (
+            self.unlabelled != "contrast" or self.pairs,
+            "unlabelled",
+            f"refuse | leave_out | labels: {self.name} has no term for images without labels",
         )
         needed = self.contrasts
         yield (
@@ -208,6 +333,22 @@ class MethodSettings(Section):
     def mixes(self) -> bool:
         """Whether the method mixes amplitudes."""
         return "mixes" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the method learns from pairs of images without labels."""
+        return "pairs" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def raw(self) -> bool:
+        """Whether class statistics are those of features that are not normalised."""
+        return "raw" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def restores(self) -> bool:
+        """Whether the method has RAM-DSIR's restoration decoder."""
+        has_decoder = self.name in ("ram", "ram_sgcg") or (self.is_own and self.mixes)
+        return has_decoder and self.ram.restoration > 0
 
 
 @dataclass(frozen=True)

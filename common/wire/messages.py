@@ -1,8 +1,8 @@
 """Requests and replies, and their encoding as Flower records.
 
-A request or reply is a `RecordDict` with at most three records: `weights` (one flat float32 array,
-because every array costs time; docs/explanation/flower.md, "Behaviour that shaped the code"),
-`message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
+A request or reply is a `RecordDict` with at most four records: `weights` and `control_variates`
+(one flat float32 array each, because every array costs time; docs/explanation/flower.md, "Behaviour
+that shaped the code"), `message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.constant import SType
 
@@ -43,8 +44,17 @@ HEADERS: Final = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 """Versions of NumPy's file format -> reader of the header."""
+CONTROL: Final = "control_variates"
+"""Record of SCAFFOLD's control variates; also the entry of a site's `sharing` that allows them."""
+ARRAYS: Final = ("weights", CONTROL)
+"""Records with one flat float32 array."""
+SHARES: Final = "shares"
+"""Option of a FedCE request: digest of each merged model -> its weight."""
 SUMMARY = "summary"
 """Entry of a reply's details: mean, sd and count of an evaluation without per-case results."""
+
+DATA: Final = "data"
+"""Entry of every reply's details: digest of the site's files and splits (row 47)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Request:
         options: Plain settings of this message, e.g. `{"split": "test"}`.
         amplitudes: Arrow bytes of the amplitudes that sites share (`common.wire.amplitudes`); empty
             if none are shared.
+        control_variates: SCAFFOLD's global control variate (L,), one value per learnable weight.
     """
 
     identity: Identity
@@ -65,6 +76,7 @@ class Request:
     prototypes: ClassStatistics | None = None
     options: dict[str, Any] = field(default_factory=dict)
     amplitudes: bytes = b""
+    control_variates: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Reply:
         amplitudes: Arrow bytes of the site's amplitudes (`common.wire.amplitudes`), if its own file
             allows them.
         moments: Moments of the inputs of the model's BatchNorm layers, if requested.
+        control_variates: SCAFFOLD's control variate of the site (L,), its mean gradient.
     """
 
     identity: Identity
@@ -95,6 +108,7 @@ class Reply:
     error: str = ""
     amplitudes: bytes = b""
     moments: NormMoments | None = None
+    control_variates: npt.NDArray[np.float32] | None = None
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -103,7 +117,8 @@ def encode_request(request: Request) -> RecordDict:
         "options": json.dumps(request.options),
         "amplitudes": request.amplitudes,
     }
-    return _records(request.identity, request.weights, request.prototypes, fields)
+    records = _records(request.identity, request.weights, request.prototypes, fields)
+    return _with_control(records, request.control_variates)
 
 
 def decode_request(records: RecordDict, sizes: Sizes = Sizes()) -> Request:  # noqa: B008 - frozen
@@ -121,7 +136,8 @@ def decode_request(records: RecordDict, sizes: Sizes = Sizes()) -> Request:  # n
     identity = Identity.decode(_text(records, "identity"))
     options = _facts(records, "options")
     weights, statistics = _weights(records), _statistics(records, identity, sizes)
-    return Request(identity, weights, statistics, options, _bytes(records, "amplitudes"))
+    amplitudes, control = _bytes(records, "amplitudes"), _control(records)
+    return Request(identity, weights, statistics, options, amplitudes, control)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -140,7 +156,7 @@ def encode_reply(reply: Reply) -> RecordDict:
         records["metrics"] = MetricRecord(
             {name: float(value) for name, value in reply.metrics.items()}
         )
-    return records
+    return _with_control(records, reply.control_variates)
 
 
 def decode_reply(records: RecordDict, sizes: Sizes = Sizes()) -> Reply:  # noqa: B008 - frozen
@@ -159,6 +175,7 @@ def decode_reply(records: RecordDict, sizes: Sizes = Sizes()) -> Reply:  # noqa:
         details=_facts(records, "details"),
         error=_text(records, "error"),
         moments=_moments(records, identity),
+        control_variates=_control(records),
     )
 
 
@@ -169,8 +186,9 @@ def payload_bytes(records: RecordDict) -> dict[str, int]:
         name: len(value) for name, value in message.items() if isinstance(value, bytes) and value
     }
     parts["text"] = sum(len(value.encode()) for value in message.values() if isinstance(value, str))
-    if arrays := records.array_records.get("weights"):
-        parts["weights"] = sum(len(array.data) for array in arrays.values())
+    for name in ARRAYS:
+        if arrays := records.array_records.get(name):
+            parts[name] = sum(len(array.data) for array in arrays.values())
     if metrics := records.metric_records.get("metrics"):
         parts["metrics"] = 8 * len(metrics)
     return parts
@@ -196,7 +214,7 @@ def _records(
 def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
     """Raise PAY-105 for a part that is larger than the plan allows, PAY-106 for an unknown one."""
     message = _message(records)
-    unknown = set(records) - {"message", "weights", "metrics", HEAD, RECEIPT}
+    unknown = set(records) - {"message", *ARRAYS, "metrics", HEAD, RECEIPT}
     unknown |= {name for name in message if sizes.bytes_of(name) < 0}
     if unknown:
         raise fail("PAY-106", found=f"{len(unknown)} unknown parts", expected="a known message")
@@ -206,8 +224,9 @@ def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
     for name in (HEAD, RECEIPT):
         for value in (records.config_records.get(name) or {}).values():
             check_size(value if isinstance(value, str | bytes) else "", LONGEST_RECEIPT, name)
-    for array in (records.array_records.get("weights") or {}).values():
-        check_size(array.data, HEAD_BYTES + 4 * sizes.weights, "weights")
+    for name in ARRAYS:
+        for array in (records.array_records.get(name) or {}).values():
+            check_size(array.data, HEAD_BYTES + 4 * sizes.weights, name)
     number = len(records.metric_records.get("metrics") or ())
     if number > MAX_METRICS:
         found = f"{number} metrics"
@@ -258,7 +277,27 @@ def _bytes(records: RecordDict, name: str) -> bytes:
 
 
 def _weights(records: RecordDict) -> Weights | None:
-    arrays = records.array_records.get("weights")
+    values = _flat(records, "weights")
+    return None if values is None else Weights.decode(_text(records, "layout"), values)
+
+
+def _with_control(records: RecordDict, values: npt.NDArray[np.float32] | None) -> RecordDict:
+    if values is not None:
+        records[CONTROL] = ArrayRecord({"values": Array(values)})
+    return records
+
+
+def _control(records: RecordDict) -> npt.NDArray[np.float32] | None:
+    values = _flat(records, CONTROL)
+    if values is not None and (values.ndim != 1 or values.dtype != np.float32):
+        found = f"{values.dtype} control variates of shape {values.shape}"
+        raise fail("PAY-103", found=found, expected="one flat float32 array")
+    return values
+
+
+def _flat(records: RecordDict, name: str) -> np.ndarray[Any, Any] | None:
+    """Return the array of a record of `ARRAYS`; None if the message has no such record."""
+    arrays = records.array_records.get(name)
     if arrays is None:
         return None
     if list(arrays) != ["values"]:
@@ -266,13 +305,12 @@ def _weights(records: RecordDict) -> Weights | None:
             "PAY-103", found=f"arrays {list(arrays)}", expected="one flat array called values"
         )
     try:
-        values = _array(arrays["values"])
+        return _array(arrays["values"])
     except Exception as error:
         # NumPy parses an old header as Python: a damaged one may even raise a tokenizer's error.
         raise fail(
             "PAY-106", found="an array that cannot be read", expected="a float32 array"
         ) from error
-    return Weights.decode(_text(records, "layout"), values)
 
 
 def _array(array: Array) -> np.ndarray[Any, Any]:

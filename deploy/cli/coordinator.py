@@ -16,8 +16,10 @@ from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
+from fedsgcg.deploy.cli import check_command as data_check
 from fedsgcg.deploy.cli.federation import add_commands
 from fedsgcg.deploy.cli.parsing import check_command, unrecognized
+from fedsgcg.deploy.monitoring import command as monitoring
 from fedsgcg.deploy.prepare import command as data
 from fedsgcg.deploy.study.summary import STATUS, print_summary
 
@@ -41,10 +43,12 @@ and the model is evaluated at a hospital that took no part in training.
 
   fedsgcg report RUN       Rebuild RUN/report.html from the files of the run folder.
   fedsgcg clean RUN        Remove checkpoints and pictures of its finished cells.
+  fedsgcg metrics RUN      Serve its metrics for Prometheus; `dashboards` puts them into Grafana.
   fedsgcg settings [...]   Show every resolved setting and the choices of each group;
                            `settings rounds` explains one setting.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
   fedsgcg data list        Data sets with settings; `data prepare NAME` says what to download.
+  fedsgcg data check DIR   Read every case of all hospitals and list problems with repairs.
   fedsgcg-site predict CELL IMAGE -o DIR   Segment new images with the model of a cell.
 
 A real federation: fedsgcg provision project.yaml makes a kit for the coordinator and one
@@ -185,8 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("folder", type=Path)
     hospitals.add_argument("--seed", type=int, default=0)
     hospitals.set_defaults(run=_hospitals)
-    data.add_parser(commands)
+    data_check.add_parser(data.add_parser(commands))
     add_commands(commands)
+    monitoring.add_commands(commands)
     return parser
 
 

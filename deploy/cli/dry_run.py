@@ -9,15 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-import nibabel as nib
-
 from fedsgcg.clients.data.batches import steps_of
-from fedsgcg.clients.data.case_files import CaseFile, open_site, splits
+from fedsgcg.clients.data.case_files import open_site, splits
 from fedsgcg.clients.device import choose_device
 from fedsgcg.common.console import Screen
-from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.heads import build_trained
+from fedsgcg.common.images.read import slices_in
 from fedsgcg.common.names import number_of
-from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.site.check_step import measure_step
 from fedsgcg.deploy.study.cell import Cell
@@ -29,6 +27,8 @@ CHECKPOINTS: Final = 3
 
 VIEWS_OF_A_MIX: Final = 2.0
 """Cost of a step that trains on the image and on its amplitude-mixed copy."""
+VIEWS_OF_A_PAIR: Final = 1.5
+"""Cost of a step that also encodes two images of a pair for each slice; measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
             choose_device(study.device, plan.site.threads)
             measured[key] = measure_step(plan, device).seconds
         views = VIEWS_OF_A_MIX if plan.method.mixes else 1.0
+        views = VIEWS_OF_A_PAIR if plan.method.pairs else views
         places = study.machine.cpus // plan.site.threads
         parallel = max(1, study.machine.gpus if study.device == "cuda" else places)
         own = training_steps(plan)
@@ -107,7 +108,7 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
 
 def training_steps(plan: Plan) -> int:
     """Return the number of training steps of a federation, over all sites and rounds."""
-    training = [site for site in plan.members() if plan.role(site) == "train"]
+    training = [site for site in plan.members() if plan.trains(site)]
     per_round = sum(
         steps_of([range(_slices(plan, name)) for name in plan.hospitals_of(site)], plan.method)
         for site in training
@@ -117,9 +118,7 @@ def training_steps(plan: Plan) -> int:
 
 def model_bytes(plan: Plan) -> int:
     """Return the size of a model in bytes."""
-    state = build_network(
-        plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None
-    ).state_dict()
+    state = build_trained(plan, generator_seed=None).state_dict()
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
@@ -127,21 +126,11 @@ def _slices(plan: Plan, hospital: str) -> int:
     """Return the number of slices of a hospital's training cases."""
     if plan.method.steps_per_round:
         return 0  # the number of steps does not depend on it
-    site = open_site(Path(plan.data.root), hospital, plan.data)
-    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False)
+    hidden, target = plan.hides_masks(hospital), hospital in plan.unlabelled
+    site = open_site(Path(plan.data.root), hospital, plan.data, masks=not hidden)
+    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False, target=target)
     used = [case for case, split in zip(site.cases, chosen, strict=True) if split == "train"]
-    return sum(_slices_of(case) for case in used if case.mask)
+    return sum(_depth(case.image) for case in used if case.masks or hidden)
 
 
-def _slices_of(case: CaseFile) -> int:
-    return _depth(case.image) if suffix_of(case.image) in VOLUME_SUFFIXES else 1
-
-
-@cache
-def _depth(path: Path) -> int:
-    """Return the number of slices of a volume: its shortest side, from the header."""
-    try:
-        shape: tuple[int, ...] = nib.load(path).shape  # type: ignore[attr-defined]
-    except (OSError, nib.filebasedimages.ImageFileError):
-        return 0  # a damaged file is left out of training
-    return min(shape[:3])
+_depth = cache(slices_in)

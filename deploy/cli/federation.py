@@ -24,6 +24,13 @@ def add_commands(commands: Any) -> None:
     serve.add_argument(
         "--listen", default="", metavar="ADDRESS", help="bind this address instead of the project's"
     )
+    serve.add_argument(
+        "--metrics-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="also serve the runs' metrics for Prometheus, on this machine only; 0 = not",
+    )
     run = _command(commands, "run", "start or resume the study on the hospitals", _run)
     run.add_argument(
         "overrides",
@@ -139,7 +146,13 @@ def _registration(text: str) -> tuple[str, Path]:
 def _serve(options: argparse.Namespace, console: Screen) -> int:
     from fedsgcg.deploy.coordinator.serve import serve_kit
 
-    return serve_kit(options.kit, console, insecure=options.insecure, listen=options.listen)
+    return serve_kit(
+        options.kit,
+        console,
+        insecure=options.insecure,
+        listen=options.listen,
+        metrics_port=options.metrics_port,
+    )
 
 
 def _run(options: argparse.Namespace, console: Screen) -> int:

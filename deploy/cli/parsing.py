@@ -10,7 +10,7 @@ from typing import Final
 COMMANDS: Final = {
     "fedsgcg": (
         *("study", "simulate", "settings", "report", "clean", "hospitals", "data"),
-        *("provision", "serve", "run", "resume", "status", "stop"),
+        *("metrics", "dashboards", "provision", "serve", "run", "resume", "status", "stop"),
     ),
     "fedsgcg-site": (
         *("check", "join", "status", "leave", "ledger", "approve", "cache", "request", "predict"),

@@ -17,6 +17,7 @@ from typing import Final
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.signing import KIT
+from fedsgcg.common.settings.run import TelemetrySettings
 from fedsgcg.deploy.certificates import (
     RENEW_WITHIN_DAYS,
     days_left,
@@ -31,6 +32,7 @@ from fedsgcg.deploy.coordinator.noise import NoiseLimit
 from fedsgcg.deploy.coordinator.project import Kit, Project, is_loopback
 from fedsgcg.deploy.coordinator.state_cleanup import LOG_BYTES, tidy
 from fedsgcg.deploy.environment import prepare_environment
+from fedsgcg.deploy.monitoring.metrics import served_metrics
 
 POLL_S: Final = 2.0
 ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
@@ -39,7 +41,14 @@ ROUTINE: Final = ("ControlServicer.ListNodes", "ControlServicer.ListRuns")
 LOGGERS: Final = ("flwr", "uvicorn", "uvicorn.error", "asyncio")
 
 
-def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: str = "") -> int:
+def serve_kit(
+    path: Path,
+    console: Screen,
+    *,
+    insecure: bool = False,
+    listen: str = "",
+    metrics_port: int = 0,
+) -> int:
     """Serve a kit until the process is stopped.
 
     Args:
@@ -47,13 +56,15 @@ def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: st
         console: Console for messages about connecting and disconnecting sites.
         insecure: Without TLS and keys; an error unless everything stays on this machine.
         listen: Address to bind instead of the project's, e.g. inside a container.
+        metrics_port: Port of this machine for the runs' metrics; 0 = none.
 
     Returns:
         The exit code.
 
     Raises:
         FedsgcgError: DEP-604 without a kit, DEP-607 for a certificate that sites would reject,
-            DEP-608 for `insecure` outside loopback, DEP-609 for a port that is in use.
+            DEP-608 for `insecure` outside loopback, DEP-609 for a port that is in use,
+            MON-901 and MON-902 for the metrics.
     """
     # Importing Flower's server takes a second.
     from fedsgcg.deploy.coordinator.superlink import ServerOptions, serve
@@ -93,7 +104,9 @@ def serve_kit(path: Path, console: Screen, *, insecure: bool = False, listen: st
         console.print(f"logs: {kit.state / 'server.log'}, {kit.state / 'runs.log'}")
         watch.start()
 
-    asyncio.run(serve(server, ready, watch.stop))
+    metrics = TelemetrySettings(port=metrics_port)
+    with served_metrics(kit.runs, metrics, console):
+        asyncio.run(serve(server, ready, watch.stop))
     console.print("server stopped")
     return 0
 

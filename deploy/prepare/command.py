@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,14 +29,15 @@ SHOWN: Final = 12
 """Problems shown on the console; the folder's report lists all of them."""
 
 PREPARE = """\
-Convert a downloaded data set, or your own images, into the folder that data.root names.
+Convert a downloaded data set, or your own images, into the folder that data.root names. Own
+images are a table, one folder a hospital, folders of nnU-Net or of the decathlon, or BIDS.
 Nothing is downloaded; without SOURCE the command says what to download and from where. The
 same command again converts only what changed. Files that cannot be used are listed and skipped.
 """
 
 
-def add_parser(commands: Any) -> None:
-    """Add `data` with its two commands to the subparsers of `fedsgcg`."""
+def add_parser(commands: Any) -> Any:
+    """Add `data` with `list` and `prepare` to the subparsers of `fedsgcg`; return its actions."""
     data = commands.add_parser(
         "data", help="list the data sets, or convert one into the canonical folder"
     )
@@ -48,7 +51,9 @@ def add_parser(commands: Any) -> None:
         "prepare", help="convert a data set", description=PREPARE, formatter_class=raw
     )
     prepare.add_argument(
-        "name", metavar="NAME", choices=NAMES, help=" | ".join(NAMES) + " (own data)"
+        "name",
+        metavar="NAME",
+        help=" | ".join(NAMES) + " (own data); without NAME, SOURCE is own data",
     )
     prepare.add_argument(
         "source",
@@ -73,6 +78,7 @@ def add_parser(commands: Any) -> None:
         help="share of a published training part kept for source validation (default: 0.2)",
     )
     prepare.set_defaults(run=run_prepare)
+    return actions
 
 
 def run_list(options: argparse.Namespace, console: Screen) -> int:
@@ -103,8 +109,7 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
     from fedsgcg.deploy.prepare import fundus, own, prostate
     from fedsgcg.deploy.prepare.conversion import absent, convert, write_file
 
-    name: str = options.name
-    source: Path | None = options.source
+    name, source = _name_and_source(options.name, options.source)
     folder: Path | None = options.output
     if source is None:
         raise absent(name, source, "no SOURCE was given")
@@ -139,8 +144,35 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
         pictures = any(work.suffixes[0] not in VOLUME_SUFFIXES for work in found.work)
         if text := own.settings_text(folder, labels, pictures=pictures):
             write_file(settings, text.encode())
+    if labels and labels.seen and name == "manifest":
+        console.print(f"layout: {found.layout}")
+        console.print(f"label values, and the masks that have them: {labels.counts()}")
+        if not outcome.kept and (absent_names := labels.absent()):
+            problem = Problem(
+                "DAT-181",
+                f"{', '.join(absent_names)} in no mask",
+                "every named label in a mask",
+                "Correct dataset.json or the label table, or remove the class from data.yaml.",
+                str(source),
+            )
+            outcome = replace(outcome, problems=(*outcome.problems, problem))
     _print(name, folder, outcome, advice, console)
     return 3 if outcome.problems else 0
+
+
+def _name_and_source(name: str, source: Path | None) -> tuple[str, Path | None]:
+    """Return the data set and its folder; a folder alone is own data."""
+    if name in NAMES:
+        return name, source
+    if source is None and (Path(name).exists() or os.sep in name):
+        return "manifest", Path(name)
+    raise fail(
+        "CFG-001",
+        where="NAME",
+        found=repr(name),
+        expected=" | ".join(NAMES),
+        action="Name a data set, or a folder of your own data that exists.",
+    )
 
 
 def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Screen) -> None:
@@ -166,6 +198,7 @@ def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Scre
     settings = folder / SETTINGS
     if not data_set and settings.is_file():
         console.print(f"next: name the classes in {settings}, then")
+        console.print(f"      fedsgcg data check {shlex.quote(str(folder))}")
         console.print(f"      fedsgcg study data={shlex.quote(str(settings))} heldout=all ...")
         return
     choice = name if data_set else "NAME"

@@ -22,6 +22,7 @@ from typing import Any, Final
 from fedsgcg.common.console import Screen, counted
 from fedsgcg.common.datasets import CATALOGUE, fetch_advice
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.files.system import lock
 from fedsgcg.common.images.folders import by_format, counted_names, look_through
@@ -210,6 +211,10 @@ def image_files(source: Path, found: Found) -> list[Path]:
             found.problems.append(
                 Problem("DAT-119", names, "NIfTI or 2-D pictures", advice, str(source))
             )
+    if listing.series:
+        names = counted_names(listing.series, "folders of DICOM files")
+        advice = "They need no preparing: name them <case>_image and set data.root to this folder."
+        found.problems.append(Problem("DAT-119", names, "one file a case", advice, str(source)))
     if listing.ghosts:
         found.notes.append(counted_names(listing.ghosts, "hidden files named like images, skipped"))
     for folder, why in listing.closed:
@@ -427,12 +432,9 @@ def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file atomically; raises DAT-126."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        atomic.write_file(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _refused(path, error) from error
 
 

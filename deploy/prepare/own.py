@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -23,9 +23,17 @@ from fedsgcg.clients.data.slices import whole_label
 from fedsgcg.common.datasets import CATALOGUE
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
 from fedsgcg.common.images.folders import is_file, stem_of, without_suffix
-from fedsgcg.common.images.read import check_geometry, check_image, read_volume, suffix_of
+from fedsgcg.common.images.read import (
+    Volume,
+    check_geometry,
+    check_image,
+    read_volume,
+    suffix_of,
+)
+from fedsgcg.common.images.write import write_like
 from fedsgcg.common.names import printable
 from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
+from fedsgcg.deploy.prepare.layouts import Layout, Line, recognise
 
 MAX_LABELS: Final = 64
 """A mask with more distinct values than this is not a label map."""
@@ -37,29 +45,21 @@ PIECES: Final = (
 """Advice on post-processing, which is off by default."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """One case of a CSV file or a folder."""
-
-    site: str
-    image: Path
-    mask: Path | None
-    patient: str = ""
-    split: str = ""
-    name: str = ""
-
-
 class Labels:
     """Label values in the masks of a data set.
 
     Attributes:
         seen: Value -> number of masks that contain it.
         allowed: Values that a mask may contain; None = 0 to 255.
+        names: Value -> name of its class, as far as the data set says it.
+        regions: Structure -> the values it consists of; empty for one structure a class.
     """
 
     def __init__(self, allowed: frozenset[int] | None) -> None:
         self.seen: Counter[int] = Counter()
         self.allowed = allowed
+        self.names: dict[int, str] = {}
+        self.regions: dict[str, tuple[int, ...]] = {}
 
     def check(self, values: Sequence[float], where: str) -> None:
         """Record the values of one mask; raises DAT-109 for a value that is not allowed."""
@@ -78,9 +78,26 @@ class Labels:
 
     def classes(self) -> dict[str, list[int]]:
         """Return a class for each value, the background first."""
+        names = {value: f"class_{value}" for value in sorted({*self.seen, *self.names})}
+        return {name: [v] for v, name in sorted((names | self.names | {0: "background"}).items())}
+
+    def structures(self) -> dict[str, list[str]]:
+        """Return the classes of each structure."""
+        names = {value: name for name, (value,) in self.classes().items()}
+        if not self.regions:
+            return {name: [name] for value, name in names.items() if value}
         return {
-            "background" if value == 0 else f"class_{value}": [value] for value in sorted(self.seen)
+            region: [names[value] for value in values if value in names]
+            for region, values in self.regions.items()
         }
+
+    def counts(self) -> str:
+        """Return the number of masks with each value, "" if no mask was read."""
+        return ", ".join(f"{value} in {self.seen[value]}" for value in sorted(self.seen))
+
+    def absent(self) -> list[str]:
+        """Return the named values that no mask has."""
+        return [f"{name} ({v})" for v, name in sorted(self.names.items()) if v and not self.seen[v]]
 
     def advice(self) -> str:
         """Return how to declare the values in the data settings."""
@@ -111,7 +128,11 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     layout = f"table {table}" if listed else f"one folder per hospital in {source}"
     found = Found(layout, published=listed or name in CATALOGUE)
     files = [] if source.is_file() else image_files(source, found)
-    lines = _from_table(name, table, found) if listed else _from_folders(files, source, found)
+    other = None if listed or name in CATALOGUE else recognise(source, files)
+    if other is not None:
+        lines = _adopt(other, labels, found)
+    else:
+        lines = _from_table(name, table, found) if listed else _from_folders(files, source, found)
     if not lines:
         reasons = [_nothing(len(files), listed)]
         reasons += [problem.found for problem in found.problems if problem.code == "DAT-119"]
@@ -132,6 +153,18 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     return found, labels
 
 
+def _adopt(layout: Layout, labels: Labels, found: Found) -> list[Line]:
+    """Take over what the layout of another tool states."""
+    found.layout = layout.title
+    found.problems += layout.problems
+    found.notes += layout.notes
+    labels.names, labels.regions = layout.names, layout.regions
+    values = {*layout.names, *(value for group in layout.regions.values() for value in group)}
+    if values:
+        labels.allowed = frozenset({0, *values})
+    return [line for line in layout.lines if line.mask is not None]
+
+
 def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
     """Return settings for prepared own data, to be edited: names of classes and structures.
 
@@ -144,7 +177,7 @@ def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
         Text of a YAML file; "" if the masks do not have the background and another value.
     """
     classes = labels.classes()
-    if "background" not in classes or len(classes) < 2:
+    if 0 not in labels.seen or len(classes) < 2:
         return ""
     lines = [
         "# Settings of these data, for `fedsgcg study data=THIS_FILE`. Rename the classes. A",
@@ -154,7 +187,7 @@ def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
         "classes:",
         *(f"  {name}: {values}" for name, values in classes.items()),
         "structures:",
-        *(f"  {name}: [{name}]" for name in classes if name != "background"),
+        *(f"  {name}: [{', '.join(parts)}]" for name, parts in labels.structures().items()),
         f"spacing_unit: {'pixel' if pictures else 'mm'}",
         "# largest_component: true   # only if every structure is in one piece",
     ]
@@ -194,6 +227,10 @@ def _from_table(name: str, table: Path, found: Found) -> list[Line]:
             found.problems.append(Problem("DAT-125", *wrong, "Correct the line.", where))
         elif (row.site, path) in seen:
             found.surplus(Path(where), "an image that an earlier line already lists")
+        elif row.structures:
+            action = "Train with data.root=FOLDER OF THE TABLE: it is read without preparing."
+            problem = Problem("DAT-125", "one mask file a structure", "one mask", action, where)
+            found.problems.append(problem)
         else:
             seen.add((row.site, path))
             lines.append(Line(row.site, image, mask, row.patient, row.split))
@@ -246,20 +283,34 @@ def _named(lines: Sequence[Line]) -> list[Line]:
 
 def _work(line: Line, labels: Labels, *, link: bool) -> Work:
     sources = (line.image,) if line.mask is None else (line.image, line.mask)
-    suffixes = (suffix_of(line.image), suffix_of(line.mask) if line.mask else "")
+    suffixes = (_target_suffix(line.image), _target_suffix(line.mask) if line.mask else "")
     make = partial(_make, line, labels, link)
     patient = line.patient or f"{line.site}-{line.name}"
     return Work(line.site, line.name, sources, suffixes, make, patient=patient, split=line.split)
 
 
+def _target_suffix(path: Path) -> str:
+    """Return the suffix of the prepared file: a header with separate data becomes NIfTI."""
+    suffix = suffix_of(path)
+    return ".nii.gz" if suffix in (".mhd", ".nhdr", ".hdr", ".img") else suffix
+
+
+def _store(source: Path, image: Volume, target: Path, *, link: bool) -> None:
+    """Copy or link a file, or write it as NIfTI in the geometry of its image."""
+    if suffix_of(source) == suffix_of(target):
+        copy_or_link(source, target, link=link)
+    else:
+        write_like(target, image.array, image)
+
+
 def _make(line: Line, labels: Labels, link: bool, to_image: Path, to_mask: Path) -> str:
-    """Read and check the pair, then copy or link both files unchanged."""
+    """Read and check the pair, then copy or link both files."""
     image = read_volume(line.image)
     check_image(image, str(line.image))
     if line.mask is not None:
         mask = read_volume(line.mask, mask=True)
         check_geometry(image, mask, str(line.image))
         labels.check(np.unique(mask.array).tolist(), str(line.mask))
-        copy_or_link(line.mask, to_mask, link=link)
-    copy_or_link(line.image, to_image, link=link)
+        _store(line.mask, mask, to_mask, link=link)
+    _store(line.image, image, to_image, link=link)
     return "" if line.mask is not None else "no mask: cannot be used for training or evaluation"

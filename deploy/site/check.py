@@ -70,13 +70,15 @@ def examine(
         FedsgcgError: CFG-001 for invalid settings.
     """
     plan = plan_of_kit(kit, overrides)
-    heldout = plan.role(policy.site) != "train" or "train" not in policy.roles
+    target = policy.site in plan.unlabelled or policy.roles == ("unlabelled",)
+    heldout = not target and (plan.role(policy.site) != "train" or "train" not in policy.roles)
     with progress_bar(console) as bar:
         task = bar.add_task("reading every file", total=None)
         files, seen = examine_files(
             policy,
             plan.data,
             heldout=heldout,
+            target=target,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
         bar.update(task, description="one training step")
@@ -85,8 +87,8 @@ def examine(
             *examine_folders(policy),
             *examine_software(policy, files=software),
             *examine_sample(policy, plan),
-            *examine_device(policy, plan),
-            *examine_disk(policy, seen),
+            *examine_device(policy.device, policy.threads, plan),
+            *examine_disk((policy.cache, policy.home), seen),
         ]
         if link:
             bar.update(task, description=f"the link to {policy.server}")
@@ -155,19 +157,30 @@ def examine_sample(policy: SiteFile, plan: Plan) -> list[Finding]:
     return [Finding.of("site", problem, "warn") for problem in problems]
 
 
-def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
-    """Run and measure one training step of the plan's size."""
+def examine_device(name: str, threads: int, plan: Plan) -> list[Finding]:
+    """Run and measure one training step of the plan's size.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` or `cuda:<number>`.
+        threads: Threads of the CPU, 0 for all.
+        plan: Batch size, image size and network.
+    """
+    return measure_device(name, threads, plan)[0]
+
+
+def measure_device(name: str, threads: int, plan: Plan) -> tuple[list[Finding], float | None]:
+    """Like `examine_device`, with the seconds of the step; None if it could not be run."""
     from fedsgcg.clients.device import choose_device, describe_hardware
     from fedsgcg.deploy.site.check_step import measure_step
 
-    device = policy.device.partition(":")
+    device = name.partition(":")
     if device[2]:
         os.environ["CUDA_VISIBLE_DEVICES"] = device[2]
     try:
-        chosen = choose_device(device[0], policy.threads)
+        chosen = choose_device(device[0], threads)
         step = measure_step(plan, chosen)
     except FedsgcgError as error:
-        return [Finding.of("device", problem) for problem in error.problems]
+        return [Finding.of("device", problem) for problem in error.problems], None
     findings = [Finding("device", "hardware", "ok", describe_hardware())]
     memory = f"{step.bytes / 2**20:.0f} MiB"
     if step.available:
@@ -188,14 +201,14 @@ def examine_device(policy: SiteFile, plan: Plan) -> list[Finding]:
         findings.append(Finding("device", "one step", "warn", found, action, "SITE-502"))
     else:
         findings.append(Finding("device", "one step", "ok", f"{found} on {chosen.type}"))
-    return findings
+    return findings, step.seconds
 
 
-def examine_disk(policy: SiteFile, seen: Sequence[Seen]) -> list[Finding]:
-    """Compare the free space with what the slice cache needs."""
+def examine_disk(folders: Sequence[str], seen: Sequence[Seen]) -> list[Finding]:
+    """Compare the free space of folders with what the slice cache needs."""
     needed = PIXEL_BYTES * sum(one.voxels for one in seen) + SPARE_BYTES
     findings = []
-    for name in dict.fromkeys((policy.cache, policy.home)):
+    for name in dict.fromkeys(folders):
         folder = Path(name)
         while not folder.exists():
             folder = folder.parent
@@ -240,11 +253,9 @@ def _authority(path: Path) -> Finding:
 
 def payload_bytes(plan: Plan) -> int:
     """Return the bytes of a round in one direction: weights and, with SgCG, class statistics."""
-    from fedsgcg.common.networks import build_network
+    from fedsgcg.common.heads import build_trained, state_of
 
-    network = build_network(plan.network, 3, plan.data.out_channels, generator_seed=0)
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    weights = Weights.from_state(state).values.nbytes
+    weights = Weights.from_state(state_of(build_trained(plan, generator_seed=0))).values.nbytes
     features = plan.network.num_features
     return weights + plan.data.num_classes * (1 + features + features * (features + 1) // 2) * 8
 
@@ -257,10 +268,16 @@ def exit_code(findings: Sequence[Finding]) -> int:
     return 3 if "warn" in verdicts else 0
 
 
-def show(findings: Sequence[Finding], console: Screen, *, everything: bool) -> None:
+def show(
+    findings: Sequence[Finding],
+    console: Screen,
+    *,
+    everything: bool,
+    title: str = "fedsgcg-site check",
+) -> None:
     """Show the findings as a table; files without a problem only if `everything` is set."""
     quiet = [finding for finding in findings if finding.area == "files" and finding.verdict == "ok"]
-    table = Table(title=f"fedsgcg-site check, {time.strftime('%Y-%m-%d %H:%M')}", show_lines=False)
+    table = Table(title=f"{title}, {time.strftime('%Y-%m-%d %H:%M')}", show_lines=False)
     for name in ("", "what", "", "found", "what to do"):
         table.add_column(name, overflow="fold")
     last = ""

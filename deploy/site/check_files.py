@@ -16,16 +16,17 @@ from typing import Any, Literal
 
 import nibabel
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
-from fedsgcg.clients.data.slices import class_indices
+from fedsgcg.clients.data.slices import read_case, read_without_mask
 from fedsgcg.clients.data.store import main_kind, other_kind_problem
 from fedsgcg.clients.guard.policy import only_inside_data_root
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.guard.site_secret import split_salt
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.images.contents import content_hash
-from fedsgcg.common.images.read import PICTURE, Volume, check_geometry, check_image, read_volume
+from fedsgcg.common.images.read import PICTURE, Volume
 from fedsgcg.common.settings.plan import DataSettings
 
 Verdict = Literal["ok", "note", "warn", "fail"]
@@ -82,6 +83,8 @@ class Seen:
         voxels: Number of voxels.
         slices: Number of slices.
         empty: Whether the mask contains no declared structure.
+        shape: Slices, rows, columns; of a picture channels, rows, columns.
+        pixels: Pixels of each class, in the order of the classes; all 0 without a mask.
     """
 
     case: CaseFile
@@ -93,10 +96,21 @@ class Seen:
     voxels: int
     slices: int
     empty: bool
+    shape: tuple[int, ...] = ()
+    pixels: tuple[int, ...] = ()
+
+
+Look = Callable[[CaseFile, Volume, NDArray[np.uint8]], None]
+"""Called with a readable case, its image and its class indices (Z, Y, X)."""
 
 
 def examine_files(
-    policy: SiteFile, data: DataSettings, *, heldout: bool, progress: Callable[[int, int], None]
+    policy: SiteFile,
+    data: DataSettings,
+    *,
+    heldout: bool,
+    progress: Callable[[int, int], None],
+    target: bool = False,
 ) -> tuple[list[Finding], list[Seen]]:
     """Check every file of a site.
 
@@ -105,21 +119,50 @@ def examine_files(
         data: Classes, structures and sizes of the federation.
         heldout: Whether the site is only evaluated.
         progress: Called with (cases done, all cases).
+        target: Whether the site trains without its masks, which are then not read.
 
     Returns:
         The findings, one or more per case, and the properties of the readable cases.
     """
     try:
-        site = only_inside_data_root(open_site(Path(policy.data_root), policy.site, data), policy)
+        listed = open_site(Path(policy.data_root), policy.site, data, masks=not target)
+        site = only_inside_data_root(listed, policy)
     except FedsgcgError as error:
         return [Finding.of("files", problem) for problem in error.problems], []
+    parts = _splits(site, policy, heldout, target)
+    findings, seen = examine_cases(site, parts, data, masks=not target, progress=progress)
+    unnamed = _without_patient_id(policy.patient_floor, seen)
+    return [*findings, *unnamed, *_floor(seen, site, policy, heldout)], seen
+
+
+def examine_cases(
+    site: Site,
+    parts: Sequence[str],
+    data: DataSettings,
+    *,
+    masks: bool,
+    progress: Callable[[int, int], None],
+    look: Look | None = None,
+) -> tuple[list[Finding], list[Seen]]:
+    """Read the cases of a hospital as training does, and compare them with each other.
+
+    Args:
+        site: The hospital.
+        parts: The split of each case.
+        data: Classes, structures and sizes.
+        masks: Whether masks may be read.
+        progress: Called with (cases done, all cases).
+        look: Called with each readable case; its pixels are not kept.
+
+    Returns:
+        The findings, one or more per case, and the properties of the readable cases.
+    """
     findings = [Finding.of("files", problem) for problem in site.quarantined]
     findings += [Finding.of("files", note, "warn") for note in site.notes]
     seen: list[Seen] = []
-    parts = _splits(site, policy, heldout)
     for number, (case, split) in enumerate(zip(site.cases, parts, strict=True)):
         try:
-            seen.append(_read_case(case, split, data))
+            seen.append(_read_case(case, split, data, masks=masks, look=look))
         except FedsgcgError as error:
             findings += [
                 Finding.of("files", replace(problem, where=case.name)) for problem in error.problems
@@ -131,7 +174,6 @@ def examine_files(
         *_spacing(seen),
         *_duplicates(seen),
         *_same_person(seen),
-        *_without_patient_id(policy, seen),
     ]
     reported = {finding.name for finding in across}
     fine = [
@@ -139,32 +181,31 @@ def examine_files(
         for one in seen
         if one.case.name not in reported
     ]
-    return [*findings, *across, *fine, *_floor(seen, site, policy, heldout)], seen
+    return [*findings, *across, *fine], seen
 
 
-def _splits(site: Site, policy: SiteFile, heldout: bool) -> tuple[str, ...]:
+def _splits(site: Site, policy: SiteFile, heldout: bool, target: bool) -> tuple[str, ...]:
     """Return the split of every case as in training: by the site's own fraction and secret."""
     unassigned = {case.patient for case in site.cases if not case.split}
     salt = split_salt(policy, unassigned)
-    return splits(site.cases, policy.validation_fraction, heldout=heldout, salt=salt)
+    fraction = policy.validation_fraction
+    return splits(site.cases, fraction, heldout=heldout, salt=salt, target=target)
 
 
-def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
+def _read_case(
+    case: CaseFile, split: str, data: DataSettings, *, masks: bool, look: Look | None
+) -> Seen:
     """Read one case as training does; raises an error with what is wrong with it."""
-    if case.mask is None:
-        problem = Problem(
-            "DAT-112",
-            "an image without a mask",
-            "an image and its mask",
-            "Draw a mask, or leave the case out.",
-        )
-        raise FedsgcgError(problem)
-    image = read_volume(case.image)
-    mask = read_volume(case.mask, mask=True)
-    check_image(image, case.name)
-    check_geometry(image, mask, case.name)
-    truth = class_indices(mask.array, data.classes, case.name, data.label_tolerance)
-    wanted = sorted({index for group in data.structure_classes().values() for index in group})
+    if not masks and split != "test":
+        image, truth = read_without_mask(case)
+        empty = False
+    else:
+        image, truth = read_case(case, data)
+        wanted = sorted({index for group in data.structure_classes().values() for index in group})
+        empty = not np.isin(truth, wanted).any()
+    if look is not None:
+        look(case, image, truth)
+    counts = np.bincount(truth.ravel(), minlength=data.num_classes)[: data.num_classes]
     return Seen(
         case=case,
         split=split,
@@ -174,7 +215,9 @@ def _read_case(case: CaseFile, split: str, data: DataSettings) -> Seen:
         content=content_hash(image),
         voxels=int(image.array.size),
         slices=1 if image.is_picture else len(image.array),
-        empty=not np.isin(truth, wanted).any(),
+        empty=empty,
+        shape=tuple(image.array.shape),
+        pixels=tuple(int(count) for count in counts),
     )
 
 
@@ -285,7 +328,7 @@ def _same_person(seen: Sequence[Seen]) -> Iterator[Finding]:
             yield Finding("files", one.case.name, "warn", found, action, "SITE-512")
 
 
-def _without_patient_id(policy: SiteFile, seen: Sequence[Seen]) -> Iterator[Finding]:
+def _without_patient_id(patient_floor: int, seen: Sequence[Seen]) -> Iterator[Finding]:
     """Yield one finding if cases have no patient id, so that each counts as a patient."""
     missing = [one for one in seen if not one.case.has_patient]
     if not missing:
@@ -294,7 +337,7 @@ def _without_patient_id(policy: SiteFile, seen: Sequence[Seen]) -> Iterator[Find
     action = (
         "If a person has several cases, write patient_id in manifest.csv. Otherwise that person "
         "may be in training and validation, and counts several times towards patient_floor "
-        f"({policy.patient_floor})."
+        f"({patient_floor})."
     )
     yield Finding("site", "patient_id", "warn", found, action, "SITE-519")
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedsgcg.clients.data.batches import max_micro_batches
 from fedsgcg.clients.out_of_memory import free_memory, unless_out_of_memory
 from fedsgcg.common.errors import fail
-from fedsgcg.common.networks import build_network
+from fedsgcg.common.networks import UNet, build_network
 from fedsgcg.common.settings.plan import Plan
 
 WARM_STEPS = 1
@@ -86,6 +86,8 @@ def _step_seconds(plan: Plan, device: torch.device, parts: int) -> float:
         optimizer.zero_grad(set_to_none=True)
         for some, truth in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
             loss = functional.cross_entropy(network(some)[0].float(), truth)
+            if plan.method.pairs and isinstance(network, UNet):
+                loss = loss + network.encode(torch.cat([some, some]))[-1].float().mean()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         loss.item()  # waits for the device

@@ -24,7 +24,7 @@ from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.deploy.certificates import make_site_key
 
-PARTS = ("weights", "statistics", "amplitudes", "cases", "metrics", "text")
+PARTS = ("weights", "control_variates", "statistics", "amplitudes", "cases", "metrics", "text")
 
 
 def show_ledger(policy: SiteFile, console: Screen, *, last: int, book: Path | None = None) -> int:
@@ -146,6 +146,7 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
 CONTENT = {
     "weights": "the trained model, one float32 array",
     "statistics": "count, mean and scatter of each class",
+    "control_variates": "mean gradient of the round (SCAFFOLD)",
     "amplitudes": "sums of log amplitudes, or spectra of single images, as site.yaml allows",
     "content_hashes": "salted hashes of the images, as site.yaml allows",
     "cases": "results of each case under its alias",
@@ -169,12 +170,11 @@ def _reply(plan: Plan, policy: SiteFile, folder: Path, weights: Weights) -> Reco
 
 def _weights(plan: Plan, model: Path | None) -> Weights:
     """Return the weights of a model file, or newly initialised ones of the plan's network."""
+    from fedsgcg.common.heads import build_trained, state_of
+
+    state = state_of(build_trained(plan, generator_seed=0))
     if model is not None:
         from safetensors.numpy import load_file
 
-        return Weights.from_state(load_file(model))
-    from fedsgcg.common.networks import IN_CHANNELS, build_network
-
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=0)
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+        state |= load_file(model)  # a saved model has no training-only heads
     return Weights.from_state(state)

@@ -66,6 +66,7 @@ from fedsgcg.clients.guard.egress import identity_of, log_exception, release_err
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file
 from fedsgcg.clients.guard.software import Software
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.deploy.isolated import BYTECODE_FREE
 from fedsgcg.deploy.site.commands import ALIVE
 from fedsgcg.deploy.site.worker import receive_frame, send_frame
@@ -396,13 +397,9 @@ class Resident:
 
     def _write_state(self, **facts: str) -> None:
         """Write the current state to the site's folder, for `fedsgcg-site status`."""
-        path = Path(self.policy.home) / "resident.json"
-        partial = path.with_name("resident.json.partial")
+        state = {"pid": os.getpid(), "time": time.time(), **facts}
         with suppress(OSError):  # a full disk stops an answer at the ledger, not here
-            partial.write_text(
-                json.dumps({"pid": os.getpid(), "time": time.time(), **facts}), encoding="utf-8"
-            )
-            partial.replace(path)
+            write_file(Path(self.policy.home) / "resident.json", json.dumps(state).encode())
 
 
 def _reply_to(message: Message, reply: Message) -> Message:

@@ -27,6 +27,7 @@ from fedsgcg.clients.guard import ledger
 from fedsgcg.clients.guard.egress import LEDGER
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import Problem, fail
+from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import lock
 from fedsgcg.deploy.certificates import read_site_key
 from fedsgcg.deploy.site.check_link import examine_link
@@ -269,11 +270,8 @@ class Join:
     def _write_state(self, **facts: Any) -> None:
         """Write the facts that `fedsgcg-site status` shows."""
         self.facts |= facts
-        path = Path(self.policy.home) / "join.json"
-        partial = path.with_name(f"join.json.{threading.get_ident()}.partial")
         with suppress(OSError):  # a full disk must not end the node
-            partial.write_text(json.dumps(self.facts), encoding="utf-8")
-            partial.replace(path)
+            write_file(Path(self.policy.home) / "join.json", json.dumps(self.facts).encode())
 
 
 def check_ledger(policy: SiteFile) -> None:

@@ -20,6 +20,7 @@ from hydra.core.override_parser.types import Glob, RangeSweep
 from hydra.errors import HydraException
 
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
+from fedsgcg.common.settings.aggregation import AGGREGATOR_NAMES
 from fedsgcg.common.settings.choices import GROUPS, OwnFile, choices_of, is_file, is_import_path
 from fedsgcg.common.settings.compose import LITERAL, own_choices
 from fedsgcg.common.settings.hints import nearest, wrong_choice
@@ -37,6 +38,7 @@ PLACES = (
     "data.root",
     "data.sites",
     "observers",
+    "unlabelled",
     "experiment",
 )
 """Settings that cannot be an axis: they do not change the result, or they change the data."""
@@ -165,7 +167,7 @@ def variants(
     found: dict[Variant, None] = {}
     for name, owner in itertools.product(methods, federations):
         own_traits = frozenset(traits.get(name, ()))
-        read = [key for key in swept if _reads(own_traits, owner, key)]
+        read = [key for key in swept if _reads(name, own_traits, owner, key)]
         for combination in itertools.product(*(swept[key] for key in read)):
             pairs = list(zip(read, combination, strict=True))
             parts = [labels[name]]
@@ -215,7 +217,11 @@ def split_selected(
 
 def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
     """Return every combination of the selected settings that a variant's method reads."""
-    read = [name for name in selected if _reads(variant.traits, variant.federation, name)]
+    read = [
+        name
+        for name in selected
+        if _reads(variant.method, variant.traits, variant.federation, name)
+    ]
     if not read:
         return []
     combinations = itertools.product(*(selected[name] for name in read))
@@ -225,11 +231,20 @@ def candidates_of(variant: Variant, selected: Mapping[str, Sequence[str]]) -> li
     ]
 
 
-def _reads(traits: Collection[str], federation: str, key: str) -> bool:
+def _reads(method: str, traits: Collection[str], federation: str, key: str) -> bool:
+    section = key.split(".")[1] if key.startswith("method.") else ""
+    if section in TRAITS and section != "ram" and method in TRAITS:
+        return section == method  # a method's own settings
     if key.startswith("prototypes."):
         return "contrasts" in traits
     if key == "method.ram.sharing" and federation != "by_site":
         return False  # there are no other sites to share with
+    if key.startswith("method.segclr."):
+        return "pairs" in traits
+    section, _, name = key.partition(".")
+    merges = section == "federation" and name.partition(".")[0] in ("aggregator", *AGGREGATOR_NAMES)
+    if merges and federation != "by_site":
+        return False  # there is one model
     return "mixes" in traits or not key.startswith("method.ram.")
 
 

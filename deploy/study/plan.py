@@ -13,11 +13,14 @@ from fedsgcg.clients.data.case_files import resolve_cache
 from fedsgcg.clients.data.store import data_fingerprint
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.run_folder import paths
+from fedsgcg.common.settings.build import build
 from fedsgcg.common.settings.choices import is_file, unquoted
 from fedsgcg.common.settings.compose import chosen, join
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.settings.training import TRAITS
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.classmap import check_classes
 from fedsgcg.deploy.study.grid import (
     AXES,
     Variant,
@@ -95,6 +98,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         found = f"{count} cells: several methods, hospitals, seeds or settings"
         raise fail("CFG-001", found=found, expected="one of each", action="use `fedsgcg study`")
     _check_cells([*cells, *inner], device)
+    check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done])
     swept = [name for name in axes if name not in AXES]
     contrasts = any("contrasts" in variant.traits for variant in compared)
     return Study(
@@ -111,7 +115,12 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         candidates=candidates,
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
+        telemetry=_run_settings(base).telemetry,
     )
+
+
+def _run_settings(tree: Mapping[str, Any]) -> RunSettings:
+    return build(RunSettings, {name: tree[name] for name in RunSettings.__dataclass_fields__})
 
 
 def _cells(
@@ -125,11 +134,13 @@ def _cells(
         yield make_cell(tree, folder, variant, heldout, seed)
         return
     training = [
-        site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
+        site
+        for site in tree["data"]["sites"]
+        if site not in (heldout, *tree["observers"], *tree["unlabelled"])
     ]
     for site in training:
         data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        own = {**tree, "data": data, "observers": []}
+        own = {**tree, "data": data, "observers": [], "unlabelled": []}
         yield make_cell(own, folder, variant, heldout, seed, site)
 
 
@@ -179,6 +190,7 @@ def _candidates(
     for settings, tree in trees.items():
         data = {**tree["data"], "sites": cell.tree["data"]["sites"]}
         merged = {**tree, **own, "data": data, "observers": cell.tree["observers"]}
+        merged["unlabelled"] = cell.tree["unlabelled"]
         text = " ".join(settings)
         yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 
@@ -250,7 +262,8 @@ def _ray_address(address: str) -> str:
 def _fingerprint(plan: Plan) -> str:
     """Return the fingerprint of the sites' files, which detects a run folder of other images."""
     root = Path(plan.data.root)
-    return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site))
+    hidden = [site for site in plan.data.sites if plan.hides_masks(site)]
+    return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site), hidden)
 
 
 def _runtime(name: str) -> str:

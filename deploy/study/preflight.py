@@ -21,8 +21,11 @@ from fedsgcg.clients.data.case_files import (
 )
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.images.read import VOLUME_SUFFIXES, suffix_of
+from fedsgcg.common.settings.aggregation import VALIDATED
 from fedsgcg.common.settings.compose import nearest
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.rules import rule_problems
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,10 @@ def check_plan(plan: Plan, device: str) -> None:
     training = [site for site in plan.data.sites if plan.role(site) == "train"]
     problems = [
         *_role_problems(plan, training),
+        *_unlabelled_problems(plan),
+        *_pair_problems(plan),
         *_selection_problems(plan, training),
+        *(rule_problems(plan, training) if training else ()),
         *_place_problems(plan),
         *_device_problems(plan, device),
     ]
@@ -183,7 +189,7 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
     quorum = plan.federation.quorum
     if not training:
         found = f"none of {len(sites)} hospitals"
-        action = "remove a name from heldout or observers"
+        action = "remove a name from heldout, observers or unlabelled"
         yield Problem("CFG-003", found, "at least one training hospital", action, "observers")
     elif quorum > len(training):
         expected = (
@@ -198,9 +204,57 @@ def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
         )
 
 
+def _unlabelled_problems(plan: Plan) -> Iterator[Problem]:
+    """Yield the problems of the hospitals without labels."""
+    sites = plan.data.sites
+    for name in plan.unlabelled:
+        if name not in sites:
+            found, action = repr(name), nearest(name, sites)
+            yield Problem("CFG-001", found, "a hospital of the data", action, "unlabelled")
+        elif name in (plan.heldout, *plan.observers):
+            expected = "a hospital that is neither held out nor an observer"
+            yield Problem("CFG-001", repr(name), expected, "remove it from one", "unlabelled")
+    if plan.unlabelled and plan.method.unlabelled == "refuse":
+        usable = "method=segclr or segclr_pretrain"
+        action = f"use {usable}, leave unlabelled empty, or set method.unlabelled=leave_out"
+        found = f"{plan.method.name} with unlabelled=[{','.join(plan.unlabelled)}]"
+        yield Problem("ROL-211", found, usable, action, "unlabelled")
+
+
+def _pair_problems(plan: Plan) -> Iterator[Problem]:
+    """Yield a problem if a method needs pairs of slices and hospitals have pictures alone.
+
+    Each site checks its own images again when it enrols (`clients.data.pairs.check_pairs`).
+    """
+    pairs = plan.method.segclr.pairs
+    if not plan.method.pairs or pairs == "augment" or not plan.data.root:
+        return
+    training = [site for site in plan.data.sites if plan.trains(site)]
+    flat = [site for site in training if _only_pictures(plan, site)]
+    if flat:
+        yield Problem(
+            "TRN-311",
+            f"{pairs}, but pictures at {', '.join(flat)}",
+            "augment, or hospitals with volumes",
+            "set method.segclr.pairs=augment",
+            "method.segclr.pairs",
+        )
+
+
+def _only_pictures(plan: Plan, site: str) -> bool:
+    try:
+        masks = not plan.hides_masks(site)
+        cases = open_site(Path(plan.data.root), site, plan.data, masks=masks).cases
+    except FedsgcgError:
+        return False  # reported when the site is opened
+    return bool(cases) and all(suffix_of(case.image) not in VOLUME_SUFFIXES for case in cases)
+
+
 def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
-    """Yield a problem if the model is selected on validation cases but no training site has any."""
-    if plan.federation.selection != "source_validation" or plan.data.validation_fraction > 0:
+    """Yield a problem if model or weights follow from validation cases that no site has."""
+    weighs = plan.federation.aggregator in VALIDATED
+    selects = plan.federation.selection == "source_validation"
+    if not (weighs or selects) or plan.data.validation_fraction > 0:
         return
     cases: list[CaseFile] = []
     try:
@@ -213,9 +267,14 @@ def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem
     if any(case.split == "validation" for case in cases):
         return
     expected = "validation patients at the training hospitals"
-    action = "set data.validation_fraction above 0, or federation.selection=last"
-    found = "source_validation with data.validation_fraction=0"
-    yield Problem("CFG-001", found, expected, action, "federation.selection")
+    if selects:
+        action = "set data.validation_fraction above 0, or federation.selection=last"
+        found = "source_validation with data.validation_fraction=0"
+        yield Problem("CFG-001", found, expected, action, "federation.selection")
+    if weighs:
+        action = "set data.validation_fraction above 0, or federation.aggregator=fedavg"
+        found = f"{plan.federation.aggregator} with data.validation_fraction=0"
+        yield Problem("CFG-020", found, expected, action, "federation.aggregator")
 
 
 def _place_problems(plan: Plan) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from types import TracebackType
 from typing import Any
 
@@ -66,7 +67,8 @@ class CellState:
         dice_round: Round of the model of `dice`: sites evaluate the model that they receive.
         heldout_dice: Dice at the held-out site.
         observer_dice: Dice at the last observer.
-        done_before: Rounds completed by an earlier call, which do not count for this call's speed.
+        started: Start of the round in progress (seconds since 1970), 0 before the first.
+        durations: Seconds of each round that this call completed.
         lines: Lines not printed yet.
         events: Events not passed on yet.
     """
@@ -84,7 +86,8 @@ class CellState:
     dice_round: int = 0
     heldout_dice: float = float("nan")
     observer_dice: float = float("nan")
-    done_before: int = 0
+    started: float = 0.0
+    durations: list[float] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -111,8 +114,13 @@ class CellState:
         self.events.append(event)
         self.rounds = int(event.get("rounds", self.rounds))
         self.round = int(event.get("round", self.round))
+        if name == "round.started":
+            self.started = _number(event.get("time"), 0.0)
         if name in ("run.started", "round.done", "round.void"):
             self.done = self.round
+        if name in ("round.done", "round.void") and self.started:
+            self.durations.append(max(0.0, _number(event.get("time"), 0.0) - self.started))
+            self.started = 0.0
         self.site = str(event.get("site", self.site))
         self.code = str(event.get("code", self.code))
         self.loss = _number(event.get("loss"), self.loss)
@@ -172,7 +180,8 @@ class Progress:
             self._live = Live(console=console, auto_refresh=False, transient=True)
         for state in self.states:  # events of an earlier call are not shown again
             state.read_events()
-            state.done_before = state.done
+            state.durations.clear()
+            state.started = 0.0
             state.status = "waiting"
             state.lines.clear()
             state.events.clear()
@@ -200,12 +209,18 @@ class Progress:
         return console.is_terminal and not console.only_problems
 
     def time_left(self) -> str:
-        """Return an estimate of the time left, from the rounds of all cells in this call."""
-        done = sum(state.done - state.done_before for state in self.states)
+        """Return an estimate of the time left, from the rounds of all cells in this call.
+
+        It is the median duration of a round times the rounds that are left, divided by the cells
+        that run at the same time. The start of Ray and the reading of the data, which happen once,
+        do not count.
+        """
+        durations = [seconds for state in self.states for seconds in state.durations]
         left = sum(max(0, state.rounds - state.done) for state in self.states if not state.ended)
-        if not done:
+        if not durations:
             return "estimating the time left"
-        seconds = (time.monotonic() - self.started) / done * left
+        at_once = max(1, sum(state.status == "running" for state in self.states))
+        seconds = median(durations) * left / at_once
         if seconds >= 90:
             return f"about {seconds / 60:.0f} min left"
         return f"about {seconds:.0f} s left"

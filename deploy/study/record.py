@@ -92,6 +92,7 @@ def write_record(study: Study) -> None:
         "methods": sorted({*before.get("methods", []), *(cell.method for cell in study.cells)}),
         "heldout": sorted({*before.get("heldout", []), *(cell.heldout for cell in study.cells)}),
         "seeds": sorted({*before.get("seeds", []), *(cell.seed for cell in study.cells)}),
+        "cells": sorted({*before.get("cells", []), *_folders(study)}),
         "sites": sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]}),
         "root": first["data"]["root"],
         "data": study.data,
@@ -107,6 +108,11 @@ def write_record(study: Study) -> None:
         study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
+
+
+def _folders(study: Study) -> list[str]:
+    """Return the cells' folders, relative to the study's."""
+    return [str(cell.folder.relative_to(study.folder)) for cell in study.cells]
 
 
 def settings_by_method(study: Study) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.environment import prepare_environment, quiet_flower
+from fedsgcg.deploy.monitoring.metrics import served_metrics
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.cleaning import RESUME, finished_cells, remove
 from fedsgcg.deploy.study.lost_workers import as_lost
@@ -62,10 +63,11 @@ def run_study(study: Study, console: Screen) -> int:
         _warn_without_heldout(study, console)
         ended = Ended()
         if missing:
-            missing, ended = _select(study, missing, console)
-            with Progress(study.cells, console):
-                if missing:
-                    ended = ended.and_then(_run_cells(study, missing))
+            with served_metrics(study.folder, study.telemetry, console):
+                missing, ended = _select(study, missing, console)
+                with Progress(study.cells, console):
+                    if missing:
+                        ended = ended.and_then(_run_cells(study, missing))
         for folder in finished_cells(study.folder):
             remove(folder, RESUME)
         with steps_of(console, "making the report") as step:

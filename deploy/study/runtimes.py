@@ -83,7 +83,7 @@ def run_cell_on_ray(tree: Mapping[str, Any], machine: Machine, address: str = "l
     prepare_environment()
     quiet_flower()
     plan = Plan.from_tree(tree)
-    training = sum(plan.role(site) == "train" for site in plan.members())
+    training = sum(plan.trains(site) for site in plan.members())
     with warnings.catch_warnings(), raise_lost_workers():
         warnings.simplefilter("ignore", FutureWarning)  # Ray's note on visible devices
         # Ray is started as Flower would start it, but before `catch_signals`, because Ray replaces

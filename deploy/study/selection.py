@@ -90,7 +90,9 @@ def inner_cells(
         FedsgcgError: CFG-003 when the fold has fewer than two source sites.
     """
     sources = [
-        site for site in tree["data"]["sites"] if site != heldout and site not in tree["observers"]
+        site
+        for site in tree["data"]["sites"]
+        if site not in (heldout, *tree["observers"], *tree["unlabelled"])
     ]
     if len(sources) < FEWEST_SOURCES:
         found = f"{len(sources)} source hospitals with {heldout or 'none'} held out"
@@ -111,7 +113,7 @@ def inner_cells(
     folder = study / FOLDER / (heldout or paths.ALL_SITES) / paths.label_folder(inner_label)
     cells = []
     for site in sources:
-        data = {**tree["data"], "sites": sources}
+        data = {**tree["data"], "sites": sorted([*sources, *tree["unlabelled"]])}
         own = {
             **tree,
             "data": data,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsgcg.common.settings.run import TelemetrySettings
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.deploy.study.selection import Candidate
@@ -22,6 +23,7 @@ NOT_IDENTITY = (
     "device",
     "runtime",
     "ray",
+    "telemetry",
     "site",
     "grid",
     "select",
@@ -49,6 +51,7 @@ class Study:
         selection: A sentence on how settings were chosen.
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
+        telemetry: Metrics of the study while it runs.
     """
 
     folder: Path
@@ -63,6 +66,7 @@ class Study:
     candidates: Mapping[str, tuple[Candidate, ...]] = field(default_factory=dict)
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def exit_code(cells: Iterable[Cell]) -> int:

@@ -150,7 +150,10 @@ def prototype_rows(
     classes: Sequence[str],
     number: int,
 ) -> list[dict[str, Any]]:
-    """Return the round's rows on prototypes: domain shift and count of every class (phase `merge`).
+    """Return the round's rows on prototypes (phase `merge`).
+
+    They are the domain shift, count, distance to the nearest other class and condition number of
+    every class.
 
     Args:
         memory: The policy.
@@ -159,9 +162,11 @@ def prototype_rows(
         classes: K class names.
         number: Number of the round.
     """
-    figures = {"prototype_count": prototypes.count.tolist()} | (
-        memory.shift(fresh) if fresh else {}
-    )
+    figures = {
+        "prototype_count": prototypes.count.tolist(),
+        "prototype_distance": prototypes.nearest_distance().tolist(),
+        "prototype_condition": prototypes.condition_number().tolist(),
+    } | (memory.shift(fresh) if fresh else {})
     return _class_rows(figures, classes, number)
 
 

@@ -10,19 +10,16 @@ Sun et al. 2019 (arXiv 1911.07963). Pure NumPy. Legend: S sites, P floating-poin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from fedsgcg.common.wire.norm_moments import MEAN, VARIANCE
+from fedsgcg.common.wire.learnable import learnable
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.aggregation.fedavg import merge_weights
-from fedsgcg.server.aggregation.parts import sorted_by_site
-
-Parts = Sequence[tuple[str, Weights, float]]
+from fedsgcg.server.aggregation.parts import Parts, sorted_by_site
 
 BLOCK: Final = 1 << 16
 """Weights of each site that are sorted at a time."""
@@ -86,10 +83,8 @@ def clipped_mean(previous: Weights, parts: Parts, clip: float) -> Weights:
         raise ValueError(f"clip: found {clip!r}, expected 1 or more")
     ordered = sorted_by_site(parts)
     start = previous.values.astype(np.float64)
-    learnable = _learnable(previous)
-    norms = [
-        float(np.linalg.norm((weights.values - start)[learnable])) for _, weights, _ in ordered
-    ]
+    moved = learnable(previous)
+    norms = [float(np.linalg.norm((weights.values - start)[moved])) for _, weights, _ in ordered]
     limit = clip * float(np.median(norms))
     shortened = [
         (site, _towards(weights, start, limit / norm if norm > limit else 1.0), share)
@@ -114,14 +109,3 @@ def _towards(weights: Weights, start: npt.NDArray[np.float64], factor: float) ->
         return weights
     values = start + factor * (weights.values - start)
     return replace(weights, values=values.astype(np.float32))
-
-
-def _learnable(weights: Weights) -> npt.NDArray[np.bool_]:
-    """(P,) whether each weight is learnable, i.e. no running moment of a BatchNorm layer."""
-    return np.concatenate(
-        [
-            np.full(int(np.prod(shape, dtype=np.int64)), not name.endswith((MEAN, VARIANCE)))
-            for name, shape in weights.layout
-        ]
-        or [np.zeros(0, np.bool_)]
-    )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from fedsgcg.common.images.read import PICTURE
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.run_folder.tables import SCHEMA_VERSION, cell_of
 from fedsgcg.common.settings.plan import DataSettings, Plan
@@ -60,6 +61,8 @@ def protocol(
         "trained": sorted(training),
         "heldout": plan.heldout,
         "observers": sorted(plan.observers),
+        "unlabelled": [site for site in sorted(plan.unlabelled) if plan.role(site) == "unlabelled"],
+        "upper_bound": [site for site in sorted(plan.unlabelled) if plan.role(site) == "train"],
         "splits": (
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source "
             "validation, unless the site's own file sets another share; every case of the held-out "
@@ -110,6 +113,37 @@ def _steps(data: DataSettings, name: str, parts: Mapping[str, set[str]]) -> Iter
     yield "empty stays empty"
 
 
+def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) -> dict[str, Any]:
+    """Describe the images that the network expects, for users of the model.
+
+    Args:
+        data: Settings of the data.
+        kinds: Kinds of the training images; empty if not reported.
+        colour: Whether a training picture has colours.
+
+    Returns:
+        Kinds of image, channels and what they are for each, and what becomes of the spacing.
+    """
+    volume = "slices z-1, z, z+1" if data.stack == 3 else "one slice, three times"
+    meaning = {
+        PICTURE: "red, green, blue; of a grey picture its values, three times",
+        "volume": volume,
+    }
+    seen = {PICTURE if kind == PICTURE else "volume" for kind in kinds} or set(meaning)
+    side = data.image_size
+    return {
+        "images": sorted(seen),
+        "channels": IN_CHANNELS,
+        "colour": colour,
+        "channel_meaning": {name: text for name, text in meaning.items() if name in seen},
+        "size": [side, side],
+        "spacing": (
+            f"a slice or picture is resized to {side}x{side} pixels whatever its spacing; masks "
+            "return to the image's own grid"
+        ),
+    }
+
+
 def model_card(
     plan: Plan,
     chosen: Best,
@@ -117,6 +151,7 @@ def model_card(
     *,
     prototypes: bool,
     kinds: Sequence[str] = (),
+    colour: bool = False,
 ) -> dict[str, Any]:
     """Return the content of `model.json`: how to use the model, and how it was trained.
 
@@ -126,6 +161,7 @@ def model_card(
         training: Sites that trained.
         prototypes: Whether the run folder contains `prototypes.arrow`.
         kinds: Kinds of the training images (`common.images.read.KINDS`); empty if not reported.
+        colour: Whether a training picture has colours.
     """
     data = asdict(plan.data)
     network = asdict(plan.network) | {
@@ -138,6 +174,7 @@ def model_card(
         "plan": plan.digest(),
         "data": plan.data.name,
         "kinds": list(kinds),
+        "input": expected_input(plan.data, kinds, colour=colour),
         "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,
@@ -150,7 +187,7 @@ def model_card(
         "rounds": plan.federation.rounds,
         "validation_dice": chosen.score,
         "prototypes": paths.PROTOTYPES if prototypes else None,
-        "normalize": plan.prototypes.normalize,
+        "normalize": plan.unit_features,
         "protocol": protocol(plan, training, chosen.round, validated=math.isfinite(chosen.score))
         | {"images": ", ".join(f"{kind}s" for kind in kinds)},
     }

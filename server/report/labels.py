@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedsgcg.common.settings.training import METHOD_NAMES
+
 Row = Mapping[str, Any]
 Swept = tuple[tuple[str, str], ...]  # swept settings as (name, value)
 
-TRAINS = ("source", "ram", "sgcg", "ram_sgcg")
+TRAINS = METHOD_NAMES
 """Training methods in the order of the ablation: neither part, one, the other, both."""
 FEDERATIONS = ("by_site", "pooled", "local")
 FEDERATION_TITLES = {

@@ -12,6 +12,12 @@ from fedsgcg.server.report.sections.cases import case_lines, count_of, join_word
 from fedsgcg.server.report.study_files import StudyFiles
 from fedsgcg.server.report.tables import methods_of
 
+NAMED = {
+    "observers": "only evaluated, never trained",
+    "unlabelled": "trained without masks, with the contrastive term alone",
+}
+"""Field of a model's protocol with names of hospitals -> what the report says of them."""
+
 
 def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
     """Return the protocol as (topic, lines)."""
@@ -81,12 +87,25 @@ def _folds(study: StudyFiles) -> list[str]:
         who = f"{heldout} held out" if heldout else "no hospital held out"
         outcome = f"{trained[heldout]} trained" if heldout in trained else "not completed"
         lines.append(f"{who}: {outcome}")
-    observers = sorted(
-        {str(name) for entry in _protocols(study) for name in entry.get("observers", [])}
-    )
-    if observers:
-        lines.append(f"only evaluated, never trained: {join_words(observers)}")
-    return lines
+    for key, text in NAMED.items():
+        names = {str(name) for entry in _protocols(study) for name in entry.get(key) or []}
+        if names:
+            lines.append(f"{text}: {join_words(sorted(names))}")
+    return lines + _upper_bounds(study)
+
+
+def _upper_bounds(study: StudyFiles) -> list[str]:
+    """Mark the methods that used the labels of hospitals that count as unlabelled."""
+    found: dict[str, set[str]] = {}
+    for cell in study.cells:
+        entry = cell.model.get("protocol") if cell.model else None
+        if isinstance(entry, dict) and (names := entry.get("upper_bound")):
+            found.setdefault(cell.method, set()).update(map(str, names))
+    return [
+        f"{method} is an upper bound: it was trained with the masks of "
+        f"{join_words(sorted(names))}, which the other methods do without"
+        for method, names in sorted(found.items())
+    ]
 
 
 def _selection(protocols: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -85,10 +85,10 @@ def departure_note(site: str, done: int) -> Problem:
 
 
 def _impossible(plan: Plan, gone: Collection[str]) -> Iterator[Problem]:
-    training = [site for site in plan.members() if plan.role(site) == "train"]
+    training = [site for site in plan.members() if plan.trains(site)]
     for site in sorted(gone):
         role = plan.role(site)
-        if role != "train":
+        if not plan.trains(site):
             kind = "held out" if role == "heldout" else "an observer"
             found = f"{site}, which is {kind}: it has contributed nothing that could be removed"
             expected = f"a training site: {', '.join(training)}"

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,10 +27,10 @@ from fedsgcg.common.images.read import KINDS
 from fedsgcg.common.names import is_site_text, site_text
 from fedsgcg.common.settings.compose import nearest
 from fedsgcg.common.settings.data import SPLITS
-from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.federation import ROLES, TRAINING
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import ENROL, Reply, Request, encode_request
+from fedsgcg.common.wire.messages import DATA, ENROL, Reply, Request, encode_request
 from fedsgcg.common.wire.payload import Identity
 from fedsgcg.server.sites.exchange import (
     FIRST_PAUSE_S,
@@ -90,6 +91,10 @@ class Member:
         """Kinds of the site's images (`common.images.read.KINDS`); other values are dropped."""
         stated = self.details.get("kinds")
         return [kind for kind in KINDS if isinstance(stated, list) and kind in stated]
+
+    def has_colour(self) -> bool:
+        """Whether the site has pictures in colours; anything but `true` counts as no."""
+        return self.details.get("colour") is True
 
     def problem_codes(self, *, suppressed: bool = False) -> list[str]:
         """Codes of the problems with the site's cases; unknown codes are dropped.
@@ -224,13 +229,17 @@ class Cohort:
 
     @property
     def training(self) -> dict[str, int]:
-        """Site -> node id of the enrolled sites of role `train`."""
-        return self.of_role("train")
+        """Site -> node id of the enrolled sites that train, with or without labels."""
+        return dict(sorted({**self.of_role("train"), **self.of_role("unlabelled")}.items()))
 
     def kinds(self, role: str = "train") -> list[str]:
         """Kinds of the images at the enrolled sites of a role, ordered as `images.read.KINDS`."""
         stated = {kind for site in self.of_role(role) for kind in self.members[site].kinds()}
         return [kind for kind in KINDS if kind in stated]
+
+    def has_colour(self, role: str = "train") -> bool:
+        """Whether an enrolled site of a role has pictures in colours."""
+        return any(self.members[site].has_colour() for site in self.of_role(role))
 
     def mixed_kinds(self) -> list[Problem]:
         """One problem if the sites, which train one network, have images of different kinds."""
@@ -273,13 +282,32 @@ class Cohort:
         }
 
     @property
+    def tested(self) -> dict[str, int]:
+        """Site -> node id of the enrolled sites with test cases.
+
+        These are the held-out site, the observers, and the hospitals of the plan's `unlabelled`
+        whose manifest assigns cases to `test`.
+        """
+        scored = {
+            site: member.node
+            for site, member in self.members.items()
+            if site in self.plan.unlabelled and member.count("cases", "test") > 0
+        }
+        observers = {
+            site: node
+            for site, node in self.of_role("observer").items()
+            if site not in self.plan.unlabelled
+        }
+        return {**self.of_role("heldout"), **dict(sorted({**observers, **scored}.items()))}
+
+    @property
     def quorum(self) -> int:
         """Training sites that must answer.
 
         This is the plan's number, or else the number of expected sites that have a usable case and
         are not paused.
         """
-        expected = [site for site in self._expected("train") if not self._unusable(site)]
+        expected = [site for site in self._expected_to_train() if not self._unusable(site)]
         active = set(expected or self.training) - self.paused
         return self.plan.federation.quorum or max(1, len(active))
 
@@ -340,9 +368,12 @@ class Cohort:
             named |= {self.plan.heldout, *self.plan.observers} - {""}
         return sorted(site for site in named - self.departed if self.plan.role(site) == role)
 
+    def _expected_to_train(self) -> list[str]:
+        return sorted(site for role in TRAINING for site in self._expected(role))
+
     def _complete(self, quiet_s: float) -> bool:
         expected = {
-            *self._expected("train"),
+            *self._expected_to_train(),
             *self._expected("heldout"),
             *self._expected("observer"),
         }
@@ -357,7 +388,7 @@ class Cohort:
         heldout = self.plan.heldout
         if len(self.training) >= self.quorum and (not heldout or heldout in self.members):
             return
-        needed = [*self._expected("train"), *([heldout] if heldout else [])]
+        needed = [*self._expected_to_train(), *([heldout] if heldout else [])]
         silent = [site for site in needed if site not in self.members and site not in self.refusals]
         refusals = {
             name: problem for name, problem in self.refusals.items() if name not in self.departed
@@ -437,13 +468,14 @@ class Cohort:
             raise fail("ROL-201", where=site, found=f"the site does not accept role {role}")
         member = Member(site, node, reply.details)
         cases = reply.details.get("cases")
-        if role == "train" and isinstance(cases, Mapping) and cases.get("train") == 0:
+        trains = self.plan.trains(site)
+        if trains and isinstance(cases, Mapping) and cases.get("train") == 0:
             raise fail("TRN-302", where=site, found="no case in its training split")
         slices = reply.details.get("slices")
-        if role == "train" and isinstance(slices, Mapping) and slices.get("train") == 0:
+        if trains and isinstance(slices, Mapping) and slices.get("train") == 0:
             found = f"no slice to train on (data.train_slices={self.plan.data.train_slices})"
             raise fail("TRN-302", where=site, found=found)
-        if role == "train" and not member.slices("train"):
+        if trains and not member.slices("train"):
             # The number bounds the site's weight in every round, so that it must be known.
             expected = "a number of training slices, 1 or more"
             raise fail("PAY-110", where=site, found="no such number", expected=expected)
@@ -451,7 +483,8 @@ class Cohort:
             self._compare_images(
                 {name: one.details for name, one in self.members.items()} | {site: reply.details}
             )
-        self._compare_data(site, _fingerprints(reply.details.get("data")))
+        if problem := self.changed_data(site, reply.details.get(DATA)):
+            self.changes.append(problem)
         self.members[site] = member
         self.refusals.pop(site, None)
 
@@ -501,21 +534,41 @@ class Cohort:
             path, (json.dumps({"salt": salt, "images": images}, indent=1) + "\n").encode()
         )
 
-    def _compare_data(self, site: str, data: str) -> None:
-        """Note a site whose data changed since it first took part in this run folder."""
-        path = Path(self.plan.output) / "data.json"
-        known = _read_hashes(path)
-        if known.get(site, data) != data:
-            action = (
-                "ask the site what changed; for a study on the new data, choose another "
-                "output=FOLDER"
-            )
-            found = f"data {data[:12]}, before {known[site][:12]}"
-            self.changes.append(Problem("RND-406", where=site, found=found, action=action))
-        if data and known.get(site) != data:
-            self.disk.write(
-                path, (json.dumps({**known, site: data}, indent=1, sort_keys=True) + "\n").encode()
-            )
+    @property
+    def _data_file(self) -> Path:
+        return Path(self.plan.output) / "data.json"
+
+    @cached_property
+    def _data(self) -> dict[str, str]:
+        """Site -> digest of its data in its last reply, read once: every reply is compared."""
+        return _read_hashes(self._data_file)
+
+    def changed_data(self, site: str, stated: object) -> Problem | None:
+        """Compare a reply's digest of the site's data with the last one in this run folder.
+
+        Each change is found once: the new digest is remembered, also by a resumed run.
+
+        Args:
+            site: The site.
+            stated: What its reply has under `DATA`; a reply without it says nothing.
+
+        Returns:
+            RND-406 for a change, None without.
+        """
+        data = _fingerprints(stated)
+        before = self._data.get(site, "")
+        if not data or data == before:
+            return None
+        self._data[site] = data
+        text = json.dumps(self._data, indent=1, sort_keys=True) + "\n"
+        self.disk.write(self._data_file, text.encode())
+        if not before:
+            return None
+        action = (
+            "ask the site what changed; for a study on the new data, choose another output=FOLDER"
+        )
+        found = f"data {data[:12]}, before {before[:12]}"
+        return Problem("RND-406", where=site, found=found, action=action)
 
 
 def _fingerprints(stated: Any) -> str:
@@ -537,7 +590,7 @@ def _known_images(path: Path, salt: str) -> dict[str, list[str]]:
 
 
 def _read_hashes(path: Path) -> dict[str, str]:
-    """Site -> hash of its data at its last enrolment; raises SRV-402 for a damaged file."""
+    """Site -> digest of its data in its last reply; raises SRV-402 for a damaged file."""
     try:
         return {str(site): str(data) for site, data in json.loads(path.read_text()).items()}
     except FileNotFoundError:

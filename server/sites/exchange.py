@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request, payload_bytes
 from fedsgcg.common.wire.sizes import Sizes
-from fedsgcg.server.sites.spill import spilled
+from fedsgcg.server.sites.spill import spilled, spilled_values
 
 FIRST_PAUSE_S = 0.002
 LONGEST_PAUSE_S = 0.1
@@ -200,11 +200,15 @@ class _Exchange:
             self._take(site, answer)
 
     def _spilled(self, answer: Answer) -> Answer:
-        """Return the answer with its model in a file."""
+        """Return the answer with its model and control variates in files."""
         reply = answer.reply
         if self.folder is None or reply is None or reply.weights is None:
             return answer
-        return replace(answer, reply=replace(reply, weights=spilled(reply.weights, self.folder)))
+        reply = replace(reply, weights=spilled(reply.weights, self.folder))
+        if reply.control_variates is not None:
+            on_disk = spilled_values(reply.control_variates, self.folder)
+            reply = replace(reply, control_variates=on_disk)
+        return replace(answer, reply=reply)
 
     def _take(self, site: str, answer: Answer) -> None:
         del self.asked[site]

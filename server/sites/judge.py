@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from fedsgcg.common.errors import Problem
+from fedsgcg.common.settings.federation import TRAINING
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.messages import TRAIN, Request
 from fedsgcg.server.admission import Verdict
@@ -103,10 +104,13 @@ class Judge:
         """Findings in an order that does not matter: each site has at most one."""
         findings: dict[str, Finding] = {}
         models = [self._model(part) for part in admitted(collected)]
-        known = [model for model in models if model is not None]
-        if known and request.weights is not None:
-            found, self.history = screen_models(known, request.weights, self.history)
-            findings |= {finding.site: finding for finding in found}
+        # Sites without labels train other weights with another loss: they are compared among
+        # themselves.
+        for role in TRAINING:
+            known = [one for one in models if one is not None and self.plan.role(one.site) == role]
+            if known and request.weights is not None:
+                found, self.history = screen_models(known, request.weights, self.history)
+                findings |= {finding.site: finding for finding in found}
         left = [(s, part) for s, part in statistics_of(collected) if s not in findings]
         # The closing pass has BatchNorm in another mode than the passes of the rounds.
         closing = "norm_mode" in request.options

@@ -21,6 +21,7 @@ Row = dict[str, Any]
 
 SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
+    *("validation_dice_trained", "validation_dice_without"),
     *("examples", "steps", "seconds", "learning_rate"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
@@ -150,16 +151,19 @@ def expectation_for(
     with_training = plan.described_in_training(number) or plan.prototypes.memory == "online"
     described = with_training if training else bool(request.options.get("classes"))
     shape = (plan.data.num_classes, plan.network.num_features)
+    labelled = plan.role(site) != "unlabelled"
     return Expectation(
         identity=request.identity,
         site=site,
         reference=request.weights if training else None,
-        statistics_shape=shape if described and plan.method.statistics else None,
-        unit_norm=plan.prototypes.normalize,
+        statistics_shape=shape if described and plan.method.statistics and labelled else None,
+        unit_norm=plan.unit_features,
         max_examples=slices,
         max_cases=cases,
         max_pixels=most_pixels(plan, slices, number),
         measured=request.weights if request.options.get("moments") else None,
+        labelled=labelled,
+        control_variates=training and plan.federation.aggregator == "scaffold",
     )
 
 
@@ -274,9 +278,13 @@ def stated_rows(plan: Plan, number: int, evaluations: Sequence[SiteEvaluation]) 
     The phase is `heldout`, `observer` or `validation`, the class is the structure, and the metrics
     are `<metric>_mean`, `<metric>_sd` and `<metric>_count`; what a site does not state has no row.
     """
-    phases = {"heldout": "heldout", "observer": "observer", "train": "validation"}
+    phases = {"heldout": "heldout", "train": "validation"}
+
+    def phase(site: str) -> str:
+        return "observer" if site in plan.unlabelled else phases.get(plan.role(site), "observer")
+
     return [
-        row(number, phases[plan.role(part.site)], part.site, f"{entry['metric']}_{name}", value)
+        row(number, phase(part.site), part.site, f"{entry['metric']}_{name}", value)
         | {"cls": entry["structure"]}
         for part in evaluations
         for entry in part.summary

@@ -10,9 +10,10 @@ from typing import Final
 from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import FedsgcgError, Problem
+from fedsgcg.common.heads import without_heads
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import EVALUATE, SUMMARY, TRAIN, Request
+from fedsgcg.common.wire.messages import DATA, EVALUATE, SUMMARY, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.server.admission import Expectation, Verdict, admit
 from fedsgcg.server.records import results
@@ -64,7 +65,8 @@ class SiteRequests:
             One entry for every site that was asked, admitted or not, in the order of the names.
 
         Raises:
-            FedsgcgError: RND-402 when fewer than the quorum answered.
+            FedsgcgError: RND-402 when fewer than the quorum answered; RND-406 for a site whose data
+                changed, with `federation.changed_data=stop`.
         """
         found: dict[str, Collected] = {}
 
@@ -81,9 +83,29 @@ class SiteRequests:
         self.cohort.leave_out_late(
             part.answer.site for part in collected if part.verdict.code == "RND-404"
         )
+        self._compare_data(collected)
         if sum(part.delivered for part in collected) < quorum:
             raise quorum_missed(self.plan, collected, quorum, request.identity.round)
         return self.judge.judge(message_type, request, collected)
+
+    def _compare_data(self, collected: Collection[Collected]) -> None:
+        """Note the sites whose data changed since their last reply.
+
+        Raises:
+            FedsgcgError: RND-406 with `federation.changed_data=stop`; the round is not committed.
+        """
+        problems = [
+            problem
+            for part in collected
+            if part.verdict.accepted
+            and (
+                problem := self.cohort.changed_data(part.answer.site, part.reply.details.get(DATA))
+            )
+        ]
+        if problems and self.plan.federation.changed_data == "stop":
+            raise FedsgcgError(*problems)
+        for problem in problems:
+            self.note(problem)
 
     def evaluate(
         self, split: str, nodes: Mapping[str, int], weights: Weights, number: int
@@ -93,18 +115,18 @@ class SiteRequests:
         Args:
             split: `validation` or `test`.
             nodes: Site -> node id of the sites to ask.
-            weights: The model.
+            weights: The model; its training-only heads are not sent.
             number: Round that produced it.
         """
         identity = identity_of(self.plan, number)
+        request = Request(identity, without_heads(weights), options={"split": split})
         evaluations = []
         # A lost held-out site is waited for; a lost observer is not.
-        enough = len(set(nodes) - {*self.plan.observers})
+        enough = sum(self.plan.role(site) == "heldout" for site in nodes)
         if split == "validation":
-            enough = self.cohort.quorum
-        for answer in self._ask(
-            EVALUATE, nodes, Request(identity, weights, options={"split": split}), enough=enough
-        ):
+            nodes = {site: node for site, node in nodes.items() if self.plan.validates(site)}
+            enough = min(self.cohort.quorum, len(nodes))
+        for answer in self._ask(EVALUATE, nodes, request, enough=enough):
             problem = answer.problem
             if answer.reply is not None:
                 cases = self.cohort.members[answer.site].count("cases", "validation")

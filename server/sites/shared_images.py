@@ -57,7 +57,7 @@ def learned_from(plan: Plan, contents: Mapping[str, Any]) -> dict[str, list[str]
     """
     found: dict[str, list[str]] = defaultdict(list)
     for mark, image in _all(plan, contents):
-        if plan.role(image.site) == "train" and image.split in LEARNS:
+        if plan.trains(image.site) and image.split in LEARNS:
             found[image.hospital].append(mark)
     return {hospital: sorted(marks) for hospital, marks in sorted(found.items())}
 
@@ -76,10 +76,10 @@ def shared_images(plan: Plan, contents: Mapping[str, Any]) -> tuple[list[Problem
     training: dict[str, list[Image]] = defaultdict(list)
     tested: dict[str, list[Image]] = defaultdict(list)
     for mark, image in _all(plan, contents):
-        trains = plan.role(image.site) == "train"
+        trains = plan.trains(image.site)
         if trains and image.split in LEARNS:
             training[mark].append(image)
-        elif not trains and image.split == "test":
+        elif image.split == "test" and (not trains or image.site in plan.unlabelled):
             tested[mark].append(image)
     leaks = _pairs(
         (one, other)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fedsgcg.common.files.disk import refusals
 from fedsgcg.common.wire.payload import Weights
@@ -33,8 +34,14 @@ def spilled(weights: Weights, folder: Path) -> Weights:
     """
     if not weights.values.size:
         return weights
+    return replace(weights, values=spilled_values(weights.values, folder))
+
+
+def spilled_values(values: npt.NDArray[np.float32], folder: Path) -> npt.NDArray[np.float32]:
+    """Return the same values in a file that has no name, as `spilled`."""
+    if not values.size:
+        return values
     with refusals(folder), tempfile.TemporaryFile(dir=folder) as file:
-        file.write(np.ascontiguousarray(weights.values, dtype=np.float32).data)
+        file.write(np.ascontiguousarray(values, dtype=np.float32).data)
         file.flush()
-        values = np.memmap(file, dtype=np.float32, mode="r", shape=weights.values.shape)
-    return replace(weights, values=values)
+        return np.memmap(file, dtype=np.float32, mode="r", shape=values.shape)

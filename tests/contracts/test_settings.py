@@ -208,6 +208,7 @@ def test_a_setting_given_twice_is_refused_with_both_values() -> None:
         ("federation.deadline", "federation.join_deadline_s"),
         ("method.temperature", "prototypes.temperature"),
         ("data.augmentation.rotate", "data.augmentation.rotate_degrees"),
+        ("data.augmentation.blur", "data.augmentation.intensity.blur"),
         ("rounds", "federation.rounds"),
         ("federation.round", "federation.rounds"),
         ("lr", "method.learning_rate"),

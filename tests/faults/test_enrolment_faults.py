@@ -80,6 +80,7 @@ TEXTS = {
     "data": lambda r: replace(r, details=r.details | {"data": HOSTILE}),
     "roles": lambda r: replace(r, details=r.details | {"roles": [HOSTILE]}),
     "kinds": lambda r: replace(r, details=r.details | {"kinds": [HOSTILE]}),
+    "colour": lambda r: replace(r, details=r.details | {"colour": HOSTILE}),
     "problems": lambda r: replace(r, details=r.details | {"problems": [{"code": HOSTILE}]}),
     "images": lambda r: replace(
         r, details=r.details | {CONTENT_HASHES: {HOSTILE: {HOSTILE: [HOSTILE, HOSTILE]}}}

@@ -180,6 +180,33 @@ def test_a_site_whose_data_changed_is_named_at_the_resume(tmp_path: Path) -> Non
     assert second.status == "degraded"
 
 
+@pytest.mark.row(47)
+@pytest.mark.parametrize("choice", ["warn", "stop"])
+def test_a_site_whose_data_change_between_two_rounds_is_noticed(
+    choice: str, tmp_path: Path
+) -> None:
+    changed_files: set[str] = set()
+
+    def script(grid: ScriptedGrid, site: str, kind: str, request: Request, reply: Reply) -> object:
+        if site == "B" and request.identity.round == 2:
+            changed_files.add(site)
+        text = "two" if site in changed_files else "one"
+        reply.details["data"] = text  # type: ignore[index]
+        return reply
+
+    outcome, _ = run(tmp_path, script, federation__changed_data=choice, federation__rounds=3)
+    changed = [problem for problem in outcome.problems if problem.code == "RND-406"]
+    assert [(one.where, one.found) for one in changed] == [("B", "data two, before one")]
+    if choice == "stop":
+        assert (outcome.status, outcome.rounds_done) == ("failed", 1)
+        assert outcome.failure[0].code == "RND-406"
+        outcome, _ = run(  # continues on purpose
+            tmp_path, script, federation__changed_data=choice, federation__rounds=3
+        )
+    assert outcome.rounds_done == 3
+    assert outcome.status == ("degraded" if choice == "warn" else "completed")
+
+
 def test_a_key_is_valid_for_its_own_hospital_only(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__quorum=2, federation__join_deadline_s=0.3)
     grid = ScriptedGrid(plan, ALL)

@@ -305,6 +305,8 @@ def test_the_model_says_what_its_training_images_were(tmp_path: Path) -> None:
     )
     card = json.loads((tmp_path / "model.json").read_text())
     assert card["kinds"] == ["axial volume", "picture"]
+    assert card["input"]["images"] == ["picture", "volume"]
+    assert card["input"]["colour"] is False, "not reported"
     assert card["protocol"]["images"] == "axial volumes, pictures"
 
 

@@ -128,6 +128,8 @@ def test_masks_and_scores_are_those_of_evaluation(
 
 
 def test_pictures_with_nested_structures(eye_cell: Path, eyes: Path, tmp_path: Path) -> None:
+    card = json.loads((eye_cell / "model.json").read_text())
+    assert (card["input"]["images"], card["input"]["colour"]) == (["picture"], True)
     out = tmp_path / "out"
     call = (eye_cell, "--data", eyes, "--site", "Domain1", "--split", "test", "-o", out)
     assert predict(*call, "--probability", "--confidence", "--overlay") == 0
@@ -169,9 +171,9 @@ def test_a_folder_survives_broken_files_and_lists_them(
     assert {path: path.read_bytes() for path in images.rglob("*") if path.is_file()} == before
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     cases = [f"ward/North-00{number}" for number in range(1, 6)]
-    assert names == sorted(
-        f"{case}_{kind}.nii.gz" for case in cases for kind in ("confidence", "mask", "probability")
-    )
+    kinds = ("confidence", "mask", "probability")
+    results = [f"{case}_{kind}.nii.gz" for case in cases for kind in kinds]
+    assert names == sorted(["predictions.jsonl", *results])
     image = nib.load(images / "ward/North-002_image.nii.gz")
     for kind in ("probability", "confidence"):
         drawn = nib.load(out / f"ward/North-002_{kind}.nii.gz")
@@ -204,7 +206,7 @@ def test_the_same_call_writes_the_same_bytes(cell: Path, hospitals: Path, tmp_pa
         for name in ("a", "b")
     )
     assert first == second
-    assert len(first) == 3
+    assert len(first) == 4, "mask, probability, overlay and the record"
 
 
 def test_the_six_prostate_sites_are_prepared_trained_on_and_predicted(tmp_path: Path) -> None:

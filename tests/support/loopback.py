@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from fedsgcg.clients.guard.approval import approve, bundle_of_folder
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file, write_site_file
+from fedsgcg.deploy.certificates import key_usage
 from fedsgcg.deploy.site.commands import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -56,6 +57,17 @@ def certificate(
         now - datetime.timedelta(days=20),
         now + datetime.timedelta(days=days),
     ).add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+    # Python 3.13 accepts only certificates that follow RFC 5280 strictly, like those of a kit.
+    builder = builder.add_extension(
+        x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+    ).add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(
+            (issuer[1] if issuer else key).public_key()
+        ),
+        critical=False,
+    )
+    usage = key_usage(digital_signature=bool(issuer), key_cert_sign=not issuer)
+    builder = builder.add_extension(usage, critical=True)
     if issuer:
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -23,9 +23,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsgcg.common.seeding import stream
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.learnable import learnable
 from fedsgcg.common.wire.messages import (
     ENROL,
     EVALUATE,
+    SHARES,
     STATISTICS,
     TRAIN,
     Reply,
@@ -170,7 +172,19 @@ def honest_reply(plan: Plan, site: str, kind: str, request: Request) -> Reply:
         "seconds": 1.5,
     }
     judged = {"validation_dice": score_of(request.weights), "validation_cases": 2.0}
-    return replace(reply, weights=weights, statistics=statistics, metrics=metrics | judged)
+    judged |= {"validation_dice_trained": score_of(weights)}
+    control = None
+    if plan.federation.aggregator == "scaffold":
+        control = rng.normal(size=int(learnable(weights).sum())).astype(np.float32)
+    if SHARES in request.options:
+        judged["validation_dice_without"] = float(rng.uniform())
+    return replace(
+        reply,
+        weights=weights,
+        statistics=statistics,
+        metrics=metrics | judged,
+        control_variates=control,
+    )
 
 
 def site_statistics(plan: Plan, rng: np.random.Generator) -> ClassStatistics:

@@ -31,6 +31,6 @@ def test_every_row_of_the_issue_is_measured():
 def test_without_a_gpu_it_refuses_and_says_what_it_found():
     with pytest.raises(
         SystemExit,
-        match=r"needs a CUDA device.*found torch .* built for CUDA none; no NVIDIA driver",
+        match=r"needs a CUDA device.*found torch .* built for CUDA (none|[\d.]+); no NVIDIA driver",
     ):
         bench_gpu.run()

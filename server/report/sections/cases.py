@@ -7,7 +7,12 @@ from typing import Any
 
 from fedsgcg.common.errors import CODES
 
-ROLES = {"train": "training", "heldout": "held out", "observer": "observer"}
+ROLES = {
+    "train": "training",
+    "unlabelled": "without labels",
+    "heldout": "held out",
+    "observer": "observer",
+}
 
 
 def join_words(words: Iterable[Any]) -> str:

@@ -41,7 +41,7 @@ def test_a_site_enrols_with_its_cases_counted_by_split(root, tmp_path):
     reply = asked(plan, wire.ENROL, "North", 0)
     assert reply.error == ""
     assert reply.site == reply.details["site"] == "North"
-    assert reply.details["roles"] == ["train", "heldout", "observer"]
+    assert reply.details["roles"] == ["train", "unlabelled", "heldout", "observer"]
     counts = reply.details["cases"]
     assert counts["train"] + counts["validation"] == 4
     assert counts["train"] >= 1

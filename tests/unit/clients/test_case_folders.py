@@ -80,9 +80,9 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
             for name in (
                 "c_image.png",
                 "c_mask.png",
-                "d_image.mha",
-                "d_mask.mha",
-                "e.nrrd",
+                "d_image.mgz",
+                "d_mask.mgz",
+                "e.vtk",
                 "f_mask.png",
                 "g.png",
                 "deep/h_image.png",
@@ -100,7 +100,7 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     (note,) = site.notes
     assert note.code == "DAT-119"
     assert note.found.split("; ") == [
-        "3 files in unsupported formats (.mha 2, .nrrd 1): d_image.mha, d_mask.mha, e.nrrd",
+        "3 files in unsupported formats (.mgz 2, .vtk 1): d_image.mgz, d_mask.mgz, e.vtk",
         "1 masks without an image: f_mask.png",
         "2 images that are not named <site>/<case>_image: h_image.png, g.png",
         "1 hidden files named like images: ._c_image.png",
@@ -115,8 +115,8 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     ]
     folder_root(tmp_path / "only", "A/x.dcm")
     (problem,) = problems_of(discover_sites, tmp_path / "only")
-    assert "1 files in unsupported formats (.dcm 1): x.dcm" in problem.found
-    assert "dcm2niix" in problem.action
+    assert "1 folders of DICOM files not named <case>_image: A" in problem.found
+    assert "folder of each series <case>_image" in problem.action
 
 
 def test_one_path_in_two_spellings_is_one_case(tmp_path, make_data):

@@ -15,6 +15,7 @@ from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.clients.training import train_round, weights_of
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.heads import build_trained
 from fedsgcg.common.networks import UNet, build_network
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
@@ -265,11 +266,11 @@ def test_a_study_says_on_the_console_and_in_its_report_who_ran_out_of_memory(
     hospital, tmp_path, monkeypatch
 ):
     def built(*given: object, **named: object) -> UNet:
-        network = build_network(*given, **named)
+        network = build_trained(*given, **named)
         needing_much(network, 2)
         return network
 
-    monkeypatch.setattr("fedsgcg.clients.app.build_network", built)
+    monkeypatch.setattr("fedsgcg.clients.app.build_trained", built)
     root, _ = hospital
     words = (
         "method=source",

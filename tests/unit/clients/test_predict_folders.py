@@ -85,7 +85,8 @@ def test_whatever_one_image_does_the_others_are_predicted(stored, tmp_path, monk
 
     monkeypatch.setattr(Predictor, "predict", odd)
     assert predicted(stored, folder, out) == 3
-    assert sorted(path.name for path in out.iterdir()) == ["a_mask.nii", "c_mask.nii"]
+    results = sorted(path.name for path in out.iterdir())
+    assert results == ["a_mask.nii", "c_mask.nii", "predictions.jsonl"]
     told = capsys.readouterr().out
     assert "[MOD-810]" in told
     assert "KeyError: 'a bug of a library'" in told
@@ -99,7 +100,8 @@ def test_an_image_that_is_called_image_writes_inside_the_folder(stored, tmp_path
         (folder / name).write_bytes(nifti())
     for image in folder.iterdir():
         assert predicted(stored, image, out) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["__mask.nii.gz", "_image_mask.nii"]
+    results = sorted(path.name for path in out.iterdir())
+    assert results == ["__mask.nii.gz", "_image_mask.nii", "predictions.jsonl"]
     assert [path.name for path in out.parent.iterdir()] == ["masks"]
 
 
@@ -118,13 +120,16 @@ def test_names_without_utf8_and_names_that_are_too_long(stored, tmp_path, capsys
     told = capsys.readouterr().out
     assert "M%FCller.nii" in told
     assert "Shorten the name" in told
-    assert [os.fsencode(path.name) for path in out.iterdir()] == [b"M\xfcller_mask.nii"]
+    names = sorted(os.fsencode(path.name) for path in out.iterdir())
+    assert names == [b"M\xfcller_mask.nii", b"predictions.jsonl"]
+    assert predicted(stored, folder, out, "--resume") == 3
+    assert "1 of them earlier and unchanged" in capsys.readouterr().out
 
 
 def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
     touch(
         tmp_path / "data/a.nii",
-        tmp_path / "data/b.mha",
+        tmp_path / "data/b.mgz",
         tmp_path / "data/._a.nii",
         tmp_path / "elsewhere/P2/c.nii",
     )
@@ -133,10 +138,10 @@ def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
     assert [job.name for job in jobs] == ["P2/c", "a"]
     first, second = skipped.texts()
     assert first.startswith(
-        "1 files in unsupported formats (.mha 1): b.mha. Convert it with SimpleITK"
+        "1 files in unsupported formats (.mgz 1): b.mgz. Convert it with FreeSurfer"
     )
     assert second == "1 hidden files named like images: ._a.nii"
     (tmp_path / "only").mkdir()
-    touch(tmp_path / "only/x.dcm")
+    touch(tmp_path / "only/x.par")
     with pytest.raises(FedsgcgError, match="dcm2niix"):
         jobs_of_images([tmp_path / "only"])

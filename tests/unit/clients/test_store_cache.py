@@ -120,7 +120,7 @@ def test_several_processes_may_open_a_cold_cache_at_once(one):
         sums = pool.starmap(_open_in_process, [one] * 3)
     assert sums == [ramp()[1][1].sum()] * 3
     assert len(list((one[2] / "slices").glob("*.arrow"))) == 1
-    assert not list(one[2].rglob("*.tmp"))
+    assert not list(one[2].rglob("*.partial"))
 
 
 def test_a_store_of_the_written_hospitals_does_not_depend_on_the_folder(make_data, tmp_path):

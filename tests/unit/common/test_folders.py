@@ -41,15 +41,21 @@ def test_every_kind_of_file_has_its_place(tmp_path):
     touch(
         *(
             tmp_path / name
-            for name in ("a.nii.gz", "b.MHA", "c.nrrd", "._a.nii.gz", "note.txt", "__MACOSX/a.png")
+            for name in (
+                *("a.nii.gz", "b.MHA", "c.mgz", "d.svs", "._a.nii.gz", "note.txt"),
+                *("__MACOSX/a.png", "e.hdr", "e.img", "f.IMG", "g.mhd", "g.raw"),
+            )
         )
     )
     (tmp_path / "IM0001").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "1.2.840.113").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "README").write_bytes(b"text")
     found = look_through(tmp_path)
-    assert names(found.images, tmp_path) == ["a.nii.gz"]
-    assert names(found.foreign, tmp_path) == ["1.2.840.113", "IM0001", "b.MHA", "c.nrrd"]
+    assert names(found.images, tmp_path) == ["a.nii.gz", "b.MHA", "e.hdr", "f.IMG", "g.mhd"]
+    assert names(found.foreign, tmp_path) == ["c.mgz", "d.svs"]
+    assert {folder: names(files, tmp_path) for folder, files in found.series.items()} == {
+        tmp_path: ["1.2.840.113", "IM0001"]
+    }
     assert names(found.ghosts, tmp_path) == ["._a.nii.gz"]
     assert len(found.conversions()) == 2
 
@@ -63,10 +69,10 @@ def test_a_file_of_another_format_is_refused_with_the_tool_that_converts_it(suff
     assert foreign_suffix(path) == suffix
 
 
-def test_dicom_and_metaimage_name_their_tools():
-    assert "dcm2niix" in conversion_advice(Path("x.dcm"))
-    assert "SimpleITK" in conversion_advice(Path("x.mha"))
-    assert "SimpleITK" in conversion_advice(Path("x.nrrd"))
+def test_other_formats_name_their_tools():
+    assert "mri_convert" in conversion_advice(Path("x.mgz"))
+    assert "SimpleITK" in conversion_advice(Path("x.vtk"))
+    assert "NIfTI" in conversion_advice(Path("x.txt"))
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_a_constant_image_is_refused():
 def test_masks_of_another_shape_are_refused():
     with pytest.raises(FedsgcgError) as caught:
         check_geometry(volume(), volume((4, 6, 5)), "case")
-    assert (caught.value.code, caught.value.problems[0].found) == ("DAT-104", "4x6x5")
+    found = caught.value.problems[0].found
+    assert (caught.value.code, found) == ("DAT-104", "a volume of 5x6x4")
     with pytest.raises(FedsgcgError, match="DAT-104"):
         check_geometry(volume((1, 5, 6), picture=True), volume((1, 5, 6)), "case")
 

@@ -46,8 +46,8 @@ def test_lzw_tiff_as_scanners_write_it(tmp_path):
     np.testing.assert_array_equal(read_volume(tmp_path / "a.tif").array[0], grey)
 
 
-def test_a_tiff_of_many_pages_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((7, 8, 9), np.uint8), photometric="minisblack")
+def test_a_tiff_of_many_colour_pages_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((7, 8, 9, 3), np.uint8), photometric="rgb")
     assert code_of(tmp_path / "a.tif") == "DAT-106"
 
 

@@ -30,6 +30,9 @@ def test_one_setting_is_explained_by_meaning_unit_default_and_choices() -> None:
     assert "{background: [0], gland: [1]}" in explain("data.classes", join())
     assert "promise12" in explain("data", join())
     assert "ablation" in explain("experiment", join())
+    text = explain("augmentation", join())
+    assert "default | none | strong" in text
+    assert "data.augmentation.intensity.bias_field" in text
 
 
 def test_an_unknown_or_ambiguous_name_gets_a_hint() -> None:

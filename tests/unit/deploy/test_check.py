@@ -246,11 +246,11 @@ def test_before_the_approval_the_check_has_a_note_and_no_problem(root, tmp_path)
 
 
 def test_a_step_is_measured_and_a_missing_device_said(root, tmp_path):
-    found = examine_device(policy_for(root, tmp_path), plan(root, tmp_path))
+    found = examine_device("cpu", 1, plan(root, tmp_path))
     assert [finding.verdict for finding in found] == ["ok", "ok"]
     assert "for 4 slices of 32 pixels" in found[1].found
     if os.environ.get("CUDA_VISIBLE_DEVICES", "") == "" and not shutil.which("nvidia-smi"):
-        (missing,) = examine_device(policy_for(root, tmp_path, device="cuda"), plan(root, tmp_path))
+        (missing,) = examine_device("cuda", 1, plan(root, tmp_path))
         assert (missing.code, missing.verdict) == ("CFG-004", "fail")
 
 
@@ -261,7 +261,8 @@ def test_the_disk_is_compared_with_what_is_needed(root, tmp_path):
         heldout=False,
         progress=lambda d, t: None,
     )
-    found = examine_disk(policy_for(root, tmp_path), seen)
+    policy = policy_for(root, tmp_path)
+    found = examine_disk((policy.cache, policy.home), seen)
     assert len(found) == 2
     assert all("GB needed" in finding.found for finding in found)
 
@@ -334,9 +335,9 @@ def test_check_prints_json_and_its_exit_code(root, tmp_path, capsys):
 
 def test_files_that_are_not_used_are_a_warning(root, tmp_path):
     (root / "manifest.csv").unlink()
-    for name in ("x_image.mha", "y_mask.nii.gz"):
+    for name in ("x_image.mgz", "y_mask.nii.gz"):
         (root / "North" / name).write_bytes(b"")
     found = findings(root, tmp_path)[str(root / "North")]
     assert (found.verdict, found.code) == ("warn", "DAT-119")
-    assert "(.mha 1): x_image.mha; 1 masks without an image: y_mask.nii.gz" in found.found
-    assert "SimpleITK" in found.action
+    assert "(.mgz 1): x_image.mgz; 1 masks without an image: y_mask.nii.gz" in found.found
+    assert "FreeSurfer" in found.action

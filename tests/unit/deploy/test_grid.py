@@ -228,3 +228,9 @@ def test_a_study_with_cells_of_single_hospitals_is_of_the_same_data(root, tmp_pa
     )
     assert whole.data == alone.data
     assert alone.cells[0].tree["data"]["sites"] == ["A", "B"]
+
+
+def test_settings_of_one_method_vary_that_method_alone() -> None:
+    axes = {"method": ["source", "moon", "jigen"], "method.moon.weight": ["1", "5"]}
+    found = variants(axes, "source", "by_site")
+    assert [one.label for one in found] == ["source", "moon weight=1", "moon weight=5", "jigen"]

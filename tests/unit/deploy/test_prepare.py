@@ -174,16 +174,21 @@ def test_other_formats_and_hidden_files_are_reported_once(tmp_path, capsys):
     image, labels = downloads.scan(1)
     downloads.volume(down / "North/p1_image.nii.gz", image)
     downloads.volume(down / "North/p1_mask.nii.gz", labels)
-    for name in ("p2_image.mha", "p2_mask.mha", "._p1_image.nii.gz", "note.txt"):
+    for name in ("p2_image.mgz", "p2_mask.mgz", "._p1_image.nii.gz", "note.txt"):
         (down / "North" / name).write_bytes(b"")
     (down / "South").mkdir()
-    (down / "South/x.nrrd").write_bytes(b"")
+    (down / "South/x.vtk").write_bytes(b"")
     assert prepare("manifest", down, "-o", out) == 3
     assert [line for line in report(out).splitlines() if line.startswith("[")] == [
         f"[DAT-119] Files in the folder are not used. ({down})"
     ]
-    assert "3 files of formats that are not read (.mha 2, .nrrd 1)" in report(out)
-    assert "SimpleITK" in capsys.readouterr().out
+    assert "3 files of formats that are not read (.mgz 2, .vtk 1)" in report(out)
+    assert "FreeSurfer" in capsys.readouterr().out
     assert "1 hidden files named like images, skipped: ._p1_image.nii.gz" in report(out)
+    (down / "North/scan").mkdir()
+    (down / "North/scan/IM1.dcm").write_bytes(b"")
+    assert prepare("manifest", down, "-o", tmp_path / "again") == 3
+    assert "1 folders of DICOM files: scan" in report(tmp_path / "again")
+    capsys.readouterr()
     assert prepare("manifest", down / "South", "-o", tmp_path / "other") == 2
-    assert "1 files of formats that are not read (.nrrd 1): x.nrrd" in capsys.readouterr().err
+    assert "1 files of formats that are not read (.vtk 1): x.vtk" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ def cell(tmp_path: Path) -> Cell:
     return Cell("sgcg", "West", 0, {"output": str(tmp_path), "federation": {"rounds": 4}})
 
 
-def tell(cell: Cell, event: str, number: int, **facts: Any) -> None:
+def add(cell: Cell, time: float, event: str, number: int, **facts: Any) -> None:
+    line = {"time": time, "event": event, "round": number, "rounds": 4, **facts}
     with (cell.folder / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"event": event, "round": number, "rounds": 4, **facts}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 def progress(*cells: Cell) -> Progress:
@@ -28,22 +28,34 @@ def progress(*cells: Cell) -> Progress:
 
 
 def test_a_resumed_cell_counts_the_rounds_of_this_call_alone(cell: Cell) -> None:
-    tell(cell, "run.started", 0)
-    tell(cell, "round.done", 1, loss=1.0)
-    tell(cell, "round.started", 2)  # the first call is interrupted here
+    add(cell, 0, "run.started", 0)
+    add(cell, 100, "round.started", 1)
+    add(cell, 400, "round.done", 1, loss=1.0)
+    add(cell, 401, "round.started", 2)  # the first call is interrupted here
     shown = progress(cell)
     (state,) = shown.states
-    assert (state.done_before, state.status, shown.time_left()) == (
-        1,
-        "waiting",
-        "estimating the time left",
-    )
-    tell(cell, "run.started", 1)
-    tell(cell, "round.started", 2)
-    tell(cell, "round.done", 2, loss=0.5)
+    assert (state.status, shown.time_left()) == ("waiting", "estimating the time left")
+    add(cell, 1000, "run.started", 1)
+    add(cell, 1030, "round.started", 2)  # reading the data took 30 s, which happens once
+    add(cell, 1050, "round.done", 2, loss=0.5)
     state.read_events()
-    shown.started = time.monotonic() - 20
     assert shown.time_left() == "about 40 s left"  # one round in 20 s, two to go
+
+
+def test_cells_that_run_at_the_same_time_share_what_is_left(cell: Cell, tmp_path: Path) -> None:
+    cells = [cell]
+    for name in ("second", "third"):
+        tree = {"output": str(tmp_path / name), "federation": {"rounds": 4}}
+        cells.append(Cell("sgcg", name, 0, tree))
+        cells[-1].folder.mkdir()
+    shown = progress(*cells)
+    for one in cells[:2]:
+        add(one, 0, "run.started", 0)
+        add(one, 5, "round.started", 1)
+        add(one, 15, "round.done", 1)
+    for state in shown.states:
+        state.read_events()
+    assert shown.time_left() == "about 50 s left"  # 3 + 3 + 4 rounds of 10 s, two at a time
 
 
 def test_a_cell_that_failed_asks_for_no_more_time(cell: Cell, tmp_path: Path) -> None:
@@ -51,14 +63,14 @@ def test_a_cell_that_failed_asks_for_no_more_time(cell: Cell, tmp_path: Path) ->
         "sgcg", "East", 0, {"output": str(tmp_path / "second"), "federation": {"rounds": 4}}
     )
     second.folder.mkdir()
-    tell(cell, "round.done", 1)
+    add(cell, 0, "round.done", 1)
     shown = progress(cell, second)
-    tell(cell, "run.started", 1)
-    tell(cell, "run.finished", 1, status="failed")
-    tell(second, "run.started", 0)
-    tell(second, "round.done", 3)
+    add(cell, 1, "run.started", 1)
+    add(cell, 2, "run.finished", 1, status="failed")
+    add(second, 1, "run.started", 0)
+    add(second, 2, "round.started", 3)
+    add(second, 12, "round.done", 3)
     for state in shown.states:
         state.read_events()
-    shown.started = time.monotonic() - 30
     assert shown.time_left() == "about 10 s left"
     assert [state.ended for state in shown.states] == [True, False]

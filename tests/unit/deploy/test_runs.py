@@ -28,7 +28,8 @@ from fedsgcg.deploy.coordinator.project import SubmittedRun
 from fedsgcg.deploy.coordinator.provision import provision
 from fedsgcg.deploy.coordinator.runs import plan_deployment
 from fedsgcg.deploy.coordinator.serve import presence
-from fedsgcg.deploy.coordinator.status import RunProgress, read_progress, status_kit
+from fedsgcg.deploy.coordinator.status import read_progress, status_kit
+from fedsgcg.server.records.progress import RunProgress
 from fedsgcg.server.sites.departures import declare
 
 

@@ -152,6 +152,7 @@ def test_rows_name_classes_and_leave_out_what_nobody_has_seen() -> None:
         {
             ("prototype_count", "background"): 4,
             ("prototype_count", "gland"): 0,
+            ("prototype_condition", "background"): 1,
             ("between_site_trace", "background"): 4,
             ("within_site_trace", "background"): 1,
         }

@@ -1,0 +1,1 @@
+"""Metrics for Prometheus and dashboards for Grafana (extra `monitoring`)."""

@@ -1,0 +1,206 @@
+"""Reads what was appended to the run folders of a study, or of a kit's federations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from fedsgcg.common.names import printable
+from fedsgcg.common.run_folder import paths
+from fedsgcg.server.telemetry.state import RunMetrics, Sample, states_of
+
+ROUND_ENDS: Final = ("round.done", "round.void")
+LONGEST_LINE: Final = 1 << 20
+"""Bytes of a line of an event log; longer ones are counted as unreadable."""
+
+CHUNK: Final = 1 << 24
+"""Bytes of an event log that are read at a time."""
+
+DEEPEST: Final = 6
+"""Folders between the followed folder and a run."""
+
+
+class RunFollower:
+    """Follows one run folder.
+
+    Args:
+        folder: The run folder.
+        study: Name of the study.
+    """
+
+    def __init__(self, folder: Path, study: str) -> None:
+        self.folder = folder
+        self.metrics = RunMetrics(study)
+        self.unreadable = 0
+        self._position = 0
+        self._identity = (0, 0)
+        self._study = study
+        self._rounds_read = 0
+        self._results_time = 0
+
+    def poll(self) -> None:
+        """Take everything that was appended since the last call."""
+        for event in self._events():
+            self.metrics.take(event)
+            if event.get("event") in ROUND_ENDS:
+                self._read_round(int(event.get("round", 0)))
+            elif event.get("event") == "run.finished":
+                self._read_rest()
+        self._read_results()
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        try:
+            with (self.folder / paths.EVENTS).open("rb") as file:
+                facts = os.fstat(file.fileno())
+                identity = (facts.st_dev, facts.st_ino)
+                if identity != self._identity or facts.st_size < self._position:
+                    # Another file, for example of a study that was run again: start afresh.
+                    self._identity, self._position = identity, 0
+                    self.metrics = RunMetrics(self._study)
+                    self._rounds_read, self._results_time = 0, 0
+                file.seek(self._position)
+                while data := file.read(CHUNK):
+                    complete, newline, rest = data.rpartition(b"\n")
+                    if not newline and len(rest) < CHUNK:
+                        return
+                    taken = complete + newline if newline else rest
+                    self._position += len(taken)
+                    file.seek(self._position)
+                    yield from self._parsed(taken)
+        except OSError:
+            return  # the folder was moved or its disk is away; it may come back
+
+    def _parsed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        for line in data.splitlines():
+            try:
+                if len(line) > LONGEST_LINE:
+                    raise ValueError
+                event = json.loads(line)
+                if not isinstance(event, dict):
+                    raise ValueError
+                int(event.get("round", 0)), int(event.get("rounds", 0)), float(event["time"])
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                self.unreadable += 1
+            else:
+                yield event
+
+    def _read_round(self, number: int) -> None:
+        """Read the rows of a round from the journal, which is removed after the run."""
+        if number <= self._rounds_read:
+            return
+        path = self.folder / paths.JOURNAL / "rounds" / f"{number:05d}.arrow"
+        try:
+            with pa.memory_map(str(path)) as source:
+                rows = pa.ipc.open_file(source).read_all().to_pylist()
+        except (OSError, pa.ArrowInvalid):
+            return  # read from the run's table at its end
+        self._rounds_read = number
+        self.metrics.take_rows(rows)
+
+    def _read_rest(self) -> None:
+        """Read the rounds that were not read from the journal from the run's table."""
+        try:
+            rows = pq.read_table(self.folder / paths.ROUNDS).to_pylist()
+        except (OSError, pa.ArrowInvalid):
+            return
+        fresh = [row for row in rows if row["round"] > self._rounds_read]
+        self.metrics.take_rows(fresh)
+        self._rounds_read = max((row["round"] for row in fresh), default=self._rounds_read)
+
+    def _read_results(self) -> None:
+        path = self.folder / paths.RESULTS
+        try:
+            changed = path.stat().st_mtime_ns
+            if changed == self._results_time:
+                return
+            columns = ["site", "structure", "dice"]
+            self.metrics.take_results(pq.read_table(path, columns=columns).to_pylist())
+            self._results_time = changed
+        except (OSError, pa.ArrowInvalid, KeyError):
+            return
+
+
+class Follower:
+    """Follows all run folders below a folder; new ones are found at each poll.
+
+    Args:
+        folder: Folder of a study, of several studies, or of a kit's runs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._runs: dict[Path, RunFollower] = {}
+
+    def poll(self, now: float) -> list[Sample]:
+        """Read what is new and return all samples.
+
+        Args:
+            now: Seconds since 1970.
+        """
+        for path in _run_folders(self.folder):
+            if path not in self._runs:
+                self._runs[path] = RunFollower(path, self._study_of(path))
+        samples: list[Sample] = []
+        studies: dict[str, list[RunFollower]] = {}
+        for _, run in sorted(self._runs.items()):
+            run.poll()
+            samples += run.metrics.samples(now)
+            studies.setdefault(self._study_of(run.folder), []).append(run)
+        for study, runs in studies.items():
+            samples += self._study_samples(study, runs)
+        return samples
+
+    def _study_samples(self, study: str, runs: list[RunFollower]) -> Iterator[Sample]:
+        expected = _cells_of(self._study_folder(runs[0].folder))
+        for state, count in states_of([run.metrics for run in runs], expected).items():
+            yield "fedsgcg_cells", (study, state), float(count)
+        yield "fedsgcg_unreadable_lines", (study,), float(sum(run.unreadable for run in runs))
+        try:
+            yield "fedsgcg_disk_free_bytes", (study,), float(shutil.disk_usage(self.folder).free)
+        except OSError:
+            return  # the folder is away
+
+    def _study_folder(self, run: Path) -> Path:
+        """Return the folder above a run that has `study.yaml`, else the followed folder."""
+        for parent in (run, *run.parents):
+            if (parent / paths.STUDY).is_file():
+                return parent
+            if parent == self.folder:
+                break
+        return self.folder
+
+    def _study_of(self, run: Path) -> str:
+        return printable(self._study_folder(run).resolve().name)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders with an event log, not deeper than `DEEPEST`."""
+    level = [folder]
+    for _ in range(DEEPEST):
+        below: list[Path] = []
+        for path in level:
+            if (path / paths.EVENTS).is_file():
+                yield path
+                continue
+            try:
+                below += [entry for entry in path.iterdir() if entry.is_dir()]
+            except OSError:
+                continue
+        level = below
+
+
+def _cells_of(folder: Path) -> int:
+    """Return the number of federations that `study.yaml` lists; 0 without one."""
+    try:
+        tree = yaml.safe_load((folder / paths.STUDY).read_text(encoding="utf-8"))
+        return len(tree["cells"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+        return 0
