@@ -13,15 +13,16 @@ from pathlib import Path
 from fedsgcg.common.images.phantoms import write_hospitals
 from tests.nemesis import checker, coverage
 from tests.nemesis.driver import run
+from tests.nemesis.history import History, Violation
 from tests.nemesis.schedule import BAD_REPLIES
 
 
-def report(history: checker.History, found: list[checker.Violation]) -> str:
+def report(history: History, found: list[Violation]) -> str:
     """Return what was made and seen, as Markdown."""
     made = [line for line in history.lines if line["event"] == "fault.over"]
     lines = [
-        "| fault | times | without effect | seen | resumed | codes at the site |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| fault | times | without effect | seen | resumed | seconds to the next round | codes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in sorted({line["fault"] for line in made if line["fault"] not in BAD_REPLIES}):
         rows = [line for line in made if line["fault"] == name]
@@ -29,7 +30,9 @@ def report(history: checker.History, found: list[checker.Violation]) -> str:
         codes = "; ".join(sorted({row["codes"] for row in rows if row["codes"]}))
         idle = sum(not row["effect"] for row in rows)
         resumes = sum(row["resumes"] for row in rows)
-        lines.append(f"| {name} | {len(rows)} | {idle} | {seen} | {resumes} | {codes} |")
+        longest = max(row["seconds"] for row in rows)
+        counts = f"{len(rows)} | {idle} | {seen} | {resumes} | {longest:.0f}"
+        lines.append(f"| {name} | {counts} | {codes} |")
     lines += ["", "| bad replies | sent | refused, or counted once |", "| --- | --- | --- |"]
     for name, (sent, good) in sorted(coverage.bad_replies(history).items()):
         lines.append(f"| {name} | {sent} | {good} |")
@@ -61,7 +64,7 @@ def main() -> int:
     hospitals = write_hospitals(folder / "hospitals", cases_per_site=5, shape=(6, 40, 40), seed=7)
     start = time.monotonic()
     run(folder, hospitals, given.seconds, given.seed, given.deadline)
-    history = checker.History.read(folder)
+    history = History.read(folder)
     found = [*checker.check(history), *coverage.promised(history)]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     text = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tests.nemesis.checker import History, Violation, attempts, refusals
+from tests.nemesis.history import History, Violation, attempts, refusals
 
 TWICE = "replies sent twice"
 
