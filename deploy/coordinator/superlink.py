@@ -6,8 +6,8 @@ same application is served twice in one process. The public port serves only the
 API (`FleetOnly`), within the limits of `deploy.coordinator.front`. 127.0.0.1 serves all paths,
 where the Control API requires the coordinator's token and the Runtime API the executor's secret.
 
-This module, `executor`, `store_limit` and `state_cleanup` are the only ones here that depend on the
-internals of Flower's server; flwr is pinned to one minor version.
+This module, `executor`, `reconnect`, `store_limit` and `state_cleanup` are the only ones here that
+depend on the internals of Flower's server; flwr is pinned to one minor version.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from fedsgcg.deploy.coordinator.front import (
     Send,
 )
 from fedsgcg.deploy.coordinator.public_server import public_server, raise_descriptors
+from fedsgcg.deploy.coordinator.reconnect import Reconnections
 from fedsgcg.deploy.coordinator.store_limit import StoreBound, StoreLimits
 
 LOOPBACK: Final = "127.0.0.1"
@@ -208,7 +209,7 @@ def superlink_app(options: ServerOptions) -> Any:
         runtime_dependency_install=False,
     )
     app = create_app(config, SuperLinkLifespan)
-    app.dependency_overrides[get_linkstate] = StoreBound(options.store)
+    app.dependency_overrides[get_linkstate] = Reconnections(StoreBound(options.store))
     return app
 
 

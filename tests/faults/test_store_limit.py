@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -20,6 +21,7 @@ from starlette.testclient import TestClient
 
 from fedsgcg.deploy.coordinator.store_limit import StoreLimits
 from fedsgcg.deploy.coordinator.superlink import ServerOptions, superlink_app
+from tests.faults.test_public_port import KEY, PUBLIC, signature
 
 LIMITS = StoreLimits(size=300_000, objects=12)
 SIZE = 100_000
@@ -78,11 +80,15 @@ class Link:
                 assert PushObjectResponse.FromString(data).stored
         return found
 
-    def post(self, name: str, asked: Any) -> tuple[int, bytes]:
+    def post(
+        self, name: str, asked: Any, key: ec.EllipticCurvePrivateKey = KEY
+    ) -> tuple[int, bytes]:
+        """Send a request, signed by the hospital; returns the status and the answer."""
+        kinds = {"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE}
         answer = self.client.post(
             f"/v1/fleet/{name}",
             content=asked.SerializeToString(),
-            headers={"content-type": PROTOBUF_MEDIA_TYPE, "accept": PROTOBUF_MEDIA_TYPE},
+            headers={**kinds, **signature(key)},
         )
         return answer.status_code, answer.content
 
@@ -114,7 +120,7 @@ def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
     )
     app = superlink_app(options)
     state = app.state.linkstate_factory.state()
-    node = state.create_node("a", "a", b"key", 30.0)
+    node = state.create_node("a", "a", PUBLIC, 30.0)
     assert state.activate_node(node, 30.0)
     run = state.create_run(
         "fedsgcg/fedsgcg", "1", "0" * 64, {}, NOOP_FEDERATION_ID, None, "a", TaskType.SERVER_APP
@@ -136,6 +142,7 @@ def test_an_honest_reply_is_stored(link: Link) -> None:
     assert link.stored()[0] > 2 * SIZE
 
 
+@pytest.mark.attack("stored-replies")
 def test_row_40_replies_that_nobody_reads_do_not_fill_the_disk(link: Link) -> None:
     """Row 40: late replies stayed until the run ended, whatever their number."""
     for number in range(10):
@@ -160,6 +167,7 @@ def test_row_40_a_reply_beyond_the_limits_is_refused(link: Link) -> None:
     assert link.stored()[1] <= 2 * LIMITS.objects
 
 
+@pytest.mark.attack("stored-replies")
 def test_row_40_a_reply_cannot_be_sent_again_with_other_objects(link: Link) -> None:
     """Row 40: the same reply came with another tree each time, and all were registered."""
     reply = link.reply()
@@ -178,4 +186,4 @@ def test_row_40_only_announced_objects_are_stored(link: Link) -> None:
     assert link.push(reply, "") == {413}
     _, session = link.announce(reply)
     stranger = replace(link, node=link.node + 1)
-    assert stranger.push(reply, session) == {413}
+    assert stranger.push(reply, session) == {401}  # Flower knows whose signature it is
