@@ -158,6 +158,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert not thread.is_alive()
 
 
+@pytest.mark.attack("anonymous-bodies")
 def test_row_40_a_long_anonymous_body_is_refused_by_its_head(served: Served) -> None:
     """Row 40: 400 MB were buffered before anybody was authenticated."""
     served.received.clear()
@@ -167,6 +168,7 @@ def test_row_40_a_long_anonymous_body_is_refused_by_its_head(served: Served) -> 
     assert served.received == []
 
 
+@pytest.mark.attack("anonymous-bodies")
 def test_row_40_a_body_without_length_is_cut_at_the_limit(served: Served) -> None:
     """Row 40: chunked bodies state no length."""
     served.received.clear()
@@ -201,6 +203,7 @@ def test_a_signature_must_be_fresh_and_of_a_registered_key() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nhost:"])
+@pytest.mark.attack("idle-connections")
 def test_row_i10_a_connection_that_asks_nothing_is_closed(served: Served, sent: bytes) -> None:
     """I10: 990 idle TLS connections took every descriptor, and none was closed after 75 s."""
     with served.connect() as link:
@@ -214,6 +217,7 @@ def test_row_i10_a_handshake_that_does_not_happen_is_closed(served: Served) -> N
         assert is_closed(link)
 
 
+@pytest.mark.attack("idle-connections")
 def test_row_i10_a_head_or_body_that_trickles_is_closed(served: Served) -> None:
     """I10: each byte used to start the waiting anew."""
     with served.connect() as link:
@@ -252,6 +256,7 @@ def test_a_connection_is_closed_after_an_answer_and_used_again_before(served: Se
         assert is_closed(link)
 
 
+@pytest.mark.attack("unread-responses")
 def test_row_i10_a_hospital_that_reads_nothing_of_a_response_is_closed(served: Served) -> None:
     """I10: a registered hospital asked for objects and never read them; nothing ended that."""
     served.gone.clear()
@@ -298,6 +303,7 @@ def test_a_long_head_is_refused(served: Served) -> None:
         assert status(link) == 400
 
 
+@pytest.mark.attack("idle-connections")
 def test_row_i10_connections_are_limited_by_address_and_in_all(served: Served) -> None:
     """I10: a stranger's connections leave room for another address, and all are bounded."""
     first = [served.connect(secure=False) for _ in range(SMALL.address)]
@@ -327,6 +333,7 @@ def record(text: str, *values: object, name: str = "flwr") -> logging.LogRecord:
     return logging.LogRecord(name, logging.WARNING, "", 0, text, values, None)
 
 
+@pytest.mark.attack("log-flood")
 def test_row_70_repetitions_do_not_push_the_log_over() -> None:
     """Row 70: a stranger repeats one message; others are still written, and the rest is counted."""
     clock = [0.0]
