@@ -51,14 +51,14 @@ def test_inputs_that_once_broke_a_decoder_are_read_or_refused(decoders: dict[str
 
 def crash(data: bytes) -> None:
     if len(data) % 2:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_an_input_that_ends_the_process_is_found(tmp_path: Path) -> None:
     """A library in C may crash: the run goes on and has the input."""
     seen, faults = fuzz_apart(Target("c", (b"ab",), crash, bytes_of), 100, 0, tmp_path)
     ((kind, (_, data)),) = faults.items()
-    assert kind == "c: ended by signal 11"
+    assert kind == "c: ended by signal 9"
     assert len(data) % 2
     assert seen["fault"] == 1
 
