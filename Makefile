@@ -15,8 +15,8 @@ help:
 	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
 	@echo "make gpu     benchmarks and a study (STUDY) on one CUDA device within LIMIT (540) seconds"
 	@echo "make nemesis  faults in a real federation for SECONDS (600), judged by an independent checker"
-	@echo "make fuzz    CASES (100000) mutated payloads and files for every decoder"
-	@echo "make mutants  SAMPLE (200) small changes of the pure core, which the tests must notice"
+	@echo "make fuzz    CASES (100000) mutated payloads and files, all decoders in turns"
+	@echo "make mutants  SAMPLE (200) small changes of the pure core in MINUTES (10), which its tests must notice"
 	@echo "make sbom    list what is installed, as CycloneDX in sbom.json"
 	@echo "make audit   compare the installed versions with known vulnerabilities; needs the internet"
 	@echo "make soak    200 rounds with real clients: the memory must stay flat"
@@ -75,8 +75,9 @@ fuzz: setup
 	$(RUN)/python -m tests.faults.fuzz --cases $(CASES)
 
 SAMPLE ?= 200
+MINUTES ?= 10
 mutants: setup
-	$(RUN)/python -m tests.mutants --sample $(SAMPLE)
+	$(RUN)/python -m tests.mutants --sample $(SAMPLE) --minutes $(MINUTES)
 
 # The tools are in an environment of their own, so that the list holds nothing of theirs.
 $(VENV)-audit/.installed: pyproject.toml constraints.txt

@@ -139,6 +139,8 @@ def run_kit(
     study = plan_deployment(kit, overrides)
     check_leaving(study, without)
     study.folder.mkdir(parents=True, exist_ok=True)
+    if warning := kit.project().missing_limits():
+        console.print(str(warning), style="yellow")
     bundle = build_bundle()
     with control_of(kit) as control, lock_file(study.folder / paths.LOCK):
         refuse_second_run(kit, control)
