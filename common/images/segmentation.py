@@ -122,6 +122,8 @@ def write(
             if name not in header:  # removed when the data were de-identified
                 setattr(header, name, "")
     frames = from_canonical(classes, image.affine, image.plane).transpose(2, 1, 0)
+    if image.source.frames:  # in the order of the file
+        frames = frames[np.argsort(image.source.frames)]
     code = hd.sr.CodedConcept
     program = hd.AlgorithmIdentificationSequence(
         name="fedsgcg",
