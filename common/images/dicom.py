@@ -99,12 +99,13 @@ class _Slice:
         return self.header.get(name, "")
 
 
-def read(path: Path, *, mask: bool = False) -> Volume:
+def read(path: Path, *, mask: bool = False, series: str = "") -> Volume:
     """Read a series, a picture or, with `mask`, a segmentation.
 
     Args:
         path: Folder with one series, or one file.
         mask: Whether labels are wanted.
+        series: Number or description of the series in a folder with several; "" for the only one.
 
     Raises:
         FedsgcgError: DAT-103 without DICOM images, DAT-106 for several images at one position or
@@ -117,7 +118,7 @@ def read(path: Path, *, mask: bool = False) -> Volume:
         from fedsgcg.common.images import segmentation as module
 
         return module.read_labels(segmentation)
-    slices = _one_series(path)
+    slices = _one_series(path, series)
     first = slices[0]
     if not first.get("ImagePositionPatient"):
         return _picture(slices, path, mask)
@@ -204,8 +205,8 @@ def _header(path: Path) -> Any:
         return None
 
 
-def _one_series(path: Path) -> list[_Slice]:
-    """Return the images of the only series of a folder or file."""
+def _one_series(path: Path, wanted: str = "") -> list[_Slice]:
+    """Return the images of the only series of a folder or file, or of the one that is wanted."""
     files = [file for file in inside(path) if is_dicom(file)] if path.is_dir() else [path]
     headers = [_Slice(file, header) for file in files if (header := _header(file)) is not None]
     segments = [one for one in headers if one.get("SOPClassUID") in SEGMENTATIONS]
@@ -220,9 +221,10 @@ def _one_series(path: Path) -> list[_Slice]:
         )
     if not images:
         raise ValueError("no DICOM image" if path.is_dir() else "not a DICOM image")
-    series = Counter(str(one.get("SeriesInstanceUID")) for one in images)
-    if len(series) > 1:
-        raise _several_series(images, path)
+    chosen = [one for one in images if not wanted or _is_called(one, wanted)]
+    if len({str(one.get("SeriesInstanceUID")) for one in chosen}) != 1:
+        raise _several_series(images, path, wanted)
+    images = chosen
     several = [one for one in images if int(one.get("NumberOfFrames") or 1) > 1]
     return _frames(several[0], len(images), path) if several else images
 
@@ -244,7 +246,13 @@ def _frames(one: _Slice, files: int, path: Path) -> list[_Slice]:
     )
 
 
-def _several_series(images: Sequence[_Slice], path: Path) -> FedsgcgError:
+def _is_called(one: _Slice, wanted: str) -> bool:
+    """Whether a file belongs to the series of a number or description."""
+    names = (str(one.get("SeriesNumber")), str(one.get("SeriesDescription")))
+    return wanted.strip().casefold() in {name.strip().casefold() for name in names}
+
+
+def _several_series(images: Sequence[_Slice], path: Path, wanted: str) -> FedsgcgError:
     counts = Counter(
         (str(one.get("SeriesInstanceUID")), str(one.get("SeriesNumber"))) for one in images
     )
@@ -256,9 +264,10 @@ def _several_series(images: Sequence[_Slice], path: Path) -> FedsgcgError:
     return fail(
         "DAT-162",
         found=f"{len(counts)} series: {', '.join(texts[:6])}",
-        expected="one series a folder",
+        expected=f"one series called {wanted!r}" if wanted else "one series a folder",
         action="Move each series into a folder of its own, or convert them with dcm2niix, which "
-        "writes one file a series: dcm2niix -z y -o OUT FOLDER.",
+        "writes one file a series: dcm2niix -z y -o OUT FOLDER. `predict` chooses one by its "
+        "number or description: --series.",
         where=str(path),
     )
 

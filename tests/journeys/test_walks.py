@@ -51,3 +51,11 @@ def test_an_export_of_three_hospitals_to_a_report_and_segmentations(
             np.testing.assert_allclose(own, places[image.ReferencedSOPInstanceUID], atol=1e-4)
         # Read as a mask of the series it is accepted: the same grid, the same images.
         assert segments_of(path, read_volume(folder)) is not None
+    # A new patient's export, as it comes: the series is named.
+    (patient,) = (source / "North").glob("PAT003")
+    call[2] = str(patient)
+    assert site_main([*call, "--overwrite"]) == 1  # a localizer is in the folder
+    assert site_main([*call, "--overwrite", "--series", "3"]) == 0
+    (made,) = Path("masks").rglob("STUDY1_mask.dcm")
+    t2 = read_volume(patient / "STUDY1", series="t2 3")
+    assert segments_of(made, t2).masks.shape[1:] == t2.array.shape
