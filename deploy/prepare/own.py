@@ -68,8 +68,9 @@ class Labels:
     def settle(self) -> None:
         """After the conversion, take the values from masks with one layer a structure."""
         if self.overlaps.names:
-            self.seen = self.overlaps.counts()
-            self.names, self.regions = self.overlaps.classes(), self.overlaps.structures()
+            self.seen += self.overlaps.counts()
+            self.names = self.names | self.overlaps.classes()
+            self.regions = self.regions or self.overlaps.structures()
 
     def check(self, values: Sequence[float], where: str) -> None:
         """Record the values of one mask; raises DAT-109 for a value that is not allowed."""
