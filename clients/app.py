@@ -63,7 +63,7 @@ from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
 from fedsgcg.common.images.contents import CONTENT_HASHES
-from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream, stream_seed
 from fedsgcg.common.settings.federation import SHARES, TRAINING
 from fedsgcg.common.statistics import ClassStatistics
@@ -320,7 +320,7 @@ def load_global_model(task: SiteRequest, *, trained: bool = True) -> nn.Module:
     if task.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = task.plan
-    channels = IN_CHANNELS, plan.data.out_channels
+    channels = plan.data.in_channels, plan.data.out_channels
     network = build_trained(plan, None) if trained else build_network(plan.network, *channels, None)
     load_weights(network, task.request.weights)
     network.to(task.device)

@@ -52,6 +52,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    "DAT-127": "The names do not say which mask belongs to which image.",
+    "DAT-128": "Contours are stored as an RT structure set.",
+    "DAT-129": "The hospital of a case is not known.",
+    # DAT-13x: slices
+    "DAT-130": "The stack of slices does not fit the images.",
     # DAT-16x: formats
     "DAT-160": "A library that reads or writes this format is not installed.",
     "DAT-161": "The DICOM series has a gap.",

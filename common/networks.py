@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.own_code import load_class, unusable
 from fedsgcg.common.settings.plan import NetworkSettings
 
@@ -29,7 +30,10 @@ DOWNSAMPLING: Final = 16
 """Height and width must be multiples of this: four poolings by two."""
 
 IN_CHANNELS: Final = 3
-"""Channels of an image: a slice with its neighbours, a repeated slice, or a picture's colours."""
+"""Channels of an image: a slice with its neighbours, a repeated slice, or a picture's colours.
+
+With `data.stack=5` there are five (`common.settings.data.channels_of`).
+"""
 
 GROUPS: Final = 8
 """Groups of `norm="group"`, fewer if the number of channels is not a multiple."""
@@ -196,7 +200,7 @@ class RestorationDecoder(nn.Module):
         out_channels: Channels of an image.
     """
 
-    def __init__(self, base_width: int, domains: int, out_channels: int = 3) -> None:
+    def __init__(self, base_width: int, domains: int, out_channels: int = IN_CHANNELS) -> None:
         super().__init__()
         planes = [base_width << level for level in (4, 3, 2, 1)]
         self.blocks = nn.ModuleList(RestorationBlock(p, domains) for p in planes)
@@ -204,7 +208,7 @@ class RestorationDecoder(nn.Module):
         initialise(self)
 
     def forward(self, deepest: Tensor, domain: int) -> Tensor:
-        """Restore images (B, 3, H, W) in [-1, 1] of one domain from (B, 16w, H/16, W/16) maps."""
+        """Restore images (B, C, H, W) in [-1, 1] of one domain from (B, 16w, H/16, W/16) maps."""
         for block in self.blocks:
             deepest = block(deepest, domain)
         restored: Tensor = self.head(deepest).tanh()
@@ -254,10 +258,12 @@ def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -
     )
 
 
-def build_restoration(base_width: int, domains: int, generator_seed: int) -> RestorationDecoder:
+def build_restoration(
+    base_width: int, domains: int, generator_seed: int, channels: int = IN_CHANNELS
+) -> RestorationDecoder:
     """Build a restoration decoder whose weights depend only on the seed, as `build_network`."""
     with without_draws():
-        decoder = RestorationDecoder(base_width, domains)
+        decoder = RestorationDecoder(base_width, domains, channels)
     initialise(decoder, torch.Generator().manual_seed(generator_seed))
     return decoder
 
@@ -336,21 +342,22 @@ def measure(network: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[int, s
     """
     classes = data["classes"] if data["activation"] == "softmax" else data["structures"]
     options = tuple(sorted(network["options"].items()))
-    return _measured(str(network["name"]), options, len(classes))
+    channels = channels_of(int(data.get("stack", IN_CHANNELS)))
+    return _measured(str(network["name"]), options, channels, len(classes))
 
 
 @lru_cache(maxsize=64)
 def _measured(
-    name: str, options: tuple[tuple[str, Any], ...], out_channels: int
+    name: str, options: tuple[tuple[str, Any], ...], in_channels: int, out_channels: int
 ) -> tuple[int, str]:
-    network = _build_own(name, dict(options), IN_CHANNELS, out_channels, 0).eval()
+    network = _build_own(name, dict(options), in_channels, out_channels, 0).eval()
     side = 4 * DOWNSAMPLING
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            answer = network(torch.zeros(1, IN_CHANNELS, side, side))
+            answer = network(torch.zeros(1, in_channels, side, side))
     except Exception as error:  # user code may raise anything
         expected = (
-            f"a network that takes images (B, {IN_CHANNELS}, H, W), "
+            f"a network that takes images (B, {in_channels}, H, W), "
             f"H and W multiples of {DOWNSAMPLING}"
         )
         raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error

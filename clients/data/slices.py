@@ -304,7 +304,7 @@ def read_truth(
     """
     groups = data.structure_classes()
     if structures:
-        inside = np.stack([_binary(path, image, where) for path in masks])
+        inside = np.stack([read_binary(path, image, where) for path in masks])
         return class_map(Layers(tuple(structures), inside), data.classes, groups, where)
     (path,) = masks
     if (segments := segments_of(path, image)) is not None:
@@ -314,8 +314,12 @@ def read_truth(
     return class_indices(mask.array, data.classes, where, data.label_tolerance)
 
 
-def _binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
-    """Read the mask of one structure: 0 outside and one other value inside."""
+def read_binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
+    """Read the mask of one structure on its image's grid: 0 outside and one other value inside.
+
+    Raises:
+        FedsgcgError: DAT-103 to DAT-106, DAT-116 or DAT-165 for a mask that cannot be used.
+    """
     mask = read_volume(path, mask=True)
     check_geometry(image, mask, where)
     values = np.unique(mask.array)

@@ -74,6 +74,12 @@ def add_predict_parser(commands: Any) -> None:
         help="format of the masks of volumes (default: same as the image; DICOM-SEG for DICOM)",
     )
     parser.add_argument(
+        "--series",
+        metavar="TEXT",
+        default="",
+        help="number or description of the DICOM series to use in folders with several",
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
         help="continue an interrupted run: predict what is not complete",

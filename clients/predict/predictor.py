@@ -83,14 +83,18 @@ class Predictor:
     probability: bool = False
     gaussians: Gaussians | None = None
 
-    def predict(self, path: Path) -> Prediction:
+    def predict(self, path: Path, series: str = "") -> Prediction:
         """Read and predict one image file.
+
+        Args:
+            path: The file, or the folder of a DICOM series.
+            series: Number or description of the series in a folder with several.
 
         Raises:
             FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an unusable image,
                 MOD-806 for a kind of image that the model was not trained on.
         """
-        volume = read_volume(path)
+        volume = read_volume(path, series=series)
         if volume.kind not in self.model.kinds:
             expected = " or ".join(self.model.kinds)
             action = (

@@ -139,7 +139,7 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
 
 def _deciding(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that decide the content of the results."""
-    names = ("probability", "confidence", "overlay", "out_format")
+    names = ("probability", "confidence", "overlay", "out_format", "series")
     return {name: getattr(options, name) for name in names}
 
 
@@ -185,7 +185,7 @@ def _predict_one(
     data = predictor.model.data
     check_format(job.image, job.out)
     try:
-        prediction = predictor.predict(job.image)
+        prediction = predictor.predict(job.image, options.series)
     except (RuntimeError, MemoryError, ValueError) as error:
         # Out of memory, or an image size that the network does not support.
         action = "Try a smaller --batch, or --device cpu."
