@@ -27,6 +27,7 @@ NOT_IDENTITY = (
     "site",
     "grid",
     "select",
+    "references",
     "config_dir",
 )
 """Settings that do not make another study: axes, places and machines."""
@@ -52,6 +53,7 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        references: Rows for comparison that were asked for (`deploy.study.references`).
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    references: tuple[str, ...] = ()
 
 
 def exit_code(cells: Iterable[Cell]) -> int:
