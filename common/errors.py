@@ -25,6 +25,10 @@ CODES: Final[dict[str, str]] = {
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
     "CFG-020": "The aggregation rule does not fit the plan.",
+    "CFG-040": "The reference does not fit the study.",
+    "CFG-041": "Real hospitals cannot run a comparison without the federation.",
+    "CFG-042": "The method does not fit the rule or the hospitals.",
+    "CFG-043": "The measured costs cannot be written.",
     # DAT: the data of a hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",

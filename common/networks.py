@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fedsgcg.common.domain_pool import DomainKnowledge
 from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.own_code import load_class, unusable
 from fedsgcg.common.settings.plan import NetworkSettings
@@ -61,6 +62,7 @@ class UNet(nn.Module):
         norm: `batch`, `group` or `instance`.
         features: The feature map to return: `penultimate`, `projection` or `bottleneck`.
         projection: A' of `features="projection"`.
+        domains: Places of DoFE's pool of domain knowledge (`common.domain_pool`); 0 = none.
 
     Raises:
         ValueError: An unknown norm or feature map, or a width that is not a positive even number.
@@ -74,6 +76,7 @@ class UNet(nn.Module):
         norm: str = "batch",
         features: str = "penultimate",
         projection: int = 32,
+        domains: int = 0,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -88,6 +91,7 @@ class UNet(nn.Module):
         self.decoder = Decoder(out_channels, widths, NORMS[norm])
         if features == "projection":
             self.projection = projection_head(widths[1], projection, NORMS[norm])
+        self.knowledge = DomainKnowledge(domains, widths[1]) if domains else None
         initialise(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +121,7 @@ class UNet(nn.Module):
 
     def decode(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits and feature map of an encoding."""
-        logits, penultimate = self.decoder(maps)
+        logits, penultimate = self.decoder(maps, self.knowledge)
         if self.features == "bottleneck":
             return logits, maps[-1]
         if self.features == "projection":
@@ -158,12 +162,17 @@ class Decoder(nn.Module):
         )
         self.head = nn.Conv2d(planes[-1], out_channels, 3, padding=1)
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return logits (B, C, H, W) and the penultimate map (B, 2w, H, W)."""
+    def forward(
+        self, maps: list[Tensor], knowledge: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (B, C, H, W) and the penultimate map (B, 2w, H, W).
+
+        With `knowledge` the logits are those of its output, and the map is its input.
+        """
         features = maps[-1]
         for block, skip in zip(self.blocks, maps[-2::-1], strict=True):
             features = block(features, skip)
-        return self.head(features), features
+        return self.head(features if knowledge is None else knowledge(features)), features
 
 
 class DecoderBlock(nn.Module):
@@ -320,6 +329,7 @@ def build_network(
             settings.norm,
             settings.features,
             settings.projection,
+            settings.domains,
         )
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -433,5 +443,5 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after), nn.ReLU(inplace=True))
 
 
-NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int], UNet]]] = {"unet": UNet}
+NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int], UNet]]] = {"unet": UNet}
 """Networks by name; called with the arguments of `UNet`."""

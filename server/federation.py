@@ -38,6 +38,7 @@ from fedsgcg.server.aggregation.amplitudes import (
     sharing_level,
     usable_amplitudes,
 )
+from fedsgcg.server.aggregation.domain_pool import with_pool
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
@@ -189,6 +190,7 @@ class Federation:
             "error": code,
             "rounds_done": outcome.rounds_done,
             "digest": outcome.digest,
+            "budget": results.budget_of(self._plan),
             "machine": arithmetic_of(self._plan.site.threads),
             "seconds": round(time.monotonic() - start, 3),
             "problems": [results.problem_fields(problem) for problem in outcome.problems],
@@ -291,6 +293,7 @@ class Federation:
                 STATISTICS, Request(identity, state.weights, options={"classes": True})
             )
             parts = self._memory.update(parts, statistics_of(before))
+            state = replace(state, weights=with_pool(state.weights, parts))
         prototypes = self._memory.prototypes(parts)
         added = additions(self._plan.federation.aggregator, state.aggregator_state)
         options = dict(added.options)
@@ -318,6 +321,7 @@ class Federation:
         if not before:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
+        merged = with_pool(merged, parts)
         check_finite(number, merged, parts)
         rows = site_rows(number, trained, before, after) + weight_rows(number, aggregator_state)
         if prototypes is not None:
@@ -456,7 +460,7 @@ class Federation:
         elif plan.federation.selection == "source_validation":
             self._note(Problem("RND-405", where="source validation", action=NO_VALIDATION))
         rows = self._journal.rows() + validation_rows(last + 1, validation)
-        prototypes, shift = self._prototypes_of(chosen)
+        prototypes, shift, chosen = self._prototypes_of(chosen)
         rows += shift
         chosen = replace(chosen, weights=without_heads(chosen.weights))
         results.write_rounds(self._disk, plan, rows)
@@ -484,7 +488,7 @@ class Federation:
         results.write_results(self._disk, plan, [row for part in tested for row in part.cases])
         return chosen.weights.digest()
 
-    def _prototypes_of(self, chosen: Best) -> tuple[ClassStatistics | None, list[Row]]:
+    def _prototypes_of(self, chosen: Best) -> tuple[ClassStatistics | None, list[Row], Best]:
         """Collect class statistics of the selected model with BatchNorm in evaluation mode.
 
         The prototypes used in training belong to an earlier model or to BatchNorm's training mode;
@@ -493,11 +497,12 @@ class Federation:
         moments would normalise every site by its own data.
 
         Returns:
-            The prototypes and the rows of their domain shift; None and no row for a method without
-            class statistics.
+            The prototypes, the rows of their domain shift, and the model, whose pool of domain
+            knowledge (`dofe`) is measured with it; None and no row for a method without class
+            statistics.
         """
         if not self._plan.method.statistics:
-            return None, []
+            return None, [], chosen
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
         fresh = statistics_of(
@@ -505,11 +510,11 @@ class Federation:
         )
         if not fresh:
             self._note(Problem("STA-214", where="the selected model"))
-            return None, []
+            return None, [], chosen
         prototypes = self._memory.merged(fresh)
         check_finite(chosen.round, chosen.weights, {"": prototypes})
         rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
-        return prototypes, rows
+        return prototypes, rows, replace(chosen, weights=with_pool(chosen.weights, dict(fresh)))
 
     def _trained(self, rows: list[Row]) -> list[str]:
         """Sites that the model learned from, including those that trained before they left."""

@@ -103,7 +103,7 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
                 "its site.yaml"
             )
             yield Problem("POL-706", section.name, expected, action, f"{where}.name")
-    scaffold = plan.federation.aggregator == "scaffold" and plan.role(policy.site) == "train"
+    scaffold = plan.federation.aggregator == "scaffold" and plan.trains(policy.site)
     if scaffold and CONTROL_VARIATES not in policy.sharing:
         expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
         action = (

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.build import build
@@ -24,6 +24,7 @@ from fedsgcg.common.settings.federation import (
     SiteSettings,
 )
 from fedsgcg.common.settings.training import (
+    DOMAINS,
     METHOD_NAMES,
     NETWORK_NAMES,
     MethodSettings,
@@ -53,7 +54,10 @@ __all__ = [
 ]
 
 
-NOT_DECISIVE: Final = ("site", "run", "output", "label", "setting", "chosen")
+NOT_DECISIVE: Final = (
+    *("site", "run", "output", "label", "setting", "chosen"),
+    *("budget", "planned_steps", "planned_slices"),
+)
 """Fields of a plan that do not affect the outcome, or only repeat other settings."""
 
 
@@ -69,6 +73,11 @@ class Terms(NamedTuple):
     contrastive: bool
 
 
+ALONE: Final = {
+    "moon": "the previous model of a client alone is the one it receives",
+    "dofe": "its pool has a place for each client, and a client alone fills only one",
+}
+"""Method -> why it needs several clients."""
 USES: Final = {"contrast": "unlabelled", "leave_out": "observer", "labels": "train"}
 """`method.unlabelled` -> role of the hospitals without labels."""
 MOST_INPUTS: Final = 16_384
@@ -92,6 +101,15 @@ class Plan(Section):
         setting: What the study varies here besides method, held-out hospital and seed, e.g.
             `prototypes.weight=0.5`.
         chosen: Settings that this fold's source hospitals chose (`select`), in the same form.
+        budget: What the cells of a study have in common, so that pooled, local and federated
+            training can be compared: the number of `rounds` and passes; the `steps` that the
+            optimiser takes one after the other, in a federation at the hospital with most of them;
+            or the `slices` that all hospitals together train on. The measure is the federation of
+            all training hospitals with these settings; `pooled` and `local` get as many steps per
+            round as match it.
+        planned_steps: Steps one after the other over all rounds, derived from the budget before
+            training; 0 if the budget is the number of rounds.
+        planned_slices: Slices that all hospitals train on over all rounds, likewise.
     """
 
     data: DataSettings
@@ -110,6 +128,9 @@ class Plan(Section):
     label: str = ""
     setting: str = ""
     chosen: str = ""
+    budget: Literal["rounds", "steps", "slices"] = "rounds"
+    planned_steps: int = 0
+    planned_slices: int = 0
 
     def checks(self) -> Checks:
         """The sections are compatible with each other."""
@@ -121,7 +142,7 @@ class Plan(Section):
         pooled = self.federation.ownership == "pooled"
         yield from self._segclr_checks()
         yield (
-            not pooled or self.method.ram.sharing == "local",
+            not (pooled and self.method.mixes) or self.method.ram.sharing == "local",
             "method.ram.sharing",
             "local with federation=pooled",
         )
@@ -167,11 +188,28 @@ class Plan(Section):
             "network.name",
             f"a built-in network with {name}, which changes its layers",
         )
-        alone = name == "moon" and self.federation.ownership != "by_site"
-        expected = "by_site with moon: the previous model of a client alone is the one it receives"
-        yield not alone, "federation.ownership", expected
+        alone = name in ALONE and self.federation.ownership != "by_site"
+        yield not alone, "federation.ownership", f"by_site with {name}: {ALONE.get(name, '')}"
+        yield from self._dofe_checks()
         one_mean = name != "harmofl" or self.method.ram.sharing != "bank"
         yield one_mean, "method.ram.sharing", "local | summary with harmofl, which uses their mean"
+
+    def _dofe_checks(self) -> Checks:
+        pools = self.method.name == "dofe"
+        places, features = self.network.domains, self.network.features
+        yield places == (DOMAINS if pools else 0), "network.domains", "no value: it follows"
+        if pools:
+            known = features == "penultimate" and not self.network.is_own
+            expected = "the U-Net's penultimate map with dofe, which adds domain knowledge to it"
+            yield known, "network.features", expected
+            expected = "another memory than momentum with dofe, whose pool has a part per hospital"
+            yield self.prototypes.memory != "momentum", "prototypes.memory", expected
+            few = len(self.data.sites) <= DOMAINS
+            yield (
+                few,
+                "data.sites",
+                f"at most {DOMAINS} hospitals with dofe, the places of its pool",
+            )
 
     @property
     def unit_features(self) -> bool:

@@ -42,12 +42,15 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "bigaug": frozenset(),
     "gin": frozenset(),
     "trid": frozenset(),
+    "dofe": frozenset({"raw"}),
 }
 """Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
 `pairs` = learns from pairs of images without labels, `raw` = class statistics are those of the
 features as the classifier reads them, regardless of `prototypes.normalize`."""
 
 METHOD_NAMES = tuple(TRAITS)
+DOMAINS: Final = 32
+"""Places of DoFE's pool, the most training hospitals that it can have."""
 ALL_TRAITS = ("contrasts", "mixes", "raw")
 
 
@@ -69,6 +72,8 @@ class NetworkSettings(Section):
             above are those of the U-Net.
         feature_channels: Channels of the feature map of a network by import path, measured when
             the settings are resolved; 0 for the U-Net, whose channels follow from its width.
+        domains: Places of the pool of domain knowledge, set when the settings are resolved:
+            32 with `method=dofe`, 0 with every other method.
     """
 
     name: str = "unet"
@@ -78,6 +83,7 @@ class NetworkSettings(Section):
     projection: int = at_most(1024, 32)
     options: Options = field(default_factory=dict)
     feature_channels: int = at_most(4096, 0)
+    domains: int = at_most(64, 0)
 
     def checks(self) -> Checks:
         """The network exists; the width is a positive multiple of four, for group normalisation."""
@@ -369,7 +375,9 @@ class PrototypeSettings(Section):
         discount: gamma of `memory=discount`.
         momentum: beta of `memory=momentum`, the weight of the new statistics.
         weighting: `pixels` = pooled over all pixels, `sites` = all sites have the same weight in
-            each class.
+            each class, `median` = the median of each entry of the sites' class means, with the
+            covariance of the site whose trace is in the middle; a minority of broken sites cannot
+            move it out of the range of the others.
         trimmed: Sites left out of each class of the prototypes, those farthest from the others;
             three sites are needed for one, five for two. 0 pools all sites exactly.
         balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
@@ -393,7 +401,7 @@ class PrototypeSettings(Section):
     ] = "restart"
     discount: float = 0.9
     momentum: float = 0.5
-    weighting: Literal["pixels", "sites"] = "pixels"
+    weighting: Literal["pixels", "sites", "median"] = "pixels"
     trimmed: int = 0
     balance: Literal["pixel", "class"] = "pixel"
     norm_mode: Literal["batch", "running"] = "batch"

@@ -29,6 +29,7 @@ NOT_IDENTITY = (
     "site",
     "grid",
     "select",
+    "references",
     "config_dir",
 )
 """Settings that do not make another study: axes, places and machines."""
@@ -54,6 +55,7 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        references: Rows for comparison that were asked for (`deploy.study.references`).
         shard: The part of the study that `cells` are; None = all.
     """
 
@@ -70,6 +72,7 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    references: tuple[str, ...] = ()
     shard: Shard | None = None
 
 

@@ -177,6 +177,7 @@ def model_card(
         "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,
+        "domain_pool": sorted(training) if plan.network.domains else [],
         "classes": list(plan.data.classes),
         "labels": plan.data.classes,
         "structures": plan.data.structures,

@@ -187,6 +187,17 @@ def write_outcome(disk: Disk, plan: Plan, outcome: Mapping[str, Any]) -> None:
     write_seal(disk, folder, paths.SEALED, Signer.of_process())
 
 
+def budget_of(plan: Plan) -> dict[str, Any]:
+    """Return the budget of a run: its kind, the rounds, and what was derived from it.
+
+    `steps` and `slices` (`Plan.planned_steps`) are missing if the rounds are the budget.
+    """
+    found: dict[str, Any] = {"kind": plan.budget, "rounds": plan.federation.rounds}
+    if plan.budget != "rounds":
+        found |= {"steps": plan.planned_steps, "slices": plan.planned_slices}
+    return found
+
+
 def problem_fields(problem: Problem) -> dict[str, str]:
     """Return the fields of a problem that are not empty."""
     return {name: text for name, text in asdict(problem).items() if text}

@@ -12,6 +12,7 @@ from fedsgcg.server.report.sections.claims import Claims, HospitalTable
 from fedsgcg.server.report.sections.elements import PanelBlock
 from fedsgcg.server.report.sections.features import Similarity, Tsne
 from fedsgcg.server.report.sections.federation import FederationCost
+from fedsgcg.server.report.sections.methods import MethodTable
 from fedsgcg.server.report.sections.panels import OverlayBlock
 from fedsgcg.server.report.sections.papers import PaperTable
 from fedsgcg.server.report.sections.results import (
@@ -73,6 +74,7 @@ class Results:
     Attributes:
         structures: Structures that have results, in order.
         unit: Unit of the distances.
+        methods: All methods with results, costs and what leaves a hospital, None for one method.
         tables: One table per structure, none without a result.
         notes: Notes on these tables.
         others: Results that are not of held-out hospitals.
@@ -84,6 +86,7 @@ class Results:
 
     structures: Sequence[str]
     unit: str
+    methods: MethodTable | None
     tables: Sequence[ResultTable]
     notes: Sequence[str]
     others: Sequence[OtherRow]
