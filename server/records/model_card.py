@@ -35,7 +35,7 @@ IN_CHANNELS: Final = 3
 """Channels of a training slice: a slice and its neighbours, colours, or one slice repeated."""
 
 PREPROCESSING: Final = (
-    *("image_size", "stack", "intensity", "activation", "threshold"),
+    *("image_size", "stack", "intensity", "flat_sigma", "activation", "threshold"),
     *("largest_component", "fill_holes", "spacing_unit"),
 )
 
