@@ -57,6 +57,7 @@ class UNet(nn.Module):
         norm: `batch`, `group` or `instance`.
         features: The feature map to return: `penultimate`, `projection` or `bottleneck`.
         projection: A' of `features="projection"`.
+        stride: s, distance of the projected pixels in a row and a column.
 
     Raises:
         ValueError: An unknown norm or feature map, or a width that is not a positive even number.
@@ -70,6 +71,7 @@ class UNet(nn.Module):
         norm: str = "batch",
         features: str = "penultimate",
         projection: int = 32,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -83,7 +85,7 @@ class UNet(nn.Module):
         self.encoder = Encoder(in_channels, widths, NORMS[norm])
         self.decoder = Decoder(out_channels, widths, NORMS[norm])
         if features == "projection":
-            self.projection = projection_head(widths[1], projection, NORMS[norm])
+            self.projection = projection_head(widths[1], projection, NORMS[norm], stride)
         initialise(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ class UNet(nn.Module):
 
         Returns:
             Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not
-            negative, its projection (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
+            negative, its projection (B, A', H/s, W/s), or the bottleneck (B, 16w, H/16, W/16).
 
         Raises:
             ValueError: H or W is not a multiple of 16.
@@ -244,10 +246,12 @@ class RestorationBlock(nn.Module):
         return domains[domain]
 
 
-def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+def projection_head(
+    before: int, after: int, norm: Callable[[int], nn.Module], stride: int = 1
+) -> nn.Sequential:
     """Return two 1 x 1 convolutions, without a final ReLU so that features may be negative."""
     return nn.Sequential(
-        nn.Conv2d(before, before, 1),
+        nn.Conv2d(before, before, 1, stride=stride),
         norm(before),
         nn.ReLU(inplace=True),
         nn.Conv2d(before, after, 1),
@@ -314,6 +318,7 @@ def build_network(
             settings.norm,
             settings.features,
             settings.projection,
+            settings.projection_stride,
         )
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -426,5 +431,5 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after), nn.ReLU(inplace=True))
 
 
-NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int], UNet]]] = {"unet": UNet}
+NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int], UNet]]] = {"unet": UNet}
 """Networks by name; called with the arguments of `UNet`."""

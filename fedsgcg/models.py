@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.evaluation import BATCH
-from fedsgcg.clients.predict.confidence import Gaussians
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.predict.model import load_model as read_model
 from fedsgcg.clients.predict.predictor import Prediction, Predictor
 from fedsgcg.common.errors import fail

@@ -24,7 +24,7 @@ from fedsgcg.clients.evaluation import (
     post_process,
     structures_from_logits,
 )
-from fedsgcg.clients.predict.confidence import Gaussians
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import Volume, check_image, read_volume

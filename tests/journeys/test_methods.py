@@ -25,7 +25,7 @@ HARD = ("method.learning_rate=1e-2", "method.steps_per_round=32", "network.norm=
 SPECIAL = {
     "bigaug": HARD,
     "gin": HARD,
-    "harmofl": ("method.ram.sharing=summary",),
+    "harmofl": ("method.ram.sharing=summary", "adapt.by=[amplitude]"),
     "elcfs": (*EPISODIC, "method.ram.sharing=summary"),
     "saml": (*EPISODIC, "method.saml.second_order=false"),
 }
