@@ -97,6 +97,7 @@ CODES: Final[dict[str, str]] = {
     "MOD-811": "The model's description is not the one that was written with its weights.",
     "MOD-812": "The result cannot be written in the format.",
     "MOD-813": "The list of predictions cannot be read.",
+    "MOD-820": "The model cannot be adapted to the images.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
@@ -146,6 +147,7 @@ CODES: Final[dict[str, str]] = {
     "TRN-302": "The site has no training case.",
     "TRN-311": "The site's images have no neighbouring slices for pairs.",
     "TRN-320": "The method does not fit the network.",
+    "TRN-330": "The model cannot be adapted to the hospital's images.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",

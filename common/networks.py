@@ -63,6 +63,7 @@ class UNet(nn.Module):
         features: The feature map to return: `penultimate`, `projection` or `bottleneck`.
         projection: A' of `features="projection"`.
         domains: Places of DoFE's pool of domain knowledge (`common.domain_pool`); 0 = none.
+        stride: s, distance of the projected pixels in a row and a column.
 
     Raises:
         ValueError: An unknown norm or feature map, or a width that is not a positive even number.
@@ -77,6 +78,7 @@ class UNet(nn.Module):
         features: str = "penultimate",
         projection: int = 32,
         domains: int = 0,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -90,7 +92,7 @@ class UNet(nn.Module):
         self.encoder = Encoder(in_channels, widths, NORMS[norm])
         self.decoder = Decoder(out_channels, widths, NORMS[norm])
         if features == "projection":
-            self.projection = projection_head(widths[1], projection, NORMS[norm])
+            self.projection = projection_head(widths[1], projection, NORMS[norm], stride)
         self.knowledge = DomainKnowledge(domains, widths[1]) if domains else None
         initialise(self)
 
@@ -102,7 +104,7 @@ class UNet(nn.Module):
 
         Returns:
             Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not
-            negative, its projection (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
+            negative, its projection (B, A', H/s, W/s), or the bottleneck (B, 16w, H/16, W/16).
 
         Raises:
             ValueError: H or W is not a multiple of 16.
@@ -257,10 +259,12 @@ class RestorationBlock(nn.Module):
         return domains[domain]
 
 
-def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+def projection_head(
+    before: int, after: int, norm: Callable[[int], nn.Module], stride: int = 1
+) -> nn.Sequential:
     """Return two 1 x 1 convolutions, without a final ReLU so that features may be negative."""
     return nn.Sequential(
-        nn.Conv2d(before, before, 1),
+        nn.Conv2d(before, before, 1, stride=stride),
         norm(before),
         nn.ReLU(inplace=True),
         nn.Conv2d(before, after, 1),
@@ -330,6 +334,7 @@ def build_network(
             settings.features,
             settings.projection,
             settings.domains,
+            settings.projection_stride,
         )
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -443,5 +448,7 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after), nn.ReLU(inplace=True))
 
 
-NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int], UNet]]] = {"unet": UNet}
+NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int, int], UNet]]] = {
+    "unet": UNet
+}
 """Networks by name; called with the arguments of `UNet`."""

@@ -490,6 +490,7 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str], masks: bool) -
         data.intensity,
         data.label_tolerance,
         list(data.classes.values()),
+        *([data.flat_sigma] if data.intensity == "flat" else []),
     ]
     files = [
         [case.name, content_of([case.image], hashes), content_of(case.masks, hashes)]

@@ -79,8 +79,12 @@ class DataSettings(Section):
             repeated. Ignored for a picture, whose channels are its colours or its repeated grey
             values; 5 is only for volumes.
         intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore`
-            (three standard deviations map to 1), or `fixed` (0 to -1 and 255 to 1, only for
-            pictures with 8 bits per channel).
+            (three standard deviations map to 1), `fixed` (0 to -1 and 255 to 1, only for
+            pictures with 8 bits per channel), or `flat`: the logarithm of the values between the
+            percentiles minus its Gaussian blur in each slice, then `percentile`. It removes slow
+            changes of brightness such as those of a coil, and the size of the values.
+        flat_sigma: Standard deviation of the blur of `intensity=flat`, in pixels of the training
+            slice, so that it is the same share of a slice at every resolution.
         activation: `softmax` over exclusive classes, or one `sigmoid` per structure.
         threshold: Probability above which a sigmoid structure is predicted; unused with softmax,
             where the most probable class is predicted.
@@ -103,7 +107,8 @@ class DataSettings(Section):
     sites: list[str]
     image_size: int = at_most(2048, 128)
     stack: int = 3
-    intensity: Literal["percentile", "minmax", "zscore", "fixed"] = "percentile"
+    intensity: Literal["percentile", "minmax", "zscore", "fixed", "flat"] = "percentile"
+    flat_sigma: float = at_most(2048, 20.0)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     threshold: float = 0.5
     spacing_unit: Literal["mm", "pixel"] = "mm"
@@ -136,6 +141,7 @@ class DataSettings(Section):
             "32 or more and a multiple of 16",
         )
         yield self.stack in STACKS, "stack", "1, 3 or 5"
+        yield self.flat_sigma >= 1, "flat_sigma", "1 pixel or more"
         yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
         yield 0 <= self.label_tolerance < 0.5, "label_tolerance", "a distance in [0, 0.5)"
         yield 0 <= self.validation_fraction < 1, "validation_fraction", "a fraction in [0, 1)"

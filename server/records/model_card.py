@@ -32,7 +32,7 @@ METRICS = {
 }
 
 PREPROCESSING: Final = (
-    *("image_size", "stack", "intensity", "activation", "threshold"),
+    *("image_size", "stack", "intensity", "flat_sigma", "activation", "threshold"),
     *("largest_component", "fill_holes", "spacing_unit"),
 )
 

@@ -28,7 +28,7 @@ HARD = ("method.steps_per_round=32", "method.learning_rate=0.01")  # hard views 
 SPECIAL = {
     "bigaug": (*HARD, "network.norm=instance"),  # and nine transforms with BatchNorm still more
     "gin": HARD,
-    "harmofl": (*PLAIN, "method.ram.sharing=summary"),
+    "harmofl": (*PLAIN, "method.ram.sharing=summary", "adapt.by=[amplitude]"),
     "elcfs": (*EPISODIC, "method.ram.sharing=summary"),
     "saml": (*EPISODIC, "method.saml.second_order=false"),
 }
