@@ -295,6 +295,11 @@ def print_error(text: str) -> None:
     Screen(sys.stderr).print(text, style="red")
 
 
+def silent(step: str) -> None:
+    """Show nothing; for functions that report their steps."""
+    del step
+
+
 def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
     """Return a bar that disappears when it is done; its descriptions are shown verbatim."""
     return Progress(

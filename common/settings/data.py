@@ -15,6 +15,10 @@ LABEL_TOLERANCE: Final = 1e-3
 """Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""
 
 
+LARGEST_SPACING: Final = 100.0
+"""Millimetres of a pixel above which a spacing is a wrong unit."""
+
+
 @dataclass(frozen=True)
 class AugmentationSettings(Section):
     """Random changes of a training slice, drawn anew each time; zero disables a change.
@@ -68,6 +72,14 @@ class DataSettings(Section):
         structures: Reported structure -> the classes it consists of (nested structures share
             classes).
         image_size: Side in pixels of the square training slice (height = width).
+        aspect: `squeeze` fills the training slice, so that a slice that is not square changes its
+            shape; `pad` keeps the shape, with a dark margin.
+        spacing: Side of a training slice's pixel in millimetres, the same at all hospitals; a slice
+            that is too large for `image_size` is made smaller. 0 = every slice fills the training
+            slice.
+        plan: `fixed` takes the settings as they are; `auto` derives image_size, spacing, aspect,
+            intensity and stack from the source hospitals' images in each fold of a simulation, as
+            far as the command line does not set them (docs/explanation/plan.md).
         stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = one slice, repeated. Ignored for
             a picture, whose channels are its colours or its repeated grey values.
         intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore`
@@ -85,6 +97,11 @@ class DataSettings(Section):
         fill_holes: Fill holes of each predicted structure, slice by slice.
         train_slices: `all`, or `foreground` = only slices with a declared structure.
         validation_fraction: Share of a source hospital's patients that is kept for validation.
+        split: Which patients validate, where the manifest does not say it. `share`: those with the
+            smallest hashes, as near to the share as whole patients allow. `hash`: those whose hash
+            is below the share, the rule of the published studies (docs/results.md); few patients
+            may then have none or half in validation. A real hospital always uses `share`, with a
+            secret of its own.
         augmentation: Random changes of training slices.
     """
 
@@ -94,6 +111,9 @@ class DataSettings(Section):
     structures: dict[str, list[str]]
     sites: list[str]
     image_size: int = at_most(2048, 128)
+    aspect: Literal["squeeze", "pad"] = "squeeze"
+    spacing: float = 0.0
+    plan: Literal["fixed", "auto"] = "fixed"
     stack: int = 3
     intensity: Literal["percentile", "minmax", "zscore", "fixed"] = "percentile"
     activation: Literal["softmax", "sigmoid"] = "softmax"
@@ -104,6 +124,7 @@ class DataSettings(Section):
     fill_holes: bool = False
     train_slices: Literal["all", "foreground"] = "all"
     validation_fraction: float = 0.2
+    split: Literal["share", "hash"] = "share"
     augmentation: AugmentationSettings = AugmentationSettings()
 
     def checks(self) -> Checks:
@@ -128,6 +149,9 @@ class DataSettings(Section):
             "32 or more and a multiple of 16",
         )
         yield self.stack in (1, 3), "stack", "1 or 3"
+        yield 0 <= self.spacing <= LARGEST_SPACING, "spacing", f"0 to {LARGEST_SPACING:g} mm"
+        expected = "mm: data.spacing needs real millimetres"
+        yield not self.spacing or self.spacing_unit == "mm", "spacing_unit", expected
         yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
         yield 0 <= self.label_tolerance < 0.5, "label_tolerance", "a distance in [0, 0.5)"
         yield 0 <= self.validation_fraction < 1, "validation_fraction", "a fraction in [0, 1)"

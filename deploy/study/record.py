@@ -18,6 +18,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import authority_of, write_seal
 from fedsgcg.common.files.signing import Signer
+from fedsgcg.common.image_summary import PLANNED
 from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
@@ -102,6 +103,10 @@ def write_record(study: Study) -> None:
         "versions": {name: version(name) for name in PACKAGES},
         "selection": {"words": study.selection, "chosen": _chosen(before)},
         "shared": dict(study.shared),
+        "plans": {
+            **before.get("plans", {}),
+            **{plan.heldout or "none": plan.as_dict() for plan in study.plans},
+        },
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
     Disk().write(
@@ -120,10 +125,14 @@ def settings_by_method(study: Study) -> dict[str, Any]:
 
     These are the settings that decide the outcome, without those that differ between cells.
     """
-    return {
+    found = {
         cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ()))
         for cell in study.cells
     }
+    if study.plans:  # the folds differ; their values are recorded under `plans`
+        planned = dict.fromkeys(PLANNED, "of each fold's plan") | {"plan": "auto"}
+        found = {name: tree | {"data": tree["data"] | planned} for name, tree in found.items()}
+    return found
 
 
 def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict[str, Any]:

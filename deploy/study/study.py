@@ -11,6 +11,7 @@ from typing import Any
 
 from fedsgcg.common.settings.run import TelemetrySettings
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.planned import FoldPlan
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.deploy.study.selection import Candidate
 
@@ -52,6 +53,7 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        plans: With `data.plan=auto`, the plan of each fold.
     """
 
     folder: Path
@@ -67,6 +69,7 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    plans: tuple[FoldPlan, ...] = ()
 
 
 def exit_code(cells: Iterable[Cell]) -> int:
