@@ -71,6 +71,12 @@ def add_parser(commands: Any) -> Any:
         help="link to files that need no change instead of copying them",
     )
     prepare.add_argument(
+        "--channel",
+        metavar="NAME",
+        default="",
+        help="channel of a folder of nnU-Net, by name or number (default: the first one)",
+    )
+    prepare.add_argument(
         "--validation",
         metavar="SHARE",
         type=float,
@@ -136,7 +142,7 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
             found = finder(source, options.validation, link=options.link)
         else:
-            found, labels = own.find(name, source, link=options.link)
+            found, labels = own.find(name, source, link=options.link, channel=options.channel)
     outcome = convert(name, source, folder, found, console)
     advice = labels.advice() if labels and name == "manifest" else ""
     settings = folder / SETTINGS

@@ -45,6 +45,24 @@ PIECES: Final = (
 """Advice on post-processing, which is off by default."""
 
 
+VOLUME_RULES: Final = (
+    "intensity: percentile   # each volume's 1st to 99th percentile; or minmax, zscore",
+    "stack: 3   # channels: a slice and both neighbours; 1 = the slice alone",
+)
+PICTURE_RULES: Final = (
+    "intensity: percentile   # each picture's 1st to 99th percentile; fixed: 0 to 255, 8 bits only",
+    "stack: 1   # a picture's channels are its colours, or its grey values three times",
+)
+RULES: Final = (
+    "aspect: pad   # a slice keeps its shape; squeeze = it fills the square training slice",
+    "plan: fixed   # auto = image size, spacing, intensity and stack follow from the images",
+    "largest_component: false   # true only if every structure is in one piece",
+    "fill_holes: false   # true only if no structure has a hole",
+)
+"""Written with their defaults: they follow from anatomy, never from the masks of all hospitals,
+which would include those of the held-out one."""
+
+
 class Labels:
     """Label values in the masks of a data set.
 
@@ -108,13 +126,14 @@ class Labels:
         return f"label values {listed}; declare them: classes: {{{classes}}}{PIECES}"
 
 
-def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
+def find(name: str, source: Path, *, link: bool, channel: str = "") -> tuple[Found, Labels]:
     """List the cases of a CSV file, of a folder with `manifest.csv`, or of one folder per site.
 
     Args:
         name: `promise12`, `spinegm`, or `manifest` for own data.
         source: CSV file or folder.
         link: Link to the files instead of copying them.
+        channel: Name or number of the channel of a folder of nnU-Net; "" = the first one.
 
     Returns:
         The cases, and the label values, which the conversion fills in.
@@ -128,7 +147,7 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     layout = f"table {table}" if listed else f"one folder per hospital in {source}"
     found = Found(layout, published=listed or name in CATALOGUE)
     files = [] if source.is_file() else image_files(source, found)
-    other = None if listed or name in CATALOGUE else recognise(source, files)
+    other = None if listed or name in CATALOGUE else recognise(source, files, channel)
     if other is not None:
         lines = _adopt(other, labels, found)
     else:
@@ -189,12 +208,9 @@ def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
         "structures:",
         *(f"  {name}: [{', '.join(parts)}]" for name, parts in labels.structures().items()),
         f"spacing_unit: {'pixel' if pictures else 'mm'}",
-        "# largest_component: true   # only if every structure is in one piece",
+        *(PICTURE_RULES if pictures else VOLUME_RULES),
+        *RULES,
     ]
-    if pictures:
-        lines.append(
-            "# intensity: fixed   # 0 to -1 and 255 to 1, instead of each image's percentiles"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -252,9 +268,10 @@ def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Lin
             if mask is None:
                 found.missing(path, "mask next to the image")
             lines.append(Line(printable(path.parent.name), path, mask))
+    used = {*masks, *(line.image for line in lines)}
     if lines:
         for path in files:
-            if path not in masks and path not in {line.image for line in lines}:
+            if path not in used:
                 found.surplus(path, "neither an image nor a mask of a case")
     return lines
 
@@ -285,8 +302,10 @@ def _work(line: Line, labels: Labels, *, link: bool) -> Work:
     sources = (line.image,) if line.mask is None else (line.image, line.mask)
     suffixes = (_target_suffix(line.image), _target_suffix(line.mask) if line.mask else "")
     make = partial(_make, line, labels, link)
-    patient = line.patient or f"{line.site}-{line.name}"
-    return Work(line.site, line.name, sources, suffixes, make, patient=patient, split=line.split)
+    # An unknown patient is left open, so that `data check` can say that each case counts as one.
+    return Work(
+        line.site, line.name, sources, suffixes, make, patient=line.patient, split=line.split
+    )
 
 
 def _target_suffix(path: Path) -> str:
