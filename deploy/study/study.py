@@ -14,6 +14,7 @@ from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.planned import FoldPlan
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.deploy.study.selection import Candidate
+from fedsgcg.deploy.study.shard import Shard
 
 NOT_IDENTITY = (
     "method",
@@ -21,6 +22,7 @@ NOT_IDENTITY = (
     "seed",
     "run",
     "output",
+    "shard",
     "device",
     "runtime",
     "ray",
@@ -54,6 +56,7 @@ class Study:
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
         plans: With `data.plan=auto`, the plan of each fold.
+        shard: The part of the study that `cells` are; None = all.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class Study:
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     plans: tuple[FoldPlan, ...] = ()
+    shard: Shard | None = None
 
 
 def exit_code(cells: Iterable[Cell]) -> int:
