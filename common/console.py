@@ -31,6 +31,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -309,6 +310,11 @@ def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def showing(bar: Progress, task: TaskID) -> Callable[[int, int], None]:
+    """Return a function that shows (done, all) of a task in a bar."""
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fedsgcg.common.console import Screen, progress_bar
+from fedsgcg.common.console import Screen, progress_bar, showing
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
@@ -142,7 +141,7 @@ def examine(
                 parts,
                 plan.data,
                 masks=not target,
-                progress=partial(_advance, bar, task),
+                progress=showing(bar, task),
                 look=partial(sheet.add, count=len(site.cases)),
             )
             findings += [_named(finding, name) for finding in found]
@@ -166,10 +165,6 @@ def examine(
     everything = [one for found in seen.values() for one in found]
     findings += examine_disk((str(plan.site.cache),), everything)
     return findings, seen
-
-
-def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
 
 
 def _named(finding: Finding, site: str) -> Finding:

@@ -94,11 +94,11 @@ def thousand(tmp_path_factory) -> Path:
 
 
 def test_the_memory_of_a_check_does_not_grow_with_the_pixels(thousand, make_data):
-    """The pixels of 350 further images and masks would need 16 MB."""
+    """The pixels of 130 further images and masks would need 6 MB."""
     root = thousand
     data = make_data(classes={"background": [0], "a": [1]}, structures={"a": ["a"]})
-    small, large = (_peak(root, data, count) for count in (50, 400))
-    assert large - small < 4e6
+    small, large = (_peak(root, data, count) for count in (20, 150))
+    assert large - small < 3e6
 
 
 def _peak(root: Path, data: DataSettings, count: int) -> int:
