@@ -64,6 +64,7 @@ from fedsgcg.clients.training import (
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
+from fedsgcg.common.image_summary import IMAGE_SUMMARY
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream, stream_seed
@@ -128,6 +129,8 @@ def enrol(task: SiteRequest) -> RecordDict:
     }
     if (contents := shared_contents(stores, task.identity, task.policy)) is not None:
         details[CONTENT_HASHES] = contents
+    if (summary := task.image_summary()) is not None:
+        details[IMAGE_SUMMARY] = summary
     return send(task, Reply(task.identity, task.site, details=details))
 
 

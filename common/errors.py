@@ -25,6 +25,9 @@ CODES: Final[dict[str, str]] = {
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
     "CFG-020": "The aggregation rule does not fit the plan.",
+    "CFG-030": "No plan of the data is possible.",
+    "CFG-031": "The source hospitals have different kinds of images.",
+    "CFG-032": "data.plan=auto is for simulations.",
     "CFG-040": "The reference does not fit the study.",
     "CFG-041": "Real hospitals cannot run a comparison without the federation.",
     "CFG-042": "The method does not fit the rule or the hospitals.",
@@ -83,6 +86,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-181": "dataset.json cannot be used, or contradicts the files.",
     "DAT-182": "A label table cannot be used, or has a name or value twice.",
     "DAT-183": "The folder is not complete.",
+    # DAT-19x: checking and planning, continued
+    "DAT-190": "The image has no voxel size, which data.spacing needs.",
+    "DAT-191": "Two hospitals have the same patient.",
+    "DAT-192": "Colour and grey pictures are used together.",
+    "DAT-193": "The hospital has no validation patient.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",

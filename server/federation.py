@@ -124,10 +124,14 @@ def run_federation(
 
     Raises:
         FedsgcgError: CFG-005 or CFG-006 when the run folder belongs to another plan or process,
-            SRV-401 or SRV-402 when its journal cannot be opened.
+            CFG-032 for a plan that a study has not filled in, SRV-401 or SRV-402 when its journal
+            cannot be opened.
     """
     start = time.monotonic()
     disk = disk or Disk()
+    if plan.data.plan == "auto":
+        expected = "fixed: a run has its settings before the sites enrol"
+        raise fail("CFG-032", where="data.plan", found="auto", expected=expected)
     with Journal.of_plan(plan, disk) as journal:
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:

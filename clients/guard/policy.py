@@ -31,7 +31,7 @@ from fedsgcg.common.settings.plan import Plan
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
 """Parts of a reply that need no consent: identity and codes, metrics, results under aliases."""
-IGNORED = (*FOLDERS, "data.validation_fraction")
+IGNORED = (*FOLDERS, "data.validation_fraction", "data.split")
 """Settings of a plan for which a site always uses its own value."""
 
 
@@ -76,6 +76,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
             plan.data,
             root=policy.data_root,
             validation_fraction=policy.validation_fraction,
+            split="share",
         ),
         privacy=effective_floors(plan.privacy, policy),
         site=replace(
