@@ -36,7 +36,8 @@ def read_facts(site: Site, cache: Path, step: Callable[[str], None] = silent) ->
     images = [file for case in cases for file in files_of(case.image)]
     hashes = file_hashes(images, hash_memo(cache, site.name))
     memo = cache / "facts" / f"{digest(site.name.encode(), 8)}.json"
-    known, fresh = _known(memo), {}
+    known = _known(memo)
+    fresh: dict[str, dict[str, Any]] = {}
     for number, case in enumerate(cases, 1):
         key = content_of([case.image], hashes)
         if key not in known:
