@@ -8,7 +8,7 @@ can be moved.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -18,6 +18,7 @@ from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.choices import is_import_path
 from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.privacy import FEWEST_SITES
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
@@ -45,6 +46,9 @@ NEVER_SET: Final = (
     "site.device",
     "site.threads",
 )
+DEMANDS: Final = ("secure_sums",)
+"""Protections that a site can demand."""
+FINGERPRINT: Final = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){15}")
 PATHS: Final = ("ca", "key", "data_root", "home", "cache", "approved")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 """Allowed names of sites and projects: they become folders, settings and certificate subjects."""
@@ -84,6 +88,15 @@ class SiteFile(Section):
             plan's floor applies.
         min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor
             applies.
+        demands: Protections that this hospital demands; a request without one is refused
+            (PRV-951). `secure_sums`: its weights and statistics leave only as masked numbers,
+            of which the coordinator sees the sum over several hospitals.
+        sum_sites: Fewest hospitals of a secure sum in which this one takes part; the larger of this
+            and the plan's `privacy.secure_sums.fewest_sites` applies.
+        partners: Name -> fingerprint of the key of each hospital with which this one computes
+            secure sums, as `fedsgcg-site request` shows it there. A hospital that is not listed, or
+            has another key, is refused (PRV-962). Empty: the keys of the first sum are believed and
+            kept (`partners.json` in `home`).
         validation_fraction: Share of this hospital's patients that is kept for validation; replaces
             the coordinator's. Which patients these are depends on a secret of this hospital, unless
             `manifest.csv` states the splits.
@@ -129,6 +142,9 @@ class SiteFile(Section):
     sharing: tuple[str, ...] = SHARED_BY_DEFAULT
     patient_floor: int = 2
     min_pixels: int = 1000
+    demands: tuple[str, ...] = ()
+    sum_sites: int = FEWEST_SITES
+    partners: dict[str, str] = field(default_factory=dict)
     validation_fraction: float = 0.2
     round_slices: int = 8
     releases: int = 50_000
@@ -171,6 +187,10 @@ class SiteFile(Section):
         yield set(self.sharing) <= set(known), "sharing", " | ".join(known)
         yield self.patient_floor >= 1, "patient_floor", "1 or more"
         yield self.min_pixels >= 1, "min_pixels", "1 or more"
+        yield set(self.demands) <= set(DEMANDS), "demands", " | ".join(DEMANDS)
+        yield self.sum_sites >= FEWEST_SITES, "sum_sites", f"{FEWEST_SITES} or more"
+        shown = all(FINGERPRINT.fullmatch(text) for text in self.partners.values())
+        yield shown, "partners", "name: fingerprint, 16 pairs of digits such as 0A:1B:..."
         for name in ("round_slices", "releases", "evaluations"):
             yield getattr(self, name) >= 1, name, "1 or more"
         fraction = self.validation_fraction

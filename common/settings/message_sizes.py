@@ -14,6 +14,9 @@ from fedsgcg.common.wire.sizes import MAX_WEIGHTS, Sizes
 MAX_SITES: Final = 100
 """Hospitals of a federation whose sites are not listed in the plan."""
 
+MOST_CHANNELS: Final = 2**20
+"""Moments of BatchNorm layers, counters and figures of a secure sum."""
+
 CHANNELS: Final = 3
 """Channels of every training slice: colours, or a slice and its neighbours."""
 
@@ -44,4 +47,13 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
 
 def _sizes(plan: Plan, sites: int, weights: int) -> Sizes:
     shape = (plan.data.num_classes, plan.network.num_features)
-    return Sizes(shape, len(plan.data.structures), amplitude_bytes(plan, sites), weights)
+    amplitudes = amplitude_bytes(plan, sites)
+    return Sizes(shape, len(plan.data.structures), amplitudes, weights, _masked(plan, weights))
+
+
+def _masked(plan: Plan, weights: int) -> int:
+    """Return the numbers of a site in a secure sum; 0 if the plan has none."""
+    if not plan.privacy.secure_sums.enabled:
+        return 0
+    features = plan.network.num_features
+    return weights + plan.data.num_classes * features * (features + 3) + MOST_CHANNELS

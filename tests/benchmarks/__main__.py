@@ -24,6 +24,7 @@ PARTS = (
     "metrics",
     "step",
     "federation",
+    "secure_sums",
     "deployment",
     "end_to_end",
     "gpu",

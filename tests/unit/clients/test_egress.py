@@ -20,7 +20,7 @@ from fedsgcg.clients.guard.egress import (
 )
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.files.chain import seal
-from fedsgcg.common.settings.federation import PrivacySettings
+from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import Reply, decode_reply, encode_reply, payload_bytes
 from fedsgcg.common.wire.payload import Identity, Weights
