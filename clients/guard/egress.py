@@ -159,7 +159,7 @@ def apply_floors(
     privacy: PrivacySettings,
     pixels: npt.NDArray[np.int64] | None = None,
 ) -> tuple[ClassStatistics, list[int]]:
-    """Withhold every class with too few pixels or patients.
+    """Withhold every class with too few pixels or patients, and shrink those of few patients.
 
     See "What leaves a hospital" in docs/explanation/privacy.md.
 
@@ -171,6 +171,8 @@ def apply_floors(
         The statistics that may leave, and the indices of the withheld classes (unseen ones are not
         withheld).
     """
+    if privacy.shrinkage:
+        statistics = statistics.shrunk(patients)
     distinct = statistics.count if pixels is None else np.minimum(statistics.count, pixels)
     low = (distinct < privacy.min_pixels) | (patients < privacy.min_patients)
     kept = ClassStatistics(

@@ -74,7 +74,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
             root=policy.data_root,
             validation_fraction=policy.validation_fraction,
         ),
-        privacy=effective_floors(plan.privacy, policy),
+        privacy=effective_floors(plan.privacy, policy, plan.network.num_features),
         site=replace(
             plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}
         ),
@@ -103,6 +103,14 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
             "secure_sums, which demands of site.yaml name",
             "set privacy=secure_sums",
             "privacy.secure_sums.enabled",
+        )
+    if "shrinkage" in policy.demands and not plan.privacy.shrinkage:
+        yield Problem(
+            "PRV-951",
+            "privacy.shrinkage=false",
+            "shrinkage, which demands of site.yaml name",
+            "set privacy.shrinkage=true",
+            "privacy.shrinkage",
         )
     for where, section in (("method", plan.method), ("network", plan.network)):
         if section.is_own and not is_bundled(section.name) and section.name not in policy.code:
@@ -135,13 +143,18 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
 
 
-def effective_floors(requested: PrivacySettings, policy: SiteFile) -> PrivacySettings:
-    """Return the effective floors: the larger of the coordinator's and the site's for each."""
+def effective_floors(
+    requested: PrivacySettings, policy: SiteFile, features: int
+) -> PrivacySettings:
+    """Return the effective floors: the larger of the coordinator's and the site's for each.
+
+    A class needs more pixels than features in any case: the scatter matrix of fewer spans them.
+    """
     sums = requested.secure_sums
     return replace(
         requested,
         min_patients=max(requested.min_patients, policy.patient_floor),
-        min_pixels=max(requested.min_pixels, policy.min_pixels),
+        min_pixels=max(requested.min_pixels, policy.min_pixels, features + 1),
         secure_sums=replace(sums, fewest_sites=max(sums.fewest_sites, policy.sum_sites)),
     )
 

@@ -91,12 +91,14 @@ class SiteSums:
         """Return the masked answer to a request that was answered before, None for a new one.
 
         Raises:
-            FedsgcgError: PRV-959 for another request in the same sum.
+            FedsgcgError: PRV-959 for another request in the same sum, or after its opening.
         """
         known = self._known()
         if known is None:
             self._party("shared")
             return None
+        if not self._path(".npy").is_file():
+            raise _out_of_turn(self.site, "a request of a sum that this site has opened")
         with self._failures():
             words = np.load(io.BytesIO(self._path(".npy").read_bytes()), allow_pickle=False)
         details, metrics = dict(known["details"]), dict(known["metrics"])

@@ -46,7 +46,7 @@ NEVER_SET: Final = (
     "site.device",
     "site.threads",
 )
-DEMANDS: Final = ("secure_sums",)
+DEMANDS: Final = ("secure_sums", "shrinkage")
 """Protections that a site can demand."""
 FINGERPRINT: Final = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){15}")
 PATHS: Final = ("ca", "key", "data_root", "home", "cache", "approved")
@@ -90,7 +90,8 @@ class SiteFile(Section):
             applies.
         demands: Protections that this hospital demands; a request without one is refused
             (PRV-951). `secure_sums`: its weights and statistics leave only as masked numbers,
-            of which the coordinator sees the sum over several hospitals.
+            of which the coordinator sees the sum over several hospitals. `shrinkage`: the
+            covariance of a class of few patients leaves shrunk (`privacy.shrinkage`).
         sum_sites: Fewest hospitals of a secure sum in which this one takes part; the larger of this
             and the plan's `privacy.secure_sums.fewest_sites` applies.
         partners: Name -> fingerprint of the key of each hospital with which this one computes

@@ -52,11 +52,16 @@ class PrivacySettings(Section):
     Attributes:
         min_pixels: A class with fewer pixels at the site is withheld (sent as absent).
         min_patients: A class seen in fewer patients at the site is withheld.
+        shrinkage: Whether the covariance of a class with no more patients P than features A is
+            shrunk before it leaves, to P / (A + 1) of itself plus a multiple of the identity of the
+            same trace: the means of so few patients span no more than P - 1 directions, which
+            would be those of single patients.
         secure_sums: Settings of secure sums.
     """
 
     min_pixels: int = 1000
     min_patients: int = 2
+    shrinkage: bool = False
     secure_sums: SecureSumsSettings = field(default_factory=SecureSumsSettings)
 
     def checks(self) -> Checks:

@@ -82,7 +82,7 @@ class SiteRequests:
         }
         quorum = self.cohort.quorum if sites is None else min(self.cohort.quorum, len(nodes))
         sums = self.plan.privacy.secure_sums.enabled and message_type != AMPLITUDES
-        secure = self._secure_sum(message_type, request, nodes) if sums else None
+        secure = self._secure_sum(message_type, request, nodes, quorum) if sums else None
         if secure is not None:
             secure.run()
             found = secure.found
@@ -101,7 +101,7 @@ class SiteRequests:
         return Gathered(judged, judged if secure is None else secure.pooled())
 
     def _secure_sum(
-        self, message_type: str, request: Request, nodes: Mapping[str, int]
+        self, message_type: str, request: Request, nodes: Mapping[str, int], quorum: int
     ) -> SecureSum:
         def verdict(answer: Answer) -> Collected:
             return self._verdict(answer, message_type, request)
@@ -116,6 +116,7 @@ class SiteRequests:
             message_type,
             request,
             nodes,
+            quorum,
         )
 
     def _compare_data(self, collected: Collection[Collected]) -> None:

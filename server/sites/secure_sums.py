@@ -79,6 +79,7 @@ class SecureSum:
         kind: Type of the request whose answers are summed.
         request: The request.
         nodes: Site -> node id of the sites to ask.
+        quorum: Answers after which lost sites are no longer waited for.
 
     Attributes:
         found: The last answer of each site and the verdict on it.
@@ -94,6 +95,7 @@ class SecureSum:
     kind: str
     request: Request
     nodes: Mapping[str, int]
+    quorum: int
     found: dict[str, Collected] = field(default_factory=dict)
     sum: Contribution | None = None
 
@@ -130,7 +132,8 @@ class SecureSum:
         def take_shares(site: str, reply: Reply) -> None:
             opening.add_shares(site, _contents(reply.details.get("shares")))
 
-        self._exchange(SUM_SHARES, keys, {"session": session, "keys": keys}, take_shares)
+        options = {"session": session, "keys": keys}
+        self._exchange(SUM_SHARES, keys, options, take_shares, self._enough(opening))
         opening.require(len(opening.shares))
         scheme = self._take_answers(opening)
         self._check_history(opening)
@@ -149,7 +152,8 @@ class SecureSum:
                 raise fail("PRV-962", where=site, found="another key than the registered one")
             opening.add_keys(site, keys)
 
-        self._exchange(SUM_KEYS, self.nodes, {"session": opening.session}, take)
+        options = {"session": opening.session}
+        self._exchange(SUM_KEYS, self.nodes, options, take, self._enough(opening))
         opening.require(len(opening.keys))
 
     def _take_answers(self, opening: Opening) -> Scheme:
@@ -176,9 +180,13 @@ class SecureSum:
             self.found[site] = self._counted(part)
 
         nodes = {site: self.nodes[site] for site in sharing}
-        self.ask(self.kind, nodes, request, receive, opening.threshold)
+        self.ask(self.kind, nodes, request, receive, self._enough(opening))
         opening.require(len(opening.contributors))
         return scheme
+
+    def _enough(self, opening: Opening) -> int:
+        """Return the answers after which a step does not wait for lost sites."""
+        return max(self.quorum, opening.threshold)
 
     def _check_history(self, opening: Opening) -> None:
         """Record the sum before it is opened; refuse one that isolates a few sites (PRV-954)."""
