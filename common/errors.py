@@ -224,6 +224,19 @@ CODES: Final[dict[str, str]] = {
     "MON-906": "The Grafana server is too old.",
     "MON-907": "Grafana answered with an error.",
     "MON-908": "The file with the token cannot be used.",
+    # PRV-95x, PRV-96x: secure sums
+    "PRV-951": "The site demands a protection that the plan does not have.",
+    "PRV-952": "The setting cannot be combined with secure sums.",
+    "PRV-953": "The secure sum has too few sites; it is not opened.",
+    "PRV-954": "The secure sum and earlier ones together would isolate too few sites.",
+    "PRV-955": "A key of a secure sum is wrong or belongs to another sum.",
+    "PRV-956": "A site or share does not belong to the secure sum.",
+    "PRV-957": "A value is outside the range of the secure sum.",
+    "PRV-958": "The sites do not agree whose numbers are summed, or about which reference.",
+    "PRV-959": "A message of a secure sum is out of turn or repeated.",
+    "PRV-960": "The opened sum is not possible.",
+    "PRV-961": "The masks of a secure sum cannot be removed.",
+    "PRV-962": "A partner's identity is not the one that this site knows.",
 }
 
 
