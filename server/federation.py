@@ -38,6 +38,7 @@ from fedsgcg.server.aggregation.amplitudes import (
     sharing_level,
     usable_amplitudes,
 )
+from fedsgcg.server.aggregation.central_noise import few_sites, noise_of_round, noisy_mean
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
@@ -47,6 +48,7 @@ from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
 from fedsgcg.server.records.model_card import model_card
+from fedsgcg.server.records.received import RecordingGrid
 from fedsgcg.server.screening.history import VOID_ROUNDS
 from fedsgcg.server.selection import best_so_far, source_score
 from fedsgcg.server.sites.departures import check_departures, departed, departure_note
@@ -63,6 +65,7 @@ from fedsgcg.server.sites.replies import (
     Row,
     SiteEvaluation,
     admitted,
+    epsilon_rows,
     evaluation_rows,
     mean_loss,
     moments_of,
@@ -122,6 +125,8 @@ def run_federation(
     start = time.monotonic()
     disk = disk or Disk()
     with Journal.of_plan(plan, disk) as journal:
+        if plan.privacy.record:
+            grid = RecordingGrid(grid, Path(plan.output), plan)
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:
             return federation.run(start)
@@ -216,6 +221,8 @@ class Federation:
         for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
         self._check_rule(state.weights)
+        if problem := few_sites(self._plan, len(self._cohort.training)):
+            self._note(problem)
         return state
 
     def _check_rule(self, weights: Weights) -> None:
@@ -384,6 +391,16 @@ class Federation:
         self, state: RoundRecord, number: int, trained: list[Collected]
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
+        if (dp := self._plan.privacy.dp).central_noise:
+            merged = noisy_mean(
+                state.weights,
+                [self._weighted(part) for part in trained],
+                len(self._cohort.training),
+                dp.central_clip,
+                dp.central_noise,
+                noise_of_round(self._plan, number),
+            )
+            return merged, state.aggregator_state
         rule = AGGREGATORS[self._plan.federation.aggregator]
         unlabelled = self._cohort.of_role("unlabelled")
         parts = [self._weighted(part) for part in trained]
@@ -497,16 +514,17 @@ class Federation:
             return None, []
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
-        fresh = statistics_of(
-            self._requests.collect(STATISTICS, Request(identity, chosen.weights, options=options))
+        collected = self._requests.collect(
+            STATISTICS, Request(identity, chosen.weights, options=options)
         )
+        fresh = statistics_of(collected)
         if not fresh:
             self._note(Problem("STA-214", where="the selected model"))
             return None, []
         prototypes = self._memory.merged(fresh)
         check_finite(chosen.round, chosen.weights, {"": prototypes})
         rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
-        return prototypes, rows
+        return prototypes, rows + epsilon_rows(identity.round + 1, collected)
 
     def _trained(self, rows: list[Row]) -> list[str]:
         """Sites that the model learned from, including those that trained before they left."""

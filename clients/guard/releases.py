@@ -31,6 +31,7 @@ from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.system import lock
 
 FILE: Final = "releases.jsonl"
+WHAT: Final = "the list of what this site released"
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
 """Kinds of samples. Figures of validation and test cases are the same function of a patient, so
@@ -121,7 +122,7 @@ def remember(home: Path, samples: Sequence[Sample], floor: int) -> list[bool]:
     Raises:
         FedsgcgError: SITE-501 when the list cannot be read or written.
     """
-    with _Log(home / FILE) as log:
+    with ListFile(home / FILE, _checked, WHAT) as log:
         return [_accept(log, sample, floor) for sample in samples]
 
 
@@ -138,7 +139,7 @@ def spend(home: Path, kind: str, request: str, budget: int) -> None:
         FedsgcgError: POL-721 when the budget is spent, SITE-501 when the list cannot be read or
             written.
     """
-    with _Log(home / FILE) as log:
+    with ListFile(home / FILE, _checked, WHAT) as log:
         known = {line["request"] for line in log.lines if line.get("counts") == kind}
         if request in known:
             return
@@ -164,7 +165,7 @@ def refused_sample(kind: str, floor: int) -> FedsgcgError:
     )
 
 
-def _accept(log: _Log, sample: Sample, floor: int) -> bool:
+def _accept(log: ListFile, sample: Sample, floor: int) -> bool:
     mine = [line for line in log.lines if line.get("sample") == sample.kind]
     if any(line["key"] == sample.key for line in mine):
         return True
@@ -176,14 +177,25 @@ def _accept(log: _Log, sample: Sample, floor: int) -> bool:
     return True
 
 
-class _Log:
-    """The locked list: its lines, and `append`, which is on the disk before it returns."""
+class ListFile:
+    """A locked list: its lines, and `append`, which is on the disk before it returns.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: A file of JSON lines; created with its folder if missing.
+        check: Returns a line with the fields that it must have.
+        what: What the list is, for errors.
+
+    Raises:
+        FedsgcgError: SITE-501 when the list cannot be read or written.
+    """
+
+    def __init__(self, path: Path, check: Callable[[Any], dict[str, Any]], what: str) -> None:
         self._path = path
+        self._check = check
+        self._what = what
         self.lines: list[dict[str, Any]] = []
 
-    def __enter__(self) -> _Log:
+    def __enter__(self) -> ListFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file: FileIO = self._path.open("a+b", buffering=0)
@@ -216,7 +228,7 @@ class _Log:
         if complete < len(content):
             self._file.truncate(complete)
         try:
-            self.lines = [_checked(json.loads(line)) for line in content[:complete].splitlines()]
+            self.lines = [self._check(json.loads(line)) for line in content[:complete].splitlines()]
         except (ValueError, KeyError, TypeError) as error:
             self._file.close()
             raise self._failed("a line that cannot be read") from error
@@ -226,7 +238,7 @@ class _Log:
             "SITE-501",
             where=str(self._path),
             found=found,
-            expected="the list of what this site released",
+            expected=self._what,
             action="free disk space, correct the permissions, or restore the file from a backup",
         )
 

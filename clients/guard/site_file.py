@@ -27,7 +27,7 @@ CASE_CONSENT: Final = {"test": "heldout_cases", "validation": "training_cases"}
 CONTROL_VARIATES: Final = "control_variates"
 """Record of SCAFFOLD's control variates in a message (`common.wire.messages.CONTROL`)."""
 SHARED_BY_CONSENT: Final = (
-    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
+    *("means", "amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
     *CASE_CONSENT.values(),
 )
 MAY_SET: Final = (
@@ -70,7 +70,8 @@ class SiteFile(Section):
             approved bundle that may run here. The hospital installs the package itself; the
             installed code is not checked again.
         roles: Roles this hospital accepts.
-        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
+        sharing: What may leave: `weights` and `statistics`; `means`, block means instead of
+            statistics (`prototypes.shared=means`); `amplitude_summary`, `amplitude_bank`,
             `control_variates`, `heldout_cases`, `training_cases` and `content_hashes` only if the
             hospital adds them here. `control_variates` is the mean gradient of a round, for
             `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are the results
@@ -92,6 +93,10 @@ class SiteFile(Section):
         releases: Most messages with weights, statistics or amplitudes that leave; a repeated
             request counts once.
         evaluations: Most evaluations of a model.
+        dp_epsilon: Privacy budget of this hospital's patients over all runs; nothing about them
+            leaves without noise, and nothing after it is spent. 0 = differential privacy is not
+            demanded, and the plan's budget applies where the plan has it.
+        dp_delta: Delta of `dp_epsilon`.
         device: Device of the site: `auto`, `cpu`, `cuda` (all GPUs), or one GPU such as `cuda:0`.
         threads: CPU threads of a training process.
         coordinator_may_set: Names of the plan's settings that the coordinator may set; a trailing
@@ -133,6 +138,8 @@ class SiteFile(Section):
     round_slices: int = 8
     releases: int = 50_000
     evaluations: int = 1_000
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-3
     device: str = "auto"
     threads: int = 1
     coordinator_may_set: tuple[str, ...] = MAY_SET
@@ -173,6 +180,8 @@ class SiteFile(Section):
         yield self.min_pixels >= 1, "min_pixels", "1 or more"
         for name in ("round_slices", "releases", "evaluations"):
             yield getattr(self, name) >= 1, name, "1 or more"
+        yield 0 <= self.dp_epsilon <= 1e6, "dp_epsilon", "0 (not demanded) to 1 000 000"
+        yield 0 < self.dp_delta < 1, "dp_delta", "a probability in (0, 1)"
         fraction = self.validation_fraction
         yield 0 <= fraction < 1, "validation_fraction", "a fraction in [0, 1)"
         yield (

@@ -17,6 +17,7 @@ from fedsgcg.common.settings.aggregation import (
     ScaffoldSettings,
 )
 from fedsgcg.common.settings.base import Checks, Section, at_most
+from fedsgcg.common.settings.differential_privacy import DpSettings
 
 Role = Literal["train", "unlabelled", "heldout", "observer"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
@@ -151,10 +152,16 @@ class PrivacySettings(Section):
     Attributes:
         min_pixels: A class with fewer pixels at the site is withheld (sent as absent).
         min_patients: A class seen in fewer patients at the site is withheld.
+        dp: Differential privacy.
+        record: Keep every reply as it arrived in the cell's folder `received`, with the model it
+            answers, for attacks on it (docs/explanation/attacks.md). For simulations: a real
+            hospital refuses it (PRV-980).
     """
 
     min_pixels: int = 1000
     min_patients: int = 2
+    dp: DpSettings = field(default_factory=DpSettings)
+    record: bool = False
 
     def checks(self) -> Checks:
         """Floors are at least one."""

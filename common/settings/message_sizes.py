@@ -20,12 +20,13 @@ CHANNELS: Final = 3
 
 def reply_sizes(plan: Plan, weights: int = MAX_WEIGHTS) -> Sizes:
     """Return the sizes of a site's reply to a request with a model of so many values."""
-    return _sizes(plan, 1, weights)
+    blocks = plan.prototypes.blocks if plan.prototypes.shared == "means" else 0
+    return _sizes(plan, 1, weights, blocks)
 
 
 def request_sizes(plan: Plan) -> Sizes:
     """Return the sizes of the coordinator's request, which may hold amplitudes of all sites."""
-    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS)
+    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS, 0)
 
 
 def amplitude_bytes(plan: Plan, sites: int) -> int:
@@ -42,6 +43,7 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
     return min(MAX_BYTES, HEAD_BYTES + images * (4 * window * CHANNELS + 128))
 
 
-def _sizes(plan: Plan, sites: int, weights: int) -> Sizes:
+def _sizes(plan: Plan, sites: int, weights: int, blocks: int) -> Sizes:
     shape = (plan.data.num_classes, plan.network.num_features)
-    return Sizes(shape, len(plan.data.structures), amplitude_bytes(plan, sites), weights)
+    amplitudes = amplitude_bytes(plan, sites)
+    return Sizes(shape, len(plan.data.structures), amplitudes, weights, blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedsgcg.common.errors import Problem
+from fedsgcg.common.settings.dp_rules import dp_problems
 from fedsgcg.common.settings.plan import Plan
 
 WHERE = "federation.aggregator"
@@ -15,12 +16,15 @@ def rule_problems(
 ) -> Iterator[Problem]:
     """Yield CFG-020 for everything in a plan that its aggregation rule cannot serve.
 
+    A plan that contradicts its own differential privacy gives PRV codes (`dp_rules`).
+
     Args:
         plan: The plan.
         training: The training sites.
         has_batch_norm: Whether the network has BatchNorm layers; None = as its settings state,
             which do not describe a network by import path.
     """
+    yield from dp_problems(plan)
     federation = plan.federation
     if federation.aggregator == "fedbn":
         known = plan.network.norm == "batch" or plan.network.is_own

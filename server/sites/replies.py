@@ -22,7 +22,7 @@ Row = dict[str, Any]
 SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
     *("validation_dice_trained", "validation_dice_without"),
-    *("examples", "steps", "seconds", "learning_rate"),
+    *("examples", "steps", "seconds", "learning_rate", "epsilon"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
 
@@ -236,6 +236,16 @@ def site_rows(
         kept["bytes_down"] = float(sum(answer.bytes_down for answer in answers))
         rows += [row(number, "train", site, name, value) for name, value in kept.items()]
     return rows
+
+
+def epsilon_rows(number: int, parts: Sequence[Collected]) -> list[Row]:
+    """Return the rows on what the sites had spent of their privacy budgets when they answered."""
+    spent = {part.reply.site: part.reply.metrics.get("epsilon") for part in admitted(parts)}
+    return [
+        row(number, "train", site, "epsilon", value)
+        for site, value in spent.items()
+        if value is not None
+    ]
 
 
 def validation_rows(number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:

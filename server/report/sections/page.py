@@ -14,6 +14,7 @@ from fedsgcg.server.report.sections.features import Similarity, Tsne
 from fedsgcg.server.report.sections.federation import FederationCost
 from fedsgcg.server.report.sections.panels import OverlayBlock
 from fedsgcg.server.report.sections.papers import PaperTable
+from fedsgcg.server.report.sections.privacy import PrivacyResults
 from fedsgcg.server.report.sections.results import (
     CaseRow,
     DepartureRow,
@@ -111,6 +112,7 @@ class Comparisons:
         hospital_tables: The same comparisons at every hospital.
         sweeps: The swept settings.
         federation: The cost of federation, None with one federation.
+        privacy: Accuracy against epsilon and attacks, None without noise and attacks.
     """
 
     headline: str
@@ -126,6 +128,7 @@ class Comparisons:
     hospital_tables: Sequence[HospitalTable]
     sweeps: Sequence[SweepResults]
     federation: FederationCost | None
+    privacy: PrivacyResults | None
 
 
 @dataclass(frozen=True)
