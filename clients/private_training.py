@@ -180,7 +180,7 @@ def _drawn(
     rate, most = plan.privacy.dp.sampling_rate, plan.privacy.dp.slices_per_patient
     taken = noise.uniforms(len(patients)) <= rate
     for chosen in np.flatnonzero(taken):
-        table, slices = patients[chosen]
+        table, slices = patients[int(chosen)]
         order = np.argsort(noise.uniforms(len(slices)))[:most]
         images, labels = table.stack(slices[order])
         changed, moved = augment_batch(

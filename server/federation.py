@@ -221,8 +221,8 @@ class Federation:
         for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
         self._check_rule(state.weights)
-        if problem := few_sites(self._plan, len(self._cohort.training)):
-            self._note(problem)
+        if few := few_sites(self._plan, len(self._cohort.training)):
+            self._note(few)
         return state
 
     def _check_rule(self, weights: Weights) -> None:

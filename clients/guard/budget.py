@@ -145,7 +145,7 @@ def _spending(line: Mapping[str, Any]) -> Spending:
 
 def _checked(line: Any) -> dict[str, Any]:
     """Return a line with the fields that it must have."""
-    checked = {
+    checked: dict[str, Any] = {
         "channel": str(line["channel"]),
         "run": str(line["run"]),
         "request": str(line["request"]),

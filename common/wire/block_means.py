@@ -150,7 +150,9 @@ class BlockMeans:
         """Return (K,) factors that give each covariance the trace of unit-length features."""
         room = np.maximum(1.0 - np.square(mean).sum(axis=1), 0.0)
         trace = np.trace(covariance, axis1=1, axis2=2)
-        return np.divide(room, trace, out=np.zeros_like(room), where=trace > 0)
+        factors: Array = np.zeros_like(room)
+        np.divide(room, trace, out=factors, where=trace > 0)
+        return factors
 
 
 def block_means_bytes(num_classes: int, num_features: int, blocks: int) -> int:

@@ -24,7 +24,11 @@ from fedsgcg.deploy.attacks.patients import Patient, statistics_of
 TOLERANCE: Final = 1e-6
 """Eigenvalues below this share of the largest count as zero."""
 STEPS: Final = 300
+"""Steps of the reconstruction of a slice."""
+RATE: Final = 0.05
+"""Its learning rate; it falls to zero."""
 SMOOTHNESS: Final = 1e-2
+"""Weight of the total variation."""
 Array = npt.NDArray[np.float64]
 
 
@@ -101,7 +105,7 @@ def subtract_rounds(network: nn.Module, patients: Sequence[Patient], plan: Plan)
         if not seen.any():
             errors.append(1.0)  # nothing was released about the classes of this patient
             continue
-        scale = np.linalg.norm((target.mean - usual)[seen])
+        scale = float(np.linalg.norm((target.mean - usual)[seen]))
         errors.append(float(np.linalg.norm((found.mean - target.mean)[seen]) / max(scale, 1e-12)))
     return Difference(float(np.median(errors)), float(np.mean(np.array(errors) < 0.1)), len(errors))
 
@@ -167,14 +171,17 @@ def invert_gradient(
         flat = torch.from_numpy(noisy).float()
     generator = torch.Generator().manual_seed(0)
     guess = (0.1 * torch.randn(truth.shape, generator=generator)).requires_grad_()
-    optimizer = torch.optim.Adam([guess], lr=0.05)
-    for _ in range(STEPS):
+    optimizer = torch.optim.Adam([guess], lr=RATE)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         optimizer.zero_grad()
         found = _gradient(network, guess, labels, parameters, plan, keep=True)
         own = torch.cat([each.reshape(-1) for each in found])
         distance = 1 - nn.functional.cosine_similarity(own, flat, dim=0)
         rough = guess.diff(dim=-1).abs().mean() + guess.diff(dim=-2).abs().mean()
         (distance + SMOOTHNESS * rough).backward()  # type: ignore[no-untyped-call]
+        if guess.grad is not None:
+            guess.grad.sign_()
         optimizer.step()
         with torch.no_grad():
             guess.clamp_(-1, 1)

@@ -107,8 +107,10 @@ def _by_site(patients: Sequence[Patient]) -> dict[str, list[int]]:
 
 
 def _spread(replies: Sequence[Received]) -> list[Received]:
-    chosen = np.unique(np.linspace(0, len(replies) - 1, MOST_ROUNDS, dtype=int)) if replies else []
-    return [replies[place] for place in chosen]
+    if not replies:
+        return []
+    chosen = np.unique(np.linspace(0, len(replies) - 1, MOST_ROUNDS, dtype=int))
+    return [replies[int(place)] for place in chosen]
 
 
 def _pooled(patients: Sequence[Patient], scores: Array) -> Separation | None:

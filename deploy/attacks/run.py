@@ -8,15 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file
 
-from fedsgcg.clients.methods.class_statistics import batch_statistics
 from fedsgcg.clients.methods.guidance import pixel_features
 from fedsgcg.common.errors import fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.block_means import BlockMeans
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.deploy.attacks.inversion import invert_gradient, span_of, subtract_rounds
 from fedsgcg.deploy.attacks.membership import attack_model, attack_statistics, attack_updates
@@ -88,7 +91,12 @@ def attack_cell(cell: Path, on_step: OnStep = lambda _: None) -> dict[str, Any]:
 
 
 def spans(network: torch.nn.Module, patients: list[Patient], plan: Plan) -> list[dict[str, Any]]:
-    """Test the span of a class's scatter for some numbers of pixels, as if the floor were lower."""
+    """Test the span of a class's scatter for some numbers of pixels, as if the floor were lower.
+
+    Empty with noise in the statistics, where a class with a single patient is not sent.
+    """
+    if plan.privacy.dp.statistics:
+        return []
     with torch.no_grad():
         maps = network(patients[0].images)[1]
         rows = pixel_features(maps, plan.unit_features)
@@ -101,12 +109,19 @@ def spans(network: torch.nn.Module, patients: list[Patient], plan: Plan) -> list
         if len(chosen) < number or not len(rest):
             continue
         keep = chosen[torch.linspace(0, len(chosen) - 1, number).long()]
-        only = torch.full_like(labels, 255)
-        only[keep] = 1
-        statistics = batch_statistics(maps, only.reshape(patients[0].labels.shape), plan)
         pixels, strangers = rows[keep].double().numpy(), other[rest[:1000]].double().numpy()
-        found.append(asdict(span_of(statistics, 1, pixels, strangers)))
+        found.append(asdict(span_of(_sent_of(pixels, plan), 0, pixels, strangers)))
     return found
+
+
+def _sent_of(pixels: npt.NDArray[np.float64], plan: Plan) -> ClassStatistics:
+    """Return what is sent of the pixels (n, A) of one class, as the coordinator reads it."""
+    if plan.prototypes.shared == "full":
+        return ClassStatistics.from_features(pixels, np.zeros(len(pixels), np.int64), 1)
+    blocks = plan.prototypes.blocks
+    chosen = np.random.default_rng(0).integers(0, blocks, len(pixels))
+    parts = ClassStatistics.from_features(pixels, chosen, blocks)
+    return BlockMeans(parts.count[None], parts.mean[None], plan.unit_features).estimate()
 
 
 def _last_sent(received: list[Received]) -> Weights:

@@ -135,7 +135,8 @@ class RecordingGrid(Grid):
         digest = weights.digest()[:32]
         path = self._folder / f"model-{digest}.npz"
         if not path.exists():
-            np.savez(path, **_arrays(weights))
+            parts: dict[str, Any] = _arrays(weights)
+            np.savez(path, **parts)
         return digest
 
     def _keep(self, content: RecordDict, kind: str, model: str) -> None:

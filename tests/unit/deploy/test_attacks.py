@@ -1,15 +1,19 @@
 """Attacks: the scores by hand, and that each attack finds what is there and nothing that is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsgcg.clients.methods.base import segmentation_loss
+from fedsgcg.clients.training import weights_of
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
-from fedsgcg.deploy.attacks.inversion import invert_gradient, span_of, subtract_rounds
+from fedsgcg.deploy.attacks.inversion import span_of, subtract_rounds
 from fedsgcg.deploy.attacks.membership import as_vector, attack_updates, inner_products
 from fedsgcg.deploy.attacks.patients import Patient
 from fedsgcg.deploy.attacks.scores import auc, clopper_pearson, separation, standardised
@@ -69,7 +73,7 @@ def test_few_pixels_are_spanned_by_their_scatter_and_many_span_everything(pixels
 def test_statistics_of_few_patients_show_who_is_in_them_and_of_many_hardly():
     def attack(members: int) -> float:
         rng = np.random.default_rng(members)
-        own = rng.normal(size=(members + 40, 30))
+        own = rng.normal(size=(members + 40, 100))
         inside, outside = own[:members], np.arange(len(own)) >= members
         scores = inner_products(own, outside, inside.mean(axis=0))
         return auc(scores[~outside], scores[outside])
@@ -104,31 +108,24 @@ def plan_with(tmp_path, **changes) -> Plan:
 
 def test_updates_that_fitted_the_members_are_recognised(tmp_path):
     plan = plan_with(tmp_path)
-    own, noise = patients(12), torch.Generator().manual_seed(5)
-    for each in own:  # nothing but the noise of the labels can be learned from single patients
-        flips = torch.rand(each.labels.shape, generator=noise)
-        each.labels[flips < 0.3] = 1
+    own = [
+        each if each.member else replace(each, labels=1 - each.labels) for each in patients(8)
+    ]  # what fits the members does not fit the others
     network = build_network(plan.network, 3, plan.data.out_channels, 0)
     sent = sites.weights(plan)
-    before = Received("A", "train", 1, sent, sent, None)
-    same = attack_updates(plan, [before], own)
+    same = attack_updates(plan, [Received("A", "train", 1, sent, sent, None)], own)
     assert same is not None
     assert same.auc == 0.5  # nothing was learned
-    from fedsgcg.clients.methods.base import segmentation_loss
-    from fedsgcg.clients.training import weights_of
-
-    members = [each for each in own if each.member]
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
-    images = torch.cat([each.images for each in members])
-    labels = torch.cat([each.labels for each in members])
-    for _ in range(60):
+    images = torch.cat([each.images for each in own if each.member])
+    labels = torch.cat([each.labels for each in own if each.member])
+    for _ in range(10):
         optimizer.zero_grad()
         segmentation_loss(network(images)[0], labels, plan.data).backward()
         optimizer.step()
-    reply = Received("A", "train", 1, sent, weights_of(network), None)
-    found = attack_updates(plan, [reply], own)
+    found = attack_updates(plan, [Received("A", "train", 1, sent, weights_of(network), None)], own)
     assert found is not None
-    assert found.auc > 0.8
+    assert found.auc == 1.0
 
 
 def test_two_releases_that_differ_by_one_patient_give_it_exactly_unless_they_have_noise(tmp_path):
@@ -142,15 +139,3 @@ def test_two_releases_that_differ_by_one_patient_give_it_exactly_unless_they_hav
     noisy = subtract_rounds(network, own, plan_with(tmp_path, privacy__dp=dp))
     assert noisy.exact == 0.0
     assert noisy.error >= 1.0
-
-
-def test_a_gradient_of_one_slice_shows_it_and_a_noisy_one_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedsgcg.deploy.attacks.inversion.STEPS", 60)
-    own = patients(4)
-    plan = plan_with(tmp_path)
-    network = build_network(plan.network, 3, plan.data.out_channels, 0).eval()
-    found = invert_gradient(network, own[0], own[1:], plan)
-    assert found.correlation > 0.5
-    dp = {"channels": ["weights"], "weights_noise": 1.5}
-    noisy = invert_gradient(network, own[0], own[1:], plan_with(tmp_path, privacy__dp=dp))
-    assert noisy.correlation < 0.5 * found.correlation
