@@ -1,6 +1,6 @@
 """Count and mean of random blocks of each class's pixels, from which a covariance is estimated.
 
-After FedCOF (Magistri et al., 2025), which estimates a class covariance from the means of clients.
+After FedCOF (Goswami et al., 2024), which estimates a class covariance from the means of clients.
 Means of hospitals differ because hospitals differ, so here a site divides its own pixels of a class
 at random into B blocks. The blocks' means then vary by chance alone, as the pixels do divided by
 the block's size: with n_b pixels and mean m_b in block b and m = sum n_b m_b / n,

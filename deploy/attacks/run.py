@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 from fedsgcg.clients.methods.guidance import pixel_features
+from fedsgcg.clients.methods.sgcg import labels_at
 from fedsgcg.common.errors import fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.run_folder import paths
@@ -100,10 +101,12 @@ def spans(network: torch.nn.Module, patients: list[Patient], plan: Plan) -> list
     with torch.no_grad():
         maps = network(patients[0].images)[1]
         rows = pixel_features(maps, plan.unit_features)
-        labels = patients[0].labels.reshape(-1)
+        width, classes = maps.shape[-1], plan.data.num_classes
+        labels = labels_at(patients[0].labels, width, classes).reshape(-1)
         other = pixel_features(network(patients[-1].images)[1], plan.unit_features)
     chosen = (labels == 1).nonzero().reshape(-1)
-    rest = (patients[-1].labels.reshape(-1) == 1).nonzero().reshape(-1)
+    rest = labels_at(patients[-1].labels, width, classes).reshape(-1)
+    rest = (rest == 1).nonzero().reshape(-1)
     found = []
     for number in FEW_PIXELS:
         if len(chosen) < number or not len(rest):
