@@ -31,15 +31,19 @@ from fedsgcg.clients.evaluation import (
     summarise_cases,
     validation_dice,
 )
+from fedsgcg.clients.guard.budget import spent
 from fedsgcg.clients.guard.contents import shared_contents
 from fedsgcg.clients.guard.egress import apply_floors, release
+from fedsgcg.clients.methods import Guide
 from fedsgcg.clients.methods.class_statistics import (
     NormMode,
     sample_features,
+    site_block_means,
     site_moments,
     site_statistics,
 )
 from fedsgcg.clients.methods.partners import MeanMixer, mixing_space, site_amplitudes
+from fedsgcg.clients.methods.private_statistics import private_statistics
 from fedsgcg.clients.methods.running_guide import (
     ONLINE,
     build_guide,
@@ -47,6 +51,7 @@ from fedsgcg.clients.methods.running_guide import (
     statistics_to_state,
 )
 from fedsgcg.clients.own_norm import take_own_norm
+from fedsgcg.clients.private_training import train_private_round
 from fedsgcg.clients.request import SiteRequest, handle, require_role
 from fedsgcg.clients.rules import (
     keeps_norm,
@@ -61,6 +66,7 @@ from fedsgcg.clients.training import (
     train_round,
     weights_of,
 )
+from fedsgcg.common.differential_privacy.accounting import PATIENT, Spending
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
@@ -69,10 +75,12 @@ from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream, stream_seed
 from fedsgcg.common.settings.adaptation import AMPLITUDE
+from fedsgcg.common.settings.differential_privacy import CHANNELS, DpSettings
+from fedsgcg.common.settings.dp_rules import round_spending
 from fedsgcg.common.settings.federation import SHARES, TRAINING
-from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.amplitudes import AmplitudeSummary
+from fedsgcg.common.wire.block_means import BlockMeans
 from fedsgcg.common.wire.messages import (
     DATA,
     STATISTICS,
@@ -150,6 +158,7 @@ def enrol(task: SiteRequest) -> RecordDict:
     task.require_sample("train" if task.plan.trains(task.site) else "test")
     if task.plan.trains(task.site):
         check_pairs(stores, task.plan)
+        task.require_budget()
     details: dict[str, Any] = {
         "site": task.site,
         "roles": list(task.plan.site.roles),
@@ -186,11 +195,10 @@ def send_statistics(task: SiteRequest) -> RecordDict:
     wanted = task.plan.method.statistics and (options.get("classes") or measured is None)
     if wanted and task.role == "unlabelled":
         raise fail("ROL-212", where=task.site, found="a request for class statistics")
-    plan = task.plan
-    if options.get("raw"):  # of the features as the output layer reads them
-        plan = replace(plan, prototypes=replace(plan.prototypes, normalize=False))
-    found = statistics(task, network, mode, plan) if wanted else None
-    return send(task, Reply(task.identity, task.site, statistics=found, moments=measured))
+    reply = Reply(task.identity, task.site, moments=measured)
+    raw = bool(options.get("raw"))
+    found = describe(task, network, mode, raw=raw) if wanted else None
+    return send(task, with_description(reply, found))
 
 
 def train(task: SiteRequest) -> RecordDict:
@@ -206,8 +214,10 @@ def train(task: SiteRequest) -> RecordDict:
     before |= metrics_without_site(task, state, validation_metrics)
     if keeps_norm(plan):
         take_own_norm(network, state)
-    described = statistics(task, network) if plan.described_in_training(number) else None
-    own = apply_floors_to(task, described) if plan.prototypes.memory == "overlay" else None
+    described = describe(task, network) if plan.described_in_training(number) else None
+    own = None
+    if isinstance(described, ClassStatistics) and plan.prototypes.memory == "overlay":
+        own = apply_floors_to(task, described)
     guide = build_guide(
         task.request.prototypes,
         state,
@@ -219,17 +229,7 @@ def train(task: SiteRequest) -> RecordDict:
         shift=task.request.shift,
     )
     earlier = state
-    figures, state = train_round(
-        network,
-        task.stores,
-        plan,
-        round_number=number,
-        guide=guide,
-        device=task.device,
-        amplitudes=task.request.amplitudes,
-        state=state,
-        control=received_control(task.request.weights, task.request.control_variates),
-    )
+    figures, state = train_on_site(task, network, guide, state)
     if plan.prototypes.memory == "online":
         described = statistics_from_state(state, ONLINE)
         own = apply_floors_to(task, described)
@@ -242,8 +242,39 @@ def train(task: SiteRequest) -> RecordDict:
     if state or own is not None:
         task.state.store(number, state | statistics_to_state(own))
     metrics = before | figures | metrics_of_trained(task, network, validation_metrics)
-    reply = Reply(task.identity, task.site, sent, described, metrics, coded=coded)
-    return send(task, replace(reply, control_variates=sent_control(trained, state)))
+    reply = Reply(task.identity, task.site, sent, metrics=metrics, coded=coded)
+    reply = replace(reply, control_variates=sent_control(trained, state))
+    return send(task, with_description(reply, described))
+
+
+def train_on_site(
+    task: SiteRequest, network: nn.Module, guide: Guide | None, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Train the network in place for one round, with noise if the plan has it in the weights."""
+    plan, number = task.plan, task.identity.round
+    if plan.privacy.dp.weights:
+        noise, _ = task.charge("weights", round_spending(plan))
+        return train_private_round(
+            network,
+            task.stores,
+            plan,
+            round_number=number,
+            guide=guide,
+            device=task.device,
+            noise=noise,
+            state=state,
+        )
+    return train_round(
+        network,
+        task.stores,
+        plan,
+        round_number=number,
+        guide=guide,
+        device=task.device,
+        amplitudes=task.request.amplitudes,
+        state=state,
+        control=received_control(task.request.weights, task.request.control_variates),
+    )
 
 
 def held_parts(options: Mapping[str, Any]) -> frozenset[str]:
@@ -456,18 +487,39 @@ def moments(task: SiteRequest, network: nn.Module) -> NormMoments:
     return site_moments(network, tables, task.plan, task.device, rngs, generator)
 
 
-def statistics(
+def describe(
     task: SiteRequest,
     network: nn.Module,
     norm_mode: NormMode | None = None,
-    plan: Plan | None = None,
-) -> ClassStatistics:
-    """Compute the class statistics of the site's training slices, pooled over its hospitals.
+    *,
+    raw: bool = False,
+) -> ClassStatistics | BlockMeans:
+    """Describe the site's training slices, pooled over its hospitals, in the form that may leave.
 
-    `plan` may describe other features than the task's plan.
+    Class statistics; block means with `prototypes.shared=means`; statistics with noise with
+    `privacy.dp.channels=[statistics]`. With `raw` they are those of the features as the output
+    layer reads them, not of unit length.
     """
-    tables, rngs = training_slices(task)
-    return site_statistics(network, tables, plan or task.plan, task.device, rngs, norm_mode)
+    plan, (tables, rngs) = task.plan, training_slices(task)
+    if raw:
+        plan = replace(plan, prototypes=replace(plan.prototypes, normalize=False))
+    if plan.privacy.dp.statistics:
+        noise, _ = task.charge("statistics", Spending(plan.privacy.dp.statistics_noise))
+        return private_statistics(network, task.stores, plan, task.device, noise)
+    if plan.prototypes.shared == "means":
+        seed = stream_seed(plan.seed, task.identity.round, task.site, "blocks")
+        generator = torch.Generator().manual_seed(seed)
+        return site_block_means(
+            network, tables, plan, task.device, rngs, norm_mode, generator=generator
+        )
+    return site_statistics(network, tables, plan, task.device, rngs, norm_mode)
+
+
+def with_description(reply: Reply, described: ClassStatistics | BlockMeans | None) -> Reply:
+    """Return the reply with what describes the site's slices."""
+    if isinstance(described, BlockMeans):
+        return replace(reply, block_means=described)
+    return replace(reply, statistics=described)
 
 
 def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> ClassStatistics | None:
@@ -480,19 +532,38 @@ def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> Cla
 def send(task: SiteRequest, reply: Reply) -> RecordDict:
     """Release a reply, with the digest of the site's data, through `clients.guard.egress`."""
     reply = replace(reply, details={**reply.details, DATA: task.data_digest()})
-    has_statistics = reply.statistics is not None
+    privacy, patients, pixels = task.plan.privacy, None, None
+    if reply.statistics is not None and privacy.dp.statistics:
+        # The counts are noisy numbers of patients; classes below the floor are already left out.
+        patients, privacy = reply.statistics.count.astype(np.int64), replace(privacy, min_pixels=1)
+    elif reply.statistics is not None or reply.block_means is not None:
+        patients, pixels = task.patients, task.distinct_pixels
+    note = ""
+    if privacy.dp.channels and (reply.statistics is not None or reply.weights is not None):
+        total = spent(task.home, task.budget.delta)
+        note = privacy_note(privacy.dp, total, task.budget.delta)
+        reply = replace(reply, metrics={**reply.metrics, "epsilon": total})
     return release(
         reply,
         task.home,
         kind=task.kind,
-        privacy=task.plan.privacy,
+        privacy=privacy,
         classes=list(task.plan.data.classes),
-        patients=task.patients if has_statistics else None,
-        pixels=task.distinct_pixels if has_statistics else None,
+        patients=patients,
+        pixels=pixels,
         sharing=task.policy.sharing if task.policy else None,
+        note=note,
         key=task.key,
         mask=task.sums.mask if task.sums is not None and task.kind in (STATISTICS, TRAIN) else None,
     )
+
+
+def privacy_note(dp: DpSettings, epsilon: float, delta: float) -> str:
+    """Return the ledger's remark on what has been spent, and on what it does not cover."""
+    text = f"epsilon={epsilon:.4g} at delta={delta:g} so far ({PATIENT})"
+    if uncovered := [name for name in CHANNELS if name not in dp.channels]:
+        text += f"; without noise: {', '.join(uncovered)}"
+    return f"{text}; SEEDED noise protects nobody" if dp.noise == "seeded" else text
 
 
 app = build_client_app()

@@ -29,6 +29,7 @@ from fedsgcg.clients.data.facts import read_facts
 from fedsgcg.clients.data.store import CaseStore, fingerprint, open_store
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.guard.approval import check_approved
+from fedsgcg.clients.guard.budget import Budget, Charge, charge, require_affordable
 from fedsgcg.clients.guard.egress import (
     LEDGER,
     UNKNOWN_IDENTITY,
@@ -60,12 +61,16 @@ from fedsgcg.clients.methods.class_statistics import (
     patients_per_class,
     pixels_per_class,
 )
+from fedsgcg.clients.methods.private_statistics import patients_of
 from fedsgcg.clients.out_of_memory import out_of_memory
+from fedsgcg.common.differential_privacy.accounting import Spending
+from fedsgcg.common.differential_privacy.noise import Noise
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.image_summary import IMAGE_SUMMARY, summarise
 from fedsgcg.common.settings.data import SPLITS
+from fedsgcg.common.settings.dp_rules import dp_problems, planned
 from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.message_sizes import request_sizes
 from fedsgcg.common.settings.plan import Plan
@@ -185,10 +190,13 @@ class SiteRequest:
     def validates(self) -> bool:
         """Whether results of the site's validation cases may leave; they need enough patients.
 
-        A hospital of the setting `unlabelled` validates nothing.
+        A hospital of the setting `unlabelled` validates nothing, and none does with differential
+        privacy: a score has no noise.
         """
         return (
-            self.site not in self.plan.unlabelled and self.accepts([self._sample("validation")])[0]
+            not self.plan.privacy.dp.channels
+            and self.site not in self.plan.unlabelled
+            and self.accepts([self._sample("validation")])[0]
         )
 
     def shares_cases(self, split: str) -> bool:
@@ -212,10 +220,62 @@ class SiteRequest:
         """
         if self.policy is None:
             return
+        spend(self.home, kind, self._request_digest, getattr(self.policy, kind))
+
+    @cached_property
+    def _request_digest(self) -> str:
         weights = self.request.weights.digest() if self.request.weights is not None else ""
         facts = [self.identity.encode(), self.kind, self.request.options, weights]
-        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-        spend(self.home, kind, digest.hexdigest(), getattr(self.policy, kind))
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def budget(self) -> Budget:
+        """The privacy budget: the site's own, or the plan's if the site has none."""
+        if self.policy is not None and self.policy.dp_epsilon:
+            return Budget(self.policy.dp_epsilon, self.policy.dp_delta)
+        return Budget(self.plan.privacy.dp.epsilon, self.plan.privacy.dp.delta)
+
+    def charge(self, channel: str, spending: Spending) -> tuple[Noise, float]:
+        """Record a release with noise in the budget file, before any of the work.
+
+        Returns:
+            The noise of this release, and epsilon of everything that this site has released.
+
+        Raises:
+            FedsgcgError: PRV-975 when the budget is spent, SITE-501.
+        """
+        seeded = self.plan.privacy.dp.noise == "seeded"
+        request = Charge(channel, self._run, self._request_digest, spending, seeded)
+        total = charge(self.home, request, self.budget)
+        if not seeded:
+            return Noise.from_entropy(), total
+        names = (self.site, self.kind, self._request_digest, channel)
+        return Noise.seeded(self.plan.seed, *names), total
+
+    def require_budget(self) -> None:
+        """Refuse a run with noise that the site's budget or its number of patients does not allow.
+
+        Raises:
+            FedsgcgError: PRV-973, PRV-974.
+        """
+        if not self.plan.privacy.dp.channels:
+            return
+        tables = [store.slices("train") for store in self.stores]
+        patients = sum(1 for _ in patients_of(self.stores, tables))
+        if self.budget.delta * patients >= 1:
+            raise fail(
+                "PRV-973",
+                found=f"delta={self.budget.delta:g}",
+                expected=f"less than {1 / patients:.2g}, one divided by the number of patients",
+                action="lower privacy.dp.delta, or dp_delta in site.yaml",
+            )
+        require_affordable(self.home, self._run, planned(self.plan), self.budget)
+
+    @property
+    def _run(self) -> str:
+        text = "\x1f".join([self.identity.run, self.identity.heldout, self.identity.plan])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def accepts(self, samples: Sequence[Sample]) -> list[bool]:
         """Return which samples the site may release; a simulation releases all."""
@@ -358,6 +418,8 @@ def handle(
                 take_receipt(receipt, home / LEDGER, Path(policy.ca))
         requested = plan_of_run(tree, dict(context.run_config), context.run_id)
         plan = apply_policy(requested, policy)
+        if problems := list(dp_problems(requested)):
+            raise FedsgcgError(*problems)
         root = ensure_data(plan.data, plan.site.cache)
         site = site_of(plan, root, context.node_config | ({"site": policy.site} if policy else {}))
         home = site_home(plan, site)

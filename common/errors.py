@@ -237,6 +237,18 @@ CODES: Final[dict[str, str]] = {
     "PRV-960": "The opened sum is not possible.",
     "PRV-961": "The masks of a secure sum cannot be removed.",
     "PRV-962": "A partner's identity is not the one that this site knows.",
+    # PRV-97x: differential privacy
+    "PRV-971": "The network's normalisation mixes patients, or cannot be checked.",
+    "PRV-972": "A setting lets patients out without noise.",
+    "PRV-973": "The delta is too large for the number of patients.",
+    "PRV-974": "The privacy budget cannot pay for the run.",
+    "PRV-975": "The site's privacy budget is spent.",
+    "PRV-976": "The package for privacy accounting is not installed.",
+    "PRV-977": "Central noise with so few hospitals is no protection, or no model.",
+    "PRV-978": "The site demands differential privacy that the plan does not have.",
+    "PRV-979": "Seeded noise protects nobody; the site refuses it.",
+    "PRV-980": "The replies of a real hospital are not recorded for attacks.",
+    "PRV-981": "The recorded replies of a run cannot be attacked.",
 }
 
 

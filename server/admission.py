@@ -65,6 +65,7 @@ METRIC_RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "validation_cases": (0.0, 1e6),
     "validation_dice_trained": (0.0, 1.0),
     "validation_dice_without": (0.0, 1.0),
+    "epsilon": (0.0, 1e9),
 }
 """Possible values of the metrics of a site; a loss and its parts are within +-MAX_LOSS."""
 

@@ -40,6 +40,7 @@ from fedsgcg.server.aggregation.amplitudes import (
     sharing_level,
     usable_amplitudes,
 )
+from fedsgcg.server.aggregation.central_noise import few_sites, noise_of_round, noisy_mean
 from fedsgcg.server.aggregation.domain_pool import with_pool
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.moving_average import with_average, without_average
@@ -53,6 +54,7 @@ from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
 from fedsgcg.server.records.journal import Journal
 from fedsgcg.server.records.model_card import model_card
+from fedsgcg.server.records.received import RecordingGrid
 from fedsgcg.server.screening.history import VOID_ROUNDS
 from fedsgcg.server.selection import best_so_far, source_score
 from fedsgcg.server.sites.departures import check_departures, departed, departure_note
@@ -71,6 +73,7 @@ from fedsgcg.server.sites.replies import (
     SiteEvaluation,
     adapted_rows,
     admitted,
+    epsilon_rows,
     evaluation_rows,
     mean_loss,
     moments_of,
@@ -135,6 +138,8 @@ def run_federation(
         expected = "fixed: a run has its settings before the sites enrol"
         raise fail("CFG-032", where="data.plan", found="auto", expected=expected)
     with Journal.of_plan(plan, disk) as journal:
+        if plan.privacy.record:
+            grid = RecordingGrid(grid, Path(plan.output), plan)
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:
             return federation.run(start)
@@ -235,6 +240,8 @@ class Federation:
         for problem in (*self._cohort.absent(), *self._cohort.mixed_kinds(), *self._cohort.changes):
             self._note(problem)
         self._check_rule(state.weights)
+        if few := few_sites(self._plan, len(self._cohort.training)):
+            self._note(few)
         return state
 
     def _check_rule(self, weights: Weights) -> None:
@@ -423,6 +430,16 @@ class Federation:
         self, state: RoundRecord, number: int, trained: list[Collected]
     ) -> tuple[Weights, AggregatorState]:
         """Merge the sites' models by the aggregation rule of the plan."""
+        if (dp := self._plan.privacy.dp).central_noise:
+            merged = noisy_mean(
+                state.weights,
+                [self._weighted(part) for part in trained],
+                len(self._cohort.training),
+                dp.central_clip,
+                dp.central_noise,
+                noise_of_round(self._plan, number),
+            )
+            return merged, state.aggregator_state
         rule = AGGREGATORS[self._plan.federation.aggregator]
         unlabelled = self._cohort.of_role("unlabelled")
         weighted = [self._weighted(part) for part in trained]
@@ -550,13 +567,15 @@ class Federation:
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
         request = Request(identity, chosen.weights, options=options)
-        fresh = statistics_of(self._requests.collect(STATISTICS, request).parts)
+        collected = self._requests.collect(STATISTICS, request)
+        fresh = statistics_of(collected.parts)
         if not fresh:
             self._note(Problem("STA-214", where="the selected model"))
             return None, [], chosen
         prototypes = self._memory.merged(fresh)
         check_finite(chosen.round, chosen.weights, {"": prototypes})
         rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
+        rows += epsilon_rows(identity.round + 1, collected.sites)
         return prototypes, rows, replace(chosen, weights=with_pool(chosen.weights, dict(fresh)))
 
     def _trained(self, rows: list[Row]) -> list[str]:

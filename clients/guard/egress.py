@@ -28,6 +28,7 @@ from fedsgcg.common.image_summary import IMAGE_SUMMARY
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.block_means import BlockMeans
 from fedsgcg.common.wire.messages import Reply, encode_reply, payload_bytes
 from fedsgcg.common.wire.payload import Identity
 from fedsgcg.common.wire.receipts import payload_digest
@@ -75,6 +76,13 @@ def release(
             cannot be written. Nothing leaves in either case.
     """
     withheld: list[str] = []
+    if reply.block_means is not None:
+        if patients is None:
+            raise ValueError("patients: found None, expected (K,) counts for the block means")
+        blocks, hidden = apply_block_floors(reply.block_means, patients, privacy)
+        withheld = [classes[index] for index in hidden]
+        details = reply.details | {"withheld": withheld}
+        reply = replace(reply, block_means=blocks, details=details)
     if reply.statistics is not None:
         if patients is None:
             raise ValueError("patients: found None, expected (K,) counts for the statistics")
@@ -153,6 +161,20 @@ def log_exception(home: Path | None, kind: str, identity: Identity) -> None:
                 file.write(text)
             return
     LOG.error(text)
+
+
+def apply_block_floors(
+    means: BlockMeans, patients: npt.NDArray[np.int64], privacy: PrivacySettings
+) -> tuple[BlockMeans, list[int]]:
+    """Withhold every class with too few patients, or a block with too few pixels.
+
+    Returns:
+        The means that may leave, and the indices of the withheld classes.
+    """
+    filled = np.where(means.count > 0, means.count, np.inf).min(axis=1)
+    low = (filled < privacy.min_pixels) | (patients < privacy.min_patients)
+    hidden = [int(index) for index in np.flatnonzero(low & (means.pixels > 0))]
+    return means.without(low), hidden
 
 
 def apply_floors(

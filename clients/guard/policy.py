@@ -20,6 +20,7 @@ from fedsgcg.clients.guard.site_file import CONTROL_VARIATES, SiteFile, read_sit
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.compose import FOLDERS, compose
+from fedsgcg.common.settings.differential_privacy import CHANNELS
 from fedsgcg.common.settings.federation import CONSENTS, SHARES, SITE_STATISTICS
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.privacy import PrivacySettings
@@ -139,18 +140,46 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
         found = "a method that sends this site's class statistics to the other sites"
         yield Problem("POL-704", found, expected, action, "sharing")
+    yield from privacy_refusals(plan, policy)
     if (
         plan.method.statistics
         and plan.role(policy.site) == "train"
-        and "statistics" not in policy.sharing
+        and statistics_part(plan) not in policy.sharing
     ):
         expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
         action = (
-            "set method=source method.statistics=false, or have the site add statistics to sharing"
+            "set method=source method.statistics=false, or prototypes.shared to a form that the "
+            f"site shares, or have the site add {statistics_part(plan)} to sharing"
         )
         yield Problem(
             "POL-704", "a method that needs class statistics", expected, action, "sharing"
         )
+
+
+def statistics_part(plan: Plan) -> str:
+    """Return the entry of a site's `sharing` that the plan's class statistics need."""
+    means = plan.prototypes.shared == "means" and not plan.privacy.dp.statistics
+    return "means" if means else "statistics"
+
+
+def privacy_refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
+    """Yield a problem if a training site demands differential privacy that the plan lacks."""
+    dp = plan.privacy.dp
+    if not plan.trains(policy.site):
+        return
+    if dp.channels and dp.noise == "seeded":
+        yield Problem(
+            "PRV-979", "seeded", "entropy", "set privacy.dp.noise=entropy", "privacy.dp.noise"
+        )
+    if plan.privacy.record:
+        yield Problem("PRV-980", "true", "false", "set privacy.record=false", "privacy.record")
+    missing = set(CHANNELS) - set(dp.channels)
+    if not plan.method.statistics:
+        missing.discard("statistics")
+    if policy.dp_epsilon and missing:
+        found = f"privacy.dp.channels={list(dp.channels)}"
+        action = "set privacy.dp.channels=[statistics,weights], or train without this hospital"
+        yield Problem("PRV-978", found, "noise in every part", action, "privacy.dp.channels")
 
 
 def effective_floors(

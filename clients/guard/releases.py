@@ -32,6 +32,7 @@ from fedsgcg.common.files.system import lock
 from fedsgcg.common.secure_sums.history import check_sums
 
 FILE: Final = "releases.jsonl"
+WHAT: Final = "the list of what this site released"
 TRAINING: Final = "training"
 EVALUATION: Final = "evaluation"
 """Kinds of samples. Figures of validation and test cases are the same function of a patient, so
@@ -122,7 +123,7 @@ def remember(home: Path, samples: Sequence[Sample], floor: int) -> list[bool]:
     Raises:
         FedsgcgError: SITE-501 when the list cannot be read or written.
     """
-    with _Log(home / FILE) as log:
+    with ListFile(home / FILE, _checked, WHAT) as log:
         return [_accept(log, sample, floor) for sample in samples]
 
 
@@ -139,7 +140,7 @@ def spend(home: Path, kind: str, request: str, budget: int) -> None:
         FedsgcgError: POL-721 when the budget is spent, SITE-501 when the list cannot be read or
             written.
     """
-    with _Log(home / FILE) as log:
+    with ListFile(home / FILE, _checked, WHAT) as log:
         known = {line["request"] for line in log.lines if line.get("counts") == kind}
         if request in known:
             return
@@ -156,7 +157,7 @@ def spend(home: Path, kind: str, request: str, budget: int) -> None:
 
 def check_session(home: Path, session: str) -> None:
     """Refuse a secure sum whose identifier was used before; raises PRV-959, SITE-501."""
-    with _Log(home / FILE) as log:
+    with ListFile(home / FILE, _checked, WHAT) as log:
         _refuse_repeated(log, session)
 
 
@@ -177,7 +178,7 @@ def remember_sum(
             fewer; PRV-959 for one that was opened before; SITE-501 when the list cannot be read or
             written.
     """
-    with _Log(home / FILE) as log:
+    with ListFile(home / FILE, _checked, WHAT) as log:
         _refuse_repeated(log, session)
         check_sums(
             (line["sites"] for line in log.lines if line.get("sum") == reference), sites, fewest
@@ -185,7 +186,7 @@ def remember_sum(
         log.append({"sum": reference, "session": session, "sites": sorted(sites)})
 
 
-def _refuse_repeated(log: _Log, session: str) -> None:
+def _refuse_repeated(log: ListFile, session: str) -> None:
     if any(line.get("session") == session for line in log.lines):
         raise fail("PRV-959", found="a sum that this site has opened", expected="a new sum")
 
@@ -201,7 +202,7 @@ def refused_sample(kind: str, floor: int) -> FedsgcgError:
     )
 
 
-def _accept(log: _Log, sample: Sample, floor: int) -> bool:
+def _accept(log: ListFile, sample: Sample, floor: int) -> bool:
     mine = [line for line in log.lines if line.get("sample") == sample.kind]
     if any(line["key"] == sample.key for line in mine):
         return True
@@ -213,14 +214,25 @@ def _accept(log: _Log, sample: Sample, floor: int) -> bool:
     return True
 
 
-class _Log:
-    """The locked list: its lines, and `append`, which is on the disk before it returns."""
+class ListFile:
+    """A locked list: its lines, and `append`, which is on the disk before it returns.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: A file of JSON lines; created with its folder if missing.
+        check: Returns a line with the fields that it must have.
+        what: What the list is, for errors.
+
+    Raises:
+        FedsgcgError: SITE-501 when the list cannot be read or written.
+    """
+
+    def __init__(self, path: Path, check: Callable[[Any], dict[str, Any]], what: str) -> None:
         self._path = path
+        self._check = check
+        self._what = what
         self.lines: list[dict[str, Any]] = []
 
-    def __enter__(self) -> _Log:
+    def __enter__(self) -> ListFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file: FileIO = self._path.open("a+b", buffering=0)
@@ -253,7 +265,7 @@ class _Log:
         if complete < len(content):
             self._file.truncate(complete)
         try:
-            self.lines = [_checked(json.loads(line)) for line in content[:complete].splitlines()]
+            self.lines = [self._check(json.loads(line)) for line in content[:complete].splitlines()]
         except (ValueError, KeyError, TypeError) as error:
             self._file.close()
             raise self._failed("a line that cannot be read") from error
@@ -263,7 +275,7 @@ class _Log:
             "SITE-501",
             where=str(self._path),
             found=found,
-            expected="the list of what this site released",
+            expected=self._what,
             action="free disk space, correct the permissions, or restore the file from a backup",
         )
 

@@ -29,7 +29,7 @@ CASE_CONSENT: Final = {"test": "heldout_cases", "validation": "training_cases"}
 CONTROL_VARIATES: Final = "control_variates"
 """Record of SCAFFOLD's control variates in a message (`common.wire.messages.CONTROL`)."""
 SHARED_BY_CONSENT: Final = (
-    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
+    *("means", "amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
     *(SITE_STATISTICS, IMAGE_SUMMARY),
     *CASE_CONSENT.values(),
 )
@@ -77,17 +77,18 @@ class SiteFile(Section):
             approved bundle that may run here. The hospital installs the package itself; the
             installed code is not checked again.
         roles: Roles this hospital accepts.
-        sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
+        sharing: What may leave: `weights` and `statistics`; `means`, block means instead of
+            statistics (`prototypes.shared=means`); `amplitude_summary`, `amplitude_bank`,
             `control_variates`, `site_statistics`, `heldout_cases`, `training_cases`,
             `content_hashes` and `image_summary` only if the hospital adds them here.
             `site_statistics` lets the coordinator send this hospital's class statistics on to the
             other hospitals, for `method.sgcg.sites`. `control_variates` is the mean gradient of a
-            round, for `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are the results
-            of single cases under an alias, where this hospital is held out or observes, and of its
-            validation cases; without them mean, standard deviation and number of cases leave,
-            rounded. `content_hashes` are salted hashes of the images. With them the coordinator
-            finds images that two hospitals share, and can check whether this hospital has an image
-            that the coordinator itself has; no image can be reconstructed from them.
+            round, for `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are
+            the results of single cases under an alias, where this hospital is held out or observes,
+            and of its validation cases; without them mean, standard deviation and number of cases
+            leave, rounded. `content_hashes` are salted hashes of the images. With them the
+            coordinator finds images that two hospitals share, and can check whether this hospital
+            has an image that the coordinator itself has; no image can be reconstructed from them.
             `image_summary` are medians and quartiles of size, voxel size and values of the training
             images (docs/explanation/plan.md).
         patient_floor: Fewest patients that any figure covers: a class, a validation or test result,
@@ -113,6 +114,10 @@ class SiteFile(Section):
         releases: Most messages with weights, statistics or amplitudes that leave; a repeated
             request counts once.
         evaluations: Most evaluations of a model.
+        dp_epsilon: Privacy budget of this hospital's patients over all runs; nothing about them
+            leaves without noise, and nothing after it is spent. 0 = differential privacy is not
+            demanded, and the plan's budget applies where the plan has it.
+        dp_delta: Delta of `dp_epsilon`.
         device: Device of the site: `auto`, `cpu`, `cuda` (all GPUs), or one GPU such as `cuda:0`.
         threads: CPU threads of a training process.
         coordinator_may_set: Names of the plan's settings that the coordinator may set; a trailing
@@ -157,6 +162,8 @@ class SiteFile(Section):
     round_slices: int = 8
     releases: int = 50_000
     evaluations: int = 1_000
+    dp_epsilon: float = 0.0
+    dp_delta: float = 1e-3
     device: str = "auto"
     threads: int = 1
     coordinator_may_set: tuple[str, ...] = MAY_SET
@@ -201,6 +208,8 @@ class SiteFile(Section):
         yield shown, "partners", "name: fingerprint, 16 pairs of digits such as 0A:1B:..."
         for name in ("round_slices", "releases", "evaluations"):
             yield getattr(self, name) >= 1, name, "1 or more"
+        yield 0 <= self.dp_epsilon <= 1e6, "dp_epsilon", "0 (not demanded) to 1 000 000"
+        yield 0 < self.dp_delta < 1, "dp_delta", "a probability in (0, 1)"
         fraction = self.validation_fraction
         yield 0 <= fraction < 1, "validation_fraction", "a fraction in [0, 1)"
         yield (

@@ -29,6 +29,7 @@ from fedsgcg.common.feature_samples import sample_pixels
 from fedsgcg.common.settings.plan import MethodSettings, Plan
 from fedsgcg.common.sgcg.loss import class_moments
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.block_means import BlockMeans
 from fedsgcg.common.wire.norm_moments import NormMoments
 
 if TYPE_CHECKING:
@@ -71,6 +72,47 @@ def site_statistics(
                 _features(network, images, plan, device), labels.to(device), plan
             )
     return total
+
+
+def site_block_means(
+    network: nn.Module,
+    tables: Sequence[SliceTable],
+    plan: Plan,
+    device: torch.device,
+    rngs: Sequence[np.random.Generator],
+    norm_mode: NormMode | None = None,
+    *,
+    generator: torch.Generator,
+) -> BlockMeans:
+    """Return count and mean of random blocks of every class's pixels.
+
+    Args:
+        network: As in `site_statistics`.
+        tables: As in `site_statistics`.
+        plan: `prototypes.blocks` blocks of each class.
+        device: Device of the network.
+        rngs: As in `site_statistics`.
+        norm_mode: As in `site_statistics`.
+        generator: Assigns the pixels to blocks; on the CPU.
+    """
+    num_classes, blocks = plan.data.num_classes, plan.prototypes.blocks
+    total = ClassStatistics.empty(num_classes * blocks, plan.network.num_features)
+    with torch.no_grad(), statistics_mode(network, norm_mode or plan.prototypes.norm_mode):
+        for images, labels in statistics_batches(tables, plan.method, rngs):
+            features = _features(network, images, plan, device)
+            pixels = pixel_features(features, plan.unit_features)
+            classes = labels_at(labels.to(device), features.shape[-1], num_classes).reshape(-1)
+            block = torch.randint(blocks, classes.shape, generator=generator).to(device)
+            known = classes < num_classes
+            cells = torch.where(known, classes * blocks + block, total.num_classes)
+            moments = class_moments(
+                pixels, cells, total.num_classes, ignore_index=total.num_classes
+            )
+            total = total + ClassStatistics(*(part.double().cpu().numpy() for part in moments))
+    shape = (num_classes, blocks)
+    return BlockMeans(
+        total.count.reshape(shape), total.mean.reshape(*shape, -1), plan.unit_features
+    )
 
 
 def site_moments(

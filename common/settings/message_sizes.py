@@ -25,13 +25,15 @@ CHANNELS: Final = 3
 
 def reply_sizes(plan: Plan, weights: int = MAX_WEIGHTS) -> Sizes:
     """Return the sizes of a site's reply to a request with a model of so many values."""
-    return replace(_sizes(plan, 1, weights, 0), codec=plan.federation.codec)
+    blocks = plan.prototypes.blocks if plan.prototypes.shared == "means" else 0
+    return replace(_sizes(plan, 1, weights), codec=plan.federation.codec, shift=0, blocks=blocks)
 
 
 def request_sizes(plan: Plan) -> Sizes:
     """Return the sizes of the coordinator's request, which may hold amplitudes of all sites."""
     shift = {"": 0, "between": plan.data.num_classes, "sites": MAX_CLASSES}[plan.shift]
-    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS, shift)
+    sites = len(plan.members()) or MAX_SITES
+    return replace(_sizes(plan, sites, MAX_WEIGHTS), shift=shift, blocks=0)
 
 
 def amplitude_bytes(plan: Plan, sites: int) -> int:
@@ -48,11 +50,10 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
     return min(MAX_BYTES, HEAD_BYTES + images * (4 * window * CHANNELS + 128))
 
 
-def _sizes(plan: Plan, sites: int, weights: int, shift: int) -> Sizes:
+def _sizes(plan: Plan, sites: int, weights: int) -> Sizes:
     shape = (plan.data.num_classes, plan.network.num_features)
     structures, amplitudes = len(plan.data.structures), amplitude_bytes(plan, sites)
-    masked = _masked(plan, weights)
-    return Sizes(shape, structures, amplitudes, weights, shift=shift, masked=masked)
+    return Sizes(shape, structures, amplitudes, weights, masked=_masked(plan, weights))
 
 
 def _masked(plan: Plan, weights: int) -> int:

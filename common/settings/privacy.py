@@ -1,10 +1,11 @@
-"""Settings of what protects the patients in what a site sends: floors and secure sums."""
+"""Settings of what protects the patients in what a site sends: floors, secure sums and noise."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from fedsgcg.common.settings.base import Checks, Section, at_most
+from fedsgcg.common.settings.differential_privacy import DpSettings
 
 FEWEST_SITES = 3
 """Fewest sites of a secure sum: of two, each knows the other's part."""
@@ -57,12 +58,18 @@ class PrivacySettings(Section):
             same trace: the means of so few patients span no more than P - 1 directions, which
             would be those of single patients.
         secure_sums: Settings of secure sums.
+        dp: Differential privacy.
+        record: Keep every reply as it arrived in the cell's folder `received`, with the model it
+            answers, for attacks on it (docs/explanation/attacks.md). For simulations: a real
+            hospital refuses it (PRV-980).
     """
 
     min_pixels: int = 1000
     min_patients: int = 2
     shrinkage: bool = False
     secure_sums: SecureSumsSettings = field(default_factory=SecureSumsSettings)
+    dp: DpSettings = field(default_factory=DpSettings)
+    record: bool = False
 
     def checks(self) -> Checks:
         """Floors are at least one."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from fedsgcg.common.errors import Problem
 from fedsgcg.common.settings.aggregation import VALIDATED
+from fedsgcg.common.settings.dp_rules import dp_problems
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.secure_sums import secure_sum_problems
 
@@ -17,6 +18,8 @@ def rule_problems(
 ) -> Iterator[Problem]:
     """Yield a problem for everything that a plan's aggregation rule or secure sums cannot serve.
 
+    A plan that contradicts its own differential privacy gives PRV codes (`dp_rules`).
+
     Args:
         plan: The plan.
         training: The training sites.
@@ -27,6 +30,7 @@ def rule_problems(
         CFG-020 and CFG-042 for the rule, PRV-952 and PRV-953 for secure sums.
     """
     yield from secure_sum_problems(plan, training)
+    yield from dp_problems(plan)
     federation = plan.federation
     yield from _hospital_problems(plan, training)
     if federation.aggregator == "fedbn":

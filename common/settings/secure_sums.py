@@ -97,6 +97,9 @@ def _needs(plan: Plan, training: Sequence[str]) -> Iterator[tuple[str, str, str,
     expected = "local: amplitudes are collected from single sites"
     sharing = plan.method.ram.sharing
     yield "method.ram.sharing", sharing, expected, not plan.method.mixes or sharing == "local"
+    dp, expected = plan.privacy.dp, "no noise with secure sums: their ranges are for exact numbers"
+    yield "privacy.dp", "noise", expected, not dp.channels and not dp.central_noise
+    yield "privacy.record", "true", "false: masked replies show nothing", not plan.privacy.record
     expected = "none: masked numbers cannot be compressed"
     yield "federation.codec", federation.codec, expected, federation.codec == "none"
     expected = "0: the average's moments and the fitted layer need passes of their own"
@@ -115,6 +118,8 @@ def _needs(plan: Plan, training: Sequence[str]) -> Iterator[tuple[str, str, str,
     expected = "cumulative | discount | lagged | restart | momentum: it needs each site's own part"
     own = prototypes.memory in ("overlay", "online")
     yield "prototypes.memory", prototypes.memory, expected, not own
+    expected = "full: the sum is of counts, means and scatter"
+    yield "prototypes.shared", prototypes.shared, expected, prototypes.shared == "full"
     expected = "no use of the differences between hospitals, which the sum does not show"
     yield "method", plan.shift, expected, not plan.shift
     expected = "pixels: the sum pools all pixels"

@@ -393,6 +393,11 @@ class PrototypeSettings(Section):
             traces of a round understate the shift between sites; those of the chosen model
             (`between_site_trace_evaluation`) use one normalisation for all.
         min_count: A class with fewer pixels over all sites is left out of the loss.
+        shared: What a site sends of its pixels: `full`, count, mean and scatter of every class; or
+            `means`, count and mean of `blocks` random blocks of each class's pixels, from which the
+            coordinator estimates the covariance (`common.block_means`). Fewer numbers, none of them
+            a product of single pixels' channels.
+        blocks: Blocks of each class at a site with `shared=means`, 2 or more.
         views: Views of a batch whose pixels enter the contrastive term, each averaged over its own
             pixels, then summed: `source`; `ram`, the amplitude-mixed copy; and `style`, a copy
             through a random network (`method.gin.strength`) that enters no other term. Statistics
@@ -415,6 +420,8 @@ class PrototypeSettings(Section):
     balance: Literal["pixel", "class"] = "pixel"
     norm_mode: Literal["batch", "running"] = "batch"
     min_count: int = 2
+    shared: Literal["full", "means"] = "full"
+    blocks: int = at_most(1024, 4)
     views: tuple[str, ...] = ("source",)
 
     def checks(self) -> Checks:
@@ -432,3 +439,6 @@ class PrototypeSettings(Section):
         yield len(set(self.views)) == len(self.views), "views", "each view once"
         yield self.trimmed >= 0, "trimmed", "0 (none) or more"
         yield self.min_count >= 1, "min_count", "1 or more"
+        yield self.blocks >= 2, "blocks", "2 or more: one mean has no spread"
+        own = self.shared == "means" and self.memory in ("overlay", "online")
+        yield not own, "shared", f"full with memory={self.memory}, which adds a site's own pixels"

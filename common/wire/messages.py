@@ -23,6 +23,7 @@ from flwr.common.constant import SType
 from fedsgcg.common.errors import fail
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.arrow import check_size
+from fedsgcg.common.wire.block_means import BlockMeans
 from fedsgcg.common.wire.codecs import decode_values
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import (
@@ -111,6 +112,8 @@ class Reply:
             place; empty without a codec, and after decoding.
         masked: The site's masked numbers (N,) in a secure sum, instead of weights, statistics and
             moments (`common.secure_sums`).
+        block_means: What a site sends instead of class statistics with `prototypes.shared=means`; a
+            decoded reply has the statistics that are estimated from them as well.
     """
 
     identity: Identity
@@ -126,6 +129,7 @@ class Reply:
     control_variates: npt.NDArray[np.float32] | None = None
     coded: bytes = b""
     masked: npt.NDArray[np.uint64] | None = None
+    block_means: BlockMeans | None = None
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -171,6 +175,8 @@ def encode_reply(reply: Reply) -> RecordDict:
     }
     if reply.moments is not None:
         fields["moments"] = reply.moments.encode(reply.identity)
+    if reply.block_means is not None:
+        fields["means"] = reply.block_means.encode(reply.identity)
     records = _records(reply.identity, reply.weights, reply.statistics, fields)
     if reply.coded:
         values = np.frombuffer(reply.coded, np.uint8)
@@ -202,11 +208,14 @@ def decode_reply(
     _check_sizes(records, sizes)
     identity = Identity.decode(_text(records, "identity"))
     metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
+    statistics = _statistics(records, identity, sizes)
+    if (means := _block_means(records, identity, sizes)) is not None:
+        statistics = means.estimate()
     return Reply(
         identity=identity,
         site=_text(records, "site"),
         weights=_coded_weights(records, sizes.codec, reference),
-        statistics=_statistics(records, identity, sizes),
+        statistics=statistics,
         metrics={str(name): _number(value) for name, value in metrics.items()},
         cases=_bytes(records, "cases"),
         amplitudes=_bytes(records, "amplitudes"),
@@ -215,6 +224,7 @@ def decode_reply(
         moments=_moments(records, identity),
         control_variates=_control(records),
         masked=_masked(records),
+        block_means=means,
     )
 
 
@@ -417,6 +427,19 @@ def _moments(records: RecordDict, identity: Identity) -> NormMoments | None:
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return moments
+
+
+def _block_means(records: RecordDict, identity: Identity, sizes: Sizes) -> BlockMeans | None:
+    if "means" not in _message(records):
+        return None
+    means, stated = BlockMeans.decode(_bytes(records, "means"), sizes.bytes_of("means"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    if not (np.isfinite(means.count).all() and np.isfinite(means.mean).all()):
+        raise fail("STA-201", found="block means that are not finite", expected="finite numbers")
+    if (means.count < 0).any() or (means.count % 1 != 0).any():
+        raise fail("STA-201", found="a block's pixels below zero or not whole")
+    return means
 
 
 def _number(value: Any) -> float:

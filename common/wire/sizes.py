@@ -12,6 +12,7 @@ from typing import Final
 
 from fedsgcg.common.names import MAX_CLASSES
 from fedsgcg.common.wire.amplitudes import MAX_BYTES as MAX_AMPLITUDE_BYTES
+from fedsgcg.common.wire.block_means import MAX_BLOCKS, block_means_bytes
 from fedsgcg.common.wire.norm_moments import MAX_BYTES as MAX_MOMENT_BYTES
 from fedsgcg.common.wire.payload import MAX_FEATURES, cases_bytes, statistics_bytes
 
@@ -45,6 +46,7 @@ class Sizes:
         codec: How a reply's weights are coded (`common.wire.codecs`).
         shift: Most classes of all sites in what a request states of their differences; 0 = none.
         masked: Numbers of a site in a secure sum.
+        blocks: Blocks of each class in block means; 0 where the plan has none.
     """
 
     statistics: tuple[int, int] | None = None
@@ -54,11 +56,14 @@ class Sizes:
     codec: str = "none"
     shift: int = MAX_CLASSES
     masked: int = MAX_WEIGHTS
+    blocks: int = MAX_BLOCKS
 
     def bytes_of(self, part: str) -> int:
         """Bytes that a field of the message may have; -1 for a field that does not exist."""
+        shape = self.statistics or (MAX_CLASSES, MAX_FEATURES)
         limits = TEXT_BYTES | {
-            "statistics": statistics_bytes(*(self.statistics or (MAX_CLASSES, MAX_FEATURES))),
+            "statistics": statistics_bytes(*shape),
+            "means": block_means_bytes(*shape, self.blocks) if self.blocks else -1,
             "cases": cases_bytes(self.structures),
             "moments": MAX_MOMENT_BYTES,
             "amplitudes": self.amplitudes,

@@ -20,6 +20,7 @@ from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.attacks.run import attack_study
 from fedsgcg.deploy.environment import prepare_environment, quiet_flower
 from fedsgcg.deploy.monitoring.metrics import served_metrics
 from fedsgcg.deploy.study.cell import Cell
@@ -92,6 +93,9 @@ def _complete(study: Study, console: Screen) -> None:
 
     for folder in finished_cells(study.folder):
         remove(folder, RESUME)
+    if any(Plan.from_tree(cell.tree).privacy.record for cell in study.cells):
+        with steps_of(console, "attacking what was received") as step:
+            attack_study(study.folder, step)
     with steps_of(console, "making the report") as step:
         collect(study.folder)
         make_report(study.folder, step)

@@ -63,6 +63,7 @@ from fedsgcg.server.report.sections.papers import (
     paper_tables,
     seeds_note,
 )
+from fedsgcg.server.report.sections.privacy import attacks_of, privacy_section
 from fedsgcg.server.report.sections.published import published_for
 from fedsgcg.server.report.sections.results import (
     CaseRow,
@@ -193,7 +194,7 @@ def contents(study: StudyFiles, reader: Reader, on_progress: OnProgress = ignore
     rows = heldout_rows(study.results)
     cases = case_means(rows)
     results = _results(study, rows, cases, reader)
-    comparisons = _comparisons(study, rows)
+    comparisons = _comparisons(study, rows, reader)
     figures = _figures(study, cases, reader, on_progress)
     # Collected last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
@@ -254,7 +255,7 @@ def _results(study: StudyFiles, rows: list[Row], cases: list[CaseRow], reader: R
     )
 
 
-def _comparisons(study: StudyFiles, rows: list[Row]) -> Comparisons:
+def _comparisons(study: StudyFiles, rows: list[Row], reader: Reader) -> Comparisons:
     structures, labels = _structures(study), study.labels
     colours = label_colours(labels)
     values = CaseValues(rows)
@@ -296,6 +297,14 @@ def _comparisons(study: StudyFiles, rows: list[Row]) -> Comparisons:
         hospital_tables=hospitals,
         sweeps=sweeps,
         federation=federation,
+        privacy=privacy_section(
+            values,
+            labels,
+            structures,
+            study.rounds,
+            study.settings,
+            attacks_of(study.cells, reader),
+        ),
     )
 
 

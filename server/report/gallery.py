@@ -30,6 +30,7 @@ def page_drawings(page: Page) -> dict[str, Iterable[TitledDrawing]]:
         "sweep": (drawing for sweep in comparisons.sweeps for drawing in sweep.drawings),
         "overlays": (((block.site,), block.sheet) for block in figures.overlays if block.sheet),
         "federation": comparisons.federation.drawings if comparisons.federation else (),
+        "privacy": comparisons.privacy.drawings if comparisons.privacy else (),
     }
 
 

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
     *("validation_dice_trained", "validation_dice_without"),
-    *("examples", "steps", "seconds", "learning_rate", "gradient_cosine"),
+    *("examples", "steps", "seconds", "learning_rate", "gradient_cosine", "epsilon"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
 
@@ -274,6 +274,16 @@ def summed_rows(number: int, parts: Sequence[Collected]) -> list[Row]:
         if part.answer.site == ALL_SITES
         for name in SUMMED_METRICS
         if name in part.reply.metrics
+    ]
+
+
+def epsilon_rows(number: int, parts: Sequence[Collected]) -> list[Row]:
+    """Return the rows on what the sites had spent of their privacy budgets when they answered."""
+    spent = {part.reply.site: part.reply.metrics.get("epsilon") for part in admitted(parts)}
+    return [
+        row(number, "train", site, "epsilon", value)
+        for site, value in spent.items()
+        if value is not None
     ]
 
 

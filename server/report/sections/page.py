@@ -16,6 +16,7 @@ from fedsgcg.server.report.sections.federation import FederationCost
 from fedsgcg.server.report.sections.methods import MethodTable
 from fedsgcg.server.report.sections.panels import OverlayBlock
 from fedsgcg.server.report.sections.papers import PaperTable
+from fedsgcg.server.report.sections.privacy import PrivacyResults
 from fedsgcg.server.report.sections.results import (
     CaseRow,
     DepartureRow,
@@ -117,6 +118,7 @@ class Comparisons:
         hospital_tables: The same comparisons at every hospital.
         sweeps: The swept settings.
         federation: The cost of federation, None with one federation.
+        privacy: Accuracy against epsilon and attacks, None without noise and attacks.
     """
 
     headline: str
@@ -132,6 +134,7 @@ class Comparisons:
     hospital_tables: Sequence[HospitalTable]
     sweeps: Sequence[SweepResults]
     federation: FederationCost | None
+    privacy: PrivacyResults | None
 
 
 @dataclass(frozen=True)

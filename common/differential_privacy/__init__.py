@@ -1,0 +1,1 @@
+"""Differential privacy: noise that is safe on a computer, and the accountant."""

@@ -1,0 +1,1 @@
+"""Attacks on what a coordinator received (docs/explanation/attacks.md)."""
