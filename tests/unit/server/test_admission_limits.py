@@ -86,3 +86,15 @@ def with_scatter(scatter: np.ndarray, mean: np.ndarray) -> ClassStatistics:
     scatters, means = honest.scatter.copy(), honest.mean.copy()
     scatters[0], means[0] = scatter, mean
     return replace(honest, scatter=scatters, mean=means)
+
+
+@pytest.mark.row(17)
+@pytest.mark.attack("zeros")
+def test_a_model_that_has_shrunk_to_nothing_is_refused() -> None:
+    """Row 17: a model of zeros may be no further from the received one than honest updates are."""
+    expected = replace(EXPECTED, reference=values(3, 4, 0, 0, 9, 9))
+    assert admit(Sent(weights=values(0.00306, 0.00408, 0, 0, 0, 0)), expected).accepted
+    for numbers in ((0, 0, 0, 0, 9, 9), (0.00294, 0.00392, 0, 0, 9, 9)):  # moments do not count
+        verdict = admit(Sent(weights=values(*numbers)), expected)
+        assert (verdict.code, "weights of norm" in verdict.detail) == ("PAY-112", True)
+    assert admit(Sent(weights=values(0, 0, 0, 0, 0, 0)), EXPECTED).accepted  # as it was received
