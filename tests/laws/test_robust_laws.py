@@ -173,6 +173,18 @@ def test_the_farthest_site_is_left_out_of_its_class_alone() -> None:
     assert merged.count.tolist() == [60.0, 60.0]  # one of four in either class
 
 
+def test_a_site_that_lacks_a_class_is_not_counted_in_it() -> None:
+    """Of two sites that have seen a class none is left out, however many have not."""
+    near, far, other = statistics(1), statistics(2, shift=9.0), statistics(3)
+    seen = np.array([1.0, 0.0])
+    absent = ClassStatistics(
+        other.count * seen, other.mean * seen[:, None], other.scatter * seen[:, None, None]
+    )
+    kept = without_farthest([near, far, absent], 1)
+    assert [part.count[1] for part in kept] == [20.0, 20.0, 0.0]
+    assert sorted(part.count[0] for part in kept) == [0.0, 20.0, 20.0]
+
+
 @pytest.mark.parametrize("weighting", ["pixels", "sites"])
 @FEW
 @given(

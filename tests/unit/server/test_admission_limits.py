@@ -1,11 +1,13 @@
 """Each limit of admission is where it is said to be: the last value passes, the next does not."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.norm_moments import NormMoments
+from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.admission import (
     MAX_COUNT,
     MAX_LOSS,
@@ -13,6 +15,7 @@ from fedsgcg.server.admission import (
     METRIC_RANGES,
     SYMMETRY,
     UNIT_NORM,
+    Expectation,
     admit,
 )
 from tests.unit.server.test_admission import EXPECTED, Sent, statistics, values
@@ -98,3 +101,21 @@ def test_a_model_that_has_shrunk_to_nothing_is_refused() -> None:
         verdict = admit(Sent(weights=values(*numbers)), expected)
         assert (verdict.code, "weights of norm" in verdict.detail) == ("PAY-112", True)
     assert admit(Sent(weights=values(0, 0, 0, 0, 0, 0)), EXPECTED).accepted  # as it was received
+
+
+@dataclass(frozen=True)
+class Measured(Sent):
+    moments: NormMoments | None = None
+
+
+@pytest.mark.parametrize(
+    ("count", "accepted"), [(2.0, True), (1.0, False), (2.5, False), (2.0**53, True)]
+)
+def test_moments_are_of_two_values_or_more(count: float, accepted: bool) -> None:
+    """Row 13: an unbiased variance needs two values."""
+    layout = (("bn.running_mean", (1,)), ("bn.running_var", (1,)))
+    model = Weights(layout, np.zeros(2, np.float32))
+    expected = Expectation(EXPECTED.identity, "A", measured=model)
+    moments = NormMoments({"bn": 1}, np.array([count]), np.zeros(1), np.ones(1))
+    verdict = admit(Measured(weights=None, moments=moments), expected)
+    assert (verdict.accepted, verdict.code) == (accepted, "" if accepted else "STA-202")
