@@ -119,3 +119,7 @@ def test_moments_are_of_two_values_or_more(count: float, accepted: bool) -> None
     moments = NormMoments({"bn": 1}, np.array([count]), np.zeros(1), np.ones(1))
     verdict = admit(Measured(weights=None, moments=moments), expected)
     assert (verdict.accepted, verdict.code) == (accepted, "" if accepted else "STA-202")
+    bounded = replace(expected, max_pixels=count)
+    assert admit(Measured(weights=None, moments=moments), bounded).accepted == accepted
+    fewer = replace(expected, max_pixels=count - 1)
+    assert admit(Measured(weights=None, moments=moments), fewer).code == "STA-202"
