@@ -25,6 +25,10 @@ CODES: Final[dict[str, str]] = {
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
     "CFG-020": "The aggregation rule does not fit the plan.",
+    "CFG-040": "The reference does not fit the study.",
+    "CFG-041": "Real hospitals cannot run a comparison without the federation.",
+    "CFG-042": "The method does not fit the rule or the hospitals.",
+    "CFG-043": "The measured costs cannot be written.",
     # DAT: the data of a hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
@@ -52,6 +56,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    "DAT-127": "The names do not say which mask belongs to which image.",
+    "DAT-128": "Contours are stored as an RT structure set.",
+    "DAT-129": "The hospital of a case is not known.",
+    # DAT-13x: slices
+    "DAT-130": "The stack of slices does not fit the images.",
     # DAT-16x: formats
     "DAT-160": "A library that reads or writes this format is not installed.",
     "DAT-161": "The DICOM series has a gap.",
@@ -88,6 +97,7 @@ CODES: Final[dict[str, str]] = {
     "MOD-811": "The model's description is not the one that was written with its weights.",
     "MOD-812": "The result cannot be written in the format.",
     "MOD-813": "The list of predictions cannot be read.",
+    "MOD-820": "The model cannot be adapted to the images.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
@@ -122,6 +132,8 @@ CODES: Final[dict[str, str]] = {
     "PAY-116": "The payload is a copy of another one.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "PAY-121": "The control variates are not valid.",
+    "PAY-122": "A weight's change is outside the range of the codec.",
+    "PAY-123": "The weights are coded against those of another request.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",
@@ -135,6 +147,7 @@ CODES: Final[dict[str, str]] = {
     "TRN-302": "The site has no training case.",
     "TRN-311": "The site's images have no neighbouring slices for pairs.",
     "TRN-320": "The method does not fit the network.",
+    "TRN-330": "The model cannot be adapted to the hospital's images.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",

@@ -17,7 +17,7 @@ from fedsgcg.common.files.system import expand
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.choices import is_import_path
-from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.federation import ROLES, SITE_STATISTICS
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
@@ -27,12 +27,13 @@ CASE_CONSENT: Final = {"test": "heldout_cases", "validation": "training_cases"}
 CONTROL_VARIATES: Final = "control_variates"
 """Record of SCAFFOLD's control variates in a message (`common.wire.messages.CONTROL`)."""
 SHARED_BY_CONSENT: Final = (
-    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
+    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES, SITE_STATISTICS),
     *CASE_CONSENT.values(),
 )
 MAY_SET: Final = (
     *("seed", "heldout", "observers", "unlabelled", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
+    "adapt.*",
 )
 """Settings that the coordinator may set by default; never `data.root` and `site.*`."""
 
@@ -71,8 +72,10 @@ class SiteFile(Section):
             installed code is not checked again.
         roles: Roles this hospital accepts.
         sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
-            `control_variates`, `heldout_cases`, `training_cases` and `content_hashes` only if the
-            hospital adds them here. `control_variates` is the mean gradient of a round, for
+            `control_variates`, `site_statistics`, `heldout_cases`, `training_cases` and
+            `content_hashes` only if the hospital adds them here. `site_statistics` lets the
+            coordinator send this hospital's class statistics on to the other hospitals, for
+            `method.sgcg.sites`. `control_variates` is the mean gradient of a round, for
             `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are the results
             of single cases under an alias, where this hospital is held out or observes, and of its
             validation cases; without them mean, standard deviation and number of cases leave,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section
+
+REFERENCES: Final = ("local", "pooled", "best_single")
+"""Rows for comparison that a study can have (`references`)."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,18 @@ class RunSettings(Section):
             do the same.
         select: Settings of the grid that each fold's source hospitals choose, instead of comparing
             them.
+        references: Rows for comparison, supervised training (`method=source`) without a federation:
+            `local`, every hospital alone; `pooled`, all training images in one place;
+            `best_single`, of the models of single hospitals the one that does best at the other
+            training hospitals, which alone choose it.
         device: Where the sites compute: `auto`, `cpu` or `cuda`. An unavailable device is an error.
         runtime: `ray` runs hospitals in parallel, `inprocess` cells in parallel; `auto` chooses
             what suits the machine.
         output: Folder of the run; "" = `runs/<data>-<hash of the settings>`.
+        shard: Part `K/N` of a study's cells, K from 1 to N: this call runs only these, one after
+            the other in its own process, without Ray and without a report. The N calls may run at
+            the same time, for example as a Slurm job array. The same call without `shard` runs what
+            is missing and makes the report.
         config_dir: Folder with own YAML files in `data/`, `experiment/`, `method/`, `network/` (or
             another group); usually given as `--config-dir DIR`.
         ray: Settings of Ray.
@@ -74,9 +85,15 @@ class RunSettings(Section):
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
     select: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["auto", "ray", "inprocess"] = "auto"
     output: str = ""
+    shard: str = ""
     config_dir: str = ""
     ray: RaySettings = RaySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    def checks(self) -> Checks:
+        """The references exist."""
+        yield set(self.references) <= set(REFERENCES), "references", " | ".join(REFERENCES)

@@ -22,6 +22,7 @@ from flwr.common.constant import SType
 from fedsgcg.common.errors import fail
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.arrow import check_size
+from fedsgcg.common.wire.codecs import decode_values
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import (
     HEAD_BYTES,
@@ -69,6 +70,8 @@ class Request:
         amplitudes: Arrow bytes of the amplitudes that sites share (`common.wire.amplitudes`); empty
             if none are shared.
         control_variates: SCAFFOLD's global control variate (L,), one value per learnable weight.
+        shift: What the method needs of the differences between sites (`Plan.shift`): K classes with
+            the covariances between the sites, or the S K classes of all sites one after the other.
     """
 
     identity: Identity
@@ -77,6 +80,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     amplitudes: bytes = b""
     control_variates: npt.NDArray[np.float32] | None = None
+    shift: ClassStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Reply:
             allows them.
         moments: Moments of the inputs of the model's BatchNorm layers, if requested.
         control_variates: SCAFFOLD's control variate of the site (L,), its mean gradient.
+        coded: `weights` as the difference from the request's (`common.wire.codecs`), sent in their
+            place; empty without a codec, and after decoding.
     """
 
     identity: Identity
@@ -109,6 +115,7 @@ class Reply:
     amplitudes: bytes = b""
     moments: NormMoments | None = None
     control_variates: npt.NDArray[np.float32] | None = None
+    coded: bytes = b""
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -117,6 +124,8 @@ def encode_request(request: Request) -> RecordDict:
         "options": json.dumps(request.options),
         "amplitudes": request.amplitudes,
     }
+    if request.shift is not None:
+        fields["shift"] = encode_statistics(request.shift, request.identity)
     records = _records(request.identity, request.weights, request.prototypes, fields)
     return _with_control(records, request.control_variates)
 
@@ -137,7 +146,8 @@ def decode_request(records: RecordDict, sizes: Sizes = Sizes()) -> Request:  # n
     options = _facts(records, "options")
     weights, statistics = _weights(records), _statistics(records, identity, sizes)
     amplitudes, control = _bytes(records, "amplitudes"), _control(records)
-    return Request(identity, weights, statistics, options, amplitudes, control)
+    shift = _shift(records, identity, sizes)
+    return Request(identity, weights, statistics, options, amplitudes, control, shift)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -152,6 +162,9 @@ def encode_reply(reply: Reply) -> RecordDict:
     if reply.moments is not None:
         fields["moments"] = reply.moments.encode(reply.identity)
     records = _records(reply.identity, reply.weights, reply.statistics, fields)
+    if reply.coded:
+        values = np.frombuffer(reply.coded, np.uint8)
+        records["weights"] = ArrayRecord({"values": Array(values)})
     if reply.metrics:
         records["metrics"] = MetricRecord(
             {name: float(value) for name, value in reply.metrics.items()}
@@ -159,15 +172,28 @@ def encode_reply(reply: Reply) -> RecordDict:
     return _with_control(records, reply.control_variates)
 
 
-def decode_reply(records: RecordDict, sizes: Sizes = Sizes()) -> Reply:  # noqa: B008 - frozen
-    """Decode a reply; arguments and errors as `decode_request`."""
+def decode_reply(
+    records: RecordDict,
+    sizes: Sizes = Sizes(),  # noqa: B008 - frozen
+    reference: Weights | None = None,
+) -> Reply:
+    """Decode a reply.
+
+    Args:
+        records: Flower's records.
+        sizes: Sizes that the reader's plan allows; checked before a part is decoded.
+        reference: The weights of the request; needed for weights with a codec.
+
+    Raises:
+        FedsgcgError: As `decode_request`; PAY-123 for weights that are coded against others.
+    """
     _check_sizes(records, sizes)
     identity = Identity.decode(_text(records, "identity"))
     metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
     return Reply(
         identity=identity,
         site=_text(records, "site"),
-        weights=_weights(records),
+        weights=_coded_weights(records, sizes.codec, reference),
         statistics=_statistics(records, identity, sizes),
         metrics={str(name): _number(value) for name, value in metrics.items()},
         cases=_bytes(records, "cases"),
@@ -281,6 +307,16 @@ def _weights(records: RecordDict) -> Weights | None:
     return None if values is None else Weights.decode(_text(records, "layout"), values)
 
 
+def _coded_weights(records: RecordDict, codec: str, reference: Weights | None) -> Weights | None:
+    values = _flat(records, "weights")
+    if codec == "none" or values is None:
+        return _weights(records)
+    if values.dtype != np.uint8 or reference is None:
+        raise fail("PAY-106", found=f"{values.dtype} weights", expected=f"weights in codec {codec}")
+    decoded = decode_values(values.tobytes(), reference.values, codec)
+    return Weights.decode(_text(records, "layout"), decoded)
+
+
 def _with_control(records: RecordDict, values: npt.NDArray[np.float32] | None) -> RecordDict:
     if values is not None:
         records[CONTROL] = ArrayRecord({"values": Array(values)})
@@ -337,6 +373,19 @@ def _statistics(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassS
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return statistics
+
+
+def _shift(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassStatistics | None:
+    if "shift" not in _message(records):
+        return None
+    shift, stated = decode_statistics(_bytes(records, "shift"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    K, A = sizes.statistics or (1, shift.num_features)
+    if shift.num_features != A or shift.num_classes % K:
+        found = f"statistics of shape {shift.mean.shape}"
+        raise fail("STA-201", found=found, expected=f"({K}, {A}) of one or more sites")
+    return shift
 
 
 def _moments(records: RecordDict, identity: Identity) -> NormMoments | None:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from fedsgcg.clients.data.case_files import CaseFile
-from fedsgcg.clients.data.slices import scale_intensity
+from fedsgcg.clients.data.slices import flattened, scale_intensity
 from fedsgcg.common.images.read import Volume
 from fedsgcg.common.settings.plan import DataSettings
 from fedsgcg.deploy.site.check_files import Finding
@@ -63,7 +63,11 @@ class Sheet:
         marked = (masks > 0).sum(axis=(1, 2))
         z = int(marked.argmax()) if marked.any() else len(masks) // 2
         pixels = image.array if image.is_picture else image.array[z : z + 1]
-        scaled = scale_intensity(pixels, self._rule(image))
+        rule = self._rule(image)
+        if rule == "flat":
+            flat = flattened(pixels[None], self._data.flat_sigma / self._data.image_size)
+            pixels = flat[0]
+        scaled = scale_intensity(pixels, rule)
         grey = np.rint((scaled.mean(axis=0) + 1) * 127.5).astype(np.uint8)
         height, width = grey.shape
         names = tuple(self._data.structures)[:8]

@@ -19,6 +19,7 @@ from fedsgcg.common.settings.compose import chosen, join
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.settings.training import TRAITS
+from fedsgcg.deploy.study.budget import budgeted
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.classmap import check_classes
 from fedsgcg.deploy.study.grid import (
@@ -37,8 +38,10 @@ from fedsgcg.deploy.study.preflight import (
     inspect_machine,
     locate_hospitals,
 )
+from fedsgcg.deploy.study.references import BEST, check_references, reference_variants
 from fedsgcg.deploy.study.runtimes import choose_runtime
 from fedsgcg.deploy.study.selection import Candidate, describe_selection, inner_cells
+from fedsgcg.deploy.study.shard import Shard
 from fedsgcg.deploy.study.study import Study, identity, shared_settings
 
 RAY_ANSWERS_WITHIN_S = 5.0
@@ -67,6 +70,12 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     choices = chosen(_without_axes(rest, axes))
     traits = _traits(rest, axes.get("method") or [choices["method"]])
     compared = variants(axes, choices["method"], choices["federation"], traits)
+    references = tuple(str(name) for name in base["references"])
+    trained = {name: _sources(located, name) for name in heldouts}
+    check_references(references, trained)
+    known = {variant.label for variant in compared}
+    own_rows = [one for one in reference_variants(references) if one.label not in known]
+    judged = BEST in references
     machine = inspect_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
     complete = located | ({"selected": selected} if selected else {})
@@ -78,13 +87,14 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         (variant.label, settings): _tree_of(
             replace(variant, settings=(*variant.settings, *settings)), rest, located, device
         )
-        for variant in compared
+        for variant in (*compared, *own_rows)
         for settings in candidates_of(variant, selected) or [()]
     }
-    for seed, heldout, variant in itertools.product(seeds, heldouts, compared):
+    for seed, heldout, variant in itertools.product(seeds, heldouts, (*compared, *own_rows)):
         combinations = candidates_of(variant, selected)
         first = combinations[0] if combinations else ()
-        made = list(_cells(trees[variant.label, first], folder, variant, heldout, seed))
+        tree = trees[variant.label, first]
+        made = list(_cells(tree, folder, variant, heldout, seed, judged=judged))
         cells += made
         if combinations:
             own = {settings: trees[variant.label, settings] for settings in combinations}
@@ -100,11 +110,13 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     _check_cells([*cells, *inner], device)
     check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done])
     swept = [name for name in axes if name not in AXES]
+    shard = Shard.parse(str(base["shard"]), len(cells))
+    part = cells if shard is None else shard.part(cells)
     contrasts = any("contrasts" in variant.traits for variant in compared)
     return Study(
         folder=folder,
-        cells=tuple(cells),
-        runtime=choose_runtime(_runtime(str(base["runtime"])), count, machine),
+        cells=tuple(part),
+        runtime=choose_runtime(_runtime(str(base["runtime"]), shard), count, machine),
         device=device,
         machine=machine,
         ray_address=_ray_address(str(base["ray"]["address"])),
@@ -112,10 +124,12 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         command="simulate" if single else "study",
         # The data of all sites: a single cell may contain only some of them.
         data=_fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]})),
-        candidates=candidates,
+        candidates={cell.name: candidates[cell.name] for cell in part if cell.name in candidates},
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
         telemetry=_run_settings(base).telemetry,
+        references=references,
+        shard=shard,
     )
 
 
@@ -124,24 +138,42 @@ def _run_settings(tree: Mapping[str, Any]) -> RunSettings:
 
 
 def _cells(
-    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int
+    tree: Mapping[str, Any],
+    folder: Path,
+    variant: Variant,
+    heldout: str,
+    seed: int,
+    *,
+    judged: bool = False,
 ) -> Iterator[Cell]:
     """Yield the cells of a variant for one fold and seed.
 
-    There is one cell, or with `federation=local` one for each training site.
+    There is one cell, or with `federation=local` one for each training site. With `judged` the
+    other training sites evaluate its model, for the reference `best_single`.
     """
+    hospitals = _hospitals(tree)
     if variant.federation != "local":
-        yield make_cell(tree, folder, variant, heldout, seed)
+        own = budgeted({**tree, "heldout": heldout}, hospitals)
+        yield make_cell(own, folder, variant, heldout, seed)
         return
-    training = [
-        site
-        for site in tree["data"]["sites"]
-        if site not in (heldout, *tree["observers"], *tree["unlabelled"])
-    ]
+    training = _sources(tree, heldout)
     for site in training:
-        data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        own = {**tree, "data": data, "observers": [], "unlabelled": []}
-        yield make_cell(own, folder, variant, heldout, seed, site)
+        others = [name for name in training if name != site] if judged else []
+        data = {**tree["data"], "sites": sorted({site, heldout, *others} - {""})}
+        own = {**tree, "data": data, "heldout": heldout, "observers": others, "unlabelled": []}
+        yield make_cell(budgeted(own, hospitals), folder, variant, heldout, seed, site)
+
+
+def _sources(tree: Mapping[str, Any], heldout: str) -> list[str]:
+    """Return the hospitals that train with their masks when one is held out."""
+    apart = (heldout, *tree["observers"], *tree["unlabelled"])
+    return [site for site in tree["data"]["sites"] if site not in apart]
+
+
+def _hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hospitals of a study by role, for `deploy.study.budget`."""
+    roles = {name: tree[name] for name in ("observers", "unlabelled")}
+    return {"sites": tree["data"]["sites"], **roles}
 
 
 def make_cell(
@@ -191,6 +223,7 @@ def _candidates(
         data = {**tree["data"], "sites": cell.tree["data"]["sites"]}
         merged = {**tree, **own, "data": data, "observers": cell.tree["observers"]}
         merged["unlabelled"] = cell.tree["unlabelled"]
+        merged = budgeted(merged, _hospitals(merged))
         text = " ".join(settings)
         yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 
@@ -266,10 +299,15 @@ def _fingerprint(plan: Plan) -> str:
     return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site), hidden)
 
 
-def _runtime(name: str) -> str:
+def _runtime(name: str, shard: Shard | None) -> str:
     if name not in ("auto", "ray", "inprocess"):
         raise fail("CFG-001", where="runtime", found=name, expected="auto | ray | inprocess")
-    return name
+    if shard is None:
+        return name
+    if name == "ray":
+        expected = "auto or inprocess with shard=K/N: a shard's cells run in its own process"
+        raise fail("CFG-001", where="runtime", found=name, expected=expected)
+    return "inprocess"
 
 
 def _seed(text: str) -> int:

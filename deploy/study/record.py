@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +24,15 @@ from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.preflight import Machine
-from fedsgcg.server.records.journal import decisive_settings, differences
+from fedsgcg.deploy.study.references import BEST, best_hospitals, best_rows
+from fedsgcg.server.records.journal import decisive_settings, differences, lock_file
 
 if TYPE_CHECKING:
     from fedsgcg.deploy.study.selection import Candidate, Choice
     from fedsgcg.deploy.study.study import Study
+
+RECORD_WAIT_S = 60.0
+"""Longest wait for another call that changes `study.yaml`, which takes milliseconds."""
 
 PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
 
@@ -81,7 +87,17 @@ def check_same_study(study: Study) -> None:
 
 
 def write_record(study: Study) -> None:
-    """Write `study.yaml`, keeping the methods, sites and seeds of earlier calls."""
+    """Write `study.yaml`, keeping the methods, sites and seeds of earlier and parallel calls."""
+    with _changing(study.folder):
+        _write_record(study)
+
+
+def _changing(folder: Path) -> TextIO:
+    """Hold the lock of `study.yaml`, which the parallel calls of a study read and write."""
+    return lock_file(folder / paths.RECORD_LOCK, wait_s=RECORD_WAIT_S)
+
+
+def _write_record(study: Study) -> None:
     before = read_record(study.folder)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     first = study.cells[0].tree
@@ -99,8 +115,10 @@ def write_record(study: Study) -> None:
         "runtime": study.runtime,
         "device": study.device,
         "machine": describe_machine(study.machine),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
         "selection": {"words": study.selection, "chosen": _chosen(before)},
+        "references": sorted({*before.get("references", []), *study.references}),
+        "leaves": {**(before.get("leaves") or {}), **_leaves(study)},
         "shared": dict(study.shared),
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
@@ -108,6 +126,27 @@ def write_record(study: Study) -> None:
         study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
+
+
+def _leaves(study: Study) -> dict[str, str]:
+    """Return what leaves a hospital with each training method, from the methods' cards."""
+    from fedsgcg.clients.methods import method_class
+    from fedsgcg.clients.methods.cards import parts_of
+
+    methods = {cell.tree["method"]["name"]: cell.tree for cell in study.cells}
+    return {
+        name: parts_of(method_class(Plan.from_tree(tree).method))["Leaves"]
+        for name, tree in sorted(methods.items())
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Return the installed packages' versions; a shard may run on a machine without Ray."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _folders(study: Study) -> list[str]:
@@ -143,6 +182,11 @@ def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict
 
 def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
     """Add the folds' choices to `study.yaml`, by label, held-out site and seed."""
+    with _changing(folder):
+        _add_choices(folder, choices)
+
+
+def _add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
     record = read_record(folder)
     kept = [
         entry
@@ -186,13 +230,31 @@ def collect(folder: Path) -> None:
     for name in paths.SEALED_TABLES:
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
+            joined = pa.concat_tables(tables, promote_options="default")
+            if name == paths.RESULTS:
+                joined = _with_best_single(folder, joined)
             sink = pa.BufferOutputStream()
-            pq.write_table(
-                pa.concat_tables(tables, promote_options="default"), sink, compression="zstd"
-            )
+            pq.write_table(joined, sink, compression="zstd")
             Disk().write(folder / name, bytes(sink.getvalue()))
     signer = Signer.of_kit(kit) if (kit := _kit_of(folder)) else None
     write_seal(Disk(), folder, paths.SEALED_TABLES, signer)
+
+
+def _with_best_single(folder: Path, results: pa.Table) -> pa.Table:
+    """Add the rows of the best single hospitals if the study has that reference.
+
+    The choices are added to `study.yaml`.
+    """
+    if BEST not in (read_record(folder).get("references") or []):
+        return results
+    rows = results.to_pylist()
+    chosen = best_hospitals(rows)
+    with _changing(folder):
+        record = read_record(folder) | {"best_single": [asdict(one) for one in chosen]}
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+        Disk().write(folder / paths.STUDY, text.encode())
+    own = pa.Table.from_pylist(best_rows(rows, chosen), schema=results.schema)
+    return pa.concat_tables([results, own])
 
 
 def _kit_of(folder: Path) -> Path | None:
@@ -218,7 +280,8 @@ def _table(path: Path) -> pa.Table:
 def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = decisive_settings(Plan.from_tree(tree))
     if kept["federation"]["ownership"] == "local":  # every cell has another site
-        kept["data"] = {**kept["data"], "sites": []}
+        judges = ["the other training hospitals"] if kept["observers"] else []
+        kept |= {"data": {**kept["data"], "sites": []}, "observers": judges}
     return {name: value for name, value in kept.items() if name not in ("heldout", "seed")}
 
 
