@@ -64,6 +64,7 @@ from fedsgcg.clients.training import (
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
+from fedsgcg.common.image_summary import IMAGE_SUMMARY
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream, stream_seed
@@ -72,7 +73,17 @@ from fedsgcg.common.settings.federation import SHARES, TRAINING
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.amplitudes import AmplitudeSummary
-from fedsgcg.common.wire.messages import DATA, SUMMARY, Reply
+from fedsgcg.common.wire.messages import (
+    DATA,
+    STATISTICS,
+    SUM_CHECK,
+    SUM_KEYS,
+    SUM_OPEN,
+    SUM_SHARES,
+    SUMMARY,
+    TRAIN,
+    Reply,
+)
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import encode_cases
 
@@ -94,11 +105,33 @@ def build_client_app(tree: Mapping[str, Any] | None = None) -> ClientApp:
         return answer
 
     app.query("enrol")(answering(enrol))
-    app.query("statistics")(answering(send_statistics))
+    app.query("statistics")(answering(summed(send_statistics)))
     app.query("amplitudes")(answering(send_amplitudes))
-    app.train()(answering(train))
+    app.train()(answering(summed(train)))
+    for step in (SUM_KEYS, SUM_SHARES, SUM_CHECK, SUM_OPEN):
+        app.query(step.removeprefix("query."))(answering(answer_sum))
     app.evaluate()(answering(evaluate))
     return app
+
+
+def summed(work: Callable[[SiteRequest], RecordDict]) -> Callable[[SiteRequest], RecordDict]:
+    """Answer a repeated request of a secure sum with the same masked numbers."""
+
+    def answer(task: SiteRequest) -> RecordDict:
+        if task.sums is not None and (sent := task.sums.sent_before()) is not None:
+            return release(sent, task.home, kind=task.kind, privacy=task.plan.privacy, key=task.key)
+        return work(task)
+
+    return answer
+
+
+def answer_sum(task: SiteRequest) -> RecordDict:
+    """Take a step of a secure sum: keys, shares, agreement, or shares that open the sum."""
+    require_role(task, *TRAINING)
+    if task.sums is None:
+        raise fail("PRV-959", found="a step of a secure sum", expected="a plan with secure sums")
+    reply = Reply(task.identity, task.site, details=task.sums.answer())
+    return release(reply, task.home, kind=task.kind, privacy=task.plan.privacy, key=task.key)
 
 
 def enrol(task: SiteRequest) -> RecordDict:
@@ -128,6 +161,8 @@ def enrol(task: SiteRequest) -> RecordDict:
     }
     if (contents := shared_contents(stores, task.identity, task.policy)) is not None:
         details[CONTENT_HASHES] = contents
+    if (summary := task.image_summary()) is not None:
+        details[IMAGE_SUMMARY] = summary
     return send(task, Reply(task.identity, task.site, details=details))
 
 
@@ -456,6 +491,7 @@ def send(task: SiteRequest, reply: Reply) -> RecordDict:
         pixels=task.distinct_pixels if has_statistics else None,
         sharing=task.policy.sharing if task.policy else None,
         key=task.key,
+        mask=task.sums.mask if task.sums is not None and task.kind in (STATISTICS, TRAIN) else None,
     )
 
 

@@ -25,6 +25,9 @@ CODES: Final[dict[str, str]] = {
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
     "CFG-020": "The aggregation rule does not fit the plan.",
+    "CFG-030": "No plan of the data is possible.",
+    "CFG-031": "The source hospitals have different kinds of images.",
+    "CFG-032": "data.plan=auto is for simulations.",
     "CFG-040": "The reference does not fit the study.",
     "CFG-041": "Real hospitals cannot run a comparison without the federation.",
     "CFG-042": "The method does not fit the rule or the hospitals.",
@@ -83,6 +86,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-181": "dataset.json cannot be used, or contradicts the files.",
     "DAT-182": "A label table cannot be used, or has a name or value twice.",
     "DAT-183": "The folder is not complete.",
+    # DAT-19x: checking and planning, continued
+    "DAT-190": "The image has no voxel size, which data.spacing needs.",
+    "DAT-191": "Two hospitals have the same patient.",
+    "DAT-192": "Colour and grey pictures are used together.",
+    "DAT-193": "The hospital has no validation patient.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",
@@ -216,6 +224,19 @@ CODES: Final[dict[str, str]] = {
     "MON-906": "The Grafana server is too old.",
     "MON-907": "Grafana answered with an error.",
     "MON-908": "The file with the token cannot be used.",
+    # PRV-95x, PRV-96x: secure sums
+    "PRV-951": "The site demands a protection that the plan does not have.",
+    "PRV-952": "The setting cannot be combined with secure sums.",
+    "PRV-953": "The secure sum has too few sites; it is not opened.",
+    "PRV-954": "The secure sum and earlier ones together would isolate too few sites.",
+    "PRV-955": "A key of a secure sum is wrong or belongs to another sum.",
+    "PRV-956": "A site or share does not belong to the secure sum.",
+    "PRV-957": "A value is outside the range of the secure sum.",
+    "PRV-958": "The sites do not agree whose numbers are summed, or about which reference.",
+    "PRV-959": "A message of a secure sum is out of turn or repeated.",
+    "PRV-960": "The opened sum is not possible.",
+    "PRV-961": "The masks of a secure sum cannot be removed.",
+    "PRV-962": "A partner's identity is not the one that this site knows.",
 }
 
 

@@ -177,6 +177,22 @@ class ClassStatistics:
             raise ValueError(f"factor: found {factor!r}, expected a finite number of zero or more")
         return ClassStatistics(self.count * factor, self.mean, self.scatter * factor)
 
+    def shrunk(self, patients: npt.ArrayLike) -> ClassStatistics:
+        """Shrink the covariance of each class towards a multiple of the identity (Ledoit and Wolf).
+
+        With P patients and A features, a class with P <= A keeps P / (A + 1) of its covariance; the
+        rest of the trace is spread over all directions. Counts, means and traces stay. The share
+        does not depend on the features, so that it tells nothing about them.
+
+        Args:
+            patients: (K,) patients of each class.
+        """
+        features = self.num_features
+        keep = np.minimum(1.0, np.asarray(patients, np.float64) / (features + 1))
+        trace = np.trace(self.scatter, axis1=1, axis2=2) / features
+        spread = ((1.0 - keep) * trace)[:, None, None] * np.eye(features)
+        return ClassStatistics(self.count, self.mean, keep[:, None, None] * self.scatter + spread)
+
     def weighted_equally(self) -> ClassStatistics:
         """Return the same means and covariances with count 1 for every seen class: equal sites."""
         return ClassStatistics((self.count > 0).astype(np.float64), self.mean, self.covariance)

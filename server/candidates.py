@@ -72,10 +72,12 @@ class Candidates:
         if not self.plan.recalibrates:
             return average
         request = Request(identity_of(self.plan, number), average, options={"moments": True})
-        parts = moments_of(self.requests.collect(STATISTICS, request))
+        parts = moments_of(self.requests.collect(STATISTICS, request).parts)
         if not parts:
             return average
-        return merge_moments(parts, self.plan.federation.weighting).put_into(average)
+        federation = self.plan.federation
+        merged = merge_moments(parts, federation.weighting, federation.most_share)
+        return merged.put_into(average)
 
     def _fitted(self, selected: Best) -> tuple[Best, list[Row]]:
         """Choose between a model and the same with a fitted output layer (CCVR).
@@ -89,7 +91,7 @@ class Candidates:
         options = {"classes": True, "norm_mode": "running", "raw": True}
         identity = identity_of(plan, plan.federation.rounds)
         request = Request(identity, selected.weights, options=options)
-        fresh = statistics_of(self.requests.collect(STATISTICS, request))
+        fresh = statistics_of(self.requests.collect(STATISTICS, request).parts)
         if not fresh:
             self.note(Problem("STA-214", where="the fit of the output layer"))
             return selected, []

@@ -66,6 +66,7 @@ from fedsgcg.server.sites.problems import (
 )
 from fedsgcg.server.sites.replies import (
     Collected,
+    Gathered,
     Row,
     SiteEvaluation,
     adapted_rows,
@@ -77,6 +78,7 @@ from fedsgcg.server.sites.replies import (
     site_rows,
     stated_rows,
     statistics_of,
+    summed_rows,
     validation_of,
     validation_rows,
 )
@@ -124,10 +126,14 @@ def run_federation(
 
     Raises:
         FedsgcgError: CFG-005 or CFG-006 when the run folder belongs to another plan or process,
-            SRV-401 or SRV-402 when its journal cannot be opened.
+            CFG-032 for a plan that a study has not filled in, SRV-401 or SRV-402 when its journal
+            cannot be opened.
     """
     start = time.monotonic()
     disk = disk or Disk()
+    if plan.data.plan == "auto":
+        expected = "fixed: a run has its settings before the sites enrol"
+        raise fail("CFG-032", where="data.plan", found="auto", expected=expected)
     with Journal.of_plan(plan, disk) as journal:
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:
@@ -278,13 +284,14 @@ class Federation:
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
         collected = self._requests.collect(AMPLITUDES, Request(identity))
+        answers = admitted(collected.sites)
         parts, problems = usable_amplitudes(
-            self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)]
+            self._plan, [(part.reply.site, part.reply.amplitudes) for part in answers]
         )
         for problem in problems:
             self._note(problem)
         if len(parts) < self._cohort.fewest_admitted:
-            raise quorum_missed(self._plan, collected, self._cohort.fewest_admitted, 0)
+            raise quorum_missed(self._plan, collected.sites, self._cohort.fewest_admitted, 0)
         return merge_amplitudes(self._plan, parts)
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
@@ -297,12 +304,13 @@ class Federation:
         self._judge.start(state.history, number)
         identity = identity_of(self._plan, number)
         parts = state.parts
-        before: list[Collected] = []
+        before = Gathered()
         if self._plan.described_before(number):
             before = self._requests.collect(
-                STATISTICS, Request(identity, state.weights, options={"classes": True})
+                STATISTICS,
+                Request(identity, state.weights, self._reference(parts), options={"classes": True}),
             )
-            parts = self._memory.update(parts, statistics_of(before))
+            parts = self._memory.update(parts, statistics_of(before.parts))
             state = replace(state, weights=with_pool(state.weights, parts))
         prototypes = self._memory.prototypes(parts)
         added = additions(self._plan.federation.aggregator, state.aggregator_state)
@@ -322,27 +330,28 @@ class Federation:
         trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
             return self._void(state, number, trained, before)
-        self._note_classes(number, prototypes, before or trained)
-        merged, aggregator_state = self._merged(state, number, admitted(trained))
-        merged, after = self._recalibrated(identity, merged, admitted(trained))
+        self._note_classes(number, prototypes, before.parts or trained.parts)
+        merged, aggregator_state = self._merged(state, number, admitted(trained.parts))
+        merged, after = self._recalibrated(identity, merged, admitted(trained.sites), parts)
         aggregator_state = with_average(
             aggregator_state, state.aggregator_state, merged, self._plan.federation.ema
         )
         if self._plan.recalibrates and self._too_few(after):
             return self._void(state, number, trained, before, after)
-        described = after if self._plan.described_after_merge else before or trained
-        fresh = statistics_of(described)
-        if not before:
+        described = before.parts or trained.parts
+        fresh = statistics_of(after.parts if self._plan.described_after_merge else described)
+        if not before.sites:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
         merged = with_pool(merged, parts)
         check_finite(number, merged, parts)
-        rows = site_rows(number, trained, before, after) + weight_rows(number, aggregator_state)
+        rows = site_rows(number, trained.sites, before.sites, after.sites)
+        rows += summed_rows(number, trained.parts) + weight_rows(number, aggregator_state)
         if prototypes is not None:
             rows += prototype_rows(
                 self._memory, prototypes, fresh, list(self._plan.data.classes), number
             )
-        score = source_score([validation_of(part.reply) for part in admitted(trained)])
+        score = source_score([validation_of(part.reply) for part in admitted(trained.parts)])
         record = RoundRecord(
             identity=identity,
             weights=merged,
@@ -356,17 +365,27 @@ class Federation:
         record = self._commit(record, rows)
         self._log.emit(
             "round.done",
-            loss=mean_loss(trained),
+            loss=mean_loss(trained.parts),
             validation_dice=score,
             validation_round=number - 1,
         )
         return record
 
-    def _too_few(self, collected: list[Collected]) -> bool:
-        """Whether a round is void: too few admitted answers, or none of a site with labels."""
-        sites = [part.answer.site for part in admitted(collected)]
+    def _too_few(self, collected: Gathered) -> bool:
+        """Whether a round is void.
+
+        Too few answers were admitted, or none of a site with labels, or their sum was not opened.
+        """
+        sites = [part.answer.site for part in admitted(collected.sites)]
         labelled = any(self._plan.role(site) == "train" for site in sites)
-        return len(sites) < self._cohort.fewest_admitted or not labelled
+        missing = len(sites) < self._cohort.fewest_admitted
+        return missing or not labelled or not collected.parts
+
+    def _reference(self, parts: Mapping[str, ClassStatistics]) -> ClassStatistics | None:
+        """Return the common reference of summed statistics; None where none are summed."""
+        if not self._plan.privacy.secure_sums.enabled:
+            return None
+        return self._memory.prototypes(parts)
 
     def _with_a_term(self, number: int) -> list[str] | None:
         """Sites whose loss has a term in a round; None for all of them."""
@@ -375,7 +394,7 @@ class Federation:
         return [site for site in self._cohort.training if self._plan.role(site) == "train"]
 
     def _void(
-        self, state: RoundRecord, number: int, trained: list[Collected], *others: list[Collected]
+        self, state: RoundRecord, number: int, trained: Gathered, *others: Gathered
     ) -> RoundRecord:
         """Commit a round whose answers were rejected: model and memory are the previous ones.
 
@@ -385,12 +404,13 @@ class Federation:
         needed = self._cohort.fewest_admitted
         history = self._judge.finish(number, void=True)
         if history.void_rounds >= VOID_ROUNDS:
-            raise quorum_missed(self._plan, trained, needed, number)
-        found = f"{len(admitted(trained))} admitted"
+            raise quorum_missed(self._plan, trained.sites, needed, number)
+        found = f"{len(admitted(trained.sites))} admitted"
         expected = training_sites(needed)
         self._note(Problem("RND-421", found, expected, where=f"round {number}"))
         record = replace(state, identity=identity_of(self._plan, number), history=history)
-        record = self._commit(record, site_rows(number, trained, *others))
+        described = [other.sites for other in others]
+        record = self._commit(record, site_rows(number, trained.sites, *described))
         self._log.emit("round.void", code="RND-421")
         return record
 
@@ -422,8 +442,12 @@ class Federation:
         return rule(state.weights, parts, without_average(state.aggregator_state), context)
 
     def _recalibrated(
-        self, identity: Identity, merged: Weights, trained: list[Collected]
-    ) -> tuple[Weights, list[Collected]]:
+        self,
+        identity: Identity,
+        merged: Weights,
+        trained: list[Collected],
+        parts: Mapping[str, ClassStatistics],
+    ) -> tuple[Weights, Gathered]:
         """Replace the BatchNorm moments of the merged model by pooled ones.
 
         The sites whose weights were merged measure the moments under the merged weights. Nothing is
@@ -433,9 +457,9 @@ class Federation:
             The model, and the answers, which also hold the class statistics of `memory=restart`.
         """
         if not self._plan.recalibrates:
-            return merged, []
+            return merged, Gathered()
         options = {"moments": True, "classes": self._plan.described_after_merge}
-        request = Request(identity, merged, options=options)
+        request = Request(identity, merged, self._reference(parts), options=options)
         # A site that missed the deadline or was rejected is not asked again in this round.
         collected = self._requests.collect(
             STATISTICS, request, {part.answer.site for part in trained}
@@ -443,8 +467,11 @@ class Federation:
         if self._too_few(collected):
             return merged, collected
         federation = self._plan.federation
-        moments = merge_moments(moments_of(collected), federation.weighting, federation.most_share)
-        self._after_merge = collected
+        weighting, most_share = federation.weighting, federation.most_share
+        if self._plan.privacy.secure_sums.enabled:
+            weighting = "samples"  # the sum has the sites' weights already
+        moments = merge_moments(moments_of(collected.parts), weighting, most_share)
+        self._after_merge = collected.parts
         return moments.put_into(merged), collected
 
     def _note_classes(
@@ -522,9 +549,8 @@ class Federation:
             return None, [], chosen
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
-        fresh = statistics_of(
-            self._requests.collect(STATISTICS, Request(identity, chosen.weights, options=options))
-        )
+        request = Request(identity, chosen.weights, options=options)
+        fresh = statistics_of(self._requests.collect(STATISTICS, request).parts)
         if not fresh:
             self._note(Problem("STA-214", where="the selected model"))
             return None, [], chosen

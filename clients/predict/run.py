@@ -240,6 +240,8 @@ def _predict_one(
         written.append(target)
     if hospital:
         parts.append(f"TRAINED ON (at {hospital})")
+    if prediction.note:
+        parts.append(prediction.note)
     record.finish(job, written, Done({}, scores.of_case(job), hospital))
     return "  ".join([*parts, f"{time.monotonic() - started:.1f} s"])
 

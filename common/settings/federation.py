@@ -1,4 +1,4 @@
-"""Settings of the federation: the round loop, the privacy floors, and those of a site alone."""
+"""Settings of the federation: the round loop, and those of a site alone."""
 
 from __future__ import annotations
 
@@ -161,24 +161,6 @@ def limit_checks(limits: Mapping[str, Mapping[str, int]]) -> Checks:
     entries = [entry for limit in limits.values() for entry in limit.items()]
     holds = all(name in LIMITS and number >= 1 for name, number in entries)
     yield holds, "limits", "patients and slices of a site, 1 or more each"
-
-
-@dataclass(frozen=True)
-class PrivacySettings(Section):
-    """Privacy floors of the class statistics. A site's own file may only make them stricter.
-
-    Attributes:
-        min_pixels: A class with fewer pixels at the site is withheld (sent as absent).
-        min_patients: A class seen in fewer patients at the site is withheld.
-    """
-
-    min_pixels: int = 1000
-    min_patients: int = 2
-
-    def checks(self) -> Checks:
-        """Floors are at least one."""
-        yield self.min_pixels >= 1, "min_pixels", "1 or more"
-        yield self.min_patients >= 1, "min_patients", "1 or more"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from fedsgcg.common.wire.sizes import MAX_WEIGHTS, Sizes
 MAX_SITES: Final = 100
 """Hospitals of a federation whose sites are not listed in the plan."""
 
+MOST_CHANNELS: Final = 2**20
+"""Moments of BatchNorm layers, counters and figures of a secure sum."""
+
 CHANNELS: Final = 3
 """Channels of every training slice: colours, or a slice and its neighbours."""
 
@@ -48,4 +51,13 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
 def _sizes(plan: Plan, sites: int, weights: int, shift: int) -> Sizes:
     shape = (plan.data.num_classes, plan.network.num_features)
     structures, amplitudes = len(plan.data.structures), amplitude_bytes(plan, sites)
-    return Sizes(shape, structures, amplitudes, weights, shift=shift)
+    masked = _masked(plan, weights)
+    return Sizes(shape, structures, amplitudes, weights, shift=shift, masked=masked)
+
+
+def _masked(plan: Plan, weights: int) -> int:
+    """Return the numbers of a site in a secure sum; 0 if the plan has none."""
+    if not plan.privacy.secure_sums.enabled:
+        return 0
+    features = plan.network.num_features
+    return weights + plan.data.num_classes * features * (features + 3) + MOST_CHANNELS

@@ -22,9 +22,9 @@ from fedsgcg.common.settings.federation import (
     SHARES,
     TRAINING,
     FederationSettings,
-    PrivacySettings,
     SiteSettings,
 )
+from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.settings.training import (
     DOMAINS,
     METHOD_NAMES,

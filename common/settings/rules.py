@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from fedsgcg.common.errors import Problem
 from fedsgcg.common.settings.aggregation import VALIDATED
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.secure_sums import secure_sum_problems
 
 WHERE = "federation.aggregator"
 
@@ -14,14 +15,18 @@ WHERE = "federation.aggregator"
 def rule_problems(
     plan: Plan, training: Sequence[str], *, has_batch_norm: bool | None = None
 ) -> Iterator[Problem]:
-    """Yield CFG-020 or CFG-042 for everything in a plan that its aggregation rule cannot serve.
+    """Yield a problem for everything that a plan's aggregation rule or secure sums cannot serve.
 
     Args:
         plan: The plan.
         training: The training sites.
         has_batch_norm: Whether the network has BatchNorm layers; None = as its settings state,
             which do not describe a network by import path.
+
+    Yields:
+        CFG-020 and CFG-042 for the rule, PRV-952 and PRV-953 for secure sums.
     """
+    yield from secure_sum_problems(plan, training)
     federation = plan.federation
     yield from _hospital_problems(plan, training)
     if federation.aggregator == "fedbn":

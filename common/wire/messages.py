@@ -1,8 +1,9 @@
 """Requests and replies, and their encoding as Flower records.
 
-A request or reply is a `RecordDict` with at most four records: `weights` and `control_variates`
-(one flat float32 array each, because every array costs time; docs/explanation/flower.md, "Behaviour
-that shaped the code"), `message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
+A request or reply is a `RecordDict` with at most five records: `weights`, `control_variates` and
+`masked` (one flat array each, because every array costs time; docs/explanation/flower.md,
+"Behaviour that shaped the code"), `message` (identity, layout, Arrow bytes, plain settings) and
+`metrics`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ from fedsgcg.common.wire.sizes import MAX_METRICS, Sizes
 ENROL = "query.enrol"
 STATISTICS = "query.statistics"
 AMPLITUDES = "query.amplitudes"
+SUM_KEYS = "query.sum_keys"
+SUM_SHARES = "query.sum_shares"
+SUM_CHECK = "query.sum_check"
+SUM_OPEN = "query.sum_open"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
@@ -47,8 +52,10 @@ HEADERS: Final = {
 """Versions of NumPy's file format -> reader of the header."""
 CONTROL: Final = "control_variates"
 """Record of SCAFFOLD's control variates; also the entry of a site's `sharing` that allows them."""
-ARRAYS: Final = ("weights", CONTROL)
-"""Records with one flat float32 array."""
+MASKED: Final = "masked"
+"""Record of a site's masked numbers in a secure sum: one flat uint64 array."""
+ARRAYS: Final = ("weights", CONTROL, MASKED)
+"""Records with one flat array."""
 SHARES: Final = "shares"
 """Option of a FedCE request: digest of each merged model -> its weight."""
 SUMMARY = "summary"
@@ -102,6 +109,8 @@ class Reply:
         control_variates: SCAFFOLD's control variate of the site (L,), its mean gradient.
         coded: `weights` as the difference from the request's (`common.wire.codecs`), sent in their
             place; empty without a codec, and after decoding.
+        masked: The site's masked numbers (N,) in a secure sum, instead of weights, statistics and
+            moments (`common.secure_sums`).
     """
 
     identity: Identity
@@ -116,6 +125,7 @@ class Reply:
     moments: NormMoments | None = None
     control_variates: npt.NDArray[np.float32] | None = None
     coded: bytes = b""
+    masked: npt.NDArray[np.uint64] | None = None
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -169,6 +179,8 @@ def encode_reply(reply: Reply) -> RecordDict:
         records["metrics"] = MetricRecord(
             {name: float(value) for name, value in reply.metrics.items()}
         )
+    if reply.masked is not None:
+        records[MASKED] = ArrayRecord({"values": Array(reply.masked)})
     return _with_control(records, reply.control_variates)
 
 
@@ -202,6 +214,7 @@ def decode_reply(
         error=_text(records, "error"),
         moments=_moments(records, identity),
         control_variates=_control(records),
+        masked=_masked(records),
     )
 
 
@@ -252,7 +265,8 @@ def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
             check_size(value if isinstance(value, str | bytes) else "", LONGEST_RECEIPT, name)
     for name in ARRAYS:
         for array in (records.array_records.get(name) or {}).values():
-            check_size(array.data, HEAD_BYTES + 4 * sizes.weights, name)
+            most = 8 * sizes.masked if name == MASKED else 4 * sizes.weights
+            check_size(array.data, HEAD_BYTES + most, name)
     number = len(records.metric_records.get("metrics") or ())
     if number > MAX_METRICS:
         found = f"{number} metrics"
@@ -328,6 +342,14 @@ def _control(records: RecordDict) -> npt.NDArray[np.float32] | None:
     if values is not None and (values.ndim != 1 or values.dtype != np.float32):
         found = f"{values.dtype} control variates of shape {values.shape}"
         raise fail("PAY-103", found=found, expected="one flat float32 array")
+    return values
+
+
+def _masked(records: RecordDict) -> npt.NDArray[np.uint64] | None:
+    values = _flat(records, MASKED)
+    if values is not None and (values.ndim != 1 or values.dtype != np.uint64):
+        found = f"{values.dtype} masked numbers of shape {values.shape}"
+        raise fail("PAY-103", found=found, expected="one flat uint64 array")
     return values
 
 

@@ -44,6 +44,7 @@ class Sizes:
         weights: Number of floating-point values of the model.
         codec: How a reply's weights are coded (`common.wire.codecs`).
         shift: Most classes of all sites in what a request states of their differences; 0 = none.
+        masked: Numbers of a site in a secure sum.
     """
 
     statistics: tuple[int, int] | None = None
@@ -52,6 +53,7 @@ class Sizes:
     weights: int = MAX_WEIGHTS
     codec: str = "none"
     shift: int = MAX_CLASSES
+    masked: int = MAX_WEIGHTS
 
     def bytes_of(self, part: str) -> int:
         """Bytes that a field of the message may have; -1 for a field that does not exist."""

@@ -37,14 +37,14 @@ from fedsgcg.common.settings.plan import PrototypeSettings
 from fedsgcg.common.statistics import ClassStatistics, between_site_trace, within_site_trace
 from fedsgcg.server.aggregation.class_statistics import merge_statistics, without_farthest
 from fedsgcg.server.aggregation.parts import sorted_by_site
+from fedsgcg.server.sites.replies import ALL_SITES
 
 Fresh = Sequence[tuple[str, ClassStatistics]]
 """(site, statistics) of a round's admitted payloads."""
 
 Parts = Mapping[str, ClassStatistics]
-"""Memory by site; with `momentum` one entry, `ALL_SITES`."""
+"""Memory by site; with `momentum` and with secure sums one entry, `ALL_SITES`."""
 
-ALL_SITES: Final = ""
 LAST_ROUND: Final = ("lagged", "restart", "overlay", "online")
 """Policies that remember only the last statistics of each site."""
 
@@ -138,7 +138,7 @@ class PrototypeMemory:
         return sorted(kept, key=ClassStatistics.digest)
 
     def without(self, parts: Parts, gone: Collection[str]) -> dict[str, ClassStatistics]:
-        """Remove departed sites from a memory; with `momentum` the memory is emptied."""
+        """Remove departed sites from a memory; one that mixes all sites is emptied."""
         if gone and ALL_SITES in parts:
             return {}
         return {site: part for site, part in parts.items() if site not in gone}
@@ -154,10 +154,14 @@ class PrototypeMemory:
     def shift(self, fresh: Fresh) -> dict[str, list[float]]:
         """Return the domain shift of a round's statistics, by class (NaN if no site has seen it).
 
+        There is none of a secure sum, of which the sites' shares are unknown.
+
         Returns:
             `between_site_trace` and `within_site_trace`, (K,) each: the two parts of the trace of
             the pooled covariance.
         """
+        if ALL_SITES in dict(fresh):
+            return {}
         parts = [part for _, part in sorted(fresh, key=lambda part: part[0])]
         if self.settings.weighting == "sites":
             parts = [part.weighted_equally() for part in parts]

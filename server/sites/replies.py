@@ -26,6 +26,14 @@ SITE_METRICS: Final = (
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
 
+ALL_SITES: Final = ""
+"""Name of what belongs to several sites together."""
+SUMMED: Final = "all"
+"""Site of the rows of a secure sum."""
+SUMMED_METRICS: Final = (
+    *("loss", "validation_dice", "validation_cases", "examples", "shortened_updates"),
+)
+
 REJECTIONS: Final = ("PAY-", "STA-")
 """Beginnings of the codes of payloads that were rejected."""
 
@@ -55,13 +63,30 @@ class Collected:
 
     @property
     def delivered(self) -> bool:
-        """Whether the site sent a payload, admitted or not; its own error is none."""
-        return self.verdict.accepted or self.verdict.code.startswith(REJECTIONS)
+        """Whether the site sent a payload, admitted or not; its own error is none.
+
+        A site that took part in a secure sum of too few sites was there.
+        """
+        return self.verdict.accepted or self.verdict.code.startswith((*REJECTIONS, "PRV-953"))
 
     def problem(self, number: int) -> Problem:
         """The problem of a rejected or missing reply of a round."""
         where = f"round {number}, {self.answer.site}"
         return Problem(self.verdict.code, where=where, found=self.verdict.detail)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The answers of the training sites to one request.
+
+    Attributes:
+        sites: One entry for every site that was asked, in the order of the names.
+        parts: What is merged: the same entries, or with secure sums one entry of the name
+            `ALL_SITES`, none if the sum was not opened.
+    """
+
+    sites: list[Collected] = field(default_factory=list)
+    parts: list[Collected] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -152,6 +177,9 @@ def expectation_for(
     described = with_training if training else bool(request.options.get("classes"))
     shape = (plan.data.num_classes, plan.network.num_features)
     labelled = plan.role(site) != "unlabelled"
+    if plan.privacy.secure_sums.enabled:
+        # What is inside cannot be seen; the sum is checked when it is opened.
+        return Expectation(request.identity, site)
     return Expectation(
         identity=request.identity,
         site=site,
@@ -236,6 +264,17 @@ def site_rows(
         kept["bytes_down"] = float(sum(answer.bytes_down for answer in answers))
         rows += [row(number, "train", site, name, value) for name, value in kept.items()]
     return rows
+
+
+def summed_rows(number: int, parts: Sequence[Collected]) -> list[Row]:
+    """Return the rows of what a secure sum says about training; none without one."""
+    return [
+        row(number, "train", SUMMED, name, part.reply.metrics[name])
+        for part in parts
+        if part.answer.site == ALL_SITES
+        for name in SUMMED_METRICS
+        if name in part.reply.metrics
+    ]
 
 
 def validation_rows(number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:

@@ -184,11 +184,11 @@ def test_resizing_keeps_means_places_and_label_values(size, side):
     image = np.add.outer(np.linspace(0, 1, size[0]), np.linspace(0, 3, size[1])).astype(np.float32)[
         None, None
     ]
-    small = resize(image, side)
+    small = resize(image, (side, side))
     assert small.shape == (1, 1, side, side)
     assert small.mean() == pytest.approx(image.mean(), abs=0.01)
     labels = (image[:, 0] > 2).astype(np.uint8) * 3
-    mapped = resize_labels(labels, side)
+    mapped = resize_labels(labels, (side, side))
     assert np.unique(mapped).tolist() == [0, 3]
     # Centres are aligned: image and label agree wherever the image is clear of the border value.
     clear = abs(small - 2) > 4 / side + 3 / size[1]
@@ -197,7 +197,7 @@ def test_resizing_keeps_means_places_and_label_values(size, side):
 
 def test_downsampling_averages_images_instead_of_skipping_pixels():
     stripes = np.tile((np.arange(128) % 4 == 0).astype(np.float32), (128, 1))[None, None]
-    small = resize(stripes, 32)[..., 2:-2]
+    small = resize(stripes, (32, 32))[..., 2:-2]
     np.testing.assert_allclose(small, 0.25, atol=0.05)
 
 
@@ -205,7 +205,7 @@ def test_a_label_of_a_quarter_of_the_pixels_does_not_become_all_of_them():
     """Nearest-pixel resizing takes the pixels of odd rows and columns and nothing else."""
     labels = np.zeros((1, 4, 4), np.uint8)
     labels[0, 1::2, 1::2] = 1
-    np.testing.assert_array_equal(resize_labels(labels, 2), np.zeros((1, 2, 2)))
+    np.testing.assert_array_equal(resize_labels(labels, (2, 2)), np.zeros((1, 2, 2)))
 
 
 def test_equal_shares_go_to_the_class_declared_later():
@@ -214,9 +214,9 @@ def test_equal_shares_go_to_the_class_declared_later():
         [0, 0, 0, 2, 2, 2, 1, 1], np.uint8
     )  # the edges lie in the middle of the new rows 1 and 3
     labels = np.broadcast_to(rows[:, None], (8, 8))[None].copy()
-    np.testing.assert_array_equal(resize_labels(labels, 4)[0, :, 0], [0, 2, 2, 1])
+    np.testing.assert_array_equal(resize_labels(labels, (4, 4))[0, :, 0], [0, 2, 2, 1])
     np.testing.assert_array_equal(
-        resize_labels(np.ascontiguousarray(labels[:, ::-1]), 4)[0, :, 0], [1, 2, 2, 0]
+        resize_labels(np.ascontiguousarray(labels[:, ::-1]), (4, 4))[0, :, 0], [1, 2, 2, 0]
     )
 
 
@@ -232,7 +232,7 @@ def test_labels_at_half_the_size_are_the_largest_of_shares_by_hand():
         [weight @ (layer == index) @ weight.T for layer in labels for index in range(4)]
     )
     shares = shares.reshape(2, 4, 32, 32).round(9)
-    np.testing.assert_array_equal(resize_labels(labels, 32), 3 - shares[:, ::-1].argmax(1))
+    np.testing.assert_array_equal(resize_labels(labels, (32, 32)), 3 - shares[:, ::-1].argmax(1))
 
 
 @settings(deadline=None, max_examples=60)
@@ -248,8 +248,8 @@ def test_labels_are_centred_on_their_image_at_every_factor(rows, columns, side, 
     moved = []
     for axes in ((), (1,), (2,), (1, 2)):
         mirrored = np.ascontiguousarray(np.flip(blob, axes))
-        small = resize_labels(mirrored, side)
-        np.testing.assert_array_equal(small, np.flip(resize_labels(blob, side), axes))
+        small = resize_labels(mirrored, (side, side))
+        np.testing.assert_array_equal(small, np.flip(resize_labels(blob, (side, side)), axes))
         moved.append(_centroid(small, rows, columns) - _centroid(mirrored, rows, columns))
     assert np.abs(np.mean(moved, axis=0)).max() < 0.02, "native pixels"
     assert np.abs(moved).max() < 0.3 * max(1, rows / side, columns / side), (
@@ -281,7 +281,7 @@ def test_half_size_labels_of_real_prostates_come_back_as_well_as_they_can(real_d
     scores = []
     for path in sorted(real_data("promise12").glob("*/*_mask.nii.gz")):
         truth = read_volume(path, mask=True).array > 0
-        small = torch.from_numpy(resize_labels(truth.astype(np.uint8), 64)).double()[:, None]
+        small = torch.from_numpy(resize_labels(truth.astype(np.uint8), (64, 64))).double()[:, None]
         back = torch.nn.functional.interpolate(
             small, truth.shape[1:], mode="bilinear", align_corners=False
         )
