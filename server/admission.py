@@ -55,6 +55,9 @@ MAX_GRADIENT: Final = 1e6
 MAX_WEIGHT: Final = 1e9
 """Largest magnitude of a weight: its square and sums of such squares stay finite in float32."""
 
+LEAST_NORM: Final = 1e-3
+"""Smallest norm of a model relative to the received one; no round of training shrinks it so far."""
+
 METRIC_RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "examples": (0.0, 1e9),
     "steps": (0.0, 1e9),
@@ -258,7 +261,16 @@ def _out_of_range(payload: Payload, expectation: Expectation) -> str:
     for name, array in payload.weights.to_state().items():
         if name.endswith(VARIANCE) and (array < 0).any():
             return "a negative running variance"
+    before_norm, norm = _norm(expectation.reference), _norm(payload.weights)
+    if norm < LEAST_NORM * before_norm:
+        return f"weights of norm {norm:.2g}, those of the received model have {before_norm:.2g}"
     return ""
+
+
+def _norm(weights: Weights) -> float:
+    """Norm of the learnable weights, in float64."""
+    values = weights.values[learnable(weights)].astype(np.float64)
+    return float(np.sqrt(values @ values))
 
 
 def _needs_labels(payload: Payload, expectation: Expectation) -> str:

@@ -197,6 +197,18 @@ def test_a_completed_study_counts_with_a_fault_and_the_simulations_model(tmp_pat
     assert not seen("untouched", [], "d")
 
 
+@pytest.mark.parametrize(
+    ("codes", "counts"), [(["POL-724"], True), (["POL-724", "RND-404"], False)]
+)
+def test_a_constant_model_is_no_trace_of_a_fault(
+    tmp_path: Path, codes: list[str], counts: bool
+) -> None:
+    one = study(tmp_path, answers(OK), simulated="d")
+    one.outcome |= {"status": "degraded", "problems": [{"code": code} for code in codes]}
+    found = missing(history(one, lines=[made("1 % loss")], outcomes=(schedule.COMPLETED,)))
+    assert (not found) == counts
+
+
 def test_a_degraded_study_counts_with_a_reason_and_a_resume_with_a_second_start(
     tmp_path: Path,
 ) -> None:

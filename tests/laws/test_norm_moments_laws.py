@@ -6,6 +6,7 @@ from operator import add
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -89,6 +90,25 @@ def test_what_travels_comes_back_to_the_bit(seed):
 def test_bytes_that_are_no_moments_are_refused(data):
     with pytest.raises(FedsgcgError, match="PAY-106"):
         NormMoments.decode(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [("kind", "PAY-106"), ("column", "PAY-106"), ("schema_version", "PAY-107")]
+)
+def test_a_table_of_another_kind_or_version_is_refused(change: str, code: str) -> None:
+    sent = moments_of(np.ones((3, 2)), np.ones((3, 3))).encode(IDENTITY)
+    with pa.ipc.open_stream(pa.BufferReader(sent)) as reader:
+        table = reader.read_all()
+    if change == "column":
+        table = table.append_column("more", pa.array([0] * len(table)))
+    else:
+        changed = {**table.schema.metadata, change.encode(): b"other"}
+        table = table.replace_schema_metadata(changed)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(FedsgcgError, match=code):
+        NormMoments.decode(sink.getvalue().to_pybytes())
 
 
 @pytest.fixture(scope="module")

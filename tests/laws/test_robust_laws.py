@@ -173,6 +173,29 @@ def test_the_farthest_site_is_left_out_of_its_class_alone() -> None:
     assert merged.count.tolist() == [60.0, 60.0]  # one of four in either class
 
 
+@pytest.mark.parametrize(
+    ("shifts", "scales"), [((10.0, 11.0, 0.0), (0.1,) * 3), ((0.0,) * 3, (10.0, 11.0, 0.1))]
+)
+def test_far_means_far_from_the_median_and_not_from_zero(
+    shifts: tuple[float, ...], scales: tuple[float, ...]
+) -> None:
+    pairs = enumerate(zip(shifts, scales, strict=True))
+    found = [statistics(k, shift, scale) for k, (shift, scale) in pairs]
+    assert [part.count[1] for part in without_farthest(found, 1)] == [20.0, 20.0, 0.0]
+
+
+def test_a_site_that_lacks_a_class_is_not_counted_in_it() -> None:
+    """Of two sites that have seen a class none is left out, however many have not."""
+    near, far, other = statistics(1), statistics(2, shift=9.0), statistics(3)
+    seen = np.array([1.0, 0.0])
+    absent = ClassStatistics(
+        other.count * seen, other.mean * seen[:, None], other.scatter * seen[:, None, None]
+    )
+    kept = without_farthest([near, far, absent], 1)
+    assert [part.count[1] for part in kept] == [20.0, 20.0, 0.0]
+    assert sorted(part.count[0] for part in kept) == [0.0, 20.0, 20.0]
+
+
 @pytest.mark.parametrize("weighting", ["pixels", "sites"])
 @FEW
 @given(

@@ -106,9 +106,9 @@ def held_out(history: History) -> Iterator[Violation]:
 
 
 def same_out(study: Study, history: History) -> Iterator[Violation]:
-    """I7: a study without any note has the model of a simulation."""
+    """I7: a study without any note of a fault has the model of a simulation."""
     wanted = study.facts.get("simulated", "")
-    if study.outcome["status"] == "completed" and wanted and study.outcome["digest"] != wanted:
+    if study.undisturbed() and wanted and study.outcome["digest"] != wanted:
         yield Violation("I7", str(study.folder), "another model than the simulation's")
 
 

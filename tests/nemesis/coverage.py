@@ -73,10 +73,10 @@ def outcomes(history: History) -> dict[str, int]:
     starts = [sum(e["event"] == "run.started" for e in study.events) for study in history.studies]
     return {
         "completed with the simulation's model": sum(
-            status == "completed"
+            study.undisturbed()
             and study.facts["study"] in faults
             and study.facts["simulated"] == study.outcome["digest"]
-            for status, study in ends
+            for _, study in ends
         ),
         "degraded with codes": sum(
             status == "degraded" and bool(study.outcome["problems"]) for status, study in ends

@@ -16,6 +16,7 @@ from typing import Any, Final
 import yaml
 
 from tests.nemesis.faults import FAULTS, Seen
+from tests.nemesis.history import UNTRAINED
 from tests.nemesis.link import Link
 from tests.nemesis.schedule import BAD_REPLIES, PARTITION, Act, Promise, Step, acts
 from tests.support import small
@@ -157,6 +158,7 @@ class Driver:
         cell = self.cell()
         assert cell is not None
         outcome = json.loads((cell / "outcome.json").read_text())
+        codes = {problem["code"] for problem in outcome["problems"]}
         self.record(
             "study",
             study=str(seed),
@@ -168,7 +170,7 @@ class Driver:
             status=outcome["status"],
             resumes=self.resumes,
             digest=outcome["digest"],
-            simulated=self.simulate(seed) if outcome["status"] == "completed" else "",
+            simulated="" if codes - {UNTRAINED} else self.simulate(seed),
         )
         self.measure()
 

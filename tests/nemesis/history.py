@@ -23,6 +23,9 @@ RECORDS = ("message", "metrics", "weights")
 REFUSALS = ("PAY-", "STA-", "TRN-301")
 """Codes that count towards a pause."""
 
+UNTRAINED = "POL-724"
+"""A hospital does not report results of a nearly constant model; no fault causes that."""
+
 STALE = "reply of an earlier round"
 
 
@@ -148,6 +151,13 @@ class Study:
         lines = (folder / "events.jsonl").read_text().splitlines()
         outcome = json.loads((folder / "outcome.json").read_text())
         return cls(folder, copies, [json.loads(line) for line in lines], outcome, facts)
+
+    def undisturbed(self) -> bool:
+        """Whether nothing is noted that a fault may have caused."""
+        codes = {problem["code"] for problem in self.outcome["problems"]}
+        if self.outcome["status"] == "degraded":
+            return codes == {UNTRAINED}
+        return bool(self.outcome["status"] == "completed")
 
     def void(self) -> set[int]:
         """Rounds with too few admitted replies: the model stays that of the round before."""

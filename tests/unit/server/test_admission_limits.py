@@ -1,11 +1,13 @@
 """Each limit of admission is where it is said to be: the last value passes, the next does not."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.norm_moments import NormMoments
+from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.admission import (
     MAX_COUNT,
     MAX_LOSS,
@@ -13,6 +15,7 @@ from fedsgcg.server.admission import (
     METRIC_RANGES,
     SYMMETRY,
     UNIT_NORM,
+    Expectation,
     admit,
 )
 from tests.unit.server.test_admission import EXPECTED, Sent, statistics, values
@@ -86,3 +89,37 @@ def with_scatter(scatter: np.ndarray, mean: np.ndarray) -> ClassStatistics:
     scatters, means = honest.scatter.copy(), honest.mean.copy()
     scatters[0], means[0] = scatter, mean
     return replace(honest, scatter=scatters, mean=means)
+
+
+@pytest.mark.row(17)
+@pytest.mark.attack("zeros")
+def test_a_model_that_has_shrunk_to_nothing_is_refused() -> None:
+    """Row 17: a model of zeros may be no further from the received one than honest updates are."""
+    expected = replace(EXPECTED, reference=values(3, 4, 0, 0, 9, 9))
+    assert admit(Sent(weights=values(0.00306, 0.00408, 0, 0, 0, 0)), expected).accepted
+    for numbers in ((0, 0, 0, 0, 9, 9), (0.00294, 0.00392, 0, 0, 9, 9)):  # moments do not count
+        verdict = admit(Sent(weights=values(*numbers)), expected)
+        assert (verdict.code, "weights of norm" in verdict.detail) == ("PAY-112", True)
+    assert admit(Sent(weights=values(0, 0, 0, 0, 0, 0)), EXPECTED).accepted  # as it was received
+
+
+@dataclass(frozen=True)
+class Measured(Sent):
+    moments: NormMoments | None = None
+
+
+@pytest.mark.parametrize(
+    ("count", "accepted"), [(2.0, True), (1.0, False), (2.5, False), (2.0**53, True)]
+)
+def test_moments_are_of_two_values_or_more(count: float, accepted: bool) -> None:
+    """Row 13: an unbiased variance needs two values."""
+    layout = (("bn.running_mean", (1,)), ("bn.running_var", (1,)))
+    model = Weights(layout, np.zeros(2, np.float32))
+    expected = Expectation(EXPECTED.identity, "A", measured=model)
+    moments = NormMoments({"bn": 1}, np.array([count]), np.zeros(1), np.ones(1))
+    verdict = admit(Measured(weights=None, moments=moments), expected)
+    assert (verdict.accepted, verdict.code) == (accepted, "" if accepted else "STA-202")
+    bounded = replace(expected, max_pixels=count)
+    assert admit(Measured(weights=None, moments=moments), bounded).accepted == accepted
+    fewer = replace(expected, max_pixels=count - 1)
+    assert admit(Measured(weights=None, moments=moments), fewer).code == "STA-202"
