@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsgcg.common.images.extras import library
+from fedsgcg.common.images.extras import Clamped, library
 from fedsgcg.common.images.formats import DICOM
 
 GROUPS: Final = {
@@ -59,7 +59,8 @@ def voxels_of(path: Path, frames: Sequence[int]) -> NDArray[np.float32]:
         path: The file.
         frames: Numbers of the frames, from 1.
     """
-    header = library("pydicom", DICOM.name).dcmread(path)
+    with Clamped(path) as file:
+        header = library("pydicom", DICOM.name).dcmread(file)
     stored = header.pixel_array
     shared = (header.get(SHARED) or [{}])[0]
     found = np.empty((len(frames), *stored.shape[1:]), np.float32)

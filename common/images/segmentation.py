@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.dicom import Source
-from fedsgcg.common.images.extras import library
+from fedsgcg.common.images.extras import Clamped, library
 from fedsgcg.common.images.itk import LPS_TO_RAS
 from fedsgcg.common.images.layers import Layers
 from fedsgcg.common.images.volume import (
@@ -174,7 +174,9 @@ def _version() -> str:
 
 
 def _open(path: Path) -> Any:
-    return library("highdicom", FORM).seg.segread(path)
+    library("pydicom", FORM)
+    with Clamped(path) as file:
+        return library("highdicom", FORM).seg.segread(file)
 
 
 def _segments(found: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tifffile
 
 from fedsgcg.clients.data.manifest import read_columns
 from fedsgcg.common.errors import FedsgcgError
@@ -18,7 +17,7 @@ from fedsgcg.deploy.prepare.hospitals import TITLES
 from tests.faults.fuzz import mutations
 from tests.faults.fuzz.targets import Target, file_target
 from tests.support.dicoms import write_enhanced, write_series
-from tests.support.formats import write_analyze, write_itk
+from tests.support.formats import write_analyze, write_itk, write_tiff
 
 AFFINE = np.diag([-0.7, -0.8, 3.0, 1.0])
 
@@ -31,7 +30,7 @@ def format_targets(folder: Path) -> list[Target]:
     for name in ("a.mha", "a.mhd", "a.nrrd", "a.nhdr"):
         write_itk(made / name, native, AFFINE)
     write_analyze(made / "pair.hdr", native, AFFINE)
-    tifffile.imwrite(made / "pages.tif", native.transpose(2, 1, 0), imagej=True)
+    write_tiff(made / "pages.tif", native, AFFINE)
     write_enhanced(made / "enhanced.dcm", native, AFFINE)
     write_series(made / "series", native, AFFINE)
     image = read_volume(made / "series")
