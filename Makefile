@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-fast check docs bench bench-gpu soak nemesis fuzz mutants sbom audit hashes clean
+.PHONY: help setup demo test test-fast check docs bench bench-gpu gpu soak nemesis fuzz mutants sbom audit hashes clean
 help:
 	@echo "make demo    install, write four synthetic hospitals, train, show the result and the report"
 	@echo "make test    install and run all tests (FEDSGCG_REAL_DATA=DIR for those on real images)"
@@ -13,9 +13,10 @@ help:
 	@echo "make docs    build the documentation site into site/index.html"
 	@echo "make bench   speed and memory compared with alternatives, as ratios within one run"
 	@echo "make bench-gpu  the same on a CUDA device: kernels, training step, evaluation"
+	@echo "make gpu     benchmarks and a study (STUDY) on one CUDA device within LIMIT (540) seconds"
 	@echo "make nemesis  faults in a real federation for SECONDS (600), judged by an independent checker"
-	@echo "make fuzz    CASES (100000) mutated payloads and files for every decoder"
-	@echo "make mutants  SAMPLE (200) small changes of the pure core, which the tests must notice"
+	@echo "make fuzz    CASES (100000) mutated payloads and files, all decoders in turns"
+	@echo "make mutants  SAMPLE (200) small changes of the pure core in MINUTES (10), which its tests must notice"
 	@echo "make sbom    list what is installed, as CycloneDX in sbom.json"
 	@echo "make audit   compare the installed versions with known vulnerabilities; needs the internet"
 	@echo "make soak    200 rounds with real clients: the memory must stay flat"
@@ -60,6 +61,11 @@ bench: setup
 bench-gpu: setup
 	$(RUN)/python -m tests.benchmarks gpu --folder runs/benchmarks-gpu
 
+LIMIT ?= 540
+STUDY ?= experiment=promise12
+gpu: setup
+	$(RUN)/python -m tests.benchmarks.gpu_session --seconds $(LIMIT) -- $(STUDY)
+
 SECONDS ?= 600
 nemesis: setup
 	$(RUN)/python -m tests.nemesis --seconds $(SECONDS)
@@ -69,8 +75,9 @@ fuzz: setup
 	$(RUN)/python -m tests.faults.fuzz --cases $(CASES)
 
 SAMPLE ?= 200
+MINUTES ?= 10
 mutants: setup
-	$(RUN)/python -m tests.mutants --sample $(SAMPLE)
+	$(RUN)/python -m tests.mutants --sample $(SAMPLE) --minutes $(MINUTES)
 
 # The tools are in an environment of their own, so that the list holds nothing of theirs.
 $(VENV)-audit/.installed: pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fedsgcg.clients.coding import code_weights
 from fedsgcg.clients.corrections import received_control, sent_control
 from fedsgcg.clients.data.pairs import check_pairs
 from fedsgcg.clients.data.store import SliceTable
@@ -173,6 +174,7 @@ def train(task: SiteRequest) -> RecordDict:
         task.device,
         held=held_parts(task.request.options),
     )
+    earlier = state
     figures, state = train_round(
         network,
         task.stores,
@@ -189,10 +191,14 @@ def train(task: SiteRequest) -> RecordDict:
         own = apply_floors_to(task, described)
     trained = weights_of(network)
     state |= state_of_rule(plan, network, trained)
+    sent, coded, residual = code_weights(
+        plan.federation.codec, trained, task.request.weights, earlier
+    )
+    state |= residual
     if state or own is not None:
         task.state.store(number, state | statistics_to_state(own))
     metrics = before | figures | metrics_of_trained(task, network, validation_metrics)
-    reply = Reply(task.identity, task.site, trained, described, metrics)
+    reply = Reply(task.identity, task.site, sent, described, metrics, coded=coded)
     return send(task, replace(reply, control_variates=sent_control(trained, state)))
 
 

@@ -127,6 +127,8 @@ CODES: Final[dict[str, str]] = {
     "PAY-116": "The payload is a copy of another one.",
     "PAY-120": "The payload belongs to another run, fold, round or plan.",
     "PAY-121": "The control variates are not valid.",
+    "PAY-122": "A weight's change is outside the range of the codec.",
+    "PAY-123": "The weights are coded against those of another request.",
     "STA-201": "The class statistics are not valid.",
     "STA-202": "The moments of the normalisation layers are not valid.",
     "STA-203": "Too few classes have prototypes: the contrastive loss is off.",
@@ -176,6 +178,7 @@ CODES: Final[dict[str, str]] = {
     "DEP-614": "A run is in progress.",
     "DEP-615": "The run ended without an outcome.",
     "DEP-616": "The private key of the certificate authority cannot be used.",
+    "DEP-617": "The coordinator has not stated how many patients and slices a site can have.",
     # SITE: operation of a site, and unexpected failures, whose traceback stays there
     "SITE-500": "The site failed; the trace is in its own errors.log.",
     "SITE-502": "The memory of the site's device is too small.",
@@ -197,6 +200,7 @@ CODES: Final[dict[str, str]] = {
     "SITE-518": "A key or folder of the site has the wrong permissions.",
     "SITE-519": "Cases have no patient id.",
     "SITE-520": "The site's ledger contradicts what the coordinator confirmed; nothing leaves.",
+    "SITE-521": "Another connection with this site's key was active until a moment ago.",
     # MON: metrics and dashboards
     "MON-901": "An optional package is not installed.",
     "MON-902": "The port of the metrics cannot be used.",

@@ -26,6 +26,10 @@ ENVIRONMENT = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
 }
 
+KEY_IN_USE = "A connection with this key was active"
+KEY_UNKNOWN = "This key is not registered, or was revoked."
+"""Reasons why the coordinator's server does not let a SuperNode connect, as it states them."""
+
 OWN_FOLDER = 13
 """Length in bytes of `/ray-` and eight random characters."""
 

@@ -43,6 +43,7 @@ from fedsgcg.server.telemetry.names import METRICS
 DOCS: Final = Path(__file__).resolve().parent
 MARK: Final = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MATRIX: Final = DOCS.parent / "tests" / "faults" / "matrix.yaml"
+ATTACKS: Final = MATRIX.with_name("attacks.yaml")
 ROW: Final = re.compile(r"Rows? (\d+(?:(?:, | and )\d+)*)[:.]")
 WIDTH: Final = 88
 """Columns of the help texts."""
@@ -307,10 +308,7 @@ def fault_matrix() -> str:
     tests = tests_by_row()
     rows = []
     for number, row in matrix["rows"].items():
-        proof = "<br>".join(
-            f"`{path.partition('/')[2]}` {_plain_name(name)}"
-            for path, name in tests.get(number, [])
-        )
+        proof = _proof(tests.get(number, []))
         layer = matrix["layers"][row["layer"]]
         rows.append(
             (
@@ -322,6 +320,20 @@ def fault_matrix() -> str:
             )
         )
     return _table(("row", "where", "fault", "outcome", "tests"), rows)
+
+
+def attacks() -> str:
+    """Return the tables of the attacks: each with what must follow and the tests that show it."""
+    catalogue = yaml.safe_load(ATTACKS.read_text(encoding="utf-8"))
+    tests = tests_by_attack()
+    parts = []
+    for title, entries in catalogue.items():
+        rows = [
+            (entry["attack"], entry["outcome"], _proof(tests.get(name, [])))
+            for name, entry in entries.items()
+        ]
+        parts.append(f"### {title}\n\n" + _table(("attack", "outcome", "tests"), rows))
+    return "\n\n".join(parts)
 
 
 def metrics() -> str:
@@ -338,23 +350,41 @@ def tests_by_row() -> dict[int, list[tuple[str, str]]]:
 
     A test names its rows by `@pytest.mark.row(N)` or by a docstring that starts with "Row N:".
     """
-    found: dict[int, list[tuple[str, str]]] = {}
+    return _tests_by(_rows_of)
+
+
+def tests_by_attack() -> dict[str, list[tuple[str, str]]]:
+    """Return the (file, name) of the tests of each attack, named by `@pytest.mark.attack(NAME)`."""
+    return _tests_by(lambda test: set(_marks(test, "attack")))
+
+
+def _tests_by(names_of: Callable[[ast.FunctionDef], set[Any]]) -> dict[Any, list[tuple[str, str]]]:
+    found: dict[Any, list[tuple[str, str]]] = {}
     for path in sorted((DOCS.parent / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for number in sorted(_rows_of(node)):
+                for name in sorted(names_of(node)):
                     place = path.relative_to(DOCS.parent).as_posix()
-                    found.setdefault(number, []).append((place, node.name))
+                    found.setdefault(name, []).append((place, node.name))
     return found
 
 
 def _rows_of(test: ast.FunctionDef) -> set[int]:
     stated = ROW.match(ast.get_docstring(test) or "")
     rows = {int(text) for text in re.findall(r"\d+", stated[1])} if stated else set()
+    return rows | set(_marks(test, "row"))
+
+
+def _marks(test: ast.FunctionDef, name: str) -> Iterator[Any]:
+    """Yield the arguments of a test's marks of some name."""
     for mark in test.decorator_list:
-        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.row":
-            rows |= {ast.literal_eval(argument) for argument in mark.args}
-    return rows
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == f"pytest.mark.{name}":
+            yield from map(ast.literal_eval, mark.args)
+
+
+def _proof(tests: Sequence[tuple[str, str]]) -> str:
+    """Return a table's cell with tests."""
+    return "<br>".join(f"`{path.partition('/')[2]}` {_plain_name(name)}" for path, name in tests)
 
 
 def _plain_name(test: str) -> str:
@@ -386,6 +416,7 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "request": lambda: message(wire.Request),
     "reply": lambda: message(wire.Reply),
     "fault-matrix": fault_matrix,
+    "attacks": attacks,
     "metrics": metrics,
     "formats": formats,
     "methods": method_cards,

@@ -41,6 +41,7 @@ from fedsgcg.server.aggregation.amplitudes import (
 from fedsgcg.server.aggregation.fedavg import merge_moments
 from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
+from fedsgcg.server.aggregation.shares import with_bounded_shares
 from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
@@ -386,7 +387,8 @@ class Federation:
         """Merge the sites' models by the aggregation rule of the plan."""
         rule = AGGREGATORS[self._plan.federation.aggregator]
         unlabelled = self._cohort.of_role("unlabelled")
-        parts = [self._weighted(part) for part in trained]
+        weighted = [self._weighted(part) for part in trained]
+        parts = with_bounded_shares(weighted, self._plan.federation.most_share)
         parts = with_labelled_decoder(parts, unlabelled, state.weights)
         replies = [part.reply for part in trained]
         context = MergeContext(
@@ -422,7 +424,8 @@ class Federation:
         )
         if self._too_few(collected):
             return merged, collected
-        moments = merge_moments(moments_of(collected), self._plan.federation.weighting)
+        federation = self._plan.federation
+        moments = merge_moments(moments_of(collected), federation.weighting, federation.most_share)
         self._after_merge = collected
         return moments.put_into(merged), collected
 

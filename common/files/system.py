@@ -15,13 +15,14 @@ NO_LOCKS: Final = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno
 """Errors of a file system without `flock`: Lustre without `-o flock`, NFS without a lock daemon."""
 
 
-def lock(file: IO[Any], *, action: str, wait: bool = False) -> bool:
-    """Take the exclusive lock of an open file, which is held until the file is closed.
+def lock(file: IO[Any], *, action: str, wait: bool = False, shared: bool = False) -> bool:
+    """Take the lock of an open file, which is held until the file is closed.
 
     Args:
         file: The file; its `name` is shown in an error.
         action: What to do if the file system has no locks.
         wait: Wait until the lock is free.
+        shared: Any number of processes may hold it shared, but then none exclusively.
 
     Returns:
         Whether the lock is held now; False if another process (or open file) holds it.
@@ -30,8 +31,9 @@ def lock(file: IO[Any], *, action: str, wait: bool = False) -> bool:
         FedsgcgError: CFG-008 if the file system has no locks.
         OSError: Any other failure of the file system.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

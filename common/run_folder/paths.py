@@ -35,6 +35,9 @@ JOURNAL: Final = "journal"
 """Folder of the checkpoints of a run that has not finished."""
 
 LOCK: Final = "lock"
+RECORD_LOCK: Final = "study.lock"
+"""Held for the moment in which `STUDY` is changed."""
+
 ALL_SITES: Final = "all-sites"
 """Folder, in place of a held-out hospital, of cells that hold out none."""
 

@@ -78,6 +78,13 @@ class FederationSettings(Section):
             one, five for two) and `krum` (five for one).
         clip: Longest update relative to the median of the updates' norms, for `norm_clipping`.
         weighting: FedAvg weights: `samples` = training slices of a site, `sites` = equal.
+        codec: Form of the weights that a site sends. `none`: float32. `lossless`: their difference
+            from the received weights, compressed without loss; the models are the same.
+            `bf16`: that difference in 16 bits, compressed, with what rounding drops added to the
+            site's next difference (docs/reference/messages.md).
+        most_share: Largest share of one site in the weighted mean of the models and in the pooled
+            BatchNorm moments; larger weights are lowered to it. 1 = no bound. A site near its
+            `limits` can otherwise outweigh all others.
         norm_policy: BatchNorm's running moments in the merged model. `average` merges those that
             the sites measured under their local weights, like every other entry. `recalibrate`
             makes every site measure them again under the merged weights, in one pass over its
@@ -115,6 +122,8 @@ class FederationSettings(Section):
     tolerated: int = 1
     clip: float = 2.0
     weighting: Literal["samples", "sites"] = "samples"
+    codec: Literal["none", "lossless", "bf16"] = "none"
+    most_share: float = 1.0
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
     shared_images: Literal["refuse", "flag"] = "refuse"
@@ -129,6 +138,7 @@ class FederationSettings(Section):
         yield self.round_deadline_s > 0, "round_deadline_s", "seconds, more than zero"
         yield self.tolerated >= 1, "tolerated", "1 or more"
         yield self.clip >= 1, "clip", "1 or more"
+        yield 0 < self.most_share <= 1, "most_share", "above 0, at most 1 (no bound)"
         yield self.heldout_every >= 0, "heldout_every", "0 or more"
         yield from limit_checks(self.limits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final
 
 from fedsgcg.common.settings.federation import SHARES
@@ -20,7 +21,7 @@ CHANNELS: Final = 3
 
 def reply_sizes(plan: Plan, weights: int = MAX_WEIGHTS) -> Sizes:
     """Return the sizes of a site's reply to a request with a model of so many values."""
-    return _sizes(plan, 1, weights)
+    return replace(_sizes(plan, 1, weights), codec=plan.federation.codec)
 
 
 def request_sizes(plan: Plan) -> Sizes:

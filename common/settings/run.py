@@ -66,6 +66,10 @@ class RunSettings(Section):
         runtime: `ray` runs hospitals in parallel, `inprocess` cells in parallel; `auto` chooses
             what suits the machine.
         output: Folder of the run; "" = `runs/<data>-<hash of the settings>`.
+        shard: Part `K/N` of a study's cells, K from 1 to N: this call runs only these, one after
+            the other in its own process, without Ray and without a report. The N calls may run at
+            the same time, for example as a Slurm job array. The same call without `shard` runs what
+            is missing and makes the report.
         config_dir: Folder with own YAML files in `data/`, `experiment/`, `method/`, `network/` (or
             another group); usually given as `--config-dir DIR`.
         ray: Settings of Ray.
@@ -77,6 +81,7 @@ class RunSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["auto", "ray", "inprocess"] = "auto"
     output: str = ""
+    shard: str = ""
     config_dir: str = ""
     ray: RaySettings = RaySettings()
     telemetry: TelemetrySettings = TelemetrySettings()

@@ -22,6 +22,7 @@ from flwr.common.constant import SType
 from fedsgcg.common.errors import fail
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.arrow import check_size
+from fedsgcg.common.wire.codecs import decode_values
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import (
     HEAD_BYTES,
@@ -96,6 +97,8 @@ class Reply:
             allows them.
         moments: Moments of the inputs of the model's BatchNorm layers, if requested.
         control_variates: SCAFFOLD's control variate of the site (L,), its mean gradient.
+        coded: `weights` as the difference from the request's (`common.wire.codecs`), sent in their
+            place; empty without a codec, and after decoding.
     """
 
     identity: Identity
@@ -109,6 +112,7 @@ class Reply:
     amplitudes: bytes = b""
     moments: NormMoments | None = None
     control_variates: npt.NDArray[np.float32] | None = None
+    coded: bytes = b""
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -152,6 +156,9 @@ def encode_reply(reply: Reply) -> RecordDict:
     if reply.moments is not None:
         fields["moments"] = reply.moments.encode(reply.identity)
     records = _records(reply.identity, reply.weights, reply.statistics, fields)
+    if reply.coded:
+        values = np.frombuffer(reply.coded, np.uint8)
+        records["weights"] = ArrayRecord({"values": Array(values)})
     if reply.metrics:
         records["metrics"] = MetricRecord(
             {name: float(value) for name, value in reply.metrics.items()}
@@ -159,15 +166,28 @@ def encode_reply(reply: Reply) -> RecordDict:
     return _with_control(records, reply.control_variates)
 
 
-def decode_reply(records: RecordDict, sizes: Sizes = Sizes()) -> Reply:  # noqa: B008 - frozen
-    """Decode a reply; arguments and errors as `decode_request`."""
+def decode_reply(
+    records: RecordDict,
+    sizes: Sizes = Sizes(),  # noqa: B008 - frozen
+    reference: Weights | None = None,
+) -> Reply:
+    """Decode a reply.
+
+    Args:
+        records: Flower's records.
+        sizes: Sizes that the reader's plan allows; checked before a part is decoded.
+        reference: The weights of the request; needed for weights with a codec.
+
+    Raises:
+        FedsgcgError: As `decode_request`; PAY-123 for weights that are coded against others.
+    """
     _check_sizes(records, sizes)
     identity = Identity.decode(_text(records, "identity"))
     metrics: Mapping[str, Any] = records.metric_records.get("metrics") or {}
     return Reply(
         identity=identity,
         site=_text(records, "site"),
-        weights=_weights(records),
+        weights=_coded_weights(records, sizes.codec, reference),
         statistics=_statistics(records, identity, sizes),
         metrics={str(name): _number(value) for name, value in metrics.items()},
         cases=_bytes(records, "cases"),
@@ -279,6 +299,16 @@ def _bytes(records: RecordDict, name: str) -> bytes:
 def _weights(records: RecordDict) -> Weights | None:
     values = _flat(records, "weights")
     return None if values is None else Weights.decode(_text(records, "layout"), values)
+
+
+def _coded_weights(records: RecordDict, codec: str, reference: Weights | None) -> Weights | None:
+    values = _flat(records, "weights")
+    if codec == "none" or values is None:
+        return _weights(records)
+    if values.dtype != np.uint8 or reference is None:
+        raise fail("PAY-106", found=f"{values.dtype} weights", expected=f"weights in codec {codec}")
+    decoded = decode_values(values.tobytes(), reference.values, codec)
+    return Weights.decode(_text(records, "layout"), decoded)
 
 
 def _with_control(records: RecordDict, values: npt.NDArray[np.float32] | None) -> RecordDict:

@@ -42,12 +42,14 @@ class Sizes:
         structures: Number of structures of the plan.
         amplitudes: Bytes of shared amplitudes.
         weights: Number of floating-point values of the model.
+        codec: How a reply's weights are coded (`common.wire.codecs`).
     """
 
     statistics: tuple[int, int] | None = None
     structures: int = MAX_CLASSES
     amplitudes: int = MAX_AMPLITUDE_BYTES
     weights: int = MAX_WEIGHTS
+    codec: str = "none"
 
     def bytes_of(self, part: str) -> int:
         """Bytes that a field of the message may have; -1 for a field that does not exist."""

@@ -246,11 +246,17 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
         return 0
     console.event("study.started", **facts)
     code = run_study(study, console)
+    ended = {"exit_code": code, "status": STATUS[code], "folder": study.folder}
+    if study.shard is not None:
+        count = sum(cell.done for cell in study.cells)
+        console.print(
+            f"shard {study.shard} {STATUS[code]}: {count} of {len(study.cells)} of its cells have "
+            "ended. When all shards have, the same command without shard= makes the report."
+        )
+        console.event("shard.finished", **ended)
+        return code
     print_summary(study.folder, study.cells, code, console)
-    report = study.folder / paths.REPORT
-    console.event(
-        "study.finished", exit_code=code, status=STATUS[code], folder=study.folder, report=report
-    )
+    console.event("study.finished", **ended, report=study.folder / paths.REPORT)
     return code
 
 

@@ -14,7 +14,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.compose import join
-from fedsgcg.common.settings.federation import ALL_SITES, limit_checks
+from fedsgcg.common.settings.federation import ALL_SITES, LIMITS, limit_checks
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
@@ -121,6 +121,25 @@ class Project(Section):
     def certificate_names(self) -> list[str]:
         """Names for which the server's certificate is valid."""
         return list(dict.fromkeys([self.address[0], *self.names]))
+
+    def missing_limits(self) -> Problem | None:
+        """Return a warning that names the sites whose patients or slices nothing bounds."""
+        everyone = self.limits.get(ALL_SITES, {})
+        missing = [
+            site for site in self.sites if set(LIMITS) - {*everyone, *self.limits.get(site, {})}
+        ]
+        if not missing:
+            return None
+        most = f"{LIMITS['slices']:,} training slices"
+        example = f"limits: {{{missing[0]}: {{patients: 300, slices: 9000}}}}"
+        return Problem(
+            "DEP-617",
+            found=f"no numbers for {', '.join(missing)}: "
+            f"one that claims {most} outweighs all others",
+            action=f"ask each hospital how many it has, and write e.g. {example}; or bound its "
+            "share of the model, e.g. federation.most_share=0.5",
+            where="limits of project.yaml",
+        )
 
     def settings(self, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         """Resolve the study's settings; those of a command line override the project's.

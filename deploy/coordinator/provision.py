@@ -158,6 +158,8 @@ def provision(
     for name, text in coordinator_files(project).items():
         (kit.folder / name).write_text(text, encoding="utf-8")
     _warn_of_unlisted_keys(kit, project, done)
+    if warning := project.missing_limits():
+        done.warnings.append(str(warning))
     return done
 
 

@@ -68,6 +68,9 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
             expected="no selection, which real hospitals do not support",
             action=action,
         )
+    if base["shard"]:
+        expected = "no shard: the runs of a federation follow one another"
+        raise fail("CFG-001", where="shard", found=str(base["shard"]), expected=expected)
     axes = with_grid(values, base["grid"], rest)
     sites: list[str] = base["data"]["sites"]
     heldouts = axes.get("heldout") or [str(base["heldout"])]
@@ -136,6 +139,8 @@ def run_kit(
     study = plan_deployment(kit, overrides)
     check_leaving(study, without)
     study.folder.mkdir(parents=True, exist_ok=True)
+    if warning := kit.project().missing_limits():
+        console.print(str(warning), style="yellow")
     bundle = build_bundle()
     with control_of(kit) as control, lock_file(study.folder / paths.LOCK):
         refuse_second_run(kit, control)

@@ -6,8 +6,8 @@ same application is served twice in one process. The public port serves only the
 API (`FleetOnly`), within the limits of `deploy.coordinator.front`. 127.0.0.1 serves all paths,
 where the Control API requires the coordinator's token and the Runtime API the executor's secret.
 
-This module, `executor` and `state_cleanup` are the only ones here that depend on the internals
-of Flower's server; flwr is pinned to one minor version.
+This module, `executor`, `reconnect`, `store_limit` and `state_cleanup` are the only ones here that
+depend on the internals of Flower's server; flwr is pinned to one minor version.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.superlink.auth_plugin import ControlAuthnPlugin, NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.dependencies.linkstate import get_linkstate
 from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet.router import router as fleet_router
 
@@ -42,9 +43,10 @@ from fedsgcg.deploy.coordinator.front import (
     Receive,
     Scope,
     Send,
-    public_server,
-    raise_descriptors,
 )
+from fedsgcg.deploy.coordinator.public_server import public_server, raise_descriptors
+from fedsgcg.deploy.coordinator.reconnect import Reconnections
+from fedsgcg.deploy.coordinator.store_limit import StoreBound, StoreLimits
 
 LOOPBACK: Final = "127.0.0.1"
 GRACE_S: Final = 5.0
@@ -71,6 +73,7 @@ class ServerOptions:
         database: Flower's database.
         log: Log file of the run processes.
         limits: Limits of the public port.
+        store: What one hospital may have stored.
     """
 
     host: str
@@ -84,6 +87,7 @@ class ServerOptions:
     database: Path
     log: Path
     limits: Limits = field(default_factory=Limits)
+    store: StoreLimits = field(default_factory=StoreLimits)
 
     @property
     def tls(self) -> dict[str, str]:
@@ -204,7 +208,9 @@ def superlink_app(options: ServerOptions) -> Any:
         isolation="process",
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    app = create_app(config, SuperLinkLifespan)
+    app.dependency_overrides[get_linkstate] = Reconnections(StoreBound(options.store))
+    return app
 
 
 async def serve(

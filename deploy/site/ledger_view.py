@@ -19,6 +19,7 @@ from fedsgcg.clients.guard.policy import NODE_KEY
 from fedsgcg.clients.guard.site_file import SiteFile, write_site_file
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
+from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import Identity, Weights
@@ -121,9 +122,10 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
         write_site_file(Path(folder) / "site.yaml", temporary)
         with console.status("training one round that is not sent"):
             start = time.perf_counter()
-            content = _reply(plan, policy, Path(folder), _weights(plan, model))
+            weights = _weights(plan, model)
+            content = _reply(plan, policy, Path(folder), weights)
             seconds = time.perf_counter() - start
-        reply = wire.decode_reply(content)
+        reply = wire.decode_reply(content, reply_sizes(plan), weights)
         if reply.error:
             log = Path(folder) / "home" / "errors.log"
             found = log.read_text(encoding="utf-8") if log.exists() else ""
@@ -144,7 +146,7 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
 
 
 CONTENT = {
-    "weights": "the trained model, one float32 array",
+    "weights": "the trained model, one array in the form of federation.codec",
     "statistics": "count, mean and scatter of each class",
     "control_variates": "mean gradient of the round (SCAFFOLD)",
     "amplitudes": "sums of log amplitudes, or spectra of single images, as site.yaml allows",

@@ -30,6 +30,7 @@ from fedsgcg.common.errors import Problem, fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import lock
 from fedsgcg.deploy.certificates import read_site_key
+from fedsgcg.deploy.environment import KEY_IN_USE, KEY_UNKNOWN
 from fedsgcg.deploy.site.check_link import examine_link
 from fedsgcg.deploy.site.commands import (
     ALIVE,
@@ -69,15 +70,28 @@ LIBC = ctypes.CDLL(None)
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-KNOWN_ERRORS = {"Failed to activate SuperNode": "SITE-509"}
-"""Log text of Flower -> error code."""
+REFUSED = "Failed to activate SuperNode"
+"""Text of Flower when the server refuses the node; the server's reason is the next line."""
 
-ADVICE = {
-    "SITE-509": "another node may be using this key: a copy of this kit on another machine (run "
-    "fedsgcg-site leave KIT there; a kit is for one machine), or this node before a crash, which "
-    "the coordinator notices within a minute. Otherwise ask the coordinator whether this site's "
-    "key (site.pub) is registered or revoked, and compare the clocks: fedsgcg-site check KIT"
+LEAVE_THE_COPY = (
+    "a copy of this kit is in use on another machine: run fedsgcg-site leave KIT there; a kit is "
+    "for one machine"
+)
+ASK = (
+    "ask the coordinator whether this site's key (site.pub) is registered or revoked, and compare "
+    "the clocks: fedsgcg-site check KIT"
+)
+REASONS = {
+    KEY_IN_USE: (
+        "SITE-521",
+        "none if this node was just restarted or its link was cut: the coordinator releases a "
+        "connection that is silent for half a minute, and this node tries again by itself. If "
+        f"the message keeps coming, {LEAVE_THE_COPY}",
+    ),
+    KEY_UNKNOWN: ("SITE-509", ASK),
+    "": ("SITE-509", f"{ASK}. If it is registered, perhaps {LEAVE_THE_COPY}"),
 }
+"""The server's reason -> code and advice; "" is a server that states none."""
 
 Say = Callable[[str], None]
 
@@ -155,9 +169,21 @@ class Join:
             self.facts["restarts"] += 1
             self._write_state(state="restarting", last=why)
             self.say(f"{why}; restarting in {pause:.0f} s")
-            self.stopping.wait(pause)
+            self._pause(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         return 0
+
+    def _pause(self, seconds: float) -> None:
+        """Wait for some time, after a lost link only until the server answers again."""
+        end, was_away = time.monotonic() + seconds, False
+        while (left := end - time.monotonic()) > 0:
+            if self.stopping.wait(min(left, SHORTEST_PAUSE_S)):
+                return
+            if self.stuck == LINK_GIVEN_UP:
+                answers = server_answers(self.policy)
+                if answers and was_away:
+                    return
+                was_away = not answers
 
     def _live(self, home: Path) -> str:
         """Run SuperNode and resident until one ends or the site is stopped; return the reason."""
@@ -219,20 +245,25 @@ class Join:
         """Copy a child's output into its log and show the important lines."""
         if child.stdout is None:
             raise AssertionError("_start opens a pipe")
+        before = ""
         for line in child.stdout:
             # A full disk must not end this loop: the child would wait for ever to write a line.
             with suppress(OSError), bounded_log(log) as file:
                 file.write(line)
-            self._notice(line.decode(errors="replace").strip())
+            text = line.decode(errors="replace").strip()
+            self._notice(text, before)
+            before = text
 
-    def _notice(self, line: str) -> None:
-        """Show and record connection, messages and failures."""
+    def _notice(self, line: str, before: str = "") -> None:
+        """Show and record connection, messages and failures; `before` is the child's last line."""
         text = COLOURS.sub("", line)
         if text.startswith(("INFO", "WARNING", "ERROR")):
             text = text.partition(":")[2].strip()
         # Called from two threads, one per child: `stuck` is only set, never cleared, here.
         if why := next((why for pattern, why in STUCK.items() if pattern in text), ""):
             self.stuck = why
+        if REFUSED in before:
+            self._explain(text)
         if "SuperNode ID" in text:
             node = text.rpartition(" ")[2]
             self.connected = True
@@ -243,13 +274,18 @@ class Join:
             event = event.replace("Receiving:", "received").replace("Sending:", "sent")
             self._write_state(last_message=event, last_message_time=time.time())
             self.say(event)
-        elif known := next((code for pattern, code in KNOWN_ERRORS.items() if pattern in text), ""):
-            problem = fail(known, where=self.policy.server, found=text, action=ADVICE[known])
-            self._write_state(last=str(problem).replace("\n  ", "; "))
-            self.say(str(problem))
         elif "retrying in" in text:
             self._write_state(last=text)
             self.say(text)
+
+    def _explain(self, line: str) -> None:
+        """Show why the server refused the node; `line` follows Flower's text."""
+        known = next(name for name in REASONS if name in line)
+        code, action = REASONS[known]
+        found = line if known else f"{REFUSED}."
+        problem = fail(code, where=self.policy.server, found=found, action=action)
+        self._write_state(last=str(problem).replace("\n  ", "; "))
+        self.say(str(problem))
 
     def _listens(self, node: subprocess.Popen[bytes], port: int) -> bool:
         end = time.monotonic() + START_S
@@ -298,6 +334,14 @@ def check_certificate(policy: SiteFile) -> None:
     for finding in examine_link(policy, 0):
         if finding.verdict == "fail" and finding.name in ("certificate", "authority"):
             raise fail("SITE-506", where=policy.server, found=finding.found, action=finding.action)
+
+
+def server_answers(policy: SiteFile) -> bool:
+    """Return whether the kit's server accepts connections."""
+    return any(
+        finding.name == "certificate" and finding.verdict != "fail"
+        for finding in examine_link(policy, 0)
+    )
 
 
 def wrong_clock(policy: SiteFile) -> str:

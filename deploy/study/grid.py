@@ -31,6 +31,7 @@ PLACES = (
     "site.",
     "ray.",
     "output",
+    "shard",
     "config_dir",
     "run",
     "runtime",

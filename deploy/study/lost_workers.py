@@ -21,10 +21,13 @@ LOST = "RND-410"
 def reasons() -> tuple[tuple[type[BaseException], str], ...]:
     """Return Ray's errors for a lost worker, and what happened for each of them.
 
-    Actors that died or cannot be reached are `RayActorError`.
+    Actors that died or cannot be reached are `RayActorError`. A machine without Ray has none.
     """
     # Imported late, because Ray reads the environment that `prepare_environment` sets.
-    from ray import exceptions as ray
+    try:
+        from ray import exceptions as ray
+    except ModuleNotFoundError:
+        return ()
 
     return (
         (ray.OutOfMemoryError, "Ray ended it because the machine was nearly out of memory"),

@@ -39,6 +39,7 @@ from fedsgcg.deploy.study.preflight import (
 )
 from fedsgcg.deploy.study.runtimes import choose_runtime
 from fedsgcg.deploy.study.selection import Candidate, describe_selection, inner_cells
+from fedsgcg.deploy.study.shard import Shard
 from fedsgcg.deploy.study.study import Study, identity, shared_settings
 
 RAY_ANSWERS_WITHIN_S = 5.0
@@ -100,11 +101,13 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     _check_cells([*cells, *inner], device)
     check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done])
     swept = [name for name in axes if name not in AXES]
+    shard = Shard.parse(str(base["shard"]), len(cells))
+    part = cells if shard is None else shard.part(cells)
     contrasts = any("contrasts" in variant.traits for variant in compared)
     return Study(
         folder=folder,
-        cells=tuple(cells),
-        runtime=choose_runtime(_runtime(str(base["runtime"])), count, machine),
+        cells=tuple(part),
+        runtime=choose_runtime(_runtime(str(base["runtime"]), shard), count, machine),
         device=device,
         machine=machine,
         ray_address=_ray_address(str(base["ray"]["address"])),
@@ -112,10 +115,11 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         command="simulate" if single else "study",
         # The data of all sites: a single cell may contain only some of them.
         data=_fingerprint(Plan.from_tree({**cells[0].tree, "data": located["data"]})),
-        candidates=candidates,
+        candidates={cell.name: candidates[cell.name] for cell in part if cell.name in candidates},
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
         telemetry=_run_settings(base).telemetry,
+        shard=shard,
     )
 
 
@@ -266,10 +270,15 @@ def _fingerprint(plan: Plan) -> str:
     return data_fingerprint(root, plan.data.sites, plan.data, resolve_cache(plan.site), hidden)
 
 
-def _runtime(name: str) -> str:
+def _runtime(name: str, shard: Shard | None) -> str:
     if name not in ("auto", "ray", "inprocess"):
         raise fail("CFG-001", where="runtime", found=name, expected="auto | ray | inprocess")
-    return name
+    if shard is None:
+        return name
+    if name == "ray":
+        expected = "auto or inprocess with shard=K/N: a shard's cells run in its own process"
+        raise fail("CFG-001", where="runtime", found=name, expected=expected)
+    return "inprocess"
 
 
 def _seed(text: str) -> int:

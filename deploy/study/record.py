@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,11 +23,14 @@ from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.preflight import Machine
-from fedsgcg.server.records.journal import decisive_settings, differences
+from fedsgcg.server.records.journal import decisive_settings, differences, lock_file
 
 if TYPE_CHECKING:
     from fedsgcg.deploy.study.selection import Candidate, Choice
     from fedsgcg.deploy.study.study import Study
+
+RECORD_WAIT_S = 60.0
+"""Longest wait for another call that changes `study.yaml`, which takes milliseconds."""
 
 PACKAGES = ("fedsgcg", "torch", "flwr", "ray", "numpy", "pyarrow", "nibabel")
 
@@ -81,7 +85,17 @@ def check_same_study(study: Study) -> None:
 
 
 def write_record(study: Study) -> None:
-    """Write `study.yaml`, keeping the methods, sites and seeds of earlier calls."""
+    """Write `study.yaml`, keeping the methods, sites and seeds of earlier and parallel calls."""
+    with _changing(study.folder):
+        _write_record(study)
+
+
+def _changing(folder: Path) -> TextIO:
+    """Hold the lock of `study.yaml`, which the parallel calls of a study read and write."""
+    return lock_file(folder / paths.RECORD_LOCK, wait_s=RECORD_WAIT_S)
+
+
+def _write_record(study: Study) -> None:
     before = read_record(study.folder)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     first = study.cells[0].tree
@@ -99,7 +113,7 @@ def write_record(study: Study) -> None:
         "runtime": study.runtime,
         "device": study.device,
         "machine": describe_machine(study.machine),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
         "selection": {"words": study.selection, "chosen": _chosen(before)},
         "shared": dict(study.shared),
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
@@ -108,6 +122,15 @@ def write_record(study: Study) -> None:
         study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
+
+
+def _versions() -> dict[str, str]:
+    """Return the installed packages' versions; a shard may run on a machine without Ray."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _folders(study: Study) -> list[str]:
@@ -143,6 +166,11 @@ def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict
 
 def add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
     """Add the folds' choices to `study.yaml`, by label, held-out site and seed."""
+    with _changing(folder):
+        _add_choices(folder, choices)
+
+
+def _add_choices(folder: Path, choices: Mapping[tuple[str, str, int], Choice]) -> None:
     record = read_record(folder)
     kept = [
         entry

@@ -42,13 +42,13 @@ from fedsgcg.server.records.journal import lock_file
 def run_study(study: Study, console: Screen) -> int:
     """Run the missing cells, then write the tables and the report.
 
+    A shard (`shard=K/N`) writes neither, because the other shards may still run.
+
     Returns:
         The exit code: 0 completed, 1 failed, 3 degraded.
     """
-    from fedsgcg.server.report.build import make_report
-
     check_folder(study.folder)
-    with lock_file(study.folder / paths.LOCK):
+    with lock_file(study.folder / paths.LOCK, shared=study.shard is not None):
         check_same_study(study)
         write_record(study)
         missing = [cell for cell in study.cells if not cell.done]
@@ -68,11 +68,8 @@ def run_study(study: Study, console: Screen) -> int:
                 with Progress(study.cells, console):
                     if missing:
                         ended = ended.and_then(_run_cells(study, missing))
-        for folder in finished_cells(study.folder):
-            remove(folder, RESUME)
-        with steps_of(console, "making the report") as step:
-            collect(study.folder)
-            make_report(study.folder, step)
+        if study.shard is None:
+            _complete(study, console)
     _print_split_batches(missing, console)
     for name, text in ended.retried.items():
         console.print(
@@ -83,6 +80,17 @@ def run_study(study: Study, console: Screen) -> int:
         console.print(f"{name} failed", style="bold red")
         console.print(text)
     return exit_code(study.cells)
+
+
+def _complete(study: Study, console: Screen) -> None:
+    """Remove what only a resume needs, and write the tables and the report."""
+    from fedsgcg.server.report.build import make_report
+
+    for folder in finished_cells(study.folder):
+        remove(folder, RESUME)
+    with steps_of(console, "making the report") as step:
+        collect(study.folder)
+        make_report(study.folder, step)
 
 
 def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[list[Cell], Ended]:
@@ -188,7 +196,11 @@ def _run_cells(study: Study, cells: Sequence[Cell]) -> Ended:
 
     The retry uses a new Ray instance.
     """
-    parallel = study.runtime == "inprocess" and (len(cells) > 1 or study.ray_address != "local")
+    parallel = (
+        study.shard is None
+        and study.runtime == "inprocess"
+        and (len(cells) > 1 or study.ray_address != "local")
+    )
     failures = _run_once(study, cells, parallel=parallel)
     found = {cell.name: as_lost(failures[cell.name]) for cell in cells if cell.name in failures}
     lost = {name: error.problems[0].found for name, error in found.items() if error is not None}
@@ -205,6 +217,8 @@ def _run_once(study: Study, cells: Sequence[Cell], *, parallel: bool) -> dict[st
         return _run_in_parallel(study, cells)
     errors: dict[str, BaseException] = {}
     for cell in cells:
+        if cell.done:  # meanwhile, by a shard of a call with another number of shards
+            continue
         try:
             if study.runtime == "ray":
                 run_cell_on_ray(cell.tree, study.machine, study.ray_address)
@@ -260,7 +274,9 @@ def error_text(error: BaseException) -> str:
 def _explain_runtime(study: Study, missing: int) -> str:
     threads = int(study.cells[0].tree["site"]["threads"])
     gpus = f"{study.machine.gpus} GPUs" if study.machine.gpus else "no GPU"
-    if study.runtime == "ray":
+    if study.shard is not None:
+        how = f"shard {study.shard}: one cell after the other, each a federation in this process"
+    elif study.runtime == "ray":
         how = "hospitals in parallel: Flower's simulation engine on Ray, one cell after the other"
     else:
         at_once = max(1, min(missing, study.machine.cpus // threads))

@@ -13,6 +13,7 @@ from fedsgcg.common.settings.run import TelemetrySettings
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.deploy.study.selection import Candidate
+from fedsgcg.deploy.study.shard import Shard
 
 NOT_IDENTITY = (
     "method",
@@ -20,6 +21,7 @@ NOT_IDENTITY = (
     "seed",
     "run",
     "output",
+    "shard",
     "device",
     "runtime",
     "ray",
@@ -52,6 +54,7 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        shard: The part of the study that `cells` are; None = all.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    shard: Shard | None = None
 
 
 def exit_code(cells: Iterable[Cell]) -> int:

@@ -30,6 +30,7 @@ import numpy as np
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.aggregation.parts import sorted_by_site
+from fedsgcg.server.aggregation.shares import bounded
 
 
 def merge_weights(parts: Sequence[tuple[str, Weights, float]]) -> Weights:
@@ -64,13 +65,14 @@ def merge_weights(parts: Sequence[tuple[str, Weights, float]]) -> Weights:
 
 
 def merge_moments(
-    parts: Sequence[tuple[str, NormMoments]], weighting: str = "samples"
+    parts: Sequence[tuple[str, NormMoments]], weighting: str = "samples", most_share: float = 1.0
 ) -> NormMoments:
     """Pool the sites' moments of the inputs of the merged model's BatchNorm layers.
 
     Args:
         parts: (site, moments) of each admitted payload.
         weighting: `samples` pools over all values; `sites` gives every site the same weight.
+        most_share: Largest share of one site in the number of values (`shares.bounded`); 1 = any.
 
     Raises:
         ValueError: No part, a duplicate site, different layers, or an unknown weighting.
@@ -81,4 +83,16 @@ def merge_moments(
         moments = [part.weighted_equally(mean_count) for part in moments]
     elif weighting != "samples":
         raise ValueError(f"weighting: found {weighting!r}, expected samples or sites")
+    if most_share < 1:
+        moments = _with_bounded_counts(moments, most_share)
     return reduce(add, moments)
+
+
+def _with_bounded_counts(moments: Sequence[NormMoments], most: float) -> list[NormMoments]:
+    """Bound the share of each site in the values of each layer (S, L) that a site has seen."""
+    counts = np.stack([part.count for part in moments])
+    for layer in counts.T:  # a view: the counts are lowered in place
+        seen = layer > 0
+        if seen.any():
+            layer[seen] = bounded(layer[seen], most)
+    return [part.weighted_equally(count) for part, count in zip(moments, counts, strict=True)]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -258,8 +259,13 @@ def decisive_settings(plan: Plan) -> dict[str, Any]:
     return tree
 
 
-def lock_file(path: Path) -> TextIO:
+def lock_file(path: Path, *, shared: bool = False, wait_s: float = 0.0) -> TextIO:
     """Lock a file for this process until the returned file is closed.
+
+    Args:
+        path: The file, made if it does not exist. It holds the number of the process.
+        shared: Several processes may hold the lock as `shared` at the same time.
+        wait_s: Longest time in seconds to wait for the lock.
 
     Raises:
         FedsgcgError: CFG-006 with the process that holds the lock, CFG-008 when the file system has
@@ -269,7 +275,7 @@ def lock_file(path: Path) -> TextIO:
         file = path.open("a+")
     try:
         with refusals(path):
-            free = lock(file, action="Choose an output=FOLDER on a local disk.")
+            free = _locked(file, shared, wait_s)
     except FedsgcgError:
         file.close()
         raise
@@ -284,6 +290,15 @@ def lock_file(path: Path) -> TextIO:
         file.write(str(os.getpid()))
         file.flush()
     return file
+
+
+def _locked(file: TextIO, shared: bool, wait_s: float) -> bool:
+    """Try to lock an open file, again until `wait_s` seconds have passed."""
+    deadline = time.monotonic() + wait_s
+    action = "Choose an output=FOLDER on a local disk."
+    while not (free := lock(file, action=action, shared=shared)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return free
 
 
 def differences(before: Any, now: Any, where: str, path: str = "") -> list[Problem]:

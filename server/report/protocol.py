@@ -191,11 +191,16 @@ def _training(study: StudyFiles) -> list[str]:
             return count_of(steps, "step")
         return count_of(1 if epochs is None else epochs, "local epoch")
 
+    def weighting_of(name: str, most: float | None) -> str:
+        # Studies of before have no bound.
+        return name if most is None or most >= 1 else f"{name}, a share of {most:g} at most"
+
     seeds = sorted({cell.seed for cell in study.cells})
     lines = [f"methods {join_words(methods_of([{'method': cell.method} for cell in study.cells]))}"]
     lines.append(f"{'seed' if len(seeds) == 1 else 'seeds'} {join_words(seeds)}")
     if rounds := either("federation", "rounds"):
-        lines.append(f"{rounds} rounds, hospitals weighted by {either('federation', 'weighting')}")
+        weighting = either("federation", "weighting", "most_share", text_of=weighting_of)
+        lines.append(f"{rounds} rounds, hospitals weighted by {weighting}")
     if name := either("network", "name"):
         width, norm = either("network", "base_width"), either("network", "norm")
         lines.append(f"{name}, base width {width}, {norm} normalisation")

@@ -26,6 +26,7 @@ from flwr.serverapp import Grid
 
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.wire.messages import Reply, Request, decode_reply, encode_request, payload_bytes
+from fedsgcg.common.wire.payload import Weights
 from fedsgcg.common.wire.sizes import Sizes
 from fedsgcg.server.sites.spill import spilled, spilled_values
 
@@ -108,7 +109,10 @@ def exchange(
         One answer per site, in the order of the sites' names.
     """
     content = encode_request(request)
-    exchanging = _Exchange(grid, nodes, message_type, content, deadline_s, sizes, folder, on_answer)
+    exchanging = _Exchange(
+        *(grid, nodes, message_type, content, request.weights),
+        *(deadline_s, sizes, folder, on_answer),
+    )
     return exchanging.run(len(nodes) if enough is None else enough)
 
 
@@ -139,6 +143,7 @@ class _Exchange:
     nodes: Mapping[str, int]
     message_type: str
     content: RecordDict
+    weights: Weights | None
     deadline_s: float
     sizes: Sizes
     folder: Path | None
@@ -193,7 +198,7 @@ class _Exchange:
 
     def _take_message(self, site: str, message: Message) -> None:
         asked = self.asked[site]
-        answer = self._spilled(read_answer(message, site, self.sizes, self.size))
+        answer = self._spilled(read_answer(message, site, self.sizes, self.size, self.weights))
         if was_lost(message) and asked.tries < MOST_TRIES:
             asked.request, asked.problem = "", answer.problem
         else:
@@ -253,9 +258,16 @@ def was_lost(message: Message) -> bool:
 
 
 def read_answer(
-    message: Message, site: str, sizes: Sizes = ANY_SIZES, bytes_down: int = 0
+    message: Message,
+    site: str,
+    sizes: Sizes = ANY_SIZES,
+    bytes_down: int = 0,
+    weights: Weights | None = None,
 ) -> Answer:
-    """Decode a reply; any error becomes the answer's problem and is not raised."""
+    """Decode a reply to a request with these weights.
+
+    Any error becomes the answer's problem and is not raised.
+    """
     if message.has_error():
         lost = was_lost(message)
         event = "it was lost" if lost else "its app failed"
@@ -263,7 +275,7 @@ def read_answer(
         problem = Problem("RND-404" if lost else "SITE-500", where=site, found=found)
         return Answer(site, problem=problem, bytes_down=bytes_down)
     try:
-        reply = decode_reply(message.content, sizes)
+        reply = decode_reply(message.content, sizes, weights)
         size = sum(payload_bytes(message.content).values())
         if not isinstance(reply.details, dict):
             raise TypeError("details that are no dictionary")

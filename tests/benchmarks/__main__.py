@@ -22,12 +22,15 @@ PARTS = (
     "statistics",
     "amplitude",
     "metrics",
+    "codecs",
     "step",
     "federation",
     "deployment",
     "end_to_end",
-    "gpu",
 )
+ON_GPU = ("gpu_kernels", "gpu_step", "gpu_evaluation", "gpu_trace")
+"""Parts that need a CUDA device; `gpu` runs all of them."""
+
 FOLDER = Path("runs/benchmarks")
 
 
@@ -35,13 +38,20 @@ def main() -> None:
     """Run the requested parts and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all but gpu"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help=f"any of {', '.join((*PARTS, 'gpu', *ON_GPU))}; default: all that need no GPU",
     )
     parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the tables")
+    parser.add_argument(
+        "--toy", action="store_true", help="the gpu parts with small sizes on a CPU, as a rehearsal"
+    )
     options = parser.parse_args()
-    parts = options.parts or [part for part in PARTS if part != "gpu"]
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}, known: {', '.join(PARTS)}")
+    asked = options.parts or PARTS
+    parts = [name for part in asked for name in (ON_GPU if part == "gpu" else (part,))]
+    if unknown := set(parts) - {*PARTS, *ON_GPU}:
+        parser.error(f"unknown parts {sorted(unknown)}, known: {', '.join((*PARTS, *ON_GPU))}")
     facts = {
         "machine": describe_machine(inspect_machine()),
         "date": datetime.now(UTC).date().isoformat(),
@@ -50,14 +60,21 @@ def main() -> None:
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    # Imported here, because a machine with a GPU may lack the alternatives of the other parts.
-    modules = [importlib.import_module(f"tests.benchmarks.bench_{part}") for part in parts]
-    rows = [line for module in modules for line in module.run()]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(rows).replace_schema_metadata(facts)
-    pq.write_table(table, options.folder / "benchmarks.parquet", compression="zstd")
-    (options.folder / "benchmarks.md").write_text(markdown(rows, facts))
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        print(f"{part} …", flush=True)
+        # Imported here, because a machine with a GPU may lack the alternatives of other parts.
+        module = importlib.import_module(f"tests.benchmarks.bench_{part}")
+        rows += module.run(toy=options.toy) if part in ON_GPU else module.run()
+        _write(rows, facts, options.folder)  # after each part: a later one may be cut off
     print(f"tables: {options.folder}/benchmarks.parquet and benchmarks.md")
+
+
+def _write(rows: list[dict[str, Any]], facts: dict[str, str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(facts)
+    pq.write_table(table, folder / "benchmarks.parquet", compression="zstd")
+    (folder / "benchmarks.md").write_text(markdown(rows, facts))
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, str]) -> str:

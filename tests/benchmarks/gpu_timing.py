@@ -1,4 +1,4 @@
-"""Sizes of the GPU benchmark, and times of calls with device synchronisation."""
+"""Device and sizes of the GPU benchmarks, and times of calls with device synchronisation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedsgcg.clients.device import choose_device, describe_hardware
 from tests.benchmarks.harness import ratio
 
 Times = dict[str, list[float]]
@@ -16,30 +17,69 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pixels of a kernel, slices and side of a batch, steps, repeats, volumes and their depth."""
+    """Sizes of the benchmarks.
+
+    Attributes:
+        pixels: Pixels of a call of a kernel.
+        batch: Slices of a batch.
+        side: Side of a slice in pixels.
+        width: Channels of the U-Net's first block.
+        steps: Steps of a loop.
+        repeats: Measurements of each variant.
+        inner: Calls in a measurement of a kernel or step.
+        slices: Slices in the file that the loop reads.
+        volumes: Volumes of the evaluation.
+        depth: Slices of a volume.
+    """
 
     pixels: int = 1 << 19
     batch: int = 8
     side: int = 256
+    width: int = 16
     steps: int = 60
     repeats: int = 5
+    inner: int = 10
     slices: int = 256
     volumes: int = 50
     depth: int = 16
 
 
-def timed(variants: dict[str, Work], device: torch.device, repeats: int, inner: int = 10) -> Times:
+TOY = Sizes(
+    *(600, 2, 32, 4),  # pixels, batch, side, width
+    *(3, 2, 1),  # steps, repeats, inner
+    *(6, 3, 4),  # slices, volumes, depth
+)
+"""Sizes with which every part runs in seconds on a CPU, before anyone pays for a GPU."""
+
+
+def gpu(toy: bool) -> tuple[torch.device, Sizes]:
+    """Return the first CUDA device and the full sizes, or with `toy` the CPU and small ones.
+
+    Raises:
+        SystemExit: Without a CUDA device that PyTorch can use.
+    """
+    if toy:
+        return torch.device("cpu"), TOY
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "the gpu parts need a CUDA device that PyTorch can use (--toy for small sizes on a "
+            f"CPU); found {describe_hardware()}"
+        )
+    return choose_device("cuda"), Sizes()
+
+
+def timed(variants: dict[str, Work], device: torch.device, sizes: Sizes) -> Times:
     """Return the milliseconds of a call with device synchronisation; the variants alternate."""
     times: Times = {name: [] for name in variants}
     for work in variants.values():
-        for _ in range(5):
+        for _ in range(min(5, sizes.inner)):
             work()
-    for _ in range(repeats):
+    for _ in range(sizes.repeats):
         for name, work in variants.items():
             with Clock(device) as clock:
-                for _ in range(inner):
+                for _ in range(sizes.inner):
                     work()
-            times[name].append(clock.milliseconds / inner)
+            times[name].append(clock.milliseconds / sizes.inner)
     return times
 
 

@@ -7,6 +7,7 @@ import yaml
 from tests.contracts.test_docs import load_generator
 
 MATRIX = Path(__file__).resolve().parents[1] / "faults" / "matrix.yaml"
+ATTACKS = MATRIX.with_name("attacks.yaml")
 
 
 def test_every_row_has_a_test_or_a_reason_and_not_both() -> None:
@@ -28,3 +29,12 @@ def test_every_row_says_what_must_follow() -> None:
         assert row["layer"] in matrix["layers"]
         assert row["fault"]
         assert row["outcome"]
+
+
+def test_every_attack_has_a_test() -> None:
+    tests = load_generator().tests_by_attack()
+    groups = yaml.safe_load(ATTACKS.read_text())
+    names = [name for entries in groups.values() for name in entries]
+    assert len(names) == len(set(names))
+    assert sorted(tests) == sorted(names), "an attack without a test, or a test of an unknown one"
+    assert all(set(entry) == {"attack", "outcome"} for e in groups.values() for entry in e.values())

@@ -34,6 +34,7 @@ def planted(folder: Path, module: str, proof: Path) -> Path:
     return place
 
 
+@pytest.mark.attack("planted-bytecode")
 def test_bytecode_planted_next_to_approved_code_does_not_run(resident, policy, tmp_path):
     """Attack: a `.pyc` below the unpacked bundle, between two starts of the worker."""
     assert asked(resident, "go")["facts"]["calls"] == 1
@@ -45,6 +46,7 @@ def test_bytecode_planted_next_to_approved_code_does_not_run(resident, policy, t
     assert not list(folder.rglob("__pycache__"))
 
 
+@pytest.mark.attack("planted-bytecode")
 def test_code_written_into_the_folder_of_a_running_bundle_does_not_run(resident, policy, tmp_path):
     """Attack: a module that is imported late is exchanged after the check."""
     late = APP.replace(
@@ -78,6 +80,7 @@ def asked_bundle(resident: Resident, word: str, code: dict[str, str]):
     return reply.content
 
 
+@pytest.mark.attack("python-path")
 def test_a_python_path_in_the_environment_reaches_no_process_of_a_site(tmp_path, monkeypatch):
     """Attack: `PYTHONPATH` with a `sitecustomize` and a module of the same name as one here."""
     proof = tmp_path / "proof"
@@ -110,6 +113,7 @@ def test_a_python_path_in_the_environment_reaches_no_process_of_a_site(tmp_path,
     assert not proof.exists()
 
 
+@pytest.mark.attack("changed-package")
 def test_a_package_that_changed_since_the_approval_stops_everything(resident, policy):
     """Attack: another torch or Flower under an approved bundle."""
     path = Path(policy.approved)

@@ -33,6 +33,7 @@ def counts_at(hospital: Hospital, fraction: float) -> dict[str, dict[str, int | 
     return {name: details[name] for name in ("cases", "patients", "slices")}
 
 
+@pytest.mark.attack("membership-by-splits")
 def test_bisection_of_the_validation_fraction_finds_no_patient_id(data, tmp_path):
     """Membership oracle: the counts jump where the fraction passes the hash of an id."""
     hospital = Hospital(data, tmp_path / "kit")
@@ -46,6 +47,7 @@ def test_bisection_of_the_validation_fraction_finds_no_patient_id(data, tmp_path
     assert len(seen) == 1, "the counts depend on the coordinator's fraction"
 
 
+@pytest.mark.attack("membership-by-splits")
 def test_two_sites_split_the_same_ids_differently_and_each_always_alike(tmp_path):
     """Membership oracle: no hash that the coordinator can compute decides the split."""
     ids = [f"p{number}" for number in range(200)]
@@ -66,6 +68,7 @@ def test_the_secret_split_keeps_the_sites_fraction(tmp_path, patients, fraction,
     assert [split_of(name, fraction, salt) for name in ids].count("validation") == expected
 
 
+@pytest.mark.attack("small-counts")
 def test_a_count_below_the_floor_is_suppressed_and_differs_from_zero(data, tmp_path):
     """Row 14, row 48: one validation patient and none at all are two different statements."""
     few = Hospital(data, tmp_path / "few", {"validation_fraction": 0.13})
@@ -80,6 +83,7 @@ def test_a_count_below_the_floor_is_suppressed_and_differs_from_zero(data, tmp_p
     assert "validation_cases" not in trained.metrics
 
 
+@pytest.mark.attack("small-counts")
 def test_a_site_below_its_floor_does_not_enrol(data, tmp_path):
     """Row 48: a hospital with one training patient is left out before the first round."""
     keep_patients(data, 1)
@@ -88,6 +92,7 @@ def test_a_site_below_its_floor_does_not_enrol(data, tmp_path):
     assert hospital.ask(wire.TRAIN, hospital.plan("method=source")).error == "POL-720"
 
 
+@pytest.mark.attack("hashed-ids")
 def test_the_digest_of_the_data_confirms_no_guess(data, tmp_path):
     """Membership oracle: two sites with the same files send different digests."""
     found = [
@@ -97,6 +102,7 @@ def test_the_digest_of_the_data_confirms_no_guess(data, tmp_path):
     assert found[0] == found[2] != found[1]
 
 
+@pytest.mark.attack("differencing")
 def test_subtracting_two_statistics_releases_gives_no_patient(data, tmp_path):
     """Row 62: the second release would differ by one patient, although both have many."""
     hospital = Hospital(data, tmp_path / "kit", {"validation_fraction": 0.0})
@@ -158,6 +164,7 @@ def test_a_corrected_mask_counts_as_another_patient(data, tmp_path):
         "prototypes.norm_mode=running",
     ],
 )
+@pytest.mark.attack("chosen-sample")
 def test_a_coordinator_does_not_choose_the_sample(data, tmp_path, change):
     """Row 62: settings that define the sample are those of the first request."""
     hospital = Hospital(data, tmp_path / "kit")
@@ -199,6 +206,7 @@ def test_a_study_of_rounds_folds_and_a_resume_is_not_refused(data, tmp_path):
     assert hospital.ask(wire.TRAIN, other, 1).error == "POL-721", "six releases were counted"
 
 
+@pytest.mark.attack("many-evaluations")
 def test_the_number_of_evaluations_is_limited(data, tmp_path):
     hospital = Hospital(data, tmp_path / "kit", {"evaluations": 2})
     plan = hospital.plan(heldout="North")
@@ -231,6 +239,7 @@ def test_a_damaged_list_of_releases_lets_nothing_leave_and_a_torn_line_is_droppe
         ("method.steps_per_round=1", "method.batch_size=7"),
     ],
 )
+@pytest.mark.attack("small-round")
 def test_a_round_of_one_step_on_few_slices_is_refused(data, tmp_path, overrides):
     """An update on two slices gives their gradient, from which images can be reconstructed."""
     hospital = Hospital(data, tmp_path / "kit")
@@ -257,6 +266,7 @@ PATIENTS = [f"p{number}" for number in range(6)]
     st.lists(st.sets(st.sampled_from(PATIENTS)), min_size=1, max_size=4),
     st.integers(1, 3),
 )
+@pytest.mark.attack("differencing")
 def test_no_combination_of_accepted_releases_isolates_fewer_than_the_floor(
     tmp_path_factory, wanted, floor
 ):

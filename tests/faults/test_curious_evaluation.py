@@ -41,6 +41,7 @@ def test_an_all_foreground_model_gives_volumes_where_the_researcher_owns_the_dat
 
 
 @pytest.mark.parametrize("changes", [{}, CONSENT])
+@pytest.mark.attack("all-foreground")
 def test_an_all_foreground_model_gives_a_hospitals_volumes_to_nobody(data, tmp_path, changes):
     """The same attack at a hospital: refused, even where results of single cases may leave."""
     hospital = Hospital(data, tmp_path / "kit", {"validation_fraction": 0.4, **changes})
@@ -55,6 +56,7 @@ def test_an_all_foreground_model_gives_a_hospitals_volumes_to_nobody(data, tmp_p
     assert "validation_dice" not in trained.metrics
 
 
+@pytest.mark.attack("case-rows")
 def test_results_of_single_cases_leave_only_with_consent(data, tmp_path):
     """Held-out and training hospitals: without consent mean, sd and count, rounded."""
     open_to_all = Hospital(data, tmp_path / "open", {"validation_fraction": 0.5, **CONSENT})
@@ -122,6 +124,7 @@ def test_a_summary_by_hand():
     assert summarise_cases([], 2) == []
 
 
+@pytest.mark.attack("linked-aliases")
 def test_aliases_of_two_studies_cannot_be_linked(data, tmp_path):
     """A case keeps its alias over methods and folds of a study, and has another one elsewhere."""
     hospital = Hospital(data, tmp_path / "kit", CONSENT)

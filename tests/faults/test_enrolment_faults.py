@@ -43,6 +43,7 @@ def test_what_is_no_text_is_dropped(value: object) -> None:
 
 
 @pytest.mark.parametrize("error", ["DAT-102", "SITE-500"])
+@pytest.mark.attack("other-name")
 def test_an_error_in_another_sites_name_does_not_make_it_unusable(
     error: str, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("names", [False, True])
 @pytest.mark.parametrize("place", TEXTS)
+@pytest.mark.attack("hostile-text")
 def test_a_megabyte_of_markup_gets_nowhere(
     place: str, names: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_megabyte_of_markup_gets_nowhere(
 
 
 @pytest.mark.parametrize("column", ["case", "unit"])
+@pytest.mark.attack("hostile-text")
 def test_text_in_the_results_of_a_case_is_refused(column: str, tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__rounds=1, observers=["C"])
 
@@ -139,6 +142,7 @@ def test_text_in_the_results_of_a_case_is_refused(column: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["patients", "cases", "slices"])
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.attack("too-many-examples")
 def test_a_site_that_declares_more_than_its_limit_is_refused(
     kind: str, split: str, tmp_path: Path
 ) -> None:

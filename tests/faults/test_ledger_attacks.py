@@ -96,6 +96,7 @@ def rewrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("attack", "word"), [(cut, "cut off"), (rewrite, "rewritten")])
+@pytest.mark.attack("cut-ledger")
 def test_a_changed_ledger_stops_the_next_message(policy, attack: Callable, word: str) -> None:
     """Attack: "chain intact" although the tail was cut or all of it was rewritten."""
     for number in range(4):
@@ -110,6 +111,7 @@ def test_a_changed_ledger_stops_the_next_message(policy, attack: Callable, word:
 
 
 @pytest.mark.parametrize(("attack", "word"), [(cut, "cut off"), (rewrite, "rewritten")])
+@pytest.mark.attack("cut-ledger")
 def test_with_the_sites_own_key_the_coordinators_receipt_still_contradicts(
     policy, signer, tmp_path, capsys, attack: Callable, word: str
 ) -> None:

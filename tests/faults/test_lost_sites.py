@@ -182,6 +182,7 @@ def test_a_site_whose_data_changed_is_named_at_the_resume(tmp_path: Path) -> Non
 
 @pytest.mark.row(47)
 @pytest.mark.parametrize("choice", ["warn", "stop"])
+@pytest.mark.attack("changed-data")
 def test_a_site_whose_data_change_between_two_rounds_is_noticed(
     choice: str, tmp_path: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_site_whose_data_change_between_two_rounds_is_noticed(
     assert outcome.status == ("degraded" if choice == "warn" else "completed")
 
 
+@pytest.mark.attack("other-name")
 def test_a_key_is_valid_for_its_own_hospital_only(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__quorum=2, federation__join_deadline_s=0.3)
     grid = ScriptedGrid(plan, ALL)

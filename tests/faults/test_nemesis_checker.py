@@ -15,6 +15,8 @@ from fedsgcg.clients.guard import ledger
 from fedsgcg.clients.guard.egress import payload_digest
 from fedsgcg.common.wire.messages import Reply, Request, encode_reply
 from tests.nemesis import checker
+from tests.nemesis.history import Checkpoint, History, Sent
+from tests.nemesis.merges import moment_places
 from tests.nemesis.recorder import record
 from tests.support.plans import small_plan
 from tests.support.scripted_grid import ScriptedGrid
@@ -81,11 +83,11 @@ def copy(honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def invariants(folder: Path) -> set[str]:
-    return {violation.invariant for violation in checker.check(checker.History.read(folder))}
+    return {violation.invariant for violation in checker.check(History.read(folder))}
 
 
 def test_an_honest_history_holds(copy: Path) -> None:
-    assert checker.check(checker.History.read(copy)) == []
+    assert checker.check(History.read(copy)) == []
 
 
 def void_round(folder: Path) -> None:
@@ -96,11 +98,11 @@ def void_round(folder: Path) -> None:
 
 def test_a_void_round_keeps_the_model_of_the_round_before(copy: Path) -> None:
     void_round(copy)
-    found = [violation.found for violation in checker.check(checker.History.read(copy))]
+    found = [violation.found for violation in checker.check(History.read(copy))]
     assert "a void round changed the model" in found
     before = load_file(checkpoint(copy, 1))["weights"]
     change_tensor(checkpoint(copy), "weights", lambda _: before)
-    found = [violation.found for violation in checker.check(checker.History.read(copy))]
+    found = [violation.found for violation in checker.check(History.read(copy))]
     assert "a void round changed the model" not in found
 
 
@@ -149,8 +151,8 @@ def moved_weight(folder: Path) -> None:
 
 
 def moved_moment(folder: Path) -> None:
-    layout = checker.Checkpoint.read(checkpoint(folder)).layout
-    place = int(np.flatnonzero(checker.moment_places(layout))[0])
+    layout = Checkpoint.read(checkpoint(folder)).layout
+    place = int(np.flatnonzero(moment_places(layout))[0])
 
     def change(values: Any) -> Any:
         values[place] += 0.1
@@ -208,7 +210,7 @@ def cut_ledger(folder: Path) -> None:
 
 def heldout_trained(folder: Path) -> None:
     sent = sorted((folder / "kits/A/sent").glob("*.npz"))
-    kinds = {path: checker.Sent.read(path).kind for path in sent}
+    kinds = {path: Sent.read(path).kind for path in sent}
     trained = next(path for path in sent if kinds[path] == "train")
     shutil.copy(trained, folder / "kits/D/sent" / trained.name)
 
@@ -245,6 +247,14 @@ def large_process(folder: Path) -> None:
     path.write_text(path.read_text().replace('"rss_mb": 99', '"rss_mb": 101'))
 
 
+def pause_without_a_refusal(folder: Path) -> None:
+    path = folder / "run/events.jsonl"
+    lines = path.read_text().splitlines()
+    at = next(place for place, line in enumerate(lines) if '"round.done"' in line)
+    paused = json.loads(lines[at]) | {"event": "site.paused", "site": "B", "until": 4}
+    path.write_text("\n".join([*lines[:at], json.dumps(paused), *lines[at:]]))
+
+
 BROKEN: dict[Callable[[Path], None], str] = {
     lost_rows: "I1",
     other_checkpoint_of_a_round: "I1",
@@ -264,6 +274,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     leaked: "I9",
     slow_round: "I10",
     large_process: "I10",
+    pause_without_a_refusal: "I11",
 }
 
 

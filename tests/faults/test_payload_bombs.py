@@ -56,6 +56,7 @@ for (kind, codec), data in payloads.items():
 """
 
 
+@pytest.mark.attack("compression")
 def test_row_10_a_compressed_stream_allocates_almost_nothing() -> None:
     """Row 10: 256 MB of zeros in less than 1.5 MB are refused with less than 4 MB of memory."""
     command = [sys.executable, "-c", MEASURED]
@@ -69,6 +70,7 @@ def test_row_10_a_compressed_stream_allocates_almost_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", bombs.DECODERS)
+@pytest.mark.attack("compression")
 def test_row_10_a_compressed_stream_is_refused_however_small(kind: str) -> None:
     """Row 10: compression itself is refused, not a ratio."""
     with pytest.raises(FedsgcgError, match="compressed"):
@@ -106,6 +108,7 @@ def test_row_9_a_batch_that_states_more_rows_than_its_bytes_is_refused(place: by
         open_bounded(lying, 10**6, "test").table()
 
 
+@pytest.mark.attack("large-parts")
 def test_row_10_repeated_rows_are_refused() -> None:
     """Row 10: 20,000 rows for one case, which would each become a row of the results."""
     with pytest.raises(FedsgcgError, match="more than once"):
@@ -136,6 +139,7 @@ LARGE_PARTS = {
 
 
 @pytest.mark.parametrize("part", LARGE_PARTS)
+@pytest.mark.attack("large-parts")
 def test_row_9_a_part_beyond_the_plan_is_refused_by_its_size(
     part: str, tmp_path: pytest.TempPathFactory
 ) -> None:

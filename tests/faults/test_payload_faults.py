@@ -168,6 +168,14 @@ def everything_written(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.row(1, 2, 3, 4, 6, 7, 10, 13, 16, 18, 20)
+@pytest.mark.attack(
+    "counter-overflow",
+    "huge-weights",
+    "negative-variance",
+    "pixel-counts",
+    "validation-cases",
+    "too-many-examples",
+)
 def test_a_bad_payload_is_listed_and_touches_nothing(
     fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

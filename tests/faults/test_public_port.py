@@ -1,12 +1,14 @@
 """The public port of the coordinator: strangers can neither fill its memory nor its descriptors."""
 
 import asyncio
+import contextlib
 import datetime
 import logging
 import resource
 import socket
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
@@ -21,14 +23,17 @@ from flwr.supercore.date import now
 
 from fedsgcg.deploy.coordinator.front import (
     OBJECTS,
+    PULLED,
     BoundedBodies,
     Limits,
-    PublicServer,
-    public_server,
-    raise_descriptors,
     signed_by,
 )
 from fedsgcg.deploy.coordinator.noise import MOST, MOST_CHARACTERS, PERIOD_S, NoiseLimit
+from fedsgcg.deploy.coordinator.public_server import (
+    PublicServer,
+    public_server,
+    raise_descriptors,
+)
 from fedsgcg.deploy.site.commands import free_port
 from tests.support.loopback import certificate
 
@@ -41,8 +46,11 @@ SMALL = Limits(
     idle_s=1.0,
     body_s=30.0,
     stranger_bytes=1000,
+    at_once=2,
     bodies={OBJECTS: 10**6},
 )
+RESPONSE = 32 * 2**20
+PART = 2**16
 KEY = ec.generate_private_key(ec.SECP384R1())
 PUBLIC = KEY.public_key().public_bytes(
     serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -70,10 +78,11 @@ class Served:
     port: int
     trust: ssl.SSLContext
     received: list[int] = field(default_factory=list)
+    gone: threading.Event = field(default_factory=threading.Event)
     server: PublicServer | None = None
 
     async def app(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        """Read a body as Flower does, and answer with its length."""
+        """Read a body as Flower does, and answer with its length, or at length (`PULLED`)."""
         size, more = 0, True
         while more:
             event = await receive()
@@ -81,7 +90,17 @@ class Served:
             self.received.append(size)
             more = event.get("more_body", False)
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        if scope["path"] == PULLED:
+            for _ in range(RESPONSE // PART):
+                part = {"type": "http.response.body", "body": b"x" * PART, "more_body": True}
+                await send(part)
+            self.gone.set()
         await send({"type": "http.response.body", "body": str(size).encode()})
+
+    def server_is_idle(self) -> None:
+        """Wait until no request is in progress."""
+        while self.server is not None and self.server.server_state.tasks:
+            time.sleep(0.01)
 
     def connect(self, secure: bool = True, source: str = "127.0.0.1") -> socket.socket:
         """Connect, with or without the TLS handshake."""
@@ -139,6 +158,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert not thread.is_alive()
 
 
+@pytest.mark.attack("anonymous-bodies")
 def test_row_40_a_long_anonymous_body_is_refused_by_its_head(served: Served) -> None:
     """Row 40: 400 MB were buffered before anybody was authenticated."""
     served.received.clear()
@@ -148,6 +168,7 @@ def test_row_40_a_long_anonymous_body_is_refused_by_its_head(served: Served) -> 
     assert served.received == []
 
 
+@pytest.mark.attack("anonymous-bodies")
 def test_row_40_a_body_without_length_is_cut_at_the_limit(served: Served) -> None:
     """Row 40: chunked bodies state no length."""
     served.received.clear()
@@ -182,6 +203,7 @@ def test_a_signature_must_be_fresh_and_of_a_registered_key() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST / HTTP/1.1\r\nhost:"])
+@pytest.mark.attack("idle-connections")
 def test_row_i10_a_connection_that_asks_nothing_is_closed(served: Served, sent: bytes) -> None:
     """I10: 990 idle TLS connections took every descriptor, and none was closed after 75 s."""
     with served.connect() as link:
@@ -195,6 +217,7 @@ def test_row_i10_a_handshake_that_does_not_happen_is_closed(served: Served) -> N
         assert is_closed(link)
 
 
+@pytest.mark.attack("idle-connections")
 def test_row_i10_a_head_or_body_that_trickles_is_closed(served: Served) -> None:
     """I10: each byte used to start the waiting anew."""
     with served.connect() as link:
@@ -233,12 +256,54 @@ def test_a_connection_is_closed_after_an_answer_and_used_again_before(served: Se
         assert is_closed(link)
 
 
+@pytest.mark.attack("unread-responses")
+def test_row_i10_a_hospital_that_reads_nothing_of_a_response_is_closed(served: Served) -> None:
+    """I10: a registered hospital asked for objects and never read them; nothing ended that."""
+    served.gone.clear()
+    with served.connect() as link:
+        send(link, PULLED, content_length="0", **signature())
+        assert served.gone.wait(60)  # the application was released: nobody takes the rest
+        taken = 0
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while data := link.recv(2**20):
+                taken += len(data)
+        assert taken < RESPONSE
+
+
+def test_a_slow_reader_gets_all_of_a_response(served: Served) -> None:
+    with served.connect() as link:
+        send(link, PULLED, content_length="0", **signature())
+        size = 0
+        while size < RESPONSE:
+            data = link.recv(2**16)
+            assert data, size
+            size += len(data)
+            if size % 2**21 < len(data):
+                time.sleep(0.2)  # all in all three times the limit between two parts
+
+
+def test_row_40_a_hospital_has_few_large_requests_at_once(served: Served) -> None:
+    """Row 40: one hospital asked for large objects on all connections of its address."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(SMALL.at_once):
+            link = stack.enter_context(served.connect())
+            send(link, OBJECTS, b"x", content_length="900", **signature())
+            while not served.received or served.received[-1] != 1:
+                time.sleep(0.01)
+            served.received.clear()
+        assert served.ask(OBJECTS, content_length="0", **signature()) == 429
+        assert served.ask(OBJECTS, content_length="0") == 200  # somebody else, whom Flower refuses
+    served.server_is_idle()
+    assert served.ask(OBJECTS, content_length="0", **signature()) == 200
+
+
 def test_a_long_head_is_refused(served: Served) -> None:
     with served.connect() as link:
         link.sendall(b"POST /any HTTP/1.1\r\nmore: " + b"x" * 10_000)
         assert status(link) == 400
 
 
+@pytest.mark.attack("idle-connections")
 def test_row_i10_connections_are_limited_by_address_and_in_all(served: Served) -> None:
     """I10: a stranger's connections leave room for another address, and all are bounded."""
     first = [served.connect(secure=False) for _ in range(SMALL.address)]
@@ -268,6 +333,7 @@ def record(text: str, *values: object, name: str = "flwr") -> logging.LogRecord:
     return logging.LogRecord(name, logging.WARNING, "", 0, text, values, None)
 
 
+@pytest.mark.attack("log-flood")
 def test_row_70_repetitions_do_not_push_the_log_over() -> None:
     """Row 70: a stranger repeats one message; others are still written, and the rest is counted."""
     clock = [0.0]

@@ -61,6 +61,7 @@ def resident(policy: SiteFile, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("word", "code"), [("deaf", "SITE-504"), ("huge", "SITE-504"), ("half", "SITE-503")]
 )
+@pytest.mark.attack("silent-worker")
 def test_row_29_a_worker_that_lives_but_does_not_answer_is_ended(
     word: str, code: str, resident: Resident, policy: SiteFile
 ) -> None:
@@ -72,6 +73,7 @@ def test_row_29_a_worker_that_lives_but_does_not_answer_is_ended(
         os.kill(pid, 0)
 
 
+@pytest.mark.attack("unwritable-bundle")
 def test_row_57_an_unapproved_bundle_with_a_long_name_is_refused_and_the_site_goes_on(
     resident: Resident,
 ) -> None:
@@ -85,6 +87,7 @@ def test_row_57_an_unapproved_bundle_with_a_long_name_is_refused_and_the_site_go
     assert asked(resident, "go", STUBBORN)["facts"]["calls"] == 1
 
 
+@pytest.mark.attack("unwritable-bundle")
 def test_row_36_a_store_of_bundles_that_cannot_be_written_is_an_error_and_the_site_goes_on(
     resident: Resident, policy: SiteFile
 ) -> None:
@@ -139,6 +142,7 @@ def test_a_frame_in_time_arrives() -> None:
         assert receive_frame(near, time.monotonic() + 60) == b"content"
 
 
+@pytest.mark.attack("hanging-resident")
 def test_row_29_a_resident_that_hangs_is_replaced(
     policy: SiteFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ print(len(list(folder.iterdir())))
 """
 
 
+@pytest.mark.attack("many-replies")
 def test_row_40_the_models_of_fifty_sites_take_the_memory_of_a_few(tmp_path: Path) -> None:
     """Row 40: 200 MB of models wait on disk; anonymous memory grows by less than three models."""
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
@@ -62,6 +63,7 @@ def test_a_spilled_model_is_the_same_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shuffle", [0, 1, 2])
+@pytest.mark.attack("many-replies")
 def test_row_49_models_wait_on_disk_and_any_order_of_arrival_gives_the_same_bits(
     shuffle: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +97,7 @@ def test_growth_compares_the_ends_of_the_run_after_warm_up() -> None:
     assert growth(list(range(100, 200))) > 0.5
 
 
+@pytest.mark.attack("memory-over-rounds")
 def test_row_34_twenty_rounds_with_real_clients_keep_memory_and_files(tmp_path: Path) -> None:
     """Row 34: a short form of `make soak`, with room for the noise of so few rounds."""
     found = soak(tmp_path, 20)

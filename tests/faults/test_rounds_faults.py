@@ -86,6 +86,7 @@ def test_a_site_that_the_plan_does_not_know_is_never_asked_to_train(tmp_path: Pa
         (lambda r: replace(r, details=[1]), "PAY-106"),
     ],
 )
+@pytest.mark.attack("no-slices", "too-many-examples")
 def test_a_site_that_cannot_take_part_is_refused_with_its_reason(
     change, code: str, tmp_path: Path
 ) -> None:  # type: ignore[no-untyped-def]

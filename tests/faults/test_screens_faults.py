@@ -51,6 +51,10 @@ def copied_with_noise(plan: Plan, reply: Reply, request: Request) -> Reply:
     return with_values(replace(reply, weights=other), other.values + noise)
 
 
+def zeros(plan: Plan, reply: Reply, request: Request) -> Reply:
+    return with_values(reply, np.zeros_like(reply.weights.values))
+
+
 def first_model(plan: Plan, reply: Reply, request: Request) -> Reply:
     """The model that the coordinator sent in the first round."""
     from fedsgcg.server.federation import initial_weights
@@ -84,6 +88,7 @@ SCREENED: dict[str, tuple[Bend, str]] = {
     "Row 17: update x100": (scaled(100), "PAY-113"),
     "Row 17: update x1e6": (scaled(1e6), "PAY-113"),
     "Row 17: flipped and x100": (scaled(-100), "PAY-113"),
+    "Row 17: zeros": (zeros, "PAY-113"),
     "Row 17: free rider": (scaled(0), "PAY-115"),
     "Row 17: nearly the received model": (scaled(1e-5), "PAY-115"),
     "Row 17: copy of another site": (copied, "PAY-116"),
@@ -141,6 +146,7 @@ def merged(replies: dict[str, Reply], *sites: str) -> str:
 
 
 @pytest.mark.parametrize("attack", SCREENED)
+@pytest.mark.attack("scaled-update", "zeros", "free-rider", "copied-update", "shifted-means")
 def test_a_screened_reply_is_rejected_and_the_others_make_the_model(
     attack: str, tmp_path: Path
 ) -> None:
@@ -173,6 +179,7 @@ def test_nothing_is_compared_without_screening(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attack", REFUSED)
 @pytest.mark.parametrize("screening", ["off", "warn"])
+@pytest.mark.attack("counter-overflow", "shifted-means", "pixel-counts", "validation-cases")
 def test_a_value_out_of_range_is_rejected_whatever_the_screening(
     attack: str, screening: str, tmp_path: Path
 ) -> None:
@@ -242,6 +249,7 @@ def test_one_bad_reply_ends_no_study_that_needs_every_site(tmp_path: Path) -> No
     assert [(note.code, note.where) for note in outcome.problems] == [("PAY-101", "round 2, B")]
 
 
+@pytest.mark.attack("nothing-admitted")
 def test_a_round_in_which_nothing_was_admitted_is_void(tmp_path: Path) -> None:
     """Row 5: the previous model is kept, and the run goes on."""
     plan = small_plan(tmp_path, federation__norm_policy="average")
@@ -293,6 +301,7 @@ def test_a_quorum_of_admitted_replies_is_required_where_it_was_set(tmp_path: Pat
     assert [note.code for note in outcome.problems] == ["PAY-101", "RND-421"]
 
 
+@pytest.mark.attack("endless-rejections")
 def test_three_rejections_in_a_row_pause_a_site(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, federation__rounds=10)
     events: list[dict[str, object]] = []

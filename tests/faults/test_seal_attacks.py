@@ -44,6 +44,7 @@ def fill(folder: Path, signer: Signer | None) -> None:
 
 
 @pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.attack("edited-results")
 def test_every_change_of_a_sealed_folder_is_noticed(kit: Path, tmp_path: Path, signed) -> None:
     folder = kit / "runs/cell" if signed else tmp_path / "cell"
     fill(folder, Signer.of_kit(kit) if signed else None)
@@ -88,6 +89,7 @@ def journal(kit: Path, monkeypatch: pytest.MonkeyPatch, *, signed: bool = True) 
     return Journal(folder, "plan", {}, None, Signer.of_process())
 
 
+@pytest.mark.attack("edited-journal")
 def test_an_edited_checkpoint_is_not_resumed(kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attack: another model in a checkpoint whose own hash was computed anew."""
     with journal(kit, monkeypatch) as book:
@@ -132,6 +134,7 @@ def journal_hashes(kit: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return list(book._hashes)
 
 
+@pytest.mark.attack("edited-results")
 def test_an_edited_result_is_in_the_banner_and_in_the_exit_code(tmp_path: Path, capsys) -> None:
     """Attack: better numbers in `results.parquet`, between the run and the report."""
     folder = tmp_path / "study"

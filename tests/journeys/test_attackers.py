@@ -125,6 +125,7 @@ def honest(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Values:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.attack("scaled-update", "flipped-sign", "free-rider", "copied-update")
 def test_an_attacker_is_rejected_and_the_model_is_that_of_the_others(
     attack: str, root: Path, honest: Values, tmp_path: Path
 ) -> None:

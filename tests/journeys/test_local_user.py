@@ -66,6 +66,7 @@ def refused(address: str, ca: Path | None, interceptor: object) -> bool:
     return True
 
 
+@pytest.mark.attack("token-in-ps", "local-runtime-api")
 def test_a_local_user_finds_no_token_and_reaches_no_runtime_api(federation: Federation) -> None:
     """Attack: the run's token in `ps`, then the Runtime API with it."""
     federation.provision(["East", "North"], "method=source", "federation.rounds=1")

@@ -40,6 +40,7 @@ def resident(federation: Federation) -> int:
 
 
 @pytest.mark.parametrize("path", [OBJECTS, MESSAGES, "/v1/fleet/activate-node", "/health"])
+@pytest.mark.attack("anonymous-bodies")
 def test_row_40_a_body_of_400_mb_of_a_stranger_is_refused_unread(
     federation: Federation, path: str
 ) -> None:
@@ -57,6 +58,7 @@ def test_row_40_a_body_of_400_mb_of_a_stranger_is_refused_unread(
     assert resident(federation) - before < 30 * 2**20
 
 
+@pytest.mark.attack("idle-connections")
 def test_row_i10_idle_connections_leave_room_for_a_hospital_and_are_closed(
     federation: Federation,
 ) -> None:

@@ -52,6 +52,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.attack("open-ray")
 def test_a_local_ray_listens_on_loopback_and_wants_its_token() -> None:
     """Attack: code run as the study's user through Ray's open ports."""
     pytest.importorskip("ray")

@@ -96,6 +96,7 @@ def test_a_median_is_that_of_numpy(sites) -> None:  # type: ignore[no-untyped-de
     st.lists(st.tuples(VALUES, SHARES), min_size=2, max_size=5),
     st.data(),
 )
+@pytest.mark.attack("broken-minority")
 def test_a_broken_minority_cannot_leave_the_range_of_the_others(honest, data) -> None:  # type: ignore[no-untyped-def]
     """The breakdown point: of 2 f + 1 sites any f may send anything, with any weight."""
     most = len(honest) - 1
@@ -118,6 +119,7 @@ def test_a_broken_minority_cannot_leave_the_range_of_the_others(honest, data) ->
     hnp.arrays(np.float32, (3, SIZE), elements=st.floats(-10, 10, width=32)),
     st.floats(1.0, 1e8),
 )
+@pytest.mark.attack("broken-minority")
 def test_a_clipped_site_moves_the_model_by_no_more_than_its_share(honest, factor) -> None:  # type: ignore[no-untyped-def]
     far = np.concatenate([np.full(SIZE - 1, factor), [0.0]])
     parts = named([(values, 1.0) for values in honest] + [(far.astype(np.float32), 1.0)])
@@ -180,6 +182,7 @@ def test_the_farthest_site_is_left_out_of_its_class_alone() -> None:
     st.floats(0.0, 1e4),
     st.randoms(use_true_random=False),
 )
+@pytest.mark.attack("broken-minority")
 def test_broken_statistics_stay_within_the_others_reach(  # type: ignore[no-untyped-def]
     weighting: str, seed: int, broken: int, shift: float, scale: float, rng
 ) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
-from tests.nemesis.faults import FAULTS
+from tests.nemesis.faults import FAULTS, Seen
 from tests.nemesis.link import Link
-from tests.nemesis.resident import POISONS
+from tests.nemesis.schedule import BAD_REPLIES, PARTITION, Act, Promise, Step, acts
 from tests.support import small
 from tests.support.federation import Federation, descendants, free_ports
 
@@ -26,15 +25,6 @@ TRAINING: Final = ("East", "North", "South")
 HELDOUT: Final = "West"
 CANARY: Final = "CANARY-7f3a"
 PLAN: Final = ("method=sgcg", f"heldout={HELDOUT}")
-BAD_REPLIES: Final[dict[str, dict[str, object]]] = {
-    "replies sent twice": {"duplicate": True},
-    **{name: {"poison": name} for name in POISONS},
-}
-"""What is wrong with a hospital's replies -> content of its `nemesis.json`."""
-
-TAKES_A_SITE: Final = ("site cut off for 3 rounds",)
-"""Faults in which the other two sites must go on."""
-
 MOST_RESUMES: Final = 40
 """Resumes of one study, after which the federation counts as unable to finish."""
 
@@ -47,21 +37,24 @@ class Driver:
         folder: Everything is written here.
         federation: Its processes.
         links: Each hospital's link to the server.
-        rounds: Rounds of a study.
         random: Source of all choices.
+        promise: What the run must exercise.
+        rounds: Rounds of the current study.
+        deadline_s: Seconds of an exchange in the current study.
     """
 
     folder: Path
     federation: Federation
-    rounds: int
     random: random.Random
+    promise: Promise
+    rounds: int = 0
+    deadline_s: float = 0.0
     links: dict[str, Link] = field(default_factory=dict)
     training: tuple[str, ...] = TRAINING
     seed: int = 0
     resumes: int = 0
     ended: bool = False
     counted: int = 0
-    table: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, event: str, **facts: Any) -> None:
         """Append a line to the history."""
@@ -114,7 +107,11 @@ class Driver:
 
     def overrides(self) -> list[str]:
         """Settings of the current study."""
-        return [f"seed={self.seed}", f"federation.rounds={self.rounds}"]
+        return [
+            f"seed={self.seed}",
+            f"federation.rounds={self.rounds}",
+            f"federation.round_deadline_s={self.deadline_s}",
+        ]
 
     def configure(self, site: str, **facts: object) -> None:
         """Write a hospital's `nemesis.json`."""
@@ -127,26 +124,33 @@ class Driver:
         """Start a hospital, recorded (`tests.nemesis.hospital`)."""
         self.federation.start(site, "tests.nemesis.hospital", "join", self.federation.site(site))
 
-    def problems_since(self, start: int, site: str) -> str:
-        """Codes of the site in the events since some started round, with the number of each."""
+    def codes_since(self, start: float, site: str) -> str:
+        """Codes of the site in the events since some time, with the number of each."""
         codes: dict[str, int] = {}
-        started = self.counted
         for event in self.events():
-            started += event["event"] == "round.started"
             code = event.get("code")
-            if started >= start and code and event.get("site", site) == site:
+            if event["time"] >= start and code and event.get("site", site) == site:
                 codes[code] = codes.get(code, 0) + 1
         return ", ".join(f"{code} ({count})" for code, count in sorted(codes.items()))
 
-    def study(self, seed: int, faults: Iterator[tuple[str, str]], seconds: float) -> None:
-        """Run one study to its end; make faults, two at a time, for some time."""
+    def act(self, act: Act, seed: int) -> int:
+        """Run the studies of an act until it has no step left; returns the next free seed."""
+        while act.peek() is not None:
+            self.study(seed, act)
+            seed += 1
+        return seed
+
+    def study(self, seed: int, act: Act) -> None:
+        """Run one study to its end, with the steps for which it has rounds."""
         self.seed, self.resumes, self.ended = seed, 0, False
+        self.rounds, self.deadline_s = act.rounds, act.deadline_s
         self.federation.run(*self.overrides())
         self.await_rounds(1, 200)
-        end = time.monotonic() + seconds
         while not self.ended:
-            if time.monotonic() < end:
-                self.inject(*next(faults))
+            step = act.peek()
+            if step is not None and self.rounds - self.events()[-1]["round"] >= step.rounds - 1:
+                act.take()
+                self.inject(step)
             else:
                 self.await_rounds(1, 120)
         self.counted = self.round()
@@ -156,8 +160,11 @@ class Driver:
         self.record(
             "study",
             study=str(seed),
+            act=act.name,
             folder=str(cell),
             rounds=self.rounds,
+            # Three exchanges of a round, and a server that is suspended or away in between.
+            round_s=3 * self.deadline_s + 60,
             status=outcome["status"],
             resumes=self.resumes,
             digest=outcome["digest"],
@@ -165,38 +172,48 @@ class Driver:
         )
         self.measure()
 
-    def inject(self, fault: str, reply: str) -> None:
+    def inject(self, step: Step) -> None:
         """Make one fault, while another hospital sends bad replies, and record what was seen."""
         site, other = self.random.sample(self.training, 2)
-        if fault in TAKES_A_SITE:  # with one more the quorum could not be met
-            reply = "replies sent twice"
-        start, started_at, before = self.round(), time.monotonic(), self.resumes
-        self.record(
-            "fault",
-            fault=fault,
-            site=site,
-            replies=reply,
-            of=other,
-            study=str(self.seed),
-            round=start,
-        )
-        self.configure(other, **BAD_REPLIES[reply])
-        seen = FAULTS[fault](self, site)
-        self.await_rounds(1, 90)
-        self.configure(other)
-        took = round(time.monotonic() - started_at, 1)
-        for name, where, what in ((fault, site, seen), (reply, other, "")):
+        start, before = time.time(), self.resumes
+        facts = {"site": site, "replies": step.replies, "of": other, "study": str(self.seed)}
+        self.record("fault", fault=step.fault, **facts)
+        if step.replies:
+            self.configure(other, **BAD_REPLIES[step.replies])
+        seen = FAULTS[step.fault](self, site) if step.fault else Seen(True)
+        # Without a fault, a whole round; the one in progress may have the site's reply already.
+        self.await_rounds(1 if step.fault else 2, 90)
+        if step.replies:
+            self.configure(other)
+        if step.fault == PARTITION:
+            self.await_answer(site, 120)
+        for name, where in ((step.fault, site), (step.replies, other)):
+            if not name:
+                continue
             line = {
                 "fault": name,
                 "site": where,
-                "seen": what,
-                "codes": self.problems_since(start, where),
-                "resumes": (self.resumes - before) if name == fault else 0,
-                "seconds": took,
+                "study": str(self.seed),
+                "effect": seen.effect,
+                "seen": seen.text if name == step.fault else "",
+                "codes": self.codes_since(start, where),
+                "resumes": (self.resumes - before) if name == step.fault else 0,
+                "seconds": round(time.time() - start, 1),
             }
-            self.table.append(line)
             self.record("fault.over", **line)
             print(json.dumps(line), flush=True)
+
+    def await_answer(self, site: str, seconds: float) -> None:
+        """Wait until a site has been merged again, or the study has ended."""
+        start, end = time.time(), time.monotonic() + seconds
+        while not self.ended and time.monotonic() < end:
+            for event in self.events():
+                if (event["event"], event.get("site")) == ("round.reply", site) and (
+                    event["accepted"] and event["time"] > start
+                ):
+                    return
+            self.keep_running()
+            time.sleep(0.3)
 
     def simulate(self, seed: int) -> str:
         """Model hash of the same study in one process."""
@@ -233,19 +250,7 @@ class Driver:
                         os.link(path, copy)
 
 
-def schedule(source: random.Random) -> Iterator[tuple[str, str]]:
-    """Pairs of a fault and bad replies; each kind once in a random order, again and again."""
-
-    def endless(names: Iterable[str]) -> Iterator[str]:
-        while True:
-            mixed = list(names)
-            source.shuffle(mixed)
-            yield from mixed
-
-    return zip(endless(FAULTS), endless(BAD_REPLIES), strict=True)
-
-
-def run(folder: Path, hospitals: Path, seconds: float, seed: int, deadline_s: float) -> Driver:
+def run(folder: Path, hospitals: Path, seconds: float, seed: int, deadline_s: float) -> None:
     """Run studies under faults for some time; returns when the last one has ended.
 
     The history is in `folder/history.jsonl`, ready for `tests.nemesis.checker`.
@@ -255,7 +260,8 @@ def run(folder: Path, hospitals: Path, seconds: float, seed: int, deadline_s: fl
     federation = Federation(folder, hospitals)
     federation.port = free_ports(2)
     source = random.Random(seed)
-    driver = Driver(folder, federation, 6 if seconds < 200 else 10, source)
+    planned, promise = acts(source, FAULTS, seconds, deadline_s)
+    driver = Driver(folder, federation, source, promise)
     sites = (*TRAINING, HELDOUT)
     deadlines = {"round_deadline_s": deadline_s, "quorum": 2}
     federation.provision(sites, *PLAN, **deadlines)
@@ -267,20 +273,15 @@ def run(folder: Path, hospitals: Path, seconds: float, seed: int, deadline_s: fl
             driver.links[site] = stack.enter_context(Link(federation.port, seed=seed + number))
             reach(federation.site(site), f"127.0.0.1:{driver.links[site].port}")
             driver.configure(site)
-        driver.record("federation", **facts_of(driver, sites, deadline_s))
+        driver.record("federation", **facts_of(driver, sites))
         federation.serve()
         copying.start()
         for site in sites:
             driver.join(site)
-        end = time.monotonic() + seconds
-        faults = schedule(source)
-        for number in itertools.count():
-            driver.study(seed + number, faults, end - time.monotonic() if number else seconds)
-            if time.monotonic() >= end:
-                break
+        for act in planned:
+            seed = driver.act(act, seed)
         stop.set()
         copying.join(10)
-    return driver
 
 
 def reach(kit: Path, address: str) -> None:
@@ -289,7 +290,7 @@ def reach(kit: Path, address: str) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "server": address}))
 
 
-def facts_of(driver: Driver, sites: Sequence[str], deadline_s: float) -> dict[str, Any]:
+def facts_of(driver: Driver, sites: Sequence[str]) -> dict[str, Any]:
     """What the checker has to know."""
     federation = driver.federation
     cases = {path.name.partition("_")[0] for path in federation.hospitals.glob("*/*.nii.gz")}
@@ -298,10 +299,9 @@ def facts_of(driver: Driver, sites: Sequence[str], deadline_s: float) -> dict[st
         "heldout": HELDOUT,
         "kits": {site: str(federation.site(site)) for site in sites},
         "coordinator": [str(federation.kit.folder)],
-        "secrets": sorted({str(federation.hospitals), CANARY, *cases}),
+        "promise": asdict(driver.promise),
+        "secrets": sorted({str(federation.hospitals), str(federation.data), CANARY, *cases}),
         "limits": {
-            # Three exchanges of a round, and a server that is suspended or away in between.
-            "round_s": 3 * deadline_s + 60,
             "reply_bytes": 16 * 2**20,
             "rss_mb": 2048,
         },

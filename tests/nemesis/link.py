@@ -44,6 +44,7 @@ class Link:
         rate: Bytes per second of each direction, 0 = unlimited.
         loss: Share of lost segments.
         seed: Of the lost segments.
+        lost: Segments lost so far.
     """
 
     target: int
@@ -51,6 +52,7 @@ class Link:
     rate: float = 0.0
     loss: float = 0.0
     seed: int = 0
+    lost: int = 0
     port: int = 0
     up: Direction = field(default_factory=Direction)
     down: Direction = field(default_factory=Direction)
@@ -153,6 +155,7 @@ class Link:
         now = self._loop.time()
         start = max(now, direction.busy_until)
         lost = sum(self._random.random() < self.loss for _ in range(-(-size // SEGMENT)))
+        self.lost += lost
         sending_s = size / self.rate if self.rate else 0.0
         direction.busy_until = start + sending_s + lost * RETRANSMISSION_S
         return direction.busy_until + self.delay_s

@@ -12,10 +12,12 @@ import numpy as np
 from flwr.app import RecordDict
 
 
-def record(folder: Path, records: RecordDict, kind: str, poison: str = "") -> None:
+def record(
+    folder: Path, records: RecordDict, kind: str, poison: str = "", twice: bool = False
+) -> None:
     """Write one reply to `folder/NUMBER.npz`.
 
-    Its entries are bytes by `record/key`; `facts` is JSON with kind, poison and time.
+    Its entries are bytes by `record/key`; `facts` is JSON with kind, poison, twice and time.
     """
     folder.mkdir(exist_ok=True)
     entries: dict[str, Any] = {}
@@ -25,7 +27,7 @@ def record(folder: Path, records: RecordDict, kind: str, poison: str = "") -> No
             if not isinstance(data, bytes):
                 data = json.dumps(data).encode()
             entries[f"{name}/{key}"] = np.frombuffer(data, np.uint8)
-    facts = {"kind": kind, "poison": poison, "time": time.time()}
+    facts = {"kind": kind, "poison": poison, "twice": twice, "time": time.time()}
     entries["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez(buffer, **entries)

@@ -95,10 +95,11 @@ def push(client: Any, message: Message, context: Context) -> None:
     # The record is no part of the hospital: a full disk there must not concern it.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    record(kit / "sent", message.content, kind, poison)
+    twice = kind == "train" and bool(facts.get("duplicate"))
+    record(kit / "sent", message.content, kind, poison, twice)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     push_message(client, message, context)
-    if kind == "train" and facts.get("duplicate"):
+    if twice:
         try:
             push_message(client, message, context)
         except Exception as error:  # the SuperNode or the server may refuse it

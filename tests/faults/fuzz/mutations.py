@@ -7,10 +7,13 @@ import json
 import random
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, Final
 
 import pyarrow as pa
 import yaml
+
+Mutation = Callable[[bytes, random.Random], bytes]
 
 BAD_NUMBERS: Final = (
     *(0, -1, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**30),
@@ -243,3 +246,42 @@ def gzip_of(data: bytes, source: random.Random) -> bytes:
     if source.random() < 0.3:
         return bytes_of(data, source)
     return gzip.compress(bytes_of(gzip.decompress(data), source), 1, mtime=0)
+
+
+def text_head_of(end: bytes) -> Mutation:
+    """Return a mutation of a file that starts with lines of text, such as MetaImage or NRRD.
+
+    Args:
+        end: The bytes with which the text ends.
+    """
+
+    def mutate(data: bytes, source: random.Random) -> bytes:
+        if source.random() < 0.3:
+            return bytes_of(data, source)
+        head, mark, rest = data.partition(end)
+        lines = head.split(b"\n")
+        for _ in range(source.randint(1, 3)):
+            _change_line(lines, source)
+        return b"\n".join(lines) + mark + rest
+
+    return mutate
+
+
+def _change_line(lines: list[bytes], source: random.Random) -> None:
+    """Replace, remove, repeat or damage a line, or a word of it."""
+    if not lines:
+        return
+    place, kind = source.randrange(len(lines)), source.random()
+    words = lines[place].split(b" ")
+    if kind < 0.5:
+        word = str(source.choice(BAD_VALUES)).encode("utf-8", "surrogatepass")
+        words[source.randrange(len(words))] = word
+        lines[place] = b" ".join(words)
+    elif kind < 0.65:
+        lines[place] = b" ".join([*words, source.choice(words)])
+    elif kind < 0.75:
+        del lines[place]
+    elif kind < 0.85:
+        lines.insert(source.randrange(len(lines) + 1), lines[place])
+    else:
+        lines[place] = bytes_of(lines[place], source)

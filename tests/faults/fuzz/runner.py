@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
 import random
 import resource
 import signal
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -96,6 +99,7 @@ def fuzz(
     seed: int,
     decode: Callable[[Target, bytes], str],
     faults: dict[str, tuple[str, bytes]],
+    current: Path | None = None,
 ) -> Counter[str]:
     """Decode some mutated inputs and count outcomes; one input of each kind of fault is kept.
 
@@ -105,6 +109,7 @@ def fuzz(
         seed: Seed of the inputs.
         decode: `outcome` or `outcome_in_time`.
         faults: Kind of fault -> text and input; new kinds are added.
+        current: File that always holds the input being decoded.
     """
     seen: Counter[str] = Counter()
 
@@ -124,6 +129,8 @@ def fuzz(
             data = target.mutate(honest, source)
         except Exception:  # the library refuses to write such a thing
             data = bytes_of(honest, source)
+        if current is not None:
+            current.write_bytes(data)
         try:
             seen[decode(target, data)] += 1
         except (Exception, Hang) as error:
@@ -136,3 +143,59 @@ def fuzz(
     with bounded_memory():
         case()
     return seen
+
+
+def fuzz_apart(
+    target: Target, cases: int, seed: int, folder: Path
+) -> tuple[Counter[str], dict[str, tuple[str, bytes]]]:
+    """Fuzz in a child process: a decoder that crashes or never returns ends only the child.
+
+    Args:
+        target: The decoder.
+        cases: Number of inputs.
+        seed: Seed of the inputs.
+        folder: For the files between the processes.
+
+    Returns:
+        Outcomes and their number; kind of fault -> text and input.
+    """
+    current, result = folder / "current", folder / "result.json"
+    for path in (current, result):
+        path.unlink(missing_ok=True)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            faults: dict[str, tuple[str, bytes]] = {}
+            seen = fuzz(target, cases, seed, outcome_in_time, faults, current)
+            kinds = {kind: (text, data.hex()) for kind, (text, data) in faults.items()}
+            result.write_text(json.dumps({"seen": seen, "faults": kinds}))
+            code = 0
+        finally:
+            os._exit(code)
+    end = _end_of(child, current)
+    if result.exists():
+        found = json.loads(result.read_text())
+        kinds = {
+            kind: (text, bytes.fromhex(data)) for kind, (text, data) in found["faults"].items()
+        }
+        return Counter(found["seen"]), kinds
+    data = current.read_bytes() if current.exists() else b""
+    return Counter(fault=1), {f"{target.name}: {end}": (end, data)}
+
+
+def _end_of(child: int, current: Path) -> str:
+    """Wait for a child and return how it ended; kill it if its input does not change for long."""
+    start = time.time()
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            number = os.waitstatus_to_exitcode(status)
+            return f"ended by signal {-number}" if number < 0 else f"ended with {number}"
+        with contextlib.suppress(OSError):
+            start = max(start, current.stat().st_mtime)
+        if time.time() - start > 2 * PATIENCE_S:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return f"did not return in {2 * PATIENCE_S} s"
+        time.sleep(0.02)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,11 @@ from flwr.app import Array, ArrayRecord
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from google.protobuf.message import DecodeError
-from PIL import Image
 
 from fedsgcg.clients.data.manifest import read_manifest
 from fedsgcg.clients.guard.site_file import SiteFile, read_site_file, site_file_text
 from fedsgcg.clients.predict.model import load_model
-from fedsgcg.common.errors import FedsgcgError, fail
-from fedsgcg.common.images.phantoms import write_hospitals
-from fedsgcg.common.images.read import read_volume
+from fedsgcg.common.errors import fail
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire import payload
 from fedsgcg.common.wire.amplitudes import AmplitudeBank, AmplitudeSummary
@@ -40,29 +35,12 @@ from fedsgcg.deploy.coordinator.project import read_project
 from fedsgcg.server.records.checkpoint import Best, RoundRecord
 from fedsgcg.server.records.journal import Journal
 from tests.faults.fuzz import mutations
+from tests.faults.fuzz.formats import format_targets
+from tests.faults.fuzz.mutations import Mutation
+from tests.faults.fuzz.target import Target, file_target
 from tests.support.predictions import store
 
 IDENTITY = Identity("run", "D", 1, "plan")
-Mutation = Callable[[bytes, random.Random], bytes]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One decoder.
-
-    Attributes:
-        name: Name of its corpus folder.
-        seeds: Honest inputs.
-        decode: Reads an input.
-        mutate: Changes an input.
-        cost: Share of the cases relative to others; slow decoders have less.
-    """
-
-    name: str
-    seeds: tuple[bytes, ...]
-    decode: Callable[[bytes], object]
-    mutate: Mutation
-    cost: float = 1.0
 
 
 def statistics() -> ClassStatistics:
@@ -157,25 +135,6 @@ def message_of(data: bytes, source: random.Random) -> bytes:
     return bytes(recorddict_to_proto(records).SerializeToString())
 
 
-def file_target(
-    folder: Path,
-    name: str,
-    suffix: str,
-    seeds: tuple[bytes, ...],
-    read: Callable[[Path], object],
-    mutate: Mutation,
-    cost: float = 1.0,
-) -> Target:
-    """A decoder of a file, which is written before each case."""
-    path = folder / f"{name}{suffix}"
-
-    def decode(data: bytes) -> object:
-        path.write_bytes(data)
-        return read(path)
-
-    return Target(name, seeds, decode, mutate, cost)
-
-
 def journal_targets(folder: Path) -> list[Target]:
     """The files of a journal of two rounds; one of them is changed, then the run is resumed."""
     settings = {"seed": 0, "method": {"name": "sgcg"}}
@@ -225,37 +184,6 @@ def model_targets(folder: Path) -> list[Target]:
         target("model.json", mutations.json_of),
         target("model.safetensors", mutations.safetensors_of),
         target("prototypes.arrow", mutations.arrow_of),
-    ]
-
-
-def image_targets(folder: Path) -> list[Target]:
-    """NIfTI and pictures, as image and as mask."""
-    write_hospitals(folder / "data", sites=("A",), cases_per_site=1, shape=(3, 16, 16))
-    packed = next((folder / "data/A").glob("*.nii.gz")).read_bytes()
-    import gzip
-
-    plain = gzip.decompress(packed)
-    rng = np.random.default_rng(0)
-    for kind, shape in (("grey", (9, 11)), ("rgb", (9, 11, 3))):
-        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / f"{kind}.png")
-        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / f"{kind}.tif")
-        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / f"{kind}.bmp")
-    pictures = {
-        suffix: tuple((folder / f"{kind}{suffix}").read_bytes() for kind in ("grey", "rgb"))
-        for suffix in (".png", ".tif", ".bmp")
-    }
-
-    def both(path: Path) -> object:
-        with contextlib.suppress(FedsgcgError):  # colours are no labels
-            read_volume(path, mask=True)
-        return read_volume(path)
-
-    return [
-        file_target(folder, "nifti", ".nii", (plain,), read_volume, mutations.bytes_of, 2),
-        file_target(folder, "nifti-gz", ".nii.gz", (packed,), read_volume, mutations.gzip_of, 2),
-        file_target(folder, "png", ".png", pictures[".png"], both, mutations.png_of, 2),
-        file_target(folder, "tiff", ".tif", pictures[".tif"], both, mutations.bytes_of, 2),
-        file_target(folder, "bmp", ".bmp", pictures[".bmp"], both, mutations.bytes_of, 2),
     ]
 
 
@@ -316,5 +244,5 @@ def targets(folder: Path) -> list[Target]:
         ),
         *journal_targets(folder / "run"),
         *model_targets(folder / "model"),
-        *image_targets(folder),
+        *format_targets(folder / "images"),
     ]

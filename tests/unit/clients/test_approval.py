@@ -127,6 +127,7 @@ def test_unpacked_code_that_was_changed_on_disk_is_written_again(tmp_path):
     assert read_unpacked(unpack(bundle, tmp_path)) == bundle.code
 
 
+@pytest.mark.attack("planted-bytecode")
 def test_bytecode_planted_in_unpacked_code_is_removed(tmp_path):
     """Attack: a `.pyc` in `__pycache__` of the unpacked bundle, which the hash does not cover."""
     bundle = Bundle({"clients/app.py": b"one"})
@@ -186,6 +187,7 @@ def packed(name: str, text: bytes, method: int) -> bytes:
         (fab({}, "x = " + "[" * 10**5), "POL-705"),
     ],
 )
+@pytest.mark.attack("huge-bundle")
 def test_row_10_a_bundle_that_cannot_be_unpacked_within_limits_is_refused(content, found):
     """Row 10: bombs, names that no file system takes, damaged and deeply nested bundles."""
     with pytest.raises(FedsgcgError, match=found) as caught:

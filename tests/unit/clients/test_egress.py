@@ -184,6 +184,7 @@ def test_any_changed_byte_removed_or_swapped_line_is_found(tmp_path_factory, dat
     assert caught.value.code == "SITE-501"
 
 
+@pytest.mark.attack("appended-ledger")
 def test_a_forged_line_with_a_seal_of_its_own_breaks_the_next_one(tmp_path):
     for number in range(3):
         line(tmp_path, number)
@@ -208,6 +209,7 @@ def test_a_line_that_a_crash_cut_off_is_dropped_because_its_message_never_left(t
     assert [json.loads(text)["round"] for text in path.read_text().splitlines()] == [0, 2]
 
 
+@pytest.mark.attack("appended-ledger")
 def test_nothing_is_added_to_a_ledger_whose_last_line_was_changed(tmp_path):
     line(tmp_path, 0, size=5)
     path = tmp_path / LEDGER

@@ -75,6 +75,7 @@ def test_a_step_beyond_the_memory_is_refused_and_a_split_one_is_not(
     assert 0 < memory_bytes(replace(policy, max_memory_gb=0)) < 2**50
 
 
+@pytest.mark.attack("costly-settings")
 def test_row_i10_an_image_size_of_8192_is_refused_before_anything_is_read(
     root: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def test_an_image_that_needs_more_memory_than_allowed_is_refused_not_left_out(
     assert open_with(root, tmp_path, Budget()) == 4
 
 
+@pytest.mark.attack("costly-settings")
 def test_every_setting_that_costs_something_has_an_upper_bound() -> None:
     plan = plan_with()
     bounds = {

@@ -54,6 +54,7 @@ def test_a_model_is_read_from_its_folder_or_any_of_its_files(stored):
 
 
 @pytest.mark.parametrize("field", ["labels", "structures", "normalize", "preprocessing"])
+@pytest.mark.attack("swapped-card")
 def test_a_card_that_was_edited_is_refused(tmp_path, field):
     """Attack: swapped labels, or another preprocessing, in the `model.json` of a real model."""
     folder = store(tmp_path / "m", "data.structures={one: [gland], two: [gland]}")
@@ -70,6 +71,7 @@ def test_a_card_that_was_edited_is_refused(tmp_path, field):
     assert code_of(load_model, folder) == "MOD-811"
 
 
+@pytest.mark.attack("swapped-card")
 def test_the_card_or_prototypes_of_another_run_are_refused(tmp_path):
     """Attack: another run's prototypes, of the same shape and the same plan."""
     one, two = store(tmp_path / "one"), store(tmp_path / "two", "federation.rounds=7")

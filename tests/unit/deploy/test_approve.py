@@ -65,6 +65,7 @@ def test_the_code_of_a_site_opens_no_connection_and_starts_no_program():
     assert UNREADABLE not in found
 
 
+@pytest.mark.attack("blind-approval")
 def test_the_first_approval_shows_what_the_code_can_read_and_send(kit, capsys):
     site_cli.main(["approve", str(kit)])
     said = capsys.readouterr().out
@@ -81,6 +82,7 @@ def test_the_first_approval_shows_what_the_code_can_read_and_send(kit, capsys):
         assert text in said
 
 
+@pytest.mark.attack("blind-approval")
 def test_a_later_approval_shows_the_changed_lines_without_an_option(kit, capsys):
     path = kit / "approved.json"
     approve(Bundle({"clients/app.py": b"one\n"}), path, "test")
@@ -101,6 +103,7 @@ def test_a_later_approval_shows_the_changed_lines_without_an_option(kit, capsys)
         ("", False, "the input ended without an answer"),
     ],
 )
+@pytest.mark.attack("blind-approval")
 def test_a_refusal_has_a_reason(kit, capsys, monkeypatch, answer, approved, reason):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -32,6 +32,7 @@ def secret(folder: Path, text: str = GOOD) -> Passphrase:
     return Passphrase(path)
 
 
+@pytest.mark.attack("authority-key")
 def test_the_key_of_a_real_federation_is_never_written_unencrypted(tmp_path: Path) -> None:
     project = write_project(tmp_path)
     with pytest.raises(FedsgcgError, match="DEP-616"):
@@ -66,6 +67,7 @@ def test_a_wrong_or_short_passphrase_changes_nothing(
     assert content(kits) == before
 
 
+@pytest.mark.attack("authority-key")
 def test_a_key_that_is_kept_offline_is_asked_for_only_when_it_signs(tmp_path: Path) -> None:
     """A missing `ca.key` used to make another authority, and every hospital lost the server."""
     project, kits = write_project(tmp_path), tmp_path / "kits"
@@ -115,6 +117,7 @@ def test_a_federation_on_one_machine_needs_no_passphrase(tmp_path: Path) -> None
     assert done.warnings == []
 
 
+@pytest.mark.attack("foreign-key")
 def test_by_default_a_key_is_made_at_its_site_and_both_sides_show_one_fingerprint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

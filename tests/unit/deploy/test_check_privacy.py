@@ -36,6 +36,7 @@ def findings(hospital: Hospital) -> dict[str, Finding]:
 
 
 @pytest.mark.parametrize(("names", "number"), [((), 4), (("North-001",), 1)])
+@pytest.mark.attack("cases-as-patients")
 def test_cases_without_patient_id_are_reported_as_patients(data, tmp_path, names, number):
     without_patient_ids(data, *names)
     found = findings(Hospital(data, tmp_path / "kit"))["patient_id"]

@@ -45,3 +45,27 @@ def test_limits_that_mean_nothing_are_refused(limits: object, tmp_path: Path) ->
     with pytest.raises(FedsgcgError) as caught:
         read_project(write(tmp_path, limits))
     assert {problem.code for problem in caught.value.problems} == {"DEP-602"}
+
+
+@pytest.mark.row(4)
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({}, "North, South"),
+        ({"North": {"patients": 300, "slices": 9000}}, "South"),
+        ({"all": {"slices": 9000}}, "North, South"),
+        ({"all": {"slices": 9000}, "South": {"patients": 3}}, "North"),
+        ({"all": {"patients": 300, "slices": 9000}}, ""),
+    ],
+)
+@pytest.mark.attack("too-many-examples")
+def test_sites_without_numbers_are_named_before_a_study(
+    limits: object, named: str, tmp_path: Path
+) -> None:
+    """Row 4: without numbers of the coordinator a site may claim a million slices."""
+    warning = read_project(write(tmp_path, limits)).missing_limits()
+    assert (warning is None) == (not named)
+    if warning:
+        assert warning.code == "DEP-617"
+        assert f"no numbers for {named}:" in warning.found
+        assert f"limits: {{{named.partition(',')[0]}: " in warning.action

@@ -40,6 +40,7 @@ def write_project(folder: Path, **changes: object) -> Path:
         "server": "fed.example.org:8443",
         "sites": ["North", "South", "West"],
         "keys": "issued",
+        "limits": {"all": {"patients": 300, "slices": 9000}},
         **changes,
     }
     path = folder / "project.yaml"
@@ -391,3 +392,11 @@ def test_a_kit_is_found_by_its_folder_or_the_one_above(project: Path, tmp_path: 
     assert Kit.at(tmp_path / "kits") == Kit.at(kit.folder) == kit
     with pytest.raises(FedsgcgError, match="DEP-604"):
         Kit.at(tmp_path)
+
+
+@pytest.mark.row(4)
+def test_missing_limits_are_a_warning_of_provision(tmp_path: Path) -> None:
+    limits = {"North": {"patients": 300, "slices": 9000}}
+    (warning,) = provision(write_project(tmp_path, limits=limits), tmp_path / "kits").warnings
+    assert warning.startswith("[DEP-617]")
+    assert "no numbers for South, West:" in warning

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from fedsgcg.clients.guard.approval import (
 from fedsgcg.clients.guard.site_file import write_site_file
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.deploy.cli import site as site_cli
+from fedsgcg.deploy.environment import KEY_IN_USE, KEY_UNKNOWN
+from fedsgcg.deploy.site import supervisor
 from fedsgcg.deploy.site.commands import (
     environment,
     free_port,
@@ -30,6 +34,7 @@ from fedsgcg.deploy.site.commands import (
 from fedsgcg.deploy.site.supervisor import Join, joined_pid, only_one
 from tests.conftest import REPOSITORY
 from tests.support import sites
+from tests.support.loopback import certificate
 from tests.unit.clients.test_approval import fab
 from tests.unit.clients.test_policy import policy_for
 
@@ -268,17 +273,70 @@ def test_a_supernode_that_says_it_is_stuck_is_started_anew(kit, line, stuck):
     assert bool(join.stuck) == stuck
 
 
-def test_a_copied_kit_hears_that_another_node_uses_its_key(tmp_path):
-    """Flower's server has one error for an unknown, revoked or used key; the advice names all."""
+@pytest.mark.parametrize(
+    ("reason", "code", "advice"),
+    [
+        (f"{KEY_IN_USE} 3 s ago", "SITE-521", "none if this node was just restarted"),
+        (f"{KEY_IN_USE} 3 s ago", "SITE-521", "a copy of this kit is in use on another machine"),
+        (KEY_UNKNOWN, "SITE-509", "is registered or revoked"),
+        ("", "SITE-509", "perhaps a copy of this kit"),
+        ("For more information, visit: <x>", "SITE-509", "compare the clocks"),
+    ],
+)
+def test_a_refused_node_shows_the_servers_reason(tmp_path, reason, code, advice):
     said = []
     join = Join(policy_for(tmp_path, tmp_path), tmp_path, said.append)
-    join._notice("ERROR :     Failed to activate SuperNode.")
+    refused = "[code: 1501] Failed to activate SuperNode."
+    join._notice("Failed to initialize the connection to the SuperLink.")
+    join._notice(refused, "Failed to initialize the connection to the SuperLink.")
+    join._notice(reason, refused)
+    join._notice("more", reason)
     (text,) = said
-    assert text.startswith("[SITE-509]")
-    for words in (
-        "another node may be using this key",
-        "a copy of this kit",
-        "is registered or revoked",
-        "clocks",
-    ):
-        assert words in text
+    assert text.startswith(f"[{code}]")
+    assert advice in text
+    assert ("copy" in text) == (reason != KEY_UNKNOWN)
+
+
+def test_after_a_lost_link_a_node_starts_as_soon_as_the_server_is_back(tmp_path, monkeypatch):
+    """It waited for its whole pause, and the pauses grow."""
+    join = Join(policy_for(tmp_path, tmp_path), tmp_path, lambda text: None)
+    monkeypatch.setattr(supervisor, "SHORTEST_PAUSE_S", 0.01)
+    looks = []
+
+    def answers(of):
+        """Whether the server answers, each time it is asked; afterwards it does not."""
+        remaining = list(of)
+
+        def answer(policy):
+            looks.append(policy)
+            return remaining.pop(0) if remaining else join.stopping.set()
+
+        monkeypatch.setattr(supervisor, "server_answers", answer)
+        looks.clear()
+        join.stopping.clear()
+        join._pause(600)
+        return len(looks), join.stopping.is_set()
+
+    join.stuck = supervisor.LINK_GIVEN_UP
+    assert answers([False, False, True]) == (3, False)
+    assert answers([True, False, True]) == (3, False)
+    # A server that answers all the time is not what stopped the node: it keeps its pause.
+    assert answers([True, True, True]) == (4, True)
+
+
+def test_a_server_behind_a_balancer_answers_only_with_its_certificate(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as balancer:
+        port = balancer.getsockname()[1]
+
+        def close_at_once():
+            for _ in range(2):  # the look at the port, and the one at the certificate
+                balancer.accept()[0].close()
+
+        thread = threading.Thread(target=close_at_once)
+        thread.start()
+        certificate(tmp_path, "ca")
+        policy = policy_for(tmp_path, tmp_path, server=f"127.0.0.1:{port}")
+        assert not supervisor.server_answers(policy)
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not supervisor.server_answers(policy)  # nothing listens

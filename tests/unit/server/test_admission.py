@@ -135,6 +135,7 @@ def test_an_honest_payload_is_admitted() -> None:
     ],
 )
 @pytest.mark.row(1, 2, 3, 4, 6, 7, 13, 16, 20)
+@pytest.mark.attack("negative-variance")
 def test_a_bad_payload_is_rejected_with_its_code(code: str, sent: Sent, detail: str) -> None:
     verdict = admit(sent, EXPECTED)
     assert not verdict.accepted

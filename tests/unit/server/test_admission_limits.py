@@ -34,6 +34,7 @@ def test_a_metric_at_its_limit_is_admitted_and_beyond_it_is_not(name: str, end: 
     assert rejected.code == ("PAY-110" if (name, end) == ("examples", 0) else "PAY-112")
 
 
+@pytest.mark.attack("huge-weights")
 def test_a_weight_at_its_limit_is_admitted_and_beyond_it_is_not() -> None:
     limit = np.float32(MAX_WEIGHT)
     beyond = np.nextafter(limit, np.float32(np.inf))

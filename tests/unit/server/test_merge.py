@@ -47,6 +47,7 @@ def test_sum_is_taken_in_float64() -> None:
 
 
 @pytest.mark.row(2)
+@pytest.mark.attack("overflow-in-the-merge")
 def test_largest_finite_weights_do_not_overflow() -> None:
     top = np.finfo(np.float32).max
     parts = [(site, Weights((("x", (1,)),), np.array([top], np.float32)), 1e12) for site in "AB"]

@@ -105,6 +105,7 @@ def drift(step: float, shift: float, sites: int = 4, rounds: int = 20) -> float:
 
 
 @pytest.mark.parametrize("sites", [3, 4, 6])
+@pytest.mark.attack("slow-drift")
 def test_a_slow_drift_over_twenty_rounds_is_found(sites: int) -> None:
     """Row 16: no round differs much from the one before, the twentieth does from the first."""
     assert drift(0.0, 0.5, sites) == 0.0

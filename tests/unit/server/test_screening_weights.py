@@ -187,6 +187,7 @@ def test_a_site_that_joins_late_is_not_judged_by_its_direction() -> None:
         assert findings == []
 
 
+@pytest.mark.attack("flipped-sign")
 def test_a_flipped_sign_stays_found() -> None:
     history = History()
     for number in range(1, 10):

@@ -18,8 +18,14 @@ from fedsgcg.common.sgcg import moments
 from fedsgcg.common.sgcg.loss import class_moments, sgcg_loss
 from tests.benchmarks import peers
 from tests.benchmarks.bench_loss import inputs
-from tests.benchmarks.gpu_timing import Sizes, Work, middle, timed
-from tests.benchmarks.harness import ratio, row
+from tests.benchmarks.gpu_timing import Sizes, Work, gpu, middle, timed
+from tests.benchmarks.harness import ratio, row, show
+
+
+def run(*, toy: bool = False) -> list[dict[str, Any]]:
+    """Measure on the first CUDA device, or with `toy` on the CPU, and return the rows."""
+    device, sizes = gpu(toy)
+    return show(kernels(device, sizes) + mixing(device, sizes))
 
 
 def kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
@@ -45,7 +51,7 @@ def kernels(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
                 lambda f=features, y=labels, K=K: class_moments(f, y, K)
             ),
         }
-        times = timed(variants, device, sizes.repeats)
+        times = timed(variants, device, sizes)
         case = f"N={sizes.pixels} A={A} K={K}"
         rows += [
             row("sgcg_loss, GPU", case, "einsum / ours", ratio(times, "einsum", "ours"), "x"),
@@ -123,7 +129,7 @@ def mixing(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
         "kept": lambda: mix_window_amplitudes(images, kept, share),
         "fft": lambda: fft_mix(images, partners, share, 0.1),
     }
-    times = timed(variants, device, sizes.repeats)
+    times = timed(variants, device, sizes)
     case = f"B={sizes.batch} C=3 {sizes.side} x {sizes.side}"
     gap = float((variants["ours"]() - variants["fft"]()).abs().max())
     part = "mix_amplitude, GPU"

@@ -1,12 +1,9 @@
-"""Kernels against their torch equivalents on a GPU, the training step, and the shares of its parts.
+"""The training step on a GPU against an eager float32 loop, and the shares of its parts.
 
-    eager    an ordinary float32 loop: NCHW, separate kernel launches, Adam without fusion, a plain
-             copy of each batch, and the loss read after each step
-    ours     as in fedsgcg: bf16 if supported, channels-last, captured steps, prefetched batches,
-             mixing and augmentation on the device
-
-`python -m tests.benchmarks gpu` needs a CUDA device and takes less than eight minutes on one H100.
-The sizes are parameters, so that a test can run it with small sizes on a CPU.
+eager    an ordinary float32 loop: NCHW, separate kernel launches, Adam without fusion, a plain
+         copy of each batch, and the loss read after each step
+ours     as in fedsgcg: bf16 if supported, channels-last, captured steps, prefetched batches,
+         mixing and augmentation on the device
 """
 
 from __future__ import annotations
@@ -23,52 +20,33 @@ from torch import Tensor
 from fedsgcg.clients.cuda_graph import Replay, adam, set_rate
 from fedsgcg.clients.data.augment import augment
 from fedsgcg.clients.data.batches import Batch
-from fedsgcg.clients.data.case_files import open_site
 from fedsgcg.clients.data.prefetch import prefetch
-from fedsgcg.clients.data.store import open_store
-from fedsgcg.clients.device import choose_device, describe_hardware
-from fedsgcg.clients.evaluation import evaluate_cases
 from fedsgcg.clients.methods import METHODS, Guidance
 from fedsgcg.clients.methods.amplitude import mix_window_amplitudes, window_amplitudes
-from fedsgcg.clients.training import train_round
-from fedsgcg.common.images.phantoms import write_hospitals
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.settings.compose import compose
 from fedsgcg.common.settings.plan import Plan
 from tests.benchmarks.bench_step import make_batch
-from tests.benchmarks.gpu_kernels import kernels, mixing
-from tests.benchmarks.gpu_timing import Clock, Sizes, Times, middle, timed
+from tests.benchmarks.gpu_timing import Clock, Sizes, Times, gpu, middle, timed
 from tests.benchmarks.harness import at_least, ratio, row, show
 
 
-def run() -> list[dict[str, Any]]:
-    """Measure on the first CUDA device and return the rows; exits without one."""
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            f"the gpu part needs a CUDA device that PyTorch can use; found {describe_hardware()}"
-        )
-    return show(measure(choose_device("cuda"), Sizes()))
+def run(*, toy: bool = False) -> list[dict[str, Any]]:
+    """Measure on the first CUDA device, or with `toy` on the CPU, and return the rows."""
+    return show(_steps(*gpu(toy)))
 
 
-def measure(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    """Return all rows."""
-    rows = []
-    for part in (kernels, mixing, _steps, _evaluation):
-        print(f"{part.__name__.strip('_')} …", flush=True)
-        rows += part(device, sizes)
-    return rows
-
-
-def _plan(method: str, sizes: Sizes, *overrides: str) -> Plan:
+def plan_of(method: str, sizes: Sizes, *overrides: str) -> Plan:
     fixed = [
         f"method={method}",
         f"data.image_size={sizes.side}",
+        f"network.base_width={sizes.width}",
         f"method.batch_size={sizes.batch}",
     ]
     return Plan.from_tree(compose([*fixed, *overrides]))
 
 
-class _Loop:
+class Loop:
     """A training loop over slices of a memory-mapped file."""
 
     def __init__(
@@ -147,12 +125,12 @@ def _steps(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[dict[str, Any]]:
-    plan, plain = _plan("ram_sgcg", sizes), _plan("ram", sizes)
-    single = _plan("ram_sgcg", sizes, "method.precision=float32")
+    plan, plain = plan_of("ram_sgcg", sizes), plan_of("ram", sizes)
+    single = plan_of("ram_sgcg", sizes, "method.precision=float32")
     loops = {
-        "ours": _Loop(plan, device, sizes, slices, eager=False),
-        "ours without SgCG": _Loop(plain, device, sizes, slices, eager=False),
-        "eager": _Loop(single, device, sizes, slices, eager=True),
+        "ours": Loop(plan, device, sizes, slices, eager=False),
+        "ours without SgCG": Loop(plain, device, sizes, slices, eager=False),
+        "eager": Loop(single, device, sizes, slices, eager=True),
     }
     rates: Times = {name: [] for name in loops}
     for loop in loops.values():
@@ -175,12 +153,12 @@ def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[d
             ),
         },
         device,
-        sizes.repeats,
+        sizes,
     )
     share = tuple(1 - 1 / value for value in ratio(parts, "step", "step without SgCG"))
     mixing = ratio(parts, "mixing", "step")
     part = "training step, GPU"
-    case = f"U-Net 16, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}"
+    case = f"U-Net {sizes.width}, RAM+SgCG, B={sizes.batch}, {sizes.side} x {sizes.side}"
     speed, gain = middle(rates, "ours"), ratio(rates, "ours", "eager")
     return [
         row(part, case, "ours, whole loop", speed, "images/s", "≥ 1500", at_least(speed, 1500)),
@@ -193,7 +171,7 @@ def _step_rows(device: torch.device, sizes: Sizes, slices: np.ndarray) -> list[d
     ]
 
 
-def _waits(loop: _Loop, device: torch.device) -> int:
+def _waits(loop: Loop, device: torch.device) -> int:
     """Return 1 if the host waits for the device in a warm loop (CUDA's sync debug mode), else 0."""
     if device.type != "cuda":
         return 0
@@ -208,47 +186,3 @@ def _waits(loop: _Loop, device: torch.device) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return 0
-
-
-def _evaluation(device: torch.device, sizes: Sizes) -> list[dict[str, Any]]:
-    """Compare the evaluation of volumes with one local epoch of as many patients."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shape = (sizes.depth, sizes.side, sizes.side)
-        write_hospitals(
-            folder / "data", sites=("North", "South"), cases_per_site=sizes.volumes, shape=shape
-        )
-        plan = _plan("ram_sgcg", sizes, f"data.root={folder / 'data'}", "method.local_epochs=1")
-        opened = (open_site(folder / "data", site, plan.data) for site in ("North", "South"))
-        training, test = (
-            open_store(site, plan.data, folder / "cache", heldout=heldout)
-            for site, heldout in zip(opened, (False, True), strict=True)
-        )
-        network = build_network(plan.network, 3, plan.data.out_channels, plan.seed).to(device)
-        guide = make_batch(plan, sizes.side, sizes.batch)[2]
-        guide = Guidance(
-            *(getattr(guide, name).to(device) for name in ("mean", "covariance", "active"))
-        )
-
-        def epoch() -> None:
-            train_round(network, [training], plan, round_number=1, guide=guide, device=device)
-
-        work = {
-            "epoch": epoch,
-            "evaluation": lambda: evaluate_cases(network, [test], plan, "test", device),
-        }
-        times: Times = {name: [] for name in work}
-        for kind, call in work.items():
-            call()
-            for _ in range(3):
-                with Clock(device) as clock:
-                    call()
-                times[kind].append(clock.milliseconds / 1e3)
-    part = "evaluation, GPU"
-    case = f"{sizes.volumes} volumes of {sizes.depth} x {sizes.side} x {sizes.side}"
-    gain = ratio(times, "epoch", "evaluation")
-    return [
-        row(part, case, "a local epoch / evaluation", gain, "x", "≥ 1x", at_least(gain, 1)),
-        row(part, case, "a local epoch", middle(times, "epoch"), "s"),
-        row(part, case, "evaluation", middle(times, "evaluation"), "s"),
-    ]
