@@ -1,10 +1,11 @@
-"""The readers of `common.images.formats` beyond NIfTI and pictures, and what data prepare reads."""
+"""Exports and layouts that are fuzzed: enhanced DICOM, segmentations, tables, dataset.json."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -15,75 +16,51 @@ from fedsgcg.common.images.read import read_volume, segments_of
 from fedsgcg.deploy.prepare import layouts, series
 from fedsgcg.deploy.prepare.hospitals import TITLES
 from tests.faults.fuzz import mutations
-from tests.faults.fuzz.targets import Target, file_target
+from tests.faults.fuzz.target import Target, file_target
 from tests.support.dicoms import write_enhanced, write_series
-from tests.support.formats import write_analyze, write_itk, write_tiff
 
-AFFINE = np.diag([-0.7, -0.8, 3.0, 1.0])
+AFFINE: Final = np.diag([-0.7, -0.8, 3.0, 1.0])
+SLOW: Final = 8.0
 
 
-def format_targets(folder: Path) -> list[Target]:
-    """A decoder for each format, with a small image of 8 x 9 x 3 voxels."""
+def export_targets(folder: Path) -> list[Target]:
+    """Return a target for each, with an image of 8 x 9 x 3 voxels."""
     native = np.random.default_rng(0).integers(0, 900, (8, 9, 3)).astype(np.uint16)
-    made = folder / "formats"
-    made.mkdir(parents=True)
-    for name in ("a.mha", "a.mhd", "a.nrrd", "a.nhdr"):
-        write_itk(made / name, native, AFFINE)
-    write_analyze(made / "pair.hdr", native, AFFINE)
-    write_tiff(made / "pages.tif", native, AFFINE)
-    write_enhanced(made / "enhanced.dcm", native, AFFINE)
-    write_series(made / "series", native, AFFINE)
-    image = read_volume(made / "series")
+    folder.mkdir(parents=True)
+    write_enhanced(folder / "honest-frames.dcm", native, AFFINE)
+    write_series(folder / "series", native, AFFINE)
+    image = read_volume(folder / "series")
+    drawn = folder / "honest-seg.dcm"
     classes = (image.array > 400).astype(np.uint8)
-    drawn = made / "drawn.dcm"
     segmentation.write(drawn, classes, ["background", "gland"], image, model="hand")
-    one = min((made / "series").iterdir())
+    frames, segments = ((folder / f"honest-{name}.dcm").read_bytes() for name in ("frames", "seg"))
     dataset = {"labels": {"background": 0, "gland": 1, "whole": [1, 2]}, "numTraining": 1}
     table = "case,hospital,patient_id,split\np1,A,1,train\np2,B,,\n"
 
-    def seed(name: str) -> tuple[bytes, ...]:
-        return ((made / name).read_bytes(),)
-
-    def segments(path: Path) -> object:
+    def mask(path: Path) -> object:
         with contextlib.suppress(FedsgcgError):
             read_volume(path, mask=True)
         return segments_of(path, image)
 
     def export(path: Path) -> object:
-        return series.recognise(path.parent, {path.parent: [path, *(made / "series").iterdir()]})
+        return series.recognise(folder, {folder: [path, *(folder / "series").iterdir()]})
 
     def nnunet(path: Path) -> object:
-        folder = path.parent / "nnunet"
-        (folder / "imagesTr").mkdir(parents=True, exist_ok=True)
-        (folder / "dataset.json").write_bytes(path.read_bytes())
-        return layouts.recognise(folder, [folder / "imagesTr" / "p1_0000.nii.gz"])
+        root = folder / "nnunet"
+        (root / "imagesTr").mkdir(parents=True, exist_ok=True)
+        (root / "dataset.json").write_bytes(path.read_bytes())
+        return layouts.recognise(root, [root / "imagesTr" / "p1_0000.nii.gz"])
 
-    slow = 8.0
-    raw = mutations.bytes_of
+    def hospitals(path: Path) -> object:
+        return read_columns(path, TITLES, ("case", "site"))
+
+    raw, as_json, as_csv = mutations.bytes_of, mutations.json_of, mutations.csv_of
     return [
-        file_target(made, "metaimage", ".mha", seed("a.mha"), read_volume, raw, 4),
-        file_target(made, "a", ".mhd", seed("a.mhd"), read_volume, raw, 4),
-        file_target(made, "nrrd", ".nrrd", seed("a.nrrd"), read_volume, raw, 4),
-        file_target(made, "pair", ".hdr", seed("pair.hdr"), read_volume, raw, 4),
-        file_target(made, "tiff-pages", ".tif", seed("pages.tif"), read_volume, raw, 4),
-        file_target(made, "dicom", ".dcm", (one.read_bytes(),), read_volume, raw, slow),
-        file_target(made, "dicom-frames", ".dcm", seed("enhanced.dcm"), read_volume, raw, slow),
-        file_target(made, "dicom-seg", ".dcm", seed("drawn.dcm"), segments, raw, 4 * slow),
-        file_target(made, "dicom-export", ".dcm", seed("drawn.dcm"), export, raw, slow),
+        file_target(folder, "dicom-frames", ".dcm", (frames,), read_volume, raw, SLOW),
+        file_target(folder, "dicom-seg", ".dcm", (segments,), mask, raw, 2 * SLOW),
+        file_target(folder, "dicom-export", ".dcm", (segments,), export, raw, SLOW),
         file_target(
-            made,
-            "dataset-json",
-            ".json",
-            (json.dumps(dataset).encode(),),
-            nnunet,
-            mutations.json_of,
+            folder, "dataset-json", ".json", (json.dumps(dataset).encode(),), nnunet, as_json
         ),
-        file_target(
-            made,
-            "hospitals",
-            ".csv",
-            (table.encode(),),
-            lambda path: read_columns(path, TITLES, ("case", "site")),
-            mutations.csv_of,
-        ),
+        file_target(folder, "hospitals", ".csv", (table.encode(),), hospitals, as_csv),
     ]
