@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fedsgcg.common.domain_pool import DomainKnowledge
 from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.own_code import load_class, unusable
 from fedsgcg.common.settings.plan import NetworkSettings
@@ -61,6 +62,8 @@ class UNet(nn.Module):
         norm: `batch`, `group` or `instance`.
         features: The feature map to return: `penultimate`, `projection` or `bottleneck`.
         projection: A' of `features="projection"`.
+        domains: Places of DoFE's pool of domain knowledge (`common.domain_pool`); 0 = none.
+        stride: s, distance of the projected pixels in a row and a column.
 
     Raises:
         ValueError: An unknown norm or feature map, or a width that is not a positive even number.
@@ -74,6 +77,8 @@ class UNet(nn.Module):
         norm: str = "batch",
         features: str = "penultimate",
         projection: int = 32,
+        domains: int = 0,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -87,7 +92,8 @@ class UNet(nn.Module):
         self.encoder = Encoder(in_channels, widths, NORMS[norm])
         self.decoder = Decoder(out_channels, widths, NORMS[norm])
         if features == "projection":
-            self.projection = projection_head(widths[1], projection, NORMS[norm])
+            self.projection = projection_head(widths[1], projection, NORMS[norm], stride)
+        self.knowledge = DomainKnowledge(domains, widths[1]) if domains else None
         initialise(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +104,7 @@ class UNet(nn.Module):
 
         Returns:
             Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not
-            negative, its projection (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
+            negative, its projection (B, A', H/s, W/s), or the bottleneck (B, 16w, H/16, W/16).
 
         Raises:
             ValueError: H or W is not a multiple of 16.
@@ -117,7 +123,7 @@ class UNet(nn.Module):
 
     def decode(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits and feature map of an encoding."""
-        logits, penultimate = self.decoder(maps)
+        logits, penultimate = self.decoder(maps, self.knowledge)
         if self.features == "bottleneck":
             return logits, maps[-1]
         if self.features == "projection":
@@ -158,12 +164,17 @@ class Decoder(nn.Module):
         )
         self.head = nn.Conv2d(planes[-1], out_channels, 3, padding=1)
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return logits (B, C, H, W) and the penultimate map (B, 2w, H, W)."""
+    def forward(
+        self, maps: list[Tensor], knowledge: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits (B, C, H, W) and the penultimate map (B, 2w, H, W).
+
+        With `knowledge` the logits are those of its output, and the map is its input.
+        """
         features = maps[-1]
         for block, skip in zip(self.blocks, maps[-2::-1], strict=True):
             features = block(features, skip)
-        return self.head(features), features
+        return self.head(features if knowledge is None else knowledge(features)), features
 
 
 class DecoderBlock(nn.Module):
@@ -248,10 +259,12 @@ class RestorationBlock(nn.Module):
         return domains[domain]
 
 
-def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+def projection_head(
+    before: int, after: int, norm: Callable[[int], nn.Module], stride: int = 1
+) -> nn.Sequential:
     """Return two 1 x 1 convolutions, without a final ReLU so that features may be negative."""
     return nn.Sequential(
-        nn.Conv2d(before, before, 1),
+        nn.Conv2d(before, before, 1, stride=stride),
         norm(before),
         nn.ReLU(inplace=True),
         nn.Conv2d(before, after, 1),
@@ -320,6 +333,8 @@ def build_network(
             settings.norm,
             settings.features,
             settings.projection,
+            settings.domains,
+            settings.projection_stride,
         )
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -433,5 +448,7 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after), nn.ReLU(inplace=True))
 
 
-NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int], UNet]]] = {"unet": UNet}
+NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int, int], UNet]]] = {
+    "unet": UNet
+}
 """Networks by name; called with the arguments of `UNet`."""

@@ -271,6 +271,7 @@ def open_store(
         heldout=heldout,
         salt=split_salt,
         target=target,
+        rule=data.split,
     )
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_no_case(site, len(good)), *problems)
@@ -490,7 +491,10 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str], masks: bool) -
         data.intensity,
         data.label_tolerance,
         list(data.classes.values()),
+        *([data.flat_sigma] if data.intensity == "flat" else []),
     ]
+    if data.aspect != "squeeze" or data.spacing:
+        settings += [data.aspect, data.spacing, data.spacing_unit]
     files = [
         [case.name, content_of([case.image], hashes), content_of(case.masks, hashes)]
         for case in site.cases

@@ -50,6 +50,7 @@ class Model:
         prototypes: Global class statistics, None if the model has none.
         normalize: Whether the prototypes describe features of unit length.
         kinds: Kinds of its training images (`common.images.read.KINDS`).
+        colour: Whether its training pictures had colours; None if its card does not state it.
     """
 
     card: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Model:
     prototypes: ClassStatistics | None
     normalize: bool
     kinds: tuple[str, ...] = KINDS
+    colour: bool | None = None
 
 
 def load_model(path: Path, code: Sequence[str] = ()) -> Model:
@@ -94,6 +96,7 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
         prototypes,
         bool(card.get("normalize", True)),
         _kinds(card, data),
+        _colour(card),
     )
 
 
@@ -184,6 +187,12 @@ def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
     stated = card.get("kinds")
     known = tuple(kind for kind in KINDS if isinstance(stated, list) and kind in stated)
     return known or tuple(kind for kind in KINDS if data.stack == 1 or kind != PICTURE)
+
+
+def _colour(card: Mapping[str, Any]) -> bool | None:
+    stated = card.get("input")
+    colour = stated.get("colour") if isinstance(stated, dict) else None
+    return colour if isinstance(colour, bool) else None
 
 
 def _network(

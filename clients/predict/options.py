@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.exit_codes import exit_codes
+from fedsgcg.common.settings.adaptation import TRANSDUCTIVE, AdaptSettings
 from fedsgcg.common.settings.data import SPLITS
 
 PREDICT: Final = """\
@@ -63,6 +64,19 @@ def add_predict_parser(commands: Any) -> None:
         "--confidence",
         action="store_true",
         help="write the closeness to the prototypes as a map in [0, 1]",
+    )
+    parser.add_argument(
+        "--adapt",
+        choices=TRANSDUCTIVE,
+        default="",
+        help="first adapt the model to all these images, without masks (transductive)",
+    )
+    parser.add_argument(
+        "--adapt-share",
+        metavar="SHARE",
+        type=float,
+        default=AdaptSettings.share,
+        help="with --adapt: weight of these images, 0 to 1 (default: %(default)s)",
     )
     parser.add_argument(
         "--overlay", action="store_true", help="write a PNG with outlines of one slice per case"

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.images import multiframe
-from fedsgcg.common.images.extras import Clamped, library
+from fedsgcg.common.images.dicom_file import opened
+from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.formats import DICOM, is_dicom
 from fedsgcg.common.images.itk import LPS_TO_RAS, plain_reason
 from fedsgcg.common.images.parts import inside
@@ -200,7 +201,7 @@ def _header(path: Path) -> Any:
     """Return the wanted attributes of a file, None if it is not DICOM."""
     pydicom = library("pydicom", DICOM.name)
     try:
-        with Clamped(path) as file:
+        with opened(path) as file:
             return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
     except pydicom.errors.InvalidDicomError:
         return None

@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsgcg.common.images.extras import Clamped, library
+from fedsgcg.common.images.dicom_file import opened
+from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.formats import DICOM
 
 GROUPS: Final = {
@@ -59,7 +60,7 @@ def voxels_of(path: Path, frames: Sequence[int]) -> NDArray[np.float32]:
         path: The file.
         frames: Numbers of the frames, from 1.
     """
-    with Clamped(path) as file:
+    with opened(path) as file:
         header = library("pydicom", DICOM.name).dcmread(file)
     stored = header.pixel_array
     shared = (header.get(SHARED) or [{}])[0]

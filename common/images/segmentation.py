@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.dicom import Source
-from fedsgcg.common.images.extras import Clamped, library
+from fedsgcg.common.images.dicom_file import opened
+from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.itk import LPS_TO_RAS
 from fedsgcg.common.images.layers import Layers
 from fedsgcg.common.images.volume import (
@@ -115,8 +116,8 @@ def write(
             action="Choose --out-format nifti, or restore the identifier of the series.",
             where=str(image.source.files[0].parent),
         )
-    hd, pydicom = library("highdicom", FORM), library("pydicom", FORM)
-    series = [pydicom.dcmread(file, stop_before_pixels=True) for file in image.source.files]
+    hd = library("highdicom", FORM)
+    series = [_header(path) for path in image.source.files]
     for header in series:
         for name in MAY_BE_EMPTY:
             if name not in header:  # removed when the data were de-identified
@@ -174,9 +175,13 @@ def _version() -> str:
 
 
 def _open(path: Path) -> Any:
-    library("pydicom", FORM)
-    with Clamped(path) as file:
+    with opened(path) as file:
         return library("highdicom", FORM).seg.segread(file)
+
+
+def _header(path: Path) -> Any:
+    with opened(path) as file:
+        return library("pydicom", FORM).dcmread(file, stop_before_pixels=True)
 
 
 def _segments(found: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -19,11 +19,15 @@ from fedsgcg.common.names import number_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.site.check_step import measure_step
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.planned import plan_tables
 from fedsgcg.deploy.study.study import Study
 from fedsgcg.server.report.format import show_seconds
 
 CHECKPOINTS: Final = 3
 """Checkpoints of a running cell on disk: two are kept while the next is written."""
+
+MOMENTS: Final = {"fedavgm": 2, "fedadam": 4, "fedyogi": 4}
+"""Aggregation rule -> size of its moments in models; they have twice the precision."""
 
 VIEWS_OF_A_MIX: Final = 2.0
 """Cost of a step that trains on the image and on its amplitude-mixed copy."""
@@ -63,6 +67,8 @@ def show_plan(study: Study, console: Screen) -> Estimate:
         console.print(f"{label}: {number_of(count, 'cell')}, {to_do} to do")
     for cell in study.cells:
         console.print(f"  {cell.name}  {'done' if cell.done else 'to do'}")
+    for table in plan_tables(study.plans) if study.plans else ():
+        console.print(table)
     if inner:
         console.print(f"and {number_of(len(inner), 'cell')} that choose settings inside the folds")
     with console.status("measuring a training step"):
@@ -86,7 +92,7 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
     slices with a structure train (`data.train_slices=foreground`).
     """
     device = choose_device(study.device, 1)
-    steps, seconds, sizes = 0, 0.0, [0]
+    steps, seconds, sizes, stored = 0, 0.0, [0], [0]
     measured: dict[str, float] = {}
     for cell in cells:
         plan = Plan.from_tree(cell.tree)
@@ -102,8 +108,9 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
         steps += own
         seconds += own * measured[key] * views / parallel
         sizes.append(model_bytes(plan))
+        stored.append(sizes[-1] * models_in_checkpoint(plan))
     at_once = min(len(cells), study.machine.cpus)
-    return Estimate(steps, seconds, sum(sizes), CHECKPOINTS * at_once * max(sizes))
+    return Estimate(steps, seconds, sum(sizes), CHECKPOINTS * at_once * max(stored))
 
 
 def training_steps(plan: Plan) -> int:
@@ -114,6 +121,16 @@ def training_steps(plan: Plan) -> int:
         for site in training
     )
     return per_round * plan.federation.rounds
+
+
+def models_in_checkpoint(plan: Plan) -> int:
+    """Return the size of a checkpoint in models: the model and the state of the aggregation rule.
+
+    SCAFFOLD keeps a control variate of every site; moments are float64.
+    """
+    if plan.federation.aggregator == "scaffold":
+        return 1 + sum(plan.trains(site) for site in plan.members())
+    return 1 + MOMENTS.get(plan.federation.aggregator, 0)
 
 
 def model_bytes(plan: Plan) -> int:
@@ -128,7 +145,10 @@ def _slices(plan: Plan, hospital: str) -> int:
         return 0  # the number of steps does not depend on it
     hidden, target = plan.hides_masks(hospital), hospital in plan.unlabelled
     site = open_site(Path(plan.data.root), hospital, plan.data, masks=not hidden)
-    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False, target=target)
+    data = plan.data
+    chosen = splits(
+        site.cases, data.validation_fraction, heldout=False, target=target, rule=data.split
+    )
     used = [case for case, split in zip(site.cases, chosen, strict=True) if split == "train"]
     return sum(_depth(case.image) for case in used if case.masks or hidden)
 

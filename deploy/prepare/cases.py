@@ -62,14 +62,14 @@ def named(lines: Sequence[Line]) -> list[Line]:
 def work_of(line: Line, labels: Labels, *, link: bool) -> Work:
     """Return the conversion of a case; `labels` collects the values of its mask."""
     make = partial(_make, line, labels, link)
-    patient = line.patient or f"{line.site}-{line.name}"
+    # An unknown patient is left open, so that `data check` can say that each case counts as one.
     return Work(
         line.site,
         line.name,
         (*(line.files or (line.image,)), *line.masks),
         ("" if line.files else _target_suffix(line.image), _mask_suffix(line.mask)),
         make,
-        patient=patient,
+        patient=line.patient,
         split=line.split,
         structures=tuple((name, _mask_suffix(path)) for name, path in line.structures),
     )

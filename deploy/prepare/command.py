@@ -90,6 +90,12 @@ def add_parser(commands: Any) -> Any:
         help="link to files that need no change instead of copying them",
     )
     prepare.add_argument(
+        "--channel",
+        metavar="NAME",
+        default="",
+        help="channel of a folder of nnU-Net, by name or number (default: the first one)",
+    )
+    prepare.add_argument(
         "--validation",
         metavar="SHARE",
         type=float,
@@ -141,7 +147,12 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
     hospitals = options.hospitals
     with console.status(f"searching {source}"):
         found, labels = find(
-            name, source, options.validation, link=options.link, hospitals=hospitals
+            name,
+            source,
+            options.validation,
+            link=options.link,
+            hospitals=hospitals,
+            channel=options.channel,
         )
     outcome = convert(name, source, folder, found, console)
     if labels:
@@ -169,7 +180,13 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
 
 
 def find(
-    name: str, source: Path, validation: float, *, link: bool = False, hospitals: str = ""
+    name: str,
+    source: Path,
+    validation: float,
+    *,
+    link: bool = False,
+    hospitals: str = "",
+    channel: str = "",
 ) -> tuple[Found, Labels | None]:
     """List the cases of a data set's folder, as `own.find`; label values only of own data."""
     from fedsgcg.deploy.prepare import fundus, own, prostate
@@ -177,7 +194,7 @@ def find(
     if name in ("fundus", "prostate"):
         finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
         return finder(source, validation, link=link), None
-    return own.find(name, source, link=link, hospitals=hospitals)
+    return own.find(name, source, link=link, hospitals=hospitals, channel=channel)
 
 
 def _name_and_source(name: str, source: Path | None) -> tuple[str, Path | None]:

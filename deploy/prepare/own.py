@@ -48,6 +48,24 @@ PIECES: Final = (
 """Advice on post-processing, which is off by default."""
 
 
+VOLUME_RULES: Final = (
+    "intensity: percentile   # each volume's 1st to 99th percentile; or minmax, zscore",
+    "stack: 3   # channels: a slice and both neighbours; 1 = the slice alone",
+)
+PICTURE_RULES: Final = (
+    "intensity: percentile   # each picture's 1st to 99th percentile; fixed: 0 to 255, 8 bits only",
+    "stack: 1   # a picture's channels are its colours, or its grey values three times",
+)
+RULES: Final = (
+    "aspect: pad   # a slice keeps its shape; squeeze = it fills the square training slice",
+    "plan: fixed   # auto = image size, spacing, intensity and stack follow from the images",
+    "largest_component: false   # true only if every structure is in one piece",
+    "fill_holes: false   # true only if no structure has a hole",
+)
+"""Written with their defaults: they follow from anatomy, never from the masks of all hospitals,
+which would include those of the held-out one."""
+
+
 class Labels:
     """Label values in the masks of a data set.
 
@@ -119,7 +137,9 @@ class Labels:
         return f"label values {listed}; declare them: classes: {{{classes}}}{PIECES}"
 
 
-def find(name: str, source: Path, *, link: bool, hospitals: str = "") -> tuple[Found, Labels]:
+def find(
+    name: str, source: Path, *, link: bool, hospitals: str = "", channel: str = ""
+) -> tuple[Found, Labels]:
     """List the cases of a CSV file, of a folder with `manifest.csv`, or of a folder without one.
 
     Args:
@@ -128,6 +148,7 @@ def find(name: str, source: Path, *, link: bool, hospitals: str = "") -> tuple[F
         link: Link to the files instead of copying them.
         hospitals: Table or pattern that assigns the cases to hospitals
             (`deploy.prepare.hospitals`); "" if the folders do.
+        channel: Name or number of the channel of a folder of nnU-Net; "" = the first one.
 
     Returns:
         The cases, and the label values, which the conversion fills in.
@@ -151,7 +172,7 @@ def find(name: str, source: Path, *, link: bool, hospitals: str = "") -> tuple[F
     if not lines and not listed and name == SPINEGM.name:
         spinegm.find(files, found)
     if not lines and not listed and name not in CATALOGUE:
-        lines = _recognised(listing, source, labels, found)
+        lines = _recognised(listing, source, labels, found, channel)
     if not lines and not found.work:
         reasons = [_nothing(len(files), listed)]
         reasons += [p.found for p in found.problems if p.code in ("DAT-119", "DAT-127", "DAT-128")]
@@ -190,10 +211,12 @@ def _report_series(listing: Listing, lines: Sequence[Line], source: Path, found:
         found.problems.append(Problem("DAT-119", names, "cases with masks", action, str(source)))
 
 
-def _recognised(listing: Listing, source: Path, labels: Labels, found: Found) -> list[Line]:
+def _recognised(
+    listing: Listing, source: Path, labels: Labels, found: Found, channel: str
+) -> list[Line]:
     """List the cases of a layout of other tools, of a DICOM export, or by the files' names."""
     known: tuple[Callable[[], Layout | None], ...] = (
-        partial(recognise, source, listing.images),
+        partial(recognise, source, listing.images, channel),
         partial(series.recognise, source, listing.series),
         partial(pairs.recognise, source, listing.images),
     )
@@ -287,12 +310,9 @@ def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
         "structures:",
         *(f"  {name}: [{', '.join(parts)}]" for name, parts in labels.structures().items()),
         f"spacing_unit: {'pixel' if pictures else 'mm'}",
-        "# largest_component: true   # only if every structure is in one piece",
+        *(PICTURE_RULES if pictures else VOLUME_RULES),
+        *RULES,
     ]
-    if pictures:
-        lines.append(
-            "# intensity: fixed   # 0 to -1 and 255 to 1, instead of each image's percentiles"
-        )
     return "\n".join(lines) + "\n"
 
 

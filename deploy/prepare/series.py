@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from fedsgcg.common.errors import Problem
 from fedsgcg.common.images.dicom import SEGMENTATIONS
-from fedsgcg.common.images.extras import Clamped, library
+from fedsgcg.common.images.dicom_file import opened
+from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.folders import counted_names
 from fedsgcg.common.images.formats import DICOM
 from fedsgcg.common.names import number_of, printable
@@ -106,7 +107,7 @@ def _read(paths: Sequence[Path]) -> _Export:
     export = _Export()
     for path in paths:
         try:
-            with Clamped(path) as file:
+            with opened(path) as file:
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
             uid = str(header.get("SeriesInstanceUID", ""))
             kind = header.get("SOPClassUID", "")

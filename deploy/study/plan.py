@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsgcg.clients.data.case_files import resolve_cache
 from fedsgcg.clients.data.store import data_fingerprint
+from fedsgcg.common.console import silent
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.build import build
@@ -19,6 +20,7 @@ from fedsgcg.common.settings.compose import chosen, join
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.settings.training import TRAITS
+from fedsgcg.deploy.study.budget import budgeted
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.classmap import check_classes
 from fedsgcg.deploy.study.grid import (
@@ -31,12 +33,14 @@ from fedsgcg.deploy.study.grid import (
     variants,
     with_grid,
 )
+from fedsgcg.deploy.study.planned import Planner
 from fedsgcg.deploy.study.preflight import (
     check_device,
     check_plan,
     inspect_machine,
     locate_hospitals,
 )
+from fedsgcg.deploy.study.references import BEST, check_references, reference_variants
 from fedsgcg.deploy.study.runtimes import choose_runtime
 from fedsgcg.deploy.study.selection import Candidate, describe_selection, inner_cells
 from fedsgcg.deploy.study.shard import Shard
@@ -45,13 +49,16 @@ from fedsgcg.deploy.study.study import Study, identity, shared_settings
 RAY_ANSWERS_WITHIN_S = 5.0
 
 
-def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
+def plan_study(
+    overrides: Sequence[str], *, single: bool = False, step: Callable[[str], None] = silent
+) -> Study:
     """Turn a command line into a study, with all checks that are possible before the start.
 
     Args:
         overrides: Settings as `name=value`; one with commas varies (`deploy.study.grid`), and
             `heldout=all` holds out every site in turn.
         single: More than one cell is an error (`fedsgcg simulate`).
+        step: Called with what is being checked.
     """
     given, names = split_select(overrides)
     values, rest = split_axes(given)
@@ -68,6 +75,12 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     choices = chosen(_without_axes(rest, axes))
     traits = _traits(rest, axes.get("method") or [choices["method"]])
     compared = variants(axes, choices["method"], choices["federation"], traits)
+    references = tuple(str(name) for name in base["references"])
+    trained = {name: _sources(located, name) for name in heldouts}
+    check_references(references, trained)
+    known = {variant.label for variant in compared}
+    own_rows = [one for one in reference_variants(references) if one.label not in known]
+    judged = BEST in references
     machine = inspect_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
     complete = located | ({"selected": selected} if selected else {})
@@ -75,22 +88,29 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     folder = Path(str(base["output"]) or default).resolve()
     cells: list[Cell] = []
     candidates: dict[str, tuple[Candidate, ...]] = {}
+    named = frozenset(text.lstrip("+").partition("=")[0] for text in rest)
+    planner = Planner(resolve_cache(Plan.from_tree(located).site), named, step)
     trees = {
         (variant.label, settings): _tree_of(
             replace(variant, settings=(*variant.settings, *settings)), rest, located, device
         )
-        for variant in compared
+        for variant in (*compared, *own_rows)
         for settings in candidates_of(variant, selected) or [()]
     }
-    for seed, heldout, variant in itertools.product(seeds, heldouts, compared):
+    for seed, heldout, variant in itertools.product(seeds, heldouts, (*compared, *own_rows)):
         combinations = candidates_of(variant, selected)
         first = combinations[0] if combinations else ()
-        made = list(_cells(trees[variant.label, first], folder, variant, heldout, seed))
+        planned = {
+            settings: planner.tree(
+                trees[variant.label, settings], heldout, (*variant.settings, *settings)
+            )
+            for settings in combinations or [()]
+        }
+        made = list(_cells(planned[first], folder, variant, heldout, seed, judged=judged))
         cells += made
         if combinations:
-            own = {settings: trees[variant.label, settings] for settings in combinations}
             for cell in made:
-                candidates[cell.name] = tuple(_candidates(cell, own, folder))
+                candidates[cell.name] = tuple(_candidates(cell, planned, folder))
     inner = [
         cell for found in candidates.values() for candidate in found for cell in candidate.inner
     ]
@@ -99,7 +119,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         found = f"{count} cells: several methods, hospitals, seeds or settings"
         raise fail("CFG-001", found=found, expected="one of each", action="use `fedsgcg study`")
     _check_cells([*cells, *inner], device)
-    check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done])
+    check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done], step)
     swept = [name for name in axes if name not in AXES]
     shard = Shard.parse(str(base["shard"]), len(cells))
     part = cells if shard is None else shard.part(cells)
@@ -119,6 +139,8 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
         telemetry=_run_settings(base).telemetry,
+        references=references,
+        plans=tuple(planner.plans.values()),
         shard=shard,
     )
 
@@ -128,24 +150,42 @@ def _run_settings(tree: Mapping[str, Any]) -> RunSettings:
 
 
 def _cells(
-    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int
+    tree: Mapping[str, Any],
+    folder: Path,
+    variant: Variant,
+    heldout: str,
+    seed: int,
+    *,
+    judged: bool = False,
 ) -> Iterator[Cell]:
     """Yield the cells of a variant for one fold and seed.
 
-    There is one cell, or with `federation=local` one for each training site.
+    There is one cell, or with `federation=local` one for each training site. With `judged` the
+    other training sites evaluate its model, for the reference `best_single`.
     """
+    hospitals = _hospitals(tree)
     if variant.federation != "local":
-        yield make_cell(tree, folder, variant, heldout, seed)
+        own = budgeted({**tree, "heldout": heldout}, hospitals)
+        yield make_cell(own, folder, variant, heldout, seed)
         return
-    training = [
-        site
-        for site in tree["data"]["sites"]
-        if site not in (heldout, *tree["observers"], *tree["unlabelled"])
-    ]
+    training = _sources(tree, heldout)
     for site in training:
-        data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        own = {**tree, "data": data, "observers": [], "unlabelled": []}
-        yield make_cell(own, folder, variant, heldout, seed, site)
+        others = [name for name in training if name != site] if judged else []
+        data = {**tree["data"], "sites": sorted({site, heldout, *others} - {""})}
+        own = {**tree, "data": data, "heldout": heldout, "observers": others, "unlabelled": []}
+        yield make_cell(budgeted(own, hospitals), folder, variant, heldout, seed, site)
+
+
+def _sources(tree: Mapping[str, Any], heldout: str) -> list[str]:
+    """Return the hospitals that train with their masks when one is held out."""
+    apart = (heldout, *tree["observers"], *tree["unlabelled"])
+    return [site for site in tree["data"]["sites"] if site not in apart]
+
+
+def _hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hospitals of a study by role, for `deploy.study.budget`."""
+    roles = {name: tree[name] for name in ("observers", "unlabelled")}
+    return {"sites": tree["data"]["sites"], **roles}
 
 
 def make_cell(
@@ -195,6 +235,7 @@ def _candidates(
         data = {**tree["data"], "sites": cell.tree["data"]["sites"]}
         merged = {**tree, **own, "data": data, "observers": cell.tree["observers"]}
         merged["unlabelled"] = cell.tree["unlabelled"]
+        merged = budgeted(merged, _hospitals(merged))
         text = " ".join(settings)
         yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 

@@ -6,6 +6,7 @@ import contextlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +20,12 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import authority_of, write_seal
 from fedsgcg.common.files.signing import Signer
+from fedsgcg.common.image_summary import PLANNED
 from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.preflight import Machine
+from fedsgcg.deploy.study.references import BEST, best_hospitals, best_rows
 from fedsgcg.server.records.journal import decisive_settings, differences, lock_file
 
 if TYPE_CHECKING:
@@ -115,13 +118,31 @@ def _write_record(study: Study) -> None:
         "machine": describe_machine(study.machine),
         "versions": _versions(),
         "selection": {"words": study.selection, "chosen": _chosen(before)},
+        "references": sorted({*before.get("references", []), *study.references}),
+        "leaves": {**(before.get("leaves") or {}), **_leaves(study)},
         "shared": dict(study.shared),
+        "plans": {
+            **before.get("plans", {}),
+            **{plan.heldout or "none": plan.as_dict() for plan in study.plans},
+        },
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
     Disk().write(
         study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
+
+
+def _leaves(study: Study) -> dict[str, str]:
+    """Return what leaves a hospital with each training method, from the methods' cards."""
+    from fedsgcg.clients.methods import method_class
+    from fedsgcg.clients.methods.cards import parts_of
+
+    methods = {cell.tree["method"]["name"]: cell.tree for cell in study.cells}
+    return {
+        name: parts_of(method_class(Plan.from_tree(tree).method))["Leaves"]
+        for name, tree in sorted(methods.items())
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -143,10 +164,14 @@ def settings_by_method(study: Study) -> dict[str, Any]:
 
     These are the settings that decide the outcome, without those that differ between cells.
     """
-    return {
+    found = {
         cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ()))
         for cell in study.cells
     }
+    if study.plans:  # the folds differ; their values are recorded under `plans`
+        planned = dict.fromkeys(PLANNED, "of each fold's plan") | {"plan": "auto"}
+        found = {name: tree | {"data": tree["data"] | planned} for name, tree in found.items()}
+    return found
 
 
 def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -214,13 +239,31 @@ def collect(folder: Path) -> None:
     for name in paths.SEALED_TABLES:
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
+            joined = pa.concat_tables(tables, promote_options="default")
+            if name == paths.RESULTS:
+                joined = _with_best_single(folder, joined)
             sink = pa.BufferOutputStream()
-            pq.write_table(
-                pa.concat_tables(tables, promote_options="default"), sink, compression="zstd"
-            )
+            pq.write_table(joined, sink, compression="zstd")
             Disk().write(folder / name, bytes(sink.getvalue()))
     signer = Signer.of_kit(kit) if (kit := _kit_of(folder)) else None
     write_seal(Disk(), folder, paths.SEALED_TABLES, signer)
+
+
+def _with_best_single(folder: Path, results: pa.Table) -> pa.Table:
+    """Add the rows of the best single hospitals if the study has that reference.
+
+    The choices are added to `study.yaml`.
+    """
+    if BEST not in (read_record(folder).get("references") or []):
+        return results
+    rows = results.to_pylist()
+    chosen = best_hospitals(rows)
+    with _changing(folder):
+        record = read_record(folder) | {"best_single": [asdict(one) for one in chosen]}
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+        Disk().write(folder / paths.STUDY, text.encode())
+    own = pa.Table.from_pylist(best_rows(rows, chosen), schema=results.schema)
+    return pa.concat_tables([results, own])
 
 
 def _kit_of(folder: Path) -> Path | None:
@@ -246,7 +289,8 @@ def _table(path: Path) -> pa.Table:
 def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = decisive_settings(Plan.from_tree(tree))
     if kept["federation"]["ownership"] == "local":  # every cell has another site
-        kept["data"] = {**kept["data"], "sites": []}
+        judges = ["the other training hospitals"] if kept["observers"] else []
+        kept |= {"data": {**kept["data"], "sites": []}, "observers": judges}
     return {name: value for name, value in kept.items() if name not in ("heldout", "seed")}
 
 

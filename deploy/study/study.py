@@ -11,6 +11,7 @@ from typing import Any
 
 from fedsgcg.common.settings.run import TelemetrySettings
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.planned import FoldPlan
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.deploy.study.selection import Candidate
 from fedsgcg.deploy.study.shard import Shard
@@ -29,6 +30,7 @@ NOT_IDENTITY = (
     "site",
     "grid",
     "select",
+    "references",
     "config_dir",
 )
 """Settings that do not make another study: axes, places and machines."""
@@ -54,6 +56,8 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        references: Rows for comparison that were asked for (`deploy.study.references`).
+        plans: With `data.plan=auto`, the plan of each fold.
         shard: The part of the study that `cells` are; None = all.
     """
 
@@ -70,6 +74,8 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    references: tuple[str, ...] = ()
+    plans: tuple[FoldPlan, ...] = ()
     shard: Shard | None = None
 
 

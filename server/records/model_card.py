@@ -32,9 +32,17 @@ METRICS = {
 }
 
 PREPROCESSING: Final = (
-    *("image_size", "stack", "intensity", "activation", "threshold"),
+    *("image_size", "aspect", "spacing", "stack", "intensity", "flat_sigma"),
+    *("activation", "threshold"),
     *("largest_component", "fill_holes", "spacing_unit"),
 )
+
+
+RULES: Final = {
+    "share": "as near as whole patients allow",
+    "hash": "those whose hash is below the share",
+}
+"""Meaning of `data.split`."""
 
 
 def protocol(
@@ -62,8 +70,8 @@ def protocol(
         "upper_bound": [site for site in sorted(plan.unlabelled) if plan.role(site) == "train"],
         "splits": (
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source "
-            "validation, unless the site's own file sets another share; every case of the held-out "
-            "site is its test set unless the manifest says otherwise"
+            f"validation ({RULES[data.split]}), unless the site's own file sets another share; "
+            "every case of the held-out site is its test set unless the manifest says otherwise"
         ),
         "selection": selection,
         "selected_round": selected_round,
@@ -136,11 +144,20 @@ def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) ->
         "colour": colour,
         "channel_meaning": {name: text for name, text in meaning.items() if name in seen},
         "size": [side, side],
-        "spacing": (
-            f"a slice or picture is resized to {side}x{side} pixels whatever its spacing; masks "
-            "return to the image's own grid"
-        ),
+        "spacing": f"{_resizing(data)}; masks return to the image's own grid",
     }
+
+
+def _resizing(data: DataSettings) -> str:
+    side = data.image_size
+    if data.spacing:
+        return (
+            f"a slice has pixels of {data.spacing:g} mm in the middle of {side}x{side} pixels; if "
+            "it is larger, it is made smaller"
+        )
+    if data.aspect == "pad":
+        return f"a slice or picture is resized into {side}x{side} pixels and keeps its shape"
+    return f"a slice or picture is resized to {side}x{side} pixels whatever its spacing"
 
 
 def model_card(
@@ -177,6 +194,7 @@ def model_card(
         "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,
+        "domain_pool": sorted(training) if plan.network.domains else [],
         "classes": list(plan.data.classes),
         "labels": plan.data.classes,
         "structures": plan.data.structures,

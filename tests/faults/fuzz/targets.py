@@ -246,5 +246,5 @@ def targets(folder: Path) -> list[Target]:
         *journal_targets(folder / "run"),
         *model_targets(folder / "model"),
         *format_targets(folder / "images"),
-        *export_targets(folder / "exports"),
+        *export_targets(folder),
     ]

@@ -231,3 +231,16 @@ def test_code_that_is_not_approved_does_no_work(root, tmp_path):
     content = encode_request(Request(sites.identity(plan)))
     node = {"site": "North", NODE_KEY: str(tmp_path / "site.yaml")}
     assert decode_reply(sites.ask(plan.to_tree(), wire.ENROL, content, node)).error == "POL-705"
+
+
+@pytest.mark.parametrize("role", ["train", "unlabelled"])
+def test_scaffold_is_refused_at_enrolment_without_the_sites_consent(
+    root: Path, tmp_path: Path, role: str
+) -> None:
+    """Also by a hospital without masks, whose mean gradient leaves like that of the others."""
+    names = ("method=segclr", "unlabelled=[North]") if role == "unlabelled" else ("method=source",)
+    plan = asked_of(root, tmp_path, "federation.aggregator=scaffold", *names)
+    with pytest.raises(FedsgcgError, match="mean gradient"):
+        apply_policy(plan, policy_for(root, tmp_path / "no"))
+    allowed = policy_for(root, tmp_path / "yes", sharing=("weights", "control_variates"))
+    assert apply_policy(plan, allowed).federation.aggregator == "scaffold"
