@@ -8,7 +8,7 @@ import re
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.images.dicom import is_picture
 from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through, stem_of
+from fedsgcg.common.images.layers import plain
 from fedsgcg.common.names import number_of, printable
 from fedsgcg.common.settings.plan import DataSettings
 
@@ -115,8 +116,16 @@ class Skipped:
         return texts
 
 
-def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[list[Job], Skipped]:
+def jobs_of_images(
+    images: Sequence[Path], jobs: Sequence[Job] = (), structures: Sequence[str] = ()
+) -> tuple[list[Job], Skipped]:
     """Add jobs for the given images; folders are searched (`common.images.folders`).
+
+    Args:
+        images: Images and folders of them.
+        jobs: Jobs that are there already.
+        structures: The model's structures: `1_cup.png` next to `1.png`, and files of a folder
+            `cup`, are masks.
 
     Returns:
         All jobs, with unique names, and the skipped files.
@@ -130,8 +139,14 @@ def jobs_of_images(images: Sequence[Path], jobs: Sequence[Job] = ()) -> tuple[li
             inside = look_through(path)
             skipped.folders.append(inside)
             images = _images_in(inside, path)
-            kept = [image for image in images if not _is_result(image, path)]
-            skipped.results += [image for image in images if _is_result(image, path)]
+            named = {(image.parent, stem_of(image)) for image in images}
+            masks = {
+                image
+                for image in images
+                if _is_result(image, path) or _is_structure(image, path, named, structures)
+            }
+            kept = [image for image in images if image not in masks]
+            skipped.results += [image for image in images if image in masks]
             found += [Job(image, _mirrored(image, path)) for image in kept]
         else:
             found.append(Job(path, stem_of(path)))
@@ -161,6 +176,28 @@ def _is_result(image: Path, folder: Path) -> bool:
         return False
     above = [place.name for place in image.parents if place.is_relative_to(folder)][:-1]
     return any(RESULT.fullmatch(name) for name in (stem_of(image), *above))
+
+
+def _is_structure(
+    image: Path, folder: Path, named: Collection[tuple[Path, str]], structures: Sequence[str]
+) -> bool:
+    """Whether an image has the name of another one with a structure, or is in a structure's folder.
+
+    Args:
+        image: The image.
+        folder: The folder that was given; its own name says nothing.
+        named: (folder, name) of all images.
+        structures: The model's structures.
+    """
+    known = {plain(name) for name in structures}
+    if image.parent != folder and plain(image.parent.name) in known:
+        return True
+    stem = stem_of(image)
+    return any(
+        plain(stem[place:]) in known and (image.parent, stem[:place]) in named
+        for place, char in enumerate(stem)
+        if char in " _-."
+    )
 
 
 def _mirrored(image: Path, folder: Path) -> str:

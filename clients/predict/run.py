@@ -55,7 +55,7 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     jobs = []
     if options.data:
         jobs = jobs_of_data(options.data, model.data, options.site, options.split)
-    found, skipped = jobs_of_images(options.images, jobs)
+    found, skipped = jobs_of_images(options.images, jobs, list(model.data.structures))
     found = [replace(job, out=options.out_format) for job in found]
     record = Record.open(options.output, model.card, _deciding(options, found))
     check_output(

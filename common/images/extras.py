@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ def library(name: str, form: str) -> Any:
     Raises:
         FedsgcgError: DAT-160 when it is not installed.
     """
+    logging.getLogger(name).setLevel(logging.CRITICAL)  # its warnings quote headers, names included
     try:
         return import_module(name)
     except ImportError as error:

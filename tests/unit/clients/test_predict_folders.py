@@ -78,10 +78,10 @@ def test_whatever_one_image_does_the_others_are_predicted(stored, tmp_path, monk
         (folder / name).write_bytes(nifti())
     real = Predictor.predict
 
-    def odd(self, path):
+    def odd(self, path, series):
         if path.name == "b.nii":
             raise KeyError("a bug of a library")
-        return real(self, path)
+        return real(self, path, series)
 
     monkeypatch.setattr(Predictor, "predict", odd)
     assert predicted(stored, folder, out) == 3
@@ -145,3 +145,13 @@ def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
     touch(tmp_path / "only/x.par")
     with pytest.raises(FedsgcgError, match="dcm2niix"):
         jobs_of_images([tmp_path / "only"])
+
+
+def test_masks_of_the_models_structures_are_no_images(tmp_path):
+    names = ("a/1.png", "a/1_Cup.png", "a/1_rim.png", "a/2_cup.png", "cup/1.png", "b/cup/1.png")
+    touch(*(tmp_path / name for name in names))
+    jobs, skipped = jobs_of_images([tmp_path], structures=("disc", "cup"))
+    assert [job.name for job in jobs] == ["a/1", "a/1_rim", "a/2_cup"]
+    assert len(skipped.results) == 3
+    (job,), _ = jobs_of_images([tmp_path / "cup"], structures=("disc", "cup"))
+    assert job.image == tmp_path / "cup/1.png"  # the folder that was asked for
