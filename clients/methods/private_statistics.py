@@ -169,8 +169,8 @@ def noisy_statistics(
     sigma = math.ceil(multiplier * UNIT)
     drawn = np.array(noise.integers(sigma, sums.size), dtype=np.int64)
     step = sensitivity(num_classes, means_only) / UNIT
-    scaled = np.asarray((sums + drawn) * step, np.float64)
-    table = scaled.reshape(num_classes, -1)
+    scaled = np.asarray((sums + drawn) * step, dtype=np.float64)
+    table: Array = scaled.reshape(num_classes, -1)
     count, first = table[:, 0], table[:, 1 : 1 + num_features]
     second = np.zeros((num_classes, num_features, num_features))
     if not means_only:
