@@ -143,7 +143,9 @@ class SecureSum:
         return scheme.decode(total, len(opening.contributors))
 
     def _take_keys(self, opening: Opening) -> None:
-        registered = {node.node_id: node.public_key for node in self.grid.get_nodes()}
+        # Nodes of a simulation have keys, but no registered names: they belong to nobody.
+        nodes = self.grid.get_nodes()
+        registered = {node.node_id: node.public_key for node in nodes if node.name}
 
         def take(site: str, reply: Reply) -> None:
             keys = SumKeys.from_tree(reply.details.get("keys"))
