@@ -62,8 +62,7 @@ from fedsgcg.clients.training import (
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
-from fedsgcg.common.image_summary import IMAGE_SUMMARY
-from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.images.contents import CONTENT_HASHES, IMAGE_SUMMARY
 from fedsgcg.common.networks import IN_CHANNELS, build_network
 from fedsgcg.common.seeding import stream, stream_seed
 from fedsgcg.common.settings.federation import SHARES, TRAINING

@@ -63,7 +63,8 @@ from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import expand
-from fedsgcg.common.image_summary import IMAGE_SUMMARY, summarise
+from fedsgcg.common.image_summary import summarise
+from fedsgcg.common.images.contents import IMAGE_SUMMARY
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.message_sizes import request_sizes
