@@ -51,6 +51,7 @@ from fedsgcg.clients.guard.releases import (
     sample_key,
     spend,
 )
+from fedsgcg.clients.guard.secure_sums import SiteSums
 from fedsgcg.clients.guard.site_file import CASE_CONSENT, SiteFile
 from fedsgcg.clients.guard.site_secret import alias_salt, data_salt, split_salt, study_of
 from fedsgcg.clients.local_state import LocalState
@@ -263,6 +264,13 @@ class SiteRequest:
     def key(self) -> Path | None:
         """File of the site's private key, which signs the head of the ledger; None if simulated."""
         return Path(self.policy.key) if self.policy else None
+
+    @property
+    def sums(self) -> SiteSums | None:
+        """The site's part in the secure sum of this request; None in a plan without them."""
+        if not self.plan.privacy.secure_sums.enabled:
+            return None
+        return SiteSums(self.site, self.home, self.plan, self.policy, self.request, self.kind)
 
     @property
     def state(self) -> LocalState:

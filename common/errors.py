@@ -28,6 +28,10 @@ CODES: Final[dict[str, str]] = {
     "CFG-030": "No plan of the data is possible.",
     "CFG-031": "The source hospitals have different kinds of images.",
     "CFG-032": "data.plan=auto is for simulations.",
+    "CFG-040": "The reference does not fit the study.",
+    "CFG-041": "Real hospitals cannot run a comparison without the federation.",
+    "CFG-042": "The method does not fit the rule or the hospitals.",
+    "CFG-043": "The measured costs cannot be written.",
     # DAT: the data of a hospital
     "DAT-101": "The data folder or its manifest cannot be used.",
     "DAT-102": "The hospital has no usable case.",
@@ -55,6 +59,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    "DAT-127": "The names do not say which mask belongs to which image.",
+    "DAT-128": "Contours are stored as an RT structure set.",
+    "DAT-129": "The hospital of a case is not known.",
+    # DAT-13x: slices
+    "DAT-130": "The stack of slices does not fit the images.",
     # DAT-16x: formats
     "DAT-160": "A library that reads or writes this format is not installed.",
     "DAT-161": "The DICOM series has a gap.",
@@ -96,6 +105,7 @@ CODES: Final[dict[str, str]] = {
     "MOD-811": "The model's description is not the one that was written with its weights.",
     "MOD-812": "The result cannot be written in the format.",
     "MOD-813": "The list of predictions cannot be read.",
+    "MOD-820": "The model cannot be adapted to the images.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
@@ -145,6 +155,7 @@ CODES: Final[dict[str, str]] = {
     "TRN-302": "The site has no training case.",
     "TRN-311": "The site's images have no neighbouring slices for pairs.",
     "TRN-320": "The method does not fit the network.",
+    "TRN-330": "The model cannot be adapted to the hospital's images.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",
@@ -213,6 +224,19 @@ CODES: Final[dict[str, str]] = {
     "MON-906": "The Grafana server is too old.",
     "MON-907": "Grafana answered with an error.",
     "MON-908": "The file with the token cannot be used.",
+    # PRV-95x, PRV-96x: secure sums
+    "PRV-951": "The site demands a protection that the plan does not have.",
+    "PRV-952": "The setting cannot be combined with secure sums.",
+    "PRV-953": "The secure sum has too few sites; it is not opened.",
+    "PRV-954": "The secure sum and earlier ones together would isolate too few sites.",
+    "PRV-955": "A key of a secure sum is wrong or belongs to another sum.",
+    "PRV-956": "A site or share does not belong to the secure sum.",
+    "PRV-957": "A value is outside the range of the secure sum.",
+    "PRV-958": "The sites do not agree whose numbers are summed, or about which reference.",
+    "PRV-959": "A message of a secure sum is out of turn or repeated.",
+    "PRV-960": "The opened sum is not possible.",
+    "PRV-961": "The masks of a secure sum cannot be removed.",
+    "PRV-962": "A partner's identity is not the one that this site knows.",
 }
 
 

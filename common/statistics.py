@@ -10,7 +10,9 @@ scatter of class k.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +177,22 @@ class ClassStatistics:
             raise ValueError(f"factor: found {factor!r}, expected a finite number of zero or more")
         return ClassStatistics(self.count * factor, self.mean, self.scatter * factor)
 
+    def shrunk(self, patients: npt.ArrayLike) -> ClassStatistics:
+        """Shrink the covariance of each class towards a multiple of the identity (Ledoit and Wolf).
+
+        With P patients and A features, a class with P <= A keeps P / (A + 1) of its covariance; the
+        rest of the trace is spread over all directions. Counts, means and traces stay. The share
+        does not depend on the features, so that it tells nothing about them.
+
+        Args:
+            patients: (K,) patients of each class.
+        """
+        features = self.num_features
+        keep = np.minimum(1.0, np.asarray(patients, np.float64) / (features + 1))
+        trace = np.trace(self.scatter, axis1=1, axis2=2) / features
+        spread = ((1.0 - keep) * trace)[:, None, None] * np.eye(features)
+        return ClassStatistics(self.count, self.mean, keep[:, None, None] * self.scatter + spread)
+
     def weighted_equally(self) -> ClassStatistics:
         """Return the same means and covariances with count 1 for every seen class: equal sites."""
         return ClassStatistics((self.count > 0).astype(np.float64), self.mean, self.covariance)
@@ -266,6 +284,17 @@ def between_site_trace(parts: Sequence[ClassStatistics]) -> Array:
     weight, mean = _weights_and_means(parts)
     centre = np.einsum("sk,ska->ka", weight, mean)
     return np.asarray(np.einsum("sk,ska->k", weight, (mean - centre) ** 2))
+
+
+def between_covariance(parts: Sequence[ClassStatistics]) -> Array:
+    """Return (K, A, A) covariances of the sites' means, sum_s w_s (mu_s - mu)(mu_s - mu)^T.
+
+    Their traces are those of `between_site_trace`; zero for a class that no site has seen.
+    Arguments and errors as there.
+    """
+    _weights_and_means(parts)
+    points = [ClassStatistics(p.count, p.mean, np.zeros_like(p.scatter)) for p in parts]
+    return functools.reduce(operator.add, points).covariance
 
 
 def within_site_trace(parts: Sequence[ClassStatistics]) -> Array:

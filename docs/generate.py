@@ -26,7 +26,7 @@ import pyarrow as pa
 import yaml
 
 from fedsgcg.clients.guard.site_file import SiteFile
-from fedsgcg.clients.methods import METHODS
+from fedsgcg.clients.methods.cards import cards
 from fedsgcg.common.images.formats import DICOM, FORMATS
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.settings.base import bounds_of
@@ -34,10 +34,11 @@ from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, c
 from fedsgcg.common.settings.help import default_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
-from fedsgcg.common.settings.training import MethodSettings
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import CASES_SCHEMA
+from fedsgcg.deploy.cli.methods import cost_text
 from fedsgcg.deploy.coordinator.project import Project
+from fedsgcg.deploy.study.costs import published_costs
 from fedsgcg.server.telemetry.names import METRICS
 
 DOCS: Final = Path(__file__).resolve().parent
@@ -47,9 +48,6 @@ ATTACKS: Final = MATRIX.with_name("attacks.yaml")
 ROW: Final = re.compile(r"Rows? (\d+(?:(?:, | and )\d+)*)[:.]")
 WIDTH: Final = 88
 """Columns of the help texts."""
-
-CARD: Final = ("Formula", "Leaves", "Defaults", "Source")
-"""Parts of a method's docstring that its card shows."""
 
 CELL: Final = {
     "method": "label of the variant: the method, and what the study varies of it",
@@ -139,31 +137,24 @@ def _settings_of(kind: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any,
 
 
 def method_cards() -> str:
-    """Return a table of all methods, and a card of each with its settings."""
-    rows, cards = [], []
-    sections = typing.get_type_hints(MethodSettings)
-    for name, cls in METHODS.items():
-        card = card_of(cls)
-        rows.append((f"[`{name}`](#{name})", card["Idea"], card["Leaves"]))
-        kind = sections.get(name)
-        own = dataclasses.asdict(kind()) if dataclasses.is_dataclass(kind) else {}
-        formula = f"**Formula**: `{card['Formula'].rstrip('.')}`"
-        lines = [formula, *(f"**{label}**: {card[label]}" for label in CARD[1:])]
-        if own:
-            shown = ", ".join(f"`method.{name}.{key}`" for key in own)
-            lines.append(f"**Settings**: {shown}")
-        cards.append("\n\n".join([f"## {name}", card["Idea"], *lines]))
-    return "\n\n".join([_table(("method", "idea", "what leaves the hospital"), rows), *cards])
-
-
-def card_of(cls: type) -> dict[str, str]:
-    """Return the parts of a method's card from its docstring: Idea, Formula, Leaves and so on."""
-    text = inspect.getdoc(cls) or ""
-    card = {"Idea": text.partition("\n")[0]}
-    for label in CARD:
-        found = re.search(rf"^{label}: (.*(?:\n +.*)*)", text, re.MULTILINE)
-        card[label] = re.sub(r"\s+", " ", found[1]) if found else "not stated"
-    return card
+    """Return a table of all methods with their costs, and a card of each with its settings."""
+    rows, parts = [], []
+    costs = published_costs()
+    for card in cards():
+        cost = costs.methods.get(card.name)
+        figures = (f"{cost.step:.2f}", f"{cost.share:.3f}") if cost else ("–", "–")
+        rows.append((f"[`{card.name}`](#{card.name})", card.idea, *figures, card.leaves))
+        lines = [f"**Formula**: `{card.formula.rstrip('.')}`", f"**Leaves**: {card.leaves}"]
+        lines += [f"**Defaults**: {card.defaults}", f"**Source**: {card.source}"]
+        lines.append(f"**Cost**: {cost_text(cost)}.")
+        if card.settings:
+            lines.append("**Settings**: " + ", ".join(f"`{name}`" for name in card.settings))
+        parts.append("\n\n".join([f"## {card.name}", card.idea, *lines]))
+    titles = ("method", "idea", "time of a step", "bytes a round", "what leaves the hospital")
+    note = (
+        f"Time and bytes are relative to `source`. {costs.protocol}. {costs.machine}, {costs.date}."
+    )
+    return "\n\n".join([_table(titles, rows), note, *parts])
 
 
 def groups() -> str:

@@ -25,6 +25,8 @@ from fedsgcg.common.heads import build_trained, state_of, without_heads
 from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
+from fedsgcg.common.settings.adaptation import AMPLITUDE, PROTOTYPES
+from fedsgcg.common.settings.federation import SITE_STATISTICS
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.rules import rule_problems
 from fedsgcg.common.statistics import ClassStatistics
@@ -38,11 +40,14 @@ from fedsgcg.server.aggregation.amplitudes import (
     sharing_level,
     usable_amplitudes,
 )
+from fedsgcg.server.aggregation.domain_pool import with_pool
 from fedsgcg.server.aggregation.fedavg import merge_moments
+from fedsgcg.server.aggregation.moving_average import with_average, without_average
 from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.aggregation.shares import with_bounded_shares
 from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
+from fedsgcg.server.candidates import Candidates
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
@@ -61,8 +66,10 @@ from fedsgcg.server.sites.problems import (
 )
 from fedsgcg.server.sites.replies import (
     Collected,
+    Gathered,
     Row,
     SiteEvaluation,
+    adapted_rows,
     admitted,
     evaluation_rows,
     mean_loss,
@@ -71,6 +78,7 @@ from fedsgcg.server.sites.replies import (
     site_rows,
     stated_rows,
     statistics_of,
+    summed_rows,
     validation_of,
     validation_rows,
 )
@@ -160,6 +168,7 @@ class Federation:
         self._judge = Judge(plan, self._cohort, log, self._note)
         self._requests = SiteRequests(grid, plan, self._cohort, log, self._judge, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
+        self._candidates = Candidates(plan, self._cohort, self._requests, self._memory, self._note)
         self._amplitudes = b""
         self._after_merge: list[Collected] = []  # answers to the last pass after a merge
 
@@ -169,6 +178,10 @@ class Federation:
             self._disk.discard(Path(self._plan.output) / name)
         state = self._start()
         self._judge.start(state.history, state.round + 1)
+        if self._plan.shift == "sites":
+            sharing = self._cohort.of_role("train")
+            less = "method.sgcg.sites=false"
+            check_consent(SITE_STATISTICS, self._cohort.members, sharing, less)
         self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):
             state = self._round(state, number)
@@ -193,6 +206,7 @@ class Federation:
             "error": code,
             "rounds_done": outcome.rounds_done,
             "digest": outcome.digest,
+            "budget": results.budget_of(self._plan),
             "machine": arithmetic_of(self._plan.site.threads),
             "seconds": round(time.monotonic() - start, 3),
             "problems": [results.problem_fields(problem) for problem in outcome.problems],
@@ -270,13 +284,14 @@ class Federation:
         check_consent(level, self._cohort.members, self._cohort.training)
         identity = identity_of(self._plan, 0)
         collected = self._requests.collect(AMPLITUDES, Request(identity))
+        answers = admitted(collected.sites)
         parts, problems = usable_amplitudes(
-            self._plan, [(part.reply.site, part.reply.amplitudes) for part in admitted(collected)]
+            self._plan, [(part.reply.site, part.reply.amplitudes) for part in answers]
         )
         for problem in problems:
             self._note(problem)
         if len(parts) < self._cohort.fewest_admitted:
-            raise quorum_missed(self._plan, collected, self._cohort.fewest_admitted, 0)
+            raise quorum_missed(self._plan, collected.sites, self._cohort.fewest_admitted, 0)
         return merge_amplitudes(self._plan, parts)
 
     def _round(self, state: RoundRecord, number: int) -> RoundRecord:
@@ -289,12 +304,14 @@ class Federation:
         self._judge.start(state.history, number)
         identity = identity_of(self._plan, number)
         parts = state.parts
-        before: list[Collected] = []
+        before = Gathered()
         if self._plan.described_before(number):
             before = self._requests.collect(
-                STATISTICS, Request(identity, state.weights, options={"classes": True})
+                STATISTICS,
+                Request(identity, state.weights, self._reference(parts), options={"classes": True}),
             )
-            parts = self._memory.update(parts, statistics_of(before))
+            parts = self._memory.update(parts, statistics_of(before.parts))
+            state = replace(state, weights=with_pool(state.weights, parts))
         prototypes = self._memory.prototypes(parts)
         added = additions(self._plan.federation.aggregator, state.aggregator_state)
         options = dict(added.options)
@@ -308,27 +325,33 @@ class Federation:
             options,
             self._amplitudes,
             added.control_variates,
+            self._memory.differences(self._plan.shift, parts),
         )
         trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
             return self._void(state, number, trained, before)
-        self._note_classes(number, prototypes, before or trained)
-        merged, aggregator_state = self._merged(state, number, admitted(trained))
-        merged, after = self._recalibrated(identity, merged, admitted(trained))
+        self._note_classes(number, prototypes, before.parts or trained.parts)
+        merged, aggregator_state = self._merged(state, number, admitted(trained.parts))
+        merged, after = self._recalibrated(identity, merged, admitted(trained.sites), parts)
+        aggregator_state = with_average(
+            aggregator_state, state.aggregator_state, merged, self._plan.federation.ema
+        )
         if self._plan.recalibrates and self._too_few(after):
             return self._void(state, number, trained, before, after)
-        described = after if self._plan.described_after_merge else before or trained
-        fresh = statistics_of(described)
-        if not before:
+        described = before.parts or trained.parts
+        fresh = statistics_of(after.parts if self._plan.described_after_merge else described)
+        if not before.sites:
             parts = self._memory.update(parts, fresh)
             prototypes = self._memory.prototypes(parts)
+        merged = with_pool(merged, parts)
         check_finite(number, merged, parts)
-        rows = site_rows(number, trained, before, after) + weight_rows(number, aggregator_state)
+        rows = site_rows(number, trained.sites, before.sites, after.sites)
+        rows += summed_rows(number, trained.parts) + weight_rows(number, aggregator_state)
         if prototypes is not None:
             rows += prototype_rows(
                 self._memory, prototypes, fresh, list(self._plan.data.classes), number
             )
-        score = source_score([validation_of(part.reply) for part in admitted(trained)])
+        score = source_score([validation_of(part.reply) for part in admitted(trained.parts)])
         record = RoundRecord(
             identity=identity,
             weights=merged,
@@ -342,17 +365,27 @@ class Federation:
         record = self._commit(record, rows)
         self._log.emit(
             "round.done",
-            loss=mean_loss(trained),
+            loss=mean_loss(trained.parts),
             validation_dice=score,
             validation_round=number - 1,
         )
         return record
 
-    def _too_few(self, collected: list[Collected]) -> bool:
-        """Whether a round is void: too few admitted answers, or none of a site with labels."""
-        sites = [part.answer.site for part in admitted(collected)]
+    def _too_few(self, collected: Gathered) -> bool:
+        """Whether a round is void.
+
+        Too few answers were admitted, or none of a site with labels, or their sum was not opened.
+        """
+        sites = [part.answer.site for part in admitted(collected.sites)]
         labelled = any(self._plan.role(site) == "train" for site in sites)
-        return len(sites) < self._cohort.fewest_admitted or not labelled
+        missing = len(sites) < self._cohort.fewest_admitted
+        return missing or not labelled or not collected.parts
+
+    def _reference(self, parts: Mapping[str, ClassStatistics]) -> ClassStatistics | None:
+        """Return the common reference of summed statistics; None where none are summed."""
+        if not self._plan.privacy.secure_sums.enabled:
+            return None
+        return self._memory.prototypes(parts)
 
     def _with_a_term(self, number: int) -> list[str] | None:
         """Sites whose loss has a term in a round; None for all of them."""
@@ -361,7 +394,7 @@ class Federation:
         return [site for site in self._cohort.training if self._plan.role(site) == "train"]
 
     def _void(
-        self, state: RoundRecord, number: int, trained: list[Collected], *others: list[Collected]
+        self, state: RoundRecord, number: int, trained: Gathered, *others: Gathered
     ) -> RoundRecord:
         """Commit a round whose answers were rejected: model and memory are the previous ones.
 
@@ -371,12 +404,13 @@ class Federation:
         needed = self._cohort.fewest_admitted
         history = self._judge.finish(number, void=True)
         if history.void_rounds >= VOID_ROUNDS:
-            raise quorum_missed(self._plan, trained, needed, number)
-        found = f"{len(admitted(trained))} admitted"
+            raise quorum_missed(self._plan, trained.sites, needed, number)
+        found = f"{len(admitted(trained.sites))} admitted"
         expected = training_sites(needed)
         self._note(Problem("RND-421", found, expected, where=f"round {number}"))
         record = replace(state, identity=identity_of(self._plan, number), history=history)
-        record = self._commit(record, site_rows(number, trained, *others))
+        described = [other.sites for other in others]
+        record = self._commit(record, site_rows(number, trained.sites, *described))
         self._log.emit("round.void", code="RND-421")
         return record
 
@@ -405,11 +439,15 @@ class Federation:
                 if reply.control_variates is not None
             },
         )
-        return rule(state.weights, parts, state.aggregator_state, context)
+        return rule(state.weights, parts, without_average(state.aggregator_state), context)
 
     def _recalibrated(
-        self, identity: Identity, merged: Weights, trained: list[Collected]
-    ) -> tuple[Weights, list[Collected]]:
+        self,
+        identity: Identity,
+        merged: Weights,
+        trained: list[Collected],
+        parts: Mapping[str, ClassStatistics],
+    ) -> tuple[Weights, Gathered]:
         """Replace the BatchNorm moments of the merged model by pooled ones.
 
         The sites whose weights were merged measure the moments under the merged weights. Nothing is
@@ -419,9 +457,9 @@ class Federation:
             The model, and the answers, which also hold the class statistics of `memory=restart`.
         """
         if not self._plan.recalibrates:
-            return merged, []
+            return merged, Gathered()
         options = {"moments": True, "classes": self._plan.described_after_merge}
-        request = Request(identity, merged, options=options)
+        request = Request(identity, merged, self._reference(parts), options=options)
         # A site that missed the deadline or was rejected is not asked again in this round.
         collected = self._requests.collect(
             STATISTICS, request, {part.answer.site for part in trained}
@@ -429,8 +467,11 @@ class Federation:
         if self._too_few(collected):
             return merged, collected
         federation = self._plan.federation
-        moments = merge_moments(moments_of(collected), federation.weighting, federation.most_share)
-        self._after_merge = collected
+        weighting, most_share = federation.weighting, federation.most_share
+        if self._plan.privacy.secure_sums.enabled:
+            weighting = "samples"  # the sum has the sites' weights already
+        moments = merge_moments(moments_of(collected.parts), weighting, most_share)
+        self._after_merge = collected.parts
         return moments.put_into(merged), collected
 
     def _note_classes(
@@ -460,7 +501,9 @@ class Federation:
         elif plan.federation.selection == "source_validation":
             self._note(Problem("RND-405", where="source validation", action=NO_VALIDATION))
         rows = self._journal.rows() + validation_rows(last + 1, validation)
-        prototypes, shift = self._prototypes_of(chosen)
+        chosen, tried = self._candidates.choose(state, chosen)
+        rows += tried
+        prototypes, shift, chosen = self._prototypes_of(chosen)
         rows += shift
         chosen = replace(chosen, weights=without_heads(chosen.weights))
         results.write_rounds(self._disk, plan, rows)
@@ -477,6 +520,7 @@ class Federation:
         results.write_model(self._disk, plan, chosen.weights, card)
         tested = self._test(chosen)
         rows = rows + evaluation_rows(plan, chosen.round, tested, rows)
+        rows += self._test_adapted(chosen, prototypes)
         if not plan.heldout:
             if chosen.round != last:
                 validation = self._requests.evaluate(
@@ -488,7 +532,7 @@ class Federation:
         results.write_results(self._disk, plan, [row for part in tested for row in part.cases])
         return chosen.weights.digest()
 
-    def _prototypes_of(self, chosen: Best) -> tuple[ClassStatistics | None, list[Row]]:
+    def _prototypes_of(self, chosen: Best) -> tuple[ClassStatistics | None, list[Row], Best]:
         """Collect class statistics of the selected model with BatchNorm in evaluation mode.
 
         The prototypes used in training belong to an earlier model or to BatchNorm's training mode;
@@ -497,23 +541,23 @@ class Federation:
         moments would normalise every site by its own data.
 
         Returns:
-            The prototypes and the rows of their domain shift; None and no row for a method without
-            class statistics.
+            The prototypes, the rows of their domain shift, and the model, whose pool of domain
+            knowledge (`dofe`) is measured with it; None and no row for a method without class
+            statistics.
         """
         if not self._plan.method.statistics:
-            return None, []
+            return None, [], chosen
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}
-        fresh = statistics_of(
-            self._requests.collect(STATISTICS, Request(identity, chosen.weights, options=options))
-        )
+        request = Request(identity, chosen.weights, options=options)
+        fresh = statistics_of(self._requests.collect(STATISTICS, request).parts)
         if not fresh:
             self._note(Problem("STA-214", where="the selected model"))
-            return None, []
+            return None, [], chosen
         prototypes = self._memory.merged(fresh)
         check_finite(chosen.round, chosen.weights, {"": prototypes})
         rows = shift_rows(self._memory, fresh, list(self._plan.data.classes), chosen.round)
-        return prototypes, rows
+        return prototypes, rows, replace(chosen, weights=with_pool(chosen.weights, dict(fresh)))
 
     def _trained(self, rows: list[Row]) -> list[str]:
         """Sites that the model learned from, including those that trained before they left."""
@@ -543,6 +587,29 @@ class Federation:
             event = "heldout.done" if part.site == heldout else "observer.done"
             self._log.emit(event, site=part.site, dice=part.dice)
         return tested
+
+    def _test_adapted(self, chosen: Best, prototypes: ClassStatistics | None) -> list[Row]:
+        """Have the model evaluated again after its adaptation to each hospital's own images.
+
+        The cases are written to a file of their own, so that no table can take them for results
+        without the hospital's images. A missing answer is a note.
+        """
+        found: list[Row] = []
+        rows: list[Row] = []
+        for way in self._plan.adapt.by:
+            tested = self._requests.evaluate(
+                "test",
+                self._cohort.tested,
+                chosen.weights,
+                chosen.round,
+                adapt=way,
+                prototypes=prototypes if way == PROTOTYPES else None,
+                amplitudes=self._amplitudes if way == AMPLITUDE else b"",
+            )
+            rows += adapted_rows(chosen.round, way, tested)
+            found += [{**case, "adapt": way} for part in tested for case in part.cases]
+        results.write_adapted(self._disk, self._plan, found)
+        return rows
 
     def _heldout_curve(self, record: RoundRecord) -> list[Row]:
         """Evaluate at the held-out site for the learning curve only, never for selection."""

@@ -12,12 +12,23 @@ from collections.abc import Iterable, Sequence
 from fedsgcg.common.errors import fail
 from fedsgcg.common.settings.federation import TRAINING
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import AMPLITUDES, STATISTICS, TRAIN
+from fedsgcg.common.wire.messages import (
+    AMPLITUDES,
+    STATISTICS,
+    SUM_CHECK,
+    SUM_KEYS,
+    SUM_OPEN,
+    SUM_SHARES,
+    TRAIN,
+)
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.server.records.checkpoint import Best
 
-CONTRIBUTING = (TRAIN, STATISTICS, AMPLITUDES)
-"""Message types whose replies contribute to the global model."""
+CONTRIBUTING = (
+    *(TRAIN, STATISTICS, AMPLITUDES),
+    *(SUM_KEYS, SUM_SHARES, SUM_CHECK, SUM_OPEN),
+)
+"""Message types whose replies contribute to the global model, or to the sum that does."""
 
 
 def guard_recipients(plan: Plan, message_type: str, sites: Iterable[str]) -> None:

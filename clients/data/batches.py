@@ -179,6 +179,18 @@ def steps_of(tables: Sequence[Sized], settings: MethodSettings) -> int:
     )
 
 
+def slices_in(tables: Sequence[Sized], settings: MethodSettings, steps: int) -> int:
+    """Return how many slices the first `steps` batches of a round have together."""
+    sizes = domain_sizes(settings, len(tables))
+    return sum(_taken(len(table), size, steps) for table, size in zip(tables, sizes, strict=True))
+
+
+def _taken(slices: int, size: int, steps: int) -> int:
+    """Return the number of slices in the first batches of a domain, pass after pass."""
+    passes, rest = divmod(steps, _steps(slices, size))
+    return passes * slices + rest * min(size, slices)
+
+
 def _steps(slices: int, size: int) -> int:
     """Return the number of batches that `batch_indices` returns."""
     full, rest = divmod(slices, size)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,6 +45,8 @@ IGNORED = 255  # label of a pixel without a class
 # Shares of a pixel that differ by less count as equal. This is far above the rounding error of
 # float64, so that all machines agree.
 TIE = 1e-9
+FLAT_FLOOR = 0.01
+"""Smallest value before the logarithm of `flattened`, as a share of the range."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
             action=action,
         )
     pixels = image.array[None] if image.is_picture else image.array[:, None]
+    if data.intensity == "flat":
+        pixels = flattened(pixels, data.flat_sigma / data.image_size)
     scaled = scale_intensity(pixels, data.intensity)
     frame = frame_of(truth.shape[1:], data, image.millimetres)
     small = frame.put(resize(scaled, frame.size), -1)
@@ -194,11 +199,11 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
         mode: The values that map to -1 and 1. `percentile`: the 1st and 99th percentile; `minmax`:
             the extremes; `zscore`: the mean minus and plus three standard deviations; `fixed`: 0
             and 255. For nearly constant images, whose percentiles are equal, `percentile` falls
-            back to the extremes.
+            back to the extremes. `flat`, of values that were flattened: as `percentile`.
     """
     values = array.astype(np.float64)
     low, high = (0.0, 255.0) if mode == "fixed" else (float(values.min()), float(values.max()))
-    if mode == "percentile":
+    if mode in ("percentile", "flat"):
         inner_low, inner_high = (float(value) for value in np.percentile(values, (1, 99)))
         if inner_high > inner_low:
             low, high = inner_low, inner_high
@@ -206,6 +211,30 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
         centre, reach = float(values.mean()), 3 * float(values.std())
         low, high = centre - reach, centre + reach
     return np.clip((values - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
+
+
+def flattened(pixels: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """Return the logarithm of an image minus its Gaussian blur in each slice.
+
+    The values are cut off at their 1st and 99th percentile. A constant factor does not change the
+    result, and a factor that varies slowly over a slice hardly does. Values that are not positive
+    have no logarithm, so the smallest is raised to a hundredth of the range. At the edge of a slice
+    the image is mirrored.
+
+    Args:
+        pixels: (Z, C, Y, X), finite and not constant.
+        sigma: Standard deviation of the blur as a share of the height and of the width.
+    """
+    values = pixels.astype(np.float64)
+    low, high = (float(value) for value in np.percentile(values, (1, 99)))
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    floor = FLAT_FLOOR * (high - low)
+    clipped = np.clip(values, low, high) + max(floor - low, 0.0)
+    logarithm = np.log(clipped)
+    widths = (0, 0, sigma * pixels.shape[-2], sigma * pixels.shape[-1])
+    blurred = ndimage.gaussian_filter(logarithm, widths, mode="reflect")
+    return np.asarray(logarithm - blurred, np.float32)
 
 
 def resize(slices: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -307,7 +336,7 @@ def read_truth(
     """
     groups = data.structure_classes()
     if structures:
-        inside = np.stack([_binary(path, image, where) for path in masks])
+        inside = np.stack([read_binary(path, image, where) for path in masks])
         return class_map(Layers(tuple(structures), inside), data.classes, groups, where)
     (path,) = masks
     if (segments := segments_of(path, image)) is not None:
@@ -317,8 +346,12 @@ def read_truth(
     return class_indices(mask.array, data.classes, where, data.label_tolerance)
 
 
-def _binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
-    """Read the mask of one structure: 0 outside and one other value inside."""
+def read_binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
+    """Read the mask of one structure on its image's grid: 0 outside and one other value inside.
+
+    Raises:
+        FedsgcgError: DAT-103 to DAT-106, DAT-116 or DAT-165 for a mask that cannot be used.
+    """
     mask = read_volume(path, mask=True)
     check_geometry(image, mask, where)
     values = np.unique(mask.array)

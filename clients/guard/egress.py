@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from fedsgcg.clients.guard import ledger
 from fedsgcg.clients.guard.policy import check_sharing
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.images.contents import CONTENT_HASHES, IMAGE_SUMMARY
-from fedsgcg.common.settings.federation import PrivacySettings
+from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import Reply, encode_reply, payload_bytes
 from fedsgcg.common.wire.payload import Identity
@@ -49,6 +49,7 @@ def release(
     sharing: tuple[str, ...] | None = None,
     note: str = "",
     key: Path | None = None,
+    mask: Callable[[Reply], Reply] | None = None,
 ) -> RecordDict:
     """Apply the floors, write the ledger line, and return what may leave.
 
@@ -65,6 +66,8 @@ def release(
         note: Remark for the site's own ledger; never leaves the site.
         key: The site's private key: the ledger's head is signed with it and sent with the reply,
             so that the coordinator can countersign it. None in a simulation.
+        mask: Masks the reply of a secure sum after the floors; what it then contains has to be
+            shared all the same.
 
     Raises:
         FedsgcgError: POL-704 for a part that the site does not share, SITE-501 when the ledger
@@ -77,6 +80,10 @@ def release(
         kept, hidden = apply_floors(reply.statistics, patients, privacy, pixels)
         withheld = [classes[index] for index in hidden]
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
+    if mask is not None:
+        summed = ("weights", "statistics", "moments", "control_variates")
+        check_sharing(dict.fromkeys(_present(reply, summed), 0), sharing)
+        reply = mask(reply)
     records = encode_reply(reply)
     parts = payload_bytes(records)
     for name in (CONTENT_HASHES, IMAGE_SUMMARY):
@@ -97,6 +104,10 @@ def release(
     if key is not None:
         head.attach(records)
     return records
+
+
+def _present(reply: Reply, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(reply, name) is not None]
 
 
 def release_error(
@@ -149,7 +160,7 @@ def apply_floors(
     privacy: PrivacySettings,
     pixels: npt.NDArray[np.int64] | None = None,
 ) -> tuple[ClassStatistics, list[int]]:
-    """Withhold every class with too few pixels or patients.
+    """Withhold every class with too few pixels or patients, and shrink those of few patients.
 
     See "What leaves a hospital" in docs/explanation/privacy.md.
 
@@ -161,6 +172,8 @@ def apply_floors(
         The statistics that may leave, and the indices of the withheld classes (unseen ones are not
         withheld).
     """
+    if privacy.shrinkage:
+        statistics = statistics.shrunk(patients)
     distinct = statistics.count if pixels is None else np.minimum(statistics.count, pixels)
     low = (distinct < privacy.min_pixels) | (patients < privacy.min_patients)
     kept = ClassStatistics(

@@ -95,6 +95,8 @@ def _sample(plan: Plan) -> dict[str, Any]:
     for name in SETTINGS:
         section, _, key = name.partition(".")
         found[name] = tree[section][key]
+    if plan.data.intensity == "flat":
+        found["data.flat_sigma"] = plan.data.flat_sigma
     return found
 
 

@@ -20,12 +20,14 @@ from fedsgcg.clients.guard.site_file import CONTROL_VARIATES, SiteFile, read_sit
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.compose import FOLDERS, compose
-from fedsgcg.common.settings.federation import SHARES, PrivacySettings
+from fedsgcg.common.settings.federation import CONSENTS, SHARES, SITE_STATISTICS
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.privacy import PrivacySettings
 
 NODE_KEY = "site-file"
-ALWAYS_LEAVES = ("text", "metrics", "cases")
-"""Parts of a reply that need no consent: identity and codes, metrics, results under aliases."""
+ALWAYS_LEAVES = ("text", "metrics", "cases", "masked")
+"""Parts of a reply that need no consent: identity and codes, metrics, results under aliases, and
+masked numbers, for whose contents `clients.guard.egress` checks it."""
 IGNORED = (*FOLDERS, "data.validation_fraction", "data.split")
 """Settings of a plan for which a site always uses its own value."""
 
@@ -59,7 +61,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
         FedsgcgError: All refusals at once. POL-702 for a data folder outside the site's own,
             POL-703 for settings that the coordinator may not set, POL-704 when the method needs a
             part that may not leave, POL-706 for a class from outside the approved code, POL-707 for
-            a setting beyond a limit of the site.
+            a setting beyond a limit of the site, PRV-951 without a protection that it demands.
     """
     if policy is None:
         return plan
@@ -73,7 +75,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
             validation_fraction=policy.validation_fraction,
             split="share",
         ),
-        privacy=effective_floors(plan.privacy, policy),
+        privacy=effective_floors(plan.privacy, policy, plan.network.num_features),
         site=replace(
             plan.site, **{**_own(policy), "roles": policy.roles, "shares": _shares(policy)}
         ),
@@ -95,6 +97,22 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
     yield from _not_allowed(plan, policy)
     yield from beyond_limits(plan, policy)
+    if "secure_sums" in policy.demands and not plan.privacy.secure_sums.enabled:
+        yield Problem(
+            "PRV-951",
+            "privacy.secure_sums.enabled=false",
+            "secure_sums, which demands of site.yaml name",
+            "set privacy=secure_sums",
+            "privacy.secure_sums.enabled",
+        )
+    if "shrinkage" in policy.demands and not plan.privacy.shrinkage:
+        yield Problem(
+            "PRV-951",
+            "privacy.shrinkage=false",
+            "shrinkage, which demands of site.yaml name",
+            "set privacy.shrinkage=true",
+            "privacy.shrinkage",
+        )
     for where, section in (("method", plan.method), ("network", plan.network)):
         if section.is_own and not is_bundled(section.name) and section.name not in policy.code:
             allowed = ", ".join(policy.code) or "nothing"
@@ -104,13 +122,22 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
                 "its site.yaml"
             )
             yield Problem("POL-706", section.name, expected, action, f"{where}.name")
-    scaffold = plan.federation.aggregator == "scaffold" and plan.role(policy.site) == "train"
+    scaffold = plan.federation.aggregator == "scaffold" and plan.trains(policy.site)
     if scaffold and CONTROL_VARIATES not in policy.sharing:
         expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
         action = (
             "set another federation.aggregator, or have the site add control_variates to sharing"
         )
         found = "an aggregation rule that needs the site's mean gradient"
+        yield Problem("POL-704", found, expected, action, "sharing")
+    passed_on = plan.shift == "sites" and plan.role(policy.site) == "train"
+    if passed_on and SITE_STATISTICS not in policy.sharing:
+        expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
+        action = (
+            f"set method.sgcg.sites=false, or have the site add {SITE_STATISTICS} to sharing in "
+            "its site.yaml"
+        )
+        found = "a method that sends this site's class statistics to the other sites"
         yield Problem("POL-704", found, expected, action, "sharing")
     if (
         plan.method.statistics
@@ -126,12 +153,19 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         )
 
 
-def effective_floors(requested: PrivacySettings, policy: SiteFile) -> PrivacySettings:
-    """Return the effective floors: the larger of the coordinator's and the site's for each."""
+def effective_floors(
+    requested: PrivacySettings, policy: SiteFile, features: int
+) -> PrivacySettings:
+    """Return the effective floors: the larger of the coordinator's and the site's for each.
+
+    A class needs more pixels than features in any case: the scatter matrix of fewer spans them.
+    """
+    sums = requested.secure_sums
     return replace(
         requested,
         min_patients=max(requested.min_patients, policy.patient_floor),
-        min_pixels=max(requested.min_pixels, policy.min_pixels),
+        min_pixels=max(requested.min_pixels, policy.min_pixels, features + 1),
+        secure_sums=replace(sums, fewest_sites=max(sums.fewest_sites, policy.sum_sites)),
     )
 
 
@@ -223,7 +257,7 @@ def _own(policy: SiteFile) -> dict[str, Any]:
 
 def _shares(policy: SiteFile) -> tuple[str, ...]:
     """Return what the site agrees to send besides weights and class statistics."""
-    return tuple(name for name in policy.sharing if name in SHARES.values())
+    return tuple(name for name in policy.sharing if name in CONSENTS)
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from typing import Any, Final
 from fedsgcg.clients.data.store import CaseStore, fingerprint
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.system import lock
+from fedsgcg.common.secure_sums.history import check_sums
 
 FILE: Final = "releases.jsonl"
 TRAINING: Final = "training"
@@ -153,6 +154,42 @@ def spend(home: Path, kind: str, request: str, budget: int) -> None:
         log.append({"counts": kind, "request": request})
 
 
+def check_session(home: Path, session: str) -> None:
+    """Refuse a secure sum whose identifier was used before; raises PRV-959, SITE-501."""
+    with _Log(home / FILE) as log:
+        _refuse_repeated(log, session)
+
+
+def remember_sum(
+    home: Path, session: str, reference: str, sites: Collection[str], fewest: int
+) -> None:
+    """Record a secure sum before this site gives its shares; refuse one that isolates few sites.
+
+    Args:
+        home: The site's folder.
+        session: Identifier of the sum.
+        reference: Digest of what is summed (`common.secure_sums.history`).
+        sites: The sites whose numbers are summed.
+        fewest: Fewest sites that a group may have.
+
+    Raises:
+        FedsgcgError: PRV-954 for a sum that, with earlier ones of the same reference, isolates
+            fewer; PRV-959 for one that was opened before; SITE-501 when the list cannot be read or
+            written.
+    """
+    with _Log(home / FILE) as log:
+        _refuse_repeated(log, session)
+        check_sums(
+            (line["sites"] for line in log.lines if line.get("sum") == reference), sites, fewest
+        )
+        log.append({"sum": reference, "session": session, "sites": sorted(sites)})
+
+
+def _refuse_repeated(log: _Log, session: str) -> None:
+    if any(line.get("session") == session for line in log.lines):
+        raise fail("PRV-959", found="a sum that this site has opened", expected="a new sum")
+
+
 def refused_sample(kind: str, floor: int) -> FedsgcgError:
     """Return the error for a sample that was not accepted."""
     return fail(
@@ -235,6 +272,8 @@ def _checked(line: Any) -> dict[str, Any]:
     """Return a line with the fields that it must have."""
     if "sample" in line:
         return {**line, "key": str(line["key"]), "members": _texts(line["members"])}
+    if "sum" in line:
+        return {**line, "session": str(line["session"]), "sites": _texts(line["sites"])}
     return {**line, "counts": str(line["counts"]), "request": str(line["request"])}
 
 

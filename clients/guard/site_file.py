@@ -8,7 +8,7 @@ can be moved.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,7 +17,8 @@ from fedsgcg.common.files.system import expand
 from fedsgcg.common.images.contents import CONTENT_HASHES, IMAGE_SUMMARY
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.choices import is_import_path
-from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.federation import ROLES, SITE_STATISTICS
+from fedsgcg.common.settings.privacy import FEWEST_SITES
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
@@ -27,12 +28,14 @@ CASE_CONSENT: Final = {"test": "heldout_cases", "validation": "training_cases"}
 CONTROL_VARIATES: Final = "control_variates"
 """Record of SCAFFOLD's control variates in a message (`common.wire.messages.CONTROL`)."""
 SHARED_BY_CONSENT: Final = (
-    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES, IMAGE_SUMMARY),
+    *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
+    *(SITE_STATISTICS, IMAGE_SUMMARY),
     *CASE_CONSENT.values(),
 )
 MAY_SET: Final = (
     *("seed", "heldout", "observers", "unlabelled", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
+    "adapt.*",
 )
 """Settings that the coordinator may set by default; never `data.root` and `site.*`."""
 
@@ -45,6 +48,9 @@ NEVER_SET: Final = (
     "site.device",
     "site.threads",
 )
+DEMANDS: Final = ("secure_sums", "shrinkage")
+"""Protections that a site can demand."""
+FINGERPRINT: Final = re.compile(r"[0-9A-F]{2}(:[0-9A-F]{2}){15}")
 PATHS: Final = ("ca", "key", "data_root", "home", "cache", "approved")
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,62}")
 """Allowed names of sites and projects: they become folders, settings and certificate subjects."""
@@ -71,21 +77,33 @@ class SiteFile(Section):
             installed code is not checked again.
         roles: Roles this hospital accepts.
         sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
-            `control_variates`, `heldout_cases`, `training_cases`, `content_hashes` and
-            `image_summary` only if the hospital adds them here. `control_variates` is the mean
-            gradient of a round, for `federation.aggregator=scaffold`. `heldout_cases` and
-            `training_cases` are the results of single cases under an alias, where this hospital is
-            held out or observes, and of its validation cases; without them mean, standard deviation
-            and number of cases leave, rounded. `content_hashes` are salted hashes of the images.
-            With them the coordinator finds images that two hospitals share, and can check whether
-            this hospital has an image that the coordinator itself has; no image can be
-            reconstructed from them. `image_summary` are medians and quartiles of size, voxel size
-            and values of the training images (docs/explanation/plan.md).
+            `control_variates`, `site_statistics`, `heldout_cases`, `training_cases`,
+            `content_hashes` and `image_summary` only if the hospital adds them here.
+            `site_statistics` lets the coordinator send this hospital's class statistics on to the
+            other hospitals, for `method.sgcg.sites`. `control_variates` is the mean gradient of a
+            round, for `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are
+            the results of single cases under an alias, where this hospital is held out or observes,
+            and of its validation cases; without them mean, standard deviation and number of cases
+            leave, rounded. `content_hashes` are salted hashes of the images. With them the
+            coordinator finds images that two hospitals share, and can check whether this hospital
+            has an image that the coordinator itself has; no image can be reconstructed from them.
+            `image_summary` are medians and quartiles of size, voxel size and values of the training
+            images (docs/explanation/plan.md).
         patient_floor: Fewest patients that any figure covers: a class, a validation or test result,
             a round of training, and the difference of any two of them. The larger of this and the
             plan's floor applies.
         min_pixels: A class with fewer pixels is withheld; the larger of this and the plan's floor
             applies.
+        demands: Protections that this hospital demands; a request without one is refused
+            (PRV-951). `secure_sums`: its weights and statistics leave only as masked numbers,
+            of which the coordinator sees the sum over several hospitals. `shrinkage`: the
+            covariance of a class of few patients leaves shrunk (`privacy.shrinkage`).
+        sum_sites: Fewest hospitals of a secure sum in which this one takes part; the larger of this
+            and the plan's `privacy.secure_sums.fewest_sites` applies.
+        partners: Name -> fingerprint of the key of each hospital with which this one computes
+            secure sums, as `fedsgcg-site request` shows it there. A hospital that is not listed, or
+            has another key, is refused (PRV-962). Empty: the keys of the first sum are believed and
+            kept (`partners.json` in `home`).
         validation_fraction: Share of this hospital's patients that is kept for validation; replaces
             the coordinator's. Which patients these are depends on a secret of this hospital, unless
             `manifest.csv` states the splits.
@@ -131,6 +149,9 @@ class SiteFile(Section):
     sharing: tuple[str, ...] = SHARED_BY_DEFAULT
     patient_floor: int = 2
     min_pixels: int = 1000
+    demands: tuple[str, ...] = ()
+    sum_sites: int = FEWEST_SITES
+    partners: dict[str, str] = field(default_factory=dict)
     validation_fraction: float = 0.2
     round_slices: int = 8
     releases: int = 50_000
@@ -173,6 +194,10 @@ class SiteFile(Section):
         yield set(self.sharing) <= set(known), "sharing", " | ".join(known)
         yield self.patient_floor >= 1, "patient_floor", "1 or more"
         yield self.min_pixels >= 1, "min_pixels", "1 or more"
+        yield set(self.demands) <= set(DEMANDS), "demands", " | ".join(DEMANDS)
+        yield self.sum_sites >= FEWEST_SITES, "sum_sites", f"{FEWEST_SITES} or more"
+        shown = all(FINGERPRINT.fullmatch(text) for text in self.partners.values())
+        yield shown, "partners", "name: fingerprint, 16 pairs of digits such as 0A:1B:..."
         for name in ("round_slices", "releases", "evaluations"):
             yield getattr(self, name) >= 1, name, "1 or more"
         fraction = self.validation_fraction

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from fedsgcg.clients.methods.base import Loss, Source, View
 from fedsgcg.clients.methods.bigaug import BigAug
+from fedsgcg.clients.methods.dofe import Dofe
 from fedsgcg.clients.methods.elcfs import Elcfs
 from fedsgcg.clients.methods.feature_style import Dsu, MixStyle
 from fedsgcg.clients.methods.fedproto import FedProto
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Source]] = {
     "bigaug": BigAug,
     "gin": Gin,
     "trid": Trid,
+    "dofe": Dofe,
 }
 
 

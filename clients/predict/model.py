@@ -16,7 +16,7 @@ from torch import nn
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.seals import digest_of
 from fedsgcg.common.images.read import KINDS, PICTURE
-from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.networks import build_network
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.compose import build
 from fedsgcg.common.settings.plan import DataSettings, NetworkSettings
@@ -209,7 +209,7 @@ def _network(
             found=found,
             action="Use the fedsgcg release that wrote the model.",
         )
-    wanted = {"in_channels": IN_CHANNELS, "out_channels": data.out_channels}
+    wanted = {"in_channels": data.in_channels, "out_channels": data.out_channels}
     if channels != wanted:
         found = ", ".join(f"{name} {number}" for name, number in channels.items())
         expected = ", ".join(f"{name} {number}" for name, number in wanted.items())

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.data.frame import frame_of
 from fedsgcg.clients.data.slices import to_slices
 from fedsgcg.clients.data.store import SliceTable
@@ -25,7 +26,6 @@ from fedsgcg.clients.evaluation import (
     post_process,
     structures_from_logits,
 )
-from fedsgcg.clients.predict.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import Volume, check_image, read_volume
@@ -87,14 +87,18 @@ class Predictor:
     probability: bool = False
     gaussians: Gaussians | None = None
 
-    def predict(self, path: Path) -> Prediction:
+    def predict(self, path: Path, series: str = "") -> Prediction:
         """Read and predict one image file.
+
+        Args:
+            path: The file, or the folder of a DICOM series.
+            series: Number or description of the series in a folder with several.
 
         Raises:
             FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an unusable image,
                 MOD-806 for a kind of image that the model was not trained on.
         """
-        volume = read_volume(path)
+        volume = read_volume(path, series=series)
         if volume.kind not in self.model.kinds:
             expected = " or ".join(self.model.kinds)
             action = (

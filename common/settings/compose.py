@@ -35,7 +35,7 @@ from fedsgcg.common.settings.choices import (
 )
 from fedsgcg.common.settings.defaults import typed_defaults
 from fedsgcg.common.settings.hints import meant, nearest, wrong_choice
-from fedsgcg.common.settings.resolve import resolve_own_code
+from fedsgcg.common.settings.resolve import resolve_domains, resolve_own_code
 
 __all__ = ["GROUPS", "build", "choices_of", "compose", "join", "nearest"]
 
@@ -108,6 +108,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
             key, _, value = text.partition("=")
             _set(tree, f"{key}.name" if key in CLASSES else key, _direct_value(key, value))
     resolve_own_code(tree)
+    resolve_domains(tree)
     return tree
 
 

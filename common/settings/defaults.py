@@ -12,7 +12,7 @@ from typing import Any, Final
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
 
-NOT_SETTINGS: Final = ("label", "setting", "chosen")
+NOT_SETTINGS: Final = ("label", "setting", "chosen", "planned_steps", "planned_slices")
 """Fields of a plan that a study fills in; a user cannot set them."""
 
 

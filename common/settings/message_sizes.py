@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Final
 
+from fedsgcg.common.names import MAX_CLASSES
 from fedsgcg.common.settings.federation import SHARES
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.amplitudes import MAX_BYTES
@@ -15,18 +16,22 @@ from fedsgcg.common.wire.sizes import MAX_WEIGHTS, Sizes
 MAX_SITES: Final = 100
 """Hospitals of a federation whose sites are not listed in the plan."""
 
+MOST_CHANNELS: Final = 2**20
+"""Moments of BatchNorm layers, counters and figures of a secure sum."""
+
 CHANNELS: Final = 3
 """Channels of every training slice: colours, or a slice and its neighbours."""
 
 
 def reply_sizes(plan: Plan, weights: int = MAX_WEIGHTS) -> Sizes:
     """Return the sizes of a site's reply to a request with a model of so many values."""
-    return replace(_sizes(plan, 1, weights), codec=plan.federation.codec)
+    return replace(_sizes(plan, 1, weights, 0), codec=plan.federation.codec)
 
 
 def request_sizes(plan: Plan) -> Sizes:
     """Return the sizes of the coordinator's request, which may hold amplitudes of all sites."""
-    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS)
+    shift = {"": 0, "between": plan.data.num_classes, "sites": MAX_CLASSES}[plan.shift]
+    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS, shift)
 
 
 def amplitude_bytes(plan: Plan, sites: int) -> int:
@@ -43,6 +48,16 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
     return min(MAX_BYTES, HEAD_BYTES + images * (4 * window * CHANNELS + 128))
 
 
-def _sizes(plan: Plan, sites: int, weights: int) -> Sizes:
+def _sizes(plan: Plan, sites: int, weights: int, shift: int) -> Sizes:
     shape = (plan.data.num_classes, plan.network.num_features)
-    return Sizes(shape, len(plan.data.structures), amplitude_bytes(plan, sites), weights)
+    structures, amplitudes = len(plan.data.structures), amplitude_bytes(plan, sites)
+    masked = _masked(plan, weights)
+    return Sizes(shape, structures, amplitudes, weights, shift=shift, masked=masked)
+
+
+def _masked(plan: Plan, weights: int) -> int:
+    """Return the numbers of a site in a secure sum; 0 if the plan has none."""
+    if not plan.privacy.secure_sums.enabled:
+        return 0
+    features = plan.network.num_features
+    return weights + plan.data.num_classes * features * (features + 3) + MOST_CHANNELS

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, NamedTuple
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, Literal, NamedTuple
 
+from fedsgcg.common.names import MAX_CLASSES
+from fedsgcg.common.settings.adaptation import AMPLITUDE, BATCHNORM, PROTOTYPES, AdaptSettings
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.build import build
 from fedsgcg.common.settings.data import AugmentationSettings, DataSettings
@@ -20,10 +22,11 @@ from fedsgcg.common.settings.federation import (
     SHARES,
     TRAINING,
     FederationSettings,
-    PrivacySettings,
     SiteSettings,
 )
+from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.settings.training import (
+    DOMAINS,
     METHOD_NAMES,
     NETWORK_NAMES,
     MethodSettings,
@@ -53,7 +56,10 @@ __all__ = [
 ]
 
 
-NOT_DECISIVE: Final = ("site", "run", "output", "label", "setting", "chosen")
+NOT_DECISIVE: Final = (
+    *("site", "run", "output", "label", "setting", "chosen"),
+    *("budget", "planned_steps", "planned_slices"),
+)
 """Fields of a plan that do not affect the outcome, or only repeat other settings."""
 
 
@@ -69,8 +75,17 @@ class Terms(NamedTuple):
     contrastive: bool
 
 
+ALONE: Final = {
+    "moon": "the previous model of a client alone is the one it receives",
+    "dofe": "its pool has a place for each client, and a client alone fills only one",
+}
+"""Method -> why it needs several clients."""
 USES: Final = {"contrast": "unlabelled", "leave_out": "observer", "labels": "train"}
 """`method.unlabelled` -> role of the hospitals without labels."""
+SGCG: Final = ("sgcg", "ram_sgcg")
+SGCG_NAMES: Final = " or ".join(SGCG)
+PER_SITE: Final = ("restart", "lagged", "cumulative", "discount")
+"""Values of `prototypes.memory` with which the coordinator has constant statistics of each site."""
 MOST_INPUTS: Final = 16_384
 """Most inputs of the first fully connected layer of SegCLR's projection head."""
 
@@ -92,6 +107,16 @@ class Plan(Section):
         setting: What the study varies here besides method, held-out hospital and seed, e.g.
             `prototypes.weight=0.5`.
         chosen: Settings that this fold's source hospitals chose (`select`), in the same form.
+        budget: What the cells of a study have in common, so that pooled, local and federated
+            training can be compared: the number of `rounds` and passes; the `steps` that the
+            optimiser takes one after the other, in a federation at the hospital with most of them;
+            or the `slices` that all hospitals together train on. The measure is the federation of
+            all training hospitals with these settings; `pooled` and `local` get as many steps per
+            round as match it.
+        planned_steps: Steps one after the other over all rounds, derived from the budget before
+            training; 0 if the budget is the number of rounds.
+        planned_slices: Slices that all hospitals train on over all rounds, likewise.
+        adapt: Further evaluations, adapted to the held-out hospital's own images.
     """
 
     data: DataSettings
@@ -110,18 +135,26 @@ class Plan(Section):
     label: str = ""
     setting: str = ""
     chosen: str = ""
+    budget: Literal["rounds", "steps", "slices"] = "rounds"
+    planned_steps: int = 0
+    planned_slices: int = 0
+    adapt: AdaptSettings = field(default_factory=AdaptSettings)
 
     def checks(self) -> Checks:
         """The sections are compatible with each other."""
         mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
+        styled = "style" not in self.prototypes.views or self.method.name in SGCG
+        yield styled or not self.method.contrasts, "prototypes.views", f"style with {SGCG_NAMES}"
+        yield from self._shift_checks()
+        yield from self._adapt_checks()
         restores = self.method.restores
         expected = "0 with a network by import path: the restoration decoder belongs to the U-Net"
         yield not (restores and self.network.is_own), "method.ram.restoration", expected
         pooled = self.federation.ownership == "pooled"
         yield from self._segclr_checks()
         yield (
-            not pooled or self.method.ram.sharing == "local",
+            not (pooled and self.method.mixes) or self.method.ram.sharing == "local",
             "method.ram.sharing",
             "local with federation=pooled",
         )
@@ -136,6 +169,38 @@ class Plan(Section):
         yield not trims, "prototypes.trimmed", expected
         expected = f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         yield not own_part, "prototypes.weighting", expected
+
+    def _shift_checks(self) -> Checks:
+        """The coordinator has the statistics of each site where a method needs their differences.
+
+        A sum over all sites does not contain them.
+        """
+        if not self.shift:
+            return
+        name = "method.isda.covariance" if self.method.name == "isda" else "method.sgcg"
+        expected = f"by_site with {name}: a client that owns all domains sends only their sum"
+        yield self.federation.ownership == "by_site", "federation.ownership", expected
+        kept = self.prototypes.memory in PER_SITE
+        expected = f"{' | '.join(PER_SITE)} with {name}: with {self.prototypes.memory} there are "
+        expected += "only sums over the sites, or the site changes its part during the round"
+        yield kept, "prototypes.memory", expected
+        known = sum(self.validates(site) for site in self.data.sites)
+        several = not self.data.sites or known >= 2
+        yield several, "data.sites", f"two or more training hospitals with {name}"
+        few = known * self.data.num_classes <= MAX_CLASSES
+        yield few, "data.sites", f"at most {MAX_CLASSES} classes of all hospitals with {name}"
+
+    def _adapt_checks(self) -> Checks:
+        """The model has what is adapted."""
+        ways, where = self.adapt.by, "adapt.by"
+        has_norm = BATCHNORM not in ways or self.network.norm == "batch"
+        yield has_norm, where, f"no batchnorm with network.norm={self.network.norm}: it has none"
+        described = PROTOTYPES not in ways or self.method.statistics
+        yield described, where, f"no prototypes with {self.method.name}: set method.statistics=true"
+        known = self.method.name == "harmofl" and self.method.ram.sharing == "summary"
+        expected = "no amplitude without method=harmofl method.ram.sharing=summary, whose mean "
+        expected += "amplitude the coordinator has"
+        yield AMPLITUDE not in ways or known, where, expected
 
     def _segclr_checks(self) -> Checks:
         segclr, side = self.method.segclr, self.data.image_size // 16
@@ -158,6 +223,10 @@ class Plan(Section):
         name, features = self.method.name, self.network.features
         reads_head = name != "isda" or features == "penultimate"
         yield reads_head, "network.features", "penultimate with isda, which augments its features"
+        fits = not (name in SGCG and self.method.sgcg.recalibration)
+        expected = "0 without the U-Net's penultimate map: the output layer reads other features"
+        reads = features == "penultimate" and not self.network.is_own
+        yield fits or reads, "method.sgcg.recalibration", expected
         at_boundary = name not in ("elcfs", "saml") or features != "bottleneck"
         expected = f"a map of full resolution with {name}, which reads features at boundaries"
         yield at_boundary, "network.features", expected
@@ -167,11 +236,40 @@ class Plan(Section):
             "network.name",
             f"a built-in network with {name}, which changes its layers",
         )
-        alone = name == "moon" and self.federation.ownership != "by_site"
-        expected = "by_site with moon: the previous model of a client alone is the one it receives"
-        yield not alone, "federation.ownership", expected
+        alone = name in ALONE and self.federation.ownership != "by_site"
+        yield not alone, "federation.ownership", f"by_site with {name}: {ALONE.get(name, '')}"
+        yield from self._dofe_checks()
         one_mean = name != "harmofl" or self.method.ram.sharing != "bank"
         yield one_mean, "method.ram.sharing", "local | summary with harmofl, which uses their mean"
+
+    def _dofe_checks(self) -> Checks:
+        pools = self.method.name == "dofe"
+        places, features = self.network.domains, self.network.features
+        yield places == (DOMAINS if pools else 0), "network.domains", "no value: it follows"
+        if pools:
+            known = features == "penultimate" and not self.network.is_own
+            expected = "the U-Net's penultimate map with dofe, which adds domain knowledge to it"
+            yield known, "network.features", expected
+            expected = "another memory than momentum with dofe, whose pool has a part per hospital"
+            yield self.prototypes.memory != "momentum", "prototypes.memory", expected
+            few = len(self.data.sites) <= DOMAINS
+            yield (
+                few,
+                "data.sites",
+                f"at most {DOMAINS} hospitals with dofe, the places of its pool",
+            )
+
+    @property
+    def shift(self) -> Literal["", "between", "sites"]:
+        """What a site receives of the differences between sites, besides the global prototypes.
+
+        `between`: the covariance of the sites' means. `sites`: the statistics of each site.
+        """
+        if self.method.name in SGCG and self.method.sgcg.sites:
+            return "sites"
+        penalty = self.method.name in SGCG and self.method.sgcg.between > 0
+        noise = self.method.name == "isda" and self.method.isda.covariance == "between"
+        return "between" if penalty or noise else ""
 
     @property
     def unit_features(self) -> bool:

@@ -1,4 +1,4 @@
-"""Adds the properties of classes by import path to the settings."""
+"""Adds to the settings what follows from others, such as properties of classes by import path."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import Any
 
 from fedsgcg.common.settings.choices import is_import_path
 from fedsgcg.common.settings.own_code import load_class, traits_of
+from fedsgcg.common.settings.training import DOMAINS
+
+
+def resolve_domains(tree: dict[str, Any]) -> None:
+    """Give the network a pool of domain knowledge if the method needs one, in place."""
+    if tree["method"]["name"] == "dofe":
+        tree["network"]["domains"] = tree["network"]["domains"] or DOMAINS
 
 
 def resolve_own_code(tree: dict[str, Any]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section
+
+REFERENCES: Final = ("local", "pooled", "best_single")
+"""Rows for comparison that a study can have (`references`)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class RunSettings(Section):
             do the same.
         select: Settings of the grid that each fold's source hospitals choose, instead of comparing
             them.
+        references: Rows for comparison, supervised training (`method=source`) without a federation:
+            `local`, every hospital alone; `pooled`, all training images in one place;
+            `best_single`, of the models of single hospitals the one that does best at the other
+            training hospitals, which alone choose it.
         device: Where the sites compute: `auto`, `cpu` or `cuda`. An unavailable device is an error.
         runtime: `ray` runs hospitals in parallel, `inprocess` cells in parallel; `auto` chooses
             what suits the machine.
@@ -78,6 +85,7 @@ class RunSettings(Section):
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
     select: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     runtime: Literal["auto", "ray", "inprocess"] = "auto"
     output: str = ""
@@ -85,3 +93,7 @@ class RunSettings(Section):
     config_dir: str = ""
     ray: RaySettings = RaySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    def checks(self) -> Checks:
+        """The references exist."""
+        yield set(self.references) <= set(REFERENCES), "references", " | ".join(REFERENCES)

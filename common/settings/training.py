@@ -18,6 +18,7 @@ from fedsgcg.common.settings.methods import (
     MixStyleSettings,
     MoonSettings,
     SamlSettings,
+    SgcgSettings,
 )
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
@@ -42,12 +43,15 @@ TRAITS: Final[dict[str, frozenset[str]]] = {
     "bigaug": frozenset(),
     "gin": frozenset(),
     "trid": frozenset(),
+    "dofe": frozenset({"raw"}),
 }
 """Method -> traits: `contrasts` = learns from the global prototypes, `mixes` = mixes amplitudes,
 `pairs` = learns from pairs of images without labels, `raw` = class statistics are those of the
 features as the classifier reads them, regardless of `prototypes.normalize`."""
 
 METHOD_NAMES = tuple(TRAITS)
+DOMAINS: Final = 32
+"""Places of DoFE's pool, the most training hospitals that it can have."""
 ALL_TRAITS = ("contrasts", "mixes", "raw")
 
 
@@ -65,10 +69,14 @@ class NetworkSettings(Section):
             resolution, not negative), `projection` (two 1 x 1 convolutions of it without a final
             ReLU, only in training) or `bottleneck` (1/16 of the resolution).
         projection: Number of channels of `features=projection`.
+        projection_stride: Stride of `features=projection` in pixels, 1, 2, 4 or 8: only every
+            n-th row and column is projected, and a label is that of three quarters of a cell.
         options: Keyword arguments of a network by import path, e.g. `{depth: 4}`. The settings
             above are those of the U-Net.
         feature_channels: Channels of the feature map of a network by import path, measured when
             the settings are resolved; 0 for the U-Net, whose channels follow from its width.
+        domains: Places of the pool of domain knowledge, set when the settings are resolved:
+            32 with `method=dofe`, 0 with every other method.
     """
 
     name: str = "unet"
@@ -76,8 +84,10 @@ class NetworkSettings(Section):
     norm: Literal["batch", "group", "instance"] = "batch"
     features: Literal["penultimate", "projection", "bottleneck"] = "penultimate"
     projection: int = at_most(1024, 32)
+    projection_stride: int = 1
     options: Options = field(default_factory=dict)
     feature_channels: int = at_most(4096, 0)
+    domains: int = at_most(64, 0)
 
     def checks(self) -> Checks:
         """The network exists; the width is a positive multiple of four, for group normalisation."""
@@ -96,6 +106,7 @@ class NetworkSettings(Section):
             "4 or more and a multiple of 4",
         )
         yield self.projection >= 1, "projection", "1 or more"
+        yield self.projection_stride in (1, 2, 4, 8), "projection_stride", "1 | 2 | 4 | 8"
 
     @property
     def is_own(self) -> bool:
@@ -242,6 +253,7 @@ class MethodSettings(Section):
             is evaluated on the cases that its manifest assigns to `test`.
         ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`. The window and the sharing
             are also those of `harmofl`, `elcfs` and `saml`, which mix amplitudes.
+        sgcg: Variants of the contrastive term, for `sgcg` and `ram_sgcg`.
         isda: Semantic augmentation of the features, for `isda`.
         moon: Contrast between models, for `moon`.
         mixstyle: Mixing of feature statistics, for `mixstyle`.
@@ -274,6 +286,7 @@ class MethodSettings(Section):
     unlabelled: Literal["refuse", "contrast", "leave_out", "labels"] = "refuse"
     ram: RamSettings = RamSettings()
     segclr: SegClrSettings = SegClrSettings()
+    sgcg: SgcgSettings = field(default_factory=SgcgSettings)
     isda: IsdaSettings = field(default_factory=IsdaSettings)
     moon: MoonSettings = field(default_factory=MoonSettings)
     mixstyle: MixStyleSettings = field(default_factory=MixStyleSettings)
@@ -369,7 +382,9 @@ class PrototypeSettings(Section):
         discount: gamma of `memory=discount`.
         momentum: beta of `memory=momentum`, the weight of the new statistics.
         weighting: `pixels` = pooled over all pixels, `sites` = all sites have the same weight in
-            each class.
+            each class, `median` = the median of each entry of the sites' class means, with the
+            covariance of the site whose trace is in the middle; a minority of broken sites cannot
+            move it out of the range of the others.
         trimmed: Sites left out of each class of the prototypes, those farthest from the others;
             three sites are needed for one, five for two. 0 pools all sites exactly.
         balance: Mean of the loss over `pixel`s, or the mean of the per-`class` means.
@@ -379,8 +394,10 @@ class PrototypeSettings(Section):
             (`between_site_trace_evaluation`) use one normalisation for all.
         min_count: A class with fewer pixels over all sites is left out of the loss.
         views: Views of a batch whose pixels enter the contrastive term, each averaged over its own
-            pixels, then summed: `source`, and `ram`, the amplitude-mixed copy. Statistics use only
-            the source view.
+            pixels, then summed: `source`; `ram`, the amplitude-mixed copy; and `style`, a copy
+            through a random network (`method.gin.strength`) that enters no other term. Statistics
+            use only the source view, so that `[ram]` and `[style]` compare changed images with
+            prototypes of unchanged ones.
     """
 
     temperature: float = 0.5
@@ -393,7 +410,7 @@ class PrototypeSettings(Section):
     ] = "restart"
     discount: float = 0.9
     momentum: float = 0.5
-    weighting: Literal["pixels", "sites"] = "pixels"
+    weighting: Literal["pixels", "sites", "median"] = "pixels"
     trimmed: int = 0
     balance: Literal["pixel", "class"] = "pixel"
     norm_mode: Literal["batch", "running"] = "batch"
@@ -408,9 +425,9 @@ class PrototypeSettings(Section):
         yield 0 < self.discount < 1, "discount", "a fraction in (0, 1)"
         yield 0 < self.momentum <= 1, "momentum", "a fraction in (0, 1]"
         yield (
-            set(self.views) <= {"source", "ram"} and bool(self.views),
+            set(self.views) <= {"source", "ram", "style"} and bool(self.views),
             "views",
-            "[source], [ram] or [source,ram]",
+            "one or more of source, ram, style",
         )
         yield len(set(self.views)) == len(self.views), "views", "each view once"
         yield self.trimmed >= 0, "trimmed", "0 (none) or more"

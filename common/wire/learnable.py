@@ -1,14 +1,14 @@
 """Which entries of a model are learnable, and arrays that have one value for each of them.
 
-BatchNorm's running moments are part of a model's flat array but are no parameters: an optimiser at
-the coordinator, a norm of an update and a control variate leave them out. Pure NumPy. Legend: P
-floating-point weights, L learnable ones.
+BatchNorm's running moments and DoFE's pool are part of a model's flat array but are no parameters:
+an optimiser at the coordinator, a norm of an update and a control variate leave them out. Pure
+NumPy. Legend: P floating-point weights, L learnable ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,13 @@ import numpy.typing as npt
 from fedsgcg.common.wire.norm_moments import MEAN, VARIANCE
 from fedsgcg.common.wire.payload import Weights
 
+POOL: Final = "knowledge.pool."
+"""Prefix of the entries of DoFE's pool (`common.domain_pool`), which the coordinator fills."""
+
 
 def is_learnable(name: str) -> bool:
     """Whether an entry of a network's state is learnable, by its name."""
-    return not name.endswith((MEAN, VARIANCE))
+    return not name.endswith((MEAN, VARIANCE)) and not name.startswith(POOL)
 
 
 def learnable(weights: Weights) -> npt.NDArray[np.bool_]:

@@ -1,8 +1,9 @@
 """Requests and replies, and their encoding as Flower records.
 
-A request or reply is a `RecordDict` with at most four records: `weights` and `control_variates`
-(one flat float32 array each, because every array costs time; docs/explanation/flower.md, "Behaviour
-that shaped the code"), `message` (identity, layout, Arrow bytes, plain settings) and `metrics`.
+A request or reply is a `RecordDict` with at most five records: `weights`, `control_variates` and
+`masked` (one flat array each, because every array costs time; docs/explanation/flower.md,
+"Behaviour that shaped the code"), `message` (identity, layout, Arrow bytes, plain settings) and
+`metrics`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ from fedsgcg.common.wire.sizes import MAX_METRICS, Sizes
 ENROL = "query.enrol"
 STATISTICS = "query.statistics"
 AMPLITUDES = "query.amplitudes"
+SUM_KEYS = "query.sum_keys"
+SUM_SHARES = "query.sum_shares"
+SUM_CHECK = "query.sum_check"
+SUM_OPEN = "query.sum_open"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
@@ -47,8 +52,10 @@ HEADERS: Final = {
 """Versions of NumPy's file format -> reader of the header."""
 CONTROL: Final = "control_variates"
 """Record of SCAFFOLD's control variates; also the entry of a site's `sharing` that allows them."""
-ARRAYS: Final = ("weights", CONTROL)
-"""Records with one flat float32 array."""
+MASKED: Final = "masked"
+"""Record of a site's masked numbers in a secure sum: one flat uint64 array."""
+ARRAYS: Final = ("weights", CONTROL, MASKED)
+"""Records with one flat array."""
 SHARES: Final = "shares"
 """Option of a FedCE request: digest of each merged model -> its weight."""
 SUMMARY = "summary"
@@ -70,6 +77,8 @@ class Request:
         amplitudes: Arrow bytes of the amplitudes that sites share (`common.wire.amplitudes`); empty
             if none are shared.
         control_variates: SCAFFOLD's global control variate (L,), one value per learnable weight.
+        shift: What the method needs of the differences between sites (`Plan.shift`): K classes with
+            the covariances between the sites, or the S K classes of all sites one after the other.
     """
 
     identity: Identity
@@ -78,6 +87,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     amplitudes: bytes = b""
     control_variates: npt.NDArray[np.float32] | None = None
+    shift: ClassStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,8 @@ class Reply:
         control_variates: SCAFFOLD's control variate of the site (L,), its mean gradient.
         coded: `weights` as the difference from the request's (`common.wire.codecs`), sent in their
             place; empty without a codec, and after decoding.
+        masked: The site's masked numbers (N,) in a secure sum, instead of weights, statistics and
+            moments (`common.secure_sums`).
     """
 
     identity: Identity
@@ -113,6 +125,7 @@ class Reply:
     moments: NormMoments | None = None
     control_variates: npt.NDArray[np.float32] | None = None
     coded: bytes = b""
+    masked: npt.NDArray[np.uint64] | None = None
 
 
 def encode_request(request: Request) -> RecordDict:
@@ -121,6 +134,8 @@ def encode_request(request: Request) -> RecordDict:
         "options": json.dumps(request.options),
         "amplitudes": request.amplitudes,
     }
+    if request.shift is not None:
+        fields["shift"] = encode_statistics(request.shift, request.identity)
     records = _records(request.identity, request.weights, request.prototypes, fields)
     return _with_control(records, request.control_variates)
 
@@ -141,7 +156,8 @@ def decode_request(records: RecordDict, sizes: Sizes = Sizes()) -> Request:  # n
     options = _facts(records, "options")
     weights, statistics = _weights(records), _statistics(records, identity, sizes)
     amplitudes, control = _bytes(records, "amplitudes"), _control(records)
-    return Request(identity, weights, statistics, options, amplitudes, control)
+    shift = _shift(records, identity, sizes)
+    return Request(identity, weights, statistics, options, amplitudes, control, shift)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -163,6 +179,8 @@ def encode_reply(reply: Reply) -> RecordDict:
         records["metrics"] = MetricRecord(
             {name: float(value) for name, value in reply.metrics.items()}
         )
+    if reply.masked is not None:
+        records[MASKED] = ArrayRecord({"values": Array(reply.masked)})
     return _with_control(records, reply.control_variates)
 
 
@@ -196,6 +214,7 @@ def decode_reply(
         error=_text(records, "error"),
         moments=_moments(records, identity),
         control_variates=_control(records),
+        masked=_masked(records),
     )
 
 
@@ -246,7 +265,8 @@ def _check_sizes(records: RecordDict, sizes: Sizes) -> None:
             check_size(value if isinstance(value, str | bytes) else "", LONGEST_RECEIPT, name)
     for name in ARRAYS:
         for array in (records.array_records.get(name) or {}).values():
-            check_size(array.data, HEAD_BYTES + 4 * sizes.weights, name)
+            most = 8 * sizes.masked if name == MASKED else 4 * sizes.weights
+            check_size(array.data, HEAD_BYTES + most, name)
     number = len(records.metric_records.get("metrics") or ())
     if number > MAX_METRICS:
         found = f"{number} metrics"
@@ -325,6 +345,14 @@ def _control(records: RecordDict) -> npt.NDArray[np.float32] | None:
     return values
 
 
+def _masked(records: RecordDict) -> npt.NDArray[np.uint64] | None:
+    values = _flat(records, MASKED)
+    if values is not None and (values.ndim != 1 or values.dtype != np.uint64):
+        found = f"{values.dtype} masked numbers of shape {values.shape}"
+        raise fail("PAY-103", found=found, expected="one flat uint64 array")
+    return values
+
+
 def _flat(records: RecordDict, name: str) -> np.ndarray[Any, Any] | None:
     """Return the array of a record of `ARRAYS`; None if the message has no such record."""
     arrays = records.array_records.get(name)
@@ -367,6 +395,19 @@ def _statistics(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassS
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return statistics
+
+
+def _shift(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassStatistics | None:
+    if "shift" not in _message(records):
+        return None
+    shift, stated = decode_statistics(_bytes(records, "shift"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    K, A = sizes.statistics or (1, shift.num_features)
+    if shift.num_features != A or shift.num_classes % K:
+        found = f"statistics of shape {shift.mean.shape}"
+        raise fail("STA-201", found=found, expected=f"({K}, {A}) of one or more sites")
+    return shift
 
 
 def _moments(records: RecordDict, identity: Identity) -> NormMoments | None:

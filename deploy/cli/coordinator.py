@@ -17,6 +17,7 @@ from fedsgcg.common.files.system import expand
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.cli import check_command as data_check
+from fedsgcg.deploy.cli import methods
 from fedsgcg.deploy.cli.federation import add_commands
 from fedsgcg.deploy.cli.parsing import check_command, unrecognized
 from fedsgcg.deploy.monitoring import command as monitoring
@@ -46,6 +47,7 @@ and the model is evaluated at a hospital that took no part in training.
   fedsgcg metrics RUN      Serve its metrics for Prometheus; `dashboards` puts them into Grafana.
   fedsgcg settings [...]   Show every resolved setting and the choices of each group;
                            `settings rounds` explains one setting.
+  fedsgcg methods [NAME]   List the training methods with their costs, or show one card.
   fedsgcg hospitals DIR    Write the synthetic hospitals as NIfTI files.
   fedsgcg data list        Data sets with settings; `data prepare NAME` says what to download.
   fedsgcg data check DIR   Read every case of all hospitals and list problems with repairs.
@@ -189,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     hospitals.add_argument("folder", type=Path)
     hospitals.add_argument("--seed", type=int, default=0)
     hospitals.set_defaults(run=_hospitals)
+    methods.add_parser(commands)
     data_check.add_parser(data.add_parser(commands))
     add_commands(commands)
     monitoring.add_commands(commands)

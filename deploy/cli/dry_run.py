@@ -26,6 +26,9 @@ from fedsgcg.server.report.format import show_seconds
 CHECKPOINTS: Final = 3
 """Checkpoints of a running cell on disk: two are kept while the next is written."""
 
+MOMENTS: Final = {"fedavgm": 2, "fedadam": 4, "fedyogi": 4}
+"""Aggregation rule -> size of its moments in models; they have twice the precision."""
+
 VIEWS_OF_A_MIX: Final = 2.0
 """Cost of a step that trains on the image and on its amplitude-mixed copy."""
 VIEWS_OF_A_PAIR: Final = 1.5
@@ -89,7 +92,7 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
     slices with a structure train (`data.train_slices=foreground`).
     """
     device = choose_device(study.device, 1)
-    steps, seconds, sizes = 0, 0.0, [0]
+    steps, seconds, sizes, stored = 0, 0.0, [0], [0]
     measured: dict[str, float] = {}
     for cell in cells:
         plan = Plan.from_tree(cell.tree)
@@ -105,8 +108,9 @@ def estimate(cells: Sequence[Cell], study: Study) -> Estimate:
         steps += own
         seconds += own * measured[key] * views / parallel
         sizes.append(model_bytes(plan))
+        stored.append(sizes[-1] * models_in_checkpoint(plan))
     at_once = min(len(cells), study.machine.cpus)
-    return Estimate(steps, seconds, sum(sizes), CHECKPOINTS * at_once * max(sizes))
+    return Estimate(steps, seconds, sum(sizes), CHECKPOINTS * at_once * max(stored))
 
 
 def training_steps(plan: Plan) -> int:
@@ -117,6 +121,16 @@ def training_steps(plan: Plan) -> int:
         for site in training
     )
     return per_round * plan.federation.rounds
+
+
+def models_in_checkpoint(plan: Plan) -> int:
+    """Return the size of a checkpoint in models: the model and the state of the aggregation rule.
+
+    SCAFFOLD keeps a control variate of every site; moments are float64.
+    """
+    if plan.federation.aggregator == "scaffold":
+        return 1 + sum(plan.trains(site) for site in plan.members())
+    return 1 + MOMENTS.get(plan.federation.aggregator, 0)
 
 
 def model_bytes(plan: Plan) -> int:

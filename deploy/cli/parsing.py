@@ -9,7 +9,7 @@ from typing import Final
 
 COMMANDS: Final = {
     "fedsgcg": (
-        *("study", "simulate", "settings", "report", "clean", "hospitals", "data"),
+        *("study", "simulate", "settings", "methods", "report", "clean", "hospitals", "data"),
         *("metrics", "dashboards", "provision", "serve", "run", "resume", "status", "stop"),
     ),
     "fedsgcg-site": (

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from fedsgcg.clients.data.case_files import CaseFile
-from fedsgcg.clients.data.slices import scale_intensity
+from fedsgcg.clients.data.slices import flattened, scale_intensity
 from fedsgcg.common.images.read import Volume
 from fedsgcg.common.names import number_of
 from fedsgcg.common.settings.plan import DataSettings
@@ -114,7 +114,11 @@ class Sheet:
         marked: NDArray[np.bool_] = np.asarray(masks.any(axis=0))
         z = int(marked.sum(axis=(1, 2)).argmax()) if marked.any() else len(truth) // 2
         pixels = image.array if image.is_picture else image.array[z : z + 1]
-        grey = np.rint((scale_intensity(pixels, self._rule(image)) + 1) * 127.5).astype(np.uint8)
+        rule = self._rule(image)
+        if rule == "flat":
+            flat = flattened(pixels[None], self._data.flat_sigma / self._data.image_size)
+            pixels = flat[0]
+        grey = np.rint((scale_intensity(pixels, rule) + 1) * 127.5).astype(np.uint8)
         shown = grey.transpose(1, 2, 0) if len(grey) == 3 else grey[0]
         rows, columns = part = shown_part(marked[z])
         size = f"{shown.shape[1]} × {shown.shape[0]}"

@@ -7,9 +7,9 @@ run folder if the server ends. The same command, called again, therefore resumes
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich.text import Text
 
@@ -68,6 +68,7 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
             expected="no selection, which real hospitals do not support",
             action=action,
         )
+    _check_rows(base)
     if base["shard"]:
         expected = "no shard: the runs of a federation follow one another"
         raise fail("CFG-001", where="shard", found=str(base["shard"]), expected=expected)
@@ -107,6 +108,18 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
         command="run",
         data="at the sites",
     )
+
+
+def _check_rows(tree: Mapping[str, Any]) -> None:
+    """Refuse references and budgets, which need all images in one place; raises CFG-041."""
+    budget, references = tree["budget"], tree["references"]
+    given = [f"budget={budget}"] if budget != "rounds" else []
+    given += [f"references={list(references)}"] if references else []
+    if given:
+        expected = "neither: real hospitals only train in the federation"
+        action = "use fedsgcg study for this comparison"
+        found = " and ".join(given)
+        raise fail("CFG-041", found=found, expected=expected, action=action, where="settings")
 
 
 def run_kit(

@@ -34,7 +34,18 @@ LABEL_ENDS: Final = ("dseg", "seg", "mask")
 
 @dataclass(frozen=True)
 class Line:
-    """One case of a CSV file or a folder."""
+    """One case of a CSV file or a folder.
+
+    Attributes:
+        site: Name of the hospital, "" if neither the folders nor a table say it.
+        image: Image file, or the folder with the files of a DICOM series.
+        mask: Mask file; the first of `structures` if each has a file; None without a mask.
+        patient: The patient's id, "" if each case is a patient.
+        split: `train`, `validation`, `test` or "".
+        name: Name of the case, "" for the image's.
+        structures: (name, mask file) of each structure with a mask of its own.
+        files: The files of a DICOM series.
+    """
 
     site: str
     image: Path
@@ -42,6 +53,15 @@ class Line:
     patient: str = ""
     split: str = ""
     name: str = ""
+    structures: tuple[tuple[str, Path], ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """The mask files: none, one, or one for each structure."""
+        if self.structures:
+            return tuple(path for _, path in self.structures)
+        return () if self.mask is None else (self.mask,)
 
 
 @dataclass
@@ -86,11 +106,6 @@ def recognise(source: Path, files: Sequence[Path], channel: str = "") -> Layout 
         layout = Layout("nnU-Net or Medical Segmentation Decathlon")
         for root in roots:
             _decathlon(root, files, layout, channel)
-        if len(roots) == 1:
-            layout.notes.append(
-                "one folder is one hospital, and a study needs two: put a folder of each hospital "
-                "next to it, or list the cases in manifest.csv with a column site"
-            )
         return layout
     if any(path.parent.name == "anat" and SUBJECT.match(path.name) for path in files):
         return _bids(source, files)
@@ -114,7 +129,7 @@ def _decathlon(root: Path, files: Sequence[Path], layout: Layout, channel: str) 
     masks = {without_suffix(path.name): path for path in files if path.parent == root / "labelsTr"}
     for case, found in sorted(images.items()):
         if used := found.get(wanted or min(found)):
-            layout.lines.append(Line(site, used, masks.get(case)))
+            layout.lines.append(Line(site, used, masks.get(case), patient=case))
     layout.notes += _left_out(root, site, files, declared, images, wanted)
     layout.problems += _incomplete(root, declared, images, masks, wanted)
 

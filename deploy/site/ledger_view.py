@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,25 @@ from fedsgcg.clients.guard.policy import NODE_KEY
 from fedsgcg.clients.guard.site_file import SiteFile, write_site_file
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem
+from fedsgcg.common.secure_sums.keys import SiteKey
+from fedsgcg.common.secure_sums.party import Party
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.secure_sums import SUM
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.deploy.certificates import make_site_key
 
-PARTS = ("weights", "control_variates", "statistics", "amplitudes", "cases", "metrics", "text")
+PARTS = (
+    "weights",
+    "masked",
+    "control_variates",
+    "statistics",
+    "amplitudes",
+    "cases",
+    "metrics",
+    "text",
+)
 
 
 def show_ledger(policy: SiteFile, console: Screen, *, last: int, book: Path | None = None) -> int:
@@ -117,7 +129,10 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
         plan = replace(plan, output=folder)
         make_site_key(Path(folder), policy.site)  # signs the temporary ledger
         temporary = replace(
-            policy, home=str(Path(folder) / "home"), key=str(Path(folder) / "site.key")
+            policy,
+            home=str(Path(folder) / "home"),
+            key=str(Path(folder) / "site.key"),
+            partners={},  # those of the dry run are made up
         )
         write_site_file(Path(folder) / "site.yaml", temporary)
         with console.status("training one round that is not sent"):
@@ -130,6 +145,7 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
             log = Path(folder) / "home" / "errors.log"
             found = log.read_text(encoding="utf-8") if log.exists() else ""
             raise FedsgcgError(Problem(reply.error, found=found, where=policy.site))
+        withheld = ledger.entries(Path(temporary.home) / LEDGER)[-1]["withheld"]
     table = Table(
         title=f"What the next round of {policy.site} would send ({seconds:.1f} s of work)"
     )
@@ -140,13 +156,13 @@ def dry_run(policy: SiteFile, plan: Plan, model: Path | None, console: Screen) -
         table.add_row(name, f"{size:,}", CONTENT.get(name, ""))
     table.add_row("all", f"{sum(parts.values()):,}", "", style="bold", end_section=True)
     console.print(table)
-    withheld = reply.details.get("withheld") or []
     console.print(f"Withheld by the floors: {', '.join(withheld) or 'nothing'}. Nothing was sent.")
     return 0
 
 
 CONTENT = {
     "weights": "the trained model, one array in the form of federation.codec",
+    "masked": "weights, statistics and losses under masks; the coordinator reads their sum alone",
     "statistics": "count, mean and scatter of each class",
     "control_variates": "mean gradient of the round (SCAFFOLD)",
     "amplitudes": "sums of log amplitudes, or spectra of single images, as site.yaml allows",
@@ -162,13 +178,42 @@ def _reply(plan: Plan, policy: SiteFile, folder: Path, weights: Weights) -> Reco
     """Send the app a request as the coordinator would, under the site's own policy."""
     from fedsgcg.clients.app import build_client_app
 
+    app = build_client_app(plan.to_tree())
     identity = Identity(plan.run, plan.heldout, 1, plan.digest())
-    request = wire.encode_request(wire.Request(identity, weights))
-    metadata = Metadata(1, "dry-run", 0, 1, "", "", time.time(), 86400.0, wire.TRAIN)
-    make: Any = Message  # Flower's internal constructor of a received message is untyped
     node: Any = {"site": policy.site, NODE_KEY: str(folder / "site.yaml")}
-    context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
-    return build_client_app(plan.to_tree())(make(request, metadata=metadata), context).content
+
+    def ask(kind: str, options: dict[str, Any]) -> RecordDict:
+        sent = weights if kind == wire.TRAIN else None
+        request = wire.encode_request(wire.Request(identity, sent, options=options))
+        metadata = Metadata(1, "dry-run", 0, 1, "", "", time.time(), 86400.0, kind)
+        make: Any = Message  # Flower's internal constructor of a received message is untyped
+        context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
+        return app(make(request, metadata=metadata), context).content
+
+    if not plan.privacy.secure_sums.enabled:
+        return ask(wire.TRAIN, {})
+    return _masked_reply(plan, policy, ask)
+
+
+def _masked_reply(
+    plan: Plan, policy: SiteFile, ask: Callable[[str, dict[str, Any]], RecordDict]
+) -> RecordDict:
+    """Take the site's steps of a secure sum with partners that are made up."""
+    session, fewest = "dry run without partners", plan.privacy.secure_sums.fewest_sites
+    names = [f"partner {number}" for number in range(1, max(fewest, policy.sum_sites))]
+    keys = {
+        name: Party(name, session, SiteKey.simulated(name)).advertise().to_tree() for name in names
+    }
+    content = ask(wire.SUM_KEYS, {SUM: {"session": session}})
+    reply = wire.decode_reply(content)
+    if reply.error:
+        return content
+    keys[policy.site] = reply.details["keys"]
+    content = ask(wire.SUM_SHARES, {SUM: {"session": session, "keys": keys}})
+    if wire.decode_reply(content).error:
+        return content
+    own = {"session": session, "sites": sorted(keys), "examples": 2.0**20}
+    return ask(wire.TRAIN, {SUM: own})
 
 
 def _weights(plan: Plan, model: Path | None) -> Weights:

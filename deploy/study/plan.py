@@ -20,6 +20,7 @@ from fedsgcg.common.settings.compose import chosen, join
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.run import RunSettings
 from fedsgcg.common.settings.training import TRAITS
+from fedsgcg.deploy.study.budget import budgeted
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.classmap import check_classes
 from fedsgcg.deploy.study.grid import (
@@ -39,6 +40,7 @@ from fedsgcg.deploy.study.preflight import (
     inspect_machine,
     locate_hospitals,
 )
+from fedsgcg.deploy.study.references import BEST, check_references, reference_variants
 from fedsgcg.deploy.study.runtimes import choose_runtime
 from fedsgcg.deploy.study.selection import Candidate, describe_selection, inner_cells
 from fedsgcg.deploy.study.shard import Shard
@@ -73,6 +75,12 @@ def plan_study(
     choices = chosen(_without_axes(rest, axes))
     traits = _traits(rest, axes.get("method") or [choices["method"]])
     compared = variants(axes, choices["method"], choices["federation"], traits)
+    references = tuple(str(name) for name in base["references"])
+    trained = {name: _sources(located, name) for name in heldouts}
+    check_references(references, trained)
+    known = {variant.label for variant in compared}
+    own_rows = [one for one in reference_variants(references) if one.label not in known]
+    judged = BEST in references
     machine = inspect_machine(int(base["ray"]["cpus"]))
     device = check_device(str(base["device"]), machine)
     complete = located | ({"selected": selected} if selected else {})
@@ -86,10 +94,10 @@ def plan_study(
         (variant.label, settings): _tree_of(
             replace(variant, settings=(*variant.settings, *settings)), rest, located, device
         )
-        for variant in compared
+        for variant in (*compared, *own_rows)
         for settings in candidates_of(variant, selected) or [()]
     }
-    for seed, heldout, variant in itertools.product(seeds, heldouts, compared):
+    for seed, heldout, variant in itertools.product(seeds, heldouts, (*compared, *own_rows)):
         combinations = candidates_of(variant, selected)
         first = combinations[0] if combinations else ()
         planned = {
@@ -98,7 +106,7 @@ def plan_study(
             )
             for settings in combinations or [()]
         }
-        made = list(_cells(planned[first], folder, variant, heldout, seed))
+        made = list(_cells(planned[first], folder, variant, heldout, seed, judged=judged))
         cells += made
         if combinations:
             for cell in made:
@@ -131,6 +139,7 @@ def plan_study(
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
         telemetry=_run_settings(base).telemetry,
+        references=references,
         plans=tuple(planner.plans.values()),
         shard=shard,
     )
@@ -141,24 +150,42 @@ def _run_settings(tree: Mapping[str, Any]) -> RunSettings:
 
 
 def _cells(
-    tree: Mapping[str, Any], folder: Path, variant: Variant, heldout: str, seed: int
+    tree: Mapping[str, Any],
+    folder: Path,
+    variant: Variant,
+    heldout: str,
+    seed: int,
+    *,
+    judged: bool = False,
 ) -> Iterator[Cell]:
     """Yield the cells of a variant for one fold and seed.
 
-    There is one cell, or with `federation=local` one for each training site.
+    There is one cell, or with `federation=local` one for each training site. With `judged` the
+    other training sites evaluate its model, for the reference `best_single`.
     """
+    hospitals = _hospitals(tree)
     if variant.federation != "local":
-        yield make_cell(tree, folder, variant, heldout, seed)
+        own = budgeted({**tree, "heldout": heldout}, hospitals)
+        yield make_cell(own, folder, variant, heldout, seed)
         return
-    training = [
-        site
-        for site in tree["data"]["sites"]
-        if site not in (heldout, *tree["observers"], *tree["unlabelled"])
-    ]
+    training = _sources(tree, heldout)
     for site in training:
-        data = {**tree["data"], "sites": sorted({site, heldout} - {""})}
-        own = {**tree, "data": data, "observers": [], "unlabelled": []}
-        yield make_cell(own, folder, variant, heldout, seed, site)
+        others = [name for name in training if name != site] if judged else []
+        data = {**tree["data"], "sites": sorted({site, heldout, *others} - {""})}
+        own = {**tree, "data": data, "heldout": heldout, "observers": others, "unlabelled": []}
+        yield make_cell(budgeted(own, hospitals), folder, variant, heldout, seed, site)
+
+
+def _sources(tree: Mapping[str, Any], heldout: str) -> list[str]:
+    """Return the hospitals that train with their masks when one is held out."""
+    apart = (heldout, *tree["observers"], *tree["unlabelled"])
+    return [site for site in tree["data"]["sites"] if site not in apart]
+
+
+def _hospitals(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hospitals of a study by role, for `deploy.study.budget`."""
+    roles = {name: tree[name] for name in ("observers", "unlabelled")}
+    return {"sites": tree["data"]["sites"], **roles}
 
 
 def make_cell(
@@ -208,6 +235,7 @@ def _candidates(
         data = {**tree["data"], "sites": cell.tree["data"]["sites"]}
         merged = {**tree, **own, "data": data, "observers": cell.tree["observers"]}
         merged["unlabelled"] = cell.tree["unlabelled"]
+        merged = budgeted(merged, _hospitals(merged))
         text = " ".join(settings)
         yield Candidate(text, merged, inner_cells(merged, folder, cell.method, cell.heldout, text))
 

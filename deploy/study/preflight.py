@@ -154,19 +154,28 @@ def check_plan(plan: Plan, device: str) -> None:
         from fedsgcg.clients.methods import method_class
 
         method_class(plan.method)
-    training = [site for site in plan.data.sites if plan.role(site) == "train"]
     problems = [
         *_planning_problems(plan),
-        *_role_problems(plan, training),
-        *_unlabelled_problems(plan),
+        *plan_problems(plan),
         *_pair_problems(plan),
-        *_selection_problems(plan, training),
-        *(rule_problems(plan, training) if training else ()),
+        *_selection_problems(plan, _training(plan)),
         *_place_problems(plan),
         *_device_problems(plan, device),
     ]
     if problems:
         raise FedsgcgError(*problems)
+
+
+def plan_problems(plan: Plan) -> Iterator[Problem]:
+    """Yield the problems of roles, method and rule, for which no file is read."""
+    training = _training(plan)
+    yield from _role_problems(plan, training)
+    yield from _unlabelled_problems(plan)
+    yield from rule_problems(plan, training) if training else ()
+
+
+def _training(plan: Plan) -> list[str]:
+    return [site for site in plan.data.sites if plan.role(site) == "train"]
 
 
 def _planning_problems(plan: Plan) -> Iterator[Problem]:

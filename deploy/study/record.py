@@ -6,6 +6,7 @@ import contextlib
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.study.preflight import Machine
+from fedsgcg.deploy.study.references import BEST, best_hospitals, best_rows
 from fedsgcg.server.records.journal import decisive_settings, differences, lock_file
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ def _write_record(study: Study) -> None:
         "machine": describe_machine(study.machine),
         "versions": _versions(),
         "selection": {"words": study.selection, "chosen": _chosen(before)},
+        "references": sorted({*before.get("references", []), *study.references}),
+        "leaves": {**(before.get("leaves") or {}), **_leaves(study)},
         "shared": dict(study.shared),
         "plans": {
             **before.get("plans", {}),
@@ -127,6 +131,18 @@ def _write_record(study: Study) -> None:
         study.folder / paths.STUDY,
         yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode(),
     )
+
+
+def _leaves(study: Study) -> dict[str, str]:
+    """Return what leaves a hospital with each training method, from the methods' cards."""
+    from fedsgcg.clients.methods import method_class
+    from fedsgcg.clients.methods.cards import parts_of
+
+    methods = {cell.tree["method"]["name"]: cell.tree for cell in study.cells}
+    return {
+        name: parts_of(method_class(Plan.from_tree(tree).method))["Leaves"]
+        for name, tree in sorted(methods.items())
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -223,13 +239,31 @@ def collect(folder: Path) -> None:
     for name in paths.SEALED_TABLES:
         tables = [_table(path) for path in sorted(folder.glob(f"*/*/*/{name}"))]
         if tables:
+            joined = pa.concat_tables(tables, promote_options="default")
+            if name == paths.RESULTS:
+                joined = _with_best_single(folder, joined)
             sink = pa.BufferOutputStream()
-            pq.write_table(
-                pa.concat_tables(tables, promote_options="default"), sink, compression="zstd"
-            )
+            pq.write_table(joined, sink, compression="zstd")
             Disk().write(folder / name, bytes(sink.getvalue()))
     signer = Signer.of_kit(kit) if (kit := _kit_of(folder)) else None
     write_seal(Disk(), folder, paths.SEALED_TABLES, signer)
+
+
+def _with_best_single(folder: Path, results: pa.Table) -> pa.Table:
+    """Add the rows of the best single hospitals if the study has that reference.
+
+    The choices are added to `study.yaml`.
+    """
+    if BEST not in (read_record(folder).get("references") or []):
+        return results
+    rows = results.to_pylist()
+    chosen = best_hospitals(rows)
+    with _changing(folder):
+        record = read_record(folder) | {"best_single": [asdict(one) for one in chosen]}
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+        Disk().write(folder / paths.STUDY, text.encode())
+    own = pa.Table.from_pylist(best_rows(rows, chosen), schema=results.schema)
+    return pa.concat_tables([results, own])
 
 
 def _kit_of(folder: Path) -> Path | None:
@@ -255,7 +289,8 @@ def _table(path: Path) -> pa.Table:
 def _decisive(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = decisive_settings(Plan.from_tree(tree))
     if kept["federation"]["ownership"] == "local":  # every cell has another site
-        kept["data"] = {**kept["data"], "sites": []}
+        judges = ["the other training hospitals"] if kept["observers"] else []
+        kept |= {"data": {**kept["data"], "sites": []}, "observers": judges}
     return {name: value for name, value in kept.items() if name not in ("heldout", "seed")}
 
 

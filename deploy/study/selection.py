@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 from fedsgcg.common.errors import fail
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.deploy.study.budget import budgeted
 from fedsgcg.deploy.study.cell import Cell
 
 FOLDER = "selection"
+ROLES = ("observers", "unlabelled")
 FEWEST_SOURCES = 2
 
 TUNED = ("prototypes.weight", "prototypes.temperature")
@@ -127,6 +129,8 @@ def inner_cells(
             "chosen": "",
         }
         own["site"] = {**tree["site"], "feature_samples": 0}
+        hospitals = {"sites": data["sites"], **{name: own[name] for name in ROLES}}
+        own = budgeted(own, hospitals)
         plan = Plan.from_tree(own)
         if heldout in plan.data.sites or heldout in plan.members():
             raise AssertionError("a held-out site must not take part in choosing a setting")

@@ -30,6 +30,7 @@ NOT_IDENTITY = (
     "site",
     "grid",
     "select",
+    "references",
     "config_dir",
 )
 """Settings that do not make another study: axes, places and machines."""
@@ -55,6 +56,7 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        references: Rows for comparison that were asked for (`deploy.study.references`).
         plans: With `data.plan=auto`, the plan of each fold.
         shard: The part of the study that `cells` are; None = all.
     """
@@ -72,6 +74,7 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    references: tuple[str, ...] = ()
     plans: tuple[FoldPlan, ...] = ()
     shard: Shard | None = None
 

@@ -31,11 +31,9 @@ METRICS = {
     ),
 }
 
-IN_CHANNELS: Final = 3
-"""Channels of a training slice: a slice and its neighbours, colours, or one slice repeated."""
-
 PREPROCESSING: Final = (
-    *("image_size", "aspect", "spacing", "stack", "intensity", "activation", "threshold"),
+    *("image_size", "aspect", "spacing", "stack", "intensity", "flat_sigma"),
+    *("activation", "threshold"),
     *("largest_component", "fill_holes", "spacing_unit"),
 )
 
@@ -131,7 +129,9 @@ def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) ->
     Returns:
         Kinds of image, channels and what they are for each, and what becomes of the spacing.
     """
-    volume = "slices z-1, z, z+1" if data.stack == 3 else "one slice, three times"
+    reach = data.stack // 2
+    slices = ["z" if not k else f"z{k:+d}" for k in range(-reach, reach + 1)]
+    volume = "slices " + ", ".join(slices) if reach else "one slice, three times"
     meaning = {
         PICTURE: "red, green, blue; of a grey picture its values, three times",
         "volume": volume,
@@ -140,7 +140,7 @@ def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) ->
     side = data.image_size
     return {
         "images": sorted(seen),
-        "channels": IN_CHANNELS,
+        "channels": data.in_channels,
         "colour": colour,
         "channel_meaning": {name: text for name, text in meaning.items() if name in seen},
         "size": [side, side],
@@ -181,7 +181,7 @@ def model_card(
     """
     data = asdict(plan.data)
     network = asdict(plan.network) | {
-        "in_channels": IN_CHANNELS,
+        "in_channels": plan.data.in_channels,
         "out_channels": plan.data.out_channels,
     }
     return cell_of(plan) | {
@@ -194,6 +194,7 @@ def model_card(
         "weights": paths.WEIGHTS,
         "digest": chosen.weights.digest(),
         "network": network,
+        "domain_pool": sorted(training) if plan.network.domains else [],
         "classes": list(plan.data.classes),
         "labels": plan.data.classes,
         "structures": plan.data.structures,

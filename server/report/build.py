@@ -30,6 +30,7 @@ from fedsgcg.server.report.labels import (
 )
 from fedsgcg.server.report.protocol import chosen_within_folds, protocol_box
 from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.sections.adapted import adapted_table
 from fedsgcg.server.report.sections.claims import (
     HospitalTable,
     claims_section,
@@ -39,6 +40,7 @@ from fedsgcg.server.report.sections.claims import (
 from fedsgcg.server.report.sections.elements import PanelGroup, panel_blocks, untitled
 from fedsgcg.server.report.sections.features import similarity_section, tsne_section
 from fedsgcg.server.report.sections.federation import FederationCost, federation_section
+from fedsgcg.server.report.sections.methods import method_table
 from fedsgcg.server.report.sections.page import (
     Comparisons,
     Figures,
@@ -240,6 +242,7 @@ def _results(study: StudyFiles, rows: list[Row], cases: list[CaseRow], reader: R
     return Results(
         structures=structures,
         unit=unit,
+        methods=method_table(study, summary, structures, unit),
         tables=result_tables(summary, study, structures) if summary else [],
         notes=result_notes(summary, rows, _hospitals(study)),
         others=dice_rows(others),
@@ -247,6 +250,7 @@ def _results(study: StudyFiles, rows: list[Row], cases: list[CaseRow], reader: R
         cases_in_all=len(cases),
         departures=departures,
         departure_parts=parts,
+        adapted=adapted_table(study.rounds, list(study.labels)),
     )
 
 

@@ -19,11 +19,14 @@ Swept = tuple[tuple[str, str], ...]  # swept settings as (name, value)
 
 TRAINS = METHOD_NAMES
 """Training methods in the order of the ablation: neither part, one, the other, both."""
-FEDERATIONS = ("by_site", "pooled", "local")
+BEST_SINGLE = "best_single"
+"""Rows of the best hospital's own model, which are copies of rows of `local`."""
+FEDERATIONS = ("by_site", "pooled", "local", BEST_SINGLE)
 FEDERATION_TITLES = {
     "by_site": "federated: every hospital trains on its own images",
     "pooled": "pooled: the images of all training hospitals are in one place",
     "local": "local: one hospital trains alone (mean over the hospitals)",
+    BEST_SINGLE: "best_single: of these the model that does best at the other training hospitals",
 }
 MOST_COLOURS = 6  # labels that can be distinguished in one figure
 

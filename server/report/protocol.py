@@ -19,6 +19,18 @@ NAMED = {
 """Field of a model's protocol with names of hospitals -> what the report says of them."""
 
 
+BUDGETS = {
+    "rounds": "every run has the same number of rounds and of passes per round",
+    "steps": (
+        "every run takes the same number of steps one after the other, those of the hospital with "
+        "most of them"
+    ),
+    "slices": "the hospitals of every run together train on the same number of slices",
+}
+"""Kind of a budget -> what it keeps equal."""
+AMOUNTS = ("steps", "slices")
+
+
 def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
     """Return the protocol as (topic, lines)."""
     protocols = _protocols(study)
@@ -31,7 +43,9 @@ def protocol_box(study: StudyFiles) -> list[tuple[str, list[str]]]:
         ("Splits", _all_of(protocols, "splits")),
         ("Choice of the model", _selection(protocols)),
         ("Choice of settings", _settings_choice(study)),
+        ("References", _references(study)),
         ("Training", _training(study)),
+        ("Budget", _budget(study)),
         ("Memory", [split_batches] if split_batches else []),
         ("Evaluation", _all_of(protocols, "evaluated")),
         ("Decision", _all_of(protocols, "decision")),
@@ -88,7 +102,7 @@ def _folds(study: StudyFiles) -> list[str]:
         outcome = f"{trained[heldout]} trained" if heldout in trained else "not completed"
         lines.append(f"{who}: {outcome}")
     for key, text in NAMED.items():
-        names = {str(name) for entry in _protocols(study) for name in entry.get(key) or []}
+        names = {str(name) for entry in entries for name in entry.get(key) or []}
         if names:
             lines.append(f"{text}: {join_words(sorted(names))}")
     return lines + _upper_bounds(study)
@@ -159,6 +173,43 @@ def _settings_choice(study: StudyFiles) -> list[str]:
             "hospitals that are held out here"
         )
     return lines
+
+
+def _references(study: StudyFiles) -> list[str]:
+    """Whose own model is the best of single hospitals in each fold, and who chose it."""
+    lines = []
+    for entry in study.tree.get("best_single") or []:
+        scores = ", ".join(
+            f"{name} {show(float(dice), 3)}" for name, dice in entry["scores"].items()
+        )
+        fold = f"{entry['heldout']} held out, seed {entry['seed']}"
+        lines.append(
+            f"{entry['method']}, {fold}: the model of {entry['hospital']} is the best of single "
+            f"hospitals, judged by the other training hospitals (mean Dice there: {scores})"
+        )
+    return lines
+
+
+def _budget(study: StudyFiles) -> list[str]:
+    """What all cells have in common, and the steps and slices that each label takes."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in study.cells:
+        stated = cell.outcome.get("budget")
+        if isinstance(stated, Mapping) and stated.get("kind") in BUDGETS:
+            found.setdefault(cell.method, []).append(stated)
+    kinds = dict.fromkeys(str(entry["kind"]) for entries in found.values() for entry in entries)
+    lines = [BUDGETS[kind] for kind in kinds]
+    planned: dict[str, list[str]] = {}
+    for method, entries in found.items():
+        if all(entry["kind"] != "rounds" for entry in entries):
+            parts = [_span([int(entry[name]) for entry in entries], name) for name in AMOUNTS]
+            planned.setdefault(", ".join(parts), []).append(method)
+    return [*lines, *(f"{join_words(names)}: {text}" for text, names in planned.items())]
+
+
+def _span(numbers: Sequence[int], what: str) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,} {what}" if low == high else f"{low:,} to {high:,} {what}"
 
 
 def _mixing(study: StudyFiles) -> list[str]:

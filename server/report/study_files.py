@@ -16,7 +16,7 @@ from typing import Any
 
 from fedsgcg.common.errors import CODES, Problem, fail
 from fedsgcg.common.run_folder import paths
-from fedsgcg.server.report.labels import Label, labels_of, read_label
+from fedsgcg.server.report.labels import BEST_SINGLE, Label, labels_of, read_label
 from fedsgcg.server.report.reader import Reader, Tree
 from fedsgcg.server.report.tables import Row, methods_of
 
@@ -97,9 +97,8 @@ class StudyFiles:
     def labels(self) -> dict[str, Label]:
         """Parsed labels by name, in order, from the columns of the tables if they have them."""
         rows = {str(row["method"]): row for table in (self.rounds, self.results) for row in table}
-        return labels_of(
-            rows.get(cell.method) or self._settings_row(cell.method) for cell in self.cells
-        )
+        named = dict.fromkeys([*(cell.method for cell in self.cells), *rows])
+        return labels_of(rows.get(name) or self._settings_row(name) for name in named)
 
     def _settings_row(self, label: str) -> Row:
         """Columns of a label without any row, from its settings."""
@@ -169,7 +168,7 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
     keyed = dict.fromkeys(wanted, None) | found
     results = _all_rows(reader, folder, found, paths.RESULTS, RESULT_COLUMNS)
     rounds = _all_rows(reader, folder, found, paths.ROUNDS, ROUND_COLUMNS)
-    with_results = {_key(row) for row in results}
+    with_results = {_key(row) for row in results if row.get("federation") != BEST_SINGLE}
     for key in sorted(with_results - keyed.keys()):
         keyed[key] = None
     cells = [

@@ -10,6 +10,7 @@ import yaml
 from fedsgcg.server.report.differences import Difference
 from fedsgcg.server.report.format import DASH, Summary, show, show_ends, show_interval, show_p
 from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.labels import BEST_SINGLE
 from fedsgcg.server.report.sections.cases import count_of, join_words, left_out_sentence
 from fedsgcg.server.report.sections.claims import directions
 from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
@@ -25,7 +26,11 @@ STATUS_TITLES = {
 
 
 def focus_method(methods: Sequence[str]) -> str:
-    """The label that the study is about: RAM with SgCG if present, else SgCG, else the last one."""
+    """The label that the study is about: RAM with SgCG if present, else SgCG, else the last one.
+
+    The best single hospital is only a reference.
+    """
+    methods = [name for name in methods if BEST_SINGLE not in name.split()] or list(methods)
     for trains in ("ram_sgcg", "sgcg"):
         if found := [name for name in methods if name.split()[0] == trains]:
             return found[0]

@@ -109,11 +109,14 @@ def _merged(rows: Sequence[Row]) -> Row:
 
 
 def other_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows that are not in `heldout_rows`: observers, and validation cases of runs without fold."""
+    """Rows that are not in `heldout_rows`: observers, and validation cases of runs without fold.
+
+    Where a hospital trained alone, the others only judge its model for `best_single`.
+    """
     rows = list(rows)
     if not any(map(_is_heldout, rows)):
         return []
-    return [row for row in rows if not _is_heldout(row)]
+    return [row for row in rows if not _is_heldout(row) and not row.get("trained_on")]
 
 
 def _is_heldout(row: Row) -> bool:

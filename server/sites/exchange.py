@@ -83,7 +83,7 @@ def exchange(
     grid: Grid,
     nodes: Mapping[str, int],
     message_type: str,
-    request: Request,
+    request: Request | Mapping[str, Request],
     *,
     deadline_s: float,
     sizes: Sizes = ANY_SIZES,
@@ -91,13 +91,13 @@ def exchange(
     enough: int | None = None,
     on_answer: OnAnswer = ignore_answer,
 ) -> list[Answer]:
-    """Send one request to several sites and collect their answers.
+    """Send a request to several sites and collect their answers.
 
     Args:
         grid: Flower's grid.
         nodes: Site -> node id of everyone to ask.
         message_type: Flower's message type, e.g. `common.wire.messages.TRAIN`.
-        request: The request; encoded once for all.
+        request: The request, encoded once for all; or one for each site.
         deadline_s: Seconds after which a missing answer becomes RND-404.
         sizes: Sizes that the plan allows a reply.
         folder: Where received models wait (`server.sites.spill`); None keeps them in memory.
@@ -108,10 +108,20 @@ def exchange(
     Returns:
         One answer per site, in the order of the sites' names.
     """
-    content = encode_request(request)
+    asked = dict.fromkeys(nodes, request) if isinstance(request, Request) else dict(request)
+    encoded = encode_request(request) if isinstance(request, Request) else None
+    content = {site: encoded or encode_request(asked[site]) for site in nodes}
+    weights = {site: asked[site].weights for site in nodes}
     exchanging = _Exchange(
-        *(grid, nodes, message_type, content, request.weights),
-        *(deadline_s, sizes, folder, on_answer),
+        grid,
+        nodes,
+        message_type,
+        content,
+        weights,
+        deadline_s,
+        sizes,
+        folder,
+        on_answer,
     )
     return exchanging.run(len(nodes) if enough is None else enough)
 
@@ -142,8 +152,8 @@ class _Exchange:
     grid: Grid
     nodes: Mapping[str, int]
     message_type: str
-    content: RecordDict
-    weights: Weights | None
+    content: Mapping[str, RecordDict]
+    weights: Mapping[str, Weights | None]
     deadline_s: float
     sizes: Sizes
     folder: Path | None
@@ -151,12 +161,13 @@ class _Exchange:
     answers: dict[str, Answer] = field(default_factory=dict)
     asked: dict[str, _Asked] = field(default_factory=dict)
     end: float = 0.0
-    size: int = 0
+    sizes_down: dict[str, int] = field(default_factory=dict)
 
     def run(self, enough: int) -> list[Answer]:
         """Ask the sites, collect answers and ask lost sites again; see `exchange`."""
         self.end = time.monotonic() + self.deadline_s
-        self.size = sum(payload_bytes(self.content).values())
+        sizes = {id(one): sum(payload_bytes(one).values()) for one in self.content.values()}
+        self.sizes_down = {site: sizes[id(one)] for site, one in self.content.items()}
         present = presence(self.grid)
         for site in sorted(self.nodes):
             self.asked[site] = _Asked(self.nodes[site])
@@ -174,14 +185,14 @@ class _Exchange:
         self._pull()
         for site in sorted(self.asked):
             problem = self.asked[site].problem or missing(site, self.message_type, self.deadline_s)
-            self._take(site, Answer(site, problem=problem, bytes_down=self.size))
+            self._take(site, Answer(site, problem=problem, bytes_down=self.sizes_down[site]))
         return [self.answers[site] for site in sorted(self.answers)]
 
     def _push(self, site: str, present: Mapping[int, str]) -> None:
         """Send the request to a site; if the grid refuses it, the site counts as lost."""
         asked = self.asked[site]
         left_s = max(1.0, self.end - time.monotonic())
-        asked.request = push(self.grid, self.content, self.message_type, asked.node, left_s)
+        asked.request = push(self.grid, self.content[site], self.message_type, asked.node, left_s)
         asked.since = present.get(asked.node, "")
         asked.tries += 1
         asked.problem = None if asked.request else missing(site, self.message_type, self.deadline_s)
@@ -198,7 +209,8 @@ class _Exchange:
 
     def _take_message(self, site: str, message: Message) -> None:
         asked = self.asked[site]
-        answer = self._spilled(read_answer(message, site, self.sizes, self.size, self.weights))
+        down, weights = self.sizes_down[site], self.weights[site]
+        answer = self._spilled(read_answer(message, site, self.sizes, down, weights))
         if was_lost(message) and asked.tries < MOST_TRIES:
             asked.request, asked.problem = "", answer.problem
         else:

@@ -22,9 +22,17 @@ Row = dict[str, Any]
 SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
     *("validation_dice_trained", "validation_dice_without"),
-    *("examples", "steps", "seconds", "learning_rate"),
+    *("examples", "steps", "seconds", "learning_rate", "gradient_cosine"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
+
+ALL_SITES: Final = ""
+"""Name of what belongs to several sites together."""
+SUMMED: Final = "all"
+"""Site of the rows of a secure sum."""
+SUMMED_METRICS: Final = (
+    *("loss", "validation_dice", "validation_cases", "examples", "shortened_updates"),
+)
 
 REJECTIONS: Final = ("PAY-", "STA-")
 """Beginnings of the codes of payloads that were rejected."""
@@ -55,13 +63,30 @@ class Collected:
 
     @property
     def delivered(self) -> bool:
-        """Whether the site sent a payload, admitted or not; its own error is none."""
-        return self.verdict.accepted or self.verdict.code.startswith(REJECTIONS)
+        """Whether the site sent a payload, admitted or not; its own error is none.
+
+        A site that took part in a secure sum of too few sites was there.
+        """
+        return self.verdict.accepted or self.verdict.code.startswith((*REJECTIONS, "PRV-953"))
 
     def problem(self, number: int) -> Problem:
         """The problem of a rejected or missing reply of a round."""
         where = f"round {number}, {self.answer.site}"
         return Problem(self.verdict.code, where=where, found=self.verdict.detail)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The answers of the training sites to one request.
+
+    Attributes:
+        sites: One entry for every site that was asked, in the order of the names.
+        parts: What is merged: the same entries, or with secure sums one entry of the name
+            `ALL_SITES`, none if the sum was not opened.
+    """
+
+    sites: list[Collected] = field(default_factory=list)
+    parts: list[Collected] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -152,12 +177,15 @@ def expectation_for(
     described = with_training if training else bool(request.options.get("classes"))
     shape = (plan.data.num_classes, plan.network.num_features)
     labelled = plan.role(site) != "unlabelled"
+    if plan.privacy.secure_sums.enabled:
+        # What is inside cannot be seen; the sum is checked when it is opened.
+        return Expectation(request.identity, site)
     return Expectation(
         identity=request.identity,
         site=site,
         reference=request.weights if training else None,
         statistics_shape=shape if described and plan.method.statistics and labelled else None,
-        unit_norm=plan.unit_features,
+        unit_norm=plan.unit_features and not request.options.get("raw"),
         max_examples=slices,
         max_cases=cases,
         max_pixels=most_pixels(plan, slices, number),
@@ -238,6 +266,17 @@ def site_rows(
     return rows
 
 
+def summed_rows(number: int, parts: Sequence[Collected]) -> list[Row]:
+    """Return the rows of what a secure sum says about training; none without one."""
+    return [
+        row(number, "train", SUMMED, name, part.reply.metrics[name])
+        for part in parts
+        if part.answer.site == ALL_SITES
+        for name in SUMMED_METRICS
+        if name in part.reply.metrics
+    ]
+
+
 def validation_rows(number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:
     """Return the rows of a source validation; the model is that of the round before `number`."""
     return [
@@ -270,6 +309,19 @@ def evaluation_rows(
             if math.isfinite(value) and (number, part.site, metric) not in present:
                 rows.append(row(number, phase, part.site, metric, value))
     return rows
+
+
+def adapted_rows(number: int, way: str, evaluations: Sequence[SiteEvaluation]) -> list[Row]:
+    """Return the rows of evaluations after an adaptation to the hospitals' images.
+
+    The phase is `adapted` and the metrics are `adapted_dice_<way>` and `adapted_asd_<way>`.
+    """
+    return [
+        row(number, "adapted", part.site, f"adapted_{metric}_{way}", value)
+        for part in evaluations
+        for metric, value in (("dice", part.dice), ("asd", part.asd))
+        if math.isfinite(value)
+    ]
 
 
 def stated_rows(plan: Plan, number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:

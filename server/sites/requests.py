@@ -13,7 +13,8 @@ from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.heads import without_heads
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
-from fedsgcg.common.wire.messages import DATA, EVALUATE, SUMMARY, TRAIN, Request
+from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import AMPLITUDES, DATA, EVALUATE, SUMMARY, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.server.admission import Expectation, Verdict, admit
 from fedsgcg.server.records import results
@@ -23,7 +24,8 @@ from fedsgcg.server.sites.enrolment import Cohort
 from fedsgcg.server.sites.exchange import Answer, OnAnswer, exchange, ignore_answer
 from fedsgcg.server.sites.judge import Judge
 from fedsgcg.server.sites.problems import quorum_missed
-from fedsgcg.server.sites.replies import Collected, SiteEvaluation, expectation_for
+from fedsgcg.server.sites.replies import Collected, Gathered, SiteEvaluation, expectation_for
+from fedsgcg.server.sites.secure_sums import SecureSum
 
 EVENT_METRICS: Final = ("loss", "validation_dice", "seconds", "examples")
 
@@ -50,7 +52,7 @@ class SiteRequests:
 
     def collect(
         self, message_type: str, request: Request, sites: Collection[str] | None = None
-    ) -> list[Collected]:
+    ) -> Gathered:
         """Ask the training sites, admit or reject their answers, and require the quorum.
 
         A rejected answer counts for the quorum, so that no site can stop a run with one; the caller
@@ -61,8 +63,10 @@ class SiteRequests:
             request: The request.
             sites: The training sites to ask; None asks all.
 
+        With secure sums (`server.sites.secure_sums`) weights and statistics arrive as a sum.
+
         Returns:
-            One entry for every site that was asked, admitted or not, in the order of the names.
+            One entry for every site that was asked, admitted or not, and what is to be merged.
 
         Raises:
             FedsgcgError: RND-402 when fewer than the quorum answered; RND-406 for a site whose data
@@ -78,7 +82,15 @@ class SiteRequests:
             site: node for site, node in self.cohort.asked.items() if sites is None or site in sites
         }
         quorum = self.cohort.quorum if sites is None else min(self.cohort.quorum, len(nodes))
-        self._ask(message_type, nodes, request, receive, quorum)
+        sums = self.plan.privacy.secure_sums.enabled and message_type != AMPLITUDES
+        secure = self._secure_sum(message_type, request, nodes, quorum) if sums else None
+        if secure is not None:
+            secure.run()
+            found = secure.found
+            for part in found.values():
+                self._report(part, message_type)
+        else:
+            self._ask(message_type, nodes, request, receive, quorum)
         collected = [found[site] for site in sorted(found)]
         self.cohort.leave_out_late(
             part.answer.site for part in collected if part.verdict.code == "RND-404"
@@ -86,7 +98,27 @@ class SiteRequests:
         self._compare_data(collected)
         if sum(part.delivered for part in collected) < quorum:
             raise quorum_missed(self.plan, collected, quorum, request.identity.round)
-        return self.judge.judge(message_type, request, collected)
+        judged = self.judge.judge(message_type, request, collected)
+        return Gathered(judged, judged if secure is None else secure.pooled())
+
+    def _secure_sum(
+        self, message_type: str, request: Request, nodes: Mapping[str, int], quorum: int
+    ) -> SecureSum:
+        def verdict(answer: Answer) -> Collected:
+            return self._verdict(answer, message_type, request)
+
+        return SecureSum(
+            self.plan,
+            self.grid,
+            self.cohort,
+            self._ask,
+            verdict,
+            self.note,
+            message_type,
+            request,
+            nodes,
+            quorum,
+        )
 
     def _compare_data(self, collected: Collection[Collected]) -> None:
         """Note the sites whose data changed since their last reply.
@@ -108,7 +140,15 @@ class SiteRequests:
             self.note(problem)
 
     def evaluate(
-        self, split: str, nodes: Mapping[str, int], weights: Weights, number: int
+        self,
+        split: str,
+        nodes: Mapping[str, int],
+        weights: Weights,
+        number: int,
+        *,
+        adapt: str = "",
+        prototypes: ClassStatistics | None = None,
+        amplitudes: bytes = b"",
     ) -> list[SiteEvaluation]:
         """Have a model evaluated case by case; a missing or unusable answer becomes a note.
 
@@ -117,9 +157,13 @@ class SiteRequests:
             nodes: Site -> node id of the sites to ask.
             weights: The model; its training-only heads are not sent.
             number: Round that produced it.
+            adapt: How the sites adapt it to their images first (`adapt.by`); "" = not.
+            prototypes: Of the model, for `adapt=prototypes`.
+            amplitudes: Of the training sites, for `adapt=amplitude`.
         """
         identity = identity_of(self.plan, number)
-        request = Request(identity, without_heads(weights), options={"split": split})
+        options = {"split": split} | ({"adapt": adapt} if adapt else {})
+        request = Request(identity, without_heads(weights), prototypes, options, amplitudes)
         evaluations = []
         # A lost held-out site is waited for; a lost observer is not.
         enough = sum(self.plan.role(site) == "heldout" for site in nodes)
@@ -148,19 +192,20 @@ class SiteRequests:
         self,
         message_type: str,
         nodes: Mapping[str, int],
-        request: Request,
+        request: Request | Mapping[str, Request],
         on_answer: OnAnswer = ignore_answer,
         enough: int | None = None,
     ) -> list[Answer]:
         guard_recipients(self.plan, message_type, nodes)
         deadline_s = self.plan.federation.round_deadline_s
+        weights = request.weights if isinstance(request, Request) else None
         return exchange(
             self.grid,
             nodes,
             message_type,
             request,
             deadline_s=deadline_s,
-            sizes=reply_sizes(self.plan, request.weights.values.size if request.weights else 0),
+            sizes=reply_sizes(self.plan, weights.values.size if weights else 0),
             folder=Path(self.plan.output),
             enough=enough,
             on_answer=on_answer,

@@ -25,6 +25,7 @@ PARTS = (
     "codecs",
     "step",
     "federation",
+    "secure_sums",
     "deployment",
     "end_to_end",
 )

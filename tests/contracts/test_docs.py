@@ -25,6 +25,7 @@ from types import ModuleType
 import pytest
 
 from fedsgcg.clients.methods import METHODS
+from fedsgcg.clients.methods.cards import parts_of
 from fedsgcg.common.settings.choices import is_file, is_import_path
 from fedsgcg.common.settings.compose import join
 from fedsgcg.common.settings.plan import Plan
@@ -110,7 +111,7 @@ def test_generated_parts_are_up_to_date() -> None:
 def test_every_method_has_a_card_that_states_what_a_reader_needs() -> None:
     page = (DOCS / "reference" / "method-cards.md").read_text()
     for name, cls in METHODS.items():
-        card = GENERATOR.card_of(cls)
+        card = parts_of(cls)
         assert f"## {name}\n\n{card['Idea']}" in page
         assert "not stated" not in card.values(), f"{name}: its docstring lacks {card}"
 

@@ -5,6 +5,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from fedsgcg.clients.app import build_client_app
@@ -138,6 +139,7 @@ def test_a_study_of_variants_runs_reports_and_goes_on(root, tmp_path, capsys):
     ]
     places.remove("federation.rounds=4")
     varied = ["method=source,sgcg", "federation=local,pooled", "prototypes.weight=0.1,1"]
+    varied.insert(0, "references=[best_single]")
     asked = [*places, "federation.rounds=1", "heldout=C", *varied]
     assert run_study(plan_study([*asked]), Screen(io.StringIO())) in (0, 3)
     table = pq.read_table(tmp_path / "run" / "results.parquet")
@@ -154,6 +156,23 @@ def test_a_study_of_variants_runs_reports_and_goes_on(root, tmp_path, capsys):
             for owner, alone in (("local", "A"), ("local", "B"), ("pooled", ""))
             for weight in ("0.1", "1")
         },
+        ("source best_single", "source", "best_single", "", ""),
+        *{
+            (
+                f"sgcg best_single weight={one}",
+                "sgcg",
+                "best_single",
+                f"prototypes.weight={one}",
+                "",
+            )
+            for one in ("0.1", "1")
+        },
+    }
+    judged = [row for row in table.to_pylist() if row["trained_on"] and row["site"] != "C"]
+    assert {(row["trained_on"], row["site"]) for row in judged} == {("A", "B"), ("B", "A")}
+    record = yaml.safe_load((tmp_path / "run" / "study.yaml").read_text())
+    assert {entry["method"] for entry in record["best_single"]} == {
+        name for name in record["methods"] if " local" in name
     }
     assert (tmp_path / "run" / "report.html").is_file()
     again = plan_study([*asked[:-1], "prototypes.weight=0.1,1,2"])

@@ -23,6 +23,7 @@ from fedsgcg.clients.methods.boundary import (
 from fedsgcg.clients.methods.elcfs import clipped_descent
 from fedsgcg.clients.methods.feature_style import draw_style, mix_style
 from fedsgcg.clients.methods.fedproto import prototype_distance
+from fedsgcg.clients.methods.gin import divergence_from_mean
 from fedsgcg.clients.methods.harmofl import ascent
 from fedsgcg.clients.methods.isda import augmentation_surplus
 from fedsgcg.clients.methods.jigen import permutations, permute_tiles
@@ -201,6 +202,24 @@ def test_moon_has_no_effect_while_both_models_are_the_same():
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2))
     assert code.grad.abs().max() < 1e-15
+
+
+def test_gins_divergence_is_that_of_the_published_code_and_has_a_gradient():
+    rng = generator(0)
+    logits = [normal(rng, 2, 3, 4, 4).requires_grad_() for _ in range(2)]
+    valid = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    found = divergence_from_mean(logits[0].softmax(1), logits[1].softmax(1), valid)
+    mean = (logits[0].softmax(1) + logits[1].softmax(1)) / 2
+    both = torch.cat([one.log_softmax(1) for one in logits])
+    assert found.item() == pytest.approx(F.kl_div(both, torch.cat([mean, mean])).item(), rel=1e-9)
+    assert torch.autograd.gradcheck(
+        lambda a, b: divergence_from_mean(a.softmax(1), b.softmax(1), valid), logits
+    )
+    half = valid.clone()
+    half[0] = False
+    rest = divergence_from_mean(logits[0].softmax(1), logits[1].softmax(1), half)
+    own = [one.softmax(1)[1:] for one in logits]
+    assert rest.item() == pytest.approx(divergence_from_mean(*own, valid[1:]).item(), rel=1e-9)
 
 
 # MixStyle and DSU

@@ -208,3 +208,47 @@ def test_nothing_trimmed_is_exact_pooling(seed: int, sites: int) -> None:
     if sites <= 2:
         few = without_farthest(found, 3)
         assert [part.digest() for part in few] == [part.digest() for part in found]
+
+
+@FEW
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.floats(-1e5, 1e5),
+    st.floats(0.0, 1e4),
+    st.randoms(use_true_random=False),
+)
+def test_a_broken_minority_cannot_move_the_median_out_of_the_others_range(  # type: ignore[no-untyped-def]
+    seed: int, broken: int, shift: float, scale: float, rng
+) -> None:
+    honest = [statistics(seed + k) for k in range(broken + 1)]
+    wrong = [statistics(seed + 50 + k, shift, scale) for k in range(broken)]
+    parts = parts_of(*wrong, *honest)
+    merged = merge_statistics(parts, "median")
+    shuffled = parts.copy()
+    rng.shuffle(shuffled)
+    assert merge_statistics(shuffled, "median").digest() == merged.digest()
+    means = np.stack([part.mean for part in honest])
+    assert (merged.mean >= means.min(0) - 1e-12).all()
+    assert (merged.mean <= means.max(0) + 1e-12).all()
+    traces = [np.trace(part.covariance, axis1=1, axis2=2) for part in honest]
+    found = np.trace(merged.covariance, axis1=1, axis2=2)
+    assert (found >= np.min(traces, 0) - 1e-9).all()
+    assert (found <= np.max(traces, 0) + 1e-9).all()
+    assert np.linalg.eigvalsh(merged.scatter).min() >= -1e-9 * np.abs(merged.scatter).max()
+    assert merged.count.tolist() == [20.0 * len(parts)] * CLASSES
+
+
+def test_the_median_of_three_sites_by_hand_and_of_a_class_that_one_has_not_seen() -> None:
+    means = np.array([[[0.0, 9.0]], [[2.0, 5.0]], [[8.0, 1.0]]])
+    traces = np.array([1.0, 6.0, 2.0])
+    parts = [
+        ClassStatistics(np.array([10.0]), mean, np.eye(2)[None] * 10.0 * trace / 2)
+        for mean, trace in zip(means, traces, strict=True)
+    ]
+    merged = merge_statistics(parts_of(*parts), "median")
+    np.testing.assert_allclose(merged.mean, [[2.0, 5.0]])
+    np.testing.assert_allclose(merged.covariance, np.eye(2)[None])
+    absent = ClassStatistics(np.array([0.0]), np.full((1, 2), 1e9), np.zeros((1, 2, 2)))
+    with_absent = merge_statistics(parts_of(*parts, absent), "median")
+    assert with_absent.digest() == merged.digest()

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fedsgcg.common.errors import Problem
+from fedsgcg.server.report.sections.adapted import AdaptedTable
 from fedsgcg.server.report.sections.claims import Claims, HospitalTable
 from fedsgcg.server.report.sections.elements import PanelBlock
 from fedsgcg.server.report.sections.features import Similarity, Tsne
 from fedsgcg.server.report.sections.federation import FederationCost
+from fedsgcg.server.report.sections.methods import MethodTable
 from fedsgcg.server.report.sections.panels import OverlayBlock
 from fedsgcg.server.report.sections.papers import PaperTable
 from fedsgcg.server.report.sections.results import (
@@ -73,6 +75,7 @@ class Results:
     Attributes:
         structures: Structures that have results, in order.
         unit: Unit of the distances.
+        methods: All methods with results, costs and what leaves a hospital, None for one method.
         tables: One table per structure, none without a result.
         notes: Notes on these tables.
         others: Results that are not of held-out hospitals.
@@ -80,10 +83,12 @@ class Results:
         cases_in_all: Number of rows of the uncut table.
         departures: The data sent by each hospital.
         departure_parts: Parts of the messages, largest first.
+        adapted: Results after an adaptation to the hospitals' images, None without any.
     """
 
     structures: Sequence[str]
     unit: str
+    methods: MethodTable | None
     tables: Sequence[ResultTable]
     notes: Sequence[str]
     others: Sequence[OtherRow]
@@ -91,6 +96,7 @@ class Results:
     cases_in_all: int
     departures: Sequence[DepartureRow]
     departure_parts: Sequence[str]
+    adapted: AdaptedTable | None = None
 
 
 @dataclass(frozen=True)

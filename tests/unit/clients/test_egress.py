@@ -20,7 +20,7 @@ from fedsgcg.clients.guard.egress import (
 )
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.files.chain import seal
-from fedsgcg.common.settings.federation import PrivacySettings
+from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import Reply, decode_reply, encode_reply, payload_bytes
 from fedsgcg.common.wire.payload import Identity, Weights
@@ -60,6 +60,19 @@ def test_at_the_floor_a_class_may_leave():
     kept, hidden = apply_floors(statistics(100), np.array([2]), FLOORS)
     assert hidden == []
     assert kept.count.tolist() == [100]
+
+
+@pytest.mark.row(66)
+def test_the_covariance_of_few_patients_is_shrunk():
+    floors = PrivacySettings(min_pixels=1, min_patients=1, shrinkage=True)
+    kept, _ = apply_floors(statistics(100, 100, 100), np.array([1, 2, 3]), floors)
+    # 3 = A + 1 patients keep everything, one keeps a third; 9 is the mean of the diagonal.
+    third, two_thirds = [[9, 3], [3, 9]], [[9, 6], [6, 9]]
+    assert np.allclose(kept.scatter, [third, two_thirds, [[9, 9], [9, 9]]])
+    assert kept.mean.tolist() == statistics(100, 100, 100).mean.tolist()
+    single = ClassStatistics(np.ones(1), np.zeros((1, 4)), np.outer(v := np.ones(4), v)[None])
+    values = np.linalg.eigvalsh(single.shrunk([1]).scatter[0])
+    assert values.min() > 0.1 * values.max()  # no direction is that of the one patient alone
 
 
 def test_an_unseen_class_is_not_called_withheld():

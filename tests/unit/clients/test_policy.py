@@ -99,7 +99,7 @@ def test_folders_device_roles_and_threads_are_the_sites(root, tmp_path):
     assert (obeyed.site.roles, obeyed.site.threads, obeyed.site.device) == (("heldout",), 2, "cpu")
 
 
-@pytest.mark.parametrize(("asked", "own", "holds"), [(1, 5, 5), (7, 5, 7), (5, 5, 5)])
+@pytest.mark.parametrize(("asked", "own", "holds"), [(1, 50, 50), (70, 50, 70), (50, 50, 50)])
 @pytest.mark.row(59)
 def test_floors_only_get_stricter(root, tmp_path, asked, own, holds):
     plan = asked_of(root, tmp_path, f"privacy.min_patients={asked}", f"privacy.min_pixels={asked}")
@@ -107,6 +107,21 @@ def test_floors_only_get_stricter(root, tmp_path, asked, own, holds):
         plan, policy_for(root, tmp_path, patient_floor=own, min_pixels=own)
     ).privacy
     assert (privacy.min_patients, privacy.min_pixels) == (holds, holds)
+
+
+@pytest.mark.row(66)
+def test_a_class_needs_more_pixels_than_features(root, tmp_path):
+    plan = asked_of(root, tmp_path, "privacy.min_pixels=1")
+    privacy = apply_policy(plan, policy_for(root, tmp_path, min_pixels=1)).privacy
+    assert privacy.min_pixels == plan.network.num_features + 1
+
+
+def test_a_site_can_demand_shrinkage(root, tmp_path):
+    policy = policy_for(root, tmp_path, demands=("shrinkage",))
+    with pytest.raises(FedsgcgError) as caught:
+        apply_policy(asked_of(root, tmp_path), policy)
+    assert caught.value.code == "PRV-951"
+    assert apply_policy(asked_of(root, tmp_path, "privacy.shrinkage=true"), policy)
 
 
 @pytest.mark.row(58)
@@ -231,3 +246,16 @@ def test_code_that_is_not_approved_does_no_work(root, tmp_path):
     content = encode_request(Request(sites.identity(plan)))
     node = {"site": "North", NODE_KEY: str(tmp_path / "site.yaml")}
     assert decode_reply(sites.ask(plan.to_tree(), wire.ENROL, content, node)).error == "POL-705"
+
+
+@pytest.mark.parametrize("role", ["train", "unlabelled"])
+def test_scaffold_is_refused_at_enrolment_without_the_sites_consent(
+    root: Path, tmp_path: Path, role: str
+) -> None:
+    """Also by a hospital without masks, whose mean gradient leaves like that of the others."""
+    names = ("method=segclr", "unlabelled=[North]") if role == "unlabelled" else ("method=source",)
+    plan = asked_of(root, tmp_path, "federation.aggregator=scaffold", *names)
+    with pytest.raises(FedsgcgError, match="mean gradient"):
+        apply_policy(plan, policy_for(root, tmp_path / "no"))
+    allowed = policy_for(root, tmp_path / "yes", sharing=("weights", "control_variates"))
+    assert apply_policy(plan, allowed).federation.aggregator == "scaffold"

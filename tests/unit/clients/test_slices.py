@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedsgcg.clients.data.slices import class_indices, resize, resize_labels, scale_intensity
+from fedsgcg.clients.data.slices import (
+    class_indices,
+    flattened,
+    resize,
+    resize_labels,
+    scale_intensity,
+)
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.images.read import read_volume
 from fedsgcg.common.metrics import segmentation_metrics
@@ -26,6 +32,67 @@ def test_intensity_by_hand(mode):
     else:
         expected = (array - 50) / (3 * np.sqrt((101**2 - 1) / 12))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def scene(side=64, depth=2):
+    """Bright tissue with a brighter disc, and noise, all positive."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:side, :side]
+    disc = (y - side / 2) ** 2 + (x - side / 2) ** 2 < (side / 6) ** 2
+    return (100 + 40 * disc + rng.normal(0, 3, (depth, 1, side, side))).astype(np.float32), disc
+
+
+def test_flat_intensity_is_the_logarithm_minus_its_blur_by_hand():
+    image, _ = scene(32)
+    low, high = np.percentile(image, (1, 99))
+    logarithm = np.log(np.clip(image.astype(np.float64), low, high))
+    reach, sigma = 16, 2.0  # four deviations on each side of a mirrored slice
+    kernel = np.exp(-0.5 * (np.arange(-8, 9) / sigma) ** 2)
+    kernel /= kernel.sum()
+    wide = np.pad(logarithm[1, 0], reach, mode="symmetric")
+    for axis in (0, 1):
+        wide = np.apply_along_axis(lambda line: np.convolve(line, kernel, "same"), axis, wide)
+    expected = logarithm[1, 0] - wide[reach:-reach, reach:-reach]
+    np.testing.assert_allclose(flattened(image, sigma / 32)[1, 0], expected, atol=1e-5)
+
+
+def test_flat_intensity_hardly_depends_on_a_coil_and_not_on_a_factor():
+    image, disc = scene()
+    coil = np.exp(1.5 * (np.mgrid[:64, :64][1] / 63 - 0.5)).astype(np.float32)  # a factor of 4.5
+    sigma = 20 / 128
+    plain, scaled, uneven = (
+        scale_intensity(flattened(one, sigma), "flat") for one in (image, 7 * image, coil * image)
+    )
+    np.testing.assert_allclose(scaled, plain, atol=1e-3)
+
+    def contrast(found):  # between the disc and its left and right neighbours
+        sides = [
+            found[..., part][..., ~disc[:, part]].mean() for part in (slice(8, 22), slice(42, 56))
+        ]
+        return found[..., disc].mean() - np.array(sides)
+
+    assert contrast(plain).min() > 0.5
+    np.testing.assert_allclose(contrast(uneven), contrast(plain), atol=0.35)
+    assert contrast(scale_intensity(coil * image, "percentile")).min() < 0
+
+
+def test_flat_intensity_of_dark_and_negative_values_is_finite(tmp_path, make_data):
+    image, _ = scene()
+    for one in (image - 120, np.where(image > 120, image, 0)):
+        found = scale_intensity(flattened(one, 0.1), "flat")
+        assert np.isfinite(found).all()
+        assert (found.min(), found.max()) == (-1, 1)
+    write_case(tmp_path / "V", "a", *ramp())
+    keys = {
+        store_of(tmp_path, make_data(**changes), tmp_path / "cache", "V", heldout=True).key
+        for changes in (
+            {},
+            {"intensity": "flat"},
+            {"intensity": "flat", "flat_sigma": 10.0},
+            {"flat_sigma": 10.0},
+        )
+    }
+    assert len(keys) == 3, "the width counts only where it is used"
 
 
 def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data):

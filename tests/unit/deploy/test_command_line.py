@@ -14,9 +14,10 @@ from fedsgcg.common.console import run_command
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.cli import coordinator as cli
 from fedsgcg.deploy.cli import site as site_cli
-from fedsgcg.deploy.cli.dry_run import training_steps
+from fedsgcg.deploy.cli.dry_run import models_in_checkpoint, training_steps
 from fedsgcg.deploy.study.runtimes import run_cell_in_process
 from tests.support import small
+from tests.support.plans import small_plan
 
 HEAVY = ("torch", "flwr", "ray", "nibabel", "hydra", "scipy", "sklearn", "matplotlib")
 
@@ -106,6 +107,16 @@ def test_the_estimated_steps_are_those_that_training_takes(hospitals: Path, tmp_
         run_cell_in_process(cell.tree)
         rows = pq.read_table(cell.folder / "rounds.parquet", filters=[("metric", "=", "steps")])
         assert training_steps(Plan.from_tree(cell.tree)) == sum(rows["value"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("rule", "models"), [("fedavg", 1), ("scaffold", 4), ("fedadam", 5), ("fedavgm", 3)]
+)
+def test_a_checkpoint_holds_the_model_and_the_state_of_the_rule(
+    tmp_path: Path, rule: str, models: int
+) -> None:
+    """Three of four hospitals train; moments have twice the precision of a model."""
+    assert models_in_checkpoint(small_plan(tmp_path, federation__aggregator=rule)) == models
 
 
 def test_quiet_prints_problems_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_without_the_folder_it_says_what_to_fetch(name, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "[DAT-120]" in told
     assert "nowhere" in told
-    assert "data.root=FOLDER" in told
+    assert ("FOLDER/data.yaml" if name == "manifest" else "data.root=FOLDER") in told
     assert not (tmp_path / "out").exists()
     assert prepare(name) == 2
 

@@ -120,6 +120,20 @@ def test_a_dry_run_shows_the_bytes_of_a_real_reply_and_leaves_nothing(kit, root,
     assert not (kit / "home/ledger.jsonl").exists()
 
 
+def test_a_dry_run_with_secure_sums_shows_masked_bytes_and_no_weights(kit, root, capsys):
+    approve(bundle_of_folder(REPOSITORY), kit / "approved.json", "test")
+    settings = [
+        *("data.image_size=32", "network.base_width=4", "method.steps_per_round=1"),
+        *("privacy=secure_sums", "method.batch_size=8"),
+    ]
+    assert site_cli.main(["ledger", str(kit), "--dry-run", "--settings", *settings]) == 0
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "│" in line}
+    masked = int(rows["masked"].split("│")[2].strip().replace(",", ""))
+    assert masked > 8 * sites.weights(sites.plan_of(root, kit)).values.size
+    assert not {"weights", "statistics", "moments"} & set(rows)
+    assert not (kit / "home/releases.jsonl").exists()
+
+
 def test_a_dry_run_that_the_policy_refuses_says_why(kit, capsys):
     settings = ["site.threads=9", "data.image_size=32", "network.base_width=4"]
     approve(bundle_of_folder(REPOSITORY), kit / "approved.json", "test")
