@@ -70,8 +70,7 @@ from fedsgcg.common.differential_privacy.accounting import PATIENT, Spending
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
-from fedsgcg.common.image_summary import IMAGE_SUMMARY
-from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.images.contents import CONTENT_HASHES, IMAGE_SUMMARY
 from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream, stream_seed
 from fedsgcg.common.settings.adaptation import AMPLITUDE

@@ -68,7 +68,8 @@ from fedsgcg.common.differential_privacy.noise import Noise
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import expand
-from fedsgcg.common.image_summary import IMAGE_SUMMARY, summarise
+from fedsgcg.common.image_summary import summarise
+from fedsgcg.common.images.contents import IMAGE_SUMMARY
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.dp_rules import dp_problems, planned
 from fedsgcg.common.settings.flower_run import plan_of_run

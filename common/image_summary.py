@@ -18,9 +18,6 @@ import numpy as np
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import KINDS, PICTURE
 
-IMAGE_SUMMARY: Final = "image_summary"
-"""Name of the summary in an enrolment, and in `sharing` of a `site.yaml` that allows it."""
-
 STEP: Final = 16
 """Sides of a training slice are multiples of it: the U-Net halves it four times."""
 

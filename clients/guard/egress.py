@@ -24,8 +24,7 @@ from flwr.app import RecordDict
 from fedsgcg.clients.guard import ledger
 from fedsgcg.clients.guard.policy import check_sharing
 from fedsgcg.common.errors import FedsgcgError
-from fedsgcg.common.image_summary import IMAGE_SUMMARY
-from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.images.contents import CONTENT_HASHES, IMAGE_SUMMARY
 from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.block_means import BlockMeans

@@ -14,8 +14,7 @@ from typing import Final, Literal
 
 from fedsgcg.common.errors import Problem
 from fedsgcg.common.files.system import expand
-from fedsgcg.common.image_summary import IMAGE_SUMMARY
-from fedsgcg.common.images.contents import CONTENT_HASHES
+from fedsgcg.common.images.contents import CONTENT_HASHES, IMAGE_SUMMARY
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.choices import is_import_path
 from fedsgcg.common.settings.federation import ROLES, SITE_STATISTICS

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # the coordinator does not need the reading of images
 CONTENT_HASHES: Final = "content_hashes"
 """Name of the consent, and of the part of an enrolment that carries the hashes."""
 
+IMAGE_SUMMARY: Final = "image_summary"
+"""Name of `common.image_summary` in an enrolment, and in `sharing` of a site that allows it."""
+
 TRAINING_IMAGES: Final = "training_images.json"
 """File of a cell's folder: `salt`, and hospital -> salted hashes of the images used in training.
 

@@ -129,7 +129,7 @@ def _decathlon(root: Path, files: Sequence[Path], layout: Layout, channel: str) 
     masks = {without_suffix(path.name): path for path in files if path.parent == root / "labelsTr"}
     for case, found in sorted(images.items()):
         if used := found.get(wanted or min(found)):
-            layout.lines.append(Line(site, used, masks.get(case)))
+            layout.lines.append(Line(site, used, masks.get(case), patient=case))
     layout.notes += _left_out(root, site, files, declared, images, wanted)
     layout.problems += _incomplete(root, declared, images, masks, wanted)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.files.disk import Disk
-from fedsgcg.common.image_summary import IMAGE_SUMMARY, HospitalSummary, merge_summaries
+from fedsgcg.common.image_summary import HospitalSummary, merge_summaries
+from fedsgcg.common.images.contents import IMAGE_SUMMARY
 from fedsgcg.common.settings.plan import Plan
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsgcg.common.files.disk import Disk
-from fedsgcg.common.image_summary import IMAGE_SUMMARY, HospitalSummary, merge_summaries
+from fedsgcg.common.image_summary import HospitalSummary, merge_summaries
+from fedsgcg.common.images.contents import IMAGE_SUMMARY
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.server.sites.enrolment import Member
 from fedsgcg.server.sites.image_summaries import FILE, record_summaries
