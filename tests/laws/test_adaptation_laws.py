@@ -59,7 +59,7 @@ def by_definition(network, images, share):
             continue
         own = maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=1)
         source = layer.running_mean.double(), layer.running_var.double()
-        mean, variance = ((1 - share) * old + share * new for old, new in zip(source, own))
+        mean, variance = ((1 - share) * old + share * new for old, new in zip(source, own, strict=True))
         moments.append((mean, variance))
         shape = (1, 3, 1, 1)
         maps = (maps - mean.view(shape)) / (variance.view(shape) + layer.eps).sqrt()
