@@ -57,4 +57,5 @@ def test_a_federation_of_the_method_ends_above_chance(
     assert outcome["status"] == "completed"
     rows: list[dict[str, Any]] = pq.read_table(tmp_path / "results.parquet").to_pylist()
     dice = [row["dice"] for row in rows]
+    print("DICE", name, sum(dice) / len(dice))
     assert sum(dice) / len(dice) > CHANCE, (name, dice)
