@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fedsgcg.clients.adaptation import Reference, adapted, hospital_batches
 from fedsgcg.clients.coding import code_weights
 from fedsgcg.clients.corrections import received_control, sent_control
 from fedsgcg.clients.data.pairs import check_pairs
@@ -37,7 +39,7 @@ from fedsgcg.clients.methods.class_statistics import (
     site_moments,
     site_statistics,
 )
-from fedsgcg.clients.methods.partners import site_amplitudes
+from fedsgcg.clients.methods.partners import MeanMixer, mixing_space, site_amplitudes
 from fedsgcg.clients.methods.running_guide import (
     ONLINE,
     build_guide,
@@ -62,11 +64,15 @@ from fedsgcg.clients.training import (
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.feature_samples import FILE, write_feature_samples
 from fedsgcg.common.heads import build_trained
+from fedsgcg.common.image_summary import IMAGE_SUMMARY
 from fedsgcg.common.images.contents import CONTENT_HASHES
-from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.networks import build_network
 from fedsgcg.common.seeding import stream, stream_seed
+from fedsgcg.common.settings.adaptation import AMPLITUDE
 from fedsgcg.common.settings.federation import SHARES, TRAINING
+from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.amplitudes import AmplitudeSummary
 from fedsgcg.common.wire.messages import DATA, SUMMARY, Reply
 from fedsgcg.common.wire.norm_moments import NormMoments
 from fedsgcg.common.wire.payload import encode_cases
@@ -123,6 +129,8 @@ def enrol(task: SiteRequest) -> RecordDict:
     }
     if (contents := shared_contents(stores, task.identity, task.policy)) is not None:
         details[CONTENT_HASHES] = contents
+    if (summary := task.image_summary()) is not None:
+        details[IMAGE_SUMMARY] = summary
     return send(task, Reply(task.identity, task.site, details=details))
 
 
@@ -146,7 +154,10 @@ def send_statistics(task: SiteRequest) -> RecordDict:
     wanted = task.plan.method.statistics and (options.get("classes") or measured is None)
     if wanted and task.role == "unlabelled":
         raise fail("ROL-212", where=task.site, found="a request for class statistics")
-    found = statistics(task, network, mode) if wanted else None
+    plan = task.plan
+    if options.get("raw"):  # of the features as the output layer reads them
+        plan = replace(plan, prototypes=replace(plan.prototypes, normalize=False))
+    found = statistics(task, network, mode, plan) if wanted else None
     return send(task, Reply(task.identity, task.site, statistics=found, moments=measured))
 
 
@@ -173,6 +184,7 @@ def train(task: SiteRequest) -> RecordDict:
         number,
         task.device,
         held=held_parts(task.request.options),
+        shift=task.request.shift,
     )
     earlier = state
     figures, state = train_round(
@@ -243,17 +255,20 @@ def evaluate(task: SiteRequest) -> RecordDict:
     if split == "validation" and not task.validates:
         return send(task, Reply(task.identity, task.site, cases=encode_cases([])))
     network = load_global_model(task, trained=False)
-    save_features(task, network, split)
     agreement = MaskAgreement()
-    rows = evaluate_cases(
-        network,
-        task.stores,
-        task.plan,
-        split,
-        task.device,
-        pictures=pictures,
-        agreement=agreement,
-    )
+    if way := str(task.request.options.get("adapt", "")):
+        rows = adapted_rows(task, network, way, split, agreement)
+    else:
+        save_features(task, network, split)
+        rows = evaluate_cases(
+            network,
+            task.stores,
+            task.plan,
+            split,
+            task.device,
+            pictures=pictures,
+            agreement=agreement,
+        )
     if task.policy is not None and agreement.is_constant:
         raise constant_prediction(agreement)
     metrics = {"dice": float(np.mean([row["dice"] for row in rows]))} if rows else {}
@@ -266,6 +281,38 @@ def evaluate(task: SiteRequest) -> RecordDict:
         metrics |= validation_metrics(task, network)
     reply = Reply(task.identity, task.site, metrics=metrics, cases=encode_cases(rows))
     return send(task, replace(reply, details=details))
+
+
+def adapted_rows(
+    task: SiteRequest, network: nn.Module, way: str, split: str, agreement: MaskAgreement
+) -> list[dict[str, Any]]:
+    """Score the model on the test cases after its adaptation to their images.
+
+    Raises:
+        FedsgcgError: TRN-330 for a way that is not in the plan, or a request without what it needs.
+    """
+    plan = task.plan
+    if way not in plan.adapt.by or split != "test":
+        found = f"{way} for the cases of {split}"
+        expected = f"one of {', '.join(plan.adapt.by) or 'none'}, for test cases"
+        raise fail("TRN-330", found=found, expected=expected)
+    rows: list[dict[str, Any]] = []
+    for store in task.stores:
+        table = store.slices(split)
+        mixer = None
+        if way == AMPLITUDE and task.request.amplitudes:
+            summary = AmplitudeSummary.decode(task.request.amplitudes)
+            if summary.space != (space := mixing_space([table])):
+                found, expected = f"amplitudes of {summary.space}s", f"those of {space}s"
+                raise fail("TRN-330", found=found, expected=expected)
+            mixer = MeanMixer(summary, plan.method.ram, stream(plan.seed, "unused"))
+        reference = Reference(task.request.prototypes, plan.unit_features, mixer)
+        batches = partial(hospital_batches, table)
+        with adapted(
+            network, way, batches, plan.adapt, plan.data, reference, task.device
+        ) as changed:
+            rows += evaluate_cases(changed, [store], plan, split, task.device, agreement=agreement)
+    return rows
 
 
 def constant_prediction(agreement: MaskAgreement) -> FedsgcgError:
@@ -320,7 +367,7 @@ def load_global_model(task: SiteRequest, *, trained: bool = True) -> nn.Module:
     if task.request.weights is None:
         raise fail("PAY-106", found="a request without weights", expected="the global model")
     plan = task.plan
-    channels = IN_CHANNELS, plan.data.out_channels
+    channels = plan.data.in_channels, plan.data.out_channels
     network = build_trained(plan, None) if trained else build_network(plan.network, *channels, None)
     load_weights(network, task.request.weights)
     network.to(task.device)
@@ -378,11 +425,17 @@ def moments(task: SiteRequest, network: nn.Module) -> NormMoments:
 
 
 def statistics(
-    task: SiteRequest, network: nn.Module, norm_mode: NormMode | None = None
+    task: SiteRequest,
+    network: nn.Module,
+    norm_mode: NormMode | None = None,
+    plan: Plan | None = None,
 ) -> ClassStatistics:
-    """Compute the class statistics of the site's training slices, pooled over its hospitals."""
+    """Compute the class statistics of the site's training slices, pooled over its hospitals.
+
+    `plan` may describe other features than the task's plan.
+    """
     tables, rngs = training_slices(task)
-    return site_statistics(network, tables, task.plan, task.device, rngs, norm_mode)
+    return site_statistics(network, tables, plan or task.plan, task.device, rngs, norm_mode)
 
 
 def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> ClassStatistics | None:

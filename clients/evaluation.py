@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from scipy import ndimage
 from torch import Tensor, nn
 
+from fedsgcg.clients.data.frame import frame_of
 from fedsgcg.clients.methods.base import structure_targets
 from fedsgcg.clients.methods.guidance import IGNORE
 from fedsgcg.common.metrics import segmentation_metrics
@@ -197,7 +198,7 @@ def predict_cases(
             if agreement is not None:
                 agreement.add(decide(activated(logits, data), data))
             classes = store.truth(case)
-            decided = structures_from_logits(logits, classes.shape[1:], data)
+            decided = structures_from_logits(logits, classes.shape[1:], data, case.spacing)
             prediction = post_process(decided, data, is_picture=case.is_picture)
             yield CaseResult(case, prediction, structure_masks(classes, data), classes)
 
@@ -275,7 +276,10 @@ def decide(probabilities: Tensor, data: DataSettings) -> Tensor:
 
 
 def native_probabilities(
-    logits: Tensor, native: Sequence[int], data: DataSettings
+    logits: Tensor,
+    native: Sequence[int],
+    data: DataSettings,
+    spacing: Sequence[float] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the probabilities (C, Y, X) of each slice of logits (Z, C, h, w) at native size (Y, X).
 
@@ -283,17 +287,30 @@ def native_probabilities(
     applied at training size, the probabilities are interpolated bilinearly to the native size, and
     the decision is made there. Interpolating logits would move the edges. The function yields
     single slices because a volume at native size may not fit in memory.
+
+    Args:
+        logits: (Z, C, h, w).
+        native: (Y, X).
+        data: Decision rule, and the place of a slice on the training slice.
+        spacing: (..., sy, sx) in mm, None if it is unknown.
     """
+    frame = frame_of(native, data, spacing, logits.shape[-1])
     for part in torch.unbind(logits):
-        probabilities = activated(part[None], data)
+        probabilities = activated(frame.cut(part[None]), data)
         yield F.interpolate(
             probabilities, size=tuple(native), mode="bilinear", align_corners=False
         )[0]
 
 
-def structures_from_logits(logits: Tensor, native: Sequence[int], data: DataSettings) -> Mask:
+def structures_from_logits(
+    logits: Tensor,
+    native: Sequence[int],
+    data: DataSettings,
+    spacing: Sequence[float] | None = None,
+) -> Mask:
     """Return the structures (S, Z, Y, X) of logits (Z, C, h, w) before post-processing."""
-    decided = [decide(maps[None], data)[0] for maps in native_probabilities(logits, native, data)]
+    maps = native_probabilities(logits, native, data, spacing)
+    decided = [decide(probabilities[None], data)[0] for probabilities in maps]
     masks: Mask = torch.stack(decided, dim=1).cpu().numpy()
     return masks
 

@@ -8,7 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from numpy.typing import NDArray
 
-from fedsgcg.clients.data.case_files import discover_sites, ensure_data, open_site, resolve_cache
+from fedsgcg.clients.data.case_files import (
+    Site,
+    discover_sites,
+    ensure_data,
+    open_site,
+    resolve_cache,
+)
+from fedsgcg.clients.data.facts import read_facts
 from fedsgcg.clients.data.store import CaseStore, fingerprint, open_store
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.guard.approval import check_approved
@@ -56,6 +63,7 @@ from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.atomic import write_file
 from fedsgcg.common.files.system import expand
+from fedsgcg.common.image_summary import IMAGE_SUMMARY, summarise
 from fedsgcg.common.settings.data import SPLITS
 from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.message_sizes import request_sizes
@@ -103,6 +111,14 @@ class SiteRequest:
         return choose_device(self.plan.site.device, self.plan.site.threads)
 
     @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The files of the site's hospitals, as far as they are inside its data folder."""
+        masks = not self.plan.hides_masks(self.site)
+        names = self.plan.hospitals_of(self.site)
+        found = [open_site(self.root, name, self.plan.data, masks=masks) for name in names]
+        return tuple(only_inside_data_root(site, self.policy) for site in found)
+
+    @cached_property
     def stores(self) -> tuple[CaseStore, ...]:
         """The cases of the site's hospitals: one, or all source domains of a pooled run.
 
@@ -111,11 +127,7 @@ class SiteRequest:
         """
         data, cache = self.plan.data, resolve_cache(self.plan.site)
         masks, target = not self.plan.hides_masks(self.site), self.site in self.plan.unlabelled
-        names = self.plan.hospitals_of(self.site)
-        sites = [open_site(self.root, name, data, masks=masks) for name in names]
-        sites = [only_inside_data_root(site, self.policy) for site in sites]
         salt = alias_salt(self.policy, study_of(self.plan.run))
-        unassigned = {case.patient for site in sites for case in site.cases if not case.split}
         stores = tuple(
             open_store(
                 site,
@@ -123,17 +135,17 @@ class SiteRequest:
                 cache,
                 heldout=not (self.plan.trains(self.site) or target),
                 salt=salt,
-                split_salt=split_salt(self.policy, unassigned),
+                split_salt=split_salt(self.policy),
                 budget=budget_of(self.policy),
                 target=target,
                 masks=masks,
             )
-            for site in sites
+            for site in self.sites
         )
         write_text(self.home / "aliases.csv", aliases_table(stores, self.home / "aliases.csv"))
         found = [
             *(problem for store in stores for problem in store.problems),
-            *(note for s in sites for note in s.notes),
+            *(note for site in self.sites for note in site.notes),
         ]
         write_text(self.home / "problems.txt", "\n".join(map(str, found)) or "none")
         return stores
@@ -146,6 +158,22 @@ class SiteRequest:
         """
         counts = patients_per_class(self.stores, self.plan.data.num_classes)
         return np.where(self.accepts(self._class_samples()), counts, 0)
+
+    def image_summary(self) -> dict[str, Any] | None:
+        """Return the summary of the training images, None if it may not leave.
+
+        A simulation needs none: its study plans before the start (`deploy.study.planned`).
+        """
+        consents = self.policy is not None and IMAGE_SUMMARY in self.policy.sharing
+        if not consents or not self.plan.trains(self.site):
+            return None
+        training = {
+            case.name for store in self.stores for case in store.cases if case.split == "train"
+        }
+        cases = tuple(case for site in self.sites for case in site.cases if case.name in training)
+        facts = read_facts(replace(self.sites[0], cases=cases), resolve_cache(self.plan.site))
+        found = summarise(facts, self.floor)
+        return found.as_dict() if found else None
 
     @property
     def floor(self) -> int:

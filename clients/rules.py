@@ -21,7 +21,7 @@ from fedsgcg.clients.request import SiteRequest
 from fedsgcg.clients.training import load_weights
 from fedsgcg.clients.without_site import merged_without, sent_model
 from fedsgcg.common.heads import without_heads
-from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.networks import build_network
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.payload import Weights
 
@@ -60,7 +60,9 @@ def metrics_without_site(
     others = merged_without(received, state, task.request.options, averaged=averaged)
     if others is None:
         return {}
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed=None)
+    network = build_network(
+        plan.network, plan.data.in_channels, plan.data.out_channels, generator_seed=None
+    )
     load_weights(network, without_heads(others))
     found = judge(task, network.to(task.device))
     return {"validation_dice_without": found["validation_dice"]} if found else {}

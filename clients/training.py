@@ -219,14 +219,18 @@ class Session:
         on_cpu = self._device.type == "cpu"
         self.method.round_number = round_number
         sums = torch.zeros(len(names), dtype=torch.float64, device=self._device)
+        found_first: dict[str, float] = {}
         for step, batch in enumerate(batches):
+            if step == 0:
+                (_, first), *_ = batch.parts(micro_batches)
+                found_first = self.method.diagnose(first, copy.copy(guide))
             set_rate(self._optimizer, learning_rate(self._plan, round_number, step / steps))
             found = self.step(batch, guide, micro_batches)
             sums += found
             if on_cpu and not math.isfinite(found[0].item()):
                 raise _diverged(round_number, step)
         self.method.finish()
-        return self._figures(names, sums, steps, round_number)
+        return self._figures(names, sums, steps, round_number) | found_first
 
     def step(self, batch: Batch, guide: Guide | None, micro_batches: int = 1) -> Tensor:
         """Take one step; return the detached loss and its parts in the order of `method.parts`."""

@@ -31,6 +31,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -295,6 +296,11 @@ def print_error(text: str) -> None:
     Screen(sys.stderr).print(text, style="red")
 
 
+def silent(step: str) -> None:
+    """Show nothing; for functions that report their steps."""
+    del step
+
+
 def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
     """Return a bar that disappears when it is done; its descriptions are shown verbatim."""
     return Progress(
@@ -304,6 +310,11 @@ def progress_bar(console: Screen, *more: ProgressColumn) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def showing(bar: Progress, task: TaskID) -> Callable[[int, int], None]:
+    """Return a function that shows (done, all) of a task in a bar."""
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

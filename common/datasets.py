@@ -36,7 +36,9 @@ class DataSet:
         hospitals: The hospitals, in the order of the papers.
         counted: Source of the numbers of cases.
         terms: Licence or terms of use, as far as known.
+        size: Number, size and format of the images.
         cite: What to cite.
+        links: Where the publishers offer the files.
         fetch: Steps to download the files, one sentence each.
         layouts: Folder layouts that `prepare` reads.
     """
@@ -46,7 +48,9 @@ class DataSet:
     hospitals: tuple[Hospital, ...]
     counted: str
     terms: str
+    size: str
     cite: str
+    links: tuple[str, ...]
     fetch: tuple[str, ...]
     layouts: tuple[str, ...]
 
@@ -65,9 +69,19 @@ FUNDUS: Final = DataSet(
         "research only, no redistribution: RIM-ONE r3 forbids it in its README; Drishti-GS and "
         "REFUGE require registration and have their own terms, which you accept there"
     ),
+    size=(
+        "1,060 colour pictures with masks; the released crops are PNG of 800 x 800 pixels, the "
+        "original photographs are larger, and those of RIM-ONE r3 are stereo pairs"
+    ),
     cite=(
         "Wang et al., DoFE, IEEE TMI 2020; Sivaswamy et al. 2014; Fumero et al. 2015; "
         "Orlando et al., REFUGE, 2020"
+    ),
+    links=(
+        "github.com/emma-sjwang/Dofe",
+        "cvit.iiit.ac.in (Drishti-GS1)",
+        "medimrg.webs.ull.es (RIM-ONE r3)",
+        "refuge.grand-challenge.org",
     ),
     fetch=(
         "The released crops: follow the data link in github.com/emma-sjwang/Dofe (Google Drive "
@@ -105,10 +119,12 @@ PROSTATE: Final = DataSet(
         "research with citation; the three sources (NCI-ISBI 2013, I2CVB, PROMISE12) have their "
         "own terms"
     ),
+    size=("116 volumes, NIfTI, 384 x 384 in plane"),
     cite=(
         "Liu et al., SAML, MICCAI 2020; Bloch et al. 2015; Lemaitre et al. 2015; "
         "Litjens et al. 2014"
     ),
+    links=("liuquande.github.io/SAML",),
     fetch=(
         "Follow the data link on liuquande.github.io/SAML and unpack it: one folder per site with "
         "CaseNN.nii.gz and CaseNN_segmentation.nii.gz.",
@@ -132,19 +148,29 @@ PROMISE12: Final = DataSet(
     ),
     counted="PROMISE12 training cases of four hospitals",
     terms="research with citation; no statement that allows redistribution was found",
+    size=(
+        "50 volumes with masks; the files of the challenge are MetaImage (.mhd with .raw), the "
+        "128-pixel copy is 27 MB as NIfTI"
+    ),
     cite=(
         "Litjens et al., Medical Image Analysis 18(2), 359-373, 2014 "
         "(doi 10.1016/j.media.2013.12.002)"
     ),
+    links=(
+        "zenodo.org/records/8026660",
+        "github.com/YipengHu/promise12 (branch data)",
+    ),
     fetch=(
-        "A 128-pixel copy: image_train00..49.npy and label_train00..49.npy of "
-        "github.com/YipengHu/promise12, branch data; or the challenge's own files, Zenodo record "
-        "8026660.",
-        "Save each case as NIfTI <SITE>/CaseNN_image.nii.gz and <SITE>/CaseNN_mask.nii.gz (RUNMC "
-        "13-25, UCL 01 and 26-37, BIDMC 00 and 02-12, HK 38-49), optionally with a manifest.csv "
-        "with the columns site,image,mask,patient_id.",
+        "The challenge's own files: Zenodo record 8026660, training_data, unpacked; the hospital "
+        "of each case is known. Their spacing is true: add data.spacing_unit=mm to the study.",
+        "Or a 128-pixel copy: image_train00..49.npy and label_train00..49.npy of "
+        "github.com/YipengHu/promise12, branch data. Save each case as NIfTI "
+        "<SITE>/CaseNN_image.nii.gz and <SITE>/CaseNN_mask.nii.gz (RUNMC 13-25, UCL 01 and 26-37, "
+        "BIDMC 00 and 02-12, HK 38-49).",
     ),
     layouts=(
+        "CaseNN.mhd with CaseNN_segmentation.mhd and their .raw, as the challenge has them, in one "
+        "folder or in TrainingData_Part1 to Part3",
         "manifest.csv, or one folder per hospital with CaseNN_image.nii.gz and CaseNN_mask.nii.gz",
     ),
 )
@@ -165,15 +191,15 @@ SPINEGM: Final = DataSet(
         "CC0 1.0 (public domain); please credit the Spinal Cord Gray Matter Imaging Challenge "
         "nevertheless"
     ),
+    size=("8 volumes, 143 slices with both labels, NIfTI; cropped to 128 x 128 they have 3 MB"),
     cite="github.com/sct-pipeline/gm-challenge-data",
+    links=("github.com/sct-pipeline/gm-challenge-data",),
     fetch=(
-        "Clone github.com/sct-pipeline/gm-challenge-data (BIDS; labels in derivatives/labels).",
-        "Join *_seg-manual (1) and *_gmseg-manual (2) into one mask and save "
-        "<SITE>/<case>_image.nii.gz and "
-        "<SITE>/<case>_mask.nii.gz, optionally with a manifest.csv with the columns "
-        "site,image,mask,patient_id.",
+        "Clone github.com/sct-pipeline/gm-challenge-data (BIDS; labels in derivatives/labels); its "
+        "images may need git lfs pull or git annex get.",
     ),
     layouts=(
+        "the repository: sub-*/anat, and *_seg-manual and *_gmseg-manual in derivatives/labels",
         "manifest.csv, or one folder per hospital with <case>_image.nii.gz and <case>_mask.nii.gz",
     ),
 )
@@ -181,10 +207,12 @@ SPINEGM: Final = DataSet(
 CATALOGUE: Final = {data_set.name: data_set for data_set in (FUNDUS, PROSTATE, PROMISE12, SPINEGM)}
 
 OWN_DATA: Final = (
-    "Your own images: one folder per hospital with <case>_image.nii.gz and <case>_mask.nii.gz (or "
-    "pictures), or a CSV file with the columns site, image, mask and optionally patient_id and "
-    "split. Check and copy them with `fedsgcg data prepare manifest SOURCE -o FOLDER`, declare "
-    "classes and structures in the data settings, and set data.root=FOLDER."
+    "Your own images: a folder for each hospital with images and masks whose names belong together "
+    "(<case>_image with <case>_mask, or a mask file for each structure), DICOM series with "
+    "segmentations, folders of nnU-Net or BIDS, or a CSV file with the columns site, image, mask "
+    "and optionally patient_id and split. `fedsgcg data prepare SOURCE -o FOLDER` checks and "
+    "copies them and writes FOLDER/data.yaml, the settings for `fedsgcg study data=...`. If "
+    "neither folders nor a table name the hospitals, add --hospitals."
 )
 
 

@@ -25,6 +25,9 @@ CODES: Final[dict[str, str]] = {
     "CFG-010": "The path of the temporary folder is too long for Ray.",
     "CFG-011": "The class of an import path cannot be used.",
     "CFG-020": "The aggregation rule does not fit the plan.",
+    "CFG-030": "No plan of the data is possible.",
+    "CFG-031": "The source hospitals have different kinds of images.",
+    "CFG-032": "data.plan=auto is for simulations.",
     "CFG-040": "The reference does not fit the study.",
     "CFG-041": "Real hospitals cannot run a comparison without the federation.",
     "CFG-042": "The method does not fit the rule or the hospitals.",
@@ -56,6 +59,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-124": "The number of cases is not the published one.",
     "DAT-125": "The case cannot be converted.",
     "DAT-126": "The output folder cannot be written.",
+    "DAT-127": "The names do not say which mask belongs to which image.",
+    "DAT-128": "Contours are stored as an RT structure set.",
+    "DAT-129": "The hospital of a case is not known.",
+    # DAT-13x: slices
+    "DAT-130": "The stack of slices does not fit the images.",
     # DAT-16x: formats
     "DAT-160": "A library that reads or writes this format is not installed.",
     "DAT-161": "The DICOM series has a gap.",
@@ -78,6 +86,11 @@ CODES: Final[dict[str, str]] = {
     "DAT-181": "dataset.json cannot be used, or contradicts the files.",
     "DAT-182": "A label table cannot be used, or has a name or value twice.",
     "DAT-183": "The folder is not complete.",
+    # DAT-19x: checking and planning, continued
+    "DAT-190": "The image has no voxel size, which data.spacing needs.",
+    "DAT-191": "Two hospitals have the same patient.",
+    "DAT-192": "Colour and grey pictures are used together.",
+    "DAT-193": "The hospital has no validation patient.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",
@@ -92,6 +105,7 @@ CODES: Final[dict[str, str]] = {
     "MOD-811": "The model's description is not the one that was written with its weights.",
     "MOD-812": "The result cannot be written in the format.",
     "MOD-813": "The list of predictions cannot be read.",
+    "MOD-820": "The model cannot be adapted to the images.",
     # ROL: roles and consent
     "ROL-201": "A site was asked for something its role forbids.",
     "ROL-202": "A site was asked to share what its own file does not allow.",
@@ -141,6 +155,7 @@ CODES: Final[dict[str, str]] = {
     "TRN-302": "The site has no training case.",
     "TRN-311": "The site's images have no neighbouring slices for pairs.",
     "TRN-320": "The method does not fit the network.",
+    "TRN-330": "The model cannot be adapted to the hospital's images.",
     # RND: the round loop
     "RND-401": "Not all sites that the run needs joined in a usable state before the deadline.",
     "RND-402": "Fewer sites than the quorum answered the round before the deadline.",

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedsgcg.common.networks import IN_CHANNELS, build_network, initialise, without_draws
+from fedsgcg.common.networks import build_network, initialise, without_draws
 from fedsgcg.common.projection_heads import segclr_heads
 from fedsgcg.common.seeding import stream_seed
 from fedsgcg.common.settings.methods import JIGSAW_PERMUTATIONS
@@ -70,7 +70,9 @@ def build_trained(plan: Plan, generator_seed: int | None) -> nn.Module:
         FedsgcgError: CFG-011 for a network by import path that cannot be used.
         ValueError: A head keeps running moments.
     """
-    network = build_network(plan.network, IN_CHANNELS, plan.data.out_channels, generator_seed)
+    network = build_network(
+        plan.network, plan.data.in_channels, plan.data.out_channels, generator_seed
+    )
     if (build := HEADS.get(plan.method.name)) is None:
         return network
     with without_draws():

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fedsgcg.common.domain_pool import DomainKnowledge
+from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.own_code import load_class, unusable
 from fedsgcg.common.settings.plan import NetworkSettings
 
@@ -30,7 +31,10 @@ DOWNSAMPLING: Final = 16
 """Height and width must be multiples of this: four poolings by two."""
 
 IN_CHANNELS: Final = 3
-"""Channels of an image: a slice with its neighbours, a repeated slice, or a picture's colours."""
+"""Channels of an image: a slice with its neighbours, a repeated slice, or a picture's colours.
+
+With `data.stack=5` there are five (`common.settings.data.channels_of`).
+"""
 
 GROUPS: Final = 8
 """Groups of `norm="group"`, fewer if the number of channels is not a multiple."""
@@ -59,6 +63,7 @@ class UNet(nn.Module):
         features: The feature map to return: `penultimate`, `projection` or `bottleneck`.
         projection: A' of `features="projection"`.
         domains: Places of DoFE's pool of domain knowledge (`common.domain_pool`); 0 = none.
+        stride: s, distance of the projected pixels in a row and a column.
 
     Raises:
         ValueError: An unknown norm or feature map, or a width that is not a positive even number.
@@ -73,6 +78,7 @@ class UNet(nn.Module):
         features: str = "penultimate",
         projection: int = 32,
         domains: int = 0,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         if norm not in NORMS:
@@ -86,7 +92,7 @@ class UNet(nn.Module):
         self.encoder = Encoder(in_channels, widths, NORMS[norm])
         self.decoder = Decoder(out_channels, widths, NORMS[norm])
         if features == "projection":
-            self.projection = projection_head(widths[1], projection, NORMS[norm])
+            self.projection = projection_head(widths[1], projection, NORMS[norm], stride)
         self.knowledge = DomainKnowledge(domains, widths[1]) if domains else None
         initialise(self)
 
@@ -98,7 +104,7 @@ class UNet(nn.Module):
 
         Returns:
             Logits (B, C, H, W) and the feature map: penultimate (B, 2w, H, W), which is not
-            negative, its projection (B, A', H, W), or the bottleneck (B, 16w, H/16, W/16).
+            negative, its projection (B, A', H/s, W/s), or the bottleneck (B, 16w, H/16, W/16).
 
         Raises:
             ValueError: H or W is not a multiple of 16.
@@ -205,7 +211,7 @@ class RestorationDecoder(nn.Module):
         out_channels: Channels of an image.
     """
 
-    def __init__(self, base_width: int, domains: int, out_channels: int = 3) -> None:
+    def __init__(self, base_width: int, domains: int, out_channels: int = IN_CHANNELS) -> None:
         super().__init__()
         planes = [base_width << level for level in (4, 3, 2, 1)]
         self.blocks = nn.ModuleList(RestorationBlock(p, domains) for p in planes)
@@ -213,7 +219,7 @@ class RestorationDecoder(nn.Module):
         initialise(self)
 
     def forward(self, deepest: Tensor, domain: int) -> Tensor:
-        """Restore images (B, 3, H, W) in [-1, 1] of one domain from (B, 16w, H/16, W/16) maps."""
+        """Restore images (B, C, H, W) in [-1, 1] of one domain from (B, 16w, H/16, W/16) maps."""
         for block in self.blocks:
             deepest = block(deepest, domain)
         restored: Tensor = self.head(deepest).tanh()
@@ -253,20 +259,24 @@ class RestorationBlock(nn.Module):
         return domains[domain]
 
 
-def projection_head(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+def projection_head(
+    before: int, after: int, norm: Callable[[int], nn.Module], stride: int = 1
+) -> nn.Sequential:
     """Return two 1 x 1 convolutions, without a final ReLU so that features may be negative."""
     return nn.Sequential(
-        nn.Conv2d(before, before, 1),
+        nn.Conv2d(before, before, 1, stride=stride),
         norm(before),
         nn.ReLU(inplace=True),
         nn.Conv2d(before, after, 1),
     )
 
 
-def build_restoration(base_width: int, domains: int, generator_seed: int) -> RestorationDecoder:
+def build_restoration(
+    base_width: int, domains: int, generator_seed: int, channels: int = IN_CHANNELS
+) -> RestorationDecoder:
     """Build a restoration decoder whose weights depend only on the seed, as `build_network`."""
     with without_draws():
-        decoder = RestorationDecoder(base_width, domains)
+        decoder = RestorationDecoder(base_width, domains, channels)
     initialise(decoder, torch.Generator().manual_seed(generator_seed))
     return decoder
 
@@ -324,6 +334,7 @@ def build_network(
             settings.features,
             settings.projection,
             settings.domains,
+            settings.projection_stride,
         )
     if generator_seed is not None:
         initialise(network, torch.Generator().manual_seed(generator_seed))
@@ -346,21 +357,22 @@ def measure(network: Mapping[str, Any], data: Mapping[str, Any]) -> tuple[int, s
     """
     classes = data["classes"] if data["activation"] == "softmax" else data["structures"]
     options = tuple(sorted(network["options"].items()))
-    return _measured(str(network["name"]), options, len(classes))
+    channels = channels_of(int(data.get("stack", IN_CHANNELS)))
+    return _measured(str(network["name"]), options, channels, len(classes))
 
 
 @lru_cache(maxsize=64)
 def _measured(
-    name: str, options: tuple[tuple[str, Any], ...], out_channels: int
+    name: str, options: tuple[tuple[str, Any], ...], in_channels: int, out_channels: int
 ) -> tuple[int, str]:
-    network = _build_own(name, dict(options), IN_CHANNELS, out_channels, 0).eval()
+    network = _build_own(name, dict(options), in_channels, out_channels, 0).eval()
     side = 4 * DOWNSAMPLING
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            answer = network(torch.zeros(1, IN_CHANNELS, side, side))
+            answer = network(torch.zeros(1, in_channels, side, side))
     except Exception as error:  # user code may raise anything
         expected = (
-            f"a network that takes images (B, {IN_CHANNELS}, H, W), "
+            f"a network that takes images (B, {in_channels}, H, W), "
             f"H and W multiples of {DOWNSAMPLING}"
         )
         raise unusable(name, f"{type(error).__name__}: {error}", "network", expected) from error
@@ -436,5 +448,7 @@ def _conv_norm(before: int, after: int, norm: Callable[[int], nn.Module]) -> nn.
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), norm(after), nn.ReLU(inplace=True))
 
 
-NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int], UNet]]] = {"unet": UNet}
+NETWORKS: Final[dict[str, Callable[[int, int, int, str, str, int, int, int], UNet]]] = {
+    "unet": UNet
+}
 """Networks by name; called with the arguments of `UNet`."""

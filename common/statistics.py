@@ -10,7 +10,9 @@ scatter of class k.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -266,6 +268,17 @@ def between_site_trace(parts: Sequence[ClassStatistics]) -> Array:
     weight, mean = _weights_and_means(parts)
     centre = np.einsum("sk,ska->ka", weight, mean)
     return np.asarray(np.einsum("sk,ska->k", weight, (mean - centre) ** 2))
+
+
+def between_covariance(parts: Sequence[ClassStatistics]) -> Array:
+    """Return (K, A, A) covariances of the sites' means, sum_s w_s (mu_s - mu)(mu_s - mu)^T.
+
+    Their traces are those of `between_site_trace`; zero for a class that no site has seen.
+    Arguments and errors as there.
+    """
+    _weights_and_means(parts)
+    points = [ClassStatistics(p.count, p.mean, np.zeros_like(p.scatter)) for p in parts]
+    return functools.reduce(operator.add, points).covariance
 
 
 def within_site_trace(parts: Sequence[ClassStatistics]) -> Array:

@@ -25,6 +25,8 @@ from fedsgcg.common.heads import build_trained, state_of, without_heads
 from fedsgcg.common.machine import arithmetic_of
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.seeding import stream_seed
+from fedsgcg.common.settings.adaptation import AMPLITUDE, PROTOTYPES
+from fedsgcg.common.settings.federation import SITE_STATISTICS
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.settings.rules import rule_problems
 from fedsgcg.common.statistics import ClassStatistics
@@ -40,10 +42,12 @@ from fedsgcg.server.aggregation.amplitudes import (
 )
 from fedsgcg.server.aggregation.domain_pool import with_pool
 from fedsgcg.server.aggregation.fedavg import merge_moments
+from fedsgcg.server.aggregation.moving_average import with_average, without_average
 from fedsgcg.server.aggregation.parts import MergeContext, numbers_by_site, without_sites
 from fedsgcg.server.aggregation.prototypes import PrototypeMemory, prototype_rows, shift_rows
 from fedsgcg.server.aggregation.shares import with_bounded_shares
 from fedsgcg.server.aggregation.unlabelled import with_labelled_decoder
+from fedsgcg.server.candidates import Candidates
 from fedsgcg.server.records import results
 from fedsgcg.server.records.checkpoint import AggregatorState, Best, RoundRecord
 from fedsgcg.server.records.events import EventLog, OnEvent, ignore_event
@@ -64,6 +68,7 @@ from fedsgcg.server.sites.replies import (
     Collected,
     Row,
     SiteEvaluation,
+    adapted_rows,
     admitted,
     evaluation_rows,
     mean_loss,
@@ -119,10 +124,14 @@ def run_federation(
 
     Raises:
         FedsgcgError: CFG-005 or CFG-006 when the run folder belongs to another plan or process,
-            SRV-401 or SRV-402 when its journal cannot be opened.
+            CFG-032 for a plan that a study has not filled in, SRV-401 or SRV-402 when its journal
+            cannot be opened.
     """
     start = time.monotonic()
     disk = disk or Disk()
+    if plan.data.plan == "auto":
+        expected = "fixed: a run has its settings before the sites enrol"
+        raise fail("CFG-032", where="data.plan", found="auto", expected=expected)
     with Journal.of_plan(plan, disk) as journal:
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:
@@ -157,6 +166,7 @@ class Federation:
         self._judge = Judge(plan, self._cohort, log, self._note)
         self._requests = SiteRequests(grid, plan, self._cohort, log, self._judge, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
+        self._candidates = Candidates(plan, self._cohort, self._requests, self._memory, self._note)
         self._amplitudes = b""
         self._after_merge: list[Collected] = []  # answers to the last pass after a merge
 
@@ -166,6 +176,10 @@ class Federation:
             self._disk.discard(Path(self._plan.output) / name)
         state = self._start()
         self._judge.start(state.history, state.round + 1)
+        if self._plan.shift == "sites":
+            sharing = self._cohort.of_role("train")
+            less = "method.sgcg.sites=false"
+            check_consent(SITE_STATISTICS, self._cohort.members, sharing, less)
         self._amplitudes = self._shared_amplitudes()
         for number in range(state.round + 1, self._plan.federation.rounds + 1):
             state = self._round(state, number)
@@ -307,6 +321,7 @@ class Federation:
             options,
             self._amplitudes,
             added.control_variates,
+            self._memory.differences(self._plan.shift, parts),
         )
         trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
         if self._too_few(trained):
@@ -314,6 +329,9 @@ class Federation:
         self._note_classes(number, prototypes, before or trained)
         merged, aggregator_state = self._merged(state, number, admitted(trained))
         merged, after = self._recalibrated(identity, merged, admitted(trained))
+        aggregator_state = with_average(
+            aggregator_state, state.aggregator_state, merged, self._plan.federation.ema
+        )
         if self._plan.recalibrates and self._too_few(after):
             return self._void(state, number, trained, before, after)
         described = after if self._plan.described_after_merge else before or trained
@@ -405,7 +423,7 @@ class Federation:
                 if reply.control_variates is not None
             },
         )
-        return rule(state.weights, parts, state.aggregator_state, context)
+        return rule(state.weights, parts, without_average(state.aggregator_state), context)
 
     def _recalibrated(
         self, identity: Identity, merged: Weights, trained: list[Collected]
@@ -460,6 +478,8 @@ class Federation:
         elif plan.federation.selection == "source_validation":
             self._note(Problem("RND-405", where="source validation", action=NO_VALIDATION))
         rows = self._journal.rows() + validation_rows(last + 1, validation)
+        chosen, tried = self._candidates.choose(state, chosen)
+        rows += tried
         prototypes, shift, chosen = self._prototypes_of(chosen)
         rows += shift
         chosen = replace(chosen, weights=without_heads(chosen.weights))
@@ -477,6 +497,7 @@ class Federation:
         results.write_model(self._disk, plan, chosen.weights, card)
         tested = self._test(chosen)
         rows = rows + evaluation_rows(plan, chosen.round, tested, rows)
+        rows += self._test_adapted(chosen, prototypes)
         if not plan.heldout:
             if chosen.round != last:
                 validation = self._requests.evaluate(
@@ -544,6 +565,29 @@ class Federation:
             event = "heldout.done" if part.site == heldout else "observer.done"
             self._log.emit(event, site=part.site, dice=part.dice)
         return tested
+
+    def _test_adapted(self, chosen: Best, prototypes: ClassStatistics | None) -> list[Row]:
+        """Have the model evaluated again after its adaptation to each hospital's own images.
+
+        The cases are written to a file of their own, so that no table can take them for results
+        without the hospital's images. A missing answer is a note.
+        """
+        found: list[Row] = []
+        rows: list[Row] = []
+        for way in self._plan.adapt.by:
+            tested = self._requests.evaluate(
+                "test",
+                self._cohort.tested,
+                chosen.weights,
+                chosen.round,
+                adapt=way,
+                prototypes=prototypes if way == PROTOTYPES else None,
+                amplitudes=self._amplitudes if way == AMPLITUDE else b"",
+            )
+            rows += adapted_rows(chosen.round, way, tested)
+            found += [{**case, "adapt": way} for part in tested for case in part.cases]
+        results.write_adapted(self._disk, self._plan, found)
+        return rows
 
     def _heldout_curve(self, record: RoundRecord) -> list[Row]:
         """Evaluate at the held-out site for the learning curve only, never for selection."""

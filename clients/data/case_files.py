@@ -5,14 +5,16 @@ A data root contains either `manifest.csv` (`clients.data.manifest`:
 folder per site (`clients.data.listing`) with `<case>_image.<suffix>` and `<case>_mask.<suffix>`
 (`common.images.folders`: links are followed; unused files are reported in `Site.notes`).
 
-Splits are by patient. If the manifest does not state one, a patient's split follows from a hash of
-the patient's id only, so that adding or removing cases never moves another patient.
+Splits are by patient. What the manifest does not state is decided by `splits`: the patients with
+the smallest hashes validate, as many as come closest to the share. A new patient moves at most one
+other patient, and a new image of a known patient moves nobody.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -27,7 +29,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.images.folders import is_file, without_suffix
 from fedsgcg.common.images.parts import files_of
-from fedsgcg.common.names import alike, printable, spelled
+from fedsgcg.common.names import alike, number_of, printable, spelled
 from fedsgcg.common.settings.federation import SiteSettings
 from fedsgcg.common.settings.plan import DataSettings
 
@@ -40,8 +42,9 @@ __all__ = [
     "ensure_data",
     "open_site",
     "resolve_cache",
-    "split_of",
     "splits",
+    "unvalidated",
+    "validation_patients",
 ]
 
 
@@ -196,13 +199,46 @@ def alike_hospitals(names: Sequence[str]) -> list[Problem]:
     ]
 
 
-def split_of(patient: str, validation_fraction: float, salt: bytes = b"") -> str:
-    """Return `train` or `validation` for a patient, based only on the hash of its id.
+def validation_patients(
+    patients: Collection[str],
+    fraction: float,
+    salt: bytes = b"",
+    *,
+    train: int = 0,
+    validation: int = 0,
+) -> frozenset[str]:
+    """Return the patients that validate: the share of all, as near as whole patients allow.
 
-    The hash of an id is the same everywhere, so that splits can be reproduced; with a salt nobody
-    else can compute it.
+    They are the patients with the smallest hashes, in any order of the arguments. Which ones these
+    are must not depend on an earlier split, so that a split can be reproduced; with every new
+    patient at most one known patient changes sides, and only if the new one takes its place or the
+    number of validation patients rises. At least one patient trains.
+
+    Args:
+        patients: The patients without a stated split.
+        fraction: The share, in [0, 1).
+        salt: The site's secret; without it the hashes are the same everywhere.
+        train: Further patients, whose stated split is `train`.
+        validation: Further patients, whose stated split is `validation`.
     """
-    return "validation" if _uniform(patient, salt) < validation_fraction else "train"
+    ordered = sorted(set(patients), key=lambda patient: (_uniform(patient, salt), patient))
+    wanted = math.ceil(fraction * (len(ordered) + train + validation) - 0.5) - validation
+    most = len(ordered) if train else len(ordered) - 1
+    return frozenset(ordered[: max(0, min(wanted, most))])
+
+
+def hashed_validation(
+    patients: Collection[str], fraction: float, *, train: int = 0
+) -> frozenset[str]:
+    """Return the patients that validate by `data.split=hash`: those whose hash is below the share.
+
+    No patient ever moves, but of a dozen patients a hash can easily select none or half. If all
+    would validate and no other patient trains, the one with the largest hash does.
+    """
+    chosen = {patient for patient in patients if _uniform(patient, b"") < fraction}
+    if chosen and not train and chosen == set(patients):
+        chosen.remove(max(chosen, key=lambda patient: (_uniform(patient, b""), patient)))
+    return frozenset(chosen)
 
 
 def splits(
@@ -212,28 +248,68 @@ def splits(
     heldout: bool,
     salt: bytes = b"",
     target: bool = False,
+    rule: str = "share",
 ) -> tuple[str, ...]:
     """Return the split of every case of one hospital.
 
     A split in the manifest takes precedence. Otherwise all cases of a held-out or observing
-    hospital are `test`, and those of a training hospital are `train` or `validation` by the hash of
-    the patient. If no patient would be in `train` (likely with one or two patients), the patient
-    with the largest hash is. All cases of a hospital of the setting `unlabelled` (`target`) are
+    hospital are `test`, and those of a training hospital are `train` or `validation`
+    (`validation_patients`). All cases of a hospital of the setting `unlabelled` (`target`) are
     `train`: a validation case would need a mask.
+
+    Args:
+        cases: The cases of the hospital.
+        validation_fraction: Share of its patients that is kept for validation.
+        heldout: Whether it is held out or observes.
+        salt: The site's secret, empty in a simulation.
+        target: Whether it is one of `unlabelled`.
+        rule: `data.split`.
     """
     if target:
         return tuple(case.split or "train" for case in cases)
     if heldout:
         return tuple(case.split or "test" for case in cases)
-    chosen = [case.split or split_of(case.patient, validation_fraction, salt) for case in cases]
-    free = [case.patient for case in cases if case.split is None]
-    if "train" not in chosen and free:
-        last = max(free, key=lambda patient: (_uniform(patient, salt), patient))
-        chosen = [
-            "train" if case.split is None and case.patient == last else split
-            for case, split in zip(cases, chosen, strict=True)
-        ]
-    return tuple(chosen)
+    stated = {
+        split: {case.patient for case in cases if case.split == split}
+        for split in ("train", "validation")
+    }
+    free = {case.patient for case in cases if case.split is None}
+    if rule == "hash":
+        chosen = hashed_validation(free, validation_fraction, train=len(stated["train"]))
+    else:
+        chosen = validation_patients(
+            free,
+            validation_fraction,
+            salt,
+            train=len(stated["train"]),
+            validation=len(stated["validation"]),
+        )
+    return tuple(
+        case.split or ("validation" if case.patient in chosen else "train") for case in cases
+    )
+
+
+def unvalidated(
+    site: str, parts: Sequence[str], patients: Sequence[str], fraction: float
+) -> list[Problem]:
+    """Return DAT-193 if a hospital trains and has no validation patient, as with one patient.
+
+    Args:
+        site: The hospital.
+        parts: The split of each case.
+        patients: The patient of each case.
+        fraction: Share of its patients that is kept for validation; 0 wants none.
+    """
+    if "train" not in parts or "validation" in parts or not fraction:
+        return []
+    number = len({one for one, part in zip(patients, parts, strict=True) if part == "train"})
+    found = f"{number_of(number, 'training patient')}, none for validation"
+    expected = f"{fraction:.0%} of the patients, as near as whole patients allow"
+    action = (
+        "The hospital trains and is left out of validation curves; add patients, or state "
+        "`validation` in the column split of manifest.csv."
+    )
+    return [Problem("DAT-193", found, expected, action, site)]
 
 
 def content_of(paths: Sequence[Path], hashes: Mapping[Path, str]) -> str:
@@ -275,9 +351,7 @@ def _synthetic(cache: Path) -> Path:
 def _uniform(patient: str, salt: bytes) -> float:
     """Return a number in [0, 1) that depends only on the patient's id and the salt.
 
-    `person` separates this use of the hash from others. Its value was chosen among a few so that
-    the hospitals of PROMISE12 and of the demo get close to 20 % validation patients; with a dozen
-    patients a hash can easily select none or half.
+    `person` separates this use of the hash from others.
     """
     digest = hashlib.blake2b(patient.encode(), digest_size=8, key=salt, person=b"patient").digest()
     return int.from_bytes(digest, "big") / 2**64

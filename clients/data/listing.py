@@ -9,6 +9,7 @@ columns `mask_<structure>` name one mask file a structure.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -231,11 +232,12 @@ def _list_folder(name: str, folder: Path, listed: Listed) -> None:
         (listed.closed[name],) = _unreadable(*found.closed[0]).problems
         return
     named = _named(folder, found)
+    parts_of = _structure_masks(named)
     used: set[Path] = set()
     for base, images in named.items():
         if not base.endswith("_image"):
             continue
-        masks, structures = _masks_of(base.removesuffix("_image"), named, folder)
+        masks, structures = _masks_of(base.removesuffix("_image"), named, parts_of)
         files = [*images, *masks, *(path for _, path in structures)]
         used |= set(files)
         case = printable(stem_of(images[0]))
@@ -271,16 +273,26 @@ def _holds_pictures(path: Path, found: Listing) -> bool:
     return path not in found.series and not suffix_of(path) and path.is_dir()
 
 
+def _structure_masks(named: Mapping[str, Sequence[Path]]) -> dict[str, list[tuple[str, Path]]]:
+    """Return case -> (structure, file) of all files `<case>_mask_<structure>`, found in one pass.
+
+    `a_mask_b_mask_c` may be structure `b_mask_c` of `a`, or `c` of `a_mask_b`.
+    """
+    found: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for base, paths in named.items():
+        for match in re.finditer("(?=_mask_)", base):
+            case, structure = base[: match.start()], base[match.start() + len("_mask_") :]
+            found[case] += [(structure, path) for path in paths]
+    return found
+
+
 def _masks_of(
-    case: str, named: Mapping[str, Sequence[Path]], folder: Path
+    case: str,
+    named: Mapping[str, Sequence[Path]],
+    parts_of: Mapping[str, Sequence[tuple[str, Path]]],
 ) -> tuple[list[Path], list[tuple[str, Path]]]:
     """Return the mask files of a case, and the masks of its structures."""
-    structures = [
-        (base.removeprefix(f"{case}_mask_"), path)
-        for base, paths in named.items()
-        if base.startswith(f"{case}_mask_")
-        for path in paths
-    ]
+    structures = list(parts_of.get(case, ()))
     masks = []
     for path in named.get(f"{case}_mask", ()):
         if parts := structure_files(path, case):

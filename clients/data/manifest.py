@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -84,10 +84,34 @@ def read_manifest(table: Path) -> list[Row]:
     """
     lines = _cells(_text(table), table)
     titles = next((cells for _, cells in lines if any(cells)), [])
-    place = _columns(titles, table)
     structures = _structures(titles)
+    needed = [name for name in REQUIRED if name != "mask" or not structures]
+    place = _columns(titles, COLUMNS, needed, table)
     return [
         _row(number, cells, place, structures, len(titles), table.parent)
+        for number, cells in lines
+        if any(cells) and cells is not titles
+    ]
+
+
+def read_columns(
+    table: Path, columns: Mapping[str, Sequence[str]], required: Sequence[str]
+) -> list[tuple[int, dict[str, str]]]:
+    """Return (line number, column -> cell) of every row that is not empty.
+
+    Args:
+        table: A CSV file.
+        columns: Column -> accepted titles, in lower case with underscores.
+        required: Columns that must be there; the cells of others may be "".
+
+    Raises:
+        FedsgcgError: DAT-101 for an unreadable table or a missing column.
+    """
+    lines = _cells(_text(table), table)
+    titles = next((cells for _, cells in lines if any(cells)), [])
+    place = _columns(titles, columns, required, table)
+    return [
+        (number, {name: cells[at] if 0 <= at < len(cells) else "" for name, at in place.items()})
         for number, cells in lines
         if any(cells) and cells is not titles
     ]
@@ -148,8 +172,13 @@ def _cells(text: str, table: Path) -> list[tuple[int, list[str]]]:
     return lines
 
 
-def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
-    """Return the position of each column of `COLUMNS`, -1 if it is missing.
+def _columns(
+    titles: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    needed: Sequence[str],
+    table: Path,
+) -> dict[str, int]:
+    """Return the position of each column, -1 if it is missing.
 
     Raises:
         FedsgcgError: DAT-101 when a column is missing, or two have the same title.
@@ -157,13 +186,12 @@ def _columns(titles: Sequence[str], table: Path) -> dict[str, int]:
     names = [title.lower().replace(" ", "_") for title in titles]
     places = {
         column: next((names.index(name) for name in known if name in names), -1)
-        for column, known in COLUMNS.items()
+        for column, known in columns.items()
     }
-    needed = [name for name in REQUIRED if name != "mask" or not _structures(titles)]
     if missing := [column for column in needed if places[column] < 0]:
         shown = ", ".join(title for title in titles if title) or "none"
         found = f"columns {shown}: none for {', '.join(missing)}"
-        expected = "columns " + ", ".join(REQUIRED)
+        expected = "columns " + ", ".join(REQUIRED if columns is COLUMNS else needed)
         action = f"Add {', '.join(missing)}."
         raise fail("DAT-101", found=found, expected=expected, action=action, where=str(table))
     used = [place for place in places.values() if place >= 0]

@@ -1,8 +1,9 @@
 """Converts one case's files to canonical slices: read, checked, labelled, scaled and resized.
 
-A slice is resized to `image_size` squared, bilinear with antialiasing and aligned pixel centres. Of
-a label map, the share of each class is resized and the largest share wins. A slice that is not
-square changes its aspect ratio; `Slices.truth` keeps the native grid for the metrics.
+A slice is resized to its place on a square of `image_size` (`clients.data.frame`), bilinear with
+antialiasing and aligned pixel centres. Of a label map, the share of each class is resized and the
+largest share wins. What a slice leaves free is as dark as its darkest pixels and background.
+`Slices.truth` keeps the native grid for the metrics.
 
 Legend: Z, Y, X = native slices, rows, columns; C = stored channels (3 for a colour picture, else
 1); S = image_size; K classes.
@@ -17,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
 from fedsgcg.clients.data.cache import UNLIMITED, Budget
 from fedsgcg.clients.data.case_files import CaseFile
+from fedsgcg.clients.data.frame import frame_of
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.contents import content_hash
 from fedsgcg.common.images.layers import Layers, class_map
@@ -42,6 +45,8 @@ IGNORED = 255  # label of a pixel without a class
 # Shares of a pixel that differ by less count as equal. This is far above the rounding error of
 # float64, so that all machines agree.
 TIE = 1e-9
+FLAT_FLOOR = 0.01
+"""Smallest value before the logarithm of `flattened`, as a share of the range."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
     """Convert an image and its class indices (Z, Y, X) to canonical slices.
 
     Raises:
-        FedsgcgError: DAT-115 when `data.intensity=fixed` and the image has no fixed scale.
+        FedsgcgError: DAT-115 when `data.intensity=fixed` and the image has no fixed scale, DAT-190
+            with `data.spacing` for an image without a voxel size.
     """
     if data.intensity == "fixed" and not image.is_eight_bit:
         found = "a picture that does not have 8 bits" if image.is_picture else "a volume"
@@ -119,9 +125,13 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
             action=action,
         )
     pixels = image.array[None] if image.is_picture else image.array[:, None]
+    if data.intensity == "flat":
+        pixels = flattened(pixels, data.flat_sigma / data.image_size)
     scaled = scale_intensity(pixels, data.intensity)
-    small = resize(scaled, data.image_size)
-    label = resize_labels(truth, data.image_size)
+    frame = frame_of(truth.shape[1:], data, image.millimetres)
+    small = frame.put(resize(scaled, frame.size), -1)
+    hidden = bool((truth == IGNORED).any())
+    label = frame.put(resize_labels(truth, frame.size), IGNORED if hidden else 0)
     present = np.stack(
         [(truth == index).any(axis=(1, 2)) for index in range(data.num_classes)], axis=1
     )
@@ -189,11 +199,11 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
         mode: The values that map to -1 and 1. `percentile`: the 1st and 99th percentile; `minmax`:
             the extremes; `zscore`: the mean minus and plus three standard deviations; `fixed`: 0
             and 255. For nearly constant images, whose percentiles are equal, `percentile` falls
-            back to the extremes.
+            back to the extremes. `flat`, of values that were flattened: as `percentile`.
     """
     values = array.astype(np.float64)
     low, high = (0.0, 255.0) if mode == "fixed" else (float(values.min()), float(values.max()))
-    if mode == "percentile":
+    if mode in ("percentile", "flat"):
         inner_low, inner_high = (float(value) for value in np.percentile(values, (1, 99)))
         if inner_high > inner_low:
             low, high = inner_low, inner_high
@@ -203,14 +213,38 @@ def scale_intensity(array: NDArray[np.float32], mode: str) -> NDArray[np.float32
     return np.clip((values - low) / (high - low) * 2 - 1, -1, 1).astype(np.float32)
 
 
-def resize(slices: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    """Resize images (Z, C, Y, X) to (Z, C, side, side), bilinear with antialiasing."""
+def flattened(pixels: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """Return the logarithm of an image minus its Gaussian blur in each slice.
+
+    The values are cut off at their 1st and 99th percentile. A constant factor does not change the
+    result, and a factor that varies slowly over a slice hardly does. Values that are not positive
+    have no logarithm, so the smallest is raised to a hundredth of the range. At the edge of a slice
+    the image is mirrored.
+
+    Args:
+        pixels: (Z, C, Y, X), finite and not constant.
+        sigma: Standard deviation of the blur as a share of the height and of the width.
+    """
+    values = pixels.astype(np.float64)
+    low, high = (float(value) for value in np.percentile(values, (1, 99)))
+    if high <= low:
+        low, high = float(values.min()), float(values.max())
+    floor = FLAT_FLOOR * (high - low)
+    clipped = np.clip(values, low, high) + max(floor - low, 0.0)
+    logarithm = np.log(clipped)
+    widths = (0, 0, sigma * pixels.shape[-2], sigma * pixels.shape[-1])
+    blurred = ndimage.gaussian_filter(logarithm, widths, mode="reflect")
+    return np.asarray(logarithm - blurred, np.float32)
+
+
+def resize(slices: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize images (Z, C, Y, X) to (Z, C, *size), bilinear with antialiasing."""
     images = torch.from_numpy(np.ascontiguousarray(slices, dtype=np.float32))
-    return np.asarray(_antialiased(images, side).numpy())
+    return np.asarray(_antialiased(images, size).numpy())
 
 
-def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Resize label maps (Z, Y, X) to (Z, side, side); the largest share of a pixel wins.
+def resize_labels(labels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize label maps (Z, Y, X) to (Z, *size); the largest share of a pixel wins.
 
     A share is the resized indicator (0 or 1) of a class, so labels stay aligned with their image;
     with an even factor, nearest-neighbour resizing would shift them by half a native pixel. Equal
@@ -218,35 +252,33 @@ def resize_labels(labels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     background never wins a tie. Shares count as equal within `TIE`. Mirrored labels give mirrored
     results.
     """
-    if labels.shape[1:] == (side, side):
+    if labels.shape[1:] == size:
         return labels
-    found = np.empty((len(labels), side, side), np.uint8)
+    found = np.empty((len(labels), *size), np.uint8)
     # One slice and class at a time, so that memory use does not grow with the number of classes.
     for layer, resized in zip(labels, found, strict=True):
         classes = np.unique(layer)
         resized[:] = classes[0]
-        most = _share(layer == classes[0], side)
+        most = _share(layer == classes[0], size)
         for index in classes[1:]:
-            share = _share(layer == index, side)
+            share = _share(layer == index, size)
             wins = share >= most - TIE
             resized[wins] = index
             most = np.maximum(most, share)
     return found
 
 
-def _share(mask: NDArray[np.bool_], side: int) -> NDArray[np.float64]:
-    """Return a mask's (Y, X) share of each pixel of the resized slice (side, side)."""
+def _share(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.float64]:
+    """Return a mask's (Y, X) share of each pixel of the resized slice."""
     indicator = torch.from_numpy(mask.astype(np.float64))[None, None]
-    return np.asarray(_antialiased(indicator, side)[0, 0].numpy())
+    return np.asarray(_antialiased(indicator, size)[0, 0].numpy())
 
 
-def _antialiased(maps: Tensor, side: int) -> Tensor:
-    """Resize (N, C, Y, X) floats to (N, C, side, side)."""
-    if maps.shape[-2:] == (side, side):
+def _antialiased(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (N, C, Y, X) floats to (N, C, *size)."""
+    if maps.shape[-2:] == size:
         return maps
-    return functional.interpolate(
-        maps, (side, side), mode="bilinear", align_corners=False, antialias=True
-    )
+    return functional.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def read_case(case: CaseFile, data: DataSettings) -> tuple[Volume, NDArray[np.uint8]]:
@@ -304,7 +336,7 @@ def read_truth(
     """
     groups = data.structure_classes()
     if structures:
-        inside = np.stack([_binary(path, image, where) for path in masks])
+        inside = np.stack([read_binary(path, image, where) for path in masks])
         return class_map(Layers(tuple(structures), inside), data.classes, groups, where)
     (path,) = masks
     if (segments := segments_of(path, image)) is not None:
@@ -314,8 +346,12 @@ def read_truth(
     return class_indices(mask.array, data.classes, where, data.label_tolerance)
 
 
-def _binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
-    """Read the mask of one structure: 0 outside and one other value inside."""
+def read_binary(path: Path, image: Volume, where: str) -> NDArray[np.bool_]:
+    """Read the mask of one structure on its image's grid: 0 outside and one other value inside.
+
+    Raises:
+        FedsgcgError: DAT-103 to DAT-106, DAT-116 or DAT-165 for a mask that cannot be used.
+    """
     mask = read_volume(path, mask=True)
     check_geometry(image, mask, where)
     values = np.unique(mask.array)

@@ -45,6 +45,7 @@ from fedsgcg.common.files.atomic import replaced
 from fedsgcg.common.images.formats import DICOM, FORMATS
 from fedsgcg.common.images.read import KINDS, PICTURE, suffix_of
 from fedsgcg.common.networks import IN_CHANNELS
+from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.plan import DataSettings
 
 # Part of the key: increase it when the meaning of a stored slice changes.
@@ -100,7 +101,7 @@ class SliceTable:
         case_of: (N,) case index of each slice.
         z_of: (N,) position of each slice in its case.
         has_foreground: (N,) whether a slice contains a declared structure.
-        stack_size: 3 = adjacent slices as channels, 1 = the slice repeated.
+        stack_size: 3 or 5 = adjacent slices as channels, 1 = the slice repeated.
         stored: The arrays of every case of the store, by case index.
     """
 
@@ -127,10 +128,11 @@ class SliceTable:
     def images(self, cases: NDArray[np.int64], z: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return images (B, C, S, S) float32 in [-1, 1] of slices z (B,) of cases (B,)."""
         side = self.stored[0].label.shape[-1]
-        images = np.empty((len(cases), IN_CHANNELS, side, side), np.float32)
+        channels = channels_of(self.stack_size)
+        images = np.empty((len(cases), channels, side, side), np.float32)
         for row, (case, position) in enumerate(zip(cases, z, strict=True)):
-            channels = self._channels(self.stored[case].image, int(position))
-            np.multiply(channels, np.float32(1 / STEPS), out=images[row])
+            stacked = self._channels(self.stored[case].image, int(position))
+            np.multiply(stacked, np.float32(1 / STEPS), out=images[row])
         return images
 
     def only(self, keep: NDArray[np.bool_]) -> SliceTable:
@@ -147,8 +149,9 @@ class SliceTable:
         """Return the (C, S, S) channels of slice z: colours, or the stack around it."""
         if image.shape[1] == IN_CHANNELS:
             return np.asarray(image[z])
-        reach = 1 if self.stack_size == 3 else 0
-        return np.asarray(image[np.clip([z - reach, z, z + reach], 0, len(image) - 1), 0])
+        reach = self.stack_size // 2
+        around = z + np.arange(-reach, reach + 1) if reach else np.full(IN_CHANNELS, z)
+        return np.asarray(image[np.clip(around, 0, len(image) - 1), 0])
 
 
 @dataclass(frozen=True)
@@ -239,13 +242,21 @@ def open_store(
     Raises:
         FedsgcgError: POL-707 when the cache would exceed the budget; DAT-102 when no case is
             usable, followed by the problems of the cases; DAT-113 when the cache cannot be written
-            or read.
+            or read; DAT-130 for pictures with a stack of more slices than they have channels.
     """
     files = {file.name: file for file in site.cases}
     key, rows = _cached(site, data, cache, budget, masks)
     broken = [Problem(**facts["problem"]) for facts, _ in rows if "problem" in facts]
     good = [(facts, slices) for facts, slices in rows if slices is not None]
     kind, good, others = _keep_main_kind(good)
+    if good and kind == PICTURE and data.in_channels > IN_CHANNELS:
+        raise fail(
+            "DAT-130",
+            found=f"data.stack={data.stack} for pictures, which have {IN_CHANNELS} channels",
+            expected="data.stack=1 or 3",
+            action="Leave data.stack out: a picture has no neighbouring slices.",
+            where=site.name,
+        )
     empty = {
         facts["name"]
         for facts, slices in good
@@ -260,6 +271,7 @@ def open_store(
         heldout=heldout,
         salt=split_salt,
         target=target,
+        rule=data.split,
     )
     if not good or (heldout and "test" not in chosen):
         raise FedsgcgError(_no_case(site, len(good)), *problems)
@@ -479,7 +491,10 @@ def _key(site: Site, data: DataSettings, hashes: dict[Path, str], masks: bool) -
         data.intensity,
         data.label_tolerance,
         list(data.classes.values()),
+        *([data.flat_sigma] if data.intensity == "flat" else []),
     ]
+    if data.aspect != "squeeze" or data.spacing:
+        settings += [data.aspect, data.spacing, data.spacing_unit]
     files = [
         [case.name, content_of([case.image], hashes), content_of(case.masks, hashes)]
         for case in site.cases

@@ -24,6 +24,7 @@ from flwr.app import RecordDict
 from fedsgcg.clients.guard import ledger
 from fedsgcg.clients.guard.policy import check_sharing
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.image_summary import IMAGE_SUMMARY
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.settings.federation import PrivacySettings
 from fedsgcg.common.statistics import ClassStatistics
@@ -79,9 +80,10 @@ def release(
         reply = replace(reply, statistics=kept, details=reply.details | {"withheld": withheld})
     records = encode_reply(reply)
     parts = payload_bytes(records)
-    if CONTENT_HASHES in reply.details:
-        # The hashes travel inside the text part, but the policy treats them as a part of their own.
-        parts = parts | {CONTENT_HASHES: len(json.dumps(reply.details[CONTENT_HASHES]))}
+    for name in (CONTENT_HASHES, IMAGE_SUMMARY):
+        if name in reply.details:
+            # They travel inside the text part, but the policy treats them as parts of their own.
+            parts = parts | {name: len(json.dumps(reply.details[name]))}
     check_sharing(parts, sharing)
     head = ledger.append(
         home / LEDGER,

@@ -23,8 +23,12 @@ FILE: Final = "sample.yaml"
 SETTINGS: Final = (
     *("data.classes", "data.structures", "data.image_size", "data.stack", "data.intensity"),
     *("data.label_tolerance", "data.train_slices", "prototypes.normalize", "prototypes.norm_mode"),
+    *("data.aspect", "data.spacing"),
 )
 """The pinned settings; the validation fraction is the site's own (`site.yaml`)."""
+
+DEFAULTS: Final[Mapping[str, list[Any]]] = {"data.aspect": ["squeeze"], "data.spacing": [0.0]}
+"""What a file accepts that does not name a setting: it is older than the setting."""
 
 HEAD: Final = """\
 # Settings that define which pixels the statistics of this hospital cover: those of the federation's
@@ -76,12 +80,12 @@ def differences(
         Problem(
             "POL-722",
             found=repr(value),
-            expected=" or ".join(map(repr, accepted.get(name, []))),
+            expected=" or ".join(map(repr, accepted.get(name, DEFAULTS.get(name, [])))),
             action=f"use the accepted value, or ask the hospital to add this one to {path.name}",
             where=name,
         )
         for name, value in requested.items()
-        if value not in accepted.get(name, [])
+        if value not in accepted.get(name, DEFAULTS.get(name, []))
     ]
 
 
@@ -91,6 +95,8 @@ def _sample(plan: Plan) -> dict[str, Any]:
     for name in SETTINGS:
         section, _, key = name.partition(".")
         found[name] = tree[section][key]
+    if plan.data.intensity == "flat":
+        found["data.flat_sigma"] = plan.data.flat_sigma
     return found
 
 

@@ -20,13 +20,18 @@ from fedsgcg.clients.guard.site_file import CONTROL_VARIATES, SiteFile, read_sit
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.system import expand
 from fedsgcg.common.settings.compose import FOLDERS, compose
-from fedsgcg.common.settings.federation import SHARES, PrivacySettings
+from fedsgcg.common.settings.federation import (
+    CONSENTS,
+    SHARES,
+    SITE_STATISTICS,
+    PrivacySettings,
+)
 from fedsgcg.common.settings.plan import Plan
 
 NODE_KEY = "site-file"
 ALWAYS_LEAVES = ("text", "metrics", "cases")
 """Parts of a reply that need no consent: identity and codes, metrics, results under aliases."""
-IGNORED = (*FOLDERS, "data.validation_fraction")
+IGNORED = (*FOLDERS, "data.validation_fraction", "data.split")
 """Settings of a plan for which a site always uses its own value."""
 
 
@@ -71,6 +76,7 @@ def apply_policy(plan: Plan, policy: SiteFile | None) -> Plan:
             plan.data,
             root=policy.data_root,
             validation_fraction=policy.validation_fraction,
+            split="share",
         ),
         privacy=effective_floors(plan.privacy, policy),
         site=replace(
@@ -110,6 +116,15 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
             "set another federation.aggregator, or have the site add control_variates to sharing"
         )
         found = "an aggregation rule that needs the site's mean gradient"
+        yield Problem("POL-704", found, expected, action, "sharing")
+    passed_on = plan.shift == "sites" and plan.role(policy.site) == "train"
+    if passed_on and SITE_STATISTICS not in policy.sharing:
+        expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
+        action = (
+            f"set method.sgcg.sites=false, or have the site add {SITE_STATISTICS} to sharing in "
+            "its site.yaml"
+        )
+        found = "a method that sends this site's class statistics to the other sites"
         yield Problem("POL-704", found, expected, action, "sharing")
     if (
         plan.method.statistics
@@ -222,7 +237,7 @@ def _own(policy: SiteFile) -> dict[str, Any]:
 
 def _shares(policy: SiteFile) -> tuple[str, ...]:
     """Return what the site agrees to send besides weights and class statistics."""
-    return tuple(name for name in policy.sharing if name in SHARES.values())
+    return tuple(name for name in policy.sharing if name in CONSENTS)
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,10 +14,11 @@ from typing import Final, Literal
 
 from fedsgcg.common.errors import Problem
 from fedsgcg.common.files.system import expand
+from fedsgcg.common.image_summary import IMAGE_SUMMARY
 from fedsgcg.common.images.contents import CONTENT_HASHES
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.choices import is_import_path
-from fedsgcg.common.settings.federation import ROLES
+from fedsgcg.common.settings.federation import ROLES, SITE_STATISTICS
 from fedsgcg.common.settings.yaml_file import build_from, explained, read_tree
 
 VERSION: Final = 1
@@ -28,11 +29,13 @@ CONTROL_VARIATES: Final = "control_variates"
 """Record of SCAFFOLD's control variates in a message (`common.wire.messages.CONTROL`)."""
 SHARED_BY_CONSENT: Final = (
     *("amplitude_summary", "amplitude_bank", CONTROL_VARIATES, CONTENT_HASHES),
+    *(SITE_STATISTICS, IMAGE_SUMMARY),
     *CASE_CONSENT.values(),
 )
 MAY_SET: Final = (
     *("seed", "heldout", "observers", "unlabelled", "run", "label", "setting", "chosen"),
     *("data.*", "network.*", "method.*", "federation.*", "prototypes.*", "privacy.*"),
+    "adapt.*",
 )
 """Settings that the coordinator may set by default; never `data.root` and `site.*`."""
 
@@ -71,14 +74,18 @@ class SiteFile(Section):
             installed code is not checked again.
         roles: Roles this hospital accepts.
         sharing: What may leave: `weights` and `statistics`; `amplitude_summary`, `amplitude_bank`,
-            `control_variates`, `heldout_cases`, `training_cases` and `content_hashes` only if the
-            hospital adds them here. `control_variates` is the mean gradient of a round, for
+            `control_variates`, `site_statistics`, `heldout_cases`, `training_cases`,
+            `content_hashes` and `image_summary` only if the hospital adds them here.
+            `site_statistics` lets the coordinator send this hospital's class statistics on to the
+            other hospitals, for `method.sgcg.sites`. `control_variates` is the mean gradient of a round, for
             `federation.aggregator=scaffold`. `heldout_cases` and `training_cases` are the results
             of single cases under an alias, where this hospital is held out or observes, and of its
             validation cases; without them mean, standard deviation and number of cases leave,
             rounded. `content_hashes` are salted hashes of the images. With them the coordinator
             finds images that two hospitals share, and can check whether this hospital has an image
             that the coordinator itself has; no image can be reconstructed from them.
+            `image_summary` are medians and quartiles of size, voxel size and values of the training
+            images (docs/explanation/plan.md).
         patient_floor: Fewest patients that any figure covers: a class, a validation or test result,
             a round of training, and the difference of any two of them. The larger of this and the
             plan's floor applies.

@@ -10,18 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from fedsgcg.clients.data.case_files import split_of
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.errors import fail
 
 BYTES: Final = 32
-DRAWS: Final = 64
-"""Secrets among which that of the split is chosen (`split_salt`)."""
 
 
 def alias_salt(policy: SiteFile | None, study: str) -> bytes:
@@ -50,39 +47,23 @@ def data_salt(policy: SiteFile | None) -> bytes:
     return _derived(policy, "data")
 
 
-def split_salt(policy: SiteFile | None, patients: Collection[str]) -> bytes:
+def split_salt(policy: SiteFile | None) -> bytes:
     """Return the secret salt of the site's split; b"" in a simulation.
-
-    A hash of few patients can easily select none of them or half. The secret is therefore chosen
-    once among `DRAWS`, so that the number of validation patients is close to the site's fraction.
-    Patients that are added later do not move the others.
 
     Args:
         policy: The site's own settings; None in a simulation.
-        patients: The patients without a split in the manifest.
 
     Raises:
         FedsgcgError: SITE-501 when the secret cannot be stored.
     """
     if policy is None:
         return b""
-    fraction = policy.validation_fraction
-
-    def draw() -> bytes:
-        drawn = [secrets.token_bytes(BYTES) for _ in range(DRAWS)]
-        return min(drawn, key=lambda salt: _distance(patients, fraction, salt))
-
-    return _kept(Path(policy.home) / "split.salt", draw)
+    return _kept(Path(policy.home) / "split.salt", lambda: secrets.token_bytes(BYTES))
 
 
 def study_of(run: str) -> str:
     """Return the study that a run belongs to, the first part of the run's name (`Plan.run`)."""
     return run.partition("/")[0]
-
-
-def _distance(patients: Collection[str], fraction: float, salt: bytes) -> float:
-    chosen = sum(split_of(patient, fraction, salt) == "validation" for patient in patients)
-    return abs(chosen - fraction * len(patients))
 
 
 def _derived(policy: SiteFile | None, purpose: str) -> bytes:

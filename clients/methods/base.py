@@ -114,6 +114,13 @@ class Source:
         """
         return ()
 
+    def diagnose(self, batch: Batch, guide: Guide | None) -> dict[str, float]:
+        """Return figures of the round's first batch before its step; nothing here.
+
+        It must leave the network as it is. `guide` is a copy, which may change.
+        """
+        return {}
+
     def finish(self) -> None:
         """Update what stays at the site after the last step of a round; nothing here."""
 

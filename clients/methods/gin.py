@@ -17,7 +17,6 @@ from fedsgcg.clients.data.gin import Numbers, draw_numbers, gin_views
 from fedsgcg.clients.methods.base import Loss, Source, View, segmentation_loss
 from fedsgcg.clients.methods.guidance import IGNORE
 from fedsgcg.clients.methods.ram import probability
-from fedsgcg.common.networks import IN_CHANNELS
 
 
 class Gin(Source):
@@ -43,7 +42,9 @@ class Gin(Source):
         self, sizes: Sequence[int], rng: np.random.Generator
     ) -> tuple[NDArray[np.float32], ...]:
         """Draw the networks and the map of each slice (`clients.data.gin.Numbers`)."""
-        return draw_numbers(sum(sizes), IN_CHANNELS, self.plan.method.gin.strength, rng)
+        return draw_numbers(
+            sum(sizes), self.plan.data.in_channels, self.plan.method.gin.strength, rng
+        )
 
     def forward(self, batch: Batch) -> list[View]:
         """Run the network on the two views in one pass, so that BatchNorm sees both."""

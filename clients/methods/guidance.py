@@ -8,15 +8,17 @@ Legend: K classes, A feature channels, B batch, H, W height and width, N = B*H*W
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fedsgcg.common.settings.plan import PrototypeSettings
-from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.statistics import ClassStatistics, between_covariance
 
 IGNORE = 255  # label of ignored pixels
 
@@ -35,6 +37,21 @@ class Guide(Protocol):
 
 
 @dataclass(frozen=True)
+class SiteGaussians:
+    """The Gaussians of every site, S sites, on a site's device.
+
+    Attributes:
+        weight: (S, K) share of a site's pixels in those of a class.
+        mean: (S, K, A) float32.
+        covariance: (S, K, A, A) float32.
+    """
+
+    weight: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True)
 class Guidance:
     """The global prototypes on a site's device; they are constants without gradient.
 
@@ -42,11 +59,15 @@ class Guidance:
         mean: (K, A) float32.
         covariance: (K, A, A) float32, population covariance.
         active: (K,) bool, classes with at least `prototypes.min_count` pixels over all sites.
+        between: (K, A, A) float32, covariance of the sites' means, if the plan needs it.
+        sites: The Gaussians of every site, if the plan needs them.
     """
 
     mean: Tensor
     covariance: Tensor
     active: Tensor
+    between: Tensor | None = None
+    sites: SiteGaussians | None = None
 
     @classmethod
     def from_prototypes(
@@ -78,6 +99,31 @@ class Guidance:
             covariance=torch.tensor(prototypes.covariance, dtype=torch.float32, device=device),
             active=torch.tensor(active, device=device),
         )
+
+    def with_shift(self, shift: ClassStatistics | None) -> Guidance:
+        """Add what the coordinator sent of the differences between sites (`Plan.shift`).
+
+        Args:
+            shift: K classes with the covariances between sites, or the S K of all sites one after
+                the other; None adds nothing.
+        """
+        if shift is None:
+            return self
+        (K, A), device = self.mean.shape, self.mean.device
+
+        def on_device(array: npt.NDArray[np.float64]) -> Tensor:
+            return torch.tensor(array, dtype=torch.float32, device=device)
+
+        count = shift.count.reshape(-1, K)
+        mean, covariance = shift.mean.reshape(-1, K, A), shift.covariance.reshape(-1, K, A, A)
+        if len(count) == 1:
+            return replace(self, between=on_device(covariance[0]))
+        scatter = shift.scatter.reshape(-1, K, A, A)
+        parts = [ClassStatistics(*part) for part in zip(count, mean, scatter, strict=True)]
+        total = count.sum(0)
+        weight = np.divide(count, total, out=np.zeros_like(count), where=total > 0)
+        sites = SiteGaussians(on_device(weight), on_device(mean), on_device(covariance))
+        return replace(self, between=on_device(between_covariance(parts)), sites=sites)
 
     def after(self, features: Tensor, labels: Tensor) -> Guidance:
         """Return these prototypes, which are constant during a round."""

@@ -34,7 +34,8 @@ class HarmoFL(Source):
     Defaults: alpha = 0.05 as published. The published code replaces only the frequency zero and,
         because its momentum is rounded to an integer, by the amplitude of the first batch; here
         the whole window of RAM-DSIR gets the mean of all slices. An unseen hospital's images are
-        not normalised, so the network also learns from the slices as they are.
+        normalised only in the evaluation of `adapt.by=[amplitude]`, so the network also learns from
+        the slices as they are.
     Source: Jiang et al., HarmoFL, AAAI 2022, eqs. 2-4 and 9.
     """
 

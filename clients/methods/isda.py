@@ -55,7 +55,12 @@ class Isda(Source):
         guidance = guide.after(view.features, batch.labels) if guide is not None else None
         if guidance is None:
             return total, parts
-        covariance = guidance.covariance * guidance.active[:, None, None]
+        noise = guidance.covariance
+        if self.plan.method.isda.covariance == "between":
+            if guidance.between is None:
+                return total, parts
+            noise = guidance.between
+        covariance = noise * guidance.active[:, None, None]
         share = self.round_number / self.plan.federation.rounds
         surplus = augmentation_surplus(
             view.logits,

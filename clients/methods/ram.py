@@ -47,7 +47,8 @@ class Ram(Source):
         super().__init__(network, plan, domains, device)
         if plan.method.ram.restoration > 0:
             seed = stream_seed(plan.seed, "restoration")
-            decoder = build_restoration(plan.network.base_width, domains, seed).to(device)
+            width, channels = plan.network.base_width, plan.data.in_channels
+            decoder = build_restoration(width, domains, seed, channels).to(device)
             self.local["restoration"] = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def groups(self) -> list[dict[str, Any]]:

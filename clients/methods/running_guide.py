@@ -149,6 +149,7 @@ def build_guide(
     round_number: int,
     device: torch.device,
     held: Collection[str] = (),
+    shift: ClassStatistics | None = None,
 ) -> Guide | None:
     """Return the guide of a round; None for methods without a contrastive term.
 
@@ -162,6 +163,7 @@ def build_guide(
         round_number: From 1.
         device: Device of the loss.
         held: Digests of the site statistics that the prototypes include.
+        shift: What the coordinator sent of the differences between sites.
     """
     if not plan.method.contrasts:
         return None
@@ -174,5 +176,5 @@ def build_guide(
         )
     frozen = Guidance.from_prototypes(prototypes, plan.prototypes, round_number, device)
     if memory != "overlay" or own is None or frozen is None:
-        return frozen
+        return frozen.with_shift(shift) if frozen is not None else None
     return Overlay(others, own, plan, device)

@@ -16,7 +16,7 @@ from torch import nn
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files.seals import digest_of
 from fedsgcg.common.images.read import KINDS, PICTURE
-from fedsgcg.common.networks import IN_CHANNELS, build_network
+from fedsgcg.common.networks import build_network
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.compose import build
 from fedsgcg.common.settings.plan import DataSettings, NetworkSettings
@@ -50,6 +50,7 @@ class Model:
         prototypes: Global class statistics, None if the model has none.
         normalize: Whether the prototypes describe features of unit length.
         kinds: Kinds of its training images (`common.images.read.KINDS`).
+        colour: Whether its training pictures had colours; None if its card does not state it.
     """
 
     card: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Model:
     prototypes: ClassStatistics | None
     normalize: bool
     kinds: tuple[str, ...] = KINDS
+    colour: bool | None = None
 
 
 def load_model(path: Path, code: Sequence[str] = ()) -> Model:
@@ -94,6 +96,7 @@ def load_model(path: Path, code: Sequence[str] = ()) -> Model:
         prototypes,
         bool(card.get("normalize", True)),
         _kinds(card, data),
+        _colour(card),
     )
 
 
@@ -186,6 +189,12 @@ def _kinds(card: Mapping[str, Any], data: DataSettings) -> tuple[str, ...]:
     return known or tuple(kind for kind in KINDS if data.stack == 1 or kind != PICTURE)
 
 
+def _colour(card: Mapping[str, Any]) -> bool | None:
+    stated = card.get("input")
+    colour = stated.get("colour") if isinstance(stated, dict) else None
+    return colour if isinstance(colour, bool) else None
+
+
 def _network(
     card: Mapping[str, Any], data: DataSettings, folder: Path
 ) -> tuple[NetworkSettings, dict[str, int]]:
@@ -200,7 +209,7 @@ def _network(
             found=found,
             action="Use the fedsgcg release that wrote the model.",
         )
-    wanted = {"in_channels": IN_CHANNELS, "out_channels": data.out_channels}
+    wanted = {"in_channels": data.in_channels, "out_channels": data.out_channels}
     if channels != wanted:
         found = ", ".join(f"{name} {number}" for name, number in channels.items())
         expected = ", ".join(f"{name} {number}" for name, number in wanted.items())

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.exit_codes import exit_codes
+from fedsgcg.common.settings.adaptation import TRANSDUCTIVE, AdaptSettings
 from fedsgcg.common.settings.data import SPLITS
 
 PREDICT: Final = """\
@@ -65,6 +66,19 @@ def add_predict_parser(commands: Any) -> None:
         help="write the closeness to the prototypes as a map in [0, 1]",
     )
     parser.add_argument(
+        "--adapt",
+        choices=TRANSDUCTIVE,
+        default="",
+        help="first adapt the model to all these images, without masks (transductive)",
+    )
+    parser.add_argument(
+        "--adapt-share",
+        metavar="SHARE",
+        type=float,
+        default=AdaptSettings.share,
+        help="with --adapt: weight of these images, 0 to 1 (default: %(default)s)",
+    )
+    parser.add_argument(
         "--overlay", action="store_true", help="write a PNG with outlines of one slice per case"
     )
     parser.add_argument(
@@ -72,6 +86,12 @@ def add_predict_parser(commands: Any) -> None:
         choices=("same", "nifti", "metaimage", "nrrd", "dicom-seg"),
         default="same",
         help="format of the masks of volumes (default: same as the image; DICOM-SEG for DICOM)",
+    )
+    parser.add_argument(
+        "--series",
+        metavar="TEXT",
+        default="",
+        help="number or description of the DICOM series to use in folders with several",
     )
     parser.add_argument(
         "--resume",

@@ -6,9 +6,9 @@ training size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsgcg.clients.confidence import Gaussians
+from fedsgcg.clients.data.frame import frame_of
 from fedsgcg.clients.data.slices import to_slices
 from fedsgcg.clients.data.store import SliceTable
 from fedsgcg.clients.evaluation import (
@@ -24,13 +26,13 @@ from fedsgcg.clients.evaluation import (
     post_process,
     structures_from_logits,
 )
-from fedsgcg.clients.predict.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import Volume, check_image, read_volume
 from fedsgcg.common.settings.plan import DataSettings
 
 Mask = NDArray[np.bool_]
+Spacing = tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Prediction:
         probability: (S, Z, Y, X) float32 before threshold and post-processing; None if not
             requested.
         confidence: (Z, Y, X) float32 (`clients.predict.confidence`); None if not requested.
+        note: How colours were converted for the model, "" if they were not.
     """
 
     volume: Volume
@@ -56,6 +59,7 @@ class Prediction:
     labels: NDArray[Any]
     probability: NDArray[np.float32] | None = None
     confidence: NDArray[np.float32] | None = None
+    note: str = ""
 
     def __repr__(self) -> str:
         """Return the shapes; a notebook shows a prediction by this text."""
@@ -83,14 +87,18 @@ class Predictor:
     probability: bool = False
     gaussians: Gaussians | None = None
 
-    def predict(self, path: Path) -> Prediction:
+    def predict(self, path: Path, series: str = "") -> Prediction:
         """Read and predict one image file.
+
+        Args:
+            path: The file, or the folder of a DICOM series.
+            series: Number or description of the series in a folder with several.
 
         Raises:
             FedsgcgError: DAT-103, DAT-106, DAT-107, DAT-108 or DAT-115 for an unusable image,
                 MOD-806 for a kind of image that the model was not trained on.
         """
-        volume = read_volume(path)
+        volume = read_volume(path, series=series)
         if volume.kind not in self.model.kinds:
             expected = " or ".join(self.model.kinds)
             action = (
@@ -106,24 +114,28 @@ class Predictor:
     def apply(self, volume: Volume) -> Prediction:
         """Predict an image that has been read and checked."""
         data = self.model.data
-        native = volume.array.shape[-2:]
+        native, spacing = volume.array.shape[-2:], volume.millimetres
         depth = 1 if volume.is_picture else volume.array.shape[0]
-        slices = to_slices(volume, np.zeros((depth, *native), np.uint8), data)
+        seen, note = as_trained(volume, colour=self.model.colour)
+        slices = to_slices(seen, np.zeros((depth, *native), np.uint8), data)
         none = np.zeros(depth, np.int64)
         table = SliceTable(none, np.arange(depth), none.astype(np.bool_), data.stack, (slices,))
         logits, squares = self._maps(table)
         masks = post_process(
-            structures_from_logits(logits, native, data), data, is_picture=volume.is_picture
+            structures_from_logits(logits, native, data, spacing),
+            data,
+            is_picture=volume.is_picture,
         )
-        classes = class_map(masks, logits, native, data)
+        classes = class_map(masks, logits, native, data, spacing)
         return Prediction(
             volume=volume,
             display=slices.display,
             masks=masks,
             classes=classes,
             labels=label_values(data)[classes],
-            probability=probabilities(logits, native, data) if self.probability else None,
-            confidence=self._confidence(squares, classes),
+            probability=probabilities(logits, native, data, spacing) if self.probability else None,
+            confidence=self._confidence(squares, classes, spacing),
+            note=note,
         )
 
     def _maps(self, table: SliceTable) -> tuple[Tensor, list[Tensor]]:
@@ -144,19 +156,46 @@ class Predictor:
         return torch.cat(logits), squares
 
     def _confidence(
-        self, squares: list[Tensor], classes: NDArray[np.uint8]
+        self, squares: list[Tensor], classes: NDArray[np.uint8], spacing: Spacing
     ) -> NDArray[np.float32] | None:
         """Resize the distances to native size and return the confidence in the predicted class."""
         if self.gaussians is None:
             return None
         layers = []
         for square, layer in zip(squares, classes, strict=True):
+            frame = frame_of(layer.shape, self.model.data, spacing, square.shape[-1])
             wide = F.interpolate(
-                square[None], size=layer.shape, mode="bilinear", align_corners=False
+                frame.cut(square[None]), size=layer.shape, mode="bilinear", align_corners=False
             )[0]
             chosen = wide.gather(0, torch.from_numpy(layer.astype(np.int64))[None])[0]
             layers.append(self.gaussians.confidence(chosen).nan_to_num(0.0).numpy())
         return np.stack(layers)
+
+
+GREY: Final = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in a grey value, ITU-R BT.601, as in Pillow."""
+
+
+def as_trained(volume: Volume, *, colour: bool | None) -> tuple[Volume, str]:
+    """Return a picture with the channels of a model's training pictures, and what was done.
+
+    Args:
+        volume: A picture or a volume, which stays as it is.
+        colour: Whether the training pictures had colours, None if unknown.
+
+    Returns:
+        For a model of grey pictures a colour picture is converted by `GREY`. For a model of colours
+        a grey picture stays as it is: its values become red, green and blue
+        (`clients.data.store.SliceTable`).
+    """
+    if not volume.is_picture or colour is None or colour == (len(volume.array) > 1):
+        return volume, ""
+    if colour:
+        return volume, "grey picture for a model of colours: its values are red, green and blue"
+    grey = np.tensordot(np.asarray(GREY, np.float32), volume.array, axes=1)[None]
+    return replace(
+        volume, array=grey
+    ), "colour picture for a model of grey pictures: grey by BT.601"
 
 
 def label_values(data: DataSettings) -> NDArray[Any]:
@@ -171,7 +210,11 @@ def _fits(values: list[int], kind: type[np.integer[Any]]) -> bool:
 
 
 def class_map(
-    masks: Mask, logits: Tensor, native: tuple[int, ...], data: DataSettings
+    masks: Mask,
+    logits: Tensor,
+    native: tuple[int, ...],
+    data: DataSettings,
+    spacing: Spacing = None,
 ) -> NDArray[np.uint8]:
     """Return class indices (Z, Y, X) of structures (S, Z, Y, X), which may be nested.
 
@@ -185,6 +228,7 @@ def class_map(
         logits: (Z, C, h, w), needed for structures of several classes.
         native: (Y, X).
         data: Classes and structures.
+        spacing: (sz, sy, sx) in mm, None if it is unknown.
     """
     parts = [set(group) for group in data.structure_classes().values()]
     classes = np.zeros(masks.shape[1:], np.uint8)
@@ -195,18 +239,18 @@ def class_map(
         own = sorted(parts[index] - inner or parts[index])
         drawn: NDArray[np.uint8] = np.full(1, own[0], np.uint8)
         if len(own) > 1 and data.activation == "softmax":
-            drawn = _most_likely(logits, native, own, data)[masks[index]]
+            drawn = _most_likely(logits, native, own, data, spacing)[masks[index]]
         classes[masks[index]] = drawn
     return classes
 
 
 def probabilities(
-    logits: Tensor, native: tuple[int, ...], data: DataSettings
+    logits: Tensor, native: tuple[int, ...], data: DataSettings, spacing: Spacing = None
 ) -> NDArray[np.float32]:
     """Return structure probabilities (S, Z, Y, X) of logits (Z, C, h, w) at native size (Y, X)."""
     groups = list(data.structure_classes().values())
     layers = []
-    for maps in native_probabilities(logits, native, data):
+    for maps in native_probabilities(logits, native, data, spacing):
         if data.activation == "softmax":
             layers.append(torch.stack([maps[group].sum(0) for group in groups]))
         else:
@@ -216,9 +260,14 @@ def probabilities(
 
 
 def _most_likely(
-    logits: Tensor, native: tuple[int, ...], own: list[int], data: DataSettings
+    logits: Tensor,
+    native: tuple[int, ...],
+    own: list[int],
+    data: DataSettings,
+    spacing: Spacing,
 ) -> NDArray[np.uint8]:
     """Return the most likely of some classes (Z, Y, X)."""
-    chosen = [maps[own].argmax(0) for maps in native_probabilities(logits, native, data)]
+    native_maps = native_probabilities(logits, native, data, spacing)
+    chosen = [maps[own].argmax(0) for maps in native_maps]
     found: NDArray[np.uint8] = np.array(own, np.uint8)[torch.stack(chosen).cpu().numpy()]
     return found

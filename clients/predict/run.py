@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.data.slices import read_truth
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.evaluation import BATCH, structure_masks
 from fedsgcg.clients.guard.contents import TrainedOn
-from fedsgcg.clients.predict.confidence import Gaussians
+from fedsgcg.clients.predict.adapt import adapted_model, check_adapt, images_digest
 from fedsgcg.clients.predict.files import (
     Job,
     Skipped,
@@ -50,12 +51,13 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     _check_options(options)
     model = load_model(options.model, options.code)
     gaussians = _gaussians(options, model)
+    check_adapt(options, model)
     jobs = []
     if options.data:
         jobs = jobs_of_data(options.data, model.data, options.site, options.split)
     found, skipped = jobs_of_images(options.images, jobs)
     found = [replace(job, out=options.out_format) for job in found]
-    record = Record.open(options.output, model.card, _deciding(options))
+    record = Record.open(options.output, model.card, _deciding(options, found))
     check_output(
         options.output,
         found,
@@ -66,9 +68,22 @@ def run_predict(options: argparse.Namespace, console: Screen) -> int:
     _print_start(options, model, len(found), skipped, console)
     device = choose_device(options.device, options.threads)
     on_device = gaussians(device) if gaussians else None
-    predictor = Predictor(model, device, options.batch, options.probability, on_device)
-    scores = Scores(model.data)
     known = _trained_on(options, console)
+    with adapted_model(options, model, found, device, console) as ready:
+        predictor = Predictor(ready, device, options.batch, options.probability, on_device)
+        return _predict_all(predictor, found, options, known, record, console)
+
+
+def _predict_all(
+    predictor: Predictor,
+    found: Sequence[Job],
+    options: argparse.Namespace,
+    known: TrainedOn | None,
+    record: Record,
+    console: Screen,
+) -> int:
+    """Predict every image; return the exit code."""
+    scores = Scores(predictor.model.data)
     failed: list[tuple[Job, Problem]] = []
     earlier = 0
     items = counted(found, console, "predicting") if console.is_terminal else iter(found)
@@ -137,10 +152,14 @@ def _gaussians(options: argparse.Namespace, model: Model) -> Callable[[Any], Gau
     return lambda device: Gaussians.of(prototypes, device)
 
 
-def _deciding(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that decide the content of the results."""
-    names = ("probability", "confidence", "overlay", "out_format")
-    return {name: getattr(options, name) for name in names}
+def _deciding(options: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return what decides the content of the results besides the model."""
+    names = ("probability", "confidence", "overlay", "out_format", "series")
+    deciding = {name: getattr(options, name) for name in names}
+    if options.adapt:
+        adapt = [options.adapt, options.adapt_share, images_digest(jobs)]
+        deciding["adapt"] = adapt
+    return deciding
 
 
 def _endings(options: argparse.Namespace) -> tuple[str, ...]:
@@ -185,7 +204,7 @@ def _predict_one(
     data = predictor.model.data
     check_format(job.image, job.out)
     try:
-        prediction = predictor.predict(job.image)
+        prediction = predictor.predict(job.image, options.series)
     except (RuntimeError, MemoryError, ValueError) as error:
         # Out of memory, or an image size that the network does not support.
         action = "Try a smaller --batch, or --device cpu."
@@ -221,6 +240,8 @@ def _predict_one(
         written.append(target)
     if hospital:
         parts.append(f"TRAINED ON (at {hospital})")
+    if prediction.note:
+        parts.append(prediction.note)
     record.finish(job, written, Done({}, scores.of_case(job), hospital))
     return "  ".join([*parts, f"{time.monotonic() - started:.1f} s"])
 

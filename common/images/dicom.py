@@ -1,4 +1,4 @@
-"""Reads one DICOM series (classic images, one file a slice) with pydicom and SimpleITK.
+"""Reads one DICOM series with pydicom and SimpleITK: one file a slice, or all slices in one file.
 
 The order, position and orientation of the slices come from the headers (DICOM PS3.3 C.7.6.2.1.1),
 never from file names. A series whose slices do not form one regular grid is refused: filling a gap
@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.images import multiframe
+from fedsgcg.common.images.dicom_file import opened
 from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.formats import DICOM, is_dicom
 from fedsgcg.common.images.itk import LPS_TO_RAS, plain_reason
@@ -36,6 +38,7 @@ TAGS: Final = (
     *("Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsStored", "PixelRepresentation"),
     *("SpacingBetweenSlices", "SliceThickness"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 """Attributes that are read of every file; patients' names and dates are not."""
 
@@ -53,24 +56,33 @@ class Source:
     """The files of a series, for a segmentation that refers to them.
 
     Attributes:
-        files: One file a slice, in the order of the third axis of the file's (i, j, k).
+        files: One file a slice, in the order of the third axis of the file's (i, j, k); a single
+            file of frames.
         series: SeriesInstanceUID.
         frame: FrameOfReferenceUID, "" if the series has none.
         instances: SOPInstanceUID of each file.
+        frames: Number of the frame of each slice, from 1; () for one file a slice.
     """
 
     files: tuple[Path, ...]
     series: str
     frame: str
     instances: tuple[str, ...]
+    frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """The header of one file."""
+    """The header of one file, or of one frame of a file."""
 
     path: Path
     header: Any
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the file, and the number of the frame."""
+        return f"frame {self.number} of {self.path.name}" if self.number else self.path.name
 
     @property
     def position(self) -> Array:
@@ -88,16 +100,17 @@ class _Slice:
         return self.header.get(name, "")
 
 
-def read(path: Path, *, mask: bool = False) -> Volume:
+def read(path: Path, *, mask: bool = False, series: str = "") -> Volume:
     """Read a series, a picture or, with `mask`, a segmentation.
 
     Args:
         path: Folder with one series, or one file.
         mask: Whether labels are wanted.
+        series: Number or description of the series in a folder with several; "" for the only one.
 
     Raises:
-        FedsgcgError: DAT-103 without DICOM images, DAT-106 for several images at one position or a
-            file of several frames, DAT-160 without pydicom or SimpleITK, DAT-161 for a missing
+        FedsgcgError: DAT-103 without DICOM images, DAT-106 for several images at one position or
+            frames without positions, DAT-160 without pydicom or SimpleITK, DAT-161 for a missing
             slice, DAT-162 for several series, DAT-163 for slices that are not parallel or differ
             in size, DAT-164 for a segmentation where an image is needed, DAT-166 for overlapping
             segments.
@@ -106,35 +119,43 @@ def read(path: Path, *, mask: bool = False) -> Volume:
         from fedsgcg.common.images import segmentation as module
 
         return module.read_labels(segmentation)
-    slices = _one_series(path)
+    slices = _one_series(path, series)
     first = slices[0]
     if not first.get("ImagePositionPatient"):
         return _picture(slices, path, mask)
     slices = _sorted(slices, path)
     affine = LPS_TO_RAS @ _affine(slices)
-    sitk = library("SimpleITK", DICOM.name)
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
     if len(slices) * int(first.header.Rows) * int(first.header.Columns) * 4 > MAX_BYTES:
         raise ValueError(f"{len(slices)} slices of {first.header.Rows}x{first.header.Columns}")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames([str(one.path) for one in slices])
-    try:
-        array = sitk.GetArrayFromImage(reader.Execute())
-    except RuntimeError as error:
-        raise ValueError(plain_reason(error)) from error
+    array = _voxels(slices)
     if array.ndim != 3:
         found = f"{first.get('SamplesPerPixel')} values per pixel"
         action = "Export the series in grey values."
         raise fail("DAT-106", found=found, expected="grey", action=action, where=str(path))
     source = Source(
-        tuple(one.path for one in slices),
+        tuple(dict.fromkeys(one.path for one in slices)),
         str(first.get("SeriesInstanceUID")),
         str(first.get("FrameOfReferenceUID")),
-        tuple(str(one.get("SOPInstanceUID")) for one in slices),
+        tuple(dict.fromkeys(str(one.get("SOPInstanceUID")) for one in slices)),
+        tuple(one.number for one in slices if one.number),
     )
     stated = bool(first.get("PixelSpacing")) and (len(slices) > 1 or _thickness(first) > 0)
     native = array.transpose(2, 1, 0)
     return volume_of(native, affine, has_size=stated, form=DICOM.name, source=source)
+
+
+def _voxels(slices: Sequence[_Slice]) -> Array:
+    """Return the pixels (k, row, column) of sorted slices."""
+    if slices[0].number:
+        return multiframe.voxels_of(slices[0].path, [one.number for one in slices])
+    sitk = library("SimpleITK", DICOM.name)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames([str(one.path) for one in slices])
+    try:
+        return np.asarray(sitk.GetArrayFromImage(reader.Execute()))
+    except RuntimeError as error:
+        raise ValueError(plain_reason(error)) from error
 
 
 def shape(path: Path) -> tuple[int, ...]:
@@ -153,7 +174,8 @@ def is_picture(path: Path) -> bool:
         header = _header(path)
     except FedsgcgError:
         return False
-    return header is not None and not header.get("ImagePositionPatient")
+    frames = header is not None and multiframe.EACH in header
+    return header is not None and not frames and not header.get("ImagePositionPatient")
 
 
 def segmentation_in(path: Path) -> Path | None:
@@ -179,13 +201,14 @@ def _header(path: Path) -> Any:
     """Return the wanted attributes of a file, None if it is not DICOM."""
     pydicom = library("pydicom", DICOM.name)
     try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
+        with opened(path) as file:
+            return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS))
     except pydicom.errors.InvalidDicomError:
         return None
 
 
-def _one_series(path: Path) -> list[_Slice]:
-    """Return the images of the only series of a folder or file."""
+def _one_series(path: Path, wanted: str = "") -> list[_Slice]:
+    """Return the images of the only series of a folder or file, or of the one that is wanted."""
     files = [file for file in inside(path) if is_dicom(file)] if path.is_dir() else [path]
     headers = [_Slice(file, header) for file in files if (header := _header(file)) is not None]
     segments = [one for one in headers if one.get("SOPClassUID") in SEGMENTATIONS]
@@ -200,21 +223,38 @@ def _one_series(path: Path) -> list[_Slice]:
         )
     if not images:
         raise ValueError("no DICOM image" if path.is_dir() else "not a DICOM image")
-    series = Counter(str(one.get("SeriesInstanceUID")) for one in images)
-    if len(series) > 1:
-        raise _several_series(images, path)
-    if several := [one for one in images if int(one.get("NumberOfFrames") or 1) > 1]:
-        raise fail(
-            "DAT-106",
-            found=f"{several[0].path.name} has {several[0].get('NumberOfFrames')} frames",
-            expected="one file a slice",
-            action="Convert it with dcm2niix: dcm2niix -z y -o OUT FOLDER.",
-            where=str(path),
-        )
-    return images
+    chosen = [one for one in images if not wanted or _is_called(one, wanted)]
+    if len({str(one.get("SeriesInstanceUID")) for one in chosen}) != 1:
+        raise _several_series(images, path, wanted)
+    images = chosen
+    several = [one for one in images if int(one.get("NumberOfFrames") or 1) > 1]
+    return _frames(several[0], len(images), path) if several else images
 
 
-def _several_series(images: Sequence[_Slice], path: Path) -> FedsgcgError:
+def _frames(one: _Slice, files: int, path: Path) -> list[_Slice]:
+    """Return the frames of the only file of a series as slices."""
+    frames = multiframe.frames_of(one.header)
+    slices = [_Slice(one.path, frame, number) for number, frame in enumerate(frames, 1)]
+    if files == 1 and slices and all(frame.get("ImagePositionPatient") for frame in slices):
+        return slices
+    found = f"{one.path.name} has {one.get('NumberOfFrames')} frames"
+    found += f" and the series {files} files" if files > 1 else " without positions in the patient"
+    raise fail(
+        "DAT-106",
+        found=found,
+        expected="one file a slice, or one file with the position of every frame",
+        action="Convert it with dcm2niix: dcm2niix -z y -o OUT FOLDER.",
+        where=str(path),
+    )
+
+
+def _is_called(one: _Slice, wanted: str) -> bool:
+    """Whether a file belongs to the series of a number or description."""
+    names = (str(one.get("SeriesNumber")), str(one.get("SeriesDescription")))
+    return wanted.strip().casefold() in {name.strip().casefold() for name in names}
+
+
+def _several_series(images: Sequence[_Slice], path: Path, wanted: str) -> FedsgcgError:
     counts = Counter(
         (str(one.get("SeriesInstanceUID")), str(one.get("SeriesNumber"))) for one in images
     )
@@ -226,9 +266,10 @@ def _several_series(images: Sequence[_Slice], path: Path) -> FedsgcgError:
     return fail(
         "DAT-162",
         found=f"{len(counts)} series: {', '.join(texts[:6])}",
-        expected="one series a folder",
+        expected=f"one series called {wanted!r}" if wanted else "one series a folder",
         action="Move each series into a folder of its own, or convert them with dcm2niix, which "
-        "writes one file a series: dcm2niix -z y -o OUT FOLDER.",
+        "writes one file a series: dcm2niix -z y -o OUT FOLDER. `predict` chooses one by its "
+        "number or description: --series.",
         where=str(path),
     )
 
@@ -242,12 +283,12 @@ def _sorted(slices: Sequence[_Slice], path: Path) -> list[_Slice]:
         or len(one.get("ImageOrientationPatient") or ()) != 6
     ]
     if missing:
-        raise _irregular(f"{missing[0].path.name} has no position", "a position in each", path)
+        raise _irregular(f"{missing[0].name} has no position", "a position in each", path)
     axes = slices[0].axes
     turned = [one for one in slices if np.abs(one.axes - axes).max() > ANGLE]
     if turned:
-        found = f"two orientations: {len(slices) - len(turned)} files like {slices[0].path.name}, "
-        found += f"{len(turned)} like {turned[0].path.name}"
+        found = f"two orientations: {len(slices) - len(turned)} slices like {slices[0].name}, "
+        found += f"{len(turned)} like {turned[0].name}"
         raise _irregular(found, "parallel slices", path)
     for name in COMPARED:
         if len(values := Counter(str(one.get(name)) for one in slices)) > 1:
@@ -266,7 +307,7 @@ def _check_gaps(slices: Sequence[_Slice], normal: Array, path: Path) -> None:
     gaps = np.diff([float(one.position @ normal) for one in slices])
     usual = float(np.median(gaps))
     if (repeated := np.flatnonzero(gaps < max(1e-3, GAP * usual))).size:
-        first, second = slices[repeated[0]].path.name, slices[repeated[0] + 1].path.name
+        first, second = slices[repeated[0]].name, slices[repeated[0] + 1].name
         raise fail(
             "DAT-106",
             found=f"{repeated.size + 1} or more images at one position ({first}, {second})",
@@ -278,7 +319,7 @@ def _check_gaps(slices: Sequence[_Slice], normal: Array, path: Path) -> None:
     if wide.size:
         where, gap = int(wide[0]), float(gaps[wide[0]])
         absent = round(gap / usual) - 1
-        found = f"{gap:.4g} mm after {slices[where].path.name}, {usual:.4g} mm elsewhere"
+        found = f"{gap:.4g} mm after {slices[where].name}, {usual:.4g} mm elsewhere"
         if absent > 0:
             found += f": {absent} of {len(slices) + absent} slices missing there"
         raise fail(

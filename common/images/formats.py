@@ -114,6 +114,7 @@ _MINC: Final = "Convert it with the MINC tools: mnc2nii IN OUT.nii."
 _PHILIPS: Final = "Convert it with dcm2niix: dcm2niix -z y -o OUT FOLDER."
 _PICTURE: Final = "Save it as PNG."
 _ARCHIVE: Final = "Unpack it; only gzip (.nii.gz) is read without unpacking."
+_PARTIAL: Final = "Finish the download: the file is only a part."
 _ARRAY: Final = (
     "Write it as NIfTI with its voxel size: "
     "nibabel.save(nibabel.Nifti1Image(array, affine), 'OUT.nii.gz')."
@@ -126,7 +127,8 @@ _SUFFIXES: Final = {
     _MINC: ".mnc",
     _PHILIPS: ".par .rec",
     _PICTURE: ".gif .webp .heic .jp2 .ppm .pgm",
-    _ARCHIVE: ".nii.bz2 .nii.xz .nii.zst .nii.zip .zip",
+    _ARCHIVE: ".nii.bz2 .nii.xz .nii.zst .nii.zip .zip .tar .tar.gz .tgz .7z",
+    _PARTIAL: ".part .crdownload",
     _ARRAY: ".npy .npz .mat .h5 .hdf5",
     _SLIDE: ".svs .ndpi .czi .lif",
 }

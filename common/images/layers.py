@@ -89,8 +89,8 @@ def class_map(
 
 
 def plain(name: str) -> str:
-    """Return a name without case, spaces, hyphens and underscores."""
-    return re.sub(r"[\s_-]+", "", name.casefold())
+    """Return a name without case, spaces, hyphens, underscores and other punctuation."""
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def _covered(

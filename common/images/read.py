@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-def read_volume(path: Path, *, mask: bool = False) -> Volume:
+def read_volume(path: Path, *, mask: bool = False, series: str = "") -> Volume:
     """Read a volume or a 2-D picture.
 
     Args:
@@ -58,6 +58,8 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
         mask: Whether the values are labels: a palette picture then gives its indices, a colour
             picture with equal channels one channel, and a DICOM segmentation the numbers of its
             segments on its own grid.
+        series: Number or description of a DICOM series in a folder with several; no other format
+            has it.
 
     Raises:
         FedsgcgError: DAT-103 if the file is missing, damaged or of an unknown format; DAT-106 if it
@@ -73,7 +75,8 @@ def read_volume(path: Path, *, mask: bool = False) -> Volume:
         action = conversion_advice(path)
         raise fail("DAT-103", found=found, expected=expected, action=action, where=str(path))
     try:
-        read: Volume = form.reader.read(path, mask=mask)
+        options = {"series": series} if series and form is DICOM else {}
+        read: Volume = form.reader.read(path, mask=mask, **options)
     except FedsgcgError:
         raise
     except FileNotFoundError as error:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.dicom import Source
+from fedsgcg.common.images.dicom_file import opened
 from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.itk import LPS_TO_RAS
 from fedsgcg.common.images.layers import Layers
@@ -115,13 +116,15 @@ def write(
             action="Choose --out-format nifti, or restore the identifier of the series.",
             where=str(image.source.files[0].parent),
         )
-    hd, pydicom = library("highdicom", FORM), library("pydicom", FORM)
-    series = [pydicom.dcmread(file, stop_before_pixels=True) for file in image.source.files]
+    hd = library("highdicom", FORM)
+    series = [_header(path) for path in image.source.files]
     for header in series:
         for name in MAY_BE_EMPTY:
             if name not in header:  # removed when the data were de-identified
                 setattr(header, name, "")
     frames = from_canonical(classes, image.affine, image.plane).transpose(2, 1, 0)
+    if image.source.frames:  # in the order of the file
+        frames = frames[np.argsort(image.source.frames)]
     code = hd.sr.CodedConcept
     program = hd.AlgorithmIdentificationSequence(
         name="fedsgcg",
@@ -172,7 +175,13 @@ def _version() -> str:
 
 
 def _open(path: Path) -> Any:
-    return library("highdicom", FORM).seg.segread(path)
+    with opened(path) as file:
+        return library("highdicom", FORM).seg.segread(file)
+
+
+def _header(path: Path) -> Any:
+    with opened(path) as file:
+        return library("pydicom", FORM).dcmread(file, stop_before_pixels=True)
 
 
 def _segments(found: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:

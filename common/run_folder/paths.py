@@ -15,6 +15,9 @@ REPORT: Final = "report.html"
 RESULTS: Final = "results.parquet"
 """Metrics of every case (`tables.RESULTS_SCHEMA`), of one cell or of all cells of a study."""
 
+ADAPTED: Final = "adapted.parquet"
+"""Metrics of every case of a cell after an adaptation to the hospital's own images."""
+
 ROUNDS: Final = "rounds.parquet"
 """Metrics of every round (`tables.ROUNDS_SCHEMA`), of one cell or of all cells of a study."""
 
@@ -25,7 +28,7 @@ EVENTS: Final = "events.jsonl"
 OUTCOME: Final = "outcome.json"
 """How a run ended; the last file that it writes."""
 
-SEALED: Final = (RESULTS, ROUNDS, OUTCOME, WEIGHTS, MODEL_CARD, PROTOTYPES)
+SEALED: Final = (RESULTS, ADAPTED, ROUNDS, OUTCOME, WEIGHTS, MODEL_CARD, PROTOTYPES)
 """Files of a cell that its seal covers (`common.files.seals`)."""
 
 SEALED_TABLES: Final = (RESULTS, ROUNDS)

@@ -14,7 +14,7 @@ ROWS_VERSION: Final = "1"
 ROWS_SCHEMA = pa.schema(
     [
         pa.field("round", pa.int32()),
-        pa.field("phase", pa.string()),  # train | merge | heldout | observer | validation
+        pa.field("phase", pa.string()),  # train | merge | heldout | observer | validation | adapted
         pa.field("site", pa.string()),  # "" = all sites
         pa.field("cls", pa.string()),  # "" or the name of a class or structure
         pa.field("metric", pa.string()),
@@ -39,6 +39,10 @@ CELL_FIELDS = [
 RESULTS_SCHEMA = pa.schema(
     [*CELL_FIELDS, pa.field("site", pa.string()), *CASES_SCHEMA],
     metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.results"},
+)
+ADAPTED_SCHEMA = pa.schema(
+    [*CELL_FIELDS, pa.field("adapt", pa.string()), pa.field("site", pa.string()), *CASES_SCHEMA],
+    metadata={"schema_version": SCHEMA_VERSION, "kind": "fedsgcg.adapted"},
 )
 ROUNDS_NOTE: Final = (
     "validation_dice of row round=r was measured on the model received in round r, "

@@ -11,8 +11,14 @@ from fedsgcg.common.settings.base import Checks, Section, at_most
 
 SPLITS: Final = ("train", "validation", "test")
 
+STACKS: Final = (1, 3, 5)
+
 LABEL_TOLERANCE: Final = 1e-3
 """Default of `label_tolerance`: a hundred times the error of rescaled 16-bit labels."""
+
+
+LARGEST_SPACING: Final = 100.0
+"""Millimetres of a pixel above which a spacing is a wrong unit."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class AugmentationSettings(Section):
             yield getattr(self, name) >= 0, name, "zero or more"
 
 
+def channels_of(stack: int) -> int:
+    """Return the channels of a training slice: three, or the slices of a larger stack."""
+    return max(3, stack)
+
+
 @dataclass(frozen=True)
 class DataSettings(Section):
     """Which images, which classes, and how a file becomes a training slice.
@@ -68,11 +79,24 @@ class DataSettings(Section):
         structures: Reported structure -> the classes it consists of (nested structures share
             classes).
         image_size: Side in pixels of the square training slice (height = width).
-        stack: 3 = slices z-1, z, z+1 of a volume as channels; 1 = one slice, repeated. Ignored for
-            a picture, whose channels are its colours or its repeated grey values.
+        stack: Slices of a volume as channels: 3 = z-1, z, z+1; 5 = z-2 to z+2; 1 = one slice,
+            repeated. Ignored for a picture, whose channels are its colours or its repeated grey
+            values; 5 is only for volumes.
+        aspect: `squeeze` fills the training slice, so that a slice that is not square changes its
+            shape; `pad` keeps the shape, with a dark margin.
+        spacing: Side of a training slice's pixel in millimetres, the same at all hospitals; a slice
+            that is too large for `image_size` is made smaller. 0 = every slice fills the training
+            slice.
+        plan: `fixed` takes the settings as they are; `auto` derives image_size, spacing, aspect,
+            intensity and stack from the source hospitals' images in each fold of a simulation, as
+            far as the command line does not set them (docs/explanation/plan.md).
         intensity: Scaling of an image to [-1, 1]: `percentile` (1st to 99th), `minmax`, `zscore`
-            (three standard deviations map to 1), or `fixed` (0 to -1 and 255 to 1, only for
-            pictures with 8 bits per channel).
+            (three standard deviations map to 1), `fixed` (0 to -1 and 255 to 1, only for
+            pictures with 8 bits per channel), or `flat`: the logarithm of the values between the
+            percentiles minus its Gaussian blur in each slice, then `percentile`. It removes slow
+            changes of brightness such as those of a coil, and the size of the values.
+        flat_sigma: Standard deviation of the blur of `intensity=flat`, in pixels of the training
+            slice, so that it is the same share of a slice at every resolution.
         activation: `softmax` over exclusive classes, or one `sigmoid` per structure.
         threshold: Probability above which a sigmoid structure is predicted; unused with softmax,
             where the most probable class is predicted.
@@ -85,6 +109,11 @@ class DataSettings(Section):
         fill_holes: Fill holes of each predicted structure, slice by slice.
         train_slices: `all`, or `foreground` = only slices with a declared structure.
         validation_fraction: Share of a source hospital's patients that is kept for validation.
+        split: Which patients validate, where the manifest does not say it. `share`: those with the
+            smallest hashes, as near to the share as whole patients allow. `hash`: those whose hash
+            is below the share, the rule of the published studies (docs/results.md); few patients
+            may then have none or half in validation. A real hospital always uses `share`, with a
+            secret of its own.
         augmentation: Random changes of training slices.
     """
 
@@ -94,8 +123,12 @@ class DataSettings(Section):
     structures: dict[str, list[str]]
     sites: list[str]
     image_size: int = at_most(2048, 128)
+    aspect: Literal["squeeze", "pad"] = "squeeze"
+    spacing: float = 0.0
+    plan: Literal["fixed", "auto"] = "fixed"
     stack: int = 3
-    intensity: Literal["percentile", "minmax", "zscore", "fixed"] = "percentile"
+    intensity: Literal["percentile", "minmax", "zscore", "fixed", "flat"] = "percentile"
+    flat_sigma: float = at_most(2048, 20.0)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     threshold: float = 0.5
     spacing_unit: Literal["mm", "pixel"] = "mm"
@@ -104,6 +137,7 @@ class DataSettings(Section):
     fill_holes: bool = False
     train_slices: Literal["all", "foreground"] = "all"
     validation_fraction: float = 0.2
+    split: Literal["share", "hash"] = "share"
     augmentation: AugmentationSettings = AugmentationSettings()
 
     def checks(self) -> Checks:
@@ -127,7 +161,11 @@ class DataSettings(Section):
             "image_size",
             "32 or more and a multiple of 16",
         )
-        yield self.stack in (1, 3), "stack", "1 or 3"
+        yield self.stack in STACKS, "stack", "1, 3 or 5"
+        yield self.flat_sigma >= 1, "flat_sigma", "1 pixel or more"
+        yield 0 <= self.spacing <= LARGEST_SPACING, "spacing", f"0 to {LARGEST_SPACING:g} mm"
+        expected = "mm: data.spacing needs real millimetres"
+        yield not self.spacing or self.spacing_unit == "mm", "spacing_unit", expected
         yield 0 < self.threshold < 1, "threshold", "a probability in (0, 1)"
         yield 0 <= self.label_tolerance < 0.5, "label_tolerance", "a distance in [0, 0.5)"
         yield 0 <= self.validation_fraction < 1, "validation_fraction", "a fraction in [0, 1)"
@@ -136,6 +174,11 @@ class DataSettings(Section):
     def num_classes(self) -> int:
         """K, background included."""
         return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of a training slice."""
+        return channels_of(self.stack)
 
     @property
     def out_channels(self) -> int:

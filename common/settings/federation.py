@@ -25,6 +25,9 @@ TRAINING: Final = ("train", "unlabelled")
 """Roles of the sites that train."""
 
 SHARES = {"summary": "amplitude_summary", "bank": "amplitude_bank"}
+SITE_STATISTICS: Final = "site_statistics"
+"""Consent to class statistics being sent on to the other sites as those of one site."""
+CONSENTS: Final = (*SHARES.values(), SITE_STATISTICS)
 WEEK_S = 604_800.0
 LIMITS: Final[Mapping[str, int]] = {"patients": 100_000, "slices": 1_000_000}
 """Most patients and slices of a site for which the coordinator states no own limits."""
@@ -91,6 +94,10 @@ class FederationSettings(Section):
             augmented training slices, and pools them (`common.wire.norm_moments`).
         selection: Model to evaluate at the held-out hospital: the `last`, or the best on
             `source_validation`.
+        ema: Decay per round of an exponential moving average of the global model, which the
+            coordinator keeps; 0 = none. Training continues from the model itself. At the end the
+            average is validated: with `selection=last` it is the model, with `source_validation`
+            only if it is better than the best one. The first rounds have equal weights.
         shared_images: What to do if an image of a training hospital is also at the held-out
             hospital or an observer (`server.sites.shared_images`): `refuse` ends the run before its
             first round, with the list; `flag` continues, and the run ends as `degraded`.
@@ -126,6 +133,7 @@ class FederationSettings(Section):
     most_share: float = 1.0
     norm_policy: Literal["average", "recalibrate"] = "recalibrate"
     selection: Literal["last", "source_validation"] = "last"
+    ema: float = 0.0
     shared_images: Literal["refuse", "flag"] = "refuse"
     changed_data: Literal["warn", "stop"] = "warn"
     heldout_every: int = 0
@@ -139,6 +147,7 @@ class FederationSettings(Section):
         yield self.tolerated >= 1, "tolerated", "1 or more"
         yield self.clip >= 1, "clip", "1 or more"
         yield 0 < self.most_share <= 1, "most_share", "above 0, at most 1 (no bound)"
+        yield 0 <= self.ema < 1, "ema", "a fraction in [0, 1)"
         yield self.heldout_every >= 0, "heldout_every", "0 or more"
         yield from limit_checks(self.limits)
 
@@ -186,8 +195,9 @@ class SiteSettings(Section):
         shares: What the site agrees to send besides weights and class statistics:
             `amplitude_summary`, per frequency the sums over the site's images of log amplitudes and
             of products of two channels' log amplitudes (no phase); `amplitude_bank`, the amplitudes
-            of single images. In a simulation one setting consents for all hospitals; a site's own
-            file takes precedence.
+            of single images; `site_statistics`, its class statistics to every other site, not only
+            merged with theirs (`method.sgcg.sites`). In a simulation one setting consents for all
+            hospitals; a site's own file takes precedence.
         micro_batches: Parts into which a step is split if it does not fit into memory; a site that
             runs out of memory increases it automatically. Gradients are accumulated, so that the
             effective batch is the same, but BatchNorm and the Dice term, which depend on the batch,
@@ -211,5 +221,5 @@ class SiteSettings(Section):
         yield self.threads >= 1, "threads", "1 or more"
         yield self.micro_batches >= 1, "micro_batches", "1 or more"
         yield 0 <= self.feature_samples <= 300, "feature_samples", "0 (none) to 300"
-        yield set(self.shares) <= set(SHARES.values()), "shares", ", ".join(SHARES.values())
+        yield set(self.shares) <= set(CONSENTS), "shares", ", ".join(CONSENTS)
         yield set(self.roles) <= set(ROLES), "roles", ", ".join(ROLES)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Final
 
+from fedsgcg.common.names import MAX_CLASSES
 from fedsgcg.common.settings.federation import SHARES
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.amplitudes import MAX_BYTES
@@ -21,12 +22,13 @@ CHANNELS: Final = 3
 
 def reply_sizes(plan: Plan, weights: int = MAX_WEIGHTS) -> Sizes:
     """Return the sizes of a site's reply to a request with a model of so many values."""
-    return replace(_sizes(plan, 1, weights), codec=plan.federation.codec)
+    return replace(_sizes(plan, 1, weights, 0), codec=plan.federation.codec)
 
 
 def request_sizes(plan: Plan) -> Sizes:
     """Return the sizes of the coordinator's request, which may hold amplitudes of all sites."""
-    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS)
+    shift = {"": 0, "between": plan.data.num_classes, "sites": MAX_CLASSES}[plan.shift]
+    return _sizes(plan, len(plan.members()) or MAX_SITES, MAX_WEIGHTS, shift)
 
 
 def amplitude_bytes(plan: Plan, sites: int) -> int:
@@ -43,6 +45,7 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
     return min(MAX_BYTES, HEAD_BYTES + images * (4 * window * CHANNELS + 128))
 
 
-def _sizes(plan: Plan, sites: int, weights: int) -> Sizes:
+def _sizes(plan: Plan, sites: int, weights: int, shift: int) -> Sizes:
     shape = (plan.data.num_classes, plan.network.num_features)
-    return Sizes(shape, len(plan.data.structures), amplitude_bytes(plan, sites), weights)
+    structures, amplitudes = len(plan.data.structures), amplitude_bytes(plan, sites)
+    return Sizes(shape, structures, amplitudes, weights, shift=shift)

@@ -6,7 +6,7 @@ Formulas and sources are in the methods' own modules, `clients.methods`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from fedsgcg.common.settings.base import Checks, Section, at_most, block_checks
 
@@ -17,15 +17,49 @@ JIGSAW_PERMUTATIONS: Final = 30
 
 
 @dataclass(frozen=True)
+class SgcgSettings(Section):
+    """Variants of SgCG, each off by default (docs/explanation/sgcg.md, "Variants").
+
+    Attributes:
+        hard: Share of the contrastive term that hard pixels have: those next to another class and
+            those that the network predicts wrongly. 0 weights every pixel alike; published 0.5
+            (ContrastiveSeg).
+        between: beta of the penalty beta q' B_y q, with the covariance B_y of the sites' means of
+            the pixel's class; 0 = none.
+        sites: Compare a feature with a mixture of every site's Gaussians instead of one Gaussian of
+            all sites. Needs the consent `site_statistics` of every training site, because every
+            site then receives the statistics of each other site.
+        recalibration: Virtual features from which the coordinator fits the output layer of the
+            selected model anew, drawn from the Gaussians of the classes (CCVR). The result is kept
+            only if the sites' validation improves. 0 = none.
+    """
+
+    hard: float = 0.0
+    between: float = 0.0
+    sites: bool = False
+    recalibration: int = at_most(100_000, 0)
+
+    def checks(self) -> Checks:
+        """Shares and weights are in their ranges."""
+        yield 0 <= self.hard < 1, "hard", "a share in [0, 1)"
+        yield 0 <= self.between <= 1e6, "between", "0 to 1e6"
+        enough = self.recalibration == 0 or self.recalibration >= 100
+        yield enough, "recalibration", "0 (none), or 100 or more virtual features"
+
+
+@dataclass(frozen=True)
 class IsdaSettings(Section):
     """ISDA: semantic augmentation of the features with the classes' covariances.
 
     Attributes:
         strength: lambda_0 of the last round; it grows in proportion to the round. 0.5 in the
             published classification experiments, 7.5 for Cityscapes, chosen from 1 to 10.
+        covariance: The noise's covariance: that of the `class` over all pixels, as published, or
+            the part of it `between` the sites' means alone, which is the shift between hospitals.
     """
 
     strength: float = 0.5
+    covariance: Literal["class", "between"] = "class"
 
     def checks(self) -> Checks:
         """The strength is a variance and so is not negative."""

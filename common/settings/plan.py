@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal, NamedTuple
 
+from fedsgcg.common.names import MAX_CLASSES
+from fedsgcg.common.settings.adaptation import AMPLITUDE, BATCHNORM, PROTOTYPES, AdaptSettings
 from fedsgcg.common.settings.base import Checks, Section
 from fedsgcg.common.settings.build import build
 from fedsgcg.common.settings.data import AugmentationSettings, DataSettings
@@ -80,6 +82,10 @@ ALONE: Final = {
 """Method -> why it needs several clients."""
 USES: Final = {"contrast": "unlabelled", "leave_out": "observer", "labels": "train"}
 """`method.unlabelled` -> role of the hospitals without labels."""
+SGCG: Final = ("sgcg", "ram_sgcg")
+SGCG_NAMES: Final = " or ".join(SGCG)
+PER_SITE: Final = ("restart", "lagged", "cumulative", "discount")
+"""Values of `prototypes.memory` with which the coordinator has constant statistics of each site."""
 MOST_INPUTS: Final = 16_384
 """Most inputs of the first fully connected layer of SegCLR's projection head."""
 
@@ -110,6 +116,7 @@ class Plan(Section):
         planned_steps: Steps one after the other over all rounds, derived from the budget before
             training; 0 if the budget is the number of rounds.
         planned_slices: Slices that all hospitals train on over all rounds, likewise.
+        adapt: Further evaluations, adapted to the held-out hospital's own images.
     """
 
     data: DataSettings
@@ -131,11 +138,16 @@ class Plan(Section):
     budget: Literal["rounds", "steps", "slices"] = "rounds"
     planned_steps: int = 0
     planned_slices: int = 0
+    adapt: AdaptSettings = field(default_factory=AdaptSettings)
 
     def checks(self) -> Checks:
         """The sections are compatible with each other."""
         mixed = not self.method.contrasts or "ram" not in self.prototypes.views or self.method.mixes
         yield mixed, "prototypes.views", "[source]: the view ram needs method=ram_sgcg"
+        styled = "style" not in self.prototypes.views or self.method.name in SGCG
+        yield styled or not self.method.contrasts, "prototypes.views", f"style with {SGCG_NAMES}"
+        yield from self._shift_checks()
+        yield from self._adapt_checks()
         restores = self.method.restores
         expected = "0 with a network by import path: the restoration decoder belongs to the U-Net"
         yield not (restores and self.network.is_own), "method.ram.restoration", expected
@@ -158,6 +170,38 @@ class Plan(Section):
         expected = f"pixels with memory={self.prototypes.memory}, which subtracts a site's own sums"
         yield not own_part, "prototypes.weighting", expected
 
+    def _shift_checks(self) -> Checks:
+        """The coordinator has the statistics of each site where a method needs their differences.
+
+        A sum over all sites does not contain them.
+        """
+        if not self.shift:
+            return
+        name = "method.isda.covariance" if self.method.name == "isda" else "method.sgcg"
+        expected = f"by_site with {name}: a client that owns all domains sends only their sum"
+        yield self.federation.ownership == "by_site", "federation.ownership", expected
+        kept = self.prototypes.memory in PER_SITE
+        expected = f"{' | '.join(PER_SITE)} with {name}: with {self.prototypes.memory} there are "
+        expected += "only sums over the sites, or the site changes its part during the round"
+        yield kept, "prototypes.memory", expected
+        known = sum(self.validates(site) for site in self.data.sites)
+        several = not self.data.sites or known >= 2
+        yield several, "data.sites", f"two or more training hospitals with {name}"
+        few = known * self.data.num_classes <= MAX_CLASSES
+        yield few, "data.sites", f"at most {MAX_CLASSES} classes of all hospitals with {name}"
+
+    def _adapt_checks(self) -> Checks:
+        """The model has what is adapted."""
+        ways, where = self.adapt.by, "adapt.by"
+        has_norm = BATCHNORM not in ways or self.network.norm == "batch"
+        yield has_norm, where, f"no batchnorm with network.norm={self.network.norm}: it has none"
+        described = PROTOTYPES not in ways or self.method.statistics
+        yield described, where, f"no prototypes with {self.method.name}: set method.statistics=true"
+        known = self.method.name == "harmofl" and self.method.ram.sharing == "summary"
+        expected = "no amplitude without method=harmofl method.ram.sharing=summary, whose mean "
+        expected += "amplitude the coordinator has"
+        yield AMPLITUDE not in ways or known, where, expected
+
     def _segclr_checks(self) -> Checks:
         segclr, side = self.method.segclr, self.data.image_size // 16
         if not self.method.pairs or self.method.is_own:
@@ -179,6 +223,10 @@ class Plan(Section):
         name, features = self.method.name, self.network.features
         reads_head = name != "isda" or features == "penultimate"
         yield reads_head, "network.features", "penultimate with isda, which augments its features"
+        fits = not (name in SGCG and self.method.sgcg.recalibration)
+        expected = "0 without the U-Net's penultimate map: the output layer reads other features"
+        reads = features == "penultimate" and not self.network.is_own
+        yield fits or reads, "method.sgcg.recalibration", expected
         at_boundary = name not in ("elcfs", "saml") or features != "bottleneck"
         expected = f"a map of full resolution with {name}, which reads features at boundaries"
         yield at_boundary, "network.features", expected
@@ -210,6 +258,18 @@ class Plan(Section):
                 "data.sites",
                 f"at most {DOMAINS} hospitals with dofe, the places of its pool",
             )
+
+    @property
+    def shift(self) -> Literal["", "between", "sites"]:
+        """What a site receives of the differences between sites, besides the global prototypes.
+
+        `between`: the covariance of the sites' means. `sites`: the statistics of each site.
+        """
+        if self.method.name in SGCG and self.method.sgcg.sites:
+            return "sites"
+        penalty = self.method.name in SGCG and self.method.sgcg.between > 0
+        noise = self.method.name == "isda" and self.method.isda.covariance == "between"
+        return "between" if penalty or noise else ""
 
     @property
     def unit_features(self) -> bool:

@@ -30,6 +30,10 @@ def rule_problems(
             found = "fedbn with a network that has no BatchNorm layers"
             action = "set network.norm=batch, or federation.aggregator=fedavg, which is the same"
             yield Problem("CFG-020", found, "BatchNorm layers", action, WHERE)
+    if federation.ema and federation.aggregator == "fedbn":
+        found = "federation.ema with fedbn, whose BatchNorm layers stay at the sites"
+        expected = "federation.ema=0: each site would normalise the average by layers of one round"
+        yield Problem("CFG-020", found, expected, "set one of the two", "federation.ema")
     # With one owner of all data there is nobody to compare, and the rule returns its model.
     if federation.aggregator == "krum" and federation.ownership == "by_site":
         needed = 2 * federation.tolerated + 3

@@ -18,6 +18,7 @@ from fedsgcg.common.settings.methods import (
     MixStyleSettings,
     MoonSettings,
     SamlSettings,
+    SgcgSettings,
 )
 
 # The keys of `common.networks.NETWORKS` and `clients.methods.METHODS`, repeated here because a plan
@@ -68,6 +69,8 @@ class NetworkSettings(Section):
             resolution, not negative), `projection` (two 1 x 1 convolutions of it without a final
             ReLU, only in training) or `bottleneck` (1/16 of the resolution).
         projection: Number of channels of `features=projection`.
+        projection_stride: Stride of `features=projection` in pixels, 1, 2, 4 or 8: only every
+            n-th row and column is projected, and a label is that of three quarters of a cell.
         options: Keyword arguments of a network by import path, e.g. `{depth: 4}`. The settings
             above are those of the U-Net.
         feature_channels: Channels of the feature map of a network by import path, measured when
@@ -81,6 +84,7 @@ class NetworkSettings(Section):
     norm: Literal["batch", "group", "instance"] = "batch"
     features: Literal["penultimate", "projection", "bottleneck"] = "penultimate"
     projection: int = at_most(1024, 32)
+    projection_stride: int = 1
     options: Options = field(default_factory=dict)
     feature_channels: int = at_most(4096, 0)
     domains: int = at_most(64, 0)
@@ -102,6 +106,7 @@ class NetworkSettings(Section):
             "4 or more and a multiple of 4",
         )
         yield self.projection >= 1, "projection", "1 or more"
+        yield self.projection_stride in (1, 2, 4, 8), "projection_stride", "1 | 2 | 4 | 8"
 
     @property
     def is_own(self) -> bool:
@@ -248,6 +253,7 @@ class MethodSettings(Section):
             is evaluated on the cases that its manifest assigns to `test`.
         ram: Amplitude mixing and restoration, for `ram` and `ram_sgcg`. The window and the sharing
             are also those of `harmofl`, `elcfs` and `saml`, which mix amplitudes.
+        sgcg: Variants of the contrastive term, for `sgcg` and `ram_sgcg`.
         isda: Semantic augmentation of the features, for `isda`.
         moon: Contrast between models, for `moon`.
         mixstyle: Mixing of feature statistics, for `mixstyle`.
@@ -280,6 +286,7 @@ class MethodSettings(Section):
     unlabelled: Literal["refuse", "contrast", "leave_out", "labels"] = "refuse"
     ram: RamSettings = RamSettings()
     segclr: SegClrSettings = SegClrSettings()
+    sgcg: SgcgSettings = field(default_factory=SgcgSettings)
     isda: IsdaSettings = field(default_factory=IsdaSettings)
     moon: MoonSettings = field(default_factory=MoonSettings)
     mixstyle: MixStyleSettings = field(default_factory=MixStyleSettings)
@@ -387,8 +394,10 @@ class PrototypeSettings(Section):
             (`between_site_trace_evaluation`) use one normalisation for all.
         min_count: A class with fewer pixels over all sites is left out of the loss.
         views: Views of a batch whose pixels enter the contrastive term, each averaged over its own
-            pixels, then summed: `source`, and `ram`, the amplitude-mixed copy. Statistics use only
-            the source view.
+            pixels, then summed: `source`; `ram`, the amplitude-mixed copy; and `style`, a copy
+            through a random network (`method.gin.strength`) that enters no other term. Statistics
+            use only the source view, so that `[ram]` and `[style]` compare changed images with
+            prototypes of unchanged ones.
     """
 
     temperature: float = 0.5
@@ -416,9 +425,9 @@ class PrototypeSettings(Section):
         yield 0 < self.discount < 1, "discount", "a fraction in (0, 1)"
         yield 0 < self.momentum <= 1, "momentum", "a fraction in (0, 1]"
         yield (
-            set(self.views) <= {"source", "ram"} and bool(self.views),
+            set(self.views) <= {"source", "ram", "style"} and bool(self.views),
             "views",
-            "[source], [ram] or [source,ram]",
+            "one or more of source, ram, style",
         )
         yield len(set(self.views)) == len(self.views), "views", "each view once"
         yield self.trimmed >= 0, "trimmed", "0 (none) or more"

@@ -70,6 +70,8 @@ class Request:
         amplitudes: Arrow bytes of the amplitudes that sites share (`common.wire.amplitudes`); empty
             if none are shared.
         control_variates: SCAFFOLD's global control variate (L,), one value per learnable weight.
+        shift: What the method needs of the differences between sites (`Plan.shift`): K classes with
+            the covariances between the sites, or the S K classes of all sites one after the other.
     """
 
     identity: Identity
@@ -78,6 +80,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     amplitudes: bytes = b""
     control_variates: npt.NDArray[np.float32] | None = None
+    shift: ClassStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def encode_request(request: Request) -> RecordDict:
         "options": json.dumps(request.options),
         "amplitudes": request.amplitudes,
     }
+    if request.shift is not None:
+        fields["shift"] = encode_statistics(request.shift, request.identity)
     records = _records(request.identity, request.weights, request.prototypes, fields)
     return _with_control(records, request.control_variates)
 
@@ -141,7 +146,8 @@ def decode_request(records: RecordDict, sizes: Sizes = Sizes()) -> Request:  # n
     options = _facts(records, "options")
     weights, statistics = _weights(records), _statistics(records, identity, sizes)
     amplitudes, control = _bytes(records, "amplitudes"), _control(records)
-    return Request(identity, weights, statistics, options, amplitudes, control)
+    shift = _shift(records, identity, sizes)
+    return Request(identity, weights, statistics, options, amplitudes, control, shift)
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -367,6 +373,19 @@ def _statistics(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassS
     if stated != identity:
         raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
     return statistics
+
+
+def _shift(records: RecordDict, identity: Identity, sizes: Sizes) -> ClassStatistics | None:
+    if "shift" not in _message(records):
+        return None
+    shift, stated = decode_statistics(_bytes(records, "shift"))
+    if stated != identity:
+        raise fail("PAY-120", found=stated.encode(), expected=identity.encode())
+    K, A = sizes.statistics or (1, shift.num_features)
+    if shift.num_features != A or shift.num_classes % K:
+        found = f"statistics of shape {shift.mean.shape}"
+        raise fail("STA-201", found=found, expected=f"({K}, {A}) of one or more sites")
+    return shift
 
 
 def _moments(records: RecordDict, identity: Identity) -> NormMoments | None:

@@ -43,6 +43,7 @@ class Sizes:
         amplitudes: Bytes of shared amplitudes.
         weights: Number of floating-point values of the model.
         codec: How a reply's weights are coded (`common.wire.codecs`).
+        shift: Most classes of all sites in what a request states of their differences; 0 = none.
     """
 
     statistics: tuple[int, int] | None = None
@@ -50,6 +51,7 @@ class Sizes:
     amplitudes: int = MAX_AMPLITUDE_BYTES
     weights: int = MAX_WEIGHTS
     codec: str = "none"
+    shift: int = MAX_CLASSES
 
     def bytes_of(self, part: str) -> int:
         """Bytes that a field of the message may have; -1 for a field that does not exist."""
@@ -59,4 +61,7 @@ class Sizes:
             "moments": MAX_MOMENT_BYTES,
             "amplitudes": self.amplitudes,
         }
+        if self.shift:
+            features = self.statistics[1] if self.statistics else MAX_FEATURES
+            limits["shift"] = statistics_bytes(self.shift, features)
         return limits.get(part, -1)

@@ -230,8 +230,8 @@ def _run(options: argparse.Namespace, console: Screen, *, single: bool) -> int:
     from fedsgcg.deploy.study.run import run_study
 
     overrides = _overrides(options)
-    with console.status("checking the hospitals' data and this machine"):
-        study = plan_study(overrides, single=single)
+    with steps_of(console, "checking the hospitals' data and this machine") as step:
+        study = plan_study(overrides, single=single, step=step)
     names = [cell.name for cell in study.cells]
     done = [cell.name for cell in study.cells if cell.done]
     facts = {

@@ -7,36 +7,66 @@ checks its own data with `fedsgcg-site check`, which uses the same checks of fil
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from fedsgcg.common.console import Screen, progress_bar
+from fedsgcg.common.console import Screen, progress_bar, showing
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
+from fedsgcg.common.images.folders import NAMED
+from fedsgcg.common.names import number_of, printable
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.cli.check_command import SHEET
 from fedsgcg.deploy.cli.sheet import Sheet
 from fedsgcg.deploy.prepare.command import SETTINGS
 from fedsgcg.deploy.site.check import examine_disk, exit_code, measure_device, show
-from fedsgcg.deploy.site.check_files import Finding, Seen, examine_cases
+from fedsgcg.deploy.site.check_files import (
+    Finding,
+    Seen,
+    Verdict,
+    examine_cases,
+    grey_and_colour,
+)
 
 
 def run_check(options: argparse.Namespace, console: Screen) -> int:
     """Check a data folder; returns 0, 1 for errors or 3 for warnings."""
     plan = plan_of(options.source, options.overrides)
     sheet = Sheet(plan.data)
-    findings, seen = examine(plan, sheet, console)
     target: Path = options.output or Path(plan.data.root) / SHEET
+    with _writing(target):  # a folder that is read-only is found before minutes of reading
+        tempfile.TemporaryFile(dir=target.parent).close()
+    findings, seen = examine(plan, sheet, console)
     tables = [_hospitals(seen), _labels(seen, plan)]
-    try:
+    for finding in findings:
+        facts = finding.as_dict()
+        console.event("data.finding", what=facts.pop("name"), **facts)
+    for title, rows in tables:
+        console.print(_table(title, rows))
+    show(findings, console, everything=options.all, title="fedsgcg data check")
+    code = exit_code(findings)
+    with _writing(target):
         atomic.write_file(target, sheet.page(findings, tables, plan.data.name), mode=0o600)
+    console.print(f"sheet: {target} (shows patients)")
+    cases = {site: len(found) for site, found in seen.items()}
+    console.event("data.checked", exit_code=code, sheet=target, cases=cases)
+    return code
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turn an error of the file system into DAT-173."""
+    try:
+        yield
     except OSError as error:
         action = disk_advice(error, "name a file in a writable folder with -o FILE.")
         raise fail(
@@ -46,17 +76,6 @@ def run_check(options: argparse.Namespace, console: Screen) -> int:
             expected="a writable file",
             action=action,
         ) from error
-    for finding in findings:
-        facts = finding.as_dict()
-        console.event("data.finding", what=facts.pop("name"), **facts)
-    for title, rows in tables:
-        console.print(_table(title, rows))
-    show(findings, console, everything=options.all, title="fedsgcg data check")
-    code = exit_code(findings)
-    console.print(f"sheet: {target} (shows patients)")
-    cases = {site: len(found) for site, found in seen.items()}
-    console.event("data.checked", exit_code=code, sheet=target, cases=cases)
-    return code
 
 
 def plan_of(source: Path, overrides: Sequence[str]) -> Plan:
@@ -100,7 +119,7 @@ def examine(
     Returns:
         The findings, whose names start with the hospital, and hospital -> its readable cases.
     """
-    from fedsgcg.clients.data.case_files import data_warnings, open_site, splits
+    from fedsgcg.clients.data.case_files import data_warnings, open_site, splits, unvalidated
 
     root = Path(plan.data.root)
     findings: list[Finding] = []
@@ -115,33 +134,38 @@ def examine(
                 continue
             target = name in plan.unlabelled
             fraction = plan.data.validation_fraction
-            parts = splits(site.cases, fraction, heldout=False, target=target)
+            rule = plan.data.split
+            parts = splits(site.cases, fraction, heldout=False, target=target, rule=rule)
             found, seen[name] = examine_cases(
                 site,
                 parts,
                 plan.data,
                 masks=not target,
-                progress=partial(_advance, bar, task),
+                progress=showing(bar, task),
                 look=partial(sheet.add, count=len(site.cases)),
             )
             findings += [_named(finding, name) for finding in found]
+            findings += _unnamed_patients(name, seen[name])
+            patients = [case.patient for case in site.cases]
+            bare = unvalidated(name, parts, patients, fraction)
+            if not target:  # a hospital without labels is not meant to validate
+                findings += [Finding.of("files", problem, "note") for problem in bare]
         known = {(finding.code, finding.found) for finding in findings}
         findings += [
             Finding.of("files", problem, "warn")
             for problem in data_warnings(root, plan.data.sites)
             if (problem.code, Finding.of("files", problem).found) not in known
         ]
-        findings += [*_shared_images(seen), *_absent_classes(seen, plan), *_axes(seen)]
+        findings += [*_shared_images(seen), *_shared_patients(seen)]
+        findings += [*_absent_classes(seen, plan), *_axes(seen)]
+        if not any(finding.code == "DAT-192" for finding in findings):
+            findings += grey_and_colour(seen)
         bar.add_task("one training step", total=None)
         device, seconds = measure_device(plan.site.device, plan.site.threads, plan)
         findings += [*device, *_duration(seen, plan, seconds)]
     everything = [one for found in seen.values() for one in found]
     findings += examine_disk((str(plan.site.cache),), everything)
     return findings, seen
-
-
-def _advance(bar: Progress, task: TaskID, done: int, total: int) -> None:
-    bar.update(task, completed=done, total=total)
 
 
 def _named(finding: Finding, site: str) -> Finding:
@@ -158,6 +182,46 @@ def _shared_images(seen: Mapping[str, Sequence[Seen]]) -> Iterator[Finding]:
                 found = f"the same pixels as {owner} {case}"
                 action = "Remove one of the two; otherwise a held-out hospital is not unseen."
                 yield Finding("files", f"{site} {one.case.name}", "fail", found, action, "DAT-171")
+
+
+def _shared_patients(seen: Mapping[str, Sequence[Seen]]) -> Iterator[Finding]:
+    """Yield pairs of hospitals that name the same patients.
+
+    Ids of digits alone may count the patients of each hospital, and are only a note.
+    """
+    ids = {
+        site: {one.case.patient for one in cases if one.case.has_patient}
+        for site, cases in seen.items()
+    }
+    for first, second in combinations(ids, 2):
+        if not (shared := sorted(ids[first] & ids[second])):
+            continue
+        names = ", ".join(map(printable, shared[:NAMED])) + (", ..." if shared[NAMED:] else "")
+        found = f"{number_of(len(shared), 'patient id')} also at {first}: {names}"
+        action = (
+            "If they are the same persons, list them at one hospital only: otherwise a held-out "
+            "hospital is not unseen. If each hospital counts its own patients, this is right."
+        )
+        verdict: Verdict = "note" if all(one.isdigit() for one in shared) else "warn"
+        yield Finding("files", second, verdict, found, action, "DAT-191")
+
+
+def _unnamed_patients(site: str, seen: Sequence[Seen]) -> Iterator[Finding]:
+    """Yield the cases without a patient's id: a note if no case has one, else a warning."""
+    missing = [one.case.name for one in seen if not one.case.has_patient]
+    if not missing:
+        return
+    names = ", ".join(map(printable, missing[:NAMED])) + (", ..." if missing[NAMED:] else "")
+    found = (
+        f"{len(missing)} of {number_of(len(seen), 'case')} without a patient_id, each counts as "
+        f"one patient: {names}"
+    )
+    action = (
+        "If a person has several cases, write patient_id in manifest.csv: otherwise that person "
+        "may be in training and validation."
+    )
+    verdict: Verdict = "note" if len(missing) == len(seen) else "warn"
+    yield Finding("files", site, verdict, found, action, "SITE-519")
 
 
 def _absent_classes(seen: Mapping[str, Sequence[Seen]], plan: Plan) -> Iterator[Finding]:

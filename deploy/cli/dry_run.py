@@ -19,6 +19,7 @@ from fedsgcg.common.names import number_of
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.site.check_step import measure_step
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.planned import plan_tables
 from fedsgcg.deploy.study.study import Study
 from fedsgcg.server.report.format import show_seconds
 
@@ -66,6 +67,8 @@ def show_plan(study: Study, console: Screen) -> Estimate:
         console.print(f"{label}: {number_of(count, 'cell')}, {to_do} to do")
     for cell in study.cells:
         console.print(f"  {cell.name}  {'done' if cell.done else 'to do'}")
+    for table in plan_tables(study.plans) if study.plans else ():
+        console.print(table)
     if inner:
         console.print(f"and {number_of(len(inner), 'cell')} that choose settings inside the folds")
     with console.status("measuring a training step"):
@@ -142,7 +145,10 @@ def _slices(plan: Plan, hospital: str) -> int:
         return 0  # the number of steps does not depend on it
     hidden, target = plan.hides_masks(hospital), hospital in plan.unlabelled
     site = open_site(Path(plan.data.root), hospital, plan.data, masks=not hidden)
-    chosen = splits(site.cases, plan.data.validation_fraction, heldout=False, target=target)
+    data = plan.data
+    chosen = splits(
+        site.cases, data.validation_fraction, heldout=False, target=target, rule=data.split
+    )
     used = [case for case, split in zip(site.cases, chosen, strict=True) if split == "train"]
     return sum(_depth(case.image) for case in used if case.masks or hidden)
 

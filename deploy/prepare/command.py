@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsgcg.common.console import Screen
-from fedsgcg.common.datasets import CATALOGUE, OWN_DATA
+from fedsgcg.common.datasets import CATALOGUE
 from fedsgcg.common.errors import Problem, fail
 from fedsgcg.common.names import number_of
 
 if TYPE_CHECKING:
-    from fedsgcg.deploy.prepare.conversion import Outcome
+    from fedsgcg.deploy.prepare.conversion import Found, Outcome
+    from fedsgcg.deploy.prepare.own import Labels
 
 NAMES: Final = (*CATALOGUE, "manifest")
 SETTINGS: Final = "data.yaml"
@@ -30,7 +31,8 @@ SHOWN: Final = 12
 
 PREPARE = """\
 Convert a downloaded data set, or your own images, into the folder that data.root names. Own
-images are a table, one folder a hospital, folders of nnU-Net or of the decathlon, or BIDS.
+images are a table, one folder a hospital, DICOM series with segmentations, folders of nnU-Net or
+of the decathlon, BIDS, or images and masks whose names belong together.
 Nothing is downloaded; without SOURCE the command says what to download and from where. The
 same command again converts only what changed. Files that cannot be used are listed and skipped.
 """
@@ -44,6 +46,16 @@ def add_parser(commands: Any) -> Any:
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser(
         "list", help="data sets that ship with settings: hospitals, cases, terms"
+    )
+    listing.add_argument(
+        "name", metavar="NAME", nargs="?", choices=list(CATALOGUE), help=" | ".join(CATALOGUE)
+    )
+    listing.add_argument(
+        "source",
+        metavar="FOLDER",
+        type=Path,
+        nargs="?",
+        help="downloaded or prepared folder, whose cases are counted; nothing is written",
     )
     listing.set_defaults(run=run_list)
     raw = argparse.RawDescriptionHelpFormatter
@@ -66,9 +78,22 @@ def add_parser(commands: Any) -> Any:
         "-o", "--output", metavar="FOLDER", type=Path, help="new folder for the canonical form"
     )
     prepare.add_argument(
+        "--hospitals",
+        metavar="TABLE",
+        default="",
+        help="own data: a CSV file with the columns case and site (optionally patient_id, split), "
+        "or a pattern for the names of the cases such as '{site}_*'; without it folders say it",
+    )
+    prepare.add_argument(
         "--link",
         action="store_true",
         help="link to files that need no change instead of copying them",
+    )
+    prepare.add_argument(
+        "--channel",
+        metavar="NAME",
+        default="",
+        help="channel of a folder of nnU-Net, by name or number (default: the first one)",
     )
     prepare.add_argument(
         "--validation",
@@ -82,21 +107,10 @@ def add_parser(commands: Any) -> Any:
 
 
 def run_list(options: argparse.Namespace, console: Screen) -> int:
-    """Show the data sets."""
-    del options
-    table = Table(title="Data sets with settings (data=NAME); nothing is downloaded")
-    for title in ("name", "what", "hospitals (published cases)", "terms"):
-        table.add_column(title, no_wrap=title == "name", ratio=None if title == "name" else 1)
-    for data_set in CATALOGUE.values():
-        hospitals = ", ".join(
-            f"{hospital.name} {hospital.train}" + (f"/{hospital.test}" if hospital.test else "")
-            for hospital in data_set.hospitals
-        )
-        table.add_row(data_set.name, data_set.title, hospitals, data_set.terms, end_section=True)
-    console.print(table)
-    console.print("fedsgcg data prepare NAME      says what to download and from where")
-    console.print(OWN_DATA, style="dim")
-    return 0
+    """Show the data sets, or one with its terms, size and source; count the cases of a folder."""
+    from fedsgcg.deploy.prepare import published
+
+    return published.run(options.name, options.source, console)
 
 
 def run_prepare(options: argparse.Namespace, console: Screen) -> int:
@@ -106,7 +120,7 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
         0 when the data set is complete, 3 when a file is missing, surplus or cannot be used.
     """
     from fedsgcg.common.images.read import VOLUME_SUFFIXES
-    from fedsgcg.deploy.prepare import fundus, own, prostate
+    from fedsgcg.deploy.prepare import own
     from fedsgcg.deploy.prepare.conversion import absent, convert, write_file
 
     name, source = _name_and_source(options.name, options.source)
@@ -130,18 +144,23 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             found=f"{options.validation:g}",
             expected="a fraction in [0, 1)",
         )
-    labels = None
+    hospitals = options.hospitals
     with console.status(f"searching {source}"):
-        if name in ("fundus", "prostate"):
-            finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
-            found = finder(source, options.validation, link=options.link)
-        else:
-            found, labels = own.find(name, source, link=options.link)
+        found, labels = find(
+            name,
+            source,
+            options.validation,
+            link=options.link,
+            hospitals=hospitals,
+            channel=options.channel,
+        )
     outcome = convert(name, source, folder, found, console)
+    if labels:
+        labels.settle()
     advice = labels.advice() if labels and name == "manifest" else ""
     settings = folder / SETTINGS
     if labels and name == "manifest" and not outcome.kept and not settings.exists():
-        pictures = any(work.suffixes[0] not in VOLUME_SUFFIXES for work in found.work)
+        pictures = any(work.suffixes[0] not in ("", *VOLUME_SUFFIXES) for work in found.work)
         if text := own.settings_text(folder, labels, pictures=pictures):
             write_file(settings, text.encode())
     if labels and labels.seen and name == "manifest":
@@ -158,6 +177,24 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             outcome = replace(outcome, problems=(*outcome.problems, problem))
     _print(name, folder, outcome, advice, console)
     return 3 if outcome.problems else 0
+
+
+def find(
+    name: str,
+    source: Path,
+    validation: float,
+    *,
+    link: bool = False,
+    hospitals: str = "",
+    channel: str = "",
+) -> tuple[Found, Labels | None]:
+    """List the cases of a data set's folder, as `own.find`; label values only of own data."""
+    from fedsgcg.deploy.prepare import fundus, own, prostate
+
+    if name in ("fundus", "prostate"):
+        finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
+        return finder(source, validation, link=link), None
+    return own.find(name, source, link=link, hospitals=hospitals, channel=channel)
 
 
 def _name_and_source(name: str, source: Path | None) -> tuple[str, Path | None]:
@@ -199,7 +236,7 @@ def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Scre
     if not data_set and settings.is_file():
         console.print(f"next: name the classes in {settings}, then")
         console.print(f"      fedsgcg data check {shlex.quote(str(folder))}")
-        console.print(f"      fedsgcg study data={shlex.quote(str(settings))} heldout=all ...")
+        console.print(f"      fedsgcg study data={shlex.quote(str(settings))} heldout=all")
         return
     choice = name if data_set else "NAME"
     console.print(f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...")
@@ -214,26 +251,13 @@ def _print_problems(problems: Sequence[Problem], console: Screen) -> None:
 
 def _counts(name: str, outcome: Outcome) -> Table:
     """Return a table of each hospital's converted cases and the published numbers."""
-    data_set = CATALOGUE.get(name)
-    published = {hospital.name: hospital for hospital in data_set.hospitals} if data_set else {}
-    caption = f"published counts: {data_set.counted}" if data_set else None
-    table = Table(
-        title=f"{name}: cases",
-        caption=caption,
-        caption_justify="left",
-        min_width=64 if data_set else None,
-    )
-    titles = ("hospital", "known as", "cases", "published") if data_set else ("hospital", "cases")
-    for title in titles:
-        table.add_column(title, justify="left" if title in ("hospital", "known as") else "right")
-    for site in [*published, *sorted({site for site, _ in outcome.counts} - published.keys())]:
-        hospital = published.get(site)
-        parts = ("train", "test") if hospital and hospital.test else ("",)
-        got = "/".join(str(outcome.counts.get((site, part), 0)) for part in parts)
-        if hospital is None:
-            row = (site, "", got, "none") if data_set else (site, got)
-            table.add_row(*row)
-            continue
-        wanted = "/".join(str(count) for count in (hospital.train, hospital.test)[: len(parts)])
-        table.add_row(site, hospital.source, got, wanted, style="" if got == wanted else "yellow")
+    from fedsgcg.deploy.prepare.published import hospitals_table
+
+    if data_set := CATALOGUE.get(name):
+        return hospitals_table(data_set, outcome.counts)
+    table = Table(title="cases")
+    table.add_column("hospital")
+    table.add_column("cases", justify="right")
+    for (site, _), count in sorted(outcome.counts.items()):
+        table.add_row(site, str(count))
     return table

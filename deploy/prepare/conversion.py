@@ -1,6 +1,7 @@
 """Convert a data set case by case into a canonical folder, and report every problem.
 
-The folder contains `<site>/<case>_image.*` and `<site>/<case>_mask.*`, `manifest.csv`,
+The folder contains `<site>/<case>_image.*` and `<site>/<case>_mask.*` or one mask a structure
+(`<case>_mask_<structure>.*`); an image of DICOM is a folder. It also contains `manifest.csv`,
 `prepared.json` (the sources of each case, so that a second call converts only what changed) and
 `prepared.txt` (a report for people). Files are written atomically, the manifest after all images.
 """
@@ -25,18 +26,19 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.files.system import lock
-from fedsgcg.common.images.folders import by_format, counted_names, look_through
+from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through
 from fedsgcg.common.names import printable
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raise it when a conversion changes, so that existing folders are converted again."""
 
 RECORD: Final = "prepared.json"
 REPORT: Final = "prepared.txt"
-COLUMNS: Final = ("site", "image", "mask", "patient_id", "split", "published_split", "original")
+COLUMNS: Final = ("patient_id", "split", "published_split", "original")
+"""Columns of the manifest after `site`, `image`, and `mask` or one `mask_<structure>` for each."""
 
-Make = Callable[[Path, Path], str]
-"""Writes image and mask to two paths; returns a note for the user, "" for none."""
+Make = Callable[..., str]
+"""Writes the image and its masks to paths; returns a note for the user, "" for none."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Work:
         site: Name of the site in the canonical form.
         case: Name of the case, unique within the site.
         sources: The files from which it is made.
-        suffixes: Suffixes of the image and the mask that `make` writes; "" for no mask.
+        suffixes: Suffixes of the image, "" for a folder, and of the mask, "" for no mask.
         make: The conversion.
         patient: The patient's id.
         split: `train`, `validation`, `test`, or "" to split by the hash of the patient.
         published: Part of the published split, "" when there is none.
+        structures: (name, suffix) of each mask, if every structure has a mask of its own.
     """
 
     site: str
@@ -62,6 +65,7 @@ class Work:
     patient: str
     split: str = ""
     published: str = ""
+    structures: tuple[tuple[str, str], ...] = ()
 
     @property
     def image(self) -> str:
@@ -69,9 +73,17 @@ class Work:
         return f"{self.site}/{self.case}_image{self.suffixes[0]}"
 
     @property
-    def mask(self) -> str:
-        """Path of the mask within the folder, "" for none."""
-        return f"{self.site}/{self.case}_mask{self.suffixes[1]}" if self.suffixes[1] else ""
+    def masks(self) -> dict[str, str]:
+        """Column of the manifest -> path of the mask within the folder; empty for no mask."""
+        start = f"{self.site}/{self.case}_mask"
+        if self.structures:
+            return {f"mask_{name}": f"{start}_{name}{end}" for name, end in self.structures}
+        return {"mask": f"{start}{self.suffixes[1]}"} if self.suffixes[1] else {}
+
+    @property
+    def outputs(self) -> list[str]:
+        """Paths of the image and the masks within the folder."""
+        return [self.image, *self.masks.values()]
 
 
 @dataclass
@@ -155,7 +167,7 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
     with claimed(folder, name, source) as before:
         problems = list(found.problems)
         notes = list(found.notes)
-        done: dict[str, dict[str, str]] = {}
+        done: dict[str, dict[str, Any]] = {}
         rows: list[Work] = []
         kept = 0
         try:
@@ -171,7 +183,7 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
                     except FedsgcgError as error:
                         problems += error.problems
                         continue
-                    done[work.image] = {"stamp": stamp, "mask": work.mask, "note": note}
+                    done[work.image] = {"stamp": stamp, "files": work.outputs, "note": note}
                 rows.append(work)
         finally:  # an interrupted call also records what it has made
             record = _record(name, source, {**before, **done})
@@ -183,7 +195,7 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
         _remove_stale(folder, before, done)
         write_file(folder / "manifest.csv", _manifest(rows, source))
         counts = Counter((work.site, work.published) for work in rows)
-        problems += _miscounts(name, counts)
+        problems += miscounts(name, counts)
         for work in rows:
             if note := done[work.image].get("note", ""):
                 notes.append(f"{work.site} {work.case}: {note}")
@@ -194,7 +206,17 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
 
 
 def image_files(source: Path, found: Found) -> list[Path]:
-    """Return all image files in a folder, sorted, and record in `found` what else looks like one.
+    """Return all image files in a folder, sorted; DICOM is a problem, as in `search` the others."""
+    listing = search(source, found)
+    if listing.series:
+        names = counted_names(listing.series, "folders of DICOM files")
+        advice = "Download the files that the data set is published with."
+        found.problems.append(Problem("DAT-119", names, "one file a case", advice, str(source)))
+    return listing.images
+
+
+def search(source: Path, found: Found) -> Listing:
+    """Return the images in a folder, and record in `found` what else looks like one.
 
     Files of an unsupported format are a problem for own data, where a hospital may have no others.
     For a published data set, whose files are known, they are only a note.
@@ -211,10 +233,6 @@ def image_files(source: Path, found: Found) -> list[Path]:
             found.problems.append(
                 Problem("DAT-119", names, "NIfTI or 2-D pictures", advice, str(source))
             )
-    if listing.series:
-        names = counted_names(listing.series, "folders of DICOM files")
-        advice = "They need no preparing: name them <case>_image and set data.root to this folder."
-        found.problems.append(Problem("DAT-119", names, "one file a case", advice, str(source)))
     if listing.ghosts:
         found.notes.append(counted_names(listing.ghosts, "hidden files named like images, skipped"))
     for folder, why in listing.closed:
@@ -226,7 +244,7 @@ def image_files(source: Path, found: Found) -> list[Path]:
         found.problems.append(
             Problem("DAT-123", "a folder that leads back into itself", "", "", str(folder))
         )
-    return listing.images
+    return listing
 
 
 def absent(name: str, source: Path | None, found: str) -> FedsgcgError:
@@ -244,7 +262,7 @@ def absent(name: str, source: Path | None, found: str) -> FedsgcgError:
 
 
 @contextmanager
-def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[str, str]]]:
+def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[str, Any]]]:
     """Lock an output folder and yield what an earlier call made there.
 
     Raises:
@@ -273,7 +291,7 @@ def claimed(folder: Path, name: str, source: Path) -> Iterator[dict[str, dict[st
         yield before
 
 
-def _earlier(folder: Path, name: str, source: Path) -> dict[str, dict[str, str]]:
+def _earlier(folder: Path, name: str, source: Path) -> dict[str, dict[str, Any]]:
     """Return what an earlier call recorded; a folder with other contents is an error (DAT-121)."""
     here, there = folder.resolve(), source.resolve()
     action = "Choose another folder with -o."
@@ -332,45 +350,54 @@ def _stamp(work: Work) -> str:
     return json.dumps(facts)
 
 
-def _is_done(folder: Path, work: Work, before: Mapping[str, str], stamp: str) -> bool:
-    same = before.get("stamp") == stamp and before.get("mask") == work.mask
-    return same and all((folder / name).is_file() for name in (work.image, work.mask) if name)
+def _is_done(folder: Path, work: Work, before: Mapping[str, Any], stamp: str) -> bool:
+    same = before.get("stamp") == stamp and before.get("files") == work.outputs
+    return same and all((folder / name).exists() for name in work.outputs)
 
 
 def _made(folder: Path, work: Work) -> str:
-    """Convert one case; its two files get their final names when both are complete."""
-    image = folder / work.image
-    mask = folder / (work.mask or f"{work.image}.none")
-    partial_files = [path.with_name(f".{os.getpid()}.{path.name}") for path in (image, mask)]
+    """Convert one case; its files get their final names when all are complete."""
+    paths = [folder / name for name in work.outputs]
+    partial_files = [path.with_name(f".{os.getpid()}.{path.name}") for path in paths]
     try:
-        image.parent.mkdir(exist_ok=True)
+        paths[0].parent.mkdir(exist_ok=True)
         note = work.make(*partial_files)
-        for partial_file, path in zip(partial_files, (image, mask), strict=True):
-            if partial_file.exists():
-                partial_file.replace(path)
+        for partial_file, path in zip(partial_files, paths, strict=True):
+            if path.is_dir():
+                _remove(path)  # a folder does not replace another one
+            partial_file.replace(path)
         return note
     except OSError as error:
-        raise _refused(image, error) from error
+        raise _refused(paths[0], error) from error
     finally:
         for partial_file in partial_files:
-            partial_file.unlink(missing_ok=True)
+            _remove(partial_file)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_stale(
-    folder: Path, before: Mapping[str, Mapping[str, str]], done: Mapping[str, Mapping[str, str]]
+    folder: Path, before: Mapping[str, Mapping[str, Any]], done: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Remove files that an earlier call made and this one does not list."""
-    wanted = {name for image, facts in done.items() for name in (image, facts["mask"])}
-    for image, facts in before.items():
-        for name in (image, facts.get("mask", "")):
-            if name and name not in wanted:
-                (folder / name).unlink(missing_ok=True)
+    wanted = {name for facts in done.values() for name in facts["files"]}
+    for facts in before.values():
+        for name in facts["files"]:
+            if name not in wanted:
+                _remove(folder / name)
 
 
 def _manifest(rows: Sequence[Work], source: Path) -> bytes:
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    masks = list(dict.fromkeys(title for work in rows for title in work.masks)) or ["mask"]
+    writer.writerow(["site", "image", *masks, *COLUMNS])
     for work in sorted(rows, key=lambda row: (row.site, row.case)):
         original = work.sources[0]
         place = original.relative_to(source) if original.is_relative_to(source) else original
@@ -378,7 +405,7 @@ def _manifest(rows: Sequence[Work], source: Path) -> bytes:
             [
                 work.site,
                 work.image,
-                work.mask,
+                *(work.masks.get(title, "") for title in masks),
                 work.patient,
                 work.split,
                 work.published,
@@ -388,7 +415,7 @@ def _manifest(rows: Sequence[Work], source: Path) -> bytes:
     return sink.getvalue().encode()
 
 
-def _miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Problem]:
+def miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Problem]:
     """Compare the converted cases with the published numbers."""
     data_set = CATALOGUE.get(name)
     if data_set is None:

@@ -4,15 +4,17 @@ Masks become palette pictures with 0 background, 1 rim (disc without cup), 2 cup
 the release have the meaning that they have in the published code of RAM-DSIR: up to 50 cup, 51 to
 200 disc without cup, above 200 background (docs/explanation/ram-dsir.md, "Batches and data").
 
-The published training part is divided into `train` and `validation` by the hash of the case; the
-test part is `test`. A hospital trains on its training part and, when it is held out, is evaluated
-on its test part, as in the papers.
+The published training part is divided into `train` and `validation` by
+`clients.data.case_files.validation_patients`; the test part is `test`. A hospital trains on its
+training part and, when it is held out, is evaluated on its test part, as in the papers.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from fedsgcg.clients.data.case_files import split_of
+from fedsgcg.clients.data.case_files import validation_patients
 from fedsgcg.common.datasets import FUNDUS
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import read_volume
@@ -149,7 +151,8 @@ def find(source: Path, validation_fraction: float, *, link: bool) -> Found:
     listing = Found("")
     files = image_files(source, listing)
     root = _released_root(files)
-    found = _laid_out(source, files, root, validation_fraction, link=link)
+    found = _laid_out(source, files, root, link=link)
+    found.work = _with_validation(found.work, validation_fraction)
     found.problems = [*listing.problems, *found.problems]
     found.notes = [*listing.notes, *found.notes]
     return found
@@ -159,19 +162,18 @@ def _laid_out(
     source: Path,
     files: Sequence[Path],
     root: Path | None,
-    validation_fraction: float,
     *,
     link: bool,
 ) -> Found:
     """List the cases of the released layout if it has a root, else of the original layout."""
     if root is not None:
-        return _released(root, files, validation_fraction, link=link)
+        return _released(root, files, link=link)
     index = _original_index(files)
     if not any(index.values()):
         raise absent(
             "fundus", source, f"{len(files)} image files, none with a known location or name"
         )
-    return _original(source, files, index, validation_fraction)
+    return _original(source, files, index)
 
 
 def labels_of(grey: NDArray[Any]) -> Labels:
@@ -256,9 +258,7 @@ def _released_root(files: Sequence[Path]) -> Path | None:
     return None
 
 
-def _released(
-    root: Path, files: Sequence[Path], validation_fraction: float, *, link: bool
-) -> Found:
+def _released(root: Path, files: Sequence[Path], *, link: bool) -> Found:
     found = Found(f"released crops, Domain1 to Domain4 in {root}")
     present = set(files)
     for domain in DOMAINS:
@@ -275,9 +275,7 @@ def _released(
                     found.torn |= {image, mask} - set(gone)
                 if not gone:
                     make = partial(_make_released, image, mask, link)
-                    found.work.append(
-                        _work(domain, part, image.stem, (image, mask), make, validation_fraction)
-                    )
+                    found.work.append(_work(domain, part, image.stem, (image, mask), make))
     found.extras(files)
     return found
 
@@ -371,7 +369,6 @@ def _original(
     source: Path,
     files: Sequence[Path],
     index: dict[tuple[str, str], list[tuple[str, Path]]],
-    validation_fraction: float,
 ) -> Found:
     found = Found(f"original releases in {source}, cropped to {SIDE} x {SIDE} around the disc")
     found.notes += [
@@ -395,7 +392,7 @@ def _original(
                     found.torn |= set(present)
                 else:
                     make = partial(_make_original, domain, present)
-                    found.work.append(_work(domain, part, case, present, make, validation_fraction))
+                    found.work.append(_work(domain, part, case, present, make))
     found.extras(files, lambda path: bool(UNUSED.fullmatch(path.name)))
     return found
 
@@ -447,11 +444,24 @@ def _work(
     case: str,
     sources: tuple[Path, ...],
     make: Any,
-    validation_fraction: float,
 ) -> Work:
-    split = "test" if part == "test" else split_of(case, validation_fraction)
     suffixes = (".png", ".png")
-    return Work(domain, case, sources, suffixes, make, patient=case, split=split, published=part)
+    return Work(domain, case, sources, suffixes, make, patient=case, split=part, published=part)
+
+
+def _with_validation(work: Sequence[Work], fraction: float) -> list[Work]:
+    """Keep a share of each hospital's published training part for source validation."""
+    training: dict[str, list[str]] = defaultdict(list)
+    for one in work:
+        if one.split == "train":
+            training[one.site].append(one.patient)
+    chosen = {site: validation_patients(ids, fraction) for site, ids in training.items()}
+    return [
+        replace(one, split="validation")
+        if one.split == "train" and one.patient in chosen[one.site]
+        else one
+        for one in work
+    ]
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

@@ -34,7 +34,18 @@ LABEL_ENDS: Final = ("dseg", "seg", "mask")
 
 @dataclass(frozen=True)
 class Line:
-    """One case of a CSV file or a folder."""
+    """One case of a CSV file or a folder.
+
+    Attributes:
+        site: Name of the hospital, "" if neither the folders nor a table say it.
+        image: Image file, or the folder with the files of a DICOM series.
+        mask: Mask file; the first of `structures` if each has a file; None without a mask.
+        patient: The patient's id, "" if each case is a patient.
+        split: `train`, `validation`, `test` or "".
+        name: Name of the case, "" for the image's.
+        structures: (name, mask file) of each structure with a mask of its own.
+        files: The files of a DICOM series.
+    """
 
     site: str
     image: Path
@@ -42,6 +53,15 @@ class Line:
     patient: str = ""
     split: str = ""
     name: str = ""
+    structures: tuple[tuple[str, Path], ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def masks(self) -> tuple[Path, ...]:
+        """The mask files: none, one, or one for each structure."""
+        if self.structures:
+            return tuple(path for _, path in self.structures)
+        return () if self.mask is None else (self.mask,)
 
 
 @dataclass
@@ -65,56 +85,96 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-def recognise(source: Path, files: Sequence[Path]) -> Layout | None:
+def recognise(source: Path, files: Sequence[Path], channel: str = "") -> Layout | None:
     """Return the content of a folder of nnU-Net, of the decathlon or of BIDS; None for another one.
 
     Args:
         source: The folder. Several folders of nnU-Net in it are one hospital each.
         files: All image files in it, sorted.
+        channel: Name or number of nnU-Net's channel that is used; "" = the first one.
 
     Raises:
         FedsgcgError: DAT-180 for BIDS without labels, DAT-181 for an unusable dataset.json, DAT-182
             for a name that a label table has twice.
     """
     roots = sorted({path.parent.parent for path in files if path.parent.name == "imagesTr"})
-    if not roots and (source / "dataset.json").is_file():
-        found = "dataset.json and no image in imagesTr"
+    labelled = any(path.parent.name == "labelsTr" for path in files)
+    if not roots and (labelled or (source / "dataset.json").is_file()):
+        found = f"{'labelsTr' if labelled else 'dataset.json'} and no image in imagesTr"
         raise _error("DAT-183", found, "imagesTr and labelsTr", "Unpack it again.", str(source))
     if roots:
         layout = Layout("nnU-Net or Medical Segmentation Decathlon")
         for root in roots:
-            _decathlon(root, files, layout)
-        if len(roots) == 1:
-            layout.notes.append(
-                "one folder is one hospital, and a study needs two: put a folder of each hospital "
-                "next to it, or list the cases in manifest.csv with a column site"
-            )
+            _decathlon(root, files, layout, channel)
         return layout
     if any(path.parent.name == "anat" and SUBJECT.match(path.name) for path in files):
         return _bids(source, files)
     return None
 
 
-def _decathlon(root: Path, files: Sequence[Path], layout: Layout) -> None:
+def _decathlon(root: Path, files: Sequence[Path], layout: Layout, channel: str) -> None:
     """Add the cases of one folder with `imagesTr`."""
     site = printable(root.resolve().name)
     declared = _dataset_json(root)
     _add_labels(declared.get("labels", {}), root / "dataset.json", layout)
     images: dict[str, dict[str, Path]] = defaultdict(dict)
     channels = bool(declared.get("channel_names")) or _has_channels(root, files)
+    wanted = _channel_number(channel, declared, root)
     for path in files:
         if path.parent == root / "imagesTr":
             stem = without_suffix(path.name)
             match = CHANNEL.fullmatch(stem) if channels else None
-            case, channel = match.groups() if match else (stem, "0000")
-            images[case][channel] = path
+            case, number = match.groups() if match else (stem, "0000")
+            images[case][number] = path
     masks = {without_suffix(path.name): path for path in files if path.parent == root / "labelsTr"}
     for case, found in sorted(images.items()):
-        layout.lines.append(Line(site, found[min(found)], masks.get(case), patient=case))
-    most = max((len(found) for found in images.values()), default=0)
-    if most > 1:
-        layout.notes.append(f"{site}: {most} channels a case; only the first one is used")
-    layout.problems += _incomplete(root, declared, images, masks)
+        if used := found.get(wanted or min(found)):
+            layout.lines.append(Line(site, used, masks.get(case)))
+    layout.notes += _left_out(root, site, files, declared, images, wanted)
+    layout.problems += _incomplete(root, declared, images, masks, wanted)
+
+
+def _channel_number(channel: str, declared: dict[str, Any], root: Path) -> str:
+    """Return a channel as in file names, "" for the first one; raises DAT-183 for an unknown one.
+
+    Channels are named in `channel_names`, in older folders and the decathlon in `modality`.
+    """
+    named = declared.get("channel_names") or declared.get("modality")
+    names = {str(key): str(name) for key, name in named.items()} if isinstance(named, dict) else {}
+    if not channel:
+        return ""
+    number = next((key for key, name in names.items() if name == channel), channel)
+    if number.isdigit() and (number in names or not names):
+        return f"{int(number):04d}"
+    expected = " | ".join(f"{key} ({name})" for key, name in names.items()) or "a number"
+    raise _error("DAT-183", f"--channel {channel}", expected, "Name one of them.", str(root))
+
+
+def _left_out(
+    root: Path,
+    site: str,
+    files: Sequence[Path],
+    declared: dict[str, Any],
+    images: dict[str, dict[str, Path]],
+    wanted: str,
+) -> list[str]:
+    """Return notes on images that no case uses: further channels, and those of imagesTs."""
+    notes = []
+    numbers = sorted({number for found in images.values() for number in found})
+    if len(numbers) > 1:
+        used = wanted or numbers[0]
+        named = declared.get("channel_names") or declared.get("modality")
+        names = named if isinstance(named, dict) else {}
+        texts = [f"{number} {names.get(str(int(number)), '')}".strip() for number in numbers]
+        chosen = texts[numbers.index(used)] if used in numbers else used
+        notes.append(
+            f"{site}: images have the channels {', '.join(texts)}; only {chosen} is used: a "
+            "network sees one image. --channel NAME uses another one"
+        )
+    if tests := [path for path in files if path.parent == root / "imagesTs"]:
+        what = "images in imagesTs have no label that is used, and are left out"
+        notes.append(f"{site}: {counted_names(tests, what)}; `fedsgcg-site predict` segments them")
+    return notes
 
 
 def _has_channels(root: Path, files: Sequence[Path]) -> bool:
@@ -194,7 +254,11 @@ def plain_name(name: str) -> str:
 
 
 def _incomplete(
-    root: Path, declared: dict[str, Any], images: dict[str, Any], masks: dict[str, Path]
+    root: Path,
+    declared: dict[str, Any],
+    images: dict[str, dict[str, Path]],
+    masks: dict[str, Path],
+    wanted: str,
 ) -> list[Problem]:
     """Return what `dataset.json` and the folders do not agree about."""
     action = "Unpack the archive again, or correct dataset.json if cases were removed on purpose."
@@ -203,6 +267,8 @@ def _incomplete(
     if alone := sorted(masks.keys() - images.keys()):
         paths = [masks[case] for case in alone]
         found.append(counted_names(paths, "labels without an image"))
+    if wanted and (short := sorted(case for case, one in images.items() if wanted not in one)):
+        found.append(counted_names(map(Path, short), f"cases without channel {wanted}"))
     if bare := sorted(images.keys() - masks.keys()):
         found.append(counted_names(map(Path, bare), "images without a label"))
     stated = declared.get("numTraining")
@@ -249,6 +315,10 @@ def _bids(source: Path, files: Sequence[Path]) -> Layout:
     for key, masks in sorted(labels.items()):
         site = sites.get(key[0]) or printable(source.resolve().name)
         _add_subject(site, key[0], images.get(key, []), masks, layout)
+    used = {line.image for line in layout.lines}
+    if others := [path for key in labels for path in images.get(key, []) if path not in used]:
+        what = "further images of subjects with labels, not used"
+        layout.notes.append(counted_names(others, what))
     without = sorted(
         {f"{subject} {session}".strip() for subject, session in images.keys() - labels}
     )

@@ -1,7 +1,7 @@
-"""Data that are nearly canonical: own images, and the shared copies of PROMISE12 and SpineGM.
+"""Own images, and the shared copies of PROMISE12 and SpineGM: lists the cases and their labels.
 
-Own images are listed in a CSV file or have one folder per site. Every pair is read and checked
-(readable, finite, mask aligned with its image, integer label values); valid pairs are copied.
+Own images are listed in a CSV file, have one folder per site, or are in a layout that is
+recognised (`layouts`, `series`, `pairs`).
 """
 
 from __future__ import annotations
@@ -9,31 +9,34 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from fedsgcg.clients.data.case_files import alike_hospitals
+from fedsgcg.clients.data.listing import list_root, structure_files
 from fedsgcg.clients.data.manifest import read_manifest
 from fedsgcg.clients.data.slices import whole_label
-from fedsgcg.common.datasets import CATALOGUE
+from fedsgcg.common.datasets import CATALOGUE, PROMISE12, SPINEGM
 from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
-from fedsgcg.common.images.folders import is_file, stem_of, without_suffix
-from fedsgcg.common.images.read import (
-    Volume,
-    check_geometry,
-    check_image,
-    read_volume,
-    suffix_of,
+from fedsgcg.common.images.folders import (
+    Listing,
+    counted_names,
+    is_file,
+    stem_of,
+    without_suffix,
 )
-from fedsgcg.common.images.write import write_like
+from fedsgcg.common.images.formats import suffix_of
+from fedsgcg.common.images.parts import inside
 from fedsgcg.common.names import printable
-from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
+from fedsgcg.deploy.prepare import challenge, pairs, series, spinegm
+from fedsgcg.deploy.prepare.cases import named, work_of
+from fedsgcg.deploy.prepare.conversion import Found, absent, search
+from fedsgcg.deploy.prepare.hospitals import assign, suggestion
 from fedsgcg.deploy.prepare.layouts import Layout, Line, recognise
+from fedsgcg.deploy.prepare.structures import Overlaps
 
 MAX_LABELS: Final = 64
 """A mask with more distinct values than this is not a label map."""
@@ -43,6 +46,24 @@ PIECES: Final = (
     "(it removes all other pieces)"
 )
 """Advice on post-processing, which is off by default."""
+
+
+VOLUME_RULES: Final = (
+    "intensity: percentile   # each volume's 1st to 99th percentile; or minmax, zscore",
+    "stack: 3   # channels: a slice and both neighbours; 1 = the slice alone",
+)
+PICTURE_RULES: Final = (
+    "intensity: percentile   # each picture's 1st to 99th percentile; fixed: 0 to 255, 8 bits only",
+    "stack: 1   # a picture's channels are its colours, or its grey values three times",
+)
+RULES: Final = (
+    "aspect: pad   # a slice keeps its shape; squeeze = it fills the square training slice",
+    "plan: fixed   # auto = image size, spacing, intensity and stack follow from the images",
+    "largest_component: false   # true only if every structure is in one piece",
+    "fill_holes: false   # true only if no structure has a hole",
+)
+"""Written with their defaults: they follow from anatomy, never from the masks of all hospitals,
+which would include those of the held-out one."""
 
 
 class Labels:
@@ -60,6 +81,14 @@ class Labels:
         self.allowed = allowed
         self.names: dict[int, str] = {}
         self.regions: dict[str, tuple[int, ...]] = {}
+        self.overlaps = Overlaps()
+
+    def settle(self) -> None:
+        """After the conversion, take the values from masks with one layer a structure."""
+        if self.overlaps.names:
+            self.seen += self.overlaps.counts()
+            self.names = self.names | self.overlaps.classes()
+            self.regions = self.regions or self.overlaps.structures()
 
     def check(self, values: Sequence[float], where: str) -> None:
         """Record the values of one mask; raises DAT-109 for a value that is not allowed."""
@@ -108,13 +137,18 @@ class Labels:
         return f"label values {listed}; declare them: classes: {{{classes}}}{PIECES}"
 
 
-def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
-    """List the cases of a CSV file, of a folder with `manifest.csv`, or of one folder per site.
+def find(
+    name: str, source: Path, *, link: bool, hospitals: str = "", channel: str = ""
+) -> tuple[Found, Labels]:
+    """List the cases of a CSV file, of a folder with `manifest.csv`, or of a folder without one.
 
     Args:
         name: `promise12`, `spinegm`, or `manifest` for own data.
         source: CSV file or folder.
         link: Link to the files instead of copying them.
+        hospitals: Table or pattern that assigns the cases to hospitals
+            (`deploy.prepare.hospitals`); "" if the folders do.
+        channel: Name or number of the channel of a folder of nnU-Net; "" = the first one.
 
     Returns:
         The cases, and the label values, which the conversion fills in.
@@ -127,34 +161,73 @@ def find(name: str, source: Path, *, link: bool) -> tuple[Found, Labels]:
     listed = table.is_file()
     layout = f"table {table}" if listed else f"one folder per hospital in {source}"
     found = Found(layout, published=listed or name in CATALOGUE)
-    files = [] if source.is_file() else image_files(source, found)
-    other = None if listed or name in CATALOGUE else recognise(source, files)
-    if other is not None:
-        lines = _adopt(other, labels, found)
+    listing = Listing() if source.is_file() else search(source, found)
+    files = listing.images
+    if listed:
+        lines = _from_table(name, table, found)
     else:
-        lines = _from_table(name, table, found) if listed else _from_folders(files, source, found)
-    if not lines:
+        lines = _from_folders(listing, source, found, own=name not in CATALOGUE)
+    if not lines and not listed and name == PROMISE12.name:
+        lines = challenge.find(files, found)
+    if not lines and not listed and name == SPINEGM.name:
+        spinegm.find(files, found)
+    if not lines and not listed and name not in CATALOGUE:
+        lines = _recognised(listing, source, labels, found, channel)
+    if not lines and not found.work:
         reasons = [_nothing(len(files), listed)]
-        reasons += [problem.found for problem in found.problems if problem.code == "DAT-119"]
+        reasons += [p.found for p in found.problems if p.code in ("DAT-119", "DAT-127", "DAT-128")]
         raise absent(name, source, "; ".join(reasons))
+    _report_series(listing, lines, source, found)
+    if hospitals or name not in CATALOGUE:
+        lines = _with_hospitals(lines, hospitals, source, found)
     found.notes += [
         f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))
     ]
-    for line in _named(lines):
-        gone = [path for path in (line.image, line.mask) if path is not None and not is_file(path)]
+    lines = _one_way(lines, found)
+    for line in named(lines):
+        paths = (line.image, *line.masks, *line.files)
+        gone = [path for path in paths if not is_file(path) and not path.is_dir()]
         for path in gone:
             found.missing(path, "such file")
         if gone:
-            found.torn |= {path for path in (line.image, line.mask) if path is not None}
+            found.torn |= set(paths)
         else:
-            found.work.append(_work(line, labels, link=link))
+            found.work.append(work_of(line, labels, link=link))
     if name in CATALOGUE or table.is_file():
         found.extras(files, lambda path: "preview" in str(path.relative_to(source)))
     return found, labels
 
 
+def _report_series(listing: Listing, lines: Sequence[Line], source: Path, found: Found) -> None:
+    """Record the folders of DICOM files of which no case uses a file."""
+    used = {path for line in lines for path in (line.image, *line.masks, *line.files)}
+    idle = [folder for folder, files in listing.series.items() if not {folder, *files} & used]
+    if idle and not any(line.files for line in lines):
+        names = counted_names(idle, "folders of DICOM files")
+        action = (
+            "Name the folder of each series <case>_image, its mask <case>_mask, or export DICOM "
+            "segmentations, which say to which series they belong."
+        )
+        found.problems.append(Problem("DAT-119", names, "cases with masks", action, str(source)))
+
+
+def _recognised(
+    listing: Listing, source: Path, labels: Labels, found: Found, channel: str
+) -> list[Line]:
+    """List the cases of a layout of other tools, of a DICOM export, or by the files' names."""
+    known: tuple[Callable[[], Layout | None], ...] = (
+        partial(recognise, source, listing.images, channel),
+        partial(series.recognise, source, listing.series),
+        partial(pairs.recognise, source, listing.images),
+    )
+    for layout in (make() for make in known):
+        if layout is not None and (lines := _adopt(layout, labels, found)):
+            return lines
+    return []
+
+
 def _adopt(layout: Layout, labels: Labels, found: Found) -> list[Line]:
-    """Take over what the layout of another tool states."""
+    """Take over what a recognised layout states."""
     found.layout = layout.title
     found.problems += layout.problems
     found.notes += layout.notes
@@ -163,6 +236,54 @@ def _adopt(layout: Layout, labels: Labels, found: Found) -> list[Line]:
     if values:
         labels.allowed = frozenset({0, *values})
     return [line for line in layout.lines if line.mask is not None]
+
+
+def _with_hospitals(
+    lines: Sequence[Line], hospitals: str, source: Path, found: Found
+) -> list[Line]:
+    """Assign the cases to hospitals; those of which none is known are of the source's name."""
+    if hospitals:
+        kept, problems = assign(lines, hospitals, source)
+        found.problems += problems
+        if not kept:
+            raise FedsgcgError(*problems)
+        return kept
+    own = printable(source.resolve().name)
+    lines = [replace(line, site=line.site or own) for line in lines]
+    if len(_sites(lines)) == 1:
+        text = suggestion(lines) or "--hospitals TABLE names a CSV file with the columns case, site"
+        found.notes.append(f"one hospital, {_sites(lines)[0]}, and a study needs two: {text}")
+    return lines
+
+
+def _one_way(lines: Sequence[Line], found: Found) -> list[Line]:
+    """Leave out cases whose masks are given in another way than those of most cases.
+
+    A data set has whole masks or the same structures in every case: a structure without a file may
+    not be in the image, or may not have been drawn.
+    """
+    ways = Counter(frozenset(name for name, _ in line.structures) for line in lines if line.masks)
+    if len(ways) < 2:
+        return list(lines)
+    names = frozenset(name for way in ways for name in way)
+    usual = names if frozenset() not in ways else ways.most_common(1)[0][0]
+    kept = []
+    for line in lines:
+        way = frozenset(name for name, _ in line.structures)
+        if not line.masks or way == usual:
+            kept.append(line)
+            continue
+        found.torn |= set(line.masks) | {line.image}
+        found.problems.append(
+            Problem(
+                "DAT-165",
+                f"masks of {', '.join(sorted(way)) or 'no named structure'}",
+                ", ".join(sorted(usual)) or "one mask with all labels, as in other cases",
+                "Add the masks that are missing, empty ones if the structure is not in the image.",
+                str(line.image),
+            )
+        )
+    return kept
 
 
 def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
@@ -189,12 +310,9 @@ def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
         "structures:",
         *(f"  {name}: [{', '.join(parts)}]" for name, parts in labels.structures().items()),
         f"spacing_unit: {'pixel' if pictures else 'mm'}",
-        "# largest_component: true   # only if every structure is in one piece",
+        *(PICTURE_RULES if pictures else VOLUME_RULES),
+        *RULES,
     ]
-    if pictures:
-        lines.append(
-            "# intensity: fixed   # 0 to -1 and 255 to 1, instead of each image's percentiles"
-        )
     return "\n".join(lines) + "\n"
 
 
@@ -227,90 +345,55 @@ def _from_table(name: str, table: Path, found: Found) -> list[Line]:
             found.problems.append(Problem("DAT-125", *wrong, "Correct the line.", where))
         elif (row.site, path) in seen:
             found.surplus(Path(where), "an image that an earlier line already lists")
-        elif row.structures:
-            action = "Train with data.root=FOLDER OF THE TABLE: it is read without preparing."
-            problem = Problem("DAT-125", "one mask file a structure", "one mask", action, where)
-            found.problems.append(problem)
         else:
             seen.add((row.site, path))
-            lines.append(Line(row.site, image, mask, row.patient, row.split))
+            structures = [(part, table.parent / file) for part, file in row.structures]
+            if mask is not None and not structures:
+                structures = structure_files(mask, stem_of(image))
+            if structures:
+                mask = structures[0][1]
+            lines.append(
+                Line(
+                    row.site,
+                    image,
+                    mask,
+                    row.patient,
+                    row.split,
+                    structures=tuple(structures),
+                    files=_slices(image),
+                )
+            )
     return lines
 
 
-def _from_folders(files: Sequence[Path], source: Path, found: Found) -> list[Line]:
-    """List `<site>/<case>_image.*` with the `<case>_mask.*` in the same folder."""
-    stems = {
-        path.parent / without_suffix(path.name): path
-        for path in files
-        if path.parent.parent == source
-    }
-    lines, masks = [], set()
-    for stem, path in stems.items():
-        if stem.name.endswith("_image"):
-            mask = stems.get(stem.with_name(stem.name.removesuffix("_image") + "_mask"))
-            masks.add(mask)
-            if mask is None:
-                found.missing(path, "mask next to the image")
-            lines.append(Line(printable(path.parent.name), path, mask))
-    if lines:
-        for path in files:
-            if path not in masks and path not in {line.image for line in lines}:
-                found.surplus(path, "neither an image nor a mask of a case")
+def _from_folders(listing: Listing, source: Path, found: Found, *, own: bool) -> list[Line]:
+    """List `<site>/<case>_image.*` with the masks in the same folder."""
+    images = [*listing.images, *(listing.series if own else ())]
+    at_site = [path for path in images if path.parent.parent == source]
+    if not any(stem_of(path) != without_suffix(path.name) for path in at_site):
+        return []
+    listed = list_root(source)
+    lines = [
+        Line(
+            case.site,
+            case.image,
+            case.mask,
+            structures=case.structures,
+            files=_slices(case.image),
+        )
+        for case in listed.cases
+    ]
+    found.problems += [problem for _, problem in listed.problems]
+    used = {path for line in lines for path in (line.image, *line.masks)}
+    for line in lines:
+        if line.mask is None:
+            found.missing(line.image, "mask next to the image")
+    for path in listing.images:
+        if not {path, path.parent} & used:
+            found.surplus(path, "neither an image nor a mask of a case")
     return lines
 
 
-def _named(lines: Sequence[Line]) -> list[Line]:
-    """Give every case of a site a unique name.
-
-    The name is the file's. Cases that share it also get the names of up to two parent folders, and
-    finally a number.
-    """
-    named = [replace(line, name=printable(stem_of(line.image))) for line in lines]
-    for depth in (1, 2):
-        counts = Counter((line.site, line.name.lower()) for line in named)
-        for index, line in enumerate(named):
-            if counts[line.site, line.name.lower()] > 1:
-                parts = [*line.image.parts[-1 - depth : -1], stem_of(line.image)]
-                named[index] = replace(line, name=printable("_".join(parts)))
-    counts = Counter()
-    for index, line in enumerate(named):
-        counts[line.site, line.name.lower()] += 1
-        number = counts[line.site, line.name.lower()]
-        if number > 1:
-            named[index] = replace(line, name=f"{line.name}_{number}")
-    return named
-
-
-def _work(line: Line, labels: Labels, *, link: bool) -> Work:
-    sources = (line.image,) if line.mask is None else (line.image, line.mask)
-    suffixes = (_target_suffix(line.image), _target_suffix(line.mask) if line.mask else "")
-    make = partial(_make, line, labels, link)
-    patient = line.patient or f"{line.site}-{line.name}"
-    return Work(line.site, line.name, sources, suffixes, make, patient=patient, split=line.split)
-
-
-def _target_suffix(path: Path) -> str:
-    """Return the suffix of the prepared file: a header with separate data becomes NIfTI."""
-    suffix = suffix_of(path)
-    return ".nii.gz" if suffix in (".mhd", ".nhdr", ".hdr", ".img") else suffix
-
-
-def _store(source: Path, image: Volume, target: Path, *, link: bool) -> None:
-    """Copy or link a file, or write it as NIfTI in the geometry of its image."""
-    if suffix_of(source) == suffix_of(target):
-        copy_or_link(source, target, link=link)
-    else:
-        write_like(target, image.array, image)
-
-
-def _make(line: Line, labels: Labels, link: bool, to_image: Path, to_mask: Path) -> str:
-    """Read and check the pair, then copy or link both files."""
-    image = read_volume(line.image)
-    check_image(image, str(line.image))
-    if line.mask is not None:
-        mask = read_volume(line.mask, mask=True)
-        check_geometry(image, mask, str(line.image))
-        labels.check(np.unique(mask.array).tolist(), str(line.mask))
-        _store(line.mask, mask, to_mask, link=link)
-    _store(line.image, image, to_image, link=link)
-    return "" if line.mask is not None else "no mask: cannot be used for training or evaluation"
+def _slices(image: Path) -> tuple[Path, ...]:
+    """Return the files of the series in a folder, () for an image file."""
+    return tuple(inside(image)) if not suffix_of(image) and image.is_dir() else ()

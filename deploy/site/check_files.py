@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits
+from fedsgcg.clients.data.case_files import CaseFile, Site, open_site, splits, unvalidated
 from fedsgcg.clients.data.slices import read_case, read_without_mask
 from fedsgcg.clients.data.store import main_kind, other_kind_problem
 from fedsgcg.clients.guard.policy import only_inside_data_root
@@ -85,6 +85,7 @@ class Seen:
         empty: Whether the mask contains no declared structure.
         shape: Slices, rows, columns; of a picture channels, rows, columns.
         pixels: Pixels of each class, in the order of the classes; all 0 without a mask.
+        colour: Whether it is a picture with colours.
     """
 
     case: CaseFile
@@ -98,6 +99,7 @@ class Seen:
     empty: bool
     shape: tuple[int, ...] = ()
     pixels: tuple[int, ...] = ()
+    colour: bool = False
 
 
 Look = Callable[[CaseFile, Volume, NDArray[np.uint8]], None]
@@ -132,6 +134,10 @@ def examine_files(
     parts = _splits(site, policy, heldout, target)
     findings, seen = examine_cases(site, parts, data, masks=not target, progress=progress)
     unnamed = _without_patient_id(policy.patient_floor, seen)
+    patients = [case.patient for case in site.cases]
+    bare = unvalidated(site.name, parts, patients, policy.validation_fraction)
+    if not target:  # a hospital without labels is not meant to validate
+        findings += [Finding.of("site", problem, "note") for problem in bare]
     return [*findings, *unnamed, *_floor(seen, site, policy, heldout)], seen
 
 
@@ -170,6 +176,7 @@ def examine_cases(
         progress(number + 1, len(site.cases))
     across = [
         *_other_kind(seen),
+        *grey_and_colour({site.name: seen}),
         *_empty(seen),
         *_spacing(seen),
         *_duplicates(seen),
@@ -186,8 +193,7 @@ def examine_cases(
 
 def _splits(site: Site, policy: SiteFile, heldout: bool, target: bool) -> tuple[str, ...]:
     """Return the split of every case as in training: by the site's own fraction and secret."""
-    unassigned = {case.patient for case in site.cases if not case.split}
-    salt = split_salt(policy, unassigned)
+    salt = split_salt(policy)
     fraction = policy.validation_fraction
     return splits(site.cases, fraction, heldout=heldout, salt=salt, target=target)
 
@@ -218,6 +224,7 @@ def _read_case(
         empty=empty,
         shape=tuple(image.array.shape),
         pixels=tuple(int(count) for count in counts),
+        colour=image.is_picture and len(image.array) > 1,
     )
 
 
@@ -242,6 +249,30 @@ def _other_kind(seen: Sequence[Seen]) -> Iterator[Finding]:
     for one in seen:
         if one.kind != kind:
             yield Finding.of("files", other_kind_problem(one.case.name, one.kind, kind))
+
+
+def grey_and_colour(seen: Mapping[str, Sequence[Seen]]) -> Iterator[Finding]:
+    """Yield one warning if some pictures have colours and others are grey.
+
+    Args:
+        seen: Hospital -> its readable cases.
+    """
+    counts = {
+        site: Counter("colour" if one.colour else "grey" for one in cases if one.kind == PICTURE)
+        for site, cases in seen.items()
+    }
+    if len({name for found in counts.values() for name in found}) < 2:
+        return
+    texts = [
+        f"{site} " + " and ".join(f"{number} {name}" for name, number in sorted(found.items()))
+        for site, found in counts.items()
+        if found
+    ]
+    action = (
+        "Use pictures of one sort. Otherwise the grey values count as red, green and blue, and a "
+        "network can tell the hospitals apart by their colour."
+    )
+    yield Finding("files", "colours", "warn", ", ".join(texts), action, "DAT-192")
 
 
 def _empty(seen: Sequence[Seen]) -> Iterator[Finding]:

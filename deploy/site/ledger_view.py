@@ -151,6 +151,7 @@ CONTENT = {
     "control_variates": "mean gradient of the round (SCAFFOLD)",
     "amplitudes": "sums of log amplitudes, or spectra of single images, as site.yaml allows",
     "content_hashes": "salted hashes of the images, as site.yaml allows",
+    "image_summary": "medians and quartiles of the training images, as site.yaml allows",
     "cases": "results of each case under its alias",
     "metrics": "losses, counts, seconds, validation Dice",
     "text": "names and shapes of the weights, identity, codes",

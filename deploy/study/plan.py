@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsgcg.clients.data.case_files import resolve_cache
 from fedsgcg.clients.data.store import data_fingerprint
+from fedsgcg.common.console import silent
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.build import build
@@ -32,6 +33,7 @@ from fedsgcg.deploy.study.grid import (
     variants,
     with_grid,
 )
+from fedsgcg.deploy.study.planned import Planner
 from fedsgcg.deploy.study.preflight import (
     check_device,
     check_plan,
@@ -47,13 +49,16 @@ from fedsgcg.deploy.study.study import Study, identity, shared_settings
 RAY_ANSWERS_WITHIN_S = 5.0
 
 
-def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
+def plan_study(
+    overrides: Sequence[str], *, single: bool = False, step: Callable[[str], None] = silent
+) -> Study:
     """Turn a command line into a study, with all checks that are possible before the start.
 
     Args:
         overrides: Settings as `name=value`; one with commas varies (`deploy.study.grid`), and
             `heldout=all` holds out every site in turn.
         single: More than one cell is an error (`fedsgcg simulate`).
+        step: Called with what is being checked.
     """
     given, names = split_select(overrides)
     values, rest = split_axes(given)
@@ -83,6 +88,8 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     folder = Path(str(base["output"]) or default).resolve()
     cells: list[Cell] = []
     candidates: dict[str, tuple[Candidate, ...]] = {}
+    named = frozenset(text.lstrip("+").partition("=")[0] for text in rest)
+    planner = Planner(resolve_cache(Plan.from_tree(located).site), named, step)
     trees = {
         (variant.label, settings): _tree_of(
             replace(variant, settings=(*variant.settings, *settings)), rest, located, device
@@ -93,13 +100,17 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
     for seed, heldout, variant in itertools.product(seeds, heldouts, (*compared, *own_rows)):
         combinations = candidates_of(variant, selected)
         first = combinations[0] if combinations else ()
-        tree = trees[variant.label, first]
-        made = list(_cells(tree, folder, variant, heldout, seed, judged=judged))
+        planned = {
+            settings: planner.tree(
+                trees[variant.label, settings], heldout, (*variant.settings, *settings)
+            )
+            for settings in combinations or [()]
+        }
+        made = list(_cells(planned[first], folder, variant, heldout, seed, judged=judged))
         cells += made
         if combinations:
-            own = {settings: trees[variant.label, settings] for settings in combinations}
             for cell in made:
-                candidates[cell.name] = tuple(_candidates(cell, own, folder))
+                candidates[cell.name] = tuple(_candidates(cell, planned, folder))
     inner = [
         cell for found in candidates.values() for candidate in found for cell in candidate.inner
     ]
@@ -108,7 +119,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         found = f"{count} cells: several methods, hospitals, seeds or settings"
         raise fail("CFG-001", found=found, expected="one of each", action="use `fedsgcg study`")
     _check_cells([*cells, *inner], device)
-    check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done])
+    check_classes([Plan.from_tree(cell.tree) for cell in cells if not cell.done], step)
     swept = [name for name in axes if name not in AXES]
     shard = Shard.parse(str(base["shard"]), len(cells))
     part = cells if shard is None else shard.part(cells)
@@ -129,6 +140,7 @@ def plan_study(overrides: Sequence[str], *, single: bool = False) -> Study:
         shared=shared_settings(complete),
         telemetry=_run_settings(base).telemetry,
         references=references,
+        plans=tuple(planner.plans.values()),
         shard=shard,
     )
 

@@ -18,6 +18,8 @@ from fedsgcg.clients.data.case_files import (
     ensure_data,
     open_site,
     resolve_cache,
+    splits,
+    unvalidated,
 )
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.errors import disk_advice
@@ -153,6 +155,7 @@ def check_plan(plan: Plan, device: str) -> None:
 
         method_class(plan.method)
     problems = [
+        *_planning_problems(plan),
         *plan_problems(plan),
         *_pair_problems(plan),
         *_selection_problems(plan, _training(plan)),
@@ -173,6 +176,17 @@ def plan_problems(plan: Plan) -> Iterator[Problem]:
 
 def _training(plan: Plan) -> list[str]:
     return [site for site in plan.data.sites if plan.role(site) == "train"]
+
+
+def _planning_problems(plan: Plan) -> Iterator[Problem]:
+    """Yield a problem for a federation that asks for a plan; a study's cells already have one."""
+    if plan.data.plan == "auto":
+        action = (
+            "plan on comparable data with `fedsgcg study data.plan=auto --dry-run`, then set "
+            "image_size, spacing, aspect, intensity and stack"
+        )
+        found, expected = "auto", "fixed: real hospitals agree on the settings before they enrol"
+        yield Problem("CFG-032", found, expected, action, "data.plan")
 
 
 def _role_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem]:
@@ -284,6 +298,28 @@ def _selection_problems(plan: Plan, training: Sequence[str]) -> Iterator[Problem
         action = "set data.validation_fraction above 0, or federation.aggregator=fedavg"
         found = f"{plan.federation.aggregator} with data.validation_fraction=0"
         yield Problem("CFG-020", found, expected, action, "federation.aggregator")
+
+
+def without_validation(plans: Sequence[Plan]) -> list[Problem]:
+    """Return a problem for each hospital that trains and has no validation patient, once."""
+    found: dict[tuple[str, str], list[Problem]] = {}
+    for plan in plans:
+        for name in plan.data.sites:
+            key = name, plan.data.split
+            if plan.data.root and plan.validates(name) and key not in found:
+                found[key] = list(_no_validation(name, plan))
+    return list(dict.fromkeys(one for problems in found.values() for one in problems))
+
+
+def _no_validation(name: str, plan: Plan) -> Iterator[Problem]:
+    data = plan.data
+    try:
+        cases = open_site(Path(data.root), name, data).cases
+    except FedsgcgError:
+        return  # reported when the site joins
+    parts = splits(cases, data.validation_fraction, heldout=False, rule=data.split)
+    patients = [case.patient for case in cases]
+    yield from unvalidated(name, parts, patients, data.validation_fraction)
 
 
 def _place_problems(plan: Plan) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.disk import Disk
 from fedsgcg.common.files.seals import authority_of, write_seal
 from fedsgcg.common.files.signing import Signer
+from fedsgcg.common.image_summary import PLANNED
 from fedsgcg.common.machine import processor
 from fedsgcg.common.run_folder import paths
 from fedsgcg.common.settings.plan import Plan
@@ -120,6 +121,10 @@ def _write_record(study: Study) -> None:
         "references": sorted({*before.get("references", []), *study.references}),
         "leaves": {**(before.get("leaves") or {}), **_leaves(study)},
         "shared": dict(study.shared),
+        "plans": {
+            **before.get("plans", {}),
+            **{plan.heldout or "none": plan.as_dict() for plan in study.plans},
+        },
         "settings": {**before.get("settings", {}), **settings_by_method(study)},
     }
     Disk().write(
@@ -159,10 +164,14 @@ def settings_by_method(study: Study) -> dict[str, Any]:
 
     These are the settings that decide the outcome, without those that differ between cells.
     """
-    return {
+    found = {
         cell.method: _with_choices(_decisive(cell.tree), study.candidates.get(cell.name, ()))
         for cell in study.cells
     }
+    if study.plans:  # the folds differ; their values are recorded under `plans`
+        planned = dict.fromkeys(PLANNED, "of each fold's plan") | {"plan": "auto"}
+        found = {name: tree | {"data": tree["data"] | planned} for name, tree in found.items()}
+    return found
 
 
 def _with_choices(tree: dict[str, Any], candidates: Sequence[Candidate]) -> dict[str, Any]:

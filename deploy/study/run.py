@@ -19,12 +19,14 @@ from fedsgcg.common.console import Screen, catch_signals, steps_of
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.names import number_of
 from fedsgcg.common.run_folder import paths
+from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.environment import prepare_environment, quiet_flower
 from fedsgcg.deploy.monitoring.metrics import served_metrics
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.cleaning import RESUME, finished_cells, remove
 from fedsgcg.deploy.study.lost_workers import as_lost
-from fedsgcg.deploy.study.preflight import Machine, check_folder
+from fedsgcg.deploy.study.planned import plan_tables
+from fedsgcg.deploy.study.preflight import Machine, check_folder, without_validation
 from fedsgcg.deploy.study.progress import Progress
 from fedsgcg.deploy.study.record import add_choices, check_same_study, collect, write_record
 from fedsgcg.deploy.study.runtimes import (
@@ -60,6 +62,8 @@ def run_study(study: Study, console: Screen) -> int:
         )
         console.print(_explain_runtime(study, len(missing)))
         _print_survey(study, console)
+        for table in plan_tables(study.plans) if study.plans else ():
+            console.print(table)
         _warn_without_heldout(study, console)
         ended = Ended()
         if missing:
@@ -150,6 +154,8 @@ def _print_survey(study: Study, console: Screen) -> None:
     sites = sorted({site for cell in study.cells for site in cell.tree["data"]["sites"]})
     for problem in data_warnings(Path(data["root"]), sites):
         console.print(str(problem), style="yellow")
+    for problem in without_validation([Plan.from_tree(cell.tree) for cell in study.cells]):
+        console.print(str(problem))
 
 
 def _warn_without_heldout(study: Study, console: Screen) -> None:

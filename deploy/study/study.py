@@ -11,6 +11,7 @@ from typing import Any
 
 from fedsgcg.common.settings.run import TelemetrySettings
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.planned import FoldPlan
 from fedsgcg.deploy.study.preflight import Machine
 from fedsgcg.deploy.study.selection import Candidate
 from fedsgcg.deploy.study.shard import Shard
@@ -56,6 +57,7 @@ class Study:
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
         references: Rows for comparison that were asked for (`deploy.study.references`).
+        plans: With `data.plan=auto`, the plan of each fold.
         shard: The part of the study that `cells` are; None = all.
     """
 
@@ -73,6 +75,7 @@ class Study:
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     references: tuple[str, ...] = ()
+    plans: tuple[FoldPlan, ...] = ()
     shard: Shard | None = None
 
 

@@ -30,8 +30,13 @@ def sharing_level(plan: Plan) -> str:
     return SHARES.get(plan.method.ram.sharing, "") if plan.method.mixes else ""
 
 
-def check_consent(level: str, members: Mapping[str, Member], training: Iterable[str]) -> None:
-    """Refuse a plan that asks for more than a training site allows.
+def check_consent(
+    level: str,
+    members: Mapping[str, Member],
+    training: Iterable[str],
+    instead: str = "method.ram.sharing=local",
+) -> None:
+    """Refuse a plan that asks for more than a training site allows; `instead` asks for less.
 
     Raises:
         FedsgcgError: ROL-202, one problem per site.
@@ -40,10 +45,7 @@ def check_consent(level: str, members: Mapping[str, Member], training: Iterable[
     for site in training:
         allowed = members[site].details.get("shares")
         if level not in (allowed if isinstance(allowed, list) else []):
-            action = (
-                "set method.ram.sharing=local, or ask the site to add "
-                f"{level} to `shares` in its own file"
-            )
+            action = f"set {instead}, or ask the site to add {level} to `shares` in its own file"
             problems.append(
                 Problem("ROL-202", f"the site does not share its {level}", level, action, site)
             )

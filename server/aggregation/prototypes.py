@@ -27,13 +27,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import reduce
+from operator import add
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from fedsgcg.common.settings.plan import PrototypeSettings
 from fedsgcg.common.statistics import ClassStatistics, between_site_trace, within_site_trace
-from fedsgcg.server.aggregation.class_statistics import merge_statistics
+from fedsgcg.server.aggregation.class_statistics import merge_statistics, without_farthest
+from fedsgcg.server.aggregation.parts import sorted_by_site
 
 Fresh = Sequence[tuple[str, ClassStatistics]]
 """(site, statistics) of a round's admitted payloads."""
@@ -94,6 +97,45 @@ class PrototypeMemory:
     def merged(self, parts: Fresh) -> ClassStatistics:
         """Merge the statistics of several sites by the plan's settings."""
         return merge_statistics(parts, self.settings.weighting, self.settings.trimmed)
+
+    def differences(
+        self, wanted: Literal["", "between", "sites"], parts: Parts
+    ) -> ClassStatistics | None:
+        """Return what the sites receive of the differences between them (`Plan.shift`)."""
+        if not wanted or not parts:
+            return None
+        return self.by_site(parts) if wanted == "sites" else self.between(parts)
+
+    def between(self, parts: Parts) -> ClassStatistics:
+        """Return the covariances of the sites' means as class statistics, scatter n_k B_k.
+
+        With the weights of the prototypes.
+        """
+        known = self._separate(parts)
+        points = [ClassStatistics(p.count, p.mean, np.zeros_like(p.scatter)) for p in known]
+        return reduce(add, points)
+
+    def by_site(self, parts: Parts) -> ClassStatistics:
+        """Return the statistics of every site one after the other, S K classes, without names.
+
+        Their counts are the sites' weights in the prototypes.
+        """
+        known = self._separate(parts)
+        return ClassStatistics(
+            np.concatenate([part.count for part in known]),
+            np.concatenate([part.mean for part in known]),
+            np.concatenate([part.scatter for part in known]),
+        )
+
+    def _separate(self, parts: Parts) -> list[ClassStatistics]:
+        """Return the sites' parts as they are merged, in an order that does not name the sites."""
+        if ALL_SITES in parts:
+            raise ValueError("parts: found a sum over the sites, expected the part of each site")
+        ordered = [part for _, part in sorted_by_site(list(parts.items()))]
+        kept = without_farthest(ordered, self.settings.trimmed)
+        if self.settings.weighting == "sites":
+            kept = [part.weighted_equally() for part in kept]
+        return sorted(kept, key=ClassStatistics.digest)
 
     def without(self, parts: Parts, gone: Collection[str]) -> dict[str, ClassStatistics]:
         """Remove departed sites from a memory; with `momentum` the memory is emptied."""

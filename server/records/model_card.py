@@ -31,13 +31,18 @@ METRICS = {
     ),
 }
 
-IN_CHANNELS: Final = 3
-"""Channels of a training slice: a slice and its neighbours, colours, or one slice repeated."""
-
 PREPROCESSING: Final = (
-    *("image_size", "stack", "intensity", "activation", "threshold"),
+    *("image_size", "aspect", "spacing", "stack", "intensity", "flat_sigma"),
+    *("activation", "threshold"),
     *("largest_component", "fill_holes", "spacing_unit"),
 )
+
+
+RULES: Final = {
+    "share": "as near as whole patients allow",
+    "hash": "those whose hash is below the share",
+}
+"""Meaning of `data.split`."""
 
 
 def protocol(
@@ -65,8 +70,8 @@ def protocol(
         "upper_bound": [site for site in sorted(plan.unlabelled) if plan.role(site) == "train"],
         "splits": (
             f"by patient; {data.validation_fraction:.0%} of a training site's patients are source "
-            "validation, unless the site's own file sets another share; every case of the held-out "
-            "site is its test set unless the manifest says otherwise"
+            f"validation ({RULES[data.split]}), unless the site's own file sets another share; "
+            "every case of the held-out site is its test set unless the manifest says otherwise"
         ),
         "selection": selection,
         "selected_round": selected_round,
@@ -124,7 +129,9 @@ def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) ->
     Returns:
         Kinds of image, channels and what they are for each, and what becomes of the spacing.
     """
-    volume = "slices z-1, z, z+1" if data.stack == 3 else "one slice, three times"
+    reach = data.stack // 2
+    slices = ["z" if not k else f"z{k:+d}" for k in range(-reach, reach + 1)]
+    volume = "slices " + ", ".join(slices) if reach else "one slice, three times"
     meaning = {
         PICTURE: "red, green, blue; of a grey picture its values, three times",
         "volume": volume,
@@ -133,15 +140,24 @@ def expected_input(data: DataSettings, kinds: Sequence[str], *, colour: bool) ->
     side = data.image_size
     return {
         "images": sorted(seen),
-        "channels": IN_CHANNELS,
+        "channels": data.in_channels,
         "colour": colour,
         "channel_meaning": {name: text for name, text in meaning.items() if name in seen},
         "size": [side, side],
-        "spacing": (
-            f"a slice or picture is resized to {side}x{side} pixels whatever its spacing; masks "
-            "return to the image's own grid"
-        ),
+        "spacing": f"{_resizing(data)}; masks return to the image's own grid",
     }
+
+
+def _resizing(data: DataSettings) -> str:
+    side = data.image_size
+    if data.spacing:
+        return (
+            f"a slice has pixels of {data.spacing:g} mm in the middle of {side}x{side} pixels; if "
+            "it is larger, it is made smaller"
+        )
+    if data.aspect == "pad":
+        return f"a slice or picture is resized into {side}x{side} pixels and keeps its shape"
+    return f"a slice or picture is resized to {side}x{side} pixels whatever its spacing"
 
 
 def model_card(
@@ -165,7 +181,7 @@ def model_card(
     """
     data = asdict(plan.data)
     network = asdict(plan.network) | {
-        "in_channels": IN_CHANNELS,
+        "in_channels": plan.data.in_channels,
         "out_channels": plan.data.out_channels,
     }
     return cell_of(plan) | {

@@ -1,6 +1,7 @@
 """The result files of a run.
 
 results.parquet     one row per case and structure
+adapted.parquet     the same after an adaptation to the hospital's own images (`adapt.by`)
 rounds.parquet      metrics of every round, long format
 model.safetensors   the selected model
 model.json          how to use the model, and how it was trained
@@ -31,7 +32,12 @@ from fedsgcg.common.files.seals import digest_of, write_seal
 from fedsgcg.common.files.signing import Signer
 from fedsgcg.common.names import is_site_text
 from fedsgcg.common.run_folder import paths
-from fedsgcg.common.run_folder.tables import RESULTS_SCHEMA, ROUNDS_SCHEMA, cell_of
+from fedsgcg.common.run_folder.tables import (
+    ADAPTED_SCHEMA,
+    RESULTS_SCHEMA,
+    ROUNDS_SCHEMA,
+    cell_of,
+)
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import (
@@ -142,6 +148,18 @@ def write_results(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> 
     """Write `results.parquet`, sorted by site, case and structure. Raises SRV-401."""
     order = sorted(rows, key=lambda row: (row["site"], row["case"], row["structure"]))
     disk.write(Path(plan.output) / paths.RESULTS, _parquet(order, RESULTS_SCHEMA, plan))
+
+
+def write_adapted(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `adapted.parquet`, sorted by adaptation, site, case and structure. Raises SRV-401.
+
+    Without an adaptation in the plan there is no such file.
+    """
+    if not plan.adapt.by:
+        disk.discard(Path(plan.output) / paths.ADAPTED)
+        return
+    order = sorted(rows, key=lambda r: (r["adapt"], r["site"], r["case"], r["structure"]))
+    disk.write(Path(plan.output) / paths.ADAPTED, _parquet(order, ADAPTED_SCHEMA, plan))
 
 
 def write_rounds(disk: Disk, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> None:

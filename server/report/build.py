@@ -30,6 +30,7 @@ from fedsgcg.server.report.labels import (
 )
 from fedsgcg.server.report.protocol import chosen_within_folds, protocol_box
 from fedsgcg.server.report.reader import Reader
+from fedsgcg.server.report.sections.adapted import adapted_table
 from fedsgcg.server.report.sections.claims import (
     HospitalTable,
     claims_section,
@@ -249,6 +250,7 @@ def _results(study: StudyFiles, rows: list[Row], cases: list[CaseRow], reader: R
         cases_in_all=len(cases),
         departures=departures,
         departure_parts=parts,
+        adapted=adapted_table(study.rounds, list(study.labels)),
     )
 
 

@@ -22,6 +22,7 @@ import yaml
 from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.feature_samples import FeatureSamples, read_feature_samples
 from fedsgcg.common.files.seals import broken_seal
+from fedsgcg.common.settings.adaptation import WAYS
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import decode_statistics
 from fedsgcg.server.report.tables import STATED, Row
@@ -31,6 +32,7 @@ SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_
 SHOWN |= {"heldout_asd_left_out", *STATED}
 SHOWN |= {"between_site_trace", "within_site_trace", "micro_batches", "steps"}
 SHOWN |= {"between_site_trace_evaluation", "within_site_trace_evaluation"}
+SHOWN |= {f"adapted_dice_{way}" for way in WAYS}
 
 
 @dataclass(frozen=True)

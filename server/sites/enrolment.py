@@ -44,6 +44,7 @@ from fedsgcg.server.sites.exchange import (
     was_lost,
     was_restarted,
 )
+from fedsgcg.server.sites.image_summaries import record_summaries
 from fedsgcg.server.sites.problems import not_enough_enrolled
 from fedsgcg.server.sites.shared_images import learned_from, shared_images
 
@@ -226,6 +227,7 @@ class Cohort:
         self._check_presence()
         self._compare_images({site: member.details for site, member in self.members.items()})
         self._compared = True
+        record_summaries(self.plan, self.members, self.disk)
 
     @property
     def training(self) -> dict[str, int]:

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 SITE_METRICS: Final = (
     *("loss", "validation_dice", "validation_cases", "micro_batches"),
     *("validation_dice_trained", "validation_dice_without"),
-    *("examples", "steps", "seconds", "learning_rate"),
+    *("examples", "steps", "seconds", "learning_rate", "gradient_cosine"),
 )
 """Metrics of a site that are kept, besides the parts of its loss; all others are dropped."""
 
@@ -157,7 +157,7 @@ def expectation_for(
         site=site,
         reference=request.weights if training else None,
         statistics_shape=shape if described and plan.method.statistics and labelled else None,
-        unit_norm=plan.unit_features,
+        unit_norm=plan.unit_features and not request.options.get("raw"),
         max_examples=slices,
         max_cases=cases,
         max_pixels=most_pixels(plan, slices, number),
@@ -270,6 +270,19 @@ def evaluation_rows(
             if math.isfinite(value) and (number, part.site, metric) not in present:
                 rows.append(row(number, phase, part.site, metric, value))
     return rows
+
+
+def adapted_rows(number: int, way: str, evaluations: Sequence[SiteEvaluation]) -> list[Row]:
+    """Return the rows of evaluations after an adaptation to the hospitals' images.
+
+    The phase is `adapted` and the metrics are `adapted_dice_<way>` and `adapted_asd_<way>`.
+    """
+    return [
+        row(number, "adapted", part.site, f"adapted_{metric}_{way}", value)
+        for part in evaluations
+        for metric, value in (("dice", part.dice), ("asd", part.asd))
+        if math.isfinite(value)
+    ]
 
 
 def stated_rows(plan: Plan, number: int, evaluations: Sequence[SiteEvaluation]) -> list[Row]:

@@ -13,6 +13,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem
 from fedsgcg.common.heads import without_heads
 from fedsgcg.common.settings.message_sizes import reply_sizes
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import DATA, EVALUATE, SUMMARY, TRAIN, Request
 from fedsgcg.common.wire.payload import Identity, Weights
 from fedsgcg.server.admission import Expectation, Verdict, admit
@@ -108,7 +109,15 @@ class SiteRequests:
             self.note(problem)
 
     def evaluate(
-        self, split: str, nodes: Mapping[str, int], weights: Weights, number: int
+        self,
+        split: str,
+        nodes: Mapping[str, int],
+        weights: Weights,
+        number: int,
+        *,
+        adapt: str = "",
+        prototypes: ClassStatistics | None = None,
+        amplitudes: bytes = b"",
     ) -> list[SiteEvaluation]:
         """Have a model evaluated case by case; a missing or unusable answer becomes a note.
 
@@ -117,9 +126,13 @@ class SiteRequests:
             nodes: Site -> node id of the sites to ask.
             weights: The model; its training-only heads are not sent.
             number: Round that produced it.
+            adapt: How the sites adapt it to their images first (`adapt.by`); "" = not.
+            prototypes: Of the model, for `adapt=prototypes`.
+            amplitudes: Of the training sites, for `adapt=amplitude`.
         """
         identity = identity_of(self.plan, number)
-        request = Request(identity, without_heads(weights), options={"split": split})
+        options = {"split": split} | ({"adapt": adapt} if adapt else {})
+        request = Request(identity, without_heads(weights), prototypes, options, amplitudes)
         evaluations = []
         # A lost held-out site is waited for; a lost observer is not.
         enough = sum(self.plan.role(site) == "heldout" for site in nodes)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsgcg.clients.data.case_files import split_of
+from fedsgcg.clients.data.case_files import validation_patients
 from fedsgcg.clients.guard.releases import Sample, remember, smallest_group
 from fedsgcg.clients.guard.site_secret import split_salt
 from fedsgcg.common.wire import messages as wire
@@ -39,7 +39,7 @@ def test_bisection_of_the_validation_fraction_finds_no_patient_id(data, tmp_path
     hospital = Hospital(data, tmp_path / "kit")
     ids = [f"North-{number:03d}" for number in range(1, 9)]
     hashes = {  # by bisection, as the coordinator computes the hash of an id that it guesses
-        name: next(f for f in np.linspace(0, 1, 401) if split_of(name, f) == "validation")
+        name: next((f for f in np.linspace(0, 0.99, 398) if name in validation_patients(ids, f)), 1)
         for name in ids
     }
     around = [value for mark in hashes.values() for value in (mark - 0.0025, mark)]
@@ -51,21 +51,19 @@ def test_bisection_of_the_validation_fraction_finds_no_patient_id(data, tmp_path
 def test_two_sites_split_the_same_ids_differently_and_each_always_alike(tmp_path):
     """Membership oracle: no hash that the coordinator can compute decides the split."""
     ids = [f"p{number}" for number in range(200)]
-    salts = [
-        split_salt(Hospital(tmp_path, tmp_path / name).policy, ids) for name in ("a", "b", "a")
-    ]
+    salts = [split_salt(Hospital(tmp_path, tmp_path / name).policy) for name in ("a", "b", "a")]
     assert salts[0] == salts[2] != salts[1]
-    chosen = [[split_of(name, 0.2, salt) for name in ids] for salt in salts]
+    chosen = [validation_patients(ids, 0.2, salt) for salt in salts]
     assert chosen[0] != chosen[1]
-    assert chosen[0] != [split_of(name, 0.2) for name in ids]
+    assert chosen[0] != validation_patients(ids, 0.2)
 
 
 @pytest.mark.parametrize(("patients", "fraction", "expected"), [(10, 0.2, 2), (12, 0.25, 3)])
 def test_the_secret_split_keeps_the_sites_fraction(tmp_path, patients, fraction, expected):
     ids = [f"p{number}" for number in range(patients)]
     hospital = Hospital(tmp_path, tmp_path / "kit", {"validation_fraction": fraction})
-    salt = split_salt(hospital.policy, ids)
-    assert [split_of(name, fraction, salt) for name in ids].count("validation") == expected
+    salt = split_salt(hospital.policy)
+    assert len(validation_patients(ids, fraction, salt)) == expected
 
 
 @pytest.mark.attack("small-counts")

@@ -28,7 +28,7 @@ HARD = ("method.steps_per_round=32", "method.learning_rate=0.01")  # hard views 
 SPECIAL = {
     "bigaug": (*HARD, "network.norm=instance"),  # and nine transforms with BatchNorm still more
     "gin": HARD,
-    "harmofl": (*PLAIN, "method.ram.sharing=summary"),
+    "harmofl": (*PLAIN, "method.ram.sharing=summary", "adapt.by=[amplitude]"),
     "elcfs": (*EPISODIC, "method.ram.sharing=summary"),
     "saml": (*EPISODIC, "method.saml.second_order=false"),
 }
@@ -57,5 +57,4 @@ def test_a_federation_of_the_method_ends_above_chance(
     assert outcome["status"] == "completed"
     rows: list[dict[str, Any]] = pq.read_table(tmp_path / "results.parquet").to_pylist()
     dice = [row["dice"] for row in rows]
-    print("DICE", name, sum(dice) / len(dice))
     assert sum(dice) / len(dice) > CHANCE, (name, dice)

@@ -67,3 +67,28 @@ def scan(seed: int, shape: tuple[int, int, int] = (24, 20, 5)) -> tuple[np.ndarr
     mask[8:16, 6:14, 1:4] = 1
     mask[10:14, 8:12, 2] = 2
     return image, mask
+
+
+def gm_challenge(root: Path) -> dict[str, np.ndarray]:
+    """Write sct-pipeline/gm-challenge-data: BIDS, two labels of the first run of each session.
+
+    Returns:
+        Case -> its mask (i, j, k): 1 cord, 2 grey matter.
+    """
+    made = {}
+    for number, subject in enumerate(("sub-9418", "sub-9709Ses1", "sub-9709Ses2", "sub-9605")):
+        image, _ = scan(number, (150, 140, 8))
+        cord, grey = np.zeros((2, 150, 140, 8), np.uint8)
+        cord[100:120, 60:75, 1:7], grey[105:112, 64:70, 2:6] = 1, 1
+        affine = np.diag([0.5, 0.5, 3.0, 1.0])
+        stem = f"{subject}_run-1_T2starw"
+        if subject != "sub-9605":  # its image is not in the repository
+            volume(root / subject / "anat" / f"{stem}.nii.gz", image, affine)
+            volume(root / subject / "anat" / f"{subject}_run-2_T2starw.nii.gz", image, affine)
+        labels = root / "derivatives" / "labels" / subject / "anat"
+        volume(labels / f"{stem}_seg-manual.nii.gz", cord, affine)
+        volume(labels / f"{stem}_gmseg-manual.nii.gz", grey, affine)
+        (labels / f"{stem}_seg-manual.json").write_text("{}")
+        made[subject] = np.where(grey, 2, cord)
+    (root / "participants.tsv").write_text("participant_id\tsex\tage\nsub-9418\tm\t31\n")
+    return made

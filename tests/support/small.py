@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from fedsgcg.clients.data.case_files import split_of
+from fedsgcg.clients.data.case_files import validation_patients
 from fedsgcg.common.settings.data import DataSettings
 from fedsgcg.deploy.study.plan import plan_study
 from fedsgcg.deploy.study.study import Study
@@ -40,13 +40,21 @@ def stated_splits(hospitals: Path, folder: Path, heldout: str = "") -> Path:
     shutil.copytree(hospitals, folder)
     fraction = DataSettings.validation_fraction
     head, *rows = csv.reader((hospitals / "manifest.csv").read_text().splitlines())
-    stated = [
-        [*row, "" if row[0] == heldout else split_of(row[head.index("patient_id")], fraction)]
-        for row in rows
-    ]
+    place = head.index("patient_id")
+    chosen = {
+        site: validation_patients({row[place] for row in rows if row[0] == site}, fraction)
+        for site in {row[0] for row in rows}
+    }
+    stated = [[*row, _stated(row[0] == heldout, row[place] in chosen[row[0]])] for row in rows]
     with (folder / "manifest.csv").open("w", newline="") as file:
         csv.writer(file).writerows([[*head, "split"], *stated])
     return folder
+
+
+def _stated(heldout: bool, validates: bool) -> str:
+    if heldout:
+        return ""
+    return "validation" if validates else "train"
 
 
 def plan(hospitals: Path, output: Path, *more: str) -> Study:

@@ -136,7 +136,7 @@ def overlay(picture: Picture, box: Box, label: str, images: Images) -> Markup:
         label=label,
         width=size[0],
         height=size[1],
-        image=images.add(_jpeg(picture.image[top:bottom, left:right], scale), *size),
+        image=images.add(jpeg(picture.image[top:bottom, left:right], scale), *size),
         lines=Markup("".join(lines)),  # noqa: S704 - built above from numbers
     )
 
@@ -210,7 +210,8 @@ def contour_path(mask: npt.NDArray[np.bool_], scale: float) -> str:
     return "".join(parts)
 
 
-def _jpeg(image: npt.NDArray[np.uint8], scale: float) -> str:
+def jpeg(image: npt.NDArray[np.uint8], scale: float) -> str:
+    """Return an image (H, W) or (H, W, 3), scaled, as a data URI."""
     size = round(image.shape[1] * scale), round(image.shape[0] * scale)
     picture = Image.fromarray(np.ascontiguousarray(image)).resize(size, Image.Resampling.BICUBIC)
     stream = io.BytesIO()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fedsgcg.common.errors import Problem
+from fedsgcg.server.report.sections.adapted import AdaptedTable
 from fedsgcg.server.report.sections.claims import Claims, HospitalTable
 from fedsgcg.server.report.sections.elements import PanelBlock
 from fedsgcg.server.report.sections.features import Similarity, Tsne
@@ -82,6 +83,7 @@ class Results:
         cases_in_all: Number of rows of the uncut table.
         departures: The data sent by each hospital.
         departure_parts: Parts of the messages, largest first.
+        adapted: Results after an adaptation to the hospitals' images, None without any.
     """
 
     structures: Sequence[str]
@@ -94,6 +96,7 @@ class Results:
     cases_in_all: int
     departures: Sequence[DepartureRow]
     departure_parts: Sequence[str]
+    adapted: AdaptedTable | None = None
 
 
 @dataclass(frozen=True)

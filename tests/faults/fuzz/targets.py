@@ -35,6 +35,7 @@ from fedsgcg.deploy.coordinator.project import read_project
 from fedsgcg.server.records.checkpoint import Best, RoundRecord
 from fedsgcg.server.records.journal import Journal
 from tests.faults.fuzz import mutations
+from tests.faults.fuzz.exports import export_targets
 from tests.faults.fuzz.formats import format_targets
 from tests.faults.fuzz.mutations import Mutation
 from tests.faults.fuzz.target import Target, file_target
@@ -245,4 +246,5 @@ def targets(folder: Path) -> list[Target]:
         *journal_targets(folder / "run"),
         *model_targets(folder / "model"),
         *format_targets(folder / "images"),
+        *export_targets(folder),
     ]

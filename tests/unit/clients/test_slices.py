@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedsgcg.clients.data.slices import class_indices, resize, resize_labels, scale_intensity
+from fedsgcg.clients.data.slices import (
+    class_indices,
+    flattened,
+    resize,
+    resize_labels,
+    scale_intensity,
+)
 from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.images.read import read_volume
 from fedsgcg.common.metrics import segmentation_metrics
@@ -26,6 +32,67 @@ def test_intensity_by_hand(mode):
     else:
         expected = (array - 50) / (3 * np.sqrt((101**2 - 1) / 12))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def scene(side=64, depth=2):
+    """Bright tissue with a brighter disc, and noise, all positive."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:side, :side]
+    disc = (y - side / 2) ** 2 + (x - side / 2) ** 2 < (side / 6) ** 2
+    return (100 + 40 * disc + rng.normal(0, 3, (depth, 1, side, side))).astype(np.float32), disc
+
+
+def test_flat_intensity_is_the_logarithm_minus_its_blur_by_hand():
+    image, _ = scene(32)
+    low, high = np.percentile(image, (1, 99))
+    logarithm = np.log(np.clip(image.astype(np.float64), low, high))
+    reach, sigma = 16, 2.0  # four deviations on each side of a mirrored slice
+    kernel = np.exp(-0.5 * (np.arange(-8, 9) / sigma) ** 2)
+    kernel /= kernel.sum()
+    wide = np.pad(logarithm[1, 0], reach, mode="symmetric")
+    for axis in (0, 1):
+        wide = np.apply_along_axis(lambda line: np.convolve(line, kernel, "same"), axis, wide)
+    expected = logarithm[1, 0] - wide[reach:-reach, reach:-reach]
+    np.testing.assert_allclose(flattened(image, sigma / 32)[1, 0], expected, atol=1e-5)
+
+
+def test_flat_intensity_hardly_depends_on_a_coil_and_not_on_a_factor():
+    image, disc = scene()
+    coil = np.exp(1.5 * (np.mgrid[:64, :64][1] / 63 - 0.5)).astype(np.float32)  # a factor of 4.5
+    sigma = 20 / 128
+    plain, scaled, uneven = (
+        scale_intensity(flattened(one, sigma), "flat") for one in (image, 7 * image, coil * image)
+    )
+    np.testing.assert_allclose(scaled, plain, atol=1e-3)
+
+    def contrast(found):  # between the disc and its left and right neighbours
+        sides = [
+            found[..., part][..., ~disc[:, part]].mean() for part in (slice(8, 22), slice(42, 56))
+        ]
+        return found[..., disc].mean() - np.array(sides)
+
+    assert contrast(plain).min() > 0.5
+    np.testing.assert_allclose(contrast(uneven), contrast(plain), atol=0.35)
+    assert contrast(scale_intensity(coil * image, "percentile")).min() < 0
+
+
+def test_flat_intensity_of_dark_and_negative_values_is_finite(tmp_path, make_data):
+    image, _ = scene()
+    for one in (image - 120, np.where(image > 120, image, 0)):
+        found = scale_intensity(flattened(one, 0.1), "flat")
+        assert np.isfinite(found).all()
+        assert (found.min(), found.max()) == (-1, 1)
+    write_case(tmp_path / "V", "a", *ramp())
+    keys = {
+        store_of(tmp_path, make_data(**changes), tmp_path / "cache", "V", heldout=True).key
+        for changes in (
+            {},
+            {"intensity": "flat"},
+            {"intensity": "flat", "flat_sigma": 10.0},
+            {"flat_sigma": 10.0},
+        )
+    }
+    assert len(keys) == 3, "the width counts only where it is used"
 
 
 def test_fixed_intensity_is_the_published_scale_of_pictures(tmp_path, make_data):
@@ -117,11 +184,11 @@ def test_resizing_keeps_means_places_and_label_values(size, side):
     image = np.add.outer(np.linspace(0, 1, size[0]), np.linspace(0, 3, size[1])).astype(np.float32)[
         None, None
     ]
-    small = resize(image, side)
+    small = resize(image, (side, side))
     assert small.shape == (1, 1, side, side)
     assert small.mean() == pytest.approx(image.mean(), abs=0.01)
     labels = (image[:, 0] > 2).astype(np.uint8) * 3
-    mapped = resize_labels(labels, side)
+    mapped = resize_labels(labels, (side, side))
     assert np.unique(mapped).tolist() == [0, 3]
     # Centres are aligned: image and label agree wherever the image is clear of the border value.
     clear = abs(small - 2) > 4 / side + 3 / size[1]
@@ -130,7 +197,7 @@ def test_resizing_keeps_means_places_and_label_values(size, side):
 
 def test_downsampling_averages_images_instead_of_skipping_pixels():
     stripes = np.tile((np.arange(128) % 4 == 0).astype(np.float32), (128, 1))[None, None]
-    small = resize(stripes, 32)[..., 2:-2]
+    small = resize(stripes, (32, 32))[..., 2:-2]
     np.testing.assert_allclose(small, 0.25, atol=0.05)
 
 
@@ -138,7 +205,7 @@ def test_a_label_of_a_quarter_of_the_pixels_does_not_become_all_of_them():
     """Nearest-pixel resizing takes the pixels of odd rows and columns and nothing else."""
     labels = np.zeros((1, 4, 4), np.uint8)
     labels[0, 1::2, 1::2] = 1
-    np.testing.assert_array_equal(resize_labels(labels, 2), np.zeros((1, 2, 2)))
+    np.testing.assert_array_equal(resize_labels(labels, (2, 2)), np.zeros((1, 2, 2)))
 
 
 def test_equal_shares_go_to_the_class_declared_later():
@@ -147,9 +214,9 @@ def test_equal_shares_go_to_the_class_declared_later():
         [0, 0, 0, 2, 2, 2, 1, 1], np.uint8
     )  # the edges lie in the middle of the new rows 1 and 3
     labels = np.broadcast_to(rows[:, None], (8, 8))[None].copy()
-    np.testing.assert_array_equal(resize_labels(labels, 4)[0, :, 0], [0, 2, 2, 1])
+    np.testing.assert_array_equal(resize_labels(labels, (4, 4))[0, :, 0], [0, 2, 2, 1])
     np.testing.assert_array_equal(
-        resize_labels(np.ascontiguousarray(labels[:, ::-1]), 4)[0, :, 0], [1, 2, 2, 0]
+        resize_labels(np.ascontiguousarray(labels[:, ::-1]), (4, 4))[0, :, 0], [1, 2, 2, 0]
     )
 
 
@@ -165,7 +232,7 @@ def test_labels_at_half_the_size_are_the_largest_of_shares_by_hand():
         [weight @ (layer == index) @ weight.T for layer in labels for index in range(4)]
     )
     shares = shares.reshape(2, 4, 32, 32).round(9)
-    np.testing.assert_array_equal(resize_labels(labels, 32), 3 - shares[:, ::-1].argmax(1))
+    np.testing.assert_array_equal(resize_labels(labels, (32, 32)), 3 - shares[:, ::-1].argmax(1))
 
 
 @settings(deadline=None, max_examples=60)
@@ -181,8 +248,8 @@ def test_labels_are_centred_on_their_image_at_every_factor(rows, columns, side, 
     moved = []
     for axes in ((), (1,), (2,), (1, 2)):
         mirrored = np.ascontiguousarray(np.flip(blob, axes))
-        small = resize_labels(mirrored, side)
-        np.testing.assert_array_equal(small, np.flip(resize_labels(blob, side), axes))
+        small = resize_labels(mirrored, (side, side))
+        np.testing.assert_array_equal(small, np.flip(resize_labels(blob, (side, side)), axes))
         moved.append(_centroid(small, rows, columns) - _centroid(mirrored, rows, columns))
     assert np.abs(np.mean(moved, axis=0)).max() < 0.02, "native pixels"
     assert np.abs(moved).max() < 0.3 * max(1, rows / side, columns / side), (
@@ -214,7 +281,7 @@ def test_half_size_labels_of_real_prostates_come_back_as_well_as_they_can(real_d
     scores = []
     for path in sorted(real_data("promise12").glob("*/*_mask.nii.gz")):
         truth = read_volume(path, mask=True).array > 0
-        small = torch.from_numpy(resize_labels(truth.astype(np.uint8), 64)).double()[:, None]
+        small = torch.from_numpy(resize_labels(truth.astype(np.uint8), (64, 64))).double()[:, None]
         back = torch.nn.functional.interpolate(
             small, truth.shape[1:], mode="bilinear", align_corners=False
         )

@@ -127,6 +127,13 @@ def test_two_series_in_a_folder_are_listed(series):
     assert problem.code == "DAT-162"
     assert "T2 1 (5 files)" in problem.found
     assert "T2 7 (3 files)" in problem.found
+    for name in ("7", "t2 7"):
+        np.testing.assert_array_equal(
+            read_volume(series, series=name).array, voxels(3).transpose(2, 1, 0)
+        )
+    with pytest.raises(FedsgcgError) as caught:
+        read_volume(series, series="8")
+    assert caught.value.problems[0].expected == "one series called '8'"
 
 
 def test_a_file_without_position_is_a_picture(tmp_path):

@@ -64,7 +64,7 @@ def findings(root: Path, folder: Path, *, heldout: bool = False) -> dict[str, Fi
         heldout=heldout,
         progress=lambda done, total: None,
     )
-    order = {"ok": 0, "warn": 1, "fail": 2}
+    order = {"ok": 0, "note": 1, "warn": 2, "fail": 3}
     return {
         finding.name: finding
         for finding in sorted(found, key=lambda finding: order[finding.verdict])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedsgcg.clients.data.case_files import discover_sites, open_site, split_of
+from fedsgcg.clients.data.case_files import discover_sites, open_site, validation_patients
 from fedsgcg.clients.data.store import open_store
 from fedsgcg.common.datasets import CATALOGUE
 from fedsgcg.common.errors import FedsgcgError
@@ -41,9 +41,10 @@ def test_the_whole_release_becomes_four_hospitals_with_the_published_counts(tmp_
         parts = [row["published_split"] for row in mine]
         assert (parts.count("train"), parts.count("test")) == (hospital.train, hospital.test)
         assert {row["split"] for row in mine if row["published_split"] == "test"} == {"test"}
-        for row in mine:
-            if row["published_split"] == "train":
-                assert row["split"] == split_of(row["patient_id"], 0.2)
+        training = [row for row in mine if row["published_split"] == "train"]
+        chosen = validation_patients([row["patient_id"] for row in training], 0.2)
+        for row in training:
+            assert row["split"] == ("validation" if row["patient_id"] in chosen else "train")
     assert "no problems" in report(out)
     assert "320/80" in capsys.readouterr().out
 

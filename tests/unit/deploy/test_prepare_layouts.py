@@ -215,3 +215,28 @@ def test_a_name_that_is_neither_data_set_nor_folder_lists_what_there_is(tmp_path
     code, _, printed = prepared(Path("prostat"), tmp_path / "out", capsys)
     assert code == 2
     assert "promise12" in printed
+
+
+def test_images_without_labels_and_further_channels_are_said_and_another_can_be_chosen(
+    tmp_path, capsys
+):
+    source = nnunet(tmp_path / "A", channel_names={"0": "T2", "1": "ADC"})
+    for case in range(2):
+        scan(source / "imagesTr" / f"p{case}_0001.nii.gz", 50 + case)
+    scan(source / "imagesTs" / "p9_0000.nii.gz", 9)
+    code, settings, printed = prepared(source, tmp_path / "out", capsys)
+    assert code == 0, printed
+    assert "1 images in imagesTs have no label that is used, and are left out: p9_0000" in printed
+    assert "the channels 0000 T2, 0001 ADC; only 0000 T2 is used" in printed
+    out = tmp_path / "adc"
+    assert main(["data", "prepare", str(source), "-o", str(out), "--channel", "ADC"]) == 0
+    assert sorted(path.name for path in (out / "A").glob("*_image*")) == [
+        "p0_0001_image.nii.gz",
+        "p1_0001_image.nii.gz",
+    ]
+    capsys.readouterr()
+    assert main(["data", "prepare", str(source), "-o", str(out), "--channel", "DWI"]) == 2
+    assert "0 (T2) | 1 (ADC)" in capsys.readouterr().err
+    assert settings["stack"] == 3
+    assert settings["largest_component"] is False
+    assert settings["fill_holes"] is False
