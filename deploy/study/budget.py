@@ -35,7 +35,7 @@ def budgeted(tree: Mapping[str, Any], hospitals: Mapping[str, Any]) -> dict[str,
         tree: Resolved settings of the cell.
         hospitals: `data.sites`, `observers` and `unlabelled` of its fold, by those names.
     """
-    if tree["budget"] == "rounds":
+    if tree.get("budget", "rounds") == "rounds":
         return dict(tree)
     plan = Plan.from_tree(tree)
     measure = _federation(tree, hospitals)

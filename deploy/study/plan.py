@@ -75,7 +75,7 @@ def plan_study(
     choices = chosen(_without_axes(rest, axes))
     traits = _traits(rest, axes.get("method") or [choices["method"]])
     compared = variants(axes, choices["method"], choices["federation"], traits)
-    references = tuple(str(name) for name in base["references"])
+    references = _run_settings(base).references
     trained = {name: _sources(located, name) for name in heldouts}
     check_references(references, trained)
     known = {variant.label for variant in compared}

@@ -67,14 +67,9 @@ def check_references(references: Sequence[str], sources: Mapping[str, Sequence[s
         sources: Training hospitals of each held-out one; "" is none.
 
     Raises:
-        FedsgcgError: CFG-001 for an unknown reference, CFG-040 for a choice of the best hospital
-            without others that can judge it.
+        FedsgcgError: CFG-040 for a choice of the best hospital without others that can judge it.
     """
-    problems = [
-        Problem("CFG-001", name, " | ".join(REFERENCES), where="references")
-        for name in references
-        if name not in REFERENCES
-    ]
+    problems = []
     for heldout, names in sources.items() if BEST in references else ():
         if not heldout:
             found = "best_single without a held-out hospital"

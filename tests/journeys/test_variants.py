@@ -174,7 +174,10 @@ def test_a_study_of_variants_runs_reports_and_goes_on(root, tmp_path, capsys):
     assert {entry["method"] for entry in record["best_single"]} == {
         name for name in record["methods"] if " local" in name
     }
-    assert (tmp_path / "run" / "report.html").is_file()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "What leaves a hospital" in page
+    assert "is the best of single hospitals, judged by the other training hospitals" in page
+    assert "every run has the same number of rounds and of passes per round" in page
     again = plan_study([*asked[:-1], "prototypes.weight=0.1,1,2"])
     assert [cell.name for cell in again.cells if not cell.done] == [
         "sgcg local weight=2 · C · seed 0 · A alone",

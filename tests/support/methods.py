@@ -18,7 +18,8 @@ def with_method(tree: Tree, name: str, *texts: str) -> Tree:
         name: The choice.
         texts: Settings, with values in YAML.
     """
-    found = {**tree, "network": dict(tree["network"]), "method": _method(tree["method"], name)}
+    found = _chosen(tree, name)
+    found |= {"network": dict(found["network"])}
     for text in texts:
         key, _, value = text.partition("=")
         *sections, leaf = key.split(".")
@@ -31,10 +32,18 @@ def with_method(tree: Tree, name: str, *texts: str) -> Tree:
     return found
 
 
-def _method(base: Tree, name: str) -> Tree:
-    own = yaml.safe_load((CONFIGS / "method" / f"{name}.yaml").read_text())
+def _chosen(tree: Tree, name: str) -> Tree:
+    """Merge the file of a choice, and those that it starts from, into all settings."""
+    text = (CONFIGS / "method" / f"{name}.yaml").read_text()
+    own = yaml.safe_load(text)
     for parent in own.pop("defaults", ()):
-        base = _method(base, parent)
+        if not str(parent).startswith("/"):  # another group's choice
+            tree = _chosen(tree, str(parent).partition("@")[0])
+    return _merged(tree, own if "@package _global_" in text else {"method": own})
+
+
+def _merged(base: Tree, own: Tree) -> Tree:
     return base | {
-        key: base[key] | value if isinstance(value, dict) else value for key, value in own.items()
+        key: _merged(base[key], value) if isinstance(value, dict) else value
+        for key, value in own.items()
     }

@@ -15,6 +15,7 @@ from tests.support.methods import with_method
 
 SITES = ["A", "B", "C", "D", "E", "F", "G"]  # G is held out; krum needs five that train
 OWNERS = ("by_site", "pooled", "local")
+SEVERAL = ("isda_between", "sgcg_between", "sgcg_sites")  # they need what differs between sites
 ROLES = ("all", "unlabelled", "upper_bound")
 
 
@@ -49,6 +50,9 @@ def expected(name, plan, rule, owner, role):
     reasons = set()
     if method.name in ("moon", "dofe") and owner != "by_site":
         return {("CFG-001", "federation.ownership")}
+    if name in SEVERAL and owner != "by_site":
+        few = {("CFG-001", "data.sites")} if owner == "local" else set()
+        return {("CFG-001", "federation.ownership")} | few
     use = "labels" if role == "upper_bound" else method.unlabelled
     if role != "all" and use == "labels" and owner == "pooled":
         return {("CFG-001", "federation.ownership")}
