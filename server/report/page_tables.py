@@ -50,9 +50,9 @@ class PageTable:
         grouped = any(self.groups)
         sink = io.StringIO()
         table = csv.writer(sink, lineterminator="\n")
-        table.writerow([*(["Group"] if grouped else []), *self.heads])
+        table.writerow([*(["Group"] if grouped else []), *map(_harmless, self.heads)])
         for group, cells in zip(self.groups, self.rows, strict=True):
-            table.writerow([*([group] if grouped else []), *map(_harmless, cells)])
+            table.writerow(map(_harmless, [*([group] if grouped else []), *cells]))
         return sink.getvalue().encode()
 
     def latex(self) -> bytes:

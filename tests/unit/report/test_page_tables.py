@@ -30,7 +30,7 @@ def test_law_a_table_is_read_back_and_no_cell_becomes_a_formula(heads, rows):
     assert (table.heads, table.rows) == (heads, rows)
     found = list(csv.reader(io.StringIO(table.csv().decode(), newline="")))
     assert len(found) == 1 + len(rows)
-    for shown, row in zip(found[1:], rows, strict=True):
+    for shown, row in zip(found, [heads, *rows], strict=True):
         assert [text.removeprefix("'") for text in shown] == [t.removeprefix("'") for t in row]
         assert not any(text.startswith(("=", "@")) for text in shown)
 
