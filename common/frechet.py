@@ -36,7 +36,9 @@ def frechet_distances(means: npt.ArrayLike, covariances: npt.ArrayLike) -> Array
     """
     centres = np.asarray(means, np.float64)
     spreads = np.asarray(covariances, np.float64)
-    finite = np.isfinite(centres).all(axis=1) & np.isfinite(spreads).all(axis=(1, 2))
+    finite: npt.NDArray[np.bool_] = np.logical_and(
+        np.isfinite(centres).all(axis=1), np.isfinite(spreads).all(axis=(1, 2))
+    )
     roots = [
         _root(spread) if known else spread for spread, known in zip(spreads, finite, strict=True)
     ]

@@ -97,7 +97,7 @@ def _display(scaled: NDArray[np.float32]) -> NDArray[np.uint8]:
     values = np.rint((scaled + 1) * 127.5).astype(np.uint8)
     if values.shape[1] == COLOURS:
         return np.ascontiguousarray(np.moveaxis(values, 1, -1))
-    return values[:, 0]
+    return np.asarray(values[:, 0])
 
 
 def conversion_bytes(image: Volume, data: DataSettings) -> int:

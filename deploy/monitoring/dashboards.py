@@ -234,7 +234,6 @@ PROTOTYPES: Final = Dashboard(
             "Distance of a hospital from the others",
             "fedsgcg_site_distance{$cell}",
             "{{site}} · {{class}} · " + NAME,
-            width=WHOLE,
             help="Mean Fréchet distance of a hospital's class from the same class at the others.",
         ),
     ),
