@@ -224,6 +224,8 @@ CODES: Final[dict[str, str]] = {
     "MON-906": "The Grafana server is too old.",
     "MON-907": "Grafana answered with an error.",
     "MON-908": "The file with the token cannot be used.",
+    "MON-910": "The file with the names of cases cannot be read.",
+    "MON-911": "The report cannot be printed as PDF.",
     # PRV-95x, PRV-96x: secure sums
     "PRV-951": "The site demands a protection that the plan does not have.",
     "PRV-952": "The setting cannot be combined with secure sums.",

@@ -19,18 +19,19 @@ MAX_STRUCTURES = 8  # one bit each in a byte; further structures are not drawn
 
 @dataclass(frozen=True)
 class Picture:
-    """One slice of one case; the binary fields hold height * width bytes.
+    """One slice of one case; the binary fields hold height * width bytes, `image` times channels.
 
     Attributes:
         case: Alias of the case.
         dice: Mean Dice of the case over its structures.
         z: Index of the slice.
-        image: Grey values, 0 to 255.
+        image: Values from 0 to 255: grey, or red, green and blue of each pixel.
         truth: True class indices.
         prediction: Bit s is set where structure s was predicted.
         truth_mask: Bit s is set where structure s truly is.
         height: Rows.
         width: Columns.
+        channels: 1 for grey, 3 for colours.
     """
 
     case: str
@@ -42,6 +43,7 @@ class Picture:
     truth_mask: bytes
     height: int
     width: int
+    channels: int = 1
 
 
 SCHEMA = pa.schema(
@@ -55,6 +57,7 @@ SCHEMA = pa.schema(
         ("truth_mask", pa.binary()),
         ("height", pa.int32()),
         ("width", pa.int32()),
+        ("channels", pa.int32()),
     ]
 )
 
@@ -71,7 +74,7 @@ def choose_picture(
     """Return the slice with the largest true area.
 
     Args:
-        image: (Z, Y, X) in [0, 1].
+        image: (Z, Y, X) in [0, 1]; (Z, Y, X, 3) in colour.
         classes: (Z, Y, X) true class indices.
         prediction: (S, Z, Y, X).
         truth: (S, Z, Y, X).
@@ -79,17 +82,18 @@ def choose_picture(
         dice: Mean Dice of the case.
     """
     z = int(np.argmax(truth.any(0).sum((1, 2))))
-    grey = np.round(np.clip(image[z], 0.0, 1.0) * 255).astype(np.uint8)
+    shown = np.round(np.clip(image[z], 0.0, 1.0) * 255).astype(np.uint8)
     return Picture(
         case=alias,
         dice=dice,
         z=z,
-        image=grey.tobytes(),
+        image=shown.tobytes(),
         truth=np.ascontiguousarray(classes[z]).tobytes(),
         prediction=bit_mask(prediction[:, z]).tobytes(),
         truth_mask=bit_mask(truth[:, z]).tobytes(),
-        height=grey.shape[0],
-        width=grey.shape[1],
+        height=shown.shape[0],
+        width=shown.shape[1],
+        channels=shown.shape[2] if shown.ndim > 2 else 1,
     )
 
 

@@ -41,6 +41,7 @@ from fedsgcg.common.settings.plan import DataSettings
 
 # int16 steps per unit of intensity; the rounding error of 1.5e-5 is far below an image's noise.
 STEPS = 32767.0
+COLOURS = 3  # channels of a colour picture
 IGNORED = 255  # label of a pixel without a class
 # Shares of a pixel that differ by less count as equal. This is far above the rounding error of
 # float64, so that all machines agree.
@@ -57,7 +58,7 @@ class Slices:
         image: (Z, C, S, S) int16, intensity in [-1, 1] times `STEPS`.
         label: (Z, S, S) uint8 class indices.
         truth: (Z, Y, X) uint8 class indices on the native grid.
-        display: (Z, Y, X) uint8 native image for display, colours converted to grey.
+        display: (Z, Y, X) uint8 native image for display; (Z, Y, X, 3) of a colour picture.
         present: (Z, K) bool, whether a class occurs in the native slice.
         spacing: (sz, sy, sx) in mm; None for a picture or if the header has no voxel size.
         kind: Kind of the image, one of `common.images.read.KINDS`.
@@ -94,6 +95,14 @@ def prepare(
     image, truth = read_without_mask(case) if hidden else read_case(case, data)
     budget.check_memory(conversion_bytes(image, data), case.name)
     return replace(to_slices(image, truth, data), content=content_hash(image))
+
+
+def _display(scaled: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return images (Z, C, Y, X) in [-1, 1] for display: (Z, Y, X), or (Z, Y, X, 3) in colour."""
+    values = np.rint((scaled + 1) * 127.5).astype(np.uint8)
+    if values.shape[1] == COLOURS:
+        return np.ascontiguousarray(np.moveaxis(values, 1, -1))
+    return np.asarray(values[:, 0])
 
 
 def conversion_bytes(image: Volume, data: DataSettings) -> int:
@@ -139,7 +148,7 @@ def to_slices(image: Volume, truth: NDArray[np.uint8], data: DataSettings) -> Sl
         image=np.rint(np.clip(small, -1, 1) * STEPS).astype(np.int16),
         label=label,
         truth=truth,
-        display=np.rint((scaled.mean(axis=1) + 1) * 127.5).astype(np.uint8),
+        display=_display(scaled),
         present=present,
         spacing=image.millimetres,
         kind=image.kind,

@@ -49,7 +49,7 @@ from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.plan import DataSettings
 
 # Part of the key: increase it when the meaning of a stored slice changes.
-FORMAT = 4
+FORMAT = 5
 # Suffixes of masks whose values are labels; a DICOM segmentation has names.
 LABEL_MAPS = {suffix for form in FORMATS if form is not DICOM for suffix in form.suffixes}
 ARRAYS = tuple(
@@ -209,7 +209,7 @@ class CaseStore:
         return self.stored[case.index].truth
 
     def image(self, case: Case) -> NDArray[np.float32]:
-        """Return the (Z, Y, X) native image of a case in [0, 1] for display, in grey."""
+        """Return the native image (Z, Y, X) in [0, 1] for display; (Z, Y, X, 3) in colour."""
         return np.asarray(self.stored[case.index].display, dtype=np.float32) / np.float32(255)
 
 

@@ -176,6 +176,17 @@ def _parser() -> argparse.ArgumentParser:
         "report", help="rebuild report.html from the files of a run folder"
     )
     report.add_argument("folder", type=Path)
+    report.add_argument(
+        "--aliases",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a hospital's own aliases.csv: the page then shows the names of its cases",
+    )
+    report.add_argument(
+        "--pdf", action="store_true", help="print report.pdf too, with a Chromium of this machine"
+    )
     add_output_options(report, events=True)
     report.set_defaults(run=_report)
     clean = commands.add_parser(
@@ -273,7 +284,12 @@ def _report(options: argparse.Namespace, console: Screen) -> int:
     with steps_of(console, "making the report") as step:
         read_record(folder)
         collect(folder)
-        path = make_report(folder, step)
+        path = make_report(folder, step, options.aliases)
+        if options.pdf:
+            from fedsgcg.server.report.pdf import print_pdf
+
+            step("printing")
+            path = print_pdf(path, path.with_suffix(".pdf"))
     changed = changed_files(folder)
     for problem in changed:
         console.print(str(problem), style="red")

@@ -230,6 +230,12 @@ PROTOTYPES: Final = Dashboard(
             "{{class}} · " + NAME,
         ),
         Panel("Pixels of a class", "fedsgcg_prototype_pixels{$cell}", "{{class}} · " + NAME),
+        Panel(
+            "Distance of a hospital from the others",
+            "fedsgcg_site_distance{$cell}",
+            "{{site}} · {{class}} · " + NAME,
+            help="Mean Fréchet distance of a hospital's class from the same class at the others.",
+        ),
     ),
 )
 

@@ -33,6 +33,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
+from fedsgcg.common.frechet import class_distances, mean_distance_to_others
 from fedsgcg.common.settings.plan import PrototypeSettings
 from fedsgcg.common.statistics import ClassStatistics, between_site_trace, within_site_trace
 from fedsgcg.server.aggregation.class_statistics import merge_statistics, without_farthest
@@ -199,7 +200,7 @@ def prototype_rows(
     """Return the round's rows on prototypes (phase `merge`).
 
     They are the domain shift, count, distance to the nearest other class and condition number of
-    every class.
+    every class, and the mean distance of each site's class from the same class at the other sites.
 
     Args:
         memory: The policy.
@@ -213,7 +214,23 @@ def prototype_rows(
         "prototype_distance": prototypes.nearest_distance().tolist(),
         "prototype_condition": prototypes.condition_number().tolist(),
     } | (memory.shift(fresh) if fresh else {})
-    return _class_rows(figures, classes, number)
+    return _class_rows(figures, classes, number) + _distance_rows(fresh, classes, number)
+
+
+def _distance_rows(fresh: Fresh, classes: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """Return how far each site is from the others, by class; nothing with fewer than two sites.
+
+    It needs the statistics of single sites, which are not known from a sum over sites.
+    """
+    if len(fresh) < 2:
+        return []
+    parts = sorted(fresh, key=lambda part: part[0])
+    means = mean_distance_to_others(class_distances([part for _, part in parts]))
+    return [
+        row | {"site": site}
+        for (site, _), column in zip(parts, means.T, strict=True)
+        for row in _class_rows({"site_distance": column.tolist()}, classes, number)
+    ]
 
 
 def shift_rows(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import gc
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.resources import files
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from fedsgcg.common.files.disk import Disk, refusals
 from fedsgcg.common.run_folder import paths
+from fedsgcg.server.report.case_names import CaseNames, linked_cases, read_case_names
 from fedsgcg.server.report.differences import DICE_FLOOR, CaseValues, Difference
 from fedsgcg.server.report.export import write_tables
 from fedsgcg.server.report.figures.drawing import MARKERS, PALETTE
 from fedsgcg.server.report.figures.overlays import Images
-from fedsgcg.server.report.format import DECIMALS, show
+from fedsgcg.server.report.format import DECIMALS, show, slug
 from fedsgcg.server.report.gallery import gallery, page_drawings, write_gallery
 from fedsgcg.server.report.labels import (
     FEDERATION_TITLES,
@@ -28,6 +33,7 @@ from fedsgcg.server.report.labels import (
     main_labels,
     main_pairs,
 )
+from fedsgcg.server.report.page_tables import write_page_tables
 from fedsgcg.server.report.protocol import chosen_within_folds, protocol_box
 from fedsgcg.server.report.reader import Reader
 from fedsgcg.server.report.sections.adapted import adapted_table
@@ -37,10 +43,12 @@ from fedsgcg.server.report.sections.claims import (
     hospital_tables,
     main_claims,
 )
+from fedsgcg.server.report.sections.distances import distances_section
 from fedsgcg.server.report.sections.elements import PanelGroup, panel_blocks, untitled
 from fedsgcg.server.report.sections.features import similarity_section, tsne_section
 from fedsgcg.server.report.sections.federation import FederationCost, federation_section
 from fedsgcg.server.report.sections.methods import method_table
+from fedsgcg.server.report.sections.overlays import overlay_blocks
 from fedsgcg.server.report.sections.page import (
     Comparisons,
     Figures,
@@ -51,7 +59,6 @@ from fedsgcg.server.report.sections.page import (
 )
 from fedsgcg.server.report.sections.panels import (
     case_figures,
-    overlay_blocks,
     shift_classes,
     shift_figures,
     training_figures,
@@ -104,7 +111,12 @@ from fedsgcg.server.report.tables import (
 CASE_ROWS = 3000
 """Most rows in the table of all cases, to limit the page size; results.parquet has all of them."""
 
+SCRIPT = files("fedsgcg.server.report").joinpath("templates", "explore.js").read_text("utf-8")
+"""Sorts and filters on the page; its digest is the only script that the page's policy allows."""
+
 CONSTANTS = {
+    "script": Markup(SCRIPT),  # noqa: S704 - our own file
+    "script_digest": base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
     "palette": PALETTE,
     "markers": MARKERS,
     "federation_titles": FEDERATION_TITLES,
@@ -113,13 +125,16 @@ CONSTANTS = {
 """What the templates use besides the page's own content."""
 
 OnProgress = Callable[[str], None]
+NO_NAMES = CaseNames({}, ())
 
 
 def ignore_progress(step: str) -> None:
     """Ignore progress; the default listener."""
 
 
-def make_report(study: Path, on_progress: OnProgress = ignore_progress) -> Path:
+def make_report(
+    study: Path, on_progress: OnProgress = ignore_progress, aliases: Sequence[Path] = ()
+) -> Path:
     """Write `report.html`, `figures/` and `tables/` into a study folder from the files present.
 
     Images of patients are drawn only from sites whose folder is on this machine.
@@ -127,24 +142,29 @@ def make_report(study: Path, on_progress: OnProgress = ignore_progress) -> Path:
     Args:
         study: Study folder, or the folder of a single run.
         on_progress: Called with the name of each slow step.
+        aliases: Files with the names of cases (`aliases.csv` of a hospital), besides those in the
+            study folder.
 
     Returns:
         Path of the page.
 
     Raises:
         FedsgcgError: SRV-402 when the folder contains neither a study nor a run, SRV-401 when the
-            report cannot be written.
+            report cannot be written, MON-910 for a file of aliases that cannot be read.
     """
-    files, reader = read_study(study)
+    found, reader = read_study(study)
+    names = read_case_names(found, reader, aliases)
     with gc_disabled():
-        page = contents(files, reader, on_progress)
+        page = contents(found, reader, on_progress, names)
         disk = Disk()
         with refusals(study / "figures"):
             disk.make_folder(study / "figures")
         on_progress("files of the figures")
         write_gallery(study / "figures", gallery(page_drawings(page)), disk)
-        write_tables(study, files.results, files.rounds)
-    disk.write(study / paths.REPORT, render(page).encode())
+        write_tables(study, found.results, found.rounds)
+        html = render(page)
+        write_page_tables(study, html, disk)
+    disk.write(study / paths.REPORT, html.encode())
     return study / paths.REPORT
 
 
@@ -167,8 +187,8 @@ def gc_disabled() -> Iterator[None]:
 def render(page: Page) -> str:
     """Return the page; the same files give the same bytes.
 
-    The page contains no script, font or external address, and its content security policy forbids
-    them.
+    The page contains no font or external address, and one script of its own; its content security
+    policy forbids anything else.
     """
     content = {part.name: getattr(page, part.name) for part in fields(page)}
     return template_environment().get_template("page.html.j2").render(content)
@@ -183,19 +203,26 @@ def template_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["show"] = show
+    environment.filters |= {"show": show, "slug": slug}
     environment.globals |= CONSTANTS
     return environment
 
 
-def contents(study: StudyFiles, reader: Reader, on_progress: OnProgress = ignore_progress) -> Page:
+def contents(
+    study: StudyFiles,
+    reader: Reader,
+    on_progress: OnProgress = ignore_progress,
+    names: CaseNames = NO_NAMES,
+) -> Page:
     """Return everything that the page shows."""
     on_progress("tables and claims")
     rows = heldout_rows(study.results)
     cases = case_means(rows)
-    results = _results(study, rows, cases, reader)
     comparisons = _comparisons(study, rows, reader)
-    figures = _figures(study, cases, reader, on_progress)
+    figures = _figures(study, cases, reader, on_progress, names.names)
+    results = _results(
+        study, rows, linked_cases(cases, figures.overlays, names.names), reader, names.files
+    )
     # Collected last, because reading the sites' files may have found damaged ones.
     problems = list(dict.fromkeys([*study.problems, *reader.problems]))
     return Page(_overview(study), results, comparisons, figures, problems)
@@ -231,7 +258,13 @@ def _overview(study: StudyFiles) -> Overview:
     )
 
 
-def _results(study: StudyFiles, rows: list[Row], cases: list[CaseRow], reader: Reader) -> Results:
+def _results(
+    study: StudyFiles,
+    rows: list[Row],
+    cases: list[CaseRow],
+    reader: Reader,
+    names_from: Sequence[str],
+) -> Results:
     summary = study_summary(study.results, study.rounds)
     unit = study_unit(study.results, study.rounds)
     structures = _structures(study)
@@ -249,6 +282,7 @@ def _results(study: StudyFiles, rows: list[Row], cases: list[CaseRow], reader: R
         others=dice_rows(others),
         cases=cases[:CASE_ROWS],
         cases_in_all=len(cases),
+        names_from=names_from,
         departures=departures,
         departure_parts=parts,
         adapted=adapted_table(study.rounds, list(study.labels)),
@@ -309,7 +343,11 @@ def _comparisons(study: StudyFiles, rows: list[Row], reader: Reader) -> Comparis
 
 
 def _figures(
-    study: StudyFiles, cases: list[CaseRow], reader: Reader, on_progress: OnProgress
+    study: StudyFiles,
+    cases: list[CaseRow],
+    reader: Reader,
+    on_progress: OnProgress,
+    names: Mapping[str, str],
 ) -> Figures:
     labels = study.labels
     groups = figure_groups(labels)
@@ -339,7 +377,7 @@ def _figures(
     tsne = tsne_section(study, reader)
     similarity = similarity_section(study, reader)
     on_progress("overlays")
-    overlays = overlay_blocks(study, reader, groups, images)
+    overlays = overlay_blocks(study, reader, groups, images, names)
     return Figures(
         labels=list(labels),
         colours=colours,
@@ -352,6 +390,7 @@ def _figures(
         ),
         shift=list(islice(shift, 1)),
         shift_classes=shift_classes(study.rounds),
+        distances=distances_section(study.rounds, cases, list(labels)),
         tsne=tsne,
         similarity=similarity,
         overlays=overlays,

@@ -124,7 +124,7 @@ def _tabular(structure: str, rows: Sequence[Summary]) -> list[str]:
         f"% {structure}: mean ± standard deviation over cases; the average is over hospitals",
         rf"\begin{{tabular}}{{ll{'r' * len(columns)}}}",
         r"\toprule",
-        " & ".join(["Metric", "Method", *map(_escaped, columns)]) + r" \\",
+        " & ".join(["Metric", "Method", *map(escaped, columns)]) + r" \\",
     ]
     for metric in METRICS:
         if not any(math.isfinite(row[f"{metric}_mean"]) for row in rows):
@@ -134,7 +134,7 @@ def _tabular(structure: str, rows: Sequence[Summary]) -> list[str]:
         for number, method in enumerate(methods):
             title = "" if number else f"{TITLES[metric]}{unit}"
             cells = [_cell(found.get((method, site)), metric) for site in columns]
-            lines.append(" & ".join([title, _escaped(method), *cells]) + r" \\")
+            lines.append(" & ".join([title, escaped(method), *cells]) + r" \\")
     return [*lines, r"\bottomrule", r"\end{tabular}", ""]
 
 
@@ -146,6 +146,6 @@ def _cell(row: Summary | None, metric: str) -> str:
     return rf"${mean} \pm {spread:.{places}f}$" if math.isfinite(spread) else f"${mean}$"
 
 
-def _escaped(text: str) -> str:
-    """Return a name as LaTeX prints it verbatim."""
+def escaped(text: str) -> str:
+    """Return a text as LaTeX prints it verbatim."""
     return re.sub(r".", lambda found: _LATEX.get(found[0], found[0]), text)

@@ -11,11 +11,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedsgcg.common.files.disk import Disk
-from fedsgcg.server.report.figures.drawing import Drawing
+from fedsgcg.server.report.figures.files import FigureFile
 from fedsgcg.server.report.sections.elements import TitledDrawing, titled_drawings
 from fedsgcg.server.report.sections.page import Page
 
 LONGEST = 80
+TITLES = {
+    "cases": "Dice of every case",
+    "convergence": "Training, round by round",
+    "shift": "Shift between hospitals, by class",
+    "hospitals": "Distances between hospitals",
+    "tsne": "Pixel features (t-SNE)",
+    "likeness": "Similarity of the classes",
+    "sweep": "Swept setting",
+    "overlays": "Worst, median and best case",
+    "federation": "Cost of federation",
+}
+"""Title of a figure, before those under which the page shows it."""
 
 
 def page_drawings(page: Page) -> dict[str, Iterable[TitledDrawing]]:
@@ -34,31 +46,33 @@ def page_drawings(page: Page) -> dict[str, Iterable[TitledDrawing]]:
     }
 
 
-def gallery(drawings: Mapping[str, Iterable[TitledDrawing]]) -> dict[str, Drawing]:
+def gallery(drawings: Mapping[str, Iterable[TitledDrawing]]) -> dict[str, FigureFile]:
     """Return every figure by the name of its files, without the extension.
 
     Args:
         drawings: Figures with their titles, by the first part of the name (`page_drawings`).
     """
-    files: dict[str, Drawing] = {}
+    files: dict[str, FigureFile] = {}
     for name, titled in drawings.items():
         for titles, drawing in titled:
-            files[_free_name(_slug([name, *titles]), files)] = drawing
+            title = " · ".join(filter(None, [TITLES[name], *titles]))
+            files[_free_name(_slug([name, *titles]), files)] = FigureFile(drawing, title)
     return files
 
 
-def write_gallery(folder: Path, figures: Mapping[str, Drawing], disk: Disk) -> None:
+def write_gallery(folder: Path, figures: Mapping[str, FigureFile], disk: Disk) -> None:
     """Write each figure as SVG and PNG; a figure whose SVG is unchanged is skipped.
 
     Raises:
         FedsgcgError: SRV-401 when a file cannot be written.
     """
-    for stem, drawing in figures.items():
+    for stem, figure in figures.items():
+        text = figure.svg()
         svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
-        if png.is_file() and svg.is_file() and svg.read_bytes() == drawing.svg:
+        if png.is_file() and svg.is_file() and svg.read_bytes() == text:
             continue
-        disk.write(png, drawing.png())
-        disk.write(svg, drawing.svg)  # written last: an unchanged SVG implies a complete pair
+        disk.write(png, figure.png())
+        disk.write(svg, text)  # written last: an unchanged SVG implies a complete pair
 
 
 def _slug(words: list[str]) -> str:
@@ -68,7 +82,7 @@ def _slug(words: list[str]) -> str:
     return "-".join(word for word in dict.fromkeys(plain) if word)[:LONGEST].strip("-.")
 
 
-def _free_name(stem: str, taken: Mapping[str, Drawing]) -> str:
+def _free_name(stem: str, taken: Mapping[str, FigureFile]) -> str:
     number, name = 1, stem
     while name in taken:
         number += 1

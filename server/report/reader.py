@@ -30,7 +30,7 @@ from fedsgcg.server.report.tables import STATED, Row
 Tree = dict[str, Any]
 SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_asd", "bytes_up"}
 SHOWN |= {"heldout_asd_left_out", *STATED}
-SHOWN |= {"between_site_trace", "within_site_trace", "micro_batches", "steps"}
+SHOWN |= {"site_distance", "between_site_trace", "within_site_trace", "micro_batches", "steps"}
 SHOWN |= {"between_site_trace_evaluation", "within_site_trace_evaluation"}
 SHOWN |= {f"adapted_dice_{way}" for way in WAYS}
 
@@ -43,7 +43,7 @@ class Picture:
         case: Alias of the case.
         dice: Dice of the case, mean over structures.
         z: Slice number.
-        image: (H, W) uint8.
+        image: (H, W) uint8; (H, W, 3) in colour.
         truth: (H, W) uint8, bit s set where structure s is true.
         prediction: (H, W) uint8, likewise.
         structures: Names of the bits.
@@ -135,6 +135,10 @@ class Reader:
             self._damaged(path)
             return None
 
+    def note_damaged(self, path: Path) -> None:
+        """Note a file that cannot be read (SRV-402)."""
+        self._damaged(path)
+
     def check_seal(self, folder: Path, names: Sequence[str]) -> None:
         """Note every file of a folder that is not the one of its seal (SRV-403)."""
         for name, found in broken_seal(folder, names).items():
@@ -171,10 +175,12 @@ def _structure_names(metadata: Mapping[bytes, bytes] | None) -> tuple[str, ...]:
 
 def _picture(row: Row, names: tuple[str, ...]) -> Picture:
     shape = int(row["height"]), int(row["width"])
-    image, truth, prediction = (
-        np.frombuffer(row[name], np.uint8).reshape(shape)
-        for name in ("image", "truth_mask", "prediction")
+    truth, prediction = (
+        np.frombuffer(row[name], np.uint8).reshape(shape) for name in ("truth_mask", "prediction")
     )
+    # Pictures of older studies are grey and do not have the column.
+    colours = shape if int(row.get("channels") or 1) == 1 else (*shape, 3)
+    image = np.frombuffer(row["image"], np.uint8).reshape(colours)
     return Picture(
         str(row["case"]), float(row["dice"]), int(row["z"]), image, truth, prediction, names
     )

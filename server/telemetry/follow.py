@@ -27,6 +27,9 @@ CHUNK: Final = 1 << 24
 DEEPEST: Final = 6
 """Folders between the followed folder and a run."""
 
+SETTLED_S: Final = 10.0
+"""Age of a folder's last change from which its listing is kept; file systems round to seconds."""
+
 
 class RunFollower:
     """Follows one run folder.
@@ -138,6 +141,7 @@ class Follower:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._runs: dict[Path, RunFollower] = {}
+        self._folders = _Folders(folder)
 
     def poll(self, now: float) -> list[Sample]:
         """Read what is new and return all samples.
@@ -145,9 +149,8 @@ class Follower:
         Args:
             now: Seconds since 1970.
         """
-        for path in _run_folders(self.folder):
-            if path not in self._runs:
-                self._runs[path] = RunFollower(path, self._study_of(path))
+        for path in self._folders.new_runs(now):
+            self._runs[path] = RunFollower(path, self._study_of(path))
         samples: list[Sample] = []
         studies: dict[str, list[RunFollower]] = {}
         for _, run in sorted(self._runs.items()):
@@ -181,20 +184,55 @@ class Follower:
         return printable(self._study_folder(run).resolve().name)
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    """Yield the folders with an event log, not deeper than `DEEPEST`."""
-    level = [folder]
-    for _ in range(DEEPEST):
-        below: list[Path] = []
-        for path in level:
-            if (path / paths.EVENTS).is_file():
-                yield path
-                continue
-            try:
-                below += [entry for entry in path.iterdir() if entry.is_dir()]
-            except OSError:
-                continue
-        level = below
+class _Folders:
+    """Finds run folders, not deeper than `DEEPEST`; only folders that changed are listed again.
+
+    Args:
+        folder: The followed folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._runs: set[Path] = set()
+        self._listed: dict[Path, tuple[int, list[Path]]] = {}
+
+    def new_runs(self, now: float) -> list[Path]:
+        """Return the folders with an event log that no earlier call returned.
+
+        Args:
+            now: Seconds since 1970.
+        """
+        found: list[Path] = []
+        level = [self._folder]
+        for _ in range(DEEPEST):
+            below: list[Path] = []
+            for path in level:
+                if path in self._runs:
+                    continue
+                if (path / paths.EVENTS).is_file():
+                    self._runs.add(path)
+                    self._listed.pop(path, None)
+                    found.append(path)
+                else:
+                    below += self._below(path, now)
+            level = below
+        return found
+
+    def _below(self, path: Path, now: float) -> list[Path]:
+        """Return the folders in a folder; listed again if its time of change is another one."""
+        try:
+            changed = path.stat().st_mtime_ns
+            known = self._listed.get(path)
+            if known is not None and known[0] == changed:
+                return known[1]
+            folders = [entry for entry in path.iterdir() if entry.is_dir()]
+        except OSError:
+            self._listed.pop(path, None)
+            return []
+        # A change within the clock's resolution of this listing would have the same time.
+        settled = now - changed / 1e9 > SETTLED_S
+        self._listed[path] = (changed if settled else -1, folders)
+        return folders
 
 
 def _cells_of(folder: Path) -> int:

@@ -121,6 +121,11 @@ METRICS: Final = (
         "Condition number of a class's covariance: largest eigenvalue / smallest above rounding.",
         CLASS,
     ),
+    Metric(
+        "fedsgcg_site_distance",
+        "Mean Fréchet distance of a site's class from the same class at the other sites.",
+        (*SITE, "class"),
+    ),
     Metric("fedsgcg_cells", "Federations of a study by state.", ("study", "state")),
     Metric("fedsgcg_disk_free_bytes", "Free space of the file system of the study.", ("study",)),
     Metric(

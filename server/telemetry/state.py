@@ -36,6 +36,7 @@ CLASS_ROWS: Final = {
 }
 """Metric of a class's row of the merge phase -> name."""
 
+SITE_DISTANCE: Final = "site_distance"
 BYTES: Final = {"bytes_up": "up", "bytes_down": "down"}
 
 
@@ -105,6 +106,8 @@ class RunMetrics:
             elif row["phase"] == "train" and metric.partition("_")[0] == LOSS:
                 part = metric.partition("_")[2] or "total"
                 self._set("fedsgcg_loss", (site, part), value)
+            elif row["phase"] == "merge" and metric == SITE_DISTANCE:
+                self._set("fedsgcg_site_distance", (site, str(row["cls"])), value)
             elif row["phase"] == "merge" and metric in CLASS_ROWS:
                 self._set(CLASS_ROWS[metric], (str(row["cls"]),), value)
 

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from jinja2 import Environment, nodes
 from jinja2.runtime import LoopContext
 
-FILTERS = dict.fromkeys(("show", "join", "replace", "truncate", "capitalize"), str)
+FILTERS = dict.fromkeys(("show", "join", "replace", "truncate", "capitalize", "slug"), str)
 FILTERS |= {"length": int, "min": int}
 
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -53,7 +51,6 @@ STYLE: Any = {
     "axes.linewidth": 0.8,
     "text.parse_math": False,  # names come from hospitals and may contain "$"
 }
-PNG_DPI = 160
 RASTER_ABOVE = 2000  # points of one strip above which they are rasterised, to limit the page size
 
 
@@ -67,8 +64,8 @@ class Drawing:
         alt: Alternative text.
         width: Width in CSS pixels.
         height: Height in CSS pixels.
-        svg: The light version, for a file.
-        png: Renders the light version on white at a higher resolution, for a file.
+        svg: The light version.
+        figure: The figure, for files (`figures.files`).
     """
 
     light: str
@@ -77,7 +74,7 @@ class Drawing:
     width: int
     height: int
     svg: bytes
-    png: Callable[[], bytes] = field(compare=False)
+    figure: Figure = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -330,20 +327,7 @@ def finish(figure: Figure, height: int, alt: str, width: int = WIDTH) -> Drawing
     canvas.print_svg(stream, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = _lean(stream.getvalue())
     dark = re.sub("|".join(DARK), lambda match: DARK[match.group()], text)
-    return Drawing(
-        data_uri(text), data_uri(dark), alt, width, height, text.encode(), partial(_png, figure)
-    )
-
-
-@mpl.rc_context(STYLE)
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.patch.set_alpha(1)
-    figure.patch.set_facecolor("white")
-    figure.set_dpi(PNG_DPI)
-    raster: Any = FigureCanvasAgg(figure)
-    raster.print_png(image, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-    return image.getvalue()
+    return Drawing(data_uri(text), data_uri(dark), alt, width, height, text.encode(), figure)
 
 
 def _lean(svg: str) -> str:

@@ -60,16 +60,10 @@ def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, s
             case without a picture of some method is used only if no case has pictures of all
             methods.
     """
-    dice: dict[str, dict[str, float]] = {}
-    for name, found in pictures.items():
-        for picture in found:
-            if np.isfinite(picture.dice):
-                dice.setdefault(picture.case, {}).setdefault(name, picture.dice)
+    dice = _dice(pictures)
     most = max((len(values) for values in dice.values()), default=0)
-    mean = {
-        case: sum(values.values()) / most for case, values in dice.items() if len(values) == most
-    }
-    ordered = sorted(mean, key=lambda case: (mean[case], case))
+    complete = {case: values for case, values in dice.items() if len(values) == most}
+    ordered = _ordered(complete)
     places: dict[str, int] = {}
     if ordered:
         places = {"worst": 0, "median": (len(ordered) - 1) // 2, "best": len(ordered) - 1}
@@ -81,16 +75,51 @@ def choose_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[tuple[str, s
     return [(rank, ranks[rank]) for rank in ("worst", "median", "best") if rank in ranks]
 
 
+def ranked_cases(
+    pictures: Mapping[str, Sequence[Picture]], shown: set[str]
+) -> list[tuple[str, str]]:
+    """Return (place, case) of every case that is not shown yet, lowest mean Dice first.
+
+    Args:
+        pictures: Pictures of each method.
+        shown: Cases to leave out.
+    """
+    ordered = _ordered(_dice(pictures))
+    places = [(f"{number} of {len(ordered)}", case) for number, case in enumerate(ordered, 1)]
+    return [(place, case) for place, case in places if case not in shown]
+
+
+def all_cases(pictures: Mapping[str, Sequence[Picture]]) -> list[str]:
+    """Return the cases with a picture, sorted."""
+    return sorted({picture.case for found in pictures.values() for picture in found})
+
+
+def _dice(pictures: Mapping[str, Sequence[Picture]]) -> dict[str, dict[str, float]]:
+    """Return the Dice of each case with each method, without undefined ones."""
+    dice: dict[str, dict[str, float]] = {}
+    for name, found in pictures.items():
+        for picture in found:
+            if np.isfinite(picture.dice):
+                dice.setdefault(picture.case, {}).setdefault(name, picture.dice)
+    return dice
+
+
+def _ordered(dice: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return the cases by their mean Dice over methods, lowest first."""
+    mean = {case: sum(values.values()) / len(values) for case, values in dice.items()}
+    return sorted(mean, key=lambda case: (mean[case], case))
+
+
 def crop_box(pictures: Sequence[Picture]) -> Box:
     """Return (top, bottom, left, right) of a square around all masks, with a margin.
 
     The pictures show one slice with several predictions. The full slice is returned if all masks
     are empty.
     """
-    height, width = pictures[0].image.shape
+    height, width = pictures[0].truth.shape
     marked = np.zeros((height, width), dtype=bool)
     for picture in pictures:
-        if picture.image.shape == (height, width):
+        if picture.truth.shape == (height, width):
             marked |= (picture.truth | picture.prediction) > 0
     if not marked.any():
         return 0, height, 0, width

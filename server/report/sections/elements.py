@@ -19,10 +19,12 @@ class Column:
     Attributes:
         title: Name of the hospital, or "Average".
         detail: Second line, "" for none.
+        hospital: The hospital whose results the column has, "" for the average.
     """
 
     title: str
     detail: str
+    hospital: str = ""
 
 
 AVERAGE_COLUMN = Column("Average", "hospitals have equal weight")
@@ -50,12 +52,14 @@ class Panel:
         drawing: The figure.
         detail: Rest of the caption, "" for none.
         shares: Shares between hospitals, shown below a figure of the shift between hospitals.
+        hospital: The hospital that it is about, "" for several.
     """
 
     title: str
     drawing: Drawing
     detail: str = ""
     shares: tuple[ClassShare, ...] = ()
+    hospital: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from markupsafe import Markup
 from fedsgcg.common.errors import Problem
 from fedsgcg.server.report.sections.adapted import AdaptedTable
 from fedsgcg.server.report.sections.claims import Claims, HospitalTable
+from fedsgcg.server.report.sections.distances import Distances
 from fedsgcg.server.report.sections.elements import PanelBlock
 from fedsgcg.server.report.sections.features import Similarity, Tsne
 from fedsgcg.server.report.sections.federation import FederationCost
 from fedsgcg.server.report.sections.methods import MethodTable
-from fedsgcg.server.report.sections.panels import OverlayBlock
+from fedsgcg.server.report.sections.overlays import OverlayBlock
 from fedsgcg.server.report.sections.papers import PaperTable
 from fedsgcg.server.report.sections.privacy import PrivacyResults
 from fedsgcg.server.report.sections.results import (
@@ -82,6 +83,7 @@ class Results:
         others: Results that are not of held-out hospitals.
         cases: Cases with each method, lowest Dice first; the table of the page may be cut.
         cases_in_all: Number of rows of the uncut table.
+        names_from: Files from which the names of cases were read.
         departures: The data sent by each hospital.
         departure_parts: Parts of the messages, largest first.
         adapted: Results after an adaptation to the hospitals' images, None without any.
@@ -95,6 +97,7 @@ class Results:
     others: Sequence[OtherRow]
     cases: Sequence[CaseRow]
     cases_in_all: int
+    names_from: Sequence[str]
     departures: Sequence[DepartureRow]
     departure_parts: Sequence[str]
     adapted: AdaptedTable | None = None
@@ -163,6 +166,7 @@ class Figures:
         training_key: Kinds of lines of these curves.
         shift: Scatter between and within hospitals, of one group of labels.
         shift_classes: Classes of this figure, in the order of their colours.
+        distances: How far each hospital is from the others.
         tsne: t-SNE of pixel features, None without features on this machine.
         similarity: Similarity of the classes.
         overlays: Contours on images, by hospital.
@@ -177,6 +181,7 @@ class Figures:
     training_key: TrainingKey
     shift: Sequence[PanelBlock]
     shift_classes: Sequence[str]
+    distances: Distances
     tsne: Tsne | None
     similarity: Similarity
     overlays: Sequence[OverlayBlock]

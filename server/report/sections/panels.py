@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 
 from fedsgcg.server.report.figures.drawing import (
-    Drawing,
     Line,
     case_panel,
     curve_panel,
@@ -19,21 +16,11 @@ from fedsgcg.server.report.figures.drawing import (
     shift_panel,
     span_of,
 )
-from fedsgcg.server.report.figures.overlays import (
-    Images,
-    choose_cases,
-    crop_box,
-    overlay,
-    overlay_sheet,
-)
-from fedsgcg.server.report.format import DASH, show
-from fedsgcg.server.report.labels import Group
-from fedsgcg.server.report.reader import Picture, Reader
+from fedsgcg.server.report.format import show
 from fedsgcg.server.report.rounds import Curve, curves
 from fedsgcg.server.report.sections.cases import count_of
 from fedsgcg.server.report.sections.elements import ClassShare, Panel
 from fedsgcg.server.report.sections.results import CaseRow
-from fedsgcg.server.report.study_files import DONE, Cell, StudyFiles
 from fedsgcg.server.report.tables import Row
 
 Curves = Mapping[tuple[str, str, str], Curve]
@@ -50,72 +37,6 @@ class TrainingPanel(Panel):
 
     total_loss: bool = False
     heldout: bool = False
-
-
-@dataclass(frozen=True)
-class OverlayImage:
-    """The contours of one label on a slice.
-
-    Attributes:
-        method: The label.
-        drawing: The picture as SVG, empty without a picture.
-        dice: Dice of the case, mean over structures, as shown; "" without a picture.
-    """
-
-    method: str
-    drawing: Markup
-    dice: str
-
-
-@dataclass(frozen=True)
-class OverlayGroup:
-    """Images of one group of labels.
-
-    Attributes:
-        title: What the labels have in common, "" if there is only one group.
-        images: One image per label.
-    """
-
-    title: str
-    images: tuple[OverlayImage, ...]
-
-
-@dataclass(frozen=True)
-class OverlayCase:
-    """One case with every label.
-
-    Attributes:
-        rank: worst, median or best.
-        case: Alias of the case.
-        z: Index of the slice.
-        mean: Dice of the case, mean over labels, as shown.
-        groups: The images.
-    """
-
-    rank: str
-    case: str
-    z: int
-    mean: str
-    groups: tuple[OverlayGroup, ...]
-
-
-@dataclass(frozen=True)
-class OverlayBlock:
-    """The chosen cases of one hospital.
-
-    Attributes:
-        site: The hospital.
-        seed: Seed of the shown models.
-        cases: The cases.
-        alone: Hospitals that trained alone and whose models are shown.
-        sheet: The same cases as one figure for a file, None without a picture of the first group.
-    """
-
-    site: str
-    seed: int
-    cases: tuple[OverlayCase, ...]
-    alone: tuple[str, ...]
-    sheet: Drawing | None
 
 
 def case_figures(
@@ -137,7 +58,8 @@ def case_figures(
         middles = [f"{name} median {show(_median(s), 3)}" for name, s in strips.items() if s]
         alt = f"Dice of {structure} for every case at {site}: {', '.join(middles)}."
         drawing = case_panel(strips, (low, 1.003), alt, "Dice of a case, mean over seeds", colours)
-        panels.append(Panel(site, drawing, count_of(max(map(len, strips.values())), "case")))
+        detail = count_of(max(map(len, strips.values())), "case")
+        panels.append(Panel(site, drawing, detail, hospital=site))
     return panels
 
 
@@ -204,6 +126,7 @@ def training_figures(
                 _left_out_note(heldout_only, fold, methods) if any(third.values()) else "",
                 total_loss=any(line.dash == "--" for line in upper[fold]),
                 heldout=any(line.dash == ":" for line in (*lower[fold], *third[fold])),
+                hospital=fold,
             )
         )
     return panels
@@ -268,7 +191,7 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Panel]:
         within | curves(rows, "within_site_trace_evaluation"),
     )
     classes = shift_classes(rows)
-    found: list[tuple[str, str, list[Line], list[ClassShare]]] = []
+    found: list[tuple[str, str, list[Line], list[ClassShare]]] = []  # fold first
     wanted = {key[:2] for key in between if key[1] in methods}
     for fold, method in sorted(wanted, key=lambda key: (key[0], methods.index(key[1]))):
         lines: list[Line] = []
@@ -279,16 +202,17 @@ def shift_figures(rows: Sequence[Row], methods: Sequence[str]) -> list[Panel]:
             lines += [Line(within[key], index, "--", strong=False)] if key in within else []
             if key in between and key in within:
                 shares.append(ClassShare(name, _share(end[0][key], end[1][key])))
-        found.append((f"{fold or 'no hospital'} held out", method, lines, shares))
+        found.append((fold, method, lines, shares))
     span = log_span_of([line for _, _, lines, _ in found for line in lines])
     several = len({method for _, method, _, _ in found}) > 1
     panels = []
-    for title, method, lines, shares in found:
+    for fold, method, lines, shares in found:
+        title = f"{fold or 'no hospital'} held out"
         ends = "; ".join(f"{entry.name} {entry.share}" for entry in shares)
         alt = f"Scatter between and within hospitals by round, {title}, {method}. "
         alt += f"Share between hospitals at the end: {ends or 'unknown'}."
         drawing = shift_panel(lines, span, alt)
-        panels.append(Panel(title, drawing, method if several else "", tuple(shares)))
+        panels.append(Panel(title, drawing, method if several else "", tuple(shares), fold))
     return panels
 
 
@@ -305,110 +229,3 @@ def shift_classes(rows: Sequence[Row]) -> list[str]:
             row["cls"] for row in rows if row["metric"] == "between_site_trace" and row["cls"]
         )
     )
-
-
-MOST_OVERLAYS = 12  # most labels of one case
-
-
-def overlay_blocks(
-    study: StudyFiles, reader: Reader, groups: Sequence[Group], images: Images
-) -> list[OverlayBlock]:
-    """One block per hospital: worst, median and best case, the same slice with every label."""
-    wanted = [name for group in groups for name in group.labels][:MOST_OVERLAYS]
-    blocks = []
-    for fold in sorted({cell.heldout for cell in study.cells}):
-        ready = [
-            cell
-            for cell in study.cells
-            if cell.heldout == fold and cell.status in DONE and cell.method in wanted
-        ]
-        for site in sorted(
-            {
-                path.parent.name
-                for cell in ready
-                for path in cell.folder.glob("sites/*/pictures.arrow")
-            }
-        ):
-            shown = _one_seed([cell for cell in ready if _picture_path(cell, site).is_file()])
-            pictures = {cell.method: reader.pictures(_picture_path(cell, site)) for cell in shown}
-            cases = _overlay_cases(pictures, groups, images)
-            if cases:
-                blocks.append(
-                    OverlayBlock(
-                        site=site,
-                        seed=shown[0].seed,
-                        cases=cases,
-                        alone=tuple(sorted({cell.trained_on for cell in shown if cell.trained_on})),
-                        sheet=_sheet(pictures, groups[0].labels, site),
-                    )
-                )
-    return blocks
-
-
-def _sheet(
-    pictures: Mapping[str, Sequence[Picture]], methods: Sequence[str], site: str
-) -> Drawing | None:
-    """The same cases as one figure for a file, with the methods of the first group.
-
-    None without a picture of these methods.
-    """
-    rows = []
-    for rank, case in choose_cases(pictures):
-        found = [
-            next((p for p in pictures.get(name, ()) if p.case == case), None) for name in methods
-        ]
-        rows += [(rank, found)] if any(picture is not None for picture in found) else []
-    alt = f"Worst, median and best case at {site} with each method."
-    return overlay_sheet(rows, methods, alt) if rows else None
-
-
-def _one_seed(cells: Sequence[Cell]) -> list[Cell]:
-    """One cell per label, with the seed that most labels have.
-
-    Of hospitals that trained alone, the first is used.
-    """
-    by_seed: dict[int, dict[str, Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.key):
-        by_seed.setdefault(cell.seed, {}).setdefault(cell.method, cell)
-    return list(by_seed[min(by_seed, key=lambda seed: (-len(by_seed[seed]), seed))].values())
-
-
-def _picture_path(cell: Cell, site: str) -> Path:
-    return cell.folder / "sites" / site / "pictures.arrow"
-
-
-def _overlay_cases(
-    pictures: Mapping[str, Sequence[Picture]], groups: Sequence[Group], images: Images
-) -> tuple[OverlayCase, ...]:
-    cases = []
-    for rank, case in choose_cases(pictures):
-        versions = {
-            name: next((p for p in found if p.case == case), None)
-            for name, found in pictures.items()
-        }
-        present = [picture for picture in versions.values() if picture is not None]
-        box = crop_box(present)
-        rows = []
-        for group in groups:
-            drawn = tuple(
-                _overlay_image(name, versions.get(name), box, (rank, case), images)
-                for name in group.labels
-            )
-            rows.append(OverlayGroup(group.title, drawn))
-        known = [picture.dice for picture in present if math.isfinite(picture.dice)]
-        mean = show(float(np.mean(known)), 3) if known else DASH
-        cases.append(OverlayCase(rank, case, present[0].z, mean, tuple(rows)))
-    return tuple(cases)
-
-
-def _overlay_image(
-    name: str,
-    picture: Picture | None,
-    box: tuple[int, int, int, int],
-    what: tuple[str, str],
-    images: Images,
-) -> OverlayImage:
-    if picture is None:
-        return OverlayImage(name, Markup(""), "")
-    label = f"{what[0]} case {what[1]}, {name}: contours of truth (solid) and prediction (dashed)"
-    return OverlayImage(name, overlay(picture, box, label, images), show(picture.dice, 3))

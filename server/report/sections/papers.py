@@ -163,7 +163,7 @@ class Layout:
                 continue
             domain = self.published.domain_of(site) if self.published else None
             detail = "" if domain is None else f"domain {domain + 1}"
-            heads.append(Column(site, detail))
+            heads.append(Column(site, detail, site))
         return tuple(heads)
 
     def rows(

@@ -144,6 +144,8 @@ class CaseRow:
         assd: Average symmetric surface distance, in the unit of the results.
         hd95: 95th percentile of the surface distances, in the unit of the results.
         remark: Which masks are empty, "" for none.
+        anchor: Place of its picture on the page, "" without one.
+        name: Name of the case at its hospital, "" if it is not known on this machine.
     """
 
     structure: str
@@ -156,6 +158,8 @@ class CaseRow:
     assd: float
     hd95: float
     remark: str
+    anchor: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,7 @@ def _column(site: str, rows: Sequence[Summary]) -> Column:
     if site == AVERAGE:
         return AVERAGE_COLUMN
     cases = sorted({row["cases"] for row in rows})
-    return Column(site, count_of(cases[-1], "case") if cases else "no result")
+    return Column(site, count_of(cases[-1], "case") if cases else "no result", site)
 
 
 def _metric_rows(

@@ -284,6 +284,10 @@ def test_bits_and_choice_of_a_picture():
     assert picture.z == 1
     assert list(picture.truth_mask) == [3, 1, 1, 1]
     assert list(picture.image) == [0, 128, 255, 255]
-    assert (picture.height, picture.width) == (2, 2)
+    assert (picture.height, picture.width, picture.channels) == (2, 2, 1)
+    colours = np.repeat(image[..., None], 3, axis=-1)
+    shown = choose_picture(colours, classes, np.zeros_like(truth), truth, alias="a", dice=0.25)
+    assert (shown.height, shown.width, shown.channels) == (2, 2, 3)
+    assert list(shown.image) == [value for value in (0, 128, 255, 255) for _ in range(3)]
     assert not any(picture.prediction)
     assert bit_mask(np.ones((9, 1, 1), bool))[0, 0] == 255

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import json
 import re
 from collections import Counter
@@ -46,7 +49,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -81,11 +84,45 @@ class TestWholeStudy:
         for tag, attributes in page.tags:
             for name in ("src", "srcset", "href"):
                 value = attributes.get(name)
-                assert value is None or value.startswith(("data:image/", "#")), (tag, name)
-        assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+                assert value is None or value.startswith(("data:image/", "#", "tables/")), (
+                    tag,
+                    name,
+                )
+        assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
         assert "url(" not in html
         assert "@import" not in html
         assert "default-src 'none'" in html
+
+    def test_the_only_script_is_the_one_that_the_policy_names(self, html):
+        (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert html.count("<script") == 1
+        assert f"script-src 'sha256-{digest}'" in html
+        assert not re.search(r"\b(fetch|XMLHttpRequest|eval|innerHTML|import)\b", script)
+
+    def test_every_table_is_a_file_too(self, study, page):
+        names = [table["data-file"] for table in page.all("table")]
+        assert len(set(names)) == len(names)
+        for link in page.all("a"):
+            if not link["href"].startswith("#"):
+                assert (study / link["href"]).is_file()
+        with (study / "tables" / "cases.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 2 * 4 * 12
+        assert min(float(row["Dice"]) for row in rows) == 0.0  # HK's empty prediction
+        assert all(row["Remark"] for row in rows if row["ASD"] == "–")
+        with (study / "tables" / "results-1.csv").open(newline="") as file:
+            assert [row["Method"] for row in csv.DictReader(file)] == ["source", "sgcg"]
+        assert r"\toprule" in (study / "tables" / "results-1.tex").read_text()
+
+    def test_every_case_leads_to_its_picture_and_belongs_to_its_hospital(self, page):
+        places = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+        links = [link["href"][1:] for link in page.all("a") if link["href"].startswith("#case-")]
+        assert len(links) == 2 * 4 * 12
+        assert set(links) <= places
+        assert len(set(links)) == 4 * 12
+        owners = {tag.get("data-hospital") for _, tag in page.tags if tag.get("data-hospital")}
+        assert owners == set(SITES)
 
     def test_is_small_enough_to_send(self, html):
         assert len(html.encode()) < 6_000_000
@@ -107,7 +144,8 @@ class TestWholeStudy:
             == 1
         )
         targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-        assert all(link["href"][1:] in targets for link in page.all("a"))
+        inner = [link["href"][1:] for link in page.all("a") if link["href"].startswith("#")]
+        assert set(inner) <= targets
 
     def test_every_figure_has_a_light_and_a_dark_version(self, page):
         assert (
@@ -135,9 +173,9 @@ class TestWholeStudy:
         assert "fedsgcg study data=made-up method=sgcg,source heldout=all" in page.text
         assert "2 h 45 min of run time over all runs" in page.text
 
-    def test_overlays_show_three_cases_a_hospital_with_each_method(self, page):
+    def test_overlays_show_every_case_of_a_hospital_with_each_method(self, page):
         labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
-        assert len(labels) == len(SITES) * 3 * 2
+        assert len(labels) == len(SITES) * 12 * 2
         assert "These are the hospitals' own images" in page.text
 
     def test_every_figure_is_a_file_too(self, study, page):
@@ -276,6 +314,29 @@ class TestUnfinishedStudies:
         assert "these are the bytes that reached the coordinator" in page.text
         assert "12.8 MB" in page.text
 
+    @pytest.mark.row(68)
+    def test_names_of_cases_are_shown_where_the_hospitals_list_is(self, tmp_path):
+        write_study(tmp_path, **SMALL)
+        assert "Cases are named by alias" in page_of(tmp_path).text
+        with (tmp_path / "tables" / "cases.csv").open(newline="") as file:
+            alias = next(csv.DictReader(file))["Case"]
+        home = tmp_path / "sgcg/HK/0/sites/HK"
+        (home / "aliases.csv").write_text(f"alias,case\n{alias},<b>Case07\n")
+        page = page_of(tmp_path)
+        assert "<b>Case07" in page.text
+        assert "sgcg/HK/0/sites/HK/aliases.csv" in page.text
+        assert "Case07" not in (tmp_path / "tables" / "cases.csv").read_text()
+        # A hospital names its own list for a study that it received.
+        own = tmp_path / "own.csv"
+        (home / "aliases.csv").rename(own)
+        assert "<b>Case07" in Page(make_report(tmp_path, aliases=(own,)).read_text()).text
+        own.write_text("a,b\n1,2\n")
+        with pytest.raises(FedsgcgError) as refused:
+            make_report(tmp_path, aliases=(own,))
+        assert refused.value.code == "MON-910"
+        own.rename(home / "aliases.csv")
+        assert "SRV-402, sgcg/HK/0/sites/HK/aliases.csv" in page_of(tmp_path).text
+
     def test_damaged_pictures_are_named_and_the_rest_is_shown(self, tmp_path):
         write_study(tmp_path, **SMALL)
         (tmp_path / "sgcg/HK/0/sites/HK/pictures.arrow").write_bytes(b"ARROW1 but no more")
@@ -307,7 +368,8 @@ class TestOtherShapes:
             structures={"<i>gland": ["<i>gland"]},
         )
         page = page_of(tmp_path)
-        assert not {"script", "i"} & {tag for tag, _ in page.tags}
+        assert Counter(tag for tag, _ in page.tags)["script"] == 1
+        assert "i" not in {tag for tag, _ in page.tags}
         assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
         assert nasty in " ".join(page.words)
 

@@ -105,12 +105,16 @@ class TestWholePage:
         for tag, attributes in page.tags:
             for name in ("src", "srcset", "href"):
                 value = attributes.get(name)
-                assert value is None or value.startswith(("data:image/", "#")), (tag, name)
+                assert value is None or value.startswith(("data:image/", "#", "tables/")), (
+                    tag,
+                    name,
+                )
 
     def test_references_of_pictures_and_links_exist(self, page):
         ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
         assert len(ids) == len(set(ids))
-        assert {entry["href"][1:] for entry in (*page.all("use"), *page.all("a"))} <= set(ids)
+        links = [entry["href"] for entry in (*page.all("use"), *page.all("a"))]
+        assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
         assert all(head.get("scope") for head in page.all("th"))
         assert len(page.all("table")) == len(page.all("caption"))
 
@@ -162,7 +166,8 @@ class TestWholePage:
         study = write_large_study(tmp_path, **few, skip={"sgcg"}, structures={"<i>": ["<i>"]})
         page = Page(make_report(study).read_text())
         assert "Not complete." in page.text
-        assert not {"i", "script"} & {tag for tag, _ in page.tags}
+        assert "i" not in {tag for tag, _ in page.tags}
+        assert [tag for tag, _ in page.tags].count("script") == 1
         assert nasty in " ".join(page.words)
         assert all(path.suffix in {".svg", ".png"} for path in (study / "figures").iterdir())
 

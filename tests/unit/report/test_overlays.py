@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 import xml.etree.ElementTree as ET
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from fedsgcg.server.report.figures import drawing as figures
+from fedsgcg.server.report.figures.files import FigureFile
 from fedsgcg.server.report.figures.overlays import (
     Images,
     choose_cases,
@@ -19,6 +22,7 @@ from fedsgcg.server.report.figures.overlays import (
     crop_box,
     interval_bar,
     overlay,
+    ranked_cases,
 )
 from fedsgcg.server.report.intervals import Interval
 from fedsgcg.server.report.reader import Picture
@@ -70,6 +74,26 @@ class TestOverlays:
         assert choose_cases({"sgcg": cases[:2]}) == [("worst", "a"), ("best", "b")]
         assert choose_cases({"sgcg": cases[:1]}) == [("worst", "a")]
         assert choose_cases({}) == choose_cases({"sgcg": []}) == []
+
+    def test_further_cases_by_dice(self):
+        cases = [
+            picture(name, dice) for name, dice in zip("abcd", (0.5, 0.9, 0.1, NAN), strict=True)
+        ]
+        assert ranked_cases({"sgcg": cases}, {"c"}) == [("2 of 3", "a"), ("3 of 3", "b")]
+
+    def test_a_colour_image_keeps_its_colours(self):
+        rgb = np.zeros((20, 30, 3), np.uint8)
+        rgb[..., 0] = 200
+        blank = np.zeros((20, 30), np.uint8)
+        shown = Picture("a", 0.5, 0, rgb, blank, blank, ("disc",))
+        images = Images()
+        overlay(shown, crop_box([shown]), "a", images)
+        (data,) = re.findall(r"base64,([^\"]+)", images.markup)
+        with Image.open(io.BytesIO(base64.b64decode(data))) as jpeg:
+            assert jpeg.mode == "RGB"
+            red, green, _ = jpeg.getpixel((10, 10))
+        assert red > 190
+        assert green < 10
 
     def test_no_method_chooses_alone(self):
         ours = [picture(name, dice) for name, dice in zip("abc", (0.9, 0.5, 0.4), strict=True)]
@@ -176,7 +200,27 @@ class TestFigures:
     def test_the_same_data_give_the_same_bytes(self):
         assert list(self.drawings()) == list(self.drawings())
         first, second = next(iter(self.drawings())), next(iter(self.drawings()))
-        assert first.png() == second.png()
+        assert FigureFile(first, "A").png() == FigureFile(second, "A").png()
+
+    def test_a_file_has_its_title_and_300_dpi_and_the_page_stays_as_it_was(self):
+        drawing = next(iter(self.drawings()))
+        file = FigureFile(
+            drawing, "Dice of every case · <A & B>, a hospital with a name that is long"
+        )
+        before = drawing.figure.get_size_inches().tolist()
+        root = ET.fromstring(file.svg())
+        lines = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert " ".join(lines) == file.title
+        assert len(lines) > 1
+        assert root.attrib["viewBox"] == f"0 0 {drawing.width} {drawing.height + file.head}"
+        inner = root.findall("{http://www.w3.org/2000/svg}svg")
+        assert [part.attrib["width"] for part in inner] == [str(drawing.width)]
+        with Image.open(io.BytesIO(file.png())) as image:
+            assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+            assert image.size[0] == pytest.approx(drawing.width / 72 * 300, abs=1)
+            assert image.size[1] == pytest.approx((drawing.height + file.head) / 72 * 300, abs=1)
+        assert file.png() == file.png()
+        assert drawing.figure.get_size_inches().tolist() == before
 
     def test_global_style_is_left_alone(self):
         before = dict(figures.mpl.rcParams)

@@ -147,6 +147,10 @@ def test_rows_name_classes_and_leave_out_what_nobody_has_seen() -> None:
     prototypes = policy.prototypes(policy.update({}, FIRST))
     assert prototypes is not None
     rows = prototype_rows(policy, prototypes, FIRST, ["background", "gland"], 7)
+    # Means 1 and 5, both with variance 1: the distance of each site from the other is 4.
+    apart = {(row["site"], row["cls"]): row["value"] for row in rows if row["site"]}
+    assert apart == pytest.approx({("A", "background"): 4, ("B", "background"): 4})
+    rows = [row for row in rows if not row["site"]]
     found = {(row["metric"], row["cls"]): row["value"] for row in rows}
     assert found == pytest.approx(
         {

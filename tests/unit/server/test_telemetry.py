@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -101,6 +103,7 @@ def test_rows_become_the_metrics_of_sites_and_classes() -> None:
                 row(number, "train", "A", "", "seconds", 3.0),
                 row(number, "train", "A", "", "bytes_up", 1000.0),
                 row(number, "merge", "", "cord", "between_site_trace", 0.25 * number),
+                row(number, "merge", "A", "cord", "site_distance", 0.5 * number),
                 row(number, "heldout", "HK", "", "loss", 9.0),
             ]
         )
@@ -116,6 +119,7 @@ def test_rows_become_the_metrics_of_sites_and_classes() -> None:
     assert found["fedsgcg_site_train_seconds", ("A",)] == 3
     assert found["fedsgcg_site_bytes", ("A", "up")] == 2000
     assert found["fedsgcg_between_site_trace", ("cord",)] == 0.5
+    assert found["fedsgcg_site_distance", ("A", "cord")] == 1.0
     assert found["fedsgcg_dice", ("HK", "cord")] == 0.75
     assert ("fedsgcg_loss", ("HK", "total")) not in found
 
@@ -223,6 +227,44 @@ def test_a_study_counts_its_cells_by_state_also_those_that_have_not_started(
     assert found[name, "running"] == 1
     assert found[name, "degraded"] == 1
     assert found[name, "completed"] == found[name, "failed"] == 0
+
+
+def test_folders_that_did_not_change_are_listed_once_and_new_runs_are_found(tmp_path: Path) -> None:
+    listed: list[str] = []
+    watching = True
+
+    def hook(name: str, details: tuple[Any, ...]) -> None:
+        if watching and name in ("os.listdir", "os.scandir"):
+            listed.append(str(details[0]))
+
+    sys.addaudithook(hook)  # cannot be removed again, only silenced
+    try:
+        for name in ("a/B/0", "a/B/1", "c/B/0"):
+            log(tmp_path / name, event(1, "run.started"))
+        (tmp_path / "a" / "B" / "2").mkdir()
+        for folder in tmp_path.glob("**/"):
+            os.utime(folder, (1000, 1000))
+        follower = Follower(tmp_path)
+        now = 2000.0
+        follower.poll(now)
+        assert listed
+        listed.clear()
+        follower.poll(now)
+        assert [path for path in listed if path.startswith(str(tmp_path))] == []
+        log(tmp_path / "a" / "B" / "2", event(1, "run.started"))  # in a folder that was known
+        log(tmp_path / "d" / "B" / "0", event(1, "run.started"))  # in new folders
+        states = {s[1][1]: s[2] for s in follower.poll(now) if s[0] == "fedsgcg_cells"}
+        assert states["running"] == 5
+        # A folder that has just changed may change again at the same time of its file system.
+        (tmp_path / "e").mkdir()
+        changed = (tmp_path / "e").stat()
+        follower.poll(changed.st_mtime)
+        log(tmp_path / "e" / "0", event(1, "run.started"))
+        os.utime(tmp_path / "e", ns=(changed.st_mtime_ns, changed.st_mtime_ns))
+        states = {s[1][1]: s[2] for s in follower.poll(now) if s[0] == "fedsgcg_cells"}
+        assert states["running"] == 6
+    finally:
+        watching = False
 
 
 def test_text_of_a_damaged_log_cannot_fill_the_memory() -> None:
