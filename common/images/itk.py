@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.extras import library
-from fedsgcg.common.images.formats import format_of
-from fedsgcg.common.images.parts import files_of, header_fields
+from fedsgcg.common.images.formats import NRRD, format_of, suffix_of
+from fedsgcg.common.images.parts import LARGEST_HEADER, files_of, header_fields
 from fedsgcg.common.images.pixels import MOST_DEFLATE
 from fedsgcg.common.images.volume import MAX_BYTES, Volume, by, volume_of
 
@@ -19,6 +19,9 @@ Array = NDArray[Any]
 
 LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK and DICOM count x to the left and y to the back, nibabel to the right and to the front."""
+
+LONGEST_FIELD: Final = 240
+"""Most characters of a field of an NRRD header; a key with a value (`:=`) may be longer."""
 
 SIZES: Final = ("elementspacing", "elementsize", "spacings", "space directions")
 """Fields of the headers that state the voxel size; without one SimpleITK assumes 1 mm."""
@@ -89,6 +92,8 @@ def _header(sitk: Any, path: Path) -> Any:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # they would go to the console unasked
     if not path.is_file():
         raise FileNotFoundError
+    if suffix_of(path) in NRRD.suffixes:
+        _check_fields(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -96,6 +101,21 @@ def _header(sitk: Any, path: Path) -> Any:
     except RuntimeError as error:
         raise ValueError(plain_reason(error)) from error
     return reader
+
+
+def _check_fields(path: Path) -> None:
+    """Check the lines of an NRRD header, before ITK quotes a wrong one in a buffer of fixed size.
+
+    Raises:
+        ValueError: A line is longer than a field can be; the process would end.
+    """
+    with path.open("rb") as file:
+        head = file.read(LARGEST_HEADER)
+    for number, line in enumerate(head.splitlines(), 1):
+        if not line.strip():
+            return
+        if len(line) > LONGEST_FIELD and b":=" not in line and not line.startswith(b"#"):
+            raise ValueError(f"line {number} of the header has {len(line)} characters")
 
 
 def plain_reason(error: RuntimeError) -> str:
