@@ -34,10 +34,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.evaluation import activated, evaluation_mode
 from fedsgcg.clients.methods.guidance import pixel_features
 from fedsgcg.clients.methods.partners import MeanMixer
-from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.common.errors import fail
 from fedsgcg.common.seeding import stream
 from fedsgcg.common.settings.adaptation import AMPLITUDE, BATCHNORM, AdaptSettings
@@ -245,8 +245,8 @@ class Refined(nn.Module):
         counts = torch.zeros(K, dtype=torch.float64, device=start.device)
         with evaluation_mode(self.network):
             for images in batches:
-                images = images.contiguous(memory_format=torch.channels_last)
-                logits, features = self.network(images)
+                batch = images.contiguous(memory_format=torch.channels_last)
+                logits, features = self.network(batch)
                 classes, confident = self._confident(logits.float(), features)
                 pixels = pixel_features(features, self._normalize)[confident].double()
                 sums.index_add_(0, classes[confident], pixels)
@@ -282,13 +282,12 @@ class Refined(nn.Module):
     def _confident(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted classes (N,) and whether they are confident, at the map's size."""
         probability = class_probabilities(logits, self._data)
+        height, width = features.shape[2:]
         if probability.shape[2:] != features.shape[2:]:
-            probability = F.adaptive_avg_pool2d(probability, features.shape[2:])
+            probability = F.adaptive_avg_pool2d(probability, (height, width))
         highest, classes = probability.max(1)
         distance = self._distances(features).gather(1, classes[:, None])[:, 0] / features.shape[1]
-        confident = (highest >= self._settings.probability) & (
-            distance <= self._settings.distance
-        )
+        confident = (highest >= self._settings.probability) & (distance <= self._settings.distance)
         return classes.flatten(), confident.flatten()
 
     def _distances(self, features: Tensor) -> Tensor:
@@ -305,9 +304,7 @@ def class_probabilities(logits: Tensor, data: DataSettings) -> Tensor:
     if data.activation == "softmax":
         return probability
     inside = _members(data, logits.device)[None, :, :, None, None]  # (1, K, C, 1, 1)
-    logs = torch.where(
-        inside, F.logsigmoid(logits)[:, None], F.logsigmoid(-logits)[:, None]
-    ).sum(2)
+    logs = torch.where(inside, F.logsigmoid(logits)[:, None], F.logsigmoid(-logits)[:, None]).sum(2)
     return logs.softmax(1)
 
 

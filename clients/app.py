@@ -302,9 +302,7 @@ def adapted_rows(
         with adapted(
             network, way, batches, plan.adapt, plan.data, reference, task.device
         ) as changed:
-            rows += evaluate_cases(
-                changed, [store], plan, split, task.device, agreement=agreement
-            )
+            rows += evaluate_cases(changed, [store], plan, split, task.device, agreement=agreement)
     return rows
 
 

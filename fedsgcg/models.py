@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.evaluation import BATCH
-from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.predict.model import load_model as read_model
 from fedsgcg.clients.predict.predictor import Prediction, Predictor
 from fedsgcg.common.errors import fail

@@ -160,9 +160,7 @@ class Federation:
         self._judge = Judge(plan, self._cohort, log, self._note)
         self._requests = SiteRequests(grid, plan, self._cohort, log, self._judge, self._note)
         self._memory = PrototypeMemory(plan.prototypes)
-        self._candidates = Candidates(
-            plan, self._cohort, self._requests, self._memory, self._note
-        )
+        self._candidates = Candidates(plan, self._cohort, self._requests, self._memory, self._note)
         self._amplitudes = b""
         self._after_merge: list[Collected] = []  # answers to the last pass after a merge
 

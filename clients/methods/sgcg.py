@@ -202,9 +202,7 @@ def pixel_losses(
     )
 
 
-def between_penalty(
-    penultimate: Tensor, labels: Tensor, guidance: Guidance, plan: Plan
-) -> Tensor:
+def between_penalty(penultimate: Tensor, labels: Tensor, guidance: Guidance, plan: Plan) -> Tensor:
     """Return the mean of q' B_y q over the pixels of active classes; 0 without one.
 
     B_y is the covariance of the sites' means of the pixel's class: the term shrinks features in the

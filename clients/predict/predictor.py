@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.data.slices import to_slices
 from fedsgcg.clients.data.store import SliceTable
 from fedsgcg.clients.evaluation import (
@@ -24,7 +25,6 @@ from fedsgcg.clients.evaluation import (
     post_process,
     structures_from_logits,
 )
-from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.predict.model import Model
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import Volume, check_image, read_volume

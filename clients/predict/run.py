@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.data.slices import read_truth
 from fedsgcg.clients.device import choose_device
 from fedsgcg.clients.evaluation import BATCH, structure_masks
 from fedsgcg.clients.guard.contents import TrainedOn
-from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.predict.adapt import adapted_model, check_adapt, images_digest
 from fedsgcg.clients.predict.files import (
     Job,

@@ -45,10 +45,7 @@ def check_consent(
     for site in training:
         allowed = members[site].details.get("shares")
         if level not in (allowed if isinstance(allowed, list) else []):
-            action = (
-                f"set {instead}, or ask the site to add "
-                f"{level} to `shares` in its own file"
-            )
+            action = f"set {instead}, or ask the site to add {level} to `shares` in its own file"
             problems.append(
                 Problem("ROL-202", f"the site does not share its {level}", level, action, site)
             )

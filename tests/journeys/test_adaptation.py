@@ -54,7 +54,9 @@ def test_variants_train_and_adapted_results_stay_apart(hospitals, tmp_path, caps
         assert dice(rows) != dice(plain.to_pylist()), way
         out = tmp_path / way
         call = ["predict", cell.folder, "--data", hospitals, "--site", "West", "-o", out]
-        assert main([*map(str, call), "--adapt", way, "--device", "cpu", "--adapt-share", "0.5"]) == 0
+        assert (
+            main([*map(str, call), "--adapt", way, "--device", "cpu", "--adapt-share", "0.5"]) == 0
+        )
         if way == "batchnorm":
             with (out / "scores.csv").open(newline="") as file:
                 assert dice(csv.DictReader(file)) == pytest.approx(dice(rows), abs=1e-12)

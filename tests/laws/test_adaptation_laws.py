@@ -59,7 +59,9 @@ def by_definition(network, images, share):
             continue
         own = maps.mean((0, 2, 3)), maps.var((0, 2, 3), correction=1)
         source = layer.running_mean.double(), layer.running_var.double()
-        mean, variance = ((1 - share) * old + share * new for old, new in zip(source, own, strict=True))
+        mean, variance = (
+            (1 - share) * old + share * new for old, new in zip(source, own, strict=True)
+        )
         moments.append((mean, variance))
         shape = (1, 3, 1, 1)
         maps = (maps - mean.view(shape)) / (variance.view(shape) + layer.eps).sqrt()
@@ -90,7 +92,10 @@ def test_batches_are_pooled_and_an_error_restores_the_model():
         torch.testing.assert_close(first.running_mean, images.mean((0, 2, 3)))
         torch.testing.assert_close(first.running_var, images.var((0, 2, 3), correction=1))
     before = first.running_mean.clone()
-    with pytest.raises(RuntimeError), interpolated_moments(network, [images, images[:, :1]], 1, CPU):
+    with (
+        pytest.raises(RuntimeError),
+        interpolated_moments(network, [images, images[:, :1]], 1, CPU),
+    ):
         pass
     assert torch.equal(first.running_mean, before)
     assert not first._forward_pre_hooks

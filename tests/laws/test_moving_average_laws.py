@@ -55,7 +55,9 @@ def test_the_average_is_the_model_of_a_run_and_the_training_does_not_depend_on_i
         losses = [row["value"] for row in rows if row["metric"] == "loss"]
         found[name] = load_file(tmp_path / name / "model.safetensors"), losses, rows
     assert found["plain"][1] == found["average"][1]
-    assert any((found["plain"][0][key] != found["average"][0][key]).any() for key in found["plain"][0])
+    assert any(
+        (found["plain"][0][key] != found["average"][0][key]).any() for key in found["plain"][0]
+    )
     assert not any(row["metric"] == "ema_dice" for row in found["plain"][2])
 
 

@@ -56,9 +56,7 @@ def test_the_mixture_loss_and_its_gradient_equal_brute_force(seed, S, K, tau, al
     labels = torch.from_numpy(rng.integers(0, K, 12))
     labels[::5] = 255
     q = torch.from_numpy(rng.normal(size=(12, 5))).requires_grad_()
-    found = mixture_losses(
-        q, labels, weight, mean, covariance, temperature=tau, active=active
-    )
+    found = mixture_losses(q, labels, weight, mean, covariance, temperature=tau, active=active)
     wanted = brute_mixture(q, labels, weight, mean, covariance, tau, active)
     torch.testing.assert_close(found, wanted)
     upstream = torch.from_numpy(rng.normal(size=12))
@@ -180,7 +178,9 @@ def test_the_part_between_sites_completes_the_part_within_them(seed, weighting):
 @pytest.mark.parametrize("wanted", ["between", "sites"])
 def test_a_site_reads_what_the_coordinator_sends_of_the_differences(tmp_path, wanted):
     name = "sites" if wanted == "sites" else "between"
-    plan = small_plan(tmp_path, data__sites=["A", "B", "C", "D"], method__sgcg={name: wanted == "sites" or 1.0})
+    plan = small_plan(
+        tmp_path, data__sites=["A", "B", "C", "D"], method__sgcg={name: wanted == "sites" or 1.0}
+    )
     assert plan.shift == wanted
     parts = site_parts(3, A=plan.network.num_features)
     memory = PrototypeMemory(plan.prototypes)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fedsgcg.clients.evaluation import post_process, structure_masks
 from fedsgcg.clients.confidence import SHRINKAGE, Gaussians
+from fedsgcg.clients.evaluation import post_process, structure_masks
 from fedsgcg.clients.predict.overlay import chosen_slice, overlay
 from fedsgcg.clients.predict.predictor import Prediction, class_map, label_values, probabilities
 from fedsgcg.common.images.read import Volume

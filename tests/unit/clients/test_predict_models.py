@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.numpy import load, save
 
 import fedsgcg.common.run_folder.tables
-from fedsgcg.clients.predict import model as models
 from fedsgcg.clients.confidence import Gaussians
+from fedsgcg.clients.predict import model as models
 from fedsgcg.clients.predict.model import Model, load_model
 from fedsgcg.clients.predict.predictor import Predictor
 from fedsgcg.common.errors import FedsgcgError

@@ -137,9 +137,7 @@ def test_the_style_view_leaves_the_running_moments_of_unchanged_slices(hospital)
     drawn = method.draw(batch.sizes, np.random.default_rng(0))
     batch = replace(batch, drawn=tuple(torch.from_numpy(one) for one in drawn))
     method.loss(batch, guide)
-    counters = [
-        int(value) for name, value in network.state_dict().items() if "num_batches" in name
-    ]
+    counters = [int(value) for name, value in network.state_dict().items() if "num_batches" in name]
     assert set(counters) == {1}
 
 

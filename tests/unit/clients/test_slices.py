@@ -66,7 +66,9 @@ def test_flat_intensity_hardly_depends_on_a_coil_and_not_on_a_factor():
     np.testing.assert_allclose(scaled, plain, atol=1e-3)
 
     def contrast(found):  # between the disc and its left and right neighbours
-        sides = [found[..., part][..., ~disc[:, part]].mean() for part in (slice(8, 22), slice(42, 56))]
+        sides = [
+            found[..., part][..., ~disc[:, part]].mean() for part in (slice(8, 22), slice(42, 56))
+        ]
         return found[..., disc].mean() - np.array(sides)
 
     assert contrast(plain).min() > 0.5
