@@ -245,8 +245,8 @@ class Refined(nn.Module):
         counts = torch.zeros(K, dtype=torch.float64, device=start.device)
         with evaluation_mode(self.network):
             for images in batches:
-                found = self.network(images.contiguous(memory_format=torch.channels_last))
-                logits, features = found
+                batch = images.contiguous(memory_format=torch.channels_last)
+                logits, features = self.network(batch)
                 classes, confident = self._confident(logits.float(), features)
                 pixels = pixel_features(features, self._normalize)[confident].double()
                 sums.index_add_(0, classes[confident], pixels)
@@ -282,8 +282,9 @@ class Refined(nn.Module):
     def _confident(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted classes (N,) and whether they are confident, at the map's size."""
         probability = class_probabilities(logits, self._data)
+        height, width = features.shape[2:]
         if probability.shape[2:] != features.shape[2:]:
-            probability = F.adaptive_avg_pool2d(probability, (features.shape[2], features.shape[3]))
+            probability = F.adaptive_avg_pool2d(probability, (height, width))
         highest, classes = probability.max(1)
         distance = self._distances(features).gather(1, classes[:, None])[:, 0] / features.shape[1]
         confident = (highest >= self._settings.probability) & (distance <= self._settings.distance)

@@ -64,7 +64,7 @@ def check_adapt(options: argparse.Namespace, model: Model) -> None:
 
 def images_digest(jobs: Iterable[Job]) -> str:
     """Return a digest of the images to which a model is adapted, as all decide every result."""
-    lines = sorted(f"{job.name} {contents(replace(job, mask=None, structures=()))}" for job in jobs)
+    lines = sorted(f"{job.name} {contents(job, masks=False)}" for job in jobs)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -137,11 +137,11 @@ class Record:
             raise write_error(path, error) from error
 
 
-def contents(job: Job) -> str:
+def contents(job: Job, *, masks: bool = True) -> str:
     """Return a digest of the image's files and of its mask's, "" if one cannot be read."""
     found = hashlib.sha256()
     try:
-        for number, path in enumerate((job.image, *job.masks)):
+        for number, path in enumerate((job.image, *(job.masks if masks else ()))):
             for file in files_of(path):
                 name = os.fsencode(file.name)
                 found.update(b"%d %s %s\n" % (number, name, digest_of(file).encode()))

@@ -46,11 +46,10 @@ def with_average(
         count = int(previous[COUNT][0])
         share = min(decay, count / (count + 1))
         values = share * previous[MEAN].astype(np.float64) + (1 - share) * values
-    mean: AggregatorState = {
-        MEAN: values.astype(np.float32),
-        COUNT: np.array([count + 1], np.int64),
-    }
-    return {**rule, **mean}
+    found = dict(rule)
+    found[MEAN] = values.astype(np.float32)
+    found[COUNT] = np.array([count + 1], np.int64)
+    return found
 
 
 def average_of(state: AggregatorState, last: Weights) -> Weights | None:
