@@ -92,8 +92,9 @@ class Difference:
 def subtract_rounds(network: nn.Module, patients: Sequence[Patient], plan: Plan) -> Difference:
     """Subtract the releases of a hospital with and without each of its patients.
 
-    Needs two patients or more. Both are computed as the hospital computes them for the plan, with noise of their own if the
+    Both are computed as the hospital computes them for the plan, with noise of their own if the
     plan has it, for the same model. A hospital with a `site.yaml` refuses the second (POL-720).
+    Needs two patients or more.
     """
     own = [statistics_of(network, each, plan) for each in patients]
     errors = []
