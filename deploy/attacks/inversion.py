@@ -94,6 +94,7 @@ def subtract_rounds(network: nn.Module, patients: Sequence[Patient], plan: Plan)
 
     Both are computed as the hospital computes them for the plan, with noise of their own if the
     plan has it, for the same model. A hospital with a `site.yaml` refuses the second (POL-720).
+    Needs two patients or more.
     """
     own = [statistics_of(network, each, plan) for each in patients]
     errors = []

@@ -77,10 +77,13 @@ def attack_cell(cell: Path, on_step: OnStep = lambda _: None) -> dict[str, Any]:
         "membership_statistics": _asdict(attack_statistics(plan, received, patients)),
     }
     members = [each for each in patients if each.member]
-    first = [each for each in members if each.site == members[0].site]
+    groups = [[each for each in members if each.site == one.site] for one in members]
+    first = max(groups, key=len)  # the hospital with the most training patients
     network = network_of(plan, _last_sent(received))
     on_step("differences of two rounds")
-    found["difference"] = asdict(subtract_rounds(network, first, plan))
+    # Without its only patient a hospital sends nothing.
+    several = len(first) > 1
+    found["difference"] = asdict(subtract_rounds(network, first, plan)) if several else None
     found["span"] = spans(network, first, plan)
     on_step("inversion of a gradient")
     others = [each for each in patients if each.site == first[0].site and each is not first[0]]
