@@ -9,8 +9,9 @@ from tests.support import sites
 
 
 def opened(hospital, *overrides):
+    """Return the plan and the store of North, all of whose four patients train by default."""
     root, folder = hospital
-    plan = sites.plan_of(root, folder, *overrides)
+    plan = sites.plan_of(root, folder, "data.validation_fraction=0", *overrides)
     return plan, open_store(
         open_site(root, "North", plan.data), plan.data, folder / "cache", heldout=False
     )

@@ -141,7 +141,7 @@ def test_every_setting_that_costs_something_has_an_upper_bound() -> None:
     }
     harmless = {
         *("data.stack", "federation.quorum", "federation.heldout_every"),
-        "federation.tolerated",
+        *("federation.tolerated", "network.projection_stride"),
     }
     assert numbers - bounds - harmless == {"site.feature_samples"}  # 0 to 300 in its own check
     for name in sorted(bounds):

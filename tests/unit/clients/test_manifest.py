@@ -51,7 +51,7 @@ def test_one_table_in_every_writing_says_the_same_to_study_and_prepare(content, 
     (case,) = open_site(root, "A", make_data()).cases
     assert (case.image, case.mask, case.patient) == (root / "x/a.png", root / "x/b.png", "P1")
     found, _ = own.find("manifest", root, link=False)
-    assert [(work.site, work.patient) for work in found.work] == [("A", "P1"), ("B", "B-c")]
+    assert [(work.site, work.patient) for work in found.work] == [("A", "P1"), ("B", "")]
 
 
 def test_excels_own_hint_at_the_separator_is_no_row(root):

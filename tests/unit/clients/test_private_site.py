@@ -28,6 +28,7 @@ from tests.support.policed import Hospital
 CPU = torch.device("cpu")
 PRIVATE = (
     "heldout=South",
+    "data.validation_fraction=0",
     "network.norm=group",
     "method=sgcg",
     "federation.rounds=2",

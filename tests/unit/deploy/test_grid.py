@@ -50,7 +50,7 @@ def test_a_value_with_commas_is_an_axis_and_everything_else_stays():
         ("seed=range(3)", ["0", "1", "2"]),
         ("seed=choice(4,5)", ["4", "5"]),
         ("method=choice(source,sgcg)", ["source", "sgcg"]),
-        ("method=glob(*ram*)", ["ram", "ram_sgcg"]),
+        ("method=glob(*ram*)", ["ram", "ram_sgcg", "ram_sgcg_mixed"]),
         ("heldout=choice(A,B)", ["A", "B"]),
         ("prototypes.weight=range(0.1,0.5,0.1)", ["0.1", "0.2", "0.3", "0.4"]),
         ("prototypes.weight=1e-3,0.001,0.10", ["0.001", "0.1"]),

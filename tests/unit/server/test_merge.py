@@ -152,7 +152,7 @@ def test_site_weighting_leaves_out_a_site_that_has_not_seen_the_class() -> None:
 
 
 def test_unknown_weighting_and_a_site_twice_are_refused() -> None:
-    with pytest.raises(ValueError, match="pixels or sites"):
+    with pytest.raises(ValueError, match="pixels, sites or median"):
         merge_statistics([("A", one_class([1]))], "cases")
     with pytest.raises(ValueError, match="twice"):
         merge_statistics([("A", one_class([1])), ("A", one_class([1]))])
