@@ -142,8 +142,7 @@ def make_report(
     Args:
         study: Study folder, or the folder of a single run.
         on_progress: Called with the name of each slow step.
-        aliases: Files with the names of cases (`aliases.csv` of a hospital), besides those in the
-            study folder.
+        aliases: Files with the names of cases (`aliases.csv` of a hospital).
 
     Returns:
         Path of the page.
@@ -153,7 +152,7 @@ def make_report(
             report cannot be written, MON-910 for a file of aliases that cannot be read.
     """
     found, reader = read_study(study)
-    names = read_case_names(found, reader, aliases)
+    names = read_case_names(aliases)
     with gc_disabled():
         page = contents(found, reader, on_progress, names)
         disk = Disk()

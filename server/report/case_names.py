@@ -6,16 +6,10 @@ import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 from fedsgcg.common.errors import fail
-from fedsgcg.server.report.reader import Reader
 from fedsgcg.server.report.sections.overlays import OverlayBlock
 from fedsgcg.server.report.sections.results import CaseRow
-from fedsgcg.server.report.study_files import StudyFiles
-
-FILE: Final = "aliases.csv"
-"""Name of the file in a hospital's own folder."""
 
 
 @dataclass(frozen=True)
@@ -24,32 +18,24 @@ class CaseNames:
 
     Attributes:
         names: Name of a case by its alias.
-        files: The files that say so, relative to the study if they are in it.
+        files: The files that say so.
     """
 
     names: dict[str, str]
     files: tuple[str, ...]
 
 
-def read_case_names(study: StudyFiles, reader: Reader, given: Sequence[Path] = ()) -> CaseNames:
-    """Read the aliases of the hospitals whose folders are in the study, and the given files.
+def read_case_names(given: Sequence[Path]) -> CaseNames:
+    """Read files with aliases that a user has named.
+
+    The files in a simulation's own folder are not read by themselves: a report is made to be
+    shown to others.
 
     Raises:
-        FedsgcgError: MON-910 if a given file cannot be read; a damaged one of the study becomes a
-            problem of the page.
+        FedsgcgError: MON-910 if a file cannot be read.
     """
     names: dict[str, str] = {}
     files: dict[str, None] = {}
-    for cell in study.cells:
-        for path in sorted(cell.folder.glob(f"sites/*/{FILE}")):
-            try:
-                found = dict(_rows(path))
-            except (OSError, ValueError, csv.Error):
-                reader.note_damaged(path)
-                continue
-            if not found.keys() <= names.keys():
-                files[path.relative_to(study.folder).as_posix()] = None
-                names |= found
     for path in given:
         try:
             names |= dict(_rows(path))
