@@ -30,7 +30,8 @@ from fedsgcg.server.report.tables import STATED, Row
 Tree = dict[str, Any]
 SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_asd", "bytes_up"}
 SHOWN |= {"heldout_asd_left_out", *STATED}
-SHOWN |= {"site_distance", "between_site_trace", "within_site_trace", "micro_batches", "steps"}
+SHOWN |= {"site_distance", "between_site_trace", "within_site_trace", "micro_batches"}
+SHOWN |= {"seconds", "steps"}
 SHOWN |= {"between_site_trace_evaluation", "within_site_trace_evaluation"}
 SHOWN |= {f"adapted_dice_{way}" for way in WAYS}
 

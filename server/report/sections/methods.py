@@ -148,7 +148,7 @@ def _shown(row: Mapping[str, Any] | None, metric: str) -> tuple[str, str]:
 def _leaving(study: StudyFiles, label: Label, leaves: Mapping[str, Any]) -> str:
     if label.federation in WITHOUT_FEDERATION:
         return WITHOUT_FEDERATION[label.federation]
-    text = str(leaves.get(label.trains, DASH)).rstrip(".")
+    text = str(leaves.get(label.trains, DASH)).rstrip(".").replace("`", "")
     federation = study.settings.get(label.name, {}).get("federation")
     rule = federation.get("aggregator") if isinstance(federation, Mapping) else ""
     return f"{text}; {CONTROL_VARIATES}" if rule == "scaffold" else text

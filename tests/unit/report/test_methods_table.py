@@ -2,7 +2,12 @@
 
 import pytest
 
+from fedsgcg.server.report.reader import SHOWN
 from fedsgcg.server.report.sections.methods import bytes_sent, step_seconds
+
+
+def test_the_metrics_that_the_table_needs_are_read():
+    assert {"seconds", "steps", "bytes_up"} <= SHOWN
 
 
 def entry(method, metric, value, number=2, site="A", **more):
