@@ -129,7 +129,7 @@ class RecordingGrid(Grid):
         try:
             weights = decode_request(content).weights
         except FedsgcgError:
-            return ""
+            return ""  # not a request: it has no model
         if weights is None:
             return ""
         digest = weights.digest()[:32]
