@@ -77,20 +77,23 @@ def low_resolution(images: Tensor, count: Tensor) -> Tensor:
         count: (B,) whole numbers from 1 to S; S changes nothing.
     """
     for dim in (2, 3):
-        images = _resampled(images, count.view(-1, 1).to(images.dtype), dim)
+        images = _resampled(images, count.view(-1, 1).long(), dim)
     return images
 
 
 def _resampled(images: Tensor, count: Tensor, dim: int) -> Tensor:
+    # Places are whole numbers of half pixels: some centres are exactly on the border of two pixels,
+    # and which of the two a rounded quotient takes depends on the processor.
     side = images.shape[dim]
-    pixels = torch.arange(side, device=images.device, dtype=images.dtype)
-    place = (pixels + 0.5) * (count / side) - 0.5
+    pixels = torch.arange(side, device=images.device)
+    place = (2 * pixels + 1) * count - side  # in 1 / (2 side) coarse pixels
+    first = place.div(2 * side, rounding_mode="floor")
+    share = (place - first * (2 * side)).to(images.dtype) / (2 * side)
     total = torch.zeros_like(images)
     for tap in (-1, 0, 1, 2):
-        coarse = place.floor() + tap
-        weight = _cubic((place - coarse).abs())
-        inside = torch.minimum(coarse.clamp(min=0), count - 1)
-        index = ((inside + 0.5) * (side / count)).floor().long().clamp(max=side - 1)
+        weight = _cubic((share - tap).abs())
+        inside = torch.minimum((first + tap).clamp(min=0), count - 1)
+        index = ((2 * inside + 1) * side).div(2 * count, rounding_mode="floor")
         shape = (-1, 1, side, 1) if dim == 2 else (-1, 1, 1, side)
         total = total + weight.view(shape) * images.gather(dim, index.view(shape).expand_as(images))
     return total
