@@ -119,6 +119,17 @@ class Difference:
         return (self.interval.mean > 0) == (self.metric == "dice")
 
     @property
+    def detectable(self) -> float:
+        """Smallest true mean difference that such a study shows with a probability of 0.8.
+
+        A lower bound, from the spread between the units and the 95 % interval alone: the sign-flip
+        test may need more. Infinite if the test cannot show any, NaN without an interval.
+        """
+        if len(self.seeds) < 2 or self.test.smallest_p * self.family > ALPHA:
+            return math.inf
+        return self.interval.detectable
+
+    @property
     def sentence(self) -> str:
         """The verdict as text."""
         if not self.cases:

@@ -29,12 +29,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.special import nctdtrinc, stdtrit
 
 Floats = npt.NDArray[np.float64]
 Bounds = tuple[float, float]
 
 LEVEL = 0.95
+POWER = 0.8
 NAN = float("nan")
 UNBOUNDED: Bounds = (-math.inf, math.inf)
 _FLAT = 1e-6
@@ -49,11 +50,14 @@ class Interval:
         mean: Mean of the group means.
         low: Lower end.
         high: Upper end.
+        detectable: Smallest true mean, as a distance from zero, for which the interval of such a
+            sample excludes zero with a probability of `POWER`.
     """
 
     mean: float
     low: float
     high: float
+    detectable: float = NAN
 
     @property
     def excludes_zero(self) -> bool:
@@ -139,13 +143,15 @@ def combined_interval(
         return Interval(mean, NAN, NAN)
     variance = math.fsum(part.variance for part in components)
     if variance <= 0:
-        return Interval(mean, mean, mean)
+        return Interval(mean, mean, mean, 0.0)
     freedom = 1 / math.fsum((part.variance / variance) ** 2 / part.freedom for part in components)
     quantile = float(stdtrit(freedom, (1 + level) / 2))
     error = math.sqrt(variance)
     low = mean - error * max(quantile, _unskewed(quantile, skewness))
     high = mean + error * max(quantile, -_unskewed(-quantile, skewness))
-    return Interval(mean, min(mean, max(low, bounds[0])), max(mean, min(high, bounds[1])))
+    # The probability of the other end excluding zero is far below 1e-3 and left out.
+    least = error * float(nctdtrinc(freedom, 1 - POWER, quantile))
+    return Interval(mean, min(mean, max(low, bounds[0])), max(mean, min(high, bounds[1])), least)
 
 
 def _within(groups: Sequence[Floats]) -> list[Component]:

@@ -40,6 +40,7 @@ class ClaimRow:
         directions: How an average varies between hospitals, "" for one hospital.
         seeds: Difference of each seed, a dash without any.
         sentence: The verdict.
+        detectable: Smallest difference that such a study would show, `none` if it can show none.
         holds: Whether the difference holds.
     """
 
@@ -52,6 +53,7 @@ class ClaimRow:
     directions: str
     seeds: str
     sentence: str
+    detectable: str
     holds: bool
 
 
@@ -178,6 +180,7 @@ def claim_row(entry: Difference, title: str, span: float) -> ClaimRow:
         directions="; ".join(directions(entry)),
         seeds=seeds or DASH,
         sentence=sentence,
+        detectable="none" if math.isinf(entry.detectable) else show(entry.detectable, places),
         holds=entry.holds,
     )
 
@@ -213,6 +216,9 @@ def claim_sentence(entry: Difference, several: bool) -> str:
         verdict = "the difference holds"
     elif reason:
         verdict += f", because {reason}"
+        if not entry.holds and math.isfinite(entry.detectable):
+            least = show(entry.detectable, places)
+            verdict += f"; a true difference below {least}{unit} would often be missed"
     return f"{start}: {size} ({'; '.join([*facts, *directions(entry)])}); {verdict}."
 
 

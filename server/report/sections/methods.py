@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any, Final
 
 from fedsgcg.server.report.format import DASH, DECIMALS, TITLES, show, show_interval
-from fedsgcg.server.report.intervals import Interval
+from fedsgcg.server.report.intervals import NAN, Interval
 from fedsgcg.server.report.labels import FEDERATIONS, Label
+from fedsgcg.server.report.rounds import curves
 from fedsgcg.server.report.study_files import StudyFiles
 from fedsgcg.server.report.tables import AVERAGE, Row, methods_of
 
@@ -31,6 +33,9 @@ class MethodRow:
     Attributes:
         label: The label.
         results: (value, 95 % interval) of each column of results.
+        worst: (lowest Dice of a held-out hospital, its name), Dice averaged over structures; a dash
+            unless all held-out hospitals have a result.
+        in_domain: Dice of the source hospitals' validation cases at the end of training.
         step: Time of a step relative to the reference.
         bytes: Bytes that a hospital sends in a round.
         leaves: What leaves a hospital.
@@ -38,6 +43,8 @@ class MethodRow:
 
     label: str
     results: tuple[tuple[str, str], ...]
+    worst: tuple[str, str]
+    in_domain: str
     step: str
     bytes: str
     leaves: str
@@ -51,12 +58,14 @@ class MethodTable:
         columns: Titles of the columns of results.
         reference: Label whose step is 1.
         hospitals: Number of held-out hospitals; the results are means over them.
+        has_heldout: Whether hospitals were held out.
         rows: The rows, in the order of the report.
     """
 
     columns: tuple[str, ...]
     reference: str
     hospitals: int
+    has_heldout: bool
     rows: tuple[MethodRow, ...]
 
 
@@ -86,6 +95,9 @@ def method_table(
     named = methods_of([{"method": name} for name in seconds])
     reference = next(iter(named), "")
     sent = bytes_sent(study.rounds)
+    hospitals = max((int(row["hospitals"]) for row in chosen.values()), default=1)
+    lowest = worst_hospitals(summary, hospitals)
+    validated = in_domain(study.rounds)
     rows = []
     for label in labels:
         found = [chosen.get((label.name, structure)) for structure in structures]
@@ -95,9 +107,55 @@ def method_table(
             step = show(seconds[label.name] / seconds[reference], 2)
         federated = label.federation == FEDERATIONS[0]
         size = f"{sent[label.name] / 1e6:.2f} MB" if federated and label.name in sent else DASH
-        rows.append(MethodRow(label.name, results, step, size, _leaving(study, label, leaves)))
-    hospitals = max((int(row["hospitals"]) for row in chosen.values()), default=1)
-    return MethodTable(_columns(structures, unit), reference, hospitals, tuple(rows))
+        value, name = lowest.get(label.name, (NAN, ""))
+        rows.append(
+            MethodRow(
+                label.name,
+                results,
+                (show(value, DECIMALS["dice"]), name),
+                show(validated.get(label.name, NAN), DECIMALS["dice"]),
+                step,
+                size,
+                _leaving(study, label, leaves),
+            )
+        )
+    has_heldout = any(cell.heldout for cell in study.cells)
+    return MethodTable(_columns(structures, unit), reference, hospitals, has_heldout, tuple(rows))
+
+
+def worst_hospitals(
+    summary: Iterable[Mapping[str, Any]], hospitals: int
+) -> dict[str, tuple[float, str]]:
+    """Return (lowest mean Dice, hospital) of each label, Dice averaged over structures.
+
+    The mean over hospitals hides one at which a model is useless. Labels without a result at all
+    hospitals, and studies of one hospital, are left out.
+
+    Args:
+        summary: Rows of `study_summary`.
+        hospitals: Number of hospitals of the study's averages.
+    """
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in summary:
+        if row["site"] != AVERAGE and math.isfinite(row["dice_mean"]):
+            found[row["method"]][row["site"]].append(float(row["dice_mean"]))
+    return {
+        method: min((mean(values), site) for site, values in sites.items())
+        for method, sites in found.items()
+        if len(sites) == hospitals > 1
+    }
+
+
+def in_domain(rows: Iterable[Row]) -> dict[str, float]:
+    """Return each label's Dice of the source hospitals' validation cases at the end of training.
+
+    The value of the last measured round, averaged over folds and classes. Next to the Dice of
+    held-out hospitals it shows whether a method pays for one with the other.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for (_, method, _), curve in curves(rows, "validation_dice").items():
+        found[method].append(float(curve.mean[-1]))
+    return {method: mean(values) for method, values in found.items()}
 
 
 def step_seconds(rows: Iterable[Row]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from fedsgcg.server.report.differences import CaseValues, compare_everywhere, compare_on_average
-from fedsgcg.server.report.sections.claims import claim_sentence
+from fedsgcg.server.report.sections.claims import claim_row, claim_sentence
 from tests.unit.report.test_tables import row
 
 SITES = ("BIDMC", "HK", "RUNMC", "UCL")
@@ -63,6 +63,22 @@ class TestDifferences:
             "higher at 1 of 4 hospitals: BIDMC +0.297, HK −0.006, UCL −0.012, RUNMC −0.036" in text
         )
         assert ("no verdict, because with one seed" in text) == (len(seeds) == 1)
+
+    def test_a_difference_that_is_not_shown_says_how_large_it_would_have_to_be(self):
+        gain = {"BIDMC": 0.018, "HK": -0.02, "RUNMC": 0.022, "UCL": -0.02}
+        found = self.compare(self.two(lambda site, *_: gain[site]))
+        # Four hospitals: se 0.0116; the noncentrality of t with 3 degrees for 80 % is 4.256.
+        error = np.std(list(gain.values()), ddof=1) / 2
+        assert found.detectable == pytest.approx(4.255898863 * error)
+        assert "; a true difference below 0.049 would often be missed" in claim_sentence(
+            found, several=False
+        )
+
+    def test_a_study_that_cannot_show_a_difference_detects_none(self):
+        one_seed = self.compare(self.two(lambda site, *_: 0.02 * len(site), seeds=(4,)))
+        few = self.compare(self.two(lambda site, *_: 0.02 * len(site), SITES[:2], seeds=(0, 1)))
+        assert (one_seed.detectable, few.detectable) == (math.inf, math.inf)
+        assert claim_row(few, "", 1.0).detectable == "none"
 
     def test_one_seed_gives_no_verdict_however_clear_it_looks(self):
         found = self.compare(self.two(lambda *_: 0.02, seeds=(4,)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from fedsgcg.server.report.intervals import (
     Component,
@@ -39,6 +39,12 @@ def coverage(draw, mean, sizes):
     rng = np.random.default_rng(11)
     found = [mean_interval([draw(rng, size) for size in sizes]) for _ in range(TRIALS)]
     return float(np.mean([interval.low <= mean <= interval.high for interval in found]))
+
+
+def _noncentral(freedom):
+    """Noncentrality for which Student's t exceeds its 97.5 % quantile in 80 %, by bisection."""
+    quantile = stats.t.ppf(0.975, freedom)
+    return optimize.brentq(lambda nc: stats.nct.sf(quantile, freedom, nc) - 0.8, 0.1, 60)
 
 
 class TestCoverage:
@@ -161,6 +167,17 @@ class TestCombined:
         half = stats.t.ppf(0.975, freedom) * math.sqrt(13 / 3)
         found = combined_interval(2.0, parts)
         assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
+
+    @pytest.mark.parametrize("size", [2, 4, 12, 200])
+    def test_a_detectable_mean_is_detected_in_four_of_five_samples(self, size):
+        rng = np.random.default_rng(size)
+        least = 3.0 * _noncentral(size - 1) / math.sqrt(size)
+        samples = rng.normal(least, 3.0, (20_000, size))
+        error = samples.std(axis=1, ddof=1) / math.sqrt(size)
+        found = samples.mean(axis=1) > stats.t.ppf(0.975, size - 1) * error
+        assert found.mean() == pytest.approx(0.8, abs=0.012)  # four standard errors
+        unit = combined_interval(0.0, [Component(9.0 / size, size - 1.0)])
+        assert unit.detectable == pytest.approx(least, rel=1e-6)
 
     def test_without_a_component_the_ends_are_unknown(self):
         assert math.isnan(combined_interval(1.0, []).low)

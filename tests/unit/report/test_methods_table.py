@@ -3,7 +3,13 @@
 import pytest
 
 from fedsgcg.server.report.reader import SHOWN
-from fedsgcg.server.report.sections.methods import bytes_sent, step_seconds
+from fedsgcg.server.report.sections.methods import (
+    bytes_sent,
+    in_domain,
+    step_seconds,
+    worst_hospitals,
+)
+from fedsgcg.server.report.tables import AVERAGE
 
 
 def test_the_metrics_that_the_table_needs_are_read():
@@ -36,3 +42,23 @@ def test_bytes_are_those_of_one_hospital_in_a_round():
     sizes = {"A": 1, "B": 5, "C": 9}
     rows = [entry("source", "bytes_up", size, site=site) for site, size in sizes.items()]
     assert bytes_sent([*rows, entry("source", "bytes_down", 70.0)]) == {"source": 5.0}
+
+
+def test_the_worst_hospital_is_that_of_the_lowest_mean_over_structures():
+    dice = {"A": (0.9, 0.5), "B": (0.6, 0.7), AVERAGE: (0.1, 0.1)}
+    rows = [
+        {"method": "gin", "site": site, "structure": structure, "dice_mean": value}
+        for site, values in dice.items()
+        for structure, value in zip(("disc", "cup"), values, strict=True)
+    ]
+    rows.append({"method": "ram", "site": "A", "structure": "disc", "dice_mean": 0.2})
+    assert worst_hospitals(rows, 2) == {"gin": (pytest.approx(0.65), "B")}
+    assert worst_hospitals(rows[:2], 1) == {}
+
+
+def test_in_domain_is_the_last_validation_of_every_fold():
+    def seen(value, number, **more):
+        return entry("gin", "validation_dice", value, number, cls="disc", **more)
+
+    rows = [seen(0.1, 1), seen(0.8, 2), seen(0.6, 2, site="C"), seen(0.9, 3, heldout="D")]
+    assert in_domain(rows) == {"gin": pytest.approx((0.7 + 0.9) / 2)}
