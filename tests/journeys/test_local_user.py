@@ -20,7 +20,7 @@ from fedsgcg.deploy.coordinator.executor import ACQUIRE, PROGRAM
 from fedsgcg.deploy.site.supervisor import read_facts
 from tests.support.federation import Federation, descendants
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 TOKEN = re.compile(r"[0-9a-f]{32,}|[A-Za-z0-9_-]{40,}")
 """Every secret of a kit and of Flower looks like one of these."""

@@ -12,7 +12,7 @@ import pytest
 from fedsgcg.deploy.coordinator.front import MESSAGES, OBJECTS, Limits
 from tests.support.federation import Federation
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def test_study_runs_every_cell_and_a_second_call_does_nothing(
         hospitals,
         tmp_path / "run",
         "method=source,sgcg",
-        "heldout=all",
+        "heldout=East,South",
         "seed=0",
         "federation.rounds=2",
     )
@@ -55,7 +55,8 @@ def test_study_runs_every_cell_and_a_second_call_does_nothing(
 def test_killed_study_called_again_ends_with_the_same_table(
     hospitals: Path, tmp_path: Path
 ) -> None:
-    axes = ("method=sgcg", "heldout=all", "seed=0", "federation.rounds=4", "ray.cpus=1")
+    folds = "heldout=East,North,South"
+    axes = ("method=sgcg", folds, "seed=0", "federation.rounds=4", "ray.cpus=1")
     whole = small.run("study", *small.overrides(hospitals, tmp_path / "whole", *axes))
     assert whole.returncode == 0, whole.stdout + whole.stderr
     cut = tmp_path / "cut"
