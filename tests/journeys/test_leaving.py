@@ -16,6 +16,7 @@ from tests.support import small
 
 pytestmark = pytest.mark.slow
 SOON_S = 60
+IN_PROCESS = "runtime=inprocess"
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_run_folder_is_never_taken_for_a_study_of_other_images(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(hospitals, other)
-    arguments = ("heldout=South", "federation.rounds=1")
+    arguments = ("heldout=South", "federation.rounds=1", IN_PROCESS)
     output = tmp_path / "run"
     assert small.run("simulate", *small.overrides(hospitals, output, *arguments)).returncode == 0
     moved = small.run("simulate", *small.overrides(other, output, *arguments))
@@ -93,16 +94,18 @@ def test_ray_cluster_that_is_not_there_is_named_at_once(hospitals: Path, tmp_pat
     assert time.monotonic() - started < SOON_S
 
 
-@pytest.mark.parametrize("name", ["study.yaml", "*/*/*/outcome.json"])
-def test_damaged_record_is_named_and_not_a_traceback(
-    hospitals: Path, tmp_path: Path, name: str
-) -> None:
-    arguments = small.overrides(hospitals, tmp_path, "heldout=South", "federation.rounds=1")
+def test_damaged_record_is_named_and_not_a_traceback(hospitals: Path, tmp_path: Path) -> None:
+    arguments = small.overrides(
+        hospitals, tmp_path, "heldout=South", "federation.rounds=1", IN_PROCESS
+    )
     assert small.run("simulate", *arguments).returncode == 0
-    (path,) = tmp_path.glob(name)
-    path.write_text("{ cut off: [")
-    done = small.run("simulate", *arguments)
-    assert done.returncode == 2, done.stdout
-    assert "SRV-402" in done.stderr
-    assert path.name in done.stderr
-    assert "Traceback" not in done.stderr
+    for name in ("study.yaml", "*/*/*/outcome.json"):
+        (path,) = tmp_path.glob(name)
+        whole = path.read_text()
+        path.write_text("{ cut off: [")
+        done = small.run("simulate", *arguments)
+        assert done.returncode == 2, done.stdout
+        assert "SRV-402" in done.stderr
+        assert path.name in done.stderr
+        assert "Traceback" not in done.stderr
+        path.write_text(whole)

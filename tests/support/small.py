@@ -75,7 +75,7 @@ def run(*arguments: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=280,
+        timeout=560,
         **keywords,
     )
 
