@@ -86,7 +86,7 @@ class RunSettings(Section):
         ray: Settings of Ray.
         telemetry: Metrics for Prometheus.
         tracking: Experiment trackers that get the curves of a study while it runs: `tensorboard`,
-            `mlflow` or both (extras of the same names). They write into the folder of the study, and
+            `mlflow` or both (extras of the same names). They write into the study's folder, and
             nothing leaves the machine.
         mlflow_uri: MLflow store to use instead of the study's own: `sqlite:////FILE`, shared by
             studies, or the `http://` or `https://` address of a tracking server, which then gets

@@ -301,7 +301,8 @@ def _explain_runtime(study: Study, missing: int) -> str:
     elif study.runtime == "ray":
         how = "hospitals in parallel: Flower's simulation engine on Ray, one cell after the other"
     else:
-        how = f"cells in parallel: {_at_once(study, missing)} at once, each a federation in one process"
+        at_once = _at_once(study, missing)
+        how = f"cells in parallel: {at_once} at once, each a federation in one process"
         if missing > 1:
             how += " (Ray tasks)"
     resources = f"{study.machine.cpus} CPU cores, {gpus}"

@@ -153,11 +153,12 @@ class RunProgress:
         """
         pairs = list(pairwise(self.arrivals))
         found = [after - before for (before, _), (after, _) in pairs]
-        in_turn = all(gap >= IN_TURN * spent for gap, (_, (_, spent)) in zip(found, pairs, strict=True))
+        spent = [seconds for _, (_, seconds) in pairs]
+        in_turn = all(gap >= IN_TURN * own for gap, own in zip(found, spent, strict=True))
         return found if in_turn else []
 
     def _start_up(self) -> float:
-        """Return how much longer the first site of a start took than the usual one of the others."""
+        """Return how much longer the first site of a start took than the others usually do."""
         intervals = self._intervals()
         return max(0.0, self.answered_first - median(intervals)) if intervals else 0.0
 

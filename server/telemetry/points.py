@@ -57,6 +57,7 @@ class FollowedPoints(FollowedRun):
         started: Time of the first event, 0 before.
         points: Points that nobody has taken yet.
         status: Final status, "" before.
+        chosen: Settings that the source hospitals chose, `name=value` with spaces in between.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,6 +65,7 @@ class FollowedPoints(FollowedRun):
         self.started = 0.0
         self.points: list[Point] = []
         self.status = ""
+        self.chosen = ""
         self._time = 0.0
         self._round = 0
 
@@ -77,6 +79,7 @@ class FollowedPoints(FollowedRun):
         self._time = float(event["time"])
         self._round = max(self._round, int(event.get("round", 0)))
         self.started = self.started or self._time
+        self.chosen = str(event.get("chosen", ""))
         if name == "round.done":
             self._add(("mean", "loss"), self._round, event.get("loss"))
             received = int(event.get("validation_round", 0))
@@ -95,7 +98,8 @@ class FollowedPoints(FollowedRun):
         """Take the results."""
         found: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for row in rows:
-            found["final", "dice", str(row["structure"]), str(row["site"])].append(row["dice"])
+            if row["dice"] is not None:
+                found["final", "dice", str(row["structure"]), str(row["site"])].append(row["dice"])
         for tag, values in found.items():
             self._add(tag, self._round, fsum(values) / len(values))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         if old := self._writers.pop(run.folder, None):
-            old.close()
+            with suppress(OSError, RuntimeError):
+                old.close()
         folder = self._folder / run.folder
         for path in folder.glob(f"{PREFIX}*"):
             if any(time < run.started for _, _, time in _points(path)):

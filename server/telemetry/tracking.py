@@ -81,6 +81,13 @@ class TrackedRun:
 
     def update(self, tracker: Tracker) -> None:
         """Read what is new and write it; what was not written is kept for the next call."""
+        try:
+            self._update(tracker)
+        except BaseException:
+            self._run = None  # opened again, and asked what it has of a write that failed
+            raise
+
+    def _update(self, tracker: Tracker) -> None:
         follower = self._follower
         follower.poll()
         if not follower.started:
@@ -89,7 +96,9 @@ class TrackedRun:
         self._waiting.extend(follower.points)
         follower.points.clear()
         if self._run is None or self._run.started != follower.started:
-            run = Run(self.name, self._path, follower.started, self._settings)
+            chosen = (text.partition("=") for text in follower.chosen.split())
+            settings = self._settings | {name: value for name, _, value in chosen}
+            run = Run(self.name, self._path, follower.started, settings)
             tracker.open(run)
             self._written, self._ended, self._run = tracker.steps(run), "", run
         fresh: dict[tuple[str, int], Point] = {}
@@ -175,7 +184,7 @@ class Tracking:
         """Run something of the tracker's library; report an exception once."""
         try:
             work()
-        # Any exception of a tracker's library is a warning: the study is worth more than its curves.
+        # Any exception of a tracker's library is a warning: a study is worth more than its curves.
         except Exception as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             if not self._refused:

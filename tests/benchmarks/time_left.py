@@ -24,7 +24,7 @@ Event = tuple[float, int, dict[str, Any]]
 
 
 def recorded(study: Path) -> tuple[list[Cell], list[Event]]:
-    """Return the cells of a study and their events in the order of time; empty where one resumed."""
+    """Return the cells of a study and their events in the order of time; empty after a resume."""
     cells: list[Cell] = []
     events: list[Event] = []
     for path in study.glob(f"*/*/*/{paths.EVENTS}"):

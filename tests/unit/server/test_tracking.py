@@ -4,7 +4,7 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,7 @@ class Hanging:
     def steps(self, run: Run) -> set[tuple[str, int]]:
         return set()
 
-    def write(self, run: Run, points: list[Point]) -> None:
+    def write(self, run: Run, points: Sequence[Point]) -> None:
         raise AssertionError
 
     def end(self, run: Run, status: str) -> None:
@@ -299,6 +299,31 @@ def test_points_that_wait_for_a_tracker_are_bounded_and_what_is_dropped_is_count
             tracked.update(Refusing())
     assert len(tracked._waiting) == 4
     assert tracked.dropped == 2 * 5 - 4
+
+
+def test_a_failed_write_is_repeated_without_a_point_twice(tmp_path: Path) -> None:
+    class Failing(TensorBoard):
+        fails = True
+
+        def write(self, run: Run, points: Sequence[Point]) -> None:
+            if self.fails:
+                super().write(run, points[:2])
+                raise OSError("no space")
+            super().write(run, points)
+
+    run = RunFolder(tmp_path)
+    run.event("run.started", chosen="method.learning_rate=0.5")
+    run.round(1)
+    (tracked,) = runs_of(run.study, [("cell", run.folder, TREE)])
+    tracker = Failing(tmp_path / "tensorboard")
+    with pytest.raises(OSError, match="no space"):
+        tracked.update(tracker)
+    tracker.fails = False
+    tracked.update(tracker)
+    tracker.close()
+    assert len(tensorboard_points(tmp_path)) == 5
+    assert tracked._run is not None
+    assert tracked._run.settings["method.learning_rate"] == "0.5"  # as the source hospitals chose
 
 
 def test_an_address_of_mlflow_that_is_away_is_a_warning(tmp_path: Path) -> None:
