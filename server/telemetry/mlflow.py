@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +22,7 @@ ENVIRONMENT: Final = {
 }
 """Variables that the user may set: no usage statistics of MLflow, and no minutes of retries."""
 
+SQLITE: Final = "sqlite:///"
 EXPERIMENT: Final = "fedsgcg"
 KEY: Final = "fedsgcg.key"
 FOLDER: Final = "fedsgcg.run"
@@ -52,6 +55,8 @@ class MLflow:
     def __init__(self, uri: str, study: str, artifacts: str) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        if uri.startswith(SQLITE):
+            check_sqlite(uri.removeprefix(SQLITE))
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
@@ -156,6 +161,18 @@ class MLflow:
         """Return the runs with a key, in an order that all processes share."""
         found = self._client.search_runs([self._experiment], f"tags.`{KEY}` = '{known}'")
         return sorted(found, key=lambda run: str(run.info.run_id))
+
+
+def check_sqlite(path: str) -> None:
+    """Open a database for writing; MLflow itself would try for two minutes.
+
+    Raises:
+        sqlite3.Error: For a file that is no database or cannot be written.
+    """
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        database.execute("PRAGMA schema_version").fetchone()
+        database.rollback()
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -42,7 +42,7 @@ def test_every_event_that_the_code_emits_is_in_the_table_with_its_fields() -> No
 
 def test_an_event_of_the_log_fits_the_table_and_a_changed_one_does_not(tmp_path: Path) -> None:
     taken: list[dict[str, Any]] = []
-    EventLog(small_plan(output=str(tmp_path)), taken.append).emit(
+    EventLog(small_plan(tmp_path), taken.append).emit(
         "round.done", loss=float("nan"), validation_dice=0.5, validation_round=1
     )
     (event,) = taken
