@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -99,8 +98,6 @@ def _maker(name: str, folder: Path, mlflow_uri: str) -> Callable[[], Tracker]:
     def mlflow() -> Tracker:
         from fedsgcg.server.telemetry.mlflow import MLflow
 
-        for library in ("mlflow", "alembic"):
-            logging.getLogger(library).setLevel(logging.WARNING)
         local = f"sqlite:///{folder / STORE}"
         return MLflow(mlflow_uri or local, folder.name, (folder / ARTIFACTS).as_uri())
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 ENVIRONMENT: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Variables that the user may set: no usage statistics of MLflow, and no minutes of retries."""
+"""Variables that the user may set: no usage statistics and messages of MLflow, no minutes of retries."""
 
 SQLITE: Final = "sqlite:///"
 EXPERIMENT: Final = "fedsgcg"
