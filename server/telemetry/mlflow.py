@@ -21,7 +21,7 @@ ENVIRONMENT: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-"""Variables that the user may set: no usage statistics and messages of MLflow, no minutes of retries."""
+"""Variables that the user may set: no usage statistics, no messages, no minutes of retries."""
 
 SQLITE: Final = "sqlite:///"
 EXPERIMENT: Final = "fedsgcg"

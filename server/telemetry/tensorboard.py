@@ -72,11 +72,13 @@ class TensorBoard:
             from torch.utils.tensorboard.summary import hparams
 
             writer = self._writers[run.folder]
-            final = [tag for tag, _ in self.steps(run) if tag.startswith("final/")]
-            if any(tag.startswith("_hparams_/") for tag, _ in self.steps(run)):
+            known = {tag for tag, _ in self.steps(run)}
+            if any(tag.startswith("_hparams_/") for tag in known):
                 return
-            for summary in hparams(dict(run.settings), dict.fromkeys(final, math.nan)):
-                writer._get_file_writer().add_summary(summary, 0)
+            final = {tag: math.nan for tag in known if tag.startswith("final/")}
+            summaries = hparams(dict(run.settings), final)  # type: ignore[no-untyped-call]
+            for summary in summaries:
+                writer._get_file_writer().add_summary(summary, 0)  # type: ignore[no-untyped-call]
             writer.flush()
 
     def close(self) -> None:
