@@ -23,8 +23,8 @@ from fedsgcg.server.telemetry.tracking import Tracker, Tracking, runs_of
 pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
 pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
 
-from fedsgcg.server.telemetry.mlflow import MLflow
-from fedsgcg.server.telemetry.tensorboard import TensorBoard
+from fedsgcg.server.telemetry.mlflow import MLflow  # noqa: E402
+from fedsgcg.server.telemetry.tensorboard import TensorBoard  # noqa: E402
 
 SITES = ('Hôpital "A": 1/2', "B")
 TREE = {"method": {"name": "sgcg", "learning_rate": 0.01}, "data": {"root": "/secret", "size": 8}}
