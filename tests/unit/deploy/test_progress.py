@@ -171,7 +171,8 @@ def test_a_line_that_is_no_event_and_a_log_of_a_new_run_do_not_end_the_progress(
     cell: Cell,
 ) -> None:
     path = cell.folder / "events.jsonl"
-    path.write_text('{"time": 0, "event": "run.started", "round": 3, "rounds": 4}\n' + 99 * '[1]\n{"rou\n')
+    start = '{"time": 0, "event": "run.started", "round": 3, "rounds": 4}\n'
+    path.write_text(start + 99 * '[1]\n{"rou\n')
     shown = progress(cell)
     (state,) = shown.states
     path.unlink()
