@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -40,9 +41,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.names import printable
 from fedsgcg.common.streams import Outlet, flush_streams, open_streams
 
 T = TypeVar("T")
+
+EVENTS_VERSION = 1
+"""Version of the events of `--json`; raised when a field changes its meaning or goes."""
 
 WITHOUT_TERMINAL = 110
 """Columns of a file or a pipe, where 80 would break tables."""
@@ -109,9 +114,20 @@ class Screen(Console):
     def event(self, name: str, **fields: Any) -> None:
         """Write an event as one line of JSON to standard output if `--json` was given."""
         if self.events:
-            line = json.dumps({"event": name, **fields}, default=str)
-            Outlet(sys.stdout).write(line + "\n")
-            sys.stdout.flush()
+            facts = {"version": EVENTS_VERSION, "event": name, **fields}
+            outlet = Outlet(sys.stdout)
+            outlet.write(json.dumps(_plain(facts), allow_nan=False) + "\n")
+            outlet.flush()
+
+    @property
+    def redraws(self) -> bool:
+        """Whether progress is drawn over itself; else it is lines.
+
+        A terminal without cursor movement (`TERM=dumb`) cannot, and a log of a CI system (`CI`)
+        would keep every state.
+        """
+        able = self.is_terminal and not self.is_dumb_terminal
+        return able and not self.only_problems and not _in_ci()
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text verbatim, except for control characters, which could steer the terminal."""
@@ -120,6 +136,23 @@ class Screen(Console):
     def status(self, status: RenderableType, **options: Any) -> Status:
         """Show a spinner before a verbatim text."""
         return super().status(Text(status) if isinstance(status, str) else status, **options)
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: NaN and infinity are null, names valid text, paths names."""
+    if isinstance(value, Mapping):
+        return {printable(str(name)): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    return printable(str(value))
 
 
 def _columns(stream: TextIO) -> int | None:
@@ -328,7 +361,7 @@ def steps_of(console: Screen, task: str) -> Iterator[Callable[[str], None]]:
     Yields:
         A function to call with the name of each step.
     """
-    if console.is_terminal:
+    if console.redraws:
         with console.status(Text(task)) as status:
             yield lambda step: status.update(Text(f"{task}: {step}"))
         return
@@ -351,7 +384,7 @@ def counted(items: Sequence[T], console: Screen, task: str) -> Iterator[T]:
         console: Where to show it.
         task: What is happening, e.g. "converting".
     """
-    if console.is_terminal:
+    if console.redraws:
         with progress_bar(console, MofNCompleteColumn(), TimeRemainingColumn()) as progress:
             yield from progress.track(items, description=task)
         return

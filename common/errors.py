@@ -226,6 +226,8 @@ CODES: Final[dict[str, str]] = {
     "MON-908": "The file with the token cannot be used.",
     "MON-910": "The file with the names of cases cannot be read.",
     "MON-911": "The report cannot be printed as PDF.",
+    "MON-912": "An experiment tracker cannot write.",
+    "MON-913": "An experiment tracker does not have all curves.",
     # PRV-95x, PRV-96x: secure sums
     "PRV-951": "The site demands a protection that the plan does not have.",
     "PRV-952": "The setting cannot be combined with secure sums.",

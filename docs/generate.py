@@ -28,6 +28,7 @@ import yaml
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.methods.cards import cards
 from fedsgcg.common.images.formats import DICOM, FORMATS
+from fedsgcg.common.run_folder.events import EVERY_EVENT, RUN_EVENTS, STUDY_EVENTS, Event
 from fedsgcg.common.run_folder.tables import CELL_FIELDS, RESULTS_SCHEMA, ROUNDS_SCHEMA
 from fedsgcg.common.settings.base import bounds_of
 from fedsgcg.common.settings.compose import CONFIGS, GROUPS, MAPS, choices_of, compose
@@ -336,6 +337,23 @@ def metrics() -> str:
     return _table(("name", "type", "labels", "meaning"), rows)
 
 
+def event_fields() -> str:
+    """Return the fields that every event of a run has."""
+    rows = [(f"`{name}`", *facts) for name, facts in EVERY_EVENT.items()]
+    return _table(("field", "type", "meaning"), rows)
+
+
+def events(kinds: Mapping[str, Event]) -> str:
+    """Return the events with their own fields."""
+    rows = []
+    for name, event in kinds.items():
+        own = "<br>".join(
+            f"`{field}` ({kind}): {meaning}" for field, (kind, meaning) in event.fields.items()
+        )
+        rows.append((f"`{name}`", event.meaning, own))
+    return _table(("event", "meaning", "fields"), rows)
+
+
 def tests_by_row() -> dict[int, list[tuple[str, str]]]:
     """Return the (file, name) of the tests of each row.
 
@@ -409,6 +427,9 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
     "fault-matrix": fault_matrix,
     "attacks": attacks,
     "metrics": metrics,
+    "event-fields": event_fields,
+    "run-events": lambda: events(RUN_EVENTS),
+    "study-events": lambda: events(STUDY_EVENTS),
     "formats": formats,
     "methods": method_cards,
 }

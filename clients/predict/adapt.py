@@ -104,7 +104,7 @@ def adapted_model(
 def _table(jobs: Sequence[Job], model: Model, console: Screen) -> SliceTable:
     """Return the slices of all usable images, without what only scores and pictures need."""
     stored: list[Slices] = []
-    items = counted(jobs, console, "measuring") if console.is_terminal else iter(jobs)
+    items = counted(jobs, console, "measuring") if console.redraws else iter(jobs)
     for job in items:
         try:
             volume = read_volume(job.image)

@@ -86,7 +86,7 @@ def _predict_all(
     scores = Scores(predictor.model.data)
     failed: list[tuple[Job, Problem]] = []
     earlier = 0
-    items = counted(found, console, "predicting") if console.is_terminal else iter(found)
+    items = counted(found, console, "predicting") if console.redraws else iter(found)
     for number, job in enumerate(items, 1):
         place = f"[{number}/{len(found)}] {job.shown}"
         try:

@@ -11,6 +11,10 @@ REFERENCES: Final = ("local", "pooled", "best_single")
 """Rows for comparison that a study can have (`references`)."""
 
 
+TRACKERS: Final = ("tensorboard", "mlflow")
+STORES: Final = ("sqlite:///", "http://", "https://")
+
+
 @dataclass(frozen=True)
 class RaySettings(Section):
     """Settings of Ray, which runs hospitals or cells in parallel.
@@ -81,6 +85,12 @@ class RunSettings(Section):
             another group); usually given as `--config-dir DIR`.
         ray: Settings of Ray.
         telemetry: Metrics for Prometheus.
+        tracking: Experiment trackers that get the curves of a study while it runs: `tensorboard`,
+            `mlflow` or both (extras of the same names). They write into the study's folder, and
+            nothing leaves the machine.
+        mlflow_uri: MLflow store to use instead of the study's own: `sqlite:////FILE`, shared by
+            studies, or the `http://` or `https://` address of a tracking server, which then gets
+            the names of hospitals, the settings and the figures.
     """
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
@@ -93,7 +103,14 @@ class RunSettings(Section):
     config_dir: str = ""
     ray: RaySettings = RaySettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    tracking: tuple[str, ...] = ()
+    mlflow_uri: str = ""
 
     def checks(self) -> Checks:
-        """The references exist."""
+        """The references and trackers exist, and the address is one of MLflow's."""
         yield set(self.references) <= set(REFERENCES), "references", " | ".join(REFERENCES)
+        known = set(self.tracking) <= set(TRACKERS)
+        once = len(set(self.tracking)) == len(self.tracking)
+        yield known and once, "tracking", f"{' | '.join(TRACKERS)}, each once"
+        local = self.mlflow_uri == "" or self.mlflow_uri.startswith(STORES)
+        yield local, "mlflow_uri", f"an address that starts with {', '.join(STORES)}"

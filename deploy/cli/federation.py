@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedsgcg.common.console import Screen
+from fedsgcg.common.console import Screen, add_output_options
 from fedsgcg.common.errors import fail
 from fedsgcg.server.sites.departures import OPTION
 
@@ -40,6 +40,7 @@ def add_commands(commands: Any) -> None:
     )
     resume = _command(commands, "resume", "resume the run that was started last", _resume)
     for command in (run, resume):
+        add_output_options(command, events=True)
         command.add_argument(
             "--detach", action="store_true", help="return at once; the run continues on the server"
         )

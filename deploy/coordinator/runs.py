@@ -22,6 +22,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.coordinator.bundle import Bundle, build_bundle, run_config
 from fedsgcg.deploy.coordinator.control import Control, RunState, control_of
 from fedsgcg.deploy.coordinator.project import Kit, SubmittedRun
+from fedsgcg.deploy.monitoring.tracking import check_packages, tracked_study
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.grid import (
     split_axes,
@@ -107,6 +108,8 @@ def plan_deployment(kit: Kit, overrides: Sequence[str]) -> Study:
         overrides=tuple(overrides),
         command="run",
         data="at the sites",
+        tracking=tuple(base["tracking"]),
+        mlflow_uri=str(base["mlflow_uri"]),
     )
 
 
@@ -151,6 +154,7 @@ def run_kit(
     kit = Kit.at(path)
     study = plan_deployment(kit, overrides)
     check_leaving(study, without)
+    check_packages(study.tracking)
     study.folder.mkdir(parents=True, exist_ok=True)
     if warning := kit.project().missing_limits():
         console.print(str(warning), style="yellow")
@@ -170,18 +174,20 @@ def run_kit(
             )
         )
         console.print(f"app bundle {bundle.digest[:16]}; each hospital must have approved it")
-        for cell in missing:
-            submitted = submit(kit, control, cell, bundle, overrides)
-            if detach:
-                console.print(f"run {submitted.run_id} started; fedsgcg status {kit.folder}")
-                return 0
-            try:
-                watch(control, cell, submitted, console)
-            except FedsgcgError as error:
-                if error.code != "DEP-615":
-                    raise
-                console.print(str(error), style="red")
-                return 1
+        curves = [(cell.name, cell.folder, cell.tree) for cell in study.cells]
+        with tracked_study(study.folder, curves, study.tracking, study.mlflow_uri, console):
+            for cell in missing:
+                submitted = submit(kit, control, cell, bundle, overrides)
+                if detach:
+                    console.print(f"run {submitted.run_id} started; fedsgcg status {kit.folder}")
+                    return 0
+                try:
+                    watch(control, cell, submitted, console)
+                except FedsgcgError as error:
+                    if error.code != "DEP-615":
+                        raise
+                    console.print(str(error), style="red")
+                    return 1
         with steps_of(console, "making the report") as step:
             collect(study.folder)
             make_report(study.folder, step)

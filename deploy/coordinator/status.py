@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,11 @@ from rich.text import Text
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import FedsgcgError
-from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.coordinator.control import RunState, control_of
 from fedsgcg.deploy.coordinator.project import Kit
 from fedsgcg.deploy.coordinator.serve import presence
 from fedsgcg.server.records.progress import RunProgress, SiteProgress
+from fedsgcg.server.records.tail import EventTail
 from fedsgcg.server.sites.departures import departed
 
 STYLES: Final = {
@@ -30,16 +29,10 @@ STYLES: Final = {
 
 
 def read_progress(folder: Path) -> RunProgress:
-    """Read the progress of the run in a folder; a partly written last line is ignored."""
+    """Read the progress of the run in a folder; lines that are no event are ignored."""
     found = RunProgress()
-    path = folder / paths.EVENTS
-    if not path.exists():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.take(json.loads(line))
-        except ValueError:
-            break  # the last line is still being written
+    for event in EventTail(folder).poll():
+        found.take(event)
     return found
 
 

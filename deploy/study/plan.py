@@ -139,6 +139,8 @@ def plan_study(
         selection=describe_selection(list(selected), swept, contrasts=contrasts),
         shared=shared_settings(complete),
         telemetry=_run_settings(base).telemetry,
+        tracking=_run_settings(base).tracking,
+        mlflow_uri=_run_settings(base).mlflow_uri,
         references=references,
         plans=tuple(planner.plans.values()),
         shard=shard,

@@ -1,52 +1,40 @@
 """Live progress of a study on the console, read from the cells' `events.jsonl`.
 
 Because it reads files, it works the same for every runtime: cells may run in this process, in Ray
-workers, or on a cluster that shares the run folder.
+workers, or on a cluster that shares the run folder. A terminal shows the cells and the hospitals of
+the running ones; elsewhere every round is one line.
 """
 
 from __future__ import annotations
 
-import json
+import heapq
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
-from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
-from fedsgcg.common.console import Screen, least_width
+from fedsgcg.common.console import Screen
 from fedsgcg.common.errors import CODES
-from fedsgcg.common.run_folder import paths
 from fedsgcg.deploy.study.cell import Cell
+from fedsgcg.deploy.study.progress_view import progress_view, shown
+from fedsgcg.server.records.progress import RunProgress, time_left
+from fedsgcg.server.records.tail import EventTail
 
-POLL_S = 0.3
-MOST_CELLS = 16
-"""Cells in the progress table."""
+POLL_S: Final = 0.3
+UNTIL_MEASURED: Final = 0.5
+"""Rounds that evaluation after the last round takes, before a cell has ended."""
 
-STYLES = {"running": "cyan", "completed": "green", "waiting": "dim"}
-LEFT_ALIGNED = ("method", "held out", "last site", "")
-COLUMNS: Mapping[str, Callable[[CellState], RenderableType]] = {
-    "method": lambda state: state.cell.method,
-    "held out": lambda state: state.cell.heldout or "–",
-    "seed": lambda state: str(state.cell.seed),
-    "round": lambda state: f"{state.round}/{state.rounds}" if state.round else "–",
-    "last site": lambda state: state.site,
-    "loss": lambda state: _show(state.loss),
-    "Dice (validation)": lambda state: _show(state.dice),
-    "Dice (held out)": lambda state: _show(state.heldout_dice),
-    "": lambda state: Text(state.status, style=STYLES.get(state.status, "yellow")),
-}
-COLUMNS_WHERE_NARROW = {
-    title: COLUMNS[title] for title in ("held out", "round", "Dice (held out)", "")
-}
+LINES: Final = (
+    *("round.done", "round.void", "round.screened", "site.paused", "validation.done"),
+    *("heldout.done", "observer.done", "run.finished"),
+)
+"""Events that are a line on a console that cannot redraw."""
 
 
 @dataclass
@@ -55,11 +43,8 @@ class CellState:
 
     Attributes:
         cell: The cell.
-        position: Number of bytes of events.jsonl already read.
         status: `waiting`, `running` or the run's final status.
-        round: Current round, or the last one.
-        done: Number of completed rounds.
-        rounds: Rounds of the plan.
+        progress: Rounds, times and hospitals.
         site: Site of the last event that names one.
         code: Error code of the last event that has one.
         loss: Mean training loss of the last round.
@@ -67,18 +52,15 @@ class CellState:
         dice_round: Round of the model of `dice`: sites evaluate the model that they receive.
         heldout_dice: Dice at the held-out site.
         observer_dice: Dice at the last observer.
-        started: Start of the round in progress (seconds since 1970), 0 before the first.
-        durations: Seconds of each round that this call completed.
+        round_end: Time of the end of the last round, 0 before.
+        closing: Seconds from the last round to the end of the run; NaN before.
         lines: Lines not printed yet.
         events: Events not passed on yet.
     """
 
     cell: Cell
-    position: int = 0
     status: str = "waiting"
-    round: int = 0
-    done: int = 0
-    rounds: int = 0
+    progress: RunProgress = field(default_factory=RunProgress)
     site: str = ""
     code: str = ""
     loss: float = float("nan")
@@ -86,10 +68,14 @@ class CellState:
     dice_round: int = 0
     heldout_dice: float = float("nan")
     observer_dice: float = float("nan")
-    started: float = 0.0
-    durations: list[float] = field(default_factory=list)
+    round_end: float = 0.0
+    closing: float = float("nan")
     lines: list[str] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.progress.rounds = int(self.cell.tree["federation"]["rounds"])
+        self._tail = EventTail(self.cell.folder)
 
     @property
     def ended(self) -> bool:
@@ -98,93 +84,111 @@ class CellState:
 
     def read_events(self) -> None:
         """Read the events appended since the last call."""
-        try:
-            with (self.cell.folder / paths.EVENTS).open("rb") as file:
-                file.seek(self.position)
-                complete, newline, _ = file.read().rpartition(b"\n")
-        except FileNotFoundError:
-            return
-        self.position += len(complete + newline)
-        for line in complete.splitlines():
-            self.take(json.loads(line))
+        for event in self._tail.poll():
+            self.take(event)
+
+    def skip_earlier(self) -> None:
+        """Read the events of an earlier call, which are neither shown nor measured again."""
+        self.read_events()
+        self.progress.first = len(self.progress.seconds)
+        self.progress.arrivals.clear()
+        self.progress.started = 0.0
+        self.closing, self.round_end = math.nan, 0.0
+        self.status = "waiting"
+        self.lines.clear()
+        self.events.clear()
 
     def take(self, event: dict[str, Any]) -> None:
         """Update the state with one event."""
-        name = event["event"]
+        name = str(event.get("event"))
         self.events.append(event)
-        self.rounds = int(event.get("rounds", self.rounds))
-        self.round = int(event.get("round", self.round))
-        if name == "round.started":
-            self.started = _number(event.get("time"), 0.0)
-        if name in ("run.started", "round.done", "round.void"):
-            self.done = self.round
-        if name in ("round.done", "round.void") and self.started:
-            self.durations.append(max(0.0, _number(event.get("time"), 0.0) - self.started))
-            self.started = 0.0
+        rounds = self.progress.rounds
+        self.progress.take(event)
+        self.progress.rounds = self.progress.rounds or rounds
         self.site = str(event.get("site", self.site))
         self.code = str(event.get("code", self.code))
         self.loss = _number(event.get("loss"), self.loss)
         self.dice = _number(event.get("validation_dice"), self.dice)
-        self.dice_round = int(event.get("validation_round", self.round))
+        self.dice_round = int(event.get("validation_round", self.progress.round))
+        if name in ("round.done", "round.void"):
+            self.round_end = float(event["time"])
         if name == "run.finished":
             self.status = str(event.get("status", "ended"))
+            if self.round_end and self.progress.done == self.progress.rounds:
+                self.closing = max(0.0, float(event["time"]) - self.round_end)
         elif name == "heldout.done":
             self.heldout_dice = _number(event.get("dice"), self.heldout_dice)
         elif name == "observer.done":
             self.observer_dice = _number(event.get("dice"), self.observer_dice)
-        else:
+        if name != "run.finished":
             self.status = "running"
-        if name in (
-            *("round.done", "round.void", "round.screened", "site.paused"),
-            "validation.done",
-            "heldout.done",
-            "observer.done",
-            "run.finished",
-        ):
+        if name in LINES:
             self.lines.append(self.line(name))
 
     def line(self, event: str) -> str:
         """Return the line of an event for consoles that cannot redraw."""
-        head = f"{self.cell.name}  round {self.round}/{self.rounds}"
+        head = f"{self.cell.name}  round {self.progress.round}/{self.progress.rounds}"
         if event == "round.done":
-            head += f"  loss {_show(self.loss)}"
-            if not self.dice_round:
-                return head
-            return f"{head}  source-validation Dice of round {self.dice_round} {_show(self.dice)}"
+            head += f"  loss {shown(self.loss)}"
+            if self.dice_round:
+                head += f"  source-validation Dice of round {self.dice_round} {shown(self.dice)}"
+            return head + "".join(f"  {problem}" for problem in self.rejected())
         if event == "round.void":
             return f"{head}  void: too few replies were admitted, the previous model is kept"
         if event in ("round.screened", "site.paused"):
             return f"{head}  {self.site}: {self.code} {CODES.get(self.code, '')}"
         if event == "validation.done":
-            return f"{head}  source-validation Dice {_show(self.dice)}"
+            return f"{head}  source-validation Dice {shown(self.dice)}"
         if event == "observer.done":
-            return f"{head}  observer {self.site}  Dice {_show(self.observer_dice)}"
+            return f"{head}  observer {self.site}  Dice {shown(self.observer_dice)}"
         if event == "heldout.done":
-            return f"{head}  held-out Dice {_show(self.heldout_dice)}"
+            return f"{head}  held-out Dice {shown(self.heldout_dice)}"
         return f"{head}  {self.status}"
+
+    def rejected(self) -> list[str]:
+        """Return `site: code` for each site whose answer of the last round was not accepted."""
+        return [
+            f"{name}: {site.code}"
+            for name, site in sorted(self.progress.sites.items())
+            if site.code and site.last_round == self.progress.round
+        ]
+
+    def seconds_left(self, usual: float, closing: float, now: float) -> float:
+        """Return the time that the cell still takes.
+
+        Args:
+            usual: Seconds of a round.
+            closing: Seconds after the last round.
+            now: Seconds since 1970.
+        """
+        progress = self.progress
+        left = usual * max(0, progress.rounds - progress.done)
+        if progress.started and progress.round > progress.done:  # a round is in progress
+            left -= min(usual, max(0.0, now - progress.started))
+        return left + closing
 
 
 class Progress:
-    """Context manager that shows the cells' progress until it exits."""
+    """Context manager that shows the cells' progress until it exits.
 
-    def __init__(self, cells: Sequence[Cell], console: Screen) -> None:
+    Args:
+        cells: The cells of the study.
+        console: Where to show it.
+        at_once: Number of cells that the runtime runs at the same time.
+    """
+
+    def __init__(self, cells: Sequence[Cell], console: Screen, at_once: int = 1) -> None:
         self.console = console
-        self.states = [
-            CellState(cell, rounds=int(cell.tree["federation"]["rounds"])) for cell in cells
-        ]
+        self.at_once = at_once
+        self.states = [CellState(cell) for cell in cells]
         self.started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._live: Live | None = None
-        if self._redraws(console):
+        if console.redraws:
             self._live = Live(console=console, auto_refresh=False, transient=True)
-        for state in self.states:  # events of an earlier call are not shown again
-            state.read_events()
-            state.durations.clear()
-            state.started = 0.0
-            state.status = "waiting"
-            state.lines.clear()
-            state.events.clear()
+        for state in self.states:
+            state.skip_earlier()
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -204,26 +208,37 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    @staticmethod
-    def _redraws(console: Screen) -> bool:
-        return console.is_terminal and not console.only_problems
+    def time_left(self, now: float | None = None) -> str:
+        """Return an estimate of the time left, from the rounds that this call measured.
 
-    def time_left(self) -> str:
-        """Return an estimate of the time left, from the rounds of all cells in this call.
+        A cell takes its own usual time per round (`RunProgress.round_seconds`); one that has not
+        measured any takes that of the cells with its method, or of all cells. Cells that wait start
+        in their order as soon as one of those that run at the same time has ended. Evaluation after
+        the last round takes as long as in the cells that have ended.
 
-        It is the median duration of a round times the rounds that are left, divided by the cells
-        that run at the same time. The start of Ray and the reading of the data, which happen once,
-        do not count.
+        Args:
+            now: Seconds since 1970; the default is the machine's clock.
         """
-        durations = [seconds for state in self.states for seconds in state.durations]
-        left = sum(max(0, state.rounds - state.done) for state in self.states if not state.ended)
-        if not durations:
+        now = time.time() if now is None else now
+        known: dict[str, list[float]] = {}
+        for state in self.states:
+            if (seconds := state.progress.round_seconds()) is not None:
+                known.setdefault(state.cell.method, []).append(seconds)
+        if not known:
             return "estimating the time left"
-        at_once = max(1, sum(state.status == "running" for state in self.states))
-        seconds = median(durations) * left / at_once
-        if seconds >= 90:
-            return f"about {seconds / 60:.0f} min left"
-        return f"about {seconds:.0f} s left"
+        everything = median([seconds for found in known.values() for seconds in found])
+        ends = [state.closing for state in self.states if not math.isnan(state.closing)]
+        closing = median(ends) if ends else UNTIL_MEASURED * everything
+        running, waiting = [], []
+        for state in self.states:
+            if state.ended:
+                continue
+            usual = state.progress.round_seconds()
+            if usual is None:
+                usual = median(known.get(state.cell.method, [everything]))
+            left = state.seconds_left(usual, closing, now)
+            (running if state.status == "running" else waiting).append(left)
+        return time_left(makespan(running, waiting, self.at_once))
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
@@ -233,54 +248,33 @@ class Progress:
         for state in self.states:
             state.read_events()
             for event in state.events:
-                self.console.event(
-                    event["event"],
-                    cell=state.cell.name,
-                    **{k: v for k, v in event.items() if k != "event"},
-                )
+                facts = {name: value for name, value in event.items() if name != "event"}
+                self.console.event(str(event.get("event")), cell=state.cell.name, **facts)
             state.events.clear()
             if not self._live:
                 for line in state.lines:
                     self.console.print(f"{line}  ({self.time_left()})")
             state.lines.clear()
         if self._live:
-            self._live.update(self._render(), refresh=True)
-
-    def _render(self) -> RenderableType:
-        rounds = sum(state.rounds for state in self.states) or 1
-        done = sum(state.done for state in self.states)
-        finished = sum(state.ended for state in self.states)
-        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
-        head = Text(
-            f"{finished} of {len(self.states)} cells done · {minutes}:{seconds:02d} · "
-            f"{self.time_left()}"
-        )
-        # Running cells come first; a study may have hundreds of cells, so the list is limited.
-        order = {"running": 0, "waiting": 2}
-        states = sorted(self.states, key=lambda state: order.get(state.status, 1))[:MOST_CELLS]
-        table = _table(states, COLUMNS)
-        if least_width(self.console, table) > self.console.width:
-            table = _table(states, COLUMNS_WHERE_NARROW)
-        bar = Table.grid()
-        bar.add_row(ProgressBar(total=rounds, completed=done, width=60))
-        return Group(head, bar, table)
+            took = time.monotonic() - self.started
+            view = progress_view(self.states, self.console, took, self.time_left())
+            self._live.update(view, refresh=True)
 
 
-def _table(
-    states: Sequence[CellState], columns: Mapping[str, Callable[[CellState], RenderableType]]
-) -> Table:
-    """Return a table with one line per cell."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in columns:
-        table.add_column(title, justify="left" if title in LEFT_ALIGNED else "right")
-    for state in states:
-        table.add_row(*(show(state) for show in columns.values()))
-    return table
+def makespan(running: Sequence[float], waiting: Sequence[float], at_once: int) -> float:
+    """Return when the last of several jobs ends, if each starts as soon as there is room.
+
+    Args:
+        running: Time left of the jobs that run, in seconds.
+        waiting: Time of the jobs that wait, in the order of their start, in seconds.
+        at_once: Number of jobs that run at the same time; at least as many as run now.
+    """
+    ends = [*running, *[0.0] * (max(1, at_once) - len(running))]
+    heapq.heapify(ends)
+    for seconds in waiting:
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
 
 
 def _number(value: Any, otherwise: float) -> float:
     return float(value) if isinstance(value, (int, float)) else otherwise
-
-
-def _show(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"

@@ -23,6 +23,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.attacks.run import attack_study
 from fedsgcg.deploy.environment import prepare_environment, quiet_flower
 from fedsgcg.deploy.monitoring.metrics import served_metrics
+from fedsgcg.deploy.monitoring.tracking import tracked_study
 from fedsgcg.deploy.study.cell import Cell
 from fedsgcg.deploy.study.cleaning import RESUME, finished_cells, remove
 from fedsgcg.deploy.study.lost_workers import as_lost
@@ -67,10 +68,14 @@ def run_study(study: Study, console: Screen) -> int:
             console.print(table)
         _warn_without_heldout(study, console)
         ended = Ended()
-        if missing:
-            with served_metrics(study.folder, study.telemetry, console):
+        if missing or study.tracking:
+            curves = [(cell.name, cell.folder, cell.tree) for cell in study.cells]
+            with (
+                served_metrics(study.folder, study.telemetry, console),
+                tracked_study(study.folder, curves, study.tracking, study.mlflow_uri, console),
+            ):
                 missing, ended = _select(study, missing, console)
-                with Progress(study.cells, console):
+                with Progress(study.cells, console, _at_once(study, len(missing))):
                     if missing:
                         ended = ended.and_then(_run_cells(study, missing))
         if study.shard is None:
@@ -122,7 +127,7 @@ def _select(study: Study, missing: Sequence[Cell], console: Screen) -> tuple[lis
         console.print(
             f"choosing {len(waiting)} settings: {len(open_cells)} of {len(inner)} inner cells to do"
         )
-        with Progress(inner, console):
+        with Progress(inner, console, _at_once(study, len(open_cells))):
             ended = _run_cells(study, open_cells)
     ready: list[Cell] = []
     choices: dict[tuple[str, str, int], Choice] = {}
@@ -281,15 +286,22 @@ def error_text(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _explain_runtime(study: Study, missing: int) -> str:
+def _at_once(study: Study, missing: int) -> int:
+    """Return the number of cells that run at the same time; more of them do on a cluster."""
+    if study.shard is not None or study.runtime == "ray":
+        return 1
     threads = int(study.cells[0].tree["site"]["threads"])
+    return max(1, min(missing, study.machine.cpus // threads))
+
+
+def _explain_runtime(study: Study, missing: int) -> str:
     gpus = f"{study.machine.gpus} GPUs" if study.machine.gpus else "no GPU"
     if study.shard is not None:
         how = f"shard {study.shard}: one cell after the other, each a federation in this process"
     elif study.runtime == "ray":
         how = "hospitals in parallel: Flower's simulation engine on Ray, one cell after the other"
     else:
-        at_once = max(1, min(missing, study.machine.cpus // threads))
+        at_once = _at_once(study, missing)
         how = f"cells in parallel: {at_once} at once, each a federation in one process"
         if missing > 1:
             how += " (Ray tasks)"

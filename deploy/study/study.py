@@ -27,6 +27,8 @@ NOT_IDENTITY = (
     "runtime",
     "ray",
     "telemetry",
+    "tracking",
+    "mlflow_uri",
     "site",
     "grid",
     "select",
@@ -56,6 +58,8 @@ class Study:
         shared: Settings that all cells have in common, including cells added later
             (`shared_settings`).
         telemetry: Metrics of the study while it runs.
+        tracking: Experiment trackers of the study.
+        mlflow_uri: MLflow store; "" = in the study's folder.
         references: Rows for comparison that were asked for (`deploy.study.references`).
         plans: With `data.plan=auto`, the plan of each fold.
         shard: The part of the study that `cells` are; None = all.
@@ -74,6 +78,8 @@ class Study:
     selection: str = ""
     shared: Mapping[str, Any] = field(default_factory=dict)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    tracking: tuple[str, ...] = ()
+    mlflow_uri: str = ""
     references: tuple[str, ...] = ()
     plans: tuple[FoldPlan, ...] = ()
     shard: Shard | None = None

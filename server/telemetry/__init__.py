@@ -6,6 +6,9 @@ The files of the run folders are the queue between a federation and its metrics:
 what was appended, in its own thread or process. Training never waits for a scraper, no event is
 lost however long the follower is away, and after a restart the metrics are complete again.
 
+`tracking` writes the same to experiment trackers: `points` are curves, `tensorboard` and `mlflow`
+pass them to these libraries.
+
 `names` is the table of all metrics, `state` computes them from events and rows, `follow` reads the
 files, and `exporter` serves them.
 """

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,15 +13,10 @@ import yaml
 
 from fedsgcg.common.names import printable
 from fedsgcg.common.run_folder import paths
+from fedsgcg.server.records.tail import EventTail
 from fedsgcg.server.telemetry.state import RunMetrics, Sample, states_of
 
 ROUND_ENDS: Final = ("round.done", "round.void")
-LONGEST_LINE: Final = 1 << 20
-"""Bytes of a line of an event log; longer ones are counted as unreadable."""
-
-CHUNK: Final = 1 << 24
-"""Bytes of an event log that are read at a time."""
-
 DEEPEST: Final = 6
 """Folders between the followed folder and a run."""
 
@@ -31,69 +24,50 @@ SETTLED_S: Final = 10.0
 """Age of a folder's last change from which its listing is kept; file systems round to seconds."""
 
 
-class RunFollower:
-    """Follows one run folder.
+class FollowedRun:
+    """Reads what was appended to a run folder and passes it on; a base class.
 
     Args:
         folder: The run folder.
-        study: Name of the study.
     """
 
-    def __init__(self, folder: Path, study: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.metrics = RunMetrics(study)
-        self.unreadable = 0
-        self._position = 0
-        self._identity = (0, 0)
-        self._study = study
+        self._tail = EventTail(folder)
+        self._files = 0
         self._rounds_read = 0
         self._results_time = 0
 
+    @property
+    def unreadable(self) -> int:
+        """Number of lines that are no event."""
+        return self._tail.unreadable
+
+    def restart(self) -> None:
+        """Forget everything: the event log is a new one, of a run that was started afresh."""
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take one event of `events.jsonl`."""
+
+    def take_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the rows of one or more rounds (`common.run_folder.tables.ROWS_SCHEMA`)."""
+
+    def take_results(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the results of a finished federation, rows with site, structure and dice."""
+
     def poll(self) -> None:
         """Take everything that was appended since the last call."""
-        for event in self._events():
-            self.metrics.take(event)
+        for event in self._tail.poll():
+            if self._tail.files != self._files:
+                self._files = self._tail.files
+                self._rounds_read, self._results_time = 0, 0
+                self.restart()
+            self.take(event)
             if event.get("event") in ROUND_ENDS:
                 self._read_round(int(event.get("round", 0)))
             elif event.get("event") == "run.finished":
                 self._read_rest()
         self._read_results()
-
-    def _events(self) -> Iterator[dict[str, Any]]:
-        try:
-            with (self.folder / paths.EVENTS).open("rb") as file:
-                facts = os.fstat(file.fileno())
-                identity = (facts.st_dev, facts.st_ino)
-                if identity != self._identity or facts.st_size < self._position:
-                    # Another file, for example of a study that was run again: start afresh.
-                    self._identity, self._position = identity, 0
-                    self.metrics = RunMetrics(self._study)
-                    self._rounds_read, self._results_time = 0, 0
-                file.seek(self._position)
-                while data := file.read(CHUNK):
-                    complete, newline, rest = data.rpartition(b"\n")
-                    if not newline and len(rest) < CHUNK:
-                        return
-                    taken = complete + newline if newline else rest
-                    self._position += len(taken)
-                    file.seek(self._position)
-                    yield from self._parsed(taken)
-        except OSError:
-            return  # the folder was moved or its disk is away; it may come back
-
-    def _parsed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        for line in data.splitlines():
-            try:
-                if len(line) > LONGEST_LINE:
-                    raise ValueError
-                event = json.loads(line)
-                if not isinstance(event, dict):
-                    raise ValueError
-                int(event.get("round", 0)), int(event.get("rounds", 0)), float(event["time"])
-            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                self.unreadable += 1
-            else:
-                yield event
 
     def _read_round(self, number: int) -> None:
         """Read the rows of a round from the journal, which is removed after the run."""
@@ -106,7 +80,7 @@ class RunFollower:
         except (OSError, pa.ArrowInvalid):
             return  # read from the run's table at its end
         self._rounds_read = number
-        self.metrics.take_rows(rows)
+        self.take_rows(rows)
 
     def _read_rest(self) -> None:
         """Read the rounds that were not read from the journal from the run's table."""
@@ -115,7 +89,7 @@ class RunFollower:
         except (OSError, pa.ArrowInvalid):
             return
         fresh = [row for row in rows if row["round"] > self._rounds_read]
-        self.metrics.take_rows(fresh)
+        self.take_rows(fresh)
         self._rounds_read = max((row["round"] for row in fresh), default=self._rounds_read)
 
     def _read_results(self) -> None:
@@ -125,10 +99,40 @@ class RunFollower:
             if changed == self._results_time:
                 return
             columns = ["site", "structure", "dice"]
-            self.metrics.take_results(pq.read_table(path, columns=columns).to_pylist())
+            self.take_results(pq.read_table(path, columns=columns).to_pylist())
             self._results_time = changed
         except (OSError, pa.ArrowInvalid, KeyError):
             return
+
+
+class RunFollower(FollowedRun):
+    """Computes the metrics of one run folder.
+
+    Args:
+        folder: The run folder.
+        study: Name of the study.
+    """
+
+    def __init__(self, folder: Path, study: str) -> None:
+        super().__init__(folder)
+        self._study = study
+        self.metrics = RunMetrics(study)
+
+    def restart(self) -> None:
+        """Start with new metrics."""
+        self.metrics = RunMetrics(self._study)
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take one event."""
+        self.metrics.take(event)
+
+    def take_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the rows of rounds."""
+        self.metrics.take_rows(rows)
+
+    def take_results(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the results."""
+        self.metrics.take_results(rows)
 
 
 class Follower:

@@ -36,7 +36,7 @@ DOCS = ROOT / "docs"
 PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 NEEDS = (
     *("minutes", "data", "cluster", "flower", "federation"),
-    *("docker", "kubernetes", "root", "grafana"),
+    *("docker", "kubernetes", "root", "grafana", "tensorboard", "mlflow"),
 )
 UNMARKED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/results.md")
 """Pages whose blocks show how a result was made; their commands must parse all the same."""

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def screen(sink, terminal, monkeypatch):
     """A console that believes it is a terminal, or not."""
     monkeypatch.setattr(sink, "isatty", lambda: terminal)
+    for name, value in (("CI", ""), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
     return Screen(sink, 100)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from fedsgcg.common.console import run_command
+from fedsgcg.common.console import EVENTS_VERSION, run_command
+from fedsgcg.common.run_folder.events import STUDY_EVENTS, wrong_fields
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.deploy.cli import coordinator as cli
 from fedsgcg.deploy.cli import site as site_cli
@@ -150,6 +151,15 @@ def test_a_study_prints_its_rounds_as_json_lines(hospitals: Path, tmp_path: Path
     assert (names[0], names[-1]) == ("study.started", "study.finished")
     assert {"run.started", "round.done", "heldout.done", "run.finished"} <= set(names)
     assert events[-1]["status"] == "completed"
+    assert {event.pop("version") for event in events} == {EVENTS_VERSION}
+    of_run = [event for event in events if event.pop("cell", None) == "source · South · seed 0"]
+    assert len(of_run) == len(events) - 2
+    for event in of_run:
+        assert wrong_fields(event) == [], event
+    for event in (events[0], events[-1]):
+        assert set(event) == {"event", *STUDY_EVENTS[event["event"]].fields}
+    log = (tmp_path / "run" / "source" / "South" / "0" / "events.jsonl").read_text()
+    assert of_run == [json.loads(line) for line in log.splitlines()]  # there is no other source
     assert "report:" in done.stderr
 
 
