@@ -201,6 +201,8 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
                         note = _made(folder, work)
                     except FedsgcgError as error:
                         problems += error.problems
+                        if work.labels is not None:
+                            work.labels.take()
                         continue
                     done[work.image] = {"stamp": stamp, "files": work.outputs, "note": note}
                     if work.labels is not None:

@@ -134,8 +134,8 @@ def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
     if 0 not in labels.seen or len(classes) < 2:
         return ""
     lines = [
-        "# Settings of these data, for `fedsgcg study data=THIS_FILE`. Name the classes as you like.",
-        "# A structure is what is reported; it may consist of several classes.",
+        "# Settings of these data, for `fedsgcg study data=THIS_FILE`. Rename the classes if you",
+        "# like. A structure is what is reported; it may consist of several classes.",
         f"name: {json.dumps(folder.resolve().name, ensure_ascii=False)}",
         f"root: {json.dumps(str(folder.resolve()), ensure_ascii=False)}",
         "classes:",
