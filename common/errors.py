@@ -91,6 +91,7 @@ CODES: Final[dict[str, str]] = {
     "DAT-191": "Two hospitals have the same patient.",
     "DAT-192": "Colour and grey pictures are used together.",
     "DAT-193": "The hospital has no validation patient.",
+    "DAT-198": "Two DICOM segmentations of a series draw the same structure.",
     # MOD: using a model
     "MOD-801": "The model's files cannot be read.",
     "MOD-802": "The model was written by another version.",

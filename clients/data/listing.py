@@ -361,16 +361,16 @@ def _unused(used: set[Path], found: Listing) -> list[str]:
     ]
     texts = []
     if found.foreign:
-        formats = f"files in unsupported formats ({by_format(found.foreign)})"
-        texts.append(counted_names(found.foreign, formats))
+        formats = f"in unsupported formats ({by_format(found.foreign)})"
+        texts.append(counted_names(found.foreign, "file", formats))
     if masks:
-        texts.append(counted_names(masks, "masks without an image"))
+        texts.append(counted_names(masks, "mask", "without an image"))
     if others:
-        texts.append(counted_names(others, "images that are not named <site>/<case>_image"))
+        texts.append(counted_names(others, "image", "not named <site>/<case>_image"))
     if series:
-        texts.append(counted_names(series, "folders of DICOM files not named <case>_image"))
+        texts.append(counted_names(series, "folder", "of DICOM files not named <case>_image"))
     if found.ghosts:
-        texts.append(counted_names(found.ghosts, "hidden files named like images"))
+        texts.append(counted_names(found.ghosts, "hidden file", "named like images"))
     texts += [f"{printable(path.name)} cannot be read ({why})" for path, why in found.closed]
     texts += [f"{printable(path.name)} links back to a parent folder" for path in found.loops]
     return texts

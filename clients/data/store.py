@@ -44,6 +44,7 @@ from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files.atomic import replaced
 from fedsgcg.common.images.formats import DICOM, FORMATS
 from fedsgcg.common.images.read import KINDS, PICTURE, suffix_of
+from fedsgcg.common.names import number_of
 from fedsgcg.common.networks import IN_CHANNELS
 from fedsgcg.common.settings.data import channels_of
 from fedsgcg.common.settings.plan import DataSettings
@@ -410,7 +411,7 @@ def _case(
 def _no_case(site: Site, usable: int) -> Problem:
     """Return the problem of a site that has no case for its role."""
     if usable:
-        found = f"{usable} cases, none in the test split"
+        found = f"{number_of(usable, 'case')}, none in the test split"
         action = "Assign cases to the test split in the manifest."
     else:
         found = "every case is left out"

@@ -94,15 +94,15 @@ class Skipped:
         """Return one text for each reason, with advice on converting other formats."""
         texts = []
         if self.results:
-            texts.append(counted_names(self.results, "files named like masks or results"))
+            texts.append(counted_names(self.results, "file", "named like masks or results"))
         if foreign := [path for found in self.folders for path in found.foreign]:
             advice = " ".join(
                 dict.fromkeys(text for found in self.folders for text in found.conversions())
             )
-            formats = f"files in unsupported formats ({by_format(foreign)})"
-            texts.append(f"{counted_names(foreign, formats)}. {advice}")
+            formats = f"in unsupported formats ({by_format(foreign)})"
+            texts.append(f"{counted_names(foreign, 'file', formats)}. {advice}")
         if ghosts := [path for found in self.folders for path in found.ghosts]:
-            texts.append(counted_names(ghosts, "hidden files named like images"))
+            texts.append(counted_names(ghosts, "hidden file", "named like images"))
         texts += [
             f"{printable(str(path))} cannot be read ({why})"
             for found in self.folders

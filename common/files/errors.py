@@ -6,7 +6,20 @@ import errno
 from typing import Final
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_LOST: Final = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+        *(errno.ENOTCONN, errno.ECONNRESET, errno.EREMOTEIO),
+    }
+)
+"""Errors of a disk or a network folder that fails; the file itself may be sound."""
+
 _DENIED: Final = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a disk or a network folder failed, not the file."""
+    return isinstance(error, OSError) and error.errno in _LOST
 
 
 def disk_advice(error: OSError, otherwise: str) -> str:

@@ -26,6 +26,7 @@ from fedsgcg.common.images.itk import LPS_TO_RAS, plain_reason
 from fedsgcg.common.images.parts import inside
 from fedsgcg.common.images.pixels import picture_of
 from fedsgcg.common.images.volume import MAX_BYTES, Volume, volume_of
+from fedsgcg.common.names import number_of
 
 Array = NDArray[Any]
 
@@ -115,10 +116,10 @@ def read(path: Path, *, mask: bool = False, series: str = "") -> Volume:
             in size, DAT-164 for a segmentation where an image is needed, DAT-166 for overlapping
             segments.
     """
-    if mask and (segmentation := segmentation_in(path)) is not None:
-        from fedsgcg.common.images import segmentation as module
+    if mask and (segmentations := segmentations_in(path)):
+        from fedsgcg.common.images import segmentation
 
-        return module.read_labels(segmentation)
+        return segmentation.read_labels(_only(segmentations, path))
     slices = _one_series(path, series)
     first = slices[0]
     if not first.get("ImagePositionPatient"):
@@ -178,23 +179,27 @@ def is_picture(path: Path) -> bool:
     return header is not None and not frames and not header.get("ImagePositionPatient")
 
 
-def segmentation_in(path: Path) -> Path | None:
-    """Return the segmentation that a path is, or the only one in a folder; None without one."""
-    files = inside(path) if path.is_dir() else [path]
-    found = [
+def segmentations_in(path: Path) -> list[Path]:
+    """Return the segmentation that a path is, or all of a folder, sorted."""
+    return [
         file
-        for file in files
+        for file in (inside(path) if path.is_dir() else [path])
         if is_dicom(file) and (one := _header(file)) and one.get("SOPClassUID") in SEGMENTATIONS
     ]
-    if len(found) > 1:
+
+
+def _only(segmentations: Sequence[Path], path: Path) -> Path:
+    """Return the only segmentation; raises DAT-162 for several, whose grids may differ."""
+    if len(segmentations) > 1:
+        names = ", ".join(one.name for one in segmentations[:4])
         raise fail(
             "DAT-162",
-            found=f"{len(found)} segmentations: {', '.join(one.name for one in found[:4])}",
-            expected="one segmentation of an image",
-            action="Keep the final one in this folder and move the others away.",
+            found=f"{len(segmentations)} segmentations: {names}",
+            expected="one segmentation",
+            action="Use them as the mask of their DICOM series, where several are read.",
             where=str(path),
         )
-    return found[0] if found else None
+    return segmentations[0]
 
 
 def _header(path: Path) -> Any:
@@ -237,7 +242,7 @@ def _frames(one: _Slice, files: int, path: Path) -> list[_Slice]:
     slices = [_Slice(one.path, frame, number) for number, frame in enumerate(frames, 1)]
     if files == 1 and slices and all(frame.get("ImagePositionPatient") for frame in slices):
         return slices
-    found = f"{one.path.name} has {one.get('NumberOfFrames')} frames"
+    found = f"{one.path.name} has {number_of(int(one.get('NumberOfFrames')), 'frame')}"
     found += f" and the series {files} files" if files > 1 else " without positions in the patient"
     raise fail(
         "DAT-106",
@@ -260,7 +265,7 @@ def _several_series(images: Sequence[_Slice], path: Path, wanted: str) -> Fedsgc
     )
     names = {str(one.get("SeriesInstanceUID")): one.get("SeriesDescription") for one in images}
     texts = [
-        f"number {number or '?'} {names[uid]!s} ({count} files)"
+        f"number {number or '?'} {names[uid]!s} ({number_of(count, 'file')})"
         for (uid, number), count in sorted(counts.items())
     ]
     return fail(
@@ -287,7 +292,8 @@ def _sorted(slices: Sequence[_Slice], path: Path) -> list[_Slice]:
     axes = slices[0].axes
     turned = [one for one in slices if np.abs(one.axes - axes).max() > ANGLE]
     if turned:
-        found = f"two orientations: {len(slices) - len(turned)} slices like {slices[0].name}, "
+        usual = number_of(len(slices) - len(turned), "slice")
+        found = f"two orientations: {usual} like {slices[0].name}, "
         found += f"{len(turned)} like {turned[0].name}"
         raise _irregular(found, "parallel slices", path)
     for name in COMPARED:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsgcg.common.images.formats import DICOM, FOREIGN, foreign_suffix, is_dicom, suffix_of
-from fedsgcg.common.names import printable
+from fedsgcg.common.names import number_of, printable
+
+STEP = 1000
+"""Files of a folder after which progress is reported."""
 
 NAMED = 3
 """Number of file names that a message gives before it only counts."""
@@ -47,10 +50,18 @@ class Listing:
         return list(dict.fromkeys(FOREIGN[foreign_suffix(path)] for path in self.foreign))
 
 
-def look_through(folder: Path, *, deep: bool = True) -> Listing:
-    """List the content of a folder and, if `deep`, of its subfolders; note unreadable ones."""
+def look_through(
+    folder: Path, *, deep: bool = True, step: Callable[[str], None] = lambda step: None
+) -> Listing:
+    """List the content of a folder and, if `deep`, of its subfolders; note unreadable ones.
+
+    Args:
+        folder: The folder.
+        deep: Whether to list its subfolders.
+        step: Called with the number of files so far, as text.
+    """
     found = Listing()
-    _enter(folder, (), found, deep)
+    _enter(folder, (), found, deep, step)
     return found
 
 
@@ -76,11 +87,18 @@ def without_suffix(name: str) -> str:
     return name[: len(name) - len(suffix)] or name
 
 
-def counted_names(paths: Iterable[Path], what: str) -> str:
-    """Return the number and first names of files: `4 masks without an image: a, b, c, ...`."""
+def counted_names(paths: Iterable[Path], noun: str, rest: str = "") -> str:
+    """Return the number and first names of files: `4 masks without an image: a, b, c, ...`.
+
+    Args:
+        paths: The files.
+        noun: What one of them is: `mask`; its plural is regular.
+        rest: What follows the noun: `without an image`.
+    """
     names = [printable(path.name) for path in paths]
     more = ", ..." if len(names) > NAMED else ""
-    return f"{len(names)} {what}: {', '.join(names[:NAMED])}{more}"
+    what = " ".join(filter(None, (number_of(len(names), noun), rest)))
+    return f"{what}: {', '.join(names[:NAMED])}{more}"
 
 
 def by_format(paths: Sequence[Path]) -> str:
@@ -97,7 +115,13 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def _enter(folder: Path, above: tuple[str, ...], found: Listing, deep: bool) -> None:
+def _enter(
+    folder: Path,
+    above: tuple[str, ...],
+    found: Listing,
+    deep: bool,
+    step: Callable[[str], None],
+) -> None:
     real = os.path.realpath(folder)
     if real in above:
         found.loops.append(folder)
@@ -109,11 +133,14 @@ def _enter(folder: Path, above: tuple[str, ...], found: Listing, deep: bool) -> 
         found.closed.append((folder, error.strerror or type(error).__name__))
         return
     names = {entry.name for entry in entries}
-    for entry in entries:
+    for number, entry in enumerate(entries):
         path = Path(entry.path)
+        if number % STEP == 0:
+            done = len(found.images) + sum(map(len, found.series.values()))
+            step(f"{number_of(done, 'image file')} so far")
         if _is_folder(entry):
             if deep and not _is_hidden(entry.name):
-                _enter(path, (*above, real), found, deep)
+                _enter(path, (*above, real), found, deep, step)
         elif _is_hidden(entry.name):
             found.ghosts += [path] if suffix_of(path) else []
         elif suffix := suffix_of(path):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.names import number_of
 
 OUTSIDE: Final = 0.05
 """Largest share of an inner structure's voxels outside its outer one: contours that were drawn
@@ -144,11 +145,11 @@ def _class_of(
         return known[around[0]]
     inside = " and ".join(layers.names[bit] for bit in bits)
     outer = [layers.names[bit] for bit in range(len(sizes)) if around and around[0] >> bit & 1]
-    found = f"{count} voxels in {inside} at once"
+    found = f"{number_of(count, 'voxel')} in {inside} at once"
     expected, action = "structures that exclude each other", "Correct the masks."
     if around:
         missing = [name for name in outer if name not in inside.split(" and ")]
-        found = f"{count} voxels in {inside}, outside {' and '.join(missing)}"
+        found = f"{number_of(count, 'voxel')} in {inside}, outside {' and '.join(missing)}"
         expected = f"{inside} inside {' and '.join(missing)} ({OUTSIDE:.0%} may be outside)"
         action = "Check whether two masks were exchanged, and correct them."
     raise fail("DAT-166", found=found, expected=expected, action=action, where=where)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedsgcg.common.errors import FedsgcgError, fail
+from fedsgcg.common.files.errors import is_lost
 from fedsgcg.common.images.formats import (
     DICOM,
     FORMATS,
@@ -43,6 +45,7 @@ __all__ = [
     "open_nifti",
     "read_volume",
     "segments_of",
+    "segments_together",
     "slices_in",
     "suffix_of",
     "to_native",
@@ -84,28 +87,46 @@ def read_volume(path: Path, *, mask: bool = False, series: str = "") -> Volume:
     # On damaged bytes the readers raise almost anything, even SyntaxError; one file must not stop a
     # site.
     except Exception as error:
-        raise _unreadable(f"{type(error).__name__}: {error}", path) from error
+        raise _unreadable(f"{type(error).__name__}: {error}", path, lost=is_lost(error)) from error
     return read
 
 
 def segments_of(path: Path, image: Volume) -> Layers | None:
-    """Return the segments of a DICOM segmentation on the grid of its image; None for other files.
+    """Return the segments of DICOM segmentations on the grid of their image; None for other files.
+
+    Args:
+        path: A segmentation, or a folder with one or several of the same image.
+        image: The image.
 
     Raises:
-        FedsgcgError: DAT-103 for a damaged segmentation, DAT-105, DAT-160, DAT-162 or DAT-164 for
-            one that cannot be used with the image.
+        FedsgcgError: DAT-103 for a damaged segmentation, DAT-105, DAT-160 or DAT-164 for one that
+            cannot be used with the image, DAT-198 for several that draw the same structure.
     """
     if format_of(path) is not DICOM:
         return None
-    from fedsgcg.common.images import dicom, segmentation
+    from fedsgcg.common.images import dicom
 
     try:
-        found = dicom.segmentation_in(path)
-        return None if found is None else segmentation.read_layers(found, image)
+        found = dicom.segmentations_in(path)
     except FedsgcgError:
         raise
     except Exception as error:  # as in `read_volume`
-        raise _unreadable(f"{type(error).__name__}: {error}", path) from error
+        raise _unreadable(f"{type(error).__name__}: {error}", path, lost=is_lost(error)) from error
+    return segments_together(found, image) if found else None
+
+
+def segments_together(paths: Sequence[Path], image: Volume) -> Layers:
+    """Return the segments of one or several DICOM segmentations of an image, as `segments_of`."""
+    from fedsgcg.common.images import segmentation
+
+    try:
+        return segmentation.read_together(paths, image)
+    except FedsgcgError:
+        raise
+    except Exception as error:  # as in `read_volume`
+        raise _unreadable(
+            f"{type(error).__name__}: {error}", paths[0], lost=is_lost(error)
+        ) from error
 
 
 def slices_in(path: Path) -> int:
@@ -125,6 +146,8 @@ def slices_in(path: Path) -> int:
     return min(sides) if len(sides) == 3 else 1
 
 
-def _unreadable(found: str, path: Path) -> FedsgcgError:
+def _unreadable(found: str, path: Path, *, lost: bool = False) -> FedsgcgError:
     action = "Export the file again from its source; the case is left out until then."
+    if lost:
+        action = "The disk or the network folder failed. Call again when the file can be read."
     return fail("DAT-103", found=found, expected="a complete image", action=action, where=str(path))

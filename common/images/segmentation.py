@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsgcg.common.errors import fail
+from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.images.dicom import Source
 from fedsgcg.common.images.dicom_file import opened
 from fedsgcg.common.images.extras import library
 from fedsgcg.common.images.itk import LPS_TO_RAS
-from fedsgcg.common.images.layers import Layers
+from fedsgcg.common.images.layers import OUTSIDE, Layers, plain
 from fedsgcg.common.images.volume import (
     GEOMETRY_TOLERANCE,
     Volume,
@@ -33,6 +34,9 @@ Array = NDArray[Any]
 FORM: Final = "DICOM-SEG"
 SCHEME: Final = "99FEDSGCG"
 """Private coding scheme of the classes' names: which code of SNOMED they have is not known here."""
+
+SAME: Final = 0.9
+"""Share of the larger segment from which on two that overlap are drawings of one structure."""
 
 MAY_BE_EMPTY: Final = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"),
@@ -62,6 +66,65 @@ def read_layers(path: Path, image: Volume) -> Layers:
     native = _on_grid(layers, affine, image, path)
     masks = np.stack([to_canonical_like(layer, image) for layer in native])
     return Layers(names, masks, numbers, absent_is_empty=True)
+
+
+def read_together(paths: Sequence[Path], image: Volume) -> Layers:
+    """Return the segments of one or several segmentations of an image, as `read_layers`.
+
+    Several files have different structures, as one file a structure does. Two drawings of the same
+    structure are refused, because which one is right cannot be seen.
+
+    Raises:
+        FedsgcgError: As `read_layers`; DAT-198 for two files with a segment of the same name, or
+            with segments that are neither apart nor nested but mostly the same.
+    """
+    found = [read_layers(path, image) for path in paths]
+    if len(found) == 1:
+        return found[0]
+    for first, second in combinations(range(len(found)), 2):
+        if twice := drawn_twice(found[first], found[second]):
+            raise several_drawings(paths[first], paths[second], twice)
+    names = tuple(name for one in found for name in one.names)
+    masks = np.concatenate([one.masks for one in found])
+    # The numbers count the segments of each file, so that they are no label values of all.
+    return Layers(names, masks, absent_is_empty=True)
+
+
+def drawn_twice(first: Layers, second: Layers) -> str:
+    """Return which segments of two files draw the same structure, "" if none do.
+
+    They do if their names are the same, or their voxels (`SAME`), or if more than half of the
+    smaller one is inside the other without being nested in it (`layers.OUTSIDE`).
+    """
+    known = {plain(name) for name in first.names}
+    if same := [name for name in second.names if plain(name) in known]:
+        return f"both have a segment {same[0]}"
+    for one, inner in zip(first.names, first.masks, strict=True):
+        for other, outer in zip(second.names, second.masks, strict=True):
+            shared = int((inner & outer).sum())
+            sizes = sorted((int(inner.sum()), int(outer.sum())))
+            crossing = OUTSIDE * sizes[0] < sizes[0] - shared < sizes[0] / 2
+            if shared and (crossing or shared >= SAME * sizes[1]):
+                return f"{one} and {other} have {shared} of {sizes[0]} and {sizes[1]} voxels both"
+    return ""
+
+
+def several_drawings(first: Path, second: Path, found: str) -> FedsgcgError:
+    """Return the error for two segmentations of the same structure."""
+    return fail(
+        "DAT-198",
+        found=f"{first.name} and {second.name}: {found}",
+        expected="different structures in several segmentations of one series",
+        action="Keep the final drawing and move the other one away: which one is right cannot be "
+        "seen from the files.",
+        where=str(first),
+    )
+
+
+def segment_names(path: Path) -> tuple[str, ...]:
+    """Return the labels of a segmentation's segments without reading its voxels."""
+    header = _header(path)
+    return tuple(str(one.get("SegmentLabel", "")) for one in header.get("SegmentSequence", []))
 
 
 def read_labels(path: Path) -> Volume:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from fedsgcg.common.console import Screen, progress_bar, showing
+from fedsgcg.common.console import Screen, steps_of
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
@@ -29,13 +29,9 @@ from fedsgcg.deploy.cli.check_command import SHEET
 from fedsgcg.deploy.cli.sheet import Sheet
 from fedsgcg.deploy.prepare.command import SETTINGS
 from fedsgcg.deploy.site.check import examine_disk, exit_code, measure_device, show
-from fedsgcg.deploy.site.check_files import (
-    Finding,
-    Seen,
-    Verdict,
-    examine_cases,
-    grey_and_colour,
-)
+from fedsgcg.deploy.site.check_files import Seen, examine_cases, grey_and_colour
+from fedsgcg.deploy.site.findings import Finding, Verdict
+from fedsgcg.server.report.format import show_seconds
 
 
 def run_check(options: argparse.Namespace, console: Screen) -> int:
@@ -124,9 +120,9 @@ def examine(
     root = Path(plan.data.root)
     findings: list[Finding] = []
     seen: dict[str, list[Seen]] = {}
-    with progress_bar(console) as bar:
+    with steps_of(console, "checking the data") as step:
         for name in plan.data.sites:
-            task = bar.add_task(f"reading {name}", total=None)
+            step(f"files of {name}")
             try:
                 site = open_site(root, name, plan.data, masks=name not in plan.unlabelled)
             except FedsgcgError as error:
@@ -141,7 +137,7 @@ def examine(
                 parts,
                 plan.data,
                 masks=not target,
-                progress=showing(bar, task),
+                progress=partial(_case, step, name),
                 look=partial(sheet.add, count=len(site.cases)),
             )
             findings += [_named(finding, name) for finding in found]
@@ -160,12 +156,16 @@ def examine(
         findings += [*_absent_classes(seen, plan), *_axes(seen)]
         if not any(finding.code == "DAT-192" for finding in findings):
             findings += grey_and_colour(seen)
-        bar.add_task("one training step", total=None)
+        step("one training step")
         device, seconds = measure_device(plan.site.device, plan.site.threads, plan)
         findings += [*device, *_duration(seen, plan, seconds)]
     everything = [one for found in seen.values() for one in found]
     findings += examine_disk((str(plan.site.cache),), everything)
     return findings, seen
+
+
+def _case(step: Callable[[str], None], site: str, done: int, of: int) -> None:
+    step(f"{site}, case {done} of {of}")
 
 
 def _named(finding: Finding, site: str) -> Finding:
@@ -274,10 +274,11 @@ def _duration(
         return
     epoch = max(1, -(-max(slices) // plan.method.batch_size))
     steps = plan.method.steps_per_round or plan.method.local_epochs * epoch
-    hours = seconds * steps * plan.federation.rounds / 3600
+    together = show_seconds(max(seconds * steps * plan.federation.rounds, 1.0))
     found = (
-        f"{steps} steps a round at the largest hospital, {plan.federation.rounds} rounds: about "
-        f"{hours:.2g} hours of steps a model if the hospitals train in parallel"
+        f"{number_of(steps, 'step')} a round at the largest hospital, "
+        f"{number_of(plan.federation.rounds, 'round')}: about "
+        f"{together} of steps a model if the hospitals train in parallel"
     )
     yield Finding("device", "training", "note", found)
 

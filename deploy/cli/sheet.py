@@ -16,7 +16,7 @@ from fedsgcg.clients.data.slices import flattened, scale_intensity
 from fedsgcg.common.images.read import Volume
 from fedsgcg.common.names import number_of
 from fedsgcg.common.settings.plan import DataSettings
-from fedsgcg.deploy.site.check_files import Finding
+from fedsgcg.deploy.site.findings import Finding, shortened
 from fedsgcg.server.report.figures.overlays import Images, contour_path, jpeg
 
 MOST: Final = 200
@@ -137,13 +137,14 @@ class Sheet:
     ) -> bytes:
         """Return the page: findings with their repairs, tables, and the slices by hospital."""
         problems = [one for one in findings if one.verdict != "ok"]
+        listed = [one for one in shortened(findings, MOST) if one.verdict != "ok"]
         marks: dict[str, list[Finding]] = defaultdict(list)
         for one in problems:
             marks[one.name].append(one)
         parts = [Markup("<h1>Data check: {}</h1>").format(name)]
         lead = "This page shows patients. Keep it where the data are."
         parts.append(Markup('<p class="lead">{}</p>').format(lead))
-        parts.append(_findings(problems))
+        parts.append(_findings(listed))
         parts += [_table(title, rows) for title, rows in tables]
         parts.append(Markup("<h2>One slice of each case</h2>"))
         parts.append(self._legend())

@@ -24,6 +24,7 @@ from fedsgcg.common.console import Screen, Version, print_error, run_command
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.exit_codes import exit_codes
 from fedsgcg.common.files.system import user_name
+from fedsgcg.common.names import number_of
 from fedsgcg.deploy.cli.parsing import check_command
 
 HELP = """\
@@ -331,10 +332,12 @@ def _cache(options: argparse.Namespace, console: Screen) -> int:
 
     policy = read_site_file(site_file_of(options.kit))
     files = cache_files(Path(policy.cache))
-    console.print(f"{len(files)} files, {sum(files.values()) / 1e6:.1f} MB in {policy.cache}")
+    console.print(
+        f"{number_of(len(files), 'file')}, {sum(files.values()) / 1e6:.1f} MB in {policy.cache}"
+    )
     if options.prune:
         gone = prune(Path(policy.cache), options.days)
-        console.print(f"removed {len(gone)} files, {sum(gone.values()) / 1e6:.1f} MB")
+        console.print(f"removed {number_of(len(gone), 'file')}, {sum(gone.values()) / 1e6:.1f} MB")
     else:
         console.print(
             f"Files not used for {UNUSED_DAYS:.0f} days are removed automatically; "

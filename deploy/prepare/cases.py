@@ -26,15 +26,16 @@ from fedsgcg.common.images.read import (
     check_image,
     read_volume,
     segments_of,
+    segments_together,
     suffix_of,
 )
 from fedsgcg.common.images.write import write_like
 from fedsgcg.common.names import printable
-from fedsgcg.deploy.prepare.conversion import Work, copy_or_link
+from fedsgcg.deploy.prepare.conversion import FOLDER, Work, copy_or_link
 from fedsgcg.deploy.prepare.layouts import Line
 
 if TYPE_CHECKING:
-    from fedsgcg.deploy.prepare.own import Labels
+    from fedsgcg.deploy.prepare.labels import Labels
 
 
 def named(lines: Sequence[Line]) -> list[Line]:
@@ -61,17 +62,24 @@ def named(lines: Sequence[Line]) -> list[Line]:
 
 def work_of(line: Line, labels: Labels, *, link: bool) -> Work:
     """Return the conversion of a case; `labels` collects the values of its mask."""
+    if line.mask is not None and line.mask.is_dir() and not line.structures:
+        several = tuple(dicom.segmentations_in(line.mask))
+        line = replace(line, segmentations=several if len(several) > 1 else ())
     make = partial(_make, line, labels, link)
     # An unknown patient is left open, so that `data check` can say that each case counts as one.
     return Work(
         line.site,
         line.name,
         (*(line.files or (line.image,)), *line.masks),
-        ("" if line.files else _target_suffix(line.image), _mask_suffix(line.mask)),
+        (
+            "" if line.files else _target_suffix(line.image),
+            FOLDER if line.segmentations else _mask_suffix(line.mask),
+        ),
         make,
         patient=line.patient,
         split=line.split,
         structures=tuple((name, _mask_suffix(path)) for name, path in line.structures),
+        labels=labels,
     )
 
 
@@ -100,21 +108,22 @@ def _make(line: Line, labels: Labels, link: bool, to_image: Path, *to_masks: Pat
     """Read and check the image and its masks, then copy or link the files."""
     where = str(line.image)
     if line.files:
-        # Only the files of this series, and without their names, which may name the patient.
-        to_image.mkdir()
-        for number, file in enumerate(line.files, 1):
-            copy_or_link(file, to_image / f"{number:05d}.dcm", link=link)
+        # Only the files of this series.
+        _store_dicom(line.files, to_image, link=link)
     image = read_volume(to_image if line.files else line.image)
     check_image(image, where)
     if line.structures:
         masks = np.stack([read_binary(path, image, where) for _, path in line.structures])
-        labels.overlaps.add(Layers(tuple(name for name, _ in line.structures), masks))
+        labels.add(Layers(tuple(name for name, _ in line.structures), masks))
         for (_, path), target in zip(line.structures, to_masks, strict=True):
             _store(path, read_volume(path, mask=True), target, link=link)
+    elif line.segmentations:
+        labels.add(segments_together(line.segmentations, image))
+        _store_dicom(line.segmentations, to_masks[0], link=link)
     elif line.mask is not None:
         segments = segments_of(line.mask, image)
         if segments is not None:
-            labels.overlaps.add(segments)
+            labels.add(segments)
             copy_or_link(_segmentation(line.mask), to_masks[0], link=link)
         else:
             mask = read_volume(line.mask, mask=True)
@@ -126,6 +135,13 @@ def _make(line: Line, labels: Labels, link: bool, to_image: Path, *to_masks: Pat
     return "" if line.mask is not None else "no mask: cannot be used for training or evaluation"
 
 
+def _store_dicom(files: Sequence[Path], folder: Path, *, link: bool) -> None:
+    """Copy or link files into a new folder, without their names, which may name the patient."""
+    folder.mkdir()
+    for number, file in enumerate(files, 1):
+        copy_or_link(file, folder / f"{number:05d}.dcm", link=link)
+
+
 def _segmentation(mask: Path) -> Path:
     """Return the file of a segmentation, which may be the only one of a folder."""
-    return dicom.segmentation_in(mask) or mask
+    return next(iter(dicom.segmentations_in(mask)), mask)

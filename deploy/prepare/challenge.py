@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from fedsgcg.common.images.folders import counted_names, without_suffix
+from fedsgcg.common.names import number_of
 from fedsgcg.deploy.prepare.conversion import Found
 from fedsgcg.deploy.prepare.layouts import Line
 
@@ -60,11 +61,13 @@ def find(files: Sequence[Path], found: Found) -> list[Line]:
         found.missing(mask, f"image of Case{number:02d}")
     for folder, paths in unlabelled.items():
         found.torn |= set(paths)
-        found.notes.append(f"{folder.name}: {len(paths)} images without segmentations, not used")
+        found.notes.append(
+            f"{folder.name}: {number_of(len(paths), 'image')} without segmentation, not used"
+        )
     missing: dict[str, list[Path]] = defaultdict(list)
     for number in sorted(SITES.keys() - lines.keys()):
         missing[SITES[number]].append(Path(f"Case{number:02d}"))
     found.notes += [
-        counted_names(cases, f"cases of {site} are not here") for site, cases in missing.items()
+        counted_names(cases, "case", f"of {site} missing here") for site, cases in missing.items()
     ]
     return list(lines.values())

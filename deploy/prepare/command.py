@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.table import Table
 from rich.text import Text
 
-from fedsgcg.common.console import Screen
+from fedsgcg.common.console import Screen, silent, steps_of
 from fedsgcg.common.datasets import CATALOGUE
 from fedsgcg.common.errors import Problem, fail
 from fedsgcg.common.names import number_of
 
 if TYPE_CHECKING:
     from fedsgcg.deploy.prepare.conversion import Found, Outcome
-    from fedsgcg.deploy.prepare.own import Labels
+    from fedsgcg.deploy.prepare.labels import Labels
 
 NAMES: Final = (*CATALOGUE, "manifest")
 SETTINGS: Final = "data.yaml"
@@ -120,8 +120,8 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
         0 when the data set is complete, 3 when a file is missing, surplus or cannot be used.
     """
     from fedsgcg.common.images.read import VOLUME_SUFFIXES
-    from fedsgcg.deploy.prepare import own
     from fedsgcg.deploy.prepare.conversion import absent, convert, write_file
+    from fedsgcg.deploy.prepare.labels import settings_text
 
     name, source = _name_and_source(options.name, options.source)
     folder: Path | None = options.output
@@ -145,7 +145,7 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             expected="a fraction in [0, 1)",
         )
     hospitals = options.hospitals
-    with console.status(f"searching {source}"):
+    with steps_of(console, f"searching {source}") as step:
         found, labels = find(
             name,
             source,
@@ -153,20 +153,26 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
             link=options.link,
             hospitals=hospitals,
             channel=options.channel,
+            step=step,
         )
     outcome = convert(name, source, folder, found, console)
     if labels:
         labels.settle()
-    advice = labels.advice() if labels and name == "manifest" else ""
     settings = folder / SETTINGS
-    if labels and name == "manifest" and not outcome.kept and not settings.exists():
+    if labels and name == "manifest" and not settings.exists():
         pictures = any(work.suffixes[0] not in ("", *VOLUME_SUFFIXES) for work in found.work)
-        if text := own.settings_text(folder, labels, pictures=pictures):
+        if text := settings_text(folder, labels, pictures=pictures):
             write_file(settings, text.encode())
+        else:
+            note = (
+                f"no {SETTINGS}: a study needs masks with the background, 0, and a structure; "
+                f"these have {labels.counts() or 'no values'}"
+            )
+            outcome = replace(outcome, notes=(note, *outcome.notes))
     if labels and labels.seen and name == "manifest":
         console.print(f"layout: {found.layout}")
         console.print(f"label values, and the masks that have them: {labels.counts()}")
-        if not outcome.kept and (absent_names := labels.absent()):
+        if absent_names := labels.absent():
             problem = Problem(
                 "DAT-181",
                 f"{', '.join(absent_names)} in no mask",
@@ -175,7 +181,7 @@ def run_prepare(options: argparse.Namespace, console: Screen) -> int:
                 str(source),
             )
             outcome = replace(outcome, problems=(*outcome.problems, problem))
-    _print(name, folder, outcome, advice, console)
+    _print(name, folder, outcome, console, named=bool(labels and labels.are_named()))
     return 3 if outcome.problems else 0
 
 
@@ -187,6 +193,7 @@ def find(
     link: bool = False,
     hospitals: str = "",
     channel: str = "",
+    step: Callable[[str], None] = silent,
 ) -> tuple[Found, Labels | None]:
     """List the cases of a data set's folder, as `own.find`; label values only of own data."""
     from fedsgcg.deploy.prepare import fundus, own, prostate
@@ -194,7 +201,7 @@ def find(
     if name in ("fundus", "prostate"):
         finder = {"fundus": fundus.find, "prostate": prostate.find}[name]
         return finder(source, validation, link=link), None
-    return own.find(name, source, link=link, hospitals=hospitals, channel=channel)
+    return own.find(name, source, link=link, hospitals=hospitals, channel=channel, step=step)
 
 
 def _name_and_source(name: str, source: Path | None) -> tuple[str, Path | None]:
@@ -212,15 +219,14 @@ def _name_and_source(name: str, source: Path | None) -> tuple[str, Path | None]:
     )
 
 
-def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Screen) -> None:
+def _print(name: str, folder: Path, outcome: Outcome, console: Screen, *, named: bool) -> None:
     from fedsgcg.deploy.prepare.conversion import REPORT
 
     console.print(_counts(name, outcome))
-    for note in [*outcome.notes[:SHOWN], advice]:
-        if note:
-            console.print(f"note: {note}")
+    for note in outcome.notes[:SHOWN]:
+        console.print(f"note: {note}")
     if len(outcome.notes) > SHOWN:
-        console.print(f"... and {len(outcome.notes) - SHOWN} more notes")
+        console.print(f"... and {number_of(len(outcome.notes) - SHOWN, 'more note')}")
     _print_problems(outcome.problems, console)
     data_set = CATALOGUE.get(name)
     if data_set:
@@ -234,9 +240,10 @@ def _print(name: str, folder: Path, outcome: Outcome, advice: str, console: Scre
     console.print(Text.assemble(state, f": {done}; report: {folder / REPORT}"))
     settings = folder / SETTINGS
     if not data_set and settings.is_file():
-        console.print(f"next: name the classes in {settings}, then")
+        console.print(f"next: {'check' if named else 'name'} the classes in {settings}, then")
         console.print(f"      fedsgcg data check {shlex.quote(str(folder))}")
-        console.print(f"      fedsgcg study data={shlex.quote(str(settings))} heldout=all")
+        if len({site for site, _ in outcome.counts}) > 1:  # of one, none can be held out
+            console.print(f"      fedsgcg study data={shlex.quote(str(settings))} heldout=all")
         return
     choice = name if data_set else "NAME"
     console.print(f"next: fedsgcg study data={choice} data.root={folder.resolve()} ...")

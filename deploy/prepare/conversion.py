@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from fedsgcg.common.console import Screen, counted
+from fedsgcg.common.console import Screen, counted, silent
 from fedsgcg.common.datasets import CATALOGUE, fetch_advice
 from fedsgcg.common.errors import FedsgcgError, Problem, fail
 from fedsgcg.common.files import atomic
 from fedsgcg.common.files.errors import disk_advice
 from fedsgcg.common.files.system import lock
 from fedsgcg.common.images.folders import Listing, by_format, counted_names, look_through
-from fedsgcg.common.names import printable
+from fedsgcg.common.names import number_of, printable
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """Raise it when a conversion changes, so that existing folders are converted again."""
 
 RECORD: Final = "prepared.json"
@@ -37,8 +37,21 @@ REPORT: Final = "prepared.txt"
 COLUMNS: Final = ("patient_id", "split", "published_split", "original")
 """Columns of the manifest after `site`, `image`, and `mask` or one `mask_<structure>` for each."""
 
+FOLDER: Final = "/"
+"""Suffix of a mask that is a folder with several DICOM segmentations."""
+
 Make = Callable[..., str]
 """Writes the image and its masks to paths; returns a note for the user, "" for none."""
+
+
+class Collector(Protocol):
+    """Collects what the masks of all cases have; a case that is kept is not read again."""
+
+    def take(self) -> dict[str, Any]:
+        """Return what the case that was just converted has, as JSON."""
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Add what a case of an earlier call has."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,14 @@ class Work:
         site: Name of the site in the canonical form.
         case: Name of the case, unique within the site.
         sources: The files from which it is made.
-        suffixes: Suffixes of the image, "" for a folder, and of the mask, "" for no mask.
+        suffixes: Suffixes of the image, "" for a folder, and of the mask, "" for no mask, `FOLDER`
+            for a folder.
         make: The conversion.
         patient: The patient's id.
         split: `train`, `validation`, `test`, or "" to split by the hash of the patient.
         published: Part of the published split, "" when there is none.
         structures: (name, suffix) of each mask, if every structure has a mask of its own.
+        labels: Collects the label values of own data.
     """
 
     site: str
@@ -66,6 +81,7 @@ class Work:
     split: str = ""
     published: str = ""
     structures: tuple[tuple[str, str], ...] = ()
+    labels: Collector | None = None
 
     @property
     def image(self) -> str:
@@ -78,7 +94,8 @@ class Work:
         start = f"{self.site}/{self.case}_mask"
         if self.structures:
             return {f"mask_{name}": f"{start}_{name}{end}" for name, end in self.structures}
-        return {"mask": f"{start}{self.suffixes[1]}"} if self.suffixes[1] else {}
+        end = "" if self.suffixes[1] == FOLDER else self.suffixes[1]
+        return {"mask": f"{start}{end}"} if self.suffixes[1] else {}
 
     @property
     def outputs(self) -> list[str]:
@@ -171,19 +188,25 @@ def convert(name: str, source: Path, folder: Path, found: Found, console: Screen
         rows: list[Work] = []
         kept = 0
         try:
-            for work in counted(found.work, console, f"converting {name}"):
+            for work in counted(found.work, console, f"converting {source.name}"):
                 stamp = _stamp(work)
                 earlier = before.get(work.image, {})
                 if _is_done(folder, work, earlier, stamp):
                     done[work.image] = earlier
                     kept += 1
+                    if work.labels is not None:
+                        work.labels.restore(earlier.get("labels", {}))
                 else:
                     try:
                         note = _made(folder, work)
                     except FedsgcgError as error:
                         problems += error.problems
+                        if work.labels is not None:
+                            work.labels.take()
                         continue
                     done[work.image] = {"stamp": stamp, "files": work.outputs, "note": note}
+                    if work.labels is not None:
+                        done[work.image]["labels"] = work.labels.take()
                 rows.append(work)
         finally:  # an interrupted call also records what it has made
             record = _record(name, source, {**before, **done})
@@ -209,22 +232,29 @@ def image_files(source: Path, found: Found) -> list[Path]:
     """Return all image files in a folder, sorted; DICOM is a problem, as in `search` the others."""
     listing = search(source, found)
     if listing.series:
-        names = counted_names(listing.series, "folders of DICOM files")
+        names = counted_names(listing.series, "folder", "of DICOM files")
         advice = "Download the files that the data set is published with."
         found.problems.append(Problem("DAT-119", names, "one file a case", advice, str(source)))
     return listing.images
 
 
-def search(source: Path, found: Found) -> Listing:
+def search(source: Path, found: Found, step: Callable[[str], None] = silent) -> Listing:
     """Return the images in a folder, and record in `found` what else looks like one.
 
     Files of an unsupported format are a problem for own data, where a hospital may have no others.
     For a published data set, whose files are known, they are only a note.
+
+    Args:
+        source: The folder.
+        found: Collects problems and notes.
+        step: Called with what is done.
     """
-    listing = look_through(source)
+    listing = look_through(source, step=step)
     if listing.foreign:
         names = counted_names(
-            listing.foreign, f"files of formats that are not read ({by_format(listing.foreign)})"
+            listing.foreign,
+            "file",
+            f"of formats that are not read ({by_format(listing.foreign)})",
         )
         advice = " ".join(listing.conversions())
         if found.published:
@@ -234,7 +264,9 @@ def search(source: Path, found: Found) -> Listing:
                 Problem("DAT-119", names, "NIfTI or 2-D pictures", advice, str(source))
             )
     if listing.ghosts:
-        found.notes.append(counted_names(listing.ghosts, "hidden files named like images, skipped"))
+        found.notes.append(
+            counted_names(listing.ghosts, "hidden file", "named like images, skipped")
+        )
     for folder, why in listing.closed:
         action = "Give this user permission to read it, then call again."
         found.problems.append(
@@ -429,12 +461,12 @@ def miscounts(name: str, counts: Mapping[tuple[str, str], int]) -> Iterator[Prob
                 where = f"{hospital.name} ({hospital.source})"
                 if part:
                     where += f", {part}"
-                expected = f"{wanted} cases ({data_set.counted})"
+                expected = f"{number_of(wanted, 'case')} ({data_set.counted})"
                 action = (
                     "See the missing, surplus and unusable files. "
                     "Results are not comparable with published ones."
                 )
-                yield Problem("DAT-124", f"{got} cases", expected, action, where)
+                yield Problem("DAT-124", number_of(got, "case"), expected, action, where)
 
 
 def _report(name: str, source: Path, found: Found, outcome: Outcome) -> str:

@@ -28,6 +28,7 @@ from fedsgcg.common.datasets import FUNDUS
 from fedsgcg.common.errors import fail
 from fedsgcg.common.images.read import read_volume
 from fedsgcg.common.images.write import mask_bytes, picture_bytes
+from fedsgcg.common.names import number_of
 from fedsgcg.deploy.prepare.conversion import Found, Work, absent, copy_or_link, image_files
 
 SIDE: Final = 800
@@ -265,9 +266,8 @@ def _released(root: Path, files: Sequence[Path], *, link: bool) -> Found:
         for part in PARTS:
             pairs, from_list = _listed_pairs(root, domain, part, files)
             if from_list is not None:
-                found.notes.append(
-                    f"{domain} {part}: {len(pairs)} cases as listed in {from_list.name}"
-                )
+                count = number_of(len(pairs), "case")
+                found.notes.append(f"{domain} {part}: {count} as listed in {from_list.name}")
             for image, mask in pairs:
                 gone = [path for path in (image, mask) if path not in present]
                 for path in gone:

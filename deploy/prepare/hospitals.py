@@ -98,6 +98,7 @@ def _by_table(lines: Sequence[Line], table: Path) -> tuple[list[Line], list[Prob
                 line,
                 site=entry.site,
                 patient=entry.patient or line.patient,
+                person="" if entry.patient else line.person,
                 split=entry.split or line.split,
             )
         )
@@ -107,7 +108,7 @@ def _by_table(lines: Sequence[Line], table: Path) -> tuple[list[Line], list[Prob
         problems.append(
             Problem(
                 "DAT-129",
-                counted_names(map(Path, idle), "lines whose case is not in the folder"),
+                counted_names(map(Path, idle), "line", "whose case is not in the folder"),
                 "names of cases, as in the folder",
                 "Correct the names; the other lines are used.",
                 str(table),
@@ -151,7 +152,7 @@ def _keys(line: Line) -> list[str]:
 def _left_out(lines: Sequence[Line], where: str, expected: str, action: str) -> list[Problem]:
     if not lines:
         return []
-    names = counted_names((Path(_name(line)) for line in lines), "cases without a hospital")
+    names = counted_names((Path(_name(line)) for line in lines), "case", "without a hospital")
     return [Problem("DAT-129", names, expected, action, where)]
 
 

@@ -45,6 +45,9 @@ class Line:
         name: Name of the case, "" for the image's.
         structures: (name, mask file) of each structure with a mask of its own.
         files: The files of a DICOM series.
+        segmentations: Several DICOM segmentations that are the mask together.
+        person: What the image's header says about the patient, to find the images of one person;
+            it is neither written nor shown.
     """
 
     site: str
@@ -55,12 +58,16 @@ class Line:
     name: str = ""
     structures: tuple[tuple[str, Path], ...] = ()
     files: tuple[Path, ...] = ()
+    segmentations: tuple[Path, ...] = ()
+    person: str = field(default="", repr=False)
 
     @property
     def masks(self) -> tuple[Path, ...]:
-        """The mask files: none, one, or one for each structure."""
+        """The mask files: none, one, or one for each structure or segmentation."""
         if self.structures:
             return tuple(path for _, path in self.structures)
+        if self.segmentations:
+            return self.segmentations
         return () if self.mask is None else (self.mask,)
 
 
@@ -172,8 +179,8 @@ def _left_out(
             "network sees one image. --channel NAME uses another one"
         )
     if tests := [path for path in files if path.parent == root / "imagesTs"]:
-        what = "images in imagesTs have no label that is used, and are left out"
-        notes.append(f"{site}: {counted_names(tests, what)}; `fedsgcg-site predict` segments them")
+        left_out = counted_names(tests, "image", "in imagesTs without a label, left out")
+        notes.append(f"{site}: {left_out}; `fedsgcg-site predict` segments them")
     return notes
 
 
@@ -266,11 +273,11 @@ def _incomplete(
     found = []
     if alone := sorted(masks.keys() - images.keys()):
         paths = [masks[case] for case in alone]
-        found.append(counted_names(paths, "labels without an image"))
+        found.append(counted_names(paths, "label", "without an image"))
     if wanted and (short := sorted(case for case, one in images.items() if wanted not in one)):
-        found.append(counted_names(map(Path, short), f"cases without channel {wanted}"))
+        found.append(counted_names(map(Path, short), "case", f"without channel {wanted}"))
     if bare := sorted(images.keys() - masks.keys()):
-        found.append(counted_names(map(Path, bare), "images without a label"))
+        found.append(counted_names(map(Path, bare), "image", "without a label"))
     stated = declared.get("numTraining")
     if isinstance(stated, int) and stated != len(images):
         found.append(f"{number_of(len(images), 'case')}, dataset.json states {stated}")
@@ -317,13 +324,14 @@ def _bids(source: Path, files: Sequence[Path]) -> Layout:
         _add_subject(site, key[0], images.get(key, []), masks, layout)
     used = {line.image for line in layout.lines}
     if others := [path for key in labels for path in images.get(key, []) if path not in used]:
-        what = "further images of subjects with labels, not used"
-        layout.notes.append(counted_names(others, what))
+        what = "of subjects with labels, not used"
+        layout.notes.append(counted_names(others, "further image", what))
     without = sorted(
         {f"{subject} {session}".strip() for subject, session in images.keys() - labels}
     )
     if without:
-        layout.notes.append(counted_names(map(Path, without), "subjects without a label, not used"))
+        what = "without a label, not used"
+        layout.notes.append(counted_names(map(Path, without), "subject", what))
     for table in sorted(source.rglob("*dseg.tsv")):
         rows = _table(table)
         pairs = [(row.get("index", ""), row.get("name", "")) for row in rows]
@@ -343,14 +351,14 @@ def _add_subject(
         if len(fitting) == 1:
             pairs[fitting[0]].append(mask)
             continue
-        found = counted_names(images, "images") if images else "no image"
+        found = counted_names(images, "image") if images else "no image"
         action = "Name the label after its image, e.g. sub-1_T2w_dseg for sub-1_T2w."
         layout.problems.append(
             Problem("DAT-183", found, "one image for a label", action, str(mask))
         )
     for image, found_masks in pairs.items():
         if len(found_masks) > 1:
-            names = counted_names(found_masks, "labels of one image")
+            names = counted_names(found_masks, "label", "of one image")
             action = "Keep one label map; several cannot be merged without knowing which is right."
             layout.problems.append(Problem("DAT-167", names, "one label map", action, str(image)))
         else:

@@ -6,7 +6,6 @@ recognised (`layouts`, `series`, `pairs`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,10 +17,11 @@ from typing import Final
 from fedsgcg.clients.data.case_files import alike_hospitals
 from fedsgcg.clients.data.listing import list_root, structure_files
 from fedsgcg.clients.data.manifest import read_manifest
-from fedsgcg.clients.data.slices import whole_label
+from fedsgcg.common.console import silent
 from fedsgcg.common.datasets import CATALOGUE, PROMISE12, SPINEGM
-from fedsgcg.common.errors import CODES, FedsgcgError, Problem, fail
+from fedsgcg.common.errors import CODES, FedsgcgError, Problem
 from fedsgcg.common.images.folders import (
+    STEP,
     Listing,
     counted_names,
     is_file,
@@ -30,115 +30,27 @@ from fedsgcg.common.images.folders import (
 )
 from fedsgcg.common.images.formats import suffix_of
 from fedsgcg.common.images.parts import inside
-from fedsgcg.common.names import printable
+from fedsgcg.common.names import number_of, printable
 from fedsgcg.deploy.prepare import challenge, pairs, series, spinegm
 from fedsgcg.deploy.prepare.cases import named, work_of
 from fedsgcg.deploy.prepare.conversion import Found, absent, search
 from fedsgcg.deploy.prepare.hospitals import assign, suggestion
+from fedsgcg.deploy.prepare.labels import Labels
 from fedsgcg.deploy.prepare.layouts import Layout, Line, recognise
-from fedsgcg.deploy.prepare.structures import Overlaps
+from fedsgcg.deploy.prepare.patients import one_patient, with_person
 
-MAX_LABELS: Final = 64
-"""A mask with more distinct values than this is not a label map."""
-
-PIECES: Final = (
-    "; if every structure is in one piece, add largest_component: true "
-    "(it removes all other pieces)"
-)
-"""Advice on post-processing, which is off by default."""
-
-
-VOLUME_RULES: Final = (
-    "intensity: percentile   # each volume's 1st to 99th percentile; or minmax, zscore",
-    "stack: 3   # channels: a slice and both neighbours; 1 = the slice alone",
-)
-PICTURE_RULES: Final = (
-    "intensity: percentile   # each picture's 1st to 99th percentile; fixed: 0 to 255, 8 bits only",
-    "stack: 1   # a picture's channels are its colours, or its grey values three times",
-)
-RULES: Final = (
-    "aspect: pad   # a slice keeps its shape; squeeze = it fills the square training slice",
-    "plan: fixed   # auto = image size, spacing, intensity and stack follow from the images",
-    "largest_component: false   # true only if every structure is in one piece",
-    "fill_holes: false   # true only if no structure has a hole",
-)
-"""Written with their defaults: they follow from anatomy, never from the masks of all hospitals,
-which would include those of the held-out one."""
-
-
-class Labels:
-    """Label values in the masks of a data set.
-
-    Attributes:
-        seen: Value -> number of masks that contain it.
-        allowed: Values that a mask may contain; None = 0 to 255.
-        names: Value -> name of its class, as far as the data set says it.
-        regions: Structure -> the values it consists of; empty for one structure a class.
-    """
-
-    def __init__(self, allowed: frozenset[int] | None) -> None:
-        self.seen: Counter[int] = Counter()
-        self.allowed = allowed
-        self.names: dict[int, str] = {}
-        self.regions: dict[str, tuple[int, ...]] = {}
-        self.overlaps = Overlaps()
-
-    def settle(self) -> None:
-        """After the conversion, take the values from masks with one layer a structure."""
-        if self.overlaps.names:
-            self.seen += self.overlaps.counts()
-            self.names = self.names | self.overlaps.classes()
-            self.regions = self.regions or self.overlaps.structures()
-
-    def check(self, values: Sequence[float], where: str) -> None:
-        """Record the values of one mask; raises DAT-109 for a value that is not allowed."""
-        labels = {value: whole_label(value) for value in values}
-        allowed = range(256) if self.allowed is None else self.allowed
-        odd = [value for value, label in labels.items() if label not in allowed]
-        if odd or len(values) > MAX_LABELS:
-            found = "values " + ", ".join(f"{value:.9g}" for value in (odd or values)[:8])
-            expected = "integers from 0 to 255, one per class"
-            if self.allowed is not None:
-                expected = "values " + ", ".join(map(str, sorted(self.allowed)))
-            raise fail(
-                "DAT-109", found=found, expected=expected, action="Correct the mask.", where=where
-            )
-        self.seen.update({label for label in labels.values() if label is not None})
-
-    def classes(self) -> dict[str, list[int]]:
-        """Return a class for each value, the background first."""
-        names = {value: f"class_{value}" for value in sorted({*self.seen, *self.names})}
-        return {name: [v] for v, name in sorted((names | self.names | {0: "background"}).items())}
-
-    def structures(self) -> dict[str, list[str]]:
-        """Return the classes of each structure."""
-        names = {value: name for name, (value,) in self.classes().items()}
-        if not self.regions:
-            return {name: [name] for value, name in names.items() if value}
-        return {
-            region: [names[value] for value in values if value in names]
-            for region, values in self.regions.items()
-        }
-
-    def counts(self) -> str:
-        """Return the number of masks with each value, "" if no mask was read."""
-        return ", ".join(f"{value} in {self.seen[value]}" for value in sorted(self.seen))
-
-    def absent(self) -> list[str]:
-        """Return the named values that no mask has."""
-        return [f"{name} ({v})" for v, name in sorted(self.names.items()) if v and not self.seen[v]]
-
-    def advice(self) -> str:
-        """Return how to declare the values in the data settings."""
-        if not self.seen:
-            return ""
-        classes = ", ".join(f"{name}: {values}" for name, values in self.classes().items())
-        listed = ", ".join(map(str, sorted(self.seen)))
-        return f"label values {listed}; declare them: classes: {{{classes}}}{PIECES}"
+MOST_REASONS: Final = 12
+"""Problems that are named if a folder has no case."""
 
 
 def find(
-    name: str, source: Path, *, link: bool, hospitals: str = "", channel: str = ""
+    name: str,
+    source: Path,
+    *,
+    link: bool,
+    hospitals: str = "",
+    channel: str = "",
+    step: Callable[[str], None] = silent,
 ) -> tuple[Found, Labels]:
     """List the cases of a CSV file, of a folder with `manifest.csv`, or of a folder without one.
 
@@ -149,6 +61,7 @@ def find(
         hospitals: Table or pattern that assigns the cases to hospitals
             (`deploy.prepare.hospitals`); "" if the folders do.
         channel: Name or number of the channel of a folder of nnU-Net; "" = the first one.
+        step: Called with what is done.
 
     Returns:
         The cases, and the label values, which the conversion fills in.
@@ -161,7 +74,7 @@ def find(
     listed = table.is_file()
     layout = f"table {table}" if listed else f"one folder per hospital in {source}"
     found = Found(layout, published=listed or name in CATALOGUE)
-    listing = Listing() if source.is_file() else search(source, found)
+    listing = Listing() if source.is_file() else search(source, found, step)
     files = listing.images
     if listed:
         lines = _from_table(name, table, found)
@@ -172,19 +85,24 @@ def find(
     if not lines and not listed and name == SPINEGM.name:
         spinegm.find(files, found)
     if not lines and not listed and name not in CATALOGUE:
-        lines = _recognised(listing, source, labels, found, channel)
+        lines = _recognised(listing, source, labels, found, channel, step)
     if not lines and not found.work:
-        reasons = [_nothing(len(files), listed)]
-        reasons += [p.found for p in found.problems if p.code in ("DAT-119", "DAT-127", "DAT-128")]
-        raise absent(name, source, "; ".join(reasons))
+        (nothing,) = absent(name, source, _nothing(listing, listed)).problems
+        raise FedsgcgError(nothing, *found.problems[:MOST_REASONS])
     _report_series(listing, lines, source, found)
+    if name not in CATALOGUE:
+        lines = with_person(lines, step, stated=listed)
     if hospitals or name not in CATALOGUE:
         lines = _with_hospitals(lines, hospitals, source, found)
+        lines, notes = one_patient(lines, table.parent if listed else source)
+        found.notes += notes
     found.notes += [
         f"{p.where}: {CODES[p.code]} {p.found}. {p.action}" for p in alike_hospitals(_sites(lines))
     ]
     lines = _one_way(lines, found)
-    for line in named(lines):
+    for number, line in enumerate(named(lines), 1):
+        if number % STEP == 0:
+            step(f"files of case {number} of {len(lines)}")
         paths = (line.image, *line.masks, *line.files)
         gone = [path for path in paths if not is_file(path) and not path.is_dir()]
         for path in gone:
@@ -203,7 +121,7 @@ def _report_series(listing: Listing, lines: Sequence[Line], source: Path, found:
     used = {path for line in lines for path in (line.image, *line.masks, *line.files)}
     idle = [folder for folder, files in listing.series.items() if not {folder, *files} & used]
     if idle and not any(line.files for line in lines):
-        names = counted_names(idle, "folders of DICOM files")
+        names = counted_names(idle, "folder", "of DICOM files")
         action = (
             "Name the folder of each series <case>_image, its mask <case>_mask, or export DICOM "
             "segmentations, which say to which series they belong."
@@ -212,12 +130,17 @@ def _report_series(listing: Listing, lines: Sequence[Line], source: Path, found:
 
 
 def _recognised(
-    listing: Listing, source: Path, labels: Labels, found: Found, channel: str
+    listing: Listing,
+    source: Path,
+    labels: Labels,
+    found: Found,
+    channel: str,
+    step: Callable[[str], None],
 ) -> list[Line]:
     """List the cases of a layout of other tools, of a DICOM export, or by the files' names."""
     known: tuple[Callable[[], Layout | None], ...] = (
         partial(recognise, source, listing.images, channel),
-        partial(series.recognise, source, listing.series),
+        partial(series.recognise, source, listing.series, step),
         partial(pairs.recognise, source, listing.images),
     )
     for layout in (make() for make in known):
@@ -286,40 +209,13 @@ def _one_way(lines: Sequence[Line], found: Found) -> list[Line]:
     return kept
 
 
-def settings_text(folder: Path, labels: Labels, *, pictures: bool) -> str:
-    """Return settings for prepared own data, to be edited: names of classes and structures.
-
-    Args:
-        folder: The prepared folder.
-        labels: The label values of all masks.
-        pictures: Whether the images are pictures, whose distances are in pixels.
-
-    Returns:
-        Text of a YAML file; "" if the masks do not have the background and another value.
-    """
-    classes = labels.classes()
-    if 0 not in labels.seen or len(classes) < 2:
-        return ""
-    lines = [
-        "# Settings of these data, for `fedsgcg study data=THIS_FILE`. Rename the classes. A",
-        "# structure is what is reported; it may consist of several classes.",
-        f"name: {json.dumps(folder.resolve().name, ensure_ascii=False)}",
-        f"root: {json.dumps(str(folder.resolve()), ensure_ascii=False)}",
-        "classes:",
-        *(f"  {name}: {values}" for name, values in classes.items()),
-        "structures:",
-        *(f"  {name}: [{', '.join(parts)}]" for name, parts in labels.structures().items()),
-        f"spacing_unit: {'pixel' if pictures else 'mm'}",
-        *(PICTURE_RULES if pictures else VOLUME_RULES),
-        *RULES,
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _nothing(files: int, listed: bool) -> str:
+def _nothing(listing: Listing, listed: bool) -> str:
     if listed:
         return "a table without a usable line"
-    return f"{files} image files, no table and no <site>/<case>_image.*"
+    files = sum(map(len, listing.series.values()))
+    dicom = f"{number_of(files, 'DICOM file')} without a segmentation, " if files else ""
+    images = number_of(len(listing.images), "image file")
+    return f"{dicom}{images}, no table and no <site>/<case>_image.*"
 
 
 def _sites(lines: Sequence[Line]) -> list[str]:

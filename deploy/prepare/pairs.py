@@ -69,14 +69,14 @@ def recognise(source: Path, files: Sequence[Path]) -> Layout | None:
     for home, group in sorted(groups.items()):
         alone += group.alone
         if group.unused:
-            text = counted_names(group.unused, "files in further folders, not used")
+            text = counted_names(group.unused, "file", "in further folders, not used")
             layout.notes.append(f"{printable(home.name)}: {text}")
         masks: dict[str, list[tuple[str, Path]]] = defaultdict(list)
         for case, role, path in group.masks:
             masks[case].append((role, path))
         if group.images and not group.masks:
             where = printable(home.relative_to(source).as_posix())
-            images = counted_names(group.images.values(), "images and no mask, not used")
+            images = counted_names(group.images.values(), "image", "and no mask, not used")
             layout.notes.append(f"{where}: {images}")
             continue
         for case, image in sorted(group.images.items()):
@@ -84,9 +84,9 @@ def recognise(source: Path, files: Sequence[Path]) -> Layout | None:
                 bare.append(image)
             elif (line := _line(source, home, case, image, masks[case], layout)) is not None:
                 layout.lines.append(line)
-    for paths, what in ((bare, "images without a mask"), (alone, "masks without an image")):
+    for paths, *what in ((bare, "image", "without a mask"), (alone, "mask", "without an image")):
         if paths:
-            layout.problems.append(_unpaired(paths, what, source))
+            layout.problems.append(_unpaired(counted_names(paths, *what), source))
     return layout
 
 
@@ -104,7 +104,7 @@ def _line(
         layout.problems.append(
             Problem(
                 "DAT-167",
-                counted_names((path for _, path in masks), "masks"),
+                counted_names((path for _, path in masks), "mask"),
                 "one mask, or one mask file a structure",
                 "Keep one of them: which one is right cannot be seen from the names.",
                 str(image),
@@ -123,10 +123,10 @@ def _line(
     )
 
 
-def _unpaired(paths: Sequence[Path], what: str, source: Path) -> Problem:
+def _unpaired(found: str, source: Path) -> Problem:
     return Problem(
         "DAT-127",
-        counted_names(paths, what),
+        found,
         "<case>.* with <case>_mask.* or <case>_<structure>.*, or folders images and masks",
         "Rename the files, or list the cases in manifest.csv with the columns site, image, mask.",
         str(source),

@@ -8,7 +8,8 @@ it is in; then no mask is changed and none contradicts another one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,20 +34,30 @@ class Overlaps:
         self.seen: Counter[Inside] = Counter()
         self.clear: set[Inside] = set()
 
-    def add(self, layers: Layers) -> None:
-        """Count the sets of one case."""
+    def add(self, layers: Layers) -> dict[str, Any]:
+        """Count the sets of one case; return what `restore` needs to count them again."""
         names = [plain_name(name) for name in layers.names]
-        self.names += [name for name in names if name not in self.names]
         codes = np.zeros(layers.masks.shape[1:], np.uint64)
         for bit, mask in enumerate(layers.masks):
             codes |= mask.astype(np.uint64) << np.uint64(bit)
         sizes = [int(mask.sum()) for mask in layers.masks]
         found, counts = np.unique(codes, return_counts=True)
+        sets: list[tuple[list[str], bool]] = []
         for code, count in zip(found.tolist(), counts.tolist(), strict=True):
             bits = [bit for bit in range(len(names)) if code >> bit & 1]
-            inside = frozenset(names[bit] for bit in bits)
+            clear = bool(bits) and count > OUTSIDE * min(sizes[bit] for bit in bits)
+            sets.append(([names[bit] for bit in bits], clear))
+        record = {"names": names, "sets": sets}
+        self.restore(record)
+        return record
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Count the sets of a case by what `add` returned for it."""
+        self.names += [name for name in record["names"] if name not in self.names]
+        for names, clear in record["sets"]:
+            inside = frozenset(names)
             self.seen[inside] += 1
-            if bits and count > OUTSIDE * min(sizes[bit] for bit in bits):
+            if clear:
                 self.clear.add(inside)
 
     def sets(self) -> list[Inside]:

@@ -18,6 +18,7 @@ from fedsgcg.clients.guard.pinned import kept_differences
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.common.console import Screen, progress_bar
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.names import number_of
 from fedsgcg.common.settings.compose import compose
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.wire.payload import Weights
@@ -28,11 +29,14 @@ from fedsgcg.deploy.certificates import (
     read_site_key,
     spoken_fingerprint,
 )
-from fedsgcg.deploy.site.check_files import Finding, Seen, Verdict, examine_files
+from fedsgcg.deploy.site.check_files import Seen, examine_files
 from fedsgcg.deploy.site.check_link import examine_link
 from fedsgcg.deploy.site.check_software import examine_software
+from fedsgcg.deploy.site.findings import Finding, Verdict, shortened
 
 SETTINGS = "settings.txt"
+MOST_ALIKE = 12
+"""Findings with the same problem that are listed before only their number is given."""
 SPARE_BYTES = 2**30
 """Free space needed in addition to the slice cache, for ledger, logs, bundles and models."""
 
@@ -275,15 +279,17 @@ def show(
     everything: bool,
     title: str = "fedsgcg-site check",
 ) -> None:
-    """Show the findings as a table; files without a problem only if `everything` is set."""
-    quiet = [finding for finding in findings if finding.area == "files" and finding.verdict == "ok"]
+    """Show the findings as a table.
+
+    Files without a problem, and more than `MOST_ALIKE` with the same one, are shown only if
+    `everything` is set.
+    """
+    quiet = sum(finding.area == "files" and finding.verdict == "ok" for finding in findings)
     table = Table(title=f"{title}, {time.strftime('%Y-%m-%d %H:%M')}", show_lines=False)
     for name in ("", "what", "", "found", "what to do"):
         table.add_column(name, overflow="fold")
     last = ""
-    for finding in findings:
-        if finding in quiet and not everything:
-            continue
+    for finding in findings if everything else shortened(findings, MOST_ALIKE):
         if last and finding.area != last:
             table.add_section()
         mark = Text(finding.verdict, style=COLOUR[finding.verdict])
@@ -299,5 +305,5 @@ def show(
         if counts[verdict]
     )
     if quiet and not everything:
-        summary += Text(f" ({len(quiet)} files without a problem; --all lists them)")
+        summary += Text(f" ({number_of(quiet, 'file')} without a problem; --all lists all)")
     console.print(summary)

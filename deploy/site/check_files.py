@@ -10,9 +10,9 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -24,49 +24,19 @@ from fedsgcg.clients.data.store import main_kind, other_kind_problem
 from fedsgcg.clients.guard.policy import only_inside_data_root
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.guard.site_secret import split_salt
-from fedsgcg.common.errors import CODES, FedsgcgError, Problem
+from fedsgcg.common.errors import FedsgcgError
 from fedsgcg.common.images.contents import content_hash
 from fedsgcg.common.images.read import PICTURE, Volume
+from fedsgcg.common.names import number_of
 from fedsgcg.common.settings.plan import DataSettings
+from fedsgcg.deploy.site.findings import Finding, Verdict
 
-Verdict = Literal["ok", "note", "warn", "fail"]
 SPACING_RATIO = 2.0
 """Largest ratio between a voxel's side and the site's median, in either direction."""
 SMALLEST_MM, LARGEST_MM = 0.01, 100.0
 """A voxel side outside this range is a wrong unit, not a scanner's resolution."""
 
 nib: Any = nibabel
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Result of one check.
-
-    Attributes:
-        area: `files`, `site`, `device`, `disk`, `clock` or `link`.
-        name: Case, folder or name of the check.
-        verdict: `ok`, `warn` (works, but needs a look) or `fail` (does not work).
-        found: What was found.
-        action: How to fix it.
-        code: Error code, "" for `ok`.
-    """
-
-    area: str
-    name: str
-    verdict: Verdict
-    found: str = ""
-    action: str = ""
-    code: str = ""
-
-    def as_dict(self) -> dict[str, str]:
-        """Return the finding as a dictionary, with the meaning of its code."""
-        return asdict(self) | {"meaning": CODES.get(self.code, "")}
-
-    @classmethod
-    def of(cls, area: str, problem: Problem, verdict: Verdict = "fail") -> Finding:
-        """Turn a problem into a finding."""
-        found = problem.found + (f"; expected {problem.expected}" if problem.expected else "")
-        return cls(area, problem.where, verdict, found, problem.action, problem.code)
 
 
 @dataclass(frozen=True)
@@ -364,7 +334,9 @@ def _without_patient_id(patient_floor: int, seen: Sequence[Seen]) -> Iterator[Fi
     missing = [one for one in seen if not one.case.has_patient]
     if not missing:
         return
-    found = f"{len(missing)} of {len(seen)} cases have no patient_id: each counts as one patient"
+    found = (
+        f"{len(missing)} of {number_of(len(seen), 'case')} without patient_id: each is one patient"
+    )
     action = (
         "If a person has several cases, write patient_id in manifest.csv. Otherwise that person "
         "may be in training and validation, and counts several times towards patient_floor "
@@ -393,11 +365,11 @@ def _floor(seen: Sequence[Seen], site: Site, policy: SiteFile, heldout: bool) ->
         found = f"0 of {listed} usable"
         yield Finding("site", "cases", "fail", found, "Correct at least one case.", "DAT-102")
     elif not heldout and training < policy.patient_floor:
-        found = f"{training} training patients, the floor is {policy.patient_floor}"
+        found = f"{number_of(training, 'training patient')}, the floor is {policy.patient_floor}"
         action = "Add patients: below the floor nothing of this site's training leaves."
         yield Finding("site", "patients", "warn", found, action, "SITE-513")
     elif not heldout and slices < policy.round_slices:
-        found = f"{slices} training slices, a round needs {policy.round_slices}"
+        found = f"{number_of(slices, 'training slice')}, a round needs {policy.round_slices}"
         action = "Add cases, or lower round_slices: below it this site cannot train."
         yield Finding("site", "slices", "warn", found, action, "SITE-513")
     else:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedsgcg.clients.guard.site_file import SiteFile, split_address
-from fedsgcg.deploy.site.check_files import Finding, Verdict
+from fedsgcg.deploy.site.findings import Finding, Verdict
 
 TIMEOUT_S = 10.0
 PROBES = 5

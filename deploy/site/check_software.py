@@ -8,7 +8,7 @@ from fedsgcg.clients.guard.approval import approved_software, require_software
 from fedsgcg.clients.guard.site_file import SiteFile
 from fedsgcg.clients.guard.software import Software, changed_files
 from fedsgcg.common.errors import FedsgcgError
-from fedsgcg.deploy.site.check_files import Finding
+from fedsgcg.deploy.site.findings import Finding
 
 MOST_FILES = 20
 """Number of changed files that are listed."""

@@ -38,6 +38,20 @@ def test_nothing_that_came_over_the_wire_or_from_disk_is_executed(pattern: str) 
     assert hits == []
 
 
+def test_one_file_is_not_called_one_files() -> None:
+    """A number that may be 1 goes through `number_of` or `counted_names`."""
+    nouns = "case|image|mask|file|label|folder|patient|line|hospital|picture|subject|segment"
+    pattern = re.compile(rf"(?<!of )\{{len\([^{{}}]*\)\}} (more |further )?({nouns})s\b")
+    rooms = ("deploy/prepare", "deploy/cli", "clients/data", "clients/predict")
+    hits = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in PRODUCT
+        if str(path.relative_to(ROOT)).startswith(rooms)
+        for match in pattern.finditer(path.read_text())
+    ]
+    assert hits == []
+
+
 def test_the_packages_that_run_are_the_ones_of_this_checkout() -> None:
     import fedsgcg.clients
     import fedsgcg.common

@@ -10,7 +10,9 @@ MR = "1.2.840.10008.5.1.4.1.1.4"
 ENHANCED_MR = "1.2.840.10008.5.1.4.1.1.4.1"
 
 
-def write_series(folder, native, affine, *, series=None, frame=None, study=None, number=1):
+def write_series(
+    folder, native, affine, *, series=None, frame=None, study=None, number=1, patient="P1"
+):
     """Write voxels (i, j, k) with a RAS affine as a series of MR images; return its UID.
 
     Args:
@@ -21,6 +23,7 @@ def write_series(folder, native, affine, *, series=None, frame=None, study=None,
         frame: FrameOfReferenceUID.
         study: StudyInstanceUID.
         number: SeriesNumber.
+        patient: PatientID.
     """
     folder.mkdir(parents=True, exist_ok=True)
     series, frame = series or generate_uid(), frame or generate_uid()
@@ -32,6 +35,7 @@ def write_series(folder, native, affine, *, series=None, frame=None, study=None,
     for k in range(count):
         place = lps[:3, 3] + k * lps[:3, 2]
         header = slice_header(series, frame, study, number, k + 1)
+        header.PatientID = patient
         header.ImagePositionPatient = [f"{value:.6f}"[:16] for value in place]
         header.ImageOrientationPatient = [
             f"{value:.8f}"[:16] for value in (*axes[:, 0], *axes[:, 1])

@@ -85,7 +85,7 @@ def dicom_export(root: Path, scratch: Path, cases: int = 3) -> Path:
     for number, (site, case, image, mask, affine) in enumerate(phantoms(scratch, cases)):
         folder = root / site / f"PAT{number:03d}" / "STUDY1"
         own = scratch / "series" / str(number)
-        write_series(own, image.astype(np.uint16), affine, number=3)
+        write_series(own, image.astype(np.uint16), affine, number=3, patient=f"ID-{number:04d}")
         volume = read_volume(own)
         folder.mkdir(parents=True)
         labels = scratch / f"{case}.nii.gz"

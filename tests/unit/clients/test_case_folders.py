@@ -101,9 +101,9 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     assert note.code == "DAT-119"
     assert note.found.split("; ") == [
         "3 files in unsupported formats (.mgz 2, .vtk 1): d_image.mgz, d_mask.mgz, e.vtk",
-        "1 masks without an image: f_mask.png",
-        "2 images that are not named <site>/<case>_image: h_image.png, g.png",
-        "1 hidden files named like images: ._c_image.png",
+        "1 mask without an image: f_mask.png",
+        "2 images not named <site>/<case>_image: h_image.png, g.png",
+        "1 hidden file named like images: ._c_image.png",
     ]
     assert "SimpleITK" in note.action
     assert open_site(root, "B", make_data()).notes == ()
@@ -115,7 +115,7 @@ def test_files_that_are_no_case_are_counted_and_named_once(tmp_path, make_data):
     ]
     folder_root(tmp_path / "only", "A/x.dcm")
     (problem,) = problems_of(discover_sites, tmp_path / "only")
-    assert "1 folders of DICOM files not named <case>_image: A" in problem.found
+    assert "1 folder of DICOM files not named <case>_image: A" in problem.found
     assert "folder of each series <case>_image" in problem.action
 
 

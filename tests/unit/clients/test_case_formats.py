@@ -214,4 +214,4 @@ def test_a_series_without_a_place_in_the_layout_is_a_note(tmp_path, make_data):
     write_dicom(tmp_path / "A/export", native, AFFINE)
     (note,) = open_site(tmp_path, "A", data_of(make_data)).notes
     assert note.code == "DAT-119"
-    assert "1 folders of DICOM files not named <case>_image: export" in note.found
+    assert "1 folder of DICOM files not named <case>_image: export" in note.found

@@ -89,7 +89,7 @@ def test_a_folder_gives_its_images_and_passes_over_masks_and_results(tmp_path):
     assert skipped.texts() == [
         "5 files named like masks or results: "
         "a_confidence.nii.gz, a_mask.nii.gz, b_overlay.png, ...",
-        "1 hidden files named like images: .hidden.png",
+        "1 hidden file named like images: .hidden.png",
     ]
 
 

@@ -138,9 +138,9 @@ def test_a_linked_patient_is_predicted_and_other_formats_are_counted(tmp_path):
     assert [job.name for job in jobs] == ["P2/c", "a"]
     first, second = skipped.texts()
     assert first.startswith(
-        "1 files in unsupported formats (.mgz 1): b.mgz. Convert it with FreeSurfer"
+        "1 file in unsupported formats (.mgz 1): b.mgz. Convert it with FreeSurfer"
     )
-    assert second == "1 hidden files named like images: ._a.nii"
+    assert second == "1 hidden file named like images: ._a.nii"
     (tmp_path / "only").mkdir()
     touch(tmp_path / "only/x.par")
     with pytest.raises(FedsgcgError, match="dcm2niix"):

@@ -250,18 +250,66 @@ def test_a_truncated_segmentation_is_refused(series, tmp_path):
     assert caught.value.code == "DAT-103"
 
 
-def test_two_segmentations_in_a_folder_are_refused(series, tmp_path):
+def test_segmentations_of_different_structures_are_one_mask(series, tmp_path):
+    image = read_volume(series)
+    disc = np.zeros(image.array.shape, np.uint8)
+    disc[1:4, 1:6, 1:6] = 1
+    cup = np.zeros_like(disc)
+    cup[2, 2:5, 2:5] = 1
+    (tmp_path / "masks").mkdir()
+    for name, mask in (("cup", cup), ("disc", disc)):
+        path = tmp_path / "masks" / f"{name}.dcm"
+        segmentation.write(path, mask, ["background", name], image, model="m")
+    layers = segments_of(tmp_path / "masks", image)
+    assert layers.names == ("cup", "disc")
+    np.testing.assert_array_equal(layers.masks, [cup > 0, disc > 0])
+    truth = class_map(layers, CLASSES, NESTED, "case")
+    np.testing.assert_array_equal(truth, disc + cup)
+    with pytest.raises(FedsgcgError) as caught:
+        read_volume(tmp_path / "masks", mask=True)  # their own grids may differ
+    assert caught.value.code == "DAT-162"
+
+
+def test_a_structure_that_two_segmentations_draw_is_refused_with_both(series, tmp_path):
     image, _ = segmented(series, tmp_path / "m.dcm")
     (tmp_path / "masks").mkdir()
     for name in ("1.dcm", "2.dcm"):
         shutil.copy(tmp_path / "m.dcm", tmp_path / "masks" / name)
     with pytest.raises(FedsgcgError) as caught:
         segments_of(tmp_path / "masks", image)
-    assert caught.value.code == "DAT-162"
+    (problem,) = caught.value.problems
+    assert problem.code == "DAT-198"
+    assert problem.found == "1.dcm and 2.dcm: both have a segment rim"
+    assert "move the other one away" in problem.action
     (tmp_path / "masks/2.dcm").unlink()
     assert segments_of(tmp_path / "masks", image).names == ("rim", "cup")
     shutil.copy(tmp_path / "m.dcm", series / "m.dcm")  # exported into the folder of the series
     np.testing.assert_array_equal(read_volume(series).array, image.array)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "twice"),
+    [
+        ((0, 40), (60, 90), False),  # apart
+        ((0, 40), (0, 90), False),  # nested
+        ((0, 40), (39, 90), False),  # contours that touch
+        ((0, 40), (21, 90), False),  # less than half in common: structures that cross
+        ((0, 40), (19, 90), True),  # more than half, and not nested
+        ((0, 40), (2, 43), True),  # two readers
+        ((0, 40), (0, 40), True),  # a copy
+        ((0, 0), (0, 40), False),  # empty
+        ((0, 0), (0, 0), False),
+    ],
+)
+def test_two_readers_differ_from_two_structures(first, second, twice):
+    masks = np.zeros((2, 1, 1, 100), bool)
+    for mask, (start, end) in zip(masks, (first, second), strict=True):
+        mask[..., start:end] = True
+    one, other = (Layers((name,), mask[None]) for name, mask in zip(("a", "b"), masks, strict=True))
+    assert bool(segmentation.drawn_twice(one, other)) is twice
+    assert bool(segmentation.drawn_twice(other, one)) is twice
+    same = Layers(("A ",), masks[1][None])
+    assert segmentation.drawn_twice(one, same) == "both have a segment A "
 
 
 # layers

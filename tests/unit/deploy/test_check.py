@@ -25,8 +25,9 @@ from fedsgcg.deploy.site.check import (
     payload_bytes,
     show,
 )
-from fedsgcg.deploy.site.check_files import Finding, examine_files, plain_id
+from fedsgcg.deploy.site.check_files import examine_files, plain_id
 from fedsgcg.deploy.site.check_link import examine_link
+from fedsgcg.deploy.site.findings import Finding
 from tests.support import sites
 from tests.unit.clients.test_policy import policy_for
 
@@ -295,7 +296,7 @@ def test_exit_codes_and_the_table(root, tmp_path):
     text = io.StringIO()
     show([ok, warn, bad], Screen(text, 110), everything=False)
     assert "case-ok" not in text.getvalue()
-    assert "1 files without a problem" in text.getvalue()
+    assert "1 file without a problem" in text.getvalue()
     assert "do [z]" in text.getvalue()
 
 
@@ -339,5 +340,5 @@ def test_files_that_are_not_used_are_a_warning(root, tmp_path):
         (root / "North" / name).write_bytes(b"")
     found = findings(root, tmp_path)[str(root / "North")]
     assert (found.verdict, found.code) == ("warn", "DAT-119")
-    assert "(.mgz 1): x_image.mgz; 1 masks without an image: y_mask.nii.gz" in found.found
+    assert "(.mgz 1): x_image.mgz; 1 mask without an image: y_mask.nii.gz" in found.found
     assert "FreeSurfer" in found.action

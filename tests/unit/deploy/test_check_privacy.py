@@ -7,7 +7,8 @@ import pytest
 
 from fedsgcg.common.wire import messages as wire
 from fedsgcg.deploy.site.check import examine_sample
-from fedsgcg.deploy.site.check_files import Finding, examine_files
+from fedsgcg.deploy.site.check_files import examine_files
+from fedsgcg.deploy.site.findings import Finding
 from tests.support import sites
 from tests.support.policed import Hospital, keep_patients
 
@@ -41,7 +42,7 @@ def test_cases_without_patient_id_are_reported_as_patients(data, tmp_path, names
     without_patient_ids(data, *names)
     found = findings(Hospital(data, tmp_path / "kit"))["patient_id"]
     assert (found.verdict, found.code) == ("warn", "SITE-519")
-    assert found.found.startswith(f"{number} of 4 cases have no patient_id: each counts as one")
+    assert found.found.startswith(f"{number} of 4 cases without patient_id: each is one")
 
 
 def test_a_manifest_with_patient_ids_gives_no_such_finding(data, tmp_path):

@@ -16,7 +16,9 @@ from fedsgcg.common.images.read import Volume
 from fedsgcg.common.settings.data import DataSettings
 from fedsgcg.deploy.cli.coordinator import main
 from fedsgcg.deploy.cli.sheet import MOST, Sheet
+from fedsgcg.deploy.prepare.command import find
 from fedsgcg.deploy.site.check_files import examine_cases
+from fedsgcg.deploy.site.findings import Finding, shortened
 from tests.support.prepared import manifest, prepare
 from tests.unit.deploy.test_data_check import TINY, check
 from tests.unit.deploy.test_prepare_layouts import nnunet, prepared, scan, sites
@@ -132,6 +134,17 @@ def test_the_sheet_draws_a_bounded_number_of_cases_evenly_chosen(make_data):
     assert any(f">c{number} <" in page for number in range(440, 450))
 
 
+def test_many_findings_with_the_same_problem_are_counted():
+    findings = [Finding("files", f"c{n}", "warn", "empty", "", "DAT-110") for n in range(500)]
+    findings += [Finding("files", f"d{n}", "ok") for n in range(500)]
+    findings += [Finding("files", "e", "fail", "damaged", "", "DAT-103")]
+    kept = shortened(findings, 3)
+    assert [one.name for one in kept] == ["c0", "c1", "c2", "...", "e"]
+    assert kept[3].found == "497 more with this problem"
+    assert (kept[3].verdict, kept[3].code) == ("warn", "DAT-110")
+    assert shortened(findings[:4], 4) == findings[:4]
+
+
 def test_two_thousand_files_are_prepared_by_links_with_their_number(thousand, tmp_path, capsys):
     out = tmp_path / "out"
     assert prepare("manifest", thousand, "-o", out, "--link") == 0
@@ -173,6 +186,53 @@ def test_a_source_that_is_read_only_is_left_as_it_is(tmp_path):
     finally:
         for path in before:
             path.chmod(0o755)
+
+
+def test_a_file_on_a_network_folder_that_fails_is_no_damaged_file(tmp_path, capsys):
+    """The memory of a process cannot be read at 0: the error of a disk or network that fails."""
+    raw = many(tmp_path / "raw", 4)
+    (raw / "A" / "0_image.bmp").unlink()
+    (raw / "A" / "0_image.bmp").symlink_to("/proc/self/mem")
+    assert prepare("manifest", raw, "-o", tmp_path / "out") == 3
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "DAT-103" in printed
+    assert "Input/output error" in printed
+    assert "The disk or the network folder failed. Call again when the file can be read" in printed
+    assert len(manifest(tmp_path / "out")) == 3
+
+
+def test_a_link_back_is_named_and_the_rest_is_used(tmp_path, capsys):
+    raw = many(tmp_path / "raw", 4)
+    (raw / "C").symlink_to(raw)
+    assert prepare("manifest", raw, "-o", tmp_path / "out") == 3
+    printed = "".join(capsys.readouterr())
+    assert "DAT-123" in printed
+    assert "a folder that leads back into itself" in printed
+    assert len(manifest(tmp_path / "out")) == 4
+
+
+def test_an_interrupted_call_is_completed_with_the_settings_of_all_cases(tmp_path, capsys):
+    """The masks of cases that are kept are not read again, and yet count."""
+    raw, out = many(tmp_path / "raw", 6), tmp_path / "out"
+    whole = (raw / "B" / "5_mask.bmp").read_bytes()
+    (raw / "B" / "5_mask.bmp").write_bytes(b"still being copied")
+    assert prepare("manifest", raw, "-o", out) == 3
+    first = (out / "data.yaml").read_text()
+    (out / "data.yaml").unlink()  # as if the first call had not got so far
+    (raw / "B" / "5_mask.bmp").write_bytes(whole)
+    capsys.readouterr()
+    assert prepare("manifest", raw, "-o", out) == 0
+    printed = capsys.readouterr().out
+    assert "1 converted, 5 unchanged" in printed
+    assert "label values, and the masks that have them: 0 in 6, 1 in 6" in printed
+    assert (out / "data.yaml").read_text() == first
+
+
+def test_progress_is_shown_while_a_folder_is_searched_and_read(tmp_path):
+    steps: list[str] = []
+    raw = many(tmp_path / "raw", 4)
+    find("manifest", raw, 0.2, step=steps.append)
+    assert steps == ["0 image files so far", "0 image files so far", "4 image files so far"]
 
 
 def test_gzip_is_read_to_its_end(tmp_path, capsys):

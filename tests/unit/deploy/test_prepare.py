@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 
 from fedsgcg.clients.data.case_files import discover_sites, open_site
 from fedsgcg.clients.data.store import open_store
@@ -84,7 +85,9 @@ def test_a_table_with_its_own_columns_order_and_separator(tmp_path, make_data, c
         ["North", "North/b_t2_image.nii.gz", "North/b_t2_mask.nii", "P2", "test"],
         ["South", "South/t2_image.nii.gz", "South/t2_mask.nii", "", ""],
     ]
-    assert "classes: {background: [0], class_1: [1], class_2: [2]}" in capsys.readouterr().out
+    assert "values, and the masks that have them: 0 in" in capsys.readouterr().out
+    classes = {"background": [0], "class_1": [1], "class_2": [2]}
+    assert yaml.safe_load((out / "data.yaml").read_text())["classes"] == classes
     assert (out / "North/b_t2_image.nii.gz").read_bytes() == (down / "b/t2.nii.gz").read_bytes()
     data = make_data("prostate", image_size=32, classes={"background": [0], "prostate": [1, 2]})
     assert (
@@ -184,11 +187,11 @@ def test_other_formats_and_hidden_files_are_reported_once(tmp_path, capsys):
     ]
     assert "3 files of formats that are not read (.mgz 2, .vtk 1)" in report(out)
     assert "FreeSurfer" in capsys.readouterr().out
-    assert "1 hidden files named like images, skipped: ._p1_image.nii.gz" in report(out)
+    assert "1 hidden file named like images, skipped: ._p1_image.nii.gz" in report(out)
     (down / "North/scan").mkdir()
     (down / "North/scan/IM1.dcm").write_bytes(b"")
     assert prepare("manifest", down, "-o", tmp_path / "again") == 3
-    assert "1 folders of DICOM files: scan" in report(tmp_path / "again")
+    assert "1 folder of DICOM files: scan" in report(tmp_path / "again")
     capsys.readouterr()
     assert prepare("manifest", down / "South", "-o", tmp_path / "other") == 2
-    assert "1 files of formats that are not read (.vtk 1): x.vtk" in capsys.readouterr().err
+    assert "1 file of formats that are not read (.vtk 1): x.vtk" in capsys.readouterr().err

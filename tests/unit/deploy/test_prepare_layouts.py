@@ -189,8 +189,8 @@ def test_a_folder_that_is_half_unpacked_says_what_is_missing(tmp_path, capsys):
     code, _, printed = prepared(source, tmp_path / "out", capsys)
     assert code == 3
     assert printed.count("DAT-183") == 3
-    assert "1 labels without an image: p1" in printed
-    assert "1 images without a label: p0" in printed
+    assert "1 label without an image: p1" in printed
+    assert "1 image without a label: p0" in printed
     assert "2 cases, dataset.json states 3" in printed
     only = tmp_path / "B"
     only.mkdir()
@@ -226,7 +226,7 @@ def test_images_without_labels_and_further_channels_are_said_and_another_can_be_
     scan(source / "imagesTs" / "p9_0000.nii.gz", 9)
     code, settings, printed = prepared(source, tmp_path / "out", capsys)
     assert code == 0, printed
-    assert "1 images in imagesTs have no label that is used, and are left out: p9_0000" in printed
+    assert "1 image in imagesTs without a label, left out: p9_0000" in printed
     assert "the channels 0000 T2, 0001 ADC; only 0000 T2 is used" in printed
     out = tmp_path / "adc"
     assert main(["data", "prepare", str(source), "-o", str(out), "--channel", "ADC"]) == 0

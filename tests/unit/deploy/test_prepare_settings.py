@@ -58,4 +58,8 @@ def test_masks_without_a_background_or_a_structure_give_no_settings(
 ) -> None:
     assert prepare("manifest", photographs(tmp_path / "raw", values), "-o", tmp_path / "out") == 0
     assert not (tmp_path / "out" / "data.yaml").exists()
-    assert "data=NAME" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data=NAME" in printed
+    counts = ", ".join(f"{value} in 4" for value in values)
+    assert "note: no data.yaml: a study needs masks with the background, 0, and a" in printed
+    assert f"these have {counts}" in printed
