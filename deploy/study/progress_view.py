@@ -77,11 +77,16 @@ class Line:
         return Text("answered" if site.last_round else "joined", style="green")
 
 
+def _round(state: CellState) -> str:
+    progress = state.progress
+    return f"{progress.round}/{progress.rounds}" if progress.round else "–"
+
+
 CELLS: Columns[CellState] = {
     "method": lambda state: state.cell.method,
     "held out": lambda state: state.cell.heldout or "–",
     "seed": lambda state: str(state.cell.seed),
-    "round": lambda state: _round(state),
+    "round": _round,
     "loss": lambda state: shown(state.loss),
     "Dice (validation)": lambda state: shown(state.dice),
     "Dice (held out)": lambda state: shown(state.heldout_dice),
@@ -190,11 +195,6 @@ def _cut(cell: RenderableType, longest: int | None) -> RenderableType:
     if longest is not None:
         text.truncate(longest, overflow="ellipsis")
     return text
-
-
-def _round(state: CellState) -> str:
-    progress = state.progress
-    return f"{progress.round}/{progress.rounds}" if progress.round else "–"
 
 
 def _seconds(value: float) -> str:

@@ -31,7 +31,6 @@ MOST_WAITING: Final = 100_000
 """Points of a federation that wait for a tracker; older ones are dropped and counted."""
 
 
-
 class Tracker(Protocol):
     """An experiment tracker; every method may raise any exception, and may take long."""
 
@@ -195,9 +194,7 @@ class Tracking:
         return True
 
 
-def runs_of(
-    study: Path, cells: Sequence[tuple[str, Path, Mapping[str, Any]]]
-) -> list[TrackedRun]:
+def runs_of(study: Path, cells: Sequence[tuple[str, Path, Mapping[str, Any]]]) -> list[TrackedRun]:
     """Return the federations of a study, for one tracker.
 
     Args:

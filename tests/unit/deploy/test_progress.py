@@ -182,7 +182,11 @@ def test_a_line_that_is_no_event_and_a_log_of_a_new_run_do_not_end_the_progress(
     assert (state.status, state.progress.round, state.progress.done) == ("running", 1, 0)
 
 
-NAMES = ["Île-de-Ré", "北京大学第一医院", "A hospital with a name that is very much longer than a line"]
+NAMES = [
+    "Île-de-Ré",
+    "北京大学第一医院",
+    "A hospital with a name that is very much longer than a line",
+]
 
 
 @pytest.mark.parametrize("columns", [30, 40, 60, 80, 120])

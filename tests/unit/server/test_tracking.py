@@ -128,7 +128,7 @@ def track(name: str, run: RunFolder, tree: Any = TREE) -> list[Problem]:
 
 READ = {"tensorboard": tensorboard_points, "mlflow": mlflow_points}
 NAMES = {
-    "tensorboard": ("train/loss/Hôpital \"A\": 1%2F2", "merge/site_distance/a.b"),
+    "tensorboard": ('train/loss/Hôpital "A": 1%2F2', "merge/site_distance/a.b"),
     "mlflow": ("train/loss/Hôpital :22:A:22::3A: 1:2F:2", "merge/site_distance/a.b"),
 }
 
