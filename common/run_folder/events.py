@@ -148,7 +148,7 @@ def wrong_fields(event: Mapping[str, Any]) -> list[str]:
     kind = RUN_EVENTS.get(str(event.get("event")))
     if kind is None:
         return [f"event {event.get('event')!r} is not known"]
-    known = EVERY_EVENT | kind.fields
+    known = {**EVERY_EVENT, **kind.fields}
     needed = (name for name, (form, _) in known.items() if not form.endswith("?"))
     wrong = [f"{name} is missing" for name in needed if name not in event]
     for name, value in event.items():

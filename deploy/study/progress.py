@@ -229,7 +229,8 @@ class Progress:
         everything = median([seconds for found in known.values() for seconds in found])
         ends = [state.closing for state in self.states if not math.isnan(state.closing)]
         closing = median(ends) if ends else UNTIL_MEASURED * everything
-        running, waiting = [], []
+        running: list[float] = []
+        waiting: list[float] = []
         for state in self.states:
             if state.ended:
                 continue

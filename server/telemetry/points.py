@@ -72,6 +72,7 @@ class FollowedPoints(FollowedRun):
     def restart(self) -> None:
         """Start with no point."""
         self.started, self.points, self.status, self._round = 0.0, [], "", 0
+        self.chosen = ""
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
@@ -79,7 +80,7 @@ class FollowedPoints(FollowedRun):
         self._time = float(event["time"])
         self._round = max(self._round, int(event.get("round", 0)))
         self.started = self.started or self._time
-        self.chosen = str(event.get("chosen", ""))
+        self.chosen = str(event.get("chosen", self.chosen))
         if name == "round.done":
             self._add(("mean", "loss"), self._round, event.get("loss"))
             received = int(event.get("validation_round", 0))
