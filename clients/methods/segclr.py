@@ -71,7 +71,7 @@ class SegCLR(Source):
             predicted = None
             if settings.contrast == "simsiam":
                 predicted = head(self.network, "predictor")(projected)
-        domains = [part.float().split(list(sizes)) for part in projected.chunk(2)]
+        domains = [torch.split(part.float(), list(sizes)) for part in projected.chunk(2)]
         if isinstance(guide, Guidance):
             negatives = 2 * self.plan.method.batch_size - 2
             first, second = (part.float() for part in projected.chunk(2))
