@@ -44,6 +44,7 @@ from fedsgcg.clients.methods.class_statistics import (
 )
 from fedsgcg.clients.methods.partners import MeanMixer, mixing_space, site_amplitudes
 from fedsgcg.clients.methods.private_statistics import private_statistics
+from fedsgcg.clients.methods.projections import site_projections
 from fedsgcg.clients.methods.running_guide import (
     ONLINE,
     build_guide,
@@ -192,7 +193,7 @@ def send_statistics(task: SiteRequest) -> RecordDict:
         _, state = task.state.load(task.identity.round + (measured is not None))
         take_own_norm(network, state)
     wanted = task.plan.method.statistics and (options.get("classes") or measured is None)
-    if wanted and task.role == "unlabelled":
+    if wanted and task.role == "unlabelled" and not task.plan.method.describes_projections:
         raise fail("ROL-212", where=task.site, found="a request for class statistics")
     reply = Reply(task.identity, task.site, moments=measured)
     raw = bool(options.get("raw"))
@@ -496,10 +497,15 @@ def describe(
     """Describe the site's training slices, pooled over its hospitals, in the form that may leave.
 
     Class statistics; block means with `prototypes.shared=means`; statistics with noise with
-    `privacy.dp.channels=[statistics]`. With `raw` they are those of the features as the output
-    layer reads them, not of unit length.
+    `privacy.dp.channels=[statistics]`; statistics of the slices' projections with
+    `method.segclr.global_negatives`. With `raw` they are those of the features as the output layer
+    reads them, not of unit length.
     """
     plan, (tables, rngs) = task.plan, training_slices(task)
+    if plan.method.describes_projections:
+        seed = stream_seed(plan.seed, task.identity.round, task.site, "projections")
+        generator = torch.Generator(task.device).manual_seed(seed)
+        return site_projections(network, tables, plan, task.device, rngs, generator)
     if raw:
         plan = replace(plan, prototypes=replace(plan.prototypes, normalize=False))
     if plan.privacy.dp.statistics:
@@ -525,13 +531,13 @@ def apply_floors_to(task: SiteRequest, described: ClassStatistics | None) -> Cla
     """Return the site's statistics after the privacy floors."""
     if described is None:
         return None
-    return apply_floors(described, task.patients, task.plan.privacy, task.distinct_pixels)[0]
+    return apply_floors(described, task.patients, task.floors, task.distinct_pixels)[0]
 
 
 def send(task: SiteRequest, reply: Reply) -> RecordDict:
     """Release a reply, with the digest of the site's data, through `clients.guard.egress`."""
     reply = replace(reply, details={**reply.details, DATA: task.data_digest()})
-    privacy, patients, pixels = task.plan.privacy, None, None
+    privacy, patients, pixels = task.floors, None, None
     if reply.statistics is not None and privacy.dp.statistics:
         # The counts are noisy numbers of patients; classes below the floor are already left out.
         patients, privacy = reply.statistics.count.astype(np.int64), replace(privacy, min_pixels=1)
@@ -547,7 +553,7 @@ def send(task: SiteRequest, reply: Reply) -> RecordDict:
         task.home,
         kind=task.kind,
         privacy=privacy,
-        classes=list(task.plan.data.classes),
+        classes=list(task.plan.described),
         patients=patients,
         pixels=pixels,
         sharing=task.policy.sharing if task.policy else None,

@@ -62,6 +62,7 @@ from fedsgcg.clients.methods.class_statistics import (
     pixels_per_class,
 )
 from fedsgcg.clients.methods.private_statistics import patients_of
+from fedsgcg.clients.methods.projections import training_patients, training_slices
 from fedsgcg.clients.out_of_memory import out_of_memory
 from fedsgcg.common.differential_privacy.accounting import Spending
 from fedsgcg.common.differential_privacy.noise import Noise
@@ -75,6 +76,7 @@ from fedsgcg.common.settings.dp_rules import dp_problems, planned
 from fedsgcg.common.settings.flower_run import plan_of_run
 from fedsgcg.common.settings.message_sizes import request_sizes
 from fedsgcg.common.settings.plan import Plan
+from fedsgcg.common.settings.privacy import PrivacySettings
 from fedsgcg.common.wire.messages import Request, decode_request
 from fedsgcg.common.wire.payload import Identity
 from fedsgcg.common.wire.receipts import Receipt
@@ -163,6 +165,10 @@ class SiteRequest:
 
         A class whose patients differ too little from those of an earlier release counts none.
         """
+        if self.plan.method.describes_projections:
+            return np.where(
+                self.accepts([self._sample("train")]), training_patients(self.stores), 0
+            )
         counts = patients_per_class(self.stores, self.plan.data.num_classes)
         return np.where(self.accepts(self._class_samples()), counts, 0)
 
@@ -310,12 +316,27 @@ class SiteRequest:
     def _key(self, part: str) -> str:
         return sample_key(self.stores, part, self.plan.data.train_slices, self.plan.data.structures)
 
+    @property
+    def floors(self) -> PrivacySettings:
+        """The floors of the site's statistics.
+
+        Projections are counted in slices instead of pixels, and there must be more slices than a
+        projection has values: fewer span their own covariance, which would show them.
+        """
+        privacy = self.plan.privacy
+        if not self.plan.method.describes_projections:
+            return privacy
+        return replace(privacy, min_pixels=self.plan.method.segclr.projection + 1)
+
     @cached_property
     def distinct_pixels(self) -> NDArray[np.int64] | None:
         """Number of distinct training pixels of each class (K,), for the pixel floor.
 
-        None unless the statistics count a pixel more than once (`prototypes.memory=online`).
+        None unless the statistics count a pixel more than once (`prototypes.memory=online`). Of
+        projections, the number of distinct slices.
         """
+        if self.plan.method.describes_projections:
+            return training_slices(self.stores)
         if self.plan.prototypes.memory != "online":
             return None
         return pixels_per_class(self.stores, self.plan.data.num_classes)

@@ -242,6 +242,7 @@ CODES: Final[dict[str, str]] = {
     "PRV-960": "The opened sum is not possible.",
     "PRV-961": "The masks of a secure sum cannot be removed.",
     "PRV-962": "A partner's identity is not the one that this site knows.",
+    "PRV-964": "No other hospital's projections are known: the batch's own are the negatives.",
     # PRV-97x: differential privacy
     "PRV-971": "The network's normalisation mixes patients, or cannot be checked.",
     "PRV-972": "A setting lets patients out without noise.",

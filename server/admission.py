@@ -124,8 +124,8 @@ class Expectation:
         max_pixels: Pixels that a pass over its slices has at most; None = unknown.
         measured: Model whose BatchNorm layers the moments must describe; None when no moments are
             expected.
-        labelled: Whether the site trains with labels. One that does not sends weights and moments,
-            and nothing that is made from masks.
+        labelled: Whether the site trains with labels. One that does not sends weights, moments and
+            statistics of projections, and nothing that is made from masks.
         control_variates: Whether the site's control variate is expected.
     """
 
@@ -276,7 +276,7 @@ def _norm(weights: Weights) -> float:
 def _needs_labels(payload: Payload, expectation: Expectation) -> str:
     if expectation.labelled:
         return ""
-    if payload.statistics is not None:
+    if payload.statistics is not None and expectation.statistics_shape is None:
         return "class statistics"
     named = [name for name in payload.metrics if name.startswith("validation_")]
     return f"the metric {named[0]}" if named else ""

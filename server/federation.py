@@ -62,6 +62,7 @@ from fedsgcg.server.sites.enrolment import Cohort
 from fedsgcg.server.sites.judge import Judge
 from fedsgcg.server.sites.problems import (
     heldout_unanswered,
+    no_negatives,
     quorum_missed,
     too_few_classes,
     training_sites,
@@ -319,7 +320,7 @@ class Federation:
             )
             parts = self._memory.update(parts, statistics_of(before.parts))
             state = replace(state, weights=with_pool(state.weights, parts))
-        prototypes = self._memory.prototypes(parts)
+        prototypes = self._prototypes(parts)
         added = additions(self._plan.federation.aggregator, state.aggregator_state)
         options = dict(added.options)
         if prototypes is not None:
@@ -334,7 +335,9 @@ class Federation:
             added.control_variates,
             self._memory.differences(self._plan.shift, parts),
         )
-        trained = self._requests.collect(TRAIN, request, self._with_a_term(number))
+        trained = self._requests.collect(
+            TRAIN, request, self._with_a_term(number), self._negatives(number, parts)
+        )
         if self._too_few(trained):
             return self._void(state, number, trained, before)
         self._note_classes(number, prototypes, before.parts or trained.parts)
@@ -349,7 +352,7 @@ class Federation:
         fresh = statistics_of(after.parts if self._plan.described_after_merge else described)
         if not before.sites:
             parts = self._memory.update(parts, fresh)
-            prototypes = self._memory.prototypes(parts)
+            prototypes = self._prototypes(parts)
         merged = with_pool(merged, parts)
         check_finite(number, merged, parts)
         rows = site_rows(number, trained.sites, before.sites, after.sites)
@@ -377,6 +380,25 @@ class Federation:
             validation_round=number - 1,
         )
         return record
+
+    def _prototypes(self, parts: Mapping[str, ClassStatistics]) -> ClassStatistics | None:
+        """Return the class statistics of all sites, None without any."""
+        return None if self._plan.shift == "others" else self._memory.prototypes(parts)
+
+    def _negatives(
+        self, number: int, parts: Mapping[str, ClassStatistics]
+    ) -> dict[str, ClassStatistics] | None:
+        """Return the other sites' projection statistics by site; None if the plan has none."""
+        uses = self._plan.shift == "others" and self._plan.terms(number).contrastive
+        if not uses:
+            return None
+        asked = sorted(self._cohort.training)
+        found = self._memory.others(parts, asked)
+        known = "PRV-964" in {note.code for note in self.notes}
+        first = 2 if self._plan.prototypes.memory == "restart" else 3  # measured in round 2
+        if number >= first and len(found) < len(asked) and not known:
+            self._note(no_negatives(self._plan, number, [s for s in asked if s not in found]))
+        return found
 
     def _too_few(self, collected: Gathered) -> bool:
         """Whether a round is void.
@@ -562,7 +584,7 @@ class Federation:
             knowledge (`dofe`) is measured with it; None and no row for a method without class
             statistics.
         """
-        if not self._plan.method.statistics:
+        if not self._plan.method.statistics or self._plan.method.describes_projections:
             return None, [], chosen
         identity = identity_of(self._plan, self._plan.federation.rounds)
         options = {"classes": True, "norm_mode": "running"}

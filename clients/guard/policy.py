@@ -143,7 +143,7 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
     yield from privacy_refusals(plan, policy)
     if (
         plan.method.statistics
-        and plan.role(policy.site) == "train"
+        and (plan.role(policy.site) == "train" or _shows_projections(plan, policy))
         and statistics_part(plan) not in policy.sharing
     ):
         expected = f"only parts that the site shares: {', '.join(policy.sharing) or 'none'}"
@@ -154,6 +154,11 @@ def refusals(plan: Plan, policy: SiteFile) -> Iterator[Problem]:
         yield Problem(
             "POL-704", "a method that needs class statistics", expected, action, "sharing"
         )
+
+
+def _shows_projections(plan: Plan, policy: SiteFile) -> bool:
+    """Whether a site, with or without labels, sends statistics of its slices' projections."""
+    return plan.method.describes_projections and plan.trains(policy.site)
 
 
 def statistics_part(plan: Plan) -> str:

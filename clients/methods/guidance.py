@@ -100,6 +100,22 @@ class Guidance:
             active=torch.tensor(active, device=device),
         )
 
+    @classmethod
+    def of_projections(
+        cls, others: ClassStatistics | None, device: torch.device
+    ) -> Guidance | None:
+        """Put the other sites' projections on the device, (1, d) and (1, d, d); None without any.
+
+        They are negatives alone, so that one class is enough, from the first round that has them.
+        """
+        if others is None or not others.count.sum() > 0:
+            return None
+        return cls(
+            mean=torch.tensor(others.mean, dtype=torch.float32, device=device),
+            covariance=torch.tensor(others.covariance, dtype=torch.float32, device=device),
+            active=torch.tensor(others.count > 0, device=device),
+        )
+
     def with_shift(self, shift: ClassStatistics | None) -> Guidance:
         """Add what the coordinator sent of the differences between sites (`Plan.shift`).
 

@@ -151,7 +151,7 @@ def build_guide(
     held: Collection[str] = (),
     shift: ClassStatistics | None = None,
 ) -> Guide | None:
-    """Return the guide of a round; None for methods without a contrastive term.
+    """Return the guide of a round; None for methods that use no statistics of other sites.
 
     Also None in the warm-up, except with `prototypes.memory=online`.
 
@@ -165,6 +165,8 @@ def build_guide(
         held: Digests of the site statistics that the prototypes include.
         shift: What the coordinator sent of the differences between sites.
     """
+    if plan.method.describes_projections:
+        return Guidance.of_projections(shift, device)
     if not plan.method.contrasts:
         return None
     memory = plan.prototypes.memory

@@ -40,7 +40,8 @@ class SgCG(Source):
 
     Formula: L = L_supervised + lambda * mean over pixels of logsumexp_k (q' mu_k / tau + q' Sigma_k
         q / (2 tau^2)) - q' mu_y / tau.
-    Leaves: weights; count, mean and covariance of every class.
+    Leaves: weights; count, mean and covariance of every class. With method.sgcg.sites every other
+        hospital receives them as those of one hospital, by the site's consent.
     Defaults: tau and lambda chosen on source validation.
     Source: SgCG, eqs. 4-11; docs/explanation/sgcg.md.
     """

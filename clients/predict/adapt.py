@@ -27,7 +27,7 @@ from fedsgcg.common.console import Screen, counted
 from fedsgcg.common.errors import FedsgcgError, fail
 from fedsgcg.common.images.read import check_image, read_volume
 from fedsgcg.common.names import number_of
-from fedsgcg.common.settings.adaptation import BATCHNORM, AdaptSettings
+from fedsgcg.common.settings.adaptation import AMPLITUDE, BATCHNORM, AdaptSettings
 
 
 def check_adapt(options: argparse.Namespace, model: Model) -> None:
@@ -38,6 +38,16 @@ def check_adapt(options: argparse.Namespace, model: Model) -> None:
     if not options.adapt:
         return
     where = str(options.model)
+    if options.adapt == AMPLITUDE:
+        raise fail(
+            "MOD-820",
+            where=where,
+            found="a model without the training hospitals' mean amplitude",
+            expected="batchnorm or prototypes: the hospitals share their amplitudes within the "
+            "federation, and a model may go anywhere",
+            action="Use --adapt batchnorm or prototypes, omit --adapt, or have the federation "
+            "evaluate this hospital with adapt.by=[amplitude].",
+        )
     if options.adapt == BATCHNORM:
         layers = [
             layer

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from fedsgcg.common.console import Screen
 from fedsgcg.common.exit_codes import exit_codes
-from fedsgcg.common.settings.adaptation import TRANSDUCTIVE, AdaptSettings
+from fedsgcg.common.settings.adaptation import WAYS, AdaptSettings
 from fedsgcg.common.settings.data import SPLITS
 
 PREDICT: Final = """\
@@ -67,9 +67,11 @@ def add_predict_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--adapt",
-        choices=TRANSDUCTIVE,
+        metavar="WAY",
+        choices=WAYS,  # amplitude is refused with the reason
         default="",
-        help="first adapt the model to all these images, without masks (transductive)",
+        help="batchnorm or prototypes: first adapt the model to all these images, without masks "
+        "(transductive)",
     )
     parser.add_argument(
         "--adapt-share",

@@ -108,6 +108,9 @@ def _misfits(plan: Plan) -> Iterator[Problem]:
                 " | ".join(FRESH),
             ),
         ]
+        expected = "false: the statistics of projections have no noise"
+        where = "method.segclr.global_negatives"
+        checks.append((not method.describes_projections, where, True, expected))
         fitted = method.sgcg.recalibration
         expected = "0: its features have no bound"
         checks.append((not fitted, "method.sgcg.recalibration", fitted, expected))

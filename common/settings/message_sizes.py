@@ -31,7 +31,8 @@ def reply_sizes(plan: Plan, weights: int = MAX_WEIGHTS) -> Sizes:
 
 def request_sizes(plan: Plan) -> Sizes:
     """Return the sizes of the coordinator's request, which may hold amplitudes of all sites."""
-    shift = {"": 0, "between": plan.data.num_classes, "sites": MAX_CLASSES}[plan.shift]
+    most = {"": 0, "between": plan.data.num_classes, "sites": MAX_CLASSES, "others": 1}
+    shift = most[plan.shift]
     sites = len(plan.members()) or MAX_SITES
     return replace(_sizes(plan, sites, MAX_WEIGHTS), shift=shift, blocks=0)
 
@@ -51,7 +52,7 @@ def amplitude_bytes(plan: Plan, sites: int) -> int:
 
 
 def _sizes(plan: Plan, sites: int, weights: int) -> Sizes:
-    shape = (plan.data.num_classes, plan.network.num_features)
+    shape = plan.described_shape
     structures, amplitudes = len(plan.data.structures), amplitude_bytes(plan, sites)
     return Sizes(shape, structures, amplitudes, weights, masked=_masked(plan, weights))
 

@@ -178,16 +178,21 @@ class Plan(Section):
         if not self.shift:
             return
         name = "method.isda.covariance" if self.method.name == "isda" else "method.sgcg"
+        if self.shift == "others":
+            name = "method.segclr.global_negatives"
+            whole = self.prototypes.shared == "full"
+            yield whole, "prototypes.shared", f"full with {name}: block means are those of classes"
         expected = f"by_site with {name}: a client that owns all domains sends only their sum"
         yield self.federation.ownership == "by_site", "federation.ownership", expected
         kept = self.prototypes.memory in PER_SITE
         expected = f"{' | '.join(PER_SITE)} with {name}: with {self.prototypes.memory} there are "
         expected += "only sums over the sites, or the site changes its part during the round"
         yield kept, "prototypes.memory", expected
-        known = sum(self.validates(site) for site in self.data.sites)
+        counts = self.trains if self.shift == "others" else self.validates
+        known = sum(counts(site) for site in self.data.sites)
         several = not self.data.sites or known >= 2
         yield several, "data.sites", f"two or more training hospitals with {name}"
-        few = known * self.data.num_classes <= MAX_CLASSES
+        few = self.shift == "others" or known * self.data.num_classes <= MAX_CLASSES
         yield few, "data.sites", f"at most {MAX_CLASSES} classes of all hospitals with {name}"
 
     def _adapt_checks(self) -> Checks:
@@ -195,7 +200,8 @@ class Plan(Section):
         ways, where = self.adapt.by, "adapt.by"
         has_norm = BATCHNORM not in ways or self.network.norm == "batch"
         yield has_norm, where, f"no batchnorm with network.norm={self.network.norm}: it has none"
-        described = PROTOTYPES not in ways or self.method.statistics
+        known = self.method.statistics and not self.method.describes_projections
+        described = PROTOTYPES not in ways or known
         yield described, where, f"no prototypes with {self.method.name}: set method.statistics=true"
         known = self.method.name == "harmofl" and self.method.ram.sharing == "summary"
         expected = "no amplitude without method=harmofl method.ram.sharing=summary, whose mean "
@@ -260,11 +266,29 @@ class Plan(Section):
             )
 
     @property
-    def shift(self) -> Literal["", "between", "sites"]:
+    def described(self) -> tuple[str, ...]:
+        """Names of the classes of a site's statistics.
+
+        The classes of its pixels, or one class of all projections of its slices.
+        """
+        return ("projections",) if self.method.describes_projections else tuple(self.data.classes)
+
+    @property
+    def described_shape(self) -> tuple[int, int]:
+        """(K, A) of a site's statistics."""
+        if self.method.describes_projections:
+            return 1, self.method.segclr.projection
+        return self.data.num_classes, self.network.num_features
+
+    @property
+    def shift(self) -> Literal["", "between", "sites", "others"]:
         """What a site receives of the differences between sites, besides the global prototypes.
 
         `between`: the covariance of the sites' means. `sites`: the statistics of each site.
+        `others`: the merged statistics of all other sites, in place of the prototypes.
         """
+        if self.method.describes_projections:
+            return "others"
         if self.method.name in SGCG and self.method.sgcg.sites:
             return "sites"
         penalty = self.method.name in SGCG and self.method.sgcg.between > 0
@@ -274,6 +298,8 @@ class Plan(Section):
     @property
     def unit_features(self) -> bool:
         """Whether class statistics describe features of unit length."""
+        if self.method.describes_projections:
+            return True  # the loss has their cosines
         return self.prototypes.normalize and not self.method.raw
 
     def members(self) -> tuple[str, ...]:
@@ -304,14 +330,17 @@ class Plan(Section):
     def described_after_merge(self) -> bool:
         """Whether class statistics for `memory=restart` come with BatchNorm's moments."""
         shared_pass = self.prototypes.memory == "restart" and self.prototypes.norm_mode == "batch"
-        return self.method.statistics and self.recalibrates and shared_pass
+        classes = self.method.statistics and not self.method.describes_projections
+        return classes and self.recalibrates and shared_pass
 
     def described_before(self, number: int) -> bool:
         """Whether class statistics of the received model are requested before round `number`.
 
-        Never in round 1, whose model is untrained.
+        Never in round 1, whose model is untrained, nor for a round that does not use them.
         """
         restarts = self.method.statistics and self.prototypes.memory == "restart"
+        if self.method.describes_projections and not self.terms(number).contrastive:
+            return False
         return restarts and number > 1 and not self.described_after_merge
 
     def described_in_training(self, number: int) -> bool:

@@ -193,6 +193,11 @@ class SegClrSettings(Section):
         pretraining: Share of the rounds, from the first, with the contrastive term alone; the other
             rounds then have the supervised term alone (self-supervised pre-training and
             fine-tuning). 0 trains both terms jointly.
+        global_negatives: Compare a projection with the Gaussian of the other hospitals' projections
+            instead of the other pairs of the batch (docs/explanation/segclr.md). Needs
+            `method.statistics=true`: count, mean and covariance of every hospital's projections
+            then leave it; another hospital receives only a merge of all others'. Round 1 has none
+            and uses the batch.
     """
 
     supervised_weight: float = 20.0
@@ -209,9 +214,12 @@ class SegClrSettings(Section):
     jitter: float = 0.4
     blur: float = 0.5
     pretraining: float = 0.0
+    global_negatives: bool = False
 
     def checks(self) -> Checks:
         """Weights and widths are positive; probabilities and shares are in their ranges."""
+        compares = not self.global_negatives or self.contrast == "simclr"
+        yield compares, "global_negatives", "false with contrast=simsiam, which has no negatives"
         yield 0 <= self.supervised_weight <= 1e4, "supervised_weight", "zero to 10 000"
         yield 1e-3 <= self.tau <= 100, "tau", "0.001 to 100"
         yield self.head_channels >= 1, "head_channels", "1 or more"
@@ -331,6 +339,9 @@ class MethodSettings(Section):
             "statistics",
             f"true for {self.name}, which learns from class statistics",
         )
+        described = self.statistics or not self.describes_projections
+        expected = "true with method.segclr.global_negatives, which compares with statistics"
+        yield described, "statistics", expected
 
     @property
     def is_own(self) -> bool:
@@ -351,6 +362,11 @@ class MethodSettings(Section):
     def pairs(self) -> bool:
         """Whether the method learns from pairs of images without labels."""
         return "pairs" in TRAITS.get(self.name, self.traits)
+
+    @property
+    def describes_projections(self) -> bool:
+        """Whether a site's statistics are those of its slices' projections, not of its classes."""
+        return self.name == "segclr" and self.segclr.global_negatives
 
     @property
     def raw(self) -> bool:

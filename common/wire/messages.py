@@ -79,7 +79,8 @@ class Request:
             if none are shared.
         control_variates: SCAFFOLD's global control variate (L,), one value per learnable weight.
         shift: What the method needs of the differences between sites (`Plan.shift`): K classes with
-            the covariances between the sites, or the S K classes of all sites one after the other.
+            the covariances between the sites; the S K classes of all sites one after the other; or
+            the merged statistics of all other sites.
     """
 
     identity: Identity
@@ -99,7 +100,7 @@ class Reply:
         identity: Copied from the request.
         site: Name of the site.
         weights: The locally trained model.
-        statistics: Class statistics of the site's pixels.
+        statistics: Class statistics of the site's pixels, or statistics of its slices' projections.
         metrics: Metrics of the round (losses, counts, seconds).
         cases: Arrow bytes of per-case results (`common.wire.payload.encode_cases`).
         details: Plain values, e.g. of an enrolment.

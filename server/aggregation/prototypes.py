@@ -100,10 +100,10 @@ class PrototypeMemory:
         return merge_statistics(parts, self.settings.weighting, self.settings.trimmed)
 
     def differences(
-        self, wanted: Literal["", "between", "sites"], parts: Parts
+        self, wanted: Literal["", "between", "sites", "others"], parts: Parts
     ) -> ClassStatistics | None:
-        """Return what the sites receive of the differences between them (`Plan.shift`)."""
-        if not wanted or not parts:
+        """Return what all sites receive of the differences between them (`Plan.shift`)."""
+        if wanted in ("", "others") or not parts:
             return None
         return self.by_site(parts) if wanted == "sites" else self.between(parts)
 
@@ -127,6 +127,12 @@ class PrototypeMemory:
             np.concatenate([part.mean for part in known]),
             np.concatenate([part.scatter for part in known]),
         )
+
+    def others(self, parts: Parts, sites: Collection[str]) -> dict[str, ClassStatistics]:
+        """Return for each site the merged statistics of all others, where another has any."""
+        known = {site: part for site, part in parts.items() if part.count.sum() > 0}
+        found = {site: [one for one in known.items() if one[0] != site] for site in sites}
+        return {site: self.merged(rest) for site, rest in found.items() if rest}
 
     def _separate(self, parts: Parts) -> list[ClassStatistics]:
         """Return the sites' parts as they are merged, in an order that does not name the sites."""

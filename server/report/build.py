@@ -284,7 +284,7 @@ def _results(
         names_from=names_from,
         departures=departures,
         departure_parts=parts,
-        adapted=adapted_table(study.rounds, list(study.labels)),
+        adapted=adapted_table(study.rounds, list(study.labels), study.results, study.adapted),
     )
 
 

@@ -134,35 +134,39 @@ def main_labels(labels: Mapping[str, Label]) -> list[Label]:
     return [label for label in labels.values() if label.plain] or list(labels.values())
 
 
+def _by_federation(labels: Mapping[str, Label]) -> dict[str, list[str]]:
+    """Return the names of the main labels of each federation, in order."""
+    found: dict[str, list[str]] = {}
+    for label in main_labels(labels):
+        found.setdefault(label.federation, []).append(label.name)
+    order = sorted(found, key=lambda name: FEDERATIONS.index(name) if name in FEDERATIONS else 9)
+    return {name: found[name] for name in order}
+
+
 def figure_groups(labels: Mapping[str, Label]) -> list[Group]:
     """Group the main labels by federation; a group shares a figure."""
-    by_federation: dict[str, list[str]] = {}
-    for label in main_labels(labels):
-        by_federation.setdefault(label.federation, []).append(label.name)
-    order = sorted(
-        by_federation, key=lambda name: FEDERATIONS.index(name) if name in FEDERATIONS else 9
-    )
+    found = _by_federation(labels)
     return [
         Group(
-            FEDERATION_TITLES.get(name, name) if len(order) > 1 else "",
-            tuple(by_federation[name][:MOST_COLOURS]),
-            max(0, len(by_federation[name]) - MOST_COLOURS),
+            FEDERATION_TITLES.get(federation, federation) if len(found) > 1 else "",
+            tuple(names[:MOST_COLOURS]),
+            max(0, len(names) - MOST_COLOURS),
         )
-        for name in order
+        for federation, names in found.items()
     ]
 
 
 def label_colours(labels: Mapping[str, Label]) -> dict[str, int]:
     """Colour index of every label.
 
-    Labels have the colour of their training method, or their own if labels of one method share a
-    figure.
+    Labels have the colour of their training method, or their own if labels of one method have the
+    same federation.
     """
     methods = list(dict.fromkeys(label.trains for label in labels.values()))
     colours = {name: methods.index(label.trains) for name, label in labels.items()}
-    for group in figure_groups(labels):
-        if len({colours[name] for name in group.labels}) < len(group.labels):
-            colours |= {name: place for place, name in enumerate(group.labels)}
+    for names in _by_federation(labels).values():
+        if len({colours[name] for name in names}) < len(names):
+            colours |= {name: place for place, name in enumerate(names)}
     return colours
 
 
@@ -171,16 +175,18 @@ def main_pairs(labels: Mapping[str, Label]) -> list[tuple[str, str]]:
 
     Each part is compared with the same training without it: RAM with source, SgCG with source, both
     together with each one and with source. Other methods are compared with source, or with the
-    first label if there is no source.
+    first label if there is no source. A variant of a method is compared with the method, its first
+    label, and with source.
     """
     pairs: list[tuple[str, str]] = []
-    for group in figure_groups(labels):
-        found = {labels[name].trains: name for name in reversed(group.labels)}
-        if len(found) < len(group.labels):  # one method with several settings
-            pairs += [(name, group.labels[0]) for name in group.labels[1:]]
-            continue
-        for name in group.labels:
-            pairs += [(name, found[part]) for part in _references(labels[name].trains, list(found))]
+    for names in _by_federation(labels).values():
+        first = {labels[name].trains: name for name in reversed(names)}
+        for name in names:
+            trains = labels[name].trains
+            parts = _references(trains, list(first))
+            if name != first[trains]:
+                parts = [trains, *(["source"] if "source" in first and trains != "source" else [])]
+            pairs += [(name, first[part]) for part in parts]
     return pairs
 
 

@@ -75,6 +75,7 @@ class StudyFiles:
         cells: Every cell that was planned or found, in order.
         results: Rows of `results.parquet`.
         rounds: Rows of `rounds.parquet`.
+        adapted: Rows of every run's `adapted.parquet`.
         problems: Problems of unreadable files.
     """
 
@@ -83,6 +84,7 @@ class StudyFiles:
     cells: tuple[Cell, ...]
     results: list[Row]
     rounds: list[Row]
+    adapted: list[Row]
     problems: tuple[Problem, ...]
 
     @property
@@ -187,7 +189,13 @@ def read_study(folder: Path) -> tuple[StudyFiles, Reader]:
     }
     cells.sort(key=lambda cell: (order[cell.method], *cell.key[1:]))
     _check_seals(reader, folder)
-    return StudyFiles(folder, tree, tuple(cells), results, rounds, tuple(reader.problems)), reader
+    adapted = [
+        row
+        for path in found.values()
+        for row in reader.rows(path / paths.ADAPTED, (*RESULT_COLUMNS, "adapt"))
+    ]
+    problems = tuple(reader.problems)
+    return StudyFiles(folder, tree, tuple(cells), results, rounds, adapted, problems), reader
 
 
 def changed_files(folder: Path) -> list[Problem]:

@@ -184,8 +184,27 @@ def too_few_classes(
     )
 
 
+def no_negatives(plan: Plan, number: int, sites: Sequence[str]) -> Problem:
+    """Return PRV-964: sites that get no statistics of other sites' projections.
+
+    Args:
+        plan: The plan.
+        number: Number of the round.
+        sites: The sites; their round uses the negatives of its own batches.
+    """
+    least = plan.method.segclr.projection + 1
+    return Problem(
+        "PRV-964",
+        where=f"round {number}",
+        found=f"no projections of a hospital other than {', '.join(sites)}",
+        expected=f"another hospital with {least} training slices or more, of "
+        f"{plan.privacy.min_patients} patients or more",
+        action="lower method.segclr.projection, or set method.segclr.global_negatives=false",
+    )
+
+
 def _withheld(plan: Plan, part: Collected) -> list[str]:
     """Classes that a site reports as withheld; names that are not in the plan are dropped."""
     stated = part.reply.details.get("withheld")
     entries = stated if isinstance(stated, list) else []
-    return [name for name in plan.data.classes if name in entries]
+    return [name for name in plan.described if name in entries]

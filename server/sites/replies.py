@@ -158,6 +158,11 @@ def most_pixels(plan: Plan, slices: int, number: int) -> float | None:
     return float(passes * plan.data.image_size**2)
 
 
+def most_projections(plan: Plan, slices: int) -> float:
+    """Return the most projections in a site's statistics: one pass, two images of each pair."""
+    return float(2 * PASSES * (slices + plan.method.batch_size))
+
+
 def expectation_for(
     plan: Plan, message_type: str, site: str, request: Request, slices: int, cases: int
 ) -> Expectation:
@@ -175,8 +180,9 @@ def expectation_for(
     number = request.identity.round
     with_training = plan.described_in_training(number) or plan.prototypes.memory == "online"
     described = with_training if training else bool(request.options.get("classes"))
-    shape = (plan.data.num_classes, plan.network.num_features)
+    shape = plan.described_shape
     labelled = plan.role(site) != "unlabelled"
+    describes = plan.method.statistics and (labelled or plan.method.describes_projections)
     if plan.privacy.secure_sums.enabled:
         # What is inside cannot be seen; the sum is checked when it is opened.
         return Expectation(request.identity, site)
@@ -184,11 +190,13 @@ def expectation_for(
         identity=request.identity,
         site=site,
         reference=request.weights if training else None,
-        statistics_shape=shape if described and plan.method.statistics and labelled else None,
+        statistics_shape=shape if described and describes else None,
         unit_norm=plan.unit_features and not request.options.get("raw"),
         max_examples=slices,
         max_cases=cases,
-        max_pixels=most_pixels(plan, slices, number),
+        max_pixels=most_projections(plan, slices)
+        if described and plan.method.describes_projections
+        else most_pixels(plan, slices, number),
         measured=request.weights if request.options.get("moments") else None,
         labelled=labelled,
         control_variates=training and plan.federation.aggregator == "scaffold",

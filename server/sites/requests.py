@@ -51,7 +51,11 @@ class SiteRequests:
     note: Callable[[Problem], None]
 
     def collect(
-        self, message_type: str, request: Request, sites: Collection[str] | None = None
+        self,
+        message_type: str,
+        request: Request,
+        sites: Collection[str] | None = None,
+        shifts: Mapping[str, ClassStatistics] | None = None,
     ) -> Gathered:
         """Ask the training sites, admit or reject their answers, and require the quorum.
 
@@ -62,6 +66,7 @@ class SiteRequests:
             message_type: A contributing message type.
             request: The request.
             sites: The training sites to ask; None asks all.
+            shifts: What a single site receives as `Request.shift`; None if all receive the same.
 
         With secure sums (`server.sites.secure_sums`) weights and statistics arrive as a sum.
 
@@ -90,7 +95,10 @@ class SiteRequests:
             for part in found.values():
                 self._report(part, message_type)
         else:
-            self._ask(message_type, nodes, request, receive, quorum)
+            asked: Request | dict[str, Request] = request
+            if shifts is not None:
+                asked = {site: replace(request, shift=shifts.get(site)) for site in nodes}
+            self._ask(message_type, nodes, asked, receive, quorum)
         collected = [found[site] for site in sorted(found)]
         self.cohort.leave_out_late(
             part.answer.site for part in collected if part.verdict.code == "RND-404"
@@ -198,7 +206,8 @@ class SiteRequests:
     ) -> list[Answer]:
         guard_recipients(self.plan, message_type, nodes)
         deadline_s = self.plan.federation.round_deadline_s
-        weights = request.weights if isinstance(request, Request) else None
+        models = [request] if isinstance(request, Request) else list(request.values())
+        weights = models[0].weights if models else None
         return exchange(
             self.grid,
             nodes,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsgcg.clients.data.pairs import contrast_view, make_pairs, partner_slices
-from fedsgcg.clients.methods.segclr import nt_xent, simsiam
+from fedsgcg.clients.methods.segclr import global_nt_xent, nt_xent, simsiam
 from fedsgcg.common.settings.plan import SegClrSettings
 
 
@@ -71,6 +71,56 @@ def test_gradients_agree_with_finite_differences_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.3), (first, second))
     constants = third.detach(), fourth.detach()
     assert torch.autograd.gradcheck(lambda a, b: simsiam(a, b, *constants), (first, second))
+
+
+def gaussian(seed: int, length: int) -> tuple[Tensor, Tensor]:
+    """A mean and a covariance of vectors shorter than one."""
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(length, length, dtype=torch.float64, generator=generator)
+    mean = torch.randn(length, dtype=torch.float64, generator=generator)
+    return 0.5 * mean / mean.norm(), 0.1 * root @ root.T / length
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_global_negatives_are_the_expectation_over_drawn_ones(temperature: float) -> None:
+    first, second, _, _ = vectors(5, 3, 4)
+    mean, covariance = gaussian(6, 4)
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randn(400_000, 4, dtype=torch.float64, generator=generator)
+    negatives = mean + drawn @ torch.linalg.cholesky(covariance).T
+    unit = torch.nn.functional.normalize(torch.cat([first, second]), dim=1)
+    positive = (unit * unit.roll(3, 0)).sum(1) / temperature
+    weights = (unit @ negatives.T / temperature).exp()
+    total = positive.exp() + 6 * weights.mean(1)
+    expected = (total.log() - positive).mean()
+    found = global_nt_xent(first, second, mean, covariance, temperature, 6)
+    assert float(found) == pytest.approx(float(expected), rel=0.01)
+    # Jensen: the mean loss over batches of six drawn negatives is not larger.
+    batches = weights[:, :399_996].reshape(6, -1, 6).sum(2)
+    finite = ((positive.exp()[:, None] + batches).log() - positive[:, None]).mean()
+    assert float(finite) < float(found)
+
+
+def test_a_point_of_negatives_has_the_value_computed_by_hand() -> None:
+    # Partners agree, and two negatives are orthogonal to each image's own direction.
+    views = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]], dtype=torch.float64)
+    mean, none = torch.tensor([0, 0, 1.0]), torch.zeros(3, 3)
+    found = global_nt_xent(views, views, mean, none, 1.0, 2)
+    assert float(found) == pytest.approx(math.log(math.e + 2) - 1, rel=1e-12)
+    # A variance of 0.5 along the first axis multiplies the first image's term by e^(1/4).
+    wide = torch.diag(torch.tensor([0.5, 0, 0], dtype=torch.float64))
+    first = math.log(math.e + 2 * math.exp(0.25)) - 1
+    expected = (first + math.log(math.e + 2) - 1) / 2
+    found = global_nt_xent(views, views, mean, wide, 1.0, 2)
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_gradient_of_global_negatives_agrees_with_finite_differences() -> None:
+    first, second = (part.requires_grad_() for part in vectors(8, 3, 4)[:2])
+    mean, covariance = gaussian(9, 4)
+    assert torch.autograd.gradcheck(
+        lambda a, b: global_nt_xent(a, b, mean, covariance, 0.2, 14), (first, second)
+    )
 
 
 def test_simsiam_sends_no_gradient_into_the_projections_that_it_predicts() -> None:

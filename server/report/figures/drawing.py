@@ -99,6 +99,11 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)][0]
 
 
+def marker(index: int) -> str:
+    """Marker of the index-th method or class: 36 have a marker and colour of their own."""
+    return MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
+
+
 @mpl.rc_context(STYLE)
 def case_panel(
     strips: Mapping[str, Mapping[str, float]],
@@ -160,7 +165,7 @@ def _strip(axes: Axes, values: np.ndarray[Any, Any], place: float, index: int) -
         values,
         place + (jitter if values.size > 1 else 0),
         s=26,
-        marker=MARKERS[index % len(MARKERS)],
+        marker=marker(index),
         color=colour(index),
         alpha=0.62,
         linewidths=0,
@@ -194,6 +199,8 @@ def curve_panel(
     labels: Sequence[str],
     spans: Sequence[tuple[float, float]],
     alt: str,
+    *,
+    log: bool = False,
 ) -> Drawing:
     """Draw stacked axes over the same rounds, e.g. loss above Dice above ASD.
 
@@ -202,6 +209,7 @@ def curve_panel(
         labels: Names of the value axes.
         spans: Ends of the value axes.
         alt: Alternative text.
+        log: Whether the first axes is logarithmic.
     """
     one = 146 if len(parts) < 3 else 122
     gap = 12
@@ -217,8 +225,11 @@ def curve_panel(
         plain_axes(axes)
         _draw_lines(axes, lines)
         axes.set_ylabel(label, color=MUTED)
+        if log and place == 0:
+            log_axis(axes)
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylim(*span)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_label_coords(-46 / (WIDTH - 76), 0.5)
         axes.tick_params(labelbottom=place == len(parts) - 1)
     _round_axis(axes)
@@ -231,15 +242,20 @@ def shift_panel(lines: Sequence[Line], span: tuple[float, float], alt: str) -> D
     height = 250
     figure, axes = canvas_of(height, left=62, right=14, top=10, bottom=44)
     _draw_lines(axes, lines)
-    axes.set_yscale("log")
+    log_axis(axes)
     axes.set_ylim(*span)
-    axes.yaxis.set_major_locator(LogLocator(numticks=6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("trace of covariance", color=MUTED)
     axes.yaxis.set_label_coords(-48 / (WIDTH - 76), 0.5)
     _round_axis(axes)
     return finish(figure, height, alt)
+
+
+def log_axis(axes: Axes) -> None:
+    """Make the value axis logarithmic, with plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def span_of(
@@ -280,7 +296,7 @@ def _draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
             line.dash,
             color=ink,
             linewidth=1.9 if line.strong else 1.2,
-            marker=MARKERS[line.colour % len(MARKERS)] if has_marker else None,
+            marker=marker(line.colour) if has_marker else None,
             markevery=max(1, data.rounds.size // 6),
             markersize=4.5,
             markeredgewidth=0,

@@ -16,7 +16,6 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from fedsgcg.server.report.figures.drawing import (
     INK,
-    MARKERS,
     MUTED,
     RULE,
     STYLE,
@@ -25,6 +24,7 @@ from fedsgcg.server.report.figures.drawing import (
     canvas_of,
     colour,
     finish,
+    marker,
     plain_axes,
 )
 from fedsgcg.server.report.intervals import Interval
@@ -155,9 +155,9 @@ def _sweep_line(
     known = [point for point in line.points if math.isfinite(point.intervals[metric].mean)]
     x = np.array([point.number * nudge[0] + nudge[1] for point in known])
     y = np.array([point.intervals[metric].mean for point in known])
-    ink, marker = colour(line.colour), MARKERS[line.colour % len(MARKERS)]
+    ink, sign = colour(line.colour), marker(line.colour)
     axes.plot(
-        x, y, DASHES[order % len(DASHES)], color=ink, linewidth=1.8, marker=marker, markersize=6
+        x, y, DASHES[order % len(DASHES)], color=ink, linewidth=1.8, marker=sign, markersize=6
     )
     for place, point in zip(x, known, strict=True):
         interval = point.intervals[metric]
@@ -216,9 +216,9 @@ def dot_panel(dots: Sequence[Dot], label: str, alt: str) -> Drawing:
     left = min(0.55 * WIDTH, 24 + 7.4 * max(len(dot.title) for dot in dots))
     figure, axes = canvas_of(height, left=left, right=16, top=6, bottom=46)
     for dot, row in zip(dots, places, strict=True):
-        ink, marker = MUTED, "o"
+        ink, sign = MUTED, "o"
         if dot.colour != GREY:
-            ink, marker = colour(dot.colour), MARKERS[dot.colour % len(MARKERS)]
+            ink, sign = colour(dot.colour), marker(dot.colour)
         if math.isfinite(dot.interval.low):
             axes.plot(
                 [dot.interval.low, dot.interval.high],
@@ -227,7 +227,7 @@ def dot_panel(dots: Sequence[Dot], label: str, alt: str) -> Drawing:
                 linewidth=3,
                 solid_capstyle="butt",
             )
-        axes.plot([dot.interval.mean], [row], marker, color=ink, markersize=9)
+        axes.plot([dot.interval.mean], [row], sign, color=ink, markersize=9)
         if dot.usual:
             axes.plot(
                 [dot.interval.mean],
@@ -273,7 +273,7 @@ def scatter_panel(
             chosen = part[kinds[part] == kind]
             axes.plot(
                 *points[chosen].T,
-                MARKERS[(kind + kind // len(MARKERS)) % len(MARKERS)],
+                marker(int(kind)),
                 color=colour(int(kind)),
                 markersize=3.6,
                 alpha=0.62,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from fedsgcg.server.report.sections.results import CaseRow
 from fedsgcg.server.report.tables import Row
 
 Curves = Mapping[tuple[str, str, str], Curve]
+TOTAL: Final = 5.0
+"""Total loss relative to the supervised loss from which their axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def training_figures(
         span_of([line for lines in part.values() for line in lines], floor=0.0, ceiling=ceiling)
         for part, ceiling in zip(parts, ceilings, strict=False)
     ]
+    log = _outgrown([line for lines in upper.values() for line in lines])
+    if log:
+        spans[0] = log_span_of([line for lines in upper.values() for line in lines])
     panels = []
     for fold in folds:
         title = f"{fold} held out" if fold else "no hospital held out"
@@ -118,7 +124,7 @@ def training_figures(
             if (fold, method, "") in supervised
         ]
         alt = f"Supervised loss and source-validation Dice by round, {title}: {'; '.join(ends)}."
-        drawing = curve_panel([part[fold] for part in parts], labels, spans, alt)
+        drawing = curve_panel([part[fold] for part in parts], labels, spans, alt, log=log)
         panels.append(
             TrainingPanel(
                 title,
@@ -130,6 +136,15 @@ def training_figures(
             )
         )
     return panels
+
+
+def _outgrown(lines: Sequence[Line]) -> bool:
+    """Whether total losses, e.g. 20 times the supervised loss, flatten the supervised losses."""
+    largest = [
+        max((float(np.nanmax(line.curve.high)) for line in lines if line.strong == own), default=0)
+        for own in (True, False)
+    ]
+    return largest[1] > TOTAL * largest[0] > 0
 
 
 def _left_out_note(rows: Sequence[Row], fold: str, methods: Sequence[str]) -> str:

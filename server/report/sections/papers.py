@@ -357,9 +357,10 @@ def ablation_tables(
 ) -> list[PaperTable]:
     """Tables 5 and 6: the effect of RAM and SgCG.
 
-    There is one table per layout and federation with at least three of the four arms.
+    There is one table per layout and federation with at least three of the four arms. Variants of
+    a method are no arms.
     """
-    plain = [label for label in labels.values() if label.plain and label.trains in ARMS]
+    plain = [label for label in labels.values() if label.plain and label.name.split()[0] in ARMS]
     tables = []
     for layout in layouts:
         for federation in FEDERATIONS:

@@ -1,5 +1,6 @@
 """Models of a prediction: what is read and refused, and results that depend on nothing else."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.numpy import load, save
 import fedsgcg.common.run_folder.tables
 from fedsgcg.clients.confidence import Gaussians
 from fedsgcg.clients.predict import model as models
+from fedsgcg.clients.predict.adapt import check_adapt
 from fedsgcg.clients.predict.model import Model, load_model
 from fedsgcg.clients.predict.predictor import Predictor
 from fedsgcg.common.errors import FedsgcgError
@@ -269,3 +271,12 @@ def test_the_code_that_a_model_may_run_is_compared_as_a_whole(stored, monkeypatc
         fedsgcg.load_model(stored, code="lab:Network")
     with pytest.raises(FedsgcgError, match="CFG-011"):
         fedsgcg.load_model(stored, code="lab:Net")
+
+
+def test_amplitudes_that_hospitals_share_within_a_federation_are_no_part_of_a_model(stored):
+    options = argparse.Namespace(adapt="amplitude", adapt_share=0.5, model=stored)
+    with pytest.raises(FedsgcgError) as caught:
+        check_adapt(options, load_model(stored))
+    (problem,) = caught.value.problems
+    assert problem.code == "MOD-820"
+    assert "adapt.by=[amplitude]" in problem.action

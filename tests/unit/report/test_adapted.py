@@ -47,3 +47,33 @@ def test_a_study_without_adaptation_has_no_table():
     table = adapted_table(alone, ["sgcg"])
     assert table.columns == ("A",)
     assert not table.transductive
+
+
+def case(method, site, seed, name, dice, adapt=None, structure="gland"):
+    found = {"method": method, "heldout": site, "site": site, "seed": seed, "case": name}
+    return found | {"structure": structure, "dice": dice} | ({"adapt": adapt} if adapt else {})
+
+
+def test_intervals_are_over_cases_and_those_of_differences_are_paired():
+    rounds = [
+        row("sgcg", "A", 0, "heldout_dice", 0.5),
+        row("sgcg", "A", 0, "adapted_dice_batchnorm", 0.6),
+    ]
+    plain = [case("sgcg", "A", 0, f"{n}", 0.4 + 0.1 * n) for n in range(3)]
+    moved = [case("sgcg", "A", 0, f"{n}", 0.5 + 0.1 * n, "batchnorm") for n in range(3)]
+    other = [case("sgcg", "B", 0, "x", 0.9, "batchnorm") | {"heldout": "A"}]  # an observer
+    table = adapted_table(rounds, ["sgcg"], plain, [*moved, *other])
+    without, adapted = table.rows
+    # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3) = 0.248
+    assert without.intervals == ("0.252 to 0.748",)
+    assert (without.gains, without.gain_intervals) == (("",), ("",))
+    assert adapted.intervals == ("0.352 to 0.848",)
+    # Every case gains the same.
+    assert (adapted.gains, adapted.gain_intervals) == (("+0.100",), ("+0.100 to +0.100",))
+
+
+def test_a_hospital_without_single_cases_has_means_and_no_intervals():
+    table = adapted_table(ROWS, ["sgcg"])
+    assert {end for one in table.rows for end in one.intervals} == {"–"}
+    moments = next(one for one in table.rows if one.title == "BatchNorm moments")
+    assert moments.gain_intervals == ("–", "–", "–")

@@ -186,3 +186,14 @@ class TestHospitalsThatTrainedAlone:
     def test_merging_twice_is_merging_once(self):
         once = heldout_rows(self.rows)
         assert heldout_rows(once) == once
+
+
+def test_variants_are_compared_with_their_method_and_the_baseline_however_many_there_are():
+    rows = [{"method": "source", "trains": "source"}, {"method": "sgcg", "trains": "sgcg"}]
+    rows += [{"method": f"sgcg_{name}", "trains": "sgcg"} for name in "abcdefg"]
+    labels = labels_of(rows)
+    assert main_pairs(labels) == [
+        ("sgcg", "source"),
+        *((f"sgcg_{name}", part) for name in "abcdefg" for part in ("sgcg", "source")),
+    ]
+    assert len(set(label_colours(labels).values())) == 9

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from fedsgcg.server.report.figures.drawing import colour, marker
 from fedsgcg.server.report.format import show, show_bytes, show_interval, show_seconds
 from fedsgcg.server.report.intervals import Interval
 from fedsgcg.server.report.reader import Reader
@@ -84,6 +85,19 @@ class TestTraining:
         ]
         (panel,) = training_figures(rows, ["sgcg"])
         assert panel.detail == "ASD without up to 3 evaluations with an empty mask"
+
+    def test_a_total_loss_of_another_size_does_not_flatten_the_supervised_ones(self):
+        def scale(weight):
+            rows = [entry("loss_supervised", 1.0 / n, n) for n in (1, 2, 3)]
+            rows += [entry("loss", weight / n, n) for n in (1, 2, 3)]
+            (panel,) = training_figures(rows, ["sgcg"])
+            return panel.drawing.figure.axes[0].get_yscale()
+
+        assert (scale(2.0), scale(20.0)) == ("linear", "log")
+
+
+def test_thirty_six_methods_have_a_marker_and_colour_of_their_own():
+    assert len({(marker(index), colour(index)) for index in range(36)}) == 36
 
 
 class TestCurves:
