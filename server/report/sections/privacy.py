@@ -107,7 +107,7 @@ def privacy_section(
     success = {name: auc_of(attacks.get(name, ())) for name in names}
     place = f"Dice of {structure}"
     panels = [
-        *_panel(spent, dice, "epsilon of a site (log)", place, level, None),
+        *_panel(spent, dice, "epsilon of a site", place, level, None),
         *_panel(success, dice, AUC, place, level, Mark(0.5, "guessing")),
     ]
     rows = tuple(

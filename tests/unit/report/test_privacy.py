@@ -3,6 +3,7 @@
 import pytest
 
 from fedsgcg.server.report.differences import CaseValues
+from fedsgcg.server.report.gallery import gallery
 from fedsgcg.server.report.labels import labels_of
 from fedsgcg.server.report.sections.privacy import privacy_section, short_names
 from tests.unit.report.test_tables import row
@@ -33,7 +34,7 @@ def test_epsilon_is_the_largest_of_a_site_and_the_line_is_training_without_noise
     assert [line.epsilon for line in found.rows] == ["–", "100", "7.5"]
     (panel,) = found.panels  # no attacks, no second panel
     assert panel.drawing.alt == (
-        "Mean Dice of gland by epsilon of a site (log): dp_weak 100: 0.500; dp_strong 7.5: 0.125."
+        "Mean Dice of gland by epsilon of a site: dp_weak 100: 0.500; dp_strong 7.5: 0.125."
     )
     assert found.plain
     assert found.seeded
@@ -46,6 +47,10 @@ def test_the_success_of_attacks_is_drawn_for_every_training_with_all_seeds():
     }
     found = section(attacks, [spent(WEAK, 100.0), spent(STRONG, 7.5)])
     assert "floors 0.625: 0.750; dp_weak 0.5: 0.500." in found.panels[1].drawing.alt
+    assert set(gallery({"privacy": found.drawings})) == {
+        "privacy-dice-over-epsilon",
+        "privacy-dice-over-the-success-of-an-attack",
+    }
     assert found.rows[0].attacks[1] == "AUC 0.62 (0.25 to 0.88), TPR 25%"
     assert found.rows[0].attacks[2] == "–"
 
