@@ -142,5 +142,5 @@ def _axes(axes: Axes, costs: Sequence[float]) -> None:
     axes.set_xscale("log")
     subs = (1.0,) if max(costs) / min(costs) > 300 else (1.0, 2.0, 5.0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
