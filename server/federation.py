@@ -140,7 +140,7 @@ def run_federation(
         raise fail("CFG-032", where="data.plan", found="auto", expected=expected)
     with Journal.of_plan(plan, disk) as journal:
         if plan.privacy.record:
-            grid = RecordingGrid(grid, Path(plan.output), plan)
+            grid = RecordingGrid(grid, Path(plan.output), plan, disk)
         federation = Federation(grid, plan, journal, EventLog(plan, on_event), disk)
         try:
             return federation.run(start)

@@ -99,7 +99,6 @@ def _needs(plan: Plan, training: Sequence[str]) -> Iterator[tuple[str, str, str,
     yield "method.ram.sharing", sharing, expected, not plan.method.mixes or sharing == "local"
     dp, expected = plan.privacy.dp, "no noise with secure sums: their ranges are for exact numbers"
     yield "privacy.dp", "noise", expected, not dp.channels and not dp.central_noise
-    yield "privacy.record", "true", "false: masked replies show nothing", not plan.privacy.record
     expected = "none: masked numbers cannot be compressed"
     yield "federation.codec", federation.codec, expected, federation.codec == "none"
     expected = "0: the average's moments and the fitted layer need passes of their own"

@@ -5,7 +5,8 @@ Three observers, from weakest to strongest:
 - `model`: whoever gets the selected model. Score: minus the patient's loss (Yeom et al., CSF 2018).
 - `update`: the coordinator, from every model that a hospital sent. Score: how much the hospital's
   training lowered the patient's loss, summed over the rounds. The model before the round is the
-  reference for how hard the patient is (difficulty calibration, Watson et al., ICLR 2022).
+  reference for how hard the patient is (difficulty calibration, Watson et al., ICLR 2022). With
+  secure sums it has the steps of the merged model, in place of each hospital's.
 - `statistics`: the coordinator, from the class statistics of a hospital. Score: the inner product
   of the patient's own statistics and the sent ones, about the mean of the patients that were kept
   out (Homer et al., PLoS Genetics 2008; Dwork et al., FOCS 2015), summed over the rounds.
@@ -16,17 +17,19 @@ Scores are compared within a hospital and then pooled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
+from fedsgcg.common.wire.messages import TRAIN
 from fedsgcg.common.wire.payload import Weights
 from fedsgcg.deploy.attacks.patients import Patient, losses, network_of, statistics_of
 from fedsgcg.deploy.attacks.scores import Array, Separation, separation, standardised
 from fedsgcg.server.records.received import Received
 
-MOST_ROUNDS = 6
+MOST_ROUNDS = 4
 """Most rounds of each hospital that are attacked, spread over the run."""
 
 
@@ -36,9 +39,11 @@ def attack_model(plan: Plan, model: Weights, patients: Sequence[Patient]) -> Sep
 
 
 def attack_updates(
-    plan: Plan, received: Sequence[Received], patients: Sequence[Patient]
+    plan: Plan, received: Sequence[Received], patients: Sequence[Patient], model: Weights
 ) -> Separation | None:
-    """Attack the models that the hospitals sent."""
+    """Attack the sent models; with secure sums the merged ones, of which `model` is the last."""
+    if plan.privacy.secure_sums.enabled:
+        received = merged_steps(received, model)
     scores = np.zeros(len(patients))
     for site, places in _by_site(patients).items():
         for reply in _spread([each for each in received if each.site == site and each.weights]):
@@ -68,6 +73,20 @@ def attack_statistics(
             outside = np.array([not patients[place].member for place in places])
             scores[places] += inner_products(own, outside, as_vector(reply.statistics))
     return _pooled(patients, scores) if any_sent else None
+
+
+def merged_steps(received: Sequence[Received], model: Weights) -> list[Received]:
+    """Return what each site is known to have contributed to: the step from each model to the next.
+
+    Args:
+        received: Replies without weights, in their order.
+        model: The final model.
+    """
+    trained = [each for each in received if each.kind == TRAIN]
+    sent = {each.round: each.sent for each in trained}
+    rounds = sorted(sent)
+    after = dict(zip(rounds, [sent[number] for number in rounds[1:]] + [model], strict=True))
+    return [replace(each, weights=after[each.round]) for each in trained]
 
 
 def as_vector(statistics: ClassStatistics) -> Array:

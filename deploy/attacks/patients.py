@@ -26,7 +26,7 @@ from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.payload import Weights
 
-MOST_SLICES = 24
+MOST_SLICES = 8
 """Most slices of a patient that an attack looks at, spread over the volume."""
 
 

@@ -100,7 +100,9 @@ def _complete(study: Study, console: Screen) -> None:
         remove(folder, RESUME)
     if any(Plan.from_tree(cell.tree).privacy.record for cell in study.cells):
         with steps_of(console, "attacking what was received") as step:
-            attack_study(study.folder, step)
+            problems = attack_study(study.folder, step)
+        for problem in problems:
+            console.print(str(problem), style="yellow")
     with steps_of(console, "making the report") as step:
         collect(study.folder)
         make_report(study.folder, step)

@@ -2,7 +2,8 @@
 
 `privacy.record=true` wraps the grid of a simulation. A reply becomes one NumPy file in the cell's
 folder `received`, named after its order, kind, round and site; the models that requests contained
-are stored once each, by their hash. A real coordinator could keep the same.
+are stored once each, by their hash. A real coordinator could keep the same. Of a masked reply (in
+a secure sum) only the model that it answers is kept; the step to the next one is what all sent.
 
     received/plan.json                        the plan of the cell
     received/model-<hash>.npz                 a model that was sent
@@ -11,6 +12,7 @@ are stored once each, by their hash. A real coordinator could keep the same.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -26,6 +28,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedsgcg.common.errors import FedsgcgError
+from fedsgcg.common.files.disk import Disk, refusals
 from fedsgcg.common.settings.plan import Plan
 from fedsgcg.common.statistics import ClassStatistics
 from fedsgcg.common.wire.messages import decode_reply, decode_request
@@ -64,13 +67,16 @@ class RecordingGrid(Grid):
         grid: The grid that does the work.
         folder: The cell's folder.
         plan: The plan of the cell.
+        disk: Disk access; a refused write is SRV-401, and the run resumes.
     """
 
-    def __init__(self, grid: Grid, folder: Path, plan: Plan) -> None:
+    def __init__(self, grid: Grid, folder: Path, plan: Plan, disk: Disk) -> None:
         self._grid = grid
         self._folder = folder / FOLDER
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / PLAN).write_text(json.dumps(plan.to_tree()))
+        self._disk = disk
+        with refusals(self._folder):
+            disk.make_folder(self._folder)
+        disk.write(self._folder / PLAN, json.dumps(plan.to_tree()).encode())
         self._asked: dict[str, tuple[str, str]] = {}
         self._count = len(list(self._folder.glob("*.npz")))
 
@@ -135,8 +141,7 @@ class RecordingGrid(Grid):
         digest = weights.digest()[:32]
         path = self._folder / f"model-{digest}.npz"
         if not path.exists():
-            parts: dict[str, Any] = _arrays(weights)
-            np.savez(path, **parts)
+            self._disk.write(path, _packed(_arrays(weights)))
         return digest
 
     def _keep(self, content: RecordDict, kind: str, model: str) -> None:
@@ -144,7 +149,8 @@ class RecordingGrid(Grid):
             reply = decode_reply(content)
         except FedsgcgError:
             return
-        if reply.error or (reply.weights is None and reply.statistics is None):
+        masked = reply.masked is not None
+        if reply.error or (reply.weights is None and reply.statistics is None and not masked):
             return
         parts: dict[str, Any] = {"model": np.array(model)}
         if reply.weights is not None:
@@ -153,7 +159,7 @@ class RecordingGrid(Grid):
             parts |= {"count": found.count, "mean": found.mean, "scatter": found.scatter}
         name = f"{self._count:05d}-{kind}-{reply.identity.round}-{reply.site}.npz"
         self._count += 1
-        np.savez(self._folder / name, **parts)
+        self._disk.write(self._folder / name, _packed(parts))
 
 
 def read_received(cell: Path) -> list[Received]:
@@ -172,6 +178,12 @@ def read_received(cell: Path) -> list[Received]:
             weights = _weights(parts) if "values" in parts else None
         found.append(Received(named[4], named[2], int(named[3]), model, weights, statistics))
     return found
+
+
+def _packed(parts: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **parts)
+    return file.getvalue()
 
 
 def _arrays(weights: Weights) -> dict[str, npt.NDArray[Any]]:

@@ -26,6 +26,7 @@ TITLES = {
     "sweep": "Swept setting",
     "overlays": "Worst, median and best case",
     "federation": "Cost of federation",
+    "privacy": "Privacy",
 }
 """Title of a figure, before those under which the page shows it."""
 

@@ -31,7 +31,7 @@ Tree = dict[str, Any]
 SHOWN = {"loss", "loss_supervised", "validation_dice", "heldout_dice", "heldout_asd", "bytes_up"}
 SHOWN |= {"heldout_asd_left_out", *STATED}
 SHOWN |= {"site_distance", "between_site_trace", "within_site_trace", "micro_batches"}
-SHOWN |= {"seconds", "steps"}
+SHOWN |= {"seconds", "steps", "epsilon"}
 SHOWN |= {"between_site_trace_evaluation", "within_site_trace_evaluation"}
 SHOWN |= {f"adapted_dice_{way}" for way in WAYS}
 

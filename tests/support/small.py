@@ -94,6 +94,12 @@ def table(path: Path) -> list[dict[str, Any]]:
     )
 
 
+def rounds(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `rounds.parquet` in their order."""
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return found
+
+
 def digest(folder: Path) -> str:
     """Model hash of the one cell below a study's folder."""
     import json

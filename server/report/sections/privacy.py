@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedsgcg.server.report.differences import CaseValues
-from fedsgcg.server.report.figures.plots import Point, Series, sweep_panel
+from fedsgcg.server.report.figures.trade_off import Mark, Trade, trade_off_panel
 from fedsgcg.server.report.format import show, show_interval
 from fedsgcg.server.report.intervals import Interval
 from fedsgcg.server.report.labels import Label
@@ -26,6 +26,8 @@ MEMBERSHIP: Final = {
 }
 """Entry of `attacks.json` -> what the attacker sees."""
 EPSILON: Final = "epsilon"
+AUC: Final = "AUC of membership from updates"
+TITLES: Final = {AUC: "the success of an attack"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,12 @@ class PrivacyResults:
     """Results of a study with differential privacy or with attacks.
 
     Attributes:
-        panels: Dice over epsilon, and over the AUC of the strongest attack.
+        panels: Dice over epsilon, and over the AUC of membership from updates.
         rows: All labels.
         heads: Names of the attacks.
         relation: Neighbouring relation, delta and what has no noise, by label.
         seeded: Whether the noise came from the seed.
-        plain: Whether a grey line shows the runs without noise.
+        plain: Whether a grey line shows a run without noise.
     """
 
     panels: tuple[Panel, ...]
@@ -95,14 +97,18 @@ def privacy_section(
     if not structures or not (epsilons or attacks):
         return None
     structure = structures[0]
-    dice = {name: values.interval(name, structure, "dice") for name in labels}
-    plain = [name for name in labels if name not in epsilons]
-    over_epsilon = [(epsilons[name], name) for name in labels if name in epsilons]
-    success = {name: auc_of(attacks.get(name, ())) for name in labels}
-    over_success = [(success[name].mean, name) for name in labels if name in success]
+    names = sorted(labels, key=lambda name: -epsilons.get(name, math.inf))  # without noise first
+    dice = {name: values.interval(name, structure, "dice") for name in names}
+    plain = [
+        dice[name].mean for name in names if name not in epsilons and math.isfinite(dice[name].mean)
+    ]
+    level = Mark(plain[0], "without noise") if plain else None
+    spent = {name: Interval(value, math.nan, math.nan) for name, value in epsilons.items()}
+    success = {name: auc_of(attacks.get(name, ())) for name in names}
+    place = f"Dice of {structure}"
     panels = [
-        *_panel(over_epsilon, dice, "epsilon of a site", structure, plain),
-        *_panel(over_success, dice, "AUC of membership from updates", structure, ()),
+        *_panel(spent, dice, "epsilon of a site", place, level, None),
+        *_panel(success, dice, AUC, place, level, Mark(0.5, "guessing")),
     ]
     rows = tuple(
         PrivacyRow(
@@ -112,7 +118,7 @@ def privacy_section(
             tuple(_shown(attacks.get(name, ()), kind) for kind in MEMBERSHIP),
             tuple(_sentences(attacks.get(name, ()))),
         )
-        for name in labels
+        for name in names
     )
     noisy = {name: settings[name]["privacy"]["dp"] for name in epsilons if name in settings}
     relation = tuple(
@@ -120,7 +126,7 @@ def privacy_section(
         for name, dp in noisy.items()
     )
     seeded = any(dp["noise"] == "seeded" for dp in noisy.values())
-    drawn = bool(panels) and bool(plain) and bool(over_epsilon)
+    drawn = bool(panels) and level is not None
     return PrivacyResults(tuple(panels), rows, tuple(MEMBERSHIP.values()), relation, seeded, drawn)
 
 
@@ -144,35 +150,55 @@ def epsilons_of(rounds: Sequence[Row]) -> dict[str, float]:
 
 
 def auc_of(attacks: Sequence[Mapping[str, Any]]) -> Interval:
-    """Return the mean AUC of membership from updates over the cells; NaN without any."""
-    found = [tree["membership_update"]["auc"] for tree in attacks if tree.get("membership_update")]
-    mean = math.fsum(found) / len(found) if found else math.nan
-    return Interval(mean, math.nan, math.nan)
+    """Return the AUC of membership from updates: mean, lowest and highest end over the cells."""
+    return _auc([tree["membership_update"] for tree in attacks if tree.get("membership_update")])
+
+
+def _auc(found: Sequence[Mapping[str, Any]]) -> Interval:
+    if not found:
+        return Interval(math.nan, math.nan, math.nan)
+    mean = math.fsum(each["auc"] for each in found) / len(found)
+    low = min(each["auc_interval"][0] for each in found)
+    return Interval(mean, low, max(each["auc_interval"][1] for each in found))
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Return names without what all have: `sgcg privacy=floors` and `… =dp` are `floors`, `dp`."""
+    parts = {name: name.split() for name in names}
+    common = set.intersection(*(set(found) for found in parts.values())) if names else set()
+    found = {}
+    for name, words in parts.items():
+        own = [word.partition("=")[2] or word for word in words if word not in common]
+        found[name] = " ".join(own) or name
+    return found
 
 
 def _panel(
-    places: Sequence[tuple[float, str]],
+    costs: Mapping[str, Interval],
     dice: Mapping[str, Interval],
     name: str,
-    structure: str,
-    plain: Sequence[str],
+    place: str,
+    level: Mark | None,
+    limit: Mark | None,
 ) -> list[Panel]:
-    """Draw the Dice of labels over a number; nothing with fewer than two numbers."""
-    known = sorted(
-        (number, label)
-        for number, label in places
-        if math.isfinite(number) and math.isfinite(dice[label].mean)
-    )
-    if len({number for number, _ in known}) < 2:
+    """Draw the Dice of labels over a cost; nothing with fewer than two labels that have both."""
+    names = list(dice)
+    known = [
+        label
+        for label in names
+        if label in costs and math.isfinite(costs[label].mean) and math.isfinite(dice[label].mean)
+    ]
+    if len(known) < 2:
         return []
-    points = tuple(Point(label, number, (dice[label],)) for number, label in known)
+    shown = short_names(names)
+    trades = [Trade(shown[label], names.index(label), costs[label], dice[label]) for label in known]
     means = "; ".join(
-        f"{label} {number:.3g}: {show(dice[label].mean, 3)}" for number, label in known
+        f"{trade.title} {trade.cost.mean:.3g}: {show(trade.gain.mean, 3)}" for trade in trades
     )
-    alt = f"Mean Dice of {structure} over {name}: {means}."
-    levels = [(dice[label],) for label in plain if math.isfinite(dice[label].mean)]
-    drawing = sweep_panel([Series("", 1, points)], name, ["Dice"], alt, levels)
-    return [Panel(f"Dice over {name}", drawing)]
+    drawing = trade_off_panel(
+        trades, name, place, f"Mean {place} by {name}: {means}.", level, limit
+    )
+    return [Panel(f"Dice over {TITLES.get(name, 'epsilon')}", drawing)]
 
 
 def _with_interval(interval: Interval) -> str:
@@ -185,11 +211,9 @@ def _shown(attacks: Sequence[Mapping[str, Any]], kind: str) -> str:
     found = [tree[kind] for tree in attacks if tree.get(kind)]
     if not found:
         return "–"
-    mean = math.fsum(each["auc"] for each in found) / len(found)
-    low = min(each["auc_interval"][0] for each in found)
-    high = max(each["auc_interval"][1] for each in found)
+    auc = _auc(found)
     rate = math.fsum(each["tpr"] for each in found) / len(found)
-    return f"AUC {mean:.2f} ({low:.2f}–{high:.2f}), TPR {rate:.0%}"
+    return f"AUC {show(auc.mean, 2)} ({show_interval(auc, 2)}), TPR {rate:.0%}"
 
 
 def _sentences(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -198,13 +222,18 @@ def _sentences(attacks: Sequence[Mapping[str, Any]]) -> list[str]:
     if differences:
         error = math.fsum(each["error"] for each in differences) / len(differences)
         found.append(f"difference of two releases: relative error {error:.2g}")
-    gradients = [tree["gradient"] for tree in attacks if tree.get("gradient")]
-    if gradients:
-        both = [
-            math.fsum(each[name] for each in gradients) / len(gradients)
-            for name in ("correlation", "chance")
-        ]
+    spans = [
+        min(tree["span"], key=lambda each: int(each["pixels"]))
+        for tree in attacks
+        if tree.get("span")
+    ]
+    if spans:
+        pixels, rank = spans[0]["pixels"], max(each["rank"] for each in spans)
+        outside, chance = (
+            math.fsum(each[name] for each in spans) / len(spans) for name in ("outside", "chance")
+        )
         found.append(
-            f"slice from a gradient: correlation {both[0]:.2f} (other slices {both[1]:.2f})"
+            f"span of {pixels} pixels (below the floor): rank {rank}, their features outside it "
+            f"{outside:.2g} (other patients {chance:.2g})"
         )
     return found

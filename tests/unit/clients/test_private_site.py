@@ -1,6 +1,7 @@
 """A site with differential privacy: what it sends, what it spends, and when it stops."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from fedsgcg.clients.guard.budget import FILE, Budget, Charge, charge, require_a
 from fedsgcg.clients.methods.private_statistics import contribution, patients_of
 from fedsgcg.clients.private_training import PrivateSession, clipped, train_private_round
 from fedsgcg.clients.training import weights_of
+from fedsgcg.common.differential_privacy import accounting
 from fedsgcg.common.differential_privacy.accounting import Spending, epsilon_of
 from fedsgcg.common.differential_privacy.noise import Noise
 from fedsgcg.common.errors import FedsgcgError
@@ -256,6 +258,20 @@ def test_a_hospital_can_demand_privacy_and_its_own_budget_counts(root, tmp_path)
     cost = epsilon_of(planned(allowed), 1e-2)
     poor = Hospital(root, tmp_path / "poor", {"dp_epsilon": cost / 2, "dp_delta": 1e-2})
     assert poor.ask(wire.ENROL, poor.plan(*entropy), 0).error == "PRV-974"
+
+
+def test_a_real_hospital_is_not_recorded(root, tmp_path):
+    hospital = Hospital(root, tmp_path / "kit")
+    assert hospital.ask(wire.ENROL, hospital.plan("privacy.record=true")).error == "PRV-980"
+    assert hospital.ask(wire.ENROL, hospital.plan(), 0).error == ""
+
+
+def test_without_the_accountant_a_site_does_not_enrol(root, tmp_path, monkeypatch):
+    accounting._epsilon.cache_clear()
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)  # as if it were not installed
+    with pytest.raises(FedsgcgError, match="PRV-976"):
+        epsilon_of([Spending(2.0)], 1e-5)
+    assert asked(federation(root, tmp_path), wire.ENROL).error == "PRV-976"
 
 
 # --- DP-SGD ------------------------------------------------------------------------------------

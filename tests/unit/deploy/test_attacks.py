@@ -113,7 +113,7 @@ def test_updates_that_fitted_the_members_are_recognised(tmp_path):
     ]  # what fits the members does not fit the others
     network = build_network(plan.network, 3, plan.data.out_channels, 0)
     sent = sites.weights(plan)
-    same = attack_updates(plan, [Received("A", "train", 1, sent, sent, None)], own)
+    same = attack_updates(plan, [Received("A", "train", 1, sent, sent, None)], own, sent)
     assert same is not None
     assert same.auc == 0.5  # nothing was learned
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
@@ -123,9 +123,15 @@ def test_updates_that_fitted_the_members_are_recognised(tmp_path):
         optimizer.zero_grad()
         segmentation_loss(network(images)[0], labels, plan.data).backward()
         optimizer.step()
-    found = attack_updates(plan, [Received("A", "train", 1, sent, weights_of(network), None)], own)
+    fitted = weights_of(network)
+    found = attack_updates(plan, [Received("A", "train", 1, sent, fitted, None)], own, sent)
     assert found is not None
     assert found.auc == 1.0
+    # In a secure sum the reply has no weights, and the merged model is what the coordinator sees.
+    masked = plan_with(tmp_path, privacy__secure_sums={"enabled": True})
+    summed = attack_updates(masked, [Received("A", "train", 1, sent, None, None)], own, fitted)
+    assert summed is not None
+    assert summed.auc == 1.0
 
 
 def test_two_releases_that_differ_by_one_patient_give_it_exactly_unless_they_have_noise(tmp_path):
