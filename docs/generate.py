@@ -68,6 +68,7 @@ ROUNDS: Final = {
     "cls": "class, for metrics of one class; else empty",
     "metric": "name of the metric, see below",
     "value": "value of the metric",
+    "other": "second site of a pair, for `pair_distance`; else null",
 }
 
 

@@ -19,6 +19,7 @@ ROWS_SCHEMA = pa.schema(
         pa.field("cls", pa.string()),  # "" or the name of a class or structure
         pa.field("metric", pa.string()),
         pa.field("value", pa.float64()),
+        pa.field("other", pa.string()),  # second site of a pair; null in all other rows
     ],
     metadata={"schema_version": ROWS_VERSION, "kind": "fedsgcg.rounds"},
 )

@@ -44,7 +44,7 @@ class Panel:
         expr: PromQL; `$cell` is replaced by the selectors of the dashboard's variables.
         legend: Name of a series.
         unit: Grafana's unit.
-        kind: Curve over time, or the current values.
+        kind: Curve over time, or the current values; a matrix has the labels `site` and `other`.
         width: Of the 24 columns.
         help: Description.
     """
@@ -53,7 +53,7 @@ class Panel:
     expr: str
     legend: str
     unit: str = "short"
-    kind: Literal["timeseries", "stat", "bargauge"] = "timeseries"
+    kind: Literal["timeseries", "stat", "bargauge", "matrix"] = "timeseries"
     width: int = HALF
     help: str = ""
 
@@ -235,6 +235,15 @@ PROTOTYPES: Final = Dashboard(
             "fedsgcg_site_distance{$cell}",
             "{{site}} · {{class}} · " + NAME,
             help="Mean Fréchet distance of a hospital's class from the same class at the others.",
+        ),
+        Panel(
+            "Distances between hospitals",
+            'avg by (site, other) (fedsgcg_pair_distance{$cell,class!="background"})',
+            "{{site}} · {{other}}",
+            kind="matrix",
+            help="Fréchet distance, mean over structures and the chosen federations. Choose one "
+            "method: each method has its own features. Empty where only sums over hospitals are "
+            "exchanged.",
         ),
     ),
 )
@@ -493,8 +502,17 @@ def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
 
 
 def _built(panel: Panel, source: Any) -> Any:
-    from grafana_foundation_sdk.builders import bargauge, common, prometheus, stat, timeseries
+    from grafana_foundation_sdk.builders import (
+        bargauge,
+        common,
+        prometheus,
+        stat,
+        table,
+        timeseries,
+    )
     from grafana_foundation_sdk.models.common import LegendDisplayMode, VisibilityMode
+    from grafana_foundation_sdk.models.dashboard import DataTransformerConfig
+    from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
     query = prometheus.Dataquery().expr(panel.query).legend_format(panel.legend).ref_id("A")
     if panel.kind == "timeseries":
@@ -505,6 +523,12 @@ def _built(panel: Panel, source: Any) -> Any:
             )
             .show_points(VisibilityMode.AUTO)
         )
+    elif panel.kind == "matrix":
+        matrix = {"rowField": "site", "columnField": "other", "valueField": "Value"}
+        made = table.Panel().with_transformation(
+            DataTransformerConfig(id_val="groupingToMatrix", options=matrix)
+        )
+        query = query.instant().format(PromQueryFormat.TABLE)
     else:
         made = (stat if panel.kind == "stat" else bargauge).Panel()
         query = query.instant()

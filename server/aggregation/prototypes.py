@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from operator import add
 from typing import Any, Final, Literal
 
@@ -206,7 +207,8 @@ def prototype_rows(
     """Return the round's rows on prototypes (phase `merge`).
 
     They are the domain shift, count, distance to the nearest other class and condition number of
-    every class, and the mean distance of each site's class from the same class at the other sites.
+    every class, the distance of every two sites' class (`pair_distance`), and its mean over the
+    other sites (`site_distance`).
 
     Args:
         memory: The policy.
@@ -224,18 +226,27 @@ def prototype_rows(
 
 
 def _distance_rows(fresh: Fresh, classes: Sequence[str], number: int) -> list[dict[str, Any]]:
-    """Return how far each site is from the others, by class; nothing with fewer than two sites.
+    """Return how far the sites are from each other, by class; nothing with fewer than two sites.
 
     It needs the statistics of single sites, which are not known from a sum over sites.
     """
     if len(fresh) < 2:
         return []
     parts = sorted(fresh, key=lambda part: part[0])
-    means = mean_distance_to_others(class_distances([part for _, part in parts]))
-    return [
+    sites = [site for site, _ in parts]
+    distances = class_distances([part for _, part in parts])
+    means = mean_distance_to_others(distances)
+    rows = [
         row | {"site": site}
-        for (site, _), column in zip(parts, means.T, strict=True)
+        for site, column in zip(sites, means.T, strict=True)
         for row in _class_rows({"site_distance": column.tolist()}, classes, number)
+    ]
+    return rows + [
+        row | {"site": sites[one], "other": sites[other]}
+        for one, other in combinations(range(len(sites)), 2)
+        for row in _class_rows(
+            {"pair_distance": distances[:, one, other].tolist()}, classes, number
+        )
     ]
 
 

@@ -126,6 +126,11 @@ METRICS: Final = (
         "Mean Fréchet distance of a site's class from the same class at the other sites.",
         (*SITE, "class"),
     ),
+    Metric(
+        "fedsgcg_pair_distance",
+        "Fréchet distance of a class at two sites; each pair in both orders.",
+        (*SITE, "other", "class"),
+    ),
     Metric("fedsgcg_cells", "Federations of a study by state.", ("study", "state")),
     Metric("fedsgcg_disk_free_bytes", "Free space of the file system of the study.", ("study",)),
     Metric(

@@ -18,6 +18,9 @@ ACCEPTED: Final = "accepted"
 MOST_SERIES: Final = 10_000
 """Most series of one federation; text in a damaged log cannot fill the memory."""
 
+MOST_PAIRS: Final = MOST_SERIES // 2
+"""Series from which no further pair of sites is added: pairs grow with the square of the sites."""
+
 LOSS: Final = "loss"
 SITE_ROWS: Final = {
     "seconds": "fedsgcg_site_train_seconds",
@@ -37,6 +40,7 @@ CLASS_ROWS: Final = {
 """Metric of a class's row of the merge phase -> name."""
 
 SITE_DISTANCE: Final = "site_distance"
+PAIR_DISTANCE: Final = "pair_distance"
 BYTES: Final = {"bytes_up": "up", "bytes_down": "down"}
 
 
@@ -108,6 +112,10 @@ class RunMetrics:
                 self._set("fedsgcg_loss", (site, part), value)
             elif row["phase"] == "merge" and metric == SITE_DISTANCE:
                 self._set("fedsgcg_site_distance", (site, str(row["cls"])), value)
+            elif row["phase"] == "merge" and metric == PAIR_DISTANCE:
+                other = str(row.get("other") or "")
+                for pair in ((site, other), (other, site)):  # so that a matrix is complete
+                    self._set("fedsgcg_pair_distance", (*pair, str(row["cls"])), value, MOST_PAIRS)
             elif row["phase"] == "merge" and metric in CLASS_ROWS:
                 self._set(CLASS_ROWS[metric], (str(row["cls"]),), value)
 
@@ -175,9 +183,9 @@ class RunMetrics:
         else:
             self._admitted.discard(site)
 
-    def _set(self, name: str, labels: Labels, value: object) -> None:
+    def _set(self, name: str, labels: Labels, value: object, most: int = MOST_SERIES) -> None:
         key = (name, labels)
-        if isinstance(value, (int, float)) and (key in self._gauges or self._has_room()):
+        if isinstance(value, (int, float)) and (key in self._gauges or self._has_room(most)):
             self._gauges[key] = float(value)
 
     def _count(self, name: str, labels: Labels, value: object = 1.0) -> None:
@@ -186,8 +194,8 @@ class RunMetrics:
         if known and isinstance(value, (int, float)) and value >= 0 and math.isfinite(value):
             self._counters[key] += float(value)
 
-    def _has_room(self) -> bool:
-        return len(self._gauges) + len(self._counters) < MOST_SERIES
+    def _has_room(self, most: int = MOST_SERIES) -> bool:
+        return len(self._gauges) + len(self._counters) < most
 
 
 def _number(value: object, otherwise: float) -> float:

@@ -148,6 +148,12 @@ def test_rows_name_classes_and_leave_out_what_nobody_has_seen() -> None:
     assert prototypes is not None
     rows = prototype_rows(policy, prototypes, FIRST, ["background", "gland"], 7)
     # Means 1 and 5, both with variance 1: the distance of each site from the other is 4.
+    pairs = [row for row in rows if row.get("other")]
+    assert [(row["site"], row["other"], row["cls"], row["metric"]) for row in pairs] == [
+        ("A", "B", "background", "pair_distance")
+    ]
+    assert pairs[0]["value"] == pytest.approx(4)
+    rows = [row for row in rows if row not in pairs]
     apart = {(row["site"], row["cls"]): row["value"] for row in rows if row["site"]}
     assert apart == pytest.approx({("A", "background"): 4, ("B", "background"): 4})
     rows = [row for row in rows if not row["site"]]

@@ -104,6 +104,7 @@ def test_rows_become_the_metrics_of_sites_and_classes() -> None:
                 row(number, "train", "A", "", "bytes_up", 1000.0),
                 row(number, "merge", "", "cord", "between_site_trace", 0.25 * number),
                 row(number, "merge", "A", "cord", "site_distance", 0.5 * number),
+                row(number, "merge", "A", "cord", "pair_distance", 0.25 * number) | {"other": "B"},
                 row(number, "heldout", "HK", "", "loss", 9.0),
             ]
         )
@@ -120,6 +121,8 @@ def test_rows_become_the_metrics_of_sites_and_classes() -> None:
     assert found["fedsgcg_site_bytes", ("A", "up")] == 2000
     assert found["fedsgcg_between_site_trace", ("cord",)] == 0.5
     assert found["fedsgcg_site_distance", ("A", "cord")] == 1.0
+    for pair in (("A", "B"), ("B", "A")):
+        assert found["fedsgcg_pair_distance", (*pair, "cord")] == 0.5
     assert found["fedsgcg_dice", ("HK", "cord")] == 0.75
     assert ("fedsgcg_loss", ("HK", "total")) not in found
 
@@ -336,6 +339,25 @@ def test_scrapers_that_hang_keep_nobody_waiting(tmp_path: Path) -> None:
                 time.sleep(0.1)
     values = {value for (name, _), value in found.items() if name == "fedsgcg_mean_loss"}
     assert values == {0.25}
+
+
+def test_a_run_folder_that_moves_is_followed_again_when_it_comes_back(tmp_path: Path) -> None:
+    runs, away = tmp_path / "runs", tmp_path / "away"
+    log(runs / "one", *EVENTS)
+    exporter = Exporter(runs, Targets(textfile=tmp_path / "fedsgcg.prom"))
+    exporter.poll()
+    runs.rename(away)
+    exporter.poll()  # nothing is there, and nothing fails
+    log(away / "one", event(116, "round.done", 3, loss=0.25))
+    away.rename(runs)
+    exporter.poll()
+    exporter.stop()
+    (line,) = (
+        line
+        for line in (tmp_path / "fedsgcg.prom").read_text().splitlines()
+        if line.startswith("fedsgcg_mean_loss{")
+    )
+    assert line.endswith(" 0.25")
 
 
 def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path: Path) -> None:
