@@ -201,7 +201,8 @@ class TestWholeStudy:
             r"48 cases; 3 seeds; corrected p <\s0\.001; "
             r"higher at 4 of 4 hospitals: HK \+0\.09\d, .*\); "
             r"no difference shown, because the "
-            r"interval over 4 hospitals includes zero, although the test alone is significant\.",
+            r"interval over 4 hospitals includes zero, although the test alone is significant; "
+            r"a true difference below 0\.\d\d\d would often be missed\.",
             page.text,
         )
         assert "Sgcg is better: the difference holds lower at 4 of 4 hospitals" in page.text

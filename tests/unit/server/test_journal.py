@@ -85,7 +85,8 @@ def test_the_last_done_round_comes_back_bit_for_bit(rounds: int, tmp_path: Path)
     with journal(tmp_path) as found:
         back = found.resume()
         assert_same(back, records[-1])
-        assert found.rows() == [row for entry in records for row in entry.rows]
+        empty = {"other": None}  # only rows of two hospitals have the second one
+        assert found.rows() == [empty | row for entry in records for row in entry.rows]
         assert found.done == rounds
         assert found.damaged == ()
     assert back is not None

@@ -15,7 +15,8 @@ from tests.support.methods import with_method
 
 SITES = ["A", "B", "C", "D", "E", "F", "G"]  # G is held out; krum needs five that train
 OWNERS = ("by_site", "pooled", "local")
-SEVERAL = ("isda_between", "sgcg_between", "sgcg_sites")  # they need what differs between sites
+SEVERAL = ("isda_between", "segclr_global", "sgcg_between", "sgcg_sites")
+"""Methods that need what differs between sites."""
 ROLES = ("all", "unlabelled", "upper_bound")
 
 
