@@ -37,12 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(RUN)/fedsgcg study experiment=demo method=source,sgcg heldout=all
 
-# Real federations wait for each other most of the time, so that two cores carry three workers.
 test: setup
-	$(RUN)/python -m pytest -n 3 --dist worksteal
+	$(RUN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: setup
-	$(RUN)/python -m pytest -n 3 --dist worksteal -m "not slow" tests/unit tests/laws
+	$(RUN)/python -m pytest -n 2 --dist worksteal -m "not slow" tests/unit tests/laws
 
 check: setup
 	$(RUN)/ruff format --check .
