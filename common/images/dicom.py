@@ -173,7 +173,7 @@ def is_picture(path: Path) -> bool:
         return False
     try:
         header = _header(path)
-    except FedsgcgError:
+    except FedsgcgError:  # reported with its code when the file is read
         return False
     frames = header is not None and multiframe.EACH in header
     return header is not None and not frames and not header.get("ImagePositionPatient")
